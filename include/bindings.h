@@ -1,0 +1,28 @@
+/* SPDX-License-Identifier: GPL-2.0 */
+/*
+ * What bindgen reads. Types that the kernel crate has bindings for come from
+ * there; rust/sys/bindgen_parameters lists what is generated beside them.
+ */
+#ifndef _DM_OVERLAYBD_BINDINGS_H
+#define _DM_OVERLAYBD_BINDINGS_H
+
+#include <linux/crc32.h>
+#include <linux/device-mapper.h>
+#include <linux/lz4.h>
+#include <linux/zstd.h>
+
+#include "dm_overlaybd.h"
+
+/* Macros with casts, which bindgen cannot read. */
+static const blk_mode_t OBD_BLK_OPEN_READ = BLK_OPEN_READ;
+static const blk_mode_t OBD_BLK_OPEN_WRITE = BLK_OPEN_WRITE;
+static const blk_features_t OBD_BLK_FEAT_POLL = BLK_FEAT_POLL;
+static const blk_status_t OBD_BLK_STS_IOERR = BLK_STS_IOERR;
+static const blk_opf_t OBD_REQ_OP_MASK = REQ_OP_MASK;
+static const blk_opf_t OBD_REQ_META = REQ_META;
+/* What a read of ours takes over from the read that it is for. */
+static const blk_opf_t OBD_REQ_INHERITED = REQ_FAILFAST_MASK | REQ_SYNC |
+					   REQ_META | REQ_PRIO | REQ_RAHEAD |
+					   REQ_BACKGROUND;
+
+#endif /* _DM_OVERLAYBD_BINDINGS_H */

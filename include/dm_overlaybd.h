@@ -1,0 +1,44 @@
+/* SPDX-License-Identifier: GPL-2.0 */
+/*
+ * Shims for what Rust cannot call: inline functions and macros of the kernel.
+ * Each does what its name without "obd_" does, and nothing else.
+ */
+#ifndef _DM_OVERLAYBD_H
+#define _DM_OVERLAYBD_H
+
+#include <linux/bio.h>
+#include <linux/blkdev.h>
+#include <linux/spinlock.h>
+#include <linux/workqueue.h>
+
+/* Block devices. */
+sector_t obd_bdev_nr_sectors(struct block_device *bdev);
+unsigned int obd_bdev_logical_block_size(struct block_device *bdev);
+
+/* Bios. */
+void obd_bio_set_dev(struct bio *bio, struct block_device *bdev);
+void *obd_bvec_virt(struct bio_vec *bvec);
+struct bio_vec obd_mp_bvec_iter_bvec(struct bio_vec *vec,
+				     struct bvec_iter *iter);
+void obd_bio_advance_iter(struct bio *bio, struct bvec_iter *iter,
+			  unsigned int bytes);
+void obd_bio_add_virt(struct bio *bio, void *addr, unsigned int len);
+void obd_flush_dcache_bio(struct bio *bio);
+
+/* Execution context. */
+bool obd_in_interrupt_off(void);
+bool obd_fatal_signal_pending(void);
+
+/* Locks and work. */
+void obd_spin_lock_init(spinlock_t *lock, const char *name,
+			struct lock_class_key *key);
+unsigned long obd_spin_lock_irqsave(spinlock_t *lock);
+void obd_spin_unlock_irqrestore(spinlock_t *lock, unsigned long flags);
+void obd_init_work(struct work_struct *work, work_func_t func);
+struct workqueue_struct *obd_alloc_workqueue(const char *name,
+					     unsigned int flags);
+
+/* Messages. */
+bool obd_ratelimit(void);
+
+#endif /* _DM_OVERLAYBD_H */

@@ -1,0 +1,159 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! Memory that a lower read fills.
+//!
+//! A read gets memory from the slab allocator, without waiting. Where there is none it gets a
+//! device's spare buffer, which was allocated when the device was made.
+//!
+//! C headers: `include/linux/slab.h`, `include/linux/vmalloc.h`.
+
+use core::ptr::NonNull;
+
+use kernel::alloc::flags::__GFP_NOWARN;
+use kernel::page::{page_align, PAGE_SIZE};
+use kernel::prelude::*;
+
+use crate::sys;
+
+/// Memory for one read.
+///
+/// # Invariants
+///
+/// `len` is at most the capacity of the memory. Its first `filled` bytes are initialised, and
+/// `filled` is at most `len`.
+pub(crate) struct Buffer {
+    memory: Memory,
+    len: usize,
+    filled: usize,
+}
+
+enum Memory {
+    /// Contiguous; never longer than its capacity, and its length isn't used.
+    Slab(KVec<u8>),
+    Spare(KBox<Spare>),
+}
+
+/// Memory that isn't contiguous, and the vector with which a bio reads into it.
+struct Spare {
+    memory: VVec<u8>,
+    vecs: KVec<sys::bio_vec>,
+}
+
+impl Buffer {
+    /// Allocates `len` bytes without waiting; `None` where memory is short.
+    pub(crate) fn try_new(len: usize) -> Option<Self> {
+        let memory = KVec::with_capacity(len, GFP_NOWAIT | __GFP_NOWARN).ok()?;
+        // INVARIANT: The capacity is at least `len`; nothing is filled.
+        Some(Self {
+            memory: Memory::Slab(memory),
+            len,
+            filled: 0,
+        })
+    }
+
+    /// Allocates a spare buffer of `len` bytes, in process context.
+    ///
+    /// # Errors
+    ///
+    /// [`ENOMEM`].
+    pub(crate) fn new_spare(len: usize) -> Result<Self> {
+        let len = page_align(len).ok_or(EOVERFLOW)?;
+        let memory = VVec::zeroed(len, GFP_KERNEL)?;
+        let vecs = KVec::zeroed(len / PAGE_SIZE, GFP_KERNEL)?;
+        let spare = KBox::new(Spare { memory, vecs }, GFP_KERNEL)?;
+        // INVARIANT: The capacity is `len`; nothing counts as filled.
+        Ok(Self {
+            memory: Memory::Spare(spare),
+            len,
+            filled: 0,
+        })
+    }
+
+    /// Whether this is a device's spare buffer.
+    pub(crate) fn is_spare(&self) -> bool {
+        matches!(self.memory, Memory::Spare(_))
+    }
+
+    /// Whether it has no room at all.
+    pub(crate) fn is_empty(&self) -> bool {
+        self.len == 0
+    }
+
+    /// Makes the buffer empty, with room for `len` bytes.
+    ///
+    /// # Errors
+    ///
+    /// [`EINVAL`] where it is smaller.
+    pub(crate) fn reset(&mut self, len: usize) -> Result {
+        let capacity = match &self.memory {
+            Memory::Slab(memory) => memory.capacity(),
+            Memory::Spare(spare) => spare.memory.len(),
+        };
+        if len > capacity {
+            return Err(EINVAL);
+        }
+        // INVARIANT: Checked above; nothing is filled.
+        self.len = len;
+        self.filled = 0;
+        Ok(())
+    }
+
+    /// What the last read filled.
+    pub(crate) fn bytes(&self) -> &[u8] {
+        let start = match &self.memory {
+            Memory::Slab(memory) => memory.as_ptr(),
+            Memory::Spare(spare) => spare.memory.as_ptr(),
+        };
+        // SAFETY: By the type invariant these bytes are there and initialised.
+        unsafe { core::slice::from_raw_parts(start, self.filled) }
+    }
+
+    /// Marks the whole length as filled.
+    ///
+    /// # Safety
+    ///
+    /// A read of the length of the buffer into it has succeeded.
+    pub(crate) unsafe fn set_filled(&mut self) {
+        // INVARIANT: By the safety requirement.
+        self.filled = self.len;
+    }
+
+    /// Initialises `bio` as a read from `bdev` that fills the buffer.
+    ///
+    /// # Safety
+    ///
+    /// - `bio` and `vec` are valid for writes and stay where they are until the bio was
+    ///   uninitialised; so does this buffer.
+    /// - `bdev` is an open block device, and stays so.
+    pub(crate) unsafe fn init_read(
+        &mut self,
+        bio: NonNull<sys::bio>,
+        vec: NonNull<sys::bio_vec>,
+        bdev: *mut sys::block_device,
+        flags: sys::blk_opf_t,
+    ) {
+        let flags = sys::req_op_REQ_OP_READ as sys::blk_opf_t | flags;
+        self.filled = 0;
+        match &mut self.memory {
+            Memory::Slab(memory) => {
+                // SAFETY: The caller promises that bio, vector and device are valid.
+                unsafe { sys::bio_init(bio.as_ptr(), bdev, vec.as_ptr(), 1, flags) };
+                let addr = memory.as_mut_ptr().cast();
+                // SAFETY: The bio has room for one contiguous run, and this is one: slab memory of
+                // at least `len` bytes.
+                unsafe { sys::obd_bio_add_virt(bio.as_ptr(), addr, self.len as u32) };
+            }
+            Memory::Spare(spare) => {
+                let vecs = &mut spare.vecs;
+                let count = vecs.len() as u16;
+                // SAFETY: The caller promises that bio and device are valid; the vector is as
+                // valid as the buffer.
+                unsafe { sys::bio_init(bio.as_ptr(), bdev, vecs.as_mut_ptr(), count, flags) };
+                let addr = spare.memory.as_mut_ptr().cast();
+                // SAFETY: The memory is from vmalloc and at least `len` bytes long, and the vector
+                // has an entry for each of its pages, so this cannot fail.
+                unsafe { sys::bio_add_vmalloc(bio.as_ptr(), addr, self.len as u32) };
+            }
+        }
+    }
+}

@@ -1,0 +1,37 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! How an I/O ended.
+//!
+//! C header: `include/linux/blk_types.h`.
+
+use crate::sys;
+
+/// A block status other than `BLK_STS_OK`.
+///
+/// # Invariants
+///
+/// The value isn't `BLK_STS_OK`.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Status(sys::blk_status_t);
+
+impl Status {
+    /// `BLK_STS_IOERR`.
+    pub(crate) const IO_ERROR: Self = Self(sys::OBD_BLK_STS_IOERR);
+
+    /// Takes the status of a finished bio; `Ok` for `BLK_STS_OK`.
+    pub(crate) fn check(raw: sys::blk_status_t) -> Result<(), Self> {
+        match u32::from(raw) {
+            sys::BLK_STS_OK => Ok(()),
+            // INVARIANT: It isn't `BLK_STS_OK`.
+            _ => Err(Self(raw)),
+        }
+    }
+
+    /// The raw status for a result.
+    pub(crate) fn raw(result: Result<(), Self>) -> sys::blk_status_t {
+        match result {
+            Ok(()) => sys::BLK_STS_OK as sys::blk_status_t,
+            Err(status) => status.0,
+        }
+    }
+}

@@ -1,0 +1,22 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! Decompressors and checksums, over the kernel's own.
+//!
+//! C headers: `include/linux/lz4.h`, `include/linux/zstd.h`, `include/linux/crc32.h`.
+
+mod context;
+mod lz4;
+mod zstd;
+
+pub(crate) use context::{Context, Contexts};
+
+use crate::sys;
+
+/// CRC-32C continued from `seed`, without inversion at either end.
+pub(crate) fn crc32c(seed: u32, data: &[u8]) -> u32 {
+    // SAFETY: The slice is valid for reads of its length.
+    unsafe { sys::crc32c(seed, data.as_ptr().cast(), data.len()) }
+}
+
+/// A compressed block doesn't hold what it should.
+pub(crate) struct Corrupt;

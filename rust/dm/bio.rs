@@ -1,0 +1,144 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! A bio that device-mapper hands to a target.
+//!
+//! C headers: `include/linux/bio.h`, `include/linux/device-mapper.h`.
+
+use core::marker::PhantomData;
+use core::ptr::NonNull;
+
+use super::target::Live;
+use super::{Deferred, DeviceId, Io, Target};
+use crate::block::{Pages, Status};
+use crate::sys;
+
+/// A bio within one target that hasn't ended, in its map function.
+///
+/// # Invariants
+///
+/// `bio` is a valid bio that device-mapper cloned for this target, and owned by this.
+pub(crate) struct Bio<'a, T: Target> {
+    bio: NonNull<sys::bio>,
+    live: &'a Live<T>,
+}
+
+/// What became of a [`Bio`]: what a map function returns.
+pub(crate) struct Mapped<'a> {
+    code: u32,
+    _bio: PhantomData<*mut &'a ()>,
+}
+
+impl Mapped<'_> {
+    const fn new(code: u32) -> Self {
+        Self {
+            code,
+            _bio: PhantomData,
+        }
+    }
+
+    /// The value that the C function returns.
+    pub(super) fn code(self) -> kernel::ffi::c_int {
+        self.code as kernel::ffi::c_int
+    }
+}
+
+impl<'a, T: Target> Bio<'a, T> {
+    /// Wraps a bio.
+    ///
+    /// # Safety
+    ///
+    /// `bio` is what device-mapper gave to the map function of the target `live`, and nobody else
+    /// uses it.
+    pub(super) unsafe fn new(bio: NonNull<sys::bio>, live: &'a Live<T>) -> Self {
+        // INVARIANT: By the safety requirement.
+        Self { bio, live }
+    }
+
+    /// The bio's fields.
+    fn fields(&self) -> &sys::bio {
+        // SAFETY: By the type invariant it is valid, and only we change it.
+        unsafe { self.bio.as_ref() }
+    }
+
+    /// Whether it is a read; nothing else is to be mapped by a read-only target.
+    pub(crate) fn is_read(&self) -> bool {
+        self.fields().bi_opf & sys::OBD_REQ_OP_MASK == sys::req_op_REQ_OP_READ
+    }
+
+    /// First sector, from the start of the target.
+    pub(crate) fn sector(&self) -> u64 {
+        self.fields()
+            .bi_iter
+            .bi_sector
+            .wrapping_sub(self.live.begin())
+    }
+
+    /// Length in sectors.
+    pub(crate) fn sectors(&self) -> u64 {
+        u64::from(self.fields().bi_iter.bi_size >> 9)
+    }
+
+    /// Cuts the bio to its first `sectors` sectors, at least one. Device-mapper maps the rest again.
+    pub(crate) fn accept_partial(&mut self, sectors: u64) {
+        if sectors == 0 || sectors >= self.sectors() || !self.is_read() {
+            return;
+        }
+        // SAFETY: The bio is a read within its map function, and longer than this. Lossless: a bio
+        // has fewer than 2^23 sectors.
+        unsafe { sys::dm_accept_partial_bio(self.bio.as_ptr(), sectors as u32) };
+    }
+
+    /// Sends the bio to sector `sector` of a device.
+    pub(crate) fn remap(self, device: DeviceId, sector: u64) -> Mapped<'a> {
+        let Some(device) = self.live.device(device) else {
+            return self.refuse();
+        };
+        // SAFETY: By the type invariant the bio is ours, and the device is open.
+        unsafe { sys::obd_bio_set_dev(self.bio.as_ptr(), device.bdev()) };
+        // SAFETY: The bio is ours.
+        unsafe { (*self.bio.as_ptr()).bi_iter.bi_sector = sector };
+        Mapped::new(sys::DM_MAPIO_REMAPPED)
+    }
+
+    /// Fills the bio with zeros and ends it.
+    pub(crate) fn zero(self) -> Mapped<'a> {
+        // SAFETY: By the type invariant the bio is ours.
+        unsafe { sys::zero_fill_bio(self.bio.as_ptr()) };
+        self.end(Ok(()))
+    }
+
+    /// Fills the bio with `bytes` and then zeros, and ends it.
+    pub(crate) fn fill(self, bytes: &[u8]) -> Mapped<'a> {
+        // SAFETY: By the type invariant the bio is ours and hasn't ended.
+        let mut pages = unsafe { Pages::new(self.bio) };
+        pages.copy_from(bytes);
+        pages.zero(pages.left());
+        // SAFETY: By the type invariant the bio is ours.
+        unsafe { sys::obd_flush_dcache_bio(self.bio.as_ptr()) };
+        self.end(Ok(()))
+    }
+
+    /// Ends the bio.
+    fn end(self, result: Result<(), Status>) -> Mapped<'a> {
+        // SAFETY: By the type invariant the bio is ours.
+        unsafe { (*self.bio.as_ptr()).bi_status = Status::raw(result) };
+        // SAFETY: The bio is ours and hasn't ended.
+        unsafe { sys::bio_endio(self.bio.as_ptr()) };
+        Mapped::new(sys::DM_MAPIO_SUBMITTED)
+    }
+
+    /// Lets device-mapper end the bio with an error.
+    pub(crate) fn refuse(self) -> Mapped<'a> {
+        Mapped::new(sys::DM_MAPIO_KILL)
+    }
+}
+
+impl<'a, T: Deferred> Bio<'a, T> {
+    /// Begins to work on the bio, with `request` as the target's own state of it.
+    pub(crate) fn begin(self, request: T::Request) -> (Io<T>, Mapped<'a>) {
+        // SAFETY: By the type invariant the bio is ours and of this target; what is returned tells
+        // device-mapper that we keep it.
+        let io = unsafe { Io::new(self.bio, NonNull::from(self.live), request) };
+        (io, Mapped::new(sys::DM_MAPIO_SUBMITTED))
+    }
+}

@@ -1,0 +1,385 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! An I/O that a target works on after its map function has returned.
+//!
+//! An [`Io`] is an owned step of a chain: lower read, worker, end. Each step is a plain function
+//! that takes the `Io`, so there is always exactly one owner, and the I/O ends once.
+//!
+//! Its state lives in device-mapper's per-bio data; the lower bio is a part of it. Nothing is
+//! allocated but the buffer, for which each device keeps a spare one ([`Spares`]).
+//!
+//! Lock order: the lock of [`Spares`] is taken alone.
+
+use core::mem::MaybeUninit;
+use core::ptr::NonNull;
+
+use kernel::prelude::*;
+use kernel::sync::LockClassKey;
+
+use super::target::Live;
+use super::{Deferred, DeviceId};
+use crate::block::{Buffer, Lock, Pages, Status};
+use crate::sys;
+
+/// What an I/O does next.
+type Step<T> = fn(Io<T>);
+/// What an I/O does when its lower read has ended.
+type ReadStep<T> = fn(Io<T>, Result<(), Status>);
+
+/// An I/O in a bio's per-bio data.
+#[repr(C)]
+pub(super) struct Frame<T: Deferred> {
+    live: NonNull<Live<T>>,
+    request: T::Request,
+    buffer: Option<Buffer>,
+    work: MaybeUninit<sys::work_struct>,
+    step: Option<Step<T>>,
+    /// Bytes that it waits for.
+    wanted: usize,
+    read_step: Option<ReadStep<T>>,
+    /// The next in a queue of those that wait for memory.
+    next: Option<Io<T>>,
+    lower: MaybeUninit<sys::bio>,
+    lower_vec: MaybeUninit<sys::bio_vec>,
+}
+
+/// An I/O that hasn't ended. Dropped, it ends with an error.
+///
+/// # Invariants
+///
+/// Points to an initialised frame in the per-bio data of a bio that hasn't ended, owned by this;
+/// `live` in it is valid until the bio ends. No lower bio is in flight and no work is queued.
+pub(crate) struct Io<T: Deferred>(NonNull<Frame<T>>);
+
+// SAFETY: The parts may be sent, and the bio is touched by its owner only.
+unsafe impl<T: Deferred> Send for Io<T> {}
+
+impl<T: Deferred> Io<T> {
+    /// Bytes of per-bio data that an I/O takes.
+    pub(super) const FRAME_SIZE: usize = {
+        assert!(align_of::<Frame<T>>() <= align_of::<u64>());
+        size_of::<Frame<T>>()
+    };
+
+    /// Makes the frame of a bio.
+    ///
+    /// # Safety
+    ///
+    /// The bio is one of the target `live`, whose per-bio data has room for a frame; the caller
+    /// gives its ownership away.
+    pub(super) unsafe fn new(
+        bio: NonNull<sys::bio>,
+        live: NonNull<Live<T>>,
+        request: T::Request,
+    ) -> Self {
+        // SAFETY: The bio is a clone of device-mapper's with this much per-bio data.
+        let data = unsafe { sys::dm_per_bio_data(bio.as_ptr(), Self::FRAME_SIZE) };
+        let frame: *mut Frame<T> = data.cast();
+        // SAFETY: The per-bio data is there, aligned, and not in use.
+        unsafe {
+            frame.write(Frame {
+                live,
+                request,
+                buffer: None,
+                work: MaybeUninit::uninit(),
+                step: None,
+                wanted: 0,
+                read_step: None,
+                next: None,
+                lower: MaybeUninit::uninit(),
+                lower_vec: MaybeUninit::uninit(),
+            })
+        };
+        // SAFETY: Per-bio data is never at address 0.
+        // INVARIANT: The frame is initialised, and a target outlives its bios.
+        Self(unsafe { NonNull::new_unchecked(frame) })
+    }
+
+    fn frame(&self) -> &Frame<T> {
+        // SAFETY: By the type invariant.
+        unsafe { self.0.as_ref() }
+    }
+
+    fn frame_mut(&mut self) -> &mut Frame<T> {
+        // SAFETY: By the type invariant; nobody else has the frame.
+        unsafe { self.0.as_mut() }
+    }
+
+    fn live(&self) -> &Live<T> {
+        // SAFETY: By the type invariant it is valid until the bio ends, which takes `self`.
+        unsafe { self.frame().live.as_ref() }
+    }
+
+    fn bio(&self) -> NonNull<sys::bio> {
+        // SAFETY: By the type invariant the frame is a bio's per-bio data of this size.
+        let bio = unsafe { sys::dm_bio_from_per_bio_data(self.0.as_ptr().cast(), Self::FRAME_SIZE) };
+        // SAFETY: A bio is never at address 0.
+        unsafe { NonNull::new_unchecked(bio) }
+    }
+
+    /// The target.
+    pub(crate) fn target(&self) -> &T {
+        self.live().target()
+    }
+
+    /// The target's own state of the I/O.
+    pub(crate) fn request(&self) -> &T::Request {
+        &self.frame().request
+    }
+
+    /// What the lower read gave.
+    pub(crate) fn data(&self) -> &[u8] {
+        self.frame().buffer.as_ref().map_or(&[], Buffer::bytes)
+    }
+
+    /// The memory to fill.
+    pub(crate) fn pages(&self) -> Pages<'_> {
+        // SAFETY: By the type invariant the bio hasn't ended, nor will it while `self` is borrowed.
+        unsafe { Pages::new(self.bio()) }
+    }
+
+    /// Gives the I/O memory for a lower read, which fills all of it.
+    pub(crate) fn attach(&mut self, buffer: Buffer) {
+        self.frame_mut().buffer = Some(buffer);
+    }
+
+    /// Gives the I/O the device's spare buffer, now or when it comes back, and goes on with
+    /// `step`. The I/O fails if the spare buffer is shorter than `len` bytes.
+    pub(crate) fn wait_for_spare(mut self, len: usize, step: Step<T>) {
+        let frame = self.frame_mut();
+        frame.step = Some(step);
+        frame.wanted = len;
+        let live = frame.live;
+        // SAFETY: By the type invariant the target is valid until the I/O ends. Once it waits,
+        // another thread may end it, but only after it got the lock of the spares, whose release
+        // is the last thing that is done with it here.
+        let spares = unsafe { live.as_ref() }.target().spares();
+        if let Some(io) = spares.take_or_wait(self) {
+            step(io);
+        }
+    }
+
+    /// Takes over a spare buffer, empty and as long as is wanted.
+    fn adopt(&mut self, mut buffer: Buffer) {
+        let frame = self.frame_mut();
+        // Where it is too short, its length stays 0, and reading fails.
+        if buffer.reset(frame.wanted).is_err() {
+            let _ = buffer.reset(0);
+        }
+        frame.buffer = Some(buffer);
+    }
+
+    /// Reads from sector `sector` of `device` as much as the buffer holds, and goes on with
+    /// `step`, which may run in the context of an interrupt. May sleep.
+    pub(crate) fn read(mut self, device: DeviceId, sector: u64, step: ReadStep<T>) {
+        let Some(bdev) = self.live().device(device).map(|device| device.bdev()) else {
+            return;
+        };
+        let bio = self.bio();
+        let frame = self.frame_mut();
+        let lower = NonNull::from(&mut frame.lower).cast::<sys::bio>();
+        let vec = NonNull::from(&mut frame.lower_vec).cast::<sys::bio_vec>();
+        let Some(buffer) = frame.buffer.as_mut().filter(|buffer| !buffer.is_empty()) else {
+            return;
+        };
+        frame.read_step = Some(step);
+
+        // SAFETY: The bio is valid.
+        let (flags, ioprio) = unsafe { ((*bio.as_ptr()).bi_opf, (*bio.as_ptr()).bi_ioprio) };
+        // SAFETY: The frame stays where it is until the I/O ends, and so do the buffer in it and
+        // the device; the I/O isn't ended before `read_done` has uninitialised the lower bio.
+        unsafe { buffer.init_read(lower, vec, bdev, flags & sys::OBD_REQ_INHERITED) };
+        // SAFETY: Both bios are initialised.
+        unsafe { sys::bio_clone_blkg_association(lower.as_ptr(), bio.as_ptr()) };
+        // SAFETY: The lower bio was initialised above and isn't in flight.
+        let fields = unsafe { &mut *lower.as_ptr() };
+        fields.bi_ioprio = ioprio;
+        fields.bi_iter.bi_sector = sector;
+        fields.bi_end_io = Some(Self::read_done);
+        fields.bi_private = self.into_raw().cast();
+        // SAFETY: The lower bio is complete. `read_done` gets the ownership of the I/O.
+        unsafe { sys::submit_bio_noacct(lower.as_ptr()) };
+    }
+
+    /// The end of a lower read, in any context.
+    ///
+    /// # Safety
+    ///
+    /// `lower` is the lower bio of a frame, submitted by [`Io::read`], which gave the ownership of
+    /// the I/O away.
+    unsafe extern "C" fn read_done(lower: *mut sys::bio) {
+        // SAFETY: The bio has ended and is valid.
+        let (frame, status) = unsafe { ((*lower).bi_private, (*lower).bi_status) };
+        // SAFETY: It has ended, so nobody else uses it.
+        unsafe { sys::bio_uninit(lower) };
+        // SAFETY: `read` put the frame there and gave its ownership away.
+        let mut io = unsafe { Self::from_raw(frame.cast()) };
+        let result = Status::check(status);
+        let frame = io.frame_mut();
+        if let (Ok(()), Some(buffer)) = (result, frame.buffer.as_mut()) {
+            // SAFETY: A read of the whole buffer has succeeded.
+            unsafe { buffer.set_filled() };
+        }
+        if let Some(step) = frame.read_step.take() {
+            step(io, result);
+        }
+    }
+
+    /// Goes on with `step` in a worker.
+    pub(crate) fn defer(mut self, step: Step<T>) {
+        let frame = self.frame_mut();
+        frame.step = Some(step);
+        let live = frame.live;
+        let work = frame.work.as_mut_ptr();
+        // SAFETY: The frame has memory for it, where no work is queued by the type invariant.
+        unsafe { sys::obd_init_work(work, Some(Self::work_fn)) };
+        // SAFETY: By the type invariant the target is valid until the I/O ends. Should the worker
+        // end it before this function returns, the queue is still there: it is the module's.
+        let queue = unsafe { live.as_ref() }.target().workqueue();
+        self.into_raw();
+        // SAFETY: The work is initialised and isn't queued. It is in the frame, which stays until
+        // the I/O ends, and that `work_fn` owns from now on.
+        unsafe { queue.queue(work) };
+    }
+
+    /// What a worker runs.
+    ///
+    /// # Safety
+    ///
+    /// `work` is that of a frame, queued by [`Io::defer`], which gave the ownership of the I/O
+    /// away.
+    unsafe extern "C" fn work_fn(work: *mut sys::work_struct) {
+        // SAFETY: The work is a part of a frame.
+        let frame = unsafe { work.byte_sub(core::mem::offset_of!(Frame<T>, work)) };
+        // SAFETY: `defer` gave the ownership away.
+        let mut io = unsafe { Self::from_raw(frame.cast()) };
+        if let Some(step) = io.frame_mut().step.take() {
+            step(io);
+        }
+    }
+
+    /// Ends the I/O.
+    pub(crate) fn end(mut self, result: Result<(), Status>) {
+        self.finish(result);
+        core::mem::forget(self);
+    }
+
+    /// Ends the I/O; `self` is used no more after that.
+    fn finish(&mut self, result: Result<(), Status>) {
+        if let Some(buffer) = self.frame_mut().buffer.take_if(|buffer| buffer.is_spare()) {
+            self.target().spares().give_back(buffer);
+        }
+        let bio = self.bio();
+        // SAFETY: By the type invariant the frame is initialised; it isn't used after this.
+        unsafe { self.0.drop_in_place() };
+        // SAFETY: The bio is valid.
+        unsafe { sys::obd_flush_dcache_bio(bio.as_ptr()) };
+        // SAFETY: The bio is valid.
+        unsafe { (*bio.as_ptr()).bi_status = Status::raw(result) };
+        // SAFETY: By the type invariant it hasn't ended, and it is ours to end.
+        unsafe { sys::bio_endio(bio.as_ptr()) };
+    }
+
+    /// Gives the ownership away.
+    fn into_raw(self) -> *mut Frame<T> {
+        let frame = self.0.as_ptr();
+        core::mem::forget(self);
+        frame
+    }
+
+    /// Takes the ownership back.
+    ///
+    /// # Safety
+    ///
+    /// `frame` came from [`Io::into_raw`], once; its lower bio isn't in flight and its work isn't
+    /// queued.
+    unsafe fn from_raw(frame: *mut Frame<T>) -> Self {
+        // SAFETY: A frame is never at address 0.
+        // INVARIANT: By the safety requirement.
+        Self(unsafe { NonNull::new_unchecked(frame) })
+    }
+}
+
+impl<T: Deferred> Drop for Io<T> {
+    fn drop(&mut self) {
+        self.finish(Err(Status::IO_ERROR));
+    }
+}
+
+/// A device's spare buffer, and the I/Os that wait for it.
+#[pin_data]
+pub(crate) struct Spares<T: Deferred> {
+    #[pin]
+    state: Lock<State<T>>,
+}
+
+/// # Invariants
+///
+/// `first` starts a list of I/Os, linked by `next`; if it isn't empty, `last` is its end, and the
+/// spare buffer is out.
+struct State<T: Deferred> {
+    buffer: Option<Buffer>,
+    first: Option<Io<T>>,
+    last: *mut Frame<T>,
+}
+
+// SAFETY: The list and the buffer may be sent; `last` points into the list.
+unsafe impl<T: Deferred> Send for State<T> {}
+
+impl<T: Deferred> Spares<T> {
+    /// Allocates a spare buffer of `len` bytes.
+    ///
+    /// # Errors
+    ///
+    /// [`ENOMEM`].
+    pub(crate) fn new(len: usize) -> Result<Pin<KBox<Self>>> {
+        // INVARIANT: The list is empty.
+        let state = State {
+            buffer: Some(Buffer::new_spare(len)?),
+            first: None,
+            last: core::ptr::null_mut(),
+        };
+        let key: Pin<&'static LockClassKey> = kernel::static_lock_class!();
+        KBox::pin_init(
+            pin_init!(Self { state <- Lock::new(state, c"dm_overlaybd_spares", key) }),
+            GFP_KERNEL,
+        )
+    }
+
+    /// Gives the spare buffer to `io`, and `io` back; or keeps it until the buffer is here.
+    fn take_or_wait(&self, mut io: Io<T>) -> Option<Io<T>> {
+        let mut state = self.state.lock();
+        if let Some(buffer) = state.buffer.take() {
+            drop(state);
+            io.adopt(buffer);
+            return Some(io);
+        }
+        let frame = io.0.as_ptr();
+        if state.first.is_none() {
+            state.first = Some(io);
+        } else {
+            // SAFETY: The list isn't empty, so by the type invariant `last` is an I/O in it.
+            unsafe { (*state.last).next = Some(io) };
+        }
+        // INVARIANT: `io` is the end of the list now.
+        state.last = frame;
+        None
+    }
+
+    /// Takes the spare buffer back; the first that waits gets it, and goes on in a worker.
+    fn give_back(&self, buffer: Buffer) {
+        let mut state = self.state.lock();
+        let Some(mut io) = state.first.take() else {
+            state.buffer = Some(buffer);
+            return;
+        };
+        state.first = io.frame_mut().next.take();
+        drop(state);
+        io.adopt(buffer);
+        match io.frame_mut().step.take() {
+            Some(step) => io.defer(step),
+            // It always has one; dropped, it would end with an error.
+            None => drop(io),
+        }
+    }
+}

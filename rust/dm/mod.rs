@@ -1,0 +1,51 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! Safe abstractions over device-mapper.
+//!
+//! A target implements [`Target`]; a [`Registration`] makes it known. Then:
+//!
+//! ```text
+//! table line -> Target::new(Setup, Args)         process context, may sleep and allocate
+//! bio        -> Target::map(Bio) -> Mapped       never blocks; several at once
+//!                 Bio::remap                     device-mapper sends it on
+//!                 Bio::zero, refuse              ended
+//!                 Bio::begin -> Io               the target works on it:
+//!                   Io::attach -> read -> defer -> … -> Io::end
+//! ```
+//!
+//! Who has a [`Bio`] or an [`Io`] owns an I/O that hasn't ended. Each of their final methods takes
+//! it by value, so an I/O ends once; an [`Io`] that is dropped ends with an error.
+//!
+//! Devices belong to the table, not to the target, which names them by [`DeviceId`]: they cannot
+//! outlive the table. Device-mapper destroys a table only when no I/O of it is left, so a target
+//! outlives its I/O; [`Io::end`] takes the I/O with every reference to the target.
+//!
+//! C header: `include/linux/device-mapper.h`.
+
+mod args;
+mod bio;
+mod device;
+mod io;
+mod setup;
+mod status;
+mod target;
+
+pub(crate) use args::{blob_bytes, no_options, number, put_blob, Args};
+pub(crate) use bio::{Bio, Mapped};
+pub(crate) use device::{Device, DeviceId};
+pub(crate) use io::{Io, Spares};
+pub(crate) use setup::{DeviceName, Failure, Setup};
+pub(crate) use status::Emit;
+pub(crate) use target::{Deferred, Limits, Registration, Target};
+
+/// Whether a message may be printed now: no more than a few every few seconds.
+pub(crate) fn may_print() -> bool {
+    // SAFETY: Only touches a limiter of its own, under its lock.
+    unsafe { crate::sys::obd_ratelimit() }
+}
+
+/// Whether the current task was killed.
+pub(crate) fn fatal_signal_pending() -> bool {
+    // SAFETY: Looks at the current task only.
+    unsafe { crate::sys::obd_fatal_signal_pending() }
+}

@@ -1,0 +1,174 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! Making a target from a table line.
+
+use core::ptr::NonNull;
+
+use kernel::alloc::AllocError;
+use kernel::prelude::*;
+use kernel::sync::Arc;
+
+use super::{Device, DeviceId};
+use crate::format;
+use crate::sys;
+
+/// Why a table line is refused: one short phrase, and the error that the caller gets.
+#[derive(Clone, Copy)]
+pub(crate) struct Failure {
+    pub(super) phrase: &'static CStr,
+    pub(super) error: Error,
+}
+
+impl Failure {
+    /// Makes a failure.
+    pub(crate) const fn new(phrase: &'static CStr, error: Error) -> Self {
+        Self { phrase, error }
+    }
+}
+
+impl From<format::Error> for Failure {
+    fn from(error: format::Error) -> Self {
+        pr_err!(
+            "{}: {} at byte {}: found {}, expected {}\n",
+            error.fault.phrase().to_str().unwrap_or(""),
+            error.fault.field(),
+            error.offset,
+            error.found,
+            error.fault.expected()
+        );
+        Self::new(error.fault.phrase(), EINVAL)
+    }
+}
+
+impl From<Error> for Failure {
+    fn from(error: Error) -> Self {
+        if error == ENOMEM {
+            AllocError.into()
+        } else {
+            Self::new(c"Internal error", error)
+        }
+    }
+}
+
+impl From<AllocError> for Failure {
+    fn from(_: AllocError) -> Self {
+        Self::new(c"Cannot allocate memory", ENOMEM)
+    }
+}
+
+/// The number of a mapped device, as text.
+pub(crate) struct DeviceName([u8; 16]);
+
+impl DeviceName {
+    /// The number as `major:minor`.
+    pub(crate) fn as_str(&self) -> &str {
+        let end = self.0.iter().position(|&c| c == 0).unwrap_or(self.0.len());
+        let name = self.0.get(..end).unwrap_or(&[]);
+        core::str::from_utf8(name).unwrap_or("?")
+    }
+}
+
+/// A target in the making.
+///
+/// # Invariants
+///
+/// `target` is a target whose constructor is running.
+pub(crate) struct Setup<'a, C> {
+    pub(super) target: NonNull<sys::dm_target>,
+    pub(super) devices: KVec<Device>,
+    pub(super) context: &'a Arc<C>,
+}
+
+impl<'a, C> Setup<'a, C> {
+    /// What all targets of the type share.
+    pub(crate) fn context(&self) -> Arc<C> {
+        self.context.clone()
+    }
+
+    /// The name of the target type in the table line.
+    pub(crate) fn type_name(&self) -> &'static CStr {
+        // SAFETY: By the type invariant the target is valid, and so is its type.
+        let name = unsafe { (*(*self.target.as_ptr()).type_).name };
+        // SAFETY: A type's name is a static string.
+        unsafe { CStr::from_char_ptr(name) }
+    }
+
+    /// Length of the target in sectors.
+    pub(crate) fn len(&self) -> u64 {
+        // SAFETY: By the type invariant the target is valid.
+        unsafe { (*self.target.as_ptr()).len }
+    }
+
+    /// Number of the mapped device as `major:minor`, for messages.
+    pub(crate) fn device_name(&self) -> DeviceName {
+        let mut name = DeviceName([0; 16]);
+        // SAFETY: By the type invariant the target is valid, and so is its table.
+        let raw = unsafe { sys::dm_table_device_name((*self.target.as_ptr()).table) };
+        // SAFETY: A mapped device's name is a C string, which doesn't change.
+        let raw = unsafe { CStr::from_char_ptr(raw) }.to_bytes();
+        let len = raw.len().min(name.0.len());
+        if let (Some(to), Some(from)) = (name.0.get_mut(..len), raw.get(..len)) {
+            to.copy_from_slice(from);
+        }
+        name
+    }
+
+    /// Fails unless the table is being loaded read-only.
+    ///
+    /// # Errors
+    ///
+    /// [`EROFS`].
+    pub(crate) fn require_read_only(&self) -> Result<(), Failure> {
+        // SAFETY: By the type invariant the target is valid, and so is its table.
+        let mode = unsafe { sys::dm_table_get_mode((*self.target.as_ptr()).table) };
+        if mode & sys::OBD_BLK_OPEN_WRITE != 0 {
+            return Err(Failure::new(c"Device must be readonly", EROFS));
+        }
+        Ok(())
+    }
+
+    /// Opens the device with the path or number `path` for reading.
+    ///
+    /// # Errors
+    ///
+    /// What opening it fails with.
+    pub(crate) fn open(&mut self, path: &CStr) -> Result<DeviceId, Failure> {
+        let id = DeviceId(
+            u8::try_from(self.devices.len()).map_err(|_| Failure::new(c"Too many devices", E2BIG))?,
+        );
+        self.devices.reserve(1, GFP_KERNEL)?;
+        let mut dev = core::ptr::null_mut();
+        // SAFETY: By the type invariant the target's constructor is running.
+        let ret = unsafe {
+            sys::dm_get_device(
+                self.target.as_ptr(),
+                path.as_char_ptr(),
+                sys::OBD_BLK_OPEN_READ,
+                &mut dev,
+            )
+        };
+        let opened = kernel::error::to_result(ret).and(NonNull::new(dev).ok_or(ENODEV));
+        let dev = opened.map_err(|error| Failure::new(c"Device lookup failed", error))?;
+        // SAFETY: The device was just got for the target. All devices are dropped before the
+        // target is gone: when the constructor fails, or by the destructor.
+        let device = unsafe { Device::new(self.target, dev) };
+        self.devices.push(device, GFP_KERNEL)?;
+        Ok(id)
+    }
+
+    /// A device that was opened.
+    pub(crate) fn device(&self, id: DeviceId) -> Result<&Device, Failure> {
+        let device = self.devices.get(usize::from(id.0));
+        device.ok_or(Failure::new(c"Internal error", EINVAL))
+    }
+
+    /// Says that the target uses the first `bytes` bytes of a device only.
+    pub(crate) fn set_used(&mut self, id: DeviceId, bytes: u64) {
+        if let Some(device) = self.devices.get_mut(usize::from(id.0)) {
+            // Whole blocks, as device-mapper wants them; the device has these.
+            let block = u64::from(device.logical_block_size());
+            let sectors = bytes.next_multiple_of(block) / 512;
+            device.used = sectors.min(device.sectors());
+        }
+    }
+}

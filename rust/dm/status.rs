@@ -1,0 +1,72 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! Writing a target's status.
+
+use core::fmt::{self, Write};
+use core::marker::PhantomData;
+use core::ptr::NonNull;
+
+/// The buffer that a status is written to. What doesn't fit is cut, which device-mapper sees.
+///
+/// # Invariants
+///
+/// `start` is valid for writes of `size` bytes for `'a`, and `at` is below `size` or both are 0.
+pub(crate) struct Emit<'a> {
+    start: NonNull<u8>,
+    size: usize,
+    at: usize,
+    _buffer: PhantomData<&'a mut [u8]>,
+}
+
+impl Emit<'_> {
+    /// Wraps the buffer of a status function.
+    ///
+    /// # Safety
+    ///
+    /// `start` is valid for writes of `size` bytes as long as the result lives.
+    pub(super) unsafe fn new(start: NonNull<u8>, size: usize) -> Self {
+        let mut emit = Self {
+            start,
+            size,
+            at: 0,
+            _buffer: PhantomData,
+        };
+        emit.terminate();
+        emit
+    }
+
+    /// Appends formatted text.
+    pub(crate) fn put(&mut self, args: fmt::Arguments<'_>) {
+        // Cutting isn't an error here.
+        let _ = self.write_fmt(args);
+    }
+
+    /// Writes the final NUL.
+    fn terminate(&mut self) {
+        if self.at < self.size {
+            // SAFETY: By the type invariant, and checked above.
+            unsafe { self.start.as_ptr().add(self.at).write(0) };
+        }
+    }
+}
+
+impl Write for Emit<'_> {
+    fn write_str(&mut self, text: &str) -> fmt::Result {
+        // One byte is for the NUL.
+        let room = self.size.saturating_sub(self.at + 1);
+        let len = text.len().min(room);
+        if len > 0 {
+            // SAFETY: There is room for `len` bytes and the NUL, by the type invariant.
+            unsafe {
+                self.start
+                    .as_ptr()
+                    .add(self.at)
+                    .copy_from_nonoverlapping(text.as_ptr(), len)
+            };
+            // INVARIANT: `len` is at most `size - at - 1`.
+            self.at += len;
+        }
+        self.terminate();
+        Ok(())
+    }
+}

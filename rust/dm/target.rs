@@ -1,0 +1,339 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! Target types and targets.
+//!
+//! C header: `include/linux/device-mapper.h`.
+
+use core::marker::PhantomData;
+use core::ptr::NonNull;
+
+use kernel::error::to_result;
+use kernel::ffi;
+use kernel::prelude::*;
+use kernel::sync::Arc;
+use kernel::types::Opaque;
+
+use super::{Args, Bio, Device, DeviceId, Emit, Failure, Io, Mapped, Setup, Spares};
+use crate::block::WorkQueue;
+use crate::sys;
+
+/// A read-only target.
+pub(crate) trait Target: Send + Sync + Sized + 'static {
+    /// What all targets of the type share.
+    type Context: Send + Sync + 'static;
+
+    /// Version of the target type: what it accepts and shows.
+    const VERSION: [u32; 3];
+    /// Whether `map` and all below it may be called with `REQ_NOWAIT`.
+    const NOWAIT: bool = false;
+    /// Per-bio data in bytes: [`Deferred::FRAME_SIZE`] of a deferred target.
+    const PER_BIO_DATA: usize = 0;
+
+    /// Makes a target from the arguments of its table line.
+    ///
+    /// # Errors
+    ///
+    /// Why the line is refused.
+    fn new(setup: &mut Setup<'_, Self::Context>, args: Args<'_>) -> Result<Self, Failure>;
+
+    /// Maps a bio. Never blocks; runs on several CPUs at once.
+    fn map<'a>(&self, bio: Bio<'a, Self>) -> Mapped<'a>;
+
+    /// Writes the status: counters and state.
+    fn info(&self, out: &mut Emit<'_>);
+
+    /// Writes the arguments of the table line; `devices` are in the order in which they were
+    /// opened.
+    fn table(&self, devices: &[Device], out: &mut Emit<'_>);
+
+    /// Writes what is measured by IMA, as `,key=value`.
+    fn ima(&self, devices: &[Device], out: &mut Emit<'_>);
+
+    /// Adjusts the limits of the device.
+    fn limits(&self, limits: &mut Limits<'_>);
+}
+
+/// A target that works on bios after its map function has returned.
+pub(crate) trait Deferred: Target {
+    /// The target's own state of an I/O.
+    type Request: Send;
+
+    /// Bytes of per-bio data that its I/Os take.
+    const FRAME_SIZE: usize = Io::<Self>::FRAME_SIZE;
+
+    /// Its spare buffer.
+    fn spares(&self) -> &Spares<Self>;
+
+    /// Where its work runs: a queue that lives as long as the module.
+    fn workqueue(&self) -> &WorkQueue;
+}
+
+/// The limits of a device.
+pub(crate) struct Limits<'a>(&'a mut sys::queue_limits);
+
+impl Limits<'_> {
+    /// Reads of any number of sectors at any sector, whatever is below.
+    pub(crate) fn set_logical_block_size(&mut self, bytes: u32) {
+        self.0.logical_block_size = bytes;
+        self.0.dma_alignment = bytes - 1;
+    }
+
+    /// The sizes in bytes that reads are best made of: `block` the smallest, `optimal` a large
+    /// one.
+    pub(crate) fn set_preferred(&mut self, block: u32, optimal: u32) {
+        self.0.physical_block_size = block;
+        self.0.io_min = block;
+        self.0.io_opt = optimal;
+    }
+
+    /// Ends of I/O can't be polled for.
+    pub(crate) fn clear_poll(&mut self) {
+        self.0.features &= !sys::OBD_BLK_FEAT_POLL;
+    }
+}
+
+/// A target with its devices: what `ti->private` points to.
+pub(super) struct Live<T> {
+    // Dropped before the devices.
+    target: T,
+    devices: KVec<Device>,
+    begin: u64,
+}
+
+impl<T: Target> Live<T> {
+    pub(super) fn target(&self) -> &T {
+        &self.target
+    }
+
+    pub(super) fn device(&self, id: DeviceId) -> Option<&Device> {
+        self.devices.get(usize::from(id.0))
+    }
+
+    /// First sector of the target in its device.
+    pub(super) fn begin(&self) -> u64 {
+        self.begin
+    }
+}
+
+/// A target type that is known to device-mapper, until it is dropped.
+///
+/// # Invariants
+///
+/// `raw` is registered, and its constructors find this registration around it.
+#[pin_data(PinnedDrop)]
+pub(crate) struct Registration<T: Target> {
+    #[pin]
+    raw: Opaque<sys::target_type>,
+    context: Arc<T::Context>,
+    _target: PhantomData<T>,
+}
+
+// SAFETY: A registration is only made and dropped; the rest is device-mapper's.
+unsafe impl<T: Target> Send for Registration<T> {}
+// SAFETY: As above; the context may be shared.
+unsafe impl<T: Target> Sync for Registration<T> {}
+
+impl<T: Target> Registration<T> {
+    /// Registers target type `name`.
+    ///
+    /// # Errors
+    ///
+    /// [`EEXIST`] where the name is taken.
+    pub(crate) fn new(
+        name: &'static CStr,
+        module: &'static ThisModule,
+        context: Arc<T::Context>,
+    ) -> impl PinInit<Self, Error> {
+        try_pin_init!(Self {
+            context,
+            _target: PhantomData,
+            // INVARIANT: Registered here, in place.
+            raw <- Opaque::try_ffi_init(move |slot: *mut sys::target_type| {
+                // SAFETY: `slot` is memory for a target type.
+                unsafe { slot.write(Self::target_type(name, module)) };
+                // SAFETY: The type is complete, and pinned until it is unregistered.
+                to_result(unsafe { sys::dm_register_target(slot) })
+            }),
+        }? Error)
+    }
+
+    fn target_type(name: &'static CStr, module: &'static ThisModule) -> sys::target_type {
+        sys::target_type {
+            features: if T::NOWAIT {
+                u64::from(sys::DM_TARGET_NOWAIT)
+            } else {
+                0
+            },
+            name: name.as_char_ptr(),
+            module: module.as_ptr(),
+            version: T::VERSION,
+            ctr: Some(Self::ctr),
+            dtr: Some(Self::dtr),
+            map: Some(Self::map),
+            status: Some(Self::status),
+            iterate_devices: Some(Self::iterate_devices),
+            io_hints: Some(Self::io_hints),
+            ..Default::default()
+        }
+    }
+
+    /// # Safety
+    ///
+    /// Called by device-mapper: `ti` is a new target of this type, and `argv` its arguments.
+    unsafe extern "C" fn ctr(
+        ti: *mut sys::dm_target,
+        argc: ffi::c_uint,
+        argv: *mut *mut ffi::c_char,
+    ) -> ffi::c_int {
+        // SAFETY: The caller's promise; the target's type is the one in a registration.
+        match unsafe { Self::construct(ti, argc, argv) } {
+            Ok(()) => 0,
+            Err(failure) => {
+                // SAFETY: The target is valid. Device-mapper only reads the phrase.
+                unsafe { (*ti).error = failure.phrase.as_char_ptr().cast_mut() };
+                failure.error.to_errno()
+            }
+        }
+    }
+
+    /// # Safety
+    ///
+    /// As [`Registration::ctr`].
+    unsafe fn construct(
+        ti: *mut sys::dm_target,
+        argc: ffi::c_uint,
+        argv: *mut *mut ffi::c_char,
+    ) -> Result<(), Failure> {
+        // SAFETY: The target is valid, and so is its type.
+        let raw = unsafe { (*ti).type_ };
+        // SAFETY: By the type invariant there is a registration around the type, and
+        // device-mapper has a reference to the module that has it.
+        let registration = unsafe { &*kernel::container_of!(Opaque::cast_from(raw), Self, raw) };
+        let mut setup = Setup {
+            target: NonNull::new(ti).ok_or(EINVAL)?,
+            devices: KVec::new(),
+            context: &registration.context,
+        };
+        // SAFETY: The caller's promise.
+        let args = unsafe { Args::new(argc, argv) };
+        let target = T::new(&mut setup, args)?;
+        // SAFETY: The target is valid.
+        let begin = unsafe { (*ti).begin };
+        let live = Live {
+            target,
+            devices: setup.devices,
+            begin,
+        };
+        let live = KBox::into_raw(KBox::new(live, GFP_KERNEL)?);
+        // SAFETY: The target is valid, and in its constructor it is ours.
+        unsafe {
+            (*ti).private = live.cast();
+            (*ti).per_io_data_size = T::PER_BIO_DATA as u32;
+        }
+        Ok(())
+    }
+
+    /// # Safety
+    ///
+    /// Called by device-mapper for a target that `ctr` made, once, when no I/O of it is left.
+    unsafe extern "C" fn dtr(ti: *mut sys::dm_target) {
+        // SAFETY: `ctr` put the box there.
+        drop(unsafe { KBox::from_raw((*ti).private.cast::<Live<T>>()) });
+    }
+
+    /// # Safety
+    ///
+    /// Called by device-mapper for a target that `ctr` made and that isn't destroyed during `'a`.
+    unsafe fn live<'a>(ti: *mut sys::dm_target) -> &'a Live<T> {
+        // SAFETY: `ctr` put it there, and it is only shared until `dtr`.
+        unsafe { &*(*ti).private.cast() }
+    }
+
+    /// # Safety
+    ///
+    /// Called by device-mapper for a target that `ctr` made, with a clone of a bio for it.
+    unsafe extern "C" fn map(ti: *mut sys::dm_target, bio: *mut sys::bio) -> ffi::c_int {
+        // SAFETY: The caller's promise: the table is in use for the whole call.
+        let live = unsafe { Self::live(ti) };
+        // SAFETY: A bio is never at address 0.
+        let bio = unsafe { NonNull::new_unchecked(bio) };
+        // SAFETY: The caller's promise; the bio is ours until it is given back.
+        let bio = unsafe { Bio::new(bio, live) };
+        live.target.map(bio).code()
+    }
+
+    /// # Safety
+    ///
+    /// Called by device-mapper for a target that `ctr` made, with a buffer of `maxlen` bytes.
+    unsafe extern "C" fn status(
+        ti: *mut sys::dm_target,
+        status_type: sys::status_type_t,
+        _flags: ffi::c_uint,
+        result: *mut ffi::c_char,
+        maxlen: ffi::c_uint,
+    ) {
+        // SAFETY: The caller's promise.
+        let live = unsafe { Self::live(ti) };
+        let Some(result) = NonNull::new(result) else {
+            return;
+        };
+        // SAFETY: The caller's promise.
+        let mut out = unsafe { Emit::new(result.cast(), maxlen as usize) };
+        match status_type {
+            sys::status_type_t_STATUSTYPE_INFO => live.target.info(&mut out),
+            sys::status_type_t_STATUSTYPE_TABLE => live.target.table(&live.devices, &mut out),
+            sys::status_type_t_STATUSTYPE_IMA => {
+                // SAFETY: The target's type is valid, and its name a static string.
+                let name = unsafe { CStr::from_char_ptr((*(*ti).type_).name) };
+                let [major, minor, patch] = T::VERSION;
+                out.put(fmt!(
+                    "target_name={},target_version={major}.{minor}.{patch}",
+                    name.to_str().unwrap_or("-")
+                ));
+                live.target.ima(&live.devices, &mut out);
+                out.put(fmt!(";"));
+            }
+            _ => {}
+        }
+    }
+
+    /// # Safety
+    ///
+    /// Called by device-mapper for a target that `ctr` made, with a function to call.
+    unsafe extern "C" fn iterate_devices(
+        ti: *mut sys::dm_target,
+        callout: sys::iterate_devices_callout_fn,
+        data: *mut ffi::c_void,
+    ) -> ffi::c_int {
+        // SAFETY: The caller's promise.
+        let live = unsafe { Self::live(ti) };
+        let Some(callout) = callout else { return 0 };
+        for device in &live.devices {
+            // SAFETY: The caller's promise; the device is one of the target's.
+            let ret = unsafe { callout(ti, device.as_ptr(), 0, device.used, data) };
+            if ret != 0 {
+                return ret;
+            }
+        }
+        0
+    }
+
+    /// # Safety
+    ///
+    /// Called by device-mapper for a target that `ctr` made, with limits that are its to change.
+    unsafe extern "C" fn io_hints(ti: *mut sys::dm_target, limits: *mut sys::queue_limits) {
+        // SAFETY: The caller's promise.
+        let live = unsafe { Self::live(ti) };
+        // SAFETY: The caller's promise.
+        live.target.limits(&mut Limits(unsafe { &mut *limits }));
+    }
+}
+
+#[pinned_drop]
+impl<T: Target> PinnedDrop for Registration<T> {
+    fn drop(self: Pin<&mut Self>) {
+        // SAFETY: By the type invariant it is registered. No target of it is left: each has a
+        // reference to the module, which is being unloaded or failed to load.
+        unsafe { sys::dm_unregister_target(self.raw.get()) };
+    }
+}

@@ -1,0 +1,66 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! Device-mapper targets for OverlayBD images.
+//!
+//! Two read-only targets: `zfile` decompresses a ZFile, `lsmt` merges a stack of layers.
+//!
+//! ```text
+//! zfile, lsmt                targets: table lines and the path of a bio; no unsafe code
+//! dm, block, codec, format   abstractions over the kernel, and the formats (pure, no unsafe code)
+//! sys                        the C boundary: bindgen output and shims
+//! ```
+//!
+//! Design: `Documentation/design.rst`.
+
+use kernel::prelude::*;
+use kernel::sync::Arc;
+
+mod block;
+mod codec;
+mod dm;
+#[allow(dead_code, unreachable_pub, reason = "the tools use these files, too")]
+mod format;
+mod lsmt;
+mod sys;
+mod zfile;
+
+use dm::Registration;
+use lsmt::Lsmt;
+use zfile::Zfile;
+
+module! {
+    type: OverlayBd,
+    name: "dm_overlaybd",
+    authors: ["The dm-overlaybd developers"],
+    description: "Device-mapper targets for OverlayBD images",
+    license: "GPL",
+    alias: ["dm-zfile", "dm-lsmt", "dm-zfile_target", "dm-lsmt_target"],
+}
+
+/// The target types; the last two are the names that the 2023 prototype used.
+#[pin_data]
+struct OverlayBd {
+    #[pin]
+    zfile: Registration<Zfile>,
+    #[pin]
+    lsmt: Registration<Lsmt>,
+    #[pin]
+    zfile_target: Registration<Zfile>,
+    #[pin]
+    lsmt_target: Registration<Lsmt>,
+}
+
+impl kernel::InPlaceModule for OverlayBd {
+    fn init(module: &'static ThisModule) -> impl PinInit<Self, Error> {
+        pin_init::pin_init_scope(move || {
+            let shared = zfile::Shared::new()?;
+            let nothing = Arc::new((), GFP_KERNEL)?;
+            Ok(try_pin_init!(Self {
+                zfile <- Registration::new(c"zfile", module, shared.clone()),
+                lsmt <- Registration::new(c"lsmt", module, nothing.clone()),
+                zfile_target <- Registration::new(c"zfile_target", module, shared),
+                lsmt_target <- Registration::new(lsmt::LEGACY_NAME, module, nothing),
+            }? Error))
+        })
+    }
+}

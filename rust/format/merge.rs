@@ -1,0 +1,244 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! Merging the indexes of a stack of layers into one.
+//!
+//! Where layers overlap, the topmost one that has a segment wins; a zeroed segment hides what is
+//! below. What reads as zeros needs no segment in the result: only data is left in it.
+
+use core::ops::Deref;
+
+use super::lsmt::{Segment, MAX_END};
+use super::num::to_u64;
+use super::{Error, Fault, SECTOR_SIZE};
+
+/// Most layers in a stack.
+pub const MAX_LAYERS: usize = 255;
+/// Most segments in a merged index.
+pub const MAX_SEGMENTS: u64 = 128_000_000;
+
+/// Size in bytes of a stack of layers with the given virtual sizes, lowest first: that of the
+/// topmost one that has any.
+///
+/// # Errors
+///
+/// [`Fault::LsmtVirtualSize`] where none has.
+pub fn virtual_size(sizes: impl DoubleEndedIterator<Item = u64>) -> Result<u64, Error> {
+    sizes
+        .rev()
+        .find(|&size| size != 0)
+        .ok_or(Error::new(Fault::LsmtVirtualSize, 0, 0))
+}
+
+/// Sectors that a disk of `bytes` bytes has, the last one perhaps only in part.
+pub const fn sectors(bytes: u64) -> u64 {
+    bytes.div_ceil(SECTOR_SIZE)
+}
+
+/// An event: a segment of a layer begins or ends. Ordered by sector, then by layer.
+///
+/// Packed in one word, so that comparing two is one instruction: the sector takes 51 bits, the
+/// layer 8.
+#[derive(Clone, Copy, Default, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Event(u64);
+
+impl Event {
+    const LAYER_BITS: u32 = 8;
+
+    fn new(sector: u64, layer: u8) -> Self {
+        Self(sector << Self::LAYER_BITS | u64::from(layer))
+    }
+
+    fn sector(self) -> u64 {
+        self.0 >> Self::LAYER_BITS
+    }
+
+    fn layer(self) -> u8 {
+        (self.0 & 0xff) as u8
+    }
+}
+
+/// A set of layers.
+#[derive(Default)]
+struct LayerSet([u64; 4]);
+
+impl LayerSet {
+    fn toggle(&mut self, layer: u8) {
+        if let Some(word) = self.0.get_mut(usize::from(layer / 64)) {
+            *word ^= 1 << (layer % 64);
+        }
+    }
+
+    fn contains(&self, layer: u8) -> bool {
+        self.0
+            .get(usize::from(layer / 64))
+            .is_some_and(|word| word >> (layer % 64) & 1 != 0)
+    }
+
+    fn highest(&self) -> Option<u8> {
+        let word = self.0.iter().rposition(|&word| word != 0)?;
+        let bit = self.0.get(word)?.ilog2();
+        u8::try_from(word * 64 + bit as usize).ok()
+    }
+}
+
+/// Merges the segments of `layers`, lowest first, and hands those that hold data to `sink`, in
+/// ascending order and tagged with the number of their layer. Nothing at or above sector `limit`
+/// comes out.
+///
+/// Each layer's segments are in ascending order and don't overlap. `heap` and `cursors` are
+/// working memory with a slot for each layer. Takes time n · log(layers).
+///
+/// # Errors
+///
+/// [`Fault::LsmtLayerCount`], [`Fault::LsmtMergedCount`], and the first error of `sink`.
+pub fn merge<L, E>(
+    layers: &[L],
+    limit: u64,
+    heap: &mut [Event],
+    cursors: &mut [u32],
+    mut sink: impl FnMut(Segment) -> Result<(), E>,
+) -> Result<(), E>
+where
+    L: Deref<Target = [Segment]>,
+    E: From<Error>,
+{
+    let bad_count = Error::new(Fault::LsmtLayerCount, 0, to_u64(layers.len()));
+    if layers.is_empty() || layers.len() > MAX_LAYERS {
+        return Err(bad_count.into());
+    }
+    let cursors = cursors.get_mut(..layers.len()).ok_or(bad_count)?;
+    let heap = heap.get_mut(..layers.len()).ok_or(bad_count)?;
+    let segment = |layer: u8, cursor: u32| -> Option<Segment> {
+        layers
+            .get(usize::from(layer))?
+            .get(cursor as usize)
+            .copied()
+    };
+
+    cursors.fill(0);
+    let mut waiting = 0;
+    for (layer, _) in (0u8..).zip(layers) {
+        if let Some(first) = segment(layer, 0) {
+            *heap.get_mut(waiting).ok_or(bad_count)? = Event::new(first.offset(), layer);
+            waiting += 1;
+        }
+    }
+    let mut heap = heap.get_mut(..waiting).ok_or(bad_count)?;
+    // A sorted array is a heap.
+    heap.sort_unstable();
+
+    let mut open = LayerSet::default();
+    // The layer and the segment that show, and from where.
+    let mut top: Option<(u8, Segment)> = None;
+    let mut since = 0;
+    let mut count = 0;
+    while let Some(&event) = heap.first() {
+        let (layer, sector) = (event.layer(), event.sector());
+        let cursor = cursors.get_mut(usize::from(layer)).ok_or(bad_count)?;
+        let next = if open.contains(layer) {
+            *cursor += 1;
+            segment(layer, *cursor).map(|next| next.offset())
+        } else {
+            segment(layer, *cursor).map(|this| this.end())
+        };
+        open.toggle(layer);
+        heap = replace_first(heap, next.map(|sector| Event::new(sector, layer)));
+
+        // What is below the layer that shows doesn't matter.
+        if top.is_some_and(|(shown, _)| layer < shown) {
+            continue;
+        }
+        let end = sector.min(limit);
+        if let Some((tag, shown)) = top.filter(|(_, shown)| !shown.zeroed()) {
+            if let Some(part) = shown.part(since, end, tag) {
+                count += 1;
+                if count > MAX_SEGMENTS {
+                    return Err(Error::new(Fault::LsmtMergedCount, 0, count).into());
+                }
+                sink(part)?;
+            }
+        }
+        if sector >= limit {
+            break;
+        }
+        since = sector;
+        top = open.highest().and_then(|layer| {
+            let cursor = cursors.get(usize::from(layer))?;
+            Some((layer, segment(layer, *cursor)?))
+        });
+    }
+    Ok(())
+}
+
+/// Puts `event` in the place of the first one of `heap`, or removes that, and gives the heap.
+fn replace_first(heap: &mut [Event], event: Option<Event>) -> &mut [Event] {
+    let (heap, event) = match (event, heap.split_last_mut()) {
+        (Some(_), _) | (None, None) => (heap, event),
+        (None, Some(_)) => {
+            let last = heap.len() - 1;
+            let (rest, removed) = heap.split_at_mut(last);
+            (rest, removed.first().copied())
+        }
+    };
+    let Some(event) = event else {
+        return heap;
+    };
+    // Sift down: pull smaller children up until `event` fits.
+    let mut at = 0;
+    loop {
+        let left = 2 * at + 1;
+        let (child, &smaller) = match (heap.get(left), heap.get(left + 1)) {
+            (Some(a), Some(b)) if b < a => (left + 1, b),
+            (Some(a), _) => (left, a),
+            (None, _) => break,
+        };
+        match heap.get_mut(at) {
+            Some(slot) if smaller < event => *slot = smaller,
+            _ => break,
+        }
+        at = child;
+    }
+    if let Some(slot) = heap.get_mut(at) {
+        *slot = event;
+    }
+    heap
+}
+
+/// What a run of sectors of a merged disk reads.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Extent {
+    /// `len` sectors of layer `layer`, from `sector` of its LSMT file.
+    Data {
+        /// Number of the layer, 0 the lowest.
+        layer: u8,
+        /// First sector in the LSMT file.
+        sector: u64,
+        /// Sectors up to the end of the segment.
+        len: u64,
+    },
+    /// `len` sectors of zeros.
+    Zeros {
+        /// Sectors up to the next segment.
+        len: u64,
+    },
+}
+
+/// Looks sector `sector` up in a merged index.
+#[inline]
+pub fn lookup(merged: &[Segment], sector: u64) -> Extent {
+    let next = merged.partition_point(|segment| segment.offset() <= sector);
+    let (before, after) = merged.split_at(next);
+    match before.last() {
+        Some(segment) if sector < segment.end() => Extent::Data {
+            layer: segment.tag(),
+            sector: segment.moffset() + (sector - segment.offset()),
+            len: segment.end() - sector,
+        },
+        _ => Extent::Zeros {
+            len: after
+                .first()
+                .map_or(MAX_END, |next| next.offset())
+                .saturating_sub(sector),
+        },
+    }
+}

@@ -1,0 +1,67 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! The `lsmt` target: a stack of layers as one disk.
+//!
+//! ```text
+//! <start> <len> lsmt <#layers> {<dev> <blob bytes | ->}… [<#opt_params> <opt_params>…]
+//! ```
+//!
+//! The indexes of the layers are merged when the device is made. A read is looked up in the result
+//! and sent on; no lock, no memory and no worker is needed.
+
+mod table;
+
+use kernel::prelude::*;
+
+use crate::dm::{Bio, DeviceId, Mapped};
+use crate::format::lsmt::Segment;
+use crate::format::merge::{self, Extent};
+
+/// The name under which the lines of the 2023 prototype load: `lsmt_target {<dev> <bytes>}…`.
+pub(crate) const LEGACY_NAME: &CStr = c"lsmt_target";
+
+/// An `lsmt` target.
+pub(crate) struct Lsmt {
+    /// The merged index; data only, and `moffset` counts from the start of the device.
+    segments: KVVec<Segment>,
+    /// Size of the virtual disk in bytes.
+    size: u64,
+    /// The last sector, where the disk ends within it.
+    tail: Option<Tail>,
+    /// What the table line says of each layer.
+    blob_bytes: KVec<Option<u64>>,
+    /// Whether the line is in the form of `lsmt_target`.
+    legacy: bool,
+}
+
+/// A sector that is only in part within the disk; the rest reads as zeros.
+struct Tail {
+    sector: u64,
+    bytes: [u8; 512],
+}
+
+impl Lsmt {
+    /// Sends a read on.
+    fn map_read<'a>(&self, mut bio: Bio<'a, Self>) -> Mapped<'a> {
+        if !bio.is_read() {
+            return bio.refuse();
+        }
+        let sector = bio.sector();
+        if let Some(tail) = &self.tail {
+            if sector >= tail.sector {
+                return bio.fill(&tail.bytes);
+            }
+            bio.accept_partial(tail.sector - sector);
+        }
+        match merge::lookup(&self.segments, sector) {
+            Extent::Data { layer, sector, len } => {
+                bio.accept_partial(len);
+                bio.remap(DeviceId::nth(layer), sector)
+            }
+            Extent::Zeros { len } => {
+                bio.accept_partial(len);
+                bio.zero()
+            }
+        }
+    }
+}

@@ -1,0 +1,198 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! The table line of an `lsmt` target, and its status.
+
+use kernel::prelude::*;
+
+use super::{Lsmt, Tail};
+use crate::block::MetaReader;
+use crate::dm::{self, Args, Bio, Device, DeviceId, Emit, Failure, Limits, Mapped, Setup};
+use crate::format::lsmt::{Layer, Segment};
+use crate::format::merge::{self, Event, Extent, MAX_LAYERS};
+use crate::format::num::to_u64;
+use crate::format::{tar, Blob, Error as FormatError, Fault, Window, SECTOR_SIZE};
+
+/// A layer while the device is being made.
+struct Opened {
+    virtual_size: u64,
+    segments: KVVec<Segment>,
+}
+
+impl core::ops::Deref for Opened {
+    type Target = [Segment];
+
+    fn deref(&self) -> &[Segment] {
+        &self.segments
+    }
+}
+
+impl dm::Target for Lsmt {
+    type Context = ();
+
+    const VERSION: [u32; 3] = [1, 0, 0];
+    const NOWAIT: bool = true;
+
+    fn new(setup: &mut Setup<'_, ()>, mut args: Args<'_>) -> Result<Self, Failure> {
+        setup.require_read_only()?;
+        let legacy = setup.type_name() == super::LEGACY_NAME;
+        let count = if legacy {
+            args.len().div_ceil(2)
+        } else {
+            let count = args.required(c"Missing number of layers")?;
+            dm::number(count).map_or(0, |count| count.try_into().unwrap_or(usize::MAX))
+        };
+        if count == 0 || count > MAX_LAYERS {
+            return Err(FormatError::new(Fault::LsmtLayerCount, 0, to_u64(count)).into());
+        }
+
+        let mut blob_bytes = KVec::with_capacity(count, GFP_KERNEL)?;
+        let mut layers = KVec::with_capacity(count, GFP_KERNEL)?;
+        for _ in 0..count {
+            let path = args.required(c"Missing device")?;
+            let bytes = dm::blob_bytes(&mut args)?;
+            let device = setup.open(path)?;
+            blob_bytes.push(bytes, GFP_KERNEL)?;
+            layers.push(open_layer(setup, device, bytes)?, GFP_KERNEL)?;
+        }
+        if !legacy {
+            dm::no_options(&mut args)?;
+        }
+
+        let size = merge::virtual_size(layers.iter().map(|layer| layer.virtual_size))?;
+        if setup.len() > merge::sectors(size) {
+            return Err(Failure::new(c"Device is larger than its image", EINVAL));
+        }
+        let segments = merge_layers(&layers, merge::sectors(size))?;
+        check_alignment(setup, &segments, count)?;
+        Ok(Self {
+            tail: read_tail(setup, &segments, size)?,
+            segments,
+            size,
+            blob_bytes,
+            legacy,
+        })
+    }
+
+    fn map<'a>(&self, bio: Bio<'a, Self>) -> Mapped<'a> {
+        self.map_read(bio)
+    }
+
+    fn info(&self, out: &mut Emit<'_>) {
+        out.put(fmt!(
+            "{} {} {} {}",
+            self.blob_bytes.len(),
+            self.segments.len(),
+            self.size,
+            self.segments.capacity() * size_of::<Segment>(),
+        ));
+    }
+
+    fn table(&self, devices: &[Device], out: &mut Emit<'_>) {
+        if !self.legacy {
+            out.put(fmt!("{} ", self.blob_bytes.len()));
+        }
+        for (nth, (device, &bytes)) in devices.iter().zip(&self.blob_bytes).enumerate() {
+            if nth > 0 {
+                out.put(fmt!(" "));
+            }
+            dm::put_blob(out, device, bytes);
+        }
+    }
+
+    fn ima(&self, devices: &[Device], out: &mut Emit<'_>) {
+        out.put(fmt!(",layers={},size={}", devices.len(), self.size));
+        for (nth, device) in devices.iter().enumerate() {
+            out.put(fmt!(",device_{nth}={}", device.name()));
+        }
+    }
+
+    fn limits(&self, _limits: &mut Limits<'_>) {
+        // Reads go to the devices as they are: their limits are the right ones.
+    }
+}
+
+/// Reads a layer's index. Its `moffset`s come out as sectors of the device.
+fn open_layer(
+    setup: &mut Setup<'_, ()>,
+    device: DeviceId,
+    bytes: Option<u64>,
+) -> Result<Opened, Failure> {
+    let blob = MetaReader::new(setup.device(device)?, bytes)?;
+    let payload = tar::payload(&blob)?.unwrap_or(tar::Payload {
+        start: 0,
+        len: blob.size(),
+    });
+    let file = Window::new(&blob, payload.start, payload.len)?;
+    let layer = Layer::read(&file)?;
+    let mut segments = KVVec::new();
+    let start = payload.start / SECTOR_SIZE;
+    layer.read_index(&file, |segment| {
+        let segment = segment
+            .shifted(start)
+            .ok_or(Failure::new(c"LSMT entry maps outside of the data", EINVAL))?;
+        Ok(segments.push(segment, GFP_KERNEL)?)
+    })?;
+    setup.set_used(device, payload.start + payload.len);
+    Ok(Opened {
+        virtual_size: layer.virtual_size(),
+        segments,
+    })
+}
+
+/// Merges the layers' segments below sector `limit`.
+fn merge_layers(layers: &[Opened], limit: u64) -> Result<KVVec<Segment>, Failure> {
+    let mut heap = KVec::from_elem(Event::default(), layers.len(), GFP_KERNEL)?;
+    let mut cursors = KVec::from_elem(0, layers.len(), GFP_KERNEL)?;
+    let mut merged = KVVec::new();
+    merge::merge(layers, limit, &mut heap, &mut cursors, |segment| {
+        merged.push(segment, GFP_KERNEL).map_err(Failure::from)
+    })?;
+    merged.shrink_to(0, GFP_KERNEL)?;
+    Ok(merged)
+}
+
+/// Checks that reads of whole blocks stay reads of whole blocks when they are sent on.
+fn check_alignment(
+    setup: &Setup<'_, ()>,
+    segments: &[Segment],
+    layers: usize,
+) -> Result<(), Failure> {
+    let mut block = SECTOR_SIZE;
+    for nth in 0..layers {
+        let id = DeviceId::nth(u8::try_from(nth).map_err(|_| EINVAL)?);
+        block = block.max(setup.device(id)?.logical_block_size().into());
+    }
+    let mask = block / SECTOR_SIZE - 1;
+    let all = segments.iter().fold(0, |all, segment| {
+        all | segment.offset() | segment.length() | segment.moffset()
+    });
+    if all & mask != 0 {
+        return Err(Failure::new(
+            c"Layers are not aligned to the blocks of their devices",
+            EINVAL,
+        ));
+    }
+    Ok(())
+}
+
+/// Reads the last sector, where the disk of `size` bytes ends within it.
+fn read_tail(
+    setup: &Setup<'_, ()>,
+    segments: &[Segment],
+    size: u64,
+) -> Result<Option<Tail>, Failure> {
+    let (sector, inside) = (size / SECTOR_SIZE, size % SECTOR_SIZE);
+    if inside == 0 {
+        return Ok(None);
+    }
+    let mut bytes = [0; 512];
+    if let Extent::Data {
+        layer, sector: at, ..
+    } = merge::lookup(segments, sector)
+    {
+        let blob = MetaReader::new(setup.device(DeviceId::nth(layer))?, None)?;
+        let (inside, _) = bytes.split_at_mut(inside as usize);
+        blob.read_at(at * SECTOR_SIZE, inside)?;
+    }
+    Ok(Some(Tail { sector, bytes }))
+}

@@ -1,0 +1,108 @@
+// SPDX-License-Identifier: GPL-2.0
+/*
+ * Shims for inline functions and macros, see include/dm_overlaybd.h.
+ */
+#include <linux/ratelimit.h>
+#include <linux/sched/signal.h>
+
+#include "dm_overlaybd.h"
+
+sector_t obd_bdev_nr_sectors(struct block_device *bdev)
+{
+	return bdev_nr_sectors(bdev);
+}
+
+unsigned int obd_bdev_logical_block_size(struct block_device *bdev)
+{
+	return bdev_logical_block_size(bdev);
+}
+
+void obd_bio_set_dev(struct bio *bio, struct block_device *bdev)
+{
+	bio_set_dev(bio, bdev);
+}
+
+void *obd_bvec_virt(struct bio_vec *bvec)
+{
+	return bvec_virt(bvec);
+}
+
+struct bio_vec obd_mp_bvec_iter_bvec(struct bio_vec *vec,
+				     struct bvec_iter *iter)
+{
+	return mp_bvec_iter_bvec(vec, *iter);
+}
+
+void obd_bio_advance_iter(struct bio *bio, struct bvec_iter *iter,
+			  unsigned int bytes)
+{
+	bio_advance_iter(bio, iter, bytes);
+}
+
+void obd_bio_add_virt(struct bio *bio, void *addr, unsigned int len)
+{
+	bio_add_virt_nofail(bio, addr, len);
+}
+
+void obd_flush_dcache_bio(struct bio *bio)
+{
+#if ARCH_IMPLEMENTS_FLUSH_DCACHE_PAGE
+	struct bvec_iter iter;
+	struct bio_vec bvec;
+
+	bio_for_each_segment(bvec, bio, iter)
+		flush_dcache_page(bvec.bv_page);
+#endif
+}
+
+bool obd_in_interrupt_off(void)
+{
+	return in_hardirq() || irqs_disabled();
+}
+
+bool obd_fatal_signal_pending(void)
+{
+	return fatal_signal_pending(current);
+}
+
+void obd_spin_lock_init(spinlock_t *lock, const char *name,
+			struct lock_class_key *key)
+{
+#ifdef CONFIG_DEBUG_SPINLOCK
+	__raw_spin_lock_init(spinlock_check(lock), name, key, LD_WAIT_CONFIG);
+#else
+	spin_lock_init(lock);
+#endif
+}
+
+unsigned long obd_spin_lock_irqsave(spinlock_t *lock)
+{
+	unsigned long flags;
+
+	spin_lock_irqsave(lock, flags);
+	return flags;
+}
+
+void obd_spin_unlock_irqrestore(spinlock_t *lock, unsigned long flags)
+{
+	spin_unlock_irqrestore(lock, flags);
+}
+
+void obd_init_work(struct work_struct *work, work_func_t func)
+{
+	INIT_WORK(work, func);
+}
+
+struct workqueue_struct *obd_alloc_workqueue(const char *name,
+					     unsigned int flags)
+{
+	return alloc_workqueue("%s", flags, 0, name);
+}
+
+bool obd_ratelimit(void)
+{
+	static DEFINE_RATELIMIT_STATE(state, DEFAULT_RATELIMIT_INTERVAL,
+				      DEFAULT_RATELIMIT_BURST);
+
+	return __ratelimit(&state);
+}

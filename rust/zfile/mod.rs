@@ -1,0 +1,105 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! The `zfile` target: a compressed file as a disk.
+//!
+//! ```text
+//! <start> <len> zfile <dev> <blob bytes | -> [<#opt_params> <opt_params>…]
+//! ```
+//!
+//! - [`table`]: the table line and the status.
+//! - [`io`]: the path of a read.
+
+mod io;
+mod table;
+
+use kernel::prelude::*;
+use kernel::sync::atomic::{Atomic, Relaxed};
+use kernel::sync::Arc;
+
+use crate::block::WorkQueue;
+use crate::codec::Contexts;
+use crate::dm;
+use crate::format::zfile::{Algorithm, Geometry, JumpTable};
+
+/// What all `zfile` targets share.
+#[pin_data]
+pub(crate) struct Shared {
+    workqueue: WorkQueue,
+    #[pin]
+    lz4: Contexts,
+    #[pin]
+    zstd: Contexts,
+}
+
+impl Shared {
+    /// Makes the workqueue; contexts come with the first device.
+    ///
+    /// # Errors
+    ///
+    /// [`ENOMEM`].
+    pub(crate) fn new() -> Result<Arc<Self>> {
+        Arc::pin_init(
+            try_pin_init!(Self {
+                workqueue: WorkQueue::new(c"overlaybd")?,
+                lz4 <- Contexts::new(Algorithm::Lz4),
+                zstd <- Contexts::new(Algorithm::Zstd),
+            }),
+            GFP_KERNEL,
+        )
+    }
+
+    fn contexts(&self, algorithm: Algorithm) -> &Contexts {
+        match algorithm {
+            Algorithm::Lz4 => &self.lz4,
+            Algorithm::Zstd => &self.zstd,
+        }
+    }
+}
+
+/// A `zfile` target.
+pub(crate) struct Zfile {
+    shared: Arc<Shared>,
+    geometry: Geometry,
+    table: JumpTable<KVVec<u64>, KVVec<u16>>,
+    /// Where the ZFile starts on its device, in bytes: behind a tar header, or at 0.
+    start: u64,
+    /// Bytes in a block of its device.
+    device_block: u64,
+    /// Bytes of the blob, where the table line tells.
+    blob_bytes: Option<u64>,
+    /// The mapped device, for messages.
+    name: dm::DeviceName,
+    spares: Pin<KBox<dm::Spares<Zfile>>>,
+    stats: Stats,
+}
+
+/// What the status shows.
+struct Stats {
+    /// Reads of the lower device.
+    reads: Atomic<u64>,
+    /// Bytes that they asked for.
+    read_bytes: Atomic<u64>,
+    /// Blocks that were decompressed.
+    blocks: Atomic<u64>,
+    /// Reads that the lower device failed.
+    read_errors: Atomic<u64>,
+    /// Blocks that were found corrupt.
+    corrupt: Atomic<u64>,
+}
+
+impl Stats {
+    fn new() -> Self {
+        Self {
+            reads: Atomic::new(0),
+            read_bytes: Atomic::new(0),
+            blocks: Atomic::new(0),
+            read_errors: Atomic::new(0),
+            corrupt: Atomic::new(0),
+        }
+    }
+}
+
+/// Adds to a counter.
+fn count(counter: &Atomic<u64>, n: u64) {
+    counter.fetch_add(n, Relaxed);
+}

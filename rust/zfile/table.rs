@@ -1,0 +1,125 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! The table line of a `zfile` target, and its status.
+
+use kernel::prelude::*;
+use kernel::sync::atomic::Relaxed;
+
+use super::{io, Shared, Stats, Zfile};
+use crate::block::{MetaReader, WorkQueue};
+use crate::codec::crc32c;
+use crate::dm::{self, Args, Bio, Deferred, Device, Emit, Failure, Limits, Mapped, Setup};
+use crate::format::zfile::{Geometry, JumpTable};
+use crate::format::{merge, tar, Blob, Error as FormatError, Fault, Window};
+
+impl dm::Target for Zfile {
+    type Context = Shared;
+
+    const VERSION: [u32; 3] = [1, 0, 0];
+    const PER_BIO_DATA: usize = <Self as Deferred>::FRAME_SIZE;
+
+    fn new(setup: &mut Setup<'_, Shared>, mut args: Args<'_>) -> Result<Self, Failure> {
+        setup.require_read_only()?;
+        let path = args.required(c"Missing device")?;
+        let blob_bytes = dm::blob_bytes(&mut args)?;
+        dm::no_options(&mut args)?;
+
+        let device = setup.open(path)?;
+        let blob = MetaReader::new(setup.device(device)?, blob_bytes)?;
+        let payload = tar::payload(&blob)?.unwrap_or(tar::Payload {
+            start: 0,
+            len: blob.size(),
+        });
+        let file = Window::new(&blob, payload.start, payload.len)?;
+        let geometry = Geometry::read(&file, crc32c)?
+            .ok_or(FormatError::new(Fault::ZfileMagic, 0, 0))?;
+        if setup.len() > merge::sectors(geometry.size()) {
+            return Err(Failure::new(c"Device is larger than its image", EINVAL));
+        }
+
+        let shape = geometry.table_shape();
+        let mut bases = KVVec::zeroed(shape.bases, GFP_KERNEL)?;
+        let mut deltas = KVVec::zeroed(shape.deltas, GFP_KERNEL)?;
+        geometry.read_index(&file, crc32c, &mut bases, &mut deltas)?;
+
+        let device_block = u64::from(setup.device(device)?.logical_block_size());
+        setup.set_used(device, payload.start + payload.len);
+        let shared = setup.context();
+        let contexts = shared.contexts(geometry.algorithm());
+        contexts.provide(kernel::cpu::nr_cpu_ids() as usize)?;
+        Ok(Self {
+            shared,
+            geometry,
+            table: JumpTable::new(&geometry, bases, deltas),
+            start: payload.start,
+            device_block,
+            blob_bytes,
+            name: setup.device_name(),
+            spares: dm::Spares::new(io::spare_len(&geometry, device_block))?,
+            stats: Stats::new(),
+        })
+    }
+
+    fn map<'a>(&self, bio: Bio<'a, Self>) -> Mapped<'a> {
+        self.map_read(bio)
+    }
+
+    fn info(&self, out: &mut Emit<'_>) {
+        let (geometry, stats) = (&self.geometry, &self.stats);
+        let corrupt = stats.corrupt.load(Relaxed);
+        let state = if corrupt == 0 { 'V' } else { 'C' };
+        out.put(fmt!(
+            "{} {} {} {} {} {} {} {} {} {}",
+            state,
+            geometry.algorithm().name(),
+            geometry.block_size(),
+            geometry.blocks(),
+            self.table.memory(),
+            stats.reads.load(Relaxed),
+            stats.read_bytes.load(Relaxed),
+            stats.blocks.load(Relaxed),
+            stats.read_errors.load(Relaxed),
+            corrupt,
+        ));
+    }
+
+    fn table(&self, devices: &[Device], out: &mut Emit<'_>) {
+        if let Some(device) = devices.first() {
+            dm::put_blob(out, device, self.blob_bytes);
+        }
+    }
+
+    fn ima(&self, devices: &[Device], out: &mut Emit<'_>) {
+        if let Some(device) = devices.first() {
+            out.put(fmt!(",device={}", device.name()));
+        }
+        let crc = if self.geometry.has_crc() { 'y' } else { 'n' };
+        out.put(fmt!(
+            ",algorithm={},block_size={},blocks={},size={},crc={}",
+            self.geometry.algorithm().name(),
+            self.geometry.block_size(),
+            self.geometry.blocks(),
+            self.geometry.size(),
+            crc,
+        ));
+    }
+
+    fn limits(&self, limits: &mut Limits<'_>) {
+        // Blocks are bounced where a read wants a part of one, so any sector will do.
+        limits.set_logical_block_size(512);
+        limits.set_preferred(self.geometry.block_size(), io::MAX_REQUEST);
+        limits.clear_poll();
+    }
+}
+
+impl Deferred for Zfile {
+    type Request = io::Request;
+
+    fn spares(&self) -> &dm::Spares<Self> {
+        &self.spares
+    }
+
+    fn workqueue(&self) -> &WorkQueue {
+        &self.shared.workqueue
+    }
+}
