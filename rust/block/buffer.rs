@@ -39,6 +39,11 @@ struct Spare {
     vecs: KVec<sys::bio_vec>,
 }
 
+// SAFETY: The vector only names pages of `memory`, which may be sent.
+unsafe impl Send for Spare {}
+// SAFETY: As above; nothing is changed through a shared reference.
+unsafe impl Sync for Spare {}
+
 impl Buffer {
     /// Allocates `len` bytes without waiting; `None` where memory is short.
     pub(crate) fn try_new(len: usize) -> Option<Self> {

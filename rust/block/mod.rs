@@ -7,6 +7,7 @@
 //! - [`Buffer`]: memory for a lower read.
 //! - [`Lock`]: a spinlock that interrupt handlers may take.
 //! - [`MetaReader`]: a part of a block device, read in process context.
+//! - [`Shrinker`]: a cache that the kernel can make smaller.
 //! - [`WorkQueue`]: a workqueue of our own.
 //!
 //! C headers: `include/linux/bio.h`, `include/linux/blk_types.h`.
@@ -15,6 +16,7 @@ mod buffer;
 mod lock;
 mod meta;
 mod pages;
+mod shrinker;
 mod status;
 mod workqueue;
 
@@ -22,5 +24,12 @@ pub(crate) use buffer::Buffer;
 pub(crate) use lock::Lock;
 pub(crate) use meta::MetaReader;
 pub(crate) use pages::{Dest, Pages};
+pub(crate) use shrinker::{Shrink, Shrinker};
 pub(crate) use status::Status;
 pub(crate) use workqueue::WorkQueue;
+
+/// Whether interrupts are off, so that what takes longer is better left to a worker.
+pub(crate) fn interrupts_off() -> bool {
+    // SAFETY: Only looks at the state of this CPU.
+    unsafe { crate::sys::obd_in_interrupt_off() }
+}

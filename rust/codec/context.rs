@@ -142,9 +142,9 @@ pub(crate) struct Borrowed<'a> {
 }
 
 impl Borrowed<'_> {
-    /// The context.
-    pub(crate) fn get(&mut self) -> Result<&mut Context, Corrupt> {
-        self.context.as_deref_mut().ok_or(Corrupt)
+    /// The context; it is there until this is dropped.
+    pub(crate) fn get(&mut self) -> Option<&mut Context> {
+        self.context.as_deref_mut()
     }
 }
 

@@ -10,7 +10,22 @@ mod zstd;
 
 pub(crate) use context::{Context, Contexts};
 
+use crate::block::Dest;
+use crate::format::zfile::Algorithm;
 use crate::sys;
+
+/// Decompresses `stored`, which must fill `dest` exactly, without working memory and so in any
+/// context; `None` where the algorithm needs that.
+pub(crate) fn decompress_at_once(
+    algorithm: Algorithm,
+    stored: &[u8],
+    dest: &Dest<'_>,
+) -> Option<Result<(), Corrupt>> {
+    match algorithm {
+        Algorithm::Lz4 => Some(lz4::decompress(stored, dest)),
+        Algorithm::Zstd => None,
+    }
+}
 
 /// CRC-32C continued from `seed`, without inversion at either end.
 pub(crate) fn crc32c(seed: u32, data: &[u8]) -> u32 {

@@ -74,19 +74,23 @@ pub(crate) fn blob_bytes(args: &mut Args<'_>) -> Result<Option<u64>, Failure> {
     }
 }
 
-/// Takes `[<#opt_params> <opt_params>…]`, of which there are none yet.
-pub(crate) fn no_options(args: &mut Args<'_>) -> Result<(), Failure> {
+/// Takes `[<#opt_params>`; what is left then are the optional parameters, as many as it says.
+pub(crate) fn option_count(args: &mut Args<'_>) -> Result<(), Failure> {
     let Some(count) = args.next() else {
         return Ok(());
     };
-    match number(count) {
-        Some(0) if args.len() == 0 => Ok(()),
-        Some(count) if count == args.len() as u64 => {
-            Err(Failure::new(c"Unrecognized optional argument", EINVAL))
-        }
-        _ => Err(Failure::new(c"Invalid number of optional arguments", EINVAL)),
+    if number(count) == Some(args.len() as u64) {
+        Ok(())
+    } else {
+        Err(Failure::new(
+            c"Invalid number of optional arguments",
+            EINVAL,
+        ))
     }
 }
+
+/// What a target says of an optional parameter that it doesn't know.
+pub(crate) const UNKNOWN_OPTION: Failure = Failure::new(c"Unrecognized optional argument", EINVAL);
 
 /// Writes `<dev> <blob bytes | ->`.
 pub(crate) fn put_blob(out: &mut Emit<'_>, device: &Device, bytes: Option<u64>) {

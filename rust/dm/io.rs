@@ -127,6 +127,11 @@ impl<T: Deferred> Io<T> {
         &self.frame().request
     }
 
+    /// The target's own state of the I/O, to change.
+    pub(crate) fn request_mut(&mut self) -> &mut T::Request {
+        &mut self.frame_mut().request
+    }
+
     /// What the lower read gave.
     pub(crate) fn data(&self) -> &[u8] {
         self.frame().buffer.as_ref().map_or(&[], Buffer::bytes)
@@ -306,6 +311,66 @@ impl<T: Deferred> Drop for Io<T> {
     }
 }
 
+/// A queue of I/Os, first in, first out. Dropped, they end with an error.
+///
+/// # Invariants
+///
+/// `first` starts a list of I/Os, linked by `next`; where it isn't empty, `last` is its end.
+pub(crate) struct IoQueue<T: Deferred> {
+    first: Option<Io<T>>,
+    last: *mut Frame<T>,
+}
+
+// SAFETY: The I/Os may be sent; `last` is one of them.
+unsafe impl<T: Deferred> Send for IoQueue<T> {}
+
+impl<T: Deferred> IoQueue<T> {
+    /// An empty queue.
+    pub(crate) const fn new() -> Self {
+        // INVARIANT: The list is empty.
+        Self {
+            first: None,
+            last: core::ptr::null_mut(),
+        }
+    }
+
+    /// Puts `io` at the end.
+    pub(crate) fn push(&mut self, io: Io<T>) {
+        let frame = io.0.as_ptr();
+        if self.first.is_none() {
+            self.first = Some(io);
+        } else {
+            // SAFETY: The list isn't empty, so by the type invariant `last` is an I/O in it, which
+            // the list owns.
+            unsafe { (*self.last).next = Some(io) };
+        }
+        // INVARIANT: `io` is the end of the list now.
+        self.last = frame;
+    }
+
+    /// Takes the first one.
+    pub(crate) fn pop(&mut self) -> Option<Io<T>> {
+        let mut io = self.first.take()?;
+        self.first = io.frame_mut().next.take();
+        Some(io)
+    }
+}
+
+impl<T: Deferred> Default for IoQueue<T> {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
+impl<T: Deferred> Drop for IoQueue<T> {
+    fn drop(&mut self) {
+        // One by one: the list may be long, and the stack is short.
+        while let Some(io) = self.pop() {
+            drop(io);
+        }
+    }
+}
+
 /// A device's spare buffer, and the I/Os that wait for it.
 #[pin_data]
 pub(crate) struct Spares<T: Deferred> {
@@ -315,16 +380,11 @@ pub(crate) struct Spares<T: Deferred> {
 
 /// # Invariants
 ///
-/// `first` starts a list of I/Os, linked by `next`; if it isn't empty, `last` is its end, and the
-/// spare buffer is out.
+/// While I/Os wait, the spare buffer is out.
 struct State<T: Deferred> {
     buffer: Option<Buffer>,
-    first: Option<Io<T>>,
-    last: *mut Frame<T>,
+    waiting: IoQueue<T>,
 }
-
-// SAFETY: The list and the buffer may be sent; `last` points into the list.
-unsafe impl<T: Deferred> Send for State<T> {}
 
 impl<T: Deferred> Spares<T> {
     /// Allocates a spare buffer of `len` bytes.
@@ -333,11 +393,10 @@ impl<T: Deferred> Spares<T> {
     ///
     /// [`ENOMEM`].
     pub(crate) fn new(len: usize) -> Result<Pin<KBox<Self>>> {
-        // INVARIANT: The list is empty.
+        // INVARIANT: Nobody waits.
         let state = State {
             buffer: Some(Buffer::new_spare(len)?),
-            first: None,
-            last: core::ptr::null_mut(),
+            waiting: IoQueue::new(),
         };
         let key: Pin<&'static LockClassKey> = kernel::static_lock_class!();
         KBox::pin_init(
@@ -354,26 +413,19 @@ impl<T: Deferred> Spares<T> {
             io.adopt(buffer);
             return Some(io);
         }
-        let frame = io.0.as_ptr();
-        if state.first.is_none() {
-            state.first = Some(io);
-        } else {
-            // SAFETY: The list isn't empty, so by the type invariant `last` is an I/O in it.
-            unsafe { (*state.last).next = Some(io) };
-        }
-        // INVARIANT: `io` is the end of the list now.
-        state.last = frame;
+        // INVARIANT: The buffer is out.
+        state.waiting.push(io);
         None
     }
 
     /// Takes the spare buffer back; the first that waits gets it, and goes on in a worker.
     fn give_back(&self, buffer: Buffer) {
         let mut state = self.state.lock();
-        let Some(mut io) = state.first.take() else {
+        let Some(mut io) = state.waiting.pop() else {
+            // INVARIANT: Nobody waits.
             state.buffer = Some(buffer);
             return;
         };
-        state.first = io.frame_mut().next.take();
         drop(state);
         io.adopt(buffer);
         match io.frame_mut().step.take() {

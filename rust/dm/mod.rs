@@ -30,10 +30,10 @@ mod setup;
 mod status;
 mod target;
 
-pub(crate) use args::{blob_bytes, no_options, number, put_blob, Args};
+pub(crate) use args::{blob_bytes, number, option_count, put_blob, Args, UNKNOWN_OPTION};
 pub(crate) use bio::{Bio, Mapped};
 pub(crate) use device::{Device, DeviceId};
-pub(crate) use io::{Io, Spares};
+pub(crate) use io::{Io, IoQueue, Spares};
 pub(crate) use setup::{DeviceName, Failure, Setup};
 pub(crate) use status::Emit;
 pub(crate) use target::{Deferred, Limits, Registration, Target};

@@ -117,15 +117,19 @@ where
 
     cursors.fill(0);
     let mut waiting = 0;
-    for (layer, _) in (0u8..).zip(layers) {
+    // The counter goes last: it is not asked for a number behind the last layer's.
+    for (_, layer) in layers.iter().zip(0u8..) {
         if let Some(first) = segment(layer, 0) {
             *heap.get_mut(waiting).ok_or(bad_count)? = Event::new(first.offset(), layer);
             waiting += 1;
         }
     }
     let mut heap = heap.get_mut(..waiting).ok_or(bad_count)?;
-    // A sorted array is a heap.
-    heap.sort_unstable();
+    for at in (0..waiting / 2).rev() {
+        if let Some(&event) = heap.get(at) {
+            sift_down(heap, at, event);
+        }
+    }
 
     let mut open = LayerSet::default();
     // The layer and the segment that show, and from where.
@@ -183,8 +187,12 @@ fn replace_first(heap: &mut [Event], event: Option<Event>) -> &mut [Event] {
     let Some(event) = event else {
         return heap;
     };
-    // Sift down: pull smaller children up until `event` fits.
-    let mut at = 0;
+    sift_down(heap, 0, event);
+    heap
+}
+
+/// Puts `event` at `at` of `heap` or below, where the smaller children are pulled up.
+fn sift_down(heap: &mut [Event], mut at: usize, event: Event) {
     loop {
         let left = 2 * at + 1;
         let (child, &smaller) = match (heap.get(left), heap.get(left + 1)) {
@@ -201,7 +209,6 @@ fn replace_first(heap: &mut [Event], event: Option<Event>) -> &mut [Event] {
     if let Some(slot) = heap.get_mut(at) {
         *slot = event;
     }
-    heap
 }
 
 /// What a run of sectors of a merged disk reads.

@@ -54,8 +54,9 @@ impl dm::Target for Lsmt {
             blob_bytes.push(bytes, GFP_KERNEL)?;
             layers.push(open_layer(setup, device, bytes)?, GFP_KERNEL)?;
         }
-        if !legacy {
-            dm::no_options(&mut args)?;
+        dm::option_count(&mut args)?;
+        if args.len() > 0 {
+            return Err(dm::UNKNOWN_OPTION);
         }
 
         let size = merge::virtual_size(layers.iter().map(|layer| layer.virtual_size))?;

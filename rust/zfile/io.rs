@@ -3,44 +3,77 @@
 //! The path of a read: bio, blocks, one lower read of what is stored of them, decompression.
 //!
 //! ```text
-//! map_read -> start -> [lower read] -> read_done -> [worker] decode -> end
+//! map_read -> map_blocks -> launch -> [lower read] -> read_done -> [worker] decode -> end
+//!                                                          `----- small: at once ------^
+//!          -> map_part -> in the cache ------------------------------------------------^
+//!                      -> being loaded: waits ------------------------------------.    |
+//!                      -> launch -> … -> read_done -> [worker] decode_shared -> finish_all
 //! ```
 
 use core::ops::Range;
 
+use kernel::alloc::flags::__GFP_NOWARN;
 use kernel::prelude::*;
+use kernel::sync::Arc;
 
+use super::cache::{Cache, Loader, Lookup};
 use super::{count, Zfile};
-use crate::block::{Buffer, Pages, Status};
-use crate::codec::{crc32c, Context, Corrupt};
-use crate::dm::{self, Bio, DeviceId, Io, Mapped};
-use crate::format::num::{bytes_at, to_u64, to_usize};
-use crate::format::zfile::{block_crc, Geometry, CRC_SIZE};
+use crate::block::{self, Buffer, Dest, Pages, Status};
+use crate::codec::{self, crc32c, Context, Contexts, Corrupt};
+use crate::dm::{self, Bio, DeviceId, Io, IoQueue, Mapped};
+use crate::format::num::{to_u64, to_usize};
+use crate::format::zfile::{block_crc, Geometry};
 use crate::format::SECTOR_SIZE;
 
 /// Bytes of the image that one lower read is for: more than that is cut, so that several CPUs work
 /// on a large read.
 pub(super) const MAX_REQUEST: u32 = 128 << 10;
 
+/// Bytes of the image that are decompressed where the lower read ends, without a worker, in case
+/// the algorithm needs no working memory and interrupts are on.
+const AT_ONCE: u64 = 16 << 10;
+
 /// The only device.
 const DEVICE: DeviceId = DeviceId::nth(0);
 
 /// A part of a bio, and what must be read for it.
-#[derive(Clone)]
 pub(crate) struct Request {
     /// Blocks that hold it.
     blocks: Range<u64>,
     /// Bytes before it in the first block.
-    skip: u32,
+    skip: usize,
     /// First byte of the lower read, from the start of the device.
     read_start: u64,
     /// Length of the lower read in bytes.
     read_len: usize,
+    /// Where the block is for the cache.
+    loader: Option<Loader>,
+}
+
+impl Request {
+    /// The part that is wanted of the bytes of the first block, at most `len` bytes.
+    fn part<'b>(&self, block: &'b [u8], len: usize) -> &'b [u8] {
+        let rest = block.get(self.skip..).unwrap_or(&[]);
+        rest.get(..len).unwrap_or(rest)
+    }
 }
 
 /// Bytes that a spare buffer needs: those of one block, wherever it lies in the device's blocks.
 pub(super) fn spare_len(geometry: &Geometry, device_block: u64) -> usize {
     to_usize(u64::from(geometry.stored_max()) + 2 * (device_block - 1))
+}
+
+/// Why a block can't be had.
+enum Problem {
+    Corrupt,
+    /// Decompression needs working memory.
+    NeedsContext,
+}
+
+impl From<Corrupt> for Problem {
+    fn from(_: Corrupt) -> Self {
+        Self::Corrupt
+    }
 }
 
 impl Zfile {
@@ -50,36 +83,86 @@ impl Zfile {
             return bio.refuse();
         }
         let start = bio.sector() * SECTOR_SIZE;
-        let mut end = start + bio.sectors() * SECTOR_SIZE;
-        // A part of what is wanted will do, down to one block, where there is no memory for all.
-        let mut limit = u64::from(MAX_REQUEST);
-        loop {
+        let end = start + bio.sectors() * SECTOR_SIZE;
+        if let Some(cache) = &self.cache {
             let block_size = u64::from(self.geometry.block_size());
-            if end - start > limit {
-                let cut = start + limit.max(block_size);
-                end = end.min(cut - cut % block_size);
+            let block_end = start - start % block_size + block_size;
+            if start % block_size != 0 || end < block_end.min(self.geometry.size()) {
+                let end = end.min(block_end);
+                bio.accept_partial((end - start) / SECTOR_SIZE);
+                return self.map_part(bio, cache, start, end);
             }
+        }
+        self.map_blocks(bio, start, end)
+    }
+
+    /// Starts a read of whole blocks, or of as many of them as there is memory for. Without cache,
+    /// parts of blocks come here, too.
+    fn map_blocks<'a>(&self, mut bio: Bio<'a, Self>, start: u64, mut end: u64) -> Mapped<'a> {
+        let block_size = u64::from(self.geometry.block_size());
+        let cut = |end: u64, limit: u64| {
+            let cut = start + limit.max(block_size);
+            end.min(cut - cut % block_size)
+        };
+        end = cut(end, u64::from(MAX_REQUEST));
+        if self.cache.is_some() && end < self.geometry.size() && end - start > block_size {
+            // The part of a block at the end goes through the cache.
+            end -= end % block_size;
+        }
+        loop {
             let Some(request) = self.plan(start, end) else {
                 return bio.refuse();
             };
             let buffer = Buffer::try_new(request.read_len);
-            let blocks = request.blocks.end - request.blocks.start;
-            if buffer.is_none() && blocks > 1 {
-                limit = (end - start) / 2;
+            if buffer.is_none() && request.blocks.end - request.blocks.start > 1 {
+                end = cut(end, (end - start) / 2);
                 continue;
             }
-
-            bio.accept_partial((end - start) / SECTOR_SIZE);
-            let len = request.read_len;
-            let (mut io, mapped) = bio.begin(request);
-            match buffer {
-                Some(buffer) => {
-                    io.attach(buffer);
-                    Self::start(io);
-                }
-                None => io.wait_for_spare(len, Self::start),
-            }
+            bio.accept_partial((end - start).div_ceil(SECTOR_SIZE));
+            let (io, mapped) = bio.begin(request);
+            Self::launch(io, buffer);
             return mapped;
+        }
+    }
+
+    /// Starts a read of a part of a block.
+    fn map_part<'a>(
+        &self,
+        bio: Bio<'a, Self>,
+        cache: &Arc<Cache>,
+        start: u64,
+        end: u64,
+    ) -> Mapped<'a> {
+        let Some(mut request) = self.plan(start, end) else {
+            return bio.refuse();
+        };
+        match Cache::get(cache, request.blocks.start) {
+            Lookup::Found(block) => {
+                count(&self.stats.cache_hits, 1);
+                if let Some(data) = block.data() {
+                    return bio.fill(request.part(data, to_usize(end - start)));
+                }
+                let (io, mapped) = bio.begin(request);
+                if let Some(io) = block.wait(io) {
+                    // It came, or failed, in between.
+                    match block.data() {
+                        Some(data) => Self::finish(io, Ok(data)),
+                        None => Self::launch(io, None),
+                    }
+                }
+                mapped
+            }
+            Lookup::Missing(loader) => {
+                request.loader = Some(loader);
+                let (io, mapped) = bio.begin(request);
+                Self::launch(io, None);
+                mapped
+            }
+            Lookup::Bypass => {
+                let (io, mapped) = bio.begin(request);
+                Self::launch(io, None);
+                mapped
+            }
         }
     }
 
@@ -98,11 +181,24 @@ impl Zfile {
         let read_start = first - first % self.device_block;
         let read_end = last.next_multiple_of(self.device_block);
         Some(Request {
-            skip: (start - (blocks.start << shift)) as u32,
+            skip: to_usize(start - (blocks.start << shift)),
             blocks,
             read_start,
             read_len: to_usize(read_end - read_start),
+            loader: None,
         })
+    }
+
+    /// Starts the lower read, with the spare buffer where there is no other memory.
+    fn launch(mut io: Io<Self>, buffer: Option<Buffer>) {
+        let len = io.request().read_len;
+        match buffer.or_else(|| Buffer::try_new(len)) {
+            Some(buffer) => {
+                io.attach(buffer);
+                Self::start(io);
+            }
+            None => io.wait_for_spare(len, Self::start),
+        }
     }
 
     /// Reads what is stored of the blocks. May sleep.
@@ -115,49 +211,126 @@ impl Zfile {
     }
 
     /// The lower read has ended. In any context.
-    fn read_done(io: Io<Self>, result: Result<(), Status>) {
-        match result {
-            Ok(()) => io.defer(Self::decode),
-            Err(_) => {
-                count(&io.target().stats.read_errors, 1);
-                io.end(result);
+    fn read_done(mut io: Io<Self>, result: Result<(), Status>) {
+        if let Err(status) = result {
+            count(&io.target().stats.read_errors, 1);
+            if let Some(loader) = io.request_mut().loader.take() {
+                Self::finish_all(loader.finish(), Err(status));
             }
+            return io.end(Err(status));
+        }
+        let (this, request) = (io.target(), io.request());
+        if request.loader.is_some() {
+            return io.defer(Self::decode_shared);
+        }
+        let bytes = (request.blocks.end - request.blocks.start) << this.geometry.block_shift();
+        if bytes > AT_ONCE || block::interrupts_off() {
+            return io.defer(Self::decode);
+        }
+        match this.fill(request, io.data(), &mut io.pages(), None) {
+            Ok(()) => io.end(Ok(())),
+            Err((block, Problem::Corrupt)) => {
+                let status = this.report(block);
+                io.end(Err(status));
+            }
+            Err((_, Problem::NeedsContext)) => io.defer(Self::decode),
         }
     }
 
-    /// Decompresses the blocks into the bio.
+    /// Decompresses the blocks into the bio, in a worker.
     fn decode(io: Io<Self>) {
         let this = io.target();
-        let contexts = this.shared.contexts(this.geometry.algorithm());
         let result = {
-            let mut context = contexts.borrow();
-            let mut pages = io.pages();
-            match context.get() {
-                Ok(context) => this.fill(io.request(), io.data(), &mut pages, context),
-                Err(Corrupt) => Err(Status::IO_ERROR),
-            }
+            let mut context = this.contexts().borrow();
+            this.fill(io.request(), io.data(), &mut io.pages(), context.get())
+                .map_err(|(block, _)| this.report(block))
         };
         io.end(result);
     }
 
-    /// Fills `pages` from what was read.
+    /// Decompresses a block for the cache, and ends all reads that wait for it. In a worker.
+    fn decode_shared(mut io: Io<Self>) {
+        let Some(loader) = io.request_mut().loader.take() else {
+            return Self::decode(io);
+        };
+        let shared = io.target().shared.clone();
+        let mut context = shared
+            .contexts(io.target().geometry.algorithm())
+            .borrow();
+        let block = loader.block();
+        let bytes = io.target().load(&io, &loader, context.get());
+        let bytes = bytes.map(|bytes| bytes.or(block.data()).unwrap_or(&[]));
+        Self::finish_all(loader.finish(), bytes);
+        Self::finish(io, bytes);
+    }
+
+    /// Decompresses the only block of `io`. Gives its bytes where there was no memory to keep them.
+    fn load<'c>(
+        &self,
+        io: &Io<Self>,
+        loader: &Loader,
+        context: Option<&'c mut Context>,
+    ) -> Result<Option<&'c [u8]>, Status> {
+        let request = io.request();
+        let number = request.blocks.start;
+        let corrupt = |Corrupt| self.report(number);
+        let context = context.ok_or(Status::IO_ERROR)?;
+        let stored = self.stored(number, request, io.data()).map_err(corrupt)?;
+        let len = to_usize(self.geometry.block_len(number).into());
+        count(&self.stats.blocks, 1);
+        match KVec::zeroed(len, GFP_NOWAIT | __GFP_NOWARN) {
+            Ok(mut data) => {
+                context
+                    .decompress(stored, &Dest::from(data.as_mut_slice()))
+                    .map_err(corrupt)?;
+                loader.keep(data);
+                Ok(None)
+            }
+            Err(_) => context
+                .decompress_bounced(stored, len)
+                .map(Some)
+                .map_err(corrupt),
+        }
+    }
+
+    /// Ends `io` with its part of a block's bytes.
+    fn finish(io: Io<Self>, bytes: Result<&[u8], Status>) {
+        let result = bytes.map(|bytes| {
+            let mut pages = io.pages();
+            pages.copy_from(io.request().part(bytes, pages.left()));
+            pages.zero(pages.left());
+        });
+        io.end(result);
+    }
+
+    /// Ends all of `queue`.
+    fn finish_all(mut queue: IoQueue<Self>, bytes: Result<&[u8], Status>) {
+        while let Some(io) = queue.pop() {
+            Self::finish(io, bytes);
+        }
+    }
+
+    fn contexts(&self) -> &Contexts {
+        self.shared.contexts(self.geometry.algorithm())
+    }
+
+    /// Fills `pages` from what was read; tells which block can't be had.
     fn fill(
         &self,
         request: &Request,
         data: &[u8],
         pages: &mut Pages<'_>,
-        context: &mut Context,
-    ) -> Result<(), Status> {
-        let mut skip = to_usize(request.skip.into());
+        mut context: Option<&mut Context>,
+    ) -> Result<(), (u64, Problem)> {
+        let mut skip = request.skip;
         for block in request.blocks.clone() {
+            let context = context.as_deref_mut();
             self.fill_block(block, skip, request, data, pages, context)
-                .map_err(|Corrupt| self.report(block))?;
+                .map_err(|problem| (block, problem))?;
             skip = 0;
         }
-        count(
-            &self.stats.blocks,
-            request.blocks.end - request.blocks.start,
-        );
+        let blocks = request.blocks.end - request.blocks.start;
+        count(&self.stats.blocks, blocks);
         // What is left is behind the end of the image, in its last sector.
         pages.zero(pages.left());
         Ok(())
@@ -171,36 +344,44 @@ impl Zfile {
         request: &Request,
         data: &[u8],
         pages: &mut Pages<'_>,
-        context: &mut Context,
-    ) -> Result<(), Corrupt> {
+        context: Option<&mut Context>,
+    ) -> Result<(), Problem> {
+        let stored = self.stored(block, request, data)?;
+        let len = to_usize(self.geometry.block_len(block).into());
+        let wanted = len.saturating_sub(skip).min(pages.left());
+        if wanted == len {
+            if let Some(dest) = pages.take(len) {
+                return match context {
+                    Some(context) => Ok(context.decompress(stored, &dest)?),
+                    None => codec::decompress_at_once(self.geometry.algorithm(), stored, &dest)
+                        .ok_or(Problem::NeedsContext)?
+                        .map_err(Problem::from),
+                };
+            }
+        }
+        let context = context.ok_or(Problem::NeedsContext)?;
+        let bytes = context.decompress_bounced(stored, len)?;
+        pages.copy_from(bytes.get(skip..skip + wanted).ok_or(Corrupt)?);
+        Ok(())
+    }
+
+    /// The stored bytes of block `block` in `data`, what was read for `request`. Their CRC is
+    /// right, where there is one.
+    fn stored<'d>(&self, block: u64, request: &Request, data: &'d [u8]) -> Result<&'d [u8], Corrupt> {
         let stored = self.table.range(block..block + 1).ok_or(Corrupt)?;
         let from = (self.start + stored.start)
             .checked_sub(request.read_start)
             .ok_or(Corrupt)?;
         let to = from + (stored.end - stored.start);
         let stored = data.get(to_usize(from)..to_usize(to)).ok_or(Corrupt)?;
-        let stored = if self.geometry.has_crc() {
-            let (stored, crc) = stored
-                .split_at_checked(stored.len().wrapping_sub(CRC_SIZE as usize))
-                .ok_or(Corrupt)?;
-            if block_crc(stored, crc32c) != u32::from_le_bytes(bytes_at(crc, 0)) {
-                return Err(Corrupt);
-            }
-            stored
-        } else {
-            stored
-        };
-
-        let len = self.geometry.block_len(block) as usize;
-        let wanted = (len - skip.min(len)).min(pages.left());
-        if wanted == len {
-            if let Some(dest) = pages.take(len) {
-                return context.decompress(stored, &dest);
-            }
+        if !self.geometry.has_crc() {
+            return Ok(stored);
         }
-        let bytes = context.decompress_bounced(stored, len)?;
-        pages.copy_from(bytes.get(skip..skip + wanted).ok_or(Corrupt)?);
-        Ok(())
+        let (stored, crc) = stored.split_last_chunk().ok_or(Corrupt)?;
+        if block_crc(stored, crc32c) != u32::from_le_bytes(*crc) {
+            return Err(Corrupt);
+        }
+        Ok(stored)
     }
 
     /// Counts a corrupt block, and tells of it.

@@ -8,7 +8,9 @@
 //!
 //! - [`table`]: the table line and the status.
 //! - [`io`]: the path of a read.
+//! - [`cache`]: blocks that were decompressed of late.
 
+mod cache;
 mod io;
 mod table;
 
@@ -16,10 +18,12 @@ use kernel::prelude::*;
 use kernel::sync::atomic::{Atomic, Relaxed};
 use kernel::sync::Arc;
 
-use crate::block::WorkQueue;
+use crate::block::{Shrinker, WorkQueue};
 use crate::codec::Contexts;
 use crate::dm;
 use crate::format::zfile::{Algorithm, Geometry, JumpTable};
+
+use cache::Cache;
 
 /// What all `zfile` targets share.
 #[pin_data]
@@ -67,6 +71,11 @@ pub(crate) struct Zfile {
     device_block: u64,
     /// Bytes of the blob, where the table line tells.
     blob_bytes: Option<u64>,
+    /// Given back before the cache is.
+    _shrinker: Option<Shrinker<Cache>>,
+    cache: Option<Arc<Cache>>,
+    /// Blocks in the cache, where the table line tells.
+    cache_blocks: Option<usize>,
     /// The mapped device, for messages.
     name: dm::DeviceName,
     spares: Pin<KBox<dm::Spares<Zfile>>>,
@@ -81,6 +90,8 @@ struct Stats {
     read_bytes: Atomic<u64>,
     /// Blocks that were decompressed.
     blocks: Atomic<u64>,
+    /// Reads that found their block in the cache, or being loaded.
+    cache_hits: Atomic<u64>,
     /// Reads that the lower device failed.
     read_errors: Atomic<u64>,
     /// Blocks that were found corrupt.
@@ -93,6 +104,7 @@ impl Stats {
             reads: Atomic::new(0),
             read_bytes: Atomic::new(0),
             blocks: Atomic::new(0),
+            cache_hits: Atomic::new(0),
             read_errors: Atomic::new(0),
             corrupt: Atomic::new(0),
         }

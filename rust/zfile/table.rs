@@ -5,12 +5,19 @@
 use kernel::prelude::*;
 use kernel::sync::atomic::Relaxed;
 
+use super::cache::Cache;
 use super::{io, Shared, Stats, Zfile};
-use crate::block::{MetaReader, WorkQueue};
+use crate::block::{MetaReader, Shrinker, WorkQueue};
 use crate::codec::crc32c;
 use crate::dm::{self, Args, Bio, Deferred, Device, Emit, Failure, Limits, Mapped, Setup};
+use crate::format::num::to_usize;
 use crate::format::zfile::{Geometry, JumpTable};
 use crate::format::{merge, tar, Blob, Error as FormatError, Fault, Window};
+
+/// Blocks that the cache of a device holds, unless the table line says otherwise.
+const DEFAULT_CACHE_BLOCKS: usize = 64;
+/// Most blocks that a cache may hold.
+const MAX_CACHE_BLOCKS: u64 = 1 << 20;
 
 impl dm::Target for Zfile {
     type Context = Shared;
@@ -22,7 +29,7 @@ impl dm::Target for Zfile {
         setup.require_read_only()?;
         let path = args.required(c"Missing device")?;
         let blob_bytes = dm::blob_bytes(&mut args)?;
-        dm::no_options(&mut args)?;
+        let cache_blocks = parse_options(&mut args)?;
 
         let device = setup.open(path)?;
         let blob = MetaReader::new(setup.device(device)?, blob_bytes)?;
@@ -47,8 +54,16 @@ impl dm::Target for Zfile {
         let shared = setup.context();
         let contexts = shared.contexts(geometry.algorithm());
         contexts.provide(kernel::cpu::nr_cpu_ids() as usize)?;
+        let cache = Cache::new(cache_blocks.unwrap_or(DEFAULT_CACHE_BLOCKS))?;
+        let shrinker = match &cache {
+            Some(cache) => Some(Shrinker::new(cache.clone())?),
+            None => None,
+        };
         Ok(Self {
             shared,
+            _shrinker: shrinker,
+            cache,
+            cache_blocks,
             geometry,
             table: JumpTable::new(&geometry, bases, deltas),
             start: payload.start,
@@ -69,7 +84,7 @@ impl dm::Target for Zfile {
         let corrupt = stats.corrupt.load(Relaxed);
         let state = if corrupt == 0 { 'V' } else { 'C' };
         out.put(fmt!(
-            "{} {} {} {} {} {} {} {} {} {}",
+            "{} {} {} {} {} {} {} {} {} {} {} {}",
             state,
             geometry.algorithm().name(),
             geometry.block_size(),
@@ -80,12 +95,17 @@ impl dm::Target for Zfile {
             stats.blocks.load(Relaxed),
             stats.read_errors.load(Relaxed),
             corrupt,
+            self.cache.as_ref().map_or(0, |cache| cache.len()),
+            stats.cache_hits.load(Relaxed),
         ));
     }
 
     fn table(&self, devices: &[Device], out: &mut Emit<'_>) {
         if let Some(device) = devices.first() {
             dm::put_blob(out, device, self.blob_bytes);
+        }
+        if let Some(blocks) = self.cache_blocks {
+            out.put(fmt!(" 2 cache_blocks {blocks}"));
         }
     }
 
@@ -110,6 +130,22 @@ impl dm::Target for Zfile {
         limits.set_preferred(self.geometry.block_size(), io::MAX_REQUEST);
         limits.clear_poll();
     }
+}
+
+/// Reads the optional parameters; gives what `cache_blocks` says.
+fn parse_options(args: &mut Args<'_>) -> Result<Option<usize>, Failure> {
+    dm::option_count(args)?;
+    let mut cache_blocks = None;
+    while let Some(option) = args.next() {
+        if option != c"cache_blocks" {
+            return Err(dm::UNKNOWN_OPTION);
+        }
+        let blocks = args.next().and_then(dm::number);
+        let blocks = blocks.filter(|&blocks| blocks <= MAX_CACHE_BLOCKS);
+        let blocks = blocks.ok_or(Failure::new(c"Invalid number of cache blocks", EINVAL))?;
+        cache_blocks = Some(to_usize(blocks));
+    }
+    Ok(cache_blocks)
 }
 
 impl Deferred for Zfile {
