@@ -225,7 +225,7 @@ impl Cache {
         let count = sets.ways.len();
         for _ in 0..count {
             let hand = sets.hand;
-            sets.hand = (hand + 1) % count;
+            sets.hand = if hand + 1 < count { hand + 1 } else { 0 };
             if let Some(way) = sets.ways.get_mut(hand).filter(|way| way.is_free()) {
                 if let Some(block) = way.block.take() {
                     return Some(block);
@@ -251,7 +251,7 @@ impl Sets {
         // Fibonacci hashing: strides don't crowd in one set.
         let hash = number.wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 32;
         let sets = self.ways.len() / WAYS;
-        let start = to_usize(hash) % sets.max(1) * WAYS;
+        let start = to_usize(hash).checked_rem(sets).unwrap_or(0) * WAYS;
         self.ways
             .get_mut(start..start + WAYS)
             .unwrap_or(&mut [])
