@@ -10,6 +10,7 @@ use kernel::types::Opaque;
 
 use super::{Buffer, Status};
 use crate::dm::{Device, Failure};
+use crate::format::blob::Sink;
 use crate::format::num::{to_u64, to_usize};
 use crate::format::{blob, Blob, Error as FormatError, Fault};
 use crate::sys;
@@ -67,12 +68,7 @@ impl Blob for MetaReader<'_> {
         })
     }
 
-    fn stream(
-        &self,
-        offset: u64,
-        len: u64,
-        sink: &mut dyn FnMut(&[u8]) -> Result<(), Failure>,
-    ) -> Result<(), Failure> {
+    fn stream(&self, offset: u64, len: u64, sink: Sink<'_, Failure>) -> Result<(), Failure> {
         blob::check_range(self.len, offset, len)?;
         if len == 0 {
             return Ok(());

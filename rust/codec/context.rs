@@ -62,8 +62,7 @@ impl Context {
         len: usize,
     ) -> Result<&[u8], Corrupt> {
         let bounce = self.bounce.get_mut(..len).ok_or(Corrupt)?;
-        self.codec
-            .decompress(stored, &Dest::from(&mut *bounce))?;
+        self.codec.decompress(stored, &Dest::from(&mut *bounce))?;
         Ok(bounce)
     }
 }

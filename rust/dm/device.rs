@@ -40,10 +40,7 @@ impl Device {
     /// # Safety
     ///
     /// `dev` was got for `target` and is put by nobody else; `target` outlives the result.
-    pub(super) unsafe fn new(
-        target: NonNull<sys::dm_target>,
-        dev: NonNull<sys::dm_dev>,
-    ) -> Self {
+    pub(super) unsafe fn new(target: NonNull<sys::dm_target>, dev: NonNull<sys::dm_dev>) -> Self {
         // INVARIANT: By the safety requirement.
         let mut device = Self {
             target,

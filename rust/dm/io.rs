@@ -112,7 +112,8 @@ impl<T: Deferred> Io<T> {
 
     fn bio(&self) -> NonNull<sys::bio> {
         // SAFETY: By the type invariant the frame is a bio's per-bio data of this size.
-        let bio = unsafe { sys::dm_bio_from_per_bio_data(self.0.as_ptr().cast(), Self::FRAME_SIZE) };
+        let bio =
+            unsafe { sys::dm_bio_from_per_bio_data(self.0.as_ptr().cast(), Self::FRAME_SIZE) };
         // SAFETY: A bio is never at address 0.
         unsafe { NonNull::new_unchecked(bio) }
     }

@@ -134,7 +134,8 @@ impl<'a, C> Setup<'a, C> {
     /// What opening it fails with.
     pub(crate) fn open(&mut self, path: &CStr) -> Result<DeviceId, Failure> {
         let id = DeviceId(
-            u8::try_from(self.devices.len()).map_err(|_| Failure::new(c"Too many devices", E2BIG))?,
+            u8::try_from(self.devices.len())
+                .map_err(|_| Failure::new(c"Too many devices", E2BIG))?,
         );
         self.devices.reserve(1, GFP_KERNEL)?;
         let mut dev = core::ptr::null_mut();

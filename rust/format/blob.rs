@@ -4,6 +4,9 @@
 
 use super::{Error, Fault};
 
+/// What takes a stream, piece by piece.
+pub type Sink<'a, E> = &'a mut dyn FnMut(&[u8]) -> Result<(), E>;
+
 /// A read-only run of bytes with a known length: a file, a block device, or a part of one.
 pub trait Blob {
     /// What a read may fail with. Format errors convert into it.
@@ -25,12 +28,8 @@ pub trait Blob {
     /// # Errors
     ///
     /// As [`Blob::read_at`], and the first error of `sink`.
-    fn stream(
-        &self,
-        offset: u64,
-        len: u64,
-        sink: &mut dyn FnMut(&[u8]) -> Result<(), Self::Error>,
-    ) -> Result<(), Self::Error>;
+    fn stream(&self, offset: u64, len: u64, sink: Sink<'_, Self::Error>)
+        -> Result<(), Self::Error>;
 }
 
 /// A part of another blob.
@@ -74,7 +73,7 @@ impl<B: Blob> Blob for Window<'_, B> {
         &self,
         offset: u64,
         len: u64,
-        sink: &mut dyn FnMut(&[u8]) -> Result<(), Self::Error>,
+        sink: Sink<'_, Self::Error>,
     ) -> Result<(), Self::Error> {
         check_range(self.len, offset, len)?;
         // No overflow: as in `read_at`.

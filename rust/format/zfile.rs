@@ -213,7 +213,7 @@ pub struct Geometry {
     crc: bool,
     index_offset: u64,
     index_crc: Option<u32>,
-    from_trailer: bool,
+    in_trailer: bool,
 }
 
 impl Geometry {
@@ -267,7 +267,7 @@ impl Geometry {
         }
         let geometry = Self::check(&trailer, at, at)?;
         Ok(Some(Self {
-            from_trailer: true,
+            in_trailer: true,
             ..geometry
         }))
     }
@@ -319,7 +319,7 @@ impl Geometry {
             crc: raw.verify != 0,
             index_offset: raw.index_offset,
             index_crc: has_digest.then_some(raw.index_crc),
-            from_trailer: false,
+            in_trailer: false,
         })
     }
 
@@ -381,8 +381,8 @@ impl Geometry {
     }
 
     /// Whether the values come from the trailer.
-    pub const fn from_trailer(&self) -> bool {
-        self.from_trailer
+    pub const fn in_trailer(&self) -> bool {
+        self.in_trailer
     }
 
     /// Most bytes that a block takes in the file, its CRC included.

@@ -252,9 +252,7 @@ impl Sets {
         let hash = number.wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 32;
         let sets = self.ways.len() / WAYS;
         let start = to_usize(hash).checked_rem(sets).unwrap_or(0) * WAYS;
-        self.ways
-            .get_mut(start..start + WAYS)
-            .unwrap_or(&mut [])
+        self.ways.get_mut(start..start + WAYS).unwrap_or(&mut [])
     }
 }
 

@@ -254,9 +254,7 @@ impl Zfile {
             return Self::decode(io);
         };
         let shared = io.target().shared.clone();
-        let mut context = shared
-            .contexts(io.target().geometry.algorithm())
-            .borrow();
+        let mut context = shared.contexts(io.target().geometry.algorithm()).borrow();
         let block = loader.block();
         let bytes = io.target().load(&io, &loader, context.get());
         let bytes = bytes.map(|bytes| bytes.or(block.data()).unwrap_or(&[]));
@@ -367,7 +365,12 @@ impl Zfile {
 
     /// The stored bytes of block `block` in `data`, what was read for `request`. Their CRC is
     /// right, where there is one.
-    fn stored<'d>(&self, block: u64, request: &Request, data: &'d [u8]) -> Result<&'d [u8], Corrupt> {
+    fn stored<'d>(
+        &self,
+        block: u64,
+        request: &Request,
+        data: &'d [u8],
+    ) -> Result<&'d [u8], Corrupt> {
         let stored = self.table.range(block..block + 1).ok_or(Corrupt)?;
         let from = (self.start + stored.start)
             .checked_sub(request.read_start)

@@ -38,8 +38,8 @@ impl dm::Target for Zfile {
             len: blob.size(),
         });
         let file = Window::new(&blob, payload.start, payload.len)?;
-        let geometry = Geometry::read(&file, crc32c)?
-            .ok_or(FormatError::new(Fault::ZfileMagic, 0, 0))?;
+        let geometry =
+            Geometry::read(&file, crc32c)?.ok_or(FormatError::new(Fault::ZfileMagic, 0, 0))?;
         if setup.len() > merge::sectors(geometry.size()) {
             return Err(Failure::new(c"Device is larger than its image", EINVAL));
         }
