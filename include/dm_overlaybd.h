@@ -30,8 +30,6 @@ bool obd_in_interrupt_off(void);
 bool obd_fatal_signal_pending(void);
 
 /* Locks and work. */
-void obd_spin_lock_init(spinlock_t *lock, const char *name,
-			struct lock_class_key *key);
 unsigned long obd_spin_lock_irqsave(spinlock_t *lock);
 void obd_spin_unlock_irqrestore(spinlock_t *lock, unsigned long flags);
 void obd_init_work(struct work_struct *work, work_func_t func);

@@ -44,7 +44,7 @@ impl<T> Lock<T> {
         pin_init!(Self {
             lock <- Opaque::ffi_init(|slot| {
                 // SAFETY: `slot` is memory for a spinlock, and name and key live for ever.
-                unsafe { sys::obd_spin_lock_init(slot, name.as_char_ptr(), key.as_ptr()) }
+                unsafe { sys::__spin_lock_init(slot, name.as_char_ptr(), key.as_ptr()) }
             }),
             data: UnsafeCell::new(data),
         })

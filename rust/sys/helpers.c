@@ -65,16 +65,6 @@ bool obd_fatal_signal_pending(void)
 	return fatal_signal_pending(current);
 }
 
-void obd_spin_lock_init(spinlock_t *lock, const char *name,
-			struct lock_class_key *key)
-{
-#ifdef CONFIG_DEBUG_SPINLOCK
-	__raw_spin_lock_init(spinlock_check(lock), name, key, LD_WAIT_CONFIG);
-#else
-	spin_lock_init(lock);
-#endif
-}
-
 unsigned long obd_spin_lock_irqsave(spinlock_t *lock)
 {
 	unsigned long flags;

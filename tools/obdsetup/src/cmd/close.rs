@@ -1,0 +1,58 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! `obdsetup close`.
+
+use anyhow::Result;
+
+use crate::dm::Control;
+use crate::exit::{self, Failure};
+
+/// Arguments of `close`.
+#[derive(clap::Args)]
+#[command(after_help = "Examples:
+  obdsetup close app
+  obdsetup close --deferred app      as soon as nobody uses it
+
+Takes the devices below down too; their loop devices go with them.")]
+pub(crate) struct Args {
+    /// Name that was given to `open`
+    name: String,
+
+    /// Do not fail where the device is in use: it goes when it no longer is
+    #[arg(long)]
+    deferred: bool,
+}
+
+/// Runs `close`.
+pub(crate) fn run(args: &Args) -> Result<()> {
+    let control = Control::open()?;
+    let devices = control.stack(&args.name)?;
+    if devices.is_empty() {
+        return Err(not_ours(&control, &args.name)?);
+    }
+    for device in devices {
+        if !args.deferred && device.open_count > 0 && device.name == args.name {
+            return Err(Failure::new(
+                exit::BUSY,
+                format!(
+                    "device {} is in use; --deferred removes it later",
+                    args.name
+                ),
+            ));
+        }
+        control.remove(&device.name, args.deferred)?;
+    }
+    Ok(())
+}
+
+/// Why there is no stack `name`.
+pub(crate) fn not_ours(control: &Control, name: &str) -> Result<anyhow::Error> {
+    let message = match control.state(name)? {
+        Some(state) => format!(
+            "device {name} is not an OverlayBD device: UUID `{}`",
+            state.uuid
+        ),
+        None => format!("device {name} does not exist"),
+    };
+    Ok(Failure::new(exit::DEVICE, message))
+}

@@ -1,0 +1,69 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! The subcommands: a file for each.
+
+mod close;
+mod commit;
+mod create;
+mod dump;
+mod info;
+mod open;
+mod status;
+mod table;
+mod verify;
+
+use anyhow::Result;
+use clap::Subcommand;
+
+/// What to do.
+#[derive(Subcommand)]
+pub(crate) enum Command {
+    /// Make a layer of a disk image, a directory, or the difference to other layers
+    Create(create::Args),
+    /// Compress and wrap a layer, or unwrap it
+    Commit(commit::Args),
+    /// Show what a file is: wrapping, every field, sizes
+    Info(info::Args),
+    /// Set up a stack of layers as a block device
+    Open(open::Args),
+    /// Take a block device of `open` down
+    Close(close::Args),
+    /// Show the state of a block device of `open`
+    Status(status::Args),
+    /// Print the device-mapper tables that `open` would load
+    Table(table::Args),
+    /// Check every index and every block of layers
+    Verify(verify::Args),
+    /// Write what a stack of layers reads as, without the kernel module
+    Dump(dump::Args),
+}
+
+impl Command {
+    /// Does it.
+    pub(crate) fn run(self) -> Result<()> {
+        match self {
+            Self::Create(args) => create::run(&args),
+            Self::Commit(args) => commit::run(&args),
+            Self::Info(args) => info::run(&args),
+            Self::Open(args) => open::run(&args),
+            Self::Close(args) => close::run(&args),
+            Self::Status(args) => status::run(&args),
+            Self::Table(args) => table::run(&args),
+            Self::Verify(args) => verify::run(&args),
+            Self::Dump(args) => dump::run(&args),
+        }
+    }
+}
+
+/// Prints `text` on standard output; a closed pipe is an error, not a panic.
+fn print(text: &str) -> Result<()> {
+    use std::io::Write;
+
+    std::io::stdout().write_all(text.as_bytes())?;
+    Ok(())
+}
+
+/// Prints a value as JSON.
+fn print_json(value: &impl serde::Serialize) -> Result<()> {
+    print(&format!("{}\n", serde_json::to_string_pretty(value)?))
+}

@@ -1,0 +1,197 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! `obdsetup open`.
+
+use std::sync::Arc;
+
+use anyhow::Result;
+use overlaybd::{Payload, Stack};
+
+use super::print;
+use crate::dm::backing::Backing;
+use crate::dm::control::Line;
+use crate::dm::plan::{self, Lower, Place, TargetOptions};
+use crate::dm::{node, Control, Plan};
+use crate::exit::{self, Failure};
+use crate::interrupt;
+use crate::layers::{chain_warnings, open_stack, warn, LayerArg};
+
+/// Arguments of `open`.
+#[derive(clap::Args)]
+#[command(after_help = "Examples:
+  obdsetup open app base.obd app.obd && mount -o ro /dev/mapper/app /mnt
+  obdsetup open vol /dev/vdb /dev/vdc:758556     blobs on block devices
+  obdsetup open --zfile data data.zf             the content of a plain ZFile
+
+Files get read-only loop devices, which vanish with the device. If any step fails, what was set up
+before it is taken down. Where no udev runs, or DM_DISABLE_UDEV=1 is set, obdsetup makes the nodes
+in /dev/mapper itself.")]
+pub(crate) struct Args {
+    /// Name of the device, /dev/mapper/NAME
+    name: String,
+
+    #[command(flatten)]
+    pub(crate) layers: LayersArgs,
+}
+
+/// What is to be set up.
+#[derive(clap::Args)]
+pub(crate) struct LayersArgs {
+    /// Layers, lowest first: files or block devices; DEVICE:BYTES where the blob is shorter
+    #[arg(required = true, value_name = "LAYER")]
+    layers: Vec<LayerArg>,
+
+    /// The one LAYER is a ZFile, and its content is the disk
+    #[arg(long)]
+    zfile: bool,
+
+    /// An optional parameter for the lsmt target, passed on as it is
+    #[arg(long, value_name = "OPTION")]
+    lsmt_opt: Vec<String>,
+
+    /// An optional parameter for the zfile targets, passed on as it is
+    #[arg(long, value_name = "OPTION")]
+    zfile_opt: Vec<String>,
+}
+
+/// The layers, opened.
+pub(crate) enum Opened {
+    Stack(Stack),
+    Zfile(Payload),
+}
+
+impl Opened {
+    /// The blobs, lowest first.
+    pub(crate) fn payloads(&self) -> Vec<&Payload> {
+        match self {
+            Self::Stack(stack) => plan::payloads(stack.layers()),
+            Self::Zfile(payload) => vec![payload],
+        }
+    }
+}
+
+impl LayersArgs {
+    /// The layers as they were named.
+    pub(crate) fn args(&self) -> &[LayerArg] {
+        &self.layers
+    }
+
+    /// Opens and checks the layers, and plans the devices.
+    pub(crate) fn plan(&self, name: &str) -> Result<(Opened, Plan)> {
+        plan::check_name(name)?;
+        let places: Vec<Place> = self
+            .layers
+            .iter()
+            .map(|layer| match (layer.is_device(), layer.size) {
+                (false, _) => Place::File,
+                (true, None) => Place::WholeDevice,
+                (true, Some(_)) => Place::PartOfDevice,
+            })
+            .collect();
+        for layer in &self.layers {
+            if layer.size.is_some() && !layer.is_device() {
+                return Err(Failure::usage(format!(
+                    "{layer}: only a block device takes :BYTES"
+                )));
+            }
+        }
+        let options = TargetOptions {
+            zfile: self.zfile_opt.clone(),
+            lsmt: self.lsmt_opt.clone(),
+        };
+        if !self.zfile {
+            let stack = open_stack(&self.layers)?;
+            warn(&chain_warnings(stack.layers()));
+            let plan = Plan::for_stack(name, &stack, &places, &options)?;
+            return Ok((Opened::Stack(stack), plan));
+        }
+        let ([layer], [place]) = (self.layers.as_slice(), places.as_slice()) else {
+            return Err(Failure::usage("--zfile takes one LAYER"));
+        };
+        let payload = Payload::open(Arc::new(layer.open()?))?;
+        if payload.zfile().is_none() {
+            return Err(Failure::new(
+                exit::BAD_IMAGE,
+                format!("{layer}: not a ZFile"),
+            ));
+        }
+        let plan = Plan::for_zfile(name, &payload, *place, &options)?;
+        Ok((Opened::Zfile(payload), plan))
+    }
+}
+
+/// Runs `open`.
+pub(crate) fn run(args: &Args) -> Result<()> {
+    let (opened, plan) = args.layers.plan(&args.name)?;
+    let control = Control::open()?;
+    if control.state(&args.name)?.is_some() {
+        return Err(Failure::new(
+            exit::BUSY,
+            format!("device {} exists already", args.name),
+        ));
+    }
+
+    let payloads = opened.payloads();
+    let mut layers = Vec::new();
+    let mut tails = Vec::new();
+    for (layer, payload) in args.layers.layers.iter().zip(&payloads) {
+        interrupt::check()?;
+        let is_device = layer.is_device();
+        layers.push(match is_device {
+            true => Backing::device(&layer.path)?,
+            false => Backing::file(payload.file().file())?,
+        });
+        let odd = overlaybd::format::Blob::size(payload.file().as_ref()) % 512 != 0;
+        tails.push(match odd && !is_device {
+            true => Some(Backing::bytes(&plan::tail(payload)?)?),
+            false => None,
+        });
+    }
+
+    let mut undo = Undo {
+        control: &control,
+        names: Vec::new(),
+    };
+    let mut numbers: Vec<String> = Vec::new();
+    for device in &plan.devices {
+        interrupt::check()?;
+        let resolve = |lower: Lower| {
+            let number = match lower {
+                Lower::Layer(nth) => layers.get(nth).map(|backing| &backing.number),
+                Lower::Tail(nth) => tails.get(nth).and_then(Option::as_ref).map(|b| &b.number),
+                Lower::Device(nth) => numbers.get(nth),
+            };
+            number.cloned().unwrap_or_default()
+        };
+        let table: Vec<Line> = device
+            .table
+            .iter()
+            .map(|target| {
+                let params = target.params(&resolve);
+                (target.start, target.len, target.name.to_owned(), params)
+            })
+            .collect();
+        let (major, minor) = control.create(&device.name, &device.uuid, device.inner, &table)?;
+        undo.names.push(device.name.clone());
+        numbers.push(format!("{major}:{minor}"));
+    }
+    interrupt::check()?;
+    undo.names.clear();
+    print(&format!("{}\n", node::path(&args.name).display()))
+}
+
+/// Takes down what was set up, top first, when dropped.
+struct Undo<'a> {
+    control: &'a Control,
+    names: Vec<String>,
+}
+
+impl Drop for Undo<'_> {
+    fn drop(&mut self) {
+        for name in self.names.iter().rev() {
+            if let Err(error) = self.control.remove(name, false) {
+                eprintln!("obdsetup: {error:#}");
+            }
+        }
+    }
+}

@@ -1,0 +1,187 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! `obdsetup status`.
+
+use std::fmt::Write;
+
+use anyhow::Result;
+use serde::Serialize;
+use serde_json::{Map, Value};
+
+use super::close::not_ours;
+use super::{print, print_json};
+use crate::dm::control::{show_line, Line, State};
+use crate::dm::Control;
+
+/// Arguments of `status`.
+#[derive(clap::Args)]
+#[command(after_help = "Examples:
+  obdsetup status app
+  obdsetup status --json app | jq '.devices[].targets[].status.corrupt_blocks'")]
+pub(crate) struct Args {
+    /// Name that was given to `open`
+    name: String,
+
+    /// Print JSON
+    #[arg(long)]
+    json: bool,
+}
+
+/// Names of the fields of `zfile`'s INFO line, in order.
+const ZFILE: &[&str] = &[
+    "state",
+    "algorithm",
+    "block_size",
+    "blocks",
+    "table_memory",
+    "reads",
+    "read_bytes",
+    "decompressed_blocks",
+    "read_errors",
+    "corrupt_blocks",
+];
+/// Names of the fields of `lsmt`'s INFO line, in order.
+const LSMT: &[&str] = &["layers", "segments", "size", "index_memory"];
+
+#[derive(Serialize)]
+struct Report {
+    name: String,
+    devices: Vec<Device>,
+}
+
+#[derive(Serialize)]
+struct Device {
+    name: String,
+    uuid: String,
+    device: String,
+    sectors: u64,
+    open_count: i32,
+    read_only: bool,
+    suspended: bool,
+    deferred_remove: bool,
+    targets: Vec<Target>,
+}
+
+#[derive(Serialize)]
+struct Target {
+    table: String,
+    status: Map<String, Value>,
+}
+
+/// Runs `status`.
+pub(crate) fn run(args: &Args) -> Result<()> {
+    let control = Control::open()?;
+    let stack = control.stack(&args.name)?;
+    if stack.is_empty() {
+        return Err(not_ours(&control, &args.name)?);
+    }
+    let devices = stack
+        .into_iter()
+        .map(|state| collect(&control, state))
+        .collect::<Result<_>>()?;
+    let report = Report {
+        name: args.name.clone(),
+        devices,
+    };
+    if args.json {
+        return print_json(&report);
+    }
+    print(&describe(&report))
+}
+
+fn collect(control: &Control, state: State) -> Result<Device> {
+    let table = control.table(&state.name)?;
+    let status = control.status(&state.name)?;
+    Ok(Device {
+        sectors: table.last().map_or(0, |(start, len, ..)| start + len),
+        targets: table
+            .iter()
+            .zip(&status)
+            .map(|(table, status)| Target {
+                table: show_line(table),
+                status: parse(status),
+            })
+            .collect(),
+        device: format!("{}:{}", state.major, state.minor),
+        name: state.name,
+        uuid: state.uuid,
+        open_count: state.open_count,
+        read_only: state.read_only,
+        suspended: state.suspended,
+        deferred_remove: state.deferred_remove,
+    })
+}
+
+/// Names the fields of an INFO line. What a newer module adds is `field_N`, counted from 0.
+fn parse((_, _, target, info): &Line) -> Map<String, Value> {
+    let names = match target.as_str() {
+        "zfile" | "zfile_target" => ZFILE,
+        "lsmt" | "lsmt_target" => LSMT,
+        _ => &[],
+    };
+    info.split_whitespace()
+        .enumerate()
+        .map(|(nth, word)| {
+            let name = names.get(nth).map(|&name| name.to_owned());
+            let value = match word.parse::<u64>() {
+                Ok(number) => Value::from(number),
+                Err(_) => Value::from(word),
+            };
+            (name.unwrap_or_else(|| format!("field_{nth}")), value)
+        })
+        .collect()
+}
+
+/// The report for people.
+fn describe(report: &Report) -> String {
+    let mut text = String::new();
+    for device in &report.devices {
+        let _ = writeln!(text, "/dev/mapper/{}:", device.name);
+        let mut line = |name: &str, value: &dyn std::fmt::Display| {
+            let _ = writeln!(text, "  {name:<20} {value}");
+        };
+        line("device", &device.device);
+        line("uuid", &device.uuid);
+        line("sectors", &device.sectors);
+        line("open count", &device.open_count);
+        let mode = match device.read_only {
+            true => "read-only",
+            false => "read-write",
+        };
+        line("mode", &mode);
+        if device.suspended {
+            line("suspended", &"yes");
+        }
+        if device.deferred_remove {
+            line("deferred remove", &"yes");
+        }
+        for target in &device.targets {
+            line("table", &target.table);
+            for (name, value) in &target.status {
+                let value = match value {
+                    Value::String(text) => text.clone(),
+                    other => other.to_string(),
+                };
+                line(&name.replace('_', " "), &value);
+            }
+        }
+    }
+    text
+}
+
+#[cfg(test)]
+mod tests {
+    use super::parse;
+
+    #[test]
+    fn info_lines() {
+        let line = |target: &str, info: &str| parse(&(0, 8, target.to_owned(), info.to_owned()));
+        let zfile = line("zfile", "C lz4 4096 281 703 1 2 3 4 5 6");
+        assert_eq!(zfile["state"], "C");
+        assert_eq!(zfile["corrupt_blocks"], 5);
+        assert_eq!(zfile["field_10"], 6);
+        let lsmt = line("lsmt", "2 100 8388608 1600");
+        assert_eq!(lsmt["index_memory"], 1600);
+        assert!(line("linear", "").is_empty());
+    }
+}

@@ -1,0 +1,114 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! `obdsetup table`.
+
+use anyhow::Result;
+use serde::Serialize;
+
+use super::open::LayersArgs;
+use super::{print, print_json};
+use crate::dm::backing::Backing;
+use crate::dm::node;
+use crate::dm::plan::Lower;
+use crate::layers::LayerArg;
+
+/// Arguments of `table`.
+#[derive(clap::Args)]
+#[command(after_help = "Examples:
+  obdsetup table base.obd app.obd
+  obdsetup table --name vol --concise /dev/vdb:758556     for dmsetup create --concise
+
+Prints `DEVICE: LINE` for each device, lowest first, as `dmsetup table` does. Needs neither root nor
+the kernel module. A block device stands there as MAJOR:MINOR. For a file, LOOP(FILE) stands in the
+place of its loop device, and TAIL(FILE) in that of the loop device over its last bytes, which the
+first one doesn't show where the file doesn't end with a sector.")]
+pub(crate) struct Args {
+    /// Name of the device
+    #[arg(long, default_value = "obd")]
+    name: String,
+
+    /// Print JSON
+    #[arg(long, conflicts_with = "concise")]
+    json: bool,
+
+    /// Print one line for `dmsetup create --concise` or the kernel's `dm-mod.create=`
+    #[arg(long)]
+    concise: bool,
+
+    #[command(flatten)]
+    layers: LayersArgs,
+}
+
+#[derive(Serialize)]
+struct Device {
+    name: String,
+    uuid: String,
+    table: Vec<String>,
+}
+
+/// Runs `table`.
+pub(crate) fn run(args: &Args) -> Result<()> {
+    let (_opened, plan) = args.layers.plan(&args.name)?;
+    let words = args
+        .layers
+        .args()
+        .iter()
+        .map(|layer| word(layer))
+        .collect::<Result<Vec<_>>>()?;
+    let resolve = |lower: Lower| match lower {
+        Lower::Layer(nth) => words.get(nth).cloned().unwrap_or_default(),
+        Lower::Tail(nth) => {
+            let layer = args.layers.args().get(nth);
+            format!(
+                "TAIL({})",
+                layer.map(ToString::to_string).unwrap_or_default()
+            )
+        }
+        Lower::Device(nth) => {
+            let device = plan.devices.get(nth);
+            device.map_or_else(String::new, |device| {
+                node::path(&device.name).display().to_string()
+            })
+        }
+    };
+    let devices: Vec<Device> = plan
+        .devices
+        .iter()
+        .map(|device| Device {
+            name: device.name.clone(),
+            uuid: device.uuid.clone(),
+            table: device
+                .table
+                .iter()
+                .map(|target| {
+                    let params = target.params(&resolve);
+                    format!("{} {} {} {params}", target.start, target.len, target.name)
+                })
+                .collect(),
+        })
+        .collect();
+    if args.json {
+        return print_json(&devices);
+    }
+    if args.concise {
+        let parts: Vec<String> = devices
+            .iter()
+            .map(|Device { name, uuid, table }| format!("{name},{uuid},,ro,{}", table.join(",")))
+            .collect();
+        return print(&format!("{}\n", parts.join(";")));
+    }
+    for device in &devices {
+        for line in &device.table {
+            print(&format!("{}: {line}\n", device.name))?;
+        }
+    }
+    Ok(())
+}
+
+/// What stands for a layer.
+fn word(layer: &LayerArg) -> Result<String> {
+    match layer.is_device() {
+        true => Ok(Backing::device(&layer.path)?.number),
+        false => Ok(format!("LOOP({layer})")),
+    }
+}

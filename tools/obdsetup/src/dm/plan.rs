@@ -1,0 +1,284 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! Which devices a stack of layers takes, and what their tables say.
+//!
+//! ```text
+//! layer file -> loop ───────────────> NAME-zfileN ─┐
+//! layer file -> loop + tail -> NAME-blobN -> NAME-zfileN ─┼─> NAME
+//! plain layer on a device ────────────────────────────────┘
+//! ```
+//!
+//! A loop device ends at the last whole sector of its file. Where the file goes on, the rest of
+//! it, padded to a sector, is a second loop device, over a file in memory; `NAME-blobN` joins the
+//! two.
+
+use std::fmt::Write;
+
+use anyhow::Result;
+use overlaybd::format::merge::sectors;
+use overlaybd::format::{Blob, SECTOR_SIZE};
+use overlaybd::{LayerReader, Payload, Stack};
+
+use crate::exit::{self, Failure};
+
+/// Longest name: the UUID that is made of it must fit in device-mapper's 128 bytes.
+const MAX_NAME: usize = 100;
+
+/// What the UUIDs of all our devices start with.
+pub(crate) const UUID_PREFIX: &str = "OVERLAYBD-";
+
+/// Where a target gets its sectors from.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Lower {
+    /// The file or device of layer `.0`.
+    Layer(usize),
+    /// The last bytes of the file of layer `.0`, padded to a sector.
+    Tail(usize),
+    /// Device `.0` of the plan.
+    Device(usize),
+}
+
+/// A word of a table line.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) enum Word {
+    Text(String),
+    Lower(Lower),
+}
+
+/// A line of a table.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct Target {
+    /// First sector in the device.
+    pub(crate) start: u64,
+    /// Length in sectors.
+    pub(crate) len: u64,
+    /// Name of the target.
+    pub(crate) name: &'static str,
+    /// What follows it.
+    pub(crate) params: Vec<Word>,
+}
+
+impl Target {
+    /// What follows the target's name, with `resolve` giving the words for what is below.
+    pub(crate) fn params(&self, resolve: &dyn Fn(Lower) -> String) -> String {
+        let words: Vec<String> = self
+            .params
+            .iter()
+            .map(|word| match word {
+                Word::Text(text) => text.clone(),
+                Word::Lower(lower) => resolve(*lower),
+            })
+            .collect();
+        words.join(" ")
+    }
+}
+
+/// A device to be made.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct Device {
+    pub(crate) name: String,
+    pub(crate) uuid: String,
+    /// Whether it is there for another device only, and nobody is to scan it.
+    pub(crate) inner: bool,
+    pub(crate) table: Vec<Target>,
+}
+
+/// Devices to be made, lowest first; the last one is what was asked for.
+#[derive(Debug)]
+pub(crate) struct Plan {
+    pub(crate) devices: Vec<Device>,
+}
+
+/// Parameters that are passed on to the targets as they are.
+#[derive(Debug, Default)]
+pub(crate) struct TargetOptions {
+    /// For `zfile` targets.
+    pub(crate) zfile: Vec<String>,
+    /// For the `lsmt` target.
+    pub(crate) lsmt: Vec<String>,
+}
+
+/// The blob of a layer as a target sees it.
+struct BlobWords {
+    lower: Lower,
+    bytes: String,
+}
+
+impl Plan {
+    /// The devices for `stack`. `sized` says for each layer whether its blob's size is known;
+    /// otherwise it is the whole device. `devices` says which layers are on block devices.
+    pub(crate) fn for_stack(
+        name: &str,
+        stack: &Stack,
+        places: &[Place],
+        options: &TargetOptions,
+    ) -> Result<Self> {
+        check_name(name)?;
+        let mut plan = Self {
+            devices: Vec::new(),
+        };
+        let mut params = vec![Word::Text(stack.layers().len().to_string())];
+        for ((nth, layer), &place) in stack.layers().iter().enumerate().zip(places) {
+            let blob = plan.add_blob(name, nth, layer.payload(), place);
+            let blob = match layer.payload().zfile() {
+                None => blob,
+                Some(_) => {
+                    let uuid = format!("{UUID_PREFIX}ZFILE-{name}-{nth}");
+                    let zfile = format!("{name}-zfile{nth}");
+                    plan.add_zfile(zfile, uuid, true, layer.payload(), blob, options)?
+                }
+            };
+            params.push(Word::Lower(blob.lower));
+            params.push(Word::Text(blob.bytes));
+        }
+        push_options(&mut params, &options.lsmt);
+        plan.devices.push(Device {
+            name: name.to_owned(),
+            uuid: format!("{UUID_PREFIX}LSMT-{name}"),
+            inner: false,
+            table: vec![Target {
+                start: 0,
+                len: stack.sectors(),
+                name: "lsmt",
+                params,
+            }],
+        });
+        Ok(plan)
+    }
+
+    /// The devices for the content of a ZFile.
+    pub(crate) fn for_zfile(
+        name: &str,
+        payload: &Payload,
+        place: Place,
+        options: &TargetOptions,
+    ) -> Result<Self> {
+        check_name(name)?;
+        let mut plan = Self {
+            devices: Vec::new(),
+        };
+        let blob = plan.add_blob(name, 0, payload, place);
+        let uuid = format!("{UUID_PREFIX}ZFILE-{name}");
+        plan.add_zfile(name.to_owned(), uuid, false, payload, blob, options)?;
+        Ok(plan)
+    }
+
+    /// Adds what joins a file that doesn't end with a sector, if that is what `payload` is in.
+    fn add_blob(&mut self, name: &str, nth: usize, payload: &Payload, place: Place) -> BlobWords {
+        let size = payload.file().size();
+        let bytes = match place {
+            Place::WholeDevice => "-".to_owned(),
+            Place::File | Place::PartOfDevice => size.to_string(),
+        };
+        let whole = size / SECTOR_SIZE;
+        if place != Place::File || size % SECTOR_SIZE == 0 {
+            let lower = Lower::Layer(nth);
+            return BlobWords { lower, bytes };
+        }
+        let linear = |start, len, lower| Target {
+            start,
+            len,
+            name: "linear",
+            params: vec![Word::Lower(lower), Word::Text("0".to_owned())],
+        };
+        self.devices.push(Device {
+            name: format!("{name}-blob{nth}"),
+            uuid: format!("{UUID_PREFIX}BLOB-{name}-{nth}"),
+            inner: true,
+            table: vec![
+                linear(0, whole, Lower::Layer(nth)),
+                linear(whole, 1, Lower::Tail(nth)),
+            ],
+        });
+        BlobWords {
+            lower: Lower::Device(self.devices.len() - 1),
+            bytes,
+        }
+    }
+
+    fn add_zfile(
+        &mut self,
+        name: String,
+        uuid: String,
+        inner: bool,
+        payload: &Payload,
+        blob: BlobWords,
+        options: &TargetOptions,
+    ) -> Result<BlobWords> {
+        let size = payload.size();
+        if size == 0 {
+            let path = payload.file().path().display();
+            return Err(Failure::new(
+                exit::USAGE,
+                format!("{path}: a ZFile of size 0 cannot be a device"),
+            ));
+        }
+        let mut params = vec![Word::Lower(blob.lower), Word::Text(blob.bytes)];
+        push_options(&mut params, &options.zfile);
+        self.devices.push(Device {
+            name,
+            uuid,
+            inner,
+            table: vec![Target {
+                start: 0,
+                len: sectors(size),
+                name: "zfile",
+                params,
+            }],
+        });
+        Ok(BlobWords {
+            lower: Lower::Device(self.devices.len() - 1),
+            // The device is longer than that where the file doesn't end with a sector.
+            bytes: size.to_string(),
+        })
+    }
+}
+
+/// What a layer is on.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Place {
+    /// A file, which needs a loop device.
+    File,
+    /// A block device of the blob's size.
+    WholeDevice,
+    /// The first bytes of a block device.
+    PartOfDevice,
+}
+
+/// The last bytes of a layer's file, which a loop device doesn't show, padded to a sector.
+pub(crate) fn tail(payload: &Payload) -> overlaybd::Result<[u8; 512]> {
+    let file = payload.file();
+    let start = file.size() - file.size() % SECTOR_SIZE;
+    let mut bytes = [0; 512];
+    for (offset, byte) in (start..file.size()).zip(bytes.chunks_mut(1)) {
+        file.read_at(offset, byte)?;
+    }
+    Ok(bytes)
+}
+
+fn push_options(params: &mut Vec<Word>, options: &[String]) {
+    if options.is_empty() {
+        return;
+    }
+    // An option with a value is two words.
+    let words: Vec<&str> = options.iter().flat_map(|o| o.split_whitespace()).collect();
+    params.push(Word::Text(words.len().to_string()));
+    params.extend(words.into_iter().map(|word| Word::Text(word.to_owned())));
+}
+
+/// Checks a device name: what libdm leaves as it is, so that the node has that very name.
+pub(crate) fn check_name(name: &str) -> Result<()> {
+    let plain = |c: char| c.is_ascii_alphanumeric() || "#+-.:=@_".contains(c);
+    if name.is_empty() || name.len() > MAX_NAME || !name.chars().all(plain) || name.starts_with('.')
+    {
+        let mut message = format!("name `{name}`: expected 1 to {MAX_NAME} ");
+        let _ = write!(message, "letters, digits or any of # + - . : = @ _");
+        return Err(Failure::usage(message));
+    }
+    Ok(())
+}
+
+/// The layers of a stack as payloads.
+pub(crate) fn payloads(layers: &[LayerReader]) -> Vec<&Payload> {
+    layers.iter().map(LayerReader::payload).collect()
+}

@@ -1,0 +1,104 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! Exit codes.
+
+use std::io::ErrorKind;
+
+use crate::dm::DmFailure;
+
+/// All went well.
+pub(crate) const SUCCESS: u8 = 0;
+/// Wrong parameters, or a failure of another kind.
+pub(crate) const USAGE: u8 = 1;
+/// No permission.
+pub(crate) const PERMISSION: u8 = 2;
+/// The image is malformed or corrupt.
+pub(crate) const BAD_IMAGE: u8 = 3;
+/// A file or device doesn't exist, or reading or writing it failed.
+pub(crate) const DEVICE: u8 = 4;
+/// A device or file exists already or is in use.
+pub(crate) const BUSY: u8 = 5;
+/// Standard output was closed, as a shell shows it: 128 and the signal.
+pub(crate) const PIPE: u8 = 141;
+/// Stopped by a signal, as a shell shows it.
+pub(crate) const INTERRUPTED: u8 = 130;
+
+/// What `--help` says of them.
+pub(crate) const HELP: &str = "Exit codes:
+  0    success
+  1    wrong parameters, or a failure of another kind
+  2    no permission
+  3    the image is malformed or corrupt
+  4    a file or device does not exist, or reading or writing it failed
+  5    a file or device exists already, or is in use
+  130  stopped by SIGINT, SIGTERM or SIGHUP; nothing half-made is left";
+
+/// An error whose exit code is known where it is made.
+#[derive(Debug)]
+pub(crate) struct Failure {
+    /// The exit code.
+    pub(crate) code: u8,
+    /// What to tell.
+    pub(crate) message: String,
+}
+
+impl Failure {
+    /// An error with exit code `code`.
+    pub(crate) fn new(code: u8, message: impl Into<String>) -> anyhow::Error {
+        Self {
+            code,
+            message: message.into(),
+        }
+        .into()
+    }
+
+    /// A wrong parameter.
+    pub(crate) fn usage(message: impl Into<String>) -> anyhow::Error {
+        Self::new(USAGE, message)
+    }
+}
+
+impl std::fmt::Display for Failure {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(&self.message)
+    }
+}
+
+impl std::error::Error for Failure {}
+
+/// The exit code for `error`: that of the first known cause.
+pub(crate) fn code(error: &anyhow::Error) -> u8 {
+    error.chain().find_map(known).unwrap_or(USAGE)
+}
+
+fn known(cause: &(dyn std::error::Error + 'static)) -> Option<u8> {
+    if let Some(failure) = cause.downcast_ref::<Failure>() {
+        return Some(failure.code);
+    }
+    if let Some(failure) = cause.downcast_ref::<DmFailure>() {
+        return Some(failure.errno().map_or(DEVICE, errno));
+    }
+    if let Some(error) = cause.downcast_ref::<overlaybd::Error>() {
+        return match error.cause() {
+            overlaybd::Error::Interrupted => Some(INTERRUPTED),
+            error if error.is_bad_image() => Some(BAD_IMAGE),
+            error => Some(error.io_kind().map_or(USAGE, io)),
+        };
+    }
+    cause
+        .downcast_ref::<std::io::Error>()
+        .map(|error| io(error.kind()))
+}
+
+fn io(kind: ErrorKind) -> u8 {
+    match kind {
+        ErrorKind::PermissionDenied => PERMISSION,
+        ErrorKind::AlreadyExists | ErrorKind::ResourceBusy => BUSY,
+        ErrorKind::BrokenPipe => PIPE,
+        _ => DEVICE,
+    }
+}
+
+fn errno(errno: i32) -> u8 {
+    io(std::io::Error::from_raw_os_error(errno).kind())
+}

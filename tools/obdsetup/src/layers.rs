@@ -1,0 +1,118 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! Layers on the command line: `PATH`, or `DEVICE:BYTES` where the blob is shorter than the
+//! device that it is on.
+
+use std::fmt;
+use std::os::unix::fs::FileTypeExt;
+use std::path::{Path, PathBuf};
+use std::str::FromStr;
+
+use anyhow::Result;
+use overlaybd::layer::Ident;
+use overlaybd::{FileBlob, LayerReader, Stack};
+
+use crate::{interrupt, size};
+
+/// A layer, named but not opened.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct LayerArg {
+    /// The file or block device.
+    pub(crate) path: PathBuf,
+    /// Bytes of blob, where given.
+    pub(crate) size: Option<u64>,
+}
+
+impl FromStr for LayerArg {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        // A file may have a colon in its name.
+        if !Path::new(text).exists() {
+            if let Some((path, tail)) = text.rsplit_once(':') {
+                if let Ok(size) = size::parse(tail) {
+                    return Ok(Self {
+                        path: path.into(),
+                        size: Some(size),
+                    });
+                }
+            }
+        }
+        Ok(Self {
+            path: text.into(),
+            size: None,
+        })
+    }
+}
+
+impl fmt::Display for LayerArg {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.path.display().fmt(f)
+    }
+}
+
+impl LayerArg {
+    /// Opens the file or device.
+    pub(crate) fn open(&self) -> Result<FileBlob> {
+        Ok(FileBlob::open(&self.path, self.size)?)
+    }
+
+    /// Opens the layer.
+    pub(crate) fn open_layer(&self) -> Result<LayerReader> {
+        interrupt::check()?;
+        Ok(LayerReader::open(&self.path, self.size)?)
+    }
+
+    /// Whether it is a block device.
+    pub(crate) fn is_device(&self) -> bool {
+        std::fs::metadata(&self.path).is_ok_and(|meta| meta.file_type().is_block_device())
+    }
+}
+
+/// Opens layers, lowest first.
+pub(crate) fn open_layers(args: &[LayerArg]) -> Result<Vec<LayerReader>> {
+    args.iter().map(LayerArg::open_layer).collect()
+}
+
+/// Opens layers, lowest first, and merges them.
+pub(crate) fn open_stack(args: &[LayerArg]) -> Result<Stack> {
+    if args.len() > overlaybd::format::merge::MAX_LAYERS {
+        // Before hundreds of files are opened.
+        Stack::open(&vec![""; args.len()])?;
+    }
+    Ok(Stack::new(open_layers(args)?)?)
+}
+
+/// What doesn't fit where a layer's parent UUID isn't the UUID of the layer below it. Nobody
+/// enforces that they fit, and many layers have none.
+pub(crate) fn chain_warnings(layers: &[LayerReader]) -> Vec<String> {
+    let mut warnings = Vec::new();
+    for pair in layers.windows(2) {
+        let [below, above] = pair else { continue };
+        let (parent, uuid) = (&above.ident().parent, &below.ident().uuid);
+        if Ident::is_known(parent) && Ident::is_known(uuid) && !parent.eq_ignore_ascii_case(uuid) {
+            warnings.push(format!(
+                "{}: parent UUID is {parent}, but the layer below, {}, has UUID {uuid}",
+                above.path().display(),
+                below.path().display()
+            ));
+        }
+    }
+    if let Some(lowest) = layers.first() {
+        let parent = &lowest.ident().parent;
+        if Ident::is_known(parent) {
+            warnings.push(format!(
+                "{}: parent UUID is {parent}, but there is no layer below",
+                lowest.path().display()
+            ));
+        }
+    }
+    warnings
+}
+
+/// Prints warnings.
+pub(crate) fn warn(warnings: &[String]) {
+    for warning in warnings {
+        eprintln!("obdsetup: warning: {warning}");
+    }
+}

@@ -1,0 +1,58 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! `obdsetup`: sets up OverlayBD images as block devices; makes, checks and dumps them.
+//!
+//! - [`cmd`]: a file for each subcommand, its arguments and what it does.
+//! - [`dm`]: device-mapper and loop devices.
+//! - The other files: what several subcommands need.
+
+#![forbid(unsafe_code)]
+
+mod bar;
+mod cmd;
+mod dm;
+mod exit;
+mod interrupt;
+mod layers;
+mod output;
+mod size;
+mod wrap_args;
+
+use std::process::ExitCode;
+
+use clap::Parser;
+
+/// Set up, make, check and dump OverlayBD images.
+#[derive(Parser)]
+#[command(name = "obdsetup", version, after_help = exit::HELP, max_term_width = 100)]
+struct Cli {
+    #[command(subcommand)]
+    command: cmd::Command,
+}
+
+fn main() -> ExitCode {
+    let cli = match Cli::try_parse() {
+        Ok(cli) => cli,
+        Err(error) => {
+            let code = if error.use_stderr() {
+                exit::USAGE
+            } else {
+                exit::SUCCESS
+            };
+            // Nobody is left to tell where the terminal is gone.
+            let _ = error.print();
+            return ExitCode::from(code);
+        }
+    };
+    match interrupt::watch().and_then(|()| cli.command.run()) {
+        Ok(()) => ExitCode::from(exit::SUCCESS),
+        Err(error) => {
+            let code = exit::code(&error);
+            // A reader that has seen enough, say head(1), closed standard output: no need to tell.
+            if code != exit::PIPE {
+                eprintln!("obdsetup: {error:#}");
+            }
+            ExitCode::from(code)
+        }
+    }
+}
