@@ -76,7 +76,7 @@ fn known(cause: &(dyn std::error::Error + 'static)) -> Option<u8> {
         return Some(failure.code);
     }
     if let Some(failure) = cause.downcast_ref::<DmFailure>() {
-        return Some(failure.errno().map_or(DEVICE, errno));
+        return Some(failure.kind().map_or(DEVICE, io));
     }
     if let Some(error) = cause.downcast_ref::<overlaybd::Error>() {
         return match error.cause() {
@@ -97,8 +97,4 @@ fn io(kind: ErrorKind) -> u8 {
         ErrorKind::BrokenPipe => PIPE,
         _ => DEVICE,
     }
-}
-
-fn errno(errno: i32) -> u8 {
-    io(std::io::Error::from_raw_os_error(errno).kind())
 }

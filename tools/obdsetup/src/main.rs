@@ -50,9 +50,21 @@ fn main() -> ExitCode {
             let code = exit::code(&error);
             // A reader that has seen enough, say head(1), closed standard output: no need to tell.
             if code != exit::PIPE {
-                eprintln!("obdsetup: {error:#}");
+                eprintln!("obdsetup: {}", message(&error));
             }
             ExitCode::from(code)
         }
     }
+}
+
+/// An error and its causes. The library's errors tell theirs themselves.
+fn message(error: &anyhow::Error) -> String {
+    let mut parts = Vec::new();
+    for cause in error.chain() {
+        parts.push(cause.to_string());
+        if cause.is::<overlaybd::Error>() {
+            break;
+        }
+    }
+    parts.join(": ")
 }

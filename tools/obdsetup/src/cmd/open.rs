@@ -11,7 +11,7 @@ use super::print;
 use crate::dm::backing::Backing;
 use crate::dm::control::Line;
 use crate::dm::plan::{self, Lower, Place, TargetOptions};
-use crate::dm::{node, Control, Plan};
+use crate::dm::{self, Control, Plan};
 use crate::exit::{self, Failure};
 use crate::interrupt;
 use crate::layers::{chain_warnings, open_stack, warn, LayerArg};
@@ -24,8 +24,7 @@ use crate::layers::{chain_warnings, open_stack, warn, LayerArg};
   obdsetup open --zfile data data.zf             the content of a plain ZFile
 
 Files get read-only loop devices, which vanish with the device. If any step fails, what was set up
-before it is taken down. Where no udev runs, or DM_DISABLE_UDEV=1 is set, obdsetup makes the nodes
-in /dev/mapper itself.")]
+before it is taken down. Needs dmsetup(8).")]
 pub(crate) struct Args {
     /// Name of the device, /dev/mapper/NAME
     name: String,
@@ -166,18 +165,20 @@ pub(crate) fn run(args: &Args) -> Result<()> {
         let table: Vec<Line> = device
             .table
             .iter()
-            .map(|target| {
-                let params = target.params(&resolve);
-                (target.start, target.len, target.name.to_owned(), params)
+            .map(|target| Line {
+                start: target.start,
+                len: target.len,
+                target: target.name.to_owned(),
+                params: target.params(&resolve),
             })
             .collect();
-        let (major, minor) = control.create(&device.name, &device.uuid, device.inner, &table)?;
+        let number = control.create(&device.name, &device.uuid, &table)?;
         undo.names.push(device.name.clone());
-        numbers.push(format!("{major}:{minor}"));
+        numbers.push(number);
     }
     interrupt::check()?;
     undo.names.clear();
-    print(&format!("{}\n", node::path(&args.name).display()))
+    print(&format!("{}\n", dm::node(&args.name).display()))
 }
 
 /// Takes down what was set up, top first, when dropped.

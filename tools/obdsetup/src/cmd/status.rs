@@ -10,7 +10,7 @@ use serde_json::{Map, Value};
 
 use super::close::not_ours;
 use super::{print, print_json};
-use crate::dm::control::{show_line, Line, State};
+use crate::dm::control::{Line, State};
 use crate::dm::Control;
 
 /// Arguments of `status`.
@@ -55,7 +55,7 @@ struct Device {
     uuid: String,
     device: String,
     sectors: u64,
-    open_count: i32,
+    open_count: u32,
     read_only: bool,
     suspended: bool,
     deferred_remove: bool,
@@ -93,16 +93,16 @@ fn collect(control: &Control, state: State) -> Result<Device> {
     let table = control.table(&state.name)?;
     let status = control.status(&state.name)?;
     Ok(Device {
-        sectors: table.last().map_or(0, |(start, len, ..)| start + len),
+        sectors: table.last().map_or(0, |line| line.start + line.len),
         targets: table
             .iter()
             .zip(&status)
             .map(|(table, status)| Target {
-                table: show_line(table),
+                table: table.to_string(),
                 status: parse(status),
             })
             .collect(),
-        device: format!("{}:{}", state.major, state.minor),
+        device: state.number,
         name: state.name,
         uuid: state.uuid,
         open_count: state.open_count,
@@ -113,13 +113,14 @@ fn collect(control: &Control, state: State) -> Result<Device> {
 }
 
 /// Names the fields of an INFO line. What a newer module adds is `field_N`, counted from 0.
-fn parse((_, _, target, info): &Line) -> Map<String, Value> {
-    let names = match target.as_str() {
+fn parse(line: &Line) -> Map<String, Value> {
+    let names = match line.target.as_str() {
         "zfile" | "zfile_target" => ZFILE,
         "lsmt" | "lsmt_target" => LSMT,
         _ => &[],
     };
-    info.split_whitespace()
+    line.params
+        .split_whitespace()
         .enumerate()
         .map(|(nth, word)| {
             let name = names.get(nth).map(|&name| name.to_owned());
@@ -175,7 +176,14 @@ mod tests {
 
     #[test]
     fn info_lines() {
-        let line = |target: &str, info: &str| parse(&(0, 8, target.to_owned(), info.to_owned()));
+        let line = |target: &str, info: &str| {
+            parse(&super::Line {
+                start: 0,
+                len: 8,
+                target: target.to_owned(),
+                params: info.to_owned(),
+            })
+        };
         let zfile = line("zfile", "C lz4 4096 281 703 1 2 3 4 5 6");
         assert_eq!(zfile["state"], "C");
         assert_eq!(zfile["corrupt_blocks"], 5);

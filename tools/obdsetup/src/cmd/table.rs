@@ -67,7 +67,7 @@ pub(crate) fn run(args: &Args) -> Result<()> {
         Lower::Device(nth) => {
             let device = plan.devices.get(nth);
             device.map_or_else(String::new, |device| {
-                node::path(&device.name).display().to_string()
+                node(&device.name).display().to_string()
             })
         }
     };

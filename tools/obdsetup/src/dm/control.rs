@@ -1,214 +1,257 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! Device-mapper's ioctls, by way of the `devicemapper` crate, which also waits for udev.
+//! Making, finding and removing device-mapper devices, by way of dmsetup(8).
+//!
+//! Why not the `devicemapper` crate: it refuses every call, even a look at a device, where no udev
+//! daemon runs (0.33.5 to 0.34.7), as in an initramfs or the test VM; before that it didn't wait
+//! for udev at all, or hung without it. libdm, which dmsetup is a thin layer over, does both: it
+//! waits for udev where that runs, and makes the nodes itself where it doesn't or where
+//! `DM_DISABLE_UDEV` says so.
+//!
+//! What dmsetup cannot do is keep udev's scanners off the inner devices:
+//! `udev/11-dm-overlaybd.rules` does that, by their UUIDs.
 
 use std::fmt;
+use std::io::ErrorKind;
+use std::process::{Command, Stdio};
 
 use anyhow::{Context, Result};
-use devicemapper::{errors, DevId, DeviceInfo, DmError, DmFlags, DmName, DmOptions, DmUuid, DM};
 
-use super::node;
-
-/// A failed ioctl.
+/// dmsetup failed.
 #[derive(Debug)]
-pub(crate) struct DmFailure(DmError);
+pub(crate) struct DmFailure {
+    /// What it said.
+    message: String,
+}
 
 impl DmFailure {
-    /// What the kernel said.
-    pub(crate) fn errno(&self) -> Option<i32> {
-        match &self.0 {
-            DmError::Core(errors::Error::Ioctl(_, _, _, errno)) => Some(**errno as i32),
-            _ => None,
-        }
+    /// What the kernel said, as far as dmsetup tells.
+    pub(crate) fn kind(&self) -> Option<ErrorKind> {
+        // What strerror(3) says in the C locale.
+        let kinds = [
+            ("Permission denied", ErrorKind::PermissionDenied),
+            ("Operation not permitted", ErrorKind::PermissionDenied),
+            ("Device or resource busy", ErrorKind::ResourceBusy),
+            ("Device already exists", ErrorKind::AlreadyExists),
+            ("already exists", ErrorKind::AlreadyExists),
+        ];
+        kinds
+            .iter()
+            .find(|(text, _)| self.message.contains(text))
+            .map(|&(_, kind)| kind)
     }
 }
 
 impl fmt::Display for DmFailure {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self.errno() {
-            Some(errno) => std::io::Error::from_raw_os_error(errno).fmt(f),
-            None => self.0.fmt(f),
-        }
+        f.write_str(&self.message)
     }
 }
 
 impl std::error::Error for DmFailure {}
 
-/// `ENXIO`: there is no such device.
-const ENXIO: i32 = 6;
-
 /// What device-mapper says of a device.
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct State {
     pub(crate) name: String,
     pub(crate) uuid: String,
-    pub(crate) major: u32,
-    pub(crate) minor: u32,
-    pub(crate) open_count: i32,
+    /// `MAJOR:MINOR`.
+    pub(crate) number: String,
+    pub(crate) open_count: u32,
     pub(crate) read_only: bool,
     pub(crate) suspended: bool,
     pub(crate) deferred_remove: bool,
 }
 
+/// The columns that [`State::parse`] reads.
+const COLUMNS: &str = "name,uuid,major,minor,open,readonly,suspended,deferred_remove";
+/// What separates them: libdm doesn't leave it in a name.
+const SEPARATOR: char = '|';
+
 impl State {
-    fn new(info: &DeviceInfo) -> Self {
-        let has = |flag| info.flags().contains(flag);
-        Self {
-            name: info.name().map(ToString::to_string).unwrap_or_default(),
-            uuid: info.uuid().map(ToString::to_string).unwrap_or_default(),
-            major: info.device().major,
-            minor: info.device().minor,
-            open_count: info.open_count(),
-            read_only: has(DmFlags::DM_READONLY),
-            suspended: has(DmFlags::DM_SUSPEND),
-            deferred_remove: has(DmFlags::DM_DEFERRED_REMOVE),
-        }
+    /// Reads a line of `dmsetup info`; `None` for what isn't a device.
+    fn parse(line: &str) -> Option<Self> {
+        let fields: Vec<&str> = line.split(SEPARATOR).map(str::trim).collect();
+        let [name, uuid, major, minor, open, read_only, suspended, deferred] = fields[..] else {
+            return None;
+        };
+        Some(Self {
+            name: name.to_owned(),
+            uuid: uuid.to_owned(),
+            number: format!("{major}:{minor}"),
+            open_count: open.parse().ok()?,
+            read_only: is_set(read_only, "Read-only"),
+            suspended: is_set(suspended, "Suspended"),
+            deferred_remove: !matches!(deferred, "" | "0"),
+        })
     }
 }
 
-/// A line of a table or status: start and length in sectors, target, the rest.
-pub(crate) type Line = (u64, u64, String, String);
+/// Whether a column that shows a word or a 1 is set.
+fn is_set(column: &str, word: &str) -> bool {
+    column == "1" || column.eq_ignore_ascii_case(word)
+}
 
-/// An open `/dev/mapper/control`.
-pub(crate) struct Control(DM);
+/// A line of a table or status: start and length in sectors, target, the rest.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct Line {
+    pub(crate) start: u64,
+    pub(crate) len: u64,
+    pub(crate) target: String,
+    pub(crate) params: String,
+}
+
+impl Line {
+    /// Reads a line as [`Line`] shows it.
+    fn parse(line: &str) -> Option<Self> {
+        let mut words = line.trim().splitn(4, ' ');
+        Some(Self {
+            start: words.next()?.parse().ok()?,
+            len: words.next()?.parse().ok()?,
+            target: words.next()?.to_owned(),
+            params: words.next().unwrap_or_default().trim().to_owned(),
+        })
+    }
+}
+
+impl fmt::Display for Line {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self {
+            start,
+            len,
+            target,
+            params,
+        } = self;
+        write!(f, "{start} {len} {target} {params}")
+    }
+}
+
+/// dmsetup, found to work.
+pub(crate) struct Control(());
 
 impl Control {
-    /// Opens it.
+    /// Finds out whether there is a device-mapper to talk to.
     pub(crate) fn open() -> Result<Self> {
-        let path = std::path::Path::new("/dev/mapper/control");
-        if let Err(error) = std::fs::File::open(path) {
-            // The crate's own error doesn't say which: no module, or no permission.
-            return Err(error).context("cannot open /dev/mapper/control (modprobe dm-mod?)");
-        }
-        let dm = DM::new().map_err(DmFailure);
-        Ok(Self(dm.context("cannot open device-mapper")?))
+        let control = Self(());
+        control
+            .run(&["version"])
+            .context("cannot talk to device-mapper")?;
+        Ok(control)
     }
 
-    /// Makes a read-only device, loads its table, and brings it up. Gives its number.
-    pub(crate) fn create(
-        &self,
-        name: &str,
-        uuid: &str,
-        inner: bool,
-        table: &[Line],
-    ) -> Result<(u32, u32)> {
-        let options = match inner {
-            // udev's rules leave it alone: no blkid, no LVM, no links by UUID.
-            true => DmOptions::private(),
-            false => DmOptions::default(),
-        };
-        let read_only = options.set_flags(DmFlags::DM_READONLY);
-        let dm_name = DmName::new(name).map_err(DmFailure)?;
-        let dm_uuid = DmUuid::new(uuid).map_err(DmFailure)?;
-        let id = DevId::Name(dm_name);
-        let info = self
-            .0
-            .device_create(dm_name, Some(dm_uuid), read_only)
-            .map_err(DmFailure)
-            .with_context(|| format!("cannot create device {name}"))?;
-        let brought_up = self.bring_up(&id, table, options, read_only);
-        if let Err(error) = brought_up.with_context(|| format!("cannot set up device {name}")) {
-            // Nobody can use it without a table.
-            let _ = self.0.device_remove(&id, DmOptions::default());
-            return Err(error);
+    /// Makes a read-only device and brings it up. Gives its number, `MAJOR:MINOR`.
+    pub(crate) fn create(&self, name: &str, uuid: &str, table: &[Line]) -> Result<String> {
+        let lines: Vec<String> = table.iter().map(Line::to_string).collect();
+        let text = lines.join("\n");
+        self.run(&[
+            "create",
+            name,
+            "--uuid",
+            uuid,
+            "--readonly",
+            "--table",
+            &text,
+        ])
+        .with_context(|| {
+            format!(
+                "cannot set up device {name} with table `{}` (dmesg has the reason)",
+                lines.join("; ")
+            )
+        })?;
+        match self.state(name) {
+            Ok(Some(state)) => Ok(state.number),
+            other => {
+                // Nobody else will.
+                let _ = self.remove(name, false);
+                let missing = anyhow::anyhow!("device {name} vanished");
+                Err(other.err().unwrap_or(missing))
+            }
         }
-        let (major, minor) = (info.device().major, info.device().minor);
-        if let Err(error) = node::ensure(name, major, minor) {
-            let _ = self.remove(name, false);
-            return Err(error);
-        }
-        Ok((major, minor))
-    }
-
-    fn bring_up(
-        &self,
-        id: &DevId<'_>,
-        table: &[Line],
-        options: DmOptions,
-        read_only: DmOptions,
-    ) -> Result<()> {
-        self.0
-            .table_load(id, table, read_only)
-            .map_err(DmFailure)
-            .with_context(|| {
-                let lines: Vec<String> = table.iter().map(show_line).collect();
-                format!(
-                    "the kernel refuses the table `{}` (dmesg has the reason)",
-                    lines.join("; ")
-                )
-            })?;
-        self.0
-            .device_suspend(id, options)
-            .map_err(DmFailure)
-            .context("cannot resume")?;
-        Ok(())
     }
 
     /// Removes device `name`. With `deferred`, one that is in use goes when it no longer is.
     pub(crate) fn remove(&self, name: &str, deferred: bool) -> Result<()> {
-        let options = match deferred {
-            true => DmOptions::default().set_flags(DmFlags::DM_DEFERRED_REMOVE),
-            false => DmOptions::default(),
-        };
-        let id = DevId::Name(DmName::new(name).map_err(DmFailure)?);
-        self.0
-            .device_remove(&id, options)
-            .map_err(DmFailure)
+        // udev may look at a device just when it is to go: that passes.
+        let how = if deferred { "--deferred" } else { "--retry" };
+        self.run(&["remove", how, name])
             .with_context(|| format!("cannot remove device {name}"))?;
-        if self.state(name)?.is_none() {
-            node::remove(name);
-        }
         Ok(())
     }
 
     /// The state of device `name`; `None` where there is no such device.
     pub(crate) fn state(&self, name: &str) -> Result<Option<State>> {
-        let id = DevId::Name(DmName::new(name).map_err(DmFailure)?);
-        match self.0.device_info(&id).map_err(DmFailure) {
-            Ok(info) => Ok(Some(State::new(&info))),
-            Err(error) if error.errno() == Some(ENXIO) => Ok(None),
-            Err(error) => Err(error).with_context(|| format!("cannot look at device {name}")),
-        }
+        let states = self.states()?;
+        Ok(states.into_iter().find(|state| state.name == name))
+    }
+
+    /// All devices.
+    fn states(&self) -> Result<Vec<State>> {
+        let separator = SEPARATOR.to_string();
+        let text = self
+            .run(&[
+                "info",
+                "-c",
+                "--noheadings",
+                "--separator",
+                &separator,
+                "-o",
+                COLUMNS,
+            ])
+            .context("cannot list devices")?;
+        Ok(text.lines().filter_map(State::parse).collect())
     }
 
     /// The table of device `name`.
     pub(crate) fn table(&self, name: &str) -> Result<Vec<Line>> {
-        self.lines(name, DmFlags::DM_STATUS_TABLE)
+        self.lines("table", name)
     }
 
     /// The status of device `name`.
     pub(crate) fn status(&self, name: &str) -> Result<Vec<Line>> {
-        self.lines(name, DmFlags::DM_NOFLUSH)
+        self.lines("status", name)
     }
 
-    fn lines(&self, name: &str, flags: DmFlags) -> Result<Vec<Line>> {
-        let id = DevId::Name(DmName::new(name).map_err(DmFailure)?);
-        let status = self
-            .0
-            .table_status(&id, DmOptions::default().set_flags(flags))
-            .map_err(DmFailure)
-            .with_context(|| format!("cannot read the status of device {name}"))?;
-        Ok(status.1)
+    fn lines(&self, what: &str, name: &str) -> Result<Vec<Line>> {
+        let text = self
+            .run(&[what, name])
+            .with_context(|| format!("cannot read the {what} of device {name}"))?;
+        Ok(text.lines().filter_map(Line::parse).collect())
     }
 
     /// The devices of the stack `name`, top first: those that are there and are ours.
     pub(crate) fn stack(&self, name: &str) -> Result<Vec<State>> {
-        let mut found = Vec::new();
-        let devices = self.0.list_devices().map_err(DmFailure);
-        for (candidate, _, _) in devices.context("cannot list devices")? {
-            let candidate = candidate.to_string();
-            let Some(rank) = rank(&candidate, name) else {
-                continue;
-            };
-            // It may have gone meanwhile.
-            let Some(state) = self.state(&candidate)? else {
-                continue;
-            };
-            if rank.uuids(name).contains(&state.uuid) {
-                found.push((rank, state));
-            }
-        }
+        let mut found: Vec<(Rank, State)> = self
+            .states()?
+            .into_iter()
+            .filter_map(|state| Some((rank(&state.name, name)?, state)))
+            .filter(|(rank, state)| rank.uuids(name).contains(&state.uuid))
+            .collect();
         found.sort_by_key(|(rank, _)| *rank);
         Ok(found.into_iter().map(|(_, state)| state).collect())
+    }
+
+    /// Runs dmsetup; gives what it prints.
+    fn run(&self, args: &[&str]) -> Result<String> {
+        let done = Command::new("dmsetup")
+            .args(args)
+            .env("LC_ALL", "C")
+            .stdin(Stdio::null())
+            .output()
+            .context("cannot run dmsetup")?;
+        if done.status.success() {
+            return Ok(String::from_utf8_lossy(&done.stdout).into_owned());
+        }
+        let text = String::from_utf8_lossy(&done.stderr);
+        let lines: Vec<&str> = text
+            .lines()
+            .map(str::trim)
+            .filter(|line| !line.is_empty() && *line != "Command failed.")
+            .collect();
+        let message = match lines.as_slice() {
+            [] => format!("dmsetup failed: {}", done.status),
+            lines => lines.join("; "),
+        };
+        Err(DmFailure { message }.into())
     }
 }
 
@@ -249,14 +292,9 @@ fn rank(device: &str, name: &str) -> Option<Rank> {
     }
 }
 
-/// A line as dmsetup(8) shows it.
-pub(crate) fn show_line((start, len, target, params): &Line) -> String {
-    format!("{start} {len} {target} {params}")
-}
-
 #[cfg(test)]
 mod tests {
-    use super::{rank, Rank};
+    use super::{rank, Line, Rank, State};
 
     #[test]
     fn ranks() {
@@ -266,5 +304,20 @@ mod tests {
         assert_eq!(rank("a-b", "a"), None);
         assert_eq!(rank("b", "a"), None);
         assert!(Rank::Top < Rank::Zfile(0) && Rank::Zfile(9) < Rank::Blob(0));
+    }
+
+    #[test]
+    fn what_dmsetup_prints() {
+        let state = State::parse("a-blob0|OVERLAYBD-BLOB-a-0|254|3|1|Read-only|Active|");
+        let state = state.unwrap_or_else(|| unreachable!());
+        assert_eq!(state.number, "254:3");
+        assert_eq!(state.open_count, 1);
+        assert!(state.read_only && !state.suspended && !state.deferred_remove);
+        assert_eq!(State::parse("No devices found"), None);
+        let line = Line::parse("0 16384 lsmt 2 92 8388608 1600 ");
+        assert_eq!(
+            line.map(|line| line.to_string()).as_deref(),
+            Some("0 16384 lsmt 2 92 8388608 1600")
+        );
     }
 }

@@ -4,13 +4,16 @@
 //!
 //! - [`plan`]: which devices a stack of layers takes, and their tables. Pure.
 //! - [`backing`]: files as loop devices.
-//! - [`control`]: device-mapper's ioctls.
-//! - [`node`]: `/dev/mapper` where no udev looks after it.
+//! - [`control`]: making, finding and removing devices, with dmsetup(8).
 
 pub(crate) mod backing;
 pub(crate) mod control;
-pub(crate) mod node;
 pub(crate) mod plan;
 
 pub(crate) use control::{Control, DmFailure};
 pub(crate) use plan::Plan;
+
+/// The node of device `name`.
+pub(crate) fn node(name: &str) -> std::path::PathBuf {
+    std::path::Path::new("/dev/mapper").join(name)
+}

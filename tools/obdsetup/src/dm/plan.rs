@@ -78,8 +78,6 @@ impl Target {
 pub(crate) struct Device {
     pub(crate) name: String,
     pub(crate) uuid: String,
-    /// Whether it is there for another device only, and nobody is to scan it.
-    pub(crate) inner: bool,
     pub(crate) table: Vec<Target>,
 }
 
@@ -105,8 +103,7 @@ struct BlobWords {
 }
 
 impl Plan {
-    /// The devices for `stack`. `sized` says for each layer whether its blob's size is known;
-    /// otherwise it is the whole device. `devices` says which layers are on block devices.
+    /// The devices for `stack`, whose layers are on `places`.
     pub(crate) fn for_stack(
         name: &str,
         stack: &Stack,
@@ -125,7 +122,7 @@ impl Plan {
                 Some(_) => {
                     let uuid = format!("{UUID_PREFIX}ZFILE-{name}-{nth}");
                     let zfile = format!("{name}-zfile{nth}");
-                    plan.add_zfile(zfile, uuid, true, layer.payload(), blob, options)?
+                    plan.add_zfile(zfile, uuid, layer.payload(), blob, options)?
                 }
             };
             params.push(Word::Lower(blob.lower));
@@ -135,7 +132,6 @@ impl Plan {
         plan.devices.push(Device {
             name: name.to_owned(),
             uuid: format!("{UUID_PREFIX}LSMT-{name}"),
-            inner: false,
             table: vec![Target {
                 start: 0,
                 len: stack.sectors(),
@@ -159,7 +155,7 @@ impl Plan {
         };
         let blob = plan.add_blob(name, 0, payload, place);
         let uuid = format!("{UUID_PREFIX}ZFILE-{name}");
-        plan.add_zfile(name.to_owned(), uuid, false, payload, blob, options)?;
+        plan.add_zfile(name.to_owned(), uuid, payload, blob, options)?;
         Ok(plan)
     }
 
@@ -184,7 +180,6 @@ impl Plan {
         self.devices.push(Device {
             name: format!("{name}-blob{nth}"),
             uuid: format!("{UUID_PREFIX}BLOB-{name}-{nth}"),
-            inner: true,
             table: vec![
                 linear(0, whole, Lower::Layer(nth)),
                 linear(whole, 1, Lower::Tail(nth)),
@@ -200,7 +195,6 @@ impl Plan {
         &mut self,
         name: String,
         uuid: String,
-        inner: bool,
         payload: &Payload,
         blob: BlobWords,
         options: &TargetOptions,
@@ -218,7 +212,6 @@ impl Plan {
         self.devices.push(Device {
             name,
             uuid,
-            inner,
             table: vec![Target {
                 start: 0,
                 len: sectors(size),

@@ -1,0 +1,53 @@
+# SPDX-License-Identifier: GPL-2.0
+# What a user types; 'make help' tells. The kernel's build reads Kbuild, the work is done by scripts/.
+
+ifneq ($(KERNELRELEASE),)
+include $(src)/Kbuild
+else
+
+MAKEFLAGS += --no-print-directory
+S := scripts
+
+# Passed on to the scripts when given on the command line or in the environment.
+export KDIR KERNEL MIRROR V DESTDIR PREFIX RUN SHARE TIMEOUT CARGO
+export QEMU_MEM QEMU_SMP QEMU_ARGS KERNEL_ARGS OBD_GOLDENS
+
+.PHONY: all module tools setup demo check lint vm install clean help
+
+all: module
+
+module:
+	@$S/build-module.sh
+
+tools:
+	@$S/build-tools.sh
+
+setup:
+	@$S/setup.sh
+
+demo:
+	@$S/demo.sh
+
+check:
+	@$S/check.sh
+
+lint:
+	@$S/lint.sh
+
+# The VM runs what is built for its own kernel; NOBUILD=1 takes what there is.
+vm:
+ifeq ($(NOBUILD),)
+	@USE_ROOT=1 QUIET=1 $S/build-module.sh
+	@QUIET=1 CARGO= $S/build-tools.sh
+endif
+	@$S/vm.sh
+
+install:
+	@$S/install.sh
+
+clean:
+	@$S/clean.sh
+
+help:
+	@$S/help.sh
+endif

@@ -1,0 +1,43 @@
+#!/bin/bash
+# SPDX-License-Identifier: GPL-2.0
+# Build the module into build/RELEASE/: build-module.sh [build | clippy | install]. KDIR=, KERNEL=, V= as for make.
+. "$(dirname "$0")/lib.sh"
+. "$SCRIPTS/kdir.sh"
+
+what=${1:-build}
+kdir_choose
+out=$BUILD/$KDIR_RELEASE
+obj=$out/obj
+[ "$what" != clippy ] || obj=$out/clippy
+
+args=(-C "$KDIR_USED" "M=$CLONE" "MO=$obj" "${KDIR_ARGS[@]}" "-j$(nproc)" --no-print-directory)
+[ -z "${QUIET:-}" ] || args+=(-s)
+[ -z "${V:-}" ] || args+=("V=$V")
+
+# Objects made against another tree of the same release are of no use to this one.
+start_afresh() {
+	[ "$(cat "$obj/.kdir" 2>/dev/null)" = "$KDIR_ID" ] && return
+	rm -rf "$obj"
+	mkdir -p "$obj"
+	say "$KDIR_ID" >"$obj/.kdir"
+}
+
+mkdir -p "$out"
+lock "$out/.lock" "build in $out"
+case $what in
+build)
+	start_afresh
+	kdir_run make "${args[@]}" modules
+	cmp -s "$obj/dm_overlaybd.ko" "$out/dm_overlaybd.ko" || cp "$obj/dm_overlaybd.ko" "$out/dm_overlaybd.ko"
+	;;
+clippy)
+	start_afresh
+	kdir_run make "${args[@]}" CLIPPY=1 KRUSTFLAGS=-Dwarnings modules
+	;;
+install)
+	[ -f "$obj/dm_overlaybd.ko" ] || die "build the module first"
+	[ -z "$KDIR_IN_ROOT" ] || die "this module is for the test VM's kernel; name yours with KDIR="
+	make "${args[@]}" ${DESTDIR:+"INSTALL_MOD_PATH=$DESTDIR"} ${DESTDIR:+DEPMOD=true} modules_install
+	;;
+*) die "usage: build-module.sh [build | clippy | install]" ;;
+esac

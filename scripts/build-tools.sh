@@ -1,0 +1,24 @@
+#!/bin/bash
+# SPDX-License-Identifier: GPL-2.0
+# Build or test user space with cargo, in the root: build-tools.sh [build | test | clippy | fmt] (CARGO=: with that, on the host).
+. "$(dirname "$0")/lib.sh"
+
+what=${1:-build}
+target=$BUILD/cargo
+case $what in
+build) args=(build --release --locked) ;;
+test) args=(test --locked --workspace --no-fail-fast) ;;
+clippy) args=(clippy --locked --workspace --all-targets -- -D warnings) ;;
+fmt) args=(fmt --all -- --check) ;;
+*) die "usage: build-tools.sh [build | test | clippy | fmt]" ;;
+esac
+
+[ -z "${QUIET:-}" ] || args=("${args[0]}" --quiet "${args[@]:1}")
+
+cd "$CLONE/tools"
+if [ -n "${CARGO:-}" ]; then
+	CARGO_TARGET_DIR=$target-host "$CARGO" "${args[@]}"
+else
+	"$SCRIPTS/setup.sh"
+	"$SCRIPTS/in-root.sh" env -C tools cargo "${args[@]}"
+fi

@@ -1,0 +1,48 @@
+# SPDX-License-Identifier: GPL-2.0
+# shellcheck shell=bash disable=SC2034 # variables are for those who source this
+# Where the cached tool-chain root lies, and how things get into the cache whole or not at all. Sourced.
+
+# The root is keyed by its packages and by the function that makes it.
+# shellcheck source=scripts/root-recipe.sh
+. "$SCRIPTS/root-recipe.sh"
+
+root_key() { { root_packages && declare -f build_root; } | short_hash; }
+ROOT=$CACHE/root-$(root_key)
+
+# A thing is made in a directory of this name and renamed when whole.
+CACHE_TMP=$CACHE/tmp
+
+# cache_begin NAME: lock the cache, drop what an interrupted set-up left, set TMP to a new directory.
+# Returns 1 when $CACHE/NAME has appeared meanwhile.
+cache_begin() {
+	mkdir -p "$CACHE"
+	lock "$CACHE/lock" "set-up in $CACHE"
+	"${SUDO[@]}" rm -rf "$CACHE_TMP"
+	[ ! -e "$CACHE/$1" ] || return 1
+	cache_prune "$1"
+	mkdir -p "$CACHE_TMP"
+	TMP=$CACHE_TMP/$1
+}
+
+# cache_commit NAME: what is in $TMP is whole.
+cache_commit() {
+	sync -f "$CACHE"
+	"${SUDO[@]}" mv -T "$TMP" "$CACHE/$1"
+	rmdir "$CACHE_TMP"
+}
+
+# cache_prune NAME: before something new of a kind (the name up to its first dash) is made, remove
+# those of its kind that nobody used for two weeks.
+cache_prune() {
+	local old
+	for old in "$CACHE/${1%%-*}"-*/; do
+		old=${old%/}
+		[ -d "$old" ] || continue
+		[ -n "$(find "$CACHE/used-${old##*/}" -mtime -14 2>/dev/null)" ] && continue
+		say "removing unused $old"
+		"${SUDO[@]}" rm -rf "$old"
+	done
+}
+
+# cache_used NAME: somebody uses it today.
+cache_used() { touch "$CACHE/used-$1"; }

@@ -1,0 +1,12 @@
+#!/bin/bash
+# SPDX-License-Identifier: GPL-2.0
+# Set up, build, and run scripts/demo-guest.sh in the test VM; build/demo is its /mnt/share.
+. "$(dirname "$0")/lib.sh"
+
+export USE_ROOT=1 KDIR='' CARGO=''
+steps 4
+step "tool-chain root" "$SCRIPTS/make-root.sh"
+step "kernel and its Rust tree" "$SCRIPTS/make-kernel.sh"
+step "module" "$SCRIPTS/build-module.sh"
+step "obdsetup" "$SCRIPTS/build-tools.sh"
+RUN=$SCRIPTS/demo-guest.sh SHARE=$BUILD/demo TIMEOUT=${TIMEOUT:-600} "$SCRIPTS/vm.sh"

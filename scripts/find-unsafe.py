@@ -1,0 +1,61 @@
+#!/usr/bin/python3
+# SPDX-License-Identifier: GPL-2.0
+"""Find the `unsafe` token in Rust files that must not have it; comments and literals do not count."""
+
+import re
+import sys
+
+# What is not code, longest forms first; a lifetime such as 'a is no character literal.
+NOT_CODE = re.compile(
+    r"""//[^\n]*
+      | /\*
+      | b?r(\#*)".*?"\1
+      | [bc]?"(?:\\.|[^"\\])*"
+      | b?'(?:\\(?:x..|u\{[^}]*\}|.)|[^'\\\n])'
+    """,
+    re.DOTALL | re.VERBOSE,
+)
+
+
+def blank(text: str) -> str:
+    """As many lines as in text, and nothing else."""
+    return "\n" * text.count("\n") or " "
+
+
+def block_comment_end(text: str, start: int) -> int:
+    """Block comments nest."""
+    depth = 0
+    for mark in re.finditer(r"/\*|\*/", text[start:]):
+        depth += 1 if mark.group() == "/*" else -1
+        if depth == 0:
+            return start + mark.end()
+    return len(text)
+
+
+def code_of(text: str) -> str:
+    """The text without comments and literals, line for line."""
+    parts = []
+    at = 0
+    while match := NOT_CODE.search(text, at):
+        end = match.end()
+        if match.group() == "/*":
+            end = block_comment_end(text, match.start())
+        parts += [text[at : match.start()], blank(text[match.start() : end])]
+        at = end
+    return "".join(parts) + text[at:]
+
+
+def main(paths: list[str]) -> int:
+    found = 0
+    for path in paths:
+        with open(path, encoding="utf-8") as file:
+            lines = code_of(file.read()).split("\n")
+        for number, line in enumerate(lines, 1):
+            if re.search(r"\bunsafe\b", line):
+                print(f"{path}:{number}: unsafe outside rust/{{sys,dm,block,codec}}: {line.strip()}")
+                found += 1
+    return 1 if found else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

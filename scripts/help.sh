@@ -1,0 +1,22 @@
+#!/bin/bash
+# SPDX-License-Identifier: GPL-2.0
+# Say what make can do.
+cat <<'END'
+make                  build the module: build/RELEASE/dm_overlaybd.ko
+make KDIR=DIR         ... for the kernel tree DIR (7.2 or later, with Rust); without KDIR for the running
+                      kernel where it has Rust, else for Debian's newest 7.3, which the test VM runs
+make tools            build obdsetup: build/cargo/release/obdsetup
+make install          install module, obdsetup and manual pages (DESTDIR=, PREFIX=/usr/local, KDIR=)
+make demo             set everything up and show the module at work in the test VM
+make check            set everything up, then lint, build and run all tests
+make lint             the static checks only
+make vm               a shell in the test VM, with the module loaded (leave with exit, or Ctrl-a x)
+make vm RUN='CMD'     run one command there and exit with its status
+make setup            only set up the tool chain and the kernel that the above need
+make clean            remove build/
+
+For vm: SHARE=DIR (read-write at /mnt/share), TIMEOUT=SECONDS (1800), QEMU_MEM=MiB (2048), QEMU_SMP=N (2),
+QEMU_ARGS= and KERNEL_ARGS= (more arguments), OBD_GOLDENS=DIR (read-only at /mnt/goldens).
+For set-up: MIRROR=URL of a Debian mirror. The cache, ${XDG_CACHE_HOME:-~/.cache}/dm-overlaybd, is shared by
+all clones and may be deleted at any time. V=1 shows commands.
+END

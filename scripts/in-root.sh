@@ -1,0 +1,36 @@
+#!/bin/bash
+# SPDX-License-Identifier: GPL-2.0
+# Run a command in the tool-chain root as the calling user, in the clone: in-root.sh [-k KERNEL_DIR] [-b SRC:DST]... CMD...
+# The clone is at its own path, the kernel directory at /kernel; all mounts go away with the command.
+. "$(dirname "$0")/lib.sh"
+. "$SCRIPTS/cache.sh"
+
+kernel=-
+binds=()
+while getopts +k:b: opt; do
+	case $opt in
+	k) kernel=$OPTARG ;;
+	b) binds+=("$OPTARG") ;;
+	*) die "usage: in-root.sh [-k KERNEL_DIR] [-b SRC:DST]... CMD..." ;;
+	esac
+done
+shift $((OPTIND - 1))
+
+[ -d "$ROOT" ] || die "no tool-chain root yet; 'make setup' makes it"
+mkdir -p "$CACHE/cargo" "$BUILD"
+
+# The environment is ours, but for what the user means for the commands.
+env=(PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin HOME=/root LANG=C.UTF-8
+	"TERM=${TERM:-dumb}" CARGO_HOME=/cargo "CARGO_TARGET_DIR=$BUILD/cargo"
+	CARGO_HTTP_CAINFO=/etc/ssl/certs/ca-certificates.crt)
+while IFS='=' read -r -d '' name value; do
+	case $name in
+	OBD_* | CARGO_HTTP_* | CARGO_NET_* | RUST_BACKTRACE | RUST_LOG | http_proxy | https_proxy | no_proxy | \
+		HTTP_PROXY | HTTPS_PROXY | NO_PROXY | ALL_PROXY | V) env+=("$name=$value") ;;
+	esac
+done < <(env -0)
+
+exec "${SUDO[@]}" setpriv --pdeathsig KILL \
+	unshare --mount --propagation private --pid --fork --kill-child \
+	"$SCRIPTS/root-enter.sh" "$ROOT" "$CLONE" "$CACHE/cargo" "$kernel" "$(id -u):$(id -g)" \
+	"${#binds[@]}" "${binds[@]}" env -i "${env[@]}" "$@"

@@ -1,0 +1,19 @@
+#!/bin/bash
+# SPDX-License-Identifier: GPL-2.0
+# Install what was built: the module, obdsetup, the manual pages. DESTDIR=, PREFIX= (/usr/local), KDIR= as for make.
+. "$(dirname "$0")/lib.sh"
+
+prefix=${DESTDIR:-}${PREFIX:-/usr/local}
+
+# obdsetup as this machine's cargo built it, or as the tool-chain root did where that runs here too.
+obdsetup=$BUILD/cargo-host/release/obdsetup
+[ -x "$obdsetup" ] || obdsetup=$BUILD/cargo/release/obdsetup
+[ -x "$obdsetup" ] || die "obdsetup is not built; run 'make tools'"
+"$obdsetup" --version >/dev/null 2>&1 || [ -n "${DESTDIR:-}" ] ||
+	die "obdsetup from the tool-chain root does not run here; build it with your cargo: make tools CARGO=cargo"
+
+"$SCRIPTS/build-module.sh" install
+install -D -m 755 "$obdsetup" "$prefix/sbin/obdsetup"
+find "$CLONE/Documentation" -name '*.[1-8]' 2>/dev/null | while read -r page; do
+	install -D -m 644 "$page" "$prefix/share/man/man${page##*.}/${page##*/}"
+done

@@ -1,0 +1,75 @@
+# SPDX-License-Identifier: GPL-2.0
+# shellcheck shell=bash
+# The recipe of a kernel directory from Debian's own packages. The functions run in the root, where /srv
+# keeps apt's lists and /kernel is the directory to fill. Sourced; a change makes a new directory.
+
+set -euo pipefail
+
+# newest_debian_kernel SERIES: print "RELEASE VERSION" of the newest that has image, headers and source.
+newest_debian_kernel() {
+	local series=$1 releases release version
+	mkdir -p /srv/lists/partial /srv/cache
+	printf 'Dir::State::Lists "/srv/lists";\nDir::Cache "/srv/cache";\nAPT::Sandbox::User "";\n' >/srv/apt.conf
+	printf 'Acquire::Languages "none";\nAcquire::Retries "2";\nAcquire::http::Timeout "20";\n' >>/srv/apt.conf
+	export APT_CONFIG=/srv/apt.conf
+	apt-get -q update -o APT::Update::Error-Mode=any >&2 || return
+	releases=$(apt-cache search --names-only "^linux-headers-${series/./\\.}(\\.[0-9]+)?\\+deb[0-9.]+-amd64\$" |
+		sed 's/^linux-headers-\([^ ]*\) .*/\1/' | sort -rV)
+	for release in $releases; do
+		version=$(apt-cache show "linux-headers-$release" | awk '/^Version: / && !n++ { print $2 }')
+		apt-cache madison "linux-source-$series" | grep -F " $version " >/dev/null || continue
+		apt-cache show "linux-binary-$release" >/dev/null 2>&1 ||
+			apt-cache show "linux-image-$release" >/dev/null 2>&1 || continue
+		echo "$release $version"
+		return
+	done
+}
+
+# build_kernel_debian RELEASE VERSION: image and modules as they are packaged, and a tree for modules from
+# the source package: Debian's headers come without Rust's metadata, the same compiler makes the same again.
+build_kernel_debian() {
+	local release=$1 version=$2 series packages=() p
+	series=$(echo "$release" | cut -d. -f1,2)
+	export APT_CONFIG=/srv/apt.conf
+
+	echo "== packages of $release"
+	mkdir /kernel/debs /kernel/unpacked
+	cd /kernel/debs
+	for p in image base binary modules headers; do
+		! apt-cache show "linux-$p-$release=$version" >/dev/null 2>&1 || packages+=("linux-$p-$release=$version")
+	done
+	apt-get -q download "${packages[@]}" "linux-source-$series=$version"
+	for p in *.deb; do dpkg-deb -x "$p" /kernel/unpacked; done
+	rm -r /kernel/debs
+
+	echo "== image and modules"
+	cd /kernel/unpacked
+	mkdir -p boot /kernel/lib/modules
+	for p in usr/lib/modules/"$release" lib/modules/"$release"; do
+		[ ! -d "$p" ] || mv "$p" /kernel/lib/modules/
+	done
+	find boot /kernel/lib/modules -name 'vmlinuz*' -exec mv {} /kernel/vmlinuz \; -quit
+	find boot /kernel/lib/modules \( -name "config-$release" -o -path "*/$release/config" \) \
+		-exec cp {} /kernel/config \; -quit
+	rm -f /kernel/lib/modules/"$release"/{build,source}
+	depmod -b /kernel "$release"
+
+	echo "== tree with Rust's metadata"
+	mkdir /kernel/kdir
+	mv usr/src/linux-source-"$series".tar.xz /kernel/
+	tar -xf /kernel/linux-source-"$series".tar.xz -C /kernel/kdir --strip-components=1 \
+		--exclude='*/Documentation/*/*' --exclude='*/tools/testing/*' \
+		--exclude='*/drivers/*.c' --exclude='*/sound/*.c' --exclude='*/drivers/gpu/*.h'
+	cp /kernel/config /kernel/kdir/.config
+	cp usr/src/linux-headers-"$release"/Module.symvers /kernel/kdir/
+	cd /kernel/kdir
+	rm -r /kernel/unpacked
+	local args=(CC=x86_64-linux-gnu-gcc-14 LOCALVERSION="${release#"$(make -s kernelversion)"}")
+	make "${args[@]}" olddefconfig
+	make -j"$(nproc)" "${args[@]}" modules_prepare
+
+	[ "$(cat include/config/kernel.release)" = "$release" ]
+	grep -qx CONFIG_RUST=y .config
+	[ -s rust/libkernel.rmeta ] && [ -s rust/libmacros.so ] && [ -s /kernel/vmlinuz ]
+	echo "$release" >/kernel/release
+}

@@ -1,0 +1,50 @@
+# SPDX-License-Identifier: GPL-2.0
+# shellcheck shell=bash
+# Which kernel: KERNEL=stock (the default) is Debian's newest 7.3 from backports. Sourced after cache.sh.
+# Another kernel is another kernel_look_up_NAME and, if made in another way, another build_kernel_RECIPE.
+#
+# A kernel directory in the cache, whatever it was made from, holds
+#   vmlinuz, lib/modules/RELEASE/   the kernel as it boots
+#   kdir/                           the tree to build modules against, with Rust metadata
+#   release                         its release, one line
+
+# shellcheck source=scripts/kernel-debian.sh
+. "$SCRIPTS/kernel-debian.sh"
+
+KERNEL=${KERNEL:-stock}
+K_APT=$CACHE/apt
+
+# kernel_look_up: set K_RELEASE, K_VERSION (of the packages), K_RECIPE and K_DIR.
+kernel_look_up() {
+	declare -F "kernel_look_up_$KERNEL" >/dev/null || die "unknown KERNEL=$KERNEL"
+	"kernel_look_up_$KERNEL"
+	local key
+	key=$({ cat "$ROOT/etc/tool-chain" && declare -f "build_kernel_$K_RECIPE" && say "$K_VERSION"; } | short_hash)
+	K_DIR=$CACHE/kernel-$K_RELEASE-$key
+}
+
+# kernel_select: look it up, and say how to get it if it has not been made.
+kernel_select() {
+	kernel_look_up
+	[ -d "$K_DIR" ] || die "kernel $K_RELEASE is not set up; 'make setup' does that"
+}
+
+# Debian's 7.3: ask the archive at most once a day, and live with what was there last when it does not answer.
+kernel_look_up_stock() {
+	local latest=$CACHE/kernel.stock
+	K_RECIPE=debian
+	if [ -z "$(find "$latest" -mtime -1 2>/dev/null)" ]; then
+		mkdir -p "$K_APT"
+		if "$SCRIPTS/in-root.sh" -b "$K_APT:/srv" bash -c \
+			"$(declare -f newest_debian_kernel); set -euo pipefail; newest_debian_kernel 7.3" >"$latest.$$" &&
+			[ -s "$latest.$$" ]; then
+			mv "$latest.$$" "$latest"
+		else
+			rm -f "$latest.$$"
+			[ -s "$latest" ] || die "no kernel 7.3 found in the Debian archive"
+			warn "could not ask the Debian archive for a newer kernel; going on with $(cut -d' ' -f1 "$latest")"
+			touch "$latest"
+		fi
+	fi
+	read -r K_RELEASE K_VERSION <"$latest"
+}

@@ -1,0 +1,69 @@
+# SPDX-License-Identifier: GPL-2.0
+# Count the results of a KTAP log: prints "passed failed skipped". Only leaves count: a result that
+# closes subtests (indented by two blanks more) counts only when it failed and none of them did.
+# A plan that was not kept counts as a failure.
+
+function level(line) {
+	match(line, /^ */)
+	return int(RLENGTH / 2)
+}
+
+# close_subtests L: forget what lies deeper than level L; a plan there that was not kept is a failure.
+function close_subtests(l,   d) {
+	for (d in seen)
+		if (d + 0 > l) {
+			check_plan(d)
+			delete seen[d]
+			delete plan[d]
+			delete bad[d]
+		}
+}
+
+function check_plan(d) {
+	if ((d in plan) && plan[d] != seen[d]) {
+		failed++
+		bad[d]++
+	}
+}
+
+/^ *1\.\.[0-9]+/ {
+	l = level($0)
+	split($0, part, /\.\./)
+	plan[l] = part[2] + 0
+	seen[l] += 0
+	if (plan[l] == 0)
+		skipped++
+}
+
+/^ *(not )?ok [0-9]+/ {
+	l = level($0)
+	notok = $0 ~ /^ *not ok/
+	leaf = 1
+	deeper_bad = 0
+	for (d in seen)
+		if (d + 0 > l && seen[d] > 0) {
+			leaf = 0
+		}
+	for (d in bad)
+		if (d + 0 > l)
+			deeper_bad += bad[d]
+	before = failed
+	close_subtests(l)
+	deeper_bad += failed - before
+	seen[l]++
+	if ($0 ~ /# *[Ss][Kk][Ii][Pp]/) {
+		if (leaf)
+			skipped++
+	} else if (notok && $0 !~ /# *TODO/) {
+		if (leaf || !deeper_bad)
+			failed++
+		bad[l]++
+	} else if (leaf)
+		passed++
+}
+
+END {
+	for (d in seen)
+		check_plan(d)
+	print passed + 0, failed + 0, skipped + 0
+}

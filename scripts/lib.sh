@@ -1,0 +1,92 @@
+# SPDX-License-Identifier: GPL-2.0
+# shellcheck shell=bash disable=SC2034 # variables are for those who source this
+# Common functions of the scripts: places, messages, timed steps, locks. Sourced, not run.
+
+set -euo pipefail
+
+PATH=$PATH:/usr/sbin:/sbin
+
+CLONE=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd -P)
+SCRIPTS=$CLONE/scripts
+BUILD=$CLONE/build
+CACHE=${XDG_CACHE_HOME:-${HOME:?HOME is not set}/.cache}/dm-overlaybd
+LOGS=$BUILD/log
+
+# How to become root: nothing when we are, sudo otherwise.
+SUDO=()
+[ "$(id -u)" = 0 ] || SUDO=(sudo)
+
+say() { printf '%s\n' "$*"; }
+warn() { printf '%s\n' "$*" >&2; }
+die() {
+	warn "error: $*"
+	exit 1
+}
+
+# short_hash: the first 12 digits of the SHA-256 of standard input.
+short_hash() { sha256sum | cut -c1-12; }
+
+# lock FILE WHAT: take an exclusive lock until this process and its children end.
+lock() {
+	mkdir -p "$(dirname "$1")"
+	exec {LOCK_FD}>>"$1"
+	flock -n "$LOCK_FD" && return
+	say "waiting for another $2"
+	flock "$LOCK_FD"
+}
+
+# --- steps: one line each with the time it took, output to a log ---
+
+STEP_NR=0
+STEP_TOTAL=0
+STEP_LOG=
+
+# steps N: N calls of step follow.
+steps() {
+	STEP_NR=0
+	STEP_TOTAL=$1
+}
+
+# last_line FILE: its last line with something on it, cut to fit behind a step's title.
+last_line() {
+	tail -c 400 "$1" 2>/dev/null | tr '\r' '\n' | tr -cd '[:print:]\n' |
+		awk -v max="${2:-60}" 'NF { l = $0 } END { print substr(l, 1, max) }'
+}
+
+# step_ticker HEAD LOG: show that the step is alive, until killed or orphaned.
+step_ticker() {
+	local head=$1 log=$2 start=$SECONDS parent=$$
+	while sleep 1 && kill -0 "$parent" 2>/dev/null; do
+		local now=$((SECONDS - start))
+		if [ -t 1 ]; then
+			printf '\r\033[K%s ... %d s  %s' "$head" "$now" "$(last_line "$log" 50)"
+		elif [ $((now % 30)) = 0 ]; then
+			printf '      still at it after %d s: %s\n' "$now" "$(last_line "$log" 90)"
+		fi
+	done
+}
+
+# step TITLE CMD [ARGS]: run an external command as the next step; its status is step's.
+step() {
+	local title=$1 head status=0 start=$SECONDS
+	shift
+	STEP_NR=$((STEP_NR + 1))
+	head="[$STEP_NR/$STEP_TOTAL] $title"
+	mkdir -p "$LOGS"
+	STEP_LOG=$LOGS/$(printf '%s' "$title" | tr -cs 'a-zA-Z0-9\n' '-').log
+	: >"$STEP_LOG"
+	[ -t 1 ] && printf '%s ...' "$head"
+	step_ticker "$head" "$STEP_LOG" &
+	local ticker=$!
+	"$@" >>"$STEP_LOG" 2>&1 </dev/null || status=$?
+	kill "$ticker" 2>/dev/null || :
+	wait "$ticker" 2>/dev/null || :
+	[ -t 1 ] && printf '\r\033[K'
+	if [ "$status" = 0 ]; then
+		say "$head ... $((SECONDS - start)) s"
+	else
+		say "$head ... FAILED after $((SECONDS - start)) s; the end of $STEP_LOG:"
+		tail -n "${STEP_TAIL:-25}" "$STEP_LOG" | sed 's/^/    /'
+	fi
+	return "$status"
+}

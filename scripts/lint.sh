@@ -1,0 +1,79 @@
+#!/bin/bash
+# SPDX-License-Identifier: GPL-2.0
+# Static checks: all of them as steps, or one by its name: lint.sh [--list | NAME]
+. "$(dirname "$0")/lib.sh"
+. "$SCRIPTS/cache.sh"
+. "$SCRIPTS/kernel.sh"
+
+LINTS=(rustfmt clippy-module clippy-tools checkpatch shellcheck unsafe)
+
+in_root() {
+	kernel_select
+	"$SCRIPTS/in-root.sh" -k "$K_DIR" "$@"
+}
+
+# sources PATTERN...: files of the clone by name, one a line, without what was built.
+sources() {
+	local names=() pattern
+	for pattern; do names+=(-o -name "$pattern"); done
+	(cd "$CLONE" && find . \( -path ./build -o -path ./.git -o -name target \) -prune -o -type f \( "${names[@]:1}" \) -print) |
+		sed 's,^\./,,' | sort
+}
+
+# shell_sources: whatever a shell reads, by its name or its first line.
+shell_sources() {
+	local file first
+	sources '*' | while read -r file; do
+		read -r first <"$CLONE/$file" || :
+		case $file:$first in
+		*.sh:* | *:'#!'*[/\ ]sh | *:'#!'*[/\ ]sh\ * | *:'#!'*bash*) say "$file" ;;
+		esac
+	done 2>/dev/null
+}
+
+lint_rustfmt() {
+	local files
+	mapfile -t files < <(sources '*.rs')
+	in_root rustfmt --check --edition 2021 --config-path /kernel/kdir/.rustfmt.toml "${files[@]}"
+}
+
+# In an object directory of its own, so that the module is not built anew after it.
+lint_clippy_module() { USE_ROOT=1 KDIR='' "$SCRIPTS/build-module.sh" clippy; }
+
+lint_clippy_tools() { CARGO='' "$SCRIPTS/build-tools.sh" clippy; }
+
+lint_checkpatch() {
+	local files
+	mapfile -t files < <(sources '*.[ch]')
+	in_root perl /kernel/kdir/scripts/checkpatch.pl --no-tree --strict --terse --show-types --no-summary \
+		-f "${files[@]}"
+}
+
+lint_shellcheck() {
+	local files
+	mapfile -t files < <(shell_sources)
+	in_root shellcheck --external-sources --source-path=scripts "${files[@]}"
+}
+
+lint_unsafe() {
+	local files
+	mapfile -t files < <(sources '*.rs' | grep -Ev '^rust/(sys|dm|block|codec)/')
+	in_root "$SCRIPTS/find-unsafe.py" "${files[@]}"
+}
+
+case ${1:-} in
+'')
+	"$SCRIPTS/setup.sh"
+	steps "${#LINTS[@]}"
+	failed=0
+	for lint in "${LINTS[@]}"; do
+		step "$lint" "$0" "$lint" || failed=1
+	done
+	exit "$failed"
+	;;
+--list) say "${LINTS[@]}" ;;
+*)
+	declare -F "lint_${1//-/_}" >/dev/null || die "no lint $1; there are: ${LINTS[*]}"
+	"lint_${1//-/_}"
+	;;
+esac

@@ -1,0 +1,16 @@
+#!/bin/bash
+# SPDX-License-Identifier: GPL-2.0
+# Make the selected kernel's directory in the cache: image, modules and a tree to build modules against.
+. "$(dirname "$0")/lib.sh"
+. "$SCRIPTS/cache.sh"
+. "$SCRIPTS/kernel.sh"
+
+kernel_look_up
+[ -d "$K_DIR" ] && cache_used "${K_DIR##*/}" && exit
+say "== $K_RELEASE"
+cache_begin "${K_DIR##*/}" || exit 0
+mkdir -p "$TMP"
+"$SCRIPTS/in-root.sh" -k "$TMP" -b "$K_APT:/srv" \
+	bash -c "$(declare -f "build_kernel_$K_RECIPE"); set -euo pipefail; build_kernel_$K_RECIPE \"\$@\"" - "$K_RELEASE" "$K_VERSION"
+cache_commit "${K_DIR##*/}"
+cache_used "${K_DIR##*/}"

@@ -1,0 +1,46 @@
+#!/bin/bash
+# SPDX-License-Identifier: GPL-2.0
+# Make the tool-chain root in the cache, unless it is there.
+. "$(dirname "$0")/lib.sh"
+. "$SCRIPTS/cache.sh"
+
+[ -d "$ROOT" ] && cache_used "${ROOT##*/}" && exit
+
+# host_apt_conf FILE: the host's own proxy and clock settings, for a root that is behind the same network.
+host_apt_conf() {
+	apt-config dump 2>/dev/null | grep -E '^Acquire::(https?::([^ ]*::)?Proxy|Check-(Valid-Until|Date)) ' >"$1" || :
+}
+
+# host_mirror: the Debian mirror of this machine if it carries what we need, else Debian's own.
+host_mirror() {
+	local uri probe=$CACHE_TMP/probe
+	# shellcheck disable=SC2016 # apt's own $
+	apt-get indextargets --format '$(ORIGIN)|$(LABEL)|$(REPO_URI)' 'Created-By: Packages' 2>/dev/null |
+		sed -n 's,^Debian|Debian|\(https\?://[^|]*[^/|]\)/*$,\1,p' | sort -u |
+		while read -r uri; do
+			/usr/lib/apt/apt-helper -o Acquire::Retries=0 -o Acquire::http::Timeout=10 \
+				download-file "$uri/dists/$SUITE-backports/InRelease" "$probe" >/dev/null 2>&1 || continue
+			say "$uri"
+			break
+		done
+	rm -f "$probe"
+}
+
+need_mmdebstrap() {
+	command -v mmdebstrap >/dev/null && return
+	say "== installing mmdebstrap on this machine"
+	"${SUDO[@]}" apt-get update
+	"${SUDO[@]}" env DEBIAN_FRONTEND=noninteractive apt-get install -y --no-install-recommends \
+		mmdebstrap debian-archive-keyring
+}
+
+cache_begin "${ROOT##*/}" || exit 0
+need_mmdebstrap
+mirror=${MIRROR:-$(host_mirror)}
+mirror=${mirror:-http://deb.debian.org/debian}
+say "== Debian $SUITE from $mirror"
+host_apt_conf "$CACHE_TMP/apt.conf"
+build_root "$TMP" "$mirror" "$CACHE_TMP/apt.conf"
+"${SUDO[@]}" rm "$CACHE_TMP/apt.conf"
+cache_commit "${ROOT##*/}"
+cache_used "${ROOT##*/}"

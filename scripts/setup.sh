@@ -1,0 +1,19 @@
+#!/bin/bash
+# SPDX-License-Identifier: GPL-2.0
+# Set up what everything else needs, in two steps; says nothing when all is there: setup.sh
+. "$(dirname "$0")/lib.sh"
+. "$SCRIPTS/cache.sh"
+. "$SCRIPTS/kernel.sh"
+
+if [ -d "$ROOT" ]; then
+	kernel_look_up
+	if [ -d "$K_DIR" ]; then
+		cache_used "${ROOT##*/}"
+		cache_used "${K_DIR##*/}"
+		exit
+	fi
+fi
+say "Setting up in $CACHE (once for all clones; safe to delete)"
+steps 2
+step "tool-chain root (Debian $SUITE)" "$SCRIPTS/make-root.sh"
+step "kernel and its Rust tree" "$SCRIPTS/make-kernel.sh"

@@ -1,0 +1,148 @@
+#!/bin/bash
+# SPDX-License-Identifier: GPL-2.0
+# Boot the test VM for a shell, or for the one command in RUN, whose status is ours.
+# 124: not over after TIMEOUT seconds; 125: the VM died (see its kernel log); 126: it did not start.
+. "$(dirname "$0")/lib.sh"
+. "$SCRIPTS/cache.sh"
+. "$SCRIPTS/kernel.sh"
+
+"$SCRIPTS/setup.sh"
+kernel_select
+
+# The run directory, the guest's /run/vm; what dead runs left is removed.
+for old in "$BUILD"/vm/run.*; do
+	kill -0 "${old##*.}" 2>/dev/null || rm -rf "$old"
+done
+VM_RUN=$BUILD/vm/run.$$
+mkdir -p "$VM_RUN"
+kernel_log=${VM_LOG:-$BUILD/vm/kernel.log}
+
+# boot_files: set VM_BOOT to the directory with what QEMU boots, made when kernel or recipe are new.
+boot_files() {
+	local key
+	key=$({ cat "$SCRIPTS"/vm/{init,boot-files.sh} && say "${K_DIR##*/} ${ROOT##*/}"; } | short_hash)
+	VM_BOOT=$BUILD/vm/boot-$key
+	[ ! -d "$VM_BOOT" ] || return 0
+	rm -rf "$BUILD"/vm/boot-*
+	"$SCRIPTS/in-root.sh" -k "$K_DIR" "$SCRIPTS/vm/boot-files.sh" "$SCRIPTS/vm/init" "$VM_RUN/boot"
+	mv -T "$VM_RUN/boot" "$VM_BOOT" 2>/dev/null || [ -d "$VM_BOOT" ]
+}
+
+# accel: set VM_ACCEL to KVM only where a boot with it was seen to succeed on this machine.
+accel() {
+	local seen
+	[ -z "${VM_ACCEL:-}" ] || return 0
+	VM_ACCEL=tcg,thread=multi
+	[ -w /dev/kvm ] || return 0
+	seen=$CACHE/kvm-$({ uname -r && cat /etc/machine-id && grep -m1 'model name' /proc/cpuinfo; } 2>/dev/null | short_hash)
+	if [ ! -s "$seen" ]; then
+		if VM_ACCEL=kvm RUN=true SHARE='' TIMEOUT=15 VM_LOG=$VM_RUN/kvm.log QEMU_ARGS='' KERNEL_ARGS='' \
+			"$SCRIPTS/vm.sh" >/dev/null 2>&1; then
+			say kvm >"$seen"
+		else
+			say "$VM_ACCEL" >"$seen"
+		fi
+	fi
+	VM_ACCEL=$(cat "$seen")
+}
+
+# guest_env: what the guest's first script reads.
+guest_env() {
+	local size module=$BUILD/$K_RELEASE/dm_overlaybd.ko
+	size=$(stty size 2>/dev/null) || size='24 80'
+	[ "$size" != '0 0' ] || size='24 80'
+	[ -f "$module" ] || module=
+	printf '%s=%q\n' VM_CLONE "$CLONE" VM_MODULE "$module" VM_TERM "${TERM:-}" \
+		VM_ROWS "${size% *}" VM_COLS "${size#* }"
+	env -0 | while IFS='=' read -r -d '' name value; do
+		[[ $name != OBD_* ]] || printf 'export %s=%q\n' "$name" "$value"
+	done
+}
+
+# watch PID: when time is over have the kernel say where it is, then end it.
+watch() {
+	local i
+	for ((i = 0; i < ${TIMEOUT:-1800}; i++)); do
+		sleep 1
+		[ -d "$VM_RUN" ] || return 0
+	done
+	: >"$VM_RUN/timeout"
+	echo nmi 1<>"$VM_RUN/monitor.in"
+	sleep 5
+	end_vm "$1"
+}
+
+end_vm() {
+	[ ! -p "$VM_RUN/monitor.in" ] || echo quit 1<>"$VM_RUN/monitor.in"
+	sleep 1
+	"${SUDO[@]}" kill -9 "$1" 2>/dev/null || :
+}
+
+save_log() {
+	mkdir -p "$(dirname "$kernel_log")"
+	[ ! -f "$VM_RUN/console" ] || tr -d '\r' <"$VM_RUN/console" >"$kernel_log"
+}
+
+# verdict QEMU_STATUS: set status to what to exit with.
+verdict() {
+	if [ -s "$VM_RUN/status" ]; then
+		status=$(cat "$VM_RUN/status")
+		return
+	elif [ -e "$VM_RUN/timeout" ]; then
+		warn "vm: not over after ${TIMEOUT:-1800} s; the end of $kernel_log:"
+		status=124
+	elif [ -s "$kernel_log" ]; then
+		warn "vm: the guest died; the end of $kernel_log:"
+		status=125
+	else
+		warn "vm: QEMU did not start (status $1)"
+		status=126
+	fi
+	[ ! -f "$kernel_log" ] || trouble "$kernel_log" | sed 's/^/    /' >&2
+}
+
+# trouble LOG: from the first sign of it on, or just the end.
+trouble() {
+	local line
+	line=$(grep -m1 -nE 'Kernel panic|BUG:|Oops|general protection|WARNING:|blocked for more than' "$1" | cut -d: -f1) || :
+	if [ -n "$line" ]; then
+		tail -n "+$line" "$1" | head -n 60
+	else
+		tail -n 40 "$1"
+	fi
+}
+
+boot_files
+accel
+[ -z "${RUN:-}" ] || printf '%s\n' "$RUN" >"$VM_RUN/cmd"
+cp "$SCRIPTS/vm/guest.sh" "$VM_RUN/"
+guest_env >"$VM_RUN/env"
+binds=()
+if [ -n "${SHARE:-}" ]; then
+	mkdir -p "$SHARE"
+	SHARE=$(realpath "$SHARE")
+	: >"$VM_RUN/share"
+	binds+=(-b "$SHARE:/srv")
+fi
+goldens=${OBD_GOLDENS:-$CLONE/../shared/goldens}
+[ ! -d "$goldens" ] || binds+=(-b "$(realpath "$goldens"):/mnt/goldens")
+
+stdin=/dev/null
+[ -n "${RUN:-}" ] || stdin=/dev/stdin
+"$SCRIPTS/in-root.sh" -k "$K_DIR" "${binds[@]}" env VM_RUN="$VM_RUN" VM_BOOT="$VM_BOOT" VM_ACCEL="$VM_ACCEL" \
+	VM_SMP="${QEMU_SMP:-2}" VM_MEM="${QEMU_MEM:-2048}" VM_SHARE="${SHARE:+/srv}" \
+	VM_QEMU_ARGS="${QEMU_ARGS:-}" VM_KERNEL_ARGS="${KERNEL_ARGS:-}" "$SCRIPTS/vm/qemu.sh" <"$stdin" &
+vm=$!
+trap 'end_vm $vm; save_log; exit 130' INT TERM HUP
+watcher=
+if [ -n "${RUN:-}" ]; then
+	watch "$vm" >/dev/null 2>&1 &
+	watcher=$!
+fi
+status=0
+wait "$vm" || status=$?
+[ -z "$watcher" ] || kill "$watcher" 2>/dev/null || :
+save_log
+verdict "$status"
+rm -rf "$VM_RUN"
+exit "$status"

@@ -1,0 +1,53 @@
+#!/bin/bash
+# SPDX-License-Identifier: GPL-2.0
+# The VM's process 1 in the root: loads the module, runs the command or a shell, powers off.
+# /run/vm is the host's run directory: in it are env and cmd (if any), and status is left there.
+
+# shellcheck disable=SC1091 # written by scripts/vm.sh for each run
+. /run/vm/env
+export HOME=/root LANG=C.UTF-8 TERM="${VM_TERM:-linux}" OBD_VM=1 DM_DISABLE_UDEV=1
+export PATH="$VM_CLONE/build/cargo/release:/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
+
+trap 'busybox reboot -f' EXIT
+
+# load_module: what it depends on, then ours.
+load_module() {
+	local dep
+	for dep in $(modinfo -F depends "$VM_MODULE" | tr ',' ' '); do
+		[ -d "/sys/module/${dep//-/_}" ] || modprobe "$dep"
+	done
+	insmod "$VM_MODULE"
+}
+
+# out_port: the device of the virtio port that the command's output goes to.
+out_port() {
+	local port name
+	for port in /sys/class/virtio-ports/*; do
+		read -r name <"$port/name"
+		[ "$name" != out ] || echo "/dev/${port##*/}"
+	done
+}
+
+cd "$VM_CLONE" || exit
+if [ -n "$VM_MODULE" ] && ! load_module; then
+	echo "vm: the module does not load" >/dev/kmsg
+fi
+if [ -e /run/vm/cmd ]; then
+	# Through a pipe, since a port can be opened only once.
+	mkfifo /run/out
+	cat /run/out >"$(out_port)" &
+	cat=$!
+	setsid bash /run/vm/cmd </dev/null >/run/out 2>&1
+	status=$?
+	# A process left behind may hold the pipe; what it says later is not waited for.
+	for ((i = 0; i < 20; i++)); do
+		kill -0 "$cat" 2>/dev/null || break
+		sleep 0.05
+	done
+	echo "$status" >/run/vm/status
+else
+	stty -F /dev/hvc0 rows "$VM_ROWS" cols "$VM_COLS"
+	echo "test VM, kernel $(uname -r); 'exit' ends it" >/dev/hvc0
+	busybox setsid -c bash -i </dev/hvc0 >/dev/hvc0 2>&1
+	echo 0 >/run/vm/status
+fi

@@ -1,0 +1,399 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! `obdsetup` as its users run it: round trips, exit codes, what it says, what it leaves.
+
+#![allow(missing_docs, clippy::unwrap_used)]
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::Stdio;
+use std::time::{Duration, Instant};
+
+use assert_cmd::assert::Assert;
+use assert_cmd::Command;
+use predicates::prelude::*;
+use predicates::str::{contains, starts_with};
+use tempfile::TempDir;
+
+/// A directory of its own, and `obdsetup` run in it.
+struct Place(TempDir);
+
+impl Place {
+    fn new() -> Self {
+        Self(TempDir::new().unwrap())
+    }
+
+    fn path(&self, name: &str) -> PathBuf {
+        self.0.path().join(name)
+    }
+
+    fn write(&self, name: &str, bytes: &[u8]) {
+        fs::write(self.path(name), bytes).unwrap();
+    }
+
+    fn read(&self, name: &str) -> Vec<u8> {
+        fs::read(self.path(name)).unwrap()
+    }
+
+    fn run(&self, line: &str) -> Assert {
+        Command::cargo_bin("obdsetup")
+            .unwrap()
+            .current_dir(self.0.path())
+            .args(line.split_whitespace())
+            .assert()
+    }
+
+    fn json(&self, line: &str) -> serde_json::Value {
+        let done = self.run(line).success();
+        serde_json::from_slice(&done.get_output().stdout).unwrap()
+    }
+
+    /// The names that are there, hidden ones too.
+    fn names(&self) -> Vec<String> {
+        names(self.0.path())
+    }
+}
+
+fn names(directory: &Path) -> Vec<String> {
+    let mut names: Vec<String> = fs::read_dir(directory)
+        .unwrap()
+        .map(|entry| entry.unwrap().file_name().into_string().unwrap())
+        .collect();
+    names.sort();
+    names
+}
+
+/// Bytes that don't compress.
+fn noise(len: usize, seed: u32) -> Vec<u8> {
+    let mut state = seed;
+    (0..len)
+        .map(|_| {
+            state = state.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
+            (state >> 24) as u8
+        })
+        .collect()
+}
+
+/// An image with text, noise and zeros; not a whole number of sectors.
+fn image() -> Vec<u8> {
+    let mut image = b"some text, over and over\n".repeat(4000);
+    image.extend_from_slice(&noise(50_000, 1));
+    image.resize(300_000, 0);
+    image.extend_from_slice(b"the end");
+    image
+}
+
+#[test]
+fn create_and_dump() {
+    let place = Place::new();
+    place.write("disk.raw", &image());
+    for options in [
+        "",
+        "--tar",
+        "--algorithm zstd --block-size 64k --level 9",
+        "--algorithm none",
+        "--algorithm none --tar",
+        "--no-crc --skip-zeros --level 9",
+        "--threads 1 --granularity 512",
+    ] {
+        place
+            .run(&format!(
+                "create --force --image disk.raw layer.obd {options}"
+            ))
+            .success()
+            .stdout("")
+            .stderr("");
+        place
+            .run("dump layer.obd")
+            .success()
+            .stdout(predicate::eq(image()));
+        place
+            .run("dump --force --sparse layer.obd -o out.raw")
+            .success();
+        assert!(place.read("out.raw") == image(), "{options}");
+        place
+            .run("verify layer.obd")
+            .success()
+            .stdout("layer.obd: ok\n");
+    }
+    let whole = place.run("dump --whole-sectors layer.obd").success();
+    assert_eq!(whole.get_output().stdout.len() % 512, 0);
+    place
+        .run("dump layer.obd --offset 300000 --length 3")
+        .success()
+        .stdout("the");
+    assert_eq!(place.names(), ["disk.raw", "layer.obd", "out.raw"]);
+}
+
+#[test]
+fn differences() {
+    let place = Place::new();
+    let mut changed = image();
+    place.write("disk.raw", &changed);
+    changed[..8192].fill(0);
+    changed[120_000..120_100].fill(1);
+    changed.extend_from_slice(b" of a larger disk");
+    place.write("changed.raw", &changed);
+    let uuid = "00000000-0000-4000-8000-0000000000ab";
+    place
+        .run(&format!("create --image disk.raw base.obd --uuid {uuid}"))
+        .success();
+    place
+        .run("create --base base.obd --image changed.raw top.obd --user-tag top")
+        .success();
+    let dump = place.run("dump base.obd top.obd").success();
+    assert!(dump.get_output().stdout == changed);
+
+    let info = place.json("info --json base.obd top.obd");
+    assert_eq!(info[0]["lsmt"]["uuid"], uuid.to_uppercase());
+    assert_eq!(info[1]["lsmt"]["parent_uuid"], uuid.to_uppercase());
+    assert_eq!(info[1]["lsmt"]["user_tag"], "top");
+    assert_eq!(info[1]["lsmt"]["zeroed_size"], 8192);
+    assert!(info[1]["lsmt"]["data_size"].as_u64().unwrap() <= 16384);
+
+    place.run("verify base.obd top.obd").success().stderr("");
+    place
+        .run("verify top.obd base.obd")
+        .success()
+        .stderr(contains("warning: top.obd: parent UUID is"));
+    let report = place.json("verify --json base.obd top.obd");
+    assert_eq!(report["ok"], true);
+    assert_eq!(report["virtual_size"], changed.len());
+}
+
+#[test]
+fn create_from_a_directory() {
+    let mkfs = std::process::Command::new("mkfs.ext4")
+        .arg("-V")
+        .stdout(Stdio::null())
+        .stderr(Stdio::null())
+        .status();
+    if mkfs.is_err() {
+        println!("skipped: no mkfs.ext4");
+        return;
+    }
+    let place = Place::new();
+    fs::create_dir(place.path("rootfs")).unwrap();
+    place.write("rootfs/file", b"what is in the file");
+    place
+        .run("create --directory rootfs --fs ext4 --size 4m layer.obd")
+        .success();
+    let dump = place.run("dump layer.obd").success();
+    let disk = &dump.get_output().stdout;
+    assert_eq!(disk.len(), 4 << 20);
+    assert!(disk
+        .windows(19)
+        .any(|bytes| bytes == b"what is in the file"));
+    place
+        .run("create --directory rootfs --fs ext4 other.obd")
+        .code(1)
+        .stderr(contains("needs --size"));
+    assert_eq!(place.names(), ["layer.obd", "rootfs"]);
+}
+
+#[test]
+fn commit() {
+    let place = Place::new();
+    place.write("disk.raw", &image());
+    place
+        .run("create --image disk.raw plain.lsmt --algorithm none")
+        .success();
+    place
+        .run("commit plain.lsmt a.obd --algorithm zstd --tar")
+        .success();
+    place.run("commit a.obd b.lsmt --algorithm none").success();
+    assert!(place.read("b.lsmt") == place.read("plain.lsmt"));
+    place
+        .run("commit a.obd c.lsmt --algorithm none --compact")
+        .success();
+    assert!(place.read("c.lsmt") == place.read("plain.lsmt"));
+    place.run("commit a.obd d.obd --user-tag new").success();
+    let info = place.json("info --json d.obd");
+    assert_eq!(info[0]["lsmt"]["user_tag"], "new");
+    assert_eq!(info[0]["zfile"]["algorithm"], "lz4");
+    assert_eq!(info[0]["tar"], serde_json::Value::Null);
+    // The content of the ZFile itself.
+    place.run("dump --zfile a.obd -o e.lsmt").success();
+    assert!(place.read("e.lsmt") == place.read("plain.lsmt"));
+    place
+        .run("dump --zfile plain.lsmt")
+        .code(3)
+        .stderr("obdsetup: plain.lsmt: not a ZFile\n");
+}
+
+#[test]
+fn exit_codes() {
+    let place = Place::new();
+    place.run("").code(1);
+    place.run("frobnicate").code(1);
+    place.run("--version").success();
+    place
+        .run("--help")
+        .success()
+        .stdout(contains("Exit codes:"));
+    for command in [
+        "create", "commit", "info", "open", "close", "status", "table", "verify", "dump",
+    ] {
+        place
+            .run(&format!("{command} --help"))
+            .success()
+            .stdout(contains("Examples:").and(contains("obdsetup ")));
+    }
+    place
+        .run("info nothing")
+        .code(4)
+        .stderr("obdsetup: nothing: cannot open: No such file or directory (os error 2)\n");
+    place.write("empty", b"");
+    place.run("info empty").code(3);
+    place
+        .run("dump empty")
+        .code(3)
+        .stderr(starts_with("obdsetup: empty: image is truncated"));
+    place.write("text", &[b'x'; 9000]);
+    place
+        .run("verify text")
+        .code(3)
+        .stderr(contains("text: lsmt magic at byte 0: found \"xxxxxxxx\""));
+    place
+        .run("commit text out --block-size 5k")
+        .code(1)
+        .stderr(contains("one of 4k, 8k"));
+    place
+        .run("open bad/name text")
+        .code(1)
+        .stderr(contains("name `bad/name`"));
+    assert_eq!(place.names(), ["empty", "text"]);
+}
+
+#[test]
+fn errors_name_field_and_place() {
+    let place = Place::new();
+    place.write("disk.raw", &image());
+    place.run("create --image disk.raw layer.obd").success();
+    let good = place.read("layer.obd");
+    // Without the digest flag, the block size is looked at.
+    let mut bad = good.clone();
+    bad[32] &= !0x10;
+    bad[72..76].copy_from_slice(&6000u32.to_le_bytes());
+    place.write("layer.obd", &bad);
+    place.run("info layer.obd").code(3).stderr(
+        "obdsetup: layer.obd: zfile block_size at byte 72: found 6000, \
+         expected a power of two from 512 to 65536\n",
+    );
+    // A block in the middle.
+    let mut bad = good;
+    let at = bad.len() / 2;
+    bad[at] ^= 1;
+    place.write("layer.obd", &bad);
+    place
+        .run("verify layer.obd")
+        .code(3)
+        .stdout(contains("blocks are corrupt"))
+        .stderr(contains("layer.obd: zfile block ").and(contains("CRC: found 0x")));
+    place.run("dump layer.obd -o out").code(3);
+    let report = place.run("verify --json layer.obd").code(3);
+    let report: serde_json::Value = serde_json::from_slice(&report.get_output().stdout).unwrap();
+    assert_eq!(report["ok"], false);
+    assert_eq!(report["layers"][0]["corrupt_blocks"], 1);
+    assert_eq!(place.names(), ["disk.raw", "layer.obd"]);
+}
+
+#[test]
+fn existing_files_stay() {
+    let place = Place::new();
+    place.write("disk.raw", &image());
+    place.write("out", b"precious");
+    for command in ["create --image disk.raw out", "dump layer.obd -o out"] {
+        place
+            .run("create --force --image disk.raw layer.obd")
+            .success();
+        place
+            .run(command)
+            .code(5)
+            .stderr("obdsetup: out: exists already; --force replaces it\n");
+        assert_eq!(place.read("out"), b"precious");
+    }
+    place.run("commit layer.obd out").code(5);
+    // What fails leaves the old file, --force or not.
+    place.write("bad", b"not a layer");
+    place.run("commit --force bad out").code(3);
+    assert_eq!(place.read("out"), b"precious");
+    place.run("commit --force layer.obd out").success();
+    assert_ne!(place.read("out"), b"precious");
+    assert_eq!(place.names(), ["bad", "disk.raw", "layer.obd", "out"]);
+    assert!(place.read("disk.raw") == image());
+}
+
+#[test]
+fn tables() {
+    let place = Place::new();
+    place.write("disk.raw", &image());
+    place
+        .run("create --image disk.raw plain.lsmt --algorithm none")
+        .success();
+    place.run("create --image disk.raw tar.obd --tar").success();
+    place.run("create --image disk.raw odd.obd").success();
+    let odd = place.read("odd.obd").len();
+    assert_ne!(odd % 512, 0);
+    let tar = place.read("tar.obd").len();
+    let plain = place.read("plain.lsmt").len();
+    let (sectors, whole, disk) = (plain / 512, odd / 512, image().len().div_ceil(512));
+    place
+        .run("table --name v plain.lsmt tar.obd odd.obd")
+        .success()
+        .stdout(format!(
+            "v-zfile1: 0 {sectors} zfile LOOP(tar.obd) {tar}\n\
+             v-blob2: 0 {whole} linear LOOP(odd.obd) 0\n\
+             v-blob2: {whole} 1 linear TAIL(odd.obd) 0\n\
+             v-zfile2: 0 {sectors} zfile /dev/mapper/v-blob2 {odd}\n\
+             v: 0 {disk} lsmt 3 LOOP(plain.lsmt) {plain} /dev/mapper/v-zfile1 {plain} \
+             /dev/mapper/v-zfile2 {plain}\n"
+        ));
+    place
+        .run("table --concise --zfile tar.obd")
+        .success()
+        .stdout(format!(
+            "obd,OVERLAYBD-ZFILE-obd,,ro,0 {sectors} zfile LOOP(tar.obd) {tar}\n"
+        ));
+    let json = place.json("table --json --lsmt-opt some_option plain.lsmt");
+    assert_eq!(json[0]["uuid"], "OVERLAYBD-LSMT-obd");
+    assert_eq!(
+        json[0]["table"][0],
+        format!("0 {disk} lsmt 1 LOOP(plain.lsmt) {plain} 1 some_option")
+    );
+    place
+        .run("table plain.lsmt:512")
+        .code(1)
+        .stderr(contains("only a block device"));
+}
+
+#[test]
+fn signals_leave_nothing() {
+    let place = Place::new();
+    place.write("disk.raw", &noise(48 << 20, 3));
+    for signal in [rustix::process::Signal::INT, rustix::process::Signal::TERM] {
+        let mut child = std::process::Command::new(env!("CARGO_BIN_EXE_obdsetup"))
+            .current_dir(place.0.path())
+            .args(["create", "--image", "disk.raw", "out", "--threads", "1"])
+            .args([
+                "--algorithm",
+                "zstd",
+                "--level",
+                "22",
+                "--block-size",
+                "64k",
+            ])
+            .stderr(Stdio::null())
+            .spawn()
+            .unwrap();
+        let start = Instant::now();
+        while place.names().len() < 2 && start.elapsed() < Duration::from_secs(30) {
+            std::thread::sleep(Duration::from_millis(5));
+        }
+        assert_eq!(place.names().len(), 2, "no temporary file");
+        let pid = rustix::process::Pid::from_child(&child);
+        rustix::process::kill_process(pid, signal).unwrap();
+        assert_eq!(child.wait().unwrap().code(), Some(130));
+        assert_eq!(place.names(), ["disk.raw"]);
+    }
+}

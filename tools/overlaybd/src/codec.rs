@@ -1,0 +1,119 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! Compression of single blocks: raw LZ4 blocks, and zstd frames.
+
+use std::io;
+
+use lz4::block::CompressionMode;
+
+use crate::error::BlockFault;
+use crate::format::zfile::Algorithm;
+
+/// The level that zstd is used at where none is given.
+pub const DEFAULT_ZSTD_LEVEL: i32 = 3;
+
+/// Decompresses blocks, one after another.
+#[derive(Default)]
+pub struct Decoder {
+    zstd: Option<zstd::bulk::Decompressor<'static>>,
+}
+
+impl Decoder {
+    /// Decompresses `stored` into `out`, which must become exactly full.
+    ///
+    /// # Errors
+    ///
+    /// [`BlockFault::Data`] or [`BlockFault::Length`].
+    pub fn decode(
+        &mut self,
+        algorithm: Algorithm,
+        stored: &[u8],
+        out: &mut [u8],
+    ) -> Result<(), BlockFault> {
+        let expected = u32::try_from(out.len()).map_err(|_| BlockFault::Data)?;
+        let found = match algorithm {
+            Algorithm::Lz4 => {
+                let len = i32::try_from(expected).map_err(|_| BlockFault::Data)?;
+                lz4::block::decompress_to_buffer(stored, Some(len), out)
+            }
+            Algorithm::Zstd => self.zstd(stored, out),
+        }
+        .map_err(|_| BlockFault::Data)?;
+        let found = u32::try_from(found).map_err(|_| BlockFault::Data)?;
+        if found != expected {
+            return Err(BlockFault::Length { found, expected });
+        }
+        Ok(())
+    }
+
+    fn zstd(&mut self, stored: &[u8], out: &mut [u8]) -> io::Result<usize> {
+        let decompressor = match &mut self.zstd {
+            Some(decompressor) => decompressor,
+            empty => empty.insert(zstd::bulk::Decompressor::new()?),
+        };
+        decompressor.decompress_to_buffer(stored, out)
+    }
+}
+
+/// How to compress.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Method {
+    /// The algorithm.
+    pub algorithm: Algorithm,
+    /// The level, or the one that upstream's tools use: LZ4 fast, zstd 3. LZ4 from level 2 is LZ4
+    /// HC.
+    pub level: Option<i32>,
+}
+
+/// Compresses blocks, one after another.
+pub struct Encoder {
+    kind: Kind,
+}
+
+enum Kind {
+    Lz4(CompressionMode),
+    Zstd(zstd::bulk::Compressor<'static>),
+}
+
+impl Encoder {
+    /// Makes a compressor.
+    ///
+    /// # Errors
+    ///
+    /// Where zstd doesn't know the level or has no memory.
+    pub fn new(method: Method) -> io::Result<Self> {
+        let kind = match (method.algorithm, method.level) {
+            (Algorithm::Lz4, None | Some(..=1)) => Kind::Lz4(CompressionMode::DEFAULT),
+            (Algorithm::Lz4, Some(level)) => Kind::Lz4(CompressionMode::HIGHCOMPRESSION(level)),
+            (Algorithm::Zstd, level) => Kind::Zstd(zstd::bulk::Compressor::new(
+                level.unwrap_or(DEFAULT_ZSTD_LEVEL),
+            )?),
+        };
+        Ok(Self { kind })
+    }
+
+    /// Appends the compressed form of `block` to `out`, and gives its length.
+    ///
+    /// # Errors
+    ///
+    /// Where the codec fails, which it doesn't on good memory.
+    pub fn encode(&mut self, block: &[u8], out: &mut Vec<u8>) -> io::Result<usize> {
+        let too_long = || io::Error::from(io::ErrorKind::InvalidInput);
+        let len = u32::try_from(block.len()).map_err(|_| too_long())?;
+        let bound = match &self.kind {
+            Kind::Lz4(_) => Algorithm::Lz4,
+            Kind::Zstd(_) => Algorithm::Zstd,
+        }
+        .bound(len);
+        let start = out.len();
+        let end = start + usize::try_from(bound).map_err(|_| too_long())?;
+        out.resize(end, 0);
+        let room = out.get_mut(start..).unwrap_or_default();
+        let stored = match &mut self.kind {
+            Kind::Lz4(mode) => lz4::block::compress_to_buffer(block, Some(*mode), false, room)?,
+            Kind::Zstd(compressor) => compressor.compress_to_buffer(block, room)?,
+        };
+        out.truncate(start + stored);
+        Ok(stored)
+    }
+}

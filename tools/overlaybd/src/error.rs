@@ -1,0 +1,208 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! What can go wrong, in words that say file, field, place, what was found and what belongs there.
+
+use std::fmt;
+use std::io;
+use std::path::{Path, PathBuf};
+
+use crate::format::{self, Fault};
+
+/// What the functions of this crate return.
+pub type Result<T, E = Error> = std::result::Result<T, E>;
+
+/// What can go wrong.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// The image isn't as the format wants it.
+    #[error("{}", Described(*.0))]
+    Format(format::Error),
+
+    /// A block of a ZFile is corrupt.
+    #[error(transparent)]
+    Block(#[from] BlockError),
+
+    /// A read failed.
+    #[error("cannot read {len} bytes at byte {offset}: {source}")]
+    Read {
+        /// Byte offset in the file.
+        offset: u64,
+        /// Bytes wanted.
+        len: u64,
+        /// What the system said.
+        source: io::Error,
+    },
+
+    /// Another operation failed.
+    #[error("cannot {what}: {source}")]
+    Io {
+        /// The operation, to stand behind "cannot".
+        what: &'static str,
+        /// What the system said.
+        source: io::Error,
+    },
+
+    /// The segments to be written don't fit in an index.
+    #[error("the layer would have {entries} index entries, more than {max}")]
+    TooFragmented {
+        /// Entries, padding included.
+        entries: u64,
+        /// The format's limit.
+        max: u64,
+    },
+
+    /// A parameter is out of range.
+    #[error("{0}")]
+    Invalid(String),
+
+    /// The caller's [`Progress`](crate::Progress) asked to stop.
+    #[error("interrupted")]
+    Interrupted,
+
+    /// What went wrong, and in which file.
+    #[error("{}: {source}", path.display())]
+    InFile {
+        /// The file.
+        path: PathBuf,
+        /// What went wrong.
+        source: Box<Error>,
+    },
+}
+
+impl Error {
+    /// Names the file that the error is about; an error that names one already stays as it is.
+    pub fn in_file(self, path: &Path) -> Self {
+        match self {
+            Self::InFile { .. } | Self::Interrupted => self,
+            other => Self::InFile {
+                path: path.to_owned(),
+                source: Box::new(other),
+            },
+        }
+    }
+
+    /// The error without the name of the file.
+    pub fn cause(&self) -> &Self {
+        match self {
+            Self::InFile { source, .. } => source.cause(),
+            other => other,
+        }
+    }
+
+    /// The format's fault, where it is one.
+    pub fn fault(&self) -> Option<Fault> {
+        match self.cause() {
+            Self::Format(error) => Some(error.fault),
+            _ => None,
+        }
+    }
+
+    /// Whether the image is to blame, not the system or the caller.
+    pub fn is_bad_image(&self) -> bool {
+        matches!(self.cause(), Self::Format(_) | Self::Block(_))
+    }
+
+    /// What the system said, where it is to blame.
+    pub fn io_kind(&self) -> Option<io::ErrorKind> {
+        match self.cause() {
+            Self::Read { source, .. } | Self::Io { source, .. } => Some(source.kind()),
+            _ => None,
+        }
+    }
+}
+
+impl From<format::Error> for Error {
+    fn from(error: format::Error) -> Self {
+        Self::Format(error)
+    }
+}
+
+/// A block of a ZFile that cannot be read.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("zfile block {block} at byte {offset}: {fault}")]
+pub struct BlockError {
+    /// Number of the block.
+    pub block: u64,
+    /// Byte offset of its stored bytes in the ZFile.
+    pub offset: u64,
+    /// What is wrong with it.
+    pub fault: BlockFault,
+}
+
+/// What is wrong with a block of a ZFile.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum BlockFault {
+    /// The CRC of the stored bytes isn't the one that follows them.
+    #[error("CRC: found {found:#010x}, expected {expected:#010x}")]
+    Crc {
+        /// CRC of the bytes that are there.
+        found: u32,
+        /// CRC that is stored behind them.
+        expected: u32,
+    },
+    /// The codec refuses the stored bytes.
+    #[error("the compressed data is corrupt")]
+    Data,
+    /// The block is shorter or longer than it must be.
+    #[error("length: found {found} bytes, expected {expected}")]
+    Length {
+        /// Bytes that came out.
+        found: u32,
+        /// Bytes of the original file in this block.
+        expected: u32,
+    },
+}
+
+/// A format error in words.
+struct Described(format::Error);
+
+impl fmt::Display for Described {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let format::Error {
+            fault,
+            offset,
+            found,
+        } = self.0;
+        let (field, expected) = (fault.field(), fault.expected());
+        match fault {
+            Fault::Truncated => write!(
+                f,
+                "image is truncated: {found} bytes wanted at byte {offset} are not all there"
+            ),
+            Fault::LsmtIsZfile => write!(f, "a ZFile in a ZFile: one level only is read"),
+            Fault::TarHeader | Fault::ZfileTrailerMagic => {
+                write!(
+                    f,
+                    "{field} at byte {offset}: not found, expected {expected}"
+                )
+            }
+            Fault::LsmtMagic | Fault::LsmtTrailerMagic => {
+                let magic = found.to_le_bytes();
+                write!(
+                    f,
+                    "{field} at byte {offset}: found \"{}\", expected {expected}",
+                    magic.escape_ascii()
+                )
+            }
+            Fault::LsmtLayerCount | Fault::LsmtMergedCount => {
+                write!(f, "number of {field}: found {found}, expected {expected}")
+            }
+            Fault::LsmtVirtualSize => write!(f, "{field}: found {found}, expected {expected}"),
+            Fault::ZfileHeaderFlags
+            | Fault::ZfileTrailerFlags
+            | Fault::ZfileCompressedIndex
+            | Fault::ZfileHeaderDigest
+            | Fault::ZfileTrailerDigest
+            | Fault::ZfileIndexCrc
+            | Fault::LsmtHeaderFlags
+            | Fault::LsmtTrailerFlags => write!(
+                f,
+                "{field} at byte {offset}: found {found:#x}, expected {expected}"
+            ),
+            _ => write!(
+                f,
+                "{field} at byte {offset}: found {found}, expected {expected}"
+            ),
+        }
+    }
+}

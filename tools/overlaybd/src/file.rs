@@ -1,0 +1,198 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! Bytes from files and block devices.
+
+use std::fs::File;
+use std::io::{Seek, SeekFrom};
+use std::ops::Range;
+use std::os::unix::fs::FileExt;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use rustix::fs::seek;
+
+use crate::format::blob::check_range;
+use crate::format::num::{to_u64, to_usize};
+use crate::format::Blob;
+use crate::{Error, Result};
+
+/// Most bytes that [`Blob::stream`] reads at once.
+const PIECE: u64 = 1 << 20;
+
+/// A file or block device, opened to read.
+#[derive(Debug)]
+pub struct FileBlob {
+    file: File,
+    path: PathBuf,
+    size: u64,
+}
+
+impl FileBlob {
+    /// Opens `path`. Of a block device, `size` says how many bytes from its start are meant.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::InFile`] with what the system said, or where `size` is more than there is.
+    pub fn open(path: &Path, size: Option<u64>) -> Result<Self> {
+        Self::open_inner(path, size).map_err(|error| error.in_file(path))
+    }
+
+    fn open_inner(path: &Path, size: Option<u64>) -> Result<Self> {
+        let mut file = File::open(path).map_err(|source| Error::Io {
+            what: "open",
+            source,
+        })?;
+        let there = file.seek(SeekFrom::End(0)).map_err(|source| Error::Io {
+            what: "find the size",
+            source,
+        })?;
+        if let Some(wanted) = size.filter(|&wanted| wanted > there) {
+            return Err(Error::Invalid(format!(
+                "size {wanted} is more than the {there} bytes that are there"
+            )));
+        }
+        Ok(Self {
+            file,
+            path: path.to_owned(),
+            size: size.unwrap_or(there),
+        })
+    }
+
+    /// The path that it was opened by.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// The bytes from `offset` or behind it that aren't in a hole; `None` where only a hole is left.
+    /// Where the file system cannot tell, there are no holes.
+    pub fn next_data(&self, offset: u64) -> Option<Range<u64>> {
+        if offset >= self.size {
+            return None;
+        }
+        let start = match seek(&self.file, rustix::fs::SeekFrom::Data(offset)) {
+            Ok(start) => start,
+            Err(rustix::io::Errno::NXIO) => return None,
+            Err(_) => return Some(offset..self.size),
+        };
+        let end = seek(&self.file, rustix::fs::SeekFrom::Hole(start)).unwrap_or(self.size);
+        Some(start..end.min(self.size)).filter(|data| data.start < self.size)
+    }
+
+    /// The open file.
+    pub fn file(&self) -> &File {
+        &self.file
+    }
+}
+
+impl Blob for FileBlob {
+    type Error = Error;
+
+    fn size(&self) -> u64 {
+        self.size
+    }
+
+    fn read_at(&self, offset: u64, buf: &mut [u8]) -> Result<()> {
+        let len = to_u64(buf.len());
+        check_range(self.size, offset, len)?;
+        self.file
+            .read_exact_at(buf, offset)
+            .map_err(|source| Error::Read {
+                offset,
+                len,
+                source,
+            })
+    }
+
+    fn stream(
+        &self,
+        offset: u64,
+        len: u64,
+        sink: &mut dyn FnMut(&[u8]) -> Result<()>,
+    ) -> Result<()> {
+        stream_pieces(self, offset, len, sink)
+    }
+}
+
+/// A part of a file that it keeps open.
+#[derive(Clone, Debug)]
+pub struct Part {
+    file: Arc<FileBlob>,
+    start: u64,
+    len: u64,
+}
+
+impl Part {
+    /// The `len` bytes of `file` from byte `start`.
+    ///
+    /// # Errors
+    ///
+    /// [`Fault::Truncated`](crate::format::Fault::Truncated) where they leave the file.
+    pub fn new(file: Arc<FileBlob>, start: u64, len: u64) -> Result<Self> {
+        check_range(file.size(), start, len)?;
+        Ok(Self { file, start, len })
+    }
+
+    /// All of `file`.
+    pub fn whole(file: Arc<FileBlob>) -> Self {
+        let len = file.size();
+        Self {
+            file,
+            start: 0,
+            len,
+        }
+    }
+
+    /// The file that this is a part of.
+    pub fn file(&self) -> &Arc<FileBlob> {
+        &self.file
+    }
+
+    /// First byte in the file.
+    pub fn start(&self) -> u64 {
+        self.start
+    }
+}
+
+impl Blob for Part {
+    type Error = Error;
+
+    fn size(&self) -> u64 {
+        self.len
+    }
+
+    fn read_at(&self, offset: u64, buf: &mut [u8]) -> Result<()> {
+        check_range(self.len, offset, to_u64(buf.len()))?;
+        self.file.read_at(self.start + offset, buf)
+    }
+
+    fn stream(
+        &self,
+        offset: u64,
+        len: u64,
+        sink: &mut dyn FnMut(&[u8]) -> Result<()>,
+    ) -> Result<()> {
+        check_range(self.len, offset, len)?;
+        self.file.stream(self.start + offset, len, sink)
+    }
+}
+
+/// [`Blob::stream`] by way of [`Blob::read_at`].
+pub(crate) fn stream_pieces<B: Blob<Error = Error>>(
+    blob: &B,
+    offset: u64,
+    len: u64,
+    sink: &mut dyn FnMut(&[u8]) -> Result<()>,
+) -> Result<()> {
+    check_range(blob.size(), offset, len)?;
+    let mut piece = vec![0; to_usize(len.min(PIECE))];
+    let mut done = 0;
+    while done < len {
+        let take = (len - done).min(PIECE);
+        if let Some(piece) = piece.get_mut(..to_usize(take)) {
+            blob.read_at(offset + done, piece)?;
+            sink(piece)?;
+        }
+        done += take;
+    }
+    Ok(())
+}

@@ -1,0 +1,44 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! Reads and writes OverlayBD images.
+//!
+//! The formats themselves are in [`format`]: the very files that the kernel module is built from.
+//! This crate adds what needs an allocator, files and codecs.
+//!
+//! ```text
+//! FileBlob -> [tar] -> Part -> [ZfileReader] -> LayerReader -> Stack
+//! ```
+//!
+//! Byte offsets and lengths are `u64`; a sector is 512 bytes.
+
+#![forbid(unsafe_code)]
+
+// The kernel module needs less of these files than is there, and so does this crate.
+#[allow(missing_docs, unreachable_pub, clippy::all)]
+#[path = "../../../rust/format/mod.rs"]
+pub mod format;
+
+pub mod codec;
+pub mod diff;
+pub mod error;
+pub mod file;
+pub mod layer;
+pub mod lsmt_writer;
+pub mod progress;
+pub mod stack;
+pub mod tar_writer;
+pub mod wrap;
+pub mod zfile_reader;
+pub mod zfile_writer;
+
+pub use error::{Error, Result};
+pub use file::{FileBlob, Part};
+pub use layer::{LayerReader, Payload};
+pub use progress::Progress;
+pub use stack::Stack;
+pub use zfile_reader::ZfileReader;
+
+/// CRC-32C as the kernel computes it: no inversion at either end.
+pub fn crc32c(seed: u32, data: &[u8]) -> u32 {
+    !::crc32c::crc32c_append(!seed, data)
+}

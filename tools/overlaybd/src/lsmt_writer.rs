@@ -1,0 +1,211 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! Writing an LSMT layer as upstream's `overlaybd-commit` does: data dense and in index order, no
+//! dead blocks.
+
+use crate::format::lsmt::{self, field, flag, Segment};
+use crate::format::num::{to_u64, to_usize};
+use crate::format::SECTOR_SIZE;
+use crate::layer::Ident;
+use crate::zfile_writer::put;
+use crate::{Error, Progress, Result};
+
+/// Neighbours are joined while they stay shorter than this, in sectors.
+const JOIN_LIMIT: u64 = lsmt::MAX_LENGTH;
+/// Longest entry, in sectors, that a long run of data is cut into: 64 sectors, 32 KiB, divide it.
+const DATA_PIECE: u64 = 16320;
+/// Longest entry, in sectors, that a long run of zeros is cut into.
+const ZEROED_PIECE: u64 = lsmt::MAX_LENGTH;
+/// The index is padded to a multiple of this many entries.
+const PAD_TO: u64 = 256;
+/// Bytes of data that are copied at once.
+const COPY: u64 = 1 << 20;
+/// Bytes of a user tag.
+const USER_TAG_LEN: usize = 256;
+
+/// A run of sectors that the layer changes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Run {
+    /// First sector in the virtual disk.
+    pub offset: u64,
+    /// Length in sectors, above 0.
+    pub length: u64,
+    /// Whether the run reads as zeros and has no data.
+    pub zeroed: bool,
+}
+
+impl Run {
+    /// First sector behind the run.
+    pub fn end(&self) -> u64 {
+        self.offset + self.length
+    }
+}
+
+/// Cuts runs of any length into pieces that fit in an index entry.
+pub fn cut(runs: impl IntoIterator<Item = Run>) -> impl Iterator<Item = Run> {
+    runs.into_iter().flat_map(|run| {
+        let piece = if run.zeroed { ZEROED_PIECE } else { DATA_PIECE };
+        (run.offset..run.end())
+            .step_by(to_usize(piece))
+            .map(move |offset| Run {
+                offset,
+                length: piece.min(run.end() - offset),
+                zeroed: run.zeroed,
+            })
+    })
+}
+
+/// A layer that is about to be written.
+pub struct LayerWriter {
+    virtual_size: u64,
+    ident: Ident,
+    entries: Vec<Segment>,
+    /// Sectors of data.
+    data: u64,
+}
+
+impl LayerWriter {
+    /// Plans a layer of `runs`, which are ascending, don't overlap, and each fit in an entry. Runs
+    /// that touch are joined as upstream does.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::TooFragmented`]; [`Error::Invalid`] where a run or the user tag is too long.
+    pub fn new(
+        virtual_size: u64,
+        ident: Ident,
+        runs: impl IntoIterator<Item = Run>,
+    ) -> Result<Self> {
+        if ident.user_tag.len() > USER_TAG_LEN {
+            return Err(Error::Invalid(format!(
+                "the user tag has {} bytes, more than {USER_TAG_LEN}",
+                ident.user_tag.len()
+            )));
+        }
+        let mut joined: Vec<Run> = Vec::new();
+        for run in runs {
+            match joined.last_mut() {
+                Some(last)
+                    if last.end() == run.offset
+                        && last.zeroed == run.zeroed
+                        && last.length + run.length < JOIN_LIMIT =>
+                {
+                    last.length += run.length;
+                }
+                _ => joined.push(run),
+            }
+        }
+
+        let mut data = 0;
+        let mut entries = Vec::with_capacity(joined.len());
+        for run in joined {
+            // A zeroed entry has no data; the running position stands there.
+            let moffset = lsmt::DATA_START + data;
+            let entry = Segment::new(run.offset, run.length, moffset, run.zeroed, 0);
+            entries.push(entry.ok_or_else(|| {
+                let Run { offset, length, .. } = run;
+                Error::Invalid(format!(
+                    "{length} sectors at sector {offset} do not fit in an index entry"
+                ))
+            })?);
+            if !run.zeroed {
+                data += run.length;
+            }
+        }
+        let writer = Self {
+            virtual_size,
+            ident,
+            entries,
+            data,
+        };
+        if writer.padded_entries() > lsmt::MAX_ENTRIES {
+            return Err(Error::TooFragmented {
+                entries: writer.padded_entries(),
+                max: lsmt::MAX_ENTRIES,
+            });
+        }
+        Ok(writer)
+    }
+
+    /// Length of the LSMT file in bytes.
+    pub fn len(&self) -> u64 {
+        self.index_offset() + self.padded_entries() * lsmt::ENTRY_SIZE + lsmt::HEADER_SIZE
+    }
+
+    /// Whether the layer changes nothing.
+    pub fn is_empty(&self) -> bool {
+        self.entries.is_empty()
+    }
+
+    /// The index entries, without padding.
+    pub fn entries(&self) -> &[Segment] {
+        &self.entries
+    }
+
+    /// Hands the bytes of the LSMT file to `sink`, in order. `read` reads the disk: byte offset,
+    /// buffer.
+    ///
+    /// # Errors
+    ///
+    /// The first error of `read`, `sink` or `progress`.
+    pub fn write(
+        &self,
+        mut read: impl FnMut(u64, &mut [u8]) -> Result<()>,
+        sink: &mut dyn FnMut(&[u8]) -> Result<()>,
+        progress: Progress<'_>,
+    ) -> Result<()> {
+        sink(&self.header(flag::HEADER | flag::DATA_FILE | flag::SEALED, 0, 0))?;
+        let mut buffer = vec![0; to_usize(COPY)];
+        for entry in self.entries.iter().filter(|entry| !entry.zeroed()) {
+            let (mut at, end) = (entry.offset() * SECTOR_SIZE, entry.end() * SECTOR_SIZE);
+            while at < end {
+                let take = (end - at).min(COPY);
+                let piece = buffer.get_mut(..to_usize(take)).unwrap_or_default();
+                read(at, piece)?;
+                sink(piece)?;
+                progress(take)?;
+                at += take;
+            }
+        }
+        let count = self.padded_entries();
+        let mut index = Vec::with_capacity(to_usize(count * lsmt::ENTRY_SIZE));
+        for entry in &self.entries {
+            index.extend_from_slice(&entry.to_bytes());
+        }
+        for _ in to_u64(self.entries.len())..count {
+            index.extend_from_slice(&Segment::padding());
+        }
+        sink(&index)?;
+        sink(&self.header(flag::DATA_FILE | flag::SEALED, self.index_offset(), count))
+    }
+
+    /// Bytes of data, what `progress` is told in all.
+    pub fn data_len(&self) -> u64 {
+        self.data * SECTOR_SIZE
+    }
+
+    fn index_offset(&self) -> u64 {
+        lsmt::HEADER_SIZE + self.data_len()
+    }
+
+    fn padded_entries(&self) -> u64 {
+        to_u64(self.entries.len()).next_multiple_of(PAD_TO)
+    }
+
+    fn header(&self, flags: u32, index_offset: u64, index_count: u64) -> Vec<u8> {
+        let mut bytes = vec![0; to_usize(lsmt::HEADER_SIZE)];
+        put(&mut bytes, 0, &lsmt::MAGIC);
+        put(&mut bytes, field::SIZE, &lsmt::STRUCT_SIZE.to_le_bytes());
+        put(&mut bytes, field::FLAGS, &flags.to_le_bytes());
+        put(&mut bytes, field::INDEX_OFFSET, &index_offset.to_le_bytes());
+        put(&mut bytes, field::INDEX_COUNT, &index_count.to_le_bytes());
+        let virtual_size = self.virtual_size.to_le_bytes();
+        put(&mut bytes, field::VIRTUAL_SIZE, &virtual_size);
+        let uuid = |text: &str| text.bytes().take(36).collect::<Vec<u8>>();
+        put(&mut bytes, field::UUID, &uuid(&self.ident.uuid));
+        put(&mut bytes, field::PARENT, &uuid(&self.ident.parent));
+        put(&mut bytes, field::VERSION, &[1, 1]);
+        put(&mut bytes, field::USER_TAG, &self.ident.user_tag);
+        bytes
+    }
+}

@@ -1,0 +1,188 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! A stack of layers: the disk that they make together.
+
+use std::ops::Deref;
+use std::path::Path;
+use std::sync::Arc;
+
+use crate::format::blob::check_range;
+use crate::format::lsmt::{Segment, MAX_END};
+use crate::format::merge::{self, Event, Extent};
+use crate::format::num::{to_u64, to_usize};
+use crate::format::{Blob, Error as FormatError, Fault, SECTOR_SIZE};
+use crate::{Error, LayerReader, Result};
+
+/// A stack of layers, merged.
+pub struct Stack {
+    layers: Vec<LayerReader>,
+    merged: Vec<Segment>,
+    virtual_size: u64,
+}
+
+impl Stack {
+    /// Opens the layers at `paths`, lowest first, and merges them.
+    ///
+    /// # Errors
+    ///
+    /// As [`LayerReader::open`] and [`Stack::new`].
+    pub fn open<P: AsRef<Path>>(paths: &[P]) -> Result<Self> {
+        check_layers(paths.len())?;
+        let layers = paths
+            .iter()
+            .map(|path| LayerReader::open(path.as_ref(), None))
+            .collect::<Result<_>>()?;
+        Self::new(layers)
+    }
+
+    /// Merges `layers`, lowest first.
+    ///
+    /// # Errors
+    ///
+    /// [`Fault::LsmtLayerCount`], [`Fault::LsmtVirtualSize`], [`Fault::LsmtMergedCount`].
+    pub fn new(layers: Vec<LayerReader>) -> Result<Self> {
+        check_layers(layers.len())?;
+        let sizes = layers.iter().map(|layer| layer.lsmt().virtual_size());
+        let virtual_size = merge::virtual_size(sizes)?;
+        Self::with_size(layers, virtual_size)
+    }
+
+    /// Merges `layers`, lowest first, into a disk of `virtual_size` bytes: what they are below a
+    /// layer of that size.
+    ///
+    /// # Errors
+    ///
+    /// As [`Stack::new`].
+    pub fn with_size(layers: Vec<LayerReader>, virtual_size: u64) -> Result<Self> {
+        check_layers(layers.len())?;
+        let indexes: Vec<Index> = layers
+            .iter()
+            .map(|layer| Index(layer.share_segments()))
+            .collect();
+        let mut heap = vec![Event::default(); indexes.len()];
+        let mut cursors = vec![0; indexes.len()];
+        let mut merged = Vec::new();
+        let limit = merge::sectors(virtual_size);
+        merge::merge(&indexes, limit, &mut heap, &mut cursors, |segment| {
+            merged.push(segment);
+            Ok::<_, Error>(())
+        })?;
+        Ok(Self {
+            layers,
+            merged,
+            virtual_size,
+        })
+    }
+
+    /// The layers, lowest first.
+    pub fn layers(&self) -> &[LayerReader] {
+        &self.layers
+    }
+
+    /// The merged index: only data is in it.
+    pub fn merged(&self) -> &[Segment] {
+        &self.merged
+    }
+
+    /// Size of the disk in bytes, perhaps not a whole number of sectors.
+    pub fn virtual_size(&self) -> u64 {
+        self.virtual_size
+    }
+
+    /// Sectors of the disk, the last one perhaps only in part within the virtual size.
+    pub fn sectors(&self) -> u64 {
+        merge::sectors(self.virtual_size)
+    }
+
+    /// First byte at or behind `offset`, below `end`, that a layer has data for.
+    pub fn next_data(&self, offset: u64, end: u64) -> Option<u64> {
+        if offset >= end {
+            return None;
+        }
+        let next = match merge::lookup(&self.merged, offset / SECTOR_SIZE) {
+            Extent::Data { .. } => return Some(offset),
+            Extent::Zeros { len } => offset / SECTOR_SIZE + len,
+        };
+        // No overflow: a sector is at most `MAX_END`, 2^50.
+        Some(next)
+            .filter(|&next| next < MAX_END)
+            .map(|next| next * SECTOR_SIZE)
+            .filter(|&next| next < end)
+    }
+
+    /// Fills `data` with zeros or from the layer's file.
+    fn read_extent(&self, extent: Extent, within: u64, buf: &mut [u8]) -> Result<()> {
+        match extent {
+            Extent::Zeros { .. } => {
+                buf.fill(0);
+                Ok(())
+            }
+            Extent::Data { layer, sector, .. } => {
+                let layer = self.layers.get(usize::from(layer)).ok_or_else(|| {
+                    FormatError::new(Fault::LsmtLayerCount, 0, to_u64(self.layers.len()))
+                })?;
+                layer
+                    .payload()
+                    .read_at(sector * SECTOR_SIZE + within, buf)
+                    .map_err(|error| error.in_file(&layer.path()))
+            }
+        }
+    }
+}
+
+impl Blob for Stack {
+    type Error = Error;
+
+    /// Size of the device in bytes: a whole number of sectors.
+    fn size(&self) -> u64 {
+        self.sectors() * SECTOR_SIZE
+    }
+
+    fn read_at(&self, offset: u64, buf: &mut [u8]) -> Result<()> {
+        check_range(self.size(), offset, to_u64(buf.len()))?;
+        let inside = to_usize(self.virtual_size.saturating_sub(offset)).min(buf.len());
+        let (mut rest, tail) = buf.split_at_mut(inside);
+        // Behind the virtual size, what is left of the last sector reads as zeros.
+        tail.fill(0);
+        let mut at = offset;
+        while !rest.is_empty() {
+            let extent = merge::lookup(&self.merged, at / SECTOR_SIZE);
+            let within = at % SECTOR_SIZE;
+            let (Extent::Data { len, .. } | Extent::Zeros { len }) = extent;
+            let take = to_usize(len * SECTOR_SIZE - within).min(rest.len());
+            let (piece, next) = rest.split_at_mut(take);
+            self.read_extent(extent, within, piece)?;
+            rest = next;
+            at += to_u64(take);
+        }
+        Ok(())
+    }
+
+    fn stream(
+        &self,
+        offset: u64,
+        len: u64,
+        sink: &mut dyn FnMut(&[u8]) -> Result<()>,
+    ) -> Result<()> {
+        crate::file::stream_pieces(self, offset, len, sink)
+    }
+}
+
+/// Checks the number of layers before any is opened.
+fn check_layers(layers: usize) -> Result<()> {
+    if layers == 0 || layers > merge::MAX_LAYERS {
+        return Err(FormatError::new(Fault::LsmtLayerCount, 0, to_u64(layers)).into());
+    }
+    Ok(())
+}
+
+/// A layer's index as [`merge::merge`] takes it.
+struct Index(Arc<Vec<Segment>>);
+
+impl Deref for Index {
+    type Target = [Segment];
+
+    fn deref(&self) -> &[Segment] {
+        &self.0
+    }
+}

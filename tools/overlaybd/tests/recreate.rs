@@ -1,0 +1,205 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! Writes golden images again from what is in them: the bytes are the same as upstream's.
+//!
+//! Another LZ4 may compress otherwise: this holds for the version in `Cargo.lock`.
+
+#![allow(missing_docs, clippy::unwrap_used)]
+
+use std::io::Cursor;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use overlaybd::codec::Method;
+use overlaybd::format::zfile::Algorithm;
+use overlaybd::format::Blob;
+use overlaybd::lsmt_writer::{LayerWriter, Run};
+use overlaybd::progress::silent;
+use overlaybd::wrap::{self, Wrapping};
+use overlaybd::zfile_writer::Options;
+use overlaybd::{FileBlob, LayerReader, Payload, Stack};
+
+fn golden(name: &str) -> Option<PathBuf> {
+    let dir = match std::env::var_os("OBD_GOLDENS").filter(|dir| !dir.is_empty()) {
+        Some(dir) => PathBuf::from(dir),
+        None => Path::new(env!("CARGO_MANIFEST_DIR")).join("../../../shared/goldens"),
+    };
+    let path = dir.join(name);
+    if !path.is_file() {
+        println!("skipped: no golden images");
+        return None;
+    }
+    Some(path)
+}
+
+/// Compresses what is in `from`: the bytes are those of `to`.
+fn rewrap(from: &str, to: &str, overwrite_header: bool) {
+    let (Some(from), Some(to)) = (golden(from), golden(to)) else {
+        return;
+    };
+    let source = Payload::open(Arc::new(FileBlob::open(&from, None).unwrap())).unwrap();
+    let wanted = Payload::open(Arc::new(FileBlob::open(&to, None).unwrap())).unwrap();
+    let wrapping = Wrapping {
+        zfile: wanted.zfile().map(|zfile| Options {
+            method: Method {
+                algorithm: zfile.geometry().algorithm(),
+                level: None,
+            },
+            block_size: zfile.geometry().block_size(),
+            crc: zfile.geometry().has_crc(),
+            overwrite_header,
+        }),
+        tar: wanted.in_tar(),
+    };
+    let mut out = Cursor::new(Vec::new());
+    let len = wrap::write(&mut out, wrapping, |sink| {
+        source.stream(0, source.size(), &mut |piece| sink(piece))
+    })
+    .unwrap();
+    same(&to, &out.into_inner(), len);
+}
+
+fn same(path: &Path, found: &[u8], len: u64) {
+    assert_eq!(len, found.len() as u64);
+    let wanted = std::fs::read(path).unwrap();
+    let differs = found.iter().zip(&wanted).position(|(a, b)| a != b);
+    assert_eq!(differs, None, "{}: first byte that differs", path.display());
+    assert_eq!(found.len(), wanted.len(), "{}: length", path.display());
+}
+
+/// Writes a layer anew from its merged content.
+fn recommit(from: &str, to: &str) {
+    let (Some(from), Some(to)) = (golden(from), golden(to)) else {
+        return;
+    };
+    let layer = LayerReader::open(&from, None).unwrap();
+    let wanted = LayerReader::open(&to, None).unwrap();
+    let runs: Vec<Run> = layer
+        .segments()
+        .iter()
+        .map(|segment| Run {
+            offset: segment.offset(),
+            length: segment.length(),
+            zeroed: segment.zeroed(),
+        })
+        .collect();
+    let virtual_size = layer.lsmt().virtual_size();
+    let writer = LayerWriter::new(virtual_size, wanted.ident().clone(), runs).unwrap();
+    let disk = Stack::with_size(vec![layer], 1 << 50).unwrap();
+    let mut found = Vec::new();
+    writer
+        .write(
+            |offset, buf| disk.read_at(offset, buf),
+            &mut |bytes| {
+                found.extend_from_slice(bytes);
+                Ok(())
+            },
+            &silent,
+        )
+        .unwrap();
+    assert_eq!(writer.len(), found.len() as u64);
+    let mut lsmt = vec![0; usize::try_from(wanted.payload().size()).unwrap()];
+    wanted.payload().read_at(0, &mut lsmt).unwrap();
+    let differs = found.iter().zip(&lsmt).position(|(a, b)| a != b);
+    assert_eq!(differs, None, "{}: first byte that differs", to.display());
+    assert_eq!(found.len(), lsmt.len());
+}
+
+#[test]
+fn lz4() {
+    let plain = "lsmt/mixA-plain.lsmt";
+    for size in ["4k", "8k", "16k", "32k"] {
+        rewrap(plain, &format!("zfile-lsmt/lz4-{size}.obd"), true);
+    }
+    rewrap("zfile-lsmt/lz4-64k.obd", "zfile-lsmt/lz4-64k.obd", true);
+    rewrap(plain, "zfile-lsmt/lz4-4k-tar.obd", true);
+    rewrap(plain, "zfile-lsmt/lz4-4k-trailer-tar.obd", false);
+    rewrap(plain, "zfile/lsmt-blob.zf", false);
+    let noverify = "zfile-lsmt/lz4-64k-noverify.obd";
+    rewrap(noverify, noverify, true);
+}
+
+#[test]
+fn lz4_of_any_size() {
+    for name in ["0", "511", "512", "4095", "4097", "8191", "65535", "65536"] {
+        let name = format!("zfile/text-{name}.zf");
+        rewrap(&name, &name, false);
+    }
+    let incompressible = "zfile/rand-200000-64k-lz4.zf";
+    rewrap(incompressible, incompressible, false);
+}
+
+#[test]
+fn zstd_incompressible() {
+    let name = "zfile/rand-131072-zstd-4k.zf";
+    rewrap(name, name, false);
+}
+
+/// Another zstd compresses otherwise; but the frames are of the same kind, and the same is in
+/// them.
+#[test]
+fn zstd_frames() {
+    for size in ["4k", "8k", "16k", "64k"] {
+        let Some(path) = golden(&format!("zfile-lsmt/zstd-{size}.obd")) else {
+            return;
+        };
+        let wanted = Payload::open(Arc::new(FileBlob::open(&path, None).unwrap())).unwrap();
+        let geometry = *wanted.zfile().unwrap().geometry();
+        let options = Options {
+            method: Method {
+                algorithm: Algorithm::Zstd,
+                level: None,
+            },
+            block_size: geometry.block_size(),
+            crc: geometry.has_crc(),
+            overwrite_header: true,
+        };
+        let wrapping = Wrapping {
+            zfile: Some(options),
+            tar: false,
+        };
+        let mut out = Cursor::new(Vec::new());
+        wrap::write(&mut out, wrapping, |sink| {
+            wanted.stream(0, wanted.size(), &mut |piece| sink(piece))
+        })
+        .unwrap();
+        let mut made = tempfile::NamedTempFile::new().unwrap();
+        std::io::Write::write_all(&mut made, out.get_ref()).unwrap();
+        let found = Payload::open(Arc::new(FileBlob::open(made.path(), None).unwrap())).unwrap();
+        assert_eq!(found.size(), wanted.size());
+        let first = |payload: &Payload| {
+            let mut bytes = [0; 9];
+            payload.blob().read_at(512, &mut bytes).unwrap();
+            bytes
+        };
+        // Magic, descriptor and content size.
+        assert_eq!(first(&found)[..7], first(&wanted)[..7], "{size}");
+        let mut contents = [(); 2].map(|()| vec![0; usize::try_from(wanted.size()).unwrap()]);
+        found.read_at(0, &mut contents[0]).unwrap();
+        wanted.read_at(0, &mut contents[1]).unwrap();
+        assert!(contents[0] == contents[1], "{size}");
+    }
+}
+
+#[test]
+fn committed_layers() {
+    for name in [
+        "lsmt/empty.lsmt",
+        "lsmt/ext4-plain.lsmt",
+        "lsmt/idx255.lsmt",
+        "lsmt/mixA-plain.lsmt",
+        "lsmt/only-discard.lsmt",
+        "lsmt/vsize-512-tail.lsmt",
+        "special/big-4t.lsmt",
+    ] {
+        recommit(name, name);
+    }
+}
+
+#[test]
+fn sealed_then_committed() {
+    recommit(
+        "sealed/mixA-sealed.lsmt",
+        "sealed/mixA-sealed-then-commit.obd",
+    );
+}
