@@ -14,6 +14,7 @@
 /* Block devices. */
 sector_t obd_bdev_nr_sectors(struct block_device *bdev);
 unsigned int obd_bdev_logical_block_size(struct block_device *bdev);
+unsigned int obd_bdev_dma_alignment(struct block_device *bdev);
 
 /* Bios. */
 void obd_bio_set_dev(struct bio *bio, struct block_device *bdev);
@@ -24,10 +25,13 @@ void obd_bio_advance_iter(struct bio *bio, struct bvec_iter *iter,
 			  unsigned int bytes);
 void obd_bio_add_virt(struct bio *bio, void *addr, unsigned int len);
 void obd_flush_dcache_bio(struct bio *bio);
+void obd_invalidate_kernel_vmap_range(void *addr, int size);
+void obd_bio_associate_root(struct bio *bio);
 
 /* Execution context. */
 bool obd_in_interrupt_off(void);
 bool obd_fatal_signal_pending(void);
+void obd_cond_resched(void);
 
 /* Locks and work. */
 unsigned long obd_spin_lock_irqsave(spinlock_t *lock);

@@ -37,17 +37,17 @@ module! {
     alias: ["dm-zfile", "dm-lsmt", "dm-zfile_target", "dm-lsmt_target"],
 }
 
-/// The target types; the last two are the names that the 2023 prototype used.
+/// The target types; the first two are the names that the 2023 prototype used.
 #[pin_data]
 struct OverlayBd {
-    #[pin]
-    zfile: Registration<Zfile>,
-    #[pin]
-    lsmt: Registration<Lsmt>,
     #[pin]
     zfile_target: Registration<Zfile>,
     #[pin]
     lsmt_target: Registration<Lsmt>,
+    #[pin]
+    zfile: Registration<Zfile>,
+    #[pin]
+    lsmt: Registration<Lsmt>,
 }
 
 impl kernel::InPlaceModule for OverlayBd {
@@ -56,10 +56,10 @@ impl kernel::InPlaceModule for OverlayBd {
             let shared = zfile::Shared::new()?;
             let nothing = Arc::new((), GFP_KERNEL)?;
             Ok(try_pin_init!(Self {
-                zfile <- Registration::new(c"zfile", module, shared.clone()),
-                lsmt <- Registration::new(c"lsmt", module, nothing.clone()),
-                zfile_target <- Registration::new(c"zfile_target", module, shared),
-                lsmt_target <- Registration::new(lsmt::LEGACY_NAME, module, nothing),
+                zfile_target <- Registration::new(c"zfile_target", module, shared.clone()),
+                lsmt_target <- Registration::new(lsmt::LEGACY_NAME, module, nothing.clone()),
+                zfile <- Registration::new(c"zfile", module, shared),
+                lsmt <- Registration::new(c"lsmt", module, nothing),
             }? Error))
         })
     }

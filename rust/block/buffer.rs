@@ -41,13 +41,14 @@ struct Spare {
 
 // SAFETY: The vector only names pages of `memory`, which may be sent.
 unsafe impl Send for Spare {}
-// SAFETY: As above; nothing is changed through a shared reference.
-unsafe impl Sync for Spare {}
 
 impl Buffer {
-    /// Allocates `len` bytes without waiting; `None` where memory is short.
-    pub(crate) fn try_new(len: usize) -> Option<Self> {
-        let memory = KVec::with_capacity(len, GFP_NOWAIT | __GFP_NOWARN).ok()?;
+    /// Allocates `len` bytes without waiting, at a multiple of `align`, a power of two of a page
+    /// at most; `None` where memory is short.
+    pub(crate) fn try_new(len: usize, align: usize) -> Option<Self> {
+        // The slab allocator aligns to the largest power of two in a size.
+        let capacity = len.checked_next_multiple_of(align)?;
+        let memory = KVec::with_capacity(capacity, GFP_NOWAIT | __GFP_NOWARN).ok()?;
         // INVARIANT: The capacity is at least `len`; nothing is filled.
         Some(Self {
             memory: Memory::Slab(memory),
@@ -119,6 +120,12 @@ impl Buffer {
     ///
     /// A read of the length of the buffer into it has succeeded.
     pub(crate) unsafe fn set_filled(&mut self) {
+        if let Memory::Spare(spare) = &mut self.memory {
+            let addr = spare.memory.as_mut_ptr().cast();
+            // SAFETY: The memory is from vmalloc, and `len` bytes of it are there. Lossless: a
+            // spare buffer holds a block or a chunk.
+            unsafe { sys::obd_invalidate_kernel_vmap_range(addr, self.len as i32) };
+        }
         // INVARIANT: By the safety requirement.
         self.filled = self.len;
     }
@@ -156,8 +163,9 @@ impl Buffer {
                 unsafe { sys::bio_init(bio.as_ptr(), bdev, vecs.as_mut_ptr(), count, flags) };
                 let addr = spare.memory.as_mut_ptr().cast();
                 // SAFETY: The memory is from vmalloc and at least `len` bytes long, and the vector
-                // has an entry for each of its pages, so this cannot fail.
-                unsafe { sys::bio_add_vmalloc(bio.as_ptr(), addr, self.len as u32) };
+                // has an entry for each of its pages.
+                let added = unsafe { sys::bio_add_vmalloc(bio.as_ptr(), addr, self.len as u32) };
+                debug_assert!(added);
             }
         }
     }

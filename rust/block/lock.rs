@@ -12,7 +12,7 @@ use core::ops::{Deref, DerefMut};
 
 use kernel::prelude::*;
 use kernel::sync::LockClassKey;
-use kernel::types::Opaque;
+use kernel::types::{NotThreadSafe, Opaque};
 
 use crate::sys;
 
@@ -54,11 +54,17 @@ impl<T> Lock<T> {
     pub(crate) fn lock(&self) -> Guard<'_, T> {
         // SAFETY: By the type invariant the lock is initialised.
         let flags = unsafe { sys::obd_spin_lock_irqsave(self.lock.get()) };
-        Guard { lock: self, flags }
+        // INVARIANT: Just taken.
+        Guard {
+            lock: self,
+            flags,
+            _here: NotThreadSafe,
+        }
     }
 }
 
-/// A held [`Lock`].
+/// A held [`Lock`]. Guards are dropped in the reverse order of taking them, on the same CPU, since
+/// each puts the state of interrupts back.
 ///
 /// # Invariants
 ///
@@ -66,6 +72,7 @@ impl<T> Lock<T> {
 pub(crate) struct Guard<'a, T> {
     lock: &'a Lock<T>,
     flags: usize,
+    _here: NotThreadSafe,
 }
 
 impl<T> Deref for Guard<'_, T> {

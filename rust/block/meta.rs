@@ -2,14 +2,13 @@
 
 //! Reads of headers and indexes while a device is being made.
 
-use core::cell::UnsafeCell;
 use core::ptr::NonNull;
 
 use kernel::prelude::*;
 use kernel::types::Opaque;
 
 use super::{Buffer, Status};
-use crate::dm::{Device, Failure};
+use crate::dm::{self, Device, Failure};
 use crate::format::blob::Sink;
 use crate::format::num::{to_u64, to_usize};
 use crate::format::{blob, Blob, Error as FormatError, Fault};
@@ -98,9 +97,7 @@ impl Blob for MetaReader<'_> {
             let to = to_usize((end - at).min(to_u64(piece.len())));
             sink(piece.get(from..to).ok_or(EINVAL)?)?;
             at += to_u64(piece.len());
-            if crate::dm::fatal_signal_pending() {
-                return Err(Failure::new(c"Interrupted", EINTR));
-            }
+            dm::check_killed()?;
             if ahead < stop {
                 let chunk = (stop - ahead).min(to_u64(CHUNK));
                 ahead += self.submit(reads.get_mut(turn), ahead, chunk)?;
@@ -135,7 +132,7 @@ struct Read {
     vec: Opaque<sys::bio_vec>,
     #[pin]
     done: Opaque<sys::completion>,
-    buffer: UnsafeCell<Buffer>,
+    buffer: Buffer,
     busy: bool,
 }
 
@@ -149,7 +146,7 @@ impl Read {
                 vec: Opaque::uninit(),
                 // SAFETY: The slot is memory for a completion.
                 done <- Opaque::ffi_init(|slot| unsafe { sys::init_completion(slot) }),
-                buffer: UnsafeCell::new(Buffer::new_spare(capacity)?),
+                buffer: Buffer::new_spare(capacity)?,
                 busy: false,
             }),
             GFP_KERNEL,
@@ -163,7 +160,7 @@ impl Read {
         let bio = NonNull::new(self.bio.get()).ok_or(EINVAL)?;
         let vec = NonNull::new(self.vec.get()).ok_or(EINVAL)?;
         let done = self.done.get();
-        let buffer = self.as_mut().project().buffer.get_mut();
+        let buffer = self.as_mut().project().buffer;
         buffer.reset(len)?;
         // SAFETY: `self` is pinned and waits for the bio before it is dropped or used again, and
         // `device` is open for longer than this call chain, which waits for the bio.
@@ -186,7 +183,7 @@ impl Read {
             return Err(EINVAL.into());
         }
         let status = self.as_mut().settle();
-        let buffer = self.project().buffer.get_mut();
+        let buffer = self.project().buffer;
         match status {
             Ok(()) => {
                 // SAFETY: The read has succeeded.

@@ -79,6 +79,11 @@ impl<'a> Pages<'a> {
         self.iter.bi_size as usize
     }
 
+    /// Length of the run from here that is contiguous in memory.
+    pub(crate) fn run_len(&mut self) -> usize {
+        self.run().map_or(0, |run| run.len)
+    }
+
     /// Takes the next `len` bytes, if they are contiguous in memory.
     pub(crate) fn take(&mut self, len: usize) -> Option<Dest<'a>> {
         let dest = self.run()?;

@@ -52,7 +52,7 @@ impl<T: Shrink> Shrinker<T> {
         fields.scan_objects = Some(Self::scan_objects);
         fields.private_data = core::ptr::from_ref::<T>(&cache).cast_mut().cast();
         // Objects are few and large.
-        fields.batch = 1;
+        fields.batch = 16;
         // SAFETY: The shrinker is complete.
         unsafe { sys::shrinker_register(raw.as_ptr()) };
         // INVARIANT: Registered above, with the pointer of `cache`.

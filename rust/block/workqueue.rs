@@ -23,7 +23,7 @@ unsafe impl Send for WorkQueue {}
 unsafe impl Sync for WorkQueue {}
 
 impl WorkQueue {
-    /// Makes a workqueue that `ps` shows as `name`.
+    /// Makes a workqueue with a name that `ps` shows.
     ///
     /// # Errors
     ///

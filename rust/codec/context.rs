@@ -106,15 +106,25 @@ impl Contexts {
     ///
     /// [`ENOMEM`].
     pub(crate) fn provide(&self, count: usize) -> Result {
-        let mut pool = self.pool.lock();
-        while pool.total < count {
+        // Nothing is allocated under the lock that workers take: reclaim may wait for them.
+        while self.pool.lock().total < count {
             let context = Context::new(self.algorithm)?;
-            // Room for those that are borrowed, too.
-            let room = pool.total + 1 - pool.free.len();
-            pool.free.reserve(room, GFP_KERNEL)?;
-            pool.free.push(context, GFP_KERNEL)?;
-            // INVARIANT: Reserved above.
+            let mut free = KVec::with_capacity(count, GFP_KERNEL)?;
+            let mut pool = self.pool.lock();
+            if pool.total >= count {
+                break;
+            }
+            // Room for those that are borrowed, too; nothing of this allocates or fails.
+            while let Some(context) = pool.free.pop() {
+                let _ = free.push_within_capacity(context);
+            }
+            let _ = free.push_within_capacity(context);
+            // INVARIANT: The capacity is `count`, which is at least the new total.
             pool.total += 1;
+            let old = core::mem::replace(&mut pool.free, free);
+            drop(pool);
+            drop(old);
+            self.returned.notify_one();
         }
         Ok(())
     }

@@ -27,6 +27,11 @@ pub(crate) fn decompress_at_once(
     }
 }
 
+/// Whether [`decompress_at_once`] knows `algorithm`.
+pub(crate) fn works_at_once(algorithm: Algorithm) -> bool {
+    matches!(algorithm, Algorithm::Lz4)
+}
+
 /// CRC-32C continued from `seed`, without inversion at either end.
 pub(crate) fn crc32c(seed: u32, data: &[u8]) -> u32 {
     // SAFETY: The slice is valid for reads of its length.

@@ -59,7 +59,8 @@ impl<'a> Args<'a> {
 
 /// Reads a decimal number.
 pub(crate) fn number(arg: &CStr) -> Option<u64> {
-    arg.to_str().ok()?.parse().ok()
+    let digits = arg.to_bytes().iter().all(u8::is_ascii_digit);
+    arg.to_str().ok().filter(|_| digits)?.parse().ok()
 }
 
 /// Takes `<blob bytes | ->`; `None` for the whole device.

@@ -136,8 +136,10 @@ impl<'a, T: Target> Bio<'a, T> {
 impl<'a, T: Deferred> Bio<'a, T> {
     /// Begins to work on the bio, with `request` as the target's own state of it.
     pub(crate) fn begin(self, request: T::Request) -> (Io<T>, Mapped<'a>) {
-        // SAFETY: By the type invariant the bio is ours and of this target; what is returned tells
-        // device-mapper that we keep it.
+        const { assert!(T::PER_BIO_DATA == super::frame_size::<T>()) };
+        // SAFETY: By the type invariant the bio is ours and of this target, whose per-bio data has
+        // the size of a frame, as was just checked; what is returned tells device-mapper that we
+        // keep the bio.
         let io = unsafe { Io::new(self.bio, NonNull::from(self.live), request) };
         (io, Mapped::new(sys::DM_MAPIO_SUBMITTED))
     }

@@ -72,16 +72,24 @@ impl Device {
             .unwrap_or("-")
     }
 
-    /// Size in sectors.
+    /// Size in sectors, whole blocks only.
     pub(crate) fn sectors(&self) -> u64 {
         // SAFETY: By the type invariant the device is open.
-        unsafe { sys::obd_bdev_nr_sectors(self.bdev()) }
+        let sectors = unsafe { sys::obd_bdev_nr_sectors(self.bdev()) };
+        // A block size is a power of two of 512 at least.
+        sectors & !(u64::from(self.logical_block_size() / 512) - 1)
     }
 
     /// Size in bytes.
     pub(crate) fn size(&self) -> u64 {
         // No overflow: the block layer bounds sizes to 2^63 - 1 bytes.
         self.sectors() * 512
+    }
+
+    /// What addresses of memory that it reads into must be a multiple of, in bytes.
+    pub(crate) fn memory_alignment(&self) -> usize {
+        // SAFETY: By the type invariant the device is open.
+        unsafe { sys::obd_bdev_dma_alignment(self.bdev()) as usize + 1 }
     }
 
     /// Bytes in a block, the unit of reads.

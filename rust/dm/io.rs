@@ -36,11 +36,20 @@ pub(super) struct Frame<T: Deferred> {
     step: Option<Step<T>>,
     /// Bytes that it waits for.
     wanted: usize,
+    /// Whether others wait for the lower read, too.
+    shared: bool,
     read_step: Option<ReadStep<T>>,
     /// The next in a queue of those that wait for memory.
     next: Option<Io<T>>,
     lower: MaybeUninit<sys::bio>,
     lower_vec: MaybeUninit<sys::bio_vec>,
+}
+
+/// Bytes of per-bio data that an I/O of `T` takes.
+pub(crate) const fn frame_size<T: Deferred>() -> usize {
+    // Per-bio data is aligned as much as a bio is.
+    assert!(align_of::<Frame<T>>() <= align_of::<sys::bio>());
+    size_of::<Frame<T>>()
 }
 
 /// An I/O that hasn't ended. Dropped, it ends with an error.
@@ -55,12 +64,6 @@ pub(crate) struct Io<T: Deferred>(NonNull<Frame<T>>);
 unsafe impl<T: Deferred> Send for Io<T> {}
 
 impl<T: Deferred> Io<T> {
-    /// Bytes of per-bio data that an I/O takes.
-    pub(super) const FRAME_SIZE: usize = {
-        assert!(align_of::<Frame<T>>() <= align_of::<u64>());
-        size_of::<Frame<T>>()
-    };
-
     /// Makes the frame of a bio.
     ///
     /// # Safety
@@ -73,7 +76,7 @@ impl<T: Deferred> Io<T> {
         request: T::Request,
     ) -> Self {
         // SAFETY: The bio is a clone of device-mapper's with this much per-bio data.
-        let data = unsafe { sys::dm_per_bio_data(bio.as_ptr(), Self::FRAME_SIZE) };
+        let data = unsafe { sys::dm_per_bio_data(bio.as_ptr(), frame_size::<T>()) };
         let frame: *mut Frame<T> = data.cast();
         // SAFETY: The per-bio data is there, aligned, and not in use.
         unsafe {
@@ -84,6 +87,7 @@ impl<T: Deferred> Io<T> {
                 work: MaybeUninit::uninit(),
                 step: None,
                 wanted: 0,
+                shared: false,
                 read_step: None,
                 next: None,
                 lower: MaybeUninit::uninit(),
@@ -113,7 +117,7 @@ impl<T: Deferred> Io<T> {
     fn bio(&self) -> NonNull<sys::bio> {
         // SAFETY: By the type invariant the frame is a bio's per-bio data of this size.
         let bio =
-            unsafe { sys::dm_bio_from_per_bio_data(self.0.as_ptr().cast(), Self::FRAME_SIZE) };
+            unsafe { sys::dm_bio_from_per_bio_data(self.0.as_ptr().cast(), frame_size::<T>()) };
         // SAFETY: A bio is never at address 0.
         unsafe { NonNull::new_unchecked(bio) }
     }
@@ -146,7 +150,14 @@ impl<T: Deferred> Io<T> {
 
     /// Gives the I/O memory for a lower read, which fills all of it.
     pub(crate) fn attach(&mut self, buffer: Buffer) {
+        self.release_buffer();
         self.frame_mut().buffer = Some(buffer);
+    }
+
+    /// Lets the lower read be nobody's in particular, since others wait for it, too: it isn't
+    /// charged to a control group, nor held back for one.
+    pub(crate) fn share(&mut self) {
+        self.frame_mut().shared = true;
     }
 
     /// Gives the I/O the device's spare buffer, now or when it comes back, and goes on with
@@ -183,6 +194,7 @@ impl<T: Deferred> Io<T> {
         };
         let bio = self.bio();
         let frame = self.frame_mut();
+        let shared = frame.shared;
         let lower = NonNull::from(&mut frame.lower).cast::<sys::bio>();
         let vec = NonNull::from(&mut frame.lower_vec).cast::<sys::bio_vec>();
         let Some(buffer) = frame.buffer.as_mut().filter(|buffer| !buffer.is_empty()) else {
@@ -190,16 +202,25 @@ impl<T: Deferred> Io<T> {
         };
         frame.read_step = Some(step);
 
-        // SAFETY: The bio is valid.
-        let (flags, ioprio) = unsafe { ((*bio.as_ptr()).bi_opf, (*bio.as_ptr()).bi_ioprio) };
+        // All of a device may wait for its spare buffer.
+        let shared = shared || buffer.is_spare();
+
+        // SAFETY: The bio is valid, and nobody changes it now.
+        let original = unsafe { bio.as_ref() };
+        let (flags, ioprio) = (original.bi_opf & sys::OBD_REQ_INHERITED, original.bi_ioprio);
         // SAFETY: The frame stays where it is until the I/O ends, and so do the buffer in it and
         // the device; the I/O isn't ended before `read_done` has uninitialised the lower bio.
-        unsafe { buffer.init_read(lower, vec, bdev, flags & sys::OBD_REQ_INHERITED) };
-        // SAFETY: Both bios are initialised.
-        unsafe { sys::bio_clone_blkg_association(lower.as_ptr(), bio.as_ptr()) };
+        unsafe { buffer.init_read(lower, vec, bdev, flags) };
+        if shared {
+            // SAFETY: The lower bio is initialised.
+            unsafe { sys::obd_bio_associate_root(lower.as_ptr()) };
+        } else {
+            // SAFETY: Both bios are initialised.
+            unsafe { sys::bio_clone_blkg_association(lower.as_ptr(), bio.as_ptr()) };
+        }
         // SAFETY: The lower bio was initialised above and isn't in flight.
         let fields = unsafe { &mut *lower.as_ptr() };
-        fields.bi_ioprio = ioprio;
+        fields.bi_ioprio = if shared { 0 } else { ioprio };
         fields.bi_iter.bi_sector = sector;
         fields.bi_end_io = Some(Self::read_done);
         fields.bi_private = self.into_raw().cast();
@@ -239,12 +260,14 @@ impl<T: Deferred> Io<T> {
         let work = frame.work.as_mut_ptr();
         // SAFETY: The frame has memory for it, where no work is queued by the type invariant.
         unsafe { sys::obd_init_work(work, Some(Self::work_fn)) };
-        // SAFETY: By the type invariant the target is valid until the I/O ends. Should the worker
-        // end it before this function returns, the queue is still there: it is the module's.
-        let queue = unsafe { live.as_ref() }.target().workqueue();
+        // SAFETY: By the type invariant the target is valid until the I/O ends.
+        let Some(queue) = unsafe { live.as_ref() }.queue() else {
+            return;
+        };
         self.into_raw();
         // SAFETY: The work is initialised and isn't queued. It is in the frame, which stays until
-        // the I/O ends, and that `work_fn` owns from now on.
+        // the I/O ends, and that `work_fn` owns from now on. Should it end the I/O before this
+        // returns, and the queue be destroyed: that waits until nobody is queueing any more.
         unsafe { queue.queue(work) };
     }
 
@@ -270,11 +293,17 @@ impl<T: Deferred> Io<T> {
         core::mem::forget(self);
     }
 
+    /// Gives the memory back.
+    fn release_buffer(&mut self) {
+        match self.frame_mut().buffer.take() {
+            Some(buffer) if buffer.is_spare() => self.target().spares().give_back(buffer),
+            _ => {}
+        }
+    }
+
     /// Ends the I/O; `self` is used no more after that.
     fn finish(&mut self, result: Result<(), Status>) {
-        if let Some(buffer) = self.frame_mut().buffer.take_if(|buffer| buffer.is_spare()) {
-            self.target().spares().give_back(buffer);
-        }
+        self.release_buffer();
         let bio = self.bio();
         // SAFETY: By the type invariant the frame is initialised; it isn't used after this.
         unsafe { self.0.drop_in_place() };
@@ -379,6 +408,8 @@ pub(crate) struct Spares<T: Deferred> {
     state: Lock<State<T>>,
 }
 
+/// What a [`Spares`] guards.
+///
 /// # Invariants
 ///
 /// While I/Os wait, the spare buffer is out.

@@ -18,9 +18,13 @@
 //!
 //! Devices belong to the table, not to the target, which names them by [`DeviceId`]: they cannot
 //! outlive the table. Device-mapper destroys a table only when no I/O of it is left, so a target
-//! outlives its I/O; [`Io::end`] takes the I/O with every reference to the target.
+//! outlives its I/O; [`Io::end`] takes the I/O with every reference to the target. What a step owns
+//! beside the I/O it gives back before that. A target has a workqueue of its own, which is drained
+//! before the target and its module may go.
 //!
 //! C header: `include/linux/device-mapper.h`.
+
+use kernel::prelude::*;
 
 mod args;
 mod bio;
@@ -33,7 +37,7 @@ mod target;
 pub(crate) use args::{blob_bytes, number, option_count, put_blob, Args, UNKNOWN_OPTION};
 pub(crate) use bio::{Bio, Mapped};
 pub(crate) use device::{Device, DeviceId};
-pub(crate) use io::{Io, IoQueue, Spares};
+pub(crate) use io::{frame_size, Io, IoQueue, Spares};
 pub(crate) use setup::{DeviceName, Failure, Setup};
 pub(crate) use status::Emit;
 pub(crate) use target::{Deferred, Limits, Registration, Target};
@@ -44,8 +48,17 @@ pub(crate) fn may_print() -> bool {
     unsafe { crate::sys::obd_ratelimit() }
 }
 
-/// Whether the current task was killed.
-pub(crate) fn fatal_signal_pending() -> bool {
+/// Lets others run; in process context.
+pub(crate) fn cond_resched() {
+    // SAFETY: Callers are in process context, without locks.
+    unsafe { crate::sys::obd_cond_resched() }
+}
+
+/// Fails if the current task was killed.
+pub(crate) fn check_killed() -> Result<(), Failure> {
     // SAFETY: Looks at the current task only.
-    unsafe { crate::sys::obd_fatal_signal_pending() }
+    if unsafe { crate::sys::obd_fatal_signal_pending() } {
+        return Err(Failure::new(c"Interrupted", EINTR));
+    }
+    Ok(())
 }

@@ -8,35 +8,51 @@ use kernel::alloc::AllocError;
 use kernel::prelude::*;
 use kernel::sync::Arc;
 
+use super::target::type_name;
 use super::{Device, DeviceId};
 use crate::format;
 use crate::sys;
 
-/// Why a table line is refused: one short phrase, and the error that the caller gets.
+/// Why a table line is refused: one short phrase, the error that the caller gets, and what was
+/// found in the image, where that is the reason.
 #[derive(Clone, Copy)]
 pub(crate) struct Failure {
     pub(super) phrase: &'static CStr,
     pub(super) error: Error,
+    found: Option<format::Error>,
 }
 
 impl Failure {
     /// Makes a failure.
     pub(crate) const fn new(phrase: &'static CStr, error: Error) -> Self {
-        Self { phrase, error }
+        Self {
+            phrase,
+            error,
+            found: None,
+        }
+    }
+
+    /// Prints what was found in the image of the device `name`.
+    pub(super) fn explain(&self, name: &str) {
+        if let Some(found) = &self.found {
+            pr_err!(
+                "{name}: {} at byte {}: found {}, expected {}\n",
+                found.fault.field(),
+                found.offset,
+                found.found,
+                found.fault.expected()
+            );
+        }
     }
 }
 
 impl From<format::Error> for Failure {
     fn from(error: format::Error) -> Self {
-        pr_err!(
-            "{}: {} at byte {}: found {}, expected {}\n",
-            error.fault.phrase().to_str().unwrap_or(""),
-            error.fault.field(),
-            error.offset,
-            error.found,
-            error.fault.expected()
-        );
-        Self::new(error.fault.phrase(), EINVAL)
+        Self {
+            phrase: error.fault.phrase(),
+            error: EINVAL,
+            found: Some(error),
+        }
     }
 }
 
@@ -60,11 +76,35 @@ impl From<AllocError> for Failure {
 pub(crate) struct DeviceName([u8; 16]);
 
 impl DeviceName {
+    /// The number of the mapped device of target `ti`.
+    ///
+    /// # Safety
+    ///
+    /// `ti` is valid.
+    pub(super) unsafe fn of(ti: *mut sys::dm_target) -> Self {
+        let mut name = Self([0; 16]);
+        // SAFETY: The caller's promise.
+        let table = unsafe { (*ti).table };
+        // SAFETY: A target's table is valid.
+        let raw = unsafe { sys::dm_table_device_name(table) };
+        // SAFETY: A mapped device's name is a C string, which doesn't change.
+        let raw = unsafe { CStr::from_char_ptr(raw) }.to_bytes();
+        // The last byte stays NUL.
+        let len = raw.len().min(name.0.len() - 1);
+        if let (Some(to), Some(from)) = (name.0.get_mut(..len), raw.get(..len)) {
+            to.copy_from_slice(from);
+        }
+        name
+    }
+
+    /// The number as `major:minor`.
+    pub(crate) fn as_c_str(&self) -> &CStr {
+        CStr::from_bytes_until_nul(&self.0).unwrap_or(c"?")
+    }
+
     /// The number as `major:minor`.
     pub(crate) fn as_str(&self) -> &str {
-        let end = self.0.iter().position(|&c| c == 0).unwrap_or(self.0.len());
-        let name = self.0.get(..end).unwrap_or(&[]);
-        core::str::from_utf8(name).unwrap_or("?")
+        self.as_c_str().to_str().unwrap_or("?")
     }
 }
 
@@ -87,10 +127,8 @@ impl<'a, C> Setup<'a, C> {
 
     /// The name of the target type in the table line.
     pub(crate) fn type_name(&self) -> &'static CStr {
-        // SAFETY: By the type invariant the target is valid, and so is its type.
-        let name = unsafe { (*(*self.target.as_ptr()).type_).name };
-        // SAFETY: A type's name is a static string.
-        unsafe { CStr::from_char_ptr(name) }
+        // SAFETY: By the type invariant the target is valid.
+        unsafe { type_name(self.target.as_ptr()) }
     }
 
     /// Length of the target in sectors.
@@ -101,16 +139,8 @@ impl<'a, C> Setup<'a, C> {
 
     /// Number of the mapped device as `major:minor`, for messages.
     pub(crate) fn device_name(&self) -> DeviceName {
-        let mut name = DeviceName([0; 16]);
-        // SAFETY: By the type invariant the target is valid, and so is its table.
-        let raw = unsafe { sys::dm_table_device_name((*self.target.as_ptr()).table) };
-        // SAFETY: A mapped device's name is a C string, which doesn't change.
-        let raw = unsafe { CStr::from_char_ptr(raw) }.to_bytes();
-        let len = raw.len().min(name.0.len());
-        if let (Some(to), Some(from)) = (name.0.get_mut(..len), raw.get(..len)) {
-            to.copy_from_slice(from);
-        }
-        name
+        // SAFETY: By the type invariant the target is valid.
+        unsafe { DeviceName::of(self.target.as_ptr()) }
     }
 
     /// Fails unless the table is being loaded read-only.
@@ -119,8 +149,10 @@ impl<'a, C> Setup<'a, C> {
     ///
     /// [`EROFS`].
     pub(crate) fn require_read_only(&self) -> Result<(), Failure> {
-        // SAFETY: By the type invariant the target is valid, and so is its table.
-        let mode = unsafe { sys::dm_table_get_mode((*self.target.as_ptr()).table) };
+        // SAFETY: By the type invariant the target is valid.
+        let table = unsafe { (*self.target.as_ptr()).table };
+        // SAFETY: A target's table is valid.
+        let mode = unsafe { sys::dm_table_get_mode(table) };
         if mode & sys::OBD_BLK_OPEN_WRITE != 0 {
             return Err(Failure::new(c"Device must be readonly", EROFS));
         }

@@ -15,6 +15,8 @@ pub(crate) struct Emit<'a> {
     start: NonNull<u8>,
     size: usize,
     at: usize,
+    /// Bytes at the end that aren't to be used yet.
+    reserved: usize,
     _buffer: PhantomData<&'a mut [u8]>,
 }
 
@@ -29,10 +31,21 @@ impl Emit<'_> {
             start,
             size,
             at: 0,
+            reserved: 0,
             _buffer: PhantomData,
         };
         emit.terminate();
         emit
+    }
+
+    /// Bytes of text that still fit.
+    pub(crate) fn room(&self) -> usize {
+        self.size.saturating_sub(self.at + 1 + self.reserved)
+    }
+
+    /// Keeps `bytes` bytes at the end free for later.
+    pub(super) fn reserve(&mut self, bytes: usize) {
+        self.reserved = bytes;
     }
 
     /// Appends formatted text.
@@ -44,25 +57,23 @@ impl Emit<'_> {
     /// Writes the final NUL.
     fn terminate(&mut self) {
         if self.at < self.size {
-            // SAFETY: By the type invariant, and checked above.
-            unsafe { self.start.as_ptr().add(self.at).write(0) };
+            // SAFETY: Checked above.
+            let end = unsafe { self.start.as_ptr().add(self.at) };
+            // SAFETY: By the type invariant this byte may be written.
+            unsafe { end.write(0) };
         }
     }
 }
 
 impl Write for Emit<'_> {
     fn write_str(&mut self, text: &str) -> fmt::Result {
-        // One byte is for the NUL.
-        let room = self.size.saturating_sub(self.at + 1);
+        let room = self.room();
         let len = text.len().min(room);
         if len > 0 {
-            // SAFETY: There is room for `len` bytes and the NUL, by the type invariant.
-            unsafe {
-                self.start
-                    .as_ptr()
-                    .add(self.at)
-                    .copy_from_nonoverlapping(text.as_ptr(), len)
-            };
+            // SAFETY: By the type invariant this is within the buffer.
+            let end = unsafe { self.start.as_ptr().add(self.at) };
+            // SAFETY: There is room for `len` bytes and the NUL behind.
+            unsafe { end.copy_from_nonoverlapping(text.as_ptr(), len) };
             // INVARIANT: `len` is at most `size - at - 1`.
             self.at += len;
         }

@@ -13,7 +13,8 @@ use kernel::prelude::*;
 use kernel::sync::Arc;
 use kernel::types::Opaque;
 
-use super::{Args, Bio, Device, DeviceId, Emit, Failure, Io, Mapped, Setup, Spares};
+use super::setup::DeviceName;
+use super::{Args, Bio, Device, DeviceId, Emit, Failure, Mapped, Setup, Spares};
 use crate::block::WorkQueue;
 use crate::sys;
 
@@ -26,7 +27,9 @@ pub(crate) trait Target: Send + Sync + Sized + 'static {
     const VERSION: [u32; 3];
     /// Whether `map` and all below it may be called with `REQ_NOWAIT`.
     const NOWAIT: bool = false;
-    /// Per-bio data in bytes: [`Deferred::FRAME_SIZE`] of a deferred target.
+    /// Per-bio data in bytes: [`frame_size`] of a deferred target, else 0.
+    ///
+    /// [`frame_size`]: super::frame_size
     const PER_BIO_DATA: usize = 0;
 
     /// Makes a target from the arguments of its table line.
@@ -58,14 +61,8 @@ pub(crate) trait Deferred: Target {
     /// The target's own state of an I/O.
     type Request: Send;
 
-    /// Bytes of per-bio data that its I/Os take.
-    const FRAME_SIZE: usize = Io::<Self>::FRAME_SIZE;
-
     /// Its spare buffer.
     fn spares(&self) -> &Spares<Self>;
-
-    /// Where its work runs: a queue that lives as long as the module.
-    fn workqueue(&self) -> &WorkQueue;
 }
 
 /// The limits of a device.
@@ -92,9 +89,29 @@ impl Limits<'_> {
     }
 }
 
+/// The name of the target type of `ti`.
+///
+/// # Safety
+///
+/// `ti` is valid.
+pub(super) unsafe fn type_name(ti: *mut sys::dm_target) -> &'static CStr {
+    // SAFETY: The caller's promise.
+    let target_type = unsafe { (*ti).type_ };
+    // SAFETY: A target's type is valid.
+    let name = unsafe { (*target_type).name };
+    // SAFETY: A type's name is a static string.
+    unsafe { CStr::from_char_ptr(name) }
+}
+
 /// A target with its devices: what `ti->private` points to.
+///
+/// # Invariants
+///
+/// `devices` are in the order in which they were opened, that of their [`DeviceId`]s. `queue` is
+/// there for targets with per-bio data.
 pub(super) struct Live<T> {
-    // Dropped before the devices.
+    // Dropped first: waits for workers that have ended their I/O and are about to return.
+    queue: Option<WorkQueue>,
     target: T,
     devices: KVec<Device>,
     begin: u64,
@@ -107,6 +124,11 @@ impl<T: Target> Live<T> {
 
     pub(super) fn device(&self, id: DeviceId) -> Option<&Device> {
         self.devices.get(usize::from(id.0))
+    }
+
+    /// Where the work of its I/Os runs.
+    pub(super) fn queue(&self) -> Option<&WorkQueue> {
+        self.queue.as_ref()
     }
 
     /// First sector of the target in its device.
@@ -189,6 +211,9 @@ impl<T: Target> Registration<T> {
         match unsafe { Self::construct(ti, argc, argv) } {
             Ok(()) => 0,
             Err(failure) => {
+                // SAFETY: The target is valid, and so is its table, whose device has a name.
+                let name = unsafe { DeviceName::of(ti) };
+                failure.explain(name.as_str());
                 // SAFETY: The target is valid. Device-mapper only reads the phrase.
                 unsafe { (*ti).error = failure.phrase.as_char_ptr().cast_mut() };
                 failure.error.to_errno()
@@ -216,20 +241,25 @@ impl<T: Target> Registration<T> {
         };
         // SAFETY: The caller's promise.
         let args = unsafe { Args::new(argc, argv) };
+        let queue = match T::PER_BIO_DATA {
+            0 => None,
+            _ => Some(WorkQueue::new(setup.device_name().as_c_str())?),
+        };
         let target = T::new(&mut setup, args)?;
         // SAFETY: The target is valid.
         let begin = unsafe { (*ti).begin };
+        // INVARIANT: `setup` opened the devices in this order.
         let live = Live {
+            queue,
             target,
             devices: setup.devices,
             begin,
         };
         let live = KBox::into_raw(KBox::new(live, GFP_KERNEL)?);
         // SAFETY: The target is valid, and in its constructor it is ours.
-        unsafe {
-            (*ti).private = live.cast();
-            (*ti).per_io_data_size = T::PER_BIO_DATA as u32;
-        }
+        let fields = unsafe { &mut *ti };
+        fields.private = live.cast();
+        fields.per_io_data_size = T::PER_BIO_DATA as u32;
         Ok(())
     }
 
@@ -237,16 +267,20 @@ impl<T: Target> Registration<T> {
     ///
     /// Called by device-mapper for a target that `ctr` made, once, when no I/O of it is left.
     unsafe extern "C" fn dtr(ti: *mut sys::dm_target) {
+        // SAFETY: The target is valid.
+        let live = unsafe { (*ti).private };
         // SAFETY: `ctr` put the box there.
-        drop(unsafe { KBox::from_raw((*ti).private.cast::<Live<T>>()) });
+        drop(unsafe { KBox::from_raw(live.cast::<Live<T>>()) });
     }
 
     /// # Safety
     ///
     /// Called by device-mapper for a target that `ctr` made and that isn't destroyed during `'a`.
     unsafe fn live<'a>(ti: *mut sys::dm_target) -> &'a Live<T> {
+        // SAFETY: The target is valid.
+        let live = unsafe { (*ti).private };
         // SAFETY: `ctr` put it there, and it is only shared until `dtr`.
-        unsafe { &*(*ti).private.cast() }
+        unsafe { &*live.cast() }
     }
 
     /// # Safety
@@ -283,14 +317,17 @@ impl<T: Target> Registration<T> {
             sys::status_type_t_STATUSTYPE_INFO => live.target.info(&mut out),
             sys::status_type_t_STATUSTYPE_TABLE => live.target.table(&live.devices, &mut out),
             sys::status_type_t_STATUSTYPE_IMA => {
-                // SAFETY: The target's type is valid, and its name a static string.
-                let name = unsafe { CStr::from_char_ptr((*(*ti).type_).name) };
+                // SAFETY: The target is valid.
+                let name = unsafe { type_name(ti) };
                 let [major, minor, patch] = T::VERSION;
                 out.put(fmt!(
                     "target_name={},target_version={major}.{minor}.{patch}",
                     name.to_str().unwrap_or("-")
                 ));
+                // Room for what ends the target's part.
+                out.reserve(1);
                 live.target.ima(&live.devices, &mut out);
+                out.reserve(0);
                 out.put(fmt!(";"));
             }
             _ => {}
@@ -332,8 +369,9 @@ impl<T: Target> Registration<T> {
 #[pinned_drop]
 impl<T: Target> PinnedDrop for Registration<T> {
     fn drop(self: Pin<&mut Self>) {
-        // SAFETY: By the type invariant it is registered. No target of it is left: each has a
-        // reference to the module, which is being unloaded or failed to load.
+        // SAFETY: By the type invariant it is registered. No target of it is left when the module
+        // is unloaded: each has a reference to it. A module that fails to load has the hole that
+        // all target types have, which is why the names that may be taken are registered first.
         unsafe { sys::dm_unregister_target(self.raw.get()) };
     }
 }

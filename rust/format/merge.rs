@@ -15,6 +15,8 @@ use super::{Error, Fault, SECTOR_SIZE};
 pub const MAX_LAYERS: usize = 255;
 /// Most segments in a merged index.
 pub const MAX_SEGMENTS: u64 = 128_000_000;
+/// Segments that are merged between two pauses.
+pub const PAUSE: u32 = 1 << 16;
 
 /// Size in bytes of a stack of layers with the given virtual sizes, lowest first: that of the
 /// topmost one that has any.
@@ -86,17 +88,19 @@ impl LayerSet {
 /// comes out.
 ///
 /// Each layer's segments are in ascending order and don't overlap. `heap` and `cursors` are
-/// working memory with a slot for each layer. Takes time n · log(layers).
+/// working memory with a slot for each layer. Takes time n · log(layers); `pause` is called every
+/// [`PAUSE`] segments or so.
 ///
 /// # Errors
 ///
-/// [`Fault::LsmtLayerCount`], [`Fault::LsmtMergedCount`], and the first error of `sink`.
+/// [`Fault::LsmtLayerCount`], [`Fault::LsmtMergedCount`], and the first error of `sink` or `pause`.
 pub fn merge<L, E>(
     layers: &[L],
     limit: u64,
     heap: &mut [Event],
     cursors: &mut [u32],
     mut sink: impl FnMut(Segment) -> Result<(), E>,
+    mut pause: impl FnMut() -> Result<(), E>,
 ) -> Result<(), E>
 where
     L: Deref<Target = [Segment]>,
@@ -136,7 +140,12 @@ where
     let mut top: Option<(u8, Segment)> = None;
     let mut since = 0;
     let mut count = 0;
+    let mut events: u32 = 0;
     while let Some(&event) = heap.first() {
+        events = events.wrapping_add(1);
+        if events % (2 * PAUSE) == 0 {
+            pause()?;
+        }
         let (layer, sector) = (event.layer(), event.sector());
         let cursor = cursors.get_mut(usize::from(layer)).ok_or(bad_count)?;
         let next = if open.contains(layer) {

@@ -149,7 +149,7 @@ fn read_pax<B: Blob>(blob: &B, at: u64, len: u64) -> Result<Option<u64>, B::Erro
         Ok(())
     })?;
     match parser.state {
-        State::Length => Ok(parser.size),
+        State::Length if parser.left == 0 => Ok(parser.size),
         _ => Err(Error::new(Fault::TarPax, at, len).into()),
     }
 }

@@ -20,6 +20,9 @@ use crate::format::merge::{self, Extent};
 /// The name under which the lines of the 2023 prototype load: `lsmt_target {<dev> <bytes>}…`.
 pub(crate) const LEGACY_NAME: &CStr = c"lsmt_target";
 
+/// Sectors that are filled with zeros at once, at most.
+const MAX_ZERO: u64 = 2048;
+
 /// An `lsmt` target.
 pub(crate) struct Lsmt {
     /// The merged index; data only, and `moffset` counts from the start of the device.
@@ -59,7 +62,7 @@ impl Lsmt {
                 bio.remap(DeviceId::nth(layer), sector)
             }
             Extent::Zeros { len } => {
-                bio.accept_partial(len);
+                bio.accept_partial(len.min(MAX_ZERO));
                 bio.zero()
             }
         }

@@ -2,6 +2,7 @@
 
 //! The table line of an `lsmt` target, and its status.
 
+use kernel::alloc::flags::__GFP_NOWARN;
 use kernel::prelude::*;
 
 use super::{Lsmt, Tail};
@@ -9,8 +10,11 @@ use crate::block::MetaReader;
 use crate::dm::{self, Args, Bio, Device, DeviceId, Emit, Failure, Limits, Mapped, Setup};
 use crate::format::lsmt::{Layer, Segment};
 use crate::format::merge::{self, Event, Extent, MAX_LAYERS};
-use crate::format::num::to_u64;
+use crate::format::num::{to_u64, to_usize};
 use crate::format::{tar, Blob, Error as FormatError, Fault, Window, SECTOR_SIZE};
+
+/// Most bytes that IMA's text has for a device.
+const IMA_DEVICE: usize = ",device_255=1048575:1048575".len();
 
 /// A layer while the device is being made.
 struct Opened {
@@ -63,7 +67,7 @@ impl dm::Target for Lsmt {
         if setup.len() > merge::sectors(size) {
             return Err(Failure::new(c"Device is larger than its image", EINVAL));
         }
-        let segments = merge_layers(&layers, merge::sectors(size))?;
+        let segments = merge_layers(&layers, setup.len())?;
         check_alignment(setup, &segments, count)?;
         Ok(Self {
             tail: read_tail(setup, &segments, size)?,
@@ -102,7 +106,11 @@ impl dm::Target for Lsmt {
 
     fn ima(&self, devices: &[Device], out: &mut Emit<'_>) {
         out.put(fmt!(",layers={},size={}", devices.len(), self.size));
-        for (nth, device) in devices.iter().enumerate() {
+        // The topmost first: where there isn't room for all, those that win are there.
+        for (nth, device) in devices.iter().enumerate().rev() {
+            if out.room() < IMA_DEVICE {
+                break;
+            }
             out.put(fmt!(",device_{nth}={}", device.name()));
         }
     }
@@ -125,7 +133,8 @@ fn open_layer(
     });
     let file = Window::new(&blob, payload.start, payload.len)?;
     let layer = Layer::read(&file)?;
-    let mut segments = KVVec::new();
+    let entries = to_usize(layer.entries());
+    let mut segments = KVVec::with_capacity(entries, GFP_KERNEL | __GFP_NOWARN)?;
     let start = payload.start / SECTOR_SIZE;
     layer.read_index(&file, |segment| {
         let segment = segment
@@ -144,11 +153,20 @@ fn open_layer(
 fn merge_layers(layers: &[Opened], limit: u64) -> Result<KVVec<Segment>, Failure> {
     let mut heap = KVec::from_elem(Event::default(), layers.len(), GFP_KERNEL)?;
     let mut cursors = KVec::from_elem(0, layers.len(), GFP_KERNEL)?;
-    let mut merged = KVVec::new();
-    merge::merge(layers, limit, &mut heap, &mut cursors, |segment| {
-        merged.push(segment, GFP_KERNEL).map_err(Failure::from)
-    })?;
-    merged.shrink_to(0, GFP_KERNEL)?;
+    let pause = || {
+        dm::cond_resched();
+        dm::check_killed()
+    };
+    // Once to count, and once more: an array that grows would take twice its memory.
+    let mut count = 0;
+    let mut counter = |_| {
+        count += 1;
+        Ok(())
+    };
+    merge::merge(layers, limit, &mut heap, &mut cursors, &mut counter, pause)?;
+    let mut merged = KVVec::with_capacity(count, GFP_KERNEL | __GFP_NOWARN)?;
+    let mut push = |segment| Ok(merged.push(segment, GFP_KERNEL)?);
+    merge::merge(layers, limit, &mut heap, &mut cursors, &mut push, pause)?;
     Ok(merged)
 }
 

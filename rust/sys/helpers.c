@@ -2,6 +2,8 @@
 /*
  * Shims for inline functions and macros, see include/dm_overlaybd.h.
  */
+#include <linux/blk-cgroup.h>
+#include <linux/highmem.h>
 #include <linux/ratelimit.h>
 #include <linux/sched/signal.h>
 
@@ -20,6 +22,11 @@ unsigned int obd_bdev_logical_block_size(struct block_device *bdev)
 void obd_bio_set_dev(struct bio *bio, struct block_device *bdev)
 {
 	bio_set_dev(bio, bdev);
+}
+
+unsigned int obd_bdev_dma_alignment(struct block_device *bdev)
+{
+	return bdev_dma_alignment(bdev);
 }
 
 void *obd_bvec_virt(struct bio_vec *bvec)
@@ -55,6 +62,18 @@ void obd_flush_dcache_bio(struct bio *bio)
 #endif
 }
 
+void obd_invalidate_kernel_vmap_range(void *addr, int size)
+{
+	invalidate_kernel_vmap_range(addr, size);
+}
+
+void obd_bio_associate_root(struct bio *bio)
+{
+#ifdef CONFIG_BLK_CGROUP
+	bio_associate_blkg_from_css(bio, blkcg_root_css);
+#endif
+}
+
 bool obd_in_interrupt_off(void)
 {
 	return in_hardirq() || irqs_disabled();
@@ -63,6 +82,11 @@ bool obd_in_interrupt_off(void)
 bool obd_fatal_signal_pending(void)
 {
 	return fatal_signal_pending(current);
+}
+
+void obd_cond_resched(void)
+{
+	cond_resched();
 }
 
 unsigned long obd_spin_lock_irqsave(spinlock_t *lock)
@@ -86,7 +110,7 @@ void obd_init_work(struct work_struct *work, work_func_t func)
 struct workqueue_struct *obd_alloc_workqueue(const char *name,
 					     unsigned int flags)
 {
-	return alloc_workqueue("%s", flags, 0, name);
+	return alloc_workqueue("overlaybd/%s", flags, 0, name);
 }
 
 bool obd_ratelimit(void)

@@ -22,6 +22,8 @@ use crate::format::num::to_usize;
 
 /// Places that a block may be in.
 const WAYS: usize = 8;
+/// Places that the shrinker looks at while it has the lock.
+const SCAN: usize = 64;
 
 /// A block, or the place for it while it is being loaded.
 #[pin_data]
@@ -122,8 +124,14 @@ struct Way {
     used: u64,
 }
 
+/// What the cache's lock guards.
+///
+/// # Invariants
+///
+/// `filled` is the number of ways with a block. There are whole sets of ways.
 struct Sets {
-    ways: KVec<Way>,
+    ways: KVVec<Way>,
+    filled: usize,
     clock: u64,
     /// Where the shrinker goes on.
     hand: usize,
@@ -147,7 +155,7 @@ impl Cache {
             return Ok(None);
         }
         let count = blocks.checked_next_multiple_of(WAYS).ok_or(EOVERFLOW)?;
-        let mut ways = KVec::with_capacity(count, GFP_KERNEL)?;
+        let mut ways = KVVec::with_capacity(count, GFP_KERNEL)?;
         for _ in 0..count {
             let way = Way {
                 block: None,
@@ -155,8 +163,10 @@ impl Cache {
             };
             ways.push(way, GFP_KERNEL)?;
         }
+        // INVARIANT: No way has a block.
         let sets = Sets {
             ways,
+            filled: 0,
             clock: 0,
             hand: 0,
         };
@@ -185,12 +195,18 @@ impl Cache {
                 .iter_mut()
                 .filter(|way| way.is_free())
                 .min_by_key(|way| way.block.as_ref().map_or(0, |_| way.used));
-            let (Some(way), Ok(new)) = (oldest, Block::new(number)) else {
+            let Some(way) = oldest else {
+                return Lookup::Bypass;
+            };
+            let Ok(new) = Block::new(number) else {
                 return Lookup::Bypass;
             };
             block = new.clone();
             removed = way.block.replace(new);
             way.used = clock;
+            if removed.is_none() {
+                sets.filled += 1;
+            }
         }
         drop(removed);
         Lookup::Missing(Loader {
@@ -208,31 +224,32 @@ impl Cache {
             there.is_some_and(|there| Arc::ptr_eq(there, block))
         });
         // The caller has a reference, so nothing is freed under the lock.
-        if let Some(way) = way {
-            way.block = None;
+        if way.is_some_and(|way| way.block.take().is_some()) {
+            sets.filled -= 1;
         }
     }
 
     /// Blocks that are there.
     pub(super) fn len(&self) -> usize {
-        let sets = self.sets.lock();
-        sets.ways.iter().filter(|way| way.block.is_some()).count()
+        self.sets.lock().filled
     }
 
-    /// Takes the next block out that isn't being loaded.
-    fn evict(&self) -> Option<Arc<Block>> {
+    /// Looks at the next places for a block that isn't being loaded, and takes it out. Gives how
+    /// many places it has looked at, too.
+    fn evict(&self) -> (Option<Arc<Block>>, usize) {
         let mut sets = self.sets.lock();
         let count = sets.ways.len();
-        for _ in 0..count {
+        // Not for long: interrupts are off.
+        for looked in 1..=count.min(SCAN) {
             let hand = sets.hand;
             sets.hand = if hand + 1 < count { hand + 1 } else { 0 };
-            if let Some(way) = sets.ways.get_mut(hand).filter(|way| way.is_free()) {
-                if let Some(block) = way.block.take() {
-                    return Some(block);
-                }
+            let way = sets.ways.get_mut(hand).filter(|way| way.is_free());
+            if let Some(block) = way.and_then(|way| way.block.take()) {
+                sets.filled -= 1;
+                return (Some(block), looked);
             }
         }
-        None
+        (None, count.min(SCAN))
     }
 }
 
@@ -262,6 +279,14 @@ impl Shrink for Cache {
     }
 
     fn scan(&self, target: usize) -> usize {
-        (0..target).map_while(|_| self.evict()).count()
+        let mut left = self.sets.lock().ways.len();
+        let mut freed = 0;
+        while freed < target && left > 0 {
+            let (block, looked) = self.evict();
+            left = left.saturating_sub(looked);
+            // The memory is freed here, without the lock.
+            freed += usize::from(block.is_some());
+        }
+        freed
     }
 }

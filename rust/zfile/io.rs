@@ -7,7 +7,7 @@
 //!                                                          `----- small: at once ------^
 //!          -> map_part -> in the cache ------------------------------------------------^
 //!                      -> being loaded: waits ------------------------------------.    |
-//!                      -> launch -> … -> read_done -> [worker] decode_shared -> finish_all
+//!                      -> launch -> … -> read_done -> [worker] decode_shared ----^
 //! ```
 
 use core::ops::Range;
@@ -20,7 +20,7 @@ use super::cache::{Cache, Loader, Lookup};
 use super::{count, Zfile};
 use crate::block::{self, Buffer, Dest, Pages, Status};
 use crate::codec::{self, crc32c, Context, Contexts, Corrupt};
-use crate::dm::{self, Bio, DeviceId, Io, IoQueue, Mapped};
+use crate::dm::{self, Bio, DeviceId, Io, Mapped};
 use crate::format::num::{to_u64, to_usize};
 use crate::format::zfile::{block_crc, Geometry};
 use crate::format::SECTOR_SIZE;
@@ -113,7 +113,7 @@ impl Zfile {
             let Some(request) = self.plan(start, end) else {
                 return bio.refuse();
             };
-            let buffer = Buffer::try_new(request.read_len);
+            let buffer = self.buffer(&request);
             if buffer.is_none() && request.blocks.end - request.blocks.start > 1 {
                 end = cut(end, (end - start) / 2);
                 continue;
@@ -146,7 +146,10 @@ impl Zfile {
                 if let Some(io) = block.wait(io) {
                     // It came, or failed, in between.
                     match block.data() {
-                        Some(data) => Self::finish(io, Ok(data)),
+                        Some(data) => {
+                            let result = Self::copy(&io, Ok(data));
+                            io.end(result);
+                        }
                         None => Self::launch(io, None),
                     }
                 }
@@ -154,7 +157,8 @@ impl Zfile {
             }
             Lookup::Missing(loader) => {
                 request.loader = Some(loader);
-                let (io, mapped) = bio.begin(request);
+                let (mut io, mapped) = bio.begin(request);
+                io.share();
                 Self::launch(io, None);
                 mapped
             }
@@ -189,10 +193,15 @@ impl Zfile {
         })
     }
 
+    /// Memory for the lower read of `request`, if there is any.
+    fn buffer(&self, request: &Request) -> Option<Buffer> {
+        Buffer::try_new(request.read_len, self.memory_alignment)
+    }
+
     /// Starts the lower read, with the spare buffer where there is no other memory.
     fn launch(mut io: Io<Self>, buffer: Option<Buffer>) {
         let len = io.request().read_len;
-        match buffer.or_else(|| Buffer::try_new(len)) {
+        match buffer.or_else(|| io.target().buffer(io.request())) {
             Some(buffer) => {
                 io.attach(buffer);
                 Self::start(io);
@@ -214,8 +223,13 @@ impl Zfile {
     fn read_done(mut io: Io<Self>, result: Result<(), Status>) {
         if let Err(status) = result {
             count(&io.target().stats.read_errors, 1);
+            // Those that wait for the block read it themselves: this read may have been one that
+            // was more likely to fail, such as a read-ahead.
             if let Some(loader) = io.request_mut().loader.take() {
-                Self::finish_all(loader.finish(), Err(status));
+                let mut queue = loader.finish();
+                while let Some(other) = queue.pop() {
+                    other.defer(|io| Self::launch(io, None));
+                }
             }
             return io.end(Err(status));
         }
@@ -223,8 +237,7 @@ impl Zfile {
         if request.loader.is_some() {
             return io.defer(Self::decode_shared);
         }
-        let bytes = (request.blocks.end - request.blocks.start) << this.geometry.block_shift();
-        if bytes > AT_ONCE || block::interrupts_off() {
+        if !this.decodes_at_once(&io) {
             return io.defer(Self::decode);
         }
         match this.fill(request, io.data(), &mut io.pages(), None) {
@@ -235,6 +248,18 @@ impl Zfile {
             }
             Err((_, Problem::NeedsContext)) => io.defer(Self::decode),
         }
+    }
+
+    /// Whether the blocks are better decompressed here and now than by a worker.
+    fn decodes_at_once(&self, io: &Io<Self>) -> bool {
+        let request = io.request();
+        let bytes = (request.blocks.end - request.blocks.start) << self.geometry.block_shift();
+        bytes <= AT_ONCE
+            && codec::works_at_once(self.geometry.algorithm())
+            && request.skip == 0
+            && io.pages().run_len()
+                >= to_usize(self.geometry.block_len(request.blocks.start).into())
+            && !block::interrupts_off()
     }
 
     /// Decompresses the blocks into the bio, in a worker.
@@ -253,13 +278,20 @@ impl Zfile {
         let Some(loader) = io.request_mut().loader.take() else {
             return Self::decode(io);
         };
-        let shared = io.target().shared.clone();
-        let mut context = shared.contexts(io.target().geometry.algorithm()).borrow();
-        let block = loader.block();
-        let bytes = io.target().load(&io, &loader, context.get());
-        let bytes = bytes.map(|bytes| bytes.or(block.data()).unwrap_or(&[]));
-        Self::finish_all(loader.finish(), bytes);
-        Self::finish(io, bytes);
+        let result = {
+            let mut context = io.target().contexts().borrow();
+            let block = loader.block();
+            let bytes = io.target().load(&io, &loader, context.get());
+            let bytes = bytes.map(|bytes| bytes.or(block.data()).unwrap_or(&[]));
+            let mut queue = loader.finish();
+            while let Some(other) = queue.pop() {
+                let result = Self::copy(&other, bytes);
+                other.end(result);
+            }
+            Self::copy(&io, bytes)
+        };
+        // All that was borrowed is given back: with its last I/O the target may go.
+        io.end(result);
     }
 
     /// Decompresses the only block of `io`. Gives its bytes where there was no memory to keep them.
@@ -291,21 +323,13 @@ impl Zfile {
         }
     }
 
-    /// Ends `io` with its part of a block's bytes.
-    fn finish(io: Io<Self>, bytes: Result<&[u8], Status>) {
-        let result = bytes.map(|bytes| {
-            let mut pages = io.pages();
-            pages.copy_from(io.request().part(bytes, pages.left()));
-            pages.zero(pages.left());
-        });
-        io.end(result);
-    }
-
-    /// Ends all of `queue`.
-    fn finish_all(mut queue: IoQueue<Self>, bytes: Result<&[u8], Status>) {
-        while let Some(io) = queue.pop() {
-            Self::finish(io, bytes);
-        }
+    /// Copies to `io` its part of a block's bytes.
+    fn copy(io: &Io<Self>, bytes: Result<&[u8], Status>) -> Result<(), Status> {
+        let bytes = bytes?;
+        let mut pages = io.pages();
+        pages.copy_from(io.request().part(bytes, pages.left()));
+        pages.zero(pages.left());
+        Ok(())
     }
 
     fn contexts(&self) -> &Contexts {

@@ -18,7 +18,7 @@ use kernel::prelude::*;
 use kernel::sync::atomic::{Atomic, Relaxed};
 use kernel::sync::Arc;
 
-use crate::block::{Shrinker, WorkQueue};
+use crate::block::Shrinker;
 use crate::codec::Contexts;
 use crate::dm;
 use crate::format::zfile::{Algorithm, Geometry, JumpTable};
@@ -28,7 +28,6 @@ use cache::Cache;
 /// What all `zfile` targets share.
 #[pin_data]
 pub(crate) struct Shared {
-    workqueue: WorkQueue,
     #[pin]
     lz4: Contexts,
     #[pin]
@@ -36,15 +35,14 @@ pub(crate) struct Shared {
 }
 
 impl Shared {
-    /// Makes the workqueue; contexts come with the first device.
+    /// Makes empty pools; contexts come with the first device.
     ///
     /// # Errors
     ///
     /// [`ENOMEM`].
     pub(crate) fn new() -> Result<Arc<Self>> {
         Arc::pin_init(
-            try_pin_init!(Self {
-                workqueue: WorkQueue::new(c"overlaybd")?,
+            pin_init!(Self {
                 lz4 <- Contexts::new(Algorithm::Lz4),
                 zstd <- Contexts::new(Algorithm::Zstd),
             }),
@@ -69,6 +67,8 @@ pub(crate) struct Zfile {
     start: u64,
     /// Bytes in a block of its device.
     device_block: u64,
+    /// What memory for lower reads is aligned to, in bytes.
+    memory_alignment: usize,
     /// Bytes of the blob, where the table line tells.
     blob_bytes: Option<u64>,
     /// Given back before the cache is.

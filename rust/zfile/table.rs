@@ -2,12 +2,13 @@
 
 //! The table line of a `zfile` target, and its status.
 
+use kernel::alloc::flags::__GFP_NOWARN;
 use kernel::prelude::*;
 use kernel::sync::atomic::Relaxed;
 
 use super::cache::Cache;
 use super::{io, Shared, Stats, Zfile};
-use crate::block::{MetaReader, Shrinker, WorkQueue};
+use crate::block::{MetaReader, Shrinker};
 use crate::codec::crc32c;
 use crate::dm::{self, Args, Bio, Deferred, Device, Emit, Failure, Limits, Mapped, Setup};
 use crate::format::num::to_usize;
@@ -17,13 +18,13 @@ use crate::format::{merge, tar, Blob, Error as FormatError, Fault, Window};
 /// Blocks that the cache of a device holds, unless the table line says otherwise.
 const DEFAULT_CACHE_BLOCKS: usize = 64;
 /// Most blocks that a cache may hold.
-const MAX_CACHE_BLOCKS: u64 = 1 << 20;
+const MAX_CACHE_BLOCKS: u64 = 1 << 16;
 
 impl dm::Target for Zfile {
     type Context = Shared;
 
     const VERSION: [u32; 3] = [1, 0, 0];
-    const PER_BIO_DATA: usize = <Self as Deferred>::FRAME_SIZE;
+    const PER_BIO_DATA: usize = dm::frame_size::<Self>();
 
     fn new(setup: &mut Setup<'_, Shared>, mut args: Args<'_>) -> Result<Self, Failure> {
         setup.require_read_only()?;
@@ -45,8 +46,8 @@ impl dm::Target for Zfile {
         }
 
         let shape = geometry.table_shape();
-        let mut bases = KVVec::zeroed(shape.bases, GFP_KERNEL)?;
-        let mut deltas = KVVec::zeroed(shape.deltas, GFP_KERNEL)?;
+        let mut bases = KVVec::zeroed(shape.bases, GFP_KERNEL | __GFP_NOWARN)?;
+        let mut deltas = KVVec::zeroed(shape.deltas, GFP_KERNEL | __GFP_NOWARN)?;
         geometry.read_index(&file, crc32c, &mut bases, &mut deltas)?;
 
         let device_block = u64::from(setup.device(device)?.logical_block_size());
@@ -68,6 +69,7 @@ impl dm::Target for Zfile {
             table: JumpTable::new(&geometry, bases, deltas),
             start: payload.start,
             device_block,
+            memory_alignment: setup.device(device)?.memory_alignment(),
             blob_bytes,
             name: setup.device_name(),
             spares: dm::Spares::new(io::spare_len(&geometry, device_block))?,
@@ -153,9 +155,5 @@ impl Deferred for Zfile {
 
     fn spares(&self) -> &dm::Spares<Self> {
         &self.spares
-    }
-
-    fn workqueue(&self) -> &WorkQueue {
-        &self.shared.workqueue
     }
 }

@@ -63,10 +63,17 @@ impl Stack {
         let mut cursors = vec![0; indexes.len()];
         let mut merged = Vec::new();
         let limit = merge::sectors(virtual_size);
-        merge::merge(&indexes, limit, &mut heap, &mut cursors, |segment| {
-            merged.push(segment);
-            Ok::<_, Error>(())
-        })?;
+        merge::merge(
+            &indexes,
+            limit,
+            &mut heap,
+            &mut cursors,
+            |segment| {
+                merged.push(segment);
+                Ok::<_, Error>(())
+            },
+            || Ok(()),
+        )?;
         Ok(Self {
             layers,
             merged,
