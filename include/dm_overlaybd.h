@@ -14,16 +14,15 @@
 /* Block devices. */
 sector_t obd_bdev_nr_sectors(struct block_device *bdev);
 unsigned int obd_bdev_logical_block_size(struct block_device *bdev);
-unsigned int obd_bdev_dma_alignment(struct block_device *bdev);
 
-/* Bios. */
+/* Bios and pages. */
+void *obd_page_address(struct page *page);
 void obd_bio_set_dev(struct bio *bio, struct block_device *bdev);
 void *obd_bvec_virt(struct bio_vec *bvec);
 struct bio_vec obd_mp_bvec_iter_bvec(struct bio_vec *vec,
 				     struct bvec_iter *iter);
 void obd_bio_advance_iter(struct bio *bio, struct bvec_iter *iter,
 			  unsigned int bytes);
-void obd_bio_add_virt(struct bio *bio, void *addr, unsigned int len);
 void obd_flush_dcache_bio(struct bio *bio);
 void obd_invalidate_kernel_vmap_range(void *addr, int size);
 void obd_bio_associate_root(struct bio *bio);

@@ -1,7 +1,8 @@
 #!/bin/bash
 # SPDX-License-Identifier: GPL-2.0
 # What make demo shows, run in the test VM: an image of three layers is made, opened, read, and closed.
-set -eEuo pipefail
+# shellcheck disable=SC2016 # commands are shown as they are, and expanded when they run
+set -euo pipefail
 
 SOURCES=$PWD
 WORK=/tmp/demo
@@ -22,11 +23,13 @@ run() {
 	eval "$1" 2>&1 | cut -c1-150 | sed 's/^/   /'
 }
 
-failed() {
-	printf '\nThe demo has failed at step %d.\n' "$step"
-	dmesg | tail -n 15 | sed 's/^/   kernel: /'
+finish() {
+	local status=$?
+	[ "$status" = 0 ] && return
+	printf '\nThe demo has failed at step %d. The end of the kernel log:\n' "$step"
+	dmesg | tail -n 15 | sed 's/^/   /'
 }
-trap failed ERR
+trap finish EXIT
 
 # free_memory: MiB that are free when all caches are dropped.
 free_memory() {
@@ -62,7 +65,7 @@ cat <<-END
 END
 
 step "Layer 1: the directory, as an ext4 file system, compressed with LZ4."
-run 'obdsetup create --directory tree --fs ext4 --size 64m layer1.obd'
+run 'obdsetup create --directory tree --fs ext4 --size 32m layer1.obd'
 
 step "Layer 2: what changes in it. The disk is written out, mounted and edited;" \
 	"the difference becomes a layer, compressed with zstd, in a tar as registries have it."
@@ -88,7 +91,8 @@ step "One command makes the three files a disk."
 run 'obdsetup open demo layer1.obd layer2.obd layer3.obd'
 
 step "What device-mapper has now: a zfile device for each compressed layer, and" \
-	"the lsmt device \`demo' that puts all layers together, lowest first."
+	"the lsmt device \`demo' that puts all layers together, lowest first. (Loop devices" \
+	"have whole sectors; the last bytes of a file of odd length come from a second one.)"
 run 'dmsetup table'
 echo
 run 'dmsetup status'
@@ -110,7 +114,7 @@ step "The disk is read-only. A snapshot on top takes writes, and the layers stay
 run 'sha256sum <layer1.obd >before; sha256sum </dev/mapper/demo >>before'
 truncate -s 16M writes
 cow=$(losetup --find --show writes)
-run "dmsetup create demo-rw --table '0 131072 snapshot /dev/mapper/demo $cow N 8'"
+run "dmsetup create demo-rw --table '0 65536 snapshot /dev/mapper/demo $cow N 8'"
 run 'mount /dev/mapper/demo-rw mnt'
 run 'echo "written through the snapshot" >mnt/new/written.txt; cat mnt/new/written.txt'
 run 'umount mnt; dmsetup remove demo-rw'

@@ -11,11 +11,12 @@ make demo             set everything up and show the module at work in the test 
 make check            set everything up, then lint, build and run all tests
 make lint             the static checks only
 make vm               a shell in the test VM, with the module loaded (leave with exit, or Ctrl-a x)
-make vm RUN='CMD'     run one command there and exit with its status
+make vm RUN='CMD'     run one command there; fails as it does ("Error N" has its status, make's own is then 2;
+                      RUN='CMD' scripts/vm.sh exits with the status itself: 124 is time out, 125 a dead VM)
 make setup            only set up the tool chain and the kernel that the above need
 make clean            remove build/
 
-For vm: SHARE=DIR (read-write at /mnt/share), TIMEOUT=SECONDS (1800), QEMU_MEM=MiB (2048), QEMU_SMP=N (2),
+For vm: NOBUILD=1 (boot what is built), SHARE=DIR (read-write at /mnt/share), TIMEOUT=SECONDS (1800), QEMU_MEM=MiB (2048), QEMU_SMP=N (2),
 QEMU_ARGS= and KERNEL_ARGS= (more arguments), OBD_GOLDENS=DIR (read-only at /mnt/goldens).
 For set-up: MIRROR=URL of a Debian mirror. The cache, ${XDG_CACHE_HOME:-~/.cache}/dm-overlaybd, is shared by
 all clones and may be deleted at any time. V=1 shows commands.

@@ -36,12 +36,12 @@ kernel_look_up_stock() {
 	if [ -z "$(find "$latest" -mtime -1 2>/dev/null)" ]; then
 		mkdir -p "$K_APT"
 		if "$SCRIPTS/in-root.sh" -b "$K_APT:/srv" bash -c \
-			"$(declare -f newest_debian_kernel); set -euo pipefail; newest_debian_kernel 7.3" >"$latest.$$" &&
+			"$(declare -f newest_debian_kernel); set -euo pipefail; newest_debian_kernel 7.3" >"$latest.$$" 2>"$K_APT/log" &&
 			[ -s "$latest.$$" ]; then
 			mv "$latest.$$" "$latest"
 		else
 			rm -f "$latest.$$"
-			[ -s "$latest" ] || die "no kernel 7.3 found in the Debian archive"
+			[ -s "$latest" ] || die "no kernel 7.3 found in the Debian archive: $(tail -n 3 "$K_APT/log")"
 			warn "could not ask the Debian archive for a newer kernel; going on with $(cut -d' ' -f1 "$latest")"
 			touch "$latest"
 		fi

@@ -2,14 +2,16 @@
 
 //! Memory that a lower read fills.
 //!
-//! A read gets memory from the slab allocator, without waiting. Where there is none it gets a
-//! device's spare buffer, which was allocated when the device was made.
+//! A read gets pages, without waiting. Where there are none it gets a device's spare buffer, which
+//! was allocated when the device was made.
 //!
-//! C headers: `include/linux/slab.h`, `include/linux/vmalloc.h`.
+//! It is pages and not slab memory, because lower devices may take references to them: the network
+//! does, below loop devices and others.
+//!
+//! C headers: `include/linux/gfp.h`, `include/linux/vmalloc.h`.
 
 use core::ptr::NonNull;
 
-use kernel::alloc::flags::__GFP_NOWARN;
 use kernel::page::{page_align, PAGE_SIZE};
 use kernel::prelude::*;
 
@@ -28,9 +30,53 @@ pub(crate) struct Buffer {
 }
 
 enum Memory {
-    /// Contiguous; never longer than its capacity, and its length isn't used.
-    Slab(KVec<u8>),
+    Pages(Pages),
     Spare(KBox<Spare>),
+}
+
+/// Contiguous pages.
+///
+/// # Invariants
+///
+/// `page` is the first of `1 << order` pages in one piece, owned by this.
+struct Pages {
+    page: NonNull<sys::page>,
+    order: u32,
+}
+
+// SAFETY: Pages may be used and freed from any thread.
+unsafe impl Send for Pages {}
+// SAFETY: Nothing is changed through a shared reference.
+unsafe impl Sync for Pages {}
+
+impl Pages {
+    /// Allocates room for `len` bytes without waiting.
+    fn try_new(len: usize) -> Option<Self> {
+        let order = len.div_ceil(PAGE_SIZE).checked_next_power_of_two()?.ilog2();
+        // SAFETY: May be called in any context with these flags.
+        let page = unsafe { sys::alloc_pages(sys::OBD_GFP_READ, order) };
+        // INVARIANT: Just allocated.
+        Some(Self {
+            page: NonNull::new(page)?,
+            order,
+        })
+    }
+
+    fn start(&self) -> *mut u8 {
+        // SAFETY: By the type invariant the page is valid, and it isn't in high memory.
+        unsafe { sys::obd_page_address(self.page.as_ptr()) }.cast()
+    }
+
+    fn capacity(&self) -> usize {
+        PAGE_SIZE << self.order
+    }
+}
+
+impl Drop for Pages {
+    fn drop(&mut self) {
+        // SAFETY: By the type invariant the pages are ours.
+        unsafe { sys::__free_pages(self.page.as_ptr(), self.order) };
+    }
 }
 
 /// Memory that isn't contiguous, and the vector with which a bio reads into it.
@@ -43,15 +89,12 @@ struct Spare {
 unsafe impl Send for Spare {}
 
 impl Buffer {
-    /// Allocates `len` bytes without waiting, at a multiple of `align`, a power of two of a page
-    /// at most; `None` where memory is short.
-    pub(crate) fn try_new(len: usize, align: usize) -> Option<Self> {
-        // The slab allocator aligns to the largest power of two in a size.
-        let capacity = len.checked_next_multiple_of(align)?;
-        let memory = KVec::with_capacity(capacity, GFP_NOWAIT | __GFP_NOWARN).ok()?;
+    /// Allocates `len` bytes without waiting, at a multiple of the page size; `None` where memory
+    /// is short.
+    pub(crate) fn try_new(len: usize) -> Option<Self> {
         // INVARIANT: The capacity is at least `len`; nothing is filled.
         Some(Self {
-            memory: Memory::Slab(memory),
+            memory: Memory::Pages(Pages::try_new(len)?),
             len,
             filled: 0,
         })
@@ -92,7 +135,7 @@ impl Buffer {
     /// [`EINVAL`] where it is smaller.
     pub(crate) fn reset(&mut self, len: usize) -> Result {
         let capacity = match &self.memory {
-            Memory::Slab(memory) => memory.capacity(),
+            Memory::Pages(pages) => pages.capacity(),
             Memory::Spare(spare) => spare.memory.len(),
         };
         if len > capacity {
@@ -107,7 +150,7 @@ impl Buffer {
     /// What the last read filled.
     pub(crate) fn bytes(&self) -> &[u8] {
         let start = match &self.memory {
-            Memory::Slab(memory) => memory.as_ptr(),
+            Memory::Pages(pages) => pages.start().cast_const(),
             Memory::Spare(spare) => spare.memory.as_ptr(),
         };
         // SAFETY: By the type invariant these bytes are there and initialised.
@@ -147,13 +190,14 @@ impl Buffer {
         let flags = sys::req_op_REQ_OP_READ as sys::blk_opf_t | flags;
         self.filled = 0;
         match &mut self.memory {
-            Memory::Slab(memory) => {
+            Memory::Pages(pages) => {
                 // SAFETY: The caller promises that bio, vector and device are valid.
                 unsafe { sys::bio_init(bio.as_ptr(), bdev, vec.as_ptr(), 1, flags) };
-                let addr = memory.as_mut_ptr().cast();
-                // SAFETY: The bio has room for one contiguous run, and this is one: slab memory of
-                // at least `len` bytes.
-                unsafe { sys::obd_bio_add_virt(bio.as_ptr(), addr, self.len as u32) };
+                // SAFETY: The bio has room for one contiguous run, and these pages are one, of at
+                // least `len` bytes.
+                unsafe {
+                    sys::__bio_add_page(bio.as_ptr(), pages.page.as_ptr(), self.len as u32, 0)
+                };
             }
             Memory::Spare(spare) => {
                 let vecs = &mut spare.vecs;

@@ -26,7 +26,7 @@ pub(crate) struct Device {
     target: NonNull<sys::dm_target>,
     dev: NonNull<sys::dm_dev>,
     /// Sectors of it that the target uses, from the first.
-    pub(super) used: u64,
+    used: u64,
 }
 
 // SAFETY: A device may be used and put from any thread.
@@ -80,16 +80,23 @@ impl Device {
         sectors & !(u64::from(self.logical_block_size() / 512) - 1)
     }
 
+    /// Says that the target uses the first `bytes` bytes only.
+    pub(super) fn set_used(&mut self, bytes: u64) {
+        self.used = bytes.div_ceil(512);
+    }
+
+    /// Sectors that the target uses, from the first, as whole blocks of `block` bytes, a power of
+    /// two: a mapped device has the largest blocks of those below.
+    pub(super) fn used(&self, block: u32) -> u64 {
+        let block = u64::from(block / 512).max(1);
+        let whole = self.sectors() & !(block - 1);
+        self.used.next_multiple_of(block).min(whole)
+    }
+
     /// Size in bytes.
     pub(crate) fn size(&self) -> u64 {
         // No overflow: the block layer bounds sizes to 2^63 - 1 bytes.
         self.sectors() * 512
-    }
-
-    /// What addresses of memory that it reads into must be a multiple of, in bytes.
-    pub(crate) fn memory_alignment(&self) -> usize {
-        // SAFETY: By the type invariant the device is open.
-        unsafe { sys::obd_bdev_dma_alignment(self.bdev()) as usize + 1 }
     }
 
     /// Bytes in a block, the unit of reads.

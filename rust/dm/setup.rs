@@ -198,10 +198,7 @@ impl<'a, C> Setup<'a, C> {
     /// Says that the target uses the first `bytes` bytes of a device only.
     pub(crate) fn set_used(&mut self, id: DeviceId, bytes: u64) {
         if let Some(device) = self.devices.get_mut(usize::from(id.0)) {
-            // Whole blocks, as device-mapper wants them; the device has these.
-            let block = u64::from(device.logical_block_size());
-            let sectors = bytes.next_multiple_of(block) / 512;
-            device.used = sectors.min(device.sectors());
+            device.set_used(bytes);
         }
     }
 }

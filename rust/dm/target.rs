@@ -345,9 +345,11 @@ impl<T: Target> Registration<T> {
         // SAFETY: The caller's promise.
         let live = unsafe { Self::live(ti) };
         let Some(callout) = callout else { return 0 };
+        let blocks = live.devices.iter().map(Device::logical_block_size);
+        let block = blocks.max().unwrap_or(512);
         for device in &live.devices {
             // SAFETY: The caller's promise; the device is one of the target's.
-            let ret = unsafe { callout(ti, device.as_ptr(), 0, device.used, data) };
+            let ret = unsafe { callout(ti, device.as_ptr(), 0, device.used(block), data) };
             if ret != 0 {
                 return ret;
             }

@@ -24,9 +24,9 @@ void obd_bio_set_dev(struct bio *bio, struct block_device *bdev)
 	bio_set_dev(bio, bdev);
 }
 
-unsigned int obd_bdev_dma_alignment(struct block_device *bdev)
+void *obd_page_address(struct page *page)
 {
-	return bdev_dma_alignment(bdev);
+	return page_address(page);
 }
 
 void *obd_bvec_virt(struct bio_vec *bvec)
@@ -44,11 +44,6 @@ void obd_bio_advance_iter(struct bio *bio, struct bvec_iter *iter,
 			  unsigned int bytes)
 {
 	bio_advance_iter(bio, iter, bytes);
-}
-
-void obd_bio_add_virt(struct bio *bio, void *addr, unsigned int len)
-{
-	bio_add_virt_nofail(bio, addr, len);
 }
 
 void obd_flush_dcache_bio(struct bio *bio)

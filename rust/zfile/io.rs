@@ -113,7 +113,7 @@ impl Zfile {
             let Some(request) = self.plan(start, end) else {
                 return bio.refuse();
             };
-            let buffer = self.buffer(&request);
+            let buffer = Buffer::try_new(request.read_len);
             if buffer.is_none() && request.blocks.end - request.blocks.start > 1 {
                 end = cut(end, (end - start) / 2);
                 continue;
@@ -193,15 +193,10 @@ impl Zfile {
         })
     }
 
-    /// Memory for the lower read of `request`, if there is any.
-    fn buffer(&self, request: &Request) -> Option<Buffer> {
-        Buffer::try_new(request.read_len, self.memory_alignment)
-    }
-
     /// Starts the lower read, with the spare buffer where there is no other memory.
     fn launch(mut io: Io<Self>, buffer: Option<Buffer>) {
         let len = io.request().read_len;
-        match buffer.or_else(|| io.target().buffer(io.request())) {
+        match buffer.or_else(|| Buffer::try_new(len)) {
             Some(buffer) => {
                 io.attach(buffer);
                 Self::start(io);

@@ -67,8 +67,6 @@ pub(crate) struct Zfile {
     start: u64,
     /// Bytes in a block of its device.
     device_block: u64,
-    /// What memory for lower reads is aligned to, in bytes.
-    memory_alignment: usize,
     /// Bytes of the blob, where the table line tells.
     blob_bytes: Option<u64>,
     /// Given back before the cache is.

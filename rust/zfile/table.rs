@@ -69,7 +69,6 @@ impl dm::Target for Zfile {
             table: JumpTable::new(&geometry, bases, deltas),
             start: payload.start,
             device_block,
-            memory_alignment: setup.device(device)?.memory_alignment(),
             blob_bytes,
             name: setup.device_name(),
             spares: dm::Spares::new(io::spare_len(&geometry, device_block))?,

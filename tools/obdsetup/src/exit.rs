@@ -44,7 +44,7 @@ pub(crate) struct Failure {
 
 impl Failure {
     /// An error with exit code `code`.
-    pub(crate) fn new(code: u8, message: impl Into<String>) -> anyhow::Error {
+    pub(crate) fn error(code: u8, message: impl Into<String>) -> anyhow::Error {
         Self {
             code,
             message: message.into(),
@@ -54,7 +54,7 @@ impl Failure {
 
     /// A wrong parameter.
     pub(crate) fn usage(message: impl Into<String>) -> anyhow::Error {
-        Self::new(USAGE, message)
+        Self::error(USAGE, message)
     }
 }
 

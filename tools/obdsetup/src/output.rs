@@ -81,7 +81,7 @@ pub(crate) fn directory(path: &Path) -> &Path {
 }
 
 fn exists(path: &Path) -> anyhow::Error {
-    Failure::new(
+    Failure::error(
         exit::BUSY,
         format!("{}: exists already; --force replaces it", path.display()),
     )

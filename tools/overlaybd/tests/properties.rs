@@ -80,7 +80,7 @@ proptest! {
             .enumerate()
             .map(|(nth, (size, runs))| {
                 let bytes = lsmt(*size, runs, |sector| fill(nth, sector));
-                match compressed >> nth & 1 {
+                match (compressed >> nth) & 1 {
                     0 => file(&bytes),
                     _ => file(&zfile(&bytes, lz4())),
                 }

@@ -32,7 +32,7 @@ pub(crate) fn run(args: &Args) -> Result<()> {
     }
     for device in devices {
         if !args.deferred && device.open_count > 0 && device.name == args.name {
-            return Err(Failure::new(
+            return Err(Failure::error(
                 exit::BUSY,
                 format!(
                     "device {} is in use; --deferred removes it later",
@@ -54,5 +54,5 @@ pub(crate) fn not_ours(control: &Control, name: &str) -> Result<anyhow::Error> {
         ),
         None => format!("device {name} does not exist"),
     };
-    Ok(Failure::new(exit::DEVICE, message))
+    Ok(Failure::error(exit::DEVICE, message))
 }

@@ -107,7 +107,7 @@ pub(crate) fn run(args: &Args) -> Result<()> {
         };
         let payload = Payload::open(Arc::new(layer.open()?))?;
         if payload.zfile().is_none() {
-            return Err(Failure::new(
+            return Err(Failure::error(
                 crate::exit::BAD_IMAGE,
                 format!("{layer}: not a ZFile"),
             ));

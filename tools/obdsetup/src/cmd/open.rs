@@ -29,6 +29,10 @@ pub(crate) struct Args {
     /// Name of the device, /dev/mapper/NAME
     name: String,
 
+    /// Read files through the page cache, not with direct I/O
+    #[arg(long)]
+    buffered: bool,
+
     #[command(flatten)]
     pub(crate) layers: LayersArgs,
 }
@@ -109,7 +113,7 @@ impl LayersArgs {
         };
         let payload = Payload::open(Arc::new(layer.open()?))?;
         if payload.zfile().is_none() {
-            return Err(Failure::new(
+            return Err(Failure::error(
                 exit::BAD_IMAGE,
                 format!("{layer}: not a ZFile"),
             ));
@@ -124,7 +128,7 @@ pub(crate) fn run(args: &Args) -> Result<()> {
     let (opened, plan) = args.layers.plan(&args.name)?;
     let control = Control::open()?;
     if control.state(&args.name)?.is_some() {
-        return Err(Failure::new(
+        return Err(Failure::error(
             exit::BUSY,
             format!("device {} exists already", args.name),
         ));
@@ -138,7 +142,7 @@ pub(crate) fn run(args: &Args) -> Result<()> {
         let is_device = layer.is_device();
         layers.push(match is_device {
             true => Backing::device(&layer.path)?,
-            false => Backing::file(payload.file().file())?,
+            false => Backing::file(payload.file().file(), !args.buffered)?,
         });
         let odd = overlaybd::format::Blob::size(payload.file().as_ref()) % 512 != 0;
         tails.push(match odd && !is_device {

@@ -39,6 +39,8 @@ const ZFILE: &[&str] = &[
     "decompressed_blocks",
     "read_errors",
     "corrupt_blocks",
+    "cached_blocks",
+    "cache_hits",
 ];
 /// Names of the fields of `lsmt`'s INFO line, in order.
 const LSMT: &[&str] = &["layers", "segments", "size", "index_memory"];
@@ -93,6 +95,7 @@ fn collect(control: &Control, state: State) -> Result<Device> {
     let table = control.table(&state.name)?;
     let status = control.status(&state.name)?;
     Ok(Device {
+        deferred_remove: control.goes_later(&state.name)?,
         sectors: table.last().map_or(0, |line| line.start + line.len),
         targets: table
             .iter()
@@ -108,7 +111,6 @@ fn collect(control: &Control, state: State) -> Result<Device> {
         open_count: state.open_count,
         read_only: state.read_only,
         suspended: state.suspended,
-        deferred_remove: state.deferred_remove,
     })
 }
 
@@ -184,10 +186,11 @@ mod tests {
                 params: info.to_owned(),
             })
         };
-        let zfile = line("zfile", "C lz4 4096 281 703 1 2 3 4 5 6");
+        let zfile = line("zfile", "C lz4 4096 281 703 1 2 3 4 5 6 7 8");
         assert_eq!(zfile["state"], "C");
         assert_eq!(zfile["corrupt_blocks"], 5);
-        assert_eq!(zfile["field_10"], 6);
+        assert_eq!(zfile["cache_hits"], 7);
+        assert_eq!(zfile["field_12"], 8);
         let lsmt = line("lsmt", "2 100 8388608 1600");
         assert_eq!(lsmt["index_memory"], 1600);
         assert!(line("linear", "").is_empty());

@@ -53,7 +53,7 @@ pub(crate) fn run(args: &Args) -> Result<()> {
         .layers
         .args()
         .iter()
-        .map(|layer| word(layer))
+        .map(word)
         .collect::<Result<Vec<_>>>()?;
     let resolve = |lower: Lower| match lower {
         Lower::Layer(nth) => words.get(nth).cloned().unwrap_or_default(),

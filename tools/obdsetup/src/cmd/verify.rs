@@ -78,7 +78,7 @@ pub(crate) fn run(args: &Args) -> Result<()> {
     }
     match report.layers.iter().find(|layer| layer.corrupt_blocks > 0) {
         None => Ok(()),
-        Some(layer) => Err(Failure::new(
+        Some(layer) => Err(Failure::error(
             exit::BAD_IMAGE,
             format!(
                 "{}: {}",

@@ -34,12 +34,14 @@ impl Backing {
         })
     }
 
-    /// A loop device over `file`, past the page cache where its file system can do that: what is
-    /// above caches what it decompressed.
-    pub(crate) fn file(file: &File) -> Result<Self> {
+    /// A loop device over `file`. With `direct`, past the page cache where its file system can do
+    /// that: what is above caches what it decompressed.
+    pub(crate) fn file(file: &File, direct: bool) -> Result<Self> {
         let device = attach(file)?;
-        // Not every file system can.
-        let _ = device.set_direct_io(true);
+        if direct {
+            // Not every file system can.
+            let _ = device.set_direct_io(true);
+        }
         Self::of_loop(device)
     }
 

@@ -60,11 +60,10 @@ pub(crate) struct State {
     pub(crate) open_count: u32,
     pub(crate) read_only: bool,
     pub(crate) suspended: bool,
-    pub(crate) deferred_remove: bool,
 }
 
 /// The columns that [`State::parse`] reads.
-const COLUMNS: &str = "name,uuid,major,minor,open,readonly,suspended,deferred_remove";
+const COLUMNS: &str = "name,uuid,major,minor,open,readonly,suspended";
 /// What separates them: libdm doesn't leave it in a name.
 const SEPARATOR: char = '|';
 
@@ -72,7 +71,7 @@ impl State {
     /// Reads a line of `dmsetup info`; `None` for what isn't a device.
     fn parse(line: &str) -> Option<Self> {
         let fields: Vec<&str> = line.split(SEPARATOR).map(str::trim).collect();
-        let [name, uuid, major, minor, open, read_only, suspended, deferred] = fields[..] else {
+        let [name, uuid, major, minor, open, read_only, suspended] = fields[..] else {
             return None;
         };
         Some(Self {
@@ -82,7 +81,6 @@ impl State {
             open_count: open.parse().ok()?,
             read_only: is_set(read_only, "Read-only"),
             suspended: is_set(suspended, "Suspended"),
-            deferred_remove: !matches!(deferred, "" | "0"),
         })
     }
 }
@@ -143,28 +141,29 @@ impl Control {
     pub(crate) fn create(&self, name: &str, uuid: &str, table: &[Line]) -> Result<String> {
         let lines: Vec<String> = table.iter().map(Line::to_string).collect();
         let text = lines.join("\n");
-        self.run(&[
+        // Not --verbose: that one takes an argument, and swallows the next option.
+        let args = [
             "create",
             name,
+            "-v",
             "--uuid",
             uuid,
             "--readonly",
             "--table",
             &text,
-        ])
-        .with_context(|| {
+        ];
+        let said = self.run(&args).with_context(|| {
             format!(
                 "cannot set up device {name} with table `{}` (dmesg has the reason)",
                 lines.join("; ")
             )
         })?;
-        match self.state(name) {
-            Ok(Some(state)) => Ok(state.number),
-            other => {
+        match number(&said) {
+            Some(number) => Ok(number),
+            None => {
                 // Nobody else will.
                 let _ = self.remove(name, false);
-                let missing = anyhow::anyhow!("device {name} vanished");
-                Err(other.err().unwrap_or(missing))
+                anyhow::bail!("dmsetup does not tell the number of device {name}")
             }
         }
     }
@@ -180,25 +179,34 @@ impl Control {
 
     /// The state of device `name`; `None` where there is no such device.
     pub(crate) fn state(&self, name: &str) -> Result<Option<State>> {
-        let states = self.states()?;
-        Ok(states.into_iter().find(|state| state.name == name))
+        match self.columns(&[name]) {
+            Ok(text) => Ok(text.lines().find_map(State::parse)),
+            Err(error) if error.to_string().contains("does not exist") => Ok(None),
+            Err(error) => Err(error).with_context(|| format!("cannot look at device {name}")),
+        }
     }
 
     /// All devices.
     fn states(&self) -> Result<Vec<State>> {
-        let separator = SEPARATOR.to_string();
-        let text = self
-            .run(&[
-                "info",
-                "-c",
-                "--noheadings",
-                "--separator",
-                &separator,
-                "-o",
-                COLUMNS,
-            ])
-            .context("cannot list devices")?;
+        let text = self.columns(&[]).context("cannot list devices")?;
         Ok(text.lines().filter_map(State::parse).collect())
+    }
+
+    /// The columns that [`State::parse`] reads, for the devices `names`, or for all.
+    fn columns(&self, names: &[&str]) -> Result<String> {
+        let separator = SEPARATOR.to_string();
+        let mut args = vec!["info", "-c", "--noheadings", "--separator", &separator];
+        args.extend(["-o", COLUMNS]);
+        args.extend(names);
+        self.run(&args)
+    }
+
+    /// Whether device `name` goes when it is no longer in use.
+    pub(crate) fn goes_later(&self, name: &str) -> Result<bool> {
+        let text = self
+            .run(&["info", name])
+            .with_context(|| format!("cannot look at device {name}"))?;
+        Ok(text.contains("DEFERRED REMOVE"))
     }
 
     /// The table of device `name`.
@@ -255,6 +263,15 @@ impl Control {
     }
 }
 
+/// The number that `dmsetup create -v` tells.
+fn number(text: &str) -> Option<String> {
+    let line = text
+        .lines()
+        .find_map(|line| line.strip_prefix("Major, minor:"))?;
+    let (major, minor) = line.split_once(',')?;
+    Some(format!("{}:{}", major.trim(), minor.trim()))
+}
+
 /// What a device is in a stack; ordered from the top.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 enum Rank {
@@ -294,7 +311,7 @@ fn rank(device: &str, name: &str) -> Option<Rank> {
 
 #[cfg(test)]
 mod tests {
-    use super::{rank, Line, Rank, State};
+    use super::{number, rank, Line, Rank, State};
 
     #[test]
     fn ranks() {
@@ -308,12 +325,14 @@ mod tests {
 
     #[test]
     fn what_dmsetup_prints() {
-        let state = State::parse("a-blob0|OVERLAYBD-BLOB-a-0|254|3|1|Read-only|Active|");
+        let state = State::parse("a-blob0|OVERLAYBD-BLOB-a-0|254|3|1|Read-only|Active");
         let state = state.unwrap_or_else(|| unreachable!());
         assert_eq!(state.number, "254:3");
         assert_eq!(state.open_count, 1);
-        assert!(state.read_only && !state.suspended && !state.deferred_remove);
+        assert!(state.read_only && !state.suspended);
         assert_eq!(State::parse("No devices found"), None);
+        let said = "Name:              a\nMajor, minor:      254, 2\nNumber of targets: 1\n";
+        assert_eq!(number(said).as_deref(), Some("254:2"));
         let line = Line::parse("0 16384 lsmt 2 92 8388608 1600 ");
         assert_eq!(
             line.map(|line| line.to_string()).as_deref(),

@@ -202,7 +202,7 @@ impl Plan {
         let size = payload.size();
         if size == 0 {
             let path = payload.file().path().display();
-            return Err(Failure::new(
+            return Err(Failure::error(
                 exit::USAGE,
                 format!("{path}: a ZFile of size 0 cannot be a device"),
             ));

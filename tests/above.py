@@ -1,0 +1,141 @@
+#!/usr/bin/env python3
+# SPDX-License-Identifier: GPL-2.0
+"""Other targets on top of a stack, and below it."""
+
+import mmap
+import os
+import subprocess
+
+from obdtest import dm, image, stack
+from obdtest.disk import Disk, same_bytes, verify
+from obdtest.dm import line
+from obdtest.ktap import Skip, check, main, test
+
+VSIZE = 1 << 20
+LAYER = image.lsmt(VSIZE, [(0, image.sample(700 * 512, 61)), (1000, image.sample(400 * 512, 62))])
+TOP = image.lsmt(VSIZE, [(50, 100), (300, image.sample(50 * 512, 63))])
+PLAIN = image.flatten([image.Lsmt(LAYER), image.Lsmt(TOP)])
+
+
+def make():
+    """A stack of a ZFile and a bare layer."""
+    return stack.open_stack(image.zfile(LAYER, image.ZSTD, 16384), TOP)
+
+
+def need(*modules):
+    for module in modules:
+        if subprocess.run(["modprobe", module], capture_output=True, check=False).returncode:
+            raise Skip(f"no kernel module {module}")
+
+
+def write(path, offset, content):
+    """A direct write of whole pages."""
+    area = mmap.mmap(-1, len(content))
+    area.write(content)
+    fd = os.open(path, os.O_RDWR | os.O_DIRECT)
+    try:
+        os.pwritev(fd, [area], offset)
+    finally:
+        os.close(fd)
+
+
+@test("dm-snapshot on top takes writes; the image stays as it was")
+def snapshot():
+    need("dm-snapshot")
+    origin = make()
+    cow = dm.Loop(b"", size=4 << 20, readonly=False)
+    device = dm.create(line(0, VSIZE // 512, "snapshot", origin.path, cow.path, "N", 8), readonly=False)
+    wanted = bytearray(PLAIN)
+    for offset in (0, 40960, 150 * 4096, VSIZE - 4096):
+        content = image.sample(4096, offset)
+        write(device.path, offset, content)
+        wanted[offset:offset + 4096] = content
+    verify(device, bytes(wanted), rounds=40)
+    verify(origin, PLAIN, rounds=20)
+    device.remove()
+
+
+@test("a thin volume whose external origin is an image")
+def thin():
+    need("dm-thin-pool")
+    origin = make()
+    meta, data = (dm.Loop(b"", size=4 << 20, readonly=False) for _ in range(2))
+    pool = dm.create(line(0, 8192, "thin-pool", meta.path, data.path, 128, 0), readonly=False)
+    subprocess.run(["dmsetup", "message", pool.name, "0", "create_thin 0"], check=True)
+    device = dm.create(line(0, VSIZE // 512, "thin", pool.path, 0, origin.path), readonly=False)
+    wanted = bytearray(PLAIN)
+    for offset in (4096, 300 * 1024):
+        content = image.sample(4096, offset)
+        write(device.path, offset, content)
+        wanted[offset:offset + 4096] = content
+    verify(device, bytes(wanted), rounds=40)
+    verify(origin, PLAIN, rounds=20)
+    device.remove()
+    pool.remove()
+
+
+@test("linear pieces on top, in another order")
+def pieces():
+    origin = make()
+    device = dm.create(line(0, 101, "linear", origin.path, 900), line(101, 3, "linear", origin.path, 7),
+                       line(104, 512, "linear", origin.path, 40))
+    wanted = PLAIN[900 * 512:1001 * 512] + PLAIN[7 * 512:10 * 512] + PLAIN[40 * 512:552 * 512]
+    verify(device, wanted, rounds=60)
+
+
+@test("images in images: a ZFile in a layer, and a stack on a stack's pieces")
+def nested():
+    inner = image.zfile(PLAIN, image.LZ4, 8192)
+    outer_size = -(-len(inner) // 512) * 512
+    outer = image.lsmt(outer_size, [(0, inner + bytes(outer_size - len(inner)))])
+    lower = stack.open_stack(image.zfile(outer, image.ZSTD))
+    verify(dm.zfile(lower, len(inner), VSIZE), PLAIN, rounds=40)
+
+
+@test("striped and delayed devices below: reads that are split and late")
+def striped():
+    need("dm-delay")
+    raw = image.zfile(LAYER)
+    chunk, half = 8, -(-len(raw) // 8192)
+    sides = [bytearray(), bytearray()]
+    padded = raw + bytes(half * 8192 - len(raw))
+    for nth in range(half * 2):
+        sides[nth % 2] += padded[nth * 4096:(nth + 1) * 4096]
+    loops = [dm.Loop(bytes(side)) for side in sides]
+    stripes = dm.create(line(0, half * 16, "striped", 2, chunk, loops[0].path, 0, loops[1].path, 0))
+    late = dm.create(line(0, half * 16, "delay", stripes.path, 0, 5))
+    wanted = image.flatten([image.Lsmt(LAYER)])
+    device = dm.lsmt(VSIZE, (dm.zfile(late, len(raw), len(LAYER)), len(LAYER)))
+    disk = Disk(device)
+    same_bytes(disk.whole(), wanted, "content")
+    disk.close()
+    verify(device, wanted, rounds=12)
+
+
+@test("dm-crypt and dm-verity below")
+def integrity():
+    tools = [tool for tool in ("veritysetup", "cryptsetup")
+             if subprocess.run(["which", tool], capture_output=True, check=False).returncode]
+    if tools:
+        raise Skip(f"no {' and no '.join(tools)}")
+    need("dm-verity")
+    raw = image.zfile(LAYER)
+    data, tree = dm.Loop(raw), dm.Loop(b"", size=1 << 20, readonly=False)
+    out = subprocess.run(["veritysetup", "format", data.path, tree.path], capture_output=True, text=True, check=True)
+    root = next(row.split()[-1] for row in out.stdout.splitlines() if row.startswith("Root hash"))
+    name = "obdtest-verity"
+    subprocess.run(["veritysetup", "open", data.path, name, tree.path, root], check=True)
+    try:
+        path = os.path.realpath(f"/dev/mapper/{name}")
+        lower = dm.create(line(0, data.size // 512, "linear", path, 0))
+        device = dm.zfile(lower, len(raw), len(LAYER))
+        same_bytes(Disk(device).whole(), LAYER, "content")
+        check(True, "verity")
+        device.remove()
+        lower.remove()
+    finally:
+        subprocess.run(["veritysetup", "close", name], check=True)
+
+
+if __name__ == "__main__":
+    main()

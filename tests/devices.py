@@ -1,0 +1,191 @@
+#!/usr/bin/env python3
+# SPDX-License-Identifier: GPL-2.0
+"""Layers on every kind of block device: loop, RAM disk, logical volume, 4096-byte blocks, partitions."""
+
+import errno
+import os
+import subprocess
+
+from obdtest import dm, golden, image
+from obdtest.disk import Disk, fails_with, same_bytes, verify
+from obdtest.ktap import Skip, add, check, defer, equal, main, test
+
+DATA = image.sample(500000, 51)
+PADDED = DATA + bytes(-len(DATA) % 512)
+VSIZE = 512 << 10
+LAYER = image.lsmt(VSIZE, [(0, image.sample(300 * 512, 52)), (400, 50), (600, image.sample(100 * 512, 53))])
+TOP = image.lsmt(VSIZE, [(5, image.sample(2560, 54)), (700, 100)])
+PLAIN = image.flatten([image.Lsmt(LAYER), image.Lsmt(TOP)])
+# The same with everything in units of 8 sectors.
+LAYER_4K = image.lsmt(VSIZE, [(0, image.sample(304 * 512, 52)), (400, 48), (600, image.sample(104 * 512, 53))])
+
+
+def run(*command, **options):
+    """Runs a command; its output."""
+    done = subprocess.run(command, capture_output=True, text=True, check=False, **options)
+    if done.returncode:
+        raise OSError(f"{' '.join(command)}: {done.stderr.strip()}")
+    return done.stdout
+
+
+class Path:
+    """A block device that is there already."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def fill(self, raw):
+        with open(self.path, "rb+", buffering=0) as file:
+            dm.write(file.fileno(), raw)
+            os.fsync(file.fileno())
+
+
+def every_kind(make):
+    """A ZFile, a bare layer, and a stack of both on devices of one kind: make(blob) gives one."""
+    for overwrite in (True, False):
+        raw = image.zfile(DATA, image.ZSTD, overwrite=overwrite)
+        verify(dm.zfile(make(raw), len(raw), len(DATA)), PADDED, rounds=20)
+    raw = image.tar(image.zfile(LAYER))
+    lower = dm.zfile(make(raw), len(raw), len(LAYER))
+    verify(dm.lsmt(VSIZE, (lower, len(LAYER)), (make(TOP), len(TOP))), PLAIN, rounds=30)
+
+
+def modprobe(name, *args):
+    if subprocess.run(["modprobe", name, *args], capture_output=True, check=False).returncode:
+        raise Skip(f"no kernel module {name}")
+
+
+add("loop devices", every_kind, dm.Loop)
+add("loop devices with direct I/O", every_kind, lambda raw: dm.Loop(raw, direct=True))
+
+
+@test("RAM disks (brd)")
+def ram_disks():
+    subprocess.run(["rmmod", "brd"], capture_output=True, check=False)
+    modprobe("brd", "rd_nr=4", "rd_size=8192")
+    defer(subprocess.run, ["rmmod", "brd"])
+    free = [Path(f"/dev/ram{nth}") for nth in range(4)]
+
+    def make(raw):
+        disk = free.pop()
+        disk.fill(raw)
+        return disk
+
+    every_kind(make)
+
+
+@test("logical volumes: blobs padded to extents, sizes from the table, or '-'")
+def volumes():
+    for tool in ("pvcreate", "vgcreate", "lvcreate"):
+        if subprocess.run(["which", tool], capture_output=True, check=False).returncode:
+            raise Skip(f"no {tool}")
+    backing = dm.Loop(b"", size=64 << 20, readonly=False)
+    group = f"obdtest{os.getpid()}"
+    run("pvcreate", "-qq", "-y", backing.path)
+    run("vgcreate", "-qq", "-s", "1m", group, backing.path)
+    defer(subprocess.run, ["vgremove", "-qq", "-f", group], -1, None, None, subprocess.DEVNULL)
+    count = 0
+
+    def make(raw):
+        nonlocal count
+        count += 1
+        run("lvcreate", "-qq", "-y", "-Wn", "-Zn", "-L", "2m", "-n", f"blob{count}", group)
+        volume = Path(f"/dev/{group}/blob{count}")
+        if not os.path.exists(volume.path):
+            run("vgmknodes", group)
+        # What was there before lies behind the blob.
+        volume.fill(b"\xee" * (2 << 20))
+        volume.fill(raw)
+        return volume
+
+    every_kind(make)
+    raw = image.zfile(DATA)
+    volume = make(raw)
+    verify(dm.zfile(volume, "-", len(DATA)), PADDED, rounds=10)
+    # Its trailer would have to be at the end of the volume.
+    volume.fill(image.zfile(DATA, overwrite=False))
+    fails_with(errno.EINVAL, dm.zfile, volume, "-", len(DATA))
+
+
+@test("partitions")
+def partitions():
+    raw = image.zfile(DATA)
+    backing = dm.Loop(b"", size=4 << 20, readonly=False)
+    run("sfdisk", "-q", "--no-reread", "--no-tell-kernel", backing.path, input="label: dos\nstart=8, size=4000\n")
+    try:
+        run("partx", "--add", backing.path)
+    except OSError as error:
+        raise Skip(str(error)) from None
+    part = Path(f"{backing.path}p1")
+    defer(subprocess.run, ["partx", "--delete", backing.path])
+    part.fill(raw)
+    verify(dm.zfile(part, len(raw), len(DATA)), PADDED, rounds=20)
+
+
+@test("blocks of 4096 bytes below: zfile reads single sectors all the same")
+def large_blocks_zfile():
+    for algorithm, block, wrap in ((image.LZ4, 512, False), (image.LZ4, 4096, True), (image.ZSTD, 65536, True)):
+        raw = image.zfile(DATA, algorithm, block, overwrite=wrap)
+        if wrap:
+            raw = image.tar(raw)
+        device = dm.zfile(dm.Loop(raw, block=4096), len(raw), len(DATA))
+        with open(f"{device.sysfs}/queue/logical_block_size", encoding="ascii") as file:
+            equal(file.read(), "512\n", "logical block size")
+        verify(device, PADDED, rounds=60)
+    lower = dm.zfile(dm.Loop(image.zfile(LAYER), block=4096), "-", len(LAYER))
+    verify(dm.lsmt(VSIZE, (lower, len(LAYER)), (dm.Loop(TOP), len(TOP))), PLAIN, rounds=60)
+
+
+@test("blocks of 4096 bytes below: an aligned layer reads, one that isn't is refused")
+def large_blocks_lsmt():
+    device = dm.lsmt(VSIZE, (dm.Loop(LAYER_4K, block=4096), len(LAYER_4K)))
+    with open(f"{device.sysfs}/queue/logical_block_size", encoding="ascii") as file:
+        equal(file.read(), "4096\n", "logical block size")
+    disk = Disk(device)
+    wanted = image.flatten([image.Lsmt(LAYER_4K)])
+    same_bytes(disk.whole(), wanted, "content")
+    for sector in (0, 8, 304, 400, 600, 696):
+        same_bytes(disk.read(sector * 512, 8192), wanted[sector * 512:sector * 512 + 8192], f"sector {sector}")
+    for blobs in (((LAYER, 4096),), ((LAYER_4K, 4096), (TOP, 512))):
+        log = dm.KernelLog()
+        fails_with(errno.EINVAL, dm.lsmt, VSIZE, *[(dm.Loop(raw, block=block), len(raw)) for raw, block in blobs])
+        lines = log.lines()
+        check(any("Layers are not aligned to the blocks of their devices" in text for text in lines),
+              f"no phrase in the kernel log: {lines}")
+
+
+@test("layers on devices of different block sizes, aligned to the larger")
+def different_blocks():
+    # What isn't aligned in the lower layer is hidden by the upper one.
+    for lower in (LAYER_4K, TOP):
+        upper = image.lsmt(VSIZE, [(0, image.sample(304 * 512, 55)), (696, 104)])
+        wanted = image.flatten([image.Lsmt(lower), image.Lsmt(upper)])
+        device = dm.lsmt(VSIZE, (dm.Loop(lower), len(lower)), (dm.Loop(upper, block=4096), len(upper)))
+        same_bytes(Disk(device).whole(), wanted, "content")
+
+
+@test("loop devices with direct I/O on a network file system")
+def network_file():
+    if not golden.ROOT or run("stat", "-fc", "%T", golden.ROOT).strip() != "v9fs":
+        raise Skip("no golden images on 9p")
+    raw = golden.load("zfile-lsmt/ext4-lz4-4k-tar.obd")
+    path = run("losetup", "--read-only", "--direct-io=on", "--find", "--show",
+               f"{golden.ROOT}/zfile-lsmt/ext4-lz4-4k-tar.obd").strip()
+    defer(subprocess.run, ["losetup", "--detach", path])
+    content = image.Zfile(image.unwrap(raw)).read()
+    verify(dm.zfile(Path(path), len(raw), len(content)), content, rounds=20)
+
+
+@test("one image, many devices: all read right at the same time")
+def shared():
+    raw = image.zfile(LAYER)
+    lower = dm.zfile(dm.Loop(raw), len(raw), len(LAYER))
+    tops = [image.lsmt(VSIZE, [(nth * 10, image.sample(2048, nth))]) for nth in range(6)]
+    devices = [dm.lsmt(VSIZE, (lower, len(LAYER)), (dm.Loop(top), len(top))) for top in tops]
+    for device, top in zip(devices, tops):
+        verify(device, image.flatten([image.Lsmt(LAYER), image.Lsmt(top)]), rounds=10)
+    equal(len(os.listdir(f"{lower.sysfs}/holders")), len(devices), "holders of the shared device")
+
+
+if __name__ == "__main__":
+    main()

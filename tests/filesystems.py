@@ -1,0 +1,157 @@
+#!/usr/bin/env python3
+# SPDX-License-Identifier: GPL-2.0
+"""File systems on stacks that obdsetup makes and opens: every file is as it was."""
+
+import hashlib
+import os
+import shutil
+import stat
+import subprocess
+import tempfile
+
+from obdtest import image
+from obdtest.ktap import Skip, add, check, defer, equal, main
+
+OBDSETUP = shutil.which("obdsetup")
+KINDS = {"ext4": "32m", "btrfs": "128m", "xfs": "300m", "erofs": None, "squashfs": None}
+WRAPPINGS = (["--algorithm", "lz4", "--tar"], ["--algorithm", "zstd", "--block-size", "64k"], ["--algorithm", "none"])
+
+
+def run(*command, **options):
+    """Runs a command; its output."""
+    done = subprocess.run(command, capture_output=True, text=True, check=False, **options)
+    if done.returncode:
+        raise OSError(f"{' '.join(command)}: status {done.returncode}: {done.stderr.strip() or done.stdout.strip()}")
+    return done.stdout
+
+
+def make_tree(root):
+    """Files of many sizes, links, and directories."""
+    os.makedirs(f"{root}/dir/deep/deeper")
+    for nth, size in enumerate((0, 1, 511, 4096, 4097, 70000, 300000)):
+        with open(f"{root}/dir/file{nth}", "wb") as file:
+            file.write(image.sample(size, nth))
+    for nth in range(60):
+        with open(f"{root}/dir/deep/small{nth}", "wb") as file:
+            file.write(image.sample(50 * nth, nth))
+    with open(f"{root}/sparse", "wb") as file:
+        file.truncate(1 << 20)
+        os.pwrite(file.fileno(), b"here", 500000)
+    os.symlink("dir/file1", f"{root}/link")
+    os.link(f"{root}/dir/file5", f"{root}/dir/deep/hard")
+    os.chmod(f"{root}/dir/file1", 0o4711)
+
+
+def change_tree(root, turn):
+    """What a layer changes."""
+    with open(f"{root}/dir/file3", "wb") as file:
+        file.write(image.sample(5000, turn + 100))
+    with open(f"{root}/dir/file6", "ab") as file:
+        file.write(b"more" * turn)
+    with open(f"{root}/layer{turn}", "wb") as file:
+        file.write(image.sample(100000, turn + 200))
+    if turn == 2:
+        shutil.rmtree(f"{root}/dir/deep")
+        os.unlink(f"{root}/layer1")
+
+
+def manifest(root):
+    """All that is in a tree."""
+    out = {}
+    for place, directories, files in os.walk(root):
+        for name in directories + files:
+            path = os.path.join(place, name)
+            status = os.lstat(path)
+            what = ""
+            if stat.S_ISLNK(status.st_mode):
+                what = os.readlink(path)
+            elif stat.S_ISREG(status.st_mode):
+                with open(path, "rb") as file:
+                    what = hashlib.sha256(file.read()).hexdigest()
+            out[os.path.relpath(path, root)] = (stat.filemode(status.st_mode), what)
+    out.pop("lost+found", None)
+    return out
+
+
+def mount(kind, device, where, options):
+    run("mount", "-t", kind, "-o", options, device, where)
+    defer(umount, where)
+
+
+def umount(where):
+    if os.path.ismount(where):
+        run("umount", where)
+
+
+def close(name):
+    """Closes what a failed test has left open."""
+    if os.path.exists(f"/dev/mapper/{name}"):
+        subprocess.run([OBDSETUP, "close", name], capture_output=True, check=False)
+
+
+def file_system(kind):
+    if not OBDSETUP:
+        raise Skip("no obdsetup")
+    if not shutil.which("mksquashfs" if kind == "squashfs" else f"mkfs.{kind}"):
+        raise Skip(f"no mkfs for {kind}")
+    if subprocess.run(["modprobe", kind], capture_output=True, check=False).returncode:
+        raise Skip(f"this kernel has no {kind}")
+    work = tempfile.mkdtemp(prefix="obdtest-")
+    defer(shutil.rmtree, work)
+    tree, where, raw = f"{work}/tree", f"{work}/mnt", f"{work}/raw"
+    os.mkdir(where)
+    make_tree(tree)
+    layers = [f"{work}/layer0.obd"]
+    if KINDS[kind] is None:
+        run(OBDSETUP, "create", "--directory", tree, "--fs", kind, *WRAPPINGS[0], layers[0])
+    else:
+        layers += layers_by_mounting(kind, work, tree, where, raw, layers)
+    wanted = manifest(tree)
+    name = f"obdtest-{os.getpid()}-{kind}"
+    run(OBDSETUP, "open", name, *layers)
+    defer(close, name)
+    device = f"/dev/mapper/{name}"
+    if kind == "ext4":
+        run("e2fsck", "-fn", device)
+    options = {"xfs": "ro,norecovery,nouuid", "btrfs": "ro,norecovery"}.get(kind, "ro")
+    mount(kind, device, where, options)
+    got = manifest(where)
+    equal(sorted(got), sorted(wanted), "names")
+    for path, what in wanted.items():
+        equal(got[path], what, path)
+    umount(where)
+    # The program that needs no kernel module must read the same.
+    run(OBDSETUP, "dump", *layers, "-o", f"{work}/dump", "--sparse")
+    run("cmp", device, f"{work}/dump")
+    run(OBDSETUP, "close", name)
+    check(not os.path.exists(device), f"{device} is still there")
+
+
+def layers_by_mounting(kind, work, tree, where, raw, layers):
+    """A base and two layers of changes, made by mounting the disk and writing to it."""
+    run("truncate", "-s", KINDS[kind], raw)
+    run(f"mkfs.{kind}", "-q", raw)
+    more = []
+    for turn in range(3):
+        if turn:
+            change_tree(tree, turn)
+        mount(kind, raw, where, "loop,discard")
+        run("cp", "-a", f"{tree}/.", where)
+        for path in sorted(set(manifest(where)) - set(manifest(tree)), reverse=True):
+            path = os.path.join(where, path)
+            (os.rmdir if os.path.isdir(path) and not os.path.islink(path) else os.unlink)(path)
+        run("fstrim", where)
+        umount(where)
+        path = f"{work}/layer{turn}.obd"
+        bases = [arg for layer in (layers[:1] + more)[:turn] for arg in ("--base", layer)]
+        run(OBDSETUP, "create", "--image", raw, *bases, *WRAPPINGS[turn], path)
+        if turn:
+            more.append(path)
+    return more
+
+
+for fs in KINDS:
+    add(fs, file_system, fs)
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,104 @@
+#!/usr/bin/env python3
+# SPDX-License-Identifier: GPL-2.0
+"""Images of every kind that the format has, made by the tests' own writer."""
+
+import random
+
+from obdtest import dm, image, stack
+from obdtest.disk import verify
+from obdtest.ktap import add, alone, main, test
+
+BLOCKS = [512 << n for n in range(8)]
+
+
+def zfile_kinds(algorithm, block):
+    """One algorithm and block size: with and without CRC, header or trailer, tar, and odd sizes."""
+    for nth, (size, crc, overwrite, digest, wrap) in enumerate((
+            (70001, True, True, True, None), (131072, True, False, True, "pax"), (66048, False, True, True, "ustar"),
+            (65535, False, False, False, None), (1, True, False, False, "pax"))):
+        data = image.sample(size, nth)
+        raw = image.zfile(data, algorithm, block, crc, overwrite, digest)
+        if wrap:
+            raw = image.tar(raw, pax=wrap == "pax")
+        alone(zfile_kind, raw, data)
+
+
+def zfile_kind(raw, data):
+    verify(dm.zfile(dm.Loop(raw), len(raw), len(data)), data + bytes(-len(data) % 512), rounds=16)
+
+
+for algorithm in image.NAMES:
+    for block in BLOCKS:
+        add(f"ZFile, {image.NAMES[algorithm]}, {block}", zfile_kinds, algorithm, block)
+
+
+@test("data that does not compress, in blocks stored larger than they are")
+def incompressible():
+    data = random.Random(1).randbytes(200000)
+    for algorithm in image.NAMES:
+        for block in (4096, 65536):
+            for crc in (True, False):
+                raw = image.zfile(data, algorithm, block, crc)
+                alone(zfile_kind, raw, data)
+
+
+@test("data that compresses to almost nothing")
+def zeros():
+    for algorithm in image.NAMES:
+        raw = image.zfile(bytes(1 << 20), algorithm, 65536)
+        alone(zfile_kind, raw, bytes(1 << 20))
+
+
+@test("tar headers: long pax payloads, GNU magic, a blob of odd length")
+def tars():
+    data = image.sample(50000, 8)
+    raw = image.zfile(data, overwrite=False)
+    records = image.pax_record("comment", "x" * 3000)
+    alone(zfile_kind, image.tar(raw, records=records), data)
+    alone(zfile_kind, image.tar(raw, pax=False, magic=b"ustar  \0"), data)
+    layer = image.lsmt(32768, [(1, image.sample(10240, 9))])
+    wrapped = image.tar(layer)
+    verify(dm.lsmt(32768, (dm.Loop(wrapped), len(wrapped))), image.flatten([image.Lsmt(layer)]), rounds=20)
+
+
+def random_stack(seed):
+    rng = random.Random(seed)
+    size = 512 << 10
+    raws = []
+    for nth in range(rng.randrange(2, 7)):
+        raw = image.lsmt(size, image.random_layer(rng, size), pad=rng.randrange(2))
+        kind = (seed + nth) % 4
+        if kind:
+            raw = image.zfile(raw, 1 + kind % 2, 512 << rng.randrange(8), rng.randrange(2), rng.randrange(2))
+        if rng.randrange(2):
+            raw = image.tar(raw, pax=rng.randrange(2))
+        raws.append(raw)
+    wanted = image.flatten([stack.layer(raw) for raw in raws])
+    verify(stack.open_stack(*raws), wanted, rounds=120)
+
+
+for number in range(8):
+    add(f"random layers {number}, against a naive model", random_stack, number)
+
+
+@test("layers with no data: empty, and all discarded")
+def no_data():
+    empty = image.lsmt(65536, [])
+    gone = image.lsmt(65536, [(0, 128)])
+    full = image.lsmt(65536, [(0, image.sample(65536, 1))])
+    for raws in ((empty,), (gone,), (full, empty), (full, gone), (full, gone, empty), (gone, full)):
+        wanted = image.flatten([image.Lsmt(raw) for raw in raws])
+        verify(stack.open_stack(*raws), wanted, rounds=10)
+
+
+@test("longest segments: 16383 sectors, and more than one of them in a row")
+def long_segments():
+    size = 24 << 20
+    lower = image.lsmt(size, [(5, b"\xa5" * 512 * 20000), (30000, b"\x5a" * 512 * 16383)])
+    upper = image.lsmt(size, [(16380, 10), (20000, 12000)])
+    wanted = image.flatten([image.Lsmt(lower), image.Lsmt(upper)])
+    verify(stack.open_stack(lower, upper), wanted, rounds=60)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,278 @@
+#!/usr/bin/env python3
+# SPDX-License-Identifier: GPL-2.0
+"""Devices come and go: suspend, reload, removal, leaks, and the module itself."""
+
+import errno
+import os
+import random
+import subprocess
+import threading
+import time
+
+from obdtest import dm, image, stack
+from obdtest.disk import Disk, fails_with, verify, verify_random
+from obdtest.dm import line
+from obdtest.ktap import Failure, Skip, alone, check, defer, equal, main, same_bytes, test
+
+DATA = image.sample(300000, 41)
+PADDED = DATA + bytes(-len(DATA) % 512)
+LENGTH = dm.sectors(len(DATA))
+RAW = image.zfile(DATA)
+VSIZE = 256 << 10
+LAYER = image.lsmt(VSIZE, [(0, image.sample(200 * 512, 42)), (300, 20)])
+REFCNT = "/sys/module/dm_overlaybd/refcnt"
+
+
+class Readers:
+    """Threads that read and compare until they are told to stop."""
+
+    def __init__(self, device, wanted, count=3):
+        self.errors, self.reads, self.stop = [], 0, False
+        self.threads = [threading.Thread(target=self._read, args=(device, wanted, seed)) for seed in range(count)]
+        for thread in self.threads:
+            thread.start()
+
+    def _read(self, device, wanted, seed):
+        rng = random.Random(seed)
+        disk = Disk(device)
+        try:
+            while not self.stop:
+                verify_random(disk, wanted, rng, 4)
+                self.reads += 4
+        except (Failure, OSError) as error:
+            self.errors.append(error)
+        disk.close()
+
+    def join(self):
+        self.stop = True
+        for thread in self.threads:
+            thread.join()
+        check(not self.errors, f"readers: {self.errors[:1]}")
+        check(self.reads > 20, f"only {self.reads} reads")
+
+
+def use_count():
+    with open(REFCNT, encoding="ascii") as file:
+        return int(file.read())
+
+
+@test("suspend and resume under load, with and without flush")
+def suspend_resume():
+    for device, wanted in ((dm.zfile(dm.Loop(RAW), len(RAW), len(DATA)), PADDED),
+                           (stack.open_stack(LAYER), image.flatten([image.Lsmt(LAYER)]))):
+        readers = Readers(device, wanted)
+        for nth in range(12):
+            device.suspend(noflush=bool(nth % 2))
+            time.sleep(0.01)
+            device.resume()
+            time.sleep(0.02)
+        readers.join()
+
+
+@test("a read of a suspended device waits for resume")
+def suspended_read():
+    device = dm.zfile(dm.Loop(RAW), len(RAW), len(DATA))
+    disk = Disk(device)
+    device.suspend()
+    got = []
+    thread = threading.Thread(target=lambda: got.append(disk.read(4096, 8192)))
+    thread.start()
+    time.sleep(0.2)
+    equal(got, [], "reads that ended while suspended")
+    device.resume()
+    thread.join()
+    same_bytes(got[0], DATA[4096:12288], "content")
+
+
+@test("reload under load: other options of the same image, again and again")
+def reload():
+    blobs = [dm.Loop(image.zfile(DATA, algorithm, block)) for algorithm in image.NAMES for block in (512, 4096, 65536)]
+    tables = [line(0, LENGTH, "zfile", blob.path, "-") for blob in blobs]
+    device = dm.create(tables[0])
+    readers = Readers(device, PADDED)
+    for nth in range(18):
+        device.load(tables[nth % len(tables)])
+        device.resume()
+        time.sleep(0.01)
+    readers.join()
+    equal(device.deps(), [blobs[17 % len(blobs)].number], "device below")
+    verify(device, PADDED, rounds=20)
+
+
+@test("reload to a larger and to another image; a refused table leaves the old one")
+def reload_other():
+    small, large = image.sample(50000, 1), image.sample(120000, 2)
+    raws = [image.zfile(data) for data in (small, large)]
+    loops = [dm.Loop(raw) for raw in raws]
+    lines = [line(0, dm.sectors(len(data)), "zfile", loop.path, len(raw))
+             for data, loop, raw in zip((small, large), loops, raws)]
+    device = dm.create(lines[0])
+    device.load(lines[1])
+    equal(device.status(dm.TABLE, inactive=True)[0][1], lines[1][1], "length of the loaded table")
+    verify(device, small + bytes(-len(small) % 512), rounds=5)
+    device.resume()
+    verify(device, large + bytes(-len(large) % 512), rounds=5)
+    fails_with(errno.EINVAL, device.load, line(0, 1, "zfile", loops[0].path, 100))
+    verify(device, large + bytes(-len(large) % 512), rounds=5)
+    device.load(lines[0])
+    device.clear()
+    device.resume()
+    verify(device, large + bytes(-len(large) % 512), rounds=5)
+
+
+@test("remove while open is refused with EBUSY")
+def busy():
+    device = dm.zfile(dm.Loop(RAW), len(RAW), len(DATA))
+    disk = Disk(device)
+    fails_with(errno.EBUSY, device.try_remove)
+    same_bytes(disk.read(0, 4096), DATA[:4096], "content")
+    below = stack.open_stack(image.zfile(LAYER))
+    lower = [name for name in os.listdir("/sys/block") if os.path.exists(f"/sys/block/{name}/holders/dm-") or
+             os.listdir(f"/sys/block/{name}/holders") == [os.path.basename(below.path)]]
+    equal(len(lower), 1, "devices below")
+    with open(f"/sys/block/{lower[0]}/dm/name", encoding="ascii") as file:
+        name = file.read().strip()
+    run = subprocess.run(["dmsetup", "remove", name], capture_output=True, text=True, check=False)
+    check(run.returncode and "busy" in run.stderr.lower(), f"removal of the device below: {run.stderr!r}")
+
+
+@test("deferred removal: the device stays until it is closed")
+def deferred():
+    device = dm.zfile(dm.Loop(RAW), len(RAW), len(DATA))
+    disk = Disk(device)
+    device.try_remove(deferred=True)
+    check(device.exists(), "it is gone although open")
+    same_bytes(disk.read(0, 65536), DATA[:65536], "content")
+    disk.close()
+    for _ in range(100):
+        if not device.exists():
+            break
+        time.sleep(0.02)
+    check(not device.exists(), "it is still there")
+
+
+@test("removal with a table that was never used, and of a device that was never resumed")
+def unused_tables():
+    loop = dm.Loop(RAW)
+    for resumed in (False, True):
+        device = dm.Device()
+        device.load(line(0, LENGTH, "zfile", loop.path, len(RAW)))
+        if resumed:
+            device.resume()
+            device.load(line(0, 1, "zfile", loop.path, len(RAW)))
+        device.remove()
+        check(not device.exists(), "it is still there")
+    equal(use_count(), 0, "use count of the module")
+
+
+def memory_after(rounds, function, *args):
+    """KiB of kernel memory that so many rounds have taken."""
+    def used():
+        with open("/proc/sys/vm/drop_caches", "w", encoding="ascii") as file:
+            file.write("3")
+        with open("/proc/meminfo", encoding="ascii") as file:
+            fields = {row.split(":")[0]: int(row.split()[1]) for row in file}
+        return fields["MemTotal"] - fields["MemFree"] - fields["AnonPages"] - fields["Cached"] - fields["Buffers"]
+    alone(function, *args)
+    before = used()
+    for _ in range(rounds):
+        alone(function, *args)
+    return used() - before
+
+
+@test("making and removing devices, and failing to, leaks no memory")
+def no_leak():
+    # One block again and again: the image is small, its table isn't.
+    payload = image.compress(image.LZ4, bytes(4096))
+    raw = image.zfile_of([payload] * 200000, 200000 * 4096, crc=False)
+    loop = dm.Loop(raw)
+    device = dm.zfile(loop, len(raw), 200000 * 4096)
+    table = int(device.info()[4])
+    device.remove()
+    check(table > 300000, f"the table has {table} bytes")
+
+    def cycle():
+        device = dm.zfile(loop, len(raw), 200000 * 4096)
+        Disk(device).read(1 << 20, 4096)
+        device.load(line(0, 8, "zfile", loop.path, len(raw)))
+
+    def failing():
+        fails_with(errno.EINVAL, dm.create, line(0, 8, "zfile", loop.path, len(raw)), line(8, 8, "zfile", "-"))
+
+    for function in (cycle, failing):
+        grown = memory_after(30, function)
+        check(grown < 30 * table / 1024 / 2, f"{function.__name__}: {grown} KiB more after 30 rounds")
+    entries = [image.lsmt_entry(sector * 2, 1, 8) for sector in range(100000)]
+    layer = image.lsmt_of(entries, bytes(512), 200000 * 512)
+    layers = [(dm.Loop(layer), len(layer))] * 2
+    grown = memory_after(15, dm.lsmt, 200000 * 512, *layers)
+    check(grown < 15 * 1600 / 2, f"lsmt: {grown} KiB more after 15 rounds")
+    equal(use_count(), 0, "use count of the module")
+
+
+@test("devices are made and removed from four threads at once")
+def parallel():
+    errors = []
+
+    def worker():
+        try:
+            for _ in range(12):
+                loop_device = dm.zfile(loop, len(RAW), len(DATA))
+                disk = Disk(loop_device)
+                same_bytes(disk.read(8192, 8192), DATA[8192:16384], "content")
+                disk.close()
+                loop_device.remove()
+        except (Failure, OSError) as error:
+            errors.append(error)
+
+    loop = dm.Loop(RAW)
+    threads = [threading.Thread(target=worker) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    check(not errors, f"{errors[:1]}")
+
+
+def module_file():
+    """The module that was loaded, to be loaded again."""
+    try:
+        with open("/run/vm/env", encoding="utf-8") as file:
+            path = next(row.partition("=")[2].strip() for row in file if row.startswith("VM_MODULE="))
+    except (OSError, StopIteration):
+        path = subprocess.run(["modinfo", "-n", "dm_overlaybd"], capture_output=True, text=True,
+                              check=False).stdout.strip()
+    if not os.path.exists(path):
+        raise Skip("the module's file is not known")
+    return path
+
+
+@test("the module can't be unloaded while a device is there; then it can, and comes back")
+def module():
+    path = module_file()
+    device = dm.zfile(dm.Loop(RAW), len(RAW), len(DATA))
+    check(use_count() > 0, "the module isn't in use")
+    run = subprocess.run(["rmmod", "dm_overlaybd"], capture_output=True, text=True, check=False)
+    check(run.returncode and "in use" in run.stderr, f"rmmod: {run.stderr!r}")
+    same_bytes(Disk(device).whole(), PADDED, "content")
+    loaded = Disk(device)
+    loaded.close()
+    device.suspend()
+    device.resume()
+
+
+@test("unloading and loading the module again, five times")
+def module_again():
+    path = module_file()
+    defer(lambda: os.path.exists(REFCNT) or subprocess.run(["insmod", path], check=True))
+    for _ in range(5):
+        equal(use_count(), 0, "use count")
+        subprocess.run(["rmmod", "dm_overlaybd"], check=True)
+        check(not os.path.exists(REFCNT), "it is still there")
+        fails_with(errno.EINVAL, dm.zfile, dm.Loop(RAW), len(RAW), len(DATA))
+        subprocess.run(["insmod", path], check=True)
+        alone(lambda: verify(dm.zfile(dm.Loop(RAW), len(RAW), len(DATA)), PADDED, rounds=5))
+
+
+if __name__ == "__main__":
+    main()

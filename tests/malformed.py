@@ -1,0 +1,158 @@
+#!/usr/bin/env python3
+# SPDX-License-Identifier: GPL-2.0
+"""Images that are broken in one place each: none may give wrong data."""
+
+import errno
+import random
+import struct
+
+from obdtest import dm, golden, image, stack
+from obdtest.disk import Disk, read_or_none
+from obdtest.ktap import add, alone, check, equal, main, same_bytes, test
+
+VERDICTS = golden.rows("malformed/VERDICTS.tsv")
+# A layer whose mappings lie behind its virtual size: cut, not wrong.
+OTHER_SIZE = {"l-past-vsize.lsmt": 65536}
+
+
+class Refused(Exception):
+    """A table was not loaded; the argument is the phrase."""
+
+
+def try_device(make, *args):
+    """Makes a device; raises Refused with what the kernel says."""
+    log = dm.KernelLog()
+    try:
+        return make(*args)
+    except OSError as error:
+        phrases = [line.split(": ", 3)[-1] for line in log.lines() if line.startswith("device-mapper: table: ")]
+        check(phrases, f"refused ({errno.errorcode[error.errno]}) with no phrase in the kernel log")
+        raise Refused(phrases[0]) from None
+
+
+def claimed_size(raw, limit=1 << 40):
+    """The size that a ZFile claims, as a careless tool would take it."""
+    for at in (0, len(raw) - 512):
+        size = struct.unpack_from("<Q", raw, at + 56)[0] if len(raw) >= 512 else 0
+        if 0 < size < limit:
+            return size
+    return 512
+
+
+def read_all(device, wanted):
+    """Reads in small pieces; returns how many failed. Those that don't must be right."""
+    disk = Disk(device)
+    equal(disk.size, len(wanted), "size of the device")
+    failed = 0
+    for at in range(0, len(wanted), 4096):
+        data = read_or_none(disk, at, min(4096, len(wanted) - at))
+        if data is None:
+            failed += 1
+        else:
+            same_bytes(data, wanted[at:at + 4096], f"4096 bytes at {at}")
+    disk.close()
+    return failed
+
+
+def open_like_a_tool(raw, size):
+    """A blob as an lsmt device of size bytes; raises Refused."""
+    loop = dm.Loop(raw)
+    layer = loop, len(raw)
+    try:
+        claimed = claimed_size(image.unwrap(raw))
+        layer = try_device(dm.zfile, loop, len(raw), claimed), claimed
+    except Refused as refused:
+        if "Not a ZFile" not in str(refused):
+            raise
+    return try_device(dm.lsmt, size, layer)
+
+
+def malformed(name):
+    raw = golden.load(f"malformed/{name}")
+    verdict = VERDICTS[name]["wanted"].rstrip("*")
+    good = image.flatten([image.Lsmt(golden.load("malformed/base.lsmt"))])
+    wanted = good[:OTHER_SIZE.get(name, len(good))]
+    try:
+        device = open_like_a_tool(raw, len(wanted))
+        failed = read_all(device, wanted)
+    except Refused as refused:
+        check(verdict != "accept", f"refused: {refused}")
+        return
+    if verdict == "accept":
+        equal(failed, 0, "failed reads")
+    elif verdict == "reject":
+        check(failed, "every read succeeded")
+
+
+def flipped(kind, start, end, seed, rounds):
+    """Flips single bits where digests and CRCs reach."""
+    data = image.lsmt(128 << 10, [(0, image.sample(60000 // 512 * 512, 7)), (200, 30)])
+    raw = image.zfile(data, kind, overwrite=False)
+    end = len(raw) + end if end <= 0 else end
+    wanted = image.flatten([image.Lsmt(data)])
+    rng = random.Random(seed)
+    caught = 0
+    for _ in range(rounds):
+        at, bit = rng.randrange(start, end), rng.randrange(8)
+        broken = bytearray(raw)
+        broken[at] ^= 1 << bit
+        try:
+            failed = alone(read_broken, bytes(broken), len(data), wanted)
+            check(failed, f"bit {bit} of byte {at}: nothing has failed")
+        except OSError as error:
+            check(error.errno in (errno.EINVAL, errno.EIO), f"bit {bit} of byte {at}: {error}")
+        caught += 1
+    equal(caught, rounds, "flipped bits found")
+
+
+def read_broken(raw, size, wanted):
+    lower = dm.zfile(dm.Loop(raw), len(raw), size)
+    return read_all(dm.lsmt(len(wanted), (lower, size)), wanted)
+
+
+for image_name in (VERDICTS or [n[10:] for n in golden.NAMES if n.startswith("malformed/")]):
+    add(f"malformed/{image_name}", malformed, image_name)
+
+for algorithm, algorithm_name in image.NAMES.items():
+    add(f"flipped bits in the header and trailer, {algorithm_name}", flipped, algorithm, 24, 76, 1, 8)
+    add(f"flipped bits in the blocks and the index, {algorithm_name}", flipped, algorithm, 512, -512, 2, 20)
+
+
+@test("images that end early")
+def truncated():
+    data = image.lsmt(64 << 10, [(0, image.sample(20480))])
+    for overwrite in (True, False):
+        raw = image.zfile(data, overwrite=overwrite)
+        for length in (1, 23, 24, 511, 512, 513, 1024, len(raw) // 2, len(raw) - 513, len(raw) - 1):
+            if overwrite and length > len(raw) - 513:
+                continue
+            loop = dm.Loop(raw[:length])
+            try:
+                try_device(dm.zfile, loop, length, len(data))
+                check(False, f"cut to {length} bytes, overwritten header {overwrite}: loaded")
+            except Refused as refused:
+                check(str(refused), "a phrase")
+    for length in (1, 4095, 4096, 8191, 8192, 20480):
+        raw = image.lsmt(64 << 10, [(0, image.sample(20480))])[:length]
+        try:
+            try_device(dm.lsmt, 65536, (dm.Loop(raw), length))
+            check(False, f"LSMT file cut to {length} bytes: loaded")
+        except Refused as refused:
+            check(str(refused), "a phrase")
+
+
+@test("an image that changes after the table was loaded gives errors, not other data")
+def changed_later():
+    data = image.sample(200000, 3)
+    raw = image.zfile(data)
+    loop = dm.Loop(raw)
+    device = dm.zfile(loop, len(raw), len(data))
+    loop.write(512, image.zfile(image.sample(200000, 4))[512:len(raw) - 512])
+    wanted = data + bytes(-len(data) % 512)
+    disk = Disk(device)
+    failed = sum(read_or_none(disk, at, min(4096, len(wanted) - at)) is None for at in range(0, len(wanted), 4096))
+    check(failed, "nothing has failed")
+
+
+if __name__ == "__main__":
+    main()

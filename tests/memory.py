@@ -1,0 +1,103 @@
+#!/usr/bin/env python3
+# SPDX-License-Identifier: GPL-2.0
+"""Reads go on when memory is short, and what is cached is given back."""
+
+import mmap
+import os
+import random
+import time
+
+from obdtest import dm, image
+from obdtest.disk import Disk, same_bytes
+from obdtest.ktap import Skip, check, equal, main, test
+
+SIZE = 16 << 20
+
+
+def meminfo():
+    with open("/proc/meminfo", encoding="ascii") as file:
+        return {row.split(":")[0]: int(row.split()[1]) for row in file}
+
+
+def compressible():
+    """16 MiB that compress well, each page its own."""
+    return b"".join(number.to_bytes(8, "little") * 64 * 8 for number in range(SIZE // 4096))
+
+
+def hog(leave):
+    """A process that takes all memory but so many KiB until it is killed; gives its number."""
+    child = os.fork()
+    if child:
+        return child
+    try:
+        with open("/proc/self/oom_score_adj", "w", encoding="ascii") as file:
+            file.write("1000")
+        taken = []
+        while True:
+            if meminfo()["MemAvailable"] > leave + (8 << 10):
+                flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | mmap.MAP_POPULATE
+                taken.append(mmap.mmap(-1, 8 << 20, flags=flags))
+            else:
+                time.sleep(0.02)
+    finally:
+        os._exit(0)
+
+
+@test("reads while a process takes nearly all memory")
+def short_of_memory():
+    if meminfo()["MemTotal"] > 6 << 20:
+        raise Skip("this machine has too much memory to take it all")
+    data = compressible()
+    raw = image.zfile(data, image.ZSTD, 65536)
+    disk = Disk(dm.zfile(dm.Loop(raw), len(raw), SIZE))
+    child = hog(64 << 10)
+    try:
+        for _ in range(1000):
+            if meminfo()["MemAvailable"] < 128 << 10:
+                break
+            time.sleep(0.05)
+        rng = random.Random(71)
+        lowest = meminfo()["MemAvailable"]
+        for nth in range(400):
+            offset = rng.randrange(SIZE // 512 - 256) * 512
+            length = rng.choice((512, 4096, 65536, 131072))
+            same_bytes(disk.read(offset, length), data[offset:offset + length], f"direct, {length} at {offset}")
+            if nth % 4 == 0:
+                same_bytes(disk.read_buffered(offset, length), data[offset:offset + length],
+                           f"buffered, {length} at {offset}")
+                lowest = min(lowest, meminfo()["MemAvailable"])
+        check(lowest < 128 << 10, f"memory was never short: {lowest} KiB were left")
+    finally:
+        os.kill(child, 9)
+        os.waitpid(child, 0)
+
+
+@test("memory that a device has taken is free when it is gone")
+def given_back():
+    data = compressible()
+    raw = image.zfile(data, image.LZ4, 65536)
+    loop = dm.Loop(raw)
+
+    def kernel_memory():
+        with open("/proc/sys/vm/drop_caches", "w", encoding="ascii") as file:
+            file.write("3")
+        fields = meminfo()
+        return fields["MemTotal"] - fields["MemFree"] - fields["AnonPages"] - fields["Cached"] - fields["Buffers"]
+
+    before = kernel_memory()
+    for _ in range(3):
+        device = dm.zfile(loop, len(raw), SIZE)
+        disk = Disk(device)
+        rng = random.Random(72)
+        for _ in range(300):
+            offset = rng.randrange(SIZE // 4096) * 4096
+            same_bytes(disk.read(offset, 4096), data[offset:offset + 4096], f"4096 at {offset}")
+        disk.close()
+        device.remove()
+    grown = kernel_memory() - before
+    check(grown < 12 << 10, f"{grown} KiB more than before")
+    equal(device.exists(), False, "the device")
+
+
+if __name__ == "__main__":
+    main()

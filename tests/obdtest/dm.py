@@ -1,0 +1,251 @@
+# SPDX-License-Identifier: GPL-2.0
+"""Mapped devices and loop devices, through their ioctls.
+
+No program has to be started for a device, which makes hundreds of them quick even in an emulated
+machine. Devices are removed when the test that made them is over.
+"""
+
+import errno
+import fcntl
+import os
+import struct
+import time
+
+from .ktap import Failure, defer
+
+READONLY, SUSPEND, TABLE = 1 << 0, 1 << 1, 1 << 4
+NOFLUSH, INACTIVE, UUID, DEFERRED, IMA = 1 << 11, 1 << 12, 1 << 14, 1 << 17, 1 << 19
+
+_REMOVE_ALL, _CREATE, _REMOVE, _SUSPEND, _DEV_STATUS = 1, 3, 4, 6, 7
+_LOAD, _CLEAR, _DEPS, _TABLE_STATUS = 9, 10, 11, 12
+_HEADER = "=3I2Ii4IQ128s129s7x"
+_SPEC = "=QQiI16s"
+_MAJOR = 4
+
+_count = 0
+
+
+def _ioctl(command, name, flags=0, data=b"", targets=0, event=0, room=16384):
+    """One ioctl of device-mapper; returns (flags, open count, targets, device number, data)."""
+    header = struct.calcsize(_HEADER)
+    size = header + max(len(data), room)
+    buf = bytearray(size)
+    struct.pack_into(_HEADER, buf, 0, _MAJOR, 0, 0, size, header, targets, 0, flags, event, 0, 0,
+                     name.encode(), b"")
+    buf[header:header + len(data)] = data
+    with open("/dev/mapper/control", "rb+", buffering=0) as control:
+        fcntl.ioctl(control, (3 << 30) | (header << 16) | (0xFD << 8) | command, buf)
+    got = struct.unpack_from(_HEADER, buf)
+    start, end = got[4], got[3]
+    return got[7], got[6], got[5], got[10], bytes(buf[start:end])
+
+
+def line(start, length, target, *args):
+    """A line of a table."""
+    return (start, length, target, " ".join(str(arg) for arg in args))
+
+
+def _pack(table):
+    out = b""
+    for start, length, target, args in table:
+        params = args.encode() + b"\0"
+        params += bytes(-len(params) % 8)
+        out += struct.pack(_SPEC, start, length, 0, struct.calcsize(_SPEC) + len(params), target.encode())
+        out += params
+    return out
+
+
+def _unpack(data, count):
+    table, at = [], 0
+    size = struct.calcsize(_SPEC)
+    for _ in range(count):
+        start, length, _, following, target = struct.unpack_from(_SPEC, data, at)
+        params = data[at + size:data.index(b"\0", at + size)]
+        table.append((start, length, target.rstrip(b"\0").decode(), params.decode()))
+        at = following
+    return table
+
+
+class Device:
+    """A mapped device."""
+
+    def __init__(self, name=None):
+        global _count
+        _count += 1
+        self.name = name or f"obdtest-{os.getpid()}-{_count}"
+        dev = _ioctl(_CREATE, self.name)[3]
+        self.number = f"{os.major(dev)}:{os.minor(dev)}"
+        self.path = f"/dev/dm-{os.minor(dev)}"
+        self.sysfs = f"/sys/block/dm-{os.minor(dev)}"
+        self.removed = False
+        defer(self.remove)
+
+    def load(self, *table, readonly=True):
+        """Loads a table, which takes effect with resume()."""
+        _ioctl(_LOAD, self.name, READONLY if readonly else 0, _pack(table), len(table))
+
+    def clear(self):
+        """Drops a loaded table."""
+        _ioctl(_CLEAR, self.name)
+
+    def resume(self):
+        _ioctl(_SUSPEND, self.name)
+
+    def suspend(self, noflush=False):
+        _ioctl(_SUSPEND, self.name, SUSPEND | (NOFLUSH if noflush else 0))
+
+    def status(self, kind=0, inactive=False):
+        """The lines of the status: kind is 0 for INFO, TABLE or IMA."""
+        flags = kind | (INACTIVE if inactive else 0)
+        flags, _, targets, _, data = _ioctl(_TABLE_STATUS, self.name, flags)
+        if flags & (1 << 8):
+            data = _ioctl(_TABLE_STATUS, self.name, kind, room=1 << 20)[4]
+        return _unpack(data, targets)
+
+    def info(self):
+        """The INFO fields of the first target."""
+        return self.status()[0][3].split()
+
+    def deps(self):
+        """The numbers of the devices that it uses."""
+        data = _ioctl(_DEPS, self.name)[4]
+        count = struct.unpack_from("=I", data)[0]
+        return sorted(f"{os.major(d)}:{os.minor(d)}" for d in struct.unpack_from(f"={count}Q", data, 8))
+
+    def open_count(self):
+        return _ioctl(_DEV_STATUS, self.name)[1]
+
+    def readonly(self):
+        return bool(_ioctl(_DEV_STATUS, self.name)[0] & READONLY)
+
+    def exists(self):
+        try:
+            _ioctl(_DEV_STATUS, self.name)
+            return True
+        except OSError as error:
+            if error.errno == errno.ENXIO:
+                return False
+            raise
+
+    def try_remove(self, deferred=False):
+        """Removes it, once; raises OSError where that is refused."""
+        _ioctl(_REMOVE, self.name, DEFERRED if deferred else 0)
+        self.removed = True
+
+    def remove(self):
+        """Removes it. A short while it may be held open by somebody who looks at new devices."""
+        for _ in range(100):
+            if self.removed:
+                return
+            try:
+                self.try_remove()
+            except OSError as error:
+                if error.errno == errno.ENXIO:
+                    return
+                if error.errno != errno.EBUSY:
+                    raise
+                time.sleep(0.05)
+        raise Failure(f"{self.name} cannot be removed, it is busy")
+
+
+def create(*table, readonly=True):
+    """A mapped device with a table in use."""
+    device = Device()
+    try:
+        device.load(*table, readonly=readonly)
+        device.resume()
+    except OSError:
+        device.remove()
+        raise
+    return device
+
+
+def linear(device, sectors, readonly=False):
+    """A device that is another, to be changed later."""
+    return create(line(0, sectors, "linear", device.path, 0), readonly=readonly)
+
+
+class Loop:
+    """A loop device on bytes in memory."""
+
+    def __init__(self, content, block=512, size=None, direct=False, readonly=True):
+        self.fd = os.memfd_create("obdtest")
+        os.truncate(self.fd, size or max(-(-len(content) // 4096) * 4096, 4096))
+        write(self.fd, content)
+        self._attach(block, direct, readonly)
+        defer(self.detach)
+
+    def _attach(self, block, direct, readonly):
+        flags = (1 if readonly else 0) | (16 if direct else 0)
+        info = struct.pack("=5Q4I64s64s32s2Q", 0, 0, 0, 0, 0, 0, 0, 0, flags, b"", b"", b"", 0, 0)
+        config = struct.pack("=II", self.fd, block) + info + bytes(64)
+        while True:
+            with open("/dev/loop-control", "rb", buffering=0) as control:
+                number = fcntl.ioctl(control, 0x4C82)
+            self.path = f"/dev/loop{number}"
+            try:
+                with open(self.path, "rb" if readonly else "rb+", buffering=0) as loop:
+                    fcntl.ioctl(loop, 0x4C0A, config)
+                break
+            except OSError as error:
+                if error.errno != errno.EBUSY:
+                    raise
+        dev = os.stat(self.path).st_rdev
+        self.number = f"{os.major(dev)}:{os.minor(dev)}"
+        self.size = os.fstat(self.fd).st_size
+
+    def write(self, offset, content):
+        """Changes the bytes below, behind the back of all readers."""
+        write(self.fd, content, offset)
+        with open(self.path, "rb", buffering=0) as loop:
+            fcntl.ioctl(loop, 0x1261)
+
+    def detach(self):
+        with open(self.path, "rb", buffering=0) as loop:
+            fcntl.ioctl(loop, 0x4C01)
+        os.close(self.fd)
+
+
+def write(fd, content, offset=0):
+    """Writes all of it."""
+    view = memoryview(content)
+    while view:
+        done = os.pwrite(fd, view, offset)
+        view, offset = view[done:], offset + done
+
+
+class KernelLog:
+    """What the kernel says from now on."""
+
+    def __init__(self):
+        self.fd = os.open("/dev/kmsg", os.O_RDONLY | os.O_NONBLOCK)
+        os.lseek(self.fd, 0, os.SEEK_END)
+        defer(os.close, self.fd)
+
+    def lines(self):
+        """The messages since the last call."""
+        out = []
+        while True:
+            try:
+                record = os.read(self.fd, 8192).decode(errors="replace")
+                out.append(record.split(";", 1)[1].split("\n", 1)[0])
+            except BlockingIOError:
+                return out
+            except BrokenPipeError:
+                continue
+
+
+def sectors(size):
+    """Sectors that hold size bytes."""
+    return -(-size // 512)
+
+
+def zfile(device, blob_bytes, size, target="zfile"):
+    """A zfile device of size bytes on the first blob_bytes bytes (or -) of a device."""
+    return create(line(0, max(sectors(size), 1), target, device.path, blob_bytes))
+
+
+def lsmt(size, *layers):
+    """An lsmt device of size bytes on layers (device, bytes or -), lowest first."""
+    args = [arg for device, blob_bytes in layers for arg in (device.path, blob_bytes)]
+    return create(line(0, sectors(size), "lsmt", len(layers), *args))

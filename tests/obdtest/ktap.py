@@ -1,0 +1,165 @@
+# SPDX-License-Identifier: GPL-2.0
+"""Tests and their KTAP version 1 output.
+
+A script declares tests with @test or add(), and ends with main(). A test fails by raising, most
+often through check() and equal(); a test that checks nothing fails as well. What a test defers is
+undone after it, in reverse order, and counts as a part of it.
+"""
+
+import os
+import signal
+import sys
+import time
+import traceback
+
+_tests = []
+_deferred = []
+_checks = 0
+
+# Seconds after which a test has failed.
+TIMEOUT = 150
+
+
+class Failure(Exception):
+    """A check that did not hold."""
+
+
+class Skip(Exception):
+    """A test that cannot run here; the argument says why."""
+
+
+def add(title, function, *args):
+    """Declares a test."""
+    _tests.append((title, function, args))
+
+
+def test(title):
+    """Declares the function below as a test."""
+    def declare(function):
+        add(title, function)
+        return function
+    return declare
+
+
+def defer(function, *args):
+    """Calls function when the test is over."""
+    _deferred.append((function, args))
+
+
+def check(condition, what):
+    """Fails the test with what unless condition holds."""
+    global _checks
+    _checks += 1
+    if not condition:
+        raise Failure(what)
+
+
+def equal(got, wanted, what):
+    """Fails the test unless both are the same."""
+    check(got == wanted, f"{what}: got {_short(got)}, wanted {_short(wanted)}")
+
+
+def same_bytes(got, wanted, what):
+    """Fails the test unless both hold the same bytes; says where they differ."""
+    if len(got) == len(wanted) and got == wanted:
+        check(True, what)
+        return
+    at = next((i for i, (a, b) in enumerate(zip(got, wanted)) if a != b), min(len(got), len(wanted)))
+    check(False, f"{what}: {len(got)} bytes, wanted {len(wanted)}; first difference at byte {at}: "
+          f"{_short(bytes(got[at:at + 8]))}, wanted {_short(bytes(wanted[at:at + 8]))}")
+
+
+def note(text):
+    """Prints a diagnostic line."""
+    for line in str(text).splitlines():
+        print(f"# {line}", flush=True)
+
+
+def skip_all(why):
+    """Ends the script: nothing of it can run."""
+    print(f"KTAP version 1\n1..0 # SKIP {why}", flush=True)
+    sys.exit(4)
+
+
+def _short(value):
+    text = value.hex() if isinstance(value, bytes) else repr(value)
+    return text if len(text) <= 300 else text[:300] + "..."
+
+
+def alone(function, *args):
+    """Calls a part of a test, and undoes at once what that defers."""
+    level = len(_deferred)
+    try:
+        return function(*args)
+    finally:
+        error = _undo(level)
+        if error:
+            raise error
+
+
+def _undo(level=0):
+    """Undoes what was deferred since level; returns the first error."""
+    first = None
+    while len(_deferred) > level:
+        function, args = _deferred.pop()
+        try:
+            function(*args)
+        except Exception as error:  # pylint: disable=broad-except
+            first = first or error
+    return first
+
+
+def _timeout(_signal, _frame):
+    raise Failure(f"not over after {TIMEOUT} s")
+
+
+def _explain(error):
+    if isinstance(error, Failure):
+        frames = [f for f in traceback.extract_tb(error.__traceback__) if "obdtest" not in f.filename]
+        where = f" (line {frames[-1].lineno})" if frames else ""
+        note(f"{error}{where}")
+    else:
+        note("".join(traceback.format_exception(error)).rstrip())
+
+
+def _run(function, args):
+    """Runs a test; returns what it raised."""
+    global _checks
+    _checks = 0
+    error = None
+    signal.alarm(TIMEOUT)
+    try:
+        function(*args)
+        if not _checks:
+            raise Failure("the test has checked nothing")
+    except Exception as caught:  # pylint: disable=broad-except
+        error = caught
+    signal.alarm(0)
+    undo_error = _undo()
+    return error or undo_error
+
+
+def main():
+    """Runs the tests, all or those whose titles contain a word of the command line."""
+    words = sys.argv[1:]
+    tests = [t for t in _tests if not words or any(word in t[0] for word in words)]
+    signal.signal(signal.SIGALRM, _timeout)
+    print(f"KTAP version 1\n1..{len(tests)}", flush=True)
+    failed = skipped = 0
+    for number, (title, function, args) in enumerate(tests, 1):
+        start = time.monotonic()
+        error = _run(function, args)
+        if "OBD_TEST_TIMES" in os.environ:
+            note(f"{time.monotonic() - start:.2f} s {title}")
+        if isinstance(error, Skip):
+            skipped += 1
+            print(f"ok {number} {title} # SKIP {error}", flush=True)
+        elif error:
+            failed += 1
+            _explain(error)
+            print(f"not ok {number} {title}", flush=True)
+        else:
+            print(f"ok {number} {title}", flush=True)
+    if failed:
+        sys.exit(1)
+    sys.exit(4 if tests and skipped == len(tests) else 0)
