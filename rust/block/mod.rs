@@ -1,12 +1,11 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! Safe abstractions over bios, their pages, I/O buffers and reads of metadata.
+//! Safe abstractions over bios, their pages and I/O buffers.
 //!
 //! - [`Status`]: how an I/O ended, `blk_status_t`.
 //! - [`Pages`], [`Dest`]: the memory that a read fills, which user space may see and change.
 //! - [`Buffer`]: memory for a lower read.
 //! - [`Lock`]: a spinlock that interrupt handlers may take.
-//! - [`MetaReader`]: a part of a block device, read in process context.
 //! - [`Shrinker`]: a cache that the kernel can make smaller.
 //! - [`WorkQueue`]: a workqueue of our own.
 //!
@@ -14,7 +13,6 @@
 
 mod buffer;
 mod lock;
-mod meta;
 mod pages;
 mod shrinker;
 mod status;
@@ -22,7 +20,6 @@ mod workqueue;
 
 pub(crate) use buffer::Buffer;
 pub(crate) use lock::Lock;
-pub(crate) use meta::MetaReader;
 pub(crate) use pages::{Dest, Pages};
 pub(crate) use shrinker::{Shrink, Shrinker};
 pub(crate) use status::Status;

@@ -30,6 +30,7 @@ mod args;
 mod bio;
 mod device;
 mod io;
+mod meta;
 mod setup;
 mod status;
 mod target;
@@ -38,6 +39,7 @@ pub(crate) use args::{blob_bytes, number, option_count, put_blob, Args, UNKNOWN_
 pub(crate) use bio::{Bio, Mapped};
 pub(crate) use device::{Device, DeviceId};
 pub(crate) use io::{frame_size, Io, IoQueue, Spares};
+pub(crate) use meta::MetaReader;
 pub(crate) use setup::{DeviceName, Failure, Setup};
 pub(crate) use status::Emit;
 pub(crate) use target::{Deferred, Limits, Registration, Target};

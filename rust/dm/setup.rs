@@ -8,7 +8,6 @@ use kernel::alloc::AllocError;
 use kernel::prelude::*;
 use kernel::sync::Arc;
 
-use super::target::type_name;
 use super::{Device, DeviceId};
 use crate::format;
 use crate::sys;
@@ -106,6 +105,20 @@ impl DeviceName {
     pub(crate) fn as_str(&self) -> &str {
         self.as_c_str().to_str().unwrap_or("?")
     }
+}
+
+/// The name of the target type of `ti`.
+///
+/// # Safety
+///
+/// `ti` is valid.
+pub(super) unsafe fn type_name(ti: *mut sys::dm_target) -> &'static CStr {
+    // SAFETY: The caller's promise.
+    let target_type = unsafe { (*ti).type_ };
+    // SAFETY: A target's type is valid.
+    let name = unsafe { (*target_type).name };
+    // SAFETY: A type's name is a static string.
+    unsafe { CStr::from_char_ptr(name) }
 }
 
 /// A target in the making.

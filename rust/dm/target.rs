@@ -13,7 +13,7 @@ use kernel::prelude::*;
 use kernel::sync::Arc;
 use kernel::types::Opaque;
 
-use super::setup::DeviceName;
+use super::setup::{type_name, DeviceName};
 use super::{Args, Bio, Device, DeviceId, Emit, Failure, Mapped, Setup, Spares};
 use crate::block::WorkQueue;
 use crate::sys;
@@ -87,20 +87,6 @@ impl Limits<'_> {
     pub(crate) fn clear_poll(&mut self) {
         self.0.features &= !sys::OBD_BLK_FEAT_POLL;
     }
-}
-
-/// The name of the target type of `ti`.
-///
-/// # Safety
-///
-/// `ti` is valid.
-pub(super) unsafe fn type_name(ti: *mut sys::dm_target) -> &'static CStr {
-    // SAFETY: The caller's promise.
-    let target_type = unsafe { (*ti).type_ };
-    // SAFETY: A target's type is valid.
-    let name = unsafe { (*target_type).name };
-    // SAFETY: A type's name is a static string.
-    unsafe { CStr::from_char_ptr(name) }
 }
 
 /// A target with its devices: what `ti->private` points to.

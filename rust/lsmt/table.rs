@@ -6,7 +6,6 @@ use kernel::alloc::flags::__GFP_NOWARN;
 use kernel::prelude::*;
 
 use super::{Lsmt, Tail};
-use crate::block::MetaReader;
 use crate::dm::{self, Args, Bio, Device, DeviceId, Emit, Failure, Limits, Mapped, Setup};
 use crate::format::lsmt::{Layer, Segment};
 use crate::format::merge::{self, Event, Extent, MAX_LAYERS};
@@ -126,7 +125,7 @@ fn open_layer(
     device: DeviceId,
     bytes: Option<u64>,
 ) -> Result<Opened, Failure> {
-    let blob = MetaReader::new(setup.device(device)?, bytes)?;
+    let blob = dm::MetaReader::new(setup.device(device)?, bytes)?;
     let payload = tar::payload(&blob)?.unwrap_or(tar::Payload {
         start: 0,
         len: blob.size(),
@@ -209,7 +208,7 @@ fn read_tail(
         layer, sector: at, ..
     } = merge::lookup(segments, sector)
     {
-        let blob = MetaReader::new(setup.device(DeviceId::nth(layer))?, None)?;
+        let blob = dm::MetaReader::new(setup.device(DeviceId::nth(layer))?, None)?;
         let (inside, _) = bytes.split_at_mut(inside as usize);
         blob.read_at(at * SECTOR_SIZE, inside)?;
     }

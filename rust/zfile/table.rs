@@ -8,7 +8,7 @@ use kernel::sync::atomic::Relaxed;
 
 use super::cache::Cache;
 use super::{io, Shared, Stats, Zfile};
-use crate::block::{MetaReader, Shrinker};
+use crate::block::Shrinker;
 use crate::codec::crc32c;
 use crate::dm::{self, Args, Bio, Deferred, Device, Emit, Failure, Limits, Mapped, Setup};
 use crate::format::num::to_usize;
@@ -33,7 +33,7 @@ impl dm::Target for Zfile {
         let cache_blocks = parse_options(&mut args)?;
 
         let device = setup.open(path)?;
-        let blob = MetaReader::new(setup.device(device)?, blob_bytes)?;
+        let blob = dm::MetaReader::new(setup.device(device)?, blob_bytes)?;
         let payload = tar::payload(&blob)?.unwrap_or(tar::Payload {
             start: 0,
             len: blob.size(),

@@ -7,8 +7,8 @@ use core::ptr::NonNull;
 use kernel::prelude::*;
 use kernel::types::Opaque;
 
-use super::{Buffer, Status};
-use crate::dm::{self, Device, Failure};
+use super::{check_killed, Device, Failure};
+use crate::block::{Buffer, Status};
 use crate::format::blob::Sink;
 use crate::format::num::{to_u64, to_usize};
 use crate::format::{blob, Blob, Error as FormatError, Fault};
@@ -97,7 +97,7 @@ impl Blob for MetaReader<'_> {
             let to = to_usize((end - at).min(to_u64(piece.len())));
             sink(piece.get(from..to).ok_or(EINVAL)?)?;
             at += to_u64(piece.len());
-            dm::check_killed()?;
+            check_killed()?;
             if ahead < stop {
                 let chunk = (stop - ahead).min(to_u64(CHUNK));
                 ahead += self.submit(reads.get_mut(turn), ahead, chunk)?;
