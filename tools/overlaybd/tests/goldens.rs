@@ -69,7 +69,8 @@ fn trials(dir: &Path) -> Vec<Trial> {
         let dir = dir.to_owned();
         let name = row["path"].clone();
         let kind = row["kind"].clone();
-        let large = row["virtual_size"].parse::<u64>().is_ok_and(|n| n > LARGE);
+        let large =
+            row["virtual_size"].parse::<u64>().is_ok_and(|n| n > LARGE) && row["sha256_raw"] != "-";
         let trial: Trial = match kind.as_str() {
             "zfile" => Trial::test(name, move || read_zfile(&dir, &row)),
             "aux" => continue,
@@ -132,7 +133,10 @@ fn read_stack(dir: &Path, row: &Row) -> Outcome {
     let stack = Stack::open(&layers(dir, row))?;
     let size = stack.virtual_size();
     same("virtual size", &size.to_string(), &row["virtual_size"])?;
-    same("content", &sha256(&stack, size)?, &row["sha256_raw"])?;
+    // Of some layers that mean nothing alone, the content isn't recorded.
+    if row["sha256_raw"] != "-" {
+        same("content", &sha256(&stack, size)?, &row["sha256_raw"])?;
+    }
     for layer in stack.layers() {
         let bad = layer.verify(&overlaybd::progress::silent)?;
         if let Some(error) = bad.first() {

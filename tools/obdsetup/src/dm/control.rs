@@ -154,7 +154,7 @@ impl Control {
         ];
         let said = self.run(&args).with_context(|| {
             format!(
-                "cannot set up device {name} with table `{}` (dmesg has the reason)",
+                "cannot set up device {name} with table `{}`",
                 lines.join("; ")
             )
         })?;
@@ -255,10 +255,14 @@ impl Control {
             .map(str::trim)
             .filter(|line| !line.is_empty() && *line != "Command failed.")
             .collect();
-        let message = match lines.as_slice() {
+        let mut message = match lines.as_slice() {
             [] => format!("dmsetup failed: {}", done.status),
             lines => lines.join("; "),
         };
+        if message.contains("reload ioctl") {
+            // A target said no; only there it says why.
+            message.push_str(" (dmesg has the reason)");
+        }
         Err(DmFailure { message }.into())
     }
 }
