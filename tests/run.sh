@@ -21,14 +21,14 @@ scripts() {
 	done
 }
 
-# left_behind: devices, loops, mounts and users of the module, a line each.
-left_behind() {
+# state: mapped devices, loop devices, mounts of tests, and users of the module, a line each.
+state() {
 	local path
 	for path in /sys/block/dm-*; do
 		[ ! -e "$path/dm/name" ] || echo "mapped device $(<"$path/dm/name")"
 	done
 	for path in /sys/block/loop*/loop/backing_file; do
-		[ ! -e "$path" ] || echo "loop device on $(<"$path")"
+		[ ! -e "$path" ] || echo "loop device ${path//[^0-9]/} on $(<"$path")"
 	done
 	grep -o ' /tmp/obdtest[^ ]*' /proc/mounts | sed 's/^/mounted:/'
 	if [ ! -e "$MODULE" ]; then
@@ -38,6 +38,32 @@ left_behind() {
 	fi
 }
 
+# left_behind BEFORE: what there is now and wasn't before, once it had two seconds to go.
+left_behind() {
+	local now i
+	for ((i = 0; i < 40; i++)); do
+		now=$(comm -13 <(sort <<<"$1") <(state | sort))
+		[ -n "$now" ] || return
+		sleep 0.05
+	done
+	echo "$now"
+}
+
+# tidy: remove what a failed test has left, so that the next ones aren't hurt by it.
+tidy() {
+	local path name _
+	grep -o ' /tmp/obdtest[^ ]*' /proc/mounts | xargs -r umount
+	for _ in 1 2 3 4; do
+		for path in /sys/block/dm-*; do
+			name=$(cat "$path/dm/name" 2>/dev/null)
+			[[ $name != obdtest-* ]] || dmsetup remove "$name"
+		done
+	done >/dev/null 2>&1
+	for path in /sys/block/loop*/loop/backing_file; do
+		[[ $(cat "$path" 2>/dev/null) != */memfd:obdtest* ]] || losetup --detach "/dev/loop${path//[^0-9]/}"
+	done >/dev/null 2>&1
+}
+
 # complaints MARK: what the kernel had to complain of since a line of its log.
 complaints() {
 	dmesg | awk -v mark="$1" 'index($0, mark) { seen = 1 } seen' | grep -E "$COMPLAINTS"
@@ -45,20 +71,20 @@ complaints() {
 
 # run_one NAME: status 0 passed, 1 failed, 4 skipped.
 run_one() {
-	local mark="obdtest: $1 $RANDOM" status=0 left i
+	local mark="obdtest: $1 $RANDOM" status=0 before left
+	before=$(state)
 	echo "$mark" >/dev/kmsg
 	"./$1.py" 2>&1 | sed 's/^/  /'
 	status=${PIPESTATUS[0]}
-	for ((i = 0; i < 40; i++)); do
-		left=$(left_behind)
-		[ -n "$left" ] || break
-		sleep 0.05
-	done
-	left+=${left:+$'\n'}$(complaints "$mark")
+	left=$(
+		left_behind "$before" | sed 's/^/left behind: /'
+		complaints "$mark" | sed 's/^/kernel log: /'
+	)
 	if [ -n "$left" ]; then
-		head -n 12 <<<"$left" | sed "s/^/# $1 left behind: /"
+		head -n 12 <<<"$left" | sed "s/^/# $1: /"
 		status=1
 	fi
+	[ "$status" != 1 ] || tidy
 	return "$status"
 }
 
