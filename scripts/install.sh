@@ -1,6 +1,6 @@
 #!/bin/bash
 # SPDX-License-Identifier: GPL-2.0
-# Install what was built: the module, obdsetup, the manual pages. DESTDIR=, PREFIX= (/usr/local), KDIR= as for make.
+# Install what was built: the module, obdsetup, its udev rule, the manual pages. DESTDIR=, PREFIX= (/usr/local), KDIR= as for make.
 . "$(dirname "$0")/lib.sh"
 
 prefix=${DESTDIR:-}${PREFIX:-/usr/local}
@@ -14,6 +14,7 @@ obdsetup=$BUILD/cargo-host/release/obdsetup
 
 "$SCRIPTS/build-module.sh" install
 install -D -m 755 "$obdsetup" "$prefix/sbin/obdsetup"
+install -D -m 644 -t "${DESTDIR:-}/usr/lib/udev/rules.d" "$CLONE"/tools/udev/*.rules
 find "$CLONE/Documentation" -name '*.[1-8]' 2>/dev/null | while read -r page; do
 	install -D -m 644 "$page" "$prefix/share/man/man${page##*.}/${page##*/}"
 done

@@ -6,7 +6,7 @@ import errno
 import random
 import struct
 
-from obdtest import dm, golden, image, stack
+from obdtest import dm, golden, image
 from obdtest.disk import Disk, read_or_none
 from obdtest.ktap import add, alone, check, equal, main, same_bytes, test
 

@@ -120,7 +120,7 @@ def commit():
 def open_close():
     work = work_directory()
     raws = [image.zfile(image.lsmt(SIZE, [(0, DATA[:200 * 512])])),
-            image.tar(image.zfile(image.lsmt(SIZE, [(10, 30), (500, DATA[:51200])]), image.ZSTD, 65536, overwrite=False)),
+            image.tar(image.zfile(image.lsmt(SIZE, [(10, 30), (500, DATA[:51200])]), image.ZSTD, 65536)),
             image.lsmt(SIZE, [(100, DATA[4096:8192])])]
     layers = [write(f"{work}/layer{nth}", raw) for nth, raw in enumerate(raws)]
     wanted = image.flatten([stack.layer(raw) for raw in raws])
