@@ -92,6 +92,8 @@ faults! {
         "above 0, ending at or below sector 2^50";
     LsmtEntryMapping: c"LSMT entry maps outside of the data", "lsmt entry moffset",
         "sectors from 8 up to the index";
+    LsmtVirtualSizeRange: c"LSMT virtual size is too large", "lsmt virtual_size",
+        "2^59 bytes at most";
     LsmtVirtualSize: c"No layer has a virtual size", "lsmt virtual_size",
         "above 0 in one layer at least";
     LsmtLayerCount: c"Invalid number of layers", "layers", "1 to 255";

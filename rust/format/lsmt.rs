@@ -257,7 +257,7 @@ impl core::fmt::Debug for Segment {
 ///
 /// # Invariants
 ///
-/// - `entries` is at most [`MAX_ENTRIES`].
+/// - `virtual_size` is at most [`MAX_END`] sectors, and `entries` at most [`MAX_ENTRIES`].
 /// - The index, `index_offset + 16 * entries`, lies behind the header and before the trailer.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Layer {
@@ -306,6 +306,10 @@ impl Layer {
         if trailer.index_count > MAX_ENTRIES {
             let count = trailer.index_count;
             return error(Fault::LsmtIndexCount, field::INDEX_COUNT, count);
+        }
+        if trailer.virtual_size > MAX_END * SECTOR_SIZE {
+            let size = trailer.virtual_size;
+            return error(Fault::LsmtVirtualSizeRange, field::VIRTUAL_SIZE, size);
         }
         // No overflow in the product: the count is bounded above.
         let end = trailer

@@ -28,6 +28,9 @@ out_port() {
 	done
 }
 
+# What udev would load on first use.
+modprobe -qa loop dm-mod
+
 cd "$VM_CLONE" || exit
 if [ -n "$VM_MODULE" ] && ! load_module; then
 	echo "vm: the module does not load" >/dev/kmsg

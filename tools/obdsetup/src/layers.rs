@@ -4,6 +4,7 @@
 //! device that it is on.
 
 use std::fmt;
+use std::io::{self, Write};
 use std::os::unix::fs::FileTypeExt;
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
@@ -113,6 +114,6 @@ pub(crate) fn chain_warnings(layers: &[LayerReader]) -> Vec<String> {
 /// Prints warnings.
 pub(crate) fn warn(warnings: &[String]) {
     for warning in warnings {
-        eprintln!("obdsetup: warning: {warning}");
+        let _ = writeln!(io::stderr(), "obdsetup: warning: {warning}");
     }
 }

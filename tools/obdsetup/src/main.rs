@@ -18,6 +18,7 @@ mod output;
 mod size;
 mod wrap_args;
 
+use std::io::{self, Write};
 use std::process::ExitCode;
 
 use clap::Parser;
@@ -50,7 +51,7 @@ fn main() -> ExitCode {
             let code = exit::code(&error);
             // A reader that has seen enough, say head(1), closed standard output: no need to tell.
             if code != exit::PIPE {
-                eprintln!("obdsetup: {}", message(&error));
+                let _ = writeln!(io::stderr(), "obdsetup: {}", message(&error));
             }
             ExitCode::from(code)
         }

@@ -382,6 +382,13 @@ fn lsmt_cases() -> Vec<Case> {
             entry(1, |_, source| *source += 1),
         ),
         (
+            "virtual size above 2^59",
+            Fault::LsmtVirtualSizeRange,
+            plain(Part::Trailer, |b| {
+                put(b, VIRTUAL_SIZE, &((1u64 << 59) + 1).to_le_bytes())
+            }),
+        ),
+        (
             "no virtual size",
             Fault::LsmtVirtualSize,
             plain(Part::Trailer, |b| put(b, VIRTUAL_SIZE, &0u64.to_le_bytes())),

@@ -4,6 +4,7 @@
 
 use anyhow::Result;
 
+use crate::dm::plan::check_name;
 use crate::dm::Control;
 use crate::exit::{self, Failure};
 
@@ -25,6 +26,7 @@ pub(crate) struct Args {
 
 /// Runs `close`.
 pub(crate) fn run(args: &Args) -> Result<()> {
+    check_name(&args.name)?;
     let control = Control::open()?;
     let devices = control.stack(&args.name)?;
     if devices.is_empty() {

@@ -4,7 +4,7 @@
 
 use std::fs::File;
 use std::io::{self, Seek, SeekFrom, Write};
-use std::os::unix::fs::FileTypeExt;
+use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt};
 use std::path::PathBuf;
 use std::sync::Arc;
 
@@ -12,6 +12,7 @@ use anyhow::{Context, Result};
 use overlaybd::format::num::{to_u64, to_usize};
 use overlaybd::format::Blob;
 use overlaybd::{Error, Payload};
+use rustix::fs::OFlags;
 
 use crate::bar::Bar;
 use crate::exit::Failure;
@@ -135,22 +136,58 @@ pub(crate) fn run(args: &Args) -> Result<()> {
 
     let write = |out: &mut dyn Out, sparse| copy(source.as_ref(), args.offset, end, out, sparse);
     if args.output.as_os_str() == "-" {
-        return write(&mut Stream(io::stdout().lock()), false);
+        let mut out = Stream(io::stdout().lock());
+        write(&mut out, false)?;
+        // At the end of the process nobody would hear of an error.
+        return Ok(out.0.flush()?);
     }
-    let is_device = std::fs::metadata(&args.output)
-        .is_ok_and(|meta| meta.file_type().is_block_device() || meta.file_type().is_char_device());
-    if is_device {
-        let mut file = File::options()
-            .write(true)
-            .open(&args.output)
-            .with_context(|| args.output.display().to_string())?;
+    if let Some(mut file) = open_device(args)? {
         // There, a hole would show what was there before.
-        return write(&mut file, false);
+        write(&mut file, false)?;
+        let synced = file.sync_all().or_else(|error| match error.kind() {
+            // What is no disk has nothing to write back.
+            io::ErrorKind::InvalidInput => Ok(()),
+            _ => Err(error),
+        });
+        return synced.with_context(|| args.output.display().to_string());
     }
     let mut output = Output::create(&args.output, args.force)?;
     write(output.file(), args.sparse)?;
     output.file().set_len(length)?;
     output.commit()
+}
+
+/// Opens the output where it is a device, which can't be complete or absent as a file is: a disk
+/// must be meant to be overwritten, in use by nobody, and none of the layers.
+fn open_device(args: &Args) -> Result<Option<File>> {
+    let context = || args.output.display().to_string();
+    let Ok(meta) = std::fs::metadata(&args.output) else {
+        return Ok(None);
+    };
+    let is_disk = meta.file_type().is_block_device();
+    if !is_disk && !meta.file_type().is_char_device() {
+        return Ok(None);
+    }
+    let mut options = File::options();
+    options.write(true);
+    if is_disk {
+        if !args.force {
+            return Err(Failure::usage(format!(
+                "{}: a disk is overwritten with --force only",
+                args.output.display()
+            )));
+        }
+        options.custom_flags(OFlags::EXCL.bits() as i32);
+    }
+    let file = options.open(&args.output).with_context(context)?;
+    let opened = file.metadata().with_context(context)?;
+    for layer in &args.layers {
+        let input = std::fs::metadata(&layer.path).with_context(|| layer.to_string())?;
+        if input.file_type().is_block_device() && input.rdev() == opened.rdev() {
+            return Err(Failure::usage(format!("{layer}: is the output as well")));
+        }
+    }
+    Ok(Some(file))
 }
 
 /// Where a dump goes.

@@ -59,7 +59,10 @@ impl Command {
 fn print(text: &str) -> Result<()> {
     use std::io::Write;
 
-    std::io::stdout().write_all(text.as_bytes())?;
+    let mut out = std::io::stdout().lock();
+    out.write_all(text.as_bytes())?;
+    // At the end of the process nobody would hear of an error.
+    out.flush()?;
     Ok(())
 }
 

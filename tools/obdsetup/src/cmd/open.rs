@@ -2,6 +2,7 @@
 
 //! `obdsetup open`.
 
+use std::io::{self, Write};
 use std::sync::Arc;
 
 use anyhow::Result;
@@ -181,8 +182,9 @@ pub(crate) fn run(args: &Args) -> Result<()> {
         numbers.push(number);
     }
     interrupt::check()?;
+    print(&format!("{}\n", dm::node(&args.name).display()))?;
     undo.names.clear();
-    print(&format!("{}\n", dm::node(&args.name).display()))
+    Ok(())
 }
 
 /// Takes down what was set up, top first, when dropped.
@@ -195,7 +197,8 @@ impl Drop for Undo<'_> {
     fn drop(&mut self) {
         for name in self.names.iter().rev() {
             if let Err(error) = self.control.remove(name, false) {
-                eprintln!("obdsetup: {error:#}");
+                // Whether or not it can be said, the others are removed.
+                let _ = writeln!(io::stderr(), "obdsetup: {error:#}");
             }
         }
     }

@@ -11,6 +11,7 @@ use serde_json::{Map, Value};
 use super::close::not_ours;
 use super::{print, print_json};
 use crate::dm::control::{Line, State};
+use crate::dm::plan::check_name;
 use crate::dm::Control;
 
 /// Arguments of `status`.
@@ -72,6 +73,7 @@ struct Target {
 
 /// Runs `status`.
 pub(crate) fn run(args: &Args) -> Result<()> {
+    check_name(&args.name)?;
     let control = Control::open()?;
     let stack = control.stack(&args.name)?;
     if stack.is_empty() {

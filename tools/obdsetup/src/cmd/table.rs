@@ -31,7 +31,7 @@ pub(crate) struct Args {
     #[arg(long, conflicts_with = "concise")]
     json: bool,
 
-    /// Print one line for `dmsetup create --concise` or the kernel's `dm-mod.create=`
+    /// Print one line for `dmsetup create --concise`
     #[arg(long)]
     concise: bool,
 

@@ -13,6 +13,7 @@
 
 use std::fmt;
 use std::io::ErrorKind;
+use std::os::unix::process::CommandExt;
 use std::process::{Command, Stdio};
 
 use anyhow::{Context, Result};
@@ -244,6 +245,8 @@ impl Control {
             .args(args)
             .env("LC_ALL", "C")
             .stdin(Stdio::null())
+            // The terminal's signals are for us: we undo what was done, with dmsetup's help.
+            .process_group(0)
             .output()
             .context("cannot run dmsetup")?;
         if done.status.success() {

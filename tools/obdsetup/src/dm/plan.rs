@@ -262,10 +262,16 @@ fn push_options(params: &mut Vec<Word>, options: &[String]) {
 /// Checks a device name: what libdm leaves as it is, so that the node has that very name.
 pub(crate) fn check_name(name: &str) -> Result<()> {
     let plain = |c: char| c.is_ascii_alphanumeric() || "#+-.:=@_".contains(c);
-    if name.is_empty() || name.len() > MAX_NAME || !name.chars().all(plain) || name.starts_with('.')
+    if name.is_empty()
+        || name.len() > MAX_NAME
+        || !name.chars().all(plain)
+        || name.starts_with(['.', '-'])
     {
         let mut message = format!("name `{name}`: expected 1 to {MAX_NAME} ");
-        let _ = write!(message, "letters, digits or any of # + - . : = @ _");
+        let _ = write!(
+            message,
+            "letters, digits or any of # + - . : = @ _, no . or - first"
+        );
         return Err(Failure::usage(message));
     }
     Ok(())
