@@ -20,5 +20,9 @@ if [ -n "${CARGO:-}" ]; then
 	CARGO_TARGET_DIR=$target-host "$CARGO" "${args[@]}"
 else
 	"$SCRIPTS/setup.sh"
-	"$SCRIPTS/in-root.sh" env -C tools cargo "${args[@]}"
+	# The golden images, where they are there, at a place that the root has.
+	goldens=${OBD_GOLDENS:-$CLONE/../shared/goldens}
+	binds=()
+	[ ! -d "$goldens" ] || binds=(-b "$(realpath "$goldens"):/srv")
+	"$SCRIPTS/in-root.sh" "${binds[@]}" env -C tools OBD_GOLDENS="${binds:+/srv}" cargo "${args[@]}"
 fi
