@@ -28,7 +28,8 @@ fn main() {
         Some(dir) => trials(&dir),
         None => {
             println!("skipped: no golden images");
-            vec![Trial::test("goldens", || Ok(())).with_ignored_flag(true)]
+            let name = "goldens (skipped: no golden images, see OBD_GOLDENS)";
+            vec![Trial::test(name, || Err("no golden images".into())).with_ignored_flag(true)]
         }
     };
     libtest_mimic::run(&args, trials).exit();
@@ -71,6 +72,10 @@ fn trials(dir: &Path) -> Vec<Trial> {
         let kind = row["kind"].clone();
         let large =
             row["virtual_size"].parse::<u64>().is_ok_and(|n| n > LARGE) && row["sha256_raw"] != "-";
+        let name = match large {
+            true => format!("{name} (skipped: takes minutes, see --include-ignored)"),
+            false => name,
+        };
         let trial: Trial = match kind.as_str() {
             "zfile" => Trial::test(name, move || read_zfile(&dir, &row)),
             "aux" => continue,
