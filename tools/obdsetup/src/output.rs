@@ -3,7 +3,7 @@
 //! Files that are there complete or not at all.
 
 use std::fs::File;
-use std::os::unix::fs::PermissionsExt;
+use std::os::unix::fs::{MetadataExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result};
@@ -19,8 +19,22 @@ pub(crate) struct Output {
 }
 
 impl Output {
-    /// Begins the file `path`. With `force`, one that is there is replaced at the end.
-    pub(crate) fn create(path: &Path, force: bool) -> Result<Self> {
+    /// Begins the file `path`. With `force`, one that is there is replaced at the end, if it isn't
+    /// one of `inputs`.
+    pub(crate) fn create<'a>(
+        path: &Path,
+        force: bool,
+        inputs: impl IntoIterator<Item = &'a Path>,
+    ) -> Result<Self> {
+        let place = |path: &Path| path.metadata().ok().map(|meta| (meta.dev(), meta.ino()));
+        let there = place(path);
+        let mut inputs = inputs.into_iter();
+        if there.is_some() && inputs.any(|input| place(input) == there) {
+            return Err(Failure::usage(format!(
+                "{}: is an input as well",
+                path.display()
+            )));
+        }
         if !force && path.symlink_metadata().is_ok() {
             return Err(exists(path));
         }

@@ -319,6 +319,13 @@ fn existing_files_stay() {
     place.run("commit --force bad out").code(3);
     assert_eq!(place.read("out"), b"precious");
     place.run("commit --force layer.obd out").success();
+    // Inputs are never changed, whatever their name is here.
+    for command in [
+        "commit --force ./layer.obd layer.obd",
+        "create --force --image disk.raw ./disk.raw",
+    ] {
+        place.run(command).code(1);
+    }
     assert_ne!(place.read("out"), b"precious");
     assert_eq!(place.names(), ["bad", "disk.raw", "layer.obd", "out"]);
     assert!(place.read("disk.raw") == image());

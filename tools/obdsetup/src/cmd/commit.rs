@@ -53,7 +53,7 @@ pub(crate) struct Args {
 pub(crate) fn run(args: &Args) -> Result<()> {
     let wrapping = args.wrap.wrapping()?;
     let layer = args.input.open_layer()?;
-    let mut output = Output::create(&args.output, args.force)?;
+    let mut output = Output::create(&args.output, args.force, [args.input.path.as_path()])?;
     let IdentArgs {
         uuid,
         parent_uuid,

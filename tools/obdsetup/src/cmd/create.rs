@@ -114,7 +114,9 @@ fn granule(text: &str) -> Result<u64, String> {
 /// Runs `create`.
 pub(crate) fn run(args: &Args) -> Result<()> {
     let wrapping = args.wrap.wrapping()?;
-    let mut output = Output::create(&args.output, args.force)?;
+    let layers = args.base.iter().map(|layer| layer.path.as_path());
+    let inputs = layers.chain(args.image.as_deref());
+    let mut output = Output::create(&args.output, args.force, inputs)?;
 
     // Deleted when dropped.
     let made = match (&args.directory, args.fs) {

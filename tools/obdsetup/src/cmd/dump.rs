@@ -151,7 +151,11 @@ pub(crate) fn run(args: &Args) -> Result<()> {
         });
         return synced.with_context(|| args.output.display().to_string());
     }
-    let mut output = Output::create(&args.output, args.force)?;
+    let mut output = Output::create(
+        &args.output,
+        args.force,
+        args.layers.iter().map(|layer| layer.path.as_path()),
+    )?;
     write(output.file(), args.sparse)?;
     output.file().set_len(length)?;
     output.commit()
