@@ -12,7 +12,7 @@ S := scripts
 export KDIR KERNEL MIRROR V DESTDIR PREFIX RUN SHARE TIMEOUT CARGO
 export QEMU_MEM QEMU_SMP QEMU_ARGS KERNEL_ARGS OBD_GOLDENS
 
-.PHONY: all module tools setup demo check lint vm install clean help
+.PHONY: all module tools setup demo check check-debug lint vm install clean help
 
 all: module
 
@@ -30,6 +30,10 @@ demo:
 
 check:
 	@$S/check.sh
+
+# The same tests with a kernel that has KASAN, lockdep and all.
+check-debug:
+	@$S/check.sh debug
 
 lint:
 	@$S/lint.sh

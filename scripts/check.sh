@@ -1,6 +1,8 @@
 #!/bin/bash
 # SPDX-License-Identifier: GPL-2.0
-# Everything a change has to pass: set-up, lints, builds, tests. The last line sums it all up.
+# Everything a change has to pass: check.sh [PART...]. The last line sums it all up.
+#   stock   lints, builds, tests in user space and, with Debian's kernel, in the VM (the default)
+#   debug   the tests in the VM with the debug kernel
 . "$(dirname "$0")/lib.sh"
 
 passed=0 failed=0 skipped=0
@@ -52,30 +54,64 @@ if [ "${1:-}" = --kernel-log ]; then
 	exit
 fi
 
+# set_up: what all parts need.
+set_up() {
+	must "tool-chain root" "$SCRIPTS/make-root.sh"
+	must "kernel and its Rust tree" "$SCRIPTS/make-kernel.sh"
+}
+
+# user_space: the lints, obdsetup, and tests that need no VM.
+user_space() {
+	local lint status=0 p f s
+	for lint in "${lints[@]}"; do
+		counts "lint: $lint" "$SCRIPTS/lint.sh" "$lint"
+	done
+	must "obdsetup" "$SCRIPTS/build-tools.sh"
+	step "cargo tests" "$SCRIPTS/build-tools.sh" test || status=$?
+	read -r p f s <<<"$(cargo_results "$STEP_LOG")"
+	add "$p" "$f" "$s" "$status"
+}
+
+# in_vm KERNEL: the tests in the VM with that kernel.
+in_vm() {
+	local kernel_log=$LOGS/kernel-$1.log status=0 p f s
+	export KERNEL=$1
+	must "module for the $1 kernel" "$SCRIPTS/build-module.sh"
+	rm -f "$kernel_log"
+	RUN=tests/run.sh SHARE='' TIMEOUT=${TIMEOUT:-2400} VM_LOG=$kernel_log \
+		step "tests with the $1 kernel" "$SCRIPTS/vm.sh" || status=$?
+	read -r p f s <<<"$(awk -f "$SCRIPTS/ktap.awk" "$STEP_LOG")"
+	[ "$f" = 0 ] || grep -E '^ *not ok ' "$STEP_LOG" | sed 's/^/    /'
+	add "$p" "$f" "$s" "$status"
+	counts "log of the $1 kernel" "$0" --kernel-log "$kernel_log"
+}
+
 read -ra lints <<<"$("$SCRIPTS/lint.sh" --list)"
 export USE_ROOT=1 KDIR='' CARGO='' NOBUILD=1
-kernel_log=$LOGS/kernel.log
-rm -f "$kernel_log"
+parts=("$@")
+[ $# != 0 ] || parts=(stock)
 
-steps $((7 + ${#lints[@]}))
-must "tool-chain root" "$SCRIPTS/make-root.sh"
-must "kernel and its Rust tree" "$SCRIPTS/make-kernel.sh"
-for lint in "${lints[@]}"; do
-	counts "lint: $lint" "$SCRIPTS/lint.sh" "$lint"
+total=2
+for part in "${parts[@]}"; do
+	case $part in
+	stock) total=$((total + ${#lints[@]} + 5)) ;;
+	debug) total=$((total + 5)) ;;
+	*) die "usage: check.sh [stock | debug]..." ;;
+	esac
 done
-must "module" "$SCRIPTS/build-module.sh"
-must "obdsetup" "$SCRIPTS/build-tools.sh"
-
-status=0
-step "cargo tests" "$SCRIPTS/build-tools.sh" test || status=$?
-read -r p f s <<<"$(cargo_results "$STEP_LOG")"
-add "$p" "$f" "$s" "$status"
-
-status=0
-RUN=tests/run.sh SHARE='' TIMEOUT=${TIMEOUT:-2400} VM_LOG=$kernel_log \
-	step "tests in the VM" "$SCRIPTS/vm.sh" || status=$?
-read -r p f s <<<"$(awk -f "$SCRIPTS/ktap.awk" "$STEP_LOG")"
-[ "$f" = 0 ] || grep -E '^ *not ok ' "$STEP_LOG" | sed 's/^/    /'
-add "$p" "$f" "$s" "$status"
-counts "kernel log of the VM" "$0" --kernel-log "$kernel_log"
+steps "$total"
+set_up
+for part in "${parts[@]}"; do
+	case $part in
+	stock)
+		user_space
+		in_vm stock
+		;;
+	debug)
+		KERNEL=debug must "debug kernel" "$SCRIPTS/make-kernel.sh"
+		must "obdsetup" "$SCRIPTS/build-tools.sh"
+		in_vm debug
+		;;
+	esac
+done
 finish

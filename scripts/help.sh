@@ -9,6 +9,7 @@ make tools            build obdsetup: build/cargo/release/obdsetup
 make install          install module, obdsetup and manual pages (DESTDIR=, PREFIX=/usr/local, KDIR=)
 make demo             set everything up and show the module at work in the test VM
 make check            set everything up, then lint, build and run all tests
+make check-debug      run the VM's tests with a kernel that has KASAN, lockdep, kmemleak and more (made once)
 make lint             the static checks only
 make vm               a shell in the test VM, with the module loaded (leave with exit, or Ctrl-a x)
 make vm RUN='CMD'     run one command there; fails as it does ("Error N" has its status, make's own is then 2;
@@ -16,7 +17,7 @@ make vm RUN='CMD'     run one command there; fails as it does ("Error N" has its
 make setup            only set up the tool chain and the kernel that the above need
 make clean            remove build/
 
-For vm: NOBUILD=1 (boot what is built), SHARE=DIR (read-write at /mnt/share), TIMEOUT=SECONDS (1800), QEMU_MEM=MiB (2048), QEMU_SMP=N (2),
+For vm: NOBUILD=1 (boot what is built), SHARE=DIR (read-write at /mnt/share), TIMEOUT=SECONDS (1800), KERNEL=debug (the kernel of check-debug), QEMU_MEM=MiB (2048), QEMU_SMP=N (2),
 QEMU_ARGS= and KERNEL_ARGS= (more arguments), OBD_GOLDENS=DIR (read-only at /mnt/goldens).
 For set-up: MIRROR=URL of a Debian mirror. The cache, ${XDG_CACHE_HOME:-~/.cache}/dm-overlaybd, is shared by
 all clones and may be deleted at any time. V=1 shows commands.

@@ -130,7 +130,7 @@ goldens=${OBD_GOLDENS:-$CLONE/../shared/goldens}
 stdin=/dev/null
 [ -n "${RUN:-}" ] || stdin=/dev/stdin
 "$SCRIPTS/in-root.sh" -k "$K_DIR" "${binds[@]}" env VM_RUN="$VM_RUN" VM_BOOT="$VM_BOOT" VM_ACCEL="$VM_ACCEL" \
-	VM_SMP="${QEMU_SMP:-2}" VM_MEM="${QEMU_MEM:-2048}" VM_SHARE="${SHARE:+/srv}" \
+	VM_SMP="${QEMU_SMP:-2}" VM_MEM="${QEMU_MEM:-$(cat "$K_DIR/memory" 2>/dev/null || say 2048)}" VM_SHARE="${SHARE:+/srv}" \
 	VM_QEMU_ARGS="${QEMU_ARGS:-}" VM_KERNEL_ARGS="${KERNEL_ARGS:-}" "$SCRIPTS/vm/qemu.sh" <"$stdin" &
 vm=$!
 trap 'end_vm $vm; save_log; exit 130' INT TERM HUP

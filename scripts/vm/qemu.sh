@@ -22,7 +22,10 @@ args=(-machine pc -accel "$VM_ACCEL" -cpu "max,la57=off" -smp "$VM_SMP" -m "$VM_
 	-display none -kernel "$VM_BOOT/kernel" -initrd "$VM_BOOT/initrd" -append "${append[*]}"
 	-serial "file:$VM_RUN/console"
 	-chardev "pipe,id=monitor,path=$VM_RUN/monitor" -mon chardev=monitor
-	-device virtio-serial-pci)
+	-device virtio-serial-pci
+	# QEMU's monitor for the guest, whose tests pull out disks. By relative names: sockets have short ones.
+	-chardev "socket,id=qmp,path=qmp,server=on,wait=off" -mon chardev=qmp,mode=control
+	-chardev "socket,id=guestqmp,path=qmp" -device "virtserialport,chardev=guestqmp,name=monitor")
 # shellcheck disable=SC2207 # no blanks in these
 args+=($(shared root / ,readonly=on) $(shared run "$VM_RUN" ''))
 # shellcheck disable=SC2207
@@ -38,5 +41,6 @@ fi
 # shellcheck disable=SC2206 # words, as a shell would split them
 args+=($VM_QEMU_ARGS)
 
+cd "$VM_RUN"
 mkfifo "$VM_RUN/monitor.in" "$VM_RUN/monitor.out"
 exec qemu-system-x86_64 "${args[@]}"

@@ -17,7 +17,7 @@ READONLY, SUSPEND, TABLE = 1 << 0, 1 << 1, 1 << 4
 NOFLUSH, INACTIVE, UUID, DEFERRED, IMA = 1 << 11, 1 << 12, 1 << 14, 1 << 17, 1 << 19
 
 _REMOVE_ALL, _CREATE, _REMOVE, _SUSPEND, _DEV_STATUS = 1, 3, 4, 6, 7
-_LOAD, _CLEAR, _DEPS, _TABLE_STATUS = 9, 10, 11, 12
+_LOAD, _CLEAR, _DEPS, _TABLE_STATUS, _TARGET_MSG = 9, 10, 11, 12, 14
 _HEADER = "=3I2Ii4IQ128s129s7x"
 _SPEC = "=QQiI16s"
 _MAJOR = 4
@@ -105,6 +105,10 @@ class Device:
     def info(self):
         """The INFO fields of the first target."""
         return self.status()[0][3].split()
+
+    def message(self, text, sector=0):
+        """Sends a message to the target at a sector."""
+        _ioctl(_TARGET_MSG, self.name, 0, struct.pack("=Q", sector) + text.encode() + b"\0")
 
     def deps(self):
         """The numbers of the devices that it uses."""
@@ -200,9 +204,18 @@ class Loop:
         with open(self.path, "rb", buffering=0) as loop:
             fcntl.ioctl(loop, 0x1261)
 
-    def detach(self):
+    def clear(self):
+        """Detaches it from its bytes, at once or when the last user is gone."""
         with open(self.path, "rb", buffering=0) as loop:
             fcntl.ioctl(loop, 0x4C01)
+
+    def detach(self):
+        try:
+            self.clear()
+        except OSError as error:
+            # Gone already.
+            if error.errno != errno.ENXIO:
+                raise
         os.close(self.fd)
 
 

@@ -1,0 +1,47 @@
+# SPDX-License-Identifier: GPL-2.0
+# shellcheck shell=bash
+# The recipe of the debug kernel: Debian's source, a small configuration, every checker. Built with
+# clang, for KASAN and Rust together need it. Sourced; a change makes a new directory.
+
+# build_kernel_debug RELEASE VERSION CONFIG: as build_kernel_debian, with the configuration of a file.
+build_kernel_debug() {
+	local release=$1 version=$2 config=$3 series line missing=0
+	series=$(echo "$release" | cut -d. -f1,2)
+	export APT_CONFIG=/srv/apt.conf
+
+	echo "== source of $version"
+	mkdir /kernel/deb /kernel/kdir
+	(cd /kernel/deb && apt-get -q download "linux-source-$series=$version")
+	dpkg-deb --fsys-tarfile /kernel/deb/*.deb | tar -xO --wildcards '*/linux-source-*.tar.xz' |
+		xz -dc | tar -x -C /kernel/kdir --strip-components=1 --exclude='*/Documentation/*/*' --exclude='*/drivers/gpu/*.h'
+	rm -r /kernel/deb
+
+	echo "== configuration"
+	cd /kernel/kdir
+	local args=(LLVM=1 LOCALVERSION="${release#"$(make -s kernelversion)"}")
+	make "${args[@]}" KCONFIG_ALLCONFIG="$config" allnoconfig
+	while read -r line; do
+		grep -qxF "$line" .config && continue
+		echo "not possible: $line"
+		missing=1
+	done < <(grep CONFIG_ "$config")
+	[ "$missing" = 0 ]
+
+	echo "== kernel and modules"
+	make -j"$(nproc)" "${args[@]}" bzImage modules
+	cp "$(make -s "${args[@]}" image_name)" /kernel/vmlinuz
+	make -s "${args[@]}" INSTALL_MOD_PATH=/kernel DEPMOD=true modules_install
+	rm -f /kernel/lib/modules/"$release"/build
+	depmod -b /kernel "$release"
+	cp .config /kernel/config
+
+	# Modules are built with headers, scripts and metadata only.
+	find . \( -name '*.o' -o -name '*.a' -o -name '*.ko' -o -name 'vmlinux*' -o -name '.tmp_*' -o -name '.*.cmd' \) \
+		! -path './scripts/*' ! -path './tools/*' -type f -delete
+	find drivers sound fs net mm -name '*.c' -delete
+	[ "$(cat include/config/kernel.release)" = "$release" ]
+	[ -s rust/libkernel.rmeta ] && [ -s rust/libmacros.so ] && [ -s Module.symvers ]
+	echo 3072 >/kernel/memory
+	echo "kasan_multi_shot" >/kernel/cmdline
+	echo "$release" >/kernel/release
+}

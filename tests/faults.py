@@ -1,0 +1,364 @@
+#!/usr/bin/env python3
+# SPDX-License-Identifier: GPL-2.0
+"""Faults of lower devices, by the kernel's own means for making them: each read ends in time with the
+right bytes or the lower error, never with wrong bytes, and all is well when the fault is gone."""
+
+import errno
+import os
+import random
+import subprocess
+import threading
+import time
+
+from obdtest import dm, image, inject, machine
+from obdtest.disk import Disk, same_bytes, verify
+from obdtest.dm import line
+from obdtest.ktap import Skip, add, alone, check, equal, main, note, test
+
+# Seconds in which every read must have ended: those of this module's work in an emulated machine.
+BOUND = 20
+
+DATA = image.sample(300000, 81)
+PADDED = DATA + bytes(-len(DATA) % 512)
+VSIZE = 256 << 10
+LAYER = image.lsmt(VSIZE, [(0, image.sample(100 * 512, 82)), (200, image.sample(250 * 512, 83))])
+PLAIN = image.flatten([image.Lsmt(LAYER)])
+
+
+class Lower:
+    """A blob on a linear device, whose table can be changed under those that use it."""
+
+    def __init__(self, raw):
+        self.loop = dm.Loop(raw)
+        self.raw, self.sectors = raw, self.loop.size // 512
+        self.good = line(0, self.sectors, "linear", self.loop.path, 0)
+        self.device = dm.create(self.good)
+
+    def swap(self, *table):
+        self.device.load(*table)
+        self.device.resume()
+
+    def mend(self):
+        self.swap(self.good)
+
+
+class Victim:
+    """A device under test on lower devices that can fail."""
+
+    def __init__(self, title, raws, open_device, wanted):
+        self.title, self.raws, self.open_device, self.wanted = title, raws, open_device, wanted
+
+    def open(self):
+        lowers = [Lower(raw) for raw in self.raws]
+        return lowers, self.open_device(*[lower.device for lower in lowers])
+
+
+def zfile_on(raw, size):
+    return lambda lower: dm.zfile(lower, len(raw), size)
+
+
+def layer_on(raw):
+    return lambda lower: dm.lsmt(VSIZE, (lower, len(raw)))
+
+
+def stack_on(raw):
+    return lambda lower: dm.lsmt(VSIZE, (dm.zfile(lower, len(raw), len(LAYER)), len(LAYER)))
+
+
+def victims():
+    lz4, zstd = image.zfile(DATA), image.zfile(DATA, image.ZSTD, 65536)
+    packed = image.zfile(LAYER, image.ZSTD)
+    return [Victim("zfile, LZ4 in 4 KiB", [lz4], zfile_on(lz4, len(DATA)), PADDED),
+            Victim("zfile, zstd in 64 KiB", [zstd], zfile_on(zstd, len(DATA)), PADDED),
+            Victim("lsmt", [LAYER], layer_on(LAYER), PLAIN),
+            Victim("lsmt over zfile", [packed], stack_on(packed), PLAIN)]
+
+
+class Readers:
+    """Threads that read at random places until they are stopped, and keep account."""
+
+    def __init__(self, device, wanted, count=4):
+        self.wanted, self.stop = wanted, threading.Event()
+        self.good = self.failed = 0
+        self.slowest, self.wrong, self.errors = 0.0, [], set()
+        self.lock = threading.Lock()
+        self.disk = Disk(device)
+        self.threads = [threading.Thread(target=self._read, args=(seed,), daemon=True) for seed in range(count)]
+        for thread in self.threads:
+            thread.start()
+
+    def _read(self, seed):
+        rng = random.Random(seed)
+        while not self.stop.is_set():
+            length = rng.choice((512, 4096, 4096, 12288, 65536))
+            offset = rng.randrange((len(self.wanted) - length) // 512) * 512
+            start = time.monotonic()
+            try:
+                data = self.disk.read(offset, length)
+            except OSError as error:
+                data = error.errno
+            took = time.monotonic() - start
+            with self.lock:
+                self.slowest = max(self.slowest, took)
+                if isinstance(data, int):
+                    self.failed += 1
+                    self.errors.add(errno.errorcode[data])
+                elif data == self.wanted[offset:offset + length]:
+                    self.good += 1
+                else:
+                    self.wrong.append(offset)
+
+    def join(self):
+        self.stop.set()
+        for thread in self.threads:
+            thread.join(BOUND)
+            check(not thread.is_alive(), f"a read has not ended after {BOUND} s")
+        self.disk.close()
+        equal(self.wrong, [], "places that were read wrong")
+        check(self.slowest < BOUND, f"a read took {self.slowest:.1f} s")
+        return self
+
+
+def for_seconds(device, wanted, seconds, count=4):
+    """Reads for a while; gives the account."""
+    readers = Readers(device, wanted, count)
+    time.sleep(seconds)
+    return readers.join()
+
+
+def in_two_seconds(readers, condition):
+    """Waits until the readers have seen what is wanted."""
+    for _ in range(200):
+        if condition(readers):
+            return
+        time.sleep(0.05)
+
+
+def need(*modules):
+    for module in modules:
+        if subprocess.run(["modprobe", module], capture_output=True, check=False).returncode:
+            raise Skip(f"this kernel has no {module}")
+
+
+# ---- dm-error, dm-flakey ----
+
+def comes_and_goes(victim, bad_line):
+    """A fault appears and disappears under load, several times."""
+    (lower,), device = victim.open()
+    readers = Readers(device, victim.wanted)
+    for _ in range(5):
+        lower.swap(bad_line(lower))
+        failed = readers.failed
+        in_two_seconds(readers, lambda readers, failed=failed: readers.failed > failed + 3)
+        lower.mend()
+        good = readers.good
+        in_two_seconds(readers, lambda readers, good=good: readers.good > good + 3)
+    readers.join()
+    check(readers.good > 10 and readers.failed > 10, f"{readers.good} good, {readers.failed} failed reads")
+    equal(readers.errors, {"EIO"}, "errors")
+    verify(device, victim.wanted, rounds=20)
+
+
+def flakey(lower, *features):
+    """A line that is always in its down interval."""
+    return line(0, lower.sectors, "flakey", lower.loop.path, 0, 0, 3600, len(features), *features)
+
+
+def error_target(victim):
+    comes_and_goes(victim, lambda lower: line(0, lower.sectors, "error"))
+
+
+def flakey_reads(victim):
+    need("dm-flakey")
+    comes_and_goes(victim, lambda lower: flakey(lower, "error_reads"))
+
+
+def flakey_corrupts(victim):
+    """Random bytes of what is read change: a ZFile with CRCs never gives them for right ones."""
+    need("dm-flakey")
+    (lower,), device = victim.open()
+    lower.swap(flakey(lower, "random_read_corrupt", 500000000))
+    readers = Readers(device, victim.wanted)
+    in_two_seconds(readers, lambda readers: readers.failed > 20 and readers.good > 5)
+    readers.join()
+    check(readers.failed > 20, f"{readers.good} good, {readers.failed} failed reads")
+    equal(readers.errors, {"EIO"}, "errors")
+    lower.mend()
+    verify(device, victim.wanted, rounds=20)
+
+
+# ---- dm-dust ----
+
+def dust(victim):
+    """Single bad sectors fail what needs them, and only that; then they are mended."""
+    need("dm-dust")
+    (lower,), device = victim.open()
+    lower.swap(line(0, lower.sectors, "dust", lower.loop.path, 0, 512))
+    rng = random.Random(5)
+    bad = rng.sample(range(8, lower.sectors - 16), 12)
+    for sector in bad:
+        lower.device.message(f"addbadblock {sector}")
+    lower.device.message("enable")
+    disk = Disk(device)
+    outcome = []
+    for at in range(0, disk.size - 4096, 4096):
+        start = time.monotonic()
+        try:
+            same_bytes(disk.read(at, 4096), victim.wanted[at:at + 4096], f"4096 at {at}")
+            outcome.append(True)
+        except OSError as error:
+            equal(error.errno, errno.EIO, f"error at {at}")
+            outcome.append(False)
+        check(time.monotonic() - start < BOUND, f"the read at {at} took too long")
+    disk.close()
+    check(False in outcome and True in outcome, f"{outcome.count(True)} good, {outcome.count(False)} failed reads")
+    lower.device.message("disable")
+    verify(device, victim.wanted, rounds=20)
+
+
+# ---- dm-delay ----
+
+def delay(victim):
+    """A slow device below makes reads slow, not wrong, and many wait at once."""
+    need("dm-delay")
+    (lower,), device = victim.open()
+    lower.swap(line(0, lower.sectors, "delay", lower.loop.path, 0, 40))
+    readers = for_seconds(device, victim.wanted, 1.5, count=12)
+    equal((readers.failed, readers.errors), (0, set()), "failed reads")
+    check(readers.good > 12, f"{readers.good} reads in 1.5 s")
+    # Suspended and removed while reads are on their way.
+    readers = Readers(device, victim.wanted)
+    for _ in range(5):
+        device.suspend()
+        device.resume()
+    readers.join()
+    equal(readers.failed, 0, "failed reads")
+    lower.mend()
+    verify(device, victim.wanted, rounds=20)
+
+
+# ---- fail_make_request ----
+
+def failing_requests(victim):
+    (lower,), device = victim.open()
+    end = inject.requests(lower.device, probability=40)
+    readers = Readers(device, victim.wanted)
+    in_two_seconds(readers, lambda readers: readers.failed > 20 and readers.good > 20)
+    readers.join()
+    check(readers.failed > 20 and readers.good > 5, f"{readers.good} good, {readers.failed} failed reads")
+    equal(readers.errors, {"EIO"}, "errors")
+    end()
+    verify(device, victim.wanted, rounds=20)
+
+
+# ---- one layer of several ----
+
+@test("lsmt: a layer that fails takes no other layer's sectors with it")
+def one_layer():
+    below = image.lsmt(VSIZE, [(0, image.sample(VSIZE, 84))])
+    above = image.lsmt(VSIZE, [(100, image.sample(64 * 512, 85)), (300, image.sample(64 * 512, 86))])
+    lowers = [Lower(below), Lower(above)]
+    wanted = image.flatten([image.Lsmt(below), image.Lsmt(above)])
+    device = dm.lsmt(VSIZE, *[(lower.device, len(lower.raw)) for lower in lowers])
+    for nth, covers in ((1, lambda sector: 100 <= sector < 164 or 300 <= sector < 364),
+                        (0, lambda sector: not (100 <= sector < 164 or 300 <= sector < 364))):
+        lowers[nth].swap(line(0, lowers[nth].sectors, "error"))
+        disk = Disk(device)
+        for sector in range(0, VSIZE // 512, 3):
+            try:
+                data = disk.read(sector * 512, 512)
+            except OSError as error:
+                equal((error.errno, covers(sector)), (errno.EIO, True), f"sector {sector} fails")
+            else:
+                check(not covers(sector), f"sector {sector} of a failed layer could be read")
+                same_bytes(data, wanted[sector * 512:sector * 512 + 512], f"sector {sector}")
+        disk.close()
+        lowers[nth].mend()
+    verify(device, wanted, rounds=20)
+
+
+# ---- devices that disappear ----
+
+@test("a loop device that is detached while in use goes with its last user")
+def detached():
+    for victim in victims():
+        def once(victim=victim):
+            loop = dm.Loop(victim.raws[0])
+            device = victim.open_device(loop)
+            readers = Readers(device, victim.wanted)
+            loop.clear()
+            time.sleep(0.2)
+            readers.join()
+            # Detaching waits for the last close, so reads go on.
+            equal(readers.failed, 0, f"{victim.title}: failed reads")
+        alone(once)
+
+
+def errors_of(device, sector):
+    """Names of the errors that reads of one sector give, as a mapped device on it passes them on."""
+    disk = Disk(device)
+    try:
+        disk.read(sector * 512, 512)
+    except OSError as error:
+        return errno.errorcode[error.errno]
+    finally:
+        disk.close()
+    return None
+
+
+def pulled(kind, victim):
+    """A disk of the machine is pulled out under load."""
+    disk = machine.Disk(kind, victim.raws[0])
+    device = victim.open_device(disk)
+    verify(device, victim.wanted, rounds=10)
+    readers = Readers(device, victim.wanted)
+    time.sleep(0.2)
+    disk.pull()
+    failed = readers.failed
+    in_two_seconds(readers, lambda readers: readers.failed > failed + 20)
+    readers.join()
+    check(readers.failed > failed + 20, f"{readers.failed} reads failed")
+    check(readers.errors <= {"EIO", "ENODEV"}, f"errors {readers.errors}")
+    check(device.status()[0][2] in ("zfile", "lsmt"), "status")
+    device.suspend()
+    device.resume()
+    device.remove()
+    check(not device.exists(), "the device is still there")
+
+
+def medium_errors(kind):
+    """What a disk says of a bad sector goes up as it is."""
+    raw = image.zfile(DATA)
+    bad = 41
+    disk = machine.Disk(kind, raw, bad_sectors=[bad])
+    wanted = errors_of(machine.linear(disk), bad)
+    note(f"{kind}: a bad sector is {wanted}")
+    check(wanted is not None, "the bad sector can be read")
+    device = dm.zfile(disk, len(raw), len(DATA))
+    block = next(nth for nth, (at, length) in enumerate(image.Zfile(raw).places())
+                 if at // 512 <= bad <= (at + length - 1) // 512)
+    equal(errors_of(device, block * 8), wanted, "error of the zfile device")
+    layer = dm.create(line(0, 1, "linear", disk.path, bad))
+    equal(errors_of(layer, 0), wanted, "error of the linear device")
+    bare = machine.Disk(kind, LAYER, bad_sectors=[20])
+    device = dm.lsmt(VSIZE, (bare, len(LAYER)))
+    equal(errors_of(device, 20 - 8), wanted, "error of the lsmt device")
+    same_bytes(Disk(device).read(0, 512), PLAIN[:512], "the first sector")
+
+
+for each in victims():
+    add(f"{each.title}: dm-error comes and goes", error_target, each)
+    add(f"{each.title}: dm-flakey, reads fail", flakey_reads, each)
+    if "zfile" in each.title:
+        add(f"{each.title}: dm-flakey, what is read is corrupted", flakey_corrupts, each)
+    add(f"{each.title}: dm-dust, bad sectors", dust, each)
+    add(f"{each.title}: dm-delay", delay, each)
+    add(f"{each.title}: fail_make_request", failing_requests, each)
+for each_kind in ("nvme", "scsi"):
+    add(f"{each_kind}: an error of the medium goes up as it is", medium_errors, each_kind)
+    for each in victims():
+        add(f"{each_kind}: {each.title}: the disk is pulled out under load", pulled, each_kind, each)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,133 @@
+# SPDX-License-Identifier: GPL-2.0
+"""The machine that the tests run in: disks that are plugged in and pulled out.
+
+The test VM gives its guest QEMU's monitor at a virtio port; elsewhere plug() raises Skip.
+"""
+
+import json
+import os
+import subprocess
+import time
+
+from . import dm
+from .ktap import Failure, Skip, defer
+
+_PORTS = "/sys/class/virtio-ports"
+# The guest's view of the directory in which QEMU runs.
+_DIRECTORY = "/run/vm"
+
+
+class _Monitor:
+    """QEMU's monitor (QMP)."""
+
+    def __init__(self):
+        names = os.listdir(_PORTS) if os.path.isdir(_PORTS) else []
+        for name in names:
+            with open(f"{_PORTS}/{name}/name", encoding="ascii") as file:
+                if file.read().strip() == "monitor":
+                    self.port = open(f"/dev/{name}", "r+b", buffering=0)
+                    break
+        else:
+            raise Skip("disks can be pulled out in the test VM only")
+        self.rest = b""
+        self.call("qmp_capabilities")
+
+    def call(self, command, **arguments):
+        request = {"execute": command, "arguments": {key.replace("_", "-"): value for key, value in arguments.items()}}
+        self.port.write(json.dumps(request).encode() + b"\r\n")
+        while True:
+            while b"\n" not in self.rest:
+                self.rest += self.port.read(4096)
+            line, self.rest = self.rest.split(b"\n", 1)
+            answer = json.loads(line)
+            if "error" in answer:
+                raise Failure(f"{command}: {answer['error']}")
+            if "return" in answer:
+                return
+
+
+_monitor = None
+
+
+def _call(command, **arguments):
+    global _monitor
+    _monitor = _monitor or _Monitor()
+    _monitor.call(command, **arguments)
+
+
+def _wait(condition, what):
+    for _ in range(400):
+        if condition():
+            return
+        time.sleep(0.05)
+    raise Failure(f"{what}: not within 20 s")
+
+
+class Disk:
+    """A disk of the machine, NVMe or SCSI, that can be pulled out. Errors in some of its sectors
+    are what a disk says of a broken medium."""
+
+    count = 0
+
+    def __init__(self, kind, content, bad_sectors=()):
+        for module in {"nvme": ("nvme",), "scsi": ("virtio_scsi", "sd_mod")}[kind]:
+            if subprocess.run(["modprobe", module], capture_output=True, check=False).returncode:
+                raise Skip(f"no kernel module {module}")
+        Disk.count += 1
+        self.id = f"disk{Disk.count}"
+        name = f"{self.id}.raw"
+        before = set(os.listdir("/sys/block"))
+        _call("query-status")
+        with open(f"{_DIRECTORY}/{name}", "wb") as file:
+            file.write(content)
+            file.truncate(max(-(-len(content) // 4096) * 4096, 1 << 20))
+        defer(os.unlink, f"{_DIRECTORY}/{name}")
+        errors = [{"event": "none", "sector": sector, "errno": 5} for sector in bad_sectors]
+        _call("blockdev-add", driver="blkdebug", node_name=self.id, image={"driver": "file", "filename": name},
+              **({"inject_error": errors} if errors else {}))
+        defer(self._drop_node)
+        self.devices = [self.id]
+        if kind == "nvme":
+            _call("device_add", driver="nvme", id=self.id, drive=self.id, serial=self.id)
+        else:
+            self.devices.append(f"{self.id}-bus")
+            _call("device_add", driver="virtio-scsi-pci", id=f"{self.id}-bus")
+            _call("device_add", driver="scsi-hd", id=self.id, drive=self.id, bus=f"{self.id}-bus.0")
+        defer(self._unplug_all)
+        found = set()
+
+        def new():
+            found.update(name for name in set(os.listdir("/sys/block")) - before
+                         if name.startswith(("nvme", "sd")) and os.path.exists(f"/dev/{name}"))
+            return found
+
+        _wait(new, f"the {kind} disk")
+        self.name = found.pop()
+        self.path = f"/dev/{self.name}"
+        with open(f"/sys/block/{self.name}/dev", encoding="ascii") as file:
+            self.number = file.read().strip()
+
+    def pull(self):
+        """Pulls the disk out; comes back when the system has seen it."""
+        _call("device_del", id=self.devices.pop(0))
+        _wait(lambda: not os.path.exists(f"/sys/block/{self.name}"), "the disk is gone")
+
+    def _unplug_all(self):
+        while self.devices:
+            _call("device_del", id=self.devices.pop(0))
+        _wait(lambda: not os.path.exists(f"/sys/block/{self.name}"), "the disk is gone")
+
+    def _drop_node(self):
+        for _ in range(100):
+            try:
+                _call("blockdev-del", node_name=self.id)
+                return
+            except Failure:
+                time.sleep(0.05)
+        raise Failure(f"{self.id} is still in use by the machine")
+
+
+def linear(disk):
+    """A device that is a part of a disk, to see what it says by itself."""
+    with open(f"/sys/block/{disk.name}/size", encoding="ascii") as file:
+        return dm.linear(disk, int(file.read()), readonly=True)
