@@ -3,6 +3,8 @@
 # The recipe of the debug kernel: Debian's source, a small configuration, every checker. Built with
 # clang, for KASAN and Rust together need it. Sourced; a change makes a new directory.
 
+set -euo pipefail
+
 # build_kernel_debug RELEASE VERSION CONFIG: as build_kernel_debian, with the configuration of a file.
 build_kernel_debug() {
 	local release=$1 version=$2 config=$3 series line missing=0

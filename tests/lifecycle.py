@@ -12,7 +12,9 @@ import time
 from obdtest import dm, image, stack
 from obdtest.disk import Disk, fails_with, verify, verify_random
 from obdtest.dm import line
-from obdtest.ktap import Failure, Skip, alone, check, defer, equal, main, same_bytes, test
+from obdtest.ktap import Failure, alone, check, defer, equal, main, same_bytes, test
+from obdtest.memory import grown_after
+from obdtest.module import MODULE, module_file, use_count
 
 DATA = image.sample(300000, 41)
 PADDED = DATA + bytes(-len(DATA) % 512)
@@ -20,7 +22,6 @@ LENGTH = dm.sectors(len(DATA))
 RAW = image.zfile(DATA)
 VSIZE = 256 << 10
 LAYER = image.lsmt(VSIZE, [(0, image.sample(200 * 512, 42)), (300, 20)])
-REFCNT = "/sys/module/dm_overlaybd/refcnt"
 
 
 class Readers:
@@ -49,11 +50,6 @@ class Readers:
             thread.join()
         check(not self.errors, f"readers: {self.errors[:1]}")
         check(self.reads > 20, f"only {self.reads} reads")
-
-
-def use_count():
-    with open(REFCNT, encoding="ascii") as file:
-        return int(file.read())
 
 
 @test("suspend and resume under load, with and without flush")
@@ -165,26 +161,6 @@ def unused_tables():
     equal(use_count(), 0, "use count of the module")
 
 
-def memory_after(rounds, function, *args):
-    """KiB of kernel memory that so many rounds have taken, at least: others take and free some, too."""
-    def used():
-        with open("/proc/sys/vm/drop_caches", "w", encoding="ascii") as file:
-            file.write("3")
-        with open("/proc/meminfo", encoding="ascii") as file:
-            fields = {row.split(":")[0]: int(row.split()[1]) for row in file}
-        return fields["MemTotal"] - fields["MemFree"] - fields["AnonPages"] - fields["Cached"] - fields["Buffers"]
-    grown = []
-    for _ in range(3):
-        alone(function, *args)
-        before = used()
-        for _ in range(rounds):
-            alone(function, *args)
-        grown.append(used() - before)
-        if grown[-1] < 1024:
-            break
-    return min(grown)
-
-
 @test("making and removing devices, and failing to, leaks no memory")
 def no_leak():
     # One block again and again: the image is small, its table isn't.
@@ -205,12 +181,12 @@ def no_leak():
         fails_with(errno.EINVAL, dm.create, line(0, 8, "zfile", loop.path, len(raw)), line(8, 8, "zfile", "-"))
 
     for function in (cycle, failing):
-        grown = memory_after(30, function)
+        grown = grown_after(30, function)
         check(grown < 30 * table / 1024 / 2, f"{function.__name__}: {grown} KiB more after 30 rounds")
     entries = [image.lsmt_entry(sector * 2, 1, 8) for sector in range(100000)]
     layer = image.lsmt_of(entries, bytes(512), 200000 * 512)
     layers = [(dm.Loop(layer), len(layer))] * 2
-    grown = memory_after(15, dm.lsmt, 200000 * 512, *layers)
+    grown = grown_after(15, dm.lsmt, 200000 * 512, *layers)
     check(grown < 15 * 1600 / 2, f"lsmt: {grown} KiB more after 15 rounds")
     equal(use_count(), 0, "use count of the module")
 
@@ -239,22 +215,8 @@ def parallel():
     check(not errors, f"{errors[:1]}")
 
 
-def module_file():
-    """The module that was loaded, to be loaded again."""
-    try:
-        with open("/run/vm/env", encoding="utf-8") as file:
-            path = next(row.partition("=")[2].strip() for row in file if row.startswith("VM_MODULE="))
-    except (OSError, StopIteration):
-        path = subprocess.run(["modinfo", "-n", "dm_overlaybd"], capture_output=True, text=True,
-                              check=False).stdout.strip()
-    if not os.path.exists(path):
-        raise Skip("the module's file is not known")
-    return path
-
-
 @test("the module can't be unloaded while a device is there; then it can, and comes back")
 def module():
-    path = module_file()
     device = dm.zfile(dm.Loop(RAW), len(RAW), len(DATA))
     check(use_count() > 0, "the module isn't in use")
     run = subprocess.run(["rmmod", "dm_overlaybd"], capture_output=True, text=True, check=False)
@@ -269,11 +231,11 @@ def module():
 @test("unloading and loading the module again, five times")
 def module_again():
     path = module_file()
-    defer(lambda: os.path.exists(REFCNT) or subprocess.run(["insmod", path], check=True))
+    defer(lambda: os.path.exists(MODULE) or subprocess.run(["insmod", path], check=True))
     for _ in range(5):
         equal(use_count(), 0, "use count")
         subprocess.run(["rmmod", "dm_overlaybd"], check=True)
-        check(not os.path.exists(REFCNT), "it is still there")
+        check(not os.path.exists(MODULE), "it is still there")
         fails_with(errno.EINVAL, dm.zfile, dm.Loop(RAW), len(RAW), len(DATA))
         subprocess.run(["insmod", path], check=True)
         alone(lambda: verify(dm.zfile(dm.Loop(RAW), len(RAW), len(DATA)), PADDED, rounds=5))

@@ -2,7 +2,6 @@
 # SPDX-License-Identifier: GPL-2.0
 """Reads go on when memory is short, and what is cached is given back."""
 
-import mmap
 import os
 import random
 import time
@@ -10,37 +9,14 @@ import time
 from obdtest import dm, image
 from obdtest.disk import Disk, same_bytes
 from obdtest.ktap import Skip, check, equal, main, test
+from obdtest.memory import hog, kernel_memory, meminfo
 
 SIZE = 16 << 20
-
-
-def meminfo():
-    with open("/proc/meminfo", encoding="ascii") as file:
-        return {row.split(":")[0]: int(row.split()[1]) for row in file}
 
 
 def compressible():
     """16 MiB that compress well, each page its own."""
     return b"".join(number.to_bytes(8, "little") * 64 * 8 for number in range(SIZE // 4096))
-
-
-def hog(leave):
-    """A process that takes all memory but so many KiB until it is killed; gives its number."""
-    child = os.fork()
-    if child:
-        return child
-    try:
-        with open("/proc/self/oom_score_adj", "w", encoding="ascii") as file:
-            file.write("1000")
-        taken = []
-        while True:
-            if meminfo()["MemAvailable"] > leave + (8 << 10):
-                flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | mmap.MAP_POPULATE
-                taken.append(mmap.mmap(-1, 8 << 20, flags=flags))
-            else:
-                time.sleep(0.02)
-    finally:
-        os._exit(0)
 
 
 @test("reads while a process takes nearly all memory")
@@ -77,12 +53,6 @@ def given_back():
     data = compressible()
     raw = image.zfile(data, image.LZ4, 65536)
     loop = dm.Loop(raw)
-
-    def kernel_memory():
-        with open("/proc/sys/vm/drop_caches", "w", encoding="ascii") as file:
-            file.write("3")
-        fields = meminfo()
-        return fields["MemTotal"] - fields["MemFree"] - fields["AnonPages"] - fields["Cached"] - fields["Buffers"]
 
     before = kernel_memory()
     for _ in range(3):

@@ -9,15 +9,18 @@ export PYTHONPYCACHEPREFIX=${TMPDIR:-/tmp}/obdtest.pycache PYTHONUNBUFFERED=1
 export PATH=$PATH:/usr/sbin:/sbin
 
 MODULE=/sys/module/dm_overlaybd
+KMEMLEAK=/sys/kernel/debug/kmemleak
 COMPLAINTS="WARNING:|BUG:|Oops|Call Trace|INFO: task|lockdep|KASAN|UBSAN|refcount_t|detected stall|soft lockup"
 FIRST=(golden malformed)
+# These run only where they are named.
+NAMED=(soak)
 
 # scripts: names of all, the most telling first.
 scripts() {
 	local file
 	printf '%s\n' "${FIRST[@]}"
 	for file in *.py; do
-		[[ " ${FIRST[*]} " == *" ${file%.py} "* ]] || echo "${file%.py}"
+		[[ " ${FIRST[*]} ${NAMED[*]} " == *" ${file%.py} "* ]] || echo "${file%.py}"
 	done
 }
 
@@ -74,7 +77,7 @@ run_one() {
 	local mark="obdtest: $1 $RANDOM" status=0 before left
 	before=$(state)
 	echo "$mark" >/dev/kmsg
-	"./$1.py" 2>&1 | sed 's/^/  /'
+	"./$1.py" 2>&1 | sed -u 's/^/  /'
 	status=${PIPESTATUS[0]}
 	left=$(
 		left_behind "$before" | sed 's/^/left behind: /'
@@ -88,6 +91,29 @@ run_one() {
 	return "$status"
 }
 
+# scan_leaks: have kmemleak look for lost memory, twice, since it takes some time for it to be sure.
+scan_leaks() {
+	sleep 6
+	echo scan >"$KMEMLEAK"
+	echo scan >"$KMEMLEAK"
+}
+
+# leaks: what kmemleak has found, one test; nothing that was there before the tests counts.
+leaks() {
+	if [ ! -w "$KMEMLEAK" ]; then
+		echo "ok $1 no leaked memory # SKIP this kernel has no kmemleak"
+		return
+	fi
+	scan_leaks
+	if grep -q . "$KMEMLEAK"; then
+		head -n 60 "$KMEMLEAK" | sed 's/^/# /'
+		echo "not ok $1 no leaked memory"
+		failed=1
+	else
+		echo "ok $1 no leaked memory"
+	fi
+}
+
 mapfile -t names < <(scripts)
 [ $# = 0 ] || names=("$@")
 names=("${names[@]%.py}")
@@ -98,7 +124,11 @@ if [ "$(id -u)" != 0 ] || [ ! -e "$MODULE" ]; then
 	exit 4
 fi
 modprobe -qa loop brd dm-mod
-echo "1..${#names[@]}"
+echo "1..$((${#names[@]} + 1))"
+if [ -w "$KMEMLEAK" ]; then
+	echo scan >"$KMEMLEAK"
+	echo clear >"$KMEMLEAK"
+fi
 failed=0 nr=0
 for name in "${names[@]}"; do
 	nr=$((nr + 1)) start=$SECONDS
@@ -119,4 +149,5 @@ for name in "${names[@]}"; do
 		;;
 	esac
 done
+leaks $((nr + 1))
 exit "$failed"

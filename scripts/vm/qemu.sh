@@ -18,6 +18,7 @@ append+=(mitigations=off no_timer_check 8250.nr_uarts=1 lsm=capability audit=0 r
 [ ! -f /kernel/cmdline ] || append+=("$(cat /kernel/cmdline)")
 append+=("$VM_KERNEL_ARGS")
 
+# shellcheck disable=SC2054 # commas within words
 args=(-machine pc -accel "$VM_ACCEL" -cpu "max,la57=off" -smp "$VM_SMP" -m "$VM_MEM" -nodefaults -no-reboot
 	-display none -kernel "$VM_BOOT/kernel" -initrd "$VM_BOOT/initrd" -append "${append[*]}"
 	-serial "file:$VM_RUN/console"

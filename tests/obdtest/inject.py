@@ -2,6 +2,7 @@
 """Faults that the kernel makes on purpose: allocations and requests that fail.
 
 Needs a kernel with FAULT_INJECTION, as the debug kernel is; elsewhere the functions raise Skip.
+What they switch on is off again when the test is over.
 """
 
 import os
@@ -9,8 +10,13 @@ import os
 from .ktap import Skip, defer
 
 _DEBUG = "/sys/kernel/debug"
-_ALLOCATORS = ("failslab", "fail_page_alloc")
+_ALLOCATORS = {
+    "failslab": {"cache_filter": "N", "ignore_gfp_wait": "N"},
+    "fail_page_alloc": {"min_order": 0, "ignore_gfp_highmem": "N", "ignore_gfp_wait": "N"},
+}
+_EVERYWHERE = {"require_start": "0x0", "require_end": hex((1 << 64) - 1)}
 _MODULE = "dm_overlaybd"
+_MANY = 1000000000
 
 
 def _write(path, value):
@@ -25,16 +31,18 @@ def _set(which, **settings):
         _write(f"{_DEBUG}/{which}/{name.replace('_', '-')}", value)
 
 
-def _reset(which):
-    _set(which, probability=0, times=0, task_filter="N")
+def _stop(which):
+    """Ends it; gives how many faults there were."""
+    with open(f"{_DEBUG}/{which}/times", encoding="ascii") as file:
+        left = int(file.read())
+    _set(which, probability=0, times=0)
+    return _MANY - left if left else 0
 
 
-def _start(which, probability, **settings):
-    """Lets so many of a hundred calls fail, without a word in the kernel's log."""
-    _reset(which)
-    defer(_reset, which)
-    _set(which, verbose=0, interval=1, space=0, times=-1, **settings)
-    _set(which, probability=probability)
+def _prepare(which, **settings):
+    """Makes ready without a word in the kernel's log; nothing fails yet."""
+    _set(which, probability=0, task_filter="N", verbose=0, interval=1, space=0, times=_MANY, **settings)
+    defer(_stop, which)
 
 
 def _module_text():
@@ -50,39 +58,49 @@ def _module_text():
     return start, min(behind, last + 65536)
 
 
-def requests(*devices, probability=100, times=-1):
-    """Lets requests of devices fail; gives the function that ends it."""
-    _start("fail_make_request", 0)
+def _prepare_allocators(module_only):
+    where = {}
+    if module_only:
+        start, end = _module_text()
+        where = {"stacktrace_depth": 32, "require_start": hex(start), "require_end": hex(end)}
+    for which, settings in _ALLOCATORS.items():
+        _prepare(which, **settings, **where)
+        if module_only:
+            defer(lambda which=which: _set(which, **_EVERYWHERE))
+
+
+def possible():
+    """Whether this kernel can do any of it."""
+    return all(os.path.isdir(f"{_DEBUG}/{which}") for which in (*_ALLOCATORS, "fail_make_request"))
+
+
+def requests(*devices, probability):
+    """Lets so many percent of the requests of devices fail; gives the function that ends it."""
+    which = "fail_make_request"
+    _prepare(which)
     for device in devices:
         path = f"/sys/block/{os.path.basename(device.path)}/make-it-fail"
         _write(path, 1)
-        defer(lambda path=path: os.path.exists(path) and _write(path, 0))
-    _set("fail_make_request", times=times, probability=probability)
-    return lambda: _reset("fail_make_request")
+        defer(_write, path, 0)
+    _set(which, probability=probability)
+    return lambda: _stop(which)
 
 
-def allocations(probability=100):
-    """Lets allocations fail that are made by the module or by what it calls; gives the function
-    that ends it."""
-    start, end = _module_text()
-    for which in _ALLOCATORS:
-        extra = {"min_order": 0, "ignore_gfp_highmem": "N"} if which == "fail_page_alloc" else {"cache_filter": "N"}
-        _start(which, 0, ignore_gfp_wait="N", stacktrace_depth=32, require_start=hex(start), require_end=hex(end),
-               **extra)
-        defer(lambda which=which: _set(which, require_start="0x0", require_end=hex((1 << 64) - 1)))
+def allocations(probability):
+    """Lets so many percent of the allocations fail that the module makes, itself or by what it
+    calls; gives the function that ends it and tells how many have failed."""
+    _prepare_allocators(module_only=True)
     for which in _ALLOCATORS:
         _set(which, probability=probability)
-    return lambda: [_reset(which) for which in _ALLOCATORS]
+    return lambda: sum(_stop(which) for which in _ALLOCATORS)
 
 
 class Nth:
-    """Lets the nth allocation of this thread fail, once. The files are open beforehand, so that
-    only what the caller does counts."""
+    """Lets the nth allocation of this thread fail, once; of those that the module makes or that it
+    causes, or of all."""
 
-    def __init__(self):
-        for which in _ALLOCATORS:
-            extra = {"min_order": 0, "ignore_gfp_highmem": "N"} if which == "fail_page_alloc" else {"cache_filter": "N"}
-            _start(which, 0, ignore_gfp_wait="N", **extra)
+    def __init__(self, module_only=False):
+        _prepare_allocators(module_only)
         self.fd = os.open("/proc/thread-self/fail-nth", os.O_RDWR)
         defer(os.close, self.fd)
 
