@@ -1,31 +1,31 @@
 # SPDX-License-Identifier: GPL-2.0
 # shellcheck shell=bash
-# Which kernel: KERNEL=stock (the default) is Debian's newest 7.3 from backports, KERNEL=debug the same source
-# with all checkers. Sourced after cache.sh.
+# Which kernel: KERNEL=stock (the default) is Debian's newest 7.3 from backports. KERNEL=debug and KERNEL=kcsan are
+# small kernels with checkers, from the same source. Sourced after cache.sh.
 # Another kernel is another kernel_look_up_NAME and, if made in another way, another build_kernel_RECIPE.
 #
 # A kernel directory in the cache, whatever it was made from, holds
 #   vmlinuz, lib/modules/RELEASE/   the kernel as it boots
 #   kdir/                           the tree to build modules against, with Rust metadata
 #   release                         its release, one line
-#   cmdline, memory                 what it wants on its command line and how many MiB, if anything special
+#   cmdline, memory, rustflags      if it needs them: more of the command line, MiB, flags for modules
 
 # shellcheck source=scripts/kernel-debian.sh
 . "$SCRIPTS/kernel-debian.sh"
-# shellcheck source=scripts/kernel-debug.sh
-. "$SCRIPTS/kernel-debug.sh"
+# shellcheck source=scripts/kernel-test.sh
+. "$SCRIPTS/kernel-test.sh"
 
 KERNEL=${KERNEL:-stock}
 K_APT=$CACHE/apt
 
-# kernel_look_up: set K_RELEASE, K_VERSION (of the packages), K_RECIPE, K_CONFIG (a file, or nothing) and K_DIR.
+# kernel_look_up: set K_RELEASE, K_VERSION (of the packages), K_RECIPE, K_CONFIG (its files) and K_DIR.
 kernel_look_up() {
-	K_CONFIG=
+	K_CONFIG=()
 	declare -F "kernel_look_up_$KERNEL" >/dev/null || die "unknown KERNEL=$KERNEL"
 	"kernel_look_up_$KERNEL"
 	local key
 	key=$({ cat "$ROOT/etc/tool-chain" && declare -f "build_kernel_$K_RECIPE" && say "$K_VERSION" &&
-		cat "${K_CONFIG:-/dev/null}"; } | short_hash)
+		cat "${K_CONFIG[@]}" /dev/null; } | short_hash)
 	K_DIR=$CACHE/kernel-$K_RELEASE-$key
 }
 
@@ -55,10 +55,14 @@ kernel_look_up_stock() {
 	read -r K_RELEASE K_VERSION <"$latest"
 }
 
-# The debug kernel: whatever version the stock kernel has.
-kernel_look_up_debug() {
+# Kernels for tests have whatever version the stock kernel has.
+kernel_for_tests() {
 	kernel_look_up_stock
-	K_RELEASE=${K_RELEASE%%[+-]*}-debug
-	K_RECIPE=debug
-	K_CONFIG=$SCRIPTS/kernel-debug.config
+	K_RELEASE=${K_RELEASE%%[+-]*}-$1
+	K_RECIPE=test
+	K_CONFIG=("$SCRIPTS/kernel-test.config" "$SCRIPTS/kernel-$1.config")
 }
+
+kernel_look_up_debug() { kernel_for_tests debug; }
+
+kernel_look_up_kcsan() { kernel_for_tests kcsan; }

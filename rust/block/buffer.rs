@@ -12,6 +12,7 @@
 
 use core::ptr::NonNull;
 
+use kernel::alloc::flags::__GFP_NOWARN;
 use kernel::page::{page_align, PAGE_SIZE};
 use kernel::prelude::*;
 
@@ -107,7 +108,7 @@ impl Buffer {
     /// [`ENOMEM`].
     pub(crate) fn new_spare(len: usize) -> Result<Self> {
         let len = page_align(len).ok_or(EOVERFLOW)?;
-        let memory = VVec::zeroed(len, GFP_KERNEL)?;
+        let memory = VVec::zeroed(len, GFP_KERNEL | __GFP_NOWARN)?;
         let vecs = KVec::zeroed(len / PAGE_SIZE, GFP_KERNEL)?;
         let spare = KBox::new(Spare { memory, vecs }, GFP_KERNEL)?;
         // INVARIANT: The capacity is `len`; nothing counts as filled.

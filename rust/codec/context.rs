@@ -5,6 +5,7 @@
 //! A worker borrows a context for one I/O. Who has one never waits for I/O, so waiting for one is
 //! short, and needs no memory.
 
+use kernel::alloc::flags::__GFP_NOWARN;
 use kernel::prelude::*;
 use kernel::sync::{new_condvar, new_mutex, CondVar, Mutex};
 
@@ -38,7 +39,7 @@ impl Context {
             Algorithm::Lz4 => Codec::Lz4,
             Algorithm::Zstd => Codec::Zstd(Decompressor::new()?),
         };
-        let bounce = VVec::zeroed(MAX_BLOCK_SIZE as usize, GFP_KERNEL)?;
+        let bounce = VVec::zeroed(MAX_BLOCK_SIZE as usize, GFP_KERNEL | __GFP_NOWARN)?;
         Ok(KBox::new(Self { codec, bounce }, GFP_KERNEL)?)
     }
 

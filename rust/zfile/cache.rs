@@ -155,7 +155,7 @@ impl Cache {
             return Ok(None);
         }
         let count = blocks.checked_next_multiple_of(WAYS).ok_or(EOVERFLOW)?;
-        let mut ways = KVVec::with_capacity(count, GFP_KERNEL)?;
+        let mut ways = KVVec::with_capacity(count, GFP_KERNEL | __GFP_NOWARN)?;
         for _ in 0..count {
             let way = Way {
                 block: None,

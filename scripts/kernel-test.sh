@@ -1,13 +1,14 @@
 # SPDX-License-Identifier: GPL-2.0
 # shellcheck shell=bash
-# The recipe of the debug kernel: Debian's source, a small configuration, every checker. Built with
-# clang, for KASAN and Rust together need it. Sourced; a change makes a new directory.
+# The recipe of kernels for tests: Debian's source, a small configuration, and checkers. Built with
+# clang, which KASAN together with Rust needs. Sourced; a change makes a new directory.
 
 set -euo pipefail
 
-# build_kernel_debug RELEASE VERSION CONFIG: as build_kernel_debian, with the configuration of a file.
-build_kernel_debug() {
-	local release=$1 version=$2 config=$3 series line missing=0
+# build_kernel_test RELEASE VERSION CONFIG...: as build_kernel_debian, with the configuration of files.
+build_kernel_test() {
+	local release=$1 version=$2 series line missing=0
+	shift 2
 	series=$(echo "$release" | cut -d. -f1,2)
 	export APT_CONFIG=/srv/apt.conf
 
@@ -21,13 +22,24 @@ build_kernel_debug() {
 	echo "== configuration"
 	cd /kernel/kdir
 	local args=(LLVM=1 LOCALVERSION="${release#"$(make -s kernelversion)"}")
-	make "${args[@]}" KCONFIG_ALLCONFIG="$config" allnoconfig
+	cat "$@" >/kernel/wanted
+	make "${args[@]}" KCONFIG_ALLCONFIG=/kernel/wanted allnoconfig
 	while read -r line; do
 		grep -qxF "$line" .config && continue
 		echo "not possible: $line"
 		missing=1
-	done < <(grep CONFIG_ "$config")
+	done < <(grep CONFIG_ /kernel/wanted)
 	[ "$missing" = 0 ]
+	if grep -qx CONFIG_KCSAN=y .config; then
+		# The runtime is the same for all languages, but the kernel doesn't offer it to Rust yet.
+		sed -i 's/"supported-sanitizers", \["kcfi", /&"thread", /' scripts/generate_rust_target.rs
+		grep -q '"kcfi", "thread"' scripts/generate_rust_target.rs
+		echo "-Zsanitizer=thread -Cllvm-args=-tsan-distinguish-volatile=1" \
+			"-Cllvm-args=-tsan-instrument-func-entry-exit=0" >/kernel/rustflags
+	else
+		echo kasan_multi_shot >/kernel/cmdline
+		echo 3072 >/kernel/memory
+	fi
 
 	echo "== kernel and modules"
 	make -j"$(nproc)" "${args[@]}" bzImage modules
@@ -43,7 +55,5 @@ build_kernel_debug() {
 	find drivers sound fs net mm -name '*.c' -delete
 	[ "$(cat include/config/kernel.release)" = "$release" ]
 	[ -s rust/libkernel.rmeta ] && [ -s rust/libmacros.so ] && [ -s Module.symvers ]
-	echo 3072 >/kernel/memory
-	echo "kasan_multi_shot" >/kernel/cmdline
 	echo "$release" >/kernel/release
 }
