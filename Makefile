@@ -9,10 +9,10 @@ MAKEFLAGS += --no-print-directory
 S := scripts
 
 # Passed on to the scripts when given on the command line or in the environment.
-export KDIR KERNEL MIRROR V DESTDIR PREFIX RUN SHARE TIMEOUT CARGO
+export KDIR KERNEL MIRROR V DESTDIR PREFIX RUN SHARE TIMEOUT CARGO MINUTES
 export QEMU_MEM QEMU_SMP QEMU_ARGS KERNEL_ARGS OBD_GOLDENS
 
-.PHONY: all module tools setup demo check check-debug lint vm install clean help
+.PHONY: all module tools setup demo check check-debug check-kcsan soak lint vm install clean help
 
 all: module
 
@@ -34,6 +34,13 @@ check:
 # The same tests with a kernel that has KASAN, lockdep and all.
 check-debug:
 	@$S/check.sh debug
+
+# ... that finds data races.
+check-kcsan:
+	@$S/check.sh kcsan
+
+soak:
+	@$S/check.sh soak
 
 lint:
 	@$S/lint.sh

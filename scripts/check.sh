@@ -3,6 +3,8 @@
 # Everything a change has to pass: check.sh [PART...]. The last line sums it all up.
 #   stock   lints, builds, tests in user space and, with Debian's kernel, in the VM (the default)
 #   debug   the tests in the VM with the debug kernel
+#   kcsan   those that have several things at once, with the KCSAN kernel
+#   soak    a random mix of everything for $MINUTES (30), with the debug kernel
 . "$(dirname "$0")/lib.sh"
 
 passed=0 failed=0 skipped=0
@@ -72,18 +74,20 @@ user_space() {
 	add "$p" "$f" "$s" "$status"
 }
 
-# in_vm KERNEL: the tests in the VM with that kernel.
+# in_vm KERNEL TITLE [TEST...]: tests in the VM with that kernel, all if none is named.
 in_vm() {
-	local kernel_log=$LOGS/kernel-$1.log status=0 p f s
+	local kernel_log=$LOGS/kernel-$1.log title=$2 status=0 p f s
 	export KERNEL=$1
-	must "module for the $1 kernel" "$SCRIPTS/build-module.sh"
+	shift 2
+	[ "$KERNEL" = stock ] || must "$KERNEL kernel" "$SCRIPTS/make-kernel.sh"
+	must "module for the $KERNEL kernel" "$SCRIPTS/build-module.sh"
 	rm -f "$kernel_log"
-	RUN=tests/run.sh SHARE='' TIMEOUT=${TIMEOUT:-2400} VM_LOG=$kernel_log \
-		step "tests with the $1 kernel" "$SCRIPTS/vm.sh" || status=$?
+	RUN="tests/run.sh $*" SHARE='' TIMEOUT=${TIMEOUT:-3000} VM_LOG=$kernel_log \
+		step "$title with the $KERNEL kernel" "$SCRIPTS/vm.sh" || status=$?
 	read -r p f s <<<"$(awk -f "$SCRIPTS/ktap.awk" "$STEP_LOG")"
 	[ "$f" = 0 ] || grep -E '^ *not ok ' "$STEP_LOG" | sed 's/^/    /'
 	add "$p" "$f" "$s" "$status"
-	counts "log of the $1 kernel" "$0" --kernel-log "$kernel_log"
+	counts "log of the $KERNEL kernel" "$0" --kernel-log "$kernel_log"
 }
 
 read -ra lints <<<"$("$SCRIPTS/lint.sh" --list)"
@@ -95,22 +99,24 @@ total=2
 for part in "${parts[@]}"; do
 	case $part in
 	stock) total=$((total + ${#lints[@]} + 5)) ;;
-	debug) total=$((total + 5)) ;;
-	*) die "usage: check.sh [stock | debug]..." ;;
+	debug | kcsan | soak) total=$((total + 5)) ;;
+	*) die "usage: check.sh [stock | debug | kcsan | soak]..." ;;
 	esac
 done
 steps "$total"
 set_up
 for part in "${parts[@]}"; do
+	[ "$part" = stock ] || must "obdsetup" "$SCRIPTS/build-tools.sh"
 	case $part in
 	stock)
 		user_space
-		in_vm stock
+		in_vm stock tests
 		;;
-	debug)
-		KERNEL=debug must "debug kernel" "$SCRIPTS/make-kernel.sh"
-		must "obdsetup" "$SCRIPTS/build-tools.sh"
-		in_vm debug
+	debug) in_vm debug tests ;;
+	kcsan) in_vm kcsan "concurrent tests" reads errors lifecycle faults races ;;
+	soak)
+		export OBD_SOAK_MINUTES=${MINUTES:-30}
+		TIMEOUT=$((OBD_SOAK_MINUTES * 60 + 900)) in_vm debug "soak for $OBD_SOAK_MINUTES minutes" soak
 		;;
 	esac
 done

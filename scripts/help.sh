@@ -10,6 +10,8 @@ make install          install module, obdsetup and manual pages (DESTDIR=, PREFI
 make demo             set everything up and show the module at work in the test VM
 make check            set everything up, then lint, build and run all tests
 make check-debug      run the VM's tests with a kernel that has KASAN, lockdep, kmemleak and more (made once)
+make check-kcsan      run those that have several things at once with a kernel that finds data races
+make soak             a random mix of everything for MINUTES=30, with the kernel of check-debug
 make lint             the static checks only
 make vm               a shell in the test VM, with the module loaded (leave with exit, or Ctrl-a x)
 make vm RUN='CMD'     run one command there; fails as it does ("Error N" has its status, make's own is then 2;
@@ -17,7 +19,7 @@ make vm RUN='CMD'     run one command there; fails as it does ("Error N" has its
 make setup            only set up the tool chain and the kernel that the above need
 make clean            remove build/
 
-For vm: NOBUILD=1 (boot what is built), SHARE=DIR (read-write at /mnt/share), TIMEOUT=SECONDS (1800), KERNEL=debug (the kernel of check-debug), QEMU_MEM=MiB (2048), QEMU_SMP=N (2),
+For vm: NOBUILD=1 (boot what is built), SHARE=DIR (read-write at /mnt/share), TIMEOUT=SECONDS (1800), KERNEL=debug or kcsan (the kernels of these checks), QEMU_MEM=MiB (2048), QEMU_SMP=N (2),
 QEMU_ARGS= and KERNEL_ARGS= (more arguments), OBD_GOLDENS=DIR (read-only at /mnt/goldens).
 For set-up: MIRROR=URL of a Debian mirror. The cache, ${XDG_CACHE_HOME:-~/.cache}/dm-overlaybd, is shared by
 all clones and may be deleted at any time. V=1 shows commands.
