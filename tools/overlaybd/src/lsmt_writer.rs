@@ -155,7 +155,7 @@ impl LayerWriter {
         progress: Progress<'_>,
     ) -> Result<()> {
         sink(&self.header(flag::HEADER | flag::DATA_FILE | flag::SEALED, 0, 0))?;
-        let mut buffer = vec![0; to_usize(COPY)];
+        let mut buffer = vec![0; to_usize(COPY.min(self.data_len()))];
         for entry in self.entries.iter().filter(|entry| !entry.zeroed()) {
             let (mut at, end) = (entry.offset() * SECTOR_SIZE, entry.end() * SECTOR_SIZE);
             while at < end {
