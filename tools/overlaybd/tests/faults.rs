@@ -8,7 +8,7 @@ mod common;
 
 use std::collections::HashSet;
 
-use common::{file, lsmt, lz4, run, sign, wrapped, zfile};
+use common::{checksum, file, lsmt, lz4, put, run, sign, wrapped, zfile};
 use overlaybd::error::{BlockFault, Error};
 use overlaybd::format::{lsmt as lsmt_format, zfile as zfile_format, Fault};
 use overlaybd::progress::silent;
@@ -100,18 +100,6 @@ fn tar(edit: impl FnOnce(&mut Vec<u8>)) -> Vec<u8> {
     );
     edit(&mut bytes);
     bytes
-}
-
-/// Makes the checksum of the tar header at byte `at` right.
-fn checksum(bytes: &mut [u8], at: usize) {
-    let block = &mut bytes[at..at + 512];
-    block[148..156].fill(b' ');
-    let sum: u32 = block.iter().map(|&byte| u32::from(byte)).sum();
-    block[148..156].copy_from_slice(format!("{sum:06o}\0 ").as_bytes());
-}
-
-fn put(bytes: &mut [u8], at: usize, value: &[u8]) {
-    bytes[at..at + value.len()].copy_from_slice(value);
 }
 
 fn tar_cases() -> Vec<Case> {

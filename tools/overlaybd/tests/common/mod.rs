@@ -140,3 +140,16 @@ pub fn sign(bytes: &mut [u8], at: usize) {
     header[zfile::field::DIGEST..][..4].copy_from_slice(&digest.to_le_bytes());
     bytes[at..at + 512].copy_from_slice(&header);
 }
+
+/// Makes the checksum of the tar header at byte `at` right.
+pub fn checksum(bytes: &mut [u8], at: usize) {
+    let block = &mut bytes[at..at + 512];
+    block[148..156].fill(b' ');
+    let sum: u32 = block.iter().map(|&byte| u32::from(byte)).sum();
+    block[148..156].copy_from_slice(format!("{sum:06o}\0 ").as_bytes());
+}
+
+/// Copies `value` to byte `at` of `bytes`.
+pub fn put(bytes: &mut [u8], at: usize, value: &[u8]) {
+    bytes[at..at + value.len()].copy_from_slice(value);
+}
