@@ -10,9 +10,9 @@ S := scripts
 
 # Passed on to the scripts when given on the command line or in the environment.
 export KDIR KERNEL MIRROR V DESTDIR PREFIX RUN SHARE TIMEOUT CARGO MINUTES
-export QEMU_MEM QEMU_SMP QEMU_ARGS KERNEL_ARGS OBD_GOLDENS
+export QEMU_MEM QEMU_SMP QEMU_ARGS KERNEL_ARGS OBD_GOLDENS RECORD
 
-.PHONY: all module tools setup demo check check-debug check-kcsan soak lint vm install clean help
+.PHONY: all module tools setup demo check check-debug check-kcsan soak lint fuzz vm install clean help
 
 all: module
 
@@ -44,6 +44,9 @@ soak:
 
 lint:
 	@$S/lint.sh
+
+fuzz:
+	@$S/fuzz.sh $(or $(SECONDS),60) $(TARGET)
 
 # The VM runs what is built for its own kernel; NOBUILD=1 takes what there is.
 vm:

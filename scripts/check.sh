@@ -72,6 +72,7 @@ user_space() {
 	step "cargo tests" "$SCRIPTS/build-tools.sh" test || status=$?
 	read -r p f s <<<"$(cargo_results "$STEP_LOG")"
 	add "$p" "$f" "$s" "$status"
+	RECORD='' counts "fuzz" "$SCRIPTS/fuzz.sh" 10
 }
 
 # in_vm KERNEL TITLE [TEST...]: tests in the VM with that kernel, all if none is named.
@@ -98,7 +99,7 @@ parts=("$@")
 total=2
 for part in "${parts[@]}"; do
 	case $part in
-	stock) total=$((total + ${#lints[@]} + 5)) ;;
+	stock) total=$((total + ${#lints[@]} + 6)) ;;
 	debug | kcsan | soak) total=$((total + 5)) ;;
 	*) die "usage: check.sh [stock | debug | kcsan | soak]..." ;;
 	esac

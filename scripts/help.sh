@@ -13,6 +13,7 @@ make check-debug      run the VM's tests with a kernel that has KASAN, lockdep, 
 make check-kcsan      run those that have several things at once with a kernel that finds data races
 make soak             a random mix of everything for MINUTES=30, with the kernel of check-debug
 make lint             the static checks only
+make fuzz             run the fuzz targets (SECONDS=60 each, TARGET='NAME...', RECORD=FILE)
 make vm               a shell in the test VM, with the module loaded (leave with exit, or Ctrl-a x)
 make vm RUN='CMD'     run one command there; fails as it does ("Error N" has its status, make's own is then 2;
                       RUN='CMD' scripts/vm.sh exits with the status itself: 124 is time out, 125 a dead VM)
