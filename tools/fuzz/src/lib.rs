@@ -14,10 +14,9 @@ use peak_alloc::PeakAlloc;
 #[path = "../../overlaybd/tests/common/mod.rs"]
 pub mod common;
 pub mod parts;
-pub mod sparse;
 
+pub use common::sparse::Sparse;
 pub use parts::Parts;
-pub use sparse::Sparse;
 
 #[global_allocator]
 static ALLOCATOR: PeakAlloc = PeakAlloc;

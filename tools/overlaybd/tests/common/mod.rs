@@ -4,6 +4,8 @@
 
 #![allow(dead_code, missing_docs, unreachable_pub, clippy::unwrap_used)]
 
+pub mod sparse;
+
 use std::io::{Cursor, Write};
 
 use overlaybd::codec::Method;
