@@ -33,6 +33,13 @@ struct Case {
     range: [u32; 2],
 }
 
+/// The first `len` bytes of `text`, again and again.
+fn over_and_over(text: &[u8], len: usize) -> Vec<u8> {
+    let mut content = text.repeat(len / text.len() + 1);
+    content.truncate(len);
+    content
+}
+
 /// Flags, numbers; then for each block two bytes, kind and length, and that many bytes of it.
 fn read(data: &[u8]) -> Result<Case> {
     let mut input = Unstructured::new(data);
@@ -65,14 +72,7 @@ fn read(data: &[u8]) -> Result<Case> {
         if kind & 0x80 == 0 {
             return (bytes, None);
         }
-        // The bytes over and over.
-        let content: Vec<u8> = bytes
-            .iter()
-            .chain(&[0])
-            .cycle()
-            .take(len as usize)
-            .copied()
-            .collect();
+        let content = over_and_over(&[&bytes[..], &[0]].concat(), len as usize);
         let mut stored = Vec::new();
         encoder
             .encode(&content, &mut stored)
@@ -229,12 +229,12 @@ fn check(data: &[u8]) -> Result<()> {
         let first_bad = blocks.clone().find(|&nth| content[nth].is_err());
         match (result, first_bad) {
             (Ok(()), None) => {
-                let wanted: Vec<u8> = content[blocks.clone()]
+                let wanted: Vec<&[u8]> = content[blocks.clone()]
                     .iter()
                     .flatten()
-                    .flatten()
-                    .copied()
+                    .map(Vec::as_slice)
                     .collect();
+                let wanted = wanted.concat();
                 let skip = start - (blocks.start << shift);
                 assert!(found == wanted[skip.min(wanted.len())..][..end - start]);
             }
@@ -270,12 +270,7 @@ fn seeds() -> Vec<Vec<u8>> {
         })
         .expect("a known level");
         let block_size = 512usize << (flags % 4 + 1);
-        let content: Vec<u8> = b"to be or not "
-            .iter()
-            .cycle()
-            .take(block_size)
-            .copied()
-            .collect();
+        let content = over_and_over(b"to be or not ", block_size);
         let mut stored = Vec::new();
         encoder
             .encode(&content, &mut stored)
