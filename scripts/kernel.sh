@@ -59,7 +59,7 @@ kernel_look_up_stock() {
 kernel_for_tests() {
 	kernel_look_up_stock
 	K_RELEASE=${K_RELEASE%%[+-]*}-$1
-	K_RECIPE=test
+	K_RECIPE="test"
 	K_CONFIG=("$SCRIPTS/kernel-test.config" "$SCRIPTS/kernel-$1.config")
 }
 

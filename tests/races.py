@@ -377,7 +377,7 @@ def unload_race():
 
     def unloader():
         try:
-            for _ in range(60):
+            for _ in range(40):
                 run = subprocess.run(["rmmod", "dm_overlaybd"], capture_output=True, text=True, check=False)
                 if run.returncode:
                     check("in use" in run.stderr or "busy" in run.stderr, f"rmmod: {run.stderr}")

@@ -7,6 +7,7 @@ machine. Devices are removed when the test that made them is over.
 
 import errno
 import fcntl
+import itertools
 import os
 import struct
 import time
@@ -22,7 +23,7 @@ _HEADER = "=3I2Ii4IQ128s129s7x"
 _SPEC = "=QQiI16s"
 _MAJOR = 4
 
-_count = 0
+_count = itertools.count(1)
 
 
 def _ioctl(command, name, flags=0, data=b"", targets=0, event=0, room=16384):
@@ -70,9 +71,7 @@ class Device:
     """A mapped device."""
 
     def __init__(self, name=None):
-        global _count
-        _count += 1
-        self.name = name or f"obdtest-{os.getpid()}-{_count}"
+        self.name = name or f"obdtest-{os.getpid()}-{next(_count)}"
         dev = _ioctl(_CREATE, self.name)[3]
         self.number = f"{os.major(dev)}:{os.minor(dev)}"
         self.path = f"/dev/dm-{os.minor(dev)}"

@@ -16,6 +16,9 @@ _tests = []
 _deferred = []
 _checks = 0
 
+# How many times slower kernels with checkers (kmemleak and KASAN, KCSAN) are, about.
+SLOW = 4 if any(os.path.exists(f"/sys/kernel/debug/{name}") for name in ("kmemleak", "kcsan")) else 1
+
 # Seconds after which a test has failed that says nothing else.
 TIMEOUT = 150
 
@@ -127,7 +130,7 @@ def _run(function, args, timeout):
     global _checks
     _checks = 0
     error = None
-    signal.alarm(timeout)
+    signal.alarm(timeout * SLOW)
     try:
         function(*args)
         if not _checks:

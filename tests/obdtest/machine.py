@@ -10,7 +10,7 @@ import subprocess
 import time
 
 from . import dm
-from .ktap import Failure, Skip, defer
+from .ktap import SLOW, Failure, Skip, defer
 
 _PORTS = "/sys/class/virtio-ports"
 # The guest's view of the directory in which QEMU runs.
@@ -56,11 +56,11 @@ def _call(command, **arguments):
 
 
 def _wait(condition, what):
-    for _ in range(400):
+    for _ in range(400 * SLOW):
         if condition():
             return
         time.sleep(0.05)
-    raise Failure(f"{what}: not within 20 s")
+    raise Failure(f"{what}: not within {20 * SLOW} s")
 
 
 class Disk:
@@ -104,8 +104,16 @@ class Disk:
         _wait(new, f"the {kind} disk")
         self.name = found.pop()
         self.path = f"/dev/{self.name}"
+        _wait(self._ready, f"the {kind} disk can be read")
         with open(f"/sys/block/{self.name}/dev", encoding="ascii") as file:
             self.number = file.read().strip()
+
+    def _ready(self):
+        try:
+            with open(self.path, "rb", buffering=0) as file:
+                return len(file.read(512)) == 512
+        except OSError:
+            return False
 
     def pull(self):
         """Pulls the disk out; comes back when the system has seen it."""
