@@ -37,7 +37,7 @@ add() {
 	failed=$((failed + $2))
 	skipped=$((skipped + $3))
 	say "      $1 passed, $2 failed, $3 skipped"
-	if [ "$4" != 0 ] && [ "$2" = 0 ]; then
+	if [ "$2" = 0 ] && { [ "$4" != 0 ] || [ "$1" = 0 ]; }; then
 		failed=$((failed + 1))
 	fi
 }
@@ -48,7 +48,7 @@ cargo_results() {
 
 # kernel_log_clean FILE: fail, and show it, when the guest's kernel complained.
 kernel_log_clean() {
-	! grep -nE 'WARNING:|BUG:|Oops|Call Trace|KASAN|UBSAN|KCSAN|kmemleak: [0-9]+ new|unreferenced object|general protection|possible (circular|recursive)|inconsistent lock|suspicious RCU|INFO: task .* blocked|detected stall|soft lockup|refcount_t:|Kernel panic' "$1"
+	[ -s "$1" ] && ! grep -nE 'WARNING:|BUG:|Oops|Call Trace|KASAN|UBSAN|KCSAN|kmemleak: [0-9]+ new|unreferenced object|general protection|possible (circular|recursive)|inconsistent lock|suspicious RCU|pagealloc: |INFO: task .* blocked|detected stall|soft lockup|refcount_t:|Kernel panic' "$1"
 }
 
 if [ "${1:-}" = --kernel-log ]; then

@@ -10,7 +10,8 @@ export PATH=$PATH:/usr/sbin:/sbin
 
 MODULE=/sys/module/dm_overlaybd
 KMEMLEAK=/sys/kernel/debug/kmemleak
-COMPLAINTS="WARNING:|BUG:|Oops|Call Trace|INFO: task|lockdep|KASAN|UBSAN|refcount_t|detected stall|soft lockup"
+KCSAN=/sys/kernel/debug/kcsan
+COMPLAINTS="WARNING:|BUG:|Oops|Call Trace|INFO: task|lockdep|KASAN|UBSAN|refcount_t|pagealloc: |detected stall|soft lockup"
 FIRST=(golden malformed)
 # These run only where they are named.
 NAMED=(soak)
@@ -69,7 +70,8 @@ tidy() {
 
 # complaints MARK: what the kernel had to complain of since a line of its log.
 complaints() {
-	dmesg | awk -v mark="$1" 'index($0, mark) { seen = 1 } seen' | grep -E "$COMPLAINTS"
+	dmesg | awk -v mark="$1" 'index($0, mark) { seen = 1 } seen; END { if (!seen) print "BUG: the log has no room" }' |
+		grep -E "$COMPLAINTS"
 }
 
 # run_one NAME: status 0 passed, 1 failed, 4 skipped.
@@ -94,8 +96,7 @@ run_one() {
 # scan_leaks: have kmemleak look for lost memory, twice, since it takes some time for it to be sure.
 scan_leaks() {
 	sleep 6
-	echo scan >"$KMEMLEAK"
-	echo scan >"$KMEMLEAK"
+	echo scan >"$KMEMLEAK" && echo scan >"$KMEMLEAK"
 }
 
 # leaks: what kmemleak has found, one test; nothing that was there before the tests counts.
@@ -104,13 +105,33 @@ leaks() {
 		echo "ok $1 no leaked memory # SKIP this kernel has no kmemleak"
 		return
 	fi
-	scan_leaks
-	if grep -q . "$KMEMLEAK"; then
+	if ! scan_leaks || dmesg | grep -E 'kmemleak: .*(disabled|Cannot allocate)'; then
+		echo "# kmemleak has given up"
+		echo "not ok $1 no leaked memory"
+		failed=1
+	elif grep -q . "$KMEMLEAK"; then
 		head -n 60 "$KMEMLEAK" | sed 's/^/# /'
 		echo "not ok $1 no leaked memory"
 		failed=1
 	else
 		echo "ok $1 no leaked memory"
+	fi
+}
+
+# checkers: whether lockdep and KCSAN were at work to the end, where the kernel has them, one test.
+checkers() {
+	local stopped=()
+	[ ! -r /proc/lockdep_stats ] || grep -Eq 'debug_locks: +1' /proc/lockdep_stats || stopped+=(lockdep)
+	[ ! -r "$KCSAN" ] || awk '/^enabled: 1/ { e = 1 } /^setup_watchpoints: [1-9]/ { w = 1 } END { exit !(e && w) }' \
+		"$KCSAN" || stopped+=(KCSAN)
+	if [ ! -r /proc/lockdep_stats ] && [ ! -r "$KCSAN" ]; then
+		echo "ok $1 checkers were at work # SKIP this kernel has none"
+	elif [ "${#stopped[@]}" != 0 ]; then
+		echo "# not at work: ${stopped[*]}"
+		echo "not ok $1 checkers were at work"
+		failed=1
+	else
+		echo "ok $1 checkers were at work"
 	fi
 }
 
@@ -124,7 +145,7 @@ if [ "$(id -u)" != 0 ] || [ ! -e "$MODULE" ]; then
 	exit 4
 fi
 modprobe -qa loop brd dm-mod
-echo "1..$((${#names[@]} + 1))"
+echo "1..$((${#names[@]} + 2))"
 if [ -w "$KMEMLEAK" ]; then
 	echo scan >"$KMEMLEAK"
 	echo clear >"$KMEMLEAK"
@@ -150,4 +171,5 @@ for name in "${names[@]}"; do
 	esac
 done
 leaks $((nr + 1))
+checkers $((nr + 2))
 exit "$failed"

@@ -17,7 +17,7 @@ import time
 from obdtest import dm, image, inject
 from obdtest.disk import Disk, same_bytes, verify, verify_random
 from obdtest.dm import line
-from obdtest.ktap import Failure, Skip, add, alone, check, main, note
+from obdtest.ktap import Failure, Skip, add, alone, check, equal, main, note
 from obdtest.memory import hog, kernel_memory
 
 MINUTES = float(os.environ.get("OBD_SOAK_MINUTES", "1"))
@@ -45,8 +45,9 @@ class Scene:
 
     def __init__(self, rng):
         self.rng, self.stop = rng, threading.Event()
-        self.faults, self.lock = 0, threading.Lock()
-        self.active = 0
+        self.lock = threading.Lock()
+        self.active = {errno.EIO: 0, errno.ENOMEM: 0}
+        self.changes = dict(self.active)
         self.counts = {}
         self.size = rng.choice((64 << 10, 256 << 10, 1 << 20, 3 << 20))
         raws = [image.lsmt(self.size, image.random_layer(rng, self.size, rng.randrange(1, 60), unit=rng.choice((1, 8))))
@@ -69,75 +70,79 @@ class Scene:
         self.table = line(0, self.size // 512, "lsmt", len(raws), *layers)
         self.device = dm.create(self.table)
 
-    def count(self, what):
+    def count(self, what, number=1):
         with self.lock:
-            self.counts[what] = self.counts.get(what, 0) + 1
+            self.counts[what] = self.counts.get(what, 0) + number
 
-    def pause(self, most=0.3):
+    def pause(self, rng, most=0.3):
         """Waits a little; tells whether to go on."""
-        return not self.stop.wait(self.rng.random() * most)
+        return not self.stop.wait(rng.random() * most)
 
-    def fault(self, begin):
-        """A fault begins or ends."""
+    def trouble(self, error, begin):
+        """Something begins or ends that may cause an error."""
         with self.lock:
-            self.active += 1 if begin else -1
-            self.faults += 1
+            self.active[error] += 1 if begin else -1
+            self.changes[error] += 1
 
-    def may_fail(self, since):
+    def now(self):
+        """How often troubles have begun or ended."""
         with self.lock:
-            return self.active > 0 or self.faults != since
+            return dict(self.changes)
+
+    def excuse(self, error, since):
+        """Raises an error again unless its trouble is on or was on since then."""
+        with self.lock:
+            if not self.active.get(error.errno) and self.changes.get(error.errno) == since.get(error.errno):
+                raise error
 
     # ---- who reads ----
 
-    def reader(self):
+    def reader(self, rng):
         disk = Disk(self.device)
-        rng = random.Random(self.rng.random())
         while not self.stop.is_set():
-            since = self.faults
+            since = self.now()
             try:
                 verify_random(disk, self.wanted, rng, 1)
                 self.count("reads")
             except OSError as error:
-                if error.errno != errno.EIO or not self.may_fail(since):
-                    raise
+                equal(error.errno, errno.EIO, "error of a read")
+                self.excuse(error, since)
                 self.count("failed reads")
         disk.close()
 
     # ---- troubles ----
 
-    def faults_below(self):
+    def faults_below(self, rng):
         kinds = [lambda lower: line(0, lower.sectors, "error"),
-                 lambda lower: line(0, lower.sectors, "delay", lower.loop.path, 0, self.rng.choice((1, 30))),
+                 lambda lower: line(0, lower.sectors, "delay", lower.loop.path, 0, rng.choice((1, 30))),
                  lambda lower: line(0, lower.sectors, "flakey", lower.loop.path, 0, 0, 3600, 1, "error_reads")]
-        while self.pause():
-            lower = self.rng.choice(self.lowers)
-            self.fault(True)
-            lower.swap(self.rng.choice(kinds)(lower))
-            self.pause()
+        while self.pause(rng):
+            lower = rng.choice(self.lowers)
+            self.trouble(errno.EIO, True)
+            lower.swap(rng.choice(kinds)(lower))
+            self.pause(rng)
             lower.swap(lower.good())
-            self.fault(False)
+            self.trouble(errno.EIO, False)
             self.count("faults below")
 
-    def failing_requests(self):
-        while self.pause(1):
-            def once():
-                lower = self.rng.choice(self.lowers)
-                self.fault(True)
-                end = inject.requests(lower.device, probability=self.rng.choice((5, 50)))
-                self.pause()
-                end()
-                self.fault(False)
-            once()
-            self.count("failing requests")
+    def failing_requests(self, rng):
+        while self.pause(rng, 1):
+            lower = rng.choice(self.lowers)
+            self.trouble(errno.EIO, True)
+            end = inject.requests(lower.device, probability=rng.choice((5, 50)))
+            self.pause(rng)
+            self.count("failing requests", end())
+            self.trouble(errno.EIO, False)
 
-    def no_memory(self):
-        while self.pause(1):
-            end = inject.allocations(self.rng.choice((20, 100)))
-            self.pause(1)
-            end()
-            self.count("allocations that fail")
+    def no_memory(self, rng):
+        while self.pause(rng, 1):
+            self.trouble(errno.ENOMEM, True)
+            end = inject.allocations(rng.choice((20, 100)))
+            self.pause(rng, 1)
+            self.count("failed allocations", end())
+            self.trouble(errno.ENOMEM, False)
 
-    def squeeze(self):
+    def squeeze(self, rng):
         child = hog(96 << 10)
         try:
             self.stop.wait(SECONDS / 2)
@@ -146,53 +151,49 @@ class Scene:
             os.waitpid(child, 0)
         self.count("memory hogs")
 
-    def suspend(self):
-        while self.pause():
-            device = self.rng.choice([self.device] + [device for device, _, _ in self.zfiles])
-            device.suspend(noflush=bool(self.rng.randrange(2)))
-            self.pause(0.05)
+    def suspend(self, rng):
+        while self.pause(rng):
+            device = rng.choice([self.device] + [device for device, _, _ in self.zfiles])
+            device.suspend(noflush=bool(rng.randrange(2)))
+            self.pause(rng, 0.05)
             device.resume()
             self.count("suspends")
 
-    def reload(self):
-        while self.pause():
-            device, table = self.rng.choice([(self.device, self.table)] + [zfile[:2] for zfile in self.zfiles])
+    def reload(self, rng):
+        while self.pause(rng):
+            device, table = rng.choice([(self.device, self.table)] + [zfile[:2] for zfile in self.zfiles])
+            since = self.now()
             try:
                 device.load(table)
                 device.resume()
                 self.count("reloads")
             except OSError as error:
-                # A fault while metadata is read, or no memory for it.
-                if error.errno not in (errno.EIO, errno.ENOMEM):
-                    raise
+                self.excuse(error, since)
                 self.count("failed reloads")
 
-    def neighbours(self):
-        while self.pause():
+    def neighbours(self, rng):
+        while self.pause(rng):
             other = dm.Device()
+            _, table, raw = rng.choice(self.zfiles or [(self.device, self.table, self.wanted)])
+            since = self.now()
+            disk = None
             try:
-                device, table, raw = self.rng.choice(self.zfiles or [(self.device, self.table, self.wanted)])
-                since = self.faults
                 other.load(table)
                 other.resume()
                 disk = Disk(other)
-                try:
-                    same_bytes(disk.read(0, 512), raw[:512], "first sector of a neighbour")
-                except OSError as error:
-                    if error.errno != errno.EIO or not self.may_fail(since):
-                        raise
-                finally:
-                    disk.close()
+                same_bytes(disk.read(0, 512), raw[:512], "first sector of a neighbour")
                 self.count("neighbours")
             except OSError as error:
-                if error.errno not in (errno.EIO, errno.ENOMEM):
-                    raise
+                self.excuse(error, since)
+                self.count("neighbours that fail")
             finally:
+                if disk:
+                    disk.close()
                 other.remove()
 
-    def questions(self):
-        while self.pause(0.05):
-            self.device.status(self.rng.choice((0, dm.TABLE, dm.IMA)))
+    def questions(self, rng):
+        while self.pause(rng, 0.05):
+            self.device.status(rng.choice((0, dm.TABLE, dm.IMA)))
             for device, _, _ in self.zfiles:
                 device.status()
             try:
@@ -200,8 +201,8 @@ class Scene:
             except OSError:
                 self.count("questions")
 
-    def forget(self):
-        while self.pause(0.5):
+    def forget(self, rng):
+        while self.pause(rng, 0.5):
             kernel_memory()
             self.count("dropped caches")
 
@@ -213,14 +214,15 @@ class Scene:
         chosen = self.rng.sample(troubles, self.rng.randrange(1, len(troubles)))
         errors = []
 
-        def guard(actor):
+        def guard(actor, seed):
             try:
-                actor()
+                actor(random.Random(seed))
             except Exception as error:  # pylint: disable=broad-except
                 errors.append((actor.__name__, error))
                 self.stop.set()
 
-        actors = [threading.Thread(target=guard, args=(actor,)) for actor in chosen + [self.reader] * 3]
+        actors = [threading.Thread(target=guard, args=(actor, self.rng.random()))
+                  for actor in chosen + [self.reader] * 3]
         for actor in actors:
             actor.start()
         self.stop.wait(SECONDS)
@@ -230,6 +232,8 @@ class Scene:
         note(", ".join(f"{what}: {number}" for what, number in sorted(self.counts.items())))
         check(not errors, f"{errors}")
         check(self.counts.get("reads", 0) > 0, "nothing was read")
+        if self.no_memory in chosen:
+            check(self.counts.get("failed allocations"), "no allocation has failed")
 
 
 def episode(seed):

@@ -174,7 +174,12 @@ impl Buffer {
         self.filled = self.len;
     }
 
-    /// Initialises `bio` as a read from `bdev` that fills the buffer.
+    /// Initialises `bio` as a read from `bdev` that fills the buffer; it must be uninitialised
+    /// again, also after an error.
+    ///
+    /// # Errors
+    ///
+    /// [`EINVAL`] where not all of the buffer is in the bio, which must not be submitted then.
     ///
     /// # Safety
     ///
@@ -187,7 +192,7 @@ impl Buffer {
         vec: NonNull<sys::bio_vec>,
         bdev: *mut sys::block_device,
         flags: sys::blk_opf_t,
-    ) {
+    ) -> Result {
         let flags = sys::req_op_REQ_OP_READ as sys::blk_opf_t | flags;
         self.filled = 0;
         match &mut self.memory {
@@ -210,8 +215,11 @@ impl Buffer {
                 // SAFETY: The memory is from vmalloc and at least `len` bytes long, and the vector
                 // has an entry for each of its pages.
                 let added = unsafe { sys::bio_add_vmalloc(bio.as_ptr(), addr, self.len as u32) };
-                debug_assert!(added);
+                if !added {
+                    return Err(EINVAL);
+                }
             }
         }
+        Ok(())
     }
 }

@@ -34,6 +34,14 @@ impl<'a> Dest<'a> {
     pub(crate) fn as_ptr(&self) -> *mut u8 {
         self.ptr.as_ptr()
     }
+
+    /// Fills it from the start with `bytes`, or with as many of them as there is room for.
+    pub(crate) fn copy_from(&self, bytes: &[u8]) {
+        let len = bytes.len().min(self.len);
+        // SAFETY: By the type invariant, and the slice, both are valid for `len` bytes; nobody
+        // has a mutable reference to what a shared slice names.
+        unsafe { core::ptr::copy(bytes.as_ptr(), self.ptr.as_ptr(), len) };
+    }
 }
 
 impl<'a> From<&'a mut [u8]> for Dest<'a> {

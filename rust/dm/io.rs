@@ -210,7 +210,12 @@ impl<T: Deferred> Io<T> {
         let (flags, ioprio) = (original.bi_opf & sys::OBD_REQ_INHERITED, original.bi_ioprio);
         // SAFETY: The frame stays where it is until the I/O ends, and so do the buffer in it and
         // the device; the I/O isn't ended before `read_done` has uninitialised the lower bio.
-        unsafe { buffer.init_read(lower, vec, bdev, flags) };
+        let ready = unsafe { buffer.init_read(lower, vec, bdev, flags) };
+        if ready.is_err() {
+            // SAFETY: Initialised above, and not in flight.
+            unsafe { sys::bio_uninit(lower.as_ptr()) };
+            return;
+        }
         if shared {
             // SAFETY: The lower bio is initialised.
             unsafe { sys::obd_bio_associate_root(lower.as_ptr()) };

@@ -164,7 +164,12 @@ impl Read {
         buffer.reset(len)?;
         // SAFETY: `self` is pinned and waits for the bio before it is dropped or used again, and
         // `device` is open for longer than this call chain, which waits for the bio.
-        unsafe { buffer.init_read(bio, vec, device.bdev(), sys::OBD_REQ_META) };
+        let ready = unsafe { buffer.init_read(bio, vec, device.bdev(), sys::OBD_REQ_META) };
+        if ready.is_err() {
+            // SAFETY: Initialised above, and not in flight.
+            unsafe { sys::bio_uninit(bio.as_ptr()) };
+            return ready;
+        }
         // SAFETY: The bio was initialised above and isn't in flight yet.
         let fields = unsafe { &mut *bio.as_ptr() };
         fields.bi_iter.bi_sector = at / 512;

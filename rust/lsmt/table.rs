@@ -181,9 +181,14 @@ fn check_alignment(
         block = block.max(setup.device(id)?.logical_block_size().into());
     }
     let mask = block / SECTOR_SIZE - 1;
-    let all = segments.iter().fold(0, |all, segment| {
-        all | segment.offset() | segment.length() | segment.moffset()
-    });
+    let mut all = 0;
+    for part in segments.chunks(1 << 16) {
+        dm::cond_resched();
+        dm::check_killed()?;
+        all = part.iter().fold(all, |all, segment| {
+            all | segment.offset() | segment.length() | segment.moffset()
+        });
+    }
     if all & mask != 0 {
         return Err(Failure::new(
             c"Layers are not aligned to the blocks of their devices",

@@ -105,7 +105,9 @@ void obd_init_work(struct work_struct *work, work_func_t func)
 struct workqueue_struct *obd_alloc_workqueue(const char *name,
 					     unsigned int flags)
 {
-	return alloc_workqueue("overlaybd/%s", flags, 0, name);
+	/* Each wants a codec context, and there is one for each CPU. */
+	return alloc_workqueue("overlaybd/%s", flags, num_possible_cpus(),
+			       name);
 }
 
 bool obd_ratelimit(void)

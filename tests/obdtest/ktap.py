@@ -9,6 +9,7 @@ undone after it, in reverse order, and counts as a part of it.
 import os
 import signal
 import sys
+import threading
 import time
 import traceback
 
@@ -130,6 +131,8 @@ def _run(function, args, timeout):
     global _checks
     _checks = 0
     error = None
+    lost = []
+    threading.excepthook = lambda hook: lost.append(hook.exc_value)
     signal.alarm(timeout * SLOW)
     try:
         function(*args)
@@ -139,7 +142,12 @@ def _run(function, args, timeout):
         error = caught
     signal.alarm(0)
     undo_error = _undo()
-    return error or undo_error
+    if undo_error and isinstance(undo_error, Skip):
+        undo_error = Failure(f"undoing the test: {undo_error}")
+    # What a thread has raised counts, and so does what remains; neither hides behind a skip.
+    if lost and (not error or isinstance(error, Skip)):
+        error = lost[0]
+    return undo_error if undo_error and (not error or isinstance(error, Skip)) else error
 
 
 def main():
