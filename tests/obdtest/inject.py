@@ -64,9 +64,10 @@ def _prepare_allocators(module_only):
         start, end = _module_text()
         where = {"stacktrace_depth": 32, "require_start": hex(start), "require_end": hex(end)}
     for which, settings in _ALLOCATORS.items():
-        _prepare(which, **settings, **where)
         if module_only:
+            # Undone last: while anything fails, it must not be everywhere.
             defer(lambda which=which: _set(which, **_EVERYWHERE))
+        _prepare(which, **settings, **where)
 
 
 def possible():
