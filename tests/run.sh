@@ -79,7 +79,7 @@ run_one() {
 	local mark="obdtest: $1 $RANDOM" status=0 before left
 	before=$(state)
 	echo "$mark" >/dev/kmsg
-	"./$1.py" 2>&1 | sed -u 's/^/  /'
+	OBD_LOG_MARK=$mark "./$1.py" 2>&1 | sed -u 's/^/  /'
 	status=${PIPESTATUS[0]}
 	left=$(
 		left_behind "$before" | sed 's/^/left behind: /'
