@@ -81,11 +81,11 @@ def lsmt_walk():
 @test("each allocation of the module's own start fails in turn")
 def module_walk():
     path = module_file()
+    nth = inject.Nth()
     defer(lambda: os.path.exists(MODULE) or subprocess.run(["insmod", path], check=True))
     subprocess.run(["rmmod", "dm_overlaybd"], check=True)
     with open(path, "rb") as file:
         fd = file.fileno()
-        nth = inject.Nth()
         count, outcomes = 0, {}
         while True:
             count += 1

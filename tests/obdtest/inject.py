@@ -59,6 +59,8 @@ def _module_text():
 
 
 def _prepare_allocators(module_only):
+    for which in _ALLOCATORS:
+        _set(which)
     where = {}
     if module_only:
         start, end = _module_text()
