@@ -9,7 +9,7 @@ shared() { # TAG DIR OPTIONS: one directory over 9p
 
 # Hangs and oopses end the run; the limits leave room for a slow, busy machine that emulates another.
 # shellcheck disable=SC2054 # commas within words
-append=(console=ttyS0 loglevel=7 panic=-1 oops=panic softlockup_panic=1 hung_task_panic=1 unknown_nmi_panic=1
+append=(console=ttyS0 loglevel=7 log_buf_len=8M panic=-1 oops=panic softlockup_panic=1 hung_task_panic=1 unknown_nmi_panic=1
 	watchdog_thresh=30 rcupdate.rcu_cpu_stall_timeout=90 sysctl.kernel.hung_task_timeout_secs=240
 	panic_sys_info=all_bt,blocked_tasks)
 # What only costs time where the CPU is emulated.
