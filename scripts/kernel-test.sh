@@ -37,7 +37,7 @@ build_kernel_test() {
 		echo "-Zsanitizer=thread -Cllvm-args=-tsan-distinguish-volatile=1" \
 			"-Cllvm-args=-tsan-instrument-func-entry-exit=0" >/kernel/rustflags
 	else
-		echo kasan_multi_shot >/kernel/cmdline
+		echo kasan_multi_shot page_poison=1 page_owner=on >/kernel/cmdline
 		echo 3072 >/kernel/memory
 	fi
 
