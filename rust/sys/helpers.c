@@ -105,9 +105,7 @@ void obd_init_work(struct work_struct *work, work_func_t func)
 struct workqueue_struct *obd_alloc_workqueue(const char *name,
 					     unsigned int flags)
 {
-	/* Each wants a codec context, and there is one for each CPU. */
-	return alloc_workqueue("overlaybd/%s", flags, num_possible_cpus(),
-			       name);
+	return alloc_workqueue("overlaybd/%s", flags, 0, name);
 }
 
 bool obd_ratelimit(void)
