@@ -46,13 +46,17 @@ cargo_results() {
 	awk '/^test result:/ { p += $4; f += $6; s += $8 } END { print p + 0, f + 0, s + 0 }' "$1"
 }
 
-# kernel_log_clean FILE: fail, and show it, when the guest's kernel complained.
+# kernel_log_clean FILE...: fail, and show it, when a guest's kernel complained.
 kernel_log_clean() {
-	[ -s "$1" ] && ! grep -nE 'WARNING:|BUG:|Oops|Call Trace|KASAN|UBSAN|KCSAN|kmemleak: [0-9]+ new|unreferenced object|general protection|possible (circular|recursive)|inconsistent lock|suspicious RCU|pagealloc: |INFO: task .* blocked|detected stall|soft lockup|refcount_t:|Kernel panic' "$1"
+	local log
+	for log; do
+		[ -s "$log" ] || return
+	done
+	! grep -nE 'WARNING:|BUG:|Oops|Call Trace|KASAN|UBSAN|KCSAN|kmemleak: [0-9]+ new|unreferenced object|general protection|possible (circular|recursive)|inconsistent lock|suspicious RCU|pagealloc: |INFO: task .* blocked|detected stall|soft lockup|refcount_t:|Kernel panic' "$@"
 }
 
 if [ "${1:-}" = --kernel-log ]; then
-	kernel_log_clean "$2"
+	kernel_log_clean "${@:2}"
 	exit
 fi
 
@@ -75,24 +79,39 @@ user_space() {
 	RECORD='' counts "fuzz" "$SCRIPTS/fuzz.sh" 10
 }
 
-# in_vm KERNEL TITLE [TEST...]: tests in the VM with that kernel, all if none is named.
+# side_by_side TESTS...: the VM for each list of tests, all at once; each one's output is in a file, too.
+side_by_side() {
+	local nth status=0 pids=()
+	for ((nth = 1; nth <= $#; nth++)); do
+		(RUN="tests/run.sh${!nth:+ ${!nth}}" SHARE='' TIMEOUT=${TIMEOUT:-3000} VM_LOG=$LOGS/kernel-$KERNEL-$nth.log \
+			"$SCRIPTS/vm.sh" 2>&1 | tee "$LOGS/vm-$KERNEL-$nth.log") &
+		pids+=($!)
+	done
+	for nth in "${pids[@]}"; do
+		wait "$nth" || status=$?
+	done
+	return "$status"
+}
+
+# in_vm KERNEL TITLE TESTS...: tests with that kernel, a VM for each list of them.
 in_vm() {
-	local kernel_log=$LOGS/kernel-$1.log title=$2 status=0 p f s
+	local title=$2 status=0 p f s
 	export KERNEL=$1
 	shift 2
 	[ "$KERNEL" = stock ] || must "$KERNEL kernel" "$SCRIPTS/make-kernel.sh"
 	must "module for the $KERNEL kernel" "$SCRIPTS/build-module.sh"
-	rm -f "$kernel_log"
-	RUN="tests/run.sh $*" SHARE='' TIMEOUT=${TIMEOUT:-3000} VM_LOG=$kernel_log \
-		step "$title with the $KERNEL kernel" "$SCRIPTS/vm.sh" || status=$?
-	read -r p f s <<<"$(awk -f "$SCRIPTS/ktap.awk" "$STEP_LOG")"
-	[ "$f" = 0 ] || grep -E '^ *not ok ' "$STEP_LOG" | sed 's/^/    /'
+	rm -f "$LOGS"/{vm,kernel}-"$KERNEL"-*.log
+	step "$title with the $KERNEL kernel" side_by_side "$@" || status=$?
+	read -r p f s <<<"$(awk -f "$SCRIPTS/ktap.awk" "$LOGS/vm-$KERNEL"-*.log)"
+	[ "$f" = 0 ] || grep -hE '^ *not ok ' "$LOGS/vm-$KERNEL"-*.log | sed 's/^/    /'
 	add "$p" "$f" "$s" "$status"
-	counts "log of the $KERNEL kernel" "$0" --kernel-log "$kernel_log"
+	counts "log of the $KERNEL kernel" "$0" --kernel-log "$LOGS/kernel-$KERNEL"-*.log
 }
 
 read -ra lints <<<"$("$SCRIPTS/lint.sh" --list)"
 export USE_ROOT=1 KDIR='' CARGO='' NOBUILD=1
+# What takes about half of the time. One VM keeps little more than one CPU busy.
+half="golden mutants"
 parts=("$@")
 [ $# != 0 ] || parts=(stock)
 
@@ -111,12 +130,13 @@ for part in "${parts[@]}"; do
 	case $part in
 	stock)
 		user_space
-		in_vm stock tests
+		in_vm stock tests ""
 		;;
-	debug) in_vm debug tests ;;
-	kcsan) in_vm kcsan "concurrent tests" reads errors lifecycle faults races ;;
+	debug) in_vm debug tests "$half" "--but $half" ;;
+	kcsan) in_vm kcsan "concurrent tests" "reads errors lifecycle faults races" ;;
 	soak)
 		export OBD_SOAK_MINUTES=${MINUTES:-30}
+		[[ $OBD_SOAK_MINUTES =~ ^[0-9]+$ ]] || die "MINUTES=$OBD_SOAK_MINUTES: must be a whole number"
 		TIMEOUT=$((OBD_SOAK_MINUTES * 60 + 900)) in_vm debug "soak for $OBD_SOAK_MINUTES minutes" soak
 		;;
 	esac

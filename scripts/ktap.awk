@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0
-# Count the results of a KTAP log: prints "passed failed skipped". Only leaves count: a result that
+# Count the results of KTAP logs: prints "passed failed skipped". Only leaves count: a result that
 # closes subtests (indented by two blanks more) counts only when it failed and none of them did.
 # A plan that was not kept counts as a failure.
 
@@ -24,6 +24,15 @@ function check_plan(d) {
 		failed++
 		bad[d]++
 	}
+}
+
+# Each file is a run of its own.
+FNR == 1 {
+	for (d in seen)
+		check_plan(d)
+	delete seen
+	delete plan
+	delete bad
 }
 
 /^ *1\.\.[0-9]+/ {
