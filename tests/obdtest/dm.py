@@ -5,6 +5,7 @@ No program has to be started for a device, which makes hundreds of them quick ev
 machine. Devices are removed when the test that made them is over.
 """
 
+import ctypes
 import errno
 import fcntl
 import itertools
@@ -24,6 +25,8 @@ _SPEC = "=QQiI16s"
 _MAJOR = 4
 
 _count = itertools.count(1)
+_libc = ctypes.CDLL(None, use_errno=True)
+_libc.ioctl.argtypes = [ctypes.c_int, ctypes.c_ulong, ctypes.c_void_p]
 
 
 def _ioctl(command, name, flags=0, data=b"", targets=0, event=0, room=16384):
@@ -35,7 +38,11 @@ def _ioctl(command, name, flags=0, data=b"", targets=0, event=0, room=16384):
                      name.encode(), b"")
     buf[header:header + len(data)] = data
     with open("/dev/mapper/control", "rb+", buffering=0) as control:
-        fcntl.ioctl(control, (3 << 30) | (header << 16) | (0xFD << 8) | command, buf)
+        # fcntl.ioctl() would keep other threads from running until it is over.
+        area = (ctypes.c_char * size).from_buffer(buf)
+        if _libc.ioctl(control.fileno(), (3 << 30) | (header << 16) | (0xFD << 8) | command, area):
+            error = ctypes.get_errno()
+            raise OSError(error, os.strerror(error))
     got = struct.unpack_from(_HEADER, buf)
     start, end = got[4], got[3]
     return got[7], got[6], got[5], got[10], bytes(buf[start:end])
