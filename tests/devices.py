@@ -174,6 +174,24 @@ def network_file():
     verify(dm.zfile(Path(path), len(raw), len(content)), content, rounds=20)
 
 
+@test("a stack of 24 devices: lsmt over zfile over lsmt and so on")
+def deep_stack():
+    wanted = blob = image.sample(64 << 10, 56)
+    inside = []
+    for nth in range(24):
+        inside.append(len(blob))
+        if nth % 2:
+            blob = image.zfile(blob, (image.LZ4, image.ZSTD)[nth % 4 // 2])
+        else:
+            blob += bytes(-len(blob) % 512)
+            blob = image.lsmt(len(blob), [(0, blob)])
+    device, length = dm.Loop(blob), len(blob)
+    for nth, size in reversed(list(enumerate(inside))):
+        device = dm.zfile(device, length, size) if nth % 2 else dm.lsmt(size, (device, length))
+        length = size
+    verify(device, wanted, rounds=20)
+
+
 @test("one image, many devices: all read right at the same time")
 def shared():
     raw = image.zfile(LAYER)

@@ -249,6 +249,7 @@ def delay(victim):
     lower.swap(line(0, lower.sectors, "delay", lower.loop.path, 0, 40))
     readers = for_seconds(device, victim.wanted, 1.5, count=12)
     equal((readers.failed, readers.errors), (0, set()), "failed reads")
+    check(readers.slowest >= 0.04, f"no read took longer than {readers.slowest:.3f} s")
     check(readers.good > 12, f"{readers.good} reads in 1.5 s")
     # Suspended and removed while reads are on their way.
     readers = Readers(device, victim.wanted)

@@ -5,8 +5,8 @@
 import random
 
 from obdtest import dm, image, stack
-from obdtest.disk import verify
-from obdtest.ktap import add, alone, main, test
+from obdtest.disk import Disk, read_or_none, verify
+from obdtest.ktap import add, alone, equal, main, test
 
 BLOCKS = [512 << n for n in range(8)]
 
@@ -40,6 +40,30 @@ def incompressible():
             for crc in (True, False):
                 raw = image.zfile(data, algorithm, block, crc)
                 alone(zfile_kind, raw, data)
+
+
+@test("zstd frames with checksums of their own, and without the size of their content")
+def frames():
+    data = image.sample(200000, 12)
+    for block in (512, 4096, 65536):
+        for checksum, content_size in ((True, True), (True, False), (False, False)):
+            def frame(piece, checksum=checksum, content_size=content_size):
+                return image.zstd_frame(piece, checksum, content_size)
+            raw = image.zfile(data, image.ZSTD, block, crc=False, compressor=frame)
+            alone(zfile_kind, raw, data)
+
+
+@test("a zstd frame whose own checksum is wrong is corrupt")
+def wrong_checksum():
+    data = image.sample(16384, 13)
+    stored = [image.zstd_frame(data[at:at + 4096], checksum=True) for at in range(0, len(data), 4096)]
+    stored[2] = stored[2][:-1] + bytes([stored[2][-1] ^ 1])
+    raw = image.zfile_of(stored, len(data), image.ZSTD, crc=False)
+    disk = Disk(dm.zfile(dm.Loop(raw), len(raw), len(data)))
+    for nth, at in enumerate(range(0, len(data), 4096)):
+        for length in (512, 4096):
+            wanted = None if nth == 2 else data[at:at + length]
+            equal(read_or_none(disk, at, length), wanted, f"{length} bytes at {at}")
 
 
 @test("data that compresses to almost nothing")

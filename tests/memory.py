@@ -8,7 +8,7 @@ import time
 
 from obdtest import dm, image
 from obdtest.disk import Disk, same_bytes
-from obdtest.ktap import Skip, check, equal, main, test
+from obdtest.ktap import SLOW, Skip, check, equal, main, test
 from obdtest.memory import hog, kernel_memory, meminfo
 
 SIZE = 16 << 20
@@ -28,7 +28,7 @@ def short_of_memory():
     disk = Disk(dm.zfile(dm.Loop(raw), len(raw), SIZE))
     child = hog(64 << 10)
     try:
-        for _ in range(1000):
+        for _ in range(1000 * SLOW):
             if meminfo()["MemAvailable"] < 128 << 10:
                 break
             time.sleep(0.05)

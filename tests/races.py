@@ -16,7 +16,7 @@ import time
 from obdtest import dm, image
 from obdtest.disk import Disk, same_bytes, verify, verify_random
 from obdtest.dm import line
-from obdtest.ktap import Failure, add, alone, check, defer, equal, main, note, test
+from obdtest.ktap import SLOW, Failure, add, alone, check, defer, equal, main, note, test
 from obdtest.memory import kernel_memory
 from obdtest.module import MODULE, module_file, use_count
 
@@ -155,7 +155,8 @@ def comes_back(function):
             break
         time.sleep(0.2)
     note(f"{grown} KiB more kernel memory than before")
-    check(grown < 24 << 10, f"{grown} KiB are not free again")
+    # Checkers keep what was freed for a while; they find what is lost by themselves, at the end of the run.
+    check(grown < (24 << 10) * SLOW, f"{grown} KiB are not free again")
 
 
 def many_devices():
@@ -196,14 +197,14 @@ def many_devices():
     note(f"removed in {time.monotonic() - start:.1f} s")
 
 
-def late(raw):
-    """A blob on a device that takes 100 ms for a read once it is started."""
+def late(raw, milliseconds=100):
+    """A blob on a device that takes its time for each read once that is started."""
     loop = dm.Loop(raw)
     total = loop.size // 512
     lower = dm.create(line(0, total, "linear", loop.path, 0))
 
     def start():
-        lower.load(line(0, total, "delay", loop.path, 0, 100))
+        lower.load(line(0, total, "delay", loop.path, 0, milliseconds))
         lower.resume()
 
     return lower, start
@@ -240,6 +241,33 @@ def killed():
             check(not device.exists(), "the device is still there")
             lower.remove()
         alone(once)
+
+
+@test("who makes a device is killed while its index is read")
+def maker_killed():
+    subprocess.run(["modprobe", "dm-delay"], check=False)
+    # 16 MB, four reads of 128 KiB at a time: more than nine seconds.
+    raw = image.lsmt_of([image.lsmt_entry(0, 8, 8)] + [image.INVALID] * 999000, image.sample(4096), 4096)
+    lower, start = late(raw, 300)
+    start()
+    device = dm.Device()
+    child = os.fork()
+    if not child:
+        try:
+            device.load(line(0, 8, "lsmt", 1, lower.path, len(raw)))
+        finally:
+            os._exit(0)
+    time.sleep(2)
+    check(use_count() > 0, "the device is not being made")
+    os.kill(child, signal.SIGKILL)
+    killed_at = time.monotonic()
+    _, status = os.waitpid(child, 0)
+    equal(os.WTERMSIG(status), signal.SIGKILL, "how it ended")
+    took = time.monotonic() - killed_at
+    note(f"{took:.1f} s")
+    check(took < 6, f"it took {took:.1f} s to die")
+    equal(use_count(), 0, "use count of the module")
+    equal(device.status(inactive=True), [], "a loaded table")
 
 
 @test("another table takes the place of one with I/O in flight")
@@ -382,7 +410,7 @@ def unload_race():
 
     def unloader():
         try:
-            for _ in range(40):
+            for _ in range(40 // min(SLOW, 2)):
                 run = subprocess.run(["rmmod", "dm_overlaybd"], capture_output=True, text=True, check=False)
                 if run.returncode:
                     check("in use" in run.stderr or "busy" in run.stderr, f"rmmod: {run.stderr}")
@@ -404,7 +432,10 @@ add(f"lsmt over zfile: {CYCLES} cycles of every operation at once, against reade
     timeout=900)
 add(f"{DEVICES} devices at once", comes_back, many_devices, timeout=900)
 for each_name, each_raw in (("LZ4 in 4 KiB", RAW), ("LZ4 in 64 KiB", image.zfile(DATA, image.LZ4, 65536)),
-                            ("zstd in 64 KiB", image.zfile(DATA, image.ZSTD, 65536))):
+                            ("zstd in 64 KiB", image.zfile(DATA, image.ZSTD, 65536)),
+                            # A frame's checksum is taken over what was written, which has changed since.
+                            ("zstd in 4 KiB with checksums",
+                             image.zfile(DATA, image.ZSTD, compressor=lambda data: image.zstd_frame(data, True)))):
     for each_cache in (0, 64):
         add(f"{each_name}, cache {each_cache}: memory is changed and unmapped while it is read into", scribbled,
             each_raw, each_cache)

@@ -156,21 +156,40 @@ def write_from_above():
         same_bytes(Disk(above).whole(), wanted, "content")
 
 
-@test("reads with many requests in flight (fio, direct, asynchronous)")
-def asynchronous():
+def asynchronous(engine):
+    """Many requests in flight, as fio makes them."""
     device, wanted = zfile_disk(16384, image.ZSTD)
-    source = f"/tmp/obdtest-{os.getpid()}.raw"
-    with open(source, "wb") as file:
-        file.write(wanted)
     run = subprocess.run(
         ["fio", "--name=obd", f"--filename={device.path}", "--readonly", "--rw=randread", "--direct=1",
-         "--ioengine=libaio", "--iodepth=32", "--bsrange=512-131072", "--blockalign=512", "--numjobs=1",
+         f"--ioengine={engine}", "--iodepth=32", "--bsrange=512-131072", "--blockalign=512", "--numjobs=1",
          "--io_size=6m", "--thread", "--output-format=terse", "--terse-version=3"],
         capture_output=True, text=True, check=False)
-    os.unlink(source)
     equal(run.returncode, 0, f"status of fio ({run.stderr.strip()[:300]})")
     check(int(run.stdout.split(";")[5]) > 1000, "KiB read")
     same_bytes(Disk(device).whole(), wanted, "content afterwards")
+
+
+for each_engine in ("libaio", "io_uring"):
+    add(f"reads with many requests in flight (fio, direct, {each_engine})", asynchronous, each_engine)
+
+
+def must_not_wait(make):
+    """Reads that may not wait give the right bytes or say that they can't."""
+    device, wanted = make()
+    disk = Disk(device)
+    area = mmap.mmap(-1, 65536)
+    for at in range(0, len(wanted) - 65536, 4096):
+        try:
+            got = os.preadv(disk.direct, [area], at, os.RWF_NOWAIT)
+        except OSError as error:
+            check(error.errno in (errno.EAGAIN, errno.EOPNOTSUPP), f"error: {error}")
+        else:
+            same_bytes(area[:got], wanted[at:at + got], f"{got} bytes at {at}")
+    same_bytes(disk.whole(), wanted, "content afterwards")
+
+
+for disk_name, make_disk in DISKS.items():
+    add(f"{disk_name}: reads that must not wait", must_not_wait, make_disk)
 
 
 @test("queue limits: zfile")

@@ -11,6 +11,12 @@ _zstd.ZSTD_compress.restype = ctypes.c_size_t
 _zstd.ZSTD_compress.argtypes = [ctypes.c_char_p, ctypes.c_size_t, ctypes.c_char_p, ctypes.c_size_t, ctypes.c_int]
 _zstd.ZSTD_decompress.restype = ctypes.c_size_t
 _zstd.ZSTD_decompress.argtypes = [ctypes.c_char_p, ctypes.c_size_t, ctypes.c_char_p, ctypes.c_size_t]
+_zstd.ZSTD_createCCtx.restype = ctypes.c_void_p
+_zstd.ZSTD_freeCCtx.argtypes = [ctypes.c_void_p]
+_zstd.ZSTD_CCtx_setParameter.restype = ctypes.c_size_t
+_zstd.ZSTD_CCtx_setParameter.argtypes = [ctypes.c_void_p, ctypes.c_int, ctypes.c_int]
+_zstd.ZSTD_compress2.restype = ctypes.c_size_t
+_zstd.ZSTD_compress2.argtypes = [ctypes.c_void_p, ctypes.c_char_p, ctypes.c_size_t, ctypes.c_char_p, ctypes.c_size_t]
 _crc = ctypes.CDLL("libext2fs.so.2").ext2fs_crc32c_le
 _crc.restype = ctypes.c_uint32
 _crc.argtypes = [ctypes.c_uint32, ctypes.c_char_p, ctypes.c_size_t]
@@ -37,6 +43,20 @@ def compress(algorithm, data):
     else:
         length = _zstd.ZSTD_compress(out, room, data, len(data), 3)
         assert length <= room
+    return out.raw[:length]
+
+
+def zstd_frame(data, checksum, content_size=True):
+    """A zstd frame with or without a checksum and the size of its content."""
+    room = len(data) + len(data) // 128 + 1024
+    out = ctypes.create_string_buffer(room)
+    context = _zstd.ZSTD_createCCtx()
+    # ZSTD_c_contentSizeFlag, ZSTD_c_checksumFlag
+    for parameter, value in ((200, content_size), (201, checksum)):
+        assert _zstd.ZSTD_CCtx_setParameter(context, parameter, int(value)) <= 1
+    length = _zstd.ZSTD_compress2(context, out, room, data, len(data))
+    _zstd.ZSTD_freeCCtx(context)
+    assert length <= room
     return out.raw[:length]
 
 
@@ -82,11 +102,12 @@ def zfile_struct(flags, index_offset=0, count=0, size=0, index_crc=0, block=4096
     return bytes(raw)
 
 
-def zfile(data, algorithm=LZ4, block=4096, crc=True, overwrite=True, digest=True):
-    """Data as a ZFile."""
+def zfile(data, algorithm=LZ4, block=4096, crc=True, overwrite=True, digest=True, compressor=None):
+    """Data as a ZFile, its blocks compressed by a function that can do something special."""
     stored = []
     for at in range(0, len(data), block):
-        payload = compress(algorithm, data[at:at + block])
+        piece = data[at:at + block]
+        payload = compressor(piece) if compressor else compress(algorithm, piece)
         if crc:
             payload += struct.pack("<I", crc32c(BLOCK_SEED, payload))
         stored.append(payload)

@@ -14,7 +14,6 @@ _ALLOCATORS = {
     "failslab": {"cache_filter": "N", "ignore_gfp_wait": "N"},
     "fail_page_alloc": {"min_order": 0, "ignore_gfp_highmem": "N", "ignore_gfp_wait": "N"},
 }
-_EVERYWHERE = {"require_start": "0x0", "require_end": hex((1 << 64) - 1)}
 _MODULE = "dm_overlaybd"
 _MANY = 1000000000
 
@@ -31,18 +30,27 @@ def _set(which, **settings):
         _write(f"{_DEBUG}/{which}/{name.replace('_', '-')}", value)
 
 
+def _read(path):
+    with open(path, encoding="ascii") as file:
+        return file.read().strip()
+
+
 def _stop(which):
     """Ends it; gives how many faults there were."""
-    with open(f"{_DEBUG}/{which}/times", encoding="ascii") as file:
-        left = int(file.read())
+    left = int(_read(f"{_DEBUG}/{which}/times"))
     _set(which, probability=0, times=0)
     return _MANY - left if left else 0
 
 
 def _prepare(which, **settings):
     """Makes ready without a word in the kernel's log; nothing fails yet."""
-    _set(which, probability=0, task_filter="N", verbose=0, interval=1, space=0, times=_MANY, **settings)
+    _set(which)
+    settings |= {"task_filter": "N", "verbose": 0, "interval": 1, "space": 0}
+    before = {name: _read(f"{_DEBUG}/{which}/{name.replace('_', '-')}") for name in settings}
+    # Undone last: while anything fails, it must not be everywhere.
+    defer(lambda: _set(which, **before))
     defer(_stop, which)
+    _set(which, probability=0, times=_MANY, **settings)
 
 
 def _module_text():
@@ -66,9 +74,6 @@ def _prepare_allocators(module_only):
         start, end = _module_text()
         where = {"stacktrace_depth": 32, "require_start": hex(start), "require_end": hex(end)}
     for which, settings in _ALLOCATORS.items():
-        if module_only:
-            # Undone last: while anything fails, it must not be everywhere.
-            defer(lambda which=which: _set(which, **_EVERYWHERE))
         _prepare(which, **settings, **where)
 
 

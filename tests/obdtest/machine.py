@@ -4,6 +4,7 @@
 The test VM gives its guest QEMU's monitor at a virtio port; elsewhere plug() raises Skip.
 """
 
+import glob
 import json
 import os
 import subprocess
@@ -70,11 +71,13 @@ class Disk:
     count = 0
 
     def __init__(self, kind, content, bad_sectors=()):
-        for module in {"nvme": ("nvme",), "scsi": ("virtio_scsi", "sd_mod")}[kind]:
-            if subprocess.run(["modprobe", module], capture_output=True, check=False).returncode:
+        # A bus has 256 places: to look into all of them takes long in an emulated machine.
+        for module, *options in {"nvme": [("nvme",)],
+                                 "scsi": [("scsi_mod", "scan=manual"), ("virtio_scsi",), ("sd_mod",)]}[kind]:
+            if subprocess.run(["modprobe", module, *options], capture_output=True, check=False).returncode:
                 raise Skip(f"no kernel module {module}")
         Disk.count += 1
-        self.id = f"disk{Disk.count}"
+        self.id = f"disk{os.getpid()}-{Disk.count}"
         name = f"{self.id}.raw"
         before = set(os.listdir("/sys/block"))
         _call("query-status")
@@ -97,6 +100,9 @@ class Disk:
         found = set()
 
         def new():
+            for bus in glob.glob("/sys/class/scsi_host/host*/scan"):
+                with open(bus, "w", encoding="ascii") as file:
+                    file.write("0 0 0")
             found.update(name for name in set(os.listdir("/sys/block")) - before
                          if name.startswith(("nvme", "sd")) and os.path.exists(f"/dev/{name}"))
             return found
