@@ -20,8 +20,9 @@ make vm RUN='CMD'     run one command there; fails as it does ("Error N" has its
 make setup            only set up the tool chain and the kernel that the above need
 make clean            remove build/
 
-For vm: NOBUILD=1 (boot what is built), SHARE=DIR (read-write at /mnt/share), TIMEOUT=SECONDS (1800), KERNEL=debug or kcsan (the kernels of these checks), QEMU_MEM=MiB (2048), QEMU_SMP=N (2),
-QEMU_ARGS= and KERNEL_ARGS= (more arguments), OBD_GOLDENS=DIR (read-only at /mnt/goldens).
+For vm: NOBUILD=1 (boot what is built), SHARE=DIR (read-write at /mnt/share), TIMEOUT=SECONDS (1800),
+KERNEL=debug or kcsan (the kernels of these checks), QEMU_MEM=MiB (2048), QEMU_SMP=N (2), QEMU_ARGS= and
+KERNEL_ARGS= (more arguments), OBD_GOLDENS=DIR (read-only at /mnt/goldens).
 For set-up: MIRROR=URL of a Debian mirror. The cache, ${XDG_CACHE_HOME:-~/.cache}/dm-overlaybd, is shared by
 all clones and may be deleted at any time. V=1 shows commands.
 END

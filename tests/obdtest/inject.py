@@ -5,6 +5,7 @@ Needs a kernel with FAULT_INJECTION, as the debug kernel is; elsewhere the funct
 What they switch on is off again when the test is over.
 """
 
+import functools
 import os
 
 from .ktap import Skip, defer
@@ -53,8 +54,9 @@ def _prepare(which, **settings):
     _set(which, probability=0, times=_MANY, **settings)
 
 
-def _module_text():
-    """Where the module's code lies: its lowest and behind its highest address."""
+@functools.lru_cache
+def _module_text(_loaded):
+    """Where the module's code lies: its lowest and behind its highest address, each time that it is loaded."""
     inside, outside = [], []
     with open("/proc/kallsyms", encoding="utf-8") as file:
         for row in file:
@@ -71,7 +73,7 @@ def _prepare_allocators(module_only):
         _set(which)
     where = {}
     if module_only:
-        start, end = _module_text()
+        start, end = _module_text(os.stat(f"/sys/module/{_MODULE}").st_ino)
         where = {"stacktrace_depth": 32, "require_start": hex(start), "require_end": hex(end)}
     for which, settings in _ALLOCATORS.items():
         _prepare(which, **settings, **where)
