@@ -90,6 +90,7 @@ def module_walk():
     path = module_file()
     nth = inject.Nth()
     log = dm.KernelLog()
+    log.mark(log.LOOKS)
     quiet_console()
     defer(lambda: os.path.exists(MODULE) or subprocess.run(["insmod", path], check=True))
     subprocess.run(["rmmod", "dm_overlaybd"], check=True)
@@ -113,7 +114,7 @@ def module_walk():
     # The kernel's module loader warns of its own allocations that fail; ours says nothing.
     worse = re.compile(r"\[dm_overlaybd\]|WARNING:|BUG:|INFO:|Oops|KASAN|UBSAN|lockdep")
     equal([row for row in log.lines() if worse.search(row)], [], "complaints")
-    log.mark()
+    log.mark(log.LOOKED)
     loop = dm.Loop(image.zfile(DATA))
     same_bytes(Disk(dm.zfile(loop, "-", len(DATA))).whole(), PADDED, "content after all that")
 

@@ -236,6 +236,8 @@ def write(fd, content, offset=0):
 class KernelLog:
     """What the kernel says from now on."""
 
+    LOOKS, LOOKED = " looks", " looked"
+
     def __init__(self):
         self.fd = os.open("/dev/kmsg", os.O_RDONLY | os.O_NONBLOCK)
         self.skip()
@@ -246,11 +248,12 @@ class KernelLog:
         os.lseek(self.fd, 0, os.SEEK_END)
 
     @staticmethod
-    def mark():
-        """Says to run.sh that what was said up to now was looked at."""
+    def mark(what=""):
+        """Tells run.sh that the log begins here, as far as it is left; LOOKS, that a test looks at what comes, and it
+        needn't; LOOKED, that this is over."""
         if "OBD_LOG_MARK" in os.environ:
             with open("/dev/kmsg", "w", encoding="ascii") as log:
-                log.write(os.environ["OBD_LOG_MARK"])
+                log.write(os.environ["OBD_LOG_MARK"] + what)
 
     def lines(self):
         """The messages since the last call."""
