@@ -31,6 +31,7 @@ void obd_bio_associate_root(struct bio *bio);
 bool obd_in_interrupt_off(void);
 bool obd_fatal_signal_pending(void);
 void obd_cond_resched(void);
+void obd_synchronize_rcu_tasks(void);
 
 /* Locks and work. */
 unsigned long obd_spin_lock_irqsave(spinlock_t *lock);

@@ -48,6 +48,7 @@ struct OverlayBd {
     zfile: Registration<Zfile>,
     #[pin]
     lsmt: Registration<Lsmt>,
+    _last_out: dm::LastOut,
 }
 
 impl kernel::InPlaceModule for OverlayBd {
@@ -60,6 +61,7 @@ impl kernel::InPlaceModule for OverlayBd {
                 lsmt_target <- Registration::new(lsmt::LEGACY_NAME, module, nothing.clone()),
                 zfile <- Registration::new(c"zfile", module, shared),
                 lsmt <- Registration::new(c"lsmt", module, nothing),
+                _last_out: dm::LastOut,
             }? Error))
         })
     }

@@ -20,7 +20,8 @@
 //! outlive the table. Device-mapper destroys a table only when no I/O of it is left, so a target
 //! outlives its I/O; [`Io::end`] takes the I/O with every reference to the target. What a step owns
 //! beside the I/O it gives back before that. A target has a workqueue of its own, which is drained
-//! before the target and its module may go.
+//! before the target may go, and the module's end waits for those that are still in its code
+//! ([`LastOut`]).
 //!
 //! C header: `include/linux/device-mapper.h`.
 
@@ -54,6 +55,20 @@ pub(crate) fn may_print() -> bool {
 pub(crate) fn cond_resched() {
     // SAFETY: Callers are in process context, without locks.
     unsafe { crate::sys::obd_cond_resched() }
+}
+
+/// Dropped when all else of the module is gone, waits until no task is in its code any more.
+///
+/// The end of a lower read runs in a task where the lower device ends it in one. Such a task may be
+/// preempted on its way back from what has ended the I/O, or has handed it to a worker, while the
+/// device is removed.
+pub(crate) struct LastOut;
+
+impl Drop for LastOut {
+    fn drop(&mut self) {
+        // SAFETY: Modules are unloaded in process context, without locks.
+        unsafe { crate::sys::obd_synchronize_rcu_tasks() }
+    }
 }
 
 /// Fails if the current task was killed.

@@ -5,6 +5,7 @@
 #include <linux/blk-cgroup.h>
 #include <linux/highmem.h>
 #include <linux/ratelimit.h>
+#include <linux/rcupdate.h>
 #include <linux/sched/signal.h>
 
 #include "dm_overlaybd.h"
@@ -82,6 +83,11 @@ bool obd_fatal_signal_pending(void)
 void obd_cond_resched(void)
 {
 	cond_resched();
+}
+
+void obd_synchronize_rcu_tasks(void)
+{
+	synchronize_rcu_tasks();
 }
 
 unsigned long obd_spin_lock_irqsave(spinlock_t *lock)

@@ -239,6 +239,9 @@ impl Cache {
     fn evict(&self) -> (Option<Arc<Block>>, usize) {
         let mut sets = self.sets.lock();
         let count = sets.ways.len();
+        if sets.filled == 0 {
+            return (None, count);
+        }
         // Not for long: interrupts are off.
         for looked in 1..=count.min(SCAN) {
             let hand = sets.hand;

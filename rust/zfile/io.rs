@@ -276,12 +276,20 @@ impl Zfile {
         let result = {
             let mut context = io.target().contexts().borrow();
             let block = loader.block();
-            let bytes = io.target().load(&io, &loader, context.get());
-            let bytes = bytes.map(|bytes| bytes.or(block.data()).unwrap_or(&[]));
+            let bytes = match io.target().load(&io, &loader, context.get()) {
+                Ok(Some(bytes)) => Ok(bytes),
+                Ok(None) => {
+                    // Many may wait: others have use for it meanwhile.
+                    drop(context);
+                    Ok(block.data().unwrap_or(&[]))
+                }
+                Err(status) => Err(status),
+            };
             let mut queue = loader.finish();
             while let Some(other) = queue.pop() {
                 let result = Self::copy(&other, bytes);
                 other.end(result);
+                dm::cond_resched();
             }
             Self::copy(&io, bytes)
         };
