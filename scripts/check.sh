@@ -46,22 +46,43 @@ cargo_results() {
 	awk '/^test result:/ { p += $4; f += $6; s += $8 } END { print p + 0, f + 0, s + 0 }' "$1"
 }
 
+# there FILE...: fail if one is missing or empty.
+there() {
+	local file
+	for file; do
+		[ -s "$file" ] || return
+	done
+}
+
 # kernel_log_clean FILE...: fail, and show it, when a guest's kernel complained.
 kernel_log_clean() {
 	local log
-	for log; do
-		[ -s "$log" ] || return
-	done
-	! awk -f "$CLONE/tests/kcsan.awk" "$@" | grep -nE 'WARNING:|BUG:|Oops|Call Trace|KASAN|UBSAN|KCSAN|kmemleak: [0-9]+ new|unreferenced object|general protection|possible (circular|recursive)|inconsistent lock|suspicious RCU|pagealloc: |INFO: task .* blocked|detected stall|soft lockup|refcount_t:|Kernel panic'
+	there "$@" && log=$(awk -f "$CLONE/tests/kcsan.awk" "$@") || return
+	! grep -nE 'WARNING:|BUG:|Oops|Call Trace|KASAN|UBSAN|KCSAN|kmemleak: [0-9]+ new|unreferenced object|general protection|possible (circular|recursive)|inconsistent lock|suspicious RCU|pagealloc: |INFO: task .* blocked|detected stall|soft lockup|refcount_t:|Kernel panic|printk messages dropped' <<<"$log"
 }
 
-# nothing_skipped FILE...: fail, and show it, when the output of tests says that some were left out. All can run where the
-# kernel is made for it, but for what would take long to build, and images that may lack.
+# nothing_skipped KERNEL FILE...: fail, and show it, when the output of tests says that some were left out. All can run
+# where the kernel is made for it, but for what would take long to build, and images that may lack.
 nothing_skipped() {
-	! grep -h '# SKIP' "$@" | grep -vE 'golden|kernel has no (btrfs|xfs|IMA|kmemleak|page owners)'
+	local lacks='btrfs|xfs|IMA'
+	[ "$1" != kcsan ] || lacks+='|kmemleak|page owners'
+	shift
+	there "$@" || return
+	! grep -h '# SKIP' "$@" | grep -vE "# SKIP (no golden image|all of it|this kernel has no ($lacks)\$)"
+}
+
+# instrumented KERNEL: fail unless the checker of that kernel looks at the module's Rust code.
+instrumented() {
+	local calls=__asan_
+	[ "$1" != kcsan ] || calls=__tsan_
+	grep -q "$calls" "$BUILD"/*-"$1"/obj/rust/dm_overlaybd.o
 }
 
 case ${1:-} in
+--instrumented)
+	instrumented "$2"
+	exit
+	;;
 --kernel-log)
 	kernel_log_clean "${@:2}"
 	exit
@@ -113,16 +134,19 @@ in_vm() {
 	shift 2
 	[ "$KERNEL" = stock ] || must "$KERNEL kernel" "$SCRIPTS/make-kernel.sh"
 	must "module for the $KERNEL kernel" "$SCRIPTS/build-module.sh"
+	[ "$KERNEL" = stock ] || counts "the $KERNEL kernel checks the module's Rust code" "$0" --instrumented "$KERNEL"
 	rm -f "$LOGS"/{vm,kernel}-"$KERNEL"-*.log
 	step "$title with the $KERNEL kernel" side_by_side "$@" || status=$?
 	read -r p f s <<<"$(awk -f "$SCRIPTS/ktap.awk" "$LOGS/vm-$KERNEL"-*.log)"
 	[ "$f" = 0 ] || grep -hE '^ *not ok ' "$LOGS/vm-$KERNEL"-*.log | sed 's/^/    /'
 	add "$p" "$f" "$s" "$status"
 	[ "$KERNEL" = stock ] ||
-		counts "no test left out with the $KERNEL kernel" "$0" --nothing-skipped "$LOGS/vm-$KERNEL"-*.log
+		counts "no test left out with the $KERNEL kernel" "$0" --nothing-skipped "$KERNEL" "$LOGS/vm-$KERNEL"-*.log
 	counts "log of the $KERNEL kernel" "$0" --kernel-log "$LOGS/kernel-$KERNEL"-*.log
 }
 
+# VMs in the background don't see an interrupt from the terminal.
+trap 'trap "" TERM; kill 0; exit 130' INT TERM
 read -ra lints <<<"$("$SCRIPTS/lint.sh" --list)"
 export USE_ROOT=1 KDIR='' CARGO='' NOBUILD=1
 # What takes about half of the time. One VM keeps little more than one CPU busy.
@@ -134,7 +158,7 @@ total=2
 for part in "${parts[@]}"; do
 	case $part in
 	stock) total=$((total + ${#lints[@]} + 6)) ;;
-	debug | kcsan | soak) total=$((total + 6)) ;;
+	debug | kcsan | soak) total=$((total + 7)) ;;
 	*) die "usage: check.sh [stock | debug | kcsan | soak]..." ;;
 	esac
 done

@@ -17,15 +17,18 @@ VM_RUN=$BUILD/vm/run.$$
 mkdir -p "$VM_RUN"
 kernel_log=${VM_LOG:-$BUILD/vm/kernel.log}
 
-# boot_files: set VM_BOOT to the directory with what QEMU boots, made when kernel or recipe are new.
+# boot_files: set VM_BOOT to the directory with what QEMU boots, made when kernel or recipe are new. What no VM has booted
+# from for a day is removed.
 boot_files() {
 	local key
 	key=$({ cat "$SCRIPTS"/vm/{init,boot-files.sh} && say "${K_DIR##*/} ${ROOT##*/}"; } | short_hash)
 	VM_BOOT=$BUILD/vm/boot-$key
-	[ ! -d "$VM_BOOT" ] || return 0
-	rm -rf "$BUILD"/vm/boot-*
-	"$SCRIPTS/in-root.sh" -k "$K_DIR" "$SCRIPTS/vm/boot-files.sh" "$SCRIPTS/vm/init" "$VM_RUN/boot"
-	mv -T "$VM_RUN/boot" "$VM_BOOT" 2>/dev/null || [ -d "$VM_BOOT" ]
+	if [ ! -d "$VM_BOOT" ]; then
+		find "$BUILD"/vm -maxdepth 1 -name 'boot-*' -mtime +0 -exec rm -rf {} +
+		"$SCRIPTS/in-root.sh" -k "$K_DIR" "$SCRIPTS/vm/boot-files.sh" "$SCRIPTS/vm/init" "$VM_RUN/boot"
+		mv -T "$VM_RUN/boot" "$VM_BOOT" 2>/dev/null || [ -d "$VM_BOOT" ]
+	fi
+	touch "$VM_BOOT"
 }
 
 # accel: set VM_ACCEL to KVM only where a boot with it was seen to succeed on this machine.
@@ -129,8 +132,9 @@ goldens=${OBD_GOLDENS:-$CLONE/../shared/goldens}
 
 # What must come of malformed images, found out here since the guest would take long. Nothing, if that is known.
 case ${RUN:-} in
+*--but*mutants*) ;;
 *tests/run.sh | *mutants*)
-	"$SCRIPTS/in-root.sh" env PATH="$BUILD/cargo/release:/usr/sbin:/usr/bin:/sbin:/bin" tests/mutants.py --verdicts
+	flock "$BUILD/vm/verdicts.lock" "$SCRIPTS/in-root.sh" env PATH="$BUILD/cargo/release:/usr/sbin:/usr/bin:/sbin:/bin" tests/mutants.py --verdicts
 	;;
 esac
 

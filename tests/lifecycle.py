@@ -22,9 +22,8 @@ LENGTH = dm.sectors(len(DATA))
 RAW = image.zfile(DATA)
 VSIZE = 256 << 10
 LAYER = image.lsmt(VSIZE, [(0, image.sample(200 * 512, 42)), (300, 20)])
-# Rounds in which nothing may leak, and KiB that others may take meanwhile. Checkers keep what was freed for a while; what is
-# lost they find by themselves, at the end of the run.
-ROUNDS, NOISE = (30, 0) if SLOW == 1 else (8, 32 << 10)
+# Checkers keep what was freed for a while. What is lost they find by themselves, after the script: there it is only tried.
+ROUNDS = 30 if SLOW == 1 else 8
 
 
 class Readers:
@@ -185,12 +184,12 @@ def no_leak():
 
     for function in (cycle, failing):
         grown = grown_after(ROUNDS, function)
-        check(grown < ROUNDS * table / 1024 / 2 + NOISE, f"{function.__name__}: {grown} KiB more after {ROUNDS} rounds")
+        check(grown < ROUNDS * table / 1024 / 2 or SLOW > 1, f"{function.__name__}: {grown} KiB more")
     entries = [image.lsmt_entry(sector * 2, 1, 8) for sector in range(100000)]
     layer = image.lsmt_of(entries, bytes(512), 200000 * 512)
     layers = [(dm.Loop(layer), len(layer))] * 2
     grown = grown_after(ROUNDS // 2, dm.lsmt, 200000 * 512, *layers)
-    check(grown < ROUNDS // 2 * 1600 / 2 + NOISE, f"lsmt: {grown} KiB more after {ROUNDS // 2} rounds")
+    check(grown < ROUNDS // 2 * 1600 / 2 or SLOW > 1, f"lsmt: {grown} KiB more")
     equal(use_count(), 0, "use count of the module")
 
 

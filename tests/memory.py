@@ -55,17 +55,18 @@ def given_back():
     loop = dm.Loop(raw)
 
     before = kernel_memory()
-    for _ in range(3):
+    for _ in range(8):
         device = dm.zfile(loop, len(raw), SIZE)
         disk = Disk(device)
         rng = random.Random(72)
-        for _ in range(300):
+        for _ in range(150):
             offset = rng.randrange(SIZE // 4096) * 4096
             same_bytes(disk.read(offset, 4096), data[offset:offset + 4096], f"4096 at {offset}")
         disk.close()
         device.remove()
     grown = kernel_memory() - before
-    check(grown < 12 << 10, f"{grown} KiB more than before")
+    # Checkers keep what was freed for a while, and find what is lost by themselves.
+    check(grown < 12 << 10 or SLOW > 1, f"{grown} KiB more than before")
     equal(device.exists(), False, "the device")
 
 
