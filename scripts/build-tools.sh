@@ -25,4 +25,8 @@ else
 	binds=()
 	[ ! -d "$goldens" ] || binds=(-b "$(realpath "$goldens"):/srv")
 	"$SCRIPTS/in-root.sh" "${binds[@]}" env -C tools OBD_GOLDENS="${binds:+/srv}" cargo "${args[@]}"
+	if [ "$what" = build ] && [ -z "${QUIET:-}" ] && ! "$target/release/obdsetup" --version >/dev/null 2>&1; then
+		warn "build/cargo/release/obdsetup runs in the test VM, not here: it is built with Debian 13." \
+			"For this machine: make tools CARGO=cargo (Rust 1.85 or later, libclang)"
+	fi
 fi

@@ -10,6 +10,7 @@ make install          install module, obdsetup and manual pages (DESTDIR=, PREFI
 make demo             set everything up and show the module at work in the test VM
 make check            set everything up, then lint, build and run all tests
 make check-debug      run the VM's tests with a kernel that has KASAN, lockdep, kmemleak and more (made once)
+                      (OBD_FULL=1: all cycles of races)
 make check-kcsan      run those that have several things at once with a kernel that finds data races
 make soak             a random mix of everything for MINUTES=30, with the kernel of check-debug
 make lint             the static checks only
@@ -20,6 +21,7 @@ make vm RUN='CMD'     run one command there; fails as it does ("Error N" has its
 make setup            only set up the tool chain and the kernel that the above need
 make clean            remove build/
 
+RUN is make's before it is the shell's: a $ is written $$.
 For vm: NOBUILD=1 (boot what is built), SHARE=DIR (read-write at /mnt/share), TIMEOUT=SECONDS (1800),
 KERNEL=debug or kcsan (the kernels of these checks), QEMU_MEM=MiB (2048), QEMU_SMP=N (2), QEMU_ARGS= and
 KERNEL_ARGS= (more arguments), OBD_GOLDENS=DIR (read-only at /mnt/goldens).
