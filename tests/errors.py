@@ -98,10 +98,10 @@ def lsmt_errors():
 @test("errors while metadata is read: the table is refused, nothing is kept")
 def metadata_errors():
     raw = image.zfile(DATA)
-    # Bytes that are needed besides the first sector: a ZFile's index, a layer's index and trailer.
+    # Bytes that are needed besides the first sector: a ZFile's index, a layer's index and a sector of the trailer.
     blocks = -(-len(DATA) // 4096)
     index = (len(raw) - 512 - 4 * blocks, len(raw) - 512)
-    trailer = (struct.unpack_from("<Q", LAYER, len(LAYER) - 4096 + 32)[0], len(LAYER))
+    trailer = (struct.unpack_from("<Q", LAYER, len(LAYER) - 4096 + 32)[0], len(LAYER) - 4096 + 512)
     for blob, needed, target, args, length in ((raw, index, "zfile", [], dm.sectors(len(DATA))),
                                                (LAYER, trailer, "lsmt", [1], VSIZE // 512)):
         lower, good, total = on_linear(blob)
