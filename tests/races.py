@@ -20,8 +20,8 @@ from obdtest.ktap import SLOW, Failure, add, alone, check, defer, equal, main, n
 from obdtest.memory import kernel_memory
 from obdtest.module import MODULE, module_file, use_count
 
-# A fifth unless OBD_FULL is set.
-LESS = 1 if os.environ.get("OBD_FULL") else 5
+# A fifth, or a tenth where the kernel is slow, unless OBD_FULL is set.
+LESS = 1 if os.environ.get("OBD_FULL") else 5 * min(SLOW, 2)
 CYCLES = 1000 // LESS
 DEVICES = 2000 // LESS
 
