@@ -150,7 +150,7 @@ trap 'trap "" TERM; kill 0; exit 130' INT TERM
 read -ra lints <<<"$("$SCRIPTS/lint.sh" --list)"
 export USE_ROOT=1 KDIR='' CARGO='' NOBUILD=1
 # What takes about half of the time. One VM keeps little more than one CPU busy.
-half="golden injection mutants obdsetup"
+half="golden injection mutants"
 parts=("$@")
 [ $# != 0 ] || parts=(stock)
 
