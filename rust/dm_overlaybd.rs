@@ -48,6 +48,7 @@ struct OverlayBd {
     zfile: Registration<Zfile>,
     #[pin]
     lsmt: Registration<Lsmt>,
+    // The last field: dropped when no target type is known any more.
     _last_out: dm::LastOut,
 }
 

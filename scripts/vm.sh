@@ -134,7 +134,8 @@ goldens=${OBD_GOLDENS:-$CLONE/../shared/goldens}
 case ${RUN:-} in
 *--but*mutants*) ;;
 *tests/run.sh | *mutants*)
-	flock "$BUILD/vm/verdicts.lock" "$SCRIPTS/in-root.sh" env PATH="$BUILD/cargo/release:/usr/sbin:/usr/bin:/sbin:/bin" tests/mutants.py --verdicts
+	flock "$BUILD/vm/verdicts.lock" "$SCRIPTS/in-root.sh" \
+		env PATH="$BUILD/cargo/release:/usr/sbin:/usr/bin:/sbin:/bin" tests/mutants.py --verdicts
 	;;
 esac
 
