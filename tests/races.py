@@ -228,7 +228,13 @@ def killed():
                 finally:
                     time.sleep(30)
                     os._exit(1)
-            time.sleep(0.15 + nth * 0.01)
+            # A lower read that has been started takes 100 ms.
+            for _ in range(500 * SLOW):
+                if int(device.info()[5]) > 2:
+                    break
+                time.sleep(0.01)
+            check(int(device.info()[5]) > 2, "no lower read was started")
+            time.sleep(nth * 0.005)
             os.kill(child, signal.SIGKILL)
             if nth % 2:
                 device.try_remove(deferred=True)
