@@ -46,6 +46,14 @@ cargo_results() {
 	awk '/^test result:/ { p += $4; f += $6; s += $8 } END { print p + 0, f + 0, s + 0 }' "$1"
 }
 
+# failures FILE...: the failed results in KTAP logs, each with what it says of itself.
+failures() {
+	awk '
+		/^ *#/ { if (lines++ < 40) text = text $0 "\n"; next }
+		/^ *not ok / { printf "%s%s\n", text, $0 }
+		{ text = ""; lines = 0 }' "$@" | sed 's/^/    /'
+}
+
 # there FILE...: fail if one is missing or empty.
 there() {
 	local file
@@ -138,7 +146,7 @@ in_vm() {
 	rm -f "$LOGS"/{vm,kernel}-"$KERNEL"-*.log
 	step "$title with the $KERNEL kernel" side_by_side "$@" || status=$?
 	read -r p f s <<<"$(awk -f "$SCRIPTS/ktap.awk" "$LOGS/vm-$KERNEL"-*.log)"
-	[ "$f" = 0 ] || grep -hE '^ *not ok ' "$LOGS/vm-$KERNEL"-*.log | sed 's/^/    /'
+	[ "$f" = 0 ] || failures "$LOGS/vm-$KERNEL"-*.log
 	add "$p" "$f" "$s" "$status"
 	[ "$KERNEL" = stock ] ||
 		counts "no test left out with the $KERNEL kernel" "$0" --nothing-skipped "$KERNEL" "$LOGS/vm-$KERNEL"-*.log
