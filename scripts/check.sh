@@ -177,7 +177,7 @@ for part in "${parts[@]}"; do
 	case $part in
 	stock)
 		user_space
-		in_vm stock tests ""
+		in_vm stock tests "$half" "--but $half"
 		;;
 	debug) in_vm debug tests "$half" "--but $half" ;;
 	kcsan)

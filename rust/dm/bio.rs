@@ -104,24 +104,21 @@ impl<'a, T: Target> Bio<'a, T> {
     pub(crate) fn zero(self) -> Mapped<'a> {
         // SAFETY: By the type invariant the bio is ours.
         unsafe { sys::zero_fill_bio(self.bio.as_ptr()) };
-        self.end(Ok(()))
+        self.end()
     }
 
-    /// Fills the bio with `bytes` and then zeros, and ends it.
-    pub(crate) fn fill(self, bytes: &[u8]) -> Mapped<'a> {
-        // SAFETY: By the type invariant the bio is ours and hasn't ended.
-        let mut pages = unsafe { Pages::new(self.bio) };
-        pages.copy_from(bytes);
-        pages.zero(pages.left());
+    /// The memory to fill.
+    pub(crate) fn pages(&self) -> Pages<'_> {
+        // SAFETY: By the type invariant the bio hasn't ended, nor will it while `self` is borrowed.
+        unsafe { Pages::new(self.bio) }
+    }
+
+    /// Ends the bio, which is filled.
+    pub(crate) fn end(self) -> Mapped<'a> {
         // SAFETY: By the type invariant the bio is ours.
         unsafe { sys::obd_flush_dcache_bio(self.bio.as_ptr()) };
-        self.end(Ok(()))
-    }
-
-    /// Ends the bio.
-    fn end(self, result: Result<(), Status>) -> Mapped<'a> {
         // SAFETY: By the type invariant the bio is ours.
-        unsafe { (*self.bio.as_ptr()).bi_status = Status::raw(result) };
+        unsafe { (*self.bio.as_ptr()).bi_status = Status::raw(Ok(())) };
         // SAFETY: The bio is ours and hasn't ended.
         unsafe { sys::bio_endio(self.bio.as_ptr()) };
         Mapped::new(sys::DM_MAPIO_SUBMITTED)

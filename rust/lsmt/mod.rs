@@ -52,7 +52,8 @@ impl Lsmt {
         let sector = bio.sector();
         if let Some(tail) = &self.tail {
             if sector >= tail.sector {
-                return bio.fill(&tail.bytes);
+                bio.pages().copy_from(&tail.bytes);
+                return bio.end();
             }
             bio.accept_partial(tail.sector - sector);
         }

@@ -11,6 +11,8 @@
 //!
 //! Lock order: the cache's lock and a block's lock are taken alone. Both are taken in any context.
 
+use core::ops::Range;
+
 use kernel::alloc::flags::__GFP_NOWARN;
 use kernel::prelude::*;
 use kernel::sync::{Arc, SetOnce};
@@ -18,7 +20,7 @@ use kernel::sync::{Arc, SetOnce};
 use super::Zfile;
 use crate::block::{Lock, Shrink};
 use crate::dm::{Io, IoQueue};
-use crate::format::num::to_usize;
+use crate::format::num::{to_u64, to_usize};
 
 /// Places that a block may be in.
 const WAYS: usize = 8;
@@ -27,7 +29,7 @@ const SCAN: usize = 64;
 
 /// A block, or the place for it while it is being loaded.
 #[pin_data]
-pub(crate) struct Block {
+pub(super) struct Block {
     number: u64,
     /// What it decompresses to, once it was loaded.
     data: SetOnce<KVec<u8>>,
@@ -49,6 +51,11 @@ impl Block {
         )
     }
 
+    /// Keeps `data` as the block's bytes.
+    pub(super) fn keep(&self, data: KVec<u8>) {
+        self.data.populate(data);
+    }
+
     /// The block's bytes, if it is loaded.
     pub(super) fn data(&self) -> Option<&[u8]> {
         self.data.as_ref().map(|data| data.as_slice())
@@ -66,52 +73,56 @@ impl Block {
     }
 }
 
-/// The duty to load a block. Dropped, those that wait for it fail.
+/// The duty to load blocks, one after the other. Dropped, those that wait for what is left fail.
+///
+/// # Invariants
+///
+/// Those of `blocks` that are in the cache are being loaded by this.
 pub(super) struct Loader {
     cache: Arc<Cache>,
-    block: Arc<Block>,
-    done: bool,
+    blocks: Range<u64>,
 }
 
 impl Loader {
-    /// Keeps `data` as the block's bytes.
-    pub(super) fn keep(&self, data: KVec<u8>) {
-        self.block.data.populate(data);
+    /// The blocks that are left.
+    pub(super) fn blocks(&self) -> Range<u64> {
+        self.blocks.clone()
     }
 
-    /// The block.
-    pub(super) fn block(&self) -> Arc<Block> {
-        self.block.clone()
+    /// The next block.
+    pub(super) fn block(&self) -> Option<Arc<Block>> {
+        self.cache.find(self.blocks.start)
     }
 
-    /// Ends loading; gives those that waited. A block without data leaves the cache.
-    pub(super) fn finish(mut self) -> IoQueue<Zfile> {
-        self.end()
-    }
-
-    fn end(&mut self) -> IoQueue<Zfile> {
-        self.done = true;
-        if self.block.data().is_none() {
-            self.cache.remove(&self.block);
+    /// Ends loading of the next block, which is `block`; gives those that wait for it. A block
+    /// without data leaves the cache.
+    pub(super) fn finish(&mut self, block: Option<Arc<Block>>) -> IoQueue<Zfile> {
+        self.blocks.next();
+        let Some(block) = block else {
+            return IoQueue::new();
+        };
+        if block.data().is_none() {
+            self.cache.remove(&block);
         }
-        let waited = self.block.waiting.lock().take();
+        let waited = block.waiting.lock().take();
         waited.unwrap_or_default()
     }
 }
 
 impl Drop for Loader {
     fn drop(&mut self) {
-        if !self.done {
-            drop(self.end());
+        while !self.blocks.is_empty() {
+            let block = self.block();
+            drop(self.finish(block));
         }
     }
 }
 
 /// What the cache knows of a block.
 pub(super) enum Lookup {
-    /// It is there, or is being loaded.
+    /// The first is there, or is being loaded.
     Found(Arc<Block>),
-    /// It isn't there: load it.
+    /// The first isn't there, and neither are the next ones: load them.
     Missing(Loader),
     /// There is no room or no memory for it.
     Bypass,
@@ -175,45 +186,66 @@ impl Cache {
         Ok(Some(Arc::pin_init(cache, GFP_KERNEL)?))
     }
 
-    /// Looks block `number` up; where it is missing, it has a place now.
-    pub(super) fn get(this: &Arc<Self>, number: u64) -> Lookup {
+    /// Looks the first of `blocks` up. Where it is missing, it has a place now, and so have those
+    /// behind it that are missing.
+    pub(super) fn get(this: &Arc<Self>, blocks: Range<u64>) -> Lookup {
+        let mut end = blocks.start;
+        while end < blocks.end {
+            match this.place(end) {
+                Place::Found(block) if end == blocks.start => return Lookup::Found(block),
+                Place::New => end += 1,
+                Place::Found(_) | Place::None => break,
+            }
+        }
+        if end == blocks.start {
+            return Lookup::Bypass;
+        }
+        // INVARIANT: They have just got their places.
+        Lookup::Missing(Loader {
+            cache: this.clone(),
+            blocks: blocks.start..end,
+        })
+    }
+
+    /// Looks a block up, and gives it a place where it has none.
+    fn place(&self, number: u64) -> Place {
         let removed;
-        let block;
         {
-            let mut sets = this.sets.lock();
+            let mut sets = self.sets.lock();
             sets.clock += 1;
             let clock = sets.clock;
             let set = sets.set(number);
-            for way in set.iter_mut() {
-                if let Some(block) = way.block.as_ref().filter(|block| block.number == number) {
-                    way.used = clock;
-                    return Lookup::Found(block.clone());
-                }
+            if let Some(way) = set.iter_mut().find(|way| way.has(number)) {
+                way.used = clock;
+                return way.block.clone().map_or(Place::None, Place::Found);
             }
             // A place that is empty or has a block that isn't being loaded.
             let oldest = set
                 .iter_mut()
                 .filter(|way| way.is_free())
                 .min_by_key(|way| way.block.as_ref().map_or(0, |_| way.used));
-            let Some(way) = oldest else {
-                return Lookup::Bypass;
+            let (Some(way), Ok(new)) = (oldest, Block::new(number)) else {
+                return Place::None;
             };
-            let Ok(new) = Block::new(number) else {
-                return Lookup::Bypass;
-            };
-            block = new.clone();
             removed = way.block.replace(new);
             way.used = clock;
             if removed.is_none() {
                 sets.filled += 1;
             }
         }
+        // The memory is freed here, without the lock.
         drop(removed);
-        Lookup::Missing(Loader {
-            cache: this.clone(),
-            block,
-            done: false,
-        })
+        Place::New
+    }
+
+    /// A block that is there.
+    pub(super) fn find(&self, number: u64) -> Option<Arc<Block>> {
+        let mut sets = self.sets.lock();
+        sets.clock += 1;
+        let clock = sets.clock;
+        let way = sets.set(number).iter_mut().find(|way| way.has(number))?;
+        way.used = clock;
+        way.block.clone()
     }
 
     /// Takes `block` out, if it is there.
@@ -256,7 +288,24 @@ impl Cache {
     }
 }
 
+/// What became of the search for a place.
+enum Place {
+    /// The block was there.
+    Found(Arc<Block>),
+    /// It has a place now.
+    New,
+    /// There is no place or no memory.
+    None,
+}
+
 impl Way {
+    /// Whether it has block `number`.
+    fn has(&self, number: u64) -> bool {
+        self.block
+            .as_ref()
+            .is_some_and(|block| block.number == number)
+    }
+
     /// Whether the place may be given to another block.
     fn is_free(&self) -> bool {
         self.block
@@ -268,10 +317,12 @@ impl Way {
 impl Sets {
     /// The set that block `number` belongs in.
     fn set(&mut self, number: u64) -> &mut [Way] {
-        // Fibonacci hashing: strides don't crowd in one set.
-        let hash = number.wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 32;
-        let sets = self.ways.len() / WAYS;
-        let start = to_usize(hash).checked_rem(sets).unwrap_or(0) * WAYS;
+        // Neighbours are in different sets, so that an image of as many blocks as there are places
+        // fits. Fibonacci hashing of the rest: strides don't crowd in one set.
+        let sets = to_u64(self.ways.len() / WAYS);
+        let row = number.checked_div(sets).unwrap_or(0);
+        let turn = row.wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 32;
+        let start = to_usize((number % sets.max(1) + turn) % sets.max(1)) * WAYS;
         self.ways.get_mut(start..start + WAYS).unwrap_or(&mut [])
     }
 }

@@ -5,9 +5,9 @@
 //! ```text
 //! map_read -> map_blocks -> launch -> [lower read] -> read_done -> [worker] decode -> end
 //!                                                          `----- small: at once ------^
-//!          -> map_part -> in the cache ------------------------------------------------^
-//!                      -> being loaded: waits ------------------------------------.    |
-//!                      -> launch -> … -> read_done -> [worker] decode_shared ----^
+//!          -> map_cached -> in the cache ----------------------------------------------^
+//!                        -> being loaded: waits ----------------------------------.    |
+//!                        -> launch -> … -> read_done -> [worker] decode_shared ---^
 //! ```
 
 use core::ops::Range;
@@ -16,7 +16,7 @@ use kernel::alloc::flags::__GFP_NOWARN;
 use kernel::prelude::*;
 use kernel::sync::Arc;
 
-use super::cache::{Cache, Loader, Lookup};
+use super::cache::{Block, Cache, Loader, Lookup};
 use super::{count, Zfile};
 use crate::block::{self, Buffer, Dest, Pages, Status};
 use crate::codec::{self, crc32c, Context, Contexts, Corrupt};
@@ -46,7 +46,7 @@ pub(crate) struct Request {
     read_start: u64,
     /// Length of the lower read in bytes.
     read_len: usize,
-    /// Where the block is for the cache.
+    /// Where the blocks are for the cache.
     loader: Option<Loader>,
 }
 
@@ -78,7 +78,7 @@ impl From<Corrupt> for Problem {
 
 impl Zfile {
     /// Starts a read.
-    pub(super) fn map_read<'a>(&self, mut bio: Bio<'a, Self>) -> Mapped<'a> {
+    pub(super) fn map_read<'a>(&self, bio: Bio<'a, Self>) -> Mapped<'a> {
         if !bio.is_read() {
             return bio.refuse();
         }
@@ -87,10 +87,10 @@ impl Zfile {
         if let Some(cache) = &self.cache {
             let block_size = u64::from(self.geometry.block_size());
             let block_end = start - start % block_size + block_size;
-            if start % block_size != 0 || end < block_end.min(self.geometry.size()) {
-                let end = end.min(block_end);
-                bio.accept_partial((end - start) / SECTOR_SIZE);
-                return self.map_part(bio, cache, start, end);
+            if self.cache_all {
+                return self.map_cached(bio, cache, start, end);
+            } else if start % block_size != 0 || end < block_end.min(self.geometry.size()) {
+                return self.map_cached(bio, cache, start, end.min(block_end));
             }
         }
         self.map_blocks(bio, start, end)
@@ -125,30 +125,45 @@ impl Zfile {
         }
     }
 
-    /// Starts a read of a part of a block.
-    fn map_part<'a>(
+    /// Starts a read that goes through the cache, or of as much of it as is in one state there.
+    fn map_cached<'a>(
         &self,
-        bio: Bio<'a, Self>,
+        mut bio: Bio<'a, Self>,
         cache: &Arc<Cache>,
         start: u64,
         end: u64,
     ) -> Mapped<'a> {
+        let shift = self.geometry.block_shift();
+        let end = end.min(start - start % u64::from(MAX_REQUEST) + u64::from(MAX_REQUEST));
+        let Some(blocks) = self.blocks(start, end) else {
+            return bio.refuse();
+        };
+        let found = Cache::get(cache, blocks.clone());
+        if let Lookup::Found(block) = &found {
+            if block.data().is_some() {
+                return self.map_hits(bio, cache, block.clone(), blocks, start, end);
+            }
+        }
+        let last = match &found {
+            Lookup::Missing(loader) => loader.blocks().end,
+            // One at a time.
+            Lookup::Found(_) | Lookup::Bypass => blocks.start + 1,
+        };
+        let end = end.min(last << shift);
         let Some(mut request) = self.plan(start, end) else {
             return bio.refuse();
         };
-        match Cache::get(cache, request.blocks.start) {
+        bio.accept_partial((end - start).div_ceil(SECTOR_SIZE));
+        match found {
             Lookup::Found(block) => {
                 count(&self.stats.cache_hits, 1);
-                if let Some(data) = block.data() {
-                    return bio.fill(request.part(data, to_usize(end - start)));
-                }
                 let (io, mapped) = bio.begin(request);
                 if let Some(io) = block.wait(io) {
                     // It came, or failed, in between.
                     match block.data() {
                         Some(data) => {
-                            let result = Self::copy(&io, Ok(data));
-                            io.end(result);
+                            Self::copy(&io, data);
+                            io.end(Ok(()));
                         }
                         None => Self::launch(io, None),
                     }
@@ -170,15 +185,49 @@ impl Zfile {
         }
     }
 
+    /// Ends a read of what is in the cache: `block`, the first of `blocks`, and those behind it.
+    fn map_hits<'a>(
+        &self,
+        mut bio: Bio<'a, Self>,
+        cache: &Cache,
+        block: Arc<Block>,
+        blocks: Range<u64>,
+        start: u64,
+        end: u64,
+    ) -> Mapped<'a> {
+        let shift = self.geometry.block_shift();
+        let mut skip = to_usize(start - (blocks.start << shift));
+        let mut hit = blocks.start;
+        let mut next = Some(block);
+        let mut pages = bio.pages();
+        let before = pages.left();
+        while let Some(data) = next.as_ref().and_then(|block| block.data()) {
+            pages.copy_from(data.get(skip..).unwrap_or(&[]));
+            skip = 0;
+            hit += 1;
+            next = (hit < blocks.end).then(|| cache.find(hit)).flatten();
+        }
+        count(&self.stats.cache_hits, hit - blocks.start);
+        let sectors = (end.min(hit << shift) - start).div_ceil(SECTOR_SIZE);
+        // What the last sector has behind the end of the image.
+        let copied = before - pages.left();
+        pages.zero(to_usize(sectors * SECTOR_SIZE).saturating_sub(copied));
+        bio.accept_partial(sectors);
+        bio.end()
+    }
+
+    /// The blocks that have bytes `start` to `end` of the image; `None` where none is in it.
+    fn blocks(&self, start: u64, end: u64) -> Option<Range<u64>> {
+        let shift = self.geometry.block_shift();
+        let end = end.min(self.geometry.size());
+        (start < end).then(|| start >> shift..((end - 1) >> shift) + 1)
+    }
+
     /// Finds out what to read for bytes `start` to `end` of the image; `None` where they aren't
     /// all in it, but for the rest of the last sector.
     fn plan(&self, start: u64, end: u64) -> Option<Request> {
         let shift = self.geometry.block_shift();
-        let end = end.min(self.geometry.size());
-        if start >= end {
-            return None;
-        }
-        let blocks = start >> shift..((end - 1) >> shift) + 1;
+        let blocks = self.blocks(start, end)?;
         let stored = self.table.range(blocks.clone())?;
         // No overflow: construction has checked that the blocks are within the device.
         let (first, last) = (self.start + stored.start, self.start + stored.end);
@@ -220,10 +269,13 @@ impl Zfile {
             count(&io.target().stats.read_errors, 1);
             // Those that wait for the block read it themselves: this read may have been one that
             // was more likely to fail, such as a read-ahead.
-            if let Some(loader) = io.request_mut().loader.take() {
-                let mut queue = loader.finish();
-                while let Some(other) = queue.pop() {
-                    other.defer(|io| Self::launch(io, None));
+            if let Some(mut loader) = io.request_mut().loader.take() {
+                for _ in loader.blocks() {
+                    let block = loader.block();
+                    let mut queue = loader.finish(block);
+                    while let Some(other) = queue.pop() {
+                        other.defer(|io| Self::launch(io, None));
+                    }
                 }
             }
             return io.end(Err(status));
@@ -268,58 +320,68 @@ impl Zfile {
         io.end(result);
     }
 
-    /// Decompresses a block for the cache, and ends all reads that wait for it. In a worker.
+    /// Decompresses blocks for the cache, and ends all reads that wait for them. In a worker.
     fn decode_shared(mut io: Io<Self>) {
-        let Some(loader) = io.request_mut().loader.take() else {
+        let Some(mut loader) = io.request_mut().loader.take() else {
             return Self::decode(io);
         };
-        let result = {
-            let mut context = io.target().contexts().borrow();
+        let mut result = Ok(());
+        let mut pages = io.pages();
+        let mut skip = io.request().skip;
+        for number in loader.blocks() {
             let block = loader.block();
-            let bytes = match io.target().load(&io, &loader, context.get()) {
+            let mut context = io.target().contexts().borrow();
+            let bytes = match Self::load(&io, number, block.as_deref(), context.get()) {
                 Ok(Some(bytes)) => Ok(bytes),
                 Ok(None) => {
                     // Many may wait: others have use for it meanwhile.
                     drop(context);
-                    Ok(block.data().unwrap_or(&[]))
+                    Ok(block.as_ref().and_then(|block| block.data()).unwrap_or(&[]))
                 }
                 Err(status) => Err(status),
             };
-            let mut queue = loader.finish();
+            let mut queue = loader.finish(block.clone());
             while let Some(other) = queue.pop() {
-                let result = Self::copy(&other, bytes);
+                let result = bytes.map(|bytes| Self::copy(&other, bytes));
                 other.end(result);
                 dm::cond_resched();
             }
-            Self::copy(&io, bytes)
-        };
+            match bytes {
+                Ok(bytes) => pages.copy_from(bytes.get(skip..).unwrap_or(&[])),
+                Err(status) => result = Err(status),
+            }
+            skip = 0;
+        }
+        pages.zero(pages.left());
+        drop(loader);
         // All that was borrowed is given back: with its last I/O the target may go.
         io.end(result);
     }
 
-    /// Decompresses the only block of `io`. Gives its bytes where there was no memory to keep them.
+    /// Decompresses a block of `io`. Gives its bytes where they aren't kept in `block`.
     fn load<'c>(
-        &self,
         io: &Io<Self>,
-        loader: &Loader,
+        number: u64,
+        block: Option<&Block>,
         context: Option<&'c mut Context>,
     ) -> Result<Option<&'c [u8]>, Status> {
-        let request = io.request();
-        let number = request.blocks.start;
-        let corrupt = |Corrupt| self.report(number);
+        let this = io.target();
+        let corrupt = |Corrupt| this.report(number);
         let context = context.ok_or(Status::IO_ERROR)?;
-        let stored = self.stored(number, request, io.data()).map_err(corrupt)?;
-        let len = to_usize(self.geometry.block_len(number).into());
-        count(&self.stats.blocks, 1);
-        match KVec::zeroed(len, GFP_NOWAIT | __GFP_NOWARN) {
-            Ok(mut data) => {
+        let stored = this
+            .stored(number, io.request(), io.data())
+            .map_err(corrupt)?;
+        let len = to_usize(this.geometry.block_len(number).into());
+        count(&this.stats.blocks, 1);
+        match (block, KVec::zeroed(len, GFP_NOWAIT | __GFP_NOWARN)) {
+            (Some(block), Ok(mut data)) => {
                 context
                     .decompress(stored, &Dest::from(data.as_mut_slice()))
                     .map_err(corrupt)?;
-                loader.keep(data);
+                block.keep(data);
                 Ok(None)
             }
-            Err(_) => context
+            _ => context
                 .decompress_bounced(stored, len)
                 .map(Some)
                 .map_err(corrupt),
@@ -327,12 +389,10 @@ impl Zfile {
     }
 
     /// Copies to `io` its part of a block's bytes.
-    fn copy(io: &Io<Self>, bytes: Result<&[u8], Status>) -> Result<(), Status> {
-        let bytes = bytes?;
+    fn copy(io: &Io<Self>, bytes: &[u8]) {
         let mut pages = io.pages();
         pages.copy_from(io.request().part(bytes, pages.left()));
         pages.zero(pages.left());
-        Ok(())
     }
 
     fn contexts(&self) -> &Contexts {

@@ -72,6 +72,8 @@ pub(crate) struct Zfile {
     /// Given back before the cache is.
     _shrinker: Option<Shrinker<Cache>>,
     cache: Option<Arc<Cache>>,
+    /// Whether blocks that are read whole are kept as well.
+    cache_all: bool,
     /// Blocks in the cache, where the table line tells.
     cache_blocks: Option<usize>,
     /// The mapped device, for messages.

@@ -18,7 +18,28 @@ use crate::format::{merge, tar, Blob, Error as FormatError, Fault, Window};
 /// Blocks that the cache of a device holds, unless the table line says otherwise.
 const DEFAULT_CACHE_BLOCKS: usize = 64;
 /// Most blocks that a cache may hold.
-const MAX_CACHE_BLOCKS: u64 = 1 << 16;
+const MAX_CACHE_BLOCKS: u64 = 1 << 24;
+
+/// The optional parameters.
+#[derive(Default)]
+struct Options {
+    cache_blocks: Option<usize>,
+    cache_all: bool,
+}
+
+impl Options {
+    /// Places in the cache of a device of so many blocks.
+    fn places(&self, blocks: u64) -> usize {
+        // No more than what there is.
+        let most = to_usize(blocks.min(MAX_CACHE_BLOCKS));
+        let default = if self.cache_all {
+            most
+        } else {
+            DEFAULT_CACHE_BLOCKS
+        };
+        self.cache_blocks.unwrap_or(default).min(most)
+    }
+}
 
 impl dm::Target for Zfile {
     type Context = Shared;
@@ -30,7 +51,7 @@ impl dm::Target for Zfile {
         setup.require_read_only()?;
         let path = args.required(c"Missing device")?;
         let blob_bytes = dm::blob_bytes(&mut args)?;
-        let cache_blocks = parse_options(&mut args)?;
+        let options = parse_options(&mut args)?;
 
         let device = setup.open(path)?;
         let blob = dm::MetaReader::new(setup.device(device)?, blob_bytes)?;
@@ -55,7 +76,7 @@ impl dm::Target for Zfile {
         let shared = setup.context();
         let contexts = shared.contexts(geometry.algorithm());
         contexts.provide(kernel::cpu::nr_cpu_ids() as usize)?;
-        let cache = Cache::new(cache_blocks.unwrap_or(DEFAULT_CACHE_BLOCKS))?;
+        let cache = Cache::new(options.places(geometry.blocks()))?;
         let shrinker = match &cache {
             Some(cache) => Some(Shrinker::new(cache.clone())?),
             None => None,
@@ -64,7 +85,8 @@ impl dm::Target for Zfile {
             shared,
             _shrinker: shrinker,
             cache,
-            cache_blocks,
+            cache_all: options.cache_all,
+            cache_blocks: options.cache_blocks,
             geometry,
             table: JumpTable::new(&geometry, bases, deltas),
             start: payload.start,
@@ -105,8 +127,11 @@ impl dm::Target for Zfile {
         if let Some(device) = devices.first() {
             dm::put_blob(out, device, self.blob_bytes);
         }
-        if let Some(blocks) = self.cache_blocks {
-            out.put(fmt!(" 2 cache_blocks {blocks}"));
+        match (self.cache_blocks, self.cache_all) {
+            (Some(blocks), true) => out.put(fmt!(" 3 cache_blocks {blocks} cache_all")),
+            (Some(blocks), false) => out.put(fmt!(" 2 cache_blocks {blocks}")),
+            (None, true) => out.put(fmt!(" 1 cache_all")),
+            (None, false) => {}
         }
     }
 
@@ -133,20 +158,23 @@ impl dm::Target for Zfile {
     }
 }
 
-/// Reads the optional parameters; gives what `cache_blocks` says.
-fn parse_options(args: &mut Args<'_>) -> Result<Option<usize>, Failure> {
+/// Reads the optional parameters.
+fn parse_options(args: &mut Args<'_>) -> Result<Options, Failure> {
     dm::option_count(args)?;
-    let mut cache_blocks = None;
+    let mut options = Options::default();
     while let Some(option) = args.next() {
-        if option != c"cache_blocks" {
+        if option == c"cache_all" {
+            options.cache_all = true;
+        } else if option == c"cache_blocks" {
+            let blocks = args.next().and_then(dm::number);
+            let blocks = blocks.filter(|&blocks| blocks <= MAX_CACHE_BLOCKS);
+            let blocks = blocks.ok_or(Failure::new(c"Invalid number of cache blocks", EINVAL))?;
+            options.cache_blocks = Some(to_usize(blocks));
+        } else {
             return Err(dm::UNKNOWN_OPTION);
         }
-        let blocks = args.next().and_then(dm::number);
-        let blocks = blocks.filter(|&blocks| blocks <= MAX_CACHE_BLOCKS);
-        let blocks = blocks.ok_or(Failure::new(c"Invalid number of cache blocks", EINVAL))?;
-        cache_blocks = Some(to_usize(blocks));
     }
-    Ok(cache_blocks)
+    Ok(options)
 }
 
 impl Deferred for Zfile {

@@ -1,0 +1,219 @@
+#!/usr/bin/env python3
+# SPDX-License-Identifier: GPL-2.0
+"""The cache of a zfile device: parts of blocks, and with cache_all whole ones, for all that read the device."""
+
+import errno
+import subprocess
+import threading
+
+from obdtest import dm, image
+from obdtest.disk import Disk, read_or_none, same_bytes, verify
+from obdtest.dm import line
+from obdtest.ktap import SLOW, Skip, add, check, equal, main, test
+
+DATA = image.sample(700001, 61)
+PADDED = DATA + bytes(-len(DATA) % 512)
+READS, READ_BYTES, BLOCKS, READ_ERRORS, CORRUPT, CACHED, HITS = range(5, 12)
+
+
+def device(lower, raw, *options, size=len(DATA)):
+    words = " ".join(map(str, options)).split()
+    return dm.create(line(0, dm.sectors(size), "zfile", lower.path, len(raw), len(words), *words))
+
+
+def counters(zfile):
+    return [int(word) if word.isdigit() else word for word in zfile.info()]
+
+
+def parts(algorithm, block):
+    """Small reads of a block load it once."""
+    raw = image.zfile(DATA, algorithm, block)
+    zfile = device(dm.Loop(raw), raw)
+    disk = Disk(zfile)
+    for at in range(0, block, 512):
+        same_bytes(disk.read(at, 512), DATA[at:at + 512], f"512 bytes at {at}")
+    got = counters(zfile)
+    equal((got[READS], got[BLOCKS], got[CACHED], got[HITS]), (1, 1, 1, block // 512 - 1), "reads, blocks, cached, hits")
+    # Whole blocks neither come from there nor go there.
+    disk.read(block, block)
+    disk.read(0, block)
+    got = counters(zfile)
+    equal((got[READS], got[CACHED], got[HITS]), (3, 1, block // 512 - 1), "reads, cached, hits")
+
+
+def everything(algorithm, block, crc):
+    """What was read once is neither read nor decompressed again, however it is read."""
+    raw = image.zfile(DATA, algorithm, block, crc)
+    zfile = device(dm.Loop(raw), raw, "cache_all")
+    blocks = -(-len(DATA) // block)
+    disk = Disk(zfile)
+    same_bytes(disk.whole(), PADDED, "the first time")
+    first = counters(zfile)
+    equal((first[BLOCKS], first[CACHED]), (blocks, blocks), "blocks decompressed, cached")
+    same_bytes(disk.whole(), PADDED, "the second time")
+    same_bytes(disk.whole(70144), PADDED, "in other pieces")
+    verify(zfile, PADDED, rounds=40)
+    last = counters(zfile)
+    equal(last[:HITS], first[:HITS], "everything but hits")
+    check(last[HITS] >= 2 * blocks, f"{last[HITS]} hits")
+
+
+def small(places):
+    """A cache with less room than reads have blocks."""
+    for algorithm, block in ((image.LZ4, 512), (image.LZ4, 4096), (image.ZSTD, 65536)):
+        raw = image.zfile(DATA, algorithm, block)
+        zfile = device(dm.Loop(raw), raw, f"cache_blocks {places} cache_all")
+        verify(zfile, PADDED, rounds=60)
+        cached = counters(zfile)[CACHED]
+        check(cached <= -(-places // 8) * 8, f"{cached} blocks cached")
+
+
+@test("cache_all: images with layers in common read those once")
+def images():
+    vsize = 1 << 20
+    layers = [image.lsmt(vsize, [(0, image.sample(1500 * 512, 62)), (1600, 50)]),
+              image.lsmt(vsize, [(100, image.sample(300 * 512, 63))]),
+              image.lsmt(vsize, [(250, image.sample(100 * 512, 64)), (1990, image.sample(10 * 512, 65))])]
+    zfiles = []
+    for layer in layers:
+        raw = image.zfile(layer)
+        zfiles.append((device(dm.Loop(raw), raw, "cache_all", size=len(layer)), len(layer)))
+    two, three = dm.lsmt(vsize, *zfiles[:2]), dm.lsmt(vsize, *zfiles)
+    same_bytes(Disk(two).whole(), image.flatten([image.Lsmt(layer) for layer in layers[:2]]), "two layers")
+    before = [counters(zfile) for zfile, _ in zfiles]
+    same_bytes(Disk(three).whole(), image.flatten([image.Lsmt(layer) for layer in layers]), "three layers")
+    after = [counters(zfile) for zfile, _ in zfiles]
+    for nth in range(2):
+        equal(after[nth][READS:HITS], before[nth][READS:HITS], f"reads and blocks of layer {nth}")
+        check(after[nth][HITS] > before[nth][HITS], f"{after[nth][HITS]} hits of layer {nth}")
+    check(after[2][READS] > before[2][READS], "no reads of the third layer")
+
+
+def late(below, sectors, milliseconds=20):
+    """A device on another one that takes its time for each read."""
+    if subprocess.run(["modprobe", "dm-delay"], capture_output=True, check=False).returncode:
+        raise Skip("no kernel module dm-delay")
+    return dm.create(line(0, sectors, "delay", below.path, 0, milliseconds))
+
+
+@test("cache_all: readers that come together cause the reads of one")
+def together():
+    raw = image.zfile(DATA)
+    loop = dm.Loop(raw)
+    lower = late(loop, loop.size // 512)
+    zfile = device(lower, raw, "cache_all")
+    blocks = -(-len(DATA) // 4096)
+    results = []
+
+    def reader(piece):
+        disk = Disk(zfile)
+        results.append(disk.whole(piece) == PADDED)
+
+    threads = [threading.Thread(target=reader, args=(piece,)) for piece in (65536, 65536, 131072, 12288)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    equal(results, [True] * 4, "content")
+    got = counters(zfile)
+    equal(got[BLOCKS], blocks, "blocks decompressed")
+    # Sectors in which a read ends and the next one begins are read twice.
+    most = len(raw) + got[READS] * 1024
+    check(got[READ_BYTES] <= most, f"{got[READ_BYTES]} bytes read, {most} at most")
+
+
+@test("cache_all: a corrupt block fails by itself")
+def corrupt():
+    places = image.Zfile(image.zfile(DATA)).places()
+    raw = bytearray(image.zfile(DATA))
+    raw[places[3][0] + 5] ^= 1
+    raw = bytes(raw)
+    zfile = device(dm.Loop(raw), raw, "cache_all")
+    disk = Disk(zfile)
+    equal(read_or_none(disk, 0, 65536), None, "a read of 16 blocks")
+    got = counters(zfile)
+    equal((got[CORRUPT], got[CACHED]), (1, 15), "corrupt, cached")
+    for nth in range(16):
+        wanted = None if nth == 3 else DATA[nth * 4096:nth * 4096 + 4096]
+        equal(read_or_none(disk, nth * 4096, 4096), wanted, f"block {nth}")
+    equal(counters(zfile)[CORRUPT], 2, "corrupt")
+
+
+@test("cache_all: readers that wait for a read that fails read by themselves")
+def failing():
+    raw = image.zfile(DATA)
+    loop = dm.Loop(raw)
+    sectors = loop.size // 512
+    below = dm.linear(loop, sectors, readonly=True)
+    zfile = device(late(below, sectors, 200), raw, "cache_all")
+    results = []
+
+    def reader():
+        results.append(read_or_none(Disk(zfile), 0, 65536))
+
+    below.load(line(0, sectors, "error"))
+    below.resume()
+    threads = [threading.Thread(target=reader) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    equal(results, [None] * 4, "reads")
+    equal(counters(zfile)[CACHED], 0, "cached")
+    got = counters(zfile)
+    check(got[HITS] > 0, "nobody has waited")
+    # One read for all, and those that have waited for a block of it have read that.
+    check(1 < got[READ_ERRORS] <= 1 + 3 * 16, f"{got[READ_ERRORS]} lower reads that failed")
+    below.load(line(0, sectors, "linear", loop.path, 0))
+    below.resume()
+    verify(zfile, PADDED, rounds=10)
+
+
+@test("cache_all: memory goes back when the kernel wants it")
+def goes_back():
+    raw = image.zfile(DATA)
+    zfile = device(dm.Loop(raw), raw, "cache_all")
+    disk = Disk(zfile)
+    disk.whole()
+    check(counters(zfile)[CACHED] > 0, "nothing cached")
+    for _ in range(50 * SLOW):
+        with open("/proc/sys/vm/drop_caches", "w", encoding="ascii") as file:
+            file.write("2")
+        if counters(zfile)[CACHED] == 0:
+            break
+    equal(counters(zfile)[CACHED], 0, "cached")
+    same_bytes(disk.whole(), PADDED, "afterwards")
+
+
+@test("the table line gives options back")
+def options():
+    raw = image.zfile(DATA)
+    loop = dm.Loop(raw)
+    for words, shown in (("", ""), ("cache_all", " 1 cache_all"), ("cache_blocks 0 cache_all", " 3 cache_blocks 0 cache_all"),
+                         ("cache_all cache_blocks 16", " 3 cache_blocks 16 cache_all"),
+                         ("cache_blocks 16777216", " 2 cache_blocks 16777216")):
+        zfile = device(loop, raw, words)
+        equal(zfile.status(dm.TABLE)[0][3], f"{loop.number} {len(raw)}{shown}", words)
+        same_bytes(Disk(zfile).whole(), PADDED, words)
+    for words in ("cache_blocks 16777217", "cache_blocks", "cache_all 1"):
+        try:
+            device(loop, raw, words)
+        except OSError as error:
+            equal(error.errno, errno.EINVAL, words)
+        else:
+            check(False, f"{words} is taken")
+
+
+for each_algorithm, each_name in image.NAMES.items():
+    for each_block in (512, 4096, 65536):
+        if each_block > 512:
+            add(f"{each_name}, {each_block}: parts of a block load it once", parts, each_algorithm, each_block)
+        for each_crc in (True, False):
+            add(f"{each_name}, {each_block}, {'CRC' if each_crc else 'no CRC'}: cache_all reads and decompresses once",
+                everything, each_algorithm, each_block, each_crc)
+for each_places in (1, 16, 40):
+    add(f"cache_all with {each_places} places", small, each_places)
+
+
+if __name__ == "__main__":
+    main()
