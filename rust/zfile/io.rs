@@ -18,7 +18,7 @@ use kernel::sync::Arc;
 
 use super::cache::{Block, Cache, Loader, Lookup};
 use super::{count, Zfile};
-use crate::block::{self, Buffer, Dest, Pages, Status};
+use crate::block::{self, Buffer, Pages, Status};
 use crate::codec::{self, crc32c, Context, Contexts, Corrupt};
 use crate::dm::{self, Bio, DeviceId, Io, Mapped};
 use crate::format::num::{to_u64, to_usize};
@@ -373,10 +373,10 @@ impl Zfile {
             .map_err(corrupt)?;
         let len = to_usize(this.geometry.block_len(number).into());
         count(&this.stats.blocks, 1);
-        match (block, KVec::zeroed(len, GFP_NOWAIT | __GFP_NOWARN)) {
+        match (block, KVec::with_capacity(len, GFP_NOWAIT | __GFP_NOWARN)) {
             (Some(block), Ok(mut data)) => {
                 context
-                    .decompress(stored, &Dest::from(data.as_mut_slice()))
+                    .decompress_into(stored, len, &mut data)
                     .map_err(corrupt)?;
                 block.keep(data);
                 Ok(None)
