@@ -10,9 +10,9 @@ S := scripts
 
 # Passed on to the scripts when given on the command line or in the environment.
 export KDIR KERNEL MIRROR V DESTDIR PREFIX RUN SHARE TIMEOUT CARGO MINUTES
-export QEMU_MEM QEMU_SMP QEMU_ARGS KERNEL_ARGS OBD_GOLDENS RECORD
+export QEMU_MEM QEMU_SMP QEMU_ARGS KERNEL_ARGS OBD_GOLDENS RECORD VM COMPARE PARTS
 
-.PHONY: all module tools setup demo check check-debug check-kcsan soak lint fuzz vm install clean help
+.PHONY: all module tools setup demo check check-debug check-kcsan soak lint fuzz bench vm install clean help
 
 all: module
 
@@ -47,6 +47,9 @@ lint:
 
 fuzz:
 	@$S/fuzz.sh $(or $(SECONDS),60) $(TARGET)
+
+bench:
+	@$S/bench.sh
 
 # The VM runs what is built for its own kernel; NOBUILD=1 takes what there is.
 vm:

@@ -1,6 +1,7 @@
 #!/bin/bash
 # SPDX-License-Identifier: GPL-2.0
-# Build the module into build/RELEASE/: build-module.sh [build | clippy | install]. KDIR=, KERNEL=, V= as for make.
+# Build the module into build/RELEASE/: build-module.sh [build | bench | clippy | install]. KDIR=, KERNEL=, V= as for make.
+# bench is the load generator of the benchmark.
 . "$(dirname "$0")/lib.sh"
 . "$SCRIPTS/kdir.sh"
 
@@ -9,8 +10,10 @@ kdir_choose
 out=$BUILD/$KDIR_RELEASE
 obj=$out/obj
 [ "$what" != clippy ] || obj=$out/clippy
+source=$CLONE
+[ "$what" != bench ] || source=$CLONE/tests/bench obj=$out/bench
 
-args=(-C "$KDIR_USED" "M=$CLONE" "MO=$obj" "${KDIR_ARGS[@]}" "-j$(nproc)" --no-print-directory)
+args=(-C "$KDIR_USED" "M=$source" "MO=$obj" "${KDIR_ARGS[@]}" "-j$(nproc)" --no-print-directory)
 [ -z "${QUIET:-}" ] || args+=(-s)
 [ -z "${V:-}" ] || args+=("V=$V")
 
@@ -30,6 +33,11 @@ build)
 	kdir_run make "${args[@]}" modules
 	cmp -s "$obj/dm_overlaybd.ko" "$out/dm_overlaybd.ko" || cp "$obj/dm_overlaybd.ko" "$out/dm_overlaybd.ko"
 	;;
+bench)
+	start_afresh
+	kdir_run make "${args[@]}" modules
+	cp "$obj/obd_bench.ko" "$out/obd_bench.ko"
+	;;
 clippy)
 	start_afresh
 	kdir_run make "${args[@]}" CLIPPY=1 KRUSTFLAGS=-Dwarnings modules
@@ -39,5 +47,5 @@ install)
 	[ -z "$KDIR_IN_ROOT" ] || die "this module is for the test VM's kernel; name yours with KDIR="
 	make "${args[@]}" ${DESTDIR:+"INSTALL_MOD_PATH=$DESTDIR"} ${DESTDIR:+DEPMOD=true} modules_install
 	;;
-*) die "usage: build-module.sh [build | clippy | install]" ;;
+*) die "usage: build-module.sh [build | bench | clippy | install]" ;;
 esac

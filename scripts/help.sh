@@ -15,6 +15,9 @@ make check-kcsan      run those that have several things at once with a kernel t
 make soak             a random mix of everything for MINUTES=30, with the kernel of check-debug
 make lint             the static checks only
 make fuzz             run the fuzz targets (SECONDS=60 each, TARGET='NAME...', RECORD=FILE)
+make bench            measure, and compare with goals and with others: in User-Mode Linux, as fast as this machine is
+                      (VM=qemu: a part of it with the stock kernel; COMPARE=FILE: what is new since that result.json;
+                      PARTS='NAME...' of block file cache latency lookup cost)
 make vm               a shell in the test VM, with the module loaded (leave with exit, or Ctrl-a x)
 make vm RUN='CMD'     run one command there; fails as it does ("Error N" has its status, make's own is then 2;
                       RUN='CMD' scripts/vm.sh exits with the status itself: 124 is time out, 125 a dead VM)
@@ -23,7 +26,7 @@ make clean            remove build/
 
 RUN is make's before it is the shell's: a $ is written $$.
 For vm: NOBUILD=1 (boot what is built), SHARE=DIR (read-write at /mnt/share), TIMEOUT=SECONDS (1800),
-KERNEL=debug or kcsan (the kernels of these checks), QEMU_MEM=MiB (2048), QEMU_SMP=N (2), QEMU_ARGS= and
+KERNEL=debug, kcsan (the kernels of these checks) or uml (with RUN only), QEMU_MEM=MiB (2048), QEMU_SMP=N (2), QEMU_ARGS= and
 KERNEL_ARGS= (more arguments), OBD_GOLDENS=DIR (read-only at /mnt/goldens).
 For set-up: MIRROR=URL of a Debian mirror. The cache, ${XDG_CACHE_HOME:-~/.cache}/dm-overlaybd, is shared by
 all clones and may be deleted at any time. V=1 shows commands.

@@ -85,6 +85,9 @@ kdir_choose() {
 	KDIR_RELEASE=$K_RELEASE
 	KDIR_ID=${K_DIR##*/}
 	kdir_compiler "$K_DIR/kdir"
+	local args=()
+	[ ! -f "$K_DIR/makeargs" ] || mapfile -t args <"$K_DIR/makeargs"
+	KDIR_ARGS+=("${args[@]}")
 	[ ! -f "$K_DIR/rustflags" ] || KDIR_ARGS+=("KRUSTFLAGS=$(cat "$K_DIR/rustflags")")
 	[ -n "${USE_ROOT:-}" ] || say "Building for $K_RELEASE in the tool-chain root; KDIR= names another kernel's tree"
 }

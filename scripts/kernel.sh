@@ -1,19 +1,23 @@
 # SPDX-License-Identifier: GPL-2.0
 # shellcheck shell=bash
 # Which kernel: KERNEL=stock (the default) is Debian's newest 7.3 from backports. KERNEL=debug and KERNEL=kcsan are
-# small kernels with checkers, from the same source. Sourced after cache.sh.
+# small kernels with checkers, from the same source; KERNEL=uml and KERNEL=uml-smp are User-Mode Linux, for benchmarks.
+# Sourced after cache.sh.
 # Another kernel is another kernel_look_up_NAME and, if made in another way, another build_kernel_RECIPE.
 #
 # A kernel directory in the cache, whatever it was made from, holds
-#   vmlinuz, lib/modules/RELEASE/   the kernel as it boots
+#   vmlinuz, lib/modules/RELEASE/   the kernel as it boots; for User-Mode Linux, the program
 #   kdir/                           the tree to build modules against, with Rust metadata
 #   release                         its release, one line
-#   cmdline, memory, rustflags      if it needs them: more of the command line, MiB, flags for modules
+#   cmdline, memory                 if it needs them: more of the command line, MiB
+#   rustflags, makeargs             if modules need them: KRUSTFLAGS, and what make gets, a line each
 
 # shellcheck source=scripts/kernel-debian.sh
 . "$SCRIPTS/kernel-debian.sh"
 # shellcheck source=scripts/kernel-test.sh
 . "$SCRIPTS/kernel-test.sh"
+# shellcheck source=scripts/kernel-uml.sh
+. "$SCRIPTS/kernel-uml.sh"
 
 KERNEL=${KERNEL:-stock}
 K_APT=$CACHE/apt
@@ -55,14 +59,19 @@ kernel_look_up_stock() {
 	read -r K_RELEASE K_VERSION <"$latest"
 }
 
-# Kernels for tests have whatever version the stock kernel has.
-kernel_for_tests() {
+# kernel_of_ours NAME RECIPE CONFIG...: it has whatever version the stock kernel has.
+kernel_of_ours() {
 	kernel_look_up_stock
 	K_RELEASE=${K_RELEASE%%[+-]*}-$1
-	K_RECIPE="test"
-	K_CONFIG=("$SCRIPTS/kernel-test.config" "$SCRIPTS/kernel-$1.config")
+	K_RECIPE=$2
+	shift 2
+	K_CONFIG=("${@/#/$SCRIPTS/kernel-}")
 }
 
-kernel_look_up_debug() { kernel_for_tests debug; }
+kernel_look_up_debug() { kernel_of_ours debug test test.config debug.config; }
 
-kernel_look_up_kcsan() { kernel_for_tests kcsan; }
+kernel_look_up_kcsan() { kernel_of_ours kcsan test test.config kcsan.config; }
+
+kernel_look_up_uml() { kernel_of_ours uml uml uml.config; }
+
+kernel_look_up_uml-smp() { kernel_of_ours uml-smp uml uml.config uml-smp.config; }

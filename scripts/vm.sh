@@ -1,6 +1,6 @@
 #!/bin/bash
 # SPDX-License-Identifier: GPL-2.0
-# Boot the test VM for a shell, or for the one command in RUN, whose status is ours.
+# Boot the test VM for a shell, or for the one command in RUN, whose status is ours. It is QEMU's, or User-Mode Linux.
 # 124: not over after TIMEOUT seconds; 125: the VM died (see its kernel log); 126: it did not start.
 . "$(dirname "$0")/lib.sh"
 . "$SCRIPTS/cache.sh"
@@ -51,12 +51,13 @@ accel() {
 
 # guest_env: what the guest's first script reads.
 guest_env() {
-	local size module=$BUILD/$K_RELEASE/dm_overlaybd.ko
+	local size module=$BUILD/$K_RELEASE/dm_overlaybd.ko virtio=y end=reboot
+	[ "$monitor" = qemu ] || virtio='' end=poweroff
 	size=$(stty size 2>/dev/null) || size='24 80'
 	[ "$size" != '0 0' ] || size='24 80'
 	[ -f "$module" ] || module=
 	printf '%s=%q\n' VM_CLONE "$CLONE" VM_MODULE "$module" VM_TERM "${TERM:-}" \
-		VM_ROWS "${size% *}" VM_COLS "${size#* }"
+		VM_ROWS "${size% *}" VM_COLS "${size#* }" VM_VIRTIO "$virtio" VM_END "$end"
 	env -0 | while IFS='=' read -r -d '' name value; do
 		[[ $name != OBD_* ]] || printf 'export %s=%q\n' "$name" "$value"
 	done
@@ -115,8 +116,14 @@ trouble() {
 	fi
 }
 
-boot_files
-accel
+monitor=qemu
+! grep -qx CONFIG_UML=y "$K_DIR/config" || monitor=uml
+if [ "$monitor" = qemu ]; then
+	boot_files
+	accel
+else
+	[ -n "${RUN:-}" ] || die "KERNEL=$KERNEL has no shell; give it a command with RUN="
+fi
 [ -z "${RUN:-}" ] || printf '%s\n' "$RUN" >"$VM_RUN/cmd"
 cp "$SCRIPTS/vm/guest.sh" "$VM_RUN/"
 guest_env >"$VM_RUN/env"
@@ -141,9 +148,11 @@ esac
 
 stdin=/dev/null
 [ -n "${RUN:-}" ] || stdin=/dev/stdin
-"$SCRIPTS/in-root.sh" -k "$K_DIR" "${binds[@]}" env VM_RUN="$VM_RUN" VM_BOOT="$VM_BOOT" VM_ACCEL="$VM_ACCEL" \
+[ "$monitor" = qemu ] || binds+=(-b "$VM_RUN:/run/vm")
+"$SCRIPTS/in-root.sh" -k "$K_DIR" "${binds[@]}" env VM_RUN="$VM_RUN" VM_BOOT="${VM_BOOT:-}" VM_ACCEL="${VM_ACCEL:-}" \
 	VM_SMP="${QEMU_SMP:-2}" VM_MEM="${QEMU_MEM:-$(cat "$K_DIR/memory" 2>/dev/null || say 2048)}" VM_SHARE="${SHARE:+/srv}" \
-	VM_QEMU_ARGS="${QEMU_ARGS:-}" VM_KERNEL_ARGS="${KERNEL_ARGS:-}" "$SCRIPTS/vm/qemu.sh" <"$stdin" &
+	VM_QEMU_ARGS="${QEMU_ARGS:-}" VM_KERNEL_ARGS="${KERNEL_ARGS:-}" VM_INIT="$SCRIPTS/vm/init-uml" \
+	"$SCRIPTS/vm/$monitor.sh" <"$stdin" &
 vm=$!
 trap 'end_vm $vm; save_log; exit 130' INT TERM HUP
 watcher=

@@ -8,7 +8,7 @@
 export HOME=/root LANG=C.UTF-8 TERM="${VM_TERM:-linux}" OBD_VM=1 DM_DISABLE_UDEV=1
 export PATH="$VM_CLONE/build/cargo/release:/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 
-trap 'busybox reboot -f' EXIT
+trap 'busybox "$VM_END" -f' EXIT
 
 # load_module: what it depends on, then ours.
 load_module() {
@@ -19,9 +19,14 @@ load_module() {
 	insmod "$VM_MODULE"
 }
 
-# out_port: the device of the virtio port that the command's output goes to.
+# out_port: the device that the command's output goes to: a virtio port, or the console of User-Mode Linux.
 out_port() {
 	local port name
+	if [ -z "$VM_VIRTIO" ]; then
+		stty -F /dev/tty0 -opost
+		echo /dev/tty0
+		return
+	fi
 	for port in /sys/class/virtio-ports/*; do
 		read -r name <"$port/name"
 		[ "$name" != out ] || echo "/dev/${port##*/}"

@@ -1,0 +1,66 @@
+#!/bin/bash
+# SPDX-License-Identifier: GPL-2.0
+# Measure, and compare with the goals: bench.sh. VM=uml (the default) runs everything as fast as this machine does, with
+# one CPU and with two; VM=qemu runs a part of it with the stock kernel. COMPARE=FILE shows what has changed since that.
+. "$(dirname "$0")/lib.sh"
+. "$SCRIPTS/cache.sh"
+. "$SCRIPTS/kernel.sh"
+
+VM=${VM:-uml}
+case $VM in
+uml) kernels=(uml uml-smp) ;;
+qemu) kernels=(stock) ;;
+*) die "VM=$VM: must be uml or qemu" ;;
+esac
+[ -z "${COMPARE:-}" ] || [ -s "$COMPARE" ] || die "COMPARE=$COMPARE: no such file"
+out=$BUILD/bench
+images=$CACHE/bench-$({ cat "$SCRIPTS/bench/images.sh" && root_key; } | short_hash)
+export OBD_RAM_DISKS=900 OBD_RAM_KIB=$((512 << 10))
+
+# shellcheck disable=SC2317 # step calls it
+make_images() {
+	[ -d "$images" ] && cache_used "${images##*/}" && return
+	cache_begin "${images##*/}" || return 0
+	mkdir -p "$TMP"
+	"$SCRIPTS/in-root.sh" -b "$TMP:/srv" "$SCRIPTS/bench/images.sh" /srv
+	cache_commit "${images##*/}"
+	cache_used "${images##*/}"
+}
+
+# shellcheck disable=SC2317
+modules() {
+	"$SCRIPTS/build-module.sh"
+	"$SCRIPTS/build-module.sh" bench
+}
+
+# shellcheck disable=SC2317
+# measure ARGUMENTS...: in the VM with $KERNEL.
+measure() {
+	kernel_look_up
+	rm -f "$images/result-$K_RELEASE.json"
+	SHARE=$images QEMU_MEM=4096 TIMEOUT=${TIMEOUT:-3000} VM_LOG=$LOGS/kernel-bench-$KERNEL.log \
+		KERNEL_ARGS="brd.rd_nr=$OBD_RAM_DISKS brd.rd_size=$OBD_RAM_KIB" \
+		RUN="tests/bench/guest.sh $*" "$SCRIPTS/vm.sh"
+	mv "$images/result-$K_RELEASE.json" "$out/$KERNEL.json"
+}
+
+must() { step "$@" || die "no result"; }
+
+export USE_ROOT=1 KDIR='' CARGO='' QUIET=1
+mkdir -p "$out"
+rm -f "$out"/*.json
+steps $((4 + 3 * ${#kernels[@]}))
+must "tool-chain root" "$SCRIPTS/make-root.sh"
+must "kernel and its Rust tree" "$SCRIPTS/make-kernel.sh"
+must "obdsetup" "$SCRIPTS/build-tools.sh"
+must "images" make_images
+read -ra parts <<<"${PARTS:-}"
+for KERNEL in "${kernels[@]}"; do
+	export KERNEL
+	must "$KERNEL kernel" "$SCRIPTS/make-kernel.sh"
+	must "modules for the $KERNEL kernel" modules
+	words=("${parts[@]}")
+	[ "$KERNEL" != stock ] || words=(short "${parts[@]}")
+	must "measuring with the $KERNEL kernel" measure "${words[@]}"
+done
+"$SCRIPTS/in-root.sh" tests/bench/report.py "$out" ${COMPARE:+"$COMPARE"}

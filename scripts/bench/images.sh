@@ -1,0 +1,69 @@
+#!/bin/bash
+# SPDX-License-Identifier: GPL-2.0
+# In the root: make a tree of files, and images of it in every format that the benchmark compares: images.sh DIR
+set -euo pipefail
+
+out=$1
+clone=$PWD
+mib=272
+export PATH=$PWD/build/cargo/release:$PATH
+tree=$(mktemp -d)
+trap 'rm -rf "$tree"' EXIT
+mkdir -p "$out"
+cd /usr
+
+# Headers, scripts, data; then programs until it is large enough. Names in order, so that it is always the same.
+echo "== tree"
+cp -a include share lib/python3* "$tree/"
+mkdir "$tree/bin"
+size=$(du -sm "$tree" | cut -f1)
+for file in bin/*; do
+	[ "$size" -lt "$mib" ] || break
+	if [ ! -f "$file" ] || [ -L "$file" ]; then continue; fi
+	cp -a "$file" "$tree/bin/"
+	size=$(du -sm "$tree" | cut -f1)
+done
+(cd "$tree" && find . -type f -printf '%s %p\n' | sort -k2) >"$out/files"
+
+echo "== layers"
+cd "$out"
+obdsetup create --directory "$tree" --fs ext4 --size $((mib * 9 / 8))m --algorithm none raw.lsmt
+for algorithm in lz4 zstd; do
+	for block in 4 64; do
+		obdsetup commit --algorithm $algorithm --block-size ${block}k --no-crc raw.lsmt $algorithm-${block}k.obd
+	done
+done
+obdsetup commit --algorithm lz4 --block-size 4k raw.lsmt lz4-4k-crc.obd
+
+# Two more layers on top, of 16 MiB and of 1 MiB in pieces of 64 KiB, among the first 128 MiB.
+for seed in b c; do
+	PYTHONPATH=$clone/tests python3 - $seed "$tree/bin" <<-'END'
+		import os, random, sys
+		from obdtest import image
+		seed, source = sys.argv[1:]
+		rng = random.Random(seed)
+		largest = max((os.path.join(source, name) for name in os.listdir(source)), key=os.path.getsize)
+		with open(largest, "rb") as file:
+		    data = file.read({"b": 16 << 20, "c": 1 << 20}[seed])
+		places = rng.sample(range(2048), len(data) // 65536)
+		extents = [(place * 128, data[nth * 65536:(nth + 1) * 65536]) for nth, place in enumerate(places)]
+		with open("raw.lsmt", "rb") as file:
+		    file.seek(-4096 + 48, os.SEEK_END)
+		    size = int.from_bytes(file.read(8), "little")
+		with open(f"{seed}.lsmt", "wb") as file:
+		    file.write(image.lsmt(size, extents))
+	END
+	obdsetup commit --algorithm lz4 --block-size 4k --no-crc $seed.lsmt $seed.obd
+done
+
+echo "== erofs"
+for algorithm in lz4 zstd; do
+	for block in 4 64; do
+		mkfs.erofs --quiet -z$algorithm -C$((block << 10)) $algorithm-${block}k.erofs "$tree"
+	done
+done
+
+echo "== squashfs"
+mksquashfs "$tree" lz4-4k.squashfs -comp lz4 -b 4096 -no-progress -quiet
+mksquashfs "$tree" lz4-128k.squashfs -comp lz4 -b 131072 -no-progress -quiet
+mksquashfs "$tree" zstd-128k.squashfs -comp zstd -b 131072 -no-progress -quiet

@@ -1,0 +1,55 @@
+# SPDX-License-Identifier: GPL-2.0
+# shellcheck shell=bash
+# The recipe of kernels for benchmarks: User-Mode Linux from Debian's source. It is a process, so it computes as fast as
+# the machine does, with or without virtualization. Sourced; a change makes a new directory.
+
+set -euo pipefail
+
+# build_kernel_uml RELEASE VERSION CONFIG...: as build_kernel_debian, the default configuration changed by files.
+build_kernel_uml() {
+	local release=$1 version=$2 series line missing=0
+	shift 2
+	series=$(echo "$release" | cut -d. -f1,2)
+	export APT_CONFIG=/srv/apt.conf
+
+	echo "== source of $version"
+	mkdir /kernel/deb /kernel/kdir
+	(cd /kernel/deb && apt-get -q download "linux-source-$series=$version")
+	dpkg-deb --fsys-tarfile /kernel/deb/*.deb | tar -xO --wildcards '*/linux-source-*.tar.xz' |
+		xz -dc | tar -x -C /kernel/kdir --strip-components=1 --exclude='*/Documentation/*/*' --exclude='*/drivers/gpu/*.h'
+	rm -r /kernel/deb
+
+	echo "== configuration"
+	cd /kernel/kdir
+	local args=(ARCH=um CC=x86_64-linux-gnu-gcc-14 LOCALVERSION="${release#"$(make -s kernelversion)"}")
+	cat "$@" >/kernel/wanted
+	make "${args[@]}" defconfig
+	cat /kernel/wanted >>.config
+	make "${args[@]}" olddefconfig
+	while read -r line; do
+		grep -qxF "$line" .config && continue
+		echo "not possible: $line"
+		missing=1
+	done < <(grep CONFIG_ /kernel/wanted)
+	[ "$missing" = 0 ]
+
+	echo "== kernel and modules"
+	make -j"$(nproc)" "${args[@]}" linux modules
+	cp linux /kernel/vmlinuz
+	make -s "${args[@]}" INSTALL_MOD_PATH=/kernel DEPMOD=true modules_install
+	rm -f /kernel/lib/modules/"$release"/build
+	depmod -b /kernel "$release"
+	cp .config /kernel/config
+	# Its loader of modules knows few kinds of relocations.
+	printf '%s\n' ARCH=um "KCFLAGS=-fno-pie -mcmodel=large" >/kernel/makeargs
+	echo "-Crelocation-model=static -Ccode-model=large" >/kernel/rustflags
+	echo 3072 >/kernel/memory
+
+	# Modules are built with headers, scripts and metadata only.
+	find . \( -name '*.o' -o -name '*.a' -o -name '*.ko' -o -name 'vmlinux*' -o -name linux -o -name '.tmp_*' -o \
+		-name '.*.cmd' \) ! -path './scripts/*' ! -path './tools/*' -type f -delete
+	find drivers sound fs net mm -name '*.c' -delete
+	[ "$(cat include/config/kernel.release)" = "$release" ]
+	[ -s rust/libkernel.rmeta ] && [ -s rust/libmacros.so ] && [ -s Module.symvers ]
+	echo "$release" >/kernel/release
+}

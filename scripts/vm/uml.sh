@@ -1,0 +1,16 @@
+#!/bin/bash
+# SPDX-License-Identifier: GPL-2.0
+# In the root: run the User-Mode Linux at /kernel with the run directory $VM_RUN, until it ends. This root is the guest's
+# as well; what is written to it is gone with the name space it lives in.
+set -euo pipefail
+
+# Its memory is a file there, that must be executable.
+export TMPDIR=/dev/shm
+[ -w "$TMPDIR" ] || export TMPDIR=/tmp
+
+# shellcheck disable=SC2206,SC2054 # words, as a shell would split them; commas within words
+args=("mem=${VM_MEM}M" "ncpus=$VM_SMP" seccomp=on root=/dev/root rootfstype=hostfs rootflags=/ rw "init=$VM_INIT"
+	con=null ssl=null con0=fd:0,fd:1 ssl0=null,fd:3 console=ttyS0 loglevel=7 log_buf_len=8M panic=-1 oops=panic
+	$VM_KERNEL_ARGS)
+! grep -qx '# CONFIG_SMP is not set' /kernel/config || args=("${args[@]/#ncpus=*/}")
+exec /kernel/vmlinuz "${args[@]}" 3>"$VM_RUN/console"

@@ -1,0 +1,700 @@
+// SPDX-License-Identifier: GPL-2.0
+/*
+ * Load for benchmarks, made in the kernel: a system call costs more than a
+ * small read where the kernel is a process itself (User-Mode Linux).
+ *
+ * A command is written to debugfs, obd_bench/run, and takes effect at once; its
+ * figures can be read there when the write has returned, "name value" each:
+ *
+ *   bio DEV PLAN DEPTH THREADS
+ *	reads the ranges of PLAN, each thread a part of them, DEPTH at a time
+ *   codec DEV PLAN ALGORITHM CRC
+ *	decompresses the ranges of PLAN from memory, CRC of them as well if 1
+ *   file LIST PLAN BYTES THREADS KEEP
+ *	reads files named in LIST, a line each, BYTES at a time; opens each
+ *	of them once and first, if KEEP is 1, and else for each range
+ *
+ * PLAN is a file of struct piece; all of it is in memory before time is taken.
+ * A command is repeated by who gives it, and so is what it takes away.
+ */
+#include <linux/bio.h>
+#include <linux/blkdev.h>
+#include <linux/crc32.h>
+#include <linux/debugfs.h>
+#include <linux/file.h>
+#include <linux/fs.h>
+#include <linux/kernel_read_file.h>
+#include <linux/kthread.h>
+#include <linux/lz4.h>
+#include <linux/module.h>
+#include <linux/mutex.h>
+#include <linux/sizes.h>
+#include <linux/sort.h>
+#include <linux/vmalloc.h>
+#include <linux/zstd.h>
+
+/* Memory of a read is in pieces of so many pages, as page cache has it. */
+#define CHUNK_ORDER 4
+#define CHUNK_BYTES (PAGE_SIZE << CHUNK_ORDER)
+#define MAX_BYTES SZ_1M
+#define MAX_CHUNKS (MAX_BYTES / CHUNK_BYTES)
+#define MAX_DEPTH 256
+#define MAX_THREADS 16
+
+static const char blanks[] = { ' ', '\n', '\0' };
+
+struct piece {
+	u64 offset;	/* bytes */
+	u32 len;	/* bytes to read, or that are stored */
+	u32 extra;	/* bytes of the block; number of the file */
+};
+
+struct plan {
+	struct piece *ranges;
+	size_t count;
+	u32 max_len;
+	u32 max_extra;
+};
+
+/* What a command came to. */
+static char result[512];
+static size_t result_len;
+static DEFINE_MUTEX(run_lock);
+static struct dentry *dir;
+
+static int plan_read(struct plan *plan, const char *path)
+{
+	void *data = NULL;
+	ssize_t len;
+	size_t i;
+
+	len = kernel_read_file_from_path(path, 0, &data, INT_MAX, NULL,
+					 READING_UNKNOWN);
+	if (len < 0)
+		return len;
+	plan->ranges = data;
+	plan->count = len / sizeof(struct piece);
+	plan->max_len = 0;
+	plan->max_extra = 0;
+	for (i = 0; i < plan->count; i++) {
+		plan->max_len = max(plan->max_len, plan->ranges[i].len);
+		plan->max_extra = max(plan->max_extra, plan->ranges[i].extra);
+	}
+	if (!plan->count) {
+		vfree(data);
+		return -EINVAL;
+	}
+	return 0;
+}
+
+static int compare_u32(const void *a, const void *b)
+{
+	u32 x = *(const u32 *)a, y = *(const u32 *)b;
+
+	return x < y ? -1 : x > y;
+}
+
+/* Says what it took; @times, of each request in ns, are sorted for that. */
+static void report(size_t count, u64 bytes, u64 ns, u32 *times)
+{
+	result_len = scnprintf(result, sizeof(result),
+			       "requests %zu\nbytes %llu\nns %llu\n",
+			       count, bytes, ns);
+	if (!times)
+		return;
+	sort(times, count, sizeof(*times), compare_u32, NULL);
+	result_len += scnprintf(result + result_len,
+				sizeof(result) - result_len,
+				"p50 %u\np99 %u\nmax %u\n", times[count / 2],
+				times[count - 1 - count / 100],
+				times[count - 1]);
+}
+
+/* Threads: each does a part of the plan. */
+
+struct job;
+
+struct worker {
+	struct job *job;
+	struct task_struct *task;
+	size_t first, end;
+	u64 bytes;
+	int error;
+};
+
+struct job {
+	struct plan plan;
+	struct worker workers[MAX_THREADS];
+	unsigned int threads;
+	struct completion go;
+	atomic_t running;
+	struct completion over;
+	u32 *times;
+	int (*work)(struct worker *worker);
+	/* bio */
+	struct block_device *bdev;
+	unsigned int depth;
+	/* file */
+	char **names;
+	struct file **files;
+	size_t bytes_at_once;
+};
+
+static int worker_run(void *data)
+{
+	struct worker *worker = data;
+	struct job *job = worker->job;
+
+	wait_for_completion(&job->go);
+	worker->error = job->work(worker);
+	if (atomic_dec_and_test(&job->running))
+		complete(&job->over);
+	return 0;
+}
+
+/* Runs @job's work in its threads, and reports; one thread is the caller's. */
+static int job_run(struct job *job)
+{
+	size_t count = job->plan.count;
+	u64 start, ns, bytes = 0;
+	unsigned int i;
+	int error = 0;
+
+	job->times = vcalloc(count, sizeof(*job->times));
+	if (!job->times)
+		return -ENOMEM;
+	init_completion(&job->go);
+	init_completion(&job->over);
+	for (i = 0; i < job->threads; i++) {
+		struct worker *worker = &job->workers[i];
+
+		worker->job = job;
+		worker->first = count * i / job->threads;
+		worker->end = count * (i + 1) / job->threads;
+	}
+	if (job->threads == 1) {
+		start = ktime_get_ns();
+		job->workers[0].error = job->work(&job->workers[0]);
+	} else {
+		atomic_set(&job->running, job->threads);
+		for (i = 0; i < job->threads; i++) {
+			struct worker *worker = &job->workers[i];
+
+			worker->task = kthread_run(worker_run, worker,
+						   "obd_bench/%u", i);
+			if (IS_ERR(worker->task)) {
+				worker->error = PTR_ERR(worker->task);
+				if (atomic_dec_and_test(&job->running))
+					complete(&job->over);
+			}
+		}
+		start = ktime_get_ns();
+		complete_all(&job->go);
+		wait_for_completion(&job->over);
+	}
+	ns = ktime_get_ns() - start;
+	for (i = 0; i < job->threads; i++) {
+		bytes += job->workers[i].bytes;
+		error = error ?: job->workers[i].error;
+	}
+	if (!error)
+		report(count, bytes, ns, job->times);
+	vfree(job->times);
+	return error;
+}
+
+/* Bios. */
+
+struct slot {
+	struct bio bio;
+	struct bio_vec vecs[MAX_CHUNKS];
+	struct page *chunks[MAX_CHUNKS];
+	struct llist_node free;
+	struct llist_head *list;
+	struct task_struct *waiter;
+	u64 start;
+	u32 *time;
+	int *error;
+};
+
+static void slot_done(struct bio *bio)
+{
+	struct slot *slot = container_of(bio, struct slot, bio);
+	struct task_struct *waiter = slot->waiter;
+
+	*slot->time = ktime_get_ns() - slot->start;
+	if (bio->bi_status)
+		WRITE_ONCE(*slot->error, -EIO);
+	bio_uninit(bio);
+	/* A waiter that saw it before may have freed it and be gone. */
+	get_task_struct(waiter);
+	llist_add(&slot->free, slot->list);
+	wake_up_process(waiter);
+	put_task_struct(waiter);
+}
+
+static void slot_submit(struct slot *slot, struct block_device *bdev,
+			const struct piece *range)
+{
+	u32 left = range->len;
+	int i;
+
+	bio_init(&slot->bio, bdev, slot->vecs, MAX_CHUNKS, REQ_OP_READ);
+	slot->bio.bi_iter.bi_sector = range->offset >> SECTOR_SHIFT;
+	slot->bio.bi_end_io = slot_done;
+	for (i = 0; left; i++) {
+		u32 now = min_t(u32, left, CHUNK_BYTES);
+
+		__bio_add_page(&slot->bio, slot->chunks[i], now, 0);
+		left -= now;
+	}
+	slot->start = ktime_get_ns();
+	submit_bio(&slot->bio);
+}
+
+static void slots_free(struct slot *slots, unsigned int depth)
+{
+	unsigned int i, chunk;
+
+	for (i = 0; i < depth; i++)
+		for (chunk = 0; chunk < MAX_CHUNKS; chunk++)
+			if (slots[i].chunks[chunk])
+				__free_pages(slots[i].chunks[chunk],
+					     CHUNK_ORDER);
+	kvfree(slots);
+}
+
+static struct slot *slots_alloc(struct job *job, struct llist_head *list,
+				int *error)
+{
+	u32 chunk, chunks = DIV_ROUND_UP(job->plan.max_len, CHUNK_BYTES);
+	struct slot *slots;
+	unsigned int i;
+
+	slots = kvcalloc(job->depth, sizeof(*slots), GFP_KERNEL);
+	if (!slots)
+		return NULL;
+	for (i = 0; i < job->depth; i++) {
+		for (chunk = 0; chunk < chunks; chunk++) {
+			struct page *page = alloc_pages(GFP_KERNEL,
+							CHUNK_ORDER);
+
+			if (!page) {
+				slots_free(slots, job->depth);
+				return NULL;
+			}
+			slots[i].chunks[chunk] = page;
+		}
+		slots[i].list = list;
+		slots[i].waiter = current;
+		slots[i].error = error;
+		llist_add(&slots[i].free, list);
+	}
+	return slots;
+}
+
+/* The next slot that is free; waits for one. */
+static struct slot *slot_get(struct llist_node **nodes,
+			     struct llist_head *list)
+{
+	struct slot *slot;
+
+	while (!*nodes) {
+		set_current_state(TASK_UNINTERRUPTIBLE);
+		*nodes = llist_del_all(list);
+		if (!*nodes)
+			io_schedule();
+		__set_current_state(TASK_RUNNING);
+	}
+	slot = llist_entry(*nodes, struct slot, free);
+	*nodes = (*nodes)->next;
+	return slot;
+}
+
+static int bio_work(struct worker *worker)
+{
+	struct job *job = worker->job;
+	struct llist_node *nodes = NULL;
+	struct slot *slots, *slot;
+	LLIST_HEAD(list);
+	unsigned int back;
+	int error = 0;
+	size_t i;
+
+	slots = slots_alloc(job, &list, &error);
+	if (!slots)
+		return -ENOMEM;
+	for (i = worker->first; i < worker->end; i++) {
+		slot = slot_get(&nodes, &list);
+		slot->time = &job->times[i];
+		slot_submit(slot, job->bdev, &job->plan.ranges[i]);
+		worker->bytes += job->plan.ranges[i].len;
+	}
+	for (back = 0; back < job->depth; back++)
+		slot_get(&nodes, &list);
+	slots_free(slots, job->depth);
+	return error;
+}
+
+static int run_bio(struct job *job, const char *dev, const char *plan,
+		   const char *depth, const char *threads)
+{
+	struct file *file;
+	int error;
+
+	if (kstrtouint(depth, 10, &job->depth) ||
+	    kstrtouint(threads, 10, &job->threads) || !job->depth ||
+	    job->depth > MAX_DEPTH || !job->threads ||
+	    job->threads > MAX_THREADS)
+		return -EINVAL;
+	error = plan_read(&job->plan, plan);
+	if (error)
+		return error;
+	error = -EINVAL;
+	if (job->plan.max_len > MAX_BYTES)
+		goto out_plan;
+	file = bdev_file_open_by_path(dev, BLK_OPEN_READ, NULL, NULL);
+	error = PTR_ERR_OR_ZERO(file);
+	if (error)
+		goto out_plan;
+	job->bdev = file_bdev(file);
+	job->work = bio_work;
+	error = job_run(job);
+	bdev_fput(file);
+out_plan:
+	vfree(job->plan.ranges);
+	return error;
+}
+
+/* Codecs. */
+
+struct codec {
+	char *blob;
+	zstd_dctx *zstd;
+	char *src, *dst;
+	size_t src_size;
+	bool crc;
+	u32 sink;
+};
+
+static int decompress(struct codec *codec, const struct piece *piece,
+		      const char *src)
+{
+	u32 stored = piece->len;
+
+	if (codec->crc) {
+		/* It lies behind the block. */
+		stored -= sizeof(u32);
+		codec->sink += crc32c(~0, src, stored);
+	}
+	if (codec->zstd)
+		return zstd_decompress_dctx(codec->zstd, codec->dst,
+					    piece->extra, src,
+					    stored) == piece->extra ? 0 : -EIO;
+	return LZ4_decompress_safe(src, codec->dst, stored,
+				   piece->extra) == piece->extra ? 0 : -EIO;
+}
+
+/*
+ * What decompression takes. Blocks are copied first, some at a time, and no
+ * time is taken of that: they are in the CPU's caches as after a read.
+ */
+static int codec_work(struct codec *codec, const struct plan *plan)
+{
+	const char *from = codec->blob;
+	u64 start, ns = 0, bytes = 0;
+	size_t i, done, used;
+	int error;
+
+	for (i = 0; i < plan->count;) {
+		for (done = i, used = 0; i < plan->count; i++) {
+			if (used + plan->ranges[i].len > codec->src_size)
+				break;
+			used += plan->ranges[i].len;
+		}
+		memcpy(codec->src, from, used);
+		from += used;
+		start = ktime_get_ns();
+		for (used = 0; done < i; done++) {
+			error = decompress(codec, &plan->ranges[done],
+					   codec->src + used);
+			if (error)
+				return error;
+			used += plan->ranges[done].len;
+			bytes += plan->ranges[done].extra;
+		}
+		ns += ktime_get_ns() - start;
+		cond_resched();
+	}
+	report(plan->count, bytes, ns, NULL);
+	return 0;
+}
+
+/* What the pieces of a plan hold, one behind the other. */
+static char *blob_read(const char *dev, const struct plan *plan)
+{
+	struct file *file = filp_open(dev, O_RDONLY | O_LARGEFILE, 0);
+	size_t i, size = 0, used = 0;
+	char *blob;
+
+	if (IS_ERR(file))
+		return ERR_CAST(file);
+	for (i = 0; i < plan->count; i++)
+		size += plan->ranges[i].len;
+	blob = vmalloc(size);
+	for (i = 0; blob && i < plan->count; i++) {
+		loff_t pos = plan->ranges[i].offset;
+		u32 len = plan->ranges[i].len;
+
+		if (len < sizeof(u32) ||
+		    kernel_read(file, blob + used, len, &pos) != len) {
+			vfree(blob);
+			blob = NULL;
+		}
+		used += len;
+	}
+	filp_close(file, NULL);
+	return blob ?: ERR_PTR(-EIO);
+}
+
+static int run_codec(const char *dev, const char *path, const char *algorithm,
+		     const char *crc)
+{
+	struct codec codec = { .crc = crc[0] == '1' };
+	size_t workspace_size = zstd_dctx_workspace_bound();
+	void *workspace = NULL;
+	struct plan plan;
+	int error;
+
+	error = plan_read(&plan, path);
+	if (error)
+		return error;
+	codec.blob = blob_read(dev, &plan);
+	error = PTR_ERR_OR_ZERO(codec.blob);
+	if (error)
+		goto out_plan;
+	error = -ENOMEM;
+	codec.src_size = max_t(size_t, plan.max_len, 128 << 10);
+	codec.src = kvmalloc(codec.src_size, GFP_KERNEL);
+	codec.dst = kvmalloc(plan.max_extra, GFP_KERNEL);
+	if (!codec.src || !codec.dst)
+		goto out_buffers;
+	if (!strcmp(algorithm, "zstd")) {
+		workspace = vmalloc(workspace_size);
+		codec.zstd = workspace ? zstd_init_dctx(workspace,
+							workspace_size) : NULL;
+		if (!codec.zstd)
+			goto out_buffers;
+	}
+	error = codec_work(&codec, &plan);
+out_buffers:
+	vfree(workspace);
+	kvfree(codec.dst);
+	kvfree(codec.src);
+	vfree(codec.blob);
+out_plan:
+	vfree(plan.ranges);
+	return error;
+}
+
+/* Files. */
+
+static int file_work(struct worker *worker)
+{
+	struct job *job = worker->job;
+	char *buffer = kvmalloc(job->bytes_at_once, GFP_KERNEL);
+	struct file *file;
+	ssize_t got = 0;
+	u64 start;
+	size_t i;
+
+	if (!buffer)
+		return -ENOMEM;
+	for (i = worker->first; i < worker->end; i++) {
+		const struct piece *range = &job->plan.ranges[i];
+		loff_t pos = range->offset, end = pos + range->len;
+
+		start = ktime_get_ns();
+		if (job->files) {
+			file = job->files[range->extra];
+		} else {
+			file = filp_open(job->names[range->extra],
+					 O_RDONLY | O_LARGEFILE, 0);
+			if (IS_ERR(file)) {
+				got = PTR_ERR(file);
+				break;
+			}
+		}
+		while (pos < end) {
+			got = kernel_read(file, buffer,
+					  min_t(loff_t, end - pos,
+						job->bytes_at_once), &pos);
+			if (got <= 0)
+				break;
+			worker->bytes += got;
+			cond_resched();
+		}
+		if (!job->files)
+			filp_close(file, NULL);
+		job->times[i] = ktime_get_ns() - start;
+		if (pos < end) {
+			got = got ?: -EIO;
+			break;
+		}
+	}
+	kvfree(buffer);
+	return got < 0 ? got : 0;
+}
+
+static int run_file(struct job *job, const char *list, const char *plan,
+		    const char *bytes, const char *threads, const char *keep)
+{
+	size_t names = 0, i;
+	char *next, *name;
+	void *data = NULL;
+	unsigned long at_once;
+	ssize_t len;
+	int error;
+
+	if (kstrtoul(bytes, 10, &at_once) ||
+	    kstrtouint(threads, 10, &job->threads) || !at_once ||
+	    at_once > MAX_BYTES || !job->threads ||
+	    job->threads > MAX_THREADS)
+		return -EINVAL;
+	job->bytes_at_once = at_once;
+	job->work = file_work;
+	error = plan_read(&job->plan, plan);
+	if (error)
+		return error;
+	len = kernel_read_file_from_path(list, 0, &data, INT_MAX, NULL,
+					 READING_UNKNOWN);
+	error = len;
+	if (len < 0)
+		goto out_plan;
+	/* Each line ends with a newline. */
+	error = -EINVAL;
+	if (!len || ((char *)data)[len - 1] != '\n')
+		goto out_list;
+	((char *)data)[len - 1] = '\0';
+	error = -ENOMEM;
+	job->names = vcalloc(job->plan.max_extra + 1, sizeof(char *));
+	if (!job->names)
+		goto out_list;
+	for (next = data; (name = strsep(&next, "\n"));)
+		if (names <= job->plan.max_extra)
+			job->names[names++] = name;
+	error = -EINVAL;
+	if (names <= job->plan.max_extra)
+		goto out_names;
+	if (keep[0] == '1') {
+		error = -ENOMEM;
+		job->files = vcalloc(names, sizeof(struct file *));
+		if (!job->files)
+			goto out_names;
+		for (i = 0; i < names; i++) {
+			struct file *file = filp_open(job->names[i], O_RDONLY |
+						      O_LARGEFILE, 0);
+
+			error = PTR_ERR_OR_ZERO(file);
+			if (error)
+				goto out_files;
+			job->files[i] = file;
+		}
+	}
+	error = job_run(job);
+out_files:
+	for (i = 0; job->files && i < names; i++)
+		if (job->files[i])
+			filp_close(job->files[i], NULL);
+	vfree(job->files);
+out_names:
+	vfree(job->names);
+out_list:
+	vfree(data);
+out_plan:
+	vfree(job->plan.ranges);
+	return error;
+}
+
+/* The interface. */
+
+static int run(char *line)
+{
+	char *words[7] = {};
+	struct job *job;
+	int count = 0;
+	char *word;
+	int error;
+
+	while ((word = strsep(&line, blanks)))
+		if (*word && count < ARRAY_SIZE(words))
+			words[count++] = word;
+	if (!count)
+		return -EINVAL;
+	job = kzalloc_obj(*job);
+	if (!job)
+		return -ENOMEM;
+	error = -EINVAL;
+	if (!strcmp(words[0], "bio") && count == 5)
+		error = run_bio(job, words[1], words[2], words[3], words[4]);
+	else if (!strcmp(words[0], "codec") && count == 5)
+		error = run_codec(words[1], words[2], words[3], words[4]);
+	else if (!strcmp(words[0], "file") && count == 6)
+		error = run_file(job, words[1], words[2], words[3], words[4],
+				 words[5]);
+	kfree(job);
+	return error;
+}
+
+static ssize_t run_write(struct file *file, const char __user *data,
+			 size_t len, loff_t *pos)
+{
+	char *line = memdup_user_nul(data, min_t(size_t, len, PAGE_SIZE - 1));
+	int error;
+
+	if (IS_ERR(line))
+		return PTR_ERR(line);
+	mutex_lock(&run_lock);
+	result_len = 0;
+	error = run(line);
+	mutex_unlock(&run_lock);
+	kfree(line);
+	return error ?: len;
+}
+
+static ssize_t run_read(struct file *file, char __user *data, size_t len,
+			loff_t *pos)
+{
+	ssize_t ret;
+
+	mutex_lock(&run_lock);
+	ret = simple_read_from_buffer(data, len, pos, result, result_len);
+	mutex_unlock(&run_lock);
+	return ret;
+}
+
+static const struct file_operations run_fops = {
+	.owner = THIS_MODULE,
+	.open = simple_open,
+	.read = run_read,
+	.write = run_write,
+	.llseek = default_llseek,
+};
+
+static int __init obd_bench_init(void)
+{
+	dir = debugfs_create_dir("obd_bench", NULL);
+	debugfs_create_file("run", 0600, dir, NULL, &run_fops);
+	return 0;
+}
+
+static void __exit obd_bench_exit(void)
+{
+	debugfs_remove(dir);
+}
+
+module_init(obd_bench_init);
+module_exit(obd_bench_exit);
+
+MODULE_DESCRIPTION("Load for benchmarks of block devices and file systems");
+MODULE_LICENSE("GPL");

@@ -1,0 +1,274 @@
+#!/usr/bin/env python3
+# SPDX-License-Identifier: GPL-2.0
+"""What benchmarks came to: report.py DIRECTORY [OLD]. Reads the figures of each kernel (KERNEL.json), writes result.json
+with all of them, result.md and plots, and says which goals are reached and, given an older result.json, what is new."""
+
+import json
+import os
+import statistics
+import sys
+
+import plot
+
+# Beyond this a changed figure is more than noise, if the ranges don't overlap either.
+CHANGED = 0.05
+
+
+class Run:
+    """The figures of one kernel."""
+
+    def __init__(self, data):
+        self.data = data
+        self.rows = data["rows"]
+        self.facts = data["facts"]
+
+    def all(self, row, device):
+        """Nanoseconds per request, of each round."""
+        return [one["ns"] / one["requests"] for one in self.rows[row][device]]
+
+    def ns(self, row, device):
+        """Nanoseconds per request."""
+        return statistics.median(self.all(row, device))
+
+    def rate(self, row, device):
+        """MB/s: median, least and most."""
+        rates = sorted(one["bytes"] * 1000 / max(one["ns"], 1) for one in self.rows[row][device])
+        return statistics.median(rates), rates[0], rates[-1]
+
+    def figure(self, row, device, name):
+        return statistics.median(one[name] for one in self.rows[row][device])
+
+    def limit(self, row, kind):
+        """Nanoseconds that a request takes at least: its lower read and decompression."""
+        base = row if f"codec {kind}" in self.rows[row] else LIKE[row]
+        return self.ns(base, f"codec {kind}") + self.ns(row, f"lower {kind}")
+
+
+# Rows whose decompression is that of another: the same blocks, in another order or by another thread.
+LIKE = {"4k random, 32 deep": "4k random, 1 deep", "4k random, 2 x 16 deep": "4k random, 1 deep",
+        "128k sequential, 8 deep": "128k sequential", "128k sequential, 2 readers": "128k sequential",
+        "1m sequential, 2 readers": "1m sequential"}
+
+
+class Goals:
+    """Goals, and whether they are reached. What wasn't measured has none."""
+
+    def __init__(self):
+        self.lines = []
+
+    def add(self, name, measured, least=None, most=None):
+        wanted = f">= {least:g}" if most is None else f"<= {most:g}"
+        good = measured >= least if most is None else measured <= most
+        self.lines.append(f"goal: {name} measured {measured:.3g} wanted {wanted} {'ok' if good else 'short'}")
+
+
+def block_goals(run, goals):
+    """Reads of block devices, with one CPU."""
+    if "4k random, 1 deep" not in run.rows:
+        return
+    for row, least in (("4k random, 1 deep", 0.85), ("4k random, 32 deep", 0.85), ("128k sequential", 0.9),
+                       ("1m sequential", 0.9)):
+        share = run.limit(row, "lz4-4k") / run.ns(row, "zfile lz4-4k")
+        goals.add(f"zfile LZ4 4k, {row}, share of the limit", share, 0.85 if row.startswith("4k") else least)
+    row = "4k random, 32 deep"
+    p50, p99 = (run.figure(row, "zfile lz4-4k", name) for name in ("p50", "p99"))
+    goals.add(f"zfile LZ4 4k, {row}, p99 / p50", p99 / p50, most=3)
+    row = "4k random, 1 deep"
+    goals.add(f"lsmt on zfile LZ4 4k / zfile, {row}", run.ns(row, "zfile lz4-4k") / run.ns(row, "lsmt-zfile lz4-4k"),
+              0.97)
+
+
+def growth_goals(run, goals):
+    """Throughput as depth and readers grow: the least that is left of what there was with less."""
+    if "4k random, 1 deep" not in run.rows:
+        return
+    for name, rows in (("4k random, depth 32 / 1", ("4k random, 1 deep", "4k random, 32 deep")),
+                       ("4k random, 2 x 16 deep / 1", ("4k random, 1 deep", "4k random, 2 x 16 deep")),
+                       ("128k sequential, depth 8 / 1", ("128k sequential", "128k sequential, 8 deep")),
+                       ("128k sequential, 2 readers / 1", ("128k sequential", "128k sequential, 2 readers")),
+                       ("1m sequential, 2 readers / 1", ("1m sequential", "1m sequential, 2 readers"))):
+        goals.add(f"zfile LZ4 4k, two CPUs, {name}",
+                  run.ns(rows[0], "zfile lz4-4k") / run.ns(rows[1], "zfile lz4-4k"), 1)
+
+
+def file_goals(run, goals, squashfs_only=False):
+    """Reads of files."""
+    rows = ("sequential, cold", "random 4k, cold", "small files, cold")
+    if rows[0] not in run.rows:
+        return
+    for kind in ("lz4-4k", "lz4-64k", "zstd-4k", "zstd-64k"):
+        for row in rows:
+            if f"erofs {kind}" in run.rows[row] and not squashfs_only:
+                goals.add(f"ext4 on zfile / erofs, {kind}, {row}",
+                          run.ns(row, f"erofs {kind}") / run.ns(row, f"ext4 on lsmt on zfile {kind}"), 1)
+    for row, least in zip(rows, (1.2, 1, 1)):
+        goals.add(f"ext4 on zfile lz4-4k / squashfs lz4-128k, {row}",
+                  run.ns(row, "squashfs lz4-128k") / run.ns(row, "ext4 on lsmt on zfile lz4-4k"), least)
+
+
+def other_goals(run, goals):
+    """Caches, latency, indexes, memory."""
+    rows, facts = run.rows, run.facts
+    row = "hot 4k random, zstd-64k"
+    if row in rows:
+        goals.add(f"{row}, cache / no cache", run.ns(row, "no cache") / run.ns(row, "cache"), 5)
+        for row in ("cold 128k scan, zstd-64k", "cold 1m scan, zstd-64k"):
+            goals.add(f"{row}, cache / no cache", run.ns(row, "no cache") / run.ns(row, "cache"), 0.97)
+    for name, least in (("brd", 1.5), ("delay", 5)):
+        row = f"shared layers, {name}"
+        if row in rows:
+            goals.add(f"{row}, A+B+C after A+B / cold", run.ns(row, "A+B+C, cold") / run.ns(row, "A+B+C after A+B"), least)
+            for fact in facts:
+                if fact.startswith(row) and " of " in fact:
+                    goals.add(fact, facts[fact], most=1 if "readers" in fact else 0)
+    row = "4k random on dm-delay"
+    if row in rows:
+        wanted = run.figure(row, "delay", "p50") + facts["codec, ns per 4k block"]
+        goals.add(f"{row}, latency / (delay + codec)", run.figure(row, "zfile", "p50") / wanted, most=1.05)
+    fact = "bytes read beyond those stored, per 4k request"
+    if fact in facts:
+        goals.add(fact, facts[fact], most=2 * 511)
+    row = "4k random, by segments"
+    if row in rows:
+        for name, least in (("1000 segments, 1 layers", 0.97), ("1000000 segments, 255 layers", 0.93)):
+            goals.add(f"lsmt / linear, {name}", run.ns(row, f"linear as {name}") / run.ns(row, name), least)
+    for name, most in (("1000000 segments, 255 layers", 150), ("zfile of 64 GiB", 250)):
+        if f"construction, {name}, ms" in facts:
+            goals.add(f"construction, {name}, ms beyond reading",
+                      facts[f"construction, {name}, ms"] - facts[f"reading for it, {name}, ms"], most=most)
+    for fact, most in (("bytes of memory per block, 64 GiB", 2.6), ("bytes of memory per segment", 16),
+                       ("KiB per idle zfile device", 96), ("MiB for 2000 idle zfile devices", 300)):
+        if fact in facts:
+            goals.add(fact, facts[fact], most=most)
+
+
+def scaling_goals(one, two, goals):
+    """One reader with one CPU and with two. They are different kernels: as shares of their own limits."""
+    row = "1m sequential"
+    if row in one.rows and row in two.rows:
+        def share(run):
+            return run.limit(row, "lz4-4k") / run.ns(row, "zfile lz4-4k")
+        goals.add(f"zfile LZ4 4k, {row}, one reader, two CPUs / one", share(two) / share(one), 1.8)
+
+
+def plots(directory, runs):
+    """What can be seen at a glance."""
+    run = runs.get("uml")
+    if not run:
+        return
+    if "4k random, 1 deep" in run.rows:
+        rows = []
+        for row in ("4k random, 1 deep", "4k random, 32 deep", "64k random, 1 deep", "4k sequential", "128k sequential",
+                    "1m sequential"):
+            limit = run.limit(row, "lz4-4k")
+            shares = sorted(limit / ns for ns in run.all(row, "zfile lz4-4k"))
+            rows.append((row, statistics.median(shares), shares[0], shares[-1]))
+        plot.bars(f"{directory}/limit.svg", "zfile LZ4 4 KiB, one CPU: share of the limit", rows, 1)
+        sizes = {"4k sequential": 4 << 10, "128k sequential": 128 << 10, "1m sequential": 1 << 20}
+        series = {name: [(size, run.rate(row, name)[0]) for row, size in sizes.items()]
+                  for name in ["linear", "lsmt-raw"] + [name for name in run.rows["1m sequential"] if name.startswith("zfile")]}
+        plot.lines(f"{directory}/sizes.svg", "Sequential reads, one CPU", series, "bytes per read", "MB/s")
+    for row, name in (("sequential, cold", "sequential"), ("random 4k, cold", "random"), ("small files, cold", "small")):
+        if row in run.rows:
+            found = {device: run.rate(row, device) for device in run.rows[row]}
+            plot.bars(f"{directory}/files-{name}.svg", f"Files, {row}, one CPU, MB/s",
+                      [(device, *found[device]) for device in sorted(found, key=lambda one: -found[one][0])])
+    row = "4k random, by segments"
+    if row in run.rows:
+        series = {}
+        for name in run.rows[row]:
+            if not name.startswith("linear"):
+                segments, layers = (int(word) for word in name.split() if word.isdigit())
+                extra = run.ns(row, name) - run.ns(row, f"linear as {name}")
+                series.setdefault(f"{layers} layers", []).append((segments, max(extra, 1)))
+        series = {name: points for name, points in series.items() if len(points) > 1}
+        plot.lines(f"{directory}/lookup.svg", "lsmt: what a 4 KiB read takes beyond dm-linear", series, "segments", "ns")
+
+
+def table(run, rows, devices, out):
+    """A Markdown table of MB/s."""
+    out.append("| | " + " | ".join(rows) + " |")
+    out.append("|---" * (len(rows) + 1) + "|")
+    for device in devices:
+        cells = []
+        for row in rows:
+            if device in run.rows[row]:
+                median, least, most = run.rate(row, device)
+                cells.append(f"{median:.0f} ({least:.0f}-{most:.0f})")
+            else:
+                cells.append("")
+        out.append(f"| {device} | " + " | ".join(cells) + " |")
+    out.append("")
+
+
+def markdown(runs):
+    out = []
+    for name, run in runs.items():
+        out += [f"## {name}: kernel {run.data['kernel']}, {run.data['cpus']} CPUs", "", "MB/s: median (least-most)", ""]
+        for rows in ([row for row in run.rows if not row.endswith(("cold", "warm"))],
+                     [row for row in run.rows if row.endswith(("cold", "warm"))]):
+            if rows:
+                table(run, rows, sorted({device for row in rows for device in run.rows[row]}), out)
+        if run.facts:
+            out += ["| | |", "|---|---|"] + [f"| {key} | {value} |" for key, value in run.facts.items()] + [""]
+    return "\n".join(out)
+
+
+def compare(runs, old):
+    """Says which figures have changed."""
+    changed = 0
+    for name, run in runs.items():
+        before = Run(old[name]) if name in old else None
+        for row in run.rows if before else ():
+            for device in run.rows[row]:
+                if device not in before.rows.get(row, {}):
+                    continue
+                new, was = run.rate(row, device), before.rate(row, device)
+                if abs(new[0] / was[0] - 1) > CHANGED and (new[1] > was[2] or new[2] < was[1]):
+                    changed += 1
+                    print(f"changed: {name}: {row}, {device}: {was[0]:.0f} -> {new[0]:.0f} MB/s "
+                          f"({new[0] / was[0] - 1:+.0%})")
+    print(f"{changed} figures have changed")
+
+
+def main():
+    directory, *older = sys.argv[1:]
+    runs = {}
+    for kernel in ("uml", "uml-smp", "stock"):
+        path = f"{directory}/{kernel}.json"
+        if os.path.exists(path):
+            with open(path, encoding="utf-8") as file:
+                runs[kernel] = Run(json.load(file))
+    with open(f"{directory}/result.json", "w", encoding="utf-8") as file:
+        json.dump({name: run.data for name, run in runs.items()}, file, indent=1)
+    text = markdown(runs)
+    with open(f"{directory}/result.md", "w", encoding="utf-8") as file:
+        file.write(text)
+    print(text)
+    goals = Goals()
+    if "uml" in runs:
+        block_goals(runs["uml"], goals)
+        file_goals(runs["uml"], goals)
+        other_goals(runs["uml"], goals)
+    if "uml-smp" in runs:
+        if "uml" in runs:
+            scaling_goals(runs["uml"], runs["uml-smp"], goals)
+        growth_goals(runs["uml-smp"], goals)
+        # erofs and small blocks of squashfs lose their time to this kernel's remapping of memory.
+        two = Goals()
+        file_goals(runs["uml-smp"], two, squashfs_only=True)
+        goals.lines += [line.replace("goal: ", "goal: two CPUs, ") for line in two.lines]
+    if "stock" in runs:
+        emulated = Goals()
+        file_goals(runs["stock"], emulated)
+        growth_goals(runs["stock"], emulated)
+        goals.lines += [line.replace("goal: ", "goal: emulated, ") for line in emulated.lines]
+    plots(directory, runs)
+    if older:
+        with open(older[0], encoding="utf-8") as file:
+            compare(runs, json.load(file))
+    print("\n".join(goals.lines))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,469 @@
+#!/usr/bin/env python3
+# SPDX-License-Identifier: GPL-2.0
+"""The benchmark, in the guest: run.py DIRECTORY RESULT [short] [PART...]. DIRECTORY holds the images."""
+
+import fcntl
+import json
+import os
+import subprocess
+import sys
+import time
+
+sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), ".."))
+
+# pylint: disable=wrong-import-position
+import load
+from obdtest import dm, image
+from obdtest.dm import line
+from obdtest.memory import kernel_memory
+
+KIB, MIB = 1 << 10, 1 << 20
+ZFILES = ("lz4-4k", "lz4-4k-crc", "lz4-64k", "zstd-4k", "zstd-64k")
+EROFS = ("lz4-4k", "lz4-64k", "zstd-4k", "zstd-64k")
+SQUASHFS = ("lz4-4k", "lz4-128k", "zstd-128k")
+
+
+class Ram:
+    """RAM disks, one for each file."""
+
+    def __init__(self):
+        self.used = 0
+
+    def fill(self, path):
+        """A RAM disk with a file's content."""
+        with open(path, "rb") as source:
+            return self._fill(iter(lambda: source.read(MIB), b""))
+
+    def fill_with(self, content):
+        """A RAM disk with these bytes."""
+        return self._fill(content[at:at + MIB] for at in range(0, len(content), MIB))
+
+    def _fill(self, pieces):
+        device = f"/dev/ram{self.used}"
+        self.used += 1
+        size = 0
+        with open(device, "rb+", buffering=0) as disk:
+            for piece in pieces:
+                dm.write(disk.fileno(), piece, size)
+                size += len(piece)
+            os.fsync(disk.fileno())
+            # What the page cache has of it would be there twice.
+            fcntl.ioctl(disk, 0x1261)
+        return Disk(device, size)
+
+
+class Disk:
+    """A block device that is somewhere else."""
+
+    def __init__(self, path, size):
+        self.path, self.size = path, size
+
+
+class Result:
+    """Figures, by row and device."""
+
+    def __init__(self, path):
+        self.path = path
+        self.data = {"kernel": os.uname().release, "cpus": os.cpu_count(), "rows": {}, "facts": {}}
+
+    def add(self, row, device, figures):
+        self.data["rows"].setdefault(row, {}).setdefault(device, []).append(figures)
+
+    def fact(self, name, value):
+        self.data["facts"][name] = value
+        say(f"  {name}: {value}")
+
+    def save(self):
+        with open(self.path, "w", encoding="utf-8") as file:
+            json.dump(self.data, file, indent=1)
+
+
+def say(text):
+    print(text, flush=True)
+
+
+class Bench:
+    """All devices, and what is measured on them."""
+
+    def __init__(self, images, result, short):
+        self.images, self.result = images, result
+        # An emulated CPU is an order of magnitude slower.
+        self.less = 16 if short else 1
+        self.rounds = 3 if short else 5
+        self.short = short
+        self.ram = Ram()
+        self.kinds = ("lz4-4k", "zstd-64k") if short else ZFILES
+        self.layer = load.Layer(f"{images}/raw.lsmt", {kind: f"{images}/{kind}.obd" for kind in self.kinds})
+        say("filling RAM disks")
+        self.raw = self.ram.fill(f"{images}/raw.lsmt")
+        self.blobs = {kind: self.ram.fill(f"{images}/{kind}.obd") for kind in self.kinds}
+        with open(f"{images}/raw.lsmt", "rb") as file:
+            file.seek(-4096 + 48, os.SEEK_END)
+            self.virtual_size = int.from_bytes(file.read(8), "little")
+        self.sizes = {blob.path: self.layer.zfiles[kind].size for kind, blob in self.blobs.items()}
+        self.devices = {"raw": self.raw, "linear": self.linear(self.raw), "lsmt-raw": self.lsmt(self.raw)}
+        self.lower = {}
+        for kind, blob in self.blobs.items():
+            self.devices[f"zfile {kind}"] = self.zfile(kind)
+            self.devices[f"lsmt-zfile {kind}"] = self.lsmt(self.devices[f"zfile {kind}"])
+            self.lower[kind] = self.linear(blob)
+
+    @staticmethod
+    def linear(disk):
+        return dm.create(line(0, dm.sectors(disk.size), "linear", disk.path, 0))
+
+    def zfile(self, kind, *options):
+        blob, size = self.blobs[kind], self.layer.zfiles[kind].size
+        device = dm.create(line(0, dm.sectors(size), "zfile", blob.path, blob.size, *options))
+        device.size = size
+        return device
+
+    def lsmt(self, *layers):
+        args = [arg for layer in layers for arg in (layer.path, layer.size)]
+        return dm.create(line(0, self.virtual_size // 512, "lsmt", len(layers), *args))
+
+    def repeat(self, title, jobs):
+        """Runs jobs, functions that give figures by (row, device), again and again in turn."""
+        say(title)
+        start = time.monotonic()
+        for _ in range(self.rounds):
+            for (row, device), job in jobs.items():
+                self.result.add(row, device, job())
+        say(f"  {len(jobs)} figures, {time.monotonic() - start:.0f} s")
+        self.result.save()
+
+    # Block devices.
+
+    def block(self):
+        """Reads of block devices, and what their limit consists of."""
+        jobs = {}
+        many, few, total = 16384 // self.less, 2048 // self.less, 64 * MIB // self.less
+        rows = [("4k random, 1 deep", "random", 4 * KIB, 1, 1), ("4k random, 32 deep", "random", 4 * KIB, 32, 1),
+                ("4k random, 2 x 16 deep", "random", 4 * KIB, 16, 2), ("64k random, 1 deep", "random", 64 * KIB, 1, 1),
+                ("4k sequential", "run", 4 * KIB, 1, 1),
+                ("128k sequential", "run", 128 * KIB, 1, 1), ("128k sequential, 8 deep", "run", 128 * KIB, 8, 1),
+                ("128k sequential, 2 readers", "run", 128 * KIB, 1, 2),
+                ("1m sequential", "run", MIB, 1, 1), ("1m sequential, 2 readers", "run", MIB, 1, 2)]
+        for row, how, length, depth, threads in rows:
+            if how == "random":
+                align = min(length, 64 * KIB)
+                count = many if length == 4 * KIB else few
+                places = self.layer.places(count, length, align)
+                fewer = places[:max(count // 8, 1)]
+            else:
+                places = self.layer.run(total, length)
+                fewer = places
+            plans = {}
+            for name, part in (("all", places), ("few", fewer)):
+                plans[name] = {"file": load.Plan((file, length, 0) for file, _ in part),
+                               "disk": load.Plan((disk, length, 0) for _, disk in part)}
+            for name, device in self.devices.items():
+                kind = name.rsplit(" ", 1)[-1]
+                small = name.startswith("zfile") or name.startswith("lsmt-zfile")
+                large_blocks = small and self.layer.zfiles[kind].block > length
+                chosen = plans["few" if large_blocks else "all"]
+                plan = chosen["disk" if name.startswith("lsmt") else "file"]
+                jobs[row, name] = lambda d=device, p=plan, n=depth, t=threads: load.bios(d.path, p, n, t)
+            for kind in self.kinds:
+                zfile = self.layer.zfiles[kind]
+                part = fewer if zfile.block > length else places
+                below = load.Plan(zfile.lower(part, length))
+                stored = load.Plan(zfile.stored(part, length))
+                jobs[row, f"lower {kind}"] = (lambda d=self.lower[kind], p=below, n=depth, t=threads:
+                                              load.bios(d.path, p, n, t))
+                # It computes, and does so on one CPU: how reads come makes no difference.
+                if depth == 1 and threads == 1:
+                    jobs[row, f"codec {kind}"] = self.codec_job(kind, stored, len(part))
+        self.repeat("block devices", jobs)
+
+    def codec_job(self, kind, stored, requests):
+        def job():
+            figures = load.codec(self.blobs[kind].path, stored, kind.split("-", maxsplit=1)[0], kind.endswith("crc"))
+            figures["requests"] = requests
+            return figures
+        return job
+
+    # File systems.
+
+    def file(self):
+        """Reads of files."""
+        with open(f"{self.images}/files", encoding="utf-8") as file:
+            found = [row.split(" ", 1) for row in file.read().splitlines()]
+        names = [(name[2:], int(size)) for size, name in found]
+        kinds = [kind for kind in EROFS if kind in self.kinds]
+        mounts = {}
+        for kind in kinds:
+            mounts[f"ext4 on lsmt on zfile {kind}"] = self.mount("ext4", self.devices[f"lsmt-zfile {kind}"].path)
+            mounts[f"erofs {kind}"] = self.mount("erofs", self.ram.fill(f"{self.images}/{kind}.erofs").path)
+        for kind in ("lz4-128k",) if self.short else SQUASHFS:
+            mounts[f"squashfs {kind}"] = self.mount("squashfs", self.ram.fill(f"{self.images}/{kind}.squashfs").path)
+        mounts["ext4 on lsmt on raw"] = self.mount("ext4", self.devices["lsmt-raw"].path)
+
+        large = sorted((one for one in names if one[1] >= MIB), key=lambda one: one[1])[-64 // min(self.less, 8):]
+        small = [one for one in names if 0 < one[1] <= 64 * KIB][::self.less]
+        sequential = load.Plan((0, size, nth) for nth, (_, size) in enumerate(large))
+        each = load.Plan((0, size, nth) for nth, (_, size) in enumerate(small))
+        rng = load.random.Random(3)
+        spots = [rng.choices(range(len(large)), [size for _, size in large])[0] for _ in range(4096 // self.less)]
+        random = load.Plan((rng.randrange(large[nth][1] // 4096) * 4096, 4096, nth) for nth in spots)
+        jobs = {}
+        for name, at in mounts.items():
+            large_names = [f"{at}/{one}" for one, _ in large]
+            small_names = [f"{at}/{one}" for one, _ in small]
+
+            def read(names, plan, at_once=128 * KIB, cold=True, keep=False):
+                def job():
+                    if cold:
+                        load.drop_caches()
+                    return load.files(names, plan, at_once, keep=keep)
+                return job
+
+            # What is warm is what the row before has read.
+            jobs["small files, cold", name] = read(small_names, each)
+            jobs["random 4k, cold", name] = read(large_names, random, 4 * KIB, keep=True)
+            jobs["sequential, cold", name] = read(large_names, sequential)
+            jobs["sequential, warm", name] = read(large_names, sequential, cold=False)
+        self.repeat("file systems", jobs)
+        for at in mounts.values():
+            subprocess.run(["umount", at], check=True)
+
+    @staticmethod
+    def mount(kind, device):
+        at = f"/tmp/{os.path.basename(device)}-{kind}"
+        os.mkdir(at)
+        options = "ro,noload" if kind == "ext4" else "ro"
+        subprocess.run(["mount", "-t", kind, "-o", options, device, at], check=True)
+        return at
+
+
+    # What caches do.
+
+    def cache(self):
+        """Small reads of large blocks, and images that share layers."""
+        hot = self.zfile("zstd-64k")
+        off = self.zfile("zstd-64k", 2, "cache_blocks", 0)
+        rng = load.random.Random(4)
+        first = [block * 64 * KIB for block in rng.sample(range(64, hot.size // (64 * KIB)), 32)]
+        small = load.Plan((rng.choice(first) + rng.randrange(16) * 4096, 4096, 0) for _ in range(16384 // self.less))
+        fewer = load.Plan(small.ranges[:2048 // self.less])
+        total = 64 * MIB // self.less
+        runs = {f"{name} scan": load.Plan((file, length, 0) for file, _ in self.layer.run(total, length))
+                for name, length in (("128k", 128 * KIB), ("1m", MIB))}
+        jobs = {("hot 4k random, zstd-64k", "cache"): lambda: load.bios(hot.path, small),
+                ("hot 4k random, zstd-64k", "no cache"): lambda: load.bios(off.path, fewer)}
+        for name, plan in runs.items():
+            jobs[f"cold {name}, zstd-64k", "cache"] = lambda plan=plan: load.bios(hot.path, plan)
+            jobs[f"cold {name}, zstd-64k", "no cache"] = lambda plan=plan: load.bios(off.path, plan)
+        self.repeat("cache of large blocks", jobs)
+
+        top = [self.ram.fill(f"{self.images}/{name}.obd") for name in ("b", "c")]
+        for name, blob in zip("bc", top):
+            self.sizes[blob.path] = os.path.getsize(f"{self.images}/{name}.lsmt")
+        for name, milliseconds, total in (("brd", 0, 128 * MIB), ("delay", 1, 32 * MIB)):
+            total //= min(self.less, 4)
+            for _ in range(self.rounds):
+                self.share(name, milliseconds, total, top)
+        self.result.save()
+
+    def share(self, name, milliseconds, total, top):
+        """Two images that share all but the top layer, on RAM disks or on slow ones: the second after the first, and
+        by itself; and two readers of one at once."""
+        length = 128 * KIB
+        ranges = [(at, length, 0) for at in range(0, total, length)]
+        plan, twice = load.Plan(ranges), load.Plan(ranges + ranges)
+        row = f"shared layers, {name}"
+
+        def layers():
+            out = []
+            for blob in (self.blobs["lz4-4k"], *top):
+                lower = self.delay(blob, milliseconds) if milliseconds else blob
+                size = self.sizes[blob.path]
+                device = dm.create(line(0, dm.sectors(size), "zfile", lower.path, blob.size, 1, "cache_all"))
+                device.lower, device.size = lower, size
+                out.append(device)
+            return out
+
+        def remove(devices):
+            for device in devices:
+                device.remove()
+            for lower in (getattr(device, "lower", None) for device in devices):
+                if isinstance(lower, dm.Device):
+                    lower.remove()
+
+        zfiles = layers()
+        two, three = self.lsmt(*zfiles[:2]), self.lsmt(*zfiles)
+        self.result.add(row, "A+B, cold", load.bios(two.path, plan))
+        before = [counters(zfile) for zfile in zfiles]
+        self.result.add(row, "A+B+C after A+B", load.bios(three.path, plan))
+        after = [counters(zfile) for zfile in zfiles]
+        for nth, what in enumerate("AB"):
+            self.result.fact(f"{row}: reads of {what} for the second image", after[nth][0] - before[nth][0])
+            self.result.fact(f"{row}: blocks of {what} decompressed for it", after[nth][2] - before[nth][2])
+        remove([two, three])
+        remove(zfiles)
+        zfiles = layers()
+        three = self.lsmt(*zfiles)
+        self.result.add(row, "A+B+C, cold", load.bios(three.path, plan))
+        single = sum(counters(zfile)[0] for zfile in zfiles)
+        remove([three])
+        remove(zfiles)
+        zfiles = layers()
+        three = self.lsmt(*zfiles)
+        self.result.add(row, "A+B+C, cold, two readers", load.bios(three.path, twice, threads=2))
+        both = sum(counters(zfile)[0] for zfile in zfiles)
+        self.result.fact(f"{row}: lower reads of two readers at once / of one", round(both / single, 3))
+        remove([three])
+        remove(zfiles)
+
+    @staticmethod
+    def delay(disk, milliseconds):
+        return dm.create(line(0, dm.sectors(disk.size), "delay", disk.path, 0, milliseconds))
+
+    # Latency.
+
+    def latency(self):
+        """One read at a time on a slow device: each costs one read there."""
+        slow = self.delay(self.blobs["lz4-4k"], 1)
+        size = self.layer.zfiles["lz4-4k"].size
+        zfile = dm.create(line(0, dm.sectors(size), "zfile", slow.path, self.blobs["lz4-4k"].size))
+        places = self.layer.places(64, 4 * KIB, 4 * KIB, 9)
+        plan = load.Plan((at, 4 * KIB, 0) for at, _ in places)
+        below = load.Plan(self.layer.zfiles["lz4-4k"].lower(places, 4 * KIB))
+        self.repeat("latency", {("4k random on dm-delay", "delay"): lambda: load.bios(slow.path, below),
+                                ("4k random on dm-delay", "zfile"): lambda: load.bios(zfile.path, plan)})
+        stored = load.Plan(self.layer.zfiles["lz4-4k"].stored(places, 4 * KIB))
+        codec = load.codec(self.blobs["lz4-4k"].path, stored, "lz4")
+        self.result.fact("codec, ns per 4k block", round(codec["ns"] / len(places)))
+        many = self.layer.places(4096, 4 * KIB, 4 * KIB, 10)
+        fresh = self.zfile("lz4-4k")
+        load.bios(fresh.path, load.Plan((at, 4 * KIB, 0) for at, _ in many))
+        needed = self.layer.zfiles["lz4-4k"].needed(many, 4 * KIB)
+        self.result.fact("bytes read beyond those stored, per 4k request", (counters(fresh)[1] - needed) / len(many))
+
+    # Indexes.
+
+    def lookup(self):
+        """What looking a sector up costs, by segments and layers."""
+        data = 64 * MIB
+        with open(f"{self.images}/raw.lsmt", "rb") as file:
+            content = file.read(data)
+        jobs = {}
+        rng = load.random.Random(5)
+        plain = self.linear(self.ram.fill_with(content))
+        # A layer has a million segments at most, in whole 4 KiB blocks.
+        for layers, segments in ((1, 1000), (1, 10000), (1, 100000), (1, 999936), (16, 1000000), (255, 1000),
+                                 (255, 100000), (255, 1000000)):
+            made = Synthetic(layers, segments, content)
+            disks = [self.ram.fill_with(blob) for blob in made.blobs()]
+            args = [arg for disk in disks for arg in (disk.path, disk.size)]
+            device = dm.Device()
+            start = time.monotonic()
+            device.load(line(0, made.sectors, "lsmt", layers, *args))
+            took = time.monotonic() - start
+            device.resume()
+            name = f"{segments} segments, {layers} layers"
+            self.result.fact(f"construction, {name}, ms", round(took * 1000, 1))
+            self.result.fact(f"reading for it, {name}, ms", round(read_time(disks, segments // layers * 16) * 1000, 1))
+            if segments == 1000000:
+                self.result.fact("bytes of memory per segment", int(device.info()[3]) / int(device.info()[1]))
+            picked = [rng.randrange(segments) for _ in range(16384)]
+            plan = load.Plan((made.where[nth] * 512, 4096, 0) for nth in picked)
+            # The same data by another way.
+            other = load.Plan((made.what[nth], 4096, 0) for nth in picked)
+            jobs["4k random, by segments", name] = lambda d=device, p=plan: load.bios(d.path, p)
+            jobs["4k random, by segments", f"linear as {name}"] = lambda p=other: load.bios(plain.path, p)
+        self.repeat("lookup", jobs)
+
+    def cost(self):
+        """Memory and time that devices take."""
+        for gib in (1, 4, 16, 64):
+            blob = self.ram.fill_with(hollow_zfile(gib << 30))
+            blocks = (gib << 30) // 4096
+            device = dm.Device()
+            start = time.monotonic()
+            device.load(line(0, (gib << 30) // 512, "zfile", blob.path, blob.size))
+            took = time.monotonic() - start
+            device.resume()
+            self.result.fact(f"construction, zfile of {gib} GiB, ms", round(took * 1000, 1))
+            self.result.fact(f"reading for it, zfile of {gib} GiB, ms", round(read_time([blob], blocks * 4) * 1000, 1))
+            self.result.fact(f"bytes of memory per block, {gib} GiB", int(device.info()[4]) / blocks)
+            device.remove()
+        tiny = self.ram.fill_with(image.zfile(image.sample(65536)))
+        for name, table in (("dm-linear", line(0, 8, "linear", tiny.path, 0)),
+                            ("zfile", line(0, 128, "zfile", tiny.path, tiny.size))):
+            before = kernel_memory()
+            devices = [dm.create(table) for _ in range(2000)]
+            grown = kernel_memory() - before
+            self.result.fact(f"KiB per idle {name} device", round(grown / 2000, 1))
+            self.result.fact(f"MiB for 2000 idle {name} devices", round(grown / 1024))
+            for device in devices:
+                device.remove()
+
+
+def counters(zfile):
+    """Lower reads, their bytes, and blocks decompressed, from a zfile's status."""
+    return [int(word) for word in zfile.info()[5:8]]
+
+
+class Synthetic:
+    """Layers with so many segments in all, each 4 KiB somewhere in their data, that take turns on the disk."""
+
+    def __init__(self, layers, segments, content):
+        rng = load.random.Random(6)
+        self.layers, self.content = layers, content
+        self.size = len(content) // layers // 4096 * 4096
+        # Where each segment is on the disk, in sectors, and its data in all of content, in bytes.
+        self.where, self.what = [], []
+        at = 0
+        for nth in range(segments):
+            at += rng.randrange(5) * 8
+            self.where.append(at)
+            at += 8
+            self.what.append(nth % layers * self.size + rng.randrange(self.size // 4096) * 4096)
+        self.sectors = at
+
+    def blobs(self):
+        for layer in range(self.layers):
+            data = self.content[layer * self.size:(layer + 1) * self.size]
+            entries = b"".join(image.lsmt_entry(where, 8, 8 + what % self.size // 512)
+                               for where, what in zip(self.where[layer::self.layers], self.what[layer::self.layers]))
+            entries += image.INVALID * (-len(entries) // 16 % 256)
+            yield b"".join((image.lsmt_struct(7, self.sectors * 512), data, entries,
+                            image.lsmt_struct(6, self.sectors * 512, 4096 + len(data), len(entries) // 16)))
+
+
+def hollow_zfile(size):
+    """A ZFile with an index for so many bytes. Its blocks are one byte each, and hold nothing."""
+    count = size // 4096
+    options = {"block": 4096, "algorithm": image.LZ4, "verify": 0, "digest": False}
+    filled = {"index_offset": 512 + count, "count": count, "size": size, "index_crc": 0, **options}
+    return b"".join((image.zfile_struct(0xB, **filled), bytes(count), b"\1\0\0\0" * count,
+                     image.zfile_struct(0x6, **filled)))
+
+
+def read_time(disks, index_bytes):
+    """Seconds that it takes to read so many bytes at the end of each disk."""
+    total = 0
+    for disk in disks:
+        start = max(disk.size - index_bytes, 0) // 4096 * 4096
+        plan = load.Plan((at, min(128 * KIB, disk.size // 512 * 512 - at), 0)
+                         for at in range(start, disk.size // 512 * 512, 128 * KIB))
+        total += load.bios(disk.path, plan, 4)["ns"] / 1e9
+    return total
+
+
+PARTS = ("block", "file", "cache", "latency", "lookup", "cost")
+SHORT_PARTS = ("block", "file")
+
+
+def main():
+    images, path, *words = sys.argv[1:]
+    result = Result(path)
+    bench = Bench(images, result, "short" in words)
+    for part in [word for word in words if word != "short"] or (SHORT_PARTS if "short" in words else PARTS):
+        getattr(bench, part)()
+    result.save()
+
+
+if __name__ == "__main__":
+    main()
