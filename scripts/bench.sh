@@ -38,7 +38,7 @@ modules() {
 measure() {
 	kernel_look_up
 	rm -f "$images/result-$K_RELEASE.json"
-	SHARE=$images QEMU_MEM=4096 TIMEOUT=${TIMEOUT:-3000} VM_LOG=$LOGS/kernel-bench-$KERNEL.log \
+	SHARE=$images QEMU_MEM=6144 TIMEOUT=${TIMEOUT:-3000} VM_LOG=$LOGS/kernel-bench-$KERNEL.log \
 		KERNEL_ARGS="brd.rd_nr=$OBD_RAM_DISKS brd.rd_size=$OBD_RAM_KIB" \
 		RUN="tests/bench/guest.sh $*" "$SCRIPTS/vm.sh"
 	mv "$images/result-$K_RELEASE.json" "$out/$KERNEL.json"
@@ -60,7 +60,10 @@ for KERNEL in "${kernels[@]}"; do
 	must "$KERNEL kernel" "$SCRIPTS/make-kernel.sh"
 	must "modules for the $KERNEL kernel" modules
 	words=("${parts[@]}")
-	[ "$KERNEL" != stock ] || words=(short "${parts[@]}")
+	case $KERNEL in
+	stock) words=(short "${parts[@]}") ;;
+	uml-smp) [ "${#parts[@]}" != 0 ] || words=(block file) ;;
+	esac
 	must "measuring with the $KERNEL kernel" measure "${words[@]}"
 done
 "$SCRIPTS/in-root.sh" tests/bench/report.py "$out" ${COMPARE:+"$COMPARE"}

@@ -142,14 +142,14 @@ class Reads:
 
 
 def devices_of_all_kinds():
-    """(device, its bytes) of each kind of read: whole blocks, parts of them, cached or not, stacked."""
+    """(device, its bytes) of each kind of read: whole blocks, parts of them, cached or all or not, stacked."""
     found = []
     for algorithm in image.NAMES:
         for block in (4096, 65536):
-            for cache in (0, 64):
+            for options in ((2, "cache_blocks", 0), (2, "cache_blocks", 64), (3, "cache_blocks", 64, "cache_all")):
                 raw = image.zfile(DATA, algorithm, block)
                 loop = dm.Loop(raw)
-                table = line(0, dm.sectors(len(DATA)), "zfile", loop.path, len(raw), 2, "cache_blocks", cache)
+                table = line(0, dm.sectors(len(DATA)), "zfile", loop.path, len(raw), *options)
                 found.append((dm.create(table), PADDED))
     layers = []
     for raw in LAYERS:
@@ -159,13 +159,13 @@ def devices_of_all_kinds():
     return found
 
 
-def no_memory(probability):
+def no_memory(start, *args):
     """The module gets no memory at all, or now and then: reads go on, by the spare buffers, and are
     right. This test fails without them."""
     disks = [(Disk(device), wanted) for device, wanted in devices_of_all_kinds()]
     for disk, _ in disks:
         disk.flush()
-    end = inject.allocations(probability)
+    end = start(*args)
     Reads(disks, 12).run()
     failed = end()
     note(f"{failed} allocations failed")
@@ -177,8 +177,9 @@ def no_memory(probability):
 for each, each_block, each_cache in ((image.LZ4, 4096, 0), (image.ZSTD, 65536, 64)):
     add(f"each allocation of a zfile constructor fails in turn ({image.NAMES[each]}, {each_block}, cache {each_cache})",
         zfile_walk, each, each_block, each_cache)
-add("all allocations on the path of an I/O fail: reads go on", no_memory, 100)
-add("some allocations on the path of an I/O fail", no_memory, 30)
+add("all allocations on the path of an I/O fail: reads go on", no_memory, inject.allocations, 100)
+add("some allocations on the path of an I/O fail", no_memory, inject.allocations, 30)
+add("memory is fragmented, there are single pages only: reads go on", no_memory, inject.contiguous_pages)
 
 
 if __name__ == "__main__":

@@ -133,7 +133,7 @@ def every_operation(device, tables, wanted):
 
 def zfile_operations():
     loops = [dm.Loop(image.zfile(DATA, algorithm, block)) for algorithm in image.NAMES for block in (4096, 65536)]
-    tables = [line(0, LENGTH, "zfile", loop.path, "-") for loop in loops]
+    tables = [line(0, LENGTH, "zfile", loop.path, "-", *options) for loop in loops for options in ((), (1, "cache_all"))]
     every_operation(dm.create(tables[0]), tables, PADDED)
 
 
@@ -346,7 +346,8 @@ class Memory:
 
 def scribbled(raw, cache):
     """Memory that changes and goes away while it is read into: nobody else sees anything of it."""
-    device = dm.create(line(0, LENGTH, "zfile", dm.Loop(raw).path, len(raw), 2, "cache_blocks", cache))
+    options = cache.split()
+    device = dm.create(line(0, LENGTH, "zfile", dm.Loop(raw).path, len(raw), len(options), *options))
     memory = Memory()
     start = time.monotonic()
     outcome = {"read": 0, "fault": 0}
@@ -447,8 +448,8 @@ for each_name, each_raw in (("LZ4 in 4 KiB", RAW), ("LZ4 in 64 KiB", image.zfile
                             # A frame's checksum is taken over what was written, which has changed since.
                             ("zstd in 4 KiB with checksums",
                              image.zfile(DATA, image.ZSTD, compressor=lambda data: image.zstd_frame(data, True)))):
-    for each_cache in (0, 64):
-        add(f"{each_name}, cache {each_cache}: memory is changed and unmapped while it is read into", scribbled,
+    for each_cache in ("cache_blocks 0", "cache_blocks 64", "cache_all"):
+        add(f"{each_name}, {each_cache}: memory is changed and unmapped while it is read into", scribbled,
             each_raw, each_cache)
 
 

@@ -12,11 +12,12 @@ use super::{Deferred, DeviceId, Io, Target};
 use crate::block::{Pages, Status};
 use crate::sys;
 
-/// A bio within one target that hasn't ended, in its map function.
+/// A read within one target that hasn't ended, in its map function. Nothing but reads is mapped:
+/// targets are read-only.
 ///
 /// # Invariants
 ///
-/// `bio` is a valid bio that device-mapper cloned for this target, and owned by this.
+/// `bio` is a valid read that device-mapper cloned for this target, and owned by this.
 pub(crate) struct Bio<'a, T: Target> {
     bio: NonNull<sys::bio>,
     live: &'a Live<T>,
@@ -29,6 +30,9 @@ pub(crate) struct Mapped<'a> {
 }
 
 impl Mapped<'_> {
+    /// Device-mapper ends the bio with an error.
+    pub(super) const KILL: Self = Self::new(sys::DM_MAPIO_KILL);
+
     const fn new(code: u32) -> Self {
         Self {
             code,
@@ -43,26 +47,23 @@ impl Mapped<'_> {
 }
 
 impl<'a, T: Target> Bio<'a, T> {
-    /// Wraps a bio.
+    /// Wraps a bio; `None` where it isn't a read.
     ///
     /// # Safety
     ///
     /// `bio` is what device-mapper gave to the map function of the target `live`, and nobody else
     /// uses it.
-    pub(super) unsafe fn new(bio: NonNull<sys::bio>, live: &'a Live<T>) -> Self {
-        // INVARIANT: By the safety requirement.
-        Self { bio, live }
+    pub(super) unsafe fn new(bio: NonNull<sys::bio>, live: &'a Live<T>) -> Option<Self> {
+        // SAFETY: The bio is valid.
+        let op = unsafe { (*bio.as_ptr()).bi_opf } & sys::OBD_REQ_OP_MASK;
+        // INVARIANT: By the safety requirement, and it is a read.
+        (op == sys::req_op_REQ_OP_READ).then_some(Self { bio, live })
     }
 
     /// The bio's fields.
     fn fields(&self) -> &sys::bio {
         // SAFETY: By the type invariant it is valid, and only we change it.
         unsafe { self.bio.as_ref() }
-    }
-
-    /// Whether it is a read; nothing else is to be mapped by a read-only target.
-    pub(crate) fn is_read(&self) -> bool {
-        self.fields().bi_opf & sys::OBD_REQ_OP_MASK == sys::req_op_REQ_OP_READ
     }
 
     /// First sector, from the start of the target.
@@ -80,7 +81,7 @@ impl<'a, T: Target> Bio<'a, T> {
 
     /// Cuts the bio to its first `sectors` sectors, at least one. Device-mapper maps the rest again.
     pub(crate) fn accept_partial(&mut self, sectors: u64) {
-        if sectors == 0 || sectors >= self.sectors() || !self.is_read() {
+        if sectors == 0 || sectors >= self.sectors() {
             return;
         }
         // SAFETY: The bio is a read within its map function, and longer than this. Lossless: a bio
@@ -109,7 +110,8 @@ impl<'a, T: Target> Bio<'a, T> {
 
     /// The memory to fill.
     pub(crate) fn pages(&self) -> Pages<'_> {
-        // SAFETY: By the type invariant the bio hasn't ended, nor will it while `self` is borrowed.
+        // SAFETY: By the type invariant the bio is a read that hasn't ended, nor will it while
+        // `self` is borrowed.
         unsafe { Pages::new(self.bio) }
     }
 
@@ -126,7 +128,7 @@ impl<'a, T: Target> Bio<'a, T> {
 
     /// Lets device-mapper end the bio with an error.
     pub(crate) fn refuse(self) -> Mapped<'a> {
-        Mapped::new(sys::DM_MAPIO_KILL)
+        Mapped::KILL
     }
 }
 

@@ -279,7 +279,7 @@ impl<T: Target> Registration<T> {
         let bio = unsafe { NonNull::new_unchecked(bio) };
         // SAFETY: The caller's promise; the bio is ours until it is given back.
         let bio = unsafe { Bio::new(bio, live) };
-        live.target.map(bio).code()
+        bio.map_or(Mapped::KILL, |bio| live.target.map(bio)).code()
     }
 
     /// # Safety

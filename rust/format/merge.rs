@@ -259,16 +259,16 @@ fn begun(merged: &[Segment], sector: u64) -> usize {
 #[inline]
 pub fn lookup(merged: &[Segment], sector: u64) -> Extent {
     let next = begun(merged, sector);
-    let (before, after) = merged.split_at(next);
-    match before.last() {
+    let before = next.checked_sub(1).and_then(|last| merged.get(last));
+    match before {
         Some(segment) if sector < segment.end() => Extent::Data {
             layer: segment.tag(),
             sector: segment.moffset() + (sector - segment.offset()),
             len: segment.end() - sector,
         },
         _ => Extent::Zeros {
-            len: after
-                .first()
+            len: merged
+                .get(next)
                 .map_or(MAX_END, |next| next.offset())
                 .saturating_sub(sector),
         },

@@ -46,13 +46,12 @@ struct Tail {
 impl Lsmt {
     /// Sends a read on.
     fn map_read<'a>(&self, mut bio: Bio<'a, Self>) -> Mapped<'a> {
-        if !bio.is_read() {
-            return bio.refuse();
-        }
         let sector = bio.sector();
         if let Some(tail) = &self.tail {
             if sector >= tail.sector {
-                bio.pages().copy_from(&tail.bytes);
+                let mut pages = bio.pages();
+                pages.copy_from(&tail.bytes);
+                pages.zero(pages.left());
                 return bio.end();
             }
             bio.accept_partial(tail.sector - sector);

@@ -19,13 +19,15 @@ use kernel::sync::{Arc, SetOnce};
 
 use super::Zfile;
 use crate::block::{Lock, Shrink};
-use crate::dm::{Io, IoQueue};
+use crate::dm::{self, Io, IoQueue};
 use crate::format::num::{to_u64, to_usize};
 
 /// Places that a block may be in.
 const WAYS: usize = 8;
-/// Places that the shrinker looks at while it has the lock.
+/// Places that the shrinker looks at while it has the lock, and for each block that it is to free.
 const SCAN: usize = 64;
+/// Places that are made between two pauses.
+const PAUSE: usize = 1 << 16;
 
 /// A block, or the place for it while it is being loaded.
 #[pin_data]
@@ -87,6 +89,18 @@ impl Loader {
     /// The blocks that are left.
     pub(super) fn blocks(&self) -> Range<u64> {
         self.blocks.clone()
+    }
+
+    /// Keeps the blocks before `at`, and gives the others away.
+    pub(super) fn split_off(&mut self, at: u64) -> Self {
+        let at = at.clamp(self.blocks.start, self.blocks.end);
+        // INVARIANT: Each block belongs to one of the two.
+        let rest = Self {
+            cache: self.cache.clone(),
+            blocks: at..self.blocks.end,
+        };
+        self.blocks.end = at;
+        rest
     }
 
     /// The next block.
@@ -167,7 +181,10 @@ impl Cache {
         }
         let count = blocks.checked_next_multiple_of(WAYS).ok_or(EOVERFLOW)?;
         let mut ways = KVVec::with_capacity(count, GFP_KERNEL | __GFP_NOWARN)?;
-        for _ in 0..count {
+        for nth in 0..count {
+            if nth % PAUSE == 0 {
+                dm::cond_resched();
+            }
             let way = Way {
                 block: None,
                 used: 0,
@@ -224,7 +241,10 @@ impl Cache {
                 .iter_mut()
                 .filter(|way| way.is_free())
                 .min_by_key(|way| way.block.as_ref().map_or(0, |_| way.used));
-            let (Some(way), Ok(new)) = (oldest, Block::new(number)) else {
+            let Some(way) = oldest else {
+                return Place::None;
+            };
+            let Ok(new) = Block::new(number) else {
                 return Place::None;
             };
             removed = way.block.replace(new);
@@ -333,7 +353,8 @@ impl Shrink for Cache {
     }
 
     fn scan(&self, target: usize) -> usize {
-        let mut left = self.sets.lock().ways.len();
+        // It goes on there the next time.
+        let mut left = target.saturating_mul(SCAN);
         let mut freed = 0;
         while freed < target && left > 0 {
             let (block, looked) = self.evict();

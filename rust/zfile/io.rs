@@ -48,6 +48,8 @@ pub(crate) struct Request {
     read_len: usize,
     /// Where the blocks are for the cache.
     loader: Option<Loader>,
+    /// How the lower read has ended, where a worker goes on after an error.
+    status: Result<(), Status>,
 }
 
 impl Request {
@@ -79,9 +81,6 @@ impl From<Corrupt> for Problem {
 impl Zfile {
     /// Starts a read.
     pub(super) fn map_read<'a>(&self, bio: Bio<'a, Self>) -> Mapped<'a> {
-        if !bio.is_read() {
-            return bio.refuse();
-        }
         let start = bio.sector() * SECTOR_SIZE;
         let end = start + bio.sectors() * SECTOR_SIZE;
         if let Some(cache) = &self.cache {
@@ -144,19 +143,14 @@ impl Zfile {
                 return self.map_hits(bio, cache, block.clone(), blocks, start, end);
             }
         }
-        let last = match &found {
-            Lookup::Missing(loader) => loader.blocks().end,
-            // One at a time.
-            Lookup::Found(_) | Lookup::Bypass => blocks.start + 1,
-        };
-        let end = end.min(last << shift);
-        let Some(mut request) = self.plan(start, end) else {
-            return bio.refuse();
-        };
-        bio.accept_partial((end - start).div_ceil(SECTOR_SIZE));
         match found {
             Lookup::Found(block) => {
+                let end = end.min((blocks.start + 1) << shift);
+                let Some(request) = self.plan(start, end) else {
+                    return bio.refuse();
+                };
                 count(&self.stats.cache_hits, 1);
+                bio.accept_partial((end - start).div_ceil(SECTOR_SIZE));
                 let (io, mapped) = bio.begin(request);
                 if let Some(io) = block.wait(io) {
                     // It came, or failed, in between.
@@ -170,17 +164,50 @@ impl Zfile {
                 }
                 mapped
             }
-            Lookup::Missing(loader) => {
-                request.loader = Some(loader);
-                let (mut io, mapped) = bio.begin(request);
-                io.share();
-                Self::launch(io, None);
-                mapped
+            Lookup::Missing(loader) => self.map_missing(bio, loader, start, end),
+            Lookup::Bypass => self.map_blocks(bio, start, end),
+        }
+    }
+
+    /// Starts a read of blocks that go to the cache, or of as many of them as there is memory for.
+    fn map_missing<'a>(
+        &self,
+        mut bio: Bio<'a, Self>,
+        mut loader: Loader,
+        start: u64,
+        end: u64,
+    ) -> Mapped<'a> {
+        loop {
+            let Range {
+                start: first,
+                end: last,
+            } = loader.blocks();
+            let end = end.min(last << self.geometry.block_shift());
+            let Some(mut request) = self.plan(start, end) else {
+                Self::give_up(loader);
+                return bio.refuse();
+            };
+            let buffer = Buffer::try_new(request.read_len);
+            if buffer.is_none() && last - first > 1 {
+                Self::give_up(loader.split_off(first + (last - first) / 2));
+                continue;
             }
-            Lookup::Bypass => {
-                let (io, mapped) = bio.begin(request);
-                Self::launch(io, None);
-                mapped
+            request.loader = Some(loader);
+            bio.accept_partial((end - start).div_ceil(SECTOR_SIZE));
+            let (mut io, mapped) = bio.begin(request);
+            io.share();
+            Self::launch(io, buffer);
+            return mapped;
+        }
+    }
+
+    /// Doesn't load blocks after all. Reads that wait for them read for themselves.
+    fn give_up(mut loader: Loader) {
+        for _ in loader.blocks() {
+            let block = loader.block();
+            let mut queue = loader.finish(block);
+            while let Some(other) = queue.pop() {
+                other.defer(|io| Self::launch(io, None));
             }
         }
     }
@@ -201,8 +228,8 @@ impl Zfile {
         let mut next = Some(block);
         let mut pages = bio.pages();
         let before = pages.left();
-        while let Some(data) = next.as_ref().and_then(|block| block.data()) {
-            pages.copy_from(data.get(skip..).unwrap_or(&[]));
+        while let Some(data) = next.as_ref().and_then(|block| block.data()?.get(skip..)) {
+            pages.copy_from(data);
             skip = 0;
             hit += 1;
             next = (hit < blocks.end).then(|| cache.find(hit)).flatten();
@@ -239,6 +266,7 @@ impl Zfile {
             read_start,
             read_len: to_usize(read_end - read_start),
             loader: None,
+            status: Ok(()),
         })
     }
 
@@ -267,18 +295,12 @@ impl Zfile {
     fn read_done(mut io: Io<Self>, result: Result<(), Status>) {
         if let Err(status) = result {
             count(&io.target().stats.read_errors, 1);
-            // Those that wait for the block read it themselves: this read may have been one that
-            // was more likely to fail, such as a read-ahead.
-            if let Some(mut loader) = io.request_mut().loader.take() {
-                for _ in loader.blocks() {
-                    let block = loader.block();
-                    let mut queue = loader.finish(block);
-                    while let Some(other) = queue.pop() {
-                        other.defer(|io| Self::launch(io, None));
-                    }
-                }
+            if io.request().loader.is_none() {
+                return io.end(Err(status));
             }
-            return io.end(Err(status));
+            // Many may wait, and this may be an interrupt.
+            io.request_mut().status = Err(status);
+            return io.defer(Self::failed);
         }
         let (this, request) = (io.target(), io.request());
         if request.loader.is_some() {
@@ -295,6 +317,17 @@ impl Zfile {
             }
             Err((_, Problem::NeedsContext)) => io.defer(Self::decode),
         }
+    }
+
+    /// The lower read of blocks for the cache has failed. In a worker.
+    fn failed(mut io: Io<Self>) {
+        let status = io.request().status;
+        // Those that wait read for themselves: this read may have been one that was more likely to
+        // fail, such as a read-ahead.
+        if let Some(loader) = io.request_mut().loader.take() {
+            Self::give_up(loader);
+        }
+        io.end(status);
     }
 
     /// Whether the blocks are better decompressed here and now than by a worker.
@@ -336,7 +369,8 @@ impl Zfile {
                 Ok(None) => {
                     // Many may wait: others have use for it meanwhile.
                     drop(context);
-                    Ok(block.as_ref().and_then(|block| block.data()).unwrap_or(&[]))
+                    let data = block.as_ref().and_then(|block| block.data());
+                    data.ok_or(Status::IO_ERROR)
                 }
                 Err(status) => Err(status),
             };
@@ -346,8 +380,8 @@ impl Zfile {
                 other.end(result);
                 dm::cond_resched();
             }
-            match bytes {
-                Ok(bytes) => pages.copy_from(bytes.get(skip..).unwrap_or(&[])),
+            match bytes.and_then(|bytes| bytes.get(skip..).ok_or(Status::IO_ERROR)) {
+                Ok(bytes) => pages.copy_from(bytes),
                 Err(status) => result = Err(status),
             }
             skip = 0;

@@ -90,7 +90,7 @@ struct Stats {
     read_bytes: Atomic<u64>,
     /// Blocks that were decompressed.
     blocks: Atomic<u64>,
-    /// Reads that found their block in the cache, or being loaded.
+    /// Blocks that reads found in the cache, or being loaded.
     cache_hits: Atomic<u64>,
     /// Reads that the lower device failed.
     read_errors: Atomic<u64>,

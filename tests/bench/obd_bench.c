@@ -40,6 +40,7 @@
 #define MAX_CHUNKS (MAX_BYTES / CHUNK_BYTES)
 #define MAX_DEPTH 256
 #define MAX_THREADS 16
+#define MAX_FILES 1000000
 
 static const char blanks[] = { ' ', '\n', '\0' };
 
@@ -576,6 +577,8 @@ static int run_file(struct job *job, const char *list, const char *plan,
 	if (!len || ((char *)data)[len - 1] != '\n')
 		goto out_list;
 	((char *)data)[len - 1] = '\0';
+	if (job->plan.max_extra > MAX_FILES)
+		goto out_list;
 	error = -ENOMEM;
 	job->names = vcalloc(job->plan.max_extra + 1, sizeof(char *));
 	if (!job->names)

@@ -366,10 +366,10 @@ class Bench:
             self.result.fact(f"reading for it, {name}, ms", round(read_time(disks, segments // layers * 16) * 1000, 1))
             if segments == 1000000:
                 self.result.fact("bytes of memory per segment", int(device.info()[3]) / int(device.info()[1]))
-            picked = [rng.randrange(segments) for _ in range(16384)]
-            plan = load.Plan((made.where[nth] * 512, 4096, 0) for nth in picked)
+            picked = [(rng.randrange(segments), rng.randrange(made.length // 4096) * 4096) for _ in range(16384)]
+            plan = load.Plan((made.where[nth] * 512 + at, 4096, 0) for nth, at in picked)
             # The same data by another way.
-            other = load.Plan((made.what[nth], 4096, 0) for nth in picked)
+            other = load.Plan((made.what[nth] + at, 4096, 0) for nth, at in picked)
             jobs["4k random, by segments", name] = lambda d=device, p=plan: load.bios(d.path, p)
             jobs["4k random, by segments", f"linear as {name}"] = lambda p=other: load.bios(plain.path, p)
         self.repeat("lookup", jobs)
@@ -406,26 +406,29 @@ def counters(zfile):
 
 
 class Synthetic:
-    """Layers with so many segments in all, each 4 KiB somewhere in their data, that take turns on the disk."""
+    """Layers with so many segments in all that take turns on the disk. Each has its share of the data, or 4 KiB of it
+    where there are more."""
 
     def __init__(self, layers, segments, content):
         rng = load.random.Random(6)
         self.layers, self.content = layers, content
         self.size = len(content) // layers // 4096 * 4096
+        self.length = max(len(content) // segments // 4096, 1) * 4096
         # Where each segment is on the disk, in sectors, and its data in all of content, in bytes.
         self.where, self.what = [], []
         at = 0
         for nth in range(segments):
             at += rng.randrange(5) * 8
             self.where.append(at)
-            at += 8
-            self.what.append(nth % layers * self.size + rng.randrange(self.size // 4096) * 4096)
+            at += self.length // 512
+            place = rng.randrange((self.size - self.length) // 4096 + 1) * 4096
+            self.what.append(nth % layers * self.size + place)
         self.sectors = at
 
     def blobs(self):
         for layer in range(self.layers):
             data = self.content[layer * self.size:(layer + 1) * self.size]
-            entries = b"".join(image.lsmt_entry(where, 8, 8 + what % self.size // 512)
+            entries = b"".join(image.lsmt_entry(where, self.length // 512, 8 + what % self.size // 512)
                                for where, what in zip(self.where[layer::self.layers], self.what[layer::self.layers]))
             entries += image.INVALID * (-len(entries) // 16 % 256)
             yield b"".join((image.lsmt_struct(7, self.sectors * 512), data, entries,

@@ -105,6 +105,14 @@ def allocations(probability):
     return lambda: sum(_stop(which) for which in _ALLOCATORS)
 
 
+def contiguous_pages():
+    """Lets all allocations of more than one page fail that the module makes, as where memory is fragmented; gives the
+    function that ends it and tells how many have failed."""
+    _prepare_allocators(module_only=True)
+    _set("fail_page_alloc", min_order=1, probability=100)
+    return lambda: _stop("fail_page_alloc")
+
+
 class Nth:
     """Lets the nth allocation of this thread fail, once; of those that the module makes or that it
     causes, or of all."""
