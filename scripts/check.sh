@@ -183,7 +183,7 @@ for part in "${parts[@]}"; do
 	kcsan)
 		# Not while it boots: run.sh switches the checker on. It looks at more accesses, for longer: the CPUs are slow.
 		KERNEL_ARGS="kcsan.early_enable=0 kcsan.skip_watch=500 kcsan.udelay_task=1000 kcsan.udelay_interrupt=200" \
-			in_vm kcsan "concurrent tests" "reads errors lifecycle" "faults races"
+			in_vm kcsan "concurrent tests" "reads errors lifecycle cache" "faults races"
 		;;
 	soak)
 		export OBD_SOAK_MINUTES=${MINUTES:-30}
