@@ -31,7 +31,7 @@ def bars(path, title, rows, mark=None):
         body += [_text(left - 8, y + 13, name, 'text-anchor="end"'),
                  f'<rect x="{left}" y="{y}" width="{value * scale:.1f}" height="{step - 6}" fill="{COLOURS[0]}"/>',
                  f'<path class="a" d="M{left + least * scale:.1f} {y + 8}H{left + most * scale:.1f}"/>',
-                 _text(left + most * scale + 6, y + 13, f"{value:.3g}")]
+                 _text(left + most * scale + 6, y + 13, f"{value:.0f}" if value >= 10 else f"{value:.2f}")]
     height = 46 + len(rows) * step
     if mark:
         body.append(f'<path class="a" stroke-dasharray="4" d="M{left + mark * scale:.1f} 30V{height - 8}"/>')
@@ -54,9 +54,12 @@ def lines(path, title, series, x_name, y_name):
             f'<path class="a" d="M{left} {top}V{height - bottom}H{width - right}"/>',
             _text((left + width - right) / 2, height - 12, x_name, 'text-anchor="middle"'),
             _text(12, top - 8, y_name)]
+    last = -100
     for x in xs:
         at, _ = place(x, min(ys))
-        body.append(_text(at, height - bottom + 18, _short(x), 'text-anchor="middle"'))
+        if at - last > 40:
+            body.append(_text(at, height - bottom + 18, _short(x), 'text-anchor="middle"'))
+            last = at
     tick = 10 ** math.floor(math.log10(min(ys)))
     while tick <= max(ys) * 1.2:
         for factor in (1, 2, 5):
@@ -77,7 +80,8 @@ def lines(path, title, series, x_name, y_name):
 
 
 def _short(number):
-    for unit, size in (("M", 1e6), ("k", 1e3)):
+    powers = (("M", 1e6), ("k", 1e3)) if number % 1024 else ((" MiB", 1 << 20), (" KiB", 1 << 10))
+    for unit, size in powers:
         if number >= size:
-            return f"{number / size:g}{unit}"
+            return f"{number / size:.3g}{unit}"
     return f"{number:g}"
