@@ -48,6 +48,7 @@ must() { step "$@" || die "no result"; }
 
 export USE_ROOT=1 KDIR='' CARGO='' QUIET=1
 mkdir -p "$out"
+[ -z "${COMPARE:-}" ] || cp "$COMPARE" "$out/older"
 rm -f "$out"/*.json
 steps $((4 + 3 * ${#kernels[@]}))
 must "tool-chain root" "$SCRIPTS/make-root.sh"
@@ -66,4 +67,4 @@ for KERNEL in "${kernels[@]}"; do
 	esac
 	must "measuring with the $KERNEL kernel" measure "${words[@]}"
 done
-"$SCRIPTS/in-root.sh" tests/bench/report.py "$out" ${COMPARE:+"$COMPARE"}
+"$SCRIPTS/in-root.sh" tests/bench/report.py "$out" ${COMPARE:+"$out/older"}

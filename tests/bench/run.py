@@ -273,12 +273,12 @@ class Bench:
         plan, twice = load.Plan(ranges), load.Plan(ranges + ranges)
         row = f"shared layers, {name}"
 
-        def layers():
+        def layers(*options):
             out = []
             for blob in (self.blobs["lz4-4k"], *top):
                 lower = self.delay(blob, milliseconds) if milliseconds else blob
                 size = self.sizes[blob.path]
-                device = dm.create(line(0, dm.sectors(size), "zfile", lower.path, blob.size, 1, "cache_all"))
+                device = dm.create(line(0, dm.sectors(size), "zfile", lower.path, blob.size, *options))
                 device.lower, device.size = lower, size
                 out.append(device)
             return out
@@ -291,6 +291,11 @@ class Bench:
                     lower.remove()
 
         zfiles = layers()
+        three = self.lsmt(*zfiles)
+        self.result.add(row, "A+B+C, cold, without cache_all", load.bios(three.path, plan))
+        remove([three])
+        remove(zfiles)
+        zfiles = layers(1, "cache_all")
         two, three = self.lsmt(*zfiles[:2]), self.lsmt(*zfiles)
         self.result.add(row, "A+B, cold", load.bios(two.path, plan))
         before = [counters(zfile) for zfile in zfiles]
@@ -301,13 +306,13 @@ class Bench:
             self.result.fact(f"{row}: blocks of {what} decompressed for it", after[nth][2] - before[nth][2])
         remove([two, three])
         remove(zfiles)
-        zfiles = layers()
+        zfiles = layers(1, "cache_all")
         three = self.lsmt(*zfiles)
         self.result.add(row, "A+B+C, cold", load.bios(three.path, plan))
         single = sum(counters(zfile)[0] for zfile in zfiles)
         remove([three])
         remove(zfiles)
-        zfiles = layers()
+        zfiles = layers(1, "cache_all")
         three = self.lsmt(*zfiles)
         self.result.add(row, "A+B+C, cold, two readers", load.bios(three.path, twice, threads=2))
         both = sum(counters(zfile)[0] for zfile in zfiles)
