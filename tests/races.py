@@ -12,6 +12,7 @@ import signal
 import subprocess
 import threading
 import time
+import traceback
 
 from obdtest import dm, image
 from obdtest.disk import Disk, same_bytes, verify, verify_random
@@ -42,15 +43,15 @@ def together(*loops):
     def run(loop):
         try:
             loop()
-        except (Failure, OSError) as error:
-            errors.append((loop.__name__, error))
+        except Exception as error:  # pylint: disable=broad-except
+            errors.append((loop.__name__, "".join(traceback.format_exception(error))))
 
     threads = [threading.Thread(target=run, args=(loop,)) for loop in loops]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    check(not errors, f"{len(errors)} loops failed: {errors[:2]}")
+    check(not errors, "\n".join(f"{name}: {error}" for name, error in errors[:2]))
 
 
 def every_operation(device, tables, wanted):

@@ -38,9 +38,10 @@ def _ioctl(command, name, flags=0, data=b"", targets=0, event=0, room=16384):
                      name.encode(), b"")
     buf[header:header + len(data)] = data
     with open("/dev/mapper/control", "rb+", buffering=0) as control:
-        # fcntl.ioctl() would keep other threads from running until it is over.
-        area = (ctypes.c_char * size).from_buffer(buf)
-        if _libc.ioctl(control.fileno(), (3 << 30) | (header << 16) | (0xFD << 8) | command, area):
+        # fcntl.ioctl() would keep other threads from running until it is over. An array type for each size would be
+        # made and forgotten by several threads at once.
+        area = ctypes.c_char.from_buffer(buf)
+        if _libc.ioctl(control.fileno(), (3 << 30) | (header << 16) | (0xFD << 8) | command, ctypes.addressof(area)):
             error = ctypes.get_errno()
             raise OSError(error, os.strerror(error))
     got = struct.unpack_from(_HEADER, buf)
@@ -67,6 +68,9 @@ def _unpack(data, count):
     table, at = [], 0
     size = struct.calcsize(_SPEC)
     for _ in range(count):
+        # Device-mapper counts the targets before it looks at the table, which may be gone by then.
+        if not data:
+            break
         start, length, _, following, target = struct.unpack_from(_SPEC, data, at)
         params = data[at + size:data.index(b"\0", at + size)]
         table.append((start, length, target.rstrip(b"\0").decode(), params.decode()))
