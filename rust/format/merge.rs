@@ -242,7 +242,7 @@ pub enum Extent {
 /// The number of segments that begin at or before `sector`.
 ///
 /// With branches, unlike [`slice::partition_point`]: a CPU that guesses where it goes on has the
-/// next segment on its way while it waits for this one. In large indexes that takes half the time.
+/// next segment on its way while it waits for this one, and large indexes are all waiting.
 fn begun(merged: &[Segment], sector: u64) -> usize {
     let (mut start, mut end) = (0, merged.len());
     while start < end {
