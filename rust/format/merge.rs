@@ -5,10 +5,11 @@
 //! Where layers overlap, the topmost one that has a segment wins; a zeroed segment hides what is
 //! below. What reads as zeros needs no segment in the result: only data is left in it.
 
-use core::ops::Deref;
+use core::num::NonZeroU64;
+use core::ops::{Deref, DerefMut};
 
 use super::lsmt::{Segment, MAX_END};
-use super::num::to_u64;
+use super::num::{to_u64, to_usize};
 use super::{Error, Fault, SECTOR_SIZE};
 
 /// Most layers in a stack.
@@ -239,38 +240,133 @@ pub enum Extent {
     },
 }
 
-/// The number of segments that begin at or before `sector`.
+/// Segments, at least, that a run of sectors in an [`Index`] has on average.
+const RUN_SEGMENTS: u64 = 16;
+
+/// A merged index that sectors can be looked up in.
+///
+/// A search in a large index is mostly waiting for memory. So the disk is divided into runs of
+/// sectors, one for some segments, and what is known of each run leaves few segments to search.
+/// Where segments crowd in some runs, a search takes log(segments) steps as it would without.
+pub struct Index<S, R> {
+    /// Data only, ascending and without overlap.
+    segments: S,
+    /// For each run, the number of segments that begin before it.
+    runs: R,
+    /// A run is 2^`shift` sectors long; less than 64.
+    shift: u32,
+}
+
+/// Length of a run, as a power of two in sectors, and the number of runs with what is behind the
+/// last one, for an index of `segments`.
+fn run_shape(segments: &[Segment]) -> (u32, usize) {
+    let last = segments.last().map_or(0, Segment::offset);
+    let most = NonZeroU64::new(to_u64(segments.len()) / RUN_SEGMENTS).unwrap_or(NonZeroU64::MIN);
+    // last < most * 2^shift
+    let shift = (last / most).checked_ilog2().map_or(0, |log| log + 1);
+    (shift, to_usize(last.wrapping_shr(shift)) + 2)
+}
+
+/// Number of slots that an [`Index`] of `segments` needs.
+pub fn index_slots(segments: &[Segment]) -> usize {
+    run_shape(segments).1
+}
+
+impl<S, R> Index<S, R>
+where
+    S: Deref<Target = [Segment]>,
+    R: Deref<Target = [u32]>,
+{
+    /// An index of `segments`, at most [`MAX_SEGMENTS`], in the order in which [`merge`] makes
+    /// them. `runs` has [`index_slots`] slots, which are filled here; `pause` is called every
+    /// [`PAUSE`] segments.
+    ///
+    /// # Errors
+    ///
+    /// The first error of `pause`.
+    pub fn new<E>(
+        segments: S,
+        mut runs: R,
+        mut pause: impl FnMut() -> Result<(), E>,
+    ) -> Result<Self, E>
+    where
+        R: DerefMut,
+    {
+        let (shift, _) = run_shape(&segments);
+        let mut slots = runs.iter_mut();
+        let mut filled = 0;
+        for (segment, nth) in segments.iter().zip(0u32..) {
+            if nth % PAUSE == 0 {
+                pause()?;
+            }
+            // Up to the run that it begins in, nothing but what came before it does.
+            while filled <= segment.offset().wrapping_shr(shift) {
+                if let Some(slot) = slots.next() {
+                    *slot = nth;
+                }
+                filled += 1;
+            }
+        }
+        for slot in slots {
+            *slot = segments.len() as u32;
+        }
+        Ok(Self {
+            segments,
+            runs,
+            shift,
+        })
+    }
+
+    /// The segments.
+    pub fn segments(&self) -> &S {
+        &self.segments
+    }
+
+    /// Bytes of memory that it takes.
+    pub fn memory(&self) -> usize {
+        size_of_val(&*self.segments) + size_of_val(&*self.runs)
+    }
+
+    /// Looks sector `sector` up.
+    #[inline]
+    pub fn lookup(&self, sector: u64) -> Extent {
+        let run = to_usize(sector.wrapping_shr(self.shift));
+        let before = |run| {
+            let known = self.runs.get(run);
+            known.map_or(self.segments.len(), |&before| before as usize)
+        };
+        let (start, end) = (before(run), before(run + 1));
+        let next = start + begun(self.segments.get(start..end).unwrap_or(&[]), sector);
+        let last = next.checked_sub(1).and_then(|last| self.segments.get(last));
+        match last {
+            Some(segment) if sector < segment.end() => Extent::Data {
+                layer: segment.tag(),
+                sector: segment.moffset() + (sector - segment.offset()),
+                len: segment.end() - sector,
+            },
+            _ => Extent::Zeros {
+                len: self
+                    .segments
+                    .get(next)
+                    .map_or(MAX_END, Segment::offset)
+                    .saturating_sub(sector),
+            },
+        }
+    }
+}
+
+/// The number of `segments` that begin at or before `sector`.
 ///
 /// With branches, unlike [`slice::partition_point`]: a CPU that guesses where it goes on has the
-/// next segment on its way while it waits for this one, and large indexes are all waiting.
-fn begun(merged: &[Segment], sector: u64) -> usize {
-    let (mut start, mut end) = (0, merged.len());
+/// next segment on its way while it waits for this one.
+fn begun(segments: &[Segment], sector: u64) -> usize {
+    let (mut start, mut end) = (0, segments.len());
     while start < end {
         let middle = start + (end - start) / 2;
-        match merged.get(middle) {
+        match segments.get(middle) {
             Some(segment) if segment.offset() <= sector => start = middle + 1,
             _ => end = middle,
         }
     }
     start
-}
-
-/// Looks sector `sector` up in a merged index.
-#[inline]
-pub fn lookup(merged: &[Segment], sector: u64) -> Extent {
-    let next = begun(merged, sector);
-    let before = next.checked_sub(1).and_then(|last| merged.get(last));
-    match before {
-        Some(segment) if sector < segment.end() => Extent::Data {
-            layer: segment.tag(),
-            sector: segment.moffset() + (sector - segment.offset()),
-            len: segment.end() - sector,
-        },
-        _ => Extent::Zeros {
-            len: merged
-                .get(next)
-                .map_or(MAX_END, |next| next.offset())
-                .saturating_sub(sector),
-        },
-    }
 }

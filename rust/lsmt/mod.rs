@@ -15,7 +15,7 @@ use kernel::prelude::*;
 
 use crate::dm::{Bio, DeviceId, Mapped};
 use crate::format::lsmt::Segment;
-use crate::format::merge::{self, Extent};
+use crate::format::merge::{Extent, Index};
 
 /// The name under which the lines of the 2023 prototype load: `lsmt_target {<dev> <bytes>}…`.
 pub(crate) const LEGACY_NAME: &CStr = c"lsmt_target";
@@ -25,8 +25,8 @@ const MAX_ZERO: u64 = 2048;
 
 /// An `lsmt` target.
 pub(crate) struct Lsmt {
-    /// The merged index; data only, and `moffset` counts from the start of the device.
-    segments: KVVec<Segment>,
+    /// The merged index; `moffset` counts from the start of the device.
+    index: Index<KVVec<Segment>, KVVec<u32>>,
     /// Size of the virtual disk in bytes.
     size: u64,
     /// The last sector, where the disk ends within it.
@@ -56,7 +56,7 @@ impl Lsmt {
             }
             bio.accept_partial(tail.sector - sector);
         }
-        match merge::lookup(&self.segments, sector) {
+        match self.index.lookup(sector) {
             Extent::Data { layer, sector, len } => {
                 bio.accept_partial(len);
                 bio.remap(DeviceId::nth(layer), sector)

@@ -8,7 +8,7 @@ use kernel::prelude::*;
 use super::{Lsmt, Tail};
 use crate::dm::{self, Args, Bio, Device, DeviceId, Emit, Failure, Limits, Mapped, Setup};
 use crate::format::lsmt::{Layer, Segment};
-use crate::format::merge::{self, Event, Extent, MAX_LAYERS};
+use crate::format::merge::{self, Event, Extent, Index, MAX_LAYERS};
 use crate::format::num::{to_u64, to_usize};
 use crate::format::{tar, Blob, Error as FormatError, Fault, Window, SECTOR_SIZE};
 
@@ -68,9 +68,11 @@ impl dm::Target for Lsmt {
         }
         let segments = merge_layers(&layers, setup.len())?;
         check_alignment(setup, &segments, count)?;
+        let runs = KVVec::zeroed(merge::index_slots(&segments), GFP_KERNEL | __GFP_NOWARN)?;
+        let index = Index::new(segments, runs, pause)?;
         Ok(Self {
-            tail: read_tail(setup, &segments, size)?,
-            segments,
+            tail: read_tail(setup, &index, size)?,
+            index,
             size,
             blob_bytes,
             legacy,
@@ -85,9 +87,9 @@ impl dm::Target for Lsmt {
         out.put(fmt!(
             "{} {} {} {}",
             self.blob_bytes.len(),
-            self.segments.len(),
+            self.index.segments().len(),
             self.size,
-            self.segments.capacity() * size_of::<Segment>(),
+            self.index.memory(),
         ));
     }
 
@@ -148,14 +150,16 @@ fn open_layer(
     })
 }
 
+/// Lets others run, or gives up for a signal that kills.
+fn pause() -> Result<(), Failure> {
+    dm::cond_resched();
+    dm::check_killed()
+}
+
 /// Merges the layers' segments below sector `limit`.
 fn merge_layers(layers: &[Opened], limit: u64) -> Result<KVVec<Segment>, Failure> {
     let mut heap = KVec::from_elem(Event::default(), layers.len(), GFP_KERNEL)?;
     let mut cursors = KVec::from_elem(0, layers.len(), GFP_KERNEL)?;
-    let pause = || {
-        dm::cond_resched();
-        dm::check_killed()
-    };
     // Once to count, and once more: an array that grows would take twice its memory.
     let mut count = 0;
     let mut counter = |_| {
@@ -183,8 +187,7 @@ fn check_alignment(
     let mask = block / SECTOR_SIZE - 1;
     let mut all = 0;
     for part in segments.chunks(1 << 16) {
-        dm::cond_resched();
-        dm::check_killed()?;
+        pause()?;
         all = part.iter().fold(all, |all, segment| {
             all | segment.offset() | segment.length() | segment.moffset()
         });
@@ -201,7 +204,7 @@ fn check_alignment(
 /// Reads the last sector, where the disk of `size` bytes ends within it.
 fn read_tail(
     setup: &Setup<'_, ()>,
-    segments: &[Segment],
+    index: &Index<KVVec<Segment>, KVVec<u32>>,
     size: u64,
 ) -> Result<Option<Tail>, Failure> {
     let (sector, inside) = (size / SECTOR_SIZE, size % SECTOR_SIZE);
@@ -211,7 +214,7 @@ fn read_tail(
     let mut bytes = [0; 512];
     if let Extent::Data {
         layer, sector: at, ..
-    } = merge::lookup(segments, sector)
+    } = index.lookup(sector)
     {
         let blob = dm::MetaReader::new(setup.device(DeviceId::nth(layer))?, None)?;
         let (inside, _) = bytes.split_at_mut(inside as usize);

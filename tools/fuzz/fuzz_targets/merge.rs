@@ -5,10 +5,12 @@
 #![no_main]
 #![allow(missing_docs, clippy::expect_used, clippy::panic)]
 
+use std::convert::Infallible;
+
 use libfuzzer_sys::arbitrary::{Result, Unstructured};
 use libfuzzer_sys::fuzz_target;
 use overlaybd::format::lsmt::{Segment, MAX_END};
-use overlaybd::format::merge::{lookup, merge, Event, Extent, MAX_LAYERS};
+use overlaybd::format::merge::{index_slots, merge, Event, Extent, Index, MAX_LAYERS};
 use overlaybd::format::{Error, Fault};
 use overlaybd_fuzz::{init, memory};
 
@@ -139,11 +141,13 @@ fn check(data: &[u8]) -> Result<()> {
     }
     assert!(painted == disk, "not what the model has");
 
+    let runs = vec![0; index_slots(&merged)];
+    let Ok(index) = Index::new(merged.as_slice(), runs, || Ok::<_, Infallible>(()));
     let mut zeros_end = MAX_END;
     let mut data_end = 0;
     for (nth, wanted) in disk.iter().enumerate().rev() {
         let sector = case.base + nth as u64;
-        match (lookup(&merged, sector), *wanted) {
+        match (index.lookup(sector), *wanted) {
             (Extent::Zeros { len }, None) => assert_eq!(sector + len, zeros_end),
             (
                 Extent::Data {

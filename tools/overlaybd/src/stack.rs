@@ -8,7 +8,7 @@ use std::sync::Arc;
 
 use crate::format::blob::check_range;
 use crate::format::lsmt::{Segment, MAX_END};
-use crate::format::merge::{self, Event, Extent};
+use crate::format::merge::{self, Event, Extent, Index};
 use crate::format::num::{to_u64, to_usize};
 use crate::format::{Blob, Error as FormatError, Fault, SECTOR_SIZE};
 use crate::{Error, LayerReader, Result};
@@ -16,7 +16,7 @@ use crate::{Error, LayerReader, Result};
 /// A stack of layers, merged.
 pub struct Stack {
     layers: Vec<LayerReader>,
-    merged: Vec<Segment>,
+    merged: Index<Vec<Segment>, Vec<u32>>,
     virtual_size: u64,
 }
 
@@ -55,9 +55,9 @@ impl Stack {
     /// As [`Stack::new`].
     pub fn with_size(layers: Vec<LayerReader>, virtual_size: u64) -> Result<Self> {
         check_layers(layers.len())?;
-        let indexes: Vec<Index> = layers
+        let indexes: Vec<Segments> = layers
             .iter()
-            .map(|layer| Index(layer.share_segments()))
+            .map(|layer| Segments(layer.share_segments()))
             .collect();
         let mut heap = vec![Event::default(); indexes.len()];
         let mut cursors = vec![0; indexes.len()];
@@ -74,9 +74,10 @@ impl Stack {
             },
             || Ok(()),
         )?;
+        let runs = vec![0; merge::index_slots(&merged)];
         Ok(Self {
             layers,
-            merged,
+            merged: Index::new(merged, runs, || Ok::<_, Error>(()))?,
             virtual_size,
         })
     }
@@ -88,7 +89,7 @@ impl Stack {
 
     /// The merged index: only data is in it.
     pub fn merged(&self) -> &[Segment] {
-        &self.merged
+        self.merged.segments()
     }
 
     /// Size of the disk in bytes, perhaps not a whole number of sectors.
@@ -106,7 +107,7 @@ impl Stack {
         if offset >= end {
             return None;
         }
-        let next = match merge::lookup(&self.merged, offset / SECTOR_SIZE) {
+        let next = match self.merged.lookup(offset / SECTOR_SIZE) {
             Extent::Data { .. } => return Some(offset),
             Extent::Zeros { len } => offset / SECTOR_SIZE + len,
         };
@@ -153,7 +154,7 @@ impl Blob for Stack {
         tail.fill(0);
         let mut at = offset;
         while !rest.is_empty() {
-            let extent = merge::lookup(&self.merged, at / SECTOR_SIZE);
+            let extent = self.merged.lookup(at / SECTOR_SIZE);
             let within = at % SECTOR_SIZE;
             let (Extent::Data { len, .. } | Extent::Zeros { len }) = extent;
             let take = to_usize(len * SECTOR_SIZE - within).min(rest.len());
@@ -184,9 +185,9 @@ fn check_layers(layers: usize) -> Result<()> {
 }
 
 /// A layer's index as [`merge::merge`] takes it.
-struct Index(Arc<Vec<Segment>>);
+struct Segments(Arc<Vec<Segment>>);
 
-impl Deref for Index {
+impl Deref for Segments {
     type Target = [Segment];
 
     fn deref(&self) -> &[Segment] {

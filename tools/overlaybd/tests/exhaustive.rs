@@ -7,12 +7,14 @@
 
 mod common;
 
+use std::convert::Infallible;
+
 use common::sparse::Sparse;
 use common::{checksum, lsmt, put, run, sign, zfile};
 use overlaybd::codec::Method;
 use overlaybd::format::blob::{check_range, Window};
 use overlaybd::format::lsmt::{Layer, Segment, MAX_END, MAX_LENGTH};
-use overlaybd::format::merge::{lookup, merge, sectors, Event, Extent};
+use overlaybd::format::merge::{index_slots, merge, sectors, Event, Extent, Index};
 use overlaybd::format::num::{bytes_at, le32, le64, Records};
 use overlaybd::format::zfile::{field, flag, Algorithm, Geometry, JumpTable, MAX_BLOCKS};
 use overlaybd::format::{tar, Blob, Error, Fault};
@@ -490,9 +492,11 @@ fn stacks(count: u32, sectors: u64, base: u64) {
                 Ok(())
             })
             .unwrap();
+            let runs = vec![0; index_slots(&merged)];
+            let Ok(index) = Index::new(merged.as_slice(), runs, || Ok::<_, Infallible>(()));
             for (sector, wanted) in (0..).zip(&whole) {
                 let wanted = wanted.filter(|_| sector < limit);
-                let found = match lookup(&merged, base + sector) {
+                let found = match index.lookup(base + sector) {
                     Extent::Data { layer, sector, len } => {
                         assert!(len > 0);
                         Some((layer, sector))
@@ -507,6 +511,52 @@ fn stacks(count: u32, sectors: u64, base: u64) {
             let ends = merged.iter().map(Segment::end);
             let starts = merged.iter().map(Segment::offset).skip(1);
             assert!(ends.zip(starts).all(|(end, next)| end <= next));
+        }
+    }
+}
+
+/// Looks every sector up in an index of segments of two sectors that begin at `places`.
+fn look_everywhere(places: &[u64], sectors: impl Iterator<Item = u64>) {
+    let segments: Vec<_> = (0..)
+        .zip(places)
+        .map(|(nth, &place)| Segment::new(place, 2, nth * 2, false, 7).unwrap())
+        .collect();
+    let runs = vec![0; index_slots(&segments)];
+    assert!(runs.len() <= places.len() / 16 + 2);
+    let Ok(index) = Index::new(segments, runs, || Ok::<_, Infallible>(()));
+    for sector in sectors {
+        let next = places.iter().position(|&place| sector < place + 2);
+        let wanted = match next.and_then(|nth| Some((nth as u64, *places.get(nth)?))) {
+            Some((nth, place)) if place <= sector => Extent::Data {
+                layer: 7,
+                sector: nth * 2 + sector - place,
+                len: place + 2 - sector,
+            },
+            Some((_, place)) => Extent::Zeros {
+                len: place - sector,
+            },
+            None => Extent::Zeros {
+                len: MAX_END - sector,
+            },
+        };
+        let found = index.lookup(sector);
+        assert_eq!(found, wanted, "{} segments, {sector}", places.len());
+    }
+}
+
+#[test]
+fn every_length_of_index() {
+    for count in 0..200u64 {
+        // Gaps of 0 and 3 sectors.
+        let even: Vec<_> = (0..count).map(|nth| nth * 4 + nth % 3).collect();
+        look_everywhere(&even, 0..count * 4 + 5);
+        // A crowd, and one far away: most runs are empty.
+        for far in [0, 1, 1000, MAX_END - 1000] {
+            let mut crowd = even.clone();
+            crowd.push(count * 4 + far);
+            let end = count * 4 + far;
+            let sectors = (0..count * 4 + 5).chain(end.saturating_sub(100)..end + 5);
+            look_everywhere(&crowd, sectors);
         }
     }
 }
