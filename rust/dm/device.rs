@@ -21,10 +21,13 @@ impl DeviceId {
 ///
 /// # Invariants
 ///
-/// `target` is valid, and `dev` was got for it with `dm_get_device` and wasn't put.
+/// `target` is valid, and `dev` was got for it with `dm_get_device` and wasn't put. `bdev` is the
+/// block device of `dev`, for as long.
 pub(crate) struct Device {
     target: NonNull<sys::dm_target>,
     dev: NonNull<sys::dm_dev>,
+    /// Here as well, so that a remapped bio waits for memory once less.
+    bdev: *mut sys::block_device,
     /// Sectors of it that the target uses, from the first.
     used: u64,
 }
@@ -41,10 +44,13 @@ impl Device {
     ///
     /// `dev` was got for `target` and is put by nobody else; `target` outlives the result.
     pub(super) unsafe fn new(target: NonNull<sys::dm_target>, dev: NonNull<sys::dm_dev>) -> Self {
-        // INVARIANT: By the safety requirement.
+        // SAFETY: By the safety requirement it is open.
+        let bdev = unsafe { dev.as_ref() }.bdev;
+        // INVARIANT: By the safety requirement; device-mapper doesn't change `bdev`.
         let mut device = Self {
             target,
             dev,
+            bdev,
             used: 0,
         };
         device.used = device.sectors();
@@ -53,8 +59,7 @@ impl Device {
 
     /// The block device.
     pub(crate) fn bdev(&self) -> *mut sys::block_device {
-        // SAFETY: By the type invariant the device is open.
-        unsafe { (*self.dev.as_ptr()).bdev }
+        self.bdev
     }
 
     /// The device as device-mapper knows it.

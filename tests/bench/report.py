@@ -132,6 +132,8 @@ def other_goals(run, goals):
     if row in rows:
         for name, least in (("1000 segments, 1 layers", 0.97), ("1000000 segments, 255 layers", 0.93)):
             goals.add(f"lsmt / linear, {name}", run.ns(row, f"linear as {name}") / run.ns(row, name), least)
+        name = "1000000 segments, 255 layers"
+        goals.add(f"lsmt / linear on the same disks, {name}", run.ns(row, f"spread as {name}") / run.ns(row, name), 0.93)
     for name, most in (("1000000 segments, 255 layers", 150), ("zfile of 64 GiB", 250)):
         if f"construction, {name}, ms" in facts:
             goals.add(f"construction, {name}, ms beyond reading",
@@ -177,7 +179,7 @@ def plots(directory, runs):
     if row in run.rows:
         series = {}
         for name in run.rows[row]:
-            if not name.startswith("linear"):
+            if not name.startswith(("linear", "spread")):
                 segments, layers = (int(word) for word in name.split() if word.isdigit())
                 extra = run.ns(row, name) - run.ns(row, f"linear as {name}")
                 series.setdefault(f"{layers} layers", []).append((segments, max(extra, 1)))

@@ -377,6 +377,12 @@ class Bench:
             other = load.Plan((made.what[nth] + at, 4096, 0) for nth, at in picked)
             jobs["4k random, by segments", name] = lambda d=device, p=plan: load.bios(d.path, p)
             jobs["4k random, by segments", f"linear as {name}"] = lambda p=other: load.bios(plain.path, p)
+            if layers > 1:
+                # And from the same disks, so that what these cost can be told from the lookup.
+                each = made.size // 512
+                lines = [line(nth * each, each, "linear", disk.path, 8) for nth, disk in enumerate(disks)]
+                spread = dm.create(*lines)
+                jobs["4k random, by segments", f"spread as {name}"] = lambda d=spread, p=other: load.bios(d.path, p)
         self.repeat("lookup", jobs)
 
     def cost(self):
