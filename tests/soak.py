@@ -74,8 +74,10 @@ class Scene:
             if rng.randrange(4):
                 packed = image.zfile(raw, rng.choice(list(image.NAMES)), rng.choice((512, 4096, 16384, 65536)))
                 lower = Lower(image.tar(packed) if rng.randrange(2) else packed)
-                table = line(0, dm.sectors(len(raw)), "zfile", lower.device.path, len(lower.raw), 2, "cache_blocks",
-                             rng.choice((0, 8, 64)))
+                options = ["cache_blocks", rng.choice((0, 8, 64))] if rng.randrange(4) else []
+                options += ["cache_all"] * rng.randrange(2)
+                args = [lower.device.path, len(lower.raw), len(options), *options]
+                table = line(0, dm.sectors(len(raw)), "zfile", *args)
                 device = dm.create(table)
                 self.zfiles.append((device, table, raw))
             else:
