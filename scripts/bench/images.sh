@@ -35,6 +35,11 @@ for algorithm in lz4 zstd; do
 done
 obdsetup commit --algorithm lz4 --block-size 4k raw.lsmt lz4-4k-crc.obd
 
+# A file system that is made to be read only, and doesn't compress.
+obdsetup create --directory "$tree" --fs erofs --algorithm none erofs.lsmt
+obdsetup commit --algorithm lz4 --block-size 4k --no-crc erofs.lsmt erofs-lz4-4k.obd
+obdsetup commit --algorithm zstd --block-size 64k --no-crc erofs.lsmt erofs-zstd-64k.obd
+
 # Two more layers on top, of 16 MiB and of 1 MiB in pieces of 64 KiB, among the first 128 MiB.
 for seed in b c; do
 	PYTHONPATH=$clone/tests python3 - $seed "$tree/bin" <<-'END'
@@ -62,6 +67,8 @@ for algorithm in lz4 zstd; do
 		mkfs.erofs --quiet -z$algorithm -C$((block << 10)) $algorithm-${block}k.erofs "$tree"
 	done
 done
+# The blocks above have so many bytes when they are compressed; these have as many as ours before that.
+mkfs.erofs --quiet -zzstd -C65536 --max-extent-bytes=65536 zstd-64k-extents.erofs "$tree"
 
 echo "== squashfs"
 mksquashfs "$tree" lz4-4k.squashfs -comp lz4 -b 4096 -no-progress -quiet

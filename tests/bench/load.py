@@ -68,7 +68,7 @@ class Layer:
 
     def __init__(self, path, algorithms):
         self.segments = _segments(path)
-        self.zfiles = {name: _Zfile(blob) for name, blob in algorithms.items()}
+        self.zfiles = {name: Zfile(blob) for name, blob in algorithms.items()}
 
     def places(self, count, length, align, seed=1):
         """Random places of data, each of so many bytes in one segment: (offset in the file, on the disk).
@@ -114,7 +114,7 @@ def _segments(path):
     return out
 
 
-class _Zfile:
+class Zfile:
     """Where a ZFile has its blocks."""
 
     def __init__(self, path):

@@ -78,6 +78,13 @@ class Result:
             json.dump(self.data, file, indent=1)
 
 
+def virtual_size(path):
+    """Bytes of the disk that an LSMT layer is a part of."""
+    with open(path, "rb") as file:
+        file.seek(-4096 + 48, os.SEEK_END)
+        return int.from_bytes(file.read(8), "little")
+
+
 def say(text):
     print(text, flush=True)
 
@@ -97,9 +104,7 @@ class Bench:
         say("filling RAM disks")
         self.raw = self.ram.fill(f"{images}/raw.lsmt")
         self.blobs = {kind: self.ram.fill(f"{images}/{kind}.obd") for kind in self.kinds}
-        with open(f"{images}/raw.lsmt", "rb") as file:
-            file.seek(-4096 + 48, os.SEEK_END)
-            self.virtual_size = int.from_bytes(file.read(8), "little")
+        self.virtual_size = virtual_size(f"{images}/raw.lsmt")
         self.sizes = {blob.path: self.layer.zfiles[kind].size for kind, blob in self.blobs.items()}
         self.devices = {"raw": self.raw, "linear": self.linear(self.raw), "lsmt-raw": self.lsmt(self.raw)}
         self.lower = {}
@@ -118,9 +123,17 @@ class Bench:
         device.size = size
         return device
 
-    def lsmt(self, *layers):
+    def lsmt(self, *layers, size=None):
         args = [arg for layer in layers for arg in (layer.path, layer.size)]
-        return dm.create(line(0, self.virtual_size // 512, "lsmt", len(layers), *args))
+        return dm.create(line(0, (size or self.virtual_size) // 512, "lsmt", len(layers), *args))
+
+    def erofs(self, kind):
+        """An image of erofs that isn't compressed but by zfile."""
+        path = f"{self.images}/erofs-{kind}.obd"
+        blob, size = self.ram.fill(path), load.Zfile(path).size
+        zfile = dm.create(line(0, dm.sectors(size), "zfile", blob.path, blob.size))
+        zfile.size = size
+        return self.lsmt(zfile, size=virtual_size(f"{self.images}/erofs.lsmt"))
 
     def repeat(self, title, jobs):
         """Runs jobs, functions that give figures by (row, device), again and again in turn."""
@@ -195,6 +208,9 @@ class Bench:
         for kind in kinds:
             mounts[f"ext4 on lsmt on zfile {kind}"] = self.mount("ext4", self.devices[f"lsmt-zfile {kind}"].path)
             mounts[f"erofs {kind}"] = self.mount("erofs", self.ram.fill(f"{self.images}/{kind}.erofs").path)
+        mounts["erofs zstd-64k-extents"] = self.mount("erofs", self.ram.fill(f"{self.images}/zstd-64k-extents.erofs").path)
+        for kind in ("lz4-4k", "zstd-64k"):
+            mounts[f"erofs on lsmt on zfile {kind}"] = self.mount("erofs", self.erofs(kind).path)
         for kind in ("lz4-128k",) if self.short else SQUASHFS:
             mounts[f"squashfs {kind}"] = self.mount("squashfs", self.ram.fill(f"{self.images}/{kind}.squashfs").path)
         mounts["ext4 on lsmt on raw"] = self.mount("ext4", self.devices["lsmt-raw"].path)
