@@ -7,7 +7,7 @@
 //! - [`Buffer`]: memory for a lower read.
 //! - [`Lock`]: a spinlock that interrupt handlers may take.
 //! - [`Shrinker`]: a cache that the kernel can make smaller.
-//! - [`WorkQueue`]: a workqueue of our own.
+//! - [`Workers`]: workers of a device's own, on all CPUs.
 //!
 //! C headers: `include/linux/bio.h`, `include/linux/blk_types.h`.
 
@@ -16,14 +16,14 @@ mod lock;
 mod pages;
 mod shrinker;
 mod status;
-mod workqueue;
+mod workers;
 
 pub(crate) use buffer::Buffer;
 pub(crate) use lock::Lock;
 pub(crate) use pages::{Dest, Pages};
 pub(crate) use shrinker::{Shrink, Shrinker};
 pub(crate) use status::Status;
-pub(crate) use workqueue::WorkQueue;
+pub(crate) use workers::{Job, Workers};
 
 /// Whether interrupts are off, so that what takes longer is better left to a worker.
 pub(crate) fn interrupts_off() -> bool {

@@ -18,7 +18,7 @@ use kernel::sync::LockClassKey;
 
 use super::target::Live;
 use super::{Deferred, DeviceId};
-use crate::block::{Buffer, Lock, Pages, Status};
+use crate::block::{Buffer, Job, Lock, Pages, Status};
 use crate::sys;
 
 /// What an I/O does next.
@@ -32,7 +32,7 @@ pub(super) struct Frame<T: Deferred> {
     live: NonNull<Live<T>>,
     request: T::Request,
     buffer: Option<Buffer>,
-    work: MaybeUninit<sys::work_struct>,
+    job: Job,
     step: Option<Step<T>>,
     /// Bytes that it waits for.
     wanted: usize,
@@ -57,7 +57,7 @@ pub(crate) const fn frame_size<T: Deferred>() -> usize {
 /// # Invariants
 ///
 /// Points to an initialised frame in the per-bio data of a bio that hasn't ended, owned by this;
-/// `live` in it is valid until the bio ends. No lower bio is in flight and no work is queued.
+/// `live` in it is valid until the bio ends. No lower bio is in flight and its job isn't queued.
 pub(crate) struct Io<T: Deferred>(NonNull<Frame<T>>);
 
 // SAFETY: The parts may be sent, and the bio is touched by its owner only.
@@ -84,7 +84,7 @@ impl<T: Deferred> Io<T> {
                 live,
                 request,
                 buffer: None,
-                work: MaybeUninit::uninit(),
+                job: Job::new(),
                 step: None,
                 wanted: 0,
                 shared: false,
@@ -262,31 +262,28 @@ impl<T: Deferred> Io<T> {
         let frame = self.frame_mut();
         frame.step = Some(step);
         let live = frame.live;
-        let work = frame.work.as_mut_ptr();
-        // SAFETY: The frame has memory for it, where no work is queued by the type invariant.
-        unsafe { sys::obd_init_work(work, Some(Self::work_fn)) };
+        let job = NonNull::from(&mut frame.job);
         // SAFETY: By the type invariant the target is valid until the I/O ends.
-        let Some(queue) = unsafe { live.as_ref() }.queue() else {
+        let Some(workers) = unsafe { live.as_ref() }.workers() else {
             return;
         };
         self.into_raw();
-        // SAFETY: The work is initialised and isn't queued. It is in the frame, which stays until
-        // the I/O ends, and that `work_fn` owns from now on. Should it end the I/O before this
-        // returns, and the queue be destroyed: that waits until nobody is queueing any more.
-        unsafe { queue.queue(work) };
+        // SAFETY: The job is in the frame, which stays until the I/O ends, and isn't queued by the
+        // type invariant; `run` owns the frame from now on. Workers are dropped with the target,
+        // which isn't done by one of them.
+        unsafe { workers.push(job, Self::run) };
     }
 
     /// What a worker runs.
     ///
     /// # Safety
     ///
-    /// `work` is that of a frame, queued by [`Io::defer`], which gave the ownership of the I/O
-    /// away.
-    unsafe extern "C" fn work_fn(work: *mut sys::work_struct) {
-        // SAFETY: The work is a part of a frame.
-        let frame = unsafe { work.byte_sub(core::mem::offset_of!(Frame<T>, work)) };
+    /// `job` is that of a frame, pushed by [`Io::defer`], which gave the ownership of the I/O away.
+    unsafe fn run(job: NonNull<Job>) {
+        // SAFETY: The job is a part of a frame.
+        let frame = unsafe { job.byte_sub(core::mem::offset_of!(Frame<T>, job)) };
         // SAFETY: `defer` gave the ownership away.
-        let mut io = unsafe { Self::from_raw(frame.cast()) };
+        let mut io = unsafe { Self::from_raw(frame.as_ptr().cast()) };
         if let Some(step) = io.frame_mut().step.take() {
             step(io);
         }
@@ -331,7 +328,7 @@ impl<T: Deferred> Io<T> {
     ///
     /// # Safety
     ///
-    /// `frame` came from [`Io::into_raw`], once; its lower bio isn't in flight and its work isn't
+    /// `frame` came from [`Io::into_raw`], once; its lower bio isn't in flight and its job isn't
     /// queued.
     unsafe fn from_raw(frame: *mut Frame<T>) -> Self {
         // SAFETY: A frame is never at address 0.

@@ -15,7 +15,7 @@ use kernel::types::Opaque;
 
 use super::setup::{type_name, DeviceName};
 use super::{Args, Bio, Device, DeviceId, Emit, Failure, Mapped, Setup, Spares};
-use crate::block::WorkQueue;
+use crate::block::Workers;
 use crate::sys;
 
 /// A read-only target.
@@ -93,11 +93,11 @@ impl Limits<'_> {
 ///
 /// # Invariants
 ///
-/// `devices` are in the order in which they were opened, that of their [`DeviceId`]s. `queue` is
+/// `devices` are in the order in which they were opened, that of their [`DeviceId`]s. `workers` are
 /// there for targets with per-bio data.
 pub(super) struct Live<T> {
     // Dropped first: waits for workers that have ended their I/O and are about to return.
-    queue: Option<WorkQueue>,
+    workers: Option<Pin<KBox<Workers>>>,
     target: T,
     devices: KVec<Device>,
     begin: u64,
@@ -112,9 +112,9 @@ impl<T: Target> Live<T> {
         self.devices.get(usize::from(id.0))
     }
 
-    /// Where the work of its I/Os runs.
-    pub(super) fn queue(&self) -> Option<&WorkQueue> {
-        self.queue.as_ref()
+    /// Who works on its I/Os.
+    pub(super) fn workers(&self) -> Option<&Workers> {
+        self.workers.as_deref()
     }
 
     /// First sector of the target in its device.
@@ -227,16 +227,16 @@ impl<T: Target> Registration<T> {
         };
         // SAFETY: The caller's promise.
         let args = unsafe { Args::new(argc, argv) };
-        let queue = match T::PER_BIO_DATA {
+        let workers = match T::PER_BIO_DATA {
             0 => None,
-            _ => Some(WorkQueue::new(setup.device_name().as_c_str())?),
+            _ => Some(Workers::new(setup.device_name().as_c_str())?),
         };
         let target = T::new(&mut setup, args)?;
         // SAFETY: The target is valid.
         let begin = unsafe { (*ti).begin };
         // INVARIANT: `setup` opened the devices in this order.
         let live = Live {
-            queue,
+            workers,
             target,
             devices: setup.devices,
             begin,

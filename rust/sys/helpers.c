@@ -103,6 +103,16 @@ void obd_spin_unlock_irqrestore(spinlock_t *lock, unsigned long flags)
 	spin_unlock_irqrestore(lock, flags);
 }
 
+u32 obd_smp_processor_id(void)
+{
+	return raw_smp_processor_id();
+}
+
+bool obd_cpu_online(u32 cpu)
+{
+	return cpu_online(cpu);
+}
+
 void obd_init_work(struct work_struct *work, work_func_t func)
 {
 	INIT_WORK(work, func);
