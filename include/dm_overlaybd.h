@@ -36,8 +36,8 @@ void obd_synchronize_rcu_tasks(void);
 /* Locks and work. */
 unsigned long obd_spin_lock_irqsave(spinlock_t *lock);
 void obd_spin_unlock_irqrestore(spinlock_t *lock, unsigned long flags);
-u32 obd_smp_processor_id(void);
-bool obd_cpu_online(u32 cpu);
+u32 obd_raw_smp_processor_id(void);
+bool obd_cpu_takes_work(u32 cpu);
 void obd_init_work(struct work_struct *work, work_func_t func);
 struct workqueue_struct *obd_alloc_workqueue(const char *name,
 					     unsigned int flags);

@@ -17,7 +17,7 @@ import traceback
 from obdtest import dm, image
 from obdtest.disk import Disk, same_bytes, verify, verify_random
 from obdtest.dm import line
-from obdtest.ktap import SLOW, Failure, add, alone, check, defer, equal, main, note, test
+from obdtest.ktap import SLOW, Failure, Skip, add, alone, check, defer, equal, main, note, test
 from obdtest.memory import kernel_memory
 from obdtest.module import MODULE, module_file, use_count
 
@@ -307,6 +307,47 @@ def replaced():
     equal(len(results), 48, "reads that ended")
     check(True in results, f"{results}")
     check(set(results) <= {True, "EIO"}, f"{set(results)}")
+
+
+@test("a CPU goes away and comes back while it is at work on reads")
+def cpu_goes():
+    switch = "/sys/devices/system/cpu/cpu1/online"
+    if not os.path.exists(switch):
+        raise Skip("no second CPU that can be switched off")
+
+    def turn(state):
+        with open(switch, "w", encoding="ascii") as file:
+            file.write(state)
+
+    defer(turn, "1")
+    large = image.sample(2 << 20, 103)
+    raw = image.zfile(large, image.ZSTD, 16384)
+    device = dm.zfile(dm.Loop(raw), len(raw), len(large))
+    over, reads = threading.Event(), [0]
+
+    def reader(seed):
+        disk, rng = Disk(device), random.Random(seed)
+        while not over.is_set():
+            # A MiB at a time: many workers.
+            at = rng.randrange(2048) * 512
+            same_bytes(disk.read(at, 1 << 20), large[at:at + (1 << 20)], f"at {at}")
+            reads[0] += 1
+        disk.close()
+
+    def switcher():
+        try:
+            for _ in range(10):
+                for state in ("0", "1"):
+                    before, end = reads[0], time.monotonic() + 30 * SLOW
+                    turn(state)
+                    while reads[0] < before + 5 and time.monotonic() < end:
+                        time.sleep(0.01)
+                    check(reads[0] >= before + 5, f"no reads once CPU 1 is {'online' if state == '1' else 'offline'}")
+        finally:
+            over.set()
+
+    together(switcher, *[lambda seed=seed: reader(seed) for seed in range(3)])
+    note(f"{reads[0]} reads")
 
 
 class Memory:

@@ -5,7 +5,7 @@
 //!
 //! A job wakes the worker of the CPU that it comes from. Where that is at work already, it wakes
 //! another one, so that the parts of a large read are worked on by several CPUs. Who is done takes
-//! what is next, wherever it came from.
+//! what is next, wherever it came from. CPUs that are isolated from the scheduler are left alone.
 //!
 //! Lock order: the list's lock, then the workqueue's own. Both are taken in any context.
 //!
@@ -18,6 +18,9 @@ use kernel::types::Opaque;
 
 use super::Lock;
 use crate::sys;
+
+/// Workers that aren't at work and are looked at, at most, to find one for a job.
+const TRIES: usize = 8;
 
 /// Something to do, in the memory of who wants it done.
 pub(crate) struct Job {
@@ -40,18 +43,19 @@ impl Job {
 /// # Invariants
 ///
 /// `first` starts a list of queued jobs, linked by `next`; `last` is its end where it isn't empty.
-/// All of them are valid, have a function, and belong to the list. While there are any, a worker
-/// is at work: it was woken, and looks at the list once more before it isn't.
+/// All of them are valid, have a function that may be called with them, once and by any thread, and
+/// belong to the list. While there are any, a worker is at work, or is about to be woken by who has
+/// the lock: it looks at the list once more before it isn't.
+///
+/// `busy` says of each worker whether it is at work; `idle` is the number of those that aren't.
 struct List {
     first: *mut Job,
     last: *mut Job,
-    /// For each worker, whether it is at work.
     busy: KVec<bool>,
-    /// Workers that aren't.
     idle: usize,
 }
 
-// SAFETY: Jobs may be done by any thread.
+// SAFETY: By the type invariant, jobs may be done by any thread.
 unsafe impl Send for List {}
 
 impl List {
@@ -74,13 +78,21 @@ impl List {
         self.last = job;
     }
 
-    /// Chooses who is to be woken for one job more: `here`, or the next one that isn't at work.
+    /// Chooses who is to be woken for one job more: `here`, an online CPU, or the next one that
+    /// isn't at work. `None` where others are.
     fn wake(&mut self, here: usize) -> Option<usize> {
+        let count = self.busy.len();
         if self.idle == 0 {
             return None;
         }
-        let mut all = Iterator::chain(here..self.busy.len(), 0..here);
-        let nth = all.find(|&nth| self.busy.get(nth) == Some(&false) && is_online(nth))?;
+        let all = Iterator::chain(here..count, 0..here);
+        let nth = all
+            .filter(|&nth| self.busy.get(nth) == Some(&false))
+            // Not for long: interrupts are off.
+            .take(TRIES)
+            .find(|&nth| takes_work(nth))
+            // Somebody has to do it.
+            .or_else(|| (self.idle == count).then_some(here))?;
         *self.busy.get_mut(nth)? = true;
         self.idle -= 1;
         Some(nth)
@@ -102,10 +114,10 @@ impl List {
     }
 }
 
-/// Whether a CPU is online. It may go away; then others do its works.
-fn is_online(cpu: usize) -> bool {
-    // SAFETY: May be called with any number below that of possible CPUs.
-    unsafe { sys::obd_cpu_online(cpu as u32) }
+/// Whether a CPU is online and isn't isolated. It may go offline; then others do its works.
+fn takes_work(cpu: usize) -> bool {
+    // SAFETY: May be called with any number below `nr_cpu_ids`.
+    unsafe { sys::obd_cpu_takes_work(cpu as u32) }
 }
 
 /// A CPU's worker.
@@ -121,8 +133,8 @@ struct Worker {
 ///
 /// # Invariants
 ///
-/// `queue` is a valid workqueue, owned by this. `each` has an initialised worker for each possible
-/// CPU, whose `workers` is this.
+/// `queue` is a valid workqueue, owned by this. `each` has an initialised worker for each number
+/// below `nr_cpu_ids`, whose `workers` is this and whose `nth` is that number.
 #[pin_data(PinnedDrop)]
 pub(crate) struct Workers {
     queue: NonNull<sys::workqueue_struct>,
@@ -177,24 +189,26 @@ impl Workers {
         )
     }
 
-    /// Has a worker call `run` with `job`, in process context.
+    /// Has a worker call `run` with `job`, in process context. May be called in any context but NMI.
     ///
     /// # Safety
     ///
-    /// `job` is valid, isn't queued, and belongs to these workers until `run` is called. From then
-    /// on these workers may be dropped, in another thread than one of theirs.
+    /// `job` is valid, isn't queued, and belongs to these workers until `run` is called. `run` may
+    /// be called with it, once and by any thread. These workers stay at least until then; they are
+    /// dropped by none of theirs, which are waited for.
     pub(crate) unsafe fn push(&self, mut job: NonNull<Job>, run: unsafe fn(NonNull<Job>)) {
         // SAFETY: The caller's promise.
         unsafe { job.as_mut() }.run = Some(run);
         let mut list = self.list.lock();
         // SAFETY: The caller's promise.
         unsafe { list.push(job) };
-        // SAFETY: Interrupts are off, so this stays on its CPU.
-        let here = unsafe { sys::obd_smp_processor_id() };
+        // SAFETY: May be called anywhere. Who has the lock stays on its CPU.
+        let here = unsafe { sys::obd_raw_smp_processor_id() };
         // Under the lock: once it is given back the job may be done, and all of this be gone.
         let chosen = list.wake(here as usize).and_then(|nth| self.each.get(nth));
         if let Some(worker) = chosen {
             let (cpu, work) = (worker.nth as kernel::ffi::c_int, worker.work.get());
+            // INVARIANT: A worker that wasn't at work isn't queued, so this can't but wake it.
             // SAFETY: By the type invariant queue and work are valid; the CPU has been online.
             unsafe { sys::queue_work_on(cpu, self.queue.as_ptr(), work) };
         }
@@ -227,6 +241,7 @@ impl Workers {
 #[pinned_drop]
 impl PinnedDrop for Workers {
     fn drop(self: Pin<&mut Self>) {
+        // A worker may be about to return, with a reference to this, which is why it must be pinned.
         // SAFETY: By the type invariant it is valid and ours. This waits for workers.
         unsafe { sys::destroy_workqueue(self.queue.as_ptr()) };
     }

@@ -262,15 +262,18 @@ impl<T: Deferred> Io<T> {
         let frame = self.frame_mut();
         frame.step = Some(step);
         let live = frame.live;
-        let job = NonNull::from(&mut frame.job);
         // SAFETY: By the type invariant the target is valid until the I/O ends.
         let Some(workers) = unsafe { live.as_ref() }.workers() else {
             return;
         };
-        self.into_raw();
+        let frame = self.into_raw();
+        // SAFETY: The frame is valid; this points into it.
+        let job = unsafe { &raw mut (*frame).job };
+        // SAFETY: A field of a frame is never at address 0.
+        let job = unsafe { NonNull::new_unchecked(job) };
         // SAFETY: The job is in the frame, which stays until the I/O ends, and isn't queued by the
-        // type invariant; `run` owns the frame from now on. Workers are dropped with the target,
-        // which isn't done by one of them.
+        // type invariant; `run` owns the I/O from now on, which may be sent to any thread. Workers
+        // are dropped with the target, which outlives the I/O and isn't dropped by one of them.
         unsafe { workers.push(job, Self::run) };
     }
 

@@ -279,7 +279,7 @@ where
 {
     /// An index of `segments`, at most [`MAX_SEGMENTS`], in the order in which [`merge`] makes
     /// them. `runs` has [`index_slots`] slots, which are filled here; `pause` is called every
-    /// [`PAUSE`] segments.
+    /// [`PAUSE`] segments; a slot for 16 of them may be filled in between.
     ///
     /// # Errors
     ///
@@ -335,7 +335,7 @@ where
             let known = self.runs.get(run);
             known.map_or(self.segments.len(), |&before| before as usize)
         };
-        let (start, end) = (before(run), before(run + 1));
+        let (start, end) = (before(run), before(run.saturating_add(1)));
         let next = start + begun(self.segments.get(start..end).unwrap_or(&[]), sector);
         let last = next.checked_sub(1).and_then(|last| self.segments.get(last));
         match last {

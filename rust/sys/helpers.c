@@ -6,6 +6,7 @@
 #include <linux/highmem.h>
 #include <linux/ratelimit.h>
 #include <linux/rcupdate.h>
+#include <linux/sched/isolation.h>
 #include <linux/sched/signal.h>
 
 #include "dm_overlaybd.h"
@@ -103,14 +104,19 @@ void obd_spin_unlock_irqrestore(spinlock_t *lock, unsigned long flags)
 	spin_unlock_irqrestore(lock, flags);
 }
 
-u32 obd_smp_processor_id(void)
+u32 obd_raw_smp_processor_id(void)
 {
 	return raw_smp_processor_id();
 }
 
-bool obd_cpu_online(u32 cpu)
+bool obd_cpu_takes_work(u32 cpu)
 {
-	return cpu_online(cpu);
+	bool takes;
+
+	rcu_read_lock();
+	takes = cpu_online(cpu) && housekeeping_test_cpu(cpu, HK_TYPE_DOMAIN);
+	rcu_read_unlock();
+	return takes;
 }
 
 void obd_init_work(struct work_struct *work, work_func_t func)

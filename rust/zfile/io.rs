@@ -206,7 +206,9 @@ impl Zfile {
         for _ in loader.blocks() {
             let block = loader.block();
             let mut queue = loader.finish(block);
-            while let Some(other) = queue.pop() {
+            while let Some(mut other) = queue.pop() {
+                // A worker must not sleep for a group that is throttled: there are few.
+                other.share();
                 other.defer(|io| Self::launch(io, None));
             }
         }
