@@ -72,21 +72,21 @@ impl LayerArg {
 
 /// Opens layers, lowest first.
 pub(crate) fn open_layers(args: &[LayerArg]) -> Result<Vec<LayerReader>> {
+    if args.len() > overlaybd::format::merge::MAX_LAYERS {
+        // Before hundreds of files are opened.
+        Stack::open(&vec![""; args.len()])?;
+    }
     args.iter().map(LayerArg::open_layer).collect()
 }
 
 /// Opens layers, lowest first, and merges them.
 pub(crate) fn open_stack(args: &[LayerArg]) -> Result<Stack> {
-    if args.len() > overlaybd::format::merge::MAX_LAYERS {
-        // Before hundreds of files are opened.
-        Stack::open(&vec![""; args.len()])?;
-    }
     Ok(Stack::new(open_layers(args)?)?)
 }
 
 /// What doesn't fit where a layer's parent UUID isn't the UUID of the layer below it. Nobody
 /// enforces that they fit, and many layers have none.
-pub(crate) fn chain_warnings(layers: &[LayerReader]) -> Vec<String> {
+pub(crate) fn order_warnings(layers: &[LayerReader]) -> Vec<String> {
     let mut warnings = Vec::new();
     for pair in layers.windows(2) {
         let [below, above] = pair else { continue };
@@ -99,6 +99,12 @@ pub(crate) fn chain_warnings(layers: &[LayerReader]) -> Vec<String> {
             ));
         }
     }
+    warnings
+}
+
+/// [`order_warnings`] of a whole stack, where the lowest layer has no parent.
+pub(crate) fn chain_warnings(layers: &[LayerReader]) -> Vec<String> {
+    let mut warnings = order_warnings(layers);
     if let Some(lowest) = layers.first() {
         let parent = &lowest.ident().parent;
         if Ident::is_known(parent) {

@@ -13,6 +13,7 @@ mod cmd;
 mod dm;
 mod exit;
 mod interrupt;
+mod layer_out;
 mod layers;
 mod output;
 mod size;

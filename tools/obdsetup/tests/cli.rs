@@ -221,6 +221,83 @@ fn commit() {
         .stderr("obdsetup: plain.lsmt: not a ZFile\n");
 }
 
+/// What layers read as, lowest first.
+fn dump(place: &Place, layers: &str) -> Vec<u8> {
+    let done = place.run(&format!("dump {layers}")).success();
+    done.get_output().stdout.clone()
+}
+
+#[test]
+fn merge() {
+    let place = Place::new();
+    // Each disk over the one before: text in the first half, zeros over text, a larger disk.
+    let a = image();
+    let mut b = a.clone();
+    b[..40_960].fill(0);
+    b[200_000..200_100].fill(2);
+    let mut c = b.clone();
+    c[8192..12_288].fill(3);
+    c.extend_from_slice(&noise(20_000, 4));
+    for (name, disk) in [("a", &a), ("b", &b), ("c", &c)] {
+        place.write(&format!("{name}.raw"), disk);
+    }
+    let [base, middle, top] = ["1", "2", "3"].map(|n| format!("00000000-0000-4000-8000-{n:0>12}"));
+    place
+        .run(&format!("create --image a.raw a --uuid {base}"))
+        .success();
+    place
+        .run(&format!(
+            "create --base a --image b.raw b --uuid {middle} --algorithm zstd"
+        ))
+        .success();
+    place
+        .run(&format!(
+            "create --base a --base b --image c.raw c --uuid {top} --tar"
+        ))
+        .success();
+
+    place
+        .run("merge -o all a b c")
+        .success()
+        .stdout("")
+        .stderr("");
+    place.run("merge -o upper b c --algorithm none").success();
+    place.run("merge -o lower a b --tar").success();
+    place.run("merge -o lowest b c --lowest").success();
+    for stack in ["a b c", "all", "a upper", "lower c", "c all", "a b all"] {
+        assert!(dump(&place, stack) == c, "{stack}");
+    }
+    // Zeros are kept where they hide something, and not where there is nothing to hide.
+    let info = place.json("info --json upper lowest all lower");
+    assert_eq!(info[0]["lsmt"]["zeroed_size"], 40_960 - 4096);
+    assert_eq!(info[1]["lsmt"]["zeroed_size"], 0);
+    assert_eq!(info[2]["lsmt"]["virtual_size"], c.len());
+    assert!(dump(&place, "lowest") == dump(&place, "upper"));
+    assert!(dump(&place, "a lowest") != c);
+    // The chain still fits.
+    assert_eq!(info[0]["lsmt"]["uuid"], top);
+    assert_eq!(info[0]["lsmt"]["parent_uuid"], base);
+    assert_eq!(info[3]["tar"]["data_offset"], 1536);
+    place.run("verify a upper").success().stderr("");
+    place.run("verify lower c").success().stderr("");
+
+    place
+        .run("merge -o x c b")
+        .success()
+        .stderr(contains("warning: b: parent UUID is"));
+    place
+        .run("merge -o c a b c")
+        .code(1)
+        .stderr(contains("is an input as well"));
+    place.run("merge -o all a b c").code(5);
+    place
+        .run("merge a b c")
+        .code(1)
+        .stderr(contains("--output"));
+    place.run("merge -o y a.raw").code(3);
+    assert!(!place.names().contains(&"y".to_owned()));
+}
+
 #[test]
 fn exit_codes() {
     let place = Place::new();
@@ -232,7 +309,7 @@ fn exit_codes() {
         .success()
         .stdout(contains("Exit codes:"));
     for command in [
-        "create", "commit", "info", "open", "close", "status", "table", "verify", "dump",
+        "create", "commit", "merge", "info", "open", "close", "status", "table", "verify", "dump"
     ] {
         place
             .run(&format!("{command} --help"))

@@ -5,7 +5,7 @@
 
 use crate::format::num::{to_u64, to_usize};
 use crate::format::{Blob, SECTOR_SIZE};
-use crate::lsmt_writer::Run;
+use crate::lsmt_writer::{Run, Runs};
 use crate::{FileBlob, Progress, Result, Stack};
 
 /// Bytes that are compared at once. A multiple of every granule.
@@ -35,7 +35,7 @@ pub fn runs(
     progress: Progress<'_>,
 ) -> Result<Vec<Run>> {
     let size = image.size();
-    let mut runs = Runs(Vec::new());
+    let mut runs = Runs::default();
     let (mut new, mut old) = (vec![0; to_usize(PIECE)], vec![0; to_usize(PIECE)]);
     let mut at = 0;
     while at < size {
@@ -75,32 +75,14 @@ pub fn runs(
             let is_zero = || new.iter().all(|&byte| byte == 0);
             match base {
                 Some(_) if new == old => {}
-                Some(_) => runs.push(offset, sectors, is_zero()),
+                Some(_) => runs.push(offset / SECTOR_SIZE, sectors, is_zero()),
                 None if options.skip_zeros && is_zero() => {}
-                None => runs.push(offset, sectors, false),
+                None => runs.push(offset / SECTOR_SIZE, sectors, false),
             }
             offset += to_u64(new.len());
         }
         progress(len)?;
         at = end;
     }
-    Ok(runs.0)
-}
-
-/// Runs, joined where they touch.
-struct Runs(Vec<Run>);
-
-impl Runs {
-    /// Appends `length` sectors at byte `offset`.
-    fn push(&mut self, offset: u64, length: u64, zeroed: bool) {
-        let offset = offset / SECTOR_SIZE;
-        match self.0.last_mut() {
-            Some(last) if last.end() == offset && last.zeroed == zeroed => last.length += length,
-            _ => self.0.push(Run {
-                offset,
-                length,
-                zeroed,
-            }),
-        }
-    }
+    Ok(runs.into_vec())
 }

@@ -22,6 +22,7 @@ pub mod codec;
 pub mod diff;
 pub mod error;
 pub mod file;
+pub mod flatten;
 pub mod layer;
 pub mod lsmt_writer;
 pub mod progress;

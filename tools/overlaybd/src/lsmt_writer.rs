@@ -41,6 +41,28 @@ impl Run {
     }
 }
 
+/// Ascending runs, joined where they touch.
+#[derive(Default)]
+pub(crate) struct Runs(Vec<Run>);
+
+impl Runs {
+    /// Appends `length` sectors at sector `offset`.
+    pub(crate) fn push(&mut self, offset: u64, length: u64, zeroed: bool) {
+        match self.0.last_mut() {
+            Some(last) if last.end() == offset && last.zeroed == zeroed => last.length += length,
+            _ => self.0.push(Run {
+                offset,
+                length,
+                zeroed,
+            }),
+        }
+    }
+
+    pub(crate) fn into_vec(self) -> Vec<Run> {
+        self.0
+    }
+}
+
 /// Cuts runs of any length into pieces that fit in an index entry.
 pub fn cut(runs: impl IntoIterator<Item = Run>) -> impl Iterator<Item = Run> {
     runs.into_iter().flat_map(|run| {

@@ -13,10 +13,11 @@ use overlaybd::codec::Method;
 use overlaybd::format::num::Records;
 use overlaybd::format::zfile::{flag, Algorithm, Geometry, JumpTable};
 use overlaybd::format::{tar, Blob};
-use overlaybd::lsmt_writer::Run;
+use overlaybd::lsmt_writer::{cut, LayerWriter, Run};
+use overlaybd::progress::silent;
 use overlaybd::wrap::Wrapping;
 use overlaybd::zfile_writer::Options;
-use overlaybd::{crc32c, tar_writer, FileBlob, LayerReader, Payload, Stack};
+use overlaybd::{crc32c, flatten, tar_writer, FileBlob, LayerReader, Payload, Stack};
 use proptest::collection::vec;
 use proptest::prelude::*;
 
@@ -111,6 +112,57 @@ proptest! {
             end = segment.end();
         }
         prop_assert!(end <= stack.sectors());
+    }
+
+    /// A part of a stack, made one layer, reads as it did: in its place, and alone.
+    #[test]
+    fn flattened(
+        layers in vec(layer(), 1..7),
+        from in any::<prop::sample::Index>(),
+        count in any::<prop::sample::Index>(),
+    ) {
+        let mut files: Vec<_> = layers
+            .iter()
+            .enumerate()
+            .map(|(nth, (size, runs))| file(&lsmt(*size, runs, |sector| fill(nth, sector))))
+            .collect();
+        let from = from.index(layers.len());
+        let to = from + 1 + count.index(layers.len() - from);
+        let readers = |files: &[tempfile::NamedTempFile]| -> Vec<LayerReader> {
+            let open = |file: &tempfile::NamedTempFile| LayerReader::open(file.path(), None);
+            files.iter().map(|file| open(file).unwrap()).collect()
+        };
+        let one = |stack: &Stack, zeroed| {
+            let runs: Vec<Run> = cut(flatten::runs(stack, zeroed)).collect();
+            prop_assert!(runs.windows(2).all(|pair| pair[0].end() <= pair[1].offset));
+            let size = flatten::virtual_size(stack);
+            let writer = LayerWriter::new(size, Default::default(), runs).unwrap();
+            let mut bytes = Vec::new();
+            let read = |offset: u64, buf: &mut [u8]| stack.read_at(offset, buf);
+            let sink = &mut |piece: &[u8]| { bytes.extend_from_slice(piece); Ok(()) };
+            writer.write(read, sink, &silent).unwrap();
+            Ok(file(&bytes))
+        };
+        let stack = flatten::stack(readers(&files[from..to])).unwrap();
+        let (merged, lowest) = (one(&stack, true)?, one(&stack, false)?);
+        // The model fills by the number of the layer.
+        let none = vec![(0, Vec::new()); from];
+        if let Some(wanted) = model(&[none.as_slice(), &layers[from..to]].concat()) {
+            for path in [merged.path(), lowest.path()] {
+                let stack = Stack::open(&[path]).unwrap();
+                prop_assert_eq!(stack.size(), wanted.len() as u64);
+                let mut found = vec![0xee; wanted.len()];
+                stack.read_at(0, &mut found).unwrap();
+                prop_assert_eq!(&found, &wanted);
+            }
+        }
+        files.splice(from..to, [merged]);
+        let Some(wanted) = model(&layers) else { return Ok(()) };
+        let stack = Stack::new(readers(&files)).unwrap();
+        let mut found = vec![0xee; wanted.len()];
+        prop_assert_eq!(stack.size(), wanted.len() as u64);
+        stack.read_at(0, &mut found).unwrap();
+        prop_assert_eq!(&found, &wanted);
     }
 
     /// Layers written anew from what a reader gives are the same.

@@ -5,13 +5,14 @@
 use std::path::PathBuf;
 
 use anyhow::Result;
-use overlaybd::format::lsmt::MAX_END;
 use overlaybd::format::num::to_u64;
-use overlaybd::format::{Blob, SECTOR_SIZE};
+use overlaybd::format::Blob;
 use overlaybd::lsmt_writer::{LayerWriter, Run};
-use overlaybd::{wrap, LayerReader, Stack};
+use overlaybd::wrap::{self, Wrapping};
+use overlaybd::{flatten, LayerReader};
 
 use crate::bar::Bar;
+use crate::layer_out;
 use crate::layers::LayerArg;
 use crate::output::Output;
 use crate::wrap_args::{uuid_text, IdentArgs, WrapArgs};
@@ -60,35 +61,24 @@ pub(crate) fn run(args: &Args) -> Result<()> {
         user_tag,
     } = &args.ident;
     if args.compact || uuid.is_some() || parent_uuid.is_some() || user_tag.is_some() {
-        compact(args, layer, |len, produce| {
-            let bar = Bar::new("committing", len);
-            wrap::write(output.file(), wrapping, |sink| produce(sink, &bar))?;
-            Ok(())
-        })?;
-    } else {
-        let payload = layer.payload();
-        let bar = Bar::new("committing", payload.size());
-        wrap::write(output.file(), wrapping, |sink| {
-            payload
-                .stream(0, payload.size(), &mut |piece| {
-                    sink(piece)?;
-                    bar.advance(to_u64(piece.len()))
-                })
-                .map_err(|error| error.in_file(&args.input.path))
-        })?;
+        return compact(args, layer, output, wrapping);
     }
+    let payload = layer.payload();
+    let bar = Bar::new("committing", payload.size());
+    wrap::write(output.file(), wrapping, |sink| {
+        payload
+            .stream(0, payload.size(), &mut |piece| {
+                sink(piece)?;
+                bar.advance(to_u64(piece.len()))
+            })
+            .map_err(|error| error.in_file(&args.input.path))
+    })?;
+    drop(bar);
     output.commit()
 }
 
-/// Hands the bytes of a file to a sink.
-type Produce<'a> = &'a dyn Fn(wrap::Sink<'_>, &Bar) -> overlaybd::Result<()>;
-
 /// Writes the layer anew.
-fn compact(
-    args: &Args,
-    layer: LayerReader,
-    write: impl FnOnce(u64, Produce<'_>) -> Result<()>,
-) -> Result<()> {
+fn compact(args: &Args, layer: LayerReader, output: Output, wrapping: Wrapping) -> Result<()> {
     let mut ident = layer.ident().clone();
     if let Some(uuid) = args.ident.uuid {
         ident.uuid = uuid_text(uuid);
@@ -105,11 +95,7 @@ fn compact(
         zeroed: segment.zeroed(),
     });
     let writer = LayerWriter::new(layer.lsmt().virtual_size(), ident, runs)?;
-    // Segments may lie behind the virtual size: a layer above that is larger shows them.
-    let disk = Stack::with_size(vec![layer], MAX_END * SECTOR_SIZE)?;
-    write(writer.data_len(), &|sink, bar| {
-        writer.write(|offset, buf| disk.read_at(offset, buf), sink, &|bytes| {
-            bar.advance(bytes)
-        })
-    })
+    let disk = flatten::stack(vec![layer])?;
+    let read = |offset: u64, buf: &mut [u8]| disk.read_at(offset, buf);
+    layer_out::write(output, wrapping, &writer, "committing", read)
 }

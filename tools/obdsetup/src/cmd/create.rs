@@ -13,13 +13,14 @@ use overlaybd::format::num::{to_u64, to_usize};
 use overlaybd::format::Blob;
 use overlaybd::layer::Ident;
 use overlaybd::lsmt_writer::{cut, LayerWriter};
-use overlaybd::{wrap, FileBlob, Stack};
+use overlaybd::{FileBlob, Stack};
 use tempfile::NamedTempFile;
 use uuid::Uuid;
 
 use crate::bar::Bar;
 use crate::exit::Failure;
 use crate::interrupt;
+use crate::layer_out;
 use crate::layers::{open_layers, LayerArg};
 use crate::output::{directory, temp_file, Output};
 use crate::size;
@@ -116,7 +117,7 @@ pub(crate) fn run(args: &Args) -> Result<()> {
     let wrapping = args.wrap.wrapping()?;
     let layers = args.base.iter().map(|layer| layer.path.as_path());
     let inputs = layers.chain(args.image.as_deref());
-    let mut output = Output::create(&args.output, args.force, inputs)?;
+    let output = Output::create(&args.output, args.force, inputs)?;
 
     // Deleted when dropped.
     let made = match (&args.directory, args.fs) {
@@ -149,7 +150,6 @@ pub(crate) fn run(args: &Args) -> Result<()> {
     };
     let writer = LayerWriter::new(image.size(), ident(args, base.as_ref()), cut(runs))
         .with_context(|| format!("{}: cannot make the layer", args.output.display()))?;
-    let bar = Bar::new("writing", writer.data_len());
     let read = |offset: u64, buf: &mut [u8]| {
         // Behind the end of the image, its last sector is filled up with zeros.
         let inside = image.size().saturating_sub(offset).min(to_u64(buf.len()));
@@ -159,11 +159,7 @@ pub(crate) fn run(args: &Args) -> Result<()> {
             .read_at(offset, data)
             .map_err(|error| error.in_file(path))
     };
-    wrap::write(output.file(), wrapping, |sink| {
-        writer.write(read, sink, &|bytes| bar.advance(bytes))
-    })?;
-    drop(bar);
-    output.commit()
+    layer_out::write(output, wrapping, &writer, "writing", read)
 }
 
 /// What the layer says of itself: what is asked for; the parent is the layer below.

@@ -7,6 +7,7 @@ mod commit;
 mod create;
 mod dump;
 mod info;
+mod merge;
 mod open;
 mod status;
 mod table;
@@ -22,6 +23,8 @@ pub(crate) enum Command {
     Create(create::Args),
     /// Compress and wrap a layer, or unwrap it
     Commit(commit::Args),
+    /// Make one layer of several
+    Merge(merge::Args),
     /// Show what a file is: wrapping, every field, sizes
     Info(info::Args),
     /// Set up a stack of layers as a block device
@@ -44,6 +47,7 @@ impl Command {
         match self {
             Self::Create(args) => create::run(&args),
             Self::Commit(args) => commit::run(&args),
+            Self::Merge(args) => merge::run(&args),
             Self::Info(args) => info::run(&args),
             Self::Open(args) => open::run(&args),
             Self::Close(args) => close::run(&args),
