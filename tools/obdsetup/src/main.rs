@@ -16,6 +16,7 @@ mod interrupt;
 mod layer_out;
 mod layers;
 mod output;
+mod raw_out;
 mod size;
 mod wrap_args;
 

@@ -299,6 +299,46 @@ fn merge() {
 }
 
 #[test]
+fn export() {
+    let place = Place::new();
+    let a = image();
+    let mut b = a.clone();
+    b[..40_960].fill(0);
+    // A hole, and data behind it.
+    b.resize(9 << 20, 0);
+    b.extend_from_slice(b"far away");
+    place.write("a.raw", &a);
+    place.write("b.raw", &b);
+    place.run("create --image a.raw a").success();
+    place.run("create --base a --image b.raw b").success();
+    let blocks = |name: &str| {
+        use std::os::unix::fs::MetadataExt;
+        place.path(name).metadata().unwrap().blocks() * 512
+    };
+    place.run("export -o x a b").success().stdout("").stderr("");
+    assert!(place.read("x") == b);
+    assert!(blocks("x") < 1 << 20, "{}", blocks("x"));
+    place.run("export --no-sparse -o y a b").success();
+    assert!(place.read("y") == b);
+    assert!(blocks("y") >= 9 << 20, "{}", blocks("y"));
+    let out = place.run("export -o - a b").success();
+    assert!(out.get_output().stdout == b);
+
+    place.run("export -o x a").code(5);
+    place.run("export --force -o a a b").code(1);
+    place.run("export a b").code(1);
+    place.run("export --force -o x a").success();
+    assert!(place.read("x") == a);
+    // What fails leaves what was there.
+    let mut bad = place.read("a");
+    bad[2000] ^= 1;
+    place.write("bad", &bad);
+    place.run("export --force -o x bad").code(3);
+    assert!(place.read("x") == a);
+    assert_eq!(place.names(), ["a", "a.raw", "b", "b.raw", "bad", "x", "y"]);
+}
+
+#[test]
 fn exit_codes() {
     let place = Place::new();
     place.run("").code(1);
@@ -309,7 +349,8 @@ fn exit_codes() {
         .success()
         .stdout(contains("Exit codes:"));
     for command in [
-        "create", "commit", "merge", "info", "open", "close", "status", "table", "verify", "dump"
+        "create", "commit", "merge", "info", "open", "close", "status", "table", "verify", "dump",
+        "export",
     ] {
         place
             .run(&format!("{command} --help"))

@@ -2,28 +2,18 @@
 
 //! `obdsetup dump`.
 
-use std::fs::File;
-use std::io::{self, Seek, SeekFrom, Write};
-use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt};
 use std::path::PathBuf;
 use std::sync::Arc;
 
-use anyhow::{Context, Result};
+use anyhow::Result;
 use overlaybd::format::num::{to_u64, to_usize};
 use overlaybd::format::Blob;
-use overlaybd::{Error, Payload};
-use rustix::fs::OFlags;
+use overlaybd::Payload;
 
-use crate::bar::Bar;
 use crate::exit::Failure;
 use crate::layers::{open_stack, LayerArg};
-use crate::output::Output;
+use crate::raw_out::{self, Dest, Source};
 use crate::size;
-
-/// Bytes that are read at once.
-const PIECE: u64 = 1 << 20;
-/// Bytes of zeros that become a hole.
-const HOLE: usize = 4096;
 
 /// Arguments of `dump`.
 #[derive(clap::Args)]
@@ -65,23 +55,6 @@ pub(crate) struct Args {
     /// Replace a file that exists
     #[arg(short, long)]
     force: bool,
-}
-
-/// Something to be dumped.
-trait Source {
-    fn read(&self, offset: u64, buf: &mut [u8]) -> overlaybd::Result<()>;
-    /// First byte at or behind `offset` that may not be zero.
-    fn next_data(&self, offset: u64, end: u64) -> Option<u64>;
-}
-
-impl Source for overlaybd::Stack {
-    fn read(&self, offset: u64, buf: &mut [u8]) -> overlaybd::Result<()> {
-        self.read_at(offset, buf)
-    }
-
-    fn next_data(&self, offset: u64, end: u64) -> Option<u64> {
-        overlaybd::Stack::next_data(self, offset, end)
-    }
 }
 
 /// The content of a ZFile; behind its end, zeros up to a whole sector.
@@ -134,132 +107,11 @@ pub(crate) fn run(args: &Args) -> Result<()> {
         ))
     })?;
 
-    let write = |out: &mut dyn Out, sparse| copy(source.as_ref(), args.offset, end, out, sparse);
-    if args.output.as_os_str() == "-" {
-        let mut out = Stream(io::stdout().lock());
-        write(&mut out, false)?;
-        // At the end of the process nobody would hear of an error.
-        return Ok(out.0.flush()?);
-    }
-    if let Some(mut file) = open_device(args)? {
-        // There, a hole would show what was there before.
-        write(&mut file, false)?;
-        let synced = file.sync_all().or_else(|error| match error.kind() {
-            // What is no disk has nothing to write back.
-            io::ErrorKind::InvalidInput => Ok(()),
-            _ => Err(error),
-        });
-        return synced.with_context(|| args.output.display().to_string());
-    }
-    let mut output = Output::create(
-        &args.output,
-        args.force,
-        args.layers.iter().map(|layer| layer.path.as_path()),
-    )?;
-    write(output.file(), args.sparse)?;
-    output.file().set_len(length)?;
-    output.commit()
-}
-
-/// Opens the output where it is a device, which can't be complete or absent as a file is: a disk
-/// must be meant to be overwritten, in use by nobody, and none of the layers.
-fn open_device(args: &Args) -> Result<Option<File>> {
-    let context = || args.output.display().to_string();
-    let Ok(meta) = std::fs::metadata(&args.output) else {
-        return Ok(None);
+    let dest = Dest {
+        path: &args.output,
+        force: args.force,
+        sparse: args.sparse,
+        inputs: &args.layers,
     };
-    let is_disk = meta.file_type().is_block_device();
-    if !is_disk && !meta.file_type().is_char_device() {
-        return Ok(None);
-    }
-    let mut options = File::options();
-    options.write(true);
-    if is_disk {
-        if !args.force {
-            return Err(Failure::usage(format!(
-                "{}: a disk is overwritten with --force only",
-                args.output.display()
-            )));
-        }
-        options.custom_flags(OFlags::EXCL.bits() as i32);
-    }
-    let file = options.open(&args.output).with_context(context)?;
-    let opened = file.metadata().with_context(context)?;
-    for layer in &args.layers {
-        let input = std::fs::metadata(&layer.path).with_context(|| layer.to_string())?;
-        if input.file_type().is_block_device() && input.rdev() == opened.rdev() {
-            return Err(Failure::usage(format!("{layer}: is the output as well")));
-        }
-    }
-    Ok(Some(file))
-}
-
-/// Where a dump goes.
-trait Out {
-    fn write(&mut self, bytes: &[u8]) -> io::Result<()>;
-    /// Leaves `len` bytes as zeros.
-    fn skip(&mut self, len: u64) -> io::Result<()>;
-}
-
-impl Out for File {
-    fn write(&mut self, bytes: &[u8]) -> io::Result<()> {
-        self.write_all(bytes)
-    }
-
-    fn skip(&mut self, len: u64) -> io::Result<()> {
-        let by = i64::try_from(len).map_err(|_| io::ErrorKind::FileTooLarge)?;
-        self.seek(SeekFrom::Current(by)).map(|_| ())
-    }
-}
-
-/// What cannot seek.
-struct Stream<W>(W);
-
-impl<W: Write> Out for Stream<W> {
-    fn write(&mut self, bytes: &[u8]) -> io::Result<()> {
-        self.0.write_all(bytes)
-    }
-
-    fn skip(&mut self, _: u64) -> io::Result<()> {
-        Err(io::ErrorKind::Unsupported.into())
-    }
-}
-
-fn copy(source: &dyn Source, start: u64, end: u64, out: &mut dyn Out, sparse: bool) -> Result<()> {
-    let wrote = |result: io::Result<()>| {
-        result.map_err(|source| Error::Io {
-            what: "write",
-            source,
-        })
-    };
-    let bar = Bar::new("reading", end - start);
-    let mut buffer = vec![0; to_usize(PIECE)];
-    let mut at = start;
-    while at < end {
-        if sparse {
-            let next = source.next_data(at, end).unwrap_or(end);
-            if next > at {
-                wrote(out.skip(next - at))?;
-                bar.advance(next - at)?;
-                at = next;
-                continue;
-            }
-        }
-        let take = (end - at).min(PIECE);
-        let piece = buffer.get_mut(..to_usize(take)).unwrap_or_default();
-        source.read(at, piece)?;
-        if sparse {
-            for chunk in piece.chunks(HOLE) {
-                wrote(match chunk.iter().all(|&byte| byte == 0) {
-                    true => out.skip(to_u64(chunk.len())),
-                    false => out.write(chunk),
-                })?;
-            }
-        } else {
-            wrote(out.write(piece))?;
-        }
-        bar.advance(take)?;
-        at += take;
-    }
-    Ok(())
+    raw_out::write(source.as_ref(), args.offset, end, &dest)
 }

@@ -6,6 +6,7 @@ mod close;
 mod commit;
 mod create;
 mod dump;
+mod export;
 mod info;
 mod merge;
 mod open;
@@ -37,8 +38,10 @@ pub(crate) enum Command {
     Table(table::Args),
     /// Check every index and every block of layers
     Verify(verify::Args),
-    /// Write what a stack of layers reads as, without the kernel module
+    /// Write what a stack of layers reads as, or a part of that, to standard output or a file
     Dump(dump::Args),
+    /// Make a disk image of a stack of layers
+    Export(export::Args),
 }
 
 impl Command {
@@ -55,6 +58,7 @@ impl Command {
             Self::Table(args) => table::run(&args),
             Self::Verify(args) => verify::run(&args),
             Self::Dump(args) => dump::run(&args),
+            Self::Export(args) => export::run(&args),
         }
     }
 }

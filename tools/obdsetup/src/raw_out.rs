@@ -1,0 +1,182 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! Writing a disk as it reads: to a file, perhaps with holes, to a device, to standard output.
+
+use std::fs::File;
+use std::io::{self, Seek, SeekFrom, Write};
+use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt};
+use std::path::Path;
+
+use anyhow::{Context, Result};
+use overlaybd::format::num::{to_u64, to_usize};
+use overlaybd::format::Blob;
+use overlaybd::Error;
+use rustix::fs::OFlags;
+
+use crate::bar::Bar;
+use crate::exit::Failure;
+use crate::layers::LayerArg;
+use crate::output::Output;
+
+/// Bytes that are read at once.
+const PIECE: u64 = 1 << 20;
+/// Bytes of zeros that become a hole.
+const HOLE: usize = 4096;
+
+/// A disk that can be read.
+pub(crate) trait Source {
+    /// Reads all of `buf` at byte `offset`.
+    fn read(&self, offset: u64, buf: &mut [u8]) -> overlaybd::Result<()>;
+    /// First byte at or behind `offset` that may not be zero.
+    fn next_data(&self, offset: u64, end: u64) -> Option<u64>;
+}
+
+impl Source for overlaybd::Stack {
+    fn read(&self, offset: u64, buf: &mut [u8]) -> overlaybd::Result<()> {
+        self.read_at(offset, buf)
+    }
+
+    fn next_data(&self, offset: u64, end: u64) -> Option<u64> {
+        overlaybd::Stack::next_data(self, offset, end)
+    }
+}
+
+/// Where a disk goes.
+pub(crate) struct Dest<'a> {
+    /// A file, a device, or `-` for standard output.
+    pub(crate) path: &'a Path,
+    /// Whether what is there is replaced.
+    pub(crate) force: bool,
+    /// Whether a file gets holes where there are zeros.
+    pub(crate) sparse: bool,
+    /// What is read, and so must not be written to.
+    pub(crate) inputs: &'a [LayerArg],
+}
+
+/// Writes bytes `start` to `end` of `source`.
+pub(crate) fn write(source: &dyn Source, start: u64, end: u64, dest: &Dest<'_>) -> Result<()> {
+    if dest.path.as_os_str() == "-" {
+        let mut out = Stream(io::stdout().lock());
+        copy(source, start, end, &mut out, false)?;
+        // At the end of the process nobody would hear of an error.
+        return Ok(out.0.flush()?);
+    }
+    if let Some(mut file) = open_device(dest)? {
+        // There, a hole would show what was there before.
+        copy(source, start, end, &mut file, false)?;
+        let synced = file.sync_all().or_else(|error| match error.kind() {
+            // What is no disk has nothing to write back.
+            io::ErrorKind::InvalidInput => Ok(()),
+            _ => Err(error),
+        });
+        return synced.with_context(|| dest.path.display().to_string());
+    }
+    let inputs = dest.inputs.iter().map(|layer| layer.path.as_path());
+    let mut output = Output::create(dest.path, dest.force, inputs)?;
+    copy(source, start, end, output.file(), dest.sparse)?;
+    output.file().set_len(end - start)?;
+    output.commit()
+}
+
+/// Opens the output where it is a device, which can't be complete or absent as a file is: a disk
+/// must be meant to be overwritten, in use by nobody, and none of the layers.
+fn open_device(dest: &Dest<'_>) -> Result<Option<File>> {
+    let context = || dest.path.display().to_string();
+    let Ok(meta) = std::fs::metadata(&dest.path) else {
+        return Ok(None);
+    };
+    let is_disk = meta.file_type().is_block_device();
+    if !is_disk && !meta.file_type().is_char_device() {
+        return Ok(None);
+    }
+    let mut options = File::options();
+    options.write(true);
+    if is_disk {
+        if !dest.force {
+            return Err(Failure::usage(format!(
+                "{}: a disk is overwritten with --force only",
+                dest.path.display()
+            )));
+        }
+        options.custom_flags(OFlags::EXCL.bits() as i32);
+    }
+    let file = options.open(&dest.path).with_context(context)?;
+    let opened = file.metadata().with_context(context)?;
+    for layer in dest.inputs {
+        let input = std::fs::metadata(&layer.path).with_context(|| layer.to_string())?;
+        if input.file_type().is_block_device() && input.rdev() == opened.rdev() {
+            return Err(Failure::usage(format!("{layer}: is the output as well")));
+        }
+    }
+    Ok(Some(file))
+}
+
+/// What the bytes go to.
+trait Out {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<()>;
+    /// Leaves `len` bytes as zeros.
+    fn skip(&mut self, len: u64) -> io::Result<()>;
+}
+
+impl Out for File {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<()> {
+        self.write_all(bytes)
+    }
+
+    fn skip(&mut self, len: u64) -> io::Result<()> {
+        let by = i64::try_from(len).map_err(|_| io::ErrorKind::FileTooLarge)?;
+        self.seek(SeekFrom::Current(by)).map(|_| ())
+    }
+}
+
+/// What cannot seek.
+struct Stream<W>(W);
+
+impl<W: Write> Out for Stream<W> {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<()> {
+        self.0.write_all(bytes)
+    }
+
+    fn skip(&mut self, _: u64) -> io::Result<()> {
+        Err(io::ErrorKind::Unsupported.into())
+    }
+}
+
+fn copy(source: &dyn Source, start: u64, end: u64, out: &mut dyn Out, sparse: bool) -> Result<()> {
+    let wrote = |result: io::Result<()>| {
+        result.map_err(|source| Error::Io {
+            what: "write",
+            source,
+        })
+    };
+    let bar = Bar::new("reading", end - start);
+    let mut buffer = vec![0; to_usize(PIECE)];
+    let mut at = start;
+    while at < end {
+        if sparse {
+            let next = source.next_data(at, end).unwrap_or(end);
+            if next > at {
+                wrote(out.skip(next - at))?;
+                bar.advance(next - at)?;
+                at = next;
+                continue;
+            }
+        }
+        let take = (end - at).min(PIECE);
+        let piece = buffer.get_mut(..to_usize(take)).unwrap_or_default();
+        source.read(at, piece)?;
+        if sparse {
+            for chunk in piece.chunks(HOLE) {
+                wrote(match chunk.iter().all(|&byte| byte == 0) {
+                    true => out.skip(to_u64(chunk.len())),
+                    false => out.write(chunk),
+                })?;
+            }
+        } else {
+            wrote(out.write(piece))?;
+        }
+        bar.advance(take)?;
+        at += take;
+    }
+    Ok(())
+}
