@@ -362,12 +362,22 @@ fn exit_codes() {
         .code(4)
         .stderr("obdsetup: nothing: cannot open: No such file or directory (os error 2)\n");
     place.write("empty", b"");
-    place.run("info empty").code(3);
+    place.write("short", b"short");
+    place.write("text", &[b'x'; 9000]);
+    for name in ["empty", "short", "text"] {
+        place
+            .run(&format!("info {name}"))
+            .code(3)
+            .stdout("")
+            .stderr(format!(
+                "obdsetup: {name}: not an OverlayBD file, which begins with a tar, ZFile or \
+                 LSMT header\n"
+            ));
+    }
     place
         .run("dump empty")
         .code(3)
         .stderr(starts_with("obdsetup: empty: image is truncated"));
-    place.write("text", &[b'x'; 9000]);
     place
         .run("verify text")
         .code(3)
@@ -380,7 +390,7 @@ fn exit_codes() {
         .run("open bad/name text")
         .code(1)
         .stderr(contains("name `bad/name`"));
-    assert_eq!(place.names(), ["empty", "text"]);
+    assert_eq!(place.names(), ["empty", "short", "text"]);
 }
 
 #[test]
