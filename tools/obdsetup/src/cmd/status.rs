@@ -3,6 +3,7 @@
 //! `obdsetup status`.
 
 use std::fmt::Write;
+use std::path::Path;
 
 use anyhow::Result;
 use serde::Serialize;
@@ -10,6 +11,7 @@ use serde_json::{Map, Value};
 
 use super::close::not_ours;
 use super::{print, print_json};
+use crate::dm::backing::loop_file;
 use crate::dm::control::{Line, State};
 use crate::dm::plan::check_name;
 use crate::dm::Control;
@@ -18,7 +20,9 @@ use crate::dm::Control;
 #[derive(clap::Args)]
 #[command(after_help = "Examples:
   obdsetup status app
-  obdsetup status --json app | jq '.devices[].targets[].status.corrupt_blocks'")]
+  obdsetup status --json app | jq '.devices[].targets[].status.corrupt_blocks'
+
+`file' is what a loop device in the table is over.")]
 pub(crate) struct Args {
     /// Name that was given to `open`
     name: String,
@@ -68,7 +72,15 @@ struct Device {
 #[derive(Serialize)]
 struct Target {
     table: String,
+    files: Vec<LoopFile>,
     status: Map<String, Value>,
+}
+
+/// A file on a loop device that a table names.
+#[derive(Debug, PartialEq, Eq, Serialize)]
+struct LoopFile {
+    device: String,
+    file: String,
 }
 
 /// Runs `status`.
@@ -104,6 +116,7 @@ fn collect(control: &Control, state: State) -> Result<Device> {
             .zip(&status)
             .map(|(table, status)| Target {
                 table: table.to_string(),
+                files: files(table, &|number| loop_file(Path::new("/sys"), number)),
                 status: parse(status),
             })
             .collect(),
@@ -114,6 +127,25 @@ fn collect(control: &Control, state: State) -> Result<Device> {
         read_only: state.read_only,
         suspended: state.suspended,
     })
+}
+
+/// The files of the loop devices that `line` names; `look` gives the file of device `MAJOR:MINOR`.
+fn files(line: &Line, look: &dyn Fn(&str) -> Option<String>) -> Vec<LoopFile> {
+    let is_number = |word: &str| {
+        let digits = |part: &str| !part.is_empty() && part.bytes().all(|b| b.is_ascii_digit());
+        word.split_once(':')
+            .is_some_and(|(major, minor)| digits(major) && digits(minor))
+    };
+    line.params
+        .split_whitespace()
+        .filter(|word| is_number(word))
+        .filter_map(|word| {
+            Some(LoopFile {
+                device: word.to_owned(),
+                file: look(word)?,
+            })
+        })
+        .collect()
 }
 
 /// Names the fields of an INFO line. What a newer module adds is `field_N`, counted from 0.
@@ -162,6 +194,10 @@ fn describe(report: &Report) -> String {
         }
         for target in &device.targets {
             line("table", &target.table);
+            for LoopFile { device, file } in &target.files {
+                // A name may have any bytes, line breaks too.
+                line("file", &format_args!("{device} {}", file.escape_debug()));
+            }
             for (name, value) in &target.status {
                 let value = match value {
                     Value::String(text) => text.clone(),
@@ -176,7 +212,7 @@ fn describe(report: &Report) -> String {
 
 #[cfg(test)]
 mod tests {
-    use super::parse;
+    use super::{files, parse, LoopFile};
 
     #[test]
     fn info_lines() {
@@ -196,5 +232,21 @@ mod tests {
         let lsmt = line("lsmt", "2 100 8388608 1600");
         assert_eq!(lsmt["index_memory"], 1600);
         assert!(line("linear", "").is_empty());
+    }
+
+    #[test]
+    fn files_behind_tables() {
+        let line = super::Line {
+            start: 0,
+            len: 8,
+            target: "lsmt".to_owned(),
+            params: "2 254:1 704512 7:3 86016 1 some:option".to_owned(),
+        };
+        let look = |number: &str| (number == "7:3").then(|| "/srv/app.obd".to_owned());
+        let found = LoopFile {
+            device: "7:3".to_owned(),
+            file: "/srv/app.obd".to_owned(),
+        };
+        assert_eq!(files(&line, &look), [found]);
     }
 }

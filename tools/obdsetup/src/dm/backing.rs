@@ -64,6 +64,15 @@ impl Backing {
     }
 }
 
+/// The file behind the loop device with number `MAJOR:MINOR`, where it is one. `sys` is where sysfs
+/// is mounted.
+pub(crate) fn loop_file(sys: &Path, number: &str) -> Option<String> {
+    let path = sys.join("dev/block").join(number).join("loop/backing_file");
+    let bytes = std::fs::read(path).ok()?;
+    let text = String::from_utf8_lossy(&bytes);
+    Some(text.strip_suffix('\n').unwrap_or(&text).to_owned())
+}
+
 /// Attaches `file` to a free loop device.
 fn attach(file: &File) -> Result<LoopDevice> {
     let control = LoopControl::open().context("cannot open /dev/loop-control (modprobe loop?)")?;
@@ -82,5 +91,22 @@ fn attach(file: &File) -> Result<LoopDevice> {
             }
             Err(error) => return Err(error).context("cannot attach a loop device"),
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::loop_file;
+
+    #[test]
+    fn files_of_loop_devices() -> std::io::Result<()> {
+        let sys = tempfile::tempdir()?;
+        let dir = sys.path().join("dev/block/7:3/loop");
+        std::fs::create_dir_all(&dir)?;
+        std::fs::write(dir.join("backing_file"), "/srv/a layer.obd\n")?;
+        let file = loop_file(sys.path(), "7:3");
+        assert_eq!(file.as_deref(), Some("/srv/a layer.obd"));
+        assert_eq!(loop_file(sys.path(), "254:0"), None);
+        Ok(())
     }
 }
