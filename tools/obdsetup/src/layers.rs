@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: GPL-2.0
 
 //! Layers on the command line: `PATH`, or `DEVICE:BYTES` where the blob is shorter than the
-//! device that it is on.
+//! device that it is on, or a `config.v1.json` that lists them.
 
 use std::fmt;
 use std::io::{self, Write};
@@ -13,7 +13,7 @@ use anyhow::Result;
 use overlaybd::layer::Ident;
 use overlaybd::{FileBlob, LayerReader, Stack};
 
-use crate::{interrupt, size};
+use crate::{config, interrupt, size};
 
 /// A layer, named but not opened.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -68,6 +68,24 @@ impl LayerArg {
     pub(crate) fn is_device(&self) -> bool {
         std::fs::metadata(&self.path).is_ok_and(|meta| meta.file_type().is_block_device())
     }
+}
+
+/// The layers that are named, lowest first: a `config.v1.json` names those that it lists.
+pub(crate) fn expand(args: &[LayerArg]) -> Result<Vec<LayerArg>> {
+    let mut layers = Vec::new();
+    for arg in args {
+        match config::is_config(arg) {
+            true => layers.extend(config::layers(&arg.path)?),
+            false => layers.push(arg.clone()),
+        }
+    }
+    Ok(layers)
+}
+
+/// What of several lists of layers is on the disk, so that nobody writes to it.
+pub(crate) fn paths<'a>(lists: &[&'a [LayerArg]]) -> Vec<&'a Path> {
+    let layers = lists.iter().flat_map(|list| list.iter());
+    layers.map(|layer| layer.path.as_path()).collect()
 }
 
 /// Opens layers, lowest first.

@@ -10,6 +10,7 @@
 
 mod bar;
 mod cmd;
+mod config;
 mod dm;
 mod exit;
 mod interrupt;

@@ -15,7 +15,6 @@ use rustix::fs::OFlags;
 
 use crate::bar::Bar;
 use crate::exit::Failure;
-use crate::layers::LayerArg;
 use crate::output::Output;
 
 /// Bytes that are read at once.
@@ -50,7 +49,7 @@ pub(crate) struct Dest<'a> {
     /// Whether a file gets holes where there are zeros.
     pub(crate) sparse: bool,
     /// What is read, and so must not be written to.
-    pub(crate) inputs: &'a [LayerArg],
+    pub(crate) inputs: &'a [&'a Path],
 }
 
 /// Writes bytes `start` to `end` of `source`.
@@ -71,8 +70,7 @@ pub(crate) fn write(source: &dyn Source, start: u64, end: u64, dest: &Dest<'_>) 
         });
         return synced.with_context(|| dest.path.display().to_string());
     }
-    let inputs = dest.inputs.iter().map(|layer| layer.path.as_path());
-    let mut output = Output::create(dest.path, dest.force, inputs)?;
+    let mut output = Output::create(dest.path, dest.force, dest.inputs.iter().copied())?;
     copy(source, start, end, output.file(), dest.sparse)?;
     output.file().set_len(end - start)?;
     output.commit()
@@ -103,9 +101,10 @@ fn open_device(dest: &Dest<'_>) -> Result<Option<File>> {
     let file = options.open(&dest.path).with_context(context)?;
     let opened = file.metadata().with_context(context)?;
     for layer in dest.inputs {
-        let input = std::fs::metadata(&layer.path).with_context(|| layer.to_string())?;
+        let input = std::fs::metadata(layer).with_context(|| layer.display().to_string())?;
         if input.file_type().is_block_device() && input.rdev() == opened.rdev() {
-            return Err(Failure::usage(format!("{layer}: is the output as well")));
+            let message = format!("{}: is the output as well", layer.display());
+            return Err(Failure::usage(message));
         }
     }
     Ok(Some(file))

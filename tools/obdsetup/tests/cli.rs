@@ -339,6 +339,88 @@ fn export() {
 }
 
 #[test]
+fn stacks_of_containerd() {
+    let place = Place::new();
+    let a = image();
+    let mut b = a.clone();
+    b[..40_960].fill(0);
+    place.write("a.raw", &a);
+    place.write("b.raw", &b);
+    fs::create_dir_all(place.path("stack/1")).unwrap();
+    place.run("create --image a.raw stack/a.obd").success();
+    place
+        .run("create --base stack/a.obd --image b.raw stack/1/overlaybd.commit")
+        .success();
+    let config = |text: &str| place.write("stack/config.v1.json", text.as_bytes());
+    // As the snapshotter writes it; a relative name is looked up beside the file.
+    let dir = place.path("stack/1");
+    config(&format!(
+        r#"{{"repoBlobUrl":"https://registry/v2/app/blobs","lowers":[{{"file":"a.obd"}},
+            {{"digest":"sha256:12","size":7,"dir":"{}"}}],"upper":{{}},"resultFile":"/x"}}"#,
+        dir.display()
+    ));
+    let files = "stack/a.obd stack/1/overlaybd.commit";
+    assert!(dump(&place, "stack/config.v1.json") == b);
+    assert!(dump(&place, files) == b);
+    place.run("export -o x stack/config.v1.json").success();
+    assert!(place.read("x") == b);
+    place.run("merge -o y stack/config.v1.json").success();
+    assert!(dump(&place, "y") == b);
+    let report = place.json("verify --json stack/config.v1.json");
+    assert_eq!(report["layers"].as_array().unwrap().len(), 2);
+    let info = place.json("info --json stack/config.v1.json");
+    assert_eq!(info[0]["path"], "stack/a.obd");
+    assert_eq!(info[1]["lsmt"]["zeroed_size"], 40_960);
+    let table = place.run("table stack/config.v1.json").success();
+    let table = String::from_utf8(table.get_output().stdout.clone()).unwrap();
+    assert!(
+        table.contains("LOOP(stack/a.obd)") && table.contains(" lsmt 2 "),
+        "{table}"
+    );
+    place
+        .run("create --base stack/config.v1.json --image a.raw z")
+        .success();
+    assert!(dump(&place, "stack/config.v1.json z") == a);
+    place
+        .run("export --force -o stack/config.v1.json stack/config.v1.json")
+        .code(1);
+
+    for (text, code, said) in [
+        ("{", 3, "not a config.v1.json: "),
+        ("{}", 1, "lists no layers"),
+        (
+            r#"{"lowers":[{"digest":"sha256:12","size":3}]}"#,
+            1,
+            "layer 0: sha256:12 is in a registry",
+        ),
+        (
+            r#"{"lowers":[{"file":"a.obd"},{"digest":"sha256:34","dir":"/nowhere"}]}"#,
+            1,
+            "layer 1: sha256:34 is in a registry only: no overlaybd.commit in /nowhere",
+        ),
+        (r#"{"lowers":[{"size":3}]}"#, 1, "layer 0: neither"),
+        (
+            r#"{"lowers":[{"file":"a.obd","targetFile":"t"}]}"#,
+            1,
+            "TurboOCI",
+        ),
+        (
+            r#"{"lowers":[{"file":"a.obd"}],"upper":{"index":"i","data":"d"}}"#,
+            1,
+            "writable layer",
+        ),
+        (r#"{"lowers":[{"file":"gone"}]}"#, 4, "gone: cannot open"),
+    ] {
+        config(text);
+        place
+            .run("dump stack/config.v1.json")
+            .code(code)
+            .stdout("")
+            .stderr(contains(said).and(starts_with("obdsetup: stack/")));
+    }
+}
+
+#[test]
 fn exit_codes() {
     let place = Place::new();
     place.run("").code(1);

@@ -21,7 +21,7 @@ use crate::bar::Bar;
 use crate::exit::Failure;
 use crate::interrupt;
 use crate::layer_out;
-use crate::layers::{open_layers, LayerArg};
+use crate::layers::{expand, open_layers, paths, LayerArg};
 use crate::output::{directory, temp_file, Output};
 use crate::size;
 use crate::wrap_args::{uuid_text, IdentArgs, WrapArgs};
@@ -71,7 +71,7 @@ pub(crate) struct Args {
     )]
     mkfs_arg: Vec<OsString>,
 
-    /// Layers below, lowest first (one after each --base)
+    /// Layers below, lowest first (one after each --base), or a config.v1.json that lists them
     #[arg(long, value_name = "LAYER", conflicts_with = "directory")]
     base: Vec<LayerArg>,
 
@@ -115,8 +115,9 @@ fn granule(text: &str) -> Result<u64, String> {
 /// Runs `create`.
 pub(crate) fn run(args: &Args) -> Result<()> {
     let wrapping = args.wrap.wrapping()?;
-    let layers = args.base.iter().map(|layer| layer.path.as_path());
-    let inputs = layers.chain(args.image.as_deref());
+    let below = expand(&args.base)?;
+    let layers = paths(&[&args.base, &below]);
+    let inputs = layers.into_iter().chain(args.image.as_deref());
     let output = Output::create(&args.output, args.force, inputs)?;
 
     // Deleted when dropped.
@@ -134,7 +135,7 @@ pub(crate) fn run(args: &Args) -> Result<()> {
         return Err(Failure::usage(format!("{}: empty", path.display())));
     }
 
-    let base = match args.base.as_slice() {
+    let base = match below.as_slice() {
         [] => None,
         base => Some(Stack::with_size(open_layers(base)?, image.size())?),
     };

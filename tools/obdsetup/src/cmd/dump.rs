@@ -11,7 +11,7 @@ use overlaybd::format::Blob;
 use overlaybd::Payload;
 
 use crate::exit::Failure;
-use crate::layers::{open_stack, LayerArg};
+use crate::layers::{expand, open_stack, paths, LayerArg};
 use crate::raw_out::{self, Dest, Source};
 use crate::size;
 
@@ -24,7 +24,7 @@ use crate::size;
 
 Reads as the kernel would, but needs no kernel module. Every block that is read is checked.")]
 pub(crate) struct Args {
-    /// Layers, lowest first, or DEVICE:BYTES
+    /// Layers, lowest first, DEVICE:BYTES, or a config.v1.json that lists them
     #[arg(required = true, value_name = "LAYER")]
     layers: Vec<LayerArg>,
 
@@ -75,8 +75,12 @@ impl Source for Content {
 
 /// Runs `dump`.
 pub(crate) fn run(args: &Args) -> Result<()> {
+    let layers = match args.zfile {
+        true => args.layers.clone(),
+        false => expand(&args.layers)?,
+    };
     let (source, size): (Box<dyn Source>, u64) = if args.zfile {
-        let [layer] = args.layers.as_slice() else {
+        let [layer] = layers.as_slice() else {
             return Err(Failure::usage("--zfile takes one file"));
         };
         let payload = Payload::open(Arc::new(layer.open()?))?;
@@ -89,7 +93,7 @@ pub(crate) fn run(args: &Args) -> Result<()> {
         let size = payload.size();
         (Box::new(Content(payload)), size)
     } else {
-        let stack = open_stack(&args.layers)?;
+        let stack = open_stack(&layers)?;
         let size = stack.virtual_size();
         (Box::new(stack), size)
     };
@@ -111,7 +115,7 @@ pub(crate) fn run(args: &Args) -> Result<()> {
         path: &args.output,
         force: args.force,
         sparse: args.sparse,
-        inputs: &args.layers,
+        inputs: &paths(&[&args.layers, &layers]),
     };
     raw_out::write(source.as_ref(), args.offset, end, &dest)
 }

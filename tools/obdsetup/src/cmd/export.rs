@@ -6,20 +6,21 @@ use std::path::PathBuf;
 
 use anyhow::Result;
 
-use crate::layers::{open_stack, LayerArg};
+use crate::layers::{expand, open_stack, paths, LayerArg};
 use crate::raw_out::{self, Dest};
 
 /// Arguments of `export`.
 #[derive(clap::Args)]
 #[command(after_help = "Examples:
   obdsetup export -o disk.raw base.obd app.obd
+  obdsetup export -o disk.raw config.v1.json     a stack of containerd's, if its layers are here
   obdsetup export -o - base.obd app.obd | zstd >disk.raw.zst
   obdsetup export --force -o /dev/vg/disk base.obd app.obd
 
 The file has holes where no layer has data and where there are zeros. Every block that is read is
 checked. Needs no kernel module. For a part of the disk, or what a ZFile holds, see `dump`.")]
 pub(crate) struct Args {
-    /// Layers, lowest first, or DEVICE:BYTES
+    /// Layers, lowest first, DEVICE:BYTES, or a config.v1.json that lists them
     #[arg(required = true, value_name = "LAYER")]
     layers: Vec<LayerArg>,
 
@@ -38,12 +39,13 @@ pub(crate) struct Args {
 
 /// Runs `export`.
 pub(crate) fn run(args: &Args) -> Result<()> {
-    let stack = open_stack(&args.layers)?;
+    let layers = expand(&args.layers)?;
+    let stack = open_stack(&layers)?;
     let dest = Dest {
         path: &args.output,
         force: args.force,
         sparse: !args.no_sparse,
-        inputs: &args.layers,
+        inputs: &paths(&[&args.layers, &layers]),
     };
     raw_out::write(&stack, 0, stack.virtual_size(), &dest)
 }

@@ -13,7 +13,7 @@ use serde::Serialize;
 
 use super::{print, print_json};
 use crate::exit::{self, Failure};
-use crate::layers::LayerArg;
+use crate::layers::{expand, LayerArg};
 use crate::size;
 
 /// Arguments of `info`.
@@ -23,7 +23,7 @@ use crate::size;
   obdsetup info --json layer.obd | jq '.[0].lsmt.virtual_size'
   obdsetup info /dev/vdb:758556      the first 758556 bytes of a device")]
 pub(crate) struct Args {
-    /// Layers or ZFiles, or DEVICE:BYTES
+    /// Layers or ZFiles, DEVICE:BYTES, or a config.v1.json that lists layers
     #[arg(required = true, value_name = "FILE")]
     files: Vec<LayerArg>,
 
@@ -84,7 +84,8 @@ struct Lsmt {
 
 /// Runs `info`.
 pub(crate) fn run(args: &Args) -> Result<()> {
-    let infos = args.files.iter().map(collect).collect::<Result<Vec<_>>>()?;
+    let files = expand(&args.files)?;
+    let infos = files.iter().map(collect).collect::<Result<Vec<_>>>()?;
     if args.json {
         return print_json(&infos);
     }

@@ -12,7 +12,7 @@ use overlaybd::lsmt_writer::{cut, LayerWriter};
 use uuid::Uuid;
 
 use crate::layer_out;
-use crate::layers::{open_layers, order_warnings, warn, LayerArg};
+use crate::layers::{expand, open_layers, order_warnings, paths, warn, LayerArg};
 use crate::output::Output;
 use crate::wrap_args::{uuid_text, IdentArgs, WrapArgs};
 
@@ -27,7 +27,7 @@ The new layer reads as the layers did together, alone and in their place in a la
 they set to zero still hides what is below. With --lowest, it does so as the lowest layer only.
 It takes the UUID of the topmost layer and the parent UUID of the lowest one, if none are given.")]
 pub(crate) struct Args {
-    /// Layers, lowest first, or DEVICE:BYTES
+    /// Layers, lowest first, DEVICE:BYTES, or a config.v1.json that lists them
     #[arg(required = true, value_name = "LAYER")]
     layers: Vec<LayerArg>,
 
@@ -53,9 +53,9 @@ pub(crate) struct Args {
 /// Runs `merge`.
 pub(crate) fn run(args: &Args) -> Result<()> {
     let wrapping = args.wrap.wrapping()?;
-    let layers = open_layers(&args.layers)?;
-    let inputs = args.layers.iter().map(|layer| layer.path.as_path());
-    let output = Output::create(&args.output, args.force, inputs)?;
+    let named = expand(&args.layers)?;
+    let layers = open_layers(&named)?;
+    let output = Output::create(&args.output, args.force, paths(&[&args.layers, &named]))?;
     warn(&order_warnings(&layers));
     let stack = flatten::stack(layers)?;
     let runs = flatten::runs(&stack, !args.lowest);

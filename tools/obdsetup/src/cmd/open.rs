@@ -15,13 +15,14 @@ use crate::dm::plan::{self, Lower, Place, TargetOptions};
 use crate::dm::{self, Control, Plan};
 use crate::exit::{self, Failure};
 use crate::interrupt;
-use crate::layers::{chain_warnings, open_stack, warn, LayerArg};
+use crate::layers::{chain_warnings, expand, open_stack, warn, LayerArg};
 
 /// Arguments of `open`.
 #[derive(clap::Args)]
 #[command(after_help = "Examples:
   obdsetup open app base.obd app.obd && mount -o ro /dev/mapper/app /mnt
   obdsetup open vol /dev/vdb /dev/vdc:758556     blobs on block devices
+  obdsetup open app config.v1.json               what containerd set up, if its layers are here
   obdsetup open --zfile data data.zf             the content of a plain ZFile
 
 Files get read-only loop devices, which vanish with the device. If any step fails, what was set up
@@ -41,7 +42,8 @@ pub(crate) struct Args {
 /// What is to be set up.
 #[derive(clap::Args)]
 pub(crate) struct LayersArgs {
-    /// Layers, lowest first: files or block devices; DEVICE:BYTES where the blob is shorter
+    /// Layers, lowest first: files or block devices; DEVICE:BYTES where the blob is shorter; or a
+    /// config.v1.json that lists them
     #[arg(required = true, value_name = "LAYER")]
     layers: Vec<LayerArg>,
 
@@ -64,6 +66,14 @@ pub(crate) enum Opened {
     Zfile(Payload),
 }
 
+/// What is set up, and how.
+pub(crate) struct Planned {
+    /// The layers by their names.
+    pub(crate) layers: Vec<LayerArg>,
+    pub(crate) opened: Opened,
+    pub(crate) plan: Plan,
+}
+
 impl Opened {
     /// The blobs, lowest first.
     pub(crate) fn payloads(&self) -> Vec<&Payload> {
@@ -75,16 +85,14 @@ impl Opened {
 }
 
 impl LayersArgs {
-    /// The layers as they were named.
-    pub(crate) fn args(&self) -> &[LayerArg] {
-        &self.layers
-    }
-
     /// Opens and checks the layers, and plans the devices.
-    pub(crate) fn plan(&self, name: &str) -> Result<(Opened, Plan)> {
+    pub(crate) fn plan(&self, name: &str) -> Result<Planned> {
         plan::check_name(name)?;
-        let places: Vec<Place> = self
-            .layers
+        let layers = match self.zfile {
+            true => self.layers.clone(),
+            false => expand(&self.layers)?,
+        };
+        let places: Vec<Place> = layers
             .iter()
             .map(|layer| match (layer.is_device(), layer.size) {
                 (false, _) => Place::File,
@@ -92,7 +100,7 @@ impl LayersArgs {
                 (true, Some(_)) => Place::PartOfDevice,
             })
             .collect();
-        for layer in &self.layers {
+        for layer in &layers {
             if layer.size.is_some() && !layer.is_device() {
                 return Err(Failure::usage(format!(
                     "{layer}: only a block device takes :BYTES"
@@ -104,12 +112,17 @@ impl LayersArgs {
             lsmt: self.lsmt_opt.clone(),
         };
         if !self.zfile {
-            let stack = open_stack(&self.layers)?;
+            let stack = open_stack(&layers)?;
             warn(&chain_warnings(stack.layers()));
             let plan = Plan::for_stack(name, &stack, &places, &options)?;
-            return Ok((Opened::Stack(stack), plan));
+            let opened = Opened::Stack(stack);
+            return Ok(Planned {
+                layers,
+                opened,
+                plan,
+            });
         }
-        let ([layer], [place]) = (self.layers.as_slice(), places.as_slice()) else {
+        let ([layer], [place]) = (layers.as_slice(), places.as_slice()) else {
             return Err(Failure::usage("--zfile takes one LAYER"));
         };
         let payload = Payload::open(Arc::new(layer.open()?))?;
@@ -120,13 +133,22 @@ impl LayersArgs {
             ));
         }
         let plan = Plan::for_zfile(name, &payload, *place, &options)?;
-        Ok((Opened::Zfile(payload), plan))
+        let opened = Opened::Zfile(payload);
+        Ok(Planned {
+            layers,
+            opened,
+            plan,
+        })
     }
 }
 
 /// Runs `open`.
 pub(crate) fn run(args: &Args) -> Result<()> {
-    let (opened, plan) = args.layers.plan(&args.name)?;
+    let Planned {
+        layers: named,
+        opened,
+        plan,
+    } = args.layers.plan(&args.name)?;
     let control = Control::open()?;
     if control.state(&args.name)?.is_some() {
         return Err(Failure::error(
@@ -138,7 +160,7 @@ pub(crate) fn run(args: &Args) -> Result<()> {
     let payloads = opened.payloads();
     let mut layers = Vec::new();
     let mut tails = Vec::new();
-    for (layer, payload) in args.layers.layers.iter().zip(&payloads) {
+    for (layer, payload) in named.iter().zip(&payloads) {
         interrupt::check()?;
         let is_device = layer.is_device();
         layers.push(match is_device {

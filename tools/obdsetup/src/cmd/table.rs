@@ -48,17 +48,13 @@ struct Device {
 
 /// Runs `table`.
 pub(crate) fn run(args: &Args) -> Result<()> {
-    let (_opened, plan) = args.layers.plan(&args.name)?;
-    let words = args
-        .layers
-        .args()
-        .iter()
-        .map(word)
-        .collect::<Result<Vec<_>>>()?;
+    let planned = args.layers.plan(&args.name)?;
+    let (layers, plan) = (&planned.layers, &planned.plan);
+    let words = layers.iter().map(word).collect::<Result<Vec<_>>>()?;
     let resolve = |lower: Lower| match lower {
         Lower::Layer(nth) => words.get(nth).cloned().unwrap_or_default(),
         Lower::Tail(nth) => {
-            let layer = args.layers.args().get(nth);
+            let layer = layers.get(nth);
             format!(
                 "TAIL({})",
                 layer.map(ToString::to_string).unwrap_or_default()

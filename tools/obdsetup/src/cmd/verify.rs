@@ -10,7 +10,7 @@ use serde::Serialize;
 use super::{print, print_json};
 use crate::bar::Bar;
 use crate::exit::{self, Failure};
-use crate::layers::{chain_warnings, open_stack, warn, LayerArg};
+use crate::layers::{chain_warnings, expand, open_stack, warn, LayerArg};
 
 /// Most corrupt blocks that are named.
 const NAMED: usize = 100;
@@ -24,7 +24,7 @@ const NAMED: usize = 100;
 Reads all of every layer. Exit code 3 says that one is malformed or corrupt. A parent UUID that is
 not that of the layer below is a warning: many tools write none.")]
 pub(crate) struct Args {
-    /// Layers, lowest first, or DEVICE:BYTES
+    /// Layers, lowest first, DEVICE:BYTES, or a config.v1.json that lists them
     #[arg(required = true, value_name = "LAYER")]
     layers: Vec<LayerArg>,
 
@@ -52,7 +52,7 @@ struct Layer {
 
 /// Runs `verify`.
 pub(crate) fn run(args: &Args) -> Result<()> {
-    let stack = open_stack(&args.layers)?;
+    let stack = open_stack(&expand(&args.layers)?)?;
     let layers = check(&stack)?;
     let report = Report {
         ok: layers.iter().all(|layer| layer.corrupt_blocks == 0),

@@ -1,0 +1,123 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! Stacks that containerd's overlaybd snapshotter describes: `config.v1.json`.
+
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, Result};
+use serde::{Deserialize, Serialize};
+
+use crate::exit::{self, Failure};
+use crate::layers::LayerArg;
+
+/// Names of a layer's file in its directory, in the order that the snapshotter looks for them.
+const NAMES: [&str; 3] = ["overlaybd.commit", ".commit", "overlaybd.sealed"];
+
+/// What of a `config.v1.json` matters for reading.
+#[derive(Debug, Default, Deserialize, Serialize)]
+#[serde(default, rename_all = "camelCase")]
+pub(crate) struct Config {
+    /// Where layers without a file would be fetched from.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(crate) repo_blob_url: Option<String>,
+    /// Layers, lowest first.
+    pub(crate) lowers: Vec<Lower>,
+    /// A writable layer on top, where it names files.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(crate) upper: Option<Upper>,
+}
+
+/// A layer.
+#[derive(Debug, Default, Deserialize, Serialize)]
+#[serde(default, rename_all = "camelCase")]
+pub(crate) struct Lower {
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(crate) file: Option<String>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(crate) dir: Option<String>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(crate) digest: Option<String>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(crate) target_file: Option<String>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(crate) target_digest: Option<String>,
+}
+
+/// A writable layer.
+#[derive(Debug, Default, Deserialize, Serialize)]
+#[serde(default)]
+pub(crate) struct Upper {
+    pub(crate) index: Option<String>,
+    pub(crate) data: Option<String>,
+}
+
+/// Whether `layer` is named as a description of a stack, not as a layer.
+pub(crate) fn is_config(layer: &LayerArg) -> bool {
+    layer.size.is_none() && layer.path.extension().is_some_and(|name| name == "json")
+}
+
+/// The layers that the `config.v1.json` at `path` lists, lowest first. Relative names are looked up
+/// from the directory that it is in.
+pub(crate) fn layers(path: &Path) -> Result<Vec<LayerArg>> {
+    let text = std::fs::read(path).with_context(|| format!("{}: cannot read", path.display()))?;
+    let config: Config = serde_json::from_slice(&text).map_err(|error| {
+        let message = format!("{}: not a config.v1.json: {error}", path.display());
+        Failure::error(exit::BAD_IMAGE, message)
+    })?;
+    let place = crate::output::directory(path);
+    let refuse = |what: String| Failure::usage(format!("{}: {what}", path.display()));
+    if config.lowers.is_empty() {
+        return Err(refuse("no `lowers`: lists no layers".to_owned()));
+    }
+    if let Some(Upper { index, data }) = &config.upper {
+        if given(index).or(given(data)).is_some() {
+            return Err(refuse(
+                "the stack has a writable layer on top (`upper`), which cannot be read".to_owned(),
+            ));
+        }
+    }
+    let layers = config.lowers.iter().enumerate();
+    layers
+        .map(|(nth, lower)| {
+            let path = file(lower, place).map_err(|what| refuse(format!("layer {nth}: {what}")))?;
+            Ok(LayerArg { path, size: None })
+        })
+        .collect()
+}
+
+/// The file of a layer, or why there is none.
+fn file(lower: &Lower, place: &Path) -> Result<PathBuf, String> {
+    if given(&lower.target_file)
+        .or(given(&lower.target_digest))
+        .is_some()
+    {
+        return Err("a TurboOCI layer, which cannot be read".to_owned());
+    }
+    if let Some(file) = given(&lower.file) {
+        return Ok(place.join(file));
+    }
+    let dir = given(&lower.dir).map(|dir| place.join(dir));
+    if let Some(dir) = &dir {
+        let mut files = NAMES.iter().map(|name| dir.join(name));
+        if let Some(file) = files.find(|file| file.exists()) {
+            return Ok(file);
+        }
+    }
+    Err(match (given(&lower.digest), dir) {
+        (Some(digest), Some(dir)) => format!(
+            "{digest} is in a registry only: no {} in {}",
+            NAMES[0],
+            dir.display()
+        ),
+        (Some(digest), None) => {
+            format!("{digest} is in a registry only: neither `file' nor `dir' is given")
+        }
+        (None, Some(dir)) => format!("no {} in {}", NAMES[0], dir.display()),
+        (None, None) => "neither `file' nor `dir' is given".to_owned(),
+    })
+}
+
+/// A text that is there and isn't empty.
+fn given(text: &Option<String>) -> Option<&str> {
+    text.as_deref().filter(|text| !text.is_empty())
+}
