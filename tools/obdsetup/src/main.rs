@@ -13,12 +13,16 @@ mod cmd;
 mod config;
 mod dm;
 mod exit;
+mod image_layer;
 mod interrupt;
 mod layer_out;
 mod layers;
+mod mkfs;
 mod output;
 mod raw_out;
 mod size;
+mod tool;
+mod usage;
 mod wrap_args;
 
 use std::io::{self, Write};

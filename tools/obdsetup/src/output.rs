@@ -51,6 +51,11 @@ impl Output {
         })
     }
 
+    /// Where the file is to be.
+    pub(crate) fn path(&self) -> &Path {
+        &self.path
+    }
+
     /// The file to write to.
     pub(crate) fn file(&mut self) -> &mut File {
         self.file.as_file_mut()

@@ -178,17 +178,41 @@ fn create_from_a_directory() {
     place
         .run("create --directory rootfs --fs ext4 --size 4m layer.obd")
         .success();
-    let dump = place.run("dump layer.obd").success();
-    let disk = &dump.get_output().stdout;
+    let disk = dump(&place, "layer.obd");
     assert_eq!(disk.len(), 4 << 20);
     assert!(disk
         .windows(19)
         .any(|bytes| bytes == b"what is in the file"));
+    // The size is estimated: room for all, however small the files are.
+    place.write("rootfs/noise", &noise(20 << 20, 5));
+    for n in 0..3000 {
+        place.write(&format!("rootfs/{n}"), b"");
+    }
     place
-        .run("create --directory rootfs --fs ext4 other.obd")
+        .run("create --directory rootfs --fs ext4 large.obd")
+        .success()
+        .stderr("");
+    let disk = dump(&place, "large.obd");
+    assert!(disk.len() > 64 << 20 && disk.len() < 256 << 20);
+    // Free space is not in the layer.
+    assert!(place.read("large.obd").len() < 25 << 20);
+    place.write("disk.raw", &disk);
+    let check = std::process::Command::new("debugfs")
+        .args(["-R", "stat /2999", "disk.raw"])
+        .current_dir(place.0.path())
+        .output()
+        .unwrap();
+    assert!(String::from_utf8_lossy(&check.stdout).contains("Type: regular"));
+    place
+        .run("create --directory rootfs --fs ext4 --size 4m small.obd")
         .code(1)
-        .stderr(contains("needs --size"));
-    assert_eq!(place.names(), ["layer.obd", "rootfs"]);
+        .stderr(starts_with(
+            "obdsetup: cannot make a file system: mkfs.ext4 failed",
+        ));
+    assert_eq!(
+        place.names(),
+        ["disk.raw", "large.obd", "layer.obd", "rootfs"]
+    );
 }
 
 #[test]

@@ -4,38 +4,30 @@
 
 use std::ffi::OsString;
 use std::path::{Path, PathBuf};
-use std::process::{Command, Stdio};
 
-use anyhow::{bail, Context, Result};
-use clap::ValueEnum;
-use overlaybd::diff::{self, Options};
-use overlaybd::format::num::{to_u64, to_usize};
-use overlaybd::format::Blob;
-use overlaybd::layer::Ident;
-use overlaybd::lsmt_writer::{cut, LayerWriter};
-use overlaybd::{FileBlob, Stack};
+use anyhow::{bail, Result};
+use overlaybd::diff;
 use tempfile::NamedTempFile;
-use uuid::Uuid;
 
-use crate::bar::Bar;
 use crate::exit::Failure;
-use crate::interrupt;
-use crate::layer_out;
+use crate::image_layer::{self, Options};
 use crate::layers::{expand, open_layers, paths, LayerArg};
-use crate::output::{directory, temp_file, Output};
+use crate::mkfs::{self, FileSystem, Files};
+use crate::output::{directory, Output};
 use crate::size;
-use crate::wrap_args::{uuid_text, IdentArgs, WrapArgs};
+use crate::wrap_args::{IdentArgs, WrapArgs};
 
 /// Arguments of `create`.
 #[derive(clap::Args)]
 #[command(after_help = "Examples:
   obdsetup create --image disk.raw base.obd
-  obdsetup create --directory rootfs --fs ext4 --size 1g base.obd
+  obdsetup create --directory rootfs --fs ext4 base.obd
+  obdsetup create --directory rootfs --fs ext4 --size 1g base.obd     with room to grow
   obdsetup create --directory rootfs --fs erofs --algorithm none base.lsmt
   obdsetup create --base base.obd --image changed.raw app.obd     the difference only
 
 Holes of an image stay out of the layer; --skip-zeros keeps zeros out too. With --base, what
-changed is data, and what became zero is marked as zeros (a discard).")]
+changed is data, and what became zero is marked as zeros (a discard). For qcow2, vmdk, tars and OCI images, see `convert`.")]
 pub(crate) struct Args {
     /// The file to make
     #[arg(value_name = "OUT")]
@@ -58,7 +50,7 @@ pub(crate) struct Args {
     #[arg(long, value_enum, requires = "directory")]
     fs: Option<FileSystem>,
 
-    /// Size of the file system; ext2, ext3, ext4 and btrfs need it
+    /// Size of the file system: ext2, ext3, ext4 and btrfs have one (estimated if not given)
     #[arg(long, value_name = "SIZE", value_parser = size::parse, requires = "directory")]
     size: Option<u64>,
 
@@ -94,17 +86,6 @@ pub(crate) struct Args {
     ident: IdentArgs,
 }
 
-/// A file system that has a mkfs which fills it.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
-enum FileSystem {
-    Ext2,
-    Ext3,
-    Ext4,
-    Btrfs,
-    Erofs,
-    Squashfs,
-}
-
 fn granule(text: &str) -> Result<u64, String> {
     match size::parse(text)? {
         size if size.is_power_of_two() && (512..=1 << 20).contains(&size) => Ok(size),
@@ -130,56 +111,23 @@ pub(crate) fn run(args: &Args) -> Result<()> {
         (None, Some(image)) => image.as_path(),
         (None, None) => bail!("neither --image nor --directory"),
     };
-    let image = FileBlob::open(path, None)?;
-    if image.size() == 0 {
-        return Err(Failure::usage(format!("{}: empty", path.display())));
-    }
-
     let base = match below.as_slice() {
-        [] => None,
-        base => Some(Stack::with_size(open_layers(base)?, image.size())?),
+        [] => Vec::new(),
+        below => open_layers(below)?,
     };
     let options = Options {
-        granule: args.granularity,
-        // Nothing is in a new file system but what mkfs wrote.
-        skip_zeros: args.skip_zeros || made.is_some(),
-    };
-    let runs = {
-        let bar = Bar::new("comparing", image.size());
-        diff::runs(&image, base.as_ref(), options, &|bytes| bar.advance(bytes))
-            .map_err(|error| error.in_file(path))?
-    };
-    let writer = LayerWriter::new(image.size(), ident(args, base.as_ref()), cut(runs))
-        .with_context(|| format!("{}: cannot make the layer", args.output.display()))?;
-    let read = |offset: u64, buf: &mut [u8]| {
-        // Behind the end of the image, its last sector is filled up with zeros.
-        let inside = image.size().saturating_sub(offset).min(to_u64(buf.len()));
-        let (data, tail) = buf.split_at_mut(to_usize(inside));
-        tail.fill(0);
-        image
-            .read_at(offset, data)
-            .map_err(|error| error.in_file(path))
-    };
-    layer_out::write(output, wrapping, &writer, "writing", read)
-}
-
-/// What the layer says of itself: what is asked for; the parent is the layer below.
-fn ident(args: &Args, base: Option<&Stack>) -> Ident {
-    let below = base.and_then(|base| base.layers().last());
-    let parent = below.map(|below| below.ident().uuid.clone());
-    let parent = parent.filter(|uuid| Ident::is_known(uuid));
-    let none = || uuid_text(Uuid::nil());
-    Ident {
-        uuid: args.ident.uuid.map_or_else(none, uuid_text),
-        parent: match args.ident.parent_uuid {
-            Some(uuid) => uuid_text(uuid),
-            None => parent.unwrap_or_else(none),
+        diff: diff::Options {
+            granule: args.granularity,
+            // Nothing is in a new file system but what mkfs wrote.
+            skip_zeros: args.skip_zeros || made.is_some(),
         },
-        user_tag: args.ident.user_tag.clone().unwrap_or_default().into_bytes(),
-    }
+        wrapping,
+        ident: &args.ident,
+    };
+    image_layer::write(path, base, output, &options)
 }
 
-/// Makes a file system that holds the files of `from`, in a file beside the output.
+/// Makes the file system of a directory, in a file beside the output.
 fn make_fs(args: &Args, from: &Path, fs: FileSystem) -> Result<NamedTempFile> {
     if !from.is_dir() {
         return Err(Failure::usage(format!(
@@ -187,47 +135,10 @@ fn make_fs(args: &Args, from: &Path, fs: FileSystem) -> Result<NamedTempFile> {
             from.display()
         )));
     }
-    let image = temp_file(directory(&args.output))?;
-    let sized = !matches!(fs, FileSystem::Erofs | FileSystem::Squashfs);
-    match args.size {
-        Some(size) if sized => image.as_file().set_len(size)?,
-        None if sized => return Err(Failure::usage(format!("{fs:?} needs --size"))),
-        Some(_) => return Err(Failure::usage(format!("{fs:?} takes no --size"))),
-        None => {}
-    }
-    let name = format!("{fs:?}").to_ascii_lowercase();
-    let program = match fs {
-        FileSystem::Squashfs => "mksquashfs".to_owned(),
-        _ => format!("mkfs.{name}"),
+    let options = mkfs::Options {
+        fs,
+        size: args.size,
+        args: &args.mkfs_arg,
     };
-    let mut command = Command::new(&program);
-    match fs {
-        FileSystem::Ext2 | FileSystem::Ext3 | FileSystem::Ext4 => {
-            command.args(["-q", "-F", "-d"]).arg(from);
-            command.args(&args.mkfs_arg).arg(image.path());
-        }
-        FileSystem::Btrfs => {
-            command.args(["-q", "--rootdir"]).arg(from);
-            command.args(&args.mkfs_arg).arg(image.path());
-        }
-        FileSystem::Erofs => {
-            command.args(&args.mkfs_arg).arg(image.path()).arg(from);
-        }
-        FileSystem::Squashfs => {
-            command.arg(from).arg(image.path());
-            command.args(["-noappend", "-quiet", "-no-progress"]);
-            command.args(&args.mkfs_arg);
-        }
-    }
-    let done = command
-        .stdin(Stdio::null())
-        .output()
-        .with_context(|| format!("cannot run {program}"))?;
-    // A signal from the terminal stops mkfs too.
-    interrupt::check()?;
-    if !done.status.success() {
-        let text = String::from_utf8_lossy(&done.stderr);
-        bail!("{program} failed ({}): {}", done.status, text.trim());
-    }
-    Ok(image)
+    mkfs::make(Files::Directory(from), &options, directory(&args.output))
 }
