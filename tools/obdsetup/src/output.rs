@@ -107,7 +107,7 @@ fn exists(path: &Path) -> anyhow::Error {
 }
 
 /// The process's umask, put back at once.
-fn umask() -> u32 {
+pub(crate) fn umask() -> u32 {
     let all = rustix::fs::Mode::from_raw_mode(0o022);
     let mask = rustix::process::umask(all);
     rustix::process::umask(mask);

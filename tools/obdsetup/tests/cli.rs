@@ -444,6 +444,312 @@ fn stacks_of_containerd() {
     }
 }
 
+/// Whether a program is there; tests that need it are skipped where it isn't.
+fn has(program: &str) -> bool {
+    let mut command = std::process::Command::new(program);
+    let command = command.arg("--version").stdout(Stdio::null());
+    let found = command.stderr(Stdio::null()).status().is_ok();
+    if !found {
+        println!("skipped: no {program}");
+    }
+    found
+}
+
+/// Runs another program in the place, successfully; gives what it prints.
+fn tool(place: &Place, line: &str) -> String {
+    let mut words = line.split_whitespace();
+    let done = std::process::Command::new(words.next().unwrap())
+        .current_dir(place.0.path())
+        .args(words)
+        .output()
+        .unwrap();
+    assert!(done.status.success(), "{line}: {done:?}");
+    String::from_utf8(done.stdout).unwrap()
+}
+
+#[test]
+fn convert_images() {
+    let place = Place::new();
+    place.write("disk.raw", &image());
+    place
+        .run("convert disk.raw a.obd --algorithm zstd")
+        .success()
+        .stdout("")
+        .stderr("");
+    assert!(dump(&place, "a.obd") == image());
+    assert_eq!(
+        place.json("info --json a.obd")[0]["zfile"]["algorithm"],
+        "zstd"
+    );
+    place.run("convert disk.raw a.obd").code(5);
+    place
+        .run("convert a.obd b.obd")
+        .code(1)
+        .stderr(contains("a.obd: is an OverlayBD layer"));
+    place.run("convert a.obd b.obd --from raw").success();
+    assert!(dump(&place, "b.obd") == place.read("a.obd"));
+    place
+        .run("convert disk.raw c.obd --fs ext4")
+        .code(1)
+        .stderr(contains("is no directory or tar"));
+    place.write("x.gz", b"\x1f\x8b\x08 and so on");
+    place
+        .run("convert x.gz c.obd")
+        .code(1)
+        .stderr(contains("x.gz: is compressed"));
+
+    // Without qemu-img, it is said what is missing.
+    place.write("x.qcow2", b"QFI\xfb\0\0\0\x03");
+    Command::cargo_bin("obdsetup")
+        .unwrap()
+        .current_dir(place.0.path())
+        .env("PATH", "/nonexistent")
+        .args(["convert", "x.qcow2", "c.obd"])
+        .assert()
+        .code(1)
+        .stderr("obdsetup: qemu-img is not installed; it is needed for qcow2 images\n");
+    // One that says how it was called, and copies.
+    use std::os::unix::fs::PermissionsExt;
+    let script = "#!/bin/sh\necho \"$@\" >called\nexec cp disk.raw \"$7\"\n";
+    place.write("qemu-img", script.as_bytes());
+    fs::set_permissions(place.path("qemu-img"), fs::Permissions::from_mode(0o755)).unwrap();
+    let path = format!(
+        "{}:{}",
+        place.0.path().display(),
+        std::env::var("PATH").unwrap()
+    );
+    Command::cargo_bin("obdsetup")
+        .unwrap()
+        .current_dir(place.0.path())
+        .env("PATH", path)
+        .args(["convert", "x.qcow2", "c.obd"])
+        .assert()
+        .success();
+    let called = String::from_utf8(place.read("called")).unwrap();
+    let from = place.path("x.qcow2").canonicalize().unwrap();
+    let wanted = format!("convert -f qcow2 -O raw {} ", from.display());
+    assert!(
+        called.starts_with(&wanted) && called.contains("/.obdsetup-"),
+        "{called}"
+    );
+    assert!(dump(&place, "c.obd") == image());
+    assert!(place.names().iter().all(|name| !name.starts_with('.')));
+}
+
+#[test]
+fn convert_with_qemu_img() {
+    if !has("qemu-img") {
+        return;
+    }
+    let place = Place::new();
+    let mut disk = image();
+    disk.resize(1 << 20, 0);
+    place.write("disk.raw", &disk);
+    for format in ["qcow2", "vmdk", "vhdx", "vdi"] {
+        tool(
+            &place,
+            &format!("qemu-img convert -O {format} disk.raw disk"),
+        );
+        place.run("convert disk layer.obd --force").success();
+        let found = dump(&place, "layer.obd");
+        assert!(found[..disk.len()] == disk, "{format}");
+        assert!(
+            found[disk.len()..].iter().all(|&byte| byte == 0),
+            "{format}"
+        );
+    }
+    place.write("disk", b"QFI\xfb and no more");
+    place
+        .run("convert disk other.obd")
+        .code(1)
+        .stderr(starts_with("obdsetup: qemu-img failed"));
+    assert_eq!(place.names(), ["disk", "disk.raw", "layer.obd"]);
+}
+
+#[test]
+fn convert_directories_and_tars() {
+    let place = Place::new();
+    fs::create_dir_all(place.path("rootfs/sub")).unwrap();
+    let content = noise(100_000, 9);
+    place.write("rootfs/sub/file", &content);
+    place.write("rootfs/text", b"what is in the file");
+    for args in ["-cf rootfs.tar", "-czf rootfs.tar.gz"] {
+        tool(&place, &format!("tar {args} -C rootfs ."));
+    }
+    let all = ["rootfs", "rootfs.tar", "rootfs.tar.gz"];
+    if has("mkfs.ext4") && has("debugfs") {
+        for from in all {
+            place
+                .run(&format!("convert {from} layer.obd --force"))
+                .success()
+                .stdout("");
+            place.write("disk.raw", &dump(&place, "layer.obd"));
+            place.write("script", b"dump /sub/file out\nstat /\n");
+            let said = tool(&place, "debugfs -f script disk.raw");
+            assert!(place.read("out") == content, "{from}");
+            // The root directory isn't that of a temporary directory.
+            assert!(said.contains("Mode:  0755"), "{from}: {said}");
+            tool(&place, "e2fsck -fn disk.raw");
+        }
+    }
+    if has("mkfs.erofs") && has("fsck.erofs") {
+        for from in all {
+            place
+                .run(&format!("convert {from} layer.obd --force --fs erofs"))
+                .success();
+            place.write("disk.raw", &dump(&place, "layer.obd"));
+            let _ = fs::remove_dir_all(place.path("out.dir"));
+            tool(&place, "fsck.erofs --extract=out.dir disk.raw");
+            assert!(place.read("out.dir/sub/file") == content, "{from}");
+            assert_eq!(place.read("out.dir/text"), b"what is in the file");
+        }
+        place
+            .run("convert rootfs x.obd --fs erofs --size 1g")
+            .code(1)
+            .stderr(contains("erofs takes no --size"));
+    }
+    place.write("bad.tar.gz", b"\x1f\x8b\x08 and no more");
+    place
+        .run("convert bad.tar.gz x.obd --fs erofs")
+        .code(1)
+        .stderr(contains("tar failed").or(contains("mkfs.erofs is not installed")));
+    assert!(place
+        .names()
+        .iter()
+        .all(|name| !name.starts_with('.') && name != "x.obd"));
+}
+
+/// An OCI image layout.
+struct Layout<'a>(&'a Place);
+
+impl Layout<'_> {
+    /// Adds a blob; gives its descriptor, with more fields in `more`.
+    fn blob(&self, bytes: &[u8], more: &str) -> String {
+        use sha2::Digest;
+        let hex: String = sha2::Sha256::digest(bytes)
+            .iter()
+            .map(|byte| format!("{byte:02x}"))
+            .collect();
+        fs::create_dir_all(self.0.path("layout/blobs/sha256")).unwrap();
+        self.0.write(&format!("layout/blobs/sha256/{hex}"), bytes);
+        format!(
+            r#"{{"digest":"sha256:{hex}","size":{}{more}}}"#,
+            bytes.len()
+        )
+    }
+
+    fn manifest(&self, layers: &[String], more: &str) -> String {
+        let text = format!(r#"{{"schemaVersion":2,"layers":[{}]}}"#, layers.join(","));
+        let kind = r#","mediaType":"application/vnd.oci.image.manifest.v1+json""#;
+        self.blob(text.as_bytes(), &format!("{kind}{more}"))
+    }
+
+    fn index(&self, manifests: &[String]) {
+        let text = format!(
+            r#"{{"schemaVersion":2,"manifests":[{}]}}"#,
+            manifests.join(",")
+        );
+        self.0.write("layout/index.json", text.as_bytes());
+        self.0
+            .write("layout/oci-layout", br#"{"imageLayoutVersion":"1.0.0"}"#);
+    }
+}
+
+#[test]
+fn convert_oci_images() {
+    let place = Place::new();
+    let a = image();
+    let mut b = a.clone();
+    b[..40_960].fill(0);
+    place.write("a.raw", &a);
+    place.write("b.raw", &b);
+    place.run("create --image a.raw a --tar").success();
+    place.run("create --base a --image b.raw b").success();
+    let layout = Layout(&place);
+    let layers = [
+        layout.blob(&place.read("a"), ""),
+        layout.blob(&place.read("b"), ""),
+    ];
+    layout.index(&[layout.manifest(&layers, "")]);
+
+    place
+        .run("convert layout app")
+        .success()
+        .stdout("")
+        .stderr("");
+    assert_eq!(
+        names(&place.path("app")),
+        ["config.v1.json", "layer0.obd", "layer1.obd"]
+    );
+    assert!(place.read("app/layer0.obd") == place.read("a"));
+    assert!(dump(&place, "app/config.v1.json") == b);
+    let config: serde_json::Value =
+        serde_json::from_slice(&place.read("app/config.v1.json")).unwrap();
+    let file = config["lowers"][1]["file"].as_str().unwrap();
+    assert!(Path::new(file).is_absolute() && file.ends_with("app/layer1.obd"));
+    place.run("convert layout app").code(5);
+    place.run("convert layout app --force").code(1);
+
+    // Several images, one of them in an index of its own, and an attestation.
+    let name =
+        |name: &str| format!(r#","annotations":{{"org.opencontainers.image.ref.name":"{name}"}}"#);
+    let platform =
+        |os: &str, arch: &str| format!(r#","platform":{{"os":"{os}","architecture":"{arch}"}}"#);
+    let one = layout.manifest(&layers[..1], &platform("linux", "arm64"));
+    let two = layout.manifest(&layers, &platform("linux", "amd64"));
+    let proof = layout.manifest(&[], &platform("unknown", "unknown"));
+    let inner = format!(r#"{{"manifests":[{one},{two},{proof}]}}"#);
+    let kind = r#","mediaType":"application/vnd.oci.image.index.v1+json""#;
+    let inner = layout.blob(inner.as_bytes(), &format!("{kind}{}", name("v1")));
+    layout.index(&[inner, layout.manifest(&layers[..1], &name("v2"))]);
+    place
+        .run("convert layout x")
+        .code(1)
+        .stderr(contains("several images").and(contains("v1 linux/arm64 sha256:")));
+    place
+        .run("convert layout x --ref v3")
+        .code(1)
+        .stderr(contains("no such image"));
+    place.run("convert layout x --ref v2").success();
+    assert!(dump(&place, "x/config.v1.json") == a);
+    place
+        .run("convert layout y --ref v1 --platform linux/amd64")
+        .success();
+    assert!(dump(&place, "y/config.v1.json") == b);
+
+    // What isn't right leaves nothing.
+    let turbo =
+        r#","annotations":{"containerd.io/snapshot/overlaybd/turbo-oci/target-digest":"x"}"#;
+    let wrong = layout
+        .blob(b"wrong", "")
+        .replace("\"size\":5", "\"size\":6");
+    let escape = r#"{"digest":"sha256:../../../a","size":3}"#.to_owned();
+    for (layer, code, said) in [
+        (
+            layout.blob(b"a tar, say", ""),
+            3,
+            "is not an OverlayBD layer",
+        ),
+        (
+            layout.blob(&place.read("a"), turbo),
+            1,
+            "is a TurboOCI layer",
+        ),
+        (wrong, 3, "is not what its digest and size say"),
+        (escape, 3, "expected SHA-256"),
+    ] {
+        layout.index(&[layout.manifest(&[layer], "")]);
+        place
+            .run("convert layout z")
+            .code(code)
+            .stderr(contains(said));
+    }
+    assert_eq!(
+        place.names(),
+        ["a", "a.raw", "app", "b", "b.raw", "layout", "x", "y"]
+    );
+}
+
 #[test]
 fn exit_codes() {
     let place = Place::new();
@@ -455,8 +761,8 @@ fn exit_codes() {
         .success()
         .stdout(contains("Exit codes:"));
     for command in [
-        "create", "commit", "merge", "info", "open", "close", "status", "table", "verify", "dump",
-        "export",
+        "create", "convert", "commit", "merge", "info", "open", "close", "status", "table",
+        "verify", "dump", "export",
     ] {
         place
             .run(&format!("{command} --help"))

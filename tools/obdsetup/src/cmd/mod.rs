@@ -4,6 +4,7 @@
 
 mod close;
 mod commit;
+mod convert;
 mod create;
 mod dump;
 mod export;
@@ -22,6 +23,8 @@ use clap::Subcommand;
 pub(crate) enum Command {
     /// Make a layer of a disk image, a directory, or the difference to other layers
     Create(create::Args),
+    /// Make a layer of whatever is there: qcow2, vmdk, raw, a directory, a tar, an OCI image
+    Convert(convert::Args),
     /// Compress and wrap a layer, or unwrap it
     Commit(commit::Args),
     /// Make one layer of several
@@ -49,6 +52,7 @@ impl Command {
     pub(crate) fn run(self) -> Result<()> {
         match self {
             Self::Create(args) => create::run(&args),
+            Self::Convert(args) => convert::run(&args),
             Self::Commit(args) => commit::run(&args),
             Self::Merge(args) => merge::run(&args),
             Self::Info(args) => info::run(&args),

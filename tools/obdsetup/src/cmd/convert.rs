@@ -1,0 +1,152 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! `obdsetup convert`.
+
+use std::ffi::OsString;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use anyhow::{Context, Result};
+use overlaybd::diff;
+use tempfile::NamedTempFile;
+
+use crate::exit::Failure;
+use crate::image_layer::{self, Options};
+use crate::kind::Kind;
+use crate::mkfs::{self, FileSystem, Files};
+use crate::oci;
+use crate::output::{directory, temp_file, Output};
+use crate::size;
+use crate::tool;
+use crate::wrap_args::{IdentArgs, WrapArgs};
+
+/// Arguments of `convert`.
+#[derive(clap::Args)]
+#[command(after_help = "Examples:
+  obdsetup convert disk.qcow2 base.obd
+  obdsetup convert rootfs.tar.gz base.obd --fs erofs
+  obdsetup convert rootfs base.obd --size 4g
+  obdsetup convert layout app && obdsetup open app app/config.v1.json     an OCI image
+
+What IN is, is seen; --from says otherwise. Formats of virtual machines need qemu-img, which reads
+what an image refers to, too, such as its backing file: convert only what you trust, and a raw disk
+that others wrote with --from raw. Directories and tars need the mkfs of the file system, and a tar
+is unpacked where that cannot read it. OUT is one layer, the lowest of a stack, without the zeros.
+
+Of an OCI image layout, as `skopeo copy docker://... oci:layout` makes it, OUT is a directory: the
+layers as they are, and a config.v1.json in the place of which all commands take it.
+
+For a layer over others, the difference to them, see `create --base`.")]
+pub(crate) struct Args {
+    /// A disk image, block device, directory, tar, or OCI image layout
+    #[arg(value_name = "IN")]
+    input: PathBuf,
+
+    /// The file to make; of an OCI image, the directory
+    #[arg(value_name = "OUT")]
+    output: PathBuf,
+
+    /// What IN is
+    #[arg(long, value_enum, value_name = "KIND")]
+    from: Option<Kind>,
+
+    /// Replace a file that exists
+    #[arg(short, long)]
+    force: bool,
+
+    /// The file system for a directory or tar (ext4 if not given)
+    #[arg(long, value_enum, help_heading = "Directories and tars")]
+    fs: Option<FileSystem>,
+
+    /// Size of the file system: ext2, ext3, ext4 and btrfs have one (estimated if not given)
+    #[arg(
+        long,
+        value_name = "SIZE",
+        value_parser = size::parse,
+        help_heading = "Directories and tars"
+    )]
+    size: Option<u64>,
+
+    /// An option for mkfs (may be given more than once)
+    #[arg(
+        long,
+        value_name = "ARG",
+        allow_hyphen_values = true,
+        help_heading = "Directories and tars"
+    )]
+    mkfs_arg: Vec<OsString>,
+
+    #[command(flatten)]
+    oci: oci::Choice,
+
+    #[command(flatten)]
+    wrap: WrapArgs,
+
+    #[command(flatten)]
+    ident: IdentArgs,
+}
+
+/// Runs `convert`.
+pub(crate) fn run(args: &Args) -> Result<()> {
+    let kind = match args.from {
+        Some(kind) => kind,
+        None => Kind::of(&args.input)?,
+    };
+    let files = matches!(kind, Kind::Directory | Kind::Tar);
+    if !files && (args.fs.is_some() || args.size.is_some() || !args.mkfs_arg.is_empty()) {
+        return Err(Failure::usage(format!(
+            "{}: is no directory or tar; --fs, --size and --mkfs-arg are for those",
+            args.input.display()
+        )));
+    }
+    if kind == Kind::Oci {
+        if args.force {
+            return Err(Failure::usage("--force replaces no directory"));
+        }
+        return oci::convert(&args.input, &args.oci, &args.output);
+    }
+    let wrapping = args.wrap.wrapping()?;
+    let output = Output::create(&args.output, args.force, [args.input.as_path()])?;
+    let place = directory(&args.output);
+    // Deleted when dropped.
+    let made = match (kind, kind.for_qemu()) {
+        (Kind::Directory, _) => Some(make_fs(args, Files::Directory(&args.input), place)?),
+        (Kind::Tar, _) => Some(make_fs(args, Files::Tar(&args.input), place)?),
+        (_, Some(format)) => Some(read_with_qemu(&args.input, format, place)?),
+        (_, None) => None,
+    };
+    let options = Options {
+        diff: diff::Options {
+            granule: 4096,
+            skip_zeros: true,
+        },
+        wrapping,
+        ident: &args.ident,
+    };
+    let path = made
+        .as_ref()
+        .map_or(args.input.as_path(), NamedTempFile::path);
+    image_layer::write(path, Vec::new(), output, &options)
+}
+
+fn make_fs(args: &Args, files: Files<'_>, place: &Path) -> Result<NamedTempFile> {
+    let options = mkfs::Options {
+        fs: args.fs.unwrap_or(FileSystem::Ext4),
+        size: args.size,
+        args: &args.mkfs_arg,
+    };
+    mkfs::make(files, &options, place)
+}
+
+/// Makes a raw image, with holes, of one in another format.
+fn read_with_qemu(path: &Path, format: &str, place: &Path) -> Result<NamedTempFile> {
+    // An absolute path is never taken for a protocol such as nbd:.
+    let from = path.canonicalize();
+    let from = from.with_context(|| format!("{}: cannot read", path.display()))?;
+    let image = temp_file(place)?;
+    let mut command = Command::new("qemu-img");
+    command.args(["convert", "-f", format, "-O", "raw"]);
+    command.arg(from).arg(image.path());
+    tool::run(&mut command, &format!("{format} images"))?;
+    Ok(image)
+}
