@@ -751,6 +751,26 @@ fn convert_oci_images() {
 }
 
 #[test]
+fn benchmark() {
+    let place = Place::new();
+    let report = place.json("benchmark --json");
+    let speeds = report["decompression"].as_array().unwrap();
+    assert_eq!(speeds.len(), 10);
+    for speed in speeds {
+        assert!(speed["bytes_per_second"].as_f64().unwrap() > 0.0);
+        let ratio = speed["ratio"].as_f64().unwrap();
+        assert!(ratio > 0.2 && ratio < 0.9, "{speed}");
+    }
+    assert_eq!(speeds[9]["algorithm"], "zstd");
+    assert_eq!(speeds[9]["block_size"], 65536);
+    assert!(report["crc32c"]["bytes_per_second"].as_f64().unwrap() > 0.0);
+    place
+        .run("benchmark")
+        .success()
+        .stdout(contains("lz4           4k").and(contains("CRC-32C")));
+}
+
+#[test]
 fn exit_codes() {
     let place = Place::new();
     place.run("").code(1);
@@ -761,8 +781,19 @@ fn exit_codes() {
         .success()
         .stdout(contains("Exit codes:"));
     for command in [
-        "create", "convert", "commit", "merge", "info", "open", "close", "status", "table",
-        "verify", "dump", "export",
+        "create",
+        "convert",
+        "commit",
+        "merge",
+        "info",
+        "open",
+        "close",
+        "status",
+        "table",
+        "verify",
+        "benchmark",
+        "dump",
+        "export",
     ] {
         place
             .run(&format!("{command} --help"))

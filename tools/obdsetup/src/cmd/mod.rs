@@ -2,6 +2,7 @@
 
 //! The subcommands: a file for each.
 
+mod benchmark;
 mod close;
 mod commit;
 mod convert;
@@ -45,6 +46,8 @@ pub(crate) enum Command {
     Dump(dump::Args),
     /// Make a disk image of a stack of layers
     Export(export::Args),
+    /// Show how fast this machine decompresses
+    Benchmark(benchmark::Args),
 }
 
 impl Command {
@@ -63,6 +66,7 @@ impl Command {
             Self::Verify(args) => verify::run(&args),
             Self::Dump(args) => dump::run(&args),
             Self::Export(args) => export::run(&args),
+            Self::Benchmark(args) => benchmark::run(&args),
         }
     }
 }
