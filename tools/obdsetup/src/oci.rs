@@ -288,16 +288,15 @@ fn copy(from: &Path, layer: &Descriptor, to: &Path, bar: &Bar) -> Result<()> {
 fn check(files: &[PathBuf], manifest: &Manifest) -> Result<()> {
     let mut layers = Vec::new();
     for ((nth, file), layer) in files.iter().enumerate().zip(&manifest.layers) {
-        layers.push(overlaybd::LayerReader::open(file, None).map_err(|error| {
-            let code = exit::code(&anyhow::Error::from(error));
-            Failure::error(
-                code,
-                format!(
-                    "layer {nth}, {}, {}, is not an OverlayBD layer: the image must be converted \
-                     to OverlayBD first",
-                    layer.digest, layer.media_type
-                ),
-            )
+        let opened = overlaybd::LayerReader::open(file, None);
+        layers.push(opened.map_err(|error| {
+            let message = format!(
+                "layer {nth}, {}, is not an OverlayBD layer (an ordinary image must be converted \
+                 to OverlayBD first): {}",
+                layer.digest,
+                error.cause()
+            );
+            Failure::error(exit::code(&error.into()), message)
         })?);
     }
     Stack::new(layers)?;
