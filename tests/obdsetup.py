@@ -116,6 +116,19 @@ def commit():
         verify(device, wanted, rounds=10)
 
 
+@test("merge: two layers of three, in their place")
+def merge():
+    work = work_directory()
+    raws = [image.lsmt(SIZE, [(0, DATA[:100 * 512])]), image.lsmt(SIZE, [(10, 30), (200, DATA[20480:40960])]),
+            image.lsmt(SIZE, [(20, DATA[:2560])])]
+    layers = [write(f"{work}/layer{nth}", raw) for nth, raw in enumerate(raws)]
+    wanted = image.flatten([image.Lsmt(raw) for raw in raws])
+    obdsetup("merge", "-o", f"{work}/upper", *layers[1:])
+    upper = read(f"{work}/upper")
+    same_bytes(image.flatten([stack.layer(raws[0]), stack.layer(upper)]), wanted, "merged")
+    verify(stack.open_stack(raws[0], upper), wanted, rounds=10)
+
+
 @test("open, status, table, close: a stack of three files")
 def open_close():
     work = work_directory()
@@ -131,6 +144,8 @@ def open_close():
     equal(table[:4], ["0", str(SIZE // 512), "lsmt", "3"], "table")
     state = json.loads(obdsetup("status", "--json", name)[0])
     check(state, "status")
+    files = {file["file"] for device in state["devices"] for target in device["targets"] for file in target["files"]}
+    check(files >= {os.path.realpath(layer) for layer in layers}, f"files behind loop devices: {files}")
     obdsetup("status", name)
     obdsetup("open", name, *layers, status=5)
     verify(path, wanted, rounds=5)
