@@ -15,9 +15,19 @@ esac
 
 [ -z "${QUIET:-}" ] || args=("${args[0]}" --quiet "${args[@]:1}")
 
+# generate DIR OBDSETUP...: what obdsetup tells of itself, manual pages and completions, to be installed.
+generate() {
+	local dir=$1/generated
+	shift
+	mkdir -p "$dir/man"
+	"$@" man "$dir/man"
+	for shell in bash zsh fish; do "$@" completions "$shell" >"$dir/obdsetup.$shell"; done
+}
+
 cd "$CLONE/tools"
 if [ -n "${CARGO:-}" ]; then
 	CARGO_TARGET_DIR=$target-host "$CARGO" "${args[@]}"
+	[ "$what" != build ] || generate "$target-host/release" "$target-host/release/obdsetup"
 else
 	"$SCRIPTS/setup.sh"
 	# The golden images, where they are there, at a place that the root has.
@@ -25,6 +35,7 @@ else
 	binds=()
 	[ ! -d "$goldens" ] || binds=(-b "$(realpath "$goldens"):/srv")
 	"$SCRIPTS/in-root.sh" "${binds[@]}" env -C tools OBD_GOLDENS="${binds:+/srv}" cargo "${args[@]}"
+	[ "$what" != build ] || generate "$target/release" "$SCRIPTS/in-root.sh" "$target/release/obdsetup"
 	if [ "$what" = build ] && [ -z "${QUIET:-}" ] && ! "$target/release/obdsetup" --version >/dev/null 2>&1; then
 		warn "build/cargo/release/obdsetup runs in the test VM, not here: it is built with Debian 13." \
 			"For this machine: make tools CARGO=cargo (Rust 1.85 or later, libclang)"

@@ -6,7 +6,7 @@ make                  build the module: build/RELEASE/dm_overlaybd.ko
 make KDIR=DIR         ... for the kernel tree DIR (7.2 or later, with Rust); without KDIR for the running
                       kernel where it has Rust, else for Debian's newest 7.3, which the test VM runs
 make tools            build obdsetup: build/cargo/release/obdsetup
-make install          install module, obdsetup and manual pages (DESTDIR=, PREFIX=/usr/local, KDIR=)
+make install          install module, obdsetup, manual pages and completions (DESTDIR=, PREFIX=/usr/local, KDIR=)
 make demo             set everything up and show the module at work in the test VM
 make check            set everything up, then lint, build and run all tests
 make check-debug      run the VM's tests with a kernel that has KASAN, lockdep, kmemleak and more (made once)

@@ -1,6 +1,6 @@
 #!/bin/bash
 # SPDX-License-Identifier: GPL-2.0
-# Install what was built: the module, obdsetup, its udev rule, the manual pages. DESTDIR=, PREFIX= (/usr/local), KDIR= as for make.
+# Install what was built: the module, obdsetup, its udev rule, the manual pages, completions. DESTDIR=, PREFIX= (/usr/local), KDIR= as for make.
 . "$(dirname "$0")/lib.sh"
 
 prefix=${DESTDIR:-}${PREFIX:-/usr/local}
@@ -15,6 +15,10 @@ obdsetup=$BUILD/cargo-host/release/obdsetup
 "$SCRIPTS/build-module.sh" install
 install -D -m 755 "$obdsetup" "$prefix/sbin/obdsetup"
 install -D -m 644 -t "${DESTDIR:-}/usr/lib/udev/rules.d" "$CLONE"/tools/udev/*.rules
-find "$CLONE/Documentation" -name '*.[1-8]' 2>/dev/null | while read -r page; do
+generated=${obdsetup%/*}/generated
+install -D -m 644 "$generated/obdsetup.bash" "$prefix/share/bash-completion/completions/obdsetup"
+install -D -m 644 "$generated/obdsetup.zsh" "$prefix/share/zsh/site-functions/_obdsetup"
+install -D -m 644 "$generated/obdsetup.fish" "$prefix/share/fish/vendor_completions.d/obdsetup.fish"
+find "$CLONE/Documentation" "$generated/man" -name '*.[1-8]' 2>/dev/null | while read -r page; do
 	install -D -m 644 "$page" "$prefix/share/man/man${page##*.}/${page##*/}"
 done

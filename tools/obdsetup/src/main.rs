@@ -30,14 +30,19 @@ mod wrap_args;
 use std::io::{self, Write};
 use std::process::ExitCode;
 
-use clap::Parser;
+use clap::{CommandFactory, Parser};
 
-/// Set up, make, check and dump OverlayBD images.
+/// Set up, make, convert and check OverlayBD images.
 #[derive(Parser)]
 #[command(name = "obdsetup", version, after_help = exit::HELP, max_term_width = 100)]
 struct Cli {
     #[command(subcommand)]
     command: cmd::Command,
+}
+
+/// The command as it is on the command line, for what is made of that.
+fn command() -> clap::Command {
+    Cli::command()
 }
 
 fn main() -> ExitCode {

@@ -37,11 +37,12 @@ pub(crate) struct WrapArgs {
     #[arg(long, value_name = "N")]
     pub(crate) level: Option<i32>,
 
-    /// Bytes in a compressed block: 4k, 8k, 16k, 32k or 64k
+    /// Bytes in a compressed block: 4k, 8k, 16k, 32k or 64k; larger ones are smaller in sum, and
+    /// slower to read a little of
     #[arg(long, value_name = "SIZE", default_value = "4k", value_parser = block_size)]
     pub(crate) block_size: u32,
 
-    /// Leave out the CRC behind each block
+    /// Leave out the CRC behind each block: corruption may then go unnoticed
     #[arg(long)]
     pub(crate) no_crc: bool,
 

@@ -770,6 +770,84 @@ fn benchmark() {
         .stdout(contains("lz4           4k").and(contains("CRC-32C")));
 }
 
+/// The names of all fields.
+fn keys(value: &serde_json::Value, found: &mut Vec<String>) {
+    use serde_json::Value;
+    match value {
+        Value::Array(values) => values.iter().for_each(|value| keys(value, found)),
+        Value::Object(map) => {
+            for (key, value) in map {
+                found.push(key.clone());
+                keys(value, found);
+            }
+        }
+        _ => {}
+    }
+}
+
+#[test]
+fn json_is_documented() {
+    let page = include_str!("../../../Documentation/obdsetup.8");
+    let section = page.split(".Sh JSON").nth(1).unwrap();
+    let section = section.split(".Sh ").next().unwrap();
+    let place = Place::new();
+    place.write("disk.raw", &image());
+    place
+        .run("create --image disk.raw layer.obd --tar")
+        .success();
+    for (line, count) in [
+        ("info --json layer.obd", 32),
+        ("verify --json layer.obd", 9),
+        ("table --json layer.obd", 6),
+        ("benchmark --json", 8),
+    ] {
+        let mut found = Vec::new();
+        keys(&place.json(line), &mut found);
+        assert!(found.len() >= count, "{line}: {found:?}");
+        for key in found {
+            let mut words = section.split(|c: char| !c.is_alphanumeric() && c != '_');
+            assert!(words.any(|word| word == key), "{line}: {key}");
+        }
+    }
+}
+
+#[test]
+fn what_it_tells_of_itself() {
+    let place = Place::new();
+    for (shell, word) in [
+        ("bash", "complete -F _obdsetup"),
+        ("zsh", "#compdef obdsetup"),
+        ("fish", "complete -c obdsetup"),
+    ] {
+        place
+            .run(&format!("completions {shell}"))
+            .success()
+            .stdout(contains(word).and(contains("user-tag")));
+    }
+    place.run("completions nosuch").code(1);
+    let script = place.run("completions bash").success();
+    place.write("script", &script.get_output().stdout);
+    tool(&place, "bash -n script");
+
+    fs::create_dir(place.path("man")).unwrap();
+    place.run("man man").success().stdout("");
+    let names = names(&place.path("man"));
+    for name in ["create", "merge", "open", "benchmark"] {
+        assert!(names.contains(&format!("obdsetup-{name}.8")), "{names:?}");
+    }
+    assert!(!names.contains(&"obdsetup-man.8".to_owned()));
+    let page = String::from_utf8(place.read("man/obdsetup-merge.8")).unwrap();
+    for text in [
+        "\\-\\-lowest",
+        ".SH EXAMPLES",
+        "obdsetup merge \\-o app.obd",
+        "(8)",
+    ] {
+        assert!(page.contains(text), "{text}: {page}");
+    }
+    place.run("man nowhere").code(4);
+}
+
 #[test]
 fn exit_codes() {
     let place = Place::new();
@@ -794,6 +872,8 @@ fn exit_codes() {
         "benchmark",
         "dump",
         "export",
+        "completions",
+        "man",
     ] {
         place
             .run(&format!("{command} --help"))

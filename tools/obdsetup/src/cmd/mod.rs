@@ -5,11 +5,13 @@
 mod benchmark;
 mod close;
 mod commit;
+mod completions;
 mod convert;
 mod create;
 mod dump;
 mod export;
 mod info;
+mod man;
 mod merge;
 mod open;
 mod status;
@@ -48,6 +50,11 @@ pub(crate) enum Command {
     Export(export::Args),
     /// Show how fast this machine decompresses
     Benchmark(benchmark::Args),
+    /// Print what completes commands in a shell
+    Completions(completions::Args),
+    /// Write the manual pages of the subcommands
+    #[command(hide = true)]
+    Man(man::Args),
 }
 
 impl Command {
@@ -67,6 +74,8 @@ impl Command {
             Self::Dump(args) => dump::run(&args),
             Self::Export(args) => export::run(&args),
             Self::Benchmark(args) => benchmark::run(&args),
+            Self::Completions(args) => completions::run(&args),
+            Self::Man(args) => man::run(&args),
         }
     }
 }

@@ -55,7 +55,7 @@ pub(crate) struct LayersArgs {
     #[arg(long, value_name = "OPTION")]
     lsmt_opt: Vec<String>,
 
-    /// An optional parameter for the zfile targets, passed on as it is
+    /// An optional parameter for the zfile targets, passed on as it is, say "cache_blocks 64"
     #[arg(long, value_name = "OPTION")]
     zfile_opt: Vec<String>,
 }

@@ -1,0 +1,27 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! `obdsetup completions`.
+
+use anyhow::Result;
+use clap_complete::Shell;
+
+/// Arguments of `completions`.
+#[derive(clap::Args)]
+#[command(after_help = "Examples:
+  obdsetup completions bash >/usr/share/bash-completion/completions/obdsetup
+  obdsetup completions zsh >/usr/share/zsh/site-functions/_obdsetup
+  obdsetup completions fish >/usr/share/fish/vendor_completions.d/obdsetup.fish
+
+`make install` puts them there, below its PREFIX.")]
+pub(crate) struct Args {
+    /// The shell
+    #[arg(value_enum)]
+    shell: Shell,
+}
+
+/// Runs `completions`.
+pub(crate) fn run(args: &Args) -> Result<()> {
+    let mut script = Vec::new();
+    clap_complete::generate(args.shell, &mut crate::command(), "obdsetup", &mut script);
+    super::print(&String::from_utf8_lossy(&script))
+}

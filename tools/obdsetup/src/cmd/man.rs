@@ -1,0 +1,78 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! `obdsetup man`: a manual page for each subcommand.
+
+use std::io::Write;
+use std::path::PathBuf;
+
+use anyhow::{Context, Result};
+use clap::Command;
+use clap_mangen::roff::{bold, roman, Roff};
+use clap_mangen::Man;
+
+/// Arguments of `man`.
+#[derive(clap::Args)]
+#[command(after_help = "Examples:
+  obdsetup man /usr/local/share/man/man8
+
+Writes obdsetup-SUBCOMMAND.8 for each subcommand, from what --help says. `make tools` does so.")]
+pub(crate) struct Args {
+    /// A directory that exists
+    #[arg(value_name = "DIR")]
+    directory: PathBuf,
+}
+
+/// Runs `man`.
+pub(crate) fn run(args: &Args) -> Result<()> {
+    let mut command = crate::command().disable_help_subcommand(true);
+    command.build();
+    for sub in command.get_subcommands().filter(|sub| !sub.is_hide_set()) {
+        let name = format!("obdsetup-{}.8", sub.get_name());
+        let path = args.directory.join(name);
+        std::fs::write(&path, page(sub)?)
+            .with_context(|| format!("{}: cannot write", path.display()))?;
+    }
+    Ok(())
+}
+
+/// The page of a subcommand.
+fn page(sub: &Command) -> Result<Vec<u8>> {
+    let man = Man::new(sub.clone())
+        .title(format!("obdsetup-{}", sub.get_name()))
+        .section("8")
+        .date("")
+        .source(concat!("obdsetup ", env!("CARGO_PKG_VERSION")))
+        .manual("System Administration");
+    let mut text = Vec::new();
+    man.render_title(&mut text)?;
+    man.render_name_section(&mut text)?;
+    man.render_synopsis_section(&mut text)?;
+    man.render_options_section(&mut text)?;
+    let help = sub.get_after_help().map(ToString::to_string);
+    text.write_all(&rest(&help.unwrap_or_default())?)?;
+    Ok(text)
+}
+
+/// What --help says below the options: examples, whose lines stay, and paragraphs.
+fn rest(help: &str) -> Result<Vec<u8>> {
+    let (examples, notes) = help.split_once("\n\n").unwrap_or((help, ""));
+    let mut roff = Roff::new();
+    if !notes.is_empty() {
+        roff.control("SH", ["NOTES"]);
+        for (nth, paragraph) in notes.split("\n\n").enumerate() {
+            if nth > 0 {
+                roff.control("PP", []);
+            }
+            roff.text([roman(paragraph.replace('\n', " "))]);
+        }
+    }
+    roff.control("SH", ["EXAMPLES"]);
+    roff.control("nf", []);
+    for line in examples.lines().filter(|line| line.starts_with(' ')) {
+        roff.text([roman(line.trim())]);
+    }
+    roff.control("fi", []);
+    roff.control("SH", ["SEE ALSO"]);
+    roff.text([bold("obdsetup"), roman("(8)")]);
+    Ok(roff.render().into_bytes())
+}
