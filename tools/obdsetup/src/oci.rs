@@ -254,9 +254,7 @@ fn read_file(path: &Path) -> Result<Vec<u8>> {
 
 /// The digest as descriptors have it.
 fn sha256(hasher: Sha256) -> String {
-    let bytes = hasher.finalize();
-    let hex: String = bytes.iter().map(|byte| format!("{byte:02x}")).collect();
-    format!("sha256:{hex}")
+    format!("sha256:{:x}", hasher.finalize())
 }
 
 /// Copies a layer and checks its size and digest.

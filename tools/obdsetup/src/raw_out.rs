@@ -80,7 +80,7 @@ pub(crate) fn write(source: &dyn Source, start: u64, end: u64, dest: &Dest<'_>) 
 /// must be meant to be overwritten, in use by nobody, and none of the layers.
 fn open_device(dest: &Dest<'_>) -> Result<Option<File>> {
     let context = || dest.path.display().to_string();
-    let Ok(meta) = std::fs::metadata(&dest.path) else {
+    let Ok(meta) = std::fs::metadata(dest.path) else {
         return Ok(None);
     };
     let is_disk = meta.file_type().is_block_device();
@@ -98,7 +98,7 @@ fn open_device(dest: &Dest<'_>) -> Result<Option<File>> {
         }
         options.custom_flags(OFlags::EXCL.bits() as i32);
     }
-    let file = options.open(&dest.path).with_context(context)?;
+    let file = options.open(dest.path).with_context(context)?;
     let opened = file.metadata().with_context(context)?;
     for layer in dest.inputs {
         let input = std::fs::metadata(layer).with_context(|| layer.display().to_string())?;

@@ -626,10 +626,7 @@ impl Layout<'_> {
     /// Adds a blob; gives its descriptor, with more fields in `more`.
     fn blob(&self, bytes: &[u8], more: &str) -> String {
         use sha2::Digest;
-        let hex: String = sha2::Sha256::digest(bytes)
-            .iter()
-            .map(|byte| format!("{byte:02x}"))
-            .collect();
+        let hex = format!("{:x}", sha2::Sha256::digest(bytes));
         fs::create_dir_all(self.0.path("layout/blobs/sha256")).unwrap();
         self.0.write(&format!("layout/blobs/sha256/{hex}"), bytes);
         format!(
