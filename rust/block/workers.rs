@@ -63,7 +63,8 @@ impl List {
     ///
     /// # Safety
     ///
-    /// `job` is valid, has a function, and belongs to the list now.
+    /// `job` is valid, has a function that may be called with it, once and by any thread, and
+    /// belongs to the list now. If nobody is at work, the caller wakes a worker under the lock.
     unsafe fn push(&mut self, job: NonNull<Job>) {
         let job = job.as_ptr();
         // SAFETY: The caller's promise.
@@ -200,7 +201,7 @@ impl Workers {
         // SAFETY: The caller's promise.
         unsafe { job.as_mut() }.run = Some(run);
         let mut list = self.list.lock();
-        // SAFETY: The caller's promise.
+        // SAFETY: The caller's promise; whom `wake` chooses is woken below.
         unsafe { list.push(job) };
         // SAFETY: May be called anywhere. Who has the lock stays on its CPU.
         let here = unsafe { sys::obd_raw_smp_processor_id() };
