@@ -163,8 +163,9 @@ def failing():
     equal(counters(zfile)[CACHED], 0, "cached")
     got = counters(zfile)
     check(got[HITS] > 0, "nobody has waited")
-    # One read for all, and those that have waited for a block of it have read that.
-    check(1 < got[READ_ERRORS] <= 1 + 3 * 16, f"{got[READ_ERRORS]} lower reads that failed")
+    # Each reader has read a block itself or has waited, and has then read it itself. Who comes while
+    # another one still takes places loads what is left, so there may be more than one that loads.
+    check(got[HITS] < got[READ_ERRORS] <= 4 * 16, f"{got[READ_ERRORS]} lower reads that failed, {got[HITS]} waits")
     below.load(line(0, sectors, "linear", loop.path, 0))
     below.resume()
     verify(zfile, PADDED, rounds=10)
