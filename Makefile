@@ -12,7 +12,7 @@ S := scripts
 export KDIR KERNEL MIRROR V DESTDIR PREFIX RUN SHARE TIMEOUT CARGO MINUTES
 export QEMU_MEM QEMU_SMP QEMU_ARGS KERNEL_ARGS OBD_GOLDENS RECORD VM COMPARE PARTS
 
-.PHONY: all module tools setup demo check check-debug check-kcsan soak lint fuzz bench vm install clean help
+.PHONY: all module tools setup demo check check-system check-debug check-kcsan soak lint fuzz bench vm install clean help
 
 all: module
 
@@ -30,6 +30,10 @@ demo:
 
 check:
 	@$S/check.sh
+
+# Tests of what an administrator puts together: tests/system.
+check-system:
+	@$S/check.sh system
 
 # The same tests with a kernel that has KASAN, lockdep and all.
 check-debug:

@@ -2,6 +2,7 @@
 # SPDX-License-Identifier: GPL-2.0
 # Everything a change has to pass: check.sh [PART...]. The last line sums it all up.
 #   stock   lints, builds, tests in user space and, with Debian's kernel, in the VM (the default)
+#   system  with Debian's kernel, in the VM, tests of what an administrator puts together: tests/system
 #   debug   the tests in the VM with the debug kernel
 #   kcsan   those that have several things at once, with the KCSAN kernel
 #   soak    a random mix of everything for $MINUTES (30), with the debug kernel
@@ -166,8 +167,9 @@ total=2
 for part in "${parts[@]}"; do
 	case $part in
 	stock) total=$((total + ${#lints[@]} + 6)) ;;
+	system) total=$((total + 4)) ;;
 	debug | kcsan | soak) total=$((total + 7)) ;;
-	*) die "usage: check.sh [stock | debug | kcsan | soak]..." ;;
+	*) die "usage: check.sh [stock | system | debug | kcsan | soak]..." ;;
 	esac
 done
 steps "$total"
@@ -179,6 +181,7 @@ for part in "${parts[@]}"; do
 		user_space
 		in_vm stock tests "$half" "--but $half"
 		;;
+	system) in_vm stock "system tests" system ;;
 	debug) in_vm debug tests "$half" "--but $half" ;;
 	kcsan)
 		# Not while it boots: run.sh switches the checker on. It looks at more accesses, for longer: the CPUs are slow.

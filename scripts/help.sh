@@ -9,6 +9,7 @@ make tools            build obdsetup: build/cargo/release/obdsetup
 make install          install module, obdsetup, manual pages and completions (DESTDIR=, PREFIX=/usr/local, KDIR=)
 make demo             set everything up and show the module at work in the test VM
 make check            set everything up, then lint, build and run all tests
+make check-system     run the tests of what an administrator puts together: udev, LVM, boot and others
 make check-debug      run the VM's tests with a kernel that has KASAN, lockdep, kmemleak and more (made once)
                       (OBD_FULL=1: all cycles of races)
 make check-kcsan      run those that have several things at once with a kernel that finds data races

@@ -2,11 +2,12 @@
 # SPDX-License-Identifier: GPL-2.0
 # Run the tests, all, those named, or all but those, on the running kernel with the module loaded:
 # run.sh [[--but] NAME...]
+# Those in system/ run where they are named, one as system/NAME, all as system: they need more of a system than others.
 # Prints KTAP, a subtest for each script. Whatever a script leaves behind is a failure of it.
 set -u
 
 cd "$(dirname "$0")" || exit 1
-export PYTHONPYCACHEPREFIX=${TMPDIR:-/tmp}/obdtest.pycache PYTHONUNBUFFERED=1
+export PYTHONPATH=$PWD PYTHONPYCACHEPREFIX=${TMPDIR:-/tmp}/obdtest.pycache PYTHONUNBUFFERED=1
 export PATH=$PATH:/usr/sbin:/sbin
 
 MODULE=/sys/module/dm_overlaybd
@@ -167,6 +168,7 @@ if [ "${1:-}" = --but ]; then
 elif [ $# != 0 ]; then
 	names=("${@%.py}")
 fi
+[ "${names[*]}" != system ] || mapfile -t names < <(ls system/*.py | sed 's/\.py$//')
 
 echo "KTAP version 1"
 if [ "$(id -u)" != 0 ] || [ ! -e "$MODULE" ]; then
