@@ -14,6 +14,8 @@
 
 # shellcheck source=scripts/kernel-debian.sh
 . "$SCRIPTS/kernel-debian.sh"
+# shellcheck source=scripts/kernel-tree.sh
+. "$SCRIPTS/kernel-tree.sh"
 # shellcheck source=scripts/kernel-test.sh
 . "$SCRIPTS/kernel-test.sh"
 # shellcheck source=scripts/kernel-uml.sh
@@ -22,13 +24,19 @@
 KERNEL=${KERNEL:-stock}
 K_APT=$CACHE/apt
 
+# kernel_recipe: the functions that make it.
+kernel_recipe() {
+	declare -f "build_kernel_$K_RECIPE"
+	[ "$K_RECIPE" != debian ] || declare -f debian_tree
+}
+
 # kernel_look_up: set K_RELEASE, K_VERSION (of the packages), K_RECIPE, K_CONFIG (its files) and K_DIR.
 kernel_look_up() {
 	K_CONFIG=()
 	declare -F "kernel_look_up_$KERNEL" >/dev/null || die "unknown KERNEL=$KERNEL"
 	"kernel_look_up_$KERNEL"
 	local key
-	key=$({ cat "$ROOT/etc/tool-chain" && declare -f "build_kernel_$K_RECIPE" && say "$K_VERSION" &&
+	key=$({ cat "$ROOT/etc/tool-chain" && kernel_recipe && say "$K_VERSION" &&
 		cat "${K_CONFIG[@]}" /dev/null; } | short_hash)
 	K_DIR=$CACHE/kernel-$K_RELEASE-$key
 }

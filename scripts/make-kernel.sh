@@ -11,6 +11,6 @@ say "== $K_RELEASE"
 cache_begin "${K_DIR##*/}" || exit 0
 mkdir -p "$TMP"
 "$SCRIPTS/in-root.sh" -k "$TMP" -b "$K_APT:/srv" \
-	bash -c "$(declare -f "build_kernel_$K_RECIPE"); set -euo pipefail; build_kernel_$K_RECIPE \"\$@\"" - "$K_RELEASE" "$K_VERSION" "${K_CONFIG[@]}"
+	bash -c "$(kernel_recipe); set -euo pipefail; build_kernel_$K_RECIPE \"\$@\"" - "$K_RELEASE" "$K_VERSION" "${K_CONFIG[@]}"
 cache_commit "${K_DIR##*/}"
 cache_used "${K_DIR##*/}"

@@ -1,0 +1,34 @@
+# SPDX-License-Identifier: GPL-2.0
+# shellcheck shell=bash
+# The recipe of a tree for modules from Debian's source package, for the cache and for DKMS. Sourced; a change
+# makes a new kernel directory.
+
+set -euo pipefail
+
+# debian_tree RELEASE SOURCE HEADERS DIR: what linux-source-*.tar.xz and the unpacked headers of a kernel make. Debian's
+# headers come without Rust's metadata, and the same compiler makes the same again from the same source.
+debian_tree() {
+	local release=$1 source=$2 headers=$3 dir=$4 cc lost args
+	mkdir "$dir"
+	tar -xf "$source" -C "$dir" --strip-components=1 \
+		--exclude='*/Documentation/*/*' --exclude='*/tools/testing/*' \
+		--exclude='*/drivers/*.c' --exclude='*/sound/*.c' --exclude='*/drivers/gpu/*.h'
+	cp "$headers"/{.config,Module.symvers} "$dir/"
+	cd "$dir"
+	cc=$(sed -n 's/^CONFIG_CC_VERSION_TEXT="\([^ "]*\).*/\1/p' .config)
+	args=("CC=$cc" LOCALVERSION="${release#"$(make -s kernelversion)"}")
+	make "${args[@]}" olddefconfig
+
+	# A tool that lacks, say pahole, changes the configuration, and that changes types. Versions of tools may differ.
+	lost=$(diff <(grep ^CONFIG_ "$headers/.config" | sort) <(grep ^CONFIG_ .config | sort) |
+		grep '^[<>]' | grep -vE '_VERSION(_TEXT)?=' || :)
+	if [ -n "$lost" ]; then
+		printf 'error: not the configuration of %s: %s\n' "$release" "$(echo "$lost" | head -n 4 | paste -sd' ')" >&2
+		return 1
+	fi
+
+	make -j"$(nproc)" "${args[@]}" modules_prepare
+	[ "$(cat include/config/kernel.release)" = "$release" ]
+	grep -qx CONFIG_RUST=y .config
+	[ -s rust/libkernel.rmeta ] && [ -s rust/libmacros.so ]
+}
