@@ -12,7 +12,7 @@ S := scripts
 export KDIR KERNEL MIRROR V DESTDIR PREFIX RUN SHARE TIMEOUT CARGO MINUTES
 export QEMU_MEM QEMU_SMP QEMU_ARGS KERNEL_ARGS OBD_GOLDENS RECORD VM COMPARE PARTS
 
-.PHONY: all module tools setup demo check check-system check-debug check-kcsan soak lint fuzz bench vm install clean help
+.PHONY: all module tools setup demo check check-system check-debug check-kcsan soak lint fuzz bench vm install deb check-deb clean help
 
 all: module
 
@@ -65,6 +65,12 @@ endif
 
 install:
 	@$S/install.sh
+
+deb:
+	@$S/make-deb.sh
+
+check-deb:
+	@$S/check-deb.sh
 
 clean:
 	@$S/clean.sh

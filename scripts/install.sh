@@ -1,18 +1,19 @@
 #!/bin/bash
 # SPDX-License-Identifier: GPL-2.0
 # Install what was built: the module, obdsetup, its udev rule, the manual pages, completions. DESTDIR=, PREFIX= (/usr/local), KDIR= as for make.
+# install.sh tools leaves the module out; OBDSETUP= names another program to install.
 . "$(dirname "$0")/lib.sh"
 
 prefix=${DESTDIR:-}${PREFIX:-/usr/local}
 
 # obdsetup as this machine's cargo built it, or as the tool-chain root did where that runs here too.
-obdsetup=$BUILD/cargo-host/release/obdsetup
+obdsetup=${OBDSETUP:-$BUILD/cargo-host/release/obdsetup}
 [ -x "$obdsetup" ] || obdsetup=$BUILD/cargo/release/obdsetup
 [ -x "$obdsetup" ] || die "obdsetup is not built; run 'make tools'"
 "$obdsetup" --version >/dev/null 2>&1 || [ -n "${DESTDIR:-}" ] ||
 	die "obdsetup from the tool-chain root does not run here; build it with your cargo: make tools CARGO=cargo"
 
-"$SCRIPTS/build-module.sh" install
+[ "${1:-}" = tools ] || "$SCRIPTS/build-module.sh" install
 install -D -m 755 "$obdsetup" "$prefix/sbin/obdsetup"
 install -D -m 644 -t "${DESTDIR:-}/usr/lib/udev/rules.d" "$CLONE"/tools/udev/*.rules
 generated=${obdsetup%/*}/generated

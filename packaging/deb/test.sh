@@ -1,0 +1,203 @@
+#!/bin/bash
+# SPDX-License-Identifier: GPL-2.0
+# shellcheck disable=SC2317 # check calls them
+# As root, in name spaces of its own: test the packages in DEBS: test.sh ROOT WORK DEBS RELEASE USER. ROOT is a Debian with
+# kernel RELEASE and all that the packages depend on; it stays as it is, what changes goes to WORK. WORK/share, for USER, gets
+# what the VM needs. Prints a line for each test.
+set -euo pipefail
+
+root=$1 work=$2 debs=$3 release=$4 user=$5
+failed=0
+
+mkdir "$work"/{upper,overlay,new}
+new=$work/new
+mount -t overlay overlay -o "lowerdir=$root,upperdir=$work/upper,workdir=$work/overlay" "$new"
+mount -t proc proc "$new/proc"
+mount --rbind /dev "$new/dev"
+mount -t tmpfs tmpfs "$new/tmp"
+mount -t tmpfs tmpfs "$new/mnt"
+cp "$debs"/*.deb "$new/mnt/"
+version=$(basename "$debs"/obdsetup_*.deb | cut -d_ -f2)
+source=/usr/src/dm-overlaybd-$version
+headers=/usr/src/linux-headers-$release
+tree=/var/cache/dm-overlaybd/$release
+
+# there CMD...: run it in that Debian.
+there() {
+	chroot "$new" /usr/bin/env -i -C / PATH=/usr/sbin:/usr/bin:/sbin:/bin HOME=/root LANG=C.UTF-8 \
+		DEBIAN_FRONTEND=noninteractive "$@" </dev/null
+}
+
+# check TITLE CMD...: a test that passes when the command does.
+check() {
+	local title=$1 start=$SECONDS
+	shift
+	if "$@"; then
+		echo "ok $title ($((SECONDS - start)) s)"
+	else
+		echo "not ok $title"
+		failed=1
+	fi
+}
+
+# says TEXT CMD...: whether it fails, with one line that has TEXT in it.
+says() {
+	local text=$1 out
+	shift
+	out=$("$@" 2>&1) && echo "it does not fail" && return 1
+	echo "$out"
+	[ "$(wc -l <<<"$out")" = 1 ] && [[ $out == *"$text"* ]]
+}
+
+install_packages() {
+	there sh -c 'apt-get install -y /mnt/*.deb' &&
+		there dkms status && there dkms status -m dm-overlaybd -v "$version" -k "$release" | grep ": installed\$" >/dev/null
+}
+
+# for_this_kernel: vermagic is that of a module of the kernel's own; DKMS has signed it.
+for_this_kernel() {
+	there modinfo -k "$release" dm_overlaybd &&
+		[ "$(there modinfo -k "$release" -F vermagic dm_overlaybd)" = "$(there modinfo -k "$release" -F vermagic dm_bufio)" ]
+}
+
+signed() {
+	local key
+	key=$(there openssl x509 -inform der -in /var/lib/dkms/mok.pub -noout -serial | sed 's/^serial=//; s/../&:/g; s/:$//')
+	there modinfo -k "$release" -F sig_key dm_overlaybd
+	[ -n "$key" ] && [ "$(there modinfo -k "$release" -F sig_key dm_overlaybd)" = "$key" ]
+}
+
+# aliases: each resolves to the module, and depmod knows what that needs.
+aliases() {
+	local alias
+	grep ' dm_overlaybd$' "$new/usr/lib/modules/$release/modules.alias" || return
+	for alias in dm-zfile dm-lsmt dm-zfile_target dm-lsmt_target; do
+		[ "$(there modprobe -S "$release" -R "$alias")" = dm_overlaybd ] || return
+	done
+	there modprobe -S "$release" --show-depends dm-zfile | grep dm-bufio
+}
+
+runs() {
+	there obdsetup --version | grep -F "$version" && there obdsetup --help >/dev/null &&
+		there test -s /usr/share/man/man8/obdsetup.8.gz -a -s /usr/lib/udev/rules.d/11-dm-overlaybd.rules
+}
+
+# unchanged: files are those of the packages.
+unchanged() { [ -z "$(there dpkg --verify obdsetup dm-overlaybd-dkms | tee /dev/stderr)" ]; }
+
+probe() { there "$source/scripts/dkms.sh" check "$@"; }
+
+# fake_headers NAME SED: headers that differ in their configuration, at /tmp/NAME.
+fake_headers() {
+	mkdir -p "$new/tmp/$1/include/config"
+	touch "$new/tmp/$1/Makefile"
+	cp "$new$headers/include/config/kernel.release" "$new/tmp/$1/include/config/"
+	sed "$2" "$new$headers/include/config/auto.conf" >"$new/tmp/$1/include/config/auto.conf"
+}
+
+no_rust() {
+	fake_headers norust '/^CONFIG_RUST=/d'
+	says 'without CONFIG_RUST' probe "$release" /tmp/norust
+}
+
+other_rustc() {
+	fake_headers rustc 's/^\(CONFIG_RUSTC_VERSION_TEXT=.*rustc \)[^ ]*/\11.99.9/'
+	says 'not rustc 1.99.9' probe "$release" /tmp/rustc
+}
+
+# without FILE CMD...: run it while the file is not there.
+without() {
+	local file=$new$1 status=0
+	shift
+	mv "$file" "$file.away"
+	"$@" || status=$?
+	mv "$file.away" "$file"
+	return "$status"
+}
+
+no_bindgen() { without /usr/bin/bindgen says 'no bindgen' probe "$release"; }
+no_headers() { says 'no headers' probe 7.3.0-none; }
+# no_source: nor a tree made from it. With that, none is needed.
+no_source() {
+	local source
+	source=/usr/src/linux-source-$(cut -d. -f1,2 <<<"$release")
+	without "$source.tar.xz" probe "$release" || return
+	without "$tree/made-of" without "$source.tar.xz" says "apt install ${source##*/}=" probe "$release"
+}
+
+# excluded: a kernel without Rust is left out, which is no failure of apt's.
+excluded() {
+	local status=0
+	mkdir -p "$new/usr/lib/modules/7.3.0-norust"
+	ln -s /tmp/norust "$new/usr/lib/modules/7.3.0-norust/build"
+	there dkms build -m dm-overlaybd -v "$version" -k 7.3.0-norust || status=$?
+	rm -r "$new/usr/lib/modules/7.3.0-norust"
+	[ "$status" = 77 ]
+}
+
+# again: another build takes the tree that is there.
+again() {
+	local before
+	before=$(stat -c %Y "$new$tree/made-of") || return
+	there apt-get install -y --reinstall /mnt/dm-overlaybd-dkms_"$version"_all.deb &&
+		there dkms status -m dm-overlaybd -v "$version" -k "$release" | grep ": installed\$" >/dev/null &&
+		[ "$(stat -c %Y "$new$tree/made-of")" = "$before" ]
+}
+
+purge() { there apt-get purge -y dm-overlaybd-dkms obdsetup; }
+
+# left: what the packages have left: files that are new, gone or changed, apart from what apt, dpkg and DKMS itself keep.
+left() {
+	local path
+	find "$work/upper" -mindepth 1 -printf '%y %P\n' | while read -r type path; do
+		case $path in
+		var/log/* | var/lib/apt/* | var/cache/apt/* | var/cache/ldconfig/* | etc/ld.so.cache) ;;
+		var/lib/dpkg/info/*overlaybd* | var/lib/dpkg/info/obdsetup*) echo "$path" ;;
+		var/lib/dpkg/*) ;;
+		# The machine's own key, which DKMS makes once and for all modules.
+		var/lib/dkms/mok.key | var/lib/dkms/mok.pub) ;;
+		*)
+			if [ "$type" = d ]; then
+				[ -d "$root/$path" ] || echo "$path/"
+			else
+				cmp -s "$work/upper/$path" "$root/$path" || echo "$path"
+			fi
+			;;
+		esac
+	done
+}
+
+nothing_left() {
+	local left
+	left=$(left)
+	[ -z "$left" ] && return
+	echo "$left"
+	return 1
+}
+
+check "apt installs the packages, DKMS builds the module" install_packages
+check "the module is for this kernel" for_this_kernel
+check "DKMS has signed it with its key" signed
+check "depmod has the aliases" aliases
+check "obdsetup runs; manual page and udev rule are there" runs
+check "the files are those of the packages" unchanged
+
+# The VM takes these.
+share=$work/share
+mkdir -p "$share/modules"
+cp -r "$new/usr/lib/modules/$release"/{modules.*,updates} "$share/modules/"
+cp "$new/usr/sbin/obdsetup" "$share/"
+chown -R "$user" "$share"
+
+check "a build is possible, says the probe" probe "$release"
+check "the probe names a kernel without Rust" no_rust
+check "the probe names another rustc" other_rustc
+check "the probe names bindgen that lacks" no_bindgen
+check "the probe names headers that lack" no_headers
+check "the probe names the source that lacks" no_source
+check "DKMS leaves out a kernel without Rust" excluded
+check "a reinstalled package builds with the same tree" again
+check "apt purges the packages" purge
+check "nothing is left" nothing_left
+echo "skipped: loading under Secure Boot, which the VM does not have"
+exit "$failed"

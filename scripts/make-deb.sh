@@ -1,0 +1,79 @@
+#!/bin/bash
+# SPDX-License-Identifier: GPL-2.0
+# Make the Debian packages, in build/deb: make-deb.sh. With the cargo of this machine if it is a Debian 13 that has all it
+# takes, or with CARGO=; else in the tool-chain root.
+. "$(dirname "$0")/lib.sh"
+
+DEB=$BUILD/deb
+VERSION=$(sed -n 's/^version = "\(.*\)"/\1/p' "$CLONE/tools/Cargo.toml")
+grep -qxF "PACKAGE_VERSION=\"$VERSION\"" "$CLONE/dkms.conf" || die "dkms.conf: not version $VERSION, as tools/Cargo.toml has it"
+
+# What DKMS builds from.
+DKMS_SOURCES=(COPYING Kbuild dkms.conf include rust scripts/{dkms,kdir-check,kernel-tree,lib}.sh)
+
+# pack_one PACKAGE ARCH SHLIBS: make the package of what is in its directory.
+pack_one() {
+	local package=$1 arch=$2 shlibs=$3 tree=$DEB/$1 script file=$DEB/$1_${VERSION}_$2.deb
+	install -D -m 644 "$CLONE/packaging/deb/copyright" "$tree/usr/share/doc/$package/copyright"
+	mkdir "$tree/DEBIAN"
+	(cd "$tree" && find usr -type f -exec md5sum {} +) >"$tree/DEBIAN/md5sums"
+	{
+		sed "s/@VERSION@/$VERSION/g; s/@ARCH@/$arch/; s/@SHLIBS@/$shlibs/" "$CLONE/packaging/deb/$package.control"
+		say "Installed-Size: $(du -sk "$tree/usr" | cut -f1)"
+	} >"$tree/DEBIAN/control"
+	for script in postinst prerm postrm; do
+		[ -f "$CLONE/packaging/deb/$package.$script" ] || continue
+		sed "s/@VERSION@/$VERSION/g" "$CLONE/packaging/deb/$package.$script" >"$tree/DEBIAN/$script"
+		chmod 755 "$tree/DEBIAN/$script"
+	done
+	chmod -R u=rwX,go=rX "$tree"
+	dpkg-deb --root-owner-group --build "$tree" "$file"
+	rm -r "$tree"
+}
+
+# pack OBDSETUP: both packages, where that program was built.
+pack() {
+	local source=$DEB/dm-overlaybd-dkms/usr/src/dm-overlaybd-$VERSION shlibs
+	rm -rf "$DEB"
+	mkdir -p "$source" "$DEB/shlibs/debian"
+
+	tar -C "$CLONE" -c --exclude='*.o' --exclude='.*' "${DKMS_SOURCES[@]}" | tar -x -C "$source"
+	pack_one dm-overlaybd-dkms all ''
+
+	DESTDIR=$DEB/obdsetup PREFIX=/usr OBDSETUP=$1 "$SCRIPTS/install.sh" tools
+	strip "$DEB/obdsetup/usr/sbin/obdsetup"
+	find "$DEB/obdsetup/usr/share/man" -type f -exec gzip -9n {} +
+	: >"$DEB/shlibs/debian/control"
+	shlibs=$(cd "$DEB/shlibs" && dpkg-shlibdeps -O -e "$DEB/obdsetup/usr/sbin/obdsetup" | sed -n 's/^shlibs:Depends=//p')
+	[ -n "$shlibs" ] || die "no libraries found that obdsetup needs"
+	rm -r "$DEB/shlibs"
+	pack_one obdsetup "$(dpkg --print-architecture)" "$shlibs"
+}
+
+# debian_13: whether this machine can build obdsetup as Debian 13 does.
+debian_13() {
+	local tool
+	# shellcheck disable=SC1091 # the machine's own
+	[ "$(. /etc/os-release && say "${ID:-}${VERSION_ID:-}")" = debian13 ] || return
+	for tool in cargo cc dpkg-shlibdeps; do command -v "$tool" >/dev/null || return; done
+	ldconfig -p | grep -q libclang
+}
+
+if [ "${1:-}" = --pack ]; then
+	pack "$2"
+	exit
+fi
+[ -n "${CARGO:-}" ] || ! debian_13 || CARGO=cargo
+export CARGO="${CARGO:-}"
+# Times in the packages are those of the commit.
+export SOURCE_DATE_EPOCH="${SOURCE_DATE_EPOCH:-$(git -C "$CLONE" log -1 --format=%ct 2>/dev/null || date +%s)}"
+[ -n "$CARGO" ] || "$SCRIPTS/setup.sh"
+steps 2
+step "obdsetup" "$SCRIPTS/build-tools.sh"
+if [ -n "$CARGO" ]; then
+	step "packages" "$0" --pack "$BUILD/cargo-host/release/obdsetup"
+else
+	step "packages" "$SCRIPTS/in-root.sh" env SOURCE_DATE_EPOCH="$SOURCE_DATE_EPOCH" \
+		"$SCRIPTS/make-deb.sh" --pack "$BUILD/cargo/release/obdsetup"
+fi
+ls "$DEB"/*.deb
