@@ -88,12 +88,12 @@ results() {
 	skipped=$((skipped + $(grep -c '^skipped' "$STEP_LOG" || :)))
 }
 
+trap '"${SUDO[@]}" rm -rf "$WORK"' EXIT
 "$SCRIPTS/make-deb.sh"
 "$SCRIPTS/setup.sh"
 steps 3
 step "Debian $SUITE with the kernel" "$0" --make_debian
 results "packages, in that Debian" in_debian
 results "module of the package, in the VM" in_vm
-"${SUDO[@]}" rm -rf "$WORK"
 say "$passed passed, $failed failed, $skipped skipped"
 [ "$failed" = 0 ]

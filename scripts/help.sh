@@ -7,8 +7,6 @@ make KDIR=DIR         ... for the kernel tree DIR (7.2 or later, with Rust); wit
                       kernel where it has Rust, else for Debian's newest 7.3, which the test VM runs
 make tools            build obdsetup: build/cargo/release/obdsetup
 make install          install module, obdsetup, manual pages and completions (DESTDIR=, PREFIX=/usr/local, KDIR=)
-make deb              make Debian packages of both, build/deb/*.deb: the module's source for DKMS, and obdsetup (CARGO=)
-make check-deb        install them in a fresh Debian 13, have DKMS build the module, load it in the VM, purge them
 make demo             set everything up and show the module at work in the test VM
 make check            set everything up, then lint, build and run all tests
 make check-system     run the tests of what an administrator puts together: udev, LVM, boot and others
@@ -24,6 +22,8 @@ make bench            measure, and compare with goals and with others: in User-M
 make vm               a shell in the test VM, with the module loaded (leave with exit, or Ctrl-a x)
 make vm RUN='CMD'     run one command there; fails as it does ("Error N" has its status, make's own is then 2;
                       RUN='CMD' scripts/vm.sh exits with the status itself: 124 is time out, 125 a dead VM)
+make deb              make Debian packages of both, build/deb/*.deb: the module's source for DKMS, and obdsetup (CARGO=)
+make check-deb        install them in a fresh Debian 13, have DKMS build the module, load it in the VM, purge them
 make setup            only set up the tool chain and the kernel that the above need
 make clean            remove build/
 

@@ -1,7 +1,6 @@
 #!/bin/bash
 # SPDX-License-Identifier: GPL-2.0
 # Install what was built: the module, obdsetup, its udev rule, the manual pages, completions. DESTDIR=, PREFIX= (/usr/local), KDIR= as for make.
-# install.sh tools leaves the module out; OBDSETUP= names another program to install.
 . "$(dirname "$0")/lib.sh"
 
 prefix=${DESTDIR:-}${PREFIX:-/usr/local}
@@ -13,6 +12,7 @@ obdsetup=${OBDSETUP:-$BUILD/cargo-host/release/obdsetup}
 "$obdsetup" --version >/dev/null 2>&1 || [ -n "${DESTDIR:-}" ] ||
 	die "obdsetup from the tool-chain root does not run here; build it with your cargo: make tools CARGO=cargo"
 
+# Packages have the module as source: install.sh tools.
 [ "${1:-}" = tools ] || "$SCRIPTS/build-module.sh" install
 install -D -m 755 "$obdsetup" "$prefix/sbin/obdsetup"
 install -D -m 644 -t "${DESTDIR:-}/usr/lib/udev/rules.d" "$CLONE"/tools/udev/*.rules

@@ -41,6 +41,9 @@ pack() {
 	pack_one dm-overlaybd-dkms all ''
 
 	DESTDIR=$DEB/obdsetup PREFIX=/usr OBDSETUP=$1 "$SCRIPTS/install.sh" tools
+	# Debian's zsh looks for those of packages elsewhere.
+	[ ! -d "$DEB/obdsetup/usr/share/zsh/site-functions" ] ||
+		mv "$DEB"/obdsetup/usr/share/zsh/{site-functions,vendor-completions}
 	strip "$DEB/obdsetup/usr/sbin/obdsetup"
 	find "$DEB/obdsetup/usr/share/man" -type f -exec gzip -9n {} +
 	: >"$DEB/shlibs/debian/control"

@@ -125,6 +125,14 @@ no_source() {
 	without "$tree/made-of" without "$source.tar.xz" says "apt install ${source##*/}=" probe "$release"
 }
 
+# apt_says_why: what apt shows, not only a log.
+apt_says_why() {
+	local out
+	out=$(without /usr/bin/bindgen there /var/lib/dpkg/info/dm-overlaybd-dkms.postinst configure 2>&1) && return 1
+	echo "$out"
+	grep '^dm-overlaybd: cannot build .*no bindgen' <<<"$out"
+}
+
 # excluded: a kernel without Rust is left out, which is no failure of apt's.
 excluded() {
 	local status=0
@@ -195,6 +203,7 @@ check "the probe names another rustc" other_rustc
 check "the probe names bindgen that lacks" no_bindgen
 check "the probe names headers that lack" no_headers
 check "the probe names the source that lacks" no_source
+check "apt shows why a build fails" apt_says_why
 check "DKMS leaves out a kernel without Rust" excluded
 check "a reinstalled package builds with the same tree" again
 check "apt purges the packages" purge
