@@ -51,7 +51,7 @@ says() {
 
 install_packages() {
 	there sh -c 'apt-get install -y /mnt/*.deb' &&
-		there dkms status && there dkms status -m dm-overlaybd -v "$version" -k "$release" | grep ": installed\$" >/dev/null
+		du -sm "$new$tree" && there dkms status -m dm-overlaybd -v "$version" -k "$release" | grep ": installed\$" >/dev/null
 }
 
 # for_this_kernel: vermagic is that of a module of the kernel's own; DKMS has signed it.
@@ -74,7 +74,7 @@ aliases() {
 	for alias in dm-zfile dm-lsmt dm-zfile_target dm-lsmt_target; do
 		[ "$(there modprobe -S "$release" -R "$alias")" = dm_overlaybd ] || return
 	done
-	there modprobe -S "$release" --show-depends dm-zfile | grep dm-bufio
+	there modprobe -S "$release" --show-depends dm-zfile | grep dm-mod
 }
 
 runs() {
@@ -83,7 +83,12 @@ runs() {
 }
 
 # unchanged: files are those of the packages.
-unchanged() { [ -z "$(there dpkg --verify obdsetup dm-overlaybd-dkms | tee /dev/stderr)" ]; }
+unchanged() {
+	local changed
+	changed=$(there dpkg --verify obdsetup dm-overlaybd-dkms 2>&1) && [ -z "$changed" ] && return
+	echo "$changed"
+	return 1
+}
 
 probe() { there "$source/scripts/dkms.sh" check "$@"; }
 
@@ -119,10 +124,10 @@ no_bindgen() { without /usr/bin/bindgen says 'no bindgen' probe "$release"; }
 no_headers() { says 'no headers' probe 7.3.0-none; }
 # no_source: nor a tree made from it. With that, none is needed.
 no_source() {
-	local source
-	source=/usr/src/linux-source-$(cut -d. -f1,2 <<<"$release")
-	without "$source.tar.xz" probe "$release" || return
-	without "$tree/made-of" without "$source.tar.xz" says "apt install ${source##*/}=" probe "$release"
+	local package
+	package=linux-source-$(cut -d. -f1,2 <<<"$release")
+	without "/usr/src/$package.tar.xz" probe "$release" || return
+	without "$tree/made-of" without "/usr/src/$package.tar.xz" says "apt install $package=" probe "$release"
 }
 
 # apt_says_why: what apt shows, not only a log.
