@@ -42,7 +42,7 @@ make_debian() {
 	local name depends
 	depends=$(depends)
 	[ -n "$depends" ]
-	name=debian-$({ declare -f build_debian && say "$K_RELEASE $K_VERSION $depends ${ROOT##*/}"; } | short_hash)
+	name=debian-$({ declare -f build_debian && say "$K_RELEASE $K_VERSION $depends"; } | short_hash)
 	if [ ! -d "$CACHE/$name" ] && cache_begin "$name"; then
 		build_debian "$TMP" "$K_RELEASE" "$K_VERSION" "$depends"
 		cache_commit "$name"
