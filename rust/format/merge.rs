@@ -243,6 +243,10 @@ pub enum Extent {
 /// Segments, at least, that a run of sectors in an [`Index`] has on average.
 const RUN_SEGMENTS: u64 = 16;
 
+/// Segments, at most, of an index that has a run for each: there is nothing to search then, and 4
+/// bytes for each of so few don't matter.
+const FEW_SEGMENTS: usize = 4096;
+
 /// A merged index that sectors can be looked up in.
 ///
 /// A search in a large index is mostly waiting for memory. So the disk is divided into runs of
@@ -261,7 +265,12 @@ pub struct Index<S, R> {
 /// last one, for an index of `segments`.
 fn run_shape(segments: &[Segment]) -> (u32, usize) {
     let last = segments.last().map_or(0, Segment::offset);
-    let most = NonZeroU64::new(to_u64(segments.len()) / RUN_SEGMENTS).unwrap_or(NonZeroU64::MIN);
+    let count = to_u64(segments.len());
+    let runs = match segments.len() <= FEW_SEGMENTS {
+        true => count,
+        false => count / RUN_SEGMENTS,
+    };
+    let most = NonZeroU64::new(runs).unwrap_or(NonZeroU64::MIN);
     // last < most * 2^shift
     let shift = (last / most).checked_ilog2().map_or(0, |log| log + 1);
     (shift, to_usize(last.wrapping_shr(shift)) + 2)
@@ -279,7 +288,7 @@ where
 {
     /// An index of `segments`, at most [`MAX_SEGMENTS`], in the order in which [`merge`] makes
     /// them. `runs` has [`index_slots`] slots, which are filled here; `pause` is called every
-    /// [`PAUSE`] segments; a slot for 16 of them may be filled in between.
+    /// [`PAUSE`] segments, of which each slot stands for one at least.
     ///
     /// # Errors
     ///
