@@ -203,10 +203,10 @@ impl Workers {
         let mut list = self.list.lock();
         // SAFETY: The caller's promise; whom `wake` chooses is woken below.
         unsafe { list.push(job) };
-        // SAFETY: May be called anywhere. Who has the lock stays on its CPU.
-        let here = unsafe { sys::obd_raw_smp_processor_id() };
         // Under the lock: once it is given back the job may be done, and all of this be gone.
-        let chosen = list.wake(here as usize).and_then(|nth| self.each.get(nth));
+        let chosen = list
+            .wake(super::this_cpu())
+            .and_then(|nth| self.each.get(nth));
         if let Some(worker) = chosen {
             let (cpu, work) = (worker.nth as kernel::ffi::c_int, worker.work.get());
             // INVARIANT: A worker that wasn't at work isn't queued, so this can't but wake it.

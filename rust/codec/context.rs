@@ -2,15 +2,15 @@
 
 //! What decompression needs beside its source and its destination.
 //!
-//! A worker borrows a context for one I/O. Who has one never waits for I/O, so waiting for one is
-//! short, and needs no memory.
+//! A worker borrows its CPU's context for one I/O. Who has one never waits for I/O, so waiting for
+//! it is short, and needs no memory.
 
 use kernel::alloc::flags::__GFP_NOWARN;
 use kernel::prelude::*;
-use kernel::sync::{new_condvar, new_mutex, CondVar, Mutex};
+use kernel::sync::{new_mutex, Arc, Mutex, MutexGuard};
 
 use super::{lz4, zstd::Decompressor, Corrupt};
-use crate::block::Dest;
+use crate::block::{self, Dest};
 use crate::format::zfile::{Algorithm, MAX_BLOCK_SIZE};
 
 /// Working memory of one worker.
@@ -34,13 +34,13 @@ impl Codec {
 }
 
 impl Context {
-    fn new(algorithm: Algorithm) -> Result<KBox<Self>> {
+    fn new(algorithm: Algorithm) -> Result<Self> {
         let codec = match algorithm {
             Algorithm::Lz4 => Codec::Lz4,
             Algorithm::Zstd => Codec::Zstd(Decompressor::new()?),
         };
         let bounce = VVec::zeroed(MAX_BLOCK_SIZE as usize, GFP_KERNEL | __GFP_NOWARN)?;
-        Ok(KBox::new(Self { codec, bounce }, GFP_KERNEL)?)
+        Ok(Self { codec, bounce })
     }
 
     /// Decompresses `stored`, which must fill `dest` exactly.
@@ -87,102 +87,35 @@ impl Context {
     }
 }
 
-/// The contexts of one algorithm, shared by all devices: one for each CPU once a device uses it.
-#[pin_data]
+/// The contexts of one algorithm, one for each CPU, shared by all devices.
 pub(crate) struct Contexts {
-    algorithm: Algorithm,
-    #[pin]
-    pool: Mutex<Pool>,
-    #[pin]
-    returned: CondVar,
-}
-
-/// # Invariants
-///
-/// `free` has a capacity of at least `total`, the number of contexts.
-struct Pool {
-    free: KVec<KBox<Context>>,
-    total: usize,
+    /// That of CPU 0.
+    first: Pin<KBox<Mutex<Context>>>,
+    others: KVec<Pin<KBox<Mutex<Context>>>>,
 }
 
 impl Contexts {
-    /// An empty pool.
-    pub(crate) fn new(algorithm: Algorithm) -> impl PinInit<Self> {
-        // INVARIANT: No contexts.
-        let pool = Pool {
-            free: KVec::new(),
-            total: 0,
-        };
-        pin_init!(Self {
-            algorithm,
-            pool <- new_mutex!(pool),
-            returned <- new_condvar!(),
-        })
-    }
-
-    /// Allocates contexts up to `count`.
+    /// Allocates contexts for all CPUs.
     ///
     /// # Errors
     ///
     /// [`ENOMEM`].
-    pub(crate) fn provide(&self, count: usize) -> Result {
-        // Nothing is allocated under the lock that workers take: reclaim may wait for them.
-        while self.pool.lock().total < count {
-            let context = Context::new(self.algorithm)?;
-            let mut free = KVec::with_capacity(count, GFP_KERNEL)?;
-            let mut pool = self.pool.lock();
-            if pool.total >= count {
-                break;
-            }
-            // Room for those that are borrowed, too; nothing of this allocates or fails.
-            while let Some(context) = pool.free.pop() {
-                let _ = free.push_within_capacity(context);
-            }
-            let _ = free.push_within_capacity(context);
-            // INVARIANT: The capacity is `count`, which is at least the new total.
-            pool.total += 1;
-            let old = core::mem::replace(&mut pool.free, free);
-            drop(pool);
-            drop(old);
-            self.returned.notify_one();
+    pub(crate) fn new(algorithm: Algorithm) -> Result<Arc<Self>> {
+        let count = kernel::cpu::nr_cpu_ids() as usize;
+        let context = || KBox::pin_init(new_mutex!(Context::new(algorithm)?), GFP_KERNEL);
+        let first = context()?;
+        let mut others = KVec::with_capacity(count, GFP_KERNEL)?;
+        for _ in 1..count {
+            others.push(context()?, GFP_KERNEL)?;
         }
-        Ok(())
+        Ok(Arc::new(Self { first, others }, GFP_KERNEL)?)
     }
 
-    /// Borrows a context; waits for one in process context.
-    pub(crate) fn borrow(&self) -> Borrowed<'_> {
-        let mut pool = self.pool.lock();
-        loop {
-            if let Some(context) = pool.free.pop() {
-                return Borrowed {
-                    contexts: self,
-                    context: Some(context),
-                };
-            }
-            self.returned.wait(&mut pool);
-        }
-    }
-}
-
-/// A context that goes back when it is dropped.
-pub(crate) struct Borrowed<'a> {
-    contexts: &'a Contexts,
-    context: Option<KBox<Context>>,
-}
-
-impl Borrowed<'_> {
-    /// The context; it is there until this is dropped.
-    pub(crate) fn get(&mut self) -> Option<&mut Context> {
-        self.context.as_deref_mut()
-    }
-}
-
-impl Drop for Borrowed<'_> {
-    fn drop(&mut self) {
-        if let Some(context) = self.context.take() {
-            // Cannot fail: by the invariant of the pool there is room.
-            let _ = self.contexts.pool.lock().free.push_within_capacity(context);
-            self.contexts.returned.notify_one();
-        }
+    /// Borrows the context of this CPU; waits for it in process context. Another thread may have
+    /// it, which then was here, too.
+    pub(crate) fn borrow(&self) -> MutexGuard<'_, Context> {
+        let nth = block::this_cpu().checked_sub(1);
+        let context = nth.and_then(|nth| self.others.get(nth));
+        context.unwrap_or(&self.first).lock()
     }
 }

@@ -19,7 +19,7 @@ use kernel::sync::Arc;
 use super::cache::{Block, Cache, Loader, Lookup};
 use super::{count, Zfile};
 use crate::block::{self, Buffer, Pages, Status};
-use crate::codec::{self, crc32c, Context, Contexts, Corrupt};
+use crate::codec::{self, crc32c, Context, Corrupt};
 use crate::dm::{self, Bio, DeviceId, Io, Mapped};
 use crate::format::num::{to_u64, to_usize};
 use crate::format::zfile::{block_crc, Geometry};
@@ -348,9 +348,14 @@ impl Zfile {
     fn decode(io: Io<Self>) {
         let this = io.target();
         let result = {
-            let mut context = this.contexts().borrow();
-            this.fill(io.request(), io.data(), &mut io.pages(), context.get())
-                .map_err(|(block, _)| this.report(block))
+            let mut context = this.contexts.borrow();
+            this.fill(
+                io.request(),
+                io.data(),
+                &mut io.pages(),
+                Some(&mut *context),
+            )
+            .map_err(|(block, _)| this.report(block))
         };
         io.end(result);
     }
@@ -365,8 +370,8 @@ impl Zfile {
         let mut skip = io.request().skip;
         for number in loader.blocks() {
             let block = loader.block();
-            let mut context = io.target().contexts().borrow();
-            let bytes = match Self::load(&io, number, block.as_deref(), context.get()) {
+            let mut context = io.target().contexts.borrow();
+            let bytes = match Self::load(&io, number, block.as_deref(), &mut context) {
                 Ok(Some(bytes)) => Ok(bytes),
                 Ok(None) => {
                     // Many may wait: others have use for it meanwhile.
@@ -399,11 +404,10 @@ impl Zfile {
         io: &Io<Self>,
         number: u64,
         block: Option<&Block>,
-        context: Option<&'c mut Context>,
+        context: &'c mut Context,
     ) -> Result<Option<&'c [u8]>, Status> {
         let this = io.target();
         let corrupt = |Corrupt| this.report(number);
-        let context = context.ok_or(Status::IO_ERROR)?;
         let stored = this
             .stored(number, io.request(), io.data())
             .map_err(corrupt)?;
@@ -429,10 +433,6 @@ impl Zfile {
         let mut pages = io.pages();
         pages.copy_from(io.request().part(bytes, pages.left()));
         pages.zero(pages.left());
-    }
-
-    fn contexts(&self) -> &Contexts {
-        self.shared.contexts(self.geometry.algorithm())
     }
 
     /// Fills `pages` from what was read; tells which block can't be had.

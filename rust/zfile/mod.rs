@@ -16,7 +16,7 @@ mod table;
 
 use kernel::prelude::*;
 use kernel::sync::atomic::{Atomic, Relaxed};
-use kernel::sync::Arc;
+use kernel::sync::{new_mutex, Arc, Mutex};
 
 use crate::block::Shrinker;
 use crate::codec::Contexts;
@@ -25,17 +25,17 @@ use crate::format::zfile::{Algorithm, Geometry, JumpTable};
 
 use cache::Cache;
 
-/// What all `zfile` targets share.
+/// What all `zfile` targets share: working memory, made with the first device that needs it.
 #[pin_data]
 pub(crate) struct Shared {
     #[pin]
-    lz4: Contexts,
+    lz4: Mutex<Option<Arc<Contexts>>>,
     #[pin]
-    zstd: Contexts,
+    zstd: Mutex<Option<Arc<Contexts>>>,
 }
 
 impl Shared {
-    /// Makes empty pools; contexts come with the first device.
+    /// Has nothing yet.
     ///
     /// # Errors
     ///
@@ -43,24 +43,35 @@ impl Shared {
     pub(crate) fn new() -> Result<Arc<Self>> {
         Arc::pin_init(
             pin_init!(Self {
-                lz4 <- Contexts::new(Algorithm::Lz4),
-                zstd <- Contexts::new(Algorithm::Zstd),
+                lz4 <- new_mutex!(None),
+                zstd <- new_mutex!(None),
             }),
             GFP_KERNEL,
         )
     }
 
-    fn contexts(&self, algorithm: Algorithm) -> &Contexts {
-        match algorithm {
+    /// # Errors
+    ///
+    /// [`ENOMEM`].
+    fn contexts(&self, algorithm: Algorithm) -> Result<Arc<Contexts>> {
+        // Taken by constructors alone, so memory may be waited for.
+        let mut made = match algorithm {
             Algorithm::Lz4 => &self.lz4,
             Algorithm::Zstd => &self.zstd,
         }
+        .lock();
+        if let Some(contexts) = &*made {
+            return Ok(contexts.clone());
+        }
+        let contexts = Contexts::new(algorithm)?;
+        *made = Some(contexts.clone());
+        Ok(contexts)
     }
 }
 
 /// A `zfile` target.
 pub(crate) struct Zfile {
-    shared: Arc<Shared>,
+    contexts: Arc<Contexts>,
     geometry: Geometry,
     table: JumpTable<KVVec<u64>, KVVec<u16>>,
     /// Where the ZFile starts on its device, in bytes: behind a tar header, or at 0.

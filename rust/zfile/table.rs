@@ -73,16 +73,14 @@ impl dm::Target for Zfile {
 
         let device_block = u64::from(setup.device(device)?.logical_block_size());
         setup.set_used(device, payload.start + payload.len);
-        let shared = setup.context();
-        let contexts = shared.contexts(geometry.algorithm());
-        contexts.provide(kernel::cpu::nr_cpu_ids() as usize)?;
+        let contexts = setup.context().contexts(geometry.algorithm())?;
         let cache = Cache::new(options.places(geometry.blocks()))?;
         let shrinker = match &cache {
             Some(cache) => Some(Shrinker::new(cache.clone())?),
             None => None,
         };
         Ok(Self {
-            shared,
+            contexts,
             _shrinker: shrinker,
             cache,
             cache_all: options.cache_all,
