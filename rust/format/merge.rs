@@ -276,32 +276,28 @@ fn run_shape(segments: &[Segment]) -> (u32, usize) {
     (shift, to_usize(last.wrapping_shr(shift)) + 2)
 }
 
-/// Number of slots that an [`Index`] of `segments` needs.
-pub fn index_slots(segments: &[Segment]) -> usize {
-    run_shape(segments).1
-}
-
 impl<S, R> Index<S, R>
 where
     S: Deref<Target = [Segment]>,
     R: Deref<Target = [u32]>,
 {
     /// An index of `segments`, at most [`MAX_SEGMENTS`], in the order in which [`merge`] makes
-    /// them. `runs` has [`index_slots`] slots, which are filled here; `pause` is called every
-    /// [`PAUSE`] segments, of which each slot stands for one at least.
+    /// them. `allocate` gives memory for as many runs as it is asked for, hardly more than there
+    /// are segments; `pause` is called every [`PAUSE`] segments.
     ///
     /// # Errors
     ///
-    /// The first error of `pause`.
+    /// The first error of `allocate` or `pause`.
     pub fn new<E>(
         segments: S,
-        mut runs: R,
+        allocate: impl FnOnce(usize) -> Result<R, E>,
         mut pause: impl FnMut() -> Result<(), E>,
     ) -> Result<Self, E>
     where
         R: DerefMut,
     {
-        let (shift, _) = run_shape(&segments);
+        let (shift, slots) = run_shape(&segments);
+        let mut runs = allocate(slots)?;
         let mut slots = runs.iter_mut();
         let mut filled = 0;
         for (segment, nth) in segments.iter().zip(0u32..) {

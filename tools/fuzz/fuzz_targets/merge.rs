@@ -10,7 +10,7 @@ use std::convert::Infallible;
 use libfuzzer_sys::arbitrary::{Result, Unstructured};
 use libfuzzer_sys::fuzz_target;
 use overlaybd::format::lsmt::{Segment, MAX_END};
-use overlaybd::format::merge::{index_slots, merge, Event, Extent, Index, MAX_LAYERS};
+use overlaybd::format::merge::{merge, Event, Extent, Index, MAX_LAYERS};
 use overlaybd::format::{Error, Fault};
 use overlaybd_fuzz::{init, memory};
 
@@ -141,8 +141,8 @@ fn check(data: &[u8]) -> Result<()> {
     }
     assert!(painted == disk, "not what the model has");
 
-    let runs = vec![0; index_slots(&merged)];
-    let Ok(index) = Index::new(merged.as_slice(), runs, || Ok::<_, Infallible>(()));
+    let runs = |count| Ok::<_, Infallible>(vec![0; count]);
+    let Ok(index) = Index::new(merged.as_slice(), runs, || Ok(()));
     let mut zeros_end = MAX_END;
     let mut data_end = 0;
     for (nth, wanted) in disk.iter().enumerate().rev() {

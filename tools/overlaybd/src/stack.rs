@@ -74,10 +74,9 @@ impl Stack {
             },
             || Ok(()),
         )?;
-        let runs = vec![0; merge::index_slots(&merged)];
         Ok(Self {
             layers,
-            merged: Index::new(merged, runs, || Ok::<_, Error>(()))?,
+            merged: Index::new(merged, |count| Ok::<_, Error>(vec![0; count]), || Ok(()))?,
             virtual_size,
         })
     }

@@ -14,7 +14,7 @@ use common::{checksum, lsmt, put, run, sign, zfile};
 use overlaybd::codec::Method;
 use overlaybd::format::blob::{check_range, Window};
 use overlaybd::format::lsmt::{Layer, Segment, MAX_END, MAX_LENGTH};
-use overlaybd::format::merge::{index_slots, merge, sectors, Event, Extent, Index};
+use overlaybd::format::merge::{merge, sectors, Event, Extent, Index};
 use overlaybd::format::num::{bytes_at, le32, le64, Records};
 use overlaybd::format::zfile::{field, flag, Algorithm, Geometry, JumpTable, MAX_BLOCKS};
 use overlaybd::format::{tar, Blob, Error, Fault};
@@ -492,8 +492,8 @@ fn stacks(count: u32, sectors: u64, base: u64) {
                 Ok(())
             })
             .unwrap();
-            let runs = vec![0; index_slots(&merged)];
-            let Ok(index) = Index::new(merged.as_slice(), runs, || Ok::<_, Infallible>(()));
+            let runs = |count| Ok::<_, Infallible>(vec![0; count]);
+            let Ok(index) = Index::new(merged.as_slice(), runs, || Ok(()));
             for (sector, wanted) in (0..).zip(&whole) {
                 let wanted = wanted.filter(|_| sector < limit);
                 let found = match index.lookup(base + sector) {
@@ -521,10 +521,12 @@ fn look_everywhere(places: &[u64], sectors: impl Iterator<Item = u64>) {
         .zip(places)
         .map(|(nth, &place)| Segment::new(place, 2, nth * 2, false, 7).unwrap())
         .collect();
-    let runs = vec![0; index_slots(&segments)];
-    let per_run = if places.len() <= 4096 { 1 } else { 16 };
-    assert!(runs.len() <= places.len() / per_run + 2);
-    let Ok(index) = Index::new(segments, runs, || Ok::<_, Infallible>(()));
+    let runs = |count| {
+        let per_run = if places.len() <= 4096 { 1 } else { 16 };
+        assert!(count <= places.len() / per_run + 2);
+        Ok::<_, Infallible>(vec![0; count])
+    };
+    let Ok(index) = Index::new(segments, runs, || Ok(()));
     for sector in sectors {
         let next = places.partition_point(|&place| place + 2 <= sector);
         let wanted = match places.get(next).map(|&place| (next as u64, place)) {
