@@ -203,7 +203,8 @@ impl Workers {
         let mut list = self.list.lock();
         // SAFETY: The caller's promise; whom `wake` chooses is woken below.
         unsafe { list.push(job) };
-        // Under the lock: once it is given back the job may be done, and all of this be gone.
+        // Under the lock: once it is given back the job may be done, and all of this be gone. Who has
+        // it stays on its CPU, too, which so is online.
         let chosen = list
             .wake(super::this_cpu())
             .and_then(|nth| self.each.get(nth));

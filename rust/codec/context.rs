@@ -88,6 +88,8 @@ impl Context {
 }
 
 /// The contexts of one algorithm, one for each CPU, shared by all devices.
+///
+/// Lock order: under a context's mutex spinlocks may be taken. No I/O is waited for or ended there.
 pub(crate) struct Contexts {
     /// That of CPU 0.
     first: Pin<KBox<Mutex<Context>>>,

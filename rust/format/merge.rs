@@ -243,8 +243,8 @@ pub enum Extent {
 /// Segments, at least, that a run of sectors in an [`Index`] has on average.
 const RUN_SEGMENTS: u64 = 16;
 
-/// Segments, at most, of an index that has a run for each: there is nothing to search then, and 4
-/// bytes for each of so few don't matter.
+/// Segments, at most, of an index that has a run for each, so that there is next to nothing to
+/// search where they don't crowd: 4 bytes for each of so few don't matter.
 const FEW_SEGMENTS: usize = 4096;
 
 /// A merged index that sectors can be looked up in.
@@ -336,11 +336,14 @@ where
     #[inline]
     pub fn lookup(&self, sector: u64) -> Extent {
         let run = to_usize(sector.wrapping_shr(self.shift));
-        let before = |run| {
-            let known = self.runs.get(run);
-            known.map_or(self.segments.len(), |&before| before as usize)
+        // Without what is known of a run, all segments are searched.
+        let before = |run, unknown| {
+            self.runs
+                .get(run)
+                .map_or(unknown, |&before| before as usize)
         };
-        let (start, end) = (before(run), before(run.saturating_add(1)));
+        let start = before(run, 0);
+        let end = before(run.saturating_add(1), self.segments.len());
         let next = start + begun(self.segments.get(start..end).unwrap_or(&[]), sector);
         let last = next.checked_sub(1).and_then(|last| self.segments.get(last));
         match last {

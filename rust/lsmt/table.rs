@@ -68,7 +68,7 @@ impl dm::Target for Lsmt {
         }
         let segments = merge_layers(&layers, setup.len())?;
         check_alignment(setup, &segments, count)?;
-        let runs = |count| Ok(KVVec::zeroed(count, GFP_KERNEL | __GFP_NOWARN)?);
+        let runs = |len| Ok(KVVec::zeroed(len, GFP_KERNEL | __GFP_NOWARN)?);
         let index = Index::new(segments, runs, pause)?;
         Ok(Self {
             tail: read_tail(setup, &index, size)?,

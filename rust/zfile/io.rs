@@ -20,7 +20,7 @@ use super::cache::{Block, Cache, Loader, Lookup};
 use super::{count, Zfile};
 use crate::block::{self, Buffer, Pages, Status};
 use crate::codec::{self, crc32c, Context, Corrupt};
-use crate::dm::{self, Bio, DeviceId, Io, Mapped};
+use crate::dm::{self, Bio, DeviceId, Io, IoQueue, Mapped};
 use crate::format::num::{to_u64, to_usize};
 use crate::format::zfile::{block_crc, Geometry};
 use crate::format::SECTOR_SIZE;
@@ -370,26 +370,37 @@ impl Zfile {
         let mut skip = io.request().skip;
         for number in loader.blocks() {
             let block = loader.block();
-            let mut context = io.target().contexts.borrow();
-            let bytes = match Self::load(&io, number, block.as_deref(), &mut context) {
-                Ok(Some(bytes)) => Ok(bytes),
-                Ok(None) => {
-                    // Many may wait: others have use for it meanwhile.
-                    drop(context);
-                    let data = block.as_ref().and_then(|block| block.data());
-                    data.ok_or(Status::IO_ERROR)
+            let (mut waited, loaded) = {
+                let mut context = io.target().contexts.borrow();
+                let bytes = match Self::load(&io, number, block.as_deref(), &mut context) {
+                    Ok(Some(bytes)) => Ok(bytes),
+                    Ok(None) => {
+                        // Many may wait: others have use for it meanwhile.
+                        drop(context);
+                        let data = block.as_ref().and_then(|block| block.data());
+                        data.ok_or(Status::IO_ERROR)
+                    }
+                    Err(status) => Err(status),
+                };
+                let mut waited = IoQueue::new();
+                let mut queue = loader.finish(block.clone());
+                while let Some(other) = queue.pop() {
+                    if let Ok(bytes) = bytes {
+                        Self::copy(&other, bytes);
+                    }
+                    waited.push(other);
+                    dm::cond_resched();
                 }
-                Err(status) => Err(status),
+                match bytes.and_then(|bytes| bytes.get(skip..).ok_or(Status::IO_ERROR)) {
+                    Ok(bytes) => pages.copy_from(bytes),
+                    Err(status) => result = Err(status),
+                }
+                (waited, bytes.map(|_| ()))
             };
-            let mut queue = loader.finish(block.clone());
-            while let Some(other) = queue.pop() {
-                let result = bytes.map(|bytes| Self::copy(&other, bytes));
-                other.end(result);
+            // Not with the context: what is above may work, or wait, where a read ends.
+            while let Some(other) = waited.pop() {
+                other.end(loaded);
                 dm::cond_resched();
-            }
-            match bytes.and_then(|bytes| bytes.get(skip..).ok_or(Status::IO_ERROR)) {
-                Ok(bytes) => pages.copy_from(bytes),
-                Err(status) => result = Err(status),
             }
             skip = 0;
         }

@@ -54,18 +54,16 @@ impl Shared {
     ///
     /// [`ENOMEM`].
     fn contexts(&self, algorithm: Algorithm) -> Result<Arc<Contexts>> {
-        // Taken by constructors alone, so memory may be waited for.
-        let mut made = match algorithm {
+        let made = match algorithm {
             Algorithm::Lz4 => &self.lz4,
             Algorithm::Zstd => &self.zstd,
-        }
-        .lock();
-        if let Some(contexts) = &*made {
+        };
+        if let Some(contexts) = &*made.lock() {
             return Ok(contexts.clone());
         }
+        // Not under the lock: this may wait long for memory. Of two that are made at once, one stays.
         let contexts = Contexts::new(algorithm)?;
-        *made = Some(contexts.clone());
-        Ok(contexts)
+        Ok(made.lock().get_or_insert(contexts).clone())
     }
 }
 
