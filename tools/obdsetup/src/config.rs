@@ -4,10 +4,11 @@
 
 use std::path::{Path, PathBuf};
 
-use anyhow::{Context, Result};
+use anyhow::Result;
 use serde::{Deserialize, Serialize};
 
-use crate::exit::{self, Failure};
+use crate::exit::Failure;
+use crate::json;
 use crate::layers::LayerArg;
 
 /// Names of a layer's file in its directory, in the order that the snapshotter looks for them.
@@ -59,11 +60,8 @@ pub(crate) fn is_config(layer: &LayerArg) -> bool {
 /// The layers that the `config.v1.json` at `path` lists, lowest first. Relative names are looked up
 /// from the directory that it is in.
 pub(crate) fn layers(path: &Path) -> Result<Vec<LayerArg>> {
-    let text = std::fs::read(path).with_context(|| format!("{}: cannot read", path.display()))?;
-    let config: Config = serde_json::from_slice(&text).map_err(|error| {
-        let message = format!("{}: not a config.v1.json: {error}", path.display());
-        Failure::error(exit::BAD_IMAGE, message)
-    })?;
+    let text = json::read(path)?;
+    let config: Config = json::parse(&text, path, "a config.v1.json")?;
     let place = crate::output::directory(path);
     let refuse = |what: String| Failure::usage(format!("{}: {what}", path.display()));
     if config.lowers.is_empty() {

@@ -90,7 +90,8 @@ fn known(cause: &(dyn std::error::Error + 'static)) -> Option<u8> {
         .map(|error| io(error.kind()))
 }
 
-fn io(kind: ErrorKind) -> u8 {
+/// The exit code for what the system said.
+pub(crate) fn io(kind: ErrorKind) -> u8 {
     match kind {
         ErrorKind::PermissionDenied => PERMISSION,
         ErrorKind::AlreadyExists | ErrorKind::ResourceBusy => BUSY,

@@ -10,29 +10,21 @@ use overlaybd::format::num::{to_u64, to_usize};
 use overlaybd::format::Blob;
 use overlaybd::layer::Ident;
 use overlaybd::lsmt_writer::{cut, LayerWriter};
-use overlaybd::wrap::Wrapping;
 use overlaybd::{FileBlob, LayerReader, Stack};
 use uuid::Uuid;
 
 use crate::bar::Bar;
 use crate::exit::Failure;
-use crate::layer_out;
-use crate::output::Output;
-use crate::wrap_args::{uuid_text, IdentArgs};
-
-/// How a layer is made of an image.
-pub(crate) struct Options<'a> {
-    pub(crate) diff: diff::Options,
-    pub(crate) wrapping: Wrapping,
-    pub(crate) ident: &'a IdentArgs,
-}
+use crate::layer_args::{uuid_text, IdentArgs};
+use crate::layer_out::LayerOut;
 
 /// Writes the layer of the image at `path` over the layers `base`, lowest first.
 pub(crate) fn write(
     path: &Path,
     base: Vec<LayerReader>,
-    output: Output,
-    options: &Options<'_>,
+    options: diff::Options,
+    names: &IdentArgs,
+    output: LayerOut,
 ) -> Result<()> {
     let image = FileBlob::open(path, None)?;
     if image.size() == 0 {
@@ -45,10 +37,10 @@ pub(crate) fn write(
     let runs = {
         let bar = Bar::new("comparing", image.size());
         let progress = |bytes| bar.advance(bytes);
-        diff::runs(&image, base.as_ref(), options.diff, &progress)
+        diff::runs(&image, base.as_ref(), options, &progress)
             .map_err(|error| error.in_file(path))?
     };
-    let ident = ident(options.ident, base.as_ref());
+    let ident = ident(names, base.as_ref());
     let writer = LayerWriter::new(image.size(), ident, cut(runs))
         .with_context(|| format!("{}: cannot make the layer", output.path().display()))?;
     let read = |offset: u64, buf: &mut [u8]| {
@@ -60,7 +52,7 @@ pub(crate) fn write(
             .read_at(offset, data)
             .map_err(|error| error.in_file(path))
     };
-    layer_out::write(output, options.wrapping, &writer, "writing", read)
+    output.write(&writer, "writing", read)
 }
 
 /// What the layer says of itself: what is asked for; the parent is the layer below.

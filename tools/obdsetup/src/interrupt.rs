@@ -9,13 +9,27 @@ use std::sync::{Arc, OnceLock};
 use anyhow::{Context, Result};
 use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
 
+use crate::exit::INTERRUPTED;
+
+const SIGNALS: [i32; 3] = [SIGINT, SIGTERM, SIGHUP];
+
 static STOP: OnceLock<Arc<AtomicBool>> = OnceLock::new();
 
 /// Begins to watch for signals.
 pub(crate) fn watch() -> Result<()> {
     let stop = STOP.get_or_init(Arc::default);
-    for signal in [SIGINT, SIGTERM, SIGHUP] {
+    for signal in SIGNALS {
         signal_hook::flag::register(signal, Arc::clone(stop))
+            .context("cannot watch for signals")?;
+    }
+    Ok(())
+}
+
+/// From now on, a signal ends us at once: nothing that is half-made would be left.
+pub(crate) fn end_at_once() -> Result<()> {
+    for signal in SIGNALS {
+        let always = Arc::new(AtomicBool::new(true));
+        signal_hook::flag::register_conditional_shutdown(signal, INTERRUPTED.into(), always)
             .context("cannot watch for signals")?;
     }
     Ok(())

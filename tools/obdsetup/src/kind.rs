@@ -5,10 +5,12 @@
 use std::fs::File;
 use std::io::{Read, Seek, SeekFrom};
 use std::path::Path;
+use std::sync::Arc;
 
 use anyhow::{Context, Result};
 use clap::ValueEnum;
-use overlaybd::LayerReader;
+use overlaybd::format::{lsmt, zfile};
+use overlaybd::{FileBlob, LayerReader};
 
 use crate::exit::Failure;
 
@@ -81,22 +83,34 @@ impl Kind {
     /// the name of a tar.
     pub(crate) fn of(path: &Path) -> Result<Self> {
         let context = || format!("{}: cannot read", path.display());
-        let mut file = File::open(path).with_context(context)?;
-        if file.metadata().with_context(context)?.is_dir() {
+        if path.is_dir() {
             return Ok(match path.join("oci-layout").exists() {
                 true => Self::Oci,
                 false => Self::Directory,
             });
         }
-        if LayerReader::open(path, None).is_ok() {
+        // It says what is no file, and a FIFO doesn't make it wait.
+        let blob = Arc::new(FileBlob::open(path, None)?);
+        if LayerReader::from_file(blob).is_ok() {
             return Err(Failure::usage(format!(
                 "{}: is an OverlayBD layer; `obdsetup commit` wraps it otherwise",
                 path.display()
             )));
         }
+        let mut file = File::open(path).with_context(context)?;
         let mut head = Vec::new();
         let mut start = (&mut file).take(512);
         start.read_to_end(&mut head).with_context(context)?;
+        if [zfile::MAGIC.as_slice(), &lsmt::MAGIC]
+            .iter()
+            .any(|magic| head.starts_with(magic))
+        {
+            return Err(Failure::usage(format!(
+                "{}: begins as an OverlayBD file does, but is no layer that can be read (`obdsetup \
+                 verify` says why); --from raw takes it as it is",
+                path.display()
+            )));
+        }
         let mut tail = [0; VHD_FOOTER.len()];
         // Too short for a footer is no error.
         let has_footer = file.seek(SeekFrom::End(-512)).is_ok()

@@ -2,25 +2,63 @@
 
 //! Writing a new layer to its file.
 
+use std::path::Path;
+
 use anyhow::Result;
 use overlaybd::lsmt_writer::LayerWriter;
-use overlaybd::wrap::{self, Wrapping};
+use overlaybd::wrap::{self, Sink, Wrapping};
 
 use crate::bar::Bar;
+use crate::layer_args::NewLayerArgs;
 use crate::output::Output;
 
-/// Writes a layer and completes its file. `read` reads the disk: byte offset, buffer.
-pub(crate) fn write(
-    mut output: Output,
+/// The file of a new layer.
+pub(crate) struct LayerOut {
+    output: Output,
     wrapping: Wrapping,
-    writer: &LayerWriter,
-    what: &'static str,
-    read: impl FnMut(u64, &mut [u8]) -> overlaybd::Result<()>,
-) -> Result<()> {
-    let bar = Bar::new(what, writer.data_len());
-    wrap::write(output.file(), wrapping, |sink| {
-        writer.write(read, sink, &|bytes| bar.advance(bytes))
-    })?;
-    drop(bar);
-    output.commit()
+}
+
+impl LayerOut {
+    /// Begins the file `path`, which is none of `inputs`.
+    pub(crate) fn create<'a>(
+        path: &Path,
+        args: &NewLayerArgs,
+        inputs: impl IntoIterator<Item = &'a Path>,
+    ) -> Result<Self> {
+        Ok(Self {
+            wrapping: args.wrap.wrapping()?,
+            output: Output::create(path, args.force, inputs)?,
+        })
+    }
+
+    /// Where the file is to be.
+    pub(crate) fn path(&self) -> &Path {
+        self.output.path()
+    }
+
+    /// Writes a layer and completes the file. `read` reads the disk: byte offset, buffer.
+    pub(crate) fn write(
+        self,
+        writer: &LayerWriter,
+        what: &'static str,
+        read: impl FnMut(u64, &mut [u8]) -> overlaybd::Result<()>,
+    ) -> Result<()> {
+        let bar = Bar::new(what, writer.data_len());
+        self.wrap(|sink| writer.write(read, sink, &|bytes| bar.advance(bytes)))
+    }
+
+    /// Writes what `produce` hands over, an LSMT file, and completes the file.
+    pub(crate) fn wrap(
+        mut self,
+        produce: impl FnOnce(Sink<'_>) -> overlaybd::Result<()>,
+    ) -> Result<()> {
+        let path = self.output.path().to_owned();
+        let here = |error: overlaybd::Error| error.in_file(&path);
+        wrap::write(self.output.file(), self.wrapping, |sink| {
+            // Other errors are of what is read.
+            produce(&mut |bytes| sink(bytes).map_err(here))
+        })
+        .map_err(here)?;
+        self.output.commit()
+    }
 }

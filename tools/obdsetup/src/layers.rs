@@ -3,16 +3,20 @@
 //! Layers on the command line: `PATH`, or `DEVICE:BYTES` where the blob is shorter than the
 //! device that it is on, or a `config.v1.json` that lists them.
 
+use std::ffi::{OsStr, OsString};
 use std::fmt;
-use std::io::{self, Write};
+use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::FileTypeExt;
 use std::path::{Path, PathBuf};
-use std::str::FromStr;
+use std::str;
+use std::sync::Arc;
 
 use anyhow::Result;
+use overlaybd::format::merge::MAX_LAYERS;
 use overlaybd::layer::Ident;
 use overlaybd::{FileBlob, LayerReader, Stack};
 
+use crate::exit::{self, Failure};
 use crate::{config, interrupt, size};
 
 /// A layer, named but not opened.
@@ -24,25 +28,27 @@ pub(crate) struct LayerArg {
     pub(crate) size: Option<u64>,
 }
 
-impl FromStr for LayerArg {
-    type Err = String;
-
-    fn from_str(text: &str) -> Result<Self, String> {
+impl From<OsString> for LayerArg {
+    fn from(text: OsString) -> Self {
+        let bytes = text.as_bytes();
+        let colon = bytes.iter().rposition(|&byte| byte == b':');
         // A file may have a colon in its name.
-        if !Path::new(text).exists() {
-            if let Some((path, tail)) = text.rsplit_once(':') {
-                if let Ok(size) = size::parse(tail) {
-                    return Ok(Self {
-                        path: path.into(),
-                        size: Some(size),
-                    });
-                }
+        if let Some(colon) = colon.filter(|_| !Path::new(&text).exists()) {
+            let (path, tail) = bytes.split_at(colon);
+            let tail = tail
+                .strip_prefix(b":")
+                .and_then(|tail| str::from_utf8(tail).ok());
+            if let Some(Ok(size)) = tail.map(size::parse) {
+                return Self {
+                    path: OsStr::from_bytes(path).into(),
+                    size: Some(size),
+                };
             }
         }
-        Ok(Self {
+        Self {
             path: text.into(),
             size: None,
-        })
+        }
     }
 }
 
@@ -54,14 +60,19 @@ impl fmt::Display for LayerArg {
 
 impl LayerArg {
     /// Opens the file or device.
-    pub(crate) fn open(&self) -> Result<FileBlob> {
-        Ok(FileBlob::open(&self.path, self.size)?)
+    pub(crate) fn open(&self) -> Result<Arc<FileBlob>> {
+        interrupt::check()?;
+        let file = FileBlob::open(&self.path, self.size)?;
+        if self.size.is_some() && !self.is_device() {
+            let message = format!("{self}: only a block device takes :BYTES");
+            return Err(Failure::usage(message));
+        }
+        Ok(Arc::new(file))
     }
 
     /// Opens the layer.
     pub(crate) fn open_layer(&self) -> Result<LayerReader> {
-        interrupt::check()?;
-        Ok(LayerReader::open(&self.path, self.size)?)
+        Ok(LayerReader::from_file(self.open()?)?)
     }
 
     /// Whether it is a block device.
@@ -90,9 +101,10 @@ pub(crate) fn paths<'a>(lists: &[&'a [LayerArg]]) -> Vec<&'a Path> {
 
 /// Opens layers, lowest first.
 pub(crate) fn open_layers(args: &[LayerArg]) -> Result<Vec<LayerReader>> {
-    if args.len() > overlaybd::format::merge::MAX_LAYERS {
-        // Before hundreds of files are opened.
-        Stack::open(&vec![""; args.len()])?;
+    // Before hundreds of files are opened.
+    if args.len() > MAX_LAYERS {
+        let message = format!("{} layers, more than {MAX_LAYERS}", args.len());
+        return Err(Failure::error(exit::BAD_IMAGE, message));
     }
     args.iter().map(LayerArg::open_layer).collect()
 }
@@ -138,6 +150,6 @@ pub(crate) fn chain_warnings(layers: &[LayerReader]) -> Vec<String> {
 /// Prints warnings.
 pub(crate) fn warn(warnings: &[String]) {
     for warning in warnings {
-        let _ = writeln!(io::stderr(), "obdsetup: warning: {warning}");
+        crate::tell(&format!("warning: {warning}"));
     }
 }

@@ -15,7 +15,9 @@ mod dm;
 mod exit;
 mod image_layer;
 mod interrupt;
+mod json;
 mod kind;
+mod layer_args;
 mod layer_out;
 mod layers;
 mod mkfs;
@@ -25,7 +27,6 @@ mod raw_out;
 mod size;
 mod tool;
 mod usage;
-mod wrap_args;
 
 use std::io::{self, Write};
 use std::process::ExitCode;
@@ -54,9 +55,11 @@ fn main() -> ExitCode {
             } else {
                 exit::SUCCESS
             };
-            // Nobody is left to tell where the terminal is gone.
-            let _ = error.print();
-            return ExitCode::from(code);
+            return ExitCode::from(match error.print() {
+                Err(error) if code == exit::SUCCESS => exit::io(error.kind()),
+                // Where standard error is gone, nobody is left to tell.
+                _ => code,
+            });
         }
     };
     match interrupt::watch().and_then(|()| cli.command.run()) {
@@ -65,11 +68,27 @@ fn main() -> ExitCode {
             let code = exit::code(&error);
             // A reader that has seen enough, say head(1), closed standard output: no need to tell.
             if code != exit::PIPE {
-                let _ = writeln!(io::stderr(), "obdsetup: {}", message(&error));
+                tell(&message(&error));
             }
             ExitCode::from(code)
         }
     }
+}
+
+/// Tells something on standard error. Parts of it may come from an image: nothing of that is for
+/// the terminal to obey.
+fn tell(message: &str) {
+    let mut text = String::from("obdsetup: ");
+    for c in message.chars() {
+        match c {
+            '\n' | '\t' => text.push(c),
+            c if c.is_control() => text.extend(c.escape_default()),
+            c => text.push(c),
+        }
+    }
+    text.push('\n');
+    // Where standard error is gone, nobody is left to tell.
+    let _ = io::stderr().write_all(text.as_bytes());
 }
 
 /// An error and its causes. The library's errors tell theirs themselves.

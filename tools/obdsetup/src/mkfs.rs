@@ -77,31 +77,40 @@ pub(crate) enum Files<'a> {
 /// Makes a file system that holds `files`, in a file in directory `place`.
 pub(crate) fn make(files: Files<'_>, options: &Options<'_>, place: &Path) -> Result<NamedTempFile> {
     let fs = options.fs;
+    let from = match files {
+        Files::Directory(path) | Files::Tar(path) => tool::path(path)?,
+    };
+    if matches!(files, Files::Directory(_)) && tool::path(place)?.starts_with(&from) {
+        return Err(Failure::usage(format!(
+            "{}: the output cannot be in the directory that it is made of",
+            from.display()
+        )));
+    }
     let size = match (fs.overhead(), options.size) {
         (None, Some(_)) => return Err(Failure::usage(format!("{} takes no --size", fs.name()))),
         (None, None) => None,
         (Some(_), Some(size)) => Some(size),
         (Some(overhead), None) => {
             let usage = match files {
-                Files::Directory(path) => Usage::of_directory(path)?,
-                Files::Tar(path) => Usage::of_tar(path)?,
+                Files::Directory(_) => Usage::of_directory(&from)?,
+                Files::Tar(_) => Usage::of_tar(&from)?,
             };
             Some(usage.with_room(overhead))
         }
     };
     let made = match files {
-        Files::Directory(path) => run(path, false, options, size, place),
-        Files::Tar(path) => {
+        Files::Directory(_) => run(&from, false, options, size, place),
+        Files::Tar(_) => {
             // Only trying tells: it depends on the version, and on how mkfs was built.
             let direct = match fs.takes_tar() {
-                true => run(path, true, options, size, place).ok(),
+                true => run(&from, true, options, size, place).ok(),
                 false => None,
             };
             crate::interrupt::check()?;
             match direct {
                 Some(image) => Ok(image),
                 None => {
-                    let unpacked = Unpacked::new(path, place)?;
+                    let unpacked = Unpacked::new(&from, place)?;
                     run(&unpacked.root, false, options, size, place)
                 }
             }
@@ -126,7 +135,8 @@ fn run(
 ) -> Result<NamedTempFile> {
     let image = temp_file(place)?;
     if let Some(size) = size {
-        image.as_file().set_len(size)?;
+        let sized = image.as_file().set_len(size);
+        sized.with_context(|| format!("cannot make a file of {}", crate::size::show(size)))?;
     }
     let mut command = Command::new(options.fs.program());
     match options.fs {
@@ -184,7 +194,9 @@ impl Unpacked {
             )]),
         }
         command.arg("--directory").arg(&unpacked.root);
-        tool::run(command.arg("--file").arg(tar), "tars")?;
+        // Without --force-local, a colon in the name would name another machine.
+        command.arg("--force-local").arg("--file").arg(tar);
+        tool::run(&mut command, "tars")?;
         Ok(unpacked)
     }
 }

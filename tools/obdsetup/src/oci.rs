@@ -2,15 +2,18 @@
 
 //! OCI image layouts whose layers are OverlayBD layers, made files of a stack.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashSet};
+use std::fmt;
 use std::fs::{File, Permissions};
-use std::io::{Read, Write};
+use std::io::Write;
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result};
+use overlaybd::format::merge::MAX_LAYERS;
 use overlaybd::format::num::to_u64;
-use overlaybd::Stack;
+use overlaybd::format::Blob;
+use overlaybd::{FileBlob, LayerReader, Stack};
 use rustix::fs::{renameat_with, RenameFlags, CWD};
 use rustix::io::Errno;
 use serde::de::DeserializeOwned;
@@ -20,12 +23,18 @@ use sha2::{Digest, Sha256};
 use crate::bar::Bar;
 use crate::config::{Config, Lower};
 use crate::exit::{self, Failure};
+use crate::json::{self, bad};
 use crate::output::{directory, umask};
 
-/// Most bytes of an index or manifest, so that nonsense isn't read in full.
-const MAX_JSON: u64 = 4 << 20;
-/// Deepest that an index may be in another one.
-const MAX_DEPTH: u32 = 4;
+/// Media types of indexes, of which other indexes may consist.
+const INDEX_TYPES: [&str; 2] = [
+    "application/vnd.oci.image.index.v1+json",
+    "application/vnd.docker.distribution.manifest.list.v2+json",
+];
+/// What an index is called in messages.
+const INDEX: &str = "an image index";
+/// Most images that are named where several are there.
+const NAMED: usize = 20;
 /// Where an index has the name of an image.
 const REF_NAME: &str = "org.opencontainers.image.ref.name";
 /// Names of annotations that only TurboOCI layers have.
@@ -48,6 +57,7 @@ struct Descriptor {
 struct Platform {
     os: String,
     architecture: String,
+    variant: Option<String>,
 }
 
 #[derive(Deserialize)]
@@ -61,14 +71,14 @@ struct Manifest {
 }
 
 /// Which image of a layout is meant.
-#[derive(Debug, Default, clap::Args)]
+#[derive(Debug, Default, PartialEq, Eq, clap::Args)]
 #[command(next_help_heading = "OCI images")]
 pub(crate) struct Choice {
-    /// Name of the image, where the layout has several
+    /// Name or digest of the image, where the layout has several
     #[arg(long = "ref", value_name = "NAME")]
     name: Option<String>,
 
-    /// OS/ARCHITECTURE of the image, where the layout has several
+    /// OS/ARCHITECTURE or OS/ARCHITECTURE/VARIANT of the image, where the layout has several
     #[arg(long, value_name = "PLATFORM")]
     platform: Option<String>,
 }
@@ -79,7 +89,9 @@ pub(crate) fn convert(layout: &Path, choice: &Choice, out: &Path) -> Result<()> 
     if out.symlink_metadata().is_ok() {
         return Err(there(out));
     }
-    let manifest: Manifest = read_json(layout, &choose(layout, choice)?)?;
+    let descriptor = choose(layout, choice)?;
+    let manifest: Manifest = read_json(layout, &descriptor, "an image's manifest")?;
+    let stack = open(layout, &descriptor, &manifest.layers)?;
     let parent = directory(out);
     let made = tempfile::Builder::new()
         .prefix(".obdsetup-")
@@ -91,33 +103,28 @@ pub(crate) fn convert(layout: &Path, choice: &Choice, out: &Path) -> Result<()> 
     // The snapshotter would look up relative names from wherever it was started.
     let place = parent.canonicalize().with_context(context)?;
     let place = place.join(out.file_name().unwrap_or_default());
+    let Some(place) = place.to_str() else {
+        let message = format!("{}: a config.v1.json cannot name it", place.display());
+        return Err(Failure::usage(message));
+    };
 
-    let bar = Bar::new(
-        "copying",
-        manifest.layers.iter().map(|layer| layer.size).sum(),
-    );
-    let mut files = Vec::new();
+    let files: Vec<&FileBlob> = stack
+        .layers()
+        .iter()
+        .map(|l| &**l.payload().file())
+        .collect();
+    let bar = Bar::new("copying", files.iter().map(|file| file.size()).sum());
     let mut config = Config::default();
-    for (nth, layer) in manifest.layers.iter().enumerate() {
-        let is_turbo = |name: &String| TURBO.iter().any(|turbo| name.contains(turbo));
-        if layer.annotations.keys().any(is_turbo) {
-            return Err(Failure::usage(format!(
-                "layer {nth}, {}, is a TurboOCI layer, which cannot be read",
-                layer.digest
-            )));
-        }
+    for ((nth, layer), from) in manifest.layers.into_iter().enumerate().zip(files) {
         let name = format!("layer{nth}.obd");
-        let file = made.path().join(&name);
-        copy(&blob(layout, layer)?, layer, &file, &bar)?;
-        files.push(file);
+        copy(from, &layer, &made.path().join(&name), &bar)?;
         config.lowers.push(Lower {
-            file: Some(place.join(&name).to_string_lossy().into_owned()),
-            digest: Some(layer.digest.clone()),
+            file: Some(format!("{place}/{name}")),
+            digest: Some(layer.digest),
             ..Lower::default()
         });
     }
     drop(bar);
-    check(&files, &manifest)?;
     let mut text = serde_json::to_string_pretty(&config)?;
     text.push('\n');
     write(&made.path().join("config.v1.json"), text.as_bytes()).with_context(context)?;
@@ -143,113 +150,122 @@ fn there(out: &Path) -> anyhow::Error {
     Failure::error(exit::BUSY, message)
 }
 
+/// An image of a layout, and its name.
+struct Found {
+    name: Option<String>,
+    descriptor: Descriptor,
+}
+
+impl Found {
+    fn fits(&self, choice: &Choice) -> bool {
+        let digest = &self.descriptor.digest;
+        let named = choice.name.as_ref();
+        let platform = self.platform().unwrap_or_default();
+        named.is_none_or(|name| Some(name) == self.name.as_ref() || name == digest)
+            && choice.platform.as_ref().is_none_or(|wanted| {
+                let variant = platform.strip_prefix(wanted.as_str());
+                variant.is_some_and(|rest| rest.is_empty() || rest.starts_with('/'))
+            })
+    }
+
+    fn platform(&self) -> Option<String> {
+        let platform = self.descriptor.platform.as_ref()?;
+        let variant = platform.variant.iter().map(|variant| format!("/{variant}"));
+        let variant: String = variant.collect();
+        Some(format!(
+            "{}/{}{variant}",
+            platform.os, platform.architecture
+        ))
+    }
+}
+
+impl fmt::Display for Found {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        for word in self.name.iter().chain(&self.platform()) {
+            write!(f, "{word} ")?;
+        }
+        f.write_str(&self.descriptor.digest)
+    }
+}
+
 /// The one manifest that is meant.
 fn choose(layout: &Path, choice: &Choice) -> Result<Descriptor> {
-    let path = layout.join("index.json");
-    let index: Index = parse(&read_file(&path)?, &path)?;
-    let mut found = Vec::new();
-    collect(layout, index, None, 0, &mut found)?;
-    let fits = |(name, descriptor): &(Option<String>, Descriptor)| {
-        let name_fits = choice.name.is_none() || choice.name == *name;
-        let platform = descriptor.platform.as_ref().map(platform_text);
-        name_fits && (choice.platform.is_none() || choice.platform == platform)
+    let all = collect(layout)?;
+    let mut fitting = all.iter().filter(|found| found.fits(choice));
+    let what = match (fitting.next(), fitting.next()) {
+        (Some(found), None) => return Ok(found.descriptor.clone()),
+        (Some(_), Some(_)) => "several images; --ref and --platform choose one",
+        (None, _) => "no such image",
     };
-    let all: Vec<String> = found
-        .iter()
-        .map(|(name, descriptor)| {
-            let platform = descriptor.platform.as_ref().map(platform_text);
-            [name.clone(), platform, Some(descriptor.digest.clone())]
-                .into_iter()
-                .flatten()
-                .collect::<Vec<_>>()
-                .join(" ")
-        })
-        .collect();
-    found.retain(fits);
-    match found.pop() {
-        Some((_, descriptor)) if found.is_empty() => Ok(descriptor),
-        chosen => {
-            let what = match chosen {
-                Some(_) => "several images; --ref and --platform choose one",
-                None => "no such image",
-            };
-            Err(Failure::usage(format!(
-                "{}: {what}; there are: {}",
-                layout.display(),
-                all.join(", ")
-            )))
-        }
-    }
+    let names: Vec<String> = all.iter().take(NAMED).map(ToString::to_string).collect();
+    let more = match all.len().saturating_sub(NAMED) {
+        0 => String::new(),
+        more => format!(", and {more} more"),
+    };
+    Err(Failure::usage(format!(
+        "{}: {what}; there are: {}{more}",
+        layout.display(),
+        names.join(", ")
+    )))
 }
 
-fn platform_text(platform: &Platform) -> String {
-    format!("{}/{}", platform.os, platform.architecture)
-}
-
-/// Adds the manifests of `index` and of those in it, with the names of their images.
-fn collect(
-    layout: &Path,
-    index: Index,
-    name: Option<&str>,
-    depth: u32,
-    found: &mut Vec<(Option<String>, Descriptor)>,
-) -> Result<()> {
-    for descriptor in index.manifests {
-        let own = descriptor.annotations.get(REF_NAME).map(String::as_str);
-        let name = own.or(name).map(str::to_owned);
-        if descriptor.media_type.contains("index") || descriptor.media_type.contains("list") {
-            if depth < MAX_DEPTH {
-                let inner = read_json(layout, &descriptor)?;
-                collect(layout, inner, name.as_deref(), depth + 1, found)?;
+/// The manifests of the layout's index and of those in it, with the names of their images.
+fn collect(layout: &Path) -> Result<Vec<Found>> {
+    let path = layout.join("index.json");
+    let index: Index = json::parse(&json::read(&path)?, &path, INDEX)?;
+    let mut open = vec![(None, index)];
+    let mut found = Vec::new();
+    // Each index is read once: in indexes of the same index, few bytes would be endless work.
+    let mut seen = HashSet::new();
+    while let Some((name, index)) = open.pop() {
+        for descriptor in index.manifests {
+            let own = descriptor.annotations.get(REF_NAME).or(name.as_ref());
+            let name = own.cloned();
+            if INDEX_TYPES.contains(&descriptor.media_type.as_str()) {
+                if seen.insert(descriptor.digest.clone()) {
+                    crate::interrupt::check()?;
+                    open.push((name, read_json(layout, &descriptor, INDEX)?));
+                }
+                continue;
             }
-            continue;
-        }
-        // Attestations stand among the images as those of an unknown system.
-        let is_image = descriptor.platform.as_ref().map(|p| p.os.as_str()) != Some("unknown");
-        if is_image {
-            found.push((name, descriptor));
+            // Attestations stand among the images as those of an unknown system.
+            if descriptor.platform.as_ref().map(|p| p.os.as_str()) != Some("unknown") {
+                found.push(Found { name, descriptor });
+            }
         }
     }
-    Ok(())
+    Ok(found)
 }
 
-/// The file of what `descriptor` describes.
+/// The file of what `descriptor` describes, which is as long as that says.
 fn blob(layout: &Path, descriptor: &Descriptor) -> Result<PathBuf> {
     let hex = descriptor.digest.strip_prefix("sha256:");
     // It becomes a part of a path.
     let hex = hex.filter(|hex| hex.len() == 64 && hex.bytes().all(|b| b.is_ascii_hexdigit()));
-    match hex {
-        Some(hex) => Ok(layout.join("blobs/sha256").join(hex)),
-        None => Err(bad(
-            layout,
-            &format!("digest {}: expected SHA-256", descriptor.digest),
-        )),
+    let Some(hex) = hex else {
+        let what = format!("digest {}: expected SHA-256", descriptor.digest);
+        return Err(bad(layout, &what));
+    };
+    let path = layout.join("blobs/sha256").join(hex);
+    let meta = path.metadata();
+    let meta = meta.with_context(|| format!("{}: cannot read", path.display()))?;
+    match meta.is_file() && meta.len() == descriptor.size {
+        true => Ok(path),
+        false => Err(differs(&path)),
     }
 }
 
-fn bad(path: &Path, what: &str) -> anyhow::Error {
-    Failure::error(exit::BAD_IMAGE, format!("{}: {what}", path.display()))
+fn differs(path: &Path) -> anyhow::Error {
+    bad(path, "is not what its digest and size say")
 }
 
-fn read_json<T: DeserializeOwned>(layout: &Path, descriptor: &Descriptor) -> Result<T> {
+fn read_json<T: DeserializeOwned>(layout: &Path, descriptor: &Descriptor, what: &str) -> Result<T> {
     let path = blob(layout, descriptor)?;
-    let bytes = read_file(&path)?;
+    let bytes = json::read(&path)?;
     if sha256(Sha256::new_with_prefix(&bytes)) != descriptor.digest {
-        return Err(bad(&path, "is not what its digest says"));
+        return Err(differs(&path));
     }
-    parse(&bytes, &path)
-}
-
-fn parse<T: DeserializeOwned>(bytes: &[u8], path: &Path) -> Result<T> {
-    serde_json::from_slice(bytes).map_err(|error| bad(path, &error.to_string()))
-}
-
-fn read_file(path: &Path) -> Result<Vec<u8>> {
-    let mut bytes = Vec::new();
-    File::open(path)
-        .and_then(|file| file.take(MAX_JSON).read_to_end(&mut bytes))
-        .with_context(|| format!("{}: cannot read", path.display()))?;
-    Ok(bytes)
+    json::parse(&bytes, &path, what)
 }
 
 /// The digest as descriptors have it.
@@ -257,48 +273,66 @@ fn sha256(hasher: Sha256) -> String {
     format!("sha256:{:x}", hasher.finalize())
 }
 
-/// Copies a layer and checks its size and digest.
-fn copy(from: &Path, layer: &Descriptor, to: &Path, bar: &Bar) -> Result<()> {
-    let context = || format!("{}: cannot copy", from.display());
-    let mut input = File::open(from).with_context(context)?;
-    let mut output = File::create_new(to).with_context(context)?;
-    let mut hasher = Sha256::new();
-    let mut buffer = vec![0; 1 << 20];
-    let mut size = 0;
-    loop {
-        let len = input.read(&mut buffer).with_context(context)?;
-        let piece = buffer.get(..len).unwrap_or_default();
-        if piece.is_empty() {
-            break;
+/// Opens the layers of an image, and checks that they are OverlayBD layers and make a stack: before
+/// gigabytes are copied.
+fn open(layout: &Path, image: &Descriptor, layers: &[Descriptor]) -> Result<Stack> {
+    if layers.is_empty() || layers.len() > MAX_LAYERS {
+        let what = format!(
+            "image {}: has {} layers, expected 1 to {MAX_LAYERS}",
+            image.digest,
+            layers.len()
+        );
+        return Err(bad(layout, &what));
+    }
+    let mut opened = Vec::new();
+    for (nth, layer) in layers.iter().enumerate() {
+        let is_turbo = |name: &String| TURBO.iter().any(|turbo| name.contains(turbo));
+        if layer.annotations.keys().any(is_turbo) {
+            return Err(Failure::usage(format!(
+                "layer {nth}, {}, is a TurboOCI layer, which cannot be read",
+                layer.digest
+            )));
         }
-        hasher.update(piece);
-        output.write_all(piece).with_context(context)?;
-        size += to_u64(len);
-        bar.advance(to_u64(len))?;
+        opened.push(
+            LayerReader::open(&blob(layout, layer)?, None).map_err(|error| {
+                let kind = match layer.media_type.as_str() {
+                    "" => String::new(),
+                    kind => format!(" but {kind}"),
+                };
+                let message = format!(
+                    "layer {nth}, {}, is not an OverlayBD layer{kind} (an ordinary image must be \
+                 converted to OverlayBD first): {}",
+                    layer.digest,
+                    error.cause()
+                );
+                Failure::error(exit::code(&error.into()), message)
+            })?,
+        );
     }
-    if size != layer.size || sha256(hasher) != layer.digest {
-        return Err(bad(from, "is not what its digest and size say"));
-    }
-    output.sync_all().with_context(context)
+    Ok(Stack::new(opened)?)
 }
 
-/// Checks that the layers are OverlayBD layers and make a stack.
-fn check(files: &[PathBuf], manifest: &Manifest) -> Result<()> {
-    let mut layers = Vec::new();
-    for ((nth, file), layer) in files.iter().enumerate().zip(&manifest.layers) {
-        let opened = overlaybd::LayerReader::open(file, None);
-        layers.push(opened.map_err(|error| {
-            let message = format!(
-                "layer {nth}, {}, is not an OverlayBD layer (an ordinary image must be converted \
-                 to OverlayBD first): {}",
-                layer.digest,
-                error.cause()
-            );
-            Failure::error(exit::code(&error.into()), message)
-        })?);
+/// Copies a layer and checks its digest.
+fn copy(from: &FileBlob, layer: &Descriptor, to: &Path, bar: &Bar) -> Result<()> {
+    let context = || format!("{}: cannot write", to.display());
+    let mut output = File::create_new(to).with_context(context)?;
+    let mut hasher = Sha256::new();
+    let copied = from.stream(0, from.size(), &mut |piece| {
+        hasher.update(piece);
+        output.write_all(piece).map_err(|source| {
+            overlaybd::Error::Io {
+                what: "write",
+                source,
+            }
+            .in_file(to)
+        })?;
+        bar.advance(to_u64(piece.len()))
+    });
+    copied.map_err(|error| error.in_file(from.path()))?;
+    if sha256(hasher) != layer.digest {
+        return Err(differs(from.path()));
     }
-    Stack::new(layers)?;
-    Ok(())
+    output.sync_all().with_context(context)
 }
 
 fn write(path: &Path, bytes: &[u8]) -> std::io::Result<()> {

@@ -20,7 +20,7 @@ pub(crate) struct Output {
 
 impl Output {
     /// Begins the file `path`. With `force`, one that is there is replaced at the end, if it isn't
-    /// one of `inputs`.
+    /// one of `inputs`. What isn't a file, say a device's node, is never replaced.
     pub(crate) fn create<'a>(
         path: &Path,
         force: bool,
@@ -29,26 +29,25 @@ impl Output {
         let place = |path: &Path| path.metadata().ok().map(|meta| (meta.dev(), meta.ino()));
         let there = place(path);
         let mut inputs = inputs.into_iter();
+        let refuse = |what| Err(Failure::usage(format!("{}: {what}", path.display())));
         if there.is_some() && inputs.any(|input| place(input) == there) {
-            return Err(Failure::usage(format!(
-                "{}: is an input as well",
-                path.display()
-            )));
+            return refuse("is an input as well");
+        }
+        if there.is_some() && !path.is_file() {
+            return refuse("is there, and is no regular file");
         }
         if !force && path.symlink_metadata().is_ok() {
             return Err(exists(path));
         }
-        let file = temp_file(directory(path))?;
+        // Of a link, what it leads to is replaced.
+        let path = path.canonicalize().unwrap_or_else(|_| path.to_owned());
+        let file = temp_file(directory(&path))?;
         // What the umask leaves of this is what a file made by any other tool has.
         let mode = 0o666 & !umask();
         file.as_file()
             .set_permissions(std::fs::Permissions::from_mode(mode))
             .with_context(|| format!("{}: cannot set permissions", path.display()))?;
-        Ok(Self {
-            file,
-            path: path.to_owned(),
-            force,
-        })
+        Ok(Self { file, path, force })
     }
 
     /// Where the file is to be.

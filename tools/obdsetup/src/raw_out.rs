@@ -15,6 +15,7 @@ use rustix::fs::OFlags;
 
 use crate::bar::Bar;
 use crate::exit::Failure;
+use crate::interrupt;
 use crate::output::Output;
 
 /// Bytes that are read at once.
@@ -55,14 +56,18 @@ pub(crate) struct Dest<'a> {
 /// Writes bytes `start` to `end` of `source`.
 pub(crate) fn write(source: &dyn Source, start: u64, end: u64, dest: &Dest<'_>) -> Result<()> {
     if dest.path.as_os_str() == "-" {
+        // Nothing half-made is left there, and a reader that doesn't read would keep us.
+        interrupt::end_at_once()?;
         let mut out = Stream(io::stdout().lock());
-        copy(source, start, end, &mut out, false)?;
+        let done = copy(source, start, end, &mut out, false);
         // At the end of the process nobody would hear of an error.
-        return Ok(out.0.flush()?);
+        let done = done.and_then(|()| out.0.flush().map_err(write_error));
+        return Ok(done.map_err(|error| error.in_file(Path::new("standard output")))?);
     }
-    if let Some(mut file) = open_device(dest)? {
+    if let Some(mut file) = open_device(dest, end - start)? {
         // There, a hole would show what was there before.
-        copy(source, start, end, &mut file, false)?;
+        let done = copy(source, start, end, &mut file, false);
+        done.map_err(|error| error.in_file(dest.path))?;
         let synced = file.sync_all().or_else(|error| match error.kind() {
             // What is no disk has nothing to write back.
             io::ErrorKind::InvalidInput => Ok(()),
@@ -71,14 +76,16 @@ pub(crate) fn write(source: &dyn Source, start: u64, end: u64, dest: &Dest<'_>) 
         return synced.with_context(|| dest.path.display().to_string());
     }
     let mut output = Output::create(dest.path, dest.force, dest.inputs.iter().copied())?;
-    copy(source, start, end, output.file(), dest.sparse)?;
-    output.file().set_len(end - start)?;
+    let file = output.file();
+    copy(source, start, end, file, dest.sparse)
+        .and_then(|()| file.set_len(end - start).map_err(write_error))
+        .map_err(|error| error.in_file(dest.path))?;
     output.commit()
 }
 
 /// Opens the output where it is a device, which can't be complete or absent as a file is: a disk
-/// must be meant to be overwritten, in use by nobody, and none of the layers.
-fn open_device(dest: &Dest<'_>) -> Result<Option<File>> {
+/// must be meant to be overwritten, large enough, in use by nobody, and none of the layers.
+fn open_device(dest: &Dest<'_>, len: u64) -> Result<Option<File>> {
     let context = || dest.path.display().to_string();
     let Ok(meta) = std::fs::metadata(dest.path) else {
         return Ok(None);
@@ -98,7 +105,18 @@ fn open_device(dest: &Dest<'_>) -> Result<Option<File>> {
         }
         options.custom_flags(OFlags::EXCL.bits() as i32);
     }
-    let file = options.open(dest.path).with_context(context)?;
+    let mut file = options.open(dest.path).with_context(context)?;
+    if is_disk {
+        let there = file.seek(SeekFrom::End(0)).with_context(context)?;
+        if there < len {
+            let message = format!(
+                "{}: has {there} bytes, and {len} are to be written",
+                dest.path.display()
+            );
+            return Err(Failure::usage(message));
+        }
+        file.rewind().with_context(context)?;
+    }
     let opened = file.metadata().with_context(context)?;
     for layer in dest.inputs {
         let input = std::fs::metadata(layer).with_context(|| layer.display().to_string())?;
@@ -141,13 +159,21 @@ impl<W: Write> Out for Stream<W> {
     }
 }
 
-fn copy(source: &dyn Source, start: u64, end: u64, out: &mut dyn Out, sparse: bool) -> Result<()> {
-    let wrote = |result: io::Result<()>| {
-        result.map_err(|source| Error::Io {
-            what: "write",
-            source,
-        })
-    };
+fn write_error(source: io::Error) -> Error {
+    Error::Io {
+        what: "write",
+        source,
+    }
+}
+
+fn copy(
+    source: &dyn Source,
+    start: u64,
+    end: u64,
+    out: &mut dyn Out,
+    sparse: bool,
+) -> overlaybd::Result<()> {
+    let wrote = |result: io::Result<()>| result.map_err(write_error);
     let bar = Bar::new("reading", end - start);
     let mut buffer = vec![0; to_usize(PIECE)];
     let mut at = start;

@@ -2,8 +2,9 @@
 
 //! Programs that do a part of the work: mkfs, tar, qemu-img.
 
-use std::io::{BufRead, BufReader, ErrorKind, Read, Seek};
-use std::process::{Child, Command, Stdio};
+use std::io::{self, BufRead, BufReader, ErrorKind, Read, Seek};
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, ExitStatus, Stdio};
 use std::time::Duration;
 
 use anyhow::{bail, Context, Result};
@@ -14,21 +15,48 @@ use crate::interrupt;
 /// How often it is looked whether the program has ended, or a signal came.
 const POLL: Duration = Duration::from_millis(10);
 
+/// The absolute name of a file that exists: no program takes that for an option, nor for a protocol
+/// such as `nbd:`.
+pub(crate) fn path(path: &Path) -> Result<PathBuf> {
+    let absolute = path.canonicalize();
+    absolute.with_context(|| format!("{}: cannot read", path.display()))
+}
+
 /// Runs `command` to its end, `need` being what it is needed for. What it prints is dropped, but for
 /// its error messages where it fails.
 pub(crate) fn run(command: &mut Command, need: &str) -> Result<()> {
+    lines(command, need, |_| ())
+}
+
+/// Runs `command` as [`run`] does, and hands over the lines that it prints.
+pub(crate) fn lines(
+    command: &mut Command,
+    need: &str,
+    mut each: impl FnMut(&str) + Send,
+) -> Result<()> {
     let mut errors = tempfile::tempfile().context("cannot make a temporary file")?;
-    command.stdout(Stdio::null()).stderr(errors.try_clone()?);
+    command.stdout(Stdio::piped()).stderr(errors.try_clone()?);
     let mut child = Running(spawn(command, need)?);
-    let status = loop {
-        if let Some(status) = child.0.try_wait()? {
-            break status;
-        }
-        interrupt::check()?;
-        std::thread::sleep(POLL);
-    };
-    // The terminal's signals stop the program too.
-    interrupt::check()?;
+    let out = child.0.stdout.take();
+    let (status, read) = std::thread::scope(|scope| {
+        // It ends when the program does, which wait() sees to.
+        let reader = scope.spawn(|| -> io::Result<()> {
+            for line in out
+                .into_iter()
+                .flat_map(|out| BufReader::new(out).split(b'\n'))
+            {
+                each(&String::from_utf8_lossy(&line?));
+            }
+            Ok(())
+        });
+        let status = wait(child);
+        (status, reader.join())
+    });
+    let status = status?;
+    match read {
+        Ok(read) => read.with_context(|| format!("cannot read what {} says", name(command)))?,
+        Err(panic) => std::panic::resume_unwind(panic),
+    }
     if status.success() {
         return Ok(());
     }
@@ -39,22 +67,17 @@ pub(crate) fn run(command: &mut Command, need: &str) -> Result<()> {
     bail!("{} failed ({status}): {}", name(command), text.trim())
 }
 
-/// Runs `command` and hands over the lines that it prints.
-pub(crate) fn lines(command: &mut Command, need: &str, mut each: impl FnMut(&str)) -> Result<()> {
-    command.stdout(Stdio::piped());
-    let mut child = Running(spawn(command, need)?);
-    if let Some(out) = child.0.stdout.take() {
-        for line in BufReader::new(out).split(b'\n') {
-            interrupt::check()?;
-            each(&String::from_utf8_lossy(&line?));
+/// Waits for the end of a program, which comes at once where a signal asks to stop.
+fn wait(mut child: Running) -> Result<ExitStatus> {
+    loop {
+        let status = child.0.try_wait()?;
+        // The terminal's signals stop the program too.
+        interrupt::check()?;
+        if let Some(status) = status {
+            return Ok(status);
         }
+        std::thread::sleep(POLL);
     }
-    let status = child.0.wait()?;
-    interrupt::check()?;
-    if !status.success() {
-        bail!("{} failed ({status})", name(command));
-    }
-    Ok(())
 }
 
 fn spawn(command: &mut Command, need: &str) -> Result<Child> {

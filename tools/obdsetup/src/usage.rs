@@ -49,8 +49,9 @@ impl Usage {
     pub(crate) fn of_tar(file: &Path) -> Result<Self> {
         let mut usage = Self::default();
         let mut command = Command::new("tar");
-        command.args(["--list", "--verbose", "--numeric-owner", "--file"]);
-        tool::lines(command.arg(file), "tars", |line| {
+        // Without --force-local, a colon in the name would name another machine.
+        command.args(["--list", "--verbose", "--numeric-owner", "--force-local"]);
+        tool::lines(command.arg("--file").arg(file), "tars", |line| {
             usage.add(size_in_listing(line));
         })?;
         Ok(usage)

@@ -5,7 +5,7 @@
 use std::fs::File;
 use std::io::{Seek, SeekFrom};
 use std::ops::Range;
-use std::os::unix::fs::FileExt;
+use std::os::unix::fs::{FileExt, FileTypeExt};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -32,16 +32,23 @@ impl FileBlob {
     ///
     /// # Errors
     ///
-    /// [`Error::InFile`] with what the system said, or where `size` is more than there is.
+    /// [`Error::InFile`] with what the system said, where `size` is more than there is, or where
+    /// it is neither a file nor a block device.
     pub fn open(path: &Path, size: Option<u64>) -> Result<Self> {
         Self::open_inner(path, size).map_err(|error| error.in_file(path))
     }
 
     fn open_inner(path: &Path, size: Option<u64>) -> Result<Self> {
-        let mut file = File::open(path).map_err(|source| Error::Io {
+        let error = |source| Error::Io {
             what: "open",
             source,
-        })?;
+        };
+        // Before it is opened: that of a FIFO would wait for a writer.
+        let kind = path.metadata().map_err(error)?.file_type();
+        if !kind.is_file() && !kind.is_block_device() {
+            return Err(Error::Invalid("not a file or block device".to_owned()));
+        }
+        let mut file = File::open(path).map_err(error)?;
         let there = file.seek(SeekFrom::End(0)).map_err(|source| Error::Io {
             what: "find the size",
             source,

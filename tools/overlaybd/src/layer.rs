@@ -7,7 +7,7 @@ use std::sync::Arc;
 
 use crate::format::lsmt::{self, Segment};
 use crate::format::num::to_u64;
-use crate::format::{tar, Blob, Fault};
+use crate::format::{tar, Blob};
 use crate::{Error, FileBlob, Part, Result, ZfileReader};
 
 /// What a blob holds, with the tar wrapper and the compression peeled off.
@@ -239,9 +239,4 @@ impl LayerReader {
     pub fn verify_len(&self) -> u64 {
         self.payload.size()
     }
-}
-
-/// Whether `error` says that the blob holds no layer at all, so that it may be another thing.
-pub fn is_no_layer(error: &Error) -> bool {
-    error.fault() == Some(Fault::LsmtMagic)
 }

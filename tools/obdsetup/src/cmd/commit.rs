@@ -8,14 +8,12 @@ use anyhow::Result;
 use overlaybd::format::num::to_u64;
 use overlaybd::format::Blob;
 use overlaybd::lsmt_writer::{LayerWriter, Run};
-use overlaybd::wrap::{self, Wrapping};
 use overlaybd::{flatten, LayerReader};
 
 use crate::bar::Bar;
-use crate::layer_out;
+use crate::layer_args::{uuid_text, IdentArgs, NewLayerArgs};
+use crate::layer_out::LayerOut;
 use crate::layers::LayerArg;
-use crate::output::Output;
-use crate::wrap_args::{uuid_text, IdentArgs, WrapArgs};
 
 /// Arguments of `commit`.
 #[derive(clap::Args)]
@@ -39,54 +37,39 @@ pub(crate) struct Args {
     #[arg(long)]
     compact: bool,
 
-    /// Replace a file that exists
-    #[arg(short, long)]
-    force: bool,
-
     #[command(flatten)]
-    wrap: WrapArgs,
-
-    #[command(flatten)]
-    ident: IdentArgs,
+    new: NewLayerArgs,
 }
 
 /// Runs `commit`.
 pub(crate) fn run(args: &Args) -> Result<()> {
-    let wrapping = args.wrap.wrapping()?;
     let layer = args.input.open_layer()?;
-    let mut output = Output::create(&args.output, args.force, [args.input.path.as_path()])?;
-    let IdentArgs {
-        uuid,
-        parent_uuid,
-        user_tag,
-    } = &args.ident;
-    if args.compact || uuid.is_some() || parent_uuid.is_some() || user_tag.is_some() {
-        return compact(args, layer, output, wrapping);
+    let output = LayerOut::create(&args.output, &args.new, [args.input.path.as_path()])?;
+    if args.compact || args.new.ident != IdentArgs::default() {
+        return compact(&args.new.ident, layer, output);
     }
     let payload = layer.payload();
     let bar = Bar::new("committing", payload.size());
-    wrap::write(output.file(), wrapping, |sink| {
+    output.wrap(|sink| {
         payload
             .stream(0, payload.size(), &mut |piece| {
                 sink(piece)?;
                 bar.advance(to_u64(piece.len()))
             })
             .map_err(|error| error.in_file(&args.input.path))
-    })?;
-    drop(bar);
-    output.commit()
+    })
 }
 
 /// Writes the layer anew.
-fn compact(args: &Args, layer: LayerReader, output: Output, wrapping: Wrapping) -> Result<()> {
+fn compact(new: &IdentArgs, layer: LayerReader, output: LayerOut) -> Result<()> {
     let mut ident = layer.ident().clone();
-    if let Some(uuid) = args.ident.uuid {
+    if let Some(uuid) = new.uuid {
         ident.uuid = uuid_text(uuid);
     }
-    if let Some(uuid) = args.ident.parent_uuid {
+    if let Some(uuid) = new.parent_uuid {
         ident.parent = uuid_text(uuid);
     }
-    if let Some(tag) = &args.ident.user_tag {
+    if let Some(tag) = &new.user_tag {
         ident.user_tag = tag.clone().into_bytes();
     }
     let runs = layer.segments().iter().map(|segment| Run {
@@ -97,5 +80,5 @@ fn compact(args: &Args, layer: LayerReader, output: Output, wrapping: Wrapping) 
     let writer = LayerWriter::new(layer.lsmt().virtual_size(), ident, runs)?;
     let disk = flatten::stack(vec![layer])?;
     let read = |offset: u64, buf: &mut [u8]| disk.read_at(offset, buf);
-    layer_out::write(output, wrapping, &writer, "committing", read)
+    output.write(&writer, "committing", read)
 }

@@ -6,19 +6,20 @@ use std::ffi::OsString;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-use anyhow::{Context, Result};
+use anyhow::Result;
 use overlaybd::diff;
 use tempfile::NamedTempFile;
 
 use crate::exit::Failure;
-use crate::image_layer::{self, Options};
+use crate::image_layer;
 use crate::kind::Kind;
+use crate::layer_args::NewLayerArgs;
+use crate::layer_out::LayerOut;
 use crate::mkfs::{self, FileSystem, Files};
 use crate::oci;
-use crate::output::{directory, temp_file, Output};
+use crate::output::{directory, temp_file};
 use crate::size;
 use crate::tool;
-use crate::wrap_args::{IdentArgs, WrapArgs};
 
 /// Arguments of `convert`.
 #[derive(clap::Args)]
@@ -34,7 +35,8 @@ that others wrote with --from raw. Directories and tars need the mkfs of the fil
 is unpacked where that cannot read it. OUT is one layer, the lowest of a stack, without the zeros.
 
 Of an OCI image layout, as `skopeo copy docker://... oci:layout` makes it, OUT is a directory: the
-layers as they are, and a config.v1.json in the place of which all commands take it.
+layers as they are, and a config.v1.json that lists them with absolute names, which all commands
+take in the place of layers. There, no options for wrapping apply.
 
 For a layer over others, the difference to them, see `create --base`.")]
 pub(crate) struct Args {
@@ -49,10 +51,6 @@ pub(crate) struct Args {
     /// What IN is
     #[arg(long, value_enum, value_name = "KIND")]
     from: Option<Kind>,
-
-    /// Replace a file that exists
-    #[arg(short, long)]
-    force: bool,
 
     /// The file system for a directory or tar (ext4 if not given)
     #[arg(long, value_enum, help_heading = "Directories and tars")]
@@ -80,10 +78,7 @@ pub(crate) struct Args {
     oci: oci::Choice,
 
     #[command(flatten)]
-    wrap: WrapArgs,
-
-    #[command(flatten)]
-    ident: IdentArgs,
+    new: NewLayerArgs,
 }
 
 /// Runs `convert`.
@@ -92,21 +87,27 @@ pub(crate) fn run(args: &Args) -> Result<()> {
         Some(kind) => kind,
         None => Kind::of(&args.input)?,
     };
+    let refuse = |what: &str| {
+        let message = format!("{}: {what}", args.input.display());
+        Err(Failure::usage(message))
+    };
     let files = matches!(kind, Kind::Directory | Kind::Tar);
     if !files && (args.fs.is_some() || args.size.is_some() || !args.mkfs_arg.is_empty()) {
-        return Err(Failure::usage(format!(
-            "{}: is no directory or tar; --fs, --size and --mkfs-arg are for those",
-            args.input.display()
-        )));
+        return refuse("is no directory or tar; --fs, --size and --mkfs-arg are for those");
     }
     if kind == Kind::Oci {
-        if args.force {
-            return Err(Failure::usage("--force replaces no directory"));
+        if args.new != NewLayerArgs::default() {
+            return refuse(
+                "is an OCI image, whose layers stay as they are: no --force, no wrapping and no \
+                 identity is for it",
+            );
         }
         return oci::convert(&args.input, &args.oci, &args.output);
     }
-    let wrapping = args.wrap.wrapping()?;
-    let output = Output::create(&args.output, args.force, [args.input.as_path()])?;
+    if args.oci != oci::Choice::default() {
+        return refuse("is no OCI image; --ref and --platform are for those");
+    }
+    let output = LayerOut::create(&args.output, &args.new, [args.input.as_path()])?;
     let place = directory(&args.output);
     // Deleted when dropped.
     let made = match (kind, kind.for_qemu()) {
@@ -115,18 +116,14 @@ pub(crate) fn run(args: &Args) -> Result<()> {
         (_, Some(format)) => Some(read_with_qemu(&args.input, format, place)?),
         (_, None) => None,
     };
-    let options = Options {
-        diff: diff::Options {
-            granule: 4096,
-            skip_zeros: true,
-        },
-        wrapping,
-        ident: &args.ident,
+    let options = diff::Options {
+        granule: 4096,
+        skip_zeros: true,
     };
     let path = made
         .as_ref()
         .map_or(args.input.as_path(), NamedTempFile::path);
-    image_layer::write(path, Vec::new(), output, &options)
+    image_layer::write(path, Vec::new(), options, &args.new.ident, output)
 }
 
 fn make_fs(args: &Args, files: Files<'_>, place: &Path) -> Result<NamedTempFile> {
@@ -140,9 +137,7 @@ fn make_fs(args: &Args, files: Files<'_>, place: &Path) -> Result<NamedTempFile>
 
 /// Makes a raw image, with holes, of one in another format.
 fn read_with_qemu(path: &Path, format: &str, place: &Path) -> Result<NamedTempFile> {
-    // An absolute path is never taken for a protocol such as nbd:.
-    let from = path.canonicalize();
-    let from = from.with_context(|| format!("{}: cannot read", path.display()))?;
+    let from = tool::path(path)?;
     let image = temp_file(place)?;
     let mut command = Command::new("qemu-img");
     command.args(["convert", "-f", format, "-O", "raw"]);

@@ -10,12 +10,13 @@ use overlaybd::diff;
 use tempfile::NamedTempFile;
 
 use crate::exit::Failure;
-use crate::image_layer::{self, Options};
+use crate::image_layer;
+use crate::layer_args::NewLayerArgs;
+use crate::layer_out::LayerOut;
 use crate::layers::{expand, open_layers, paths, LayerArg};
 use crate::mkfs::{self, FileSystem, Files};
-use crate::output::{directory, Output};
+use crate::output::directory;
 use crate::size;
-use crate::wrap_args::{IdentArgs, WrapArgs};
 
 /// Arguments of `create`.
 #[derive(clap::Args)]
@@ -27,7 +28,8 @@ use crate::wrap_args::{IdentArgs, WrapArgs};
   obdsetup create --base base.obd --image changed.raw app.obd     the difference only
 
 Holes of an image stay out of the layer; --skip-zeros keeps zeros out too. With --base, what
-changed is data, and what became zero is marked as zeros (a discard). For qcow2, vmdk, tars and OCI images, see `convert`.")]
+changed is data, and what became zero is marked as zeros (a discard). For qcow2, vmdk, tars and
+OCI images, see `convert`.")]
 pub(crate) struct Args {
     /// The file to make
     #[arg(value_name = "OUT")]
@@ -75,15 +77,8 @@ pub(crate) struct Args {
     #[arg(long, value_name = "SIZE", default_value = "4k", value_parser = granule)]
     granularity: u64,
 
-    /// Replace a file that exists
-    #[arg(short, long)]
-    force: bool,
-
     #[command(flatten)]
-    wrap: WrapArgs,
-
-    #[command(flatten)]
-    ident: IdentArgs,
+    new: NewLayerArgs,
 }
 
 fn granule(text: &str) -> Result<u64, String> {
@@ -95,11 +90,10 @@ fn granule(text: &str) -> Result<u64, String> {
 
 /// Runs `create`.
 pub(crate) fn run(args: &Args) -> Result<()> {
-    let wrapping = args.wrap.wrapping()?;
     let below = expand(&args.base)?;
     let layers = paths(&[&args.base, &below]);
     let inputs = layers.into_iter().chain(args.image.as_deref());
-    let output = Output::create(&args.output, args.force, inputs)?;
+    let output = LayerOut::create(&args.output, &args.new, inputs)?;
 
     // Deleted when dropped.
     let made = match (&args.directory, args.fs) {
@@ -111,20 +105,13 @@ pub(crate) fn run(args: &Args) -> Result<()> {
         (None, Some(image)) => image.as_path(),
         (None, None) => bail!("neither --image nor --directory"),
     };
-    let base = match below.as_slice() {
-        [] => Vec::new(),
-        below => open_layers(below)?,
+    let options = diff::Options {
+        granule: args.granularity,
+        // Nothing is in a new file system but what mkfs wrote.
+        skip_zeros: args.skip_zeros || made.is_some(),
     };
-    let options = Options {
-        diff: diff::Options {
-            granule: args.granularity,
-            // Nothing is in a new file system but what mkfs wrote.
-            skip_zeros: args.skip_zeros || made.is_some(),
-        },
-        wrapping,
-        ident: &args.ident,
-    };
-    image_layer::write(path, base, output, &options)
+    let base = open_layers(&below)?;
+    image_layer::write(path, base, options, &args.new.ident, output)
 }
 
 /// Makes the file system of a directory, in a file beside the output.

@@ -3,7 +3,6 @@
 //! `obdsetup dump`.
 
 use std::path::PathBuf;
-use std::sync::Arc;
 
 use anyhow::Result;
 use overlaybd::format::num::{to_u64, to_usize};
@@ -75,6 +74,11 @@ impl Source for Content {
 
 /// Runs `dump`.
 pub(crate) fn run(args: &Args) -> Result<()> {
+    if args.sparse && args.output.as_os_str() == "-" {
+        return Err(Failure::usage(
+            "--sparse needs --output FILE: standard output has no holes",
+        ));
+    }
     let layers = match args.zfile {
         true => args.layers.clone(),
         false => expand(&args.layers)?,
@@ -83,7 +87,7 @@ pub(crate) fn run(args: &Args) -> Result<()> {
         let [layer] = layers.as_slice() else {
             return Err(Failure::usage("--zfile takes one file"));
         };
-        let payload = Payload::open(Arc::new(layer.open()?))?;
+        let payload = Payload::open(layer.open()?)?;
         if payload.zfile().is_none() {
             return Err(Failure::error(
                 crate::exit::BAD_IMAGE,

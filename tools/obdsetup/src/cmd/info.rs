@@ -3,11 +3,9 @@
 //! `obdsetup info`.
 
 use std::fmt::Write;
-use std::sync::Arc;
 
 use anyhow::Result;
-use overlaybd::format::{lsmt, num::to_u64, zfile, Blob};
-use overlaybd::layer::is_no_layer;
+use overlaybd::format::{lsmt, num::to_u64, zfile, Blob, Fault};
 use overlaybd::{LayerReader, Payload, ZfileReader};
 use serde::Serialize;
 
@@ -94,7 +92,7 @@ pub(crate) fn run(args: &Args) -> Result<()> {
 }
 
 fn collect(arg: &LayerArg) -> Result<Info> {
-    let payload = Payload::open(Arc::new(arg.open()?))?;
+    let payload = Payload::open(arg.open()?)?;
     let tar = payload.in_tar().then(|| Tar {
         data_offset: payload.blob().start(),
         data_size: payload.blob().size(),
@@ -107,9 +105,9 @@ fn collect(arg: &LayerArg) -> Result<Info> {
     let lsmt = match LayerReader::from_payload(payload) {
         Ok(layer) => Some(lsmt_info(&layer)?),
         // A ZFile may hold anything; a file that is neither is an error.
-        Err(error) if zfile.is_some() && is_no_layer(&error) => None,
         Err(error)
-            if zfile.is_some() && error.fault() == Some(overlaybd::format::Fault::Truncated) =>
+            if zfile.is_some()
+                && matches!(error.fault(), Some(Fault::LsmtMagic | Fault::Truncated)) =>
         {
             None
         }

@@ -11,10 +11,9 @@ use overlaybd::layer::Ident;
 use overlaybd::lsmt_writer::{cut, LayerWriter};
 use uuid::Uuid;
 
-use crate::layer_out;
+use crate::layer_args::{uuid_text, IdentArgs, NewLayerArgs};
+use crate::layer_out::LayerOut;
 use crate::layers::{expand, open_layers, order_warnings, paths, warn, LayerArg};
-use crate::output::Output;
-use crate::wrap_args::{uuid_text, IdentArgs, WrapArgs};
 
 /// Arguments of `merge`.
 #[derive(clap::Args)]
@@ -39,31 +38,23 @@ pub(crate) struct Args {
     #[arg(long)]
     lowest: bool,
 
-    /// Replace a file that exists
-    #[arg(short, long)]
-    force: bool,
-
     #[command(flatten)]
-    wrap: WrapArgs,
-
-    #[command(flatten)]
-    ident: IdentArgs,
+    new: NewLayerArgs,
 }
 
 /// Runs `merge`.
 pub(crate) fn run(args: &Args) -> Result<()> {
-    let wrapping = args.wrap.wrapping()?;
     let named = expand(&args.layers)?;
     let layers = open_layers(&named)?;
-    let output = Output::create(&args.output, args.force, paths(&[&args.layers, &named]))?;
+    let output = LayerOut::create(&args.output, &args.new, paths(&[&args.layers, &named]))?;
     warn(&order_warnings(&layers));
     let stack = flatten::stack(layers)?;
     let runs = flatten::runs(&stack, !args.lowest);
-    let ident = ident(&args.ident, stack.layers());
+    let ident = ident(&args.new.ident, stack.layers());
     let writer = LayerWriter::new(flatten::virtual_size(&stack), ident, cut(runs))
         .with_context(|| format!("{}: cannot make the layer", args.output.display()))?;
     let read = |offset: u64, buf: &mut [u8]| stack.read_at(offset, buf);
-    layer_out::write(output, wrapping, &writer, "merging", read)
+    output.write(&writer, "merging", read)
 }
 
 /// What the layer says of itself: what is asked for, or what fits where the layers were.

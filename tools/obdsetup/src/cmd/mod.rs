@@ -18,7 +18,7 @@ mod status;
 mod table;
 mod verify;
 
-use anyhow::Result;
+use anyhow::{Context, Result};
 use clap::Subcommand;
 
 /// What to do.
@@ -85,10 +85,9 @@ fn print(text: &str) -> Result<()> {
     use std::io::Write;
 
     let mut out = std::io::stdout().lock();
-    out.write_all(text.as_bytes())?;
     // At the end of the process nobody would hear of an error.
-    out.flush()?;
-    Ok(())
+    let done = out.write_all(text.as_bytes()).and_then(|()| out.flush());
+    done.context("standard output: cannot write")
 }
 
 /// Prints a value as JSON.

@@ -2,9 +2,6 @@
 
 //! `obdsetup open`.
 
-use std::io::{self, Write};
-use std::sync::Arc;
-
 use anyhow::Result;
 use overlaybd::{Payload, Stack};
 
@@ -52,7 +49,7 @@ pub(crate) struct LayersArgs {
     zfile: bool,
 
     /// An optional parameter for the lsmt target, passed on as it is
-    #[arg(long, value_name = "OPTION")]
+    #[arg(long, value_name = "OPTION", conflicts_with = "zfile")]
     lsmt_opt: Vec<String>,
 
     /// An optional parameter for the zfile targets, passed on as it is, say "cache_blocks 64"
@@ -100,13 +97,6 @@ impl LayersArgs {
                 (true, Some(_)) => Place::PartOfDevice,
             })
             .collect();
-        for layer in &layers {
-            if layer.size.is_some() && !layer.is_device() {
-                return Err(Failure::usage(format!(
-                    "{layer}: only a block device takes :BYTES"
-                )));
-            }
-        }
         let options = TargetOptions {
             zfile: self.zfile_opt.clone(),
             lsmt: self.lsmt_opt.clone(),
@@ -125,7 +115,7 @@ impl LayersArgs {
         let ([layer], [place]) = (layers.as_slice(), places.as_slice()) else {
             return Err(Failure::usage("--zfile takes one LAYER"));
         };
-        let payload = Payload::open(Arc::new(layer.open()?))?;
+        let payload = Payload::open(layer.open()?)?;
         if payload.zfile().is_none() {
             return Err(Failure::error(
                 exit::BAD_IMAGE,
@@ -220,7 +210,7 @@ impl Drop for Undo<'_> {
         for name in self.names.iter().rev() {
             if let Err(error) = self.control.remove(name, false) {
                 // Whether or not it can be said, the others are removed.
-                let _ = writeln!(io::stderr(), "obdsetup: {error:#}");
+                crate::tell(&format!("{error:#}"));
             }
         }
     }
