@@ -196,6 +196,23 @@ def open_devices():
     obdsetup("close", name)
 
 
+@test("open of a config.v1.json")
+def open_config():
+    work = work_directory()
+    raws = [image.zfile(image.lsmt(SIZE, [(0, DATA[:102400])])), image.lsmt(SIZE, [(3, 50)])]
+    os.mkdir(f"{work}/1")
+    write(f"{work}/base.obd", raws[0])
+    write(f"{work}/1/overlaybd.commit", raws[1])
+    lowers = [{"file": "base.obd"}, {"digest": "sha256:12", "size": 7, "dir": f"{work}/1"}]
+    config = write(f"{work}/config.v1.json", json.dumps({"repoBlobUrl": "", "lowers": lowers}).encode())
+    name = f"obdtest-{os.getpid()}"
+    verify(open_device(name, config), image.flatten([stack.layer(raw) for raw in raws]), rounds=20)
+    obdsetup("close", name)
+    lowers[0]["file"] = "none"
+    write(config, json.dumps({"lowers": lowers}).encode())
+    obdsetup("open", name, config, status=4)
+
+
 @test("open --zfile: the content of a ZFile")
 def open_zfile():
     work = work_directory()

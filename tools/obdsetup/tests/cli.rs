@@ -36,11 +36,16 @@ impl Place {
     }
 
     fn run(&self, line: &str) -> Assert {
-        Command::cargo_bin("obdsetup")
-            .unwrap()
-            .current_dir(self.0.path())
-            .args(line.split_whitespace())
-            .assert()
+        self.command(line).assert()
+    }
+
+    fn command(&self, line: &str) -> Command {
+        let mut command = Command::cargo_bin("obdsetup").unwrap();
+        command.current_dir(self.0.path());
+        command.args(line.split_whitespace());
+        // Nothing may wait for what doesn't come.
+        command.timeout(Duration::from_secs(120));
+        command
     }
 
     fn json(&self, line: &str) -> serde_json::Value {
@@ -500,11 +505,9 @@ fn convert_images() {
 
     // Without qemu-img, it is said what is missing.
     place.write("x.qcow2", b"QFI\xfb\0\0\0\x03");
-    Command::cargo_bin("obdsetup")
-        .unwrap()
-        .current_dir(place.0.path())
+    place
+        .command("convert x.qcow2 c.obd")
         .env("PATH", "/nonexistent")
-        .args(["convert", "x.qcow2", "c.obd"])
         .assert()
         .code(1)
         .stderr("obdsetup: qemu-img is not installed; it is needed for qcow2 images\n");
@@ -518,11 +521,9 @@ fn convert_images() {
         place.0.path().display(),
         std::env::var("PATH").unwrap()
     );
-    Command::cargo_bin("obdsetup")
-        .unwrap()
-        .current_dir(place.0.path())
+    place
+        .command("convert x.qcow2 c.obd")
         .env("PATH", path)
-        .args(["convert", "x.qcow2", "c.obd"])
         .assert()
         .success();
     let called = String::from_utf8(place.read("called")).unwrap();
@@ -686,6 +687,12 @@ fn convert_oci_images() {
     assert!(Path::new(file).is_absolute() && file.ends_with("app/layer1.obd"));
     place.run("convert layout app").code(5);
     place.run("convert layout app --force").code(1);
+    for option in ["--tar", "--algorithm lz4", "--threads 1", "--user-tag x"] {
+        place
+            .run(&format!("convert layout new {option}"))
+            .code(1)
+            .stderr(contains("layout: is an OCI image, whose layers stay"));
+    }
 
     // Several images, one of them in an index of its own, and an attestation.
     let name =
@@ -714,12 +721,47 @@ fn convert_oci_images() {
         .success();
     assert!(dump(&place, "y/config.v1.json") == b);
 
+    let arm = |variant: &str| {
+        let kind = r#","platform":{"os":"linux","architecture":"arm","variant":"X"}"#;
+        layout.manifest(&layers, &kind.replace('X', variant))
+    };
+    layout.index(&[arm("v6"), arm("v7")]);
+    place
+        .run("convert layout v7 --platform linux/arm")
+        .code(1)
+        .stderr(contains("linux/arm/v6 sha256:"));
+    place
+        .run("convert layout v7 --platform linux/arm/v7")
+        .success();
+    fs::remove_dir_all(place.path("v7")).unwrap();
+
+    // An index that is named again and again is read once.
+    let mut inner = layout.manifest(&layers, &platform("linux", "arm64"));
+    for _ in 0..60 {
+        let text = format!(r#"{{"manifests":[{}]}}"#, vec![inner; 50].join(","));
+        inner = layout.blob(text.as_bytes(), kind);
+    }
+    layout.index(&vec![inner; 50]);
+    place
+        .run("convert layout bombed")
+        .code(1)
+        .stderr(contains("several images"));
+
     // What isn't right leaves nothing.
     let turbo =
         r#","annotations":{"containerd.io/snapshot/overlaybd/turbo-oci/target-digest":"x"}"#;
     let wrong = layout
         .blob(b"wrong", "")
         .replace("\"size\":5", "\"size\":6");
+    // A link to what never ends, and a layer that another digest belongs to.
+    let linked = "1".repeat(64);
+    let blobs = place.path("layout/blobs/sha256");
+    std::os::unix::fs::symlink("/dev/zero", blobs.join(&linked)).unwrap();
+    let device = format!(r#"{{"digest":"sha256:{linked}","size":4096}}"#);
+    let renamed = "2".repeat(64);
+    fs::write(blobs.join(&renamed), place.read("a")).unwrap();
+    let size = place.read("a").len();
+    let same_size = format!(r#"{{"digest":"sha256:{renamed}","size":{size}}}"#);
     let escape = r#"{"digest":"sha256:../../../a","size":3}"#.to_owned();
     for (layer, code, said) in [
         (
@@ -733,6 +775,8 @@ fn convert_oci_images() {
             "is a TurboOCI layer",
         ),
         (wrong, 3, "is not what its digest and size say"),
+        (device, 3, "is not what its digest and size say"),
+        (same_size, 3, "is not what its digest and size say"),
         (escape, 3, "expected SHA-256"),
     ] {
         layout.index(&[layout.manifest(&[layer], "")]);
@@ -745,6 +789,235 @@ fn convert_oci_images() {
         place.names(),
         ["a", "a.raw", "app", "b", "b.raw", "layout", "x", "y"]
     );
+}
+
+#[test]
+fn hostile_names_and_files() {
+    let place = Place::new();
+    place.write("disk.raw", &image());
+    place.run("create --image disk.raw layer.obd").success();
+    tool(&place, "mkfifo fifo");
+    for command in [
+        "info fifo",
+        "convert fifo out",
+        "create --image fifo out",
+        "dump /dev/zero",
+        "verify .",
+    ] {
+        place
+            .run(command)
+            .code(1)
+            .stdout("")
+            .stderr(contains("not a file or block device"));
+    }
+    // What is no file is never replaced.
+    fs::create_dir(place.path("dir")).unwrap();
+    for command in [
+        "create --force --image disk.raw fifo",
+        "commit --force layer.obd dir",
+        "export --force -o fifo layer.obd",
+    ] {
+        place
+            .run(command)
+            .code(1)
+            .stderr(contains("is no regular file"));
+    }
+    // A link stays, and leads to the new file.
+    std::os::unix::fs::symlink("../target", place.path("dir/link")).unwrap();
+    place.write("target", b"old");
+    place.run("commit layer.obd dir/link").code(5);
+    place.run("commit --force layer.obd dir/link").success();
+    assert!(place.path("dir/link").is_symlink());
+    assert!(dump(&place, "target") == image());
+    // The image isn't in itself.
+    place
+        .run("convert dir dir/out")
+        .code(1)
+        .stderr(contains("cannot be in the directory"));
+    assert_eq!(names(&place.path("dir")), ["link"]);
+
+    // Any bytes may be in a name.
+    use std::os::unix::ffi::OsStrExt;
+    let name = std::ffi::OsStr::from_bytes(b"\xff.obd");
+    fs::copy(place.path("layer.obd"), place.0.path().join(name)).unwrap();
+    place.command("verify").arg(name).assert().success();
+    fs::remove_file(place.0.path().join(name)).unwrap();
+
+    // What an image says isn't for the terminal to obey.
+    let config = r#"{"lowers":[{"digest":"\u001b[31m"}]}"#;
+    place.write("x.json", config.as_bytes());
+    place
+        .run("verify x.json")
+        .code(1)
+        .stderr(contains("layer 0: \\u{1b}[31m is in a registry only"));
+    place.write("x.json", &vec![b' '; 5 << 20]);
+    place
+        .run("verify x.json")
+        .code(3)
+        .stderr(contains("more than"));
+
+    // A colon in a tar's name is no other machine.
+    place.write("file", b"content");
+    tool(&place, "tar -cf plain.tar file");
+    fs::rename(place.path("plain.tar"), place.path("a:b.tar")).unwrap();
+    if has("mkfs.ext4") {
+        place.run("convert a:b.tar tar.obd").success().stderr("");
+    }
+    // A part of a layer isn't a disk.
+    place.write("cut", &place.read("layer.obd")[..20_000]);
+    place
+        .run("convert cut out")
+        .code(1)
+        .stderr(contains("begins as an OverlayBD file does"));
+    assert!(!place.path("out").exists());
+}
+
+#[test]
+fn options_that_do_not_apply() {
+    let place = Place::new();
+    place.write("disk.raw", &image());
+    place.run("create --image disk.raw layer.obd").success();
+    for (command, said) in [
+        (
+            "create --image disk.raw x --algorithm none --level 3",
+            "--level",
+        ),
+        (
+            "create --image disk.raw x --algorithm none --block-size 4k",
+            "--block-size",
+        ),
+        ("merge -o x layer.obd --algorithm none --no-crc", "--no-crc"),
+        (
+            "create --image disk.raw x --algorithm zstd --level 23",
+            "1 to 22",
+        ),
+        ("create --image disk.raw x --level 13", "1 to 12"),
+        ("create --image disk.raw x --threads 0", "1..=1024"),
+        ("create --image disk.raw x --threads 99999", "1..=1024"),
+        ("create --image disk.raw x --size 1m", "--directory"),
+        ("convert disk.raw x --ref v1", "is no OCI image"),
+        (
+            "convert disk.raw x --platform linux/arm64",
+            "is no OCI image",
+        ),
+        ("convert disk.raw x --size 1m", "is no directory or tar"),
+        ("dump --sparse layer.obd", "--sparse needs --output"),
+        ("table --zfile --lsmt-opt x layer.obd", "--lsmt-opt"),
+        ("info layer.obd --size 1", "--size"),
+    ] {
+        place.run(command).code(1).stdout("").stderr(contains(said));
+    }
+    let tag = "x".repeat(257);
+    place
+        .run(&format!("commit layer.obd x --user-tag {tag}"))
+        .code(1)
+        .stderr(contains("257 bytes, more than 256"));
+    for command in ["info", "verify", "dump", "export -o x"] {
+        let command = format!("{command} layer.obd:1m");
+        place.run(&command).code(1);
+        let command = command.replace("1m", "512");
+        place
+            .run(&command)
+            .code(1)
+            .stderr(contains("only a block device takes :BYTES"));
+    }
+    assert_eq!(place.names(), ["disk.raw", "layer.obd"]);
+}
+
+#[test]
+fn output_that_cannot_be_written() {
+    let place = Place::new();
+    place.write("disk.raw", &image());
+    place.run("create --image disk.raw layer.obd").success();
+    let full = || fs::File::options().write(true).open("/dev/full").unwrap();
+    for line in [
+        "info layer.obd",
+        "verify layer.obd",
+        "table layer.obd",
+        "dump layer.obd",
+        "export -o - layer.obd",
+        "completions bash",
+    ] {
+        let command = |out: Stdio| {
+            std::process::Command::new(env!("CARGO_BIN_EXE_obdsetup"))
+                .current_dir(place.0.path())
+                .args(line.split_whitespace())
+                .stdout(out)
+                .output()
+                .unwrap()
+        };
+        let done = command(full().into());
+        assert_eq!(done.status.code(), Some(4), "{line}");
+        let said = String::from_utf8(done.stderr).unwrap();
+        assert!(
+            said.starts_with("obdsetup: standard output: cannot write: No space left"),
+            "{line}: {said}"
+        );
+        // A reader that is gone is no failure to talk of.
+        let (reader, writer) = std::os::unix::net::UnixStream::pair().unwrap();
+        drop(reader);
+        let done = command(std::os::fd::OwnedFd::from(writer).into());
+        assert_eq!(done.status.code(), Some(141), "{line}");
+        assert_eq!(done.stderr, b"", "{line}");
+    }
+    let mut help = std::process::Command::new(env!("CARGO_BIN_EXE_obdsetup"));
+    let done = help.arg("--help").stdout(full()).status().unwrap();
+    assert_eq!(done.code(), Some(4));
+    place
+        .run("dump -o /dev/full layer.obd")
+        .code(4)
+        .stderr(starts_with("obdsetup: /dev/full: cannot write: No space"));
+    assert_eq!(place.names(), ["disk.raw", "layer.obd"]);
+}
+
+#[test]
+fn a_reader_that_does_not_read() {
+    let place = Place::new();
+    place.write("disk.raw", &noise(1 << 20, 7));
+    place.run("create --image disk.raw layer.obd").success();
+    let mut child = std::process::Command::new(env!("CARGO_BIN_EXE_obdsetup"))
+        .current_dir(place.0.path())
+        .args(["dump", "layer.obd"])
+        .stdout(Stdio::piped())
+        .spawn()
+        .unwrap();
+    // Something came, and so the rest waits.
+    let mut byte = [0];
+    std::io::Read::read_exact(child.stdout.as_mut().unwrap(), &mut byte).unwrap();
+    let pid = rustix::process::Pid::from_child(&child);
+    rustix::process::kill_process(pid, rustix::process::Signal::TERM).unwrap();
+    let start = Instant::now();
+    let status = loop {
+        match child.try_wait().unwrap() {
+            Some(status) => break Some(status),
+            None if start.elapsed() > Duration::from_secs(30) => break None,
+            None => std::thread::sleep(Duration::from_millis(5)),
+        }
+    };
+    let _ = child.kill();
+    assert_eq!(status.and_then(|status| status.code()), Some(130));
+}
+
+#[test]
+fn images_beyond_4_gib() {
+    use std::os::unix::fs::FileExt;
+    let place = Place::new();
+    let disk = fs::File::create(place.path("disk.raw")).unwrap();
+    disk.set_len(9 << 30).unwrap();
+    disk.write_all_at(b"behind 2^32 bytes", 6 << 30).unwrap();
+    place.run("create --image disk.raw a").success();
+    place.run("convert disk.raw b").success();
+    place.run("merge -o c a b").success();
+    place.run("export -o out.raw c").success();
+    let out = fs::File::open(place.path("out.raw")).unwrap();
+    assert_eq!(out.metadata().unwrap().len(), 9 << 30);
+    let mut found = [0; 17];
+    out.read_exact_at(&mut found, 6 << 30).unwrap();
+    assert_eq!(&found, b"behind 2^32 bytes");
+    place
+        .run("dump c --offset 6g --length 17")
+        .success()
+        .stdout("behind 2^32 bytes");
 }
 
 #[test]
@@ -819,7 +1092,9 @@ fn what_it_tells_of_itself() {
         place
             .run(&format!("completions {shell}"))
             .success()
-            .stdout(contains(word).and(contains("user-tag")));
+            .stdout(contains(word).and(contains("user-tag")))
+            // What is hidden isn't offered.
+            .stdout(contains("manual pages").not().and(contains(" man ").not()));
     }
     place.run("completions nosuch").code(1);
     let script = place.run("completions bash").success();
@@ -833,10 +1108,16 @@ fn what_it_tells_of_itself() {
         assert!(names.contains(&format!("obdsetup-{name}.8")), "{names:?}");
     }
     assert!(!names.contains(&"obdsetup-man.8".to_owned()));
+    if has("man") {
+        for name in &names {
+            tool(&place, &format!("man --warnings -l man/{name}"));
+        }
+    }
     let page = String::from_utf8(place.read("man/obdsetup-merge.8")).unwrap();
     for text in [
         "\\-\\-lowest",
         ".SH EXAMPLES",
+        ".TH obdsetup-merge 8 2026-08-01 \"obdsetup ",
         "obdsetup merge \\-o app.obd",
         "(8)",
     ] {

@@ -3,6 +3,7 @@
 //! `obdsetup completions`.
 
 use anyhow::Result;
+use clap::Command;
 use clap_complete::Shell;
 
 /// Arguments of `completions`.
@@ -21,7 +22,13 @@ pub(crate) struct Args {
 
 /// Runs `completions`.
 pub(crate) fn run(args: &Args) -> Result<()> {
+    let all = crate::command();
+    // Hidden subcommands would be offered, too.
+    let shown = all.get_subcommands().filter(|sub| !sub.is_hide_set());
+    let mut shown = Command::new("obdsetup")
+        .version(env!("CARGO_PKG_VERSION"))
+        .subcommands(shown.cloned());
     let mut script = Vec::new();
-    clap_complete::generate(args.shell, &mut crate::command(), "obdsetup", &mut script);
+    clap_complete::generate(args.shell, &mut shown, "obdsetup", &mut script);
     super::print(&String::from_utf8_lossy(&script))
 }

@@ -40,7 +40,8 @@ fn page(sub: &Command) -> Result<Vec<u8>> {
     let man = Man::new(sub.clone())
         .title(format!("obdsetup-{}", sub.get_name()))
         .section("8")
-        .date("")
+        // Without one, what follows would stand in its place.
+        .date("2026-08-01")
         .source(concat!("obdsetup ", env!("CARGO_PKG_VERSION")))
         .manual("System Administration");
     let mut text = Vec::new();
