@@ -192,10 +192,14 @@ impl fmt::Display for Found {
 fn choose(layout: &Path, choice: &Choice) -> Result<Descriptor> {
     let all = collect(layout)?;
     let mut fitting = all.iter().filter(|found| found.fits(choice));
-    let what = match (fitting.next(), fitting.next()) {
-        (Some(found), None) => return Ok(found.descriptor.clone()),
-        (Some(_), Some(_)) => "several images; --ref and --platform choose one",
-        (None, _) => "no such image",
+    let what = match fitting.next().map(|found| &found.descriptor) {
+        // An image may have several names.
+        Some(first) if fitting.all(|other| other.descriptor.digest == first.digest) => {
+            return Ok(first.clone());
+        }
+        Some(_) => "several images; --ref and --platform choose one",
+        None if all.is_empty() => return Err(bad(layout, "has no images")),
+        None => "no such image",
     };
     let names: Vec<String> = all.iter().take(NAMED).map(ToString::to_string).collect();
     let more = match all.len().saturating_sub(NAMED) {

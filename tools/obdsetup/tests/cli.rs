@@ -6,13 +6,14 @@
 
 use std::fs;
 use std::path::{Path, PathBuf};
-use std::process::Stdio;
+use std::process::{Child, Stdio};
 use std::time::{Duration, Instant};
 
 use assert_cmd::assert::Assert;
 use assert_cmd::Command;
 use predicates::prelude::*;
 use predicates::str::{contains, starts_with};
+use rustix::process::{Pid, Signal};
 use tempfile::TempDir;
 
 /// A directory of its own, and `obdsetup` run in it.
@@ -21,6 +22,14 @@ struct Place(TempDir);
 impl Place {
     fn new() -> Self {
         Self(TempDir::new().unwrap())
+    }
+
+    /// One that has [`image`] as `disk.raw`, and a layer of it, `layer.obd`.
+    fn with_layer() -> Self {
+        let place = Self::new();
+        place.write("disk.raw", &image());
+        place.run("create --image disk.raw layer.obd").success();
+        place
     }
 
     fn path(&self, name: &str) -> PathBuf {
@@ -46,6 +55,19 @@ impl Place {
         // Nothing may wait for what doesn't come.
         command.timeout(Duration::from_secs(120));
         command
+    }
+
+    /// Starts it, with the place in front of the programs that it finds.
+    fn start(&self, line: &str) -> Child {
+        let programs = std::env::var("PATH").unwrap();
+        std::process::Command::new(env!("CARGO_BIN_EXE_obdsetup"))
+            .current_dir(self.0.path())
+            .args(line.split_whitespace())
+            .env("PATH", format!("{}:{programs}", self.0.path().display()))
+            .stdout(Stdio::piped())
+            .stderr(Stdio::null())
+            .spawn()
+            .unwrap()
     }
 
     fn json(&self, line: &str) -> serde_json::Value {
@@ -168,13 +190,7 @@ fn differences() {
 
 #[test]
 fn create_from_a_directory() {
-    let mkfs = std::process::Command::new("mkfs.ext4")
-        .arg("-V")
-        .stdout(Stdio::null())
-        .stderr(Stdio::null())
-        .status();
-    if mkfs.is_err() {
-        println!("skipped: no mkfs.ext4");
+    if !has("mkfs.ext4") {
         return;
     }
     let place = Place::new();
@@ -735,17 +751,20 @@ fn convert_oci_images() {
         .success();
     fs::remove_dir_all(place.path("v7")).unwrap();
 
-    // An index that is named again and again is read once.
+    // An index that is named again and again is read once, and it is one image.
     let mut inner = layout.manifest(&layers, &platform("linux", "arm64"));
     for _ in 0..60 {
         let text = format!(r#"{{"manifests":[{}]}}"#, vec![inner; 50].join(","));
         inner = layout.blob(text.as_bytes(), kind);
     }
     layout.index(&vec![inner; 50]);
+    place.run("convert layout bombed").success();
+    fs::remove_dir_all(place.path("bombed")).unwrap();
+    layout.index(&[]);
     place
-        .run("convert layout bombed")
-        .code(1)
-        .stderr(contains("several images"));
+        .run("convert layout none")
+        .code(3)
+        .stderr(contains("layout: has no images"));
 
     // What isn't right leaves nothing.
     let turbo =
@@ -793,9 +812,7 @@ fn convert_oci_images() {
 
 #[test]
 fn hostile_names_and_files() {
-    let place = Place::new();
-    place.write("disk.raw", &image());
-    place.run("create --image disk.raw layer.obd").success();
+    let place = Place::with_layer();
     tool(&place, "mkfifo fifo");
     for command in [
         "info fifo",
@@ -874,9 +891,7 @@ fn hostile_names_and_files() {
 
 #[test]
 fn options_that_do_not_apply() {
-    let place = Place::new();
-    place.write("disk.raw", &image());
-    place.run("create --image disk.raw layer.obd").success();
+    let place = Place::with_layer();
     for (command, said) in [
         (
             "create --image disk.raw x --algorithm none --level 3",
@@ -926,9 +941,7 @@ fn options_that_do_not_apply() {
 
 #[test]
 fn output_that_cannot_be_written() {
-    let place = Place::new();
-    place.write("disk.raw", &image());
-    place.run("create --image disk.raw layer.obd").success();
+    let place = Place::with_layer();
     let full = || fs::File::options().write(true).open("/dev/full").unwrap();
     for line in [
         "info layer.obd",
@@ -975,27 +988,11 @@ fn a_reader_that_does_not_read() {
     let place = Place::new();
     place.write("disk.raw", &noise(1 << 20, 7));
     place.run("create --image disk.raw layer.obd").success();
-    let mut child = std::process::Command::new(env!("CARGO_BIN_EXE_obdsetup"))
-        .current_dir(place.0.path())
-        .args(["dump", "layer.obd"])
-        .stdout(Stdio::piped())
-        .spawn()
-        .unwrap();
+    let mut child = place.start("dump layer.obd");
     // Something came, and so the rest waits.
     let mut byte = [0];
     std::io::Read::read_exact(child.stdout.as_mut().unwrap(), &mut byte).unwrap();
-    let pid = rustix::process::Pid::from_child(&child);
-    rustix::process::kill_process(pid, rustix::process::Signal::TERM).unwrap();
-    let start = Instant::now();
-    let status = loop {
-        match child.try_wait().unwrap() {
-            Some(status) => break Some(status),
-            None if start.elapsed() > Duration::from_secs(30) => break None,
-            None => std::thread::sleep(Duration::from_millis(5)),
-        }
-    };
-    let _ = child.kill();
-    assert_eq!(status.and_then(|status| status.code()), Some(130));
+    assert_eq!(stop(&mut child, Signal::TERM), Some(130));
 }
 
 #[test]
@@ -1196,9 +1193,7 @@ fn exit_codes() {
 
 #[test]
 fn errors_name_field_and_place() {
-    let place = Place::new();
-    place.write("disk.raw", &image());
-    place.run("create --image disk.raw layer.obd").success();
+    let place = Place::with_layer();
     let good = place.read("layer.obd");
     // Without the digest flag, the block size is looked at.
     let mut bad = good.clone();
@@ -1307,29 +1302,57 @@ fn tables() {
 fn signals_leave_nothing() {
     let place = Place::new();
     place.write("disk.raw", &noise(48 << 20, 3));
-    for signal in [rustix::process::Signal::INT, rustix::process::Signal::TERM] {
-        let mut child = std::process::Command::new(env!("CARGO_BIN_EXE_obdsetup"))
-            .current_dir(place.0.path())
-            .args(["create", "--image", "disk.raw", "out", "--threads", "1"])
-            .args([
-                "--algorithm",
-                "zstd",
-                "--level",
-                "22",
-                "--block-size",
-                "64k",
-            ])
-            .stderr(Stdio::null())
-            .spawn()
-            .unwrap();
-        let start = Instant::now();
-        while place.names().len() < 2 && start.elapsed() < Duration::from_secs(30) {
-            std::thread::sleep(Duration::from_millis(5));
-        }
-        assert_eq!(place.names().len(), 2, "no temporary file");
-        let pid = rustix::process::Pid::from_child(&child);
-        rustix::process::kill_process(pid, signal).unwrap();
-        assert_eq!(child.wait().unwrap().code(), Some(130));
+    for signal in [Signal::INT, Signal::TERM] {
+        let mut child = place.start(
+            "create --image disk.raw out --threads 1 --algorithm zstd --level 22 --block-size 64k",
+        );
+        assert!(soon(|| place.names().len() == 2), "no temporary file");
+        assert_eq!(stop(&mut child, signal), Some(130));
         assert_eq!(place.names(), ["disk.raw"]);
     }
+}
+
+#[test]
+fn signals_stop_other_programs() {
+    use std::os::unix::fs::PermissionsExt;
+    let place = Place::new();
+    place.write("file", b"content");
+    tool(&place, "tar -cf x.tar file");
+    place.write("x.qcow2", b"QFI\xfb\0\0\0\x03");
+    // They take for ever, as mkfs, tar and qemu-img might.
+    for (program, from) in [("tar", "x.tar"), ("qemu-img", "x.qcow2")] {
+        place.write(program, b"#!/bin/sh\necho $$ >called\nexec sleep 600\n");
+        let mode = fs::Permissions::from_mode(0o755);
+        fs::set_permissions(place.path(program), mode).unwrap();
+        let mut child = place.start(&format!("convert {from} out"));
+        let called = || fs::read_to_string(place.path("called")).unwrap_or_default();
+        assert!(soon(|| called().ends_with('\n')), "{program}");
+        assert_eq!(stop(&mut child, Signal::TERM), Some(130));
+        // The program is gone, too.
+        let process = PathBuf::from("/proc").join(called().trim());
+        assert!(!process.exists(), "{program}");
+        fs::remove_file(place.path("called")).unwrap();
+        fs::remove_file(place.path(program)).unwrap();
+    }
+    assert_eq!(place.names(), ["file", "x.qcow2", "x.tar"]);
+}
+
+/// Whether something comes true within half a minute.
+fn soon(mut true_now: impl FnMut() -> bool) -> bool {
+    let start = Instant::now();
+    while start.elapsed() < Duration::from_secs(30) {
+        if true_now() {
+            return true;
+        }
+        std::thread::sleep(Duration::from_millis(5));
+    }
+    false
+}
+
+/// Sends a signal; gives the exit code, if that was the end.
+fn stop(child: &mut Child, signal: Signal) -> Option<i32> {
+    rustix::process::kill_process(Pid::from_child(child), signal).unwrap();
+    soon(|| child.try_wait().unwrap().is_some());
+    let _ = child.kill();
+    child.wait().unwrap().code()
 }
