@@ -75,20 +75,24 @@ fn main() -> ExitCode {
     }
 }
 
-/// Tells something on standard error. Parts of it may come from an image: nothing of that is for
-/// the terminal to obey.
+/// Tells something on standard error.
 fn tell(message: &str) {
-    let mut text = String::from("obdsetup: ");
-    for c in message.chars() {
-        match c {
-            '\n' | '\t' => text.push(c),
-            c if c.is_control() => text.extend(c.escape_default()),
-            c => text.push(c),
-        }
-    }
-    text.push('\n');
+    let text = format!("obdsetup: {}\n", plain(message));
     // Where standard error is gone, nobody is left to tell.
     let _ = io::stderr().write_all(text.as_bytes());
+}
+
+/// Text for people, of which parts may come from an image: nothing of that is for the terminal to
+/// obey.
+fn plain(text: &str) -> String {
+    let mut plain = String::with_capacity(text.len());
+    for c in text.chars() {
+        match c.is_control() && !matches!(c, '\n' | '\t') {
+            true => plain.extend(c.escape_default()),
+            false => plain.push(c),
+        }
+    }
+    plain
 }
 
 /// An error and its causes. The library's errors tell theirs themselves.

@@ -737,11 +737,11 @@ fn convert_oci_images() {
         .success();
     assert!(dump(&place, "y/config.v1.json") == b);
 
-    let arm = |variant: &str| {
+    let arm = |layers: &[String], variant: &str| {
         let kind = r#","platform":{"os":"linux","architecture":"arm","variant":"X"}"#;
-        layout.manifest(&layers, &kind.replace('X', variant))
+        layout.manifest(layers, &kind.replace('X', variant))
     };
-    layout.index(&[arm("v6"), arm("v7")]);
+    layout.index(&[arm(&layers[..1], "v6"), arm(&layers, "v7")]);
     place
         .run("convert layout v7 --platform linux/arm")
         .code(1)
@@ -867,6 +867,14 @@ fn hostile_names_and_files() {
         .run("verify x.json")
         .code(1)
         .stderr(contains("layer 0: \\u{1b}[31m is in a registry only"));
+    fs::copy(place.path("layer.obd"), place.path("\u{1b}[31m")).unwrap();
+    place.write("x.json", br#"{"lowers":[{"file":"\u001b[31m"}]}"#);
+    for command in ["verify", "info"] {
+        place
+            .run(&format!("{command} x.json"))
+            .success()
+            .stdout(contains("\\u{1b}[31m: "));
+    }
     place.write("x.json", &vec![b' '; 5 << 20]);
     place
         .run("verify x.json")

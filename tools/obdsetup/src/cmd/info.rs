@@ -12,7 +12,7 @@ use serde::Serialize;
 use super::{print, print_json};
 use crate::exit::{self, Failure};
 use crate::layers::{expand, LayerArg};
-use crate::size;
+use crate::{plain, size};
 
 /// Arguments of `info`.
 #[derive(clap::Args)]
@@ -88,7 +88,7 @@ pub(crate) fn run(args: &Args) -> Result<()> {
         return print_json(&infos);
     }
     let texts: Vec<String> = infos.iter().map(describe).collect();
-    print(&texts.join("\n"))
+    print(&plain(&texts.join("\n")))
 }
 
 fn collect(arg: &LayerArg) -> Result<Info> {

@@ -11,6 +11,7 @@ use super::{print, print_json};
 use crate::bar::Bar;
 use crate::exit::{self, Failure};
 use crate::layers::{chain_warnings, expand, open_stack, warn, LayerArg};
+use crate::plain;
 
 /// Most corrupt blocks that are named.
 const NAMED: usize = 100;
@@ -70,9 +71,10 @@ pub(crate) fn run(args: &Args) -> Result<()> {
                 0 => "ok".to_owned(),
                 n => format!("{n} of {} blocks are corrupt", layer.blocks),
             };
-            print(&format!("{}: {verdict}\n", layer.path))?;
+            let path = plain(&layer.path);
+            print(&format!("{path}: {verdict}\n"))?;
             for error in &layer.errors {
-                print(&format!("{}: {error}\n", layer.path))?;
+                print(&format!("{path}: {error}\n"))?;
             }
         }
     }
