@@ -1,0 +1,79 @@
+# SPDX-License-Identifier: GPL-2.0
+"""systemd-udevd with the project's rules, as on any machine; the test VM runs without.
+
+start() also takes back what the VM's set-up tells others since there is none: DM_DISABLE_UDEV for libdevmapper, and
+LVM's lvmlocal.conf. It ends, and all is as it was, when the script does.
+"""
+
+import atexit
+import glob
+import os
+import shutil
+import signal
+import subprocess
+import time
+
+from .ktap import SLOW, skip_all
+
+_UDEVD = "/usr/lib/systemd/systemd-udevd"
+_CONTROL = "/run/udev/control"
+_LVM_LOCAL = "/etc/lvm/lvmlocal.conf"
+_RULES = os.path.join(os.path.dirname(__file__), "../../tools/udev/*.rules")
+
+_daemon = None
+
+
+def start():
+    """Starts udevd, with what block devices there are; ends the script where it can't."""
+    if "OBD_VM" not in os.environ:
+        skip_all("udevd is started in the test VM only")
+    if not os.path.exists(_UDEVD):
+        skip_all("no udevd")
+    atexit.register(_stop)
+    os.makedirs("/run/udev/rules.d", exist_ok=True)
+    for path in glob.glob(_RULES):
+        shutil.copy(path, "/run/udev/rules.d")
+    if os.path.exists(_LVM_LOCAL):
+        os.rename(_LVM_LOCAL, _LVM_LOCAL + ".no-udevd")
+    os.environ.pop("DM_DISABLE_UDEV", None)
+    global _daemon
+    _daemon = subprocess.Popen([_UDEVD], stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    for _ in range(200 * SLOW):
+        if os.path.exists(_CONTROL):
+            break
+        time.sleep(0.05)
+    subprocess.run(["udevadm", "trigger", "--action=add", "--subsystem-match=block"], check=True)
+    settle()
+
+
+def settle():
+    """Waits until udevd has dealt with all events."""
+    subprocess.run(["udevadm", "settle", f"--timeout={60 * SLOW}"], check=True)
+
+
+def properties(path):
+    """What udevd has in its database of a device."""
+    out = subprocess.run(["udevadm", "info", "--query=property", f"--name={path}"], capture_output=True, text=True,
+                         check=True).stdout
+    return dict(row.split("=", 1) for row in out.splitlines())
+
+
+def links(path):
+    """The links to a device below /dev, without that."""
+    return set(properties(path).get("DEVLINKS", "").replace("/dev/", "").split())
+
+
+def _stop():
+    if _daemon:
+        _daemon.terminate()
+        _daemon.wait()
+    # LVM starts this one to look after volumes.
+    if os.path.exists("/run/dmeventd.pid"):
+        with open("/run/dmeventd.pid", encoding="ascii") as file:
+            os.kill(int(file.read()), signal.SIGTERM)
+    # libdevmapper goes by what is in there.
+    shutil.rmtree("/run/udev", ignore_errors=True)
+    for path in glob.glob("/run/lvm/*_online/*"):
+        os.unlink(path)
+    if os.path.exists(_LVM_LOCAL + ".no-udevd"):
+        os.rename(_LVM_LOCAL + ".no-udevd", _LVM_LOCAL)
