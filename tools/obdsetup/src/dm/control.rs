@@ -8,8 +8,8 @@
 //! waits for udev where that runs, and makes the nodes itself where it doesn't or where
 //! `DM_DISABLE_UDEV` says so.
 //!
-//! What dmsetup cannot do is keep udev's scanners off the inner devices:
-//! `udev/11-dm-overlaybd.rules` does that, by their UUIDs.
+//! What dmsetup cannot do is keep udev's scanners off the inner devices: the rules in `tools/udev` do
+//! that, by their UUIDs.
 
 use std::fmt;
 use std::io::ErrorKind;
@@ -295,7 +295,7 @@ impl Rank {
             Self::Top => ["LSMT", "ZFILE"]
                 .map(|kind| format!("{prefix}{kind}-{name}"))
                 .to_vec(),
-            Self::Zfile(nth) => vec![format!("{prefix}ZFILE-{name}-{nth}")],
+            Self::Zfile(nth) => vec![format!("{prefix}LAYER-{name}-{nth}")],
             Self::Blob(nth) => vec![format!("{prefix}BLOB-{name}-{nth}")],
         }
     }

@@ -24,7 +24,9 @@ use crate::exit::{self, Failure};
 /// Longest name: the UUID that is made of it must fit in device-mapper's 128 bytes.
 const MAX_NAME: usize = 100;
 
-/// What the UUIDs of all our devices start with.
+/// What the UUIDs of all our devices start with. The type follows, then the name of the stack:
+/// `LSMT` and `ZFILE` are disks, `LAYER` and `BLOB`, with the number of their layer behind the name,
+/// are for other devices of the stack only. udev's rules go by the type.
 pub(crate) const UUID_PREFIX: &str = "OVERLAYBD-";
 
 /// Where a target gets its sectors from.
@@ -120,7 +122,7 @@ impl Plan {
             let blob = match layer.payload().zfile() {
                 None => blob,
                 Some(_) => {
-                    let uuid = format!("{UUID_PREFIX}ZFILE-{name}-{nth}");
+                    let uuid = format!("{UUID_PREFIX}LAYER-{name}-{nth}");
                     let zfile = format!("{name}-zfile{nth}");
                     plan.add_zfile(zfile, uuid, layer.payload(), blob, options)?
                 }
