@@ -4,7 +4,7 @@
 
 use std::fs::File;
 use std::io::Write;
-use std::os::fd::AsFd;
+use std::os::fd::{AsFd, AsRawFd};
 use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 
@@ -52,6 +52,9 @@ impl Backing {
         let mut file = File::from(memory);
         file.write_all(bytes)
             .context("cannot write to a file in memory")?;
+        // A loop device is as read-only as the file that it is made of.
+        let path = format!("/proc/self/fd/{}", file.as_raw_fd());
+        let file = File::open(path).context("cannot open a file in memory")?;
         Self::of_loop(attach(&file)?)
     }
 
@@ -83,7 +86,7 @@ fn attach(file: &File) -> Result<LoopDevice> {
             .with()
             .read_only(true)
             .autoclear(true)
-            .attach_fd(std::os::fd::AsRawFd::as_raw_fd(&file.as_fd()));
+            .attach_fd(file.as_fd().as_raw_fd());
         match attached {
             Ok(()) => return Ok(device),
             Err(error) if error.kind() == std::io::ErrorKind::ResourceBusy && tries < TRIES => {
