@@ -2,11 +2,18 @@
 
 //! `obdsetup close`.
 
+use std::thread::sleep;
+use std::time::{Duration, Instant};
+
 use anyhow::Result;
 
+use crate::dm::control::State;
 use crate::dm::plan::check_name;
 use crate::dm::Control;
 use crate::exit::{self, Failure};
+
+/// How long somebody may have a device open who only looks at what is new.
+const PATIENCE: Duration = Duration::from_secs(2);
 
 /// Arguments of `close`.
 #[derive(clap::Args)]
@@ -33,7 +40,7 @@ pub(crate) fn run(args: &Args) -> Result<()> {
         return Err(not_ours(&control, &args.name)?);
     }
     for device in devices {
-        if !args.deferred && device.open_count > 0 && device.name == args.name {
+        if !args.deferred && device.name == args.name && is_in_use(&control, device.clone())? {
             return Err(Failure::error(
                 exit::BUSY,
                 format!(
@@ -45,6 +52,22 @@ pub(crate) fn run(args: &Args) -> Result<()> {
         control.remove(&device.name, args.deferred)?;
     }
     Ok(())
+}
+
+/// Whether `device` is in use, and stays so: udev may look at it just now.
+fn is_in_use(control: &Control, mut device: State) -> Result<bool> {
+    let end = Instant::now() + PATIENCE;
+    while device.open_count > 0 {
+        if Instant::now() >= end {
+            return Ok(true);
+        }
+        sleep(Duration::from_millis(50));
+        match control.state(&device.name)? {
+            Some(now) => device = now,
+            None => break,
+        }
+    }
+    Ok(false)
 }
 
 /// Why there is no stack `name`.
