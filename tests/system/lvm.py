@@ -1,0 +1,347 @@
+#!/usr/bin/env python3
+# SPDX-License-Identifier: GPL-2.0
+"""The recipes of Documentation/lvm.rst, with real udev and real LVM: the commands are read from there."""
+
+import atexit
+import functools
+import glob
+import hashlib
+import os
+import re
+import shutil
+import subprocess
+import tempfile
+
+from obdtest import udevd
+from obdtest.ktap import Failure, check, defer, equal, main, test
+
+RECIPES = os.path.join(os.path.dirname(os.path.realpath(__file__)), "../../Documentation/lvm.rst")
+LVM_LOCAL = "/etc/lvm/lvmlocal.conf"
+
+
+def blocks():
+    """The literal blocks of the document, by the titles that they are under."""
+    with open(RECIPES, encoding="utf-8") as file:
+        lines = file.read().splitlines()
+    found, title, literal = {}, None, False
+    for line, below in zip(lines, lines[1:] + [""]):
+        if line and re.fullmatch(r"=+|-+", below):
+            title, literal = line, False
+        elif literal and (not line or line.startswith("    ")):
+            found[title][-1] += line + "\n"
+        elif line.endswith("::"):
+            found.setdefault(title, []).append("")
+            literal = True
+        elif line:
+            literal = False
+    return found
+
+
+BLOCKS = blocks()
+
+
+def script(text):
+    """What commands print; none may fail or warn."""
+    done = subprocess.run(["bash", "-euo", "pipefail", "-c", text], capture_output=True, text=True, check=False)
+    said = f"{text.strip()}:\n{done.stdout}{done.stderr}"
+    equal(done.returncode, 0, f"status of {said}")
+    if "WARNING" in done.stdout + done.stderr:
+        raise Failure(f"a warning: {said}")
+    return done.stdout
+
+
+def quiet(text):
+    """Undoes what may be left of a test that has failed."""
+    subprocess.run(text, shell=True, capture_output=True, check=False)
+
+
+class Recipe:
+    """The blocks of a section, each of which is to be run."""
+
+    def __init__(self, title):
+        self.title, self.blocks = title, list(BLOCKS[title])
+        defer(self.over)
+
+    def step(self):
+        return script(self.blocks.pop(0))
+
+    def over(self):
+        equal(len(self.blocks), 0, f"blocks of `{self.title}' that were not run")
+
+
+def lvm_is_content():
+    """LVM's commands say nothing on standard error."""
+    for command in ("vgchange --activate y vg", "pvs --all", "lvs --all", "vgs"):
+        done = subprocess.run(command.split(), capture_output=True, text=True, check=False)
+        equal((done.returncode, done.stderr), (0, ""), f"status and standard error of {command}")
+        check("WARNING" not in done.stdout, f"{command}: {done.stdout}")
+
+
+def sha256(path):
+    digest = hashlib.sha256()
+    with open(path, "rb", buffering=0) as file:
+        while chunk := file.read(1 << 20):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def files(root):
+    """The files of a tree with their sums."""
+    found = {}
+    for directory, _, names in os.walk(root):
+        for name in names:
+            path = os.path.join(directory, name)
+            if os.path.isfile(path) and not os.path.islink(path):
+                found[os.path.relpath(path, root)] = sha256(path)
+    return found
+
+
+def same_files(wanted, root="/mnt"):
+    equal(files(root), wanted, f"files in {root}")
+    check(wanted, "there are files")
+
+
+def state():
+    """What is to be as before when a recipe is over."""
+    return (sorted(name for name in os.listdir("/sys/block") if name.startswith("dm-")),
+            sorted(path.split("/")[3] for path in glob.glob("/sys/block/loop*/loop")),
+            os.path.ismount("/mnt"))
+
+
+def gone(before):
+    udevd.settle()
+    equal(state(), before, "devices and mounts, as before")
+
+
+@functools.cache
+def images():
+    """A directory with two layers; the files and the sum of what they are together."""
+    work = tempfile.mkdtemp(prefix="obdtest-")
+    atexit.register(shutil.rmtree, work)
+    # The second layer has the changes on the disk.
+    script(f"""cd {work}
+        obdsetup create --directory /usr/lib/udev/rules.d --fs ext4 --size 32m base.obd
+        obdsetup export -o disk.raw base.obd
+        mount -o loop disk.raw /mnt
+        rm /mnt/60-block.rules
+        seq 100000 >/mnt/numbers
+        umount /mnt
+        obdsetup create --base base.obd --image disk.raw --algorithm zstd --block-size 64k app.obd
+        mount -o loop,ro disk.raw /mnt""")
+    found = files("/mnt")
+    script("umount /mnt")
+    return work, found, sha256(f"{work}/disk.raw")
+
+
+class Host:
+    """The directory of the layers, where commands are run, and a volume group."""
+
+    def __init__(self):
+        work, self.files, self.sum = images()
+        here = os.getcwd()
+        os.chdir(work)
+        defer(os.chdir, here)
+        udevd.settle()
+        self.empty = state()
+        defer(self._end)
+        script("""truncate --size=200M pv.raw
+            losetup --find pv.raw
+            loop=$(losetup --noheadings --output NAME --associated pv.raw)
+            vgcreate --quiet vg $loop""")
+        udevd.settle()
+
+    def open(self):
+        """The stack `app', on files."""
+        script("obdsetup open app base.obd app.obd")
+        defer(quiet, "obdsetup close app")
+        equal(sha256("/dev/mapper/app"), self.sum, "content of the stack")
+
+    def _end(self):
+        quiet("""umount /mnt
+            vgchange --devicesfile vm.devices --activate n guest
+            vgchange --activate n guest
+            for name in work vm; do dmsetup remove --retry $name; done
+            for name in app vm vm-image; do obdsetup close $name; done""")
+        quiet(f"rm -rf {LVM_LOCAL} /etc/lvm/devices")
+        script("""vgremove --quiet --yes vg
+            losetup --detach $(losetup --noheadings --output NAME --associated pv.raw)
+            rm pv.raw""")
+        forget()
+        gone(self.empty)
+
+
+def forget():
+    """LVM hasn't seen the volumes that came and went."""
+    udevd.settle()
+    for path in glob.glob("/run/lvm/*_online/*") + glob.glob("/run/lvm/hints"):
+        os.unlink(path)
+
+
+def write(text):
+    with open("/mnt/new", "w", encoding="ascii") as file:
+        file.write(text)
+
+
+@test("layers on logical volumes")
+def layers():
+    host = Host()
+    before = state()
+    recipe = Recipe("Layers on logical volumes")
+    recipe.step()
+    udevd.settle()
+    recipe.step()
+    equal(sha256("/dev/mapper/app"), host.sum, "content")
+    same_files(host.files)
+    lvm_is_content()
+    tree = script("lsblk --noheadings --list --inverse --output NAME,TYPE,RO /dev/mapper/app")
+    kinds = sorted(row.split()[1:] for row in tree.splitlines() if not row.startswith(("loop", "app ")))
+    equal(kinds, [["lvm", "1"]] * 2 + [["overlaybd", "1"]] * 2, f"what is below: {tree}")
+    recipe.step()
+    script("vgchange --activate n vg")
+    gone(before)
+
+
+@test("a thin volume with the image as its origin")
+def thin():
+    host = Host()
+    before = state()
+    host.open()
+    recipe = Recipe("A thin volume with the image as its origin")
+    recipe.step()
+    mount = recipe.blocks[0]
+    recipe.step()
+    same_files(host.files)
+    lvm_is_content()
+    write("first\n")
+    down = recipe.blocks[0]
+    recipe.step()
+    equal(sha256("/dev/mapper/app"), host.sum, "the image after writes")
+    # As after a boot.
+    script("obdsetup close app; vgchange --activate n vg")
+    script("vgchange --activate y vg; obdsetup open app base.obd app.obd")
+    script(mount)
+    with open("/mnt/new", encoding="ascii") as file:
+        equal(file.read(), "first\n", "what was written before")
+    equal(float(script("lvs --noheadings --options data_percent vg/pool")) > 0, True, "use of the pool")
+    script(down)
+    recipe.step()
+    script("lvremove --yes vg/pool; obdsetup close app")
+    gone(before)
+
+
+@test("a snapshot with the image as its origin")
+def snapshot():
+    host = Host()
+    before = state()
+    host.open()
+    recipe = Recipe("A snapshot with the image as its origin")
+    mount = "\n".join(recipe.blocks[0].strip().splitlines()[1:])
+    recipe.step()
+    same_files(host.files)
+    lvm_is_content()
+    write("first\n")
+    check(re.match(r"0 65536 snapshot \d+/65536 \d+\n", recipe.step()), "status")
+    recipe.step()
+    equal(sha256("/dev/mapper/app"), host.sum, "the image after writes")
+    script("obdsetup close app; vgchange --activate n vg")
+    script("vgchange --activate y vg; obdsetup open app base.obd app.obd")
+    script(mount)
+    with open("/mnt/new", encoding="ascii") as file:
+        equal(file.read(), "first\n", "what was written before")
+    os.unlink("/mnt/new")
+    same_files(host.files)
+    script("umount /mnt; dmsetup remove work; obdsetup close app; vgchange --activate n vg")
+    gone(before)
+
+
+def make_guest():
+    """vm.obd: a disk that is a physical volume, as a virtual machine has written it. The files on it."""
+    if not os.path.exists("vm.obd"):
+        script("""truncate --size=64M vm.raw
+            losetup --find vm.raw
+            loop=$(losetup --noheadings --output NAME --associated vm.raw)
+            vgcreate --quiet guest $loop
+            lvcreate --quiet --yes --name root --size 40m guest
+            mkfs.ext4 -q -d /usr/lib/udev/rules.d /dev/guest/root
+            vgchange --activate n guest
+            losetup --detach $loop
+            obdsetup create --image vm.raw vm.obd""")
+        forget()
+    return files("/usr/lib/udev/rules.d")
+
+
+@test("an image with a physical volume is taken for the host's where nothing keeps LVM off it")
+def activated():
+    Host()
+    make_guest()
+    before = state()
+    script("obdsetup open vm vm.obd")
+    udevd.settle()
+    check(os.path.exists("/dev/guest/root"), "the guest's volume isn't activated: what the document says isn't so")
+    script("vgchange --activate n guest; obdsetup close vm")
+    gone(before)
+
+
+@test("an image with a physical volume: with a devices file")
+def devices_file():
+    Host()
+    wanted = make_guest()
+    before = state()
+    recipe = Recipe("With a devices file")
+    recipe.step()
+    recipe.step()
+    same_files(wanted)
+    lvm_is_content()
+    check("guest" not in script("vgs; pvs; lvs"), "the host's LVM knows the guest")
+    equal(sha256("/dev/mapper/vm"), sha256("vm.raw"), "content of the image")
+    script("umount /mnt")
+    said = script("blkdeactivate --lvmoptions retry /dev/mapper/vm")
+    check(os.path.exists("/dev/guest/root"), f"blkdeactivate: {said}")
+    script("mount -o ro /dev/guest/root /mnt")
+    recipe.step()
+    gone(before)
+
+
+@test("an image with a physical volume: with a filter, and writable")
+def filtered():
+    Host()
+    wanted = make_guest()
+    before = state()
+    recipe = Recipe("With a filter, and writable")
+    recipe.step()
+    recipe.step()
+    same_files(wanted)
+    write("first\n")
+    lvm_is_content()
+    equal(script("pvs --noheadings --options pv_name --select vg_name=guest").split(), ["/dev/mapper/vm"], "PV")
+    recipe.step()
+    script("vgchange --activate n vg")
+    gone(before)
+
+
+@test("blkdeactivate takes a whole stack down, in order")
+def down():
+    host = Host()
+    before = state()
+    script("""bytes=$(stat --format=%s base.obd)
+        lvcreate --name base --size $((bytes / 512 + 1))s vg
+        dd if=base.obd of=/dev/vg/base bs=1M conv=fsync status=none
+        obdsetup open app /dev/vg/base:$bytes app.obd
+        lvcreate --name cow --size 16m vg
+        dmsetup create work --table "0 65536 snapshot /dev/mapper/app /dev/vg/cow P 8"
+        mount /dev/mapper/work /mnt""")
+    same_files(host.files)
+    lvm_is_content()
+    said = Recipe("Taking everything down").step()
+    order = re.findall(r": deactivating (?:Logical Volume |\w+ device )([\w/-]+)", said)
+    wanted = {"work", "app", "app-zfile0", "app-zfile1", "vg/base", "vg/cow"}
+    check(wanted <= set(order) and "skipping" not in said, f"blkdeactivate: {said}")
+    for above, below in (("work", "app"), ("work", "vg/cow"), ("app", "app-zfile0"), ("app", "app-zfile1"),
+                         ("app-zfile0", "vg/base")):
+        check(order.index(above) < order.index(below), f"{above} before {below}: {said}")
+    gone(before)
+
+
+if __name__ == "__main__":
+    udevd.start()
+    main()
