@@ -1,6 +1,6 @@
 #!/bin/bash
 # SPDX-License-Identifier: GPL-2.0
-# Install what was built: the module, obdsetup, its udev rule, the manual pages, completions. DESTDIR=, PREFIX= (/usr/local), KDIR= as for make.
+# Install what was built: the module, obdsetup, its udev rules, the manual pages, completions. DESTDIR=, PREFIX= (/usr/local), KDIR= as for make.
 . "$(dirname "$0")/lib.sh"
 
 prefix=${DESTDIR:-}${PREFIX:-/usr/local}
