@@ -79,7 +79,7 @@ aliases() {
 
 runs() {
 	there obdsetup --version | grep -F "$version" && there obdsetup --help >/dev/null &&
-		there test -s /usr/share/man/man8/obdsetup.8.gz -a -s /usr/lib/udev/rules.d/11-dm-overlaybd.rules
+		there test -s /usr/share/man/man8/obdsetup.8.gz -a -s /usr/lib/udev/rules.d/56-dm-overlaybd.rules
 }
 
 # unchanged: files are those of the packages.
