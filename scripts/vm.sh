@@ -58,6 +58,7 @@ guest_env() {
 	[ -f "$module" ] || module=
 	printf '%s=%q\n' VM_CLONE "$CLONE" VM_MODULE "$module" VM_TERM "${TERM:-}" \
 		VM_ROWS "${size% *}" VM_COLS "${size#* }" VM_VIRTIO "$virtio" VM_END "$end"
+	[ -z "${VM_BOOT:-}" ] || printf 'export OBD_VM_KERNEL=%q\n' "$VM_BOOT/kernel"
 	env -0 | while IFS='=' read -r -d '' name value; do
 		[[ $name != OBD_* ]] || printf 'export %s=%q\n' "$name" "$value"
 	done

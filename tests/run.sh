@@ -2,7 +2,8 @@
 # SPDX-License-Identifier: GPL-2.0
 # Run the tests, all, those named, or all but those, on the running kernel with the module loaded:
 # run.sh [[--but] NAME...]
-# Those in system/ run where they are named, one as system/NAME, all as system: they need more of a system than others.
+# Those in system/ run where they are named, one as system/NAME, all but system/nested as system: they need more of a
+# system than others.
 # Prints KTAP, a subtest for each script. Whatever a script leaves behind is a failure of it.
 set -u
 
@@ -17,13 +18,13 @@ PAGE_OWNER=/sys/kernel/debug/page_owner_stacks/show_stacks
 COMPLAINTS="WARNING:|BUG:|Oops|Call Trace|INFO: task|lockdep|KASAN|UBSAN|refcount_t|pagealloc: |detected stall|soft lockup"
 FIRST=(golden malformed)
 # These run only where they are named.
-NAMED=(soak)
+NAMED=(soak system/nested)
 
-# scripts: names of all, the most telling first.
+# scripts [DIR/]: names of all, the most telling first.
 scripts() {
 	local file
-	printf '%s\n' "${FIRST[@]}"
-	for file in *.py; do
+	[ $# != 0 ] || printf '%s\n' "${FIRST[@]}"
+	for file in "${1-}"*.py; do
 		[[ " ${FIRST[*]} ${NAMED[*]} " == *" ${file%.py} "* ]] || echo "${file%.py}"
 	done
 }
@@ -168,10 +169,7 @@ if [ "${1:-}" = --but ]; then
 elif [ $# != 0 ]; then
 	names=("${@%.py}")
 fi
-if [ "${names[*]}" = system ]; then
-	names=(system/*.py)
-	names=("${names[@]%.py}")
-fi
+[ "${names[*]}" != system ] || mapfile -t names < <(scripts system/)
 
 echo "KTAP version 1"
 if [ "$(id -u)" != 0 ] || [ ! -e "$MODULE" ]; then

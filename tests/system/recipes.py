@@ -2,165 +2,17 @@
 # SPDX-License-Identifier: GPL-2.0
 """Documentation/recipes.rst: the commands are taken from there, and run as they stand."""
 
-import errno
 import glob
-import hashlib
 import os
-import re
-import shutil
 import signal
 import subprocess
-import tempfile
 import time
 
 from obdtest import dm, image
 from obdtest.disk import Disk, read_or_none
-from obdtest.ktap import Skip, check, defer, equal, main, note, same_bytes, skip_all, test
-
-DOCUMENT = f"{os.path.dirname(os.path.abspath(__file__))}/../../Documentation/recipes.rst"
-SIZE = 16 << 20
-PIECE = 64 << 10
-# The devices that commands of the document make, topmost first.
-DEVICES = ("app-verified", "app", "base", "base-verified", "base-local", "app-local")
-DATA, TEXT = image.sample(3 << 20, 91), b"".join(b"%09d\n" % number for number in range(200000))
-APP = image.sample(700 << 10, 92)
-
-
-def recipe(title):
-    """The blocks of commands of a section: those that follow on a text; pictures stand alone."""
-    with open(DOCUMENT, encoding="ascii") as file:
-        text = file.read()
-    start = re.search(rf"^{re.escape(title)}.*\n[=-]+$", text, re.MULTILINE)
-    check(start, f"there is a recipe: {title}")
-    body = re.split(r"^.+\n[=-]{4,}$", text[start.end():], maxsplit=1, flags=re.MULTILINE)[0]
-    return re.findall(r"\S::\n\n((?:    .*\n|\n)+)", body)
-
-
-def sh(script):
-    """Runs commands as a shell has them; what they print."""
-    done = subprocess.run(["bash", "-euo", "pipefail", "-c", script], capture_output=True, text=True, check=False)
-    check(not done.returncode, f"{script.strip()}\nends with {done.returncode}: {done.stderr.strip()}")
-    return done.stdout
-
-
-def quietly(*command):
-    subprocess.run(command, capture_output=True, check=False)
-
-
-def need(*names):
-    for name in names:
-        if not shutil.which(name):
-            raise Skip(f"no {name}")
-
-
-def need_module(*names):
-    for name in names:
-        if subprocess.run(["modprobe", name], capture_output=True, check=False).returncode:
-            raise Skip(f"no kernel module {name}")
-
-
-class Work:
-    """A directory with two layers, in which the commands run; what they should give."""
-
-    made = None
-
-    def __init__(self):
-        need("obdsetup", "mkfs.ext4")
-        self.path = tempfile.mkdtemp(prefix="obdtest-")
-        defer(shutil.rmtree, self.path)
-        defer(os.chdir, os.getcwd())
-        os.chdir(self.path)
-        defer(self._down)
-        if not Work.made:
-            Work.made = self._make()
-        for name, content in zip(("base.obd", "app.obd"), Work.made[:2]):
-            with open(name, "wb") as file:
-                file.write(content)
-        self.disk = Work.made[2]
-
-    @staticmethod
-    def _make():
-        """The layers and the disk they are made of."""
-        os.mkdir("tree")
-        for name, content in (("data", DATA), ("text", TEXT)):
-            with open(f"tree/{name}", "wb") as file:
-                file.write(content)
-        sh(f"""
-            mkfs.ext4 -q -d tree disk.raw {SIZE >> 10}k
-            obdsetup create --image disk.raw base.obd
-            mount -o loop disk.raw /mnt
-            head -c 100000 tree/text >/mnt/more
-            rm /mnt/text""")
-        with open("/mnt/app", "wb") as file:
-            file.write(APP)
-        sh("umount /mnt; obdsetup create --base base.obd --image disk.raw app.obd")
-        out = []
-        for name in ("base.obd", "app.obd", "disk.raw"):
-            with open(name, "rb") as file:
-                out.append(file.read())
-        return out
-
-    def _down(self):
-        """Takes down whatever a failed test has left."""
-        quietly("umount", "/mnt")
-        for name in DEVICES:
-            if os.path.exists(f"/dev/mapper/{name}"):
-                quietly("obdsetup", "close", name)
-                quietly("dmsetup", "remove", name)
-
-    def same(self, name="app"):
-        """Every byte of a device is that of the source, and so are the files in it."""
-        same_bytes(whole(name), self.disk, f"content of {name}")
-        if os.path.ismount("/mnt") and name == "app":
-            with open("/mnt/data", "rb") as data, open("/mnt/app", "rb") as app:
-                equal(digest(data.read() + app.read()), digest(DATA + APP), "files in it")
-
-    def pieces(self, name="app"):
-        """How many pieces of a device can be read, and are right, and how many end with EIO; no third is allowed."""
-        disk = Disk(f"/dev/mapper/{name}")
-        right = failed = 0
-        for at in range(0, SIZE, PIECE):
-            got = read_or_none(disk, at, PIECE)
-            if got is None:
-                failed += 1
-            else:
-                same_bytes(got, self.disk[at:at + PIECE], f"piece at {at}")
-                right += 1
-        disk.close()
-        return right, failed
-
-    def corrupt(self):
-        """Changes a byte of a block in base.obd that has something to say, and sets the block's CRC right: only
-        a hash can notice."""
-        with open("base.obd", "r+b") as file:
-            raw = Work.made[0]
-            places = image.Zfile(raw).places()
-            offset, length = places[len(places) // 2]
-            block = bytearray(raw[offset:offset + length])
-            block[-5] ^= 1
-            block[-4:] = image.crc32c(image.BLOCK_SEED, bytes(block[:-4])).to_bytes(4, "little")
-            file.seek(offset)
-            file.write(block)
-
-
-def digest(content):
-    return hashlib.sha256(content).hexdigest()
-
-
-def whole(name):
-    disk = Disk(f"/dev/mapper/{name}")
-    content = disk.whole()
-    disk.close()
-    return content
-
-
-def target_status(name):
-    return sh(f"dmsetup status {name}").split()
-
-
-def nothing_left():
-    left = [name for name in DEVICES if os.path.exists(f"/dev/mapper/{name}")]
-    equal(left, [], "devices that are left")
+from obdtest.ktap import Skip, check, defer, equal, main, note, same_bytes, test
+from obdtest.recipes import (DATA, PIECE, SIZE, TEXT, Work, digest, main_in_vm, need, need_module, nothing_left,
+                             quietly, recipe, sh, target_status, whole)
 
 
 @test("dm-verity below: the bytes of the source; a changed block is EIO and nothing else")
@@ -267,12 +119,12 @@ class Remote:
 
     def _down(self):
         kill("nbdkit")
-        self.work._down()  # pylint: disable=protected-access
+        self.work.down()
         for number in range(2):
             quietly("nbd-client", "-d", f"/dev/nbd{number}")
 
-    def server(self):
-        sh(self.blocks[0])
+    def server(self, option="", parameter=""):
+        sh(self.blocks[0].replace(" --readonly", f" --readonly {option}").rstrip() + f" {parameter}")
 
     def node(self):
         sh(self.blocks[1])
@@ -312,20 +164,19 @@ def remote():
 def remote_dies():
     remotes = Remote()
     work = remotes.work
-    remotes.server()
+    # Half a megabyte each second, so that it can be stopped before all is local.
+    remotes.server("--filter=rate", "rate=4M")
     remotes.node()
-    for name in ("base-local", "app-local"):
-        sh(f"dmsetup message {name} 0 hydration_batch_size 1; dmsetup message {name} 0 enable_hydration")
-        wait(lambda name=name: hydrated(name)[0] > 200, "something is local")
-        sh(f"dmsetup message {name} 0 disable_hydration")
     work.same()
+    sh("dmsetup message base-local 0 enable_hydration")
+    wait(lambda: hydrated("base-local")[0], "something is local")
+    sh("dmsetup message base-local 0 disable_hydration")
     before = hydrated("base-local")
     check(before[0] < before[1], f"local: {before}")
     kill("nbdkit", signal.SIGSTOP)
     disk = Disk("/dev/mapper/app")
     start = time.monotonic()
-    last = max(at for at in range(0, SIZE, PIECE) if any(work.disk[at:at + PIECE]))
-    check(any(read_or_none(disk, at, PIECE) is None for at in range(last, 0, -PIECE)), "a read ends with EIO")
+    check(None in (read_or_none(disk, at, PIECE) for at in range(0, SIZE, PIECE)), "a read ends with EIO")
     note(f"the read ended after {time.monotonic() - start:.1f} s")
     disk.close()
     kill("nbdkit")
@@ -364,7 +215,7 @@ def web():
     defer(quietly, "obdsetup", "close", "base")
     defer(quietly, "umount", "/mnt")
     sh(up)
-    equal(digest(whole("base")), digest(image.flatten([image.Lsmt(image.Zfile(Work.made[0]))])), "content")
+    equal(digest(whole("base")), digest(image.flatten([image.Lsmt(image.Zfile(work.base))])), "content")
     with open("/mnt/data", "rb") as data, open("/mnt/text", "rb") as text:
         same_bytes(data.read() + text.read(), DATA + TEXT, "files in it")
     sh(down)
@@ -372,7 +223,37 @@ def web():
     nothing_left()
 
 
+def ublk_up():
+    """The layers, served by rublk."""
+    need("rublk")
+    need_module("ublk_drv")
+    work = Work()
+    up, down = recipe("A layer from a process")
+    defer(quietly, "rublk", "del", "--all")
+    sh(up)
+    work.same()
+    return work, down
+
+
+@test("ublk: the bytes of the source")
+def ublk():
+    _, down = ublk_up()
+    sh(down)
+    equal(glob.glob("/dev/ublkb*"), [], "ublk devices that are left")
+    nothing_left()
+
+
+@test("ublk: a server that dies is EIO")
+def ublk_dies():
+    work, _ = ublk_up()
+    kill("rublk")
+    start = time.monotonic()
+    right, failed = work.pieces()
+    check(failed, f"{right} pieces right, {failed} with EIO")
+    note(f"{right} pieces right, {failed} with EIO, in {time.monotonic() - start:.1f} s")
+    sh("umount /mnt; obdsetup close app")
+    nothing_left()
+
+
 if __name__ == "__main__":
-    if "OBD_VM" not in os.environ:
-        skip_all("the recipes' names of devices and hosts are free in the test VM only")
-    main()
+    main_in_vm(main)

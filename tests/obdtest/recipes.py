@@ -1,0 +1,173 @@
+# SPDX-License-Identifier: GPL-2.0
+"""The recipes of Documentation/recipes.rst: commands as they stand there, and what they are run with."""
+
+import hashlib
+import os
+import random
+import re
+import shutil
+import subprocess
+import tempfile
+
+from . import image
+from .disk import Disk, read_or_none
+from .ktap import SLOW, Skip, check, defer, equal, same_bytes, skip_all
+
+DOCUMENT = f"{os.path.dirname(os.path.abspath(__file__))}/../../Documentation/recipes.rst"
+SIZE = 8 << 20
+PIECE = 64 << 10
+# The devices that commands of the document make, topmost first.
+DEVICES = ("app-verified", "app", "base", "base-verified", "base-local", "app-local")
+DATA, TEXT = random.Random(91).randbytes(2 << 20), b"".join(b"%09d\n" % number for number in range(100000))
+APP = random.Random(92).randbytes(500 << 10)
+
+
+def recipe(title):
+    """The blocks of commands of a section: those that follow on a text; pictures stand alone."""
+    with open(DOCUMENT, encoding="ascii") as file:
+        text = file.read()
+    start = re.search(rf"^{re.escape(title)}.*\n[=-]+$", text, re.MULTILINE)
+    check(start, f"there is a recipe: {title}")
+    body = re.split(r"^.+\n[=-]{4,}$", text[start.end():], maxsplit=1, flags=re.MULTILINE)[0]
+    return re.findall(r"\S::\n\n((?:    .*\n|\n)+)", body)
+
+
+def sh(script, timeout=60):
+    """Runs commands as a shell has them; what they print."""
+    # Not pipes: a server that goes on in the background would hold them.
+    with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err:
+        shell = ["timeout", str(timeout * SLOW), "bash", "-euxo", "pipefail", "-c", script]
+        status = subprocess.run(shell, stdin=subprocess.DEVNULL, stdout=out, stderr=err, check=False).returncode
+        out.seek(0)
+        err.seek(0)
+        check(not status, f"status {status}, 124 is time out, of\n{err.read()}")
+        return out.read()
+
+
+def quietly(*command):
+    subprocess.run(command, capture_output=True, check=False)
+
+
+def need(*names):
+    for name in names:
+        if not shutil.which(name):
+            raise Skip(f"no {name}")
+
+
+def need_module(*names):
+    for name in names:
+        if subprocess.run(["modprobe", name], capture_output=True, check=False).returncode:
+            raise Skip(f"no kernel module {name}")
+
+
+class Work:
+    """A directory with two layers, in which the commands run; what they should give."""
+
+    made = None
+
+    def __init__(self):
+        need("obdsetup", "mkfs.ext4")
+        self.path = tempfile.mkdtemp(prefix="obdtest-")
+        defer(shutil.rmtree, self.path)
+        defer(os.chdir, os.getcwd())
+        os.chdir(self.path)
+        defer(self.down)
+        if not Work.made:
+            Work.made = self._make()
+        self.base, app, self.disk = Work.made
+        for name, content in (("base.obd", self.base), ("app.obd", app)):
+            with open(name, "wb") as file:
+                file.write(content)
+
+    @staticmethod
+    def _make():
+        """The layers and the disk they are made of."""
+        os.mkdir("tree")
+        for name, content in (("data", DATA), ("text", TEXT)):
+            with open(f"tree/{name}", "wb") as file:
+                file.write(content)
+        sh(f"""
+            mkfs.ext4 -q -b 4096 -d tree disk.raw {SIZE >> 10}k
+            obdsetup create --image disk.raw base.obd
+            mount -o loop disk.raw /mnt
+            head -c 100000 tree/text >/mnt/more
+            rm /mnt/text""")
+        with open("/mnt/app", "wb") as file:
+            file.write(APP)
+        sh("umount /mnt; obdsetup create --base base.obd --image disk.raw app.obd")
+        out = []
+        for name in ("base.obd", "app.obd", "disk.raw"):
+            with open(name, "rb") as file:
+                out.append(file.read())
+        return out
+
+    def down(self):
+        """Takes down whatever a failed test has left."""
+        quietly("umount", "/mnt")
+        for name in DEVICES:
+            if os.path.exists(f"/dev/mapper/{name}"):
+                quietly("obdsetup", "close", name)
+                quietly("dmsetup", "remove", name)
+
+    def same(self, name="app"):
+        """Every byte of a device is that of the source, and so are the files in it."""
+        same_bytes(whole(name), self.disk, f"content of {name}")
+        if os.path.ismount("/mnt"):
+            with open("/mnt/data", "rb") as data, open("/mnt/app", "rb") as app:
+                equal(digest(data.read() + app.read()), digest(DATA + APP), "files in it")
+
+    def pieces(self, name="app"):
+        """How many pieces of a device can be read, and are right, and how many end with EIO; no third is allowed."""
+        disk = Disk(f"/dev/mapper/{name}")
+        right = failed = 0
+        for at in range(0, SIZE, PIECE):
+            got = read_or_none(disk, at, PIECE)
+            if got is None:
+                failed += 1
+            else:
+                same_bytes(got, self.disk[at:at + PIECE], f"piece at {at}")
+                right += 1
+        disk.close()
+        return right, failed
+
+    def corrupt(self):
+        """Changes a byte of a block in base.obd that has something to say, and sets the block's CRC right: only
+        a hash can notice."""
+        with open("base.obd", "r+b") as file:
+            raw = self.base
+            places = image.Zfile(raw).places()
+            offset, length = places[len(places) // 2]
+            block = bytearray(raw[offset:offset + length])
+            block[-5] ^= 1
+            block[-4:] = image.crc32c(image.BLOCK_SEED, bytes(block[:-4])).to_bytes(4, "little")
+            file.seek(offset)
+            file.write(block)
+
+
+def digest(content):
+    return hashlib.sha256(content).hexdigest()
+
+
+def whole(name):
+    disk = Disk(f"/dev/mapper/{name}")
+    content = disk.whole()
+    disk.close()
+    return content
+
+
+def target_status(name):
+    return sh(f"dmsetup status {name}").split()
+
+
+def nothing_left():
+    left = [name for name in DEVICES if os.path.exists(f"/dev/mapper/{name}")]
+    equal(left, [], "devices that are left")
+
+
+def main_in_vm(main):
+    """Runs the tests where the names that the commands have are nobody else's."""
+    if "OBD_VM" not in os.environ:
+        skip_all("the recipes' names of devices and hosts are free in the test VM only")
+    # Where cargo install puts programs.
+    os.environ["PATH"] += ":/cargo/bin"
+    main()

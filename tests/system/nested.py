@@ -1,0 +1,68 @@
+#!/usr/bin/env python3
+# SPDX-License-Identifier: GPL-2.0
+"""Documentation/recipes.rst, a disk of a virtual machine. Slow where that machine, too, is emulated."""
+
+import os
+import re
+import shutil
+import subprocess
+
+from obdtest.ktap import Skip, check, equal, main, note, test
+from obdtest.recipes import APP, DATA, Work, digest, main_in_vm, need, nothing_left, recipe, sh
+
+INIT = """#!/bin/busybox sh
+export PATH=/bin
+busybox mount -t proc proc /proc
+busybox mount -t devtmpfs dev /dev
+while read -r module; do busybox insmod "/modules/$module"; done </modules/order
+busybox mount -o ro /dev/vda /mnt
+echo "disk $(busybox sha256sum </dev/vda)"
+echo "data $(busybox sha256sum </mnt/data)"
+echo "app $(busybox sha256sum </mnt/app)"
+echo >/dev/vda && echo "the disk takes writes"
+busybox reboot -f
+"""
+
+
+def make_initrd():
+    """An initrd that mounts the disk, and prints checksums of it and of what is in it."""
+    for name in ("bin", "modules", "proc", "dev", "mnt"):
+        os.makedirs(f"initrd/{name}")
+    shutil.copy("/bin/busybox", "initrd/bin/busybox")
+    with open("initrd/init", "w", encoding="ascii") as file:
+        file.write(INIT)
+    os.chmod("initrd/init", 0o755)
+    files = []
+    for module in ("virtio_pci", "virtio_blk", "ext4"):
+        for line in sh(f"modprobe --set-version $(uname -r) --show-depends {module}").splitlines():
+            if line.startswith("insmod ") and line.split()[1] not in files:
+                files.append(line.split()[1])
+    with open("initrd/modules/order", "w", encoding="ascii") as order:
+        for path in files:
+            name = os.path.basename(path).split(".ko")[0] + ".ko"
+            sh(f"xz -dc {path} >initrd/modules/{name}")
+            order.write(f"{name}\n")
+    sh("cd initrd; find . | cpio --quiet -o -H newc >../initrd.img")
+
+
+@test("a guest has the device as virtio-blk: it reads the bytes of the source, and can't write", timeout=1500)
+def guest():
+    need("qemu-system-x86_64", "cpio")
+    kernel = os.environ.get("OBD_VM_KERNEL", "")
+    if not os.path.exists(kernel):
+        raise Skip("no kernel for a guest")
+    work = Work()
+    shutil.copy(kernel, "vmlinuz")
+    make_initrd()
+    (run,) = recipe("A disk of a virtual machine")
+    out = sh(run, timeout=1400)
+    note(out[-600:])
+    got = dict(re.findall(r"^(disk|data|app) ([0-9a-f]{64})", out, re.MULTILINE))
+    wanted = {"disk": digest(work.disk), "data": digest(DATA), "app": digest(APP)}
+    equal(got, wanted, "checksums in the guest")
+    check("takes writes" not in out, "the disk is read-only")
+    nothing_left()
+
+
+if __name__ == "__main__":
+    main_in_vm(main)
