@@ -16,7 +16,7 @@ from .ktap import SLOW, Skip, check, defer, equal, same_bytes, skip_all
 DOCUMENT = f"{os.path.dirname(os.path.abspath(__file__))}/../../Documentation/recipes.rst"
 SIZE = 8 << 20
 PIECE = 64 << 10
-# The devices that commands of the document make, topmost first.
+# The devices that commands of the document make.
 DEVICES = ("app-verified", "app", "base", "base-verified", "base-local", "app-local")
 DATA, TEXT = random.Random(91).randbytes(2 << 20), b"".join(b"%09d\n" % number for number in range(100000))
 APP = random.Random(92).randbytes(500 << 10)
@@ -104,7 +104,8 @@ class Work:
     def down(self):
         """Takes down whatever a failed test has left."""
         quietly("umount", "/mnt")
-        for name in DEVICES:
+        # Names say nothing of what is above what.
+        for name in DEVICES * 2:
             if os.path.exists(f"/dev/mapper/{name}"):
                 quietly("obdsetup", "close", name)
                 quietly("dmsetup", "remove", name)
