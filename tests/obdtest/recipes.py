@@ -117,6 +117,12 @@ class Work:
             with open("/mnt/data", "rb") as data, open("/mnt/app", "rb") as app:
                 equal(digest(data.read() + app.read()), digest(DATA + APP), "files in it")
 
+    def same_base(self):
+        """The same of a device that is the lower layer alone."""
+        same_bytes(whole("base"), image.flatten([image.Lsmt(image.Zfile(self.base))]), "content of base")
+        with open("/mnt/data", "rb") as data, open("/mnt/text", "rb") as text:
+            equal(digest(data.read() + text.read()), digest(DATA + TEXT), "files in it")
+
     def pieces(self, name="app"):
         """How many pieces of a device can be read, and are right, and how many end with EIO; no third is allowed."""
         disk = Disk(f"/dev/mapper/{name}")

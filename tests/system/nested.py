@@ -5,7 +5,6 @@
 import os
 import re
 import shutil
-import subprocess
 
 from obdtest.ktap import Skip, check, equal, main, note, test
 from obdtest.recipes import APP, DATA, Work, digest, main_in_vm, need, nothing_left, recipe, sh
