@@ -183,8 +183,7 @@ for part in "${parts[@]}"; do
 		;;
 	system)
 		# A ublk server, for a recipe; Debian has none. Once it is there this is quick.
-		counts "rublk" "$SCRIPTS/in-root.sh" env -u CARGO_TARGET_DIR \
-			cargo install --locked --no-default-features rublk@0.2.13
+		counts "rublk" "$SCRIPTS/in-root.sh" env -u CARGO_TARGET_DIR cargo install --locked rublk@0.2.13
 		in_vm stock "system tests" system
 		;;
 	debug) in_vm debug tests "$half" "--but $half" ;;
