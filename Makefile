@@ -12,7 +12,7 @@ S := scripts
 export KDIR KERNEL MIRROR V DESTDIR PREFIX RUN SHARE TIMEOUT CARGO MINUTES
 export QEMU_MEM QEMU_SMP QEMU_ARGS KERNEL_ARGS OBD_GOLDENS RECORD VM COMPARE PARTS
 
-.PHONY: all module tools setup demo check check-system check-debug check-kcsan soak lint fuzz bench vm install deb check-deb clean help
+.PHONY: all module tools setup demo check check-system check-forky check-debug check-kcsan soak lint fuzz bench vm install deb check-deb clean help
 
 all: module
 
@@ -35,7 +35,11 @@ check:
 check-system:
 	@$S/check.sh system
 
-# The same tests with a kernel that has KASAN, lockdep and all.
+# The tests of check with the kernel of Debian forky.
+check-forky:
+	@$S/check.sh forky
+
+# ... with one that has KASAN, lockdep and all.
 check-debug:
 	@$S/check.sh debug
 

@@ -1,13 +1,16 @@
 # SPDX-License-Identifier: GPL-2.0
 # shellcheck shell=bash disable=SC2034 # variables are for those who source this
-# Where the cached tool-chain root lies, and how things get into the cache whole or not at all. Sourced.
+# Where the cached tool-chain roots lie, and how things get into the cache whole or not at all. Sourced.
 
-# The root is keyed by its packages and by the function that makes it.
+# A root is keyed by its packages and by the functions that make it.
 # shellcheck source=scripts/root-recipe.sh
 . "$SCRIPTS/root-recipe.sh"
 
-root_key() { { root_packages && declare -f build_root; } | short_hash; }
+root_key() { { root_packages && declare -f root_sources build_root; } | short_hash; }
 ROOT=$CACHE/root-$(root_key)
+
+# root_mirror: where that came from.
+root_mirror() { sed -n "s/^deb \([^ ]*\) $SUITE main\$/\1/p" "$ROOT/etc/apt/sources.list"; }
 
 # A thing is made in a directory of this name and renamed when whole.
 CACHE_TMP=$CACHE/tmp

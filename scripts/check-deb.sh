@@ -14,7 +14,7 @@ WORK=$BUILD/deb-test
 # shellcheck disable=SC2016 # mmdebstrap's hooks get the root as their $1
 build_debian() {
 	local dir=$1 release=$2 version=$3 depends=$4 mirror series
-	mirror=$(sed -n "s/^deb \([^ ]*\) $SUITE main\$/\1/p" "$ROOT/etc/apt/sources.list")
+	mirror=$(root_mirror)
 	series=$(cut -d. -f1,2 <<<"$release")
 	"${SUDO[@]}" env DEBIAN_FRONTEND=noninteractive DEPENDS="$depends" \
 		KERNEL="linux-image-$release=$version linux-headers-$release=$version linux-source-$series=$version" \

@@ -3,6 +3,7 @@
 # Everything a change has to pass: check.sh [PART...]. The last line sums it all up.
 #   stock   lints, builds, tests in user space and, with Debian's kernel, in the VM (the default)
 #   system  with Debian's kernel, in the VM, tests of what an administrator puts together: tests/system
+#   forky   lint and build of the module, and the tests in the VM, with the kernel and the tool chain of Debian forky
 #   debug   the tests in the VM with the debug kernel
 #   kcsan   those that have several things at once, with the KCSAN kernel
 #   soak    a random mix of everything for $MINUTES (30), with the debug kernel
@@ -138,18 +139,22 @@ side_by_side() {
 
 # in_vm KERNEL TITLE TESTS...: tests with that kernel, a VM for each list of them.
 in_vm() {
-	local title=$2 status=0 p f s
+	local title=$2 status=0 checks=y p f s
 	export KERNEL=$1
 	shift 2
+	case $KERNEL in
+	stock | forky) checks= ;;
+	esac
 	[ "$KERNEL" = stock ] || must "$KERNEL kernel" "$SCRIPTS/make-kernel.sh"
 	must "module for the $KERNEL kernel" "$SCRIPTS/build-module.sh"
-	[ "$KERNEL" = stock ] || counts "the $KERNEL kernel checks the module's Rust code" "$0" --instrumented "$KERNEL"
+	[ "$KERNEL" != forky ] || counts "lint: clippy-module with the $KERNEL kernel" "$SCRIPTS/lint.sh" clippy-module
+	[ -z "$checks" ] || counts "the $KERNEL kernel checks the module's Rust code" "$0" --instrumented "$KERNEL"
 	rm -f "$LOGS"/{vm,kernel}-"$KERNEL"-*.log
 	step "$title with the $KERNEL kernel" side_by_side "$@" || status=$?
 	read -r p f s <<<"$(awk -f "$SCRIPTS/ktap.awk" "$LOGS/vm-$KERNEL"-*.log)"
 	[ "$f" = 0 ] || failures "$LOGS/vm-$KERNEL"-*.log
 	add "$p" "$f" "$s" "$status"
-	[ "$KERNEL" = stock ] ||
+	[ -z "$checks" ] ||
 		counts "no test left out with the $KERNEL kernel" "$0" --nothing-skipped "$KERNEL" "$LOGS/vm-$KERNEL"-*.log
 	counts "log of the $KERNEL kernel" "$0" --kernel-log "$LOGS/kernel-$KERNEL"-*.log
 }
@@ -168,8 +173,9 @@ for part in "${parts[@]}"; do
 	case $part in
 	stock) total=$((total + ${#lints[@]} + 6)) ;;
 	system) total=$((total + 5)) ;;
+	forky) total=$((total + 6)) ;;
 	debug | kcsan | soak) total=$((total + 7)) ;;
-	*) die "usage: check.sh [stock | system | debug | kcsan | soak]..." ;;
+	*) die "usage: check.sh [stock | system | forky | debug | kcsan | soak]..." ;;
 	esac
 done
 steps "$total"
@@ -186,6 +192,7 @@ for part in "${parts[@]}"; do
 		counts "rublk" "$SCRIPTS/in-root.sh" env -u CARGO_TARGET_DIR cargo install --locked rublk@0.2.13
 		in_vm stock "system tests" system
 		;;
+	forky) in_vm forky tests "$half" "--but $half" ;;
 	debug) in_vm debug tests "$half" "--but $half" ;;
 	kcsan)
 		# Not while it boots: run.sh switches the checker on. It looks at more accesses, for longer: the CPUs are slow.

@@ -10,6 +10,7 @@ make install          install module, obdsetup, manual pages and completions (DE
 make demo             set everything up and show the module at work in the test VM
 make check            set everything up, then lint, build and run all tests
 make check-system     run the tests of what an administrator puts together: udev, LVM, boot and others
+make check-forky      build the module for the kernel of Debian forky, with the tool chain of forky, and run the VM's tests
 make check-debug      run the VM's tests with a kernel that has KASAN, lockdep, kmemleak and more (made once)
                       (OBD_FULL=1: all cycles of races)
 make check-kcsan      run those that have several things at once with a kernel that finds data races
@@ -29,7 +30,7 @@ make clean            remove build/
 
 RUN is make's before it is the shell's: a $ is written $$.
 For vm: NOBUILD=1 (boot what is built), SHARE=DIR (read-write at /mnt/share), TIMEOUT=SECONDS (1800),
-KERNEL=debug, kcsan (the kernels of these checks) or uml (with RUN only), QEMU_MEM=MiB (2048), QEMU_SMP=N (2), QEMU_ARGS= and
+KERNEL=forky, debug, kcsan (the kernels of these checks) or uml (with RUN only), QEMU_MEM=MiB (2048), QEMU_SMP=N (2), QEMU_ARGS= and
 KERNEL_ARGS= (more arguments), OBD_GOLDENS=DIR (read-only at /mnt/goldens).
 For set-up: MIRROR=URL of a Debian mirror. The cache, ${XDG_CACHE_HOME:-~/.cache}/dm-overlaybd, is shared by
 all clones and may be deleted at any time. V=1 shows commands.

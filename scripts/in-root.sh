@@ -1,17 +1,19 @@
 #!/bin/bash
 # SPDX-License-Identifier: GPL-2.0
-# Run a command in the tool-chain root as the calling user, in the clone: in-root.sh [-k KERNEL_DIR] [-b SRC:DST]... CMD...
+# Run a command in the tool-chain root as the calling user, in the clone:
+# in-root.sh [-r OTHER_ROOT] [-k KERNEL_DIR] [-b SRC:DST]... CMD...
 # The clone is at its own path, the kernel directory at /kernel; all mounts go away with the command.
 . "$(dirname "$0")/lib.sh"
 . "$SCRIPTS/cache.sh"
 
 kernel=-
 binds=()
-while getopts +k:b: opt; do
+while getopts +r:k:b: opt; do
 	case $opt in
+	r) ROOT=$OPTARG ;;
 	k) kernel=$OPTARG ;;
 	b) binds+=("$OPTARG") ;;
-	*) die "usage: in-root.sh [-k KERNEL_DIR] [-b SRC:DST]... CMD..." ;;
+	*) die "usage: in-root.sh [-r OTHER_ROOT] [-k KERNEL_DIR] [-b SRC:DST]... CMD..." ;;
 	esac
 done
 shift $((OPTIND - 1))

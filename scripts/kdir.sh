@@ -47,7 +47,7 @@ kdir_choose() {
 # kdir_run CMD...: run where the tree can be used.
 kdir_run() {
 	if [ -n "$KDIR_IN_ROOT" ]; then
-		"$SCRIPTS/in-root.sh" -k "$K_DIR" "$@"
+		"$SCRIPTS/in-root.sh" -r "$K_ROOT" -k "$K_DIR" "$@"
 	else
 		"$@"
 	fi

@@ -5,22 +5,30 @@
 
 set -euo pipefail
 
-# newest_debian_kernel SERIES: print "RELEASE VERSION" of the newest that has image, headers and source.
+# newest_debian_kernel SERIES [SOURCES]: print "RELEASE VERSION GCC RUSTC" of the newest of a series, a regular expression,
+# that has image, headers and source: the package of its compiler, and the version of the archive's rustc. SOURCES are
+# lines for apt instead of the root's.
 newest_debian_kernel() {
-	local series=$1 releases release version
+	local series=$1 sources=${2:-} releases release version
 	mkdir -p /srv/lists/partial /srv/cache
 	printf 'Dir::State::Lists "/srv/lists";\nDir::Cache "/srv/cache";\nAPT::Sandbox::User "";\n' >/srv/apt.conf
 	printf 'Acquire::Languages "none";\nAcquire::Retries "2";\nAcquire::http::Timeout "20";\n' >>/srv/apt.conf
+	if [ -n "$sources" ]; then
+		printf '%s\n' "$sources" >/srv/sources.list
+		printf 'Dir::Etc::SourceList "/srv/sources.list";\nDir::Etc::SourceParts "-";\n' >>/srv/apt.conf
+	fi
 	export APT_CONFIG=/srv/apt.conf
 	apt-get -q update -o APT::Update::Error-Mode=any >&2 || return
-	releases=$(apt-cache search --names-only "^linux-headers-${series/./\\.}(\\.[0-9]+)?\\+deb[0-9.]+-amd64\$" |
+	releases=$(apt-cache search --names-only "^linux-headers-$series(\\.[0-9]+)?\\+deb[0-9.]+-amd64\$" |
 		sed 's/^linux-headers-\([^ ]*\) .*/\1/' | sort -rV)
 	for release in $releases; do
 		version=$(apt-cache show "linux-headers-$release" | awk '/^Version: / && !n++ { print $2 }')
-		apt-cache madison "linux-source-$series" | grep -F " $version " >/dev/null || continue
+		apt-cache madison "linux-source-$(echo "$release" | cut -d. -f1,2)" | grep -F " $version " >/dev/null || continue
 		apt-cache show "linux-binary-$release" >/dev/null 2>&1 ||
 			apt-cache show "linux-image-$release" >/dev/null 2>&1 || continue
-		echo "$release $version"
+		echo "$release $version" \
+			"$(apt-cache show "linux-headers-$release" | grep -o '\<gcc-[0-9]*' | head -n 1)" \
+			"$(apt-cache madison rustc | awk '!n++ { print $3 }')"
 		return
 	done
 }

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: GPL-2.0
 # shellcheck shell=bash
-# Which kernel: KERNEL=stock (the default) is Debian's newest 7.3 from backports. KERNEL=debug and KERNEL=kcsan are
-# small kernels with checkers, from the same source; KERNEL=uml and KERNEL=uml-smp are User-Mode Linux, for benchmarks.
-# Sourced after cache.sh.
+# Which kernel: KERNEL=stock (the default) is Debian's newest 7.3 from backports. KERNEL=forky is the one of Debian forky,
+# with the tool chain of forky. KERNEL=debug and KERNEL=kcsan are small kernels with checkers, from the source of stock;
+# KERNEL=uml and KERNEL=uml-smp are User-Mode Linux, for benchmarks. Sourced after cache.sh.
 # Another kernel is another kernel_look_up_NAME and, if made in another way, another build_kernel_RECIPE.
 #
 # A kernel directory in the cache, whatever it was made from, holds
@@ -22,7 +22,6 @@
 . "$SCRIPTS/kernel-uml.sh"
 
 KERNEL=${KERNEL:-stock}
-K_APT=$CACHE/apt
 
 # kernel_recipe: the functions that make it.
 kernel_recipe() {
@@ -30,13 +29,16 @@ kernel_recipe() {
 	[ "$K_RECIPE" != debian ] || declare -f debian_tree
 }
 
-# kernel_look_up: set K_RELEASE, K_VERSION (of the packages), K_RECIPE, K_CONFIG (its files) and K_DIR.
+# kernel_look_up: set K_RELEASE, K_VERSION (of the packages), K_RECIPE, K_CONFIG (its files), K_APT (where apt keeps its lists),
+# K_ROOT (where it and modules for it are built), K_TOOLS (what of that makes a difference) and K_DIR.
 kernel_look_up() {
 	K_CONFIG=()
+	K_ROOT=$ROOT
+	K_TOOLS=$(cat "$ROOT/etc/tool-chain")
 	declare -F "kernel_look_up_$KERNEL" >/dev/null || die "unknown KERNEL=$KERNEL"
 	"kernel_look_up_$KERNEL"
 	local key
-	key=$({ cat "$ROOT/etc/tool-chain" && kernel_recipe && say "$K_VERSION" &&
+	key=$({ say "$K_TOOLS" && kernel_recipe && say "$K_VERSION" &&
 		cat "${K_CONFIG[@]}" /dev/null; } | short_hash)
 	K_DIR=$CACHE/kernel-$K_RELEASE-$key
 }
@@ -44,27 +46,47 @@ kernel_look_up() {
 # kernel_select: look it up, and say how to get it if it has not been made.
 kernel_select() {
 	kernel_look_up
-	[ -d "$K_DIR" ] || die "kernel $K_RELEASE is not set up; 'make setup' does that"
+	{ [ -d "$K_DIR" ] && [ -d "$K_ROOT" ]; } || die "kernel $K_RELEASE is not set up; 'make setup' does that"
 }
 
-# Debian's 7.3: ask the archive at most once a day, and live with what was there last when it does not answer.
-kernel_look_up_stock() {
-	local latest=$CACHE/kernel.stock
-	K_RECIPE=debian
+# ask_archive NAME SERIES [SOURCES]: print what newest_debian_kernel finds. The archive is asked at most once a day, and what
+# was there last will do when it does not answer.
+ask_archive() {
+	local latest=$CACHE/kernel.$1
 	if [ -z "$(find "$latest" -mtime -1 2>/dev/null)" ]; then
 		mkdir -p "$K_APT"
 		if "$SCRIPTS/in-root.sh" -b "$K_APT:/srv" bash -c \
-			"$(declare -f newest_debian_kernel); set -euo pipefail; newest_debian_kernel 7.3" >"$latest.$$" 2>"$K_APT/log" &&
-			[ -s "$latest.$$" ]; then
+			"$(declare -f newest_debian_kernel); set -euo pipefail; newest_debian_kernel \"\$@\"" - "${@:2}" \
+			>"$latest.$$" 2>"$K_APT/log" && [ -s "$latest.$$" ]; then
 			mv "$latest.$$" "$latest"
 		else
 			rm -f "$latest.$$"
-			[ -s "$latest" ] || die "no kernel 7.3 found in the Debian archive: $(tail -n 3 "$K_APT/log")"
+			[ -s "$latest" ] || die "no kernel found in the Debian archive for KERNEL=$1: $(tail -n 3 "$K_APT/log")"
 			warn "could not ask the Debian archive for a newer kernel; going on with $(cut -d' ' -f1 "$latest")"
 			touch "$latest"
 		fi
 	fi
-	read -r K_RELEASE K_VERSION <"$latest"
+	cat "$latest"
+}
+
+# Debian's 7.3, from trixie-backports.
+kernel_look_up_stock() {
+	K_RECIPE=debian
+	K_APT=$CACHE/apt
+	local found
+	found=$(ask_archive stock '7\.3')
+	read -r K_RELEASE K_VERSION _ <<<"$found"
+}
+
+# Whatever series forky has today. A newer rustc makes a new root and a new kernel directory.
+kernel_look_up_forky() {
+	K_RECIPE=debian
+	K_SUITE=forky
+	K_APT=$CACHE/apt-forky
+	local found
+	found=$(ask_archive forky '[0-9]+\.[0-9]+' "$(root_sources "$K_SUITE" "${MIRROR:-$(root_mirror)}")")
+	read -r K_RELEASE K_VERSION K_GCC K_TOOLS <<<"$found"
+	K_ROOT=$CACHE/root-$K_SUITE-$({ module_packages "$K_GCC" && declare -f root_sources build_root && say "$K_TOOLS"; } | short_hash)
 }
 
 # kernel_of_ours NAME RECIPE CONFIG...: it has whatever version the stock kernel has.

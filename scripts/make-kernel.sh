@@ -5,12 +5,19 @@
 . "$SCRIPTS/cache.sh"
 . "$SCRIPTS/kernel.sh"
 
+# The root that it and modules for it are built in, if that is another.
+"$SCRIPTS/make-root.sh" kernel
 kernel_look_up
 [ -d "$K_DIR" ] && cache_used "${K_DIR##*/}" && exit
 say "== $K_RELEASE"
 cache_begin "${K_DIR##*/}" || exit 0
 mkdir -p "$TMP"
-"$SCRIPTS/in-root.sh" -k "$TMP" -b "$K_APT:/srv" \
+"$SCRIPTS/in-root.sh" -r "$K_ROOT" -k "$TMP" -b "$K_APT:/srv" \
 	bash -c "$(kernel_recipe); set -euo pipefail; build_kernel_$K_RECIPE \"\$@\"" - "$K_RELEASE" "$K_VERSION" "${K_CONFIG[@]}"
+
+# For some days, a suite may have another rustc than its kernel was built with.
+want=$(grep ^CONFIG_RUSTC_VERSION_TEXT= "$TMP/config")
+have=$(grep ^CONFIG_RUSTC_VERSION_TEXT= "$TMP/kdir/.config")
+[ "$have" = "$want" ] || die "another rustc than the kernel's: ${have#*=}, not ${want#*=}"
 cache_commit "${K_DIR##*/}"
 cache_used "${K_DIR##*/}"

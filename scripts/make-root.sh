@@ -1,10 +1,18 @@
 #!/bin/bash
 # SPDX-License-Identifier: GPL-2.0
-# Make the tool-chain root in the cache, unless it is there.
+# Make the tool-chain root in the cache, unless it is there: make-root.sh [kernel]. With "kernel" the one that modules for
+# the selected kernel are built in, if that is another.
 . "$(dirname "$0")/lib.sh"
 . "$SCRIPTS/cache.sh"
 
-[ -d "$ROOT" ] && cache_used "${ROOT##*/}" && exit
+root=$ROOT suite=$SUITE
+packages=$(root_packages)
+if [ "${1:-}" = kernel ]; then
+	. "$SCRIPTS/kernel.sh"
+	kernel_look_up
+	[ "$K_ROOT" = "$ROOT" ] || root=$K_ROOT suite=$K_SUITE packages=$(module_packages "$K_GCC")
+fi
+[ -d "$root" ] && cache_used "${root##*/}" && exit
 
 # host_apt_conf FILE: the host's own proxy and clock settings, for a root that is behind the same network.
 host_apt_conf() {
@@ -34,13 +42,18 @@ need_mmdebstrap() {
 		mmdebstrap debian-archive-keyring
 }
 
-cache_begin "${ROOT##*/}" || exit 0
+cache_begin "${root##*/}" || exit 0
 need_mmdebstrap
-mirror=${MIRROR:-$(host_mirror)}
+mirror=${MIRROR:-}
+if [ -z "$mirror" ] && [ "$root" = "$ROOT" ]; then
+	mirror=$(host_mirror)
+elif [ -z "$mirror" ]; then
+	mirror=$(root_mirror)
+fi
 mirror=${mirror:-http://deb.debian.org/debian}
-say "== Debian $SUITE from $mirror"
+say "== Debian $suite from $mirror"
 host_apt_conf "$CACHE_TMP/apt.conf"
-build_root "$TMP" "$mirror" "$CACHE_TMP/apt.conf"
+build_root "$TMP" "$suite" "$mirror" "$packages" "$CACHE_TMP/apt.conf"
 "${SUDO[@]}" rm "$CACHE_TMP/apt.conf"
-cache_commit "${ROOT##*/}"
-cache_used "${ROOT##*/}"
+cache_commit "${root##*/}"
+cache_used "${root##*/}"

@@ -1,15 +1,29 @@
 # SPDX-License-Identifier: GPL-2.0
 # shellcheck shell=bash
-# The recipe of the tool-chain root: a Debian 13 made by mmdebstrap. Sourced; a change makes a new root.
+# The recipe of tool-chain roots, made by mmdebstrap: a Debian 13, which has everything, and for kernels of other suites one
+# of theirs, with what modules are built with. Sourced; a change makes new roots.
 
 SUITE=trixie
 
 root_packages() { sed 's/#.*//; /^[[:space:]]*$/d' "$SCRIPTS/root-packages"; }
 
-# build_root DIR MIRROR APTCONF: make the root in DIR, with no mount left whatever happens.
+# module_packages GCC: the first part of the list, with that gcc.
+module_packages() { sed -n '/^# the module/,/^$/p' "$SCRIPTS/root-packages" | sed "/^#/d; /^\$/d; s/^gcc-.*/$1/"; }
+
+# root_sources SUITE MIRROR: lines of sources.list. What is testing on the day may be older on a mirror than it should be.
+root_sources() {
+	case $1 in
+	"$SUITE") printf "deb $2 %s main\n" "$1" "$1-updates" "$1-backports" ;;
+	*) echo "deb [check-valid-until=no] $2 $1 main" ;;
+	esac
+}
+
+# build_root DIR SUITE MIRROR PACKAGES APTCONF: make the root in DIR, with no mount left whatever happens.
 # shellcheck disable=SC2016 # mmdebstrap's hooks get the root as their $1
 build_root() {
-	local dir=$1 mirror=$2 aptconf=$3
+	local dir=$1 suite=$2 mirror=$3 packages=$4 aptconf=$5 gcc sources
+	gcc=$(grep -x 'gcc-[0-9]*' <<<"$packages")
+	mapfile -t sources < <(root_sources "$suite" "$mirror")
 	"${SUDO[@]}" setpriv --pdeathsig KILL unshare --mount --pid --fork --kill-child --mount-proc \
 		mmdebstrap --mode=root --variant=apt --format=directory \
 		--aptopt='APT::Install-Recommends "false"' \
@@ -18,12 +32,9 @@ build_root() {
 		--dpkgopt='path-exclude=/usr/share/locale/*' \
 		--dpkgopt='path-exclude=/usr/share/man/*' \
 		--keyring=/usr/share/keyrings/debian-archive-keyring.gpg \
-		--include="$(root_packages | paste -sd,)" \
+		--include="$(paste -sd, <<<"$packages")" \
 		--customize-hook='rm -f "$1/etc/resolv.conf" && : >"$1/etc/resolv.conf"' \
 		--customize-hook=': >"$1/etc/hosts"; mkdir -p "$1/usr/lib/modules" "$1/mnt" "$1/srv"' \
-		--customize-hook='chroot "$1" dpkg-query -W rustc bindgen gcc-14 libclang-dev >"$1/etc/tool-chain"' \
-		"$SUITE" "$dir" \
-		"deb $mirror $SUITE main" \
-		"deb $mirror $SUITE-updates main" \
-		"deb $mirror $SUITE-backports main"
+		--customize-hook='chroot "$1" dpkg-query -W rustc bindgen '"$gcc"' libclang-dev >"$1/etc/tool-chain"' \
+		"$suite" "$dir" "${sources[@]}"
 }

@@ -7,8 +7,9 @@
 
 if [ -d "$ROOT" ]; then
 	kernel_look_up
-	if [ -d "$K_DIR" ]; then
+	if [ -d "$K_DIR" ] && [ -d "$K_ROOT" ]; then
 		cache_used "${ROOT##*/}"
+		cache_used "${K_ROOT##*/}"
 		cache_used "${K_DIR##*/}"
 		exit
 	fi
