@@ -6,11 +6,11 @@
 . "$SCRIPTS/cache.sh"
 
 root=$ROOT suite=$SUITE
-packages=$(root_packages)
+include=$(root_packages)
 if [ "${1:-}" = kernel ]; then
 	. "$SCRIPTS/kernel.sh"
 	kernel_look_up
-	[ "$K_ROOT" = "$ROOT" ] || root=$K_ROOT suite=$K_SUITE packages=$(module_packages "$K_GCC")
+	[ "$K_ROOT" = "$ROOT" ] || root=$K_ROOT suite=$K_SUITE include=$(module_packages "$K_GCC")
 fi
 [ -d "$root" ] && cache_used "${root##*/}" && exit
 
@@ -53,7 +53,7 @@ fi
 mirror=${mirror:-http://deb.debian.org/debian}
 say "== Debian $suite from $mirror"
 host_apt_conf "$CACHE_TMP/apt.conf"
-build_root "$TMP" "$suite" "$mirror" "$packages" "$CACHE_TMP/apt.conf"
+build_root "$TMP" "$suite" "$mirror" "$include" "$CACHE_TMP/apt.conf"
 "${SUDO[@]}" rm "$CACHE_TMP/apt.conf"
 cache_commit "${root##*/}"
 cache_used "${root##*/}"
