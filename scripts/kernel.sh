@@ -86,7 +86,8 @@ kernel_look_up_forky() {
 	local found
 	found=$(ask_archive forky '[0-9]+\.[0-9]+' "$(root_sources "$K_SUITE" "${MIRROR:-$(root_mirror)}")")
 	read -r K_RELEASE K_VERSION K_GCC K_TOOLS <<<"$found"
-	K_ROOT=$CACHE/root-$K_SUITE-$({ module_packages "$K_GCC" && declare -f root_sources build_root && say "$K_TOOLS"; } | short_hash)
+	K_ROOT=$CACHE/root-$K_SUITE-$({ module_packages "$K_GCC" && declare -f root_sources build_root &&
+		say "$K_TOOLS"; } | short_hash)
 }
 
 # kernel_of_ours NAME RECIPE CONFIG...: it has whatever version the stock kernel has.
