@@ -7,7 +7,7 @@
 //! ```text
 //! zfile, lsmt                targets: table lines and the path of a bio; no unsafe code
 //! dm, block, codec, format   abstractions over the kernel, and the formats (pure, no unsafe code)
-//! sys                        the C boundary: bindgen output and shims
+//! sys                        the C boundary: bindgen output and shims; what differs between kernels
 //! ```
 //!
 //! Design: `Documentation/design.rst`.
@@ -26,6 +26,7 @@ mod zfile;
 
 use dm::Registration;
 use lsmt::Lsmt;
+use sys::compat;
 use zfile::Zfile;
 
 module! {

@@ -16,6 +16,7 @@ use kernel::alloc::flags::__GFP_NOWARN;
 use kernel::page::{page_align, PAGE_SIZE};
 use kernel::prelude::*;
 
+use crate::compat;
 use crate::sys;
 
 /// Memory for one read.
@@ -108,8 +109,8 @@ impl Buffer {
     /// [`ENOMEM`].
     pub(crate) fn new_spare(len: usize) -> Result<Self> {
         let len = page_align(len).ok_or(EOVERFLOW)?;
-        let memory = VVec::zeroed(len, GFP_KERNEL | __GFP_NOWARN)?;
-        let vecs = KVec::zeroed(len / PAGE_SIZE, GFP_KERNEL)?;
+        let memory = compat::zeroed(len, GFP_KERNEL | __GFP_NOWARN)?;
+        let vecs = compat::zeroed(len / PAGE_SIZE, GFP_KERNEL)?;
         let spare = KBox::new(Spare { memory, vecs }, GFP_KERNEL)?;
         // INVARIANT: The capacity is `len`; nothing counts as filled.
         Ok(Self {

@@ -11,6 +11,7 @@ use kernel::sync::{new_mutex, Arc, Mutex, MutexGuard};
 
 use super::{lz4, zstd::Decompressor, Corrupt};
 use crate::block::{self, Dest};
+use crate::compat;
 use crate::format::zfile::{Algorithm, MAX_BLOCK_SIZE};
 
 /// Working memory of one worker.
@@ -39,7 +40,7 @@ impl Context {
             Algorithm::Lz4 => Codec::Lz4,
             Algorithm::Zstd => Codec::Zstd(Decompressor::new()?),
         };
-        let bounce = VVec::zeroed(MAX_BLOCK_SIZE as usize, GFP_KERNEL | __GFP_NOWARN)?;
+        let bounce = compat::zeroed(MAX_BLOCK_SIZE as usize, GFP_KERNEL | __GFP_NOWARN)?;
         Ok(Self { codec, bounce })
     }
 

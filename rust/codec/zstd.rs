@@ -11,6 +11,7 @@ use kernel::prelude::*;
 
 use super::Corrupt;
 use crate::block::Dest;
+use crate::compat;
 use crate::sys;
 
 /// A decompression context.
@@ -35,7 +36,7 @@ impl Decompressor {
     pub(super) fn new() -> Result<Self> {
         // SAFETY: Only computes a number.
         let size = unsafe { sys::zstd_dctx_workspace_bound() };
-        let mut workspace: VVec<u64> = VVec::zeroed(size.div_ceil(8), GFP_KERNEL | __GFP_NOWARN)?;
+        let mut workspace: VVec<u64> = compat::zeroed(size.div_ceil(8), GFP_KERNEL | __GFP_NOWARN)?;
         // SAFETY: The workspace is aligned and as large as said; it lives as long as the context.
         let dctx = unsafe { sys::zstd_init_dctx(workspace.as_mut_ptr().cast(), size) };
         // INVARIANT: The context was made in `workspace`, whose memory doesn't move.

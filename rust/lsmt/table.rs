@@ -6,6 +6,7 @@ use kernel::alloc::flags::__GFP_NOWARN;
 use kernel::prelude::*;
 
 use super::{Lsmt, Tail};
+use crate::compat;
 use crate::dm::{self, Args, Bio, Device, DeviceId, Emit, Failure, Limits, Mapped, Setup};
 use crate::format::lsmt::{Layer, Segment};
 use crate::format::merge::{self, Event, Extent, Index, MAX_LAYERS};
@@ -68,7 +69,7 @@ impl dm::Target for Lsmt {
         }
         let segments = merge_layers(&layers, setup.len())?;
         check_alignment(setup, &segments, count)?;
-        let runs = |len| Ok(KVVec::zeroed(len, GFP_KERNEL | __GFP_NOWARN)?);
+        let runs = |len| Ok(compat::zeroed(len, GFP_KERNEL | __GFP_NOWARN)?);
         let index = Index::new(segments, runs, pause)?;
         Ok(Self {
             tail: read_tail(setup, &index, size)?,

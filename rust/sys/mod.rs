@@ -3,7 +3,8 @@
 //! The C boundary: device-mapper, codecs and our shims, as bindgen gives them, beside the kernel
 //! crate's own bindings.
 //!
-//! Only the abstractions in [`crate::dm`], [`crate::block`] and [`crate::codec`] use this module.
+//! Only the abstractions in [`crate::dm`], [`crate::block`] and [`crate::codec`] use this module,
+//! but for [`compat`]: where kernels differ.
 //!
 //! C headers: `include/linux/device-mapper.h`, `include/dm_overlaybd.h`.
 
@@ -24,6 +25,8 @@
     unreachable_pub,
     unsafe_op_in_unsafe_fn
 )]
+
+pub(crate) mod compat;
 
 pub(crate) use kernel::bindings::*;
 use kernel::ffi;

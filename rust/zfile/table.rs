@@ -10,6 +10,7 @@ use super::cache::Cache;
 use super::{io, Shared, Stats, Zfile};
 use crate::block::Shrinker;
 use crate::codec::crc32c;
+use crate::compat;
 use crate::dm::{self, Args, Bio, Deferred, Device, Emit, Failure, Limits, Mapped, Setup};
 use crate::format::num::to_usize;
 use crate::format::zfile::{Geometry, JumpTable};
@@ -67,8 +68,8 @@ impl dm::Target for Zfile {
         }
 
         let shape = geometry.table_shape();
-        let mut bases = KVVec::zeroed(shape.bases, GFP_KERNEL | __GFP_NOWARN)?;
-        let mut deltas = KVVec::zeroed(shape.deltas, GFP_KERNEL | __GFP_NOWARN)?;
+        let mut bases: KVVec<_> = compat::zeroed(shape.bases, GFP_KERNEL | __GFP_NOWARN)?;
+        let mut deltas: KVVec<_> = compat::zeroed(shape.deltas, GFP_KERNEL | __GFP_NOWARN)?;
         geometry.read_index(&file, crc32c, &mut bases, &mut deltas)?;
 
         let device_block = u64::from(setup.device(device)?.logical_block_size());
