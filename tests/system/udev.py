@@ -36,8 +36,8 @@ def remove(name):
 
 
 def make_layers():
-    """A stack's files, of odd length: an ext4 file system, and a change. What the first layer decompresses to looks like
-    swap space to those who scan it: a header has room for that."""
+    """Files of a stack, of odd length: an ext4 file system, and a change. What the first layer decompresses to looks
+    like swap space to those who scan it: a header has room for that."""
     work = tempfile.mkdtemp(prefix="obdtest-")
     defer(shutil.rmtree, work)
     os.mkdir(f"{work}/tree")
