@@ -26,6 +26,7 @@ pack_one() {
 		sed "s/@VERSION@/$VERSION/g" "$CLONE/packaging/deb/$package.$script" >"$tree/DEBIAN/$script"
 		chmod 755 "$tree/DEBIAN/$script"
 	done
+	[ ! -f "$CLONE/packaging/deb/$package.triggers" ] || cp "$CLONE/packaging/deb/$package.triggers" "$tree/DEBIAN/triggers"
 	chmod -R u=rwX,go=rX "$tree"
 	dpkg-deb --root-owner-group --build "$tree" "$file"
 	rm -r "$tree"

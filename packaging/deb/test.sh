@@ -130,10 +130,49 @@ no_source() {
 	without "$tree/made-of" without "/usr/src/$package.tar.xz" says "apt install $package=" probe "$release"
 }
 
-# apt_says_why: what apt shows, not only a log.
+# older_recipe: a tree that an older recipe made fits as long as the source is not this kernel's.
+older_recipe() {
+	local status=0
+	cp "$new$tree/made-of" "$new/tmp/made-of"
+	sed -i '$s/.*/000000000000/' "$new$tree/made-of"
+	with_version "linux-source-$(cut -d. -f1,2 <<<"$release")" 9.9-1 probe "$release" || status=$?
+	cp -p "$new/tmp/made-of" "$new$tree/made-of"
+	return "$status"
+}
+
+# with_version PACKAGE VERSION CMD...: run it while that package seems to have that version.
+with_version() {
+	local package=$1 version=$2 file=$new/var/lib/dpkg/status status=0
+	shift 2
+	cp "$file" "$new/tmp/status"
+	sed -i "/^Package: $package\$/,/^\$/s/^Version: .*/Version: $version/" "$file"
+	"$@" || status=$?
+	cp "$new/tmp/status" "$file"
+	return "$status"
+}
+
+not_installed() { ! there dkms status -m dm-overlaybd -v "$version" -k "$release" | grep ": installed\$" >/dev/null; }
+
+# kernel_hook PACKAGE: what an update of the kernel runs does not fail, but says what lacks.
+kernel_hook() {
+	local out
+	there dkms remove -m dm-overlaybd -v "$version" -k "$release" && there dkms add -m dm-overlaybd -v "$version" || :
+	not_installed || return
+	out=$(with_version "linux-headers-$release" 9.9-1 there "/var/lib/dpkg/info/$1.postinst" configure 2>&1) || return
+	echo "$out"
+	grep '^dm-overlaybd: cannot build .*apt install linux-source-.*=9.9-1' <<<"$out" && not_installed
+}
+
+# source_comes: after the headers of its kernel.
+source_comes() {
+	not_installed && there dpkg-trigger --no-await --by-package=linux-source /usr/src &&
+		there dpkg --triggers-only dm-overlaybd-dkms && ! not_installed
+}
+
+# apt_says_why: what apt shows, not only a log, and it goes on.
 apt_says_why() {
 	local out
-	out=$(without /usr/bin/bindgen there /var/lib/dpkg/info/dm-overlaybd-dkms.postinst configure 2>&1) && return 1
+	out=$(without /usr/bin/bindgen there /var/lib/dpkg/info/dm-overlaybd-dkms.postinst configure 2>&1) || return
 	echo "$out"
 	grep '^dm-overlaybd: cannot build .*no bindgen' <<<"$out"
 }
@@ -208,7 +247,11 @@ check "the probe names another rustc" other_rustc
 check "the probe names bindgen that lacks" no_bindgen
 check "the probe names headers that lack" no_headers
 check "the probe names the source that lacks" no_source
-check "apt shows why a build fails" apt_says_why
+check "a tree of an older recipe does, without the source" older_recipe
+check "an update of the kernel goes on without the source: headers" kernel_hook "linux-headers-$release"
+check "an update of the kernel goes on without the source: image" kernel_hook "linux-image-$release"
+check "the module is built when the source comes" source_comes
+check "apt shows why there is no module" apt_says_why
 check "DKMS leaves out a kernel without Rust" excluded
 check "a reinstalled package builds with the same tree" again
 check "apt purges the packages" purge
