@@ -2,8 +2,15 @@
 # SPDX-License-Identifier: GPL-2.0
 # What DKMS calls, from its own copy of the source: dkms.sh check|build RELEASE [KDIR]. Where a Rust module cannot be built
 # for that kernel, it says why in one line. Where headers have no Rust metadata, build makes a tree that has, once.
-export HOME="${HOME:-/root}"
-unset MAKEFLAGS MAKELEVEL KERNELRELEASE
+
+# Of what DKMS was called with, nothing must reach the build: RUSTC, ARCH, KCFLAGS, MAKEFLAGS and so on.
+for name in $(compgen -e); do
+	case $name in
+	PATH | TERM | TMPDIR) ;;
+	*) unset "$name" ;;
+	esac
+done
+export HOME=/root LANG=C.UTF-8
 . "$(dirname "$0")/lib.sh"
 . "$SCRIPTS/kdir-check.sh"
 . "$SCRIPTS/kernel-tree.sh"
@@ -18,33 +25,48 @@ what=${1:-} release=${2:-}
 kdir=${3:-/lib/modules/$release/build}
 tree=$TREES/$release
 
-impossible() { die "cannot build for $release: $*"; }
-
-# version PACKAGE: of a Debian package, nothing if it is not installed.
-version() { dpkg-query -W -f '${Version}' "$1" 2>/dev/null || :; }
-
-# made_of: all that a tree is made of.
-made_of() {
-	dpkg-query -W "linux-headers-$release" rustc rust-src bindgen 2>/dev/null || :
-	declare -f debian_tree thin | short_hash
+impossible() {
+	warn "dm-overlaybd: cannot build for $release: $*"
+	exit 1
 }
 
-# tree_is_there: whole, that is. The file is written last.
-tree_is_there() { [ "$(cat "$tree/made-of" 2>/dev/null)" = "$(made_of)" ]; }
+# version PACKAGE: of the source that a Debian package was built from, nothing if it is not installed.
+version() { dpkg-query -W -f '${source:Version}' "$1" 2>/dev/null || :; }
 
-# find_source: set SOURCE to the archive that a tree is made from, of the same version as the headers.
+# made_with: what a tree must have been made with to fit kernel and compilers.
+made_with() { dpkg-query -W "linux-headers-$release" rustc rust-src bindgen 2>/dev/null || :; }
+
+recipe() { declare -f debian_tree thin | short_hash; }
+
+# tree_is_there: whole, and of today's recipe. The file is written last.
+tree_is_there() { [ "$(cat "$tree/made-of" 2>/dev/null)" = "$(made_with && recipe)" ]; }
+
+# tree_fits: whole, perhaps of another recipe.
+tree_fits() { [ -s "$tree/made-of" ] && [ "$(sed '$d' "$tree/made-of")" = "$(made_with)" ]; }
+
+# find_source: set SOURCE to the archive that a tree is made from, of the same version as the headers. Its LACK says why
+# there is none.
 find_source() {
-	local package want have
+	local package want have newer=
 	want=$(version "linux-headers-$release")
-	[ -n "$want" ] || impossible "$KDIR_NO_METADATA"
-	! dpkg-vendor --derives-from Ubuntu || impossible "$KDIR_NO_METADATA: apt install linux-lib-rust-$release"
+	LACK=$KDIR_NO_METADATA
+	[ -n "$want" ] || return
+	if dpkg-vendor --derives-from Ubuntu; then
+		LACK+=": apt install linux-lib-rust-$release"
+		return 1
+	fi
 	package=linux-source-$(cut -d. -f1,2 <<<"$release")
 	SOURCE=/usr/src/$package.tar.xz
 	have=$([ ! -f "$SOURCE" ] || version "$package")
-	[ "$have" = "$want" ] ||
-		impossible "Debian's headers have no Rust metadata, it is made from the source${have:+, which is $have here}:" \
-			"apt install $package=$want"
+	[ "$have" != "$want" ] || return 0
+	[ -z "$have" ] || ! dpkg --compare-versions "$have" gt "$want" || newer=", or boot the newer kernel"
+	LACK="Debian's headers have no Rust metadata, it is made from the source${have:+, which is $have here}:"
+	LACK+=" apt install $package=$want$newer"
+	return 1
 }
+
+# find_tree: have a tree or what makes it. One of an older recipe will do where the source is another kernel's by now.
+find_tree() { tree_is_there || find_source || tree_fits || impossible "$LACK"; }
 
 # thin DIR: leave what modules are built with.
 thin() {
@@ -61,24 +83,32 @@ make_tree() {
 	local old
 	lock "$TREES/lock" "set-up in $TREES"
 	! tree_is_there || return 0
+	if ! find_source && tree_fits; then
+		say "$tree is of an older recipe, but fits"
+		return
+	fi
 	for old in "$TREES"/*/; do
 		[ -e "/lib/modules/$(basename "$old")/build" ] || rm -rf "$old"
 	done
 	rm -rf "$tree"
 	say "making $tree, a tree with Rust's metadata, once for this kernel"
 	trap 'rm -rf "$tree"' EXIT
-	(debian_tree "$release" "$SOURCE" "$(realpath "$kdir")" "$tree")
+	(
+		set -E
+		trap 'warn "error: $tree: this failed: $BASH_COMMAND"' ERR
+		debian_tree "$release" "$SOURCE" "$(realpath "$kdir")" "$tree"
+	)
 	thin "$tree"
-	made_of >"$tree/made-of"
+	{ made_with && recipe; } >"$tree/made-of"
 	trap - EXIT
 }
 
 [ -d "$kdir" ] || impossible "no headers ($kdir): install those of this kernel, linux-headers-$release with Debian"
 problems=$(kdir_problems "$kdir")
 if [ "$problems" = "$KDIR_NO_METADATA" ]; then
-	tree_is_there || find_source
+	find_tree
 	[ "$what" = build ] || exit 0
-	tree_is_there || make_tree
+	make_tree
 	kdir=$tree
 	problems=$(kdir_problems "$kdir")
 fi
