@@ -11,12 +11,41 @@ grep -qxF "PACKAGE_VERSION=\"$VERSION\"" "$CLONE/dkms.conf" || die "dkms.conf: n
 # What DKMS builds from.
 DKMS_SOURCES=(COPYING Kbuild dkms.conf include rust scripts/{dkms,kdir-check,kernel-tree,lib}.sh)
 
+# notices: what of others' is linked into obdsetup, in the form of Debian's copyright files, with the notices that must
+# come with it. Of licences to choose from it is the MIT licence: Apache-2.0 does not go with GPL-2.0.
+notices() {
+	local crates name version dir files license
+	crates=$("${CARGO:-cargo}" tree --manifest-path "$CLONE/tools/Cargo.toml" --offline --locked -p obdsetup -e normal \
+		--prefix none --no-dedupe -f '{p}|{l}')
+	sort -u <<<"$crates" | while IFS='|' read -r name license; do
+		[[ $name != *"($CLONE"* ]] || continue
+		read -r name version _ <<<"$name"
+		case $name:$license in
+		lz4-sys:MIT) license="MIT and BSD-2-Clause" ;;
+		*Unicode*) license="MIT and Unicode-3.0" ;;
+		*MIT*) license=MIT ;;
+		*:BSD-3-Clause) ;;
+		*) die "crate $name: licence $license?" ;;
+		esac
+		dir=$(echo "${CARGO_HOME:-$HOME/.cargo}"/registry/src/*/"$name-${version#v}")
+		mapfile -t files < <(find "$dir" -maxdepth 3 -type f \( -iname 'LICENSE*' -o -iname COPYRIGHT \) ! -iname '*APACHE*' | sort)
+		[ "${#files[@]}" -gt 0 ] || die "crate $name: no licence in $dir"
+		printf '\nFiles: crates/%s-%s/*\nCopyright: The authors of %s, see the notices below\nLicense: %s\n' \
+			"$name" "${version#v}" "$name" "$license"
+		cat "${files[@]}" | sed 's/\r$//; s/[[:space:]]*$//; s/^/ /; s/^ $/ ./'
+	done
+	printf '\nFiles: rust/library/*\nCopyright: The Rust Project contributors\nLicense: MIT\nComment: %s\n' \
+		"Rust's standard library. The text of the licence is that of the crate libc above."
+}
+
 # pack_one PACKAGE ARCH SHLIBS: make the package of what is in its directory.
 pack_one() {
 	local package=$1 arch=$2 shlibs=$3 tree=$DEB/$1 script file=$DEB/$1_${VERSION}_$2.deb
 	install -D -m 644 "$CLONE/packaging/deb/copyright" "$tree/usr/share/doc/$package/copyright"
+	[ "$package" != obdsetup ] || cat "$DEB/notices" >>"$tree/usr/share/doc/$package/copyright"
+	gzip -9nc "$CLONE/packaging/deb/changelog" >"$tree/usr/share/doc/$package/changelog.Debian.gz"
 	mkdir "$tree/DEBIAN"
-	(cd "$tree" && find usr -type f -exec md5sum {} +) >"$tree/DEBIAN/md5sums"
+	(cd "$tree" && find usr -type f -print0 | LC_ALL=C sort -z | xargs -0 md5sum) >"$tree/DEBIAN/md5sums"
 	{
 		sed "s/@VERSION@/$VERSION/g; s/@ARCH@/$arch/; s/@SHLIBS@/$shlibs/" "$CLONE/packaging/deb/$package.control"
 		say "Installed-Size: $(du -sk "$tree/usr" | cut -f1)"
@@ -51,6 +80,7 @@ pack() {
 	shlibs=$(cd "$DEB/shlibs" && dpkg-shlibdeps -O -e "$DEB/obdsetup/usr/sbin/obdsetup" | sed -n 's/^shlibs:Depends=//p')
 	[ -n "$shlibs" ] || die "no libraries found that obdsetup needs"
 	rm -r "$DEB/shlibs"
+	notices >"$DEB/notices"
 	pack_one obdsetup "$(dpkg --print-architecture)" "$shlibs"
 }
 
@@ -60,7 +90,7 @@ debian_13() {
 	# shellcheck disable=SC1091 # the machine's own
 	[ "$(. /etc/os-release && say "${ID:-}${VERSION_ID:-}")" = debian13 ] || return
 	for tool in cargo cc dpkg-shlibdeps; do command -v "$tool" >/dev/null || return; done
-	ldconfig -p | grep -q libclang
+	ldconfig -p | grep libclang >/dev/null
 }
 
 if [ "${1:-}" = --pack ]; then
