@@ -22,7 +22,7 @@ KDIR_NO_METADATA='no Rust metadata in it (rust/libkernel.rmeta, rust/libmacros.s
 
 # kdir_problems DIR: print, on one line, what keeps a Rust module from being built against it here; nothing if nothing.
 kdir_problems() {
-	local dir=$1 missing=() release want have
+	local dir=$1 missing=() release want have cc
 	if [ ! -f "$dir/Makefile" ]; then
 		say "not a kernel tree"
 		return
@@ -33,20 +33,24 @@ kdir_problems() {
 		return
 	fi
 	[ "$(printf '%s\n' 7.2 "$release" | sort -V | head -n 1)" = 7.2 ] || missing+=("kernel $release is older than 7.2")
+	cc=$(config_value "$dir" CC_VERSION_TEXT)
+	cc=${cc%% *}
+	[ "$(config_value "$dir" CC_IS_CLANG)" != y ] || cc=clang
+	[ -z "$cc" ] || command -v "$cc" >/dev/null || missing+=("no $cc, which the kernel was built with")
 	if [ "$(config_value "$dir" RUST)" != y ]; then
 		missing+=("the kernel is built without CONFIG_RUST")
 	else
 		want=$(config_value "$dir" RUSTC_VERSION_TEXT)
-		have=$("${RUSTC:-rustc}" --version 2>/dev/null || :)
+		have=$(rustc --version 2>/dev/null | head -n 1 || :)
 		if [ -z "$have" ]; then
 			missing+=("no rustc (the kernel was built with: ${want:-unknown})")
 		elif [ -n "$want" ] && [ "$have" != "$want" ]; then
 			missing+=("another rustc than the kernel's: $have, not $want")
 		fi
-		"${BINDGEN:-bindgen}" --version >/dev/null 2>&1 || missing+=("no bindgen")
+		bindgen --version >/dev/null 2>&1 || missing+=("no bindgen")
 		if [ ! -f "$dir/rust/libkernel.rmeta" ] || ! ls "$dir"/rust/libmacros.* >/dev/null 2>&1; then
 			missing+=("$KDIR_NO_METADATA")
-			[ -z "$have" ] || [ -d "$("${RUSTC:-rustc}" --print sysroot)/lib/rustlib/src/rust/library/core" ] ||
+			[ -z "$have" ] || [ -d "$(rustc --print sysroot)/lib/rustlib/src/rust/library/core" ] ||
 				missing+=("no rust-src to make that with")
 		fi
 	fi
