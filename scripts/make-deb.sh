@@ -5,8 +5,13 @@
 . "$(dirname "$0")/lib.sh"
 
 DEB=$BUILD/deb
+FILES=$BUILD/deb-files
 VERSION=$(sed -n 's/^version = "\(.*\)"/\1/p' "$CLONE/tools/Cargo.toml")
 grep -qxF "PACKAGE_VERSION=\"$VERSION\"" "$CLONE/dkms.conf" || die "dkms.conf: not version $VERSION, as tools/Cargo.toml has it"
+
+# With Debian's revision, which grows when the same version is packaged anew.
+REVISION=$(sed -n "1s/^dm-overlaybd (\(${VERSION//./\\.}-[0-9.]*\)) .*/\1/p" "$CLONE/packaging/deb/changelog")
+[ -n "$REVISION" ] || die "packaging/deb/changelog: not version $VERSION, as tools/Cargo.toml has it"
 
 # What DKMS builds from.
 DKMS_SOURCES=(COPYING Kbuild dkms.conf include rust scripts/{dkms,kdir-check,kernel-tree,lib}.sh)
@@ -40,14 +45,14 @@ notices() {
 
 # pack_one PACKAGE ARCH SHLIBS: make the package of what is in its directory.
 pack_one() {
-	local package=$1 arch=$2 shlibs=$3 tree=$DEB/$1 script file=$DEB/$1_${VERSION}_$2.deb
+	local package=$1 arch=$2 shlibs=$3 tree=$DEB/$1 script file=$DEB/$1_${REVISION}_$2.deb
 	install -D -m 644 "$CLONE/packaging/deb/copyright" "$tree/usr/share/doc/$package/copyright"
 	[ "$package" != obdsetup ] || cat "$DEB/notices" >>"$tree/usr/share/doc/$package/copyright"
 	gzip -9nc "$CLONE/packaging/deb/changelog" >"$tree/usr/share/doc/$package/changelog.Debian.gz"
 	mkdir "$tree/DEBIAN"
 	(cd "$tree" && find usr -type f -print0 | LC_ALL=C sort -z | xargs -0 md5sum) >"$tree/DEBIAN/md5sums"
 	{
-		sed "s/@VERSION@/$VERSION/g; s/@ARCH@/$arch/; s/@SHLIBS@/$shlibs/" "$CLONE/packaging/deb/$package.control"
+		sed "s/@REVISION@/$REVISION/; s/@ARCH@/$arch/; s/@SHLIBS@/$shlibs/" "$CLONE/packaging/deb/$package.control"
 		say "Installed-Size: $(du -sk "$tree/usr" | cut -f1)"
 	} >"$tree/DEBIAN/control"
 	for script in postinst prerm postrm; do
@@ -67,7 +72,7 @@ pack() {
 	rm -rf "$DEB"
 	mkdir -p "$source" "$DEB/shlibs/debian"
 
-	tar -C "$CLONE" -c --exclude='*.o' --exclude='.*' "${DKMS_SOURCES[@]}" | tar -x -C "$source"
+	tar -C "$CLONE" -c --null --no-recursion -T "$FILES" | tar -x -C "$source"
 	pack_one dm-overlaybd-dkms all ''
 
 	DESTDIR=$DEB/obdsetup PREFIX=/usr OBDSETUP=$1 "$SCRIPTS/install.sh" tools
@@ -93,6 +98,16 @@ debian_13() {
 	ldconfig -p | grep libclang >/dev/null
 }
 
+# list_files: those that DKMS builds from, as git has them; of a release's archive, all.
+list_files() {
+	cd "$CLONE"
+	if [ -e .git ] && command -v git >/dev/null; then
+		git ls-files -z -- "${DKMS_SOURCES[@]}"
+	else
+		find "${DKMS_SOURCES[@]}" -type f ! -name '*.o' ! -name '.*' -print0
+	fi
+}
+
 if [ "${1:-}" = --pack ]; then
 	pack "$2"
 	exit
@@ -102,6 +117,8 @@ export CARGO="${CARGO:-}"
 # Times in the packages are those of the commit.
 export SOURCE_DATE_EPOCH="${SOURCE_DATE_EPOCH:-$(git -C "$CLONE" log -1 --format=%ct 2>/dev/null || date +%s)}"
 [ -n "$CARGO" ] || "$SCRIPTS/setup.sh"
+mkdir -p "$BUILD"
+list_files >"$FILES"
 steps 2
 step "obdsetup" "$SCRIPTS/build-tools.sh"
 if [ -n "$CARGO" ]; then

@@ -17,7 +17,8 @@ mount --rbind /dev "$new/dev"
 mount -t tmpfs tmpfs "$new/tmp"
 mount -t tmpfs tmpfs "$new/mnt"
 cp "$debs"/*.deb "$new/mnt/"
-version=$(basename "$debs"/obdsetup_*.deb | cut -d_ -f2)
+revision=$(basename "$debs"/obdsetup_*.deb | cut -d_ -f2)
+version=${revision%-*}
 source=/usr/src/dm-overlaybd-$version
 headers=/usr/src/linux-headers-$release
 tree=/var/cache/dm-overlaybd/$release
@@ -50,8 +51,11 @@ says() {
 }
 
 install_packages() {
-	there sh -c 'apt-get install -y /mnt/*.deb' &&
-		du -sm "$new$tree" && there dkms status -m dm-overlaybd -v "$version" -k "$release" | grep ": installed\$" >/dev/null
+	there sh -c 'apt-get install -y /mnt/*.deb' || {
+		tail -n 20 "$new/var/lib/dkms/dm-overlaybd/$version/build/make.log"
+		return 1
+	}
+	du -sm "$new$tree" && there dkms status -m dm-overlaybd -v "$version" -k "$release" | grep ": installed\$" >/dev/null
 }
 
 # for_this_kernel: vermagic is that of a module of the kernel's own; DKMS has signed it.
@@ -79,6 +83,7 @@ aliases() {
 
 runs() {
 	there obdsetup --version | grep -F "$version" && there obdsetup --help >/dev/null &&
+		grep -q 'Yann Collet' "$new/usr/share/doc/obdsetup/copyright" &&
 		there test -s /usr/share/man/man8/obdsetup.8.gz -a -s /usr/lib/udev/rules.d/56-dm-overlaybd.rules
 }
 
@@ -153,12 +158,12 @@ with_version() {
 
 not_installed() { ! there dkms status -m dm-overlaybd -v "$version" -k "$release" | grep ": installed\$" >/dev/null; }
 
-# kernel_hook PACKAGE: what an update of the kernel runs does not fail, but says what lacks.
+# kernel_hook DIR: what an update of the kernel runs does not fail, but says what lacks.
 kernel_hook() {
 	local out
 	there dkms remove -m dm-overlaybd -v "$version" -k "$release" && there dkms add -m dm-overlaybd -v "$version" || :
 	not_installed || return
-	out=$(with_version "linux-headers-$release" 9.9-1 there "/var/lib/dpkg/info/$1.postinst" configure 2>&1) || return
+	out=$(with_version "linux-headers-$release" 9.9-1 there "/etc/kernel/$1/dkms" "$release" 2>&1) || return
 	echo "$out"
 	grep '^dm-overlaybd: cannot build .*apt install linux-source-.*=9.9-1' <<<"$out" && not_installed
 }
@@ -191,7 +196,7 @@ excluded() {
 again() {
 	local before
 	before=$(stat -c %Y "$new$tree/made-of") || return
-	there apt-get install -y --reinstall /mnt/dm-overlaybd-dkms_"$version"_all.deb &&
+	there apt-get install -y --reinstall /mnt/dm-overlaybd-dkms_"$revision"_all.deb &&
 		there dkms status -m dm-overlaybd -v "$version" -k "$release" | grep ": installed\$" >/dev/null &&
 		[ "$(stat -c %Y "$new$tree/made-of")" = "$before" ]
 }
@@ -231,7 +236,7 @@ check "apt installs the packages, DKMS builds the module" install_packages
 check "the module is for this kernel" for_this_kernel
 check "DKMS has signed it with its key" signed
 check "depmod has the aliases" aliases
-check "obdsetup runs; manual page and udev rule are there" runs
+check "obdsetup runs; manual page, notices and udev rule are there" runs
 check "the files are those of the packages" unchanged
 
 # The VM takes these.
@@ -248,8 +253,8 @@ check "the probe names bindgen that lacks" no_bindgen
 check "the probe names headers that lack" no_headers
 check "the probe names the source that lacks" no_source
 check "a tree of an older recipe does, without the source" older_recipe
-check "an update of the kernel goes on without the source: headers" kernel_hook "linux-headers-$release"
-check "an update of the kernel goes on without the source: image" kernel_hook "linux-image-$release"
+check "an update of the kernel goes on without the source: headers" kernel_hook header_postinst.d
+check "an update of the kernel goes on without the source: image" kernel_hook postinst.d
 check "the module is built when the source comes" source_comes
 check "apt shows why there is no module" apt_says_why
 check "DKMS leaves out a kernel without Rust" excluded
