@@ -161,7 +161,7 @@ not_installed() { ! there dkms status -m dm-overlaybd -v "$version" -k "$release
 # kernel_hook DIR: what an update of the kernel runs does not fail, but says what lacks.
 kernel_hook() {
 	local out
-	there dkms remove -m dm-overlaybd -v "$version" -k "$release" && there dkms add -m dm-overlaybd -v "$version" || :
+	! there dkms remove -m dm-overlaybd -v "$version" -k "$release" || there dkms add -m dm-overlaybd -v "$version" || return
 	not_installed || return
 	out=$(with_version "linux-headers-$release" 9.9-1 there "/etc/kernel/$1/dkms" "$release" 2>&1) || return
 	echo "$out"
@@ -192,13 +192,20 @@ excluded() {
 	[ "$status" = 77 ]
 }
 
-# again: another build takes the tree that is there.
-again() {
+# upgrade: to the same as another version, which takes the tree that is there.
+upgrade() {
 	local before
 	before=$(stat -c %Y "$new$tree/made-of") || return
-	there apt-get install -y --reinstall /mnt/dm-overlaybd-dkms_"$revision"_all.deb &&
-		there dkms status -m dm-overlaybd -v "$version" -k "$release" | grep ": installed\$" >/dev/null &&
-		[ "$(stat -c %Y "$new$tree/made-of")" = "$before" ]
+	# shellcheck disable=SC2016 # the inner shell's own
+	there sh -ec 'dpkg-deb -R "$1" /tmp/next
+		mv "/tmp/next/usr/src/dm-overlaybd-$2" "/tmp/next/usr/src/dm-overlaybd-$2.1"
+		sed -i "s/$2/$2.1/g" /tmp/next/DEBIAN/* "/tmp/next/usr/src/dm-overlaybd-$2.1/dkms.conf"
+		dpkg-deb -b /tmp/next /mnt/next.deb
+		apt-get install -y /mnt/next.deb
+	' - "/mnt/dm-overlaybd-dkms_${revision}_all.deb" "$version" || return
+	there dkms status -m dm-overlaybd
+	there dkms status -m dm-overlaybd -v "$version.1" -k "$release" | grep ": installed\$" >/dev/null &&
+		[ ! -e "$new$source" ] && [ "$(stat -c %Y "$new$tree/made-of")" = "$before" ]
 }
 
 purge() { there apt-get purge -y dm-overlaybd-dkms obdsetup; }
@@ -258,7 +265,7 @@ check "an update of the kernel goes on without the source: image" kernel_hook po
 check "the module is built when the source comes" source_comes
 check "apt shows why there is no module" apt_says_why
 check "DKMS leaves out a kernel without Rust" excluded
-check "a reinstalled package builds with the same tree" again
+check "an upgrade of the package builds with the same tree" upgrade
 check "apt purges the packages" purge
 check "nothing is left" nothing_left
 echo "skipped: loading under Secure Boot, which the VM does not have"
