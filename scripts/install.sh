@@ -1,6 +1,7 @@
 #!/bin/bash
 # SPDX-License-Identifier: GPL-2.0
-# Install what was built: the module, obdsetup, its udev rules, the manual pages, completions. DESTDIR=, PREFIX= (/usr/local), KDIR= as for make.
+# Install what was built: the module, obdsetup, its udev rules, what sets images up at boot, the manual pages, completions;
+# install.sh tools: all but the module. DESTDIR=, PREFIX= (/usr/local), KDIR= as for make.
 . "$(dirname "$0")/lib.sh"
 
 prefix=${DESTDIR:-}${PREFIX:-/usr/local}
@@ -16,6 +17,20 @@ obdsetup=${OBDSETUP:-$BUILD/cargo-host/release/obdsetup}
 [ "${1:-}" = tools ] || "$SCRIPTS/build-module.sh" install
 install -D -m 755 "$obdsetup" "$prefix/sbin/obdsetup"
 install -D -m 644 -t "${DESTDIR:-}/usr/lib/udev/rules.d" "$CLONE"/tools/udev/*.rules
+
+# At boot: systemd and what makes an initramfs look in these places only. The generator is obdsetup by another name.
+lib=${DESTDIR:-}/usr/lib
+install -D -m 644 -t "$lib/systemd/system" "$CLONE/tools/systemd/overlaybdsetup.target"
+mkdir -p "$lib/systemd/system/sysinit.target.wants" "$lib/systemd/system-generators"
+ln -sfn ../overlaybdsetup.target "$lib/systemd/system/sysinit.target.wants/overlaybdsetup.target"
+ln -sfn "${PREFIX:-/usr/local}/sbin/obdsetup" "$lib/systemd/system-generators/systemd-overlaybdsetup-generator"
+install -D -m 644 "$CLONE/tools/initramfs/overlaybd.sh" "$lib/overlaybd/initramfs.sh"
+install -D -m 644 "$CLONE/tools/initramfs/hook-files.sh" "$lib/overlaybd/hook-files.sh"
+install -D -m 755 -t "$lib/dracut/modules.d/95overlaybd" "$CLONE"/tools/initramfs/dracut/95overlaybd/*
+for file in hooks scripts/local-block scripts/local-bottom; do
+	install -D -m 755 -t "${DESTDIR:-}/usr/share/initramfs-tools/$file" "$CLONE/tools/initramfs/initramfs-tools/$file/overlaybd"
+done
+
 generated=${obdsetup%/*}/generated
 install -D -m 644 "$generated/obdsetup.bash" "$prefix/share/bash-completion/completions/obdsetup"
 install -D -m 644 "$generated/obdsetup.zsh" "$prefix/share/zsh/site-functions/_obdsetup"

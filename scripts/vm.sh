@@ -5,6 +5,7 @@
 . "$(dirname "$0")/lib.sh"
 . "$SCRIPTS/cache.sh"
 . "$SCRIPTS/kernel.sh"
+. "$SCRIPTS/accel.sh"
 
 "$SCRIPTS/setup.sh"
 kernel_select
@@ -29,24 +30,6 @@ boot_files() {
 		mv -T "$VM_RUN/boot" "$VM_BOOT" 2>/dev/null || [ -d "$VM_BOOT" ]
 	fi
 	touch "$VM_BOOT"
-}
-
-# accel: set VM_ACCEL to KVM only where a boot with it was seen to succeed on this machine.
-accel() {
-	local seen
-	[ -z "${VM_ACCEL:-}" ] || return 0
-	VM_ACCEL=tcg,thread=multi
-	[ -w /dev/kvm ] || return 0
-	seen=$CACHE/kvm-$({ uname -r && cat /etc/machine-id && grep -m1 'model name' /proc/cpuinfo; } 2>/dev/null | short_hash)
-	if [ ! -s "$seen" ]; then
-		if VM_ACCEL=kvm RUN=true SHARE='' TIMEOUT=15 VM_LOG=$VM_RUN/kvm.log QEMU_ARGS='' KERNEL_ARGS='' \
-			"$SCRIPTS/vm.sh" >/dev/null 2>&1; then
-			say kvm >"$seen"
-		else
-			say "$VM_ACCEL" >"$seen"
-		fi
-	fi
-	VM_ACCEL=$(cat "$seen")
 }
 
 # guest_env: what the guest's first script reads.

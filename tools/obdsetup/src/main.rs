@@ -13,6 +13,7 @@ mod cmd;
 mod config;
 mod dm;
 mod exit;
+mod generator;
 mod image_layer;
 mod interrupt;
 mod json;
@@ -25,10 +26,13 @@ mod oci;
 mod output;
 mod raw_out;
 mod size;
+mod tab;
 mod tool;
 mod usage;
 
+use std::ffi::OsString;
 use std::io::{self, Write};
+use std::path::Path;
 use std::process::ExitCode;
 
 use clap::{CommandFactory, Parser};
@@ -47,6 +51,16 @@ fn command() -> clap::Command {
 }
 
 fn main() -> ExitCode {
+    let args: Vec<OsString> = std::env::args_os().collect();
+    if let [program, args @ ..] = args.as_slice() {
+        if Path::new(program).ends_with(generator::NAME) {
+            let code = match generator::run(args) {
+                true => exit::SUCCESS,
+                false => exit::USAGE,
+            };
+            return ExitCode::from(code);
+        }
+    }
     let cli = match Cli::try_parse() {
         Ok(cli) => cli,
         Err(error) => {

@@ -2,7 +2,10 @@
 
 //! `obdsetup open`.
 
+use std::borrow::Cow;
+
 use anyhow::Result;
+use clap::Parser;
 use overlaybd::{Payload, Stack};
 
 use super::print;
@@ -11,15 +14,16 @@ use crate::dm::control::Line;
 use crate::dm::plan::{self, Lower, Place, TargetOptions};
 use crate::dm::{self, Control, Plan};
 use crate::exit::{self, Failure};
-use crate::interrupt;
 use crate::layers::{chain_warnings, expand, open_stack, warn, LayerArg};
+use crate::{interrupt, tab};
 
 /// Arguments of `open`.
-#[derive(clap::Args)]
+#[derive(Clone, clap::Args)]
 #[command(after_help = "Examples:
   obdsetup open app base.obd app.obd && mount -o ro /dev/mapper/app /mnt
   obdsetup open vol /dev/vdb /dev/vdc:758556     blobs on block devices
   obdsetup open app config.v1.json               what containerd set up, if its layers are here
+  obdsetup open app                              what /etc/overlaybdtab has under that name
   obdsetup open --zfile data data.zf             the content of a plain ZFile
 
 Files get read-only loop devices, which vanish with the device. If any step fails, what was set up
@@ -37,11 +41,11 @@ pub(crate) struct Args {
 }
 
 /// What is to be set up.
-#[derive(clap::Args)]
+#[derive(Clone, clap::Args)]
 pub(crate) struct LayersArgs {
     /// Layers, lowest first: files or block devices; DEVICE:BYTES where the blob is shorter; or a
-    /// config.v1.json that lists them
-    #[arg(required = true, value_name = "LAYER")]
+    /// config.v1.json that lists them. Without, /etc/overlaybdtab has them, and options
+    #[arg(value_name = "LAYER")]
     layers: Vec<LayerArg>,
 
     /// The one LAYER is a ZFile, and its content is the disk
@@ -81,9 +85,51 @@ impl Opened {
     }
 }
 
+/// The arguments alone, as a line of the table gives them.
+#[derive(Parser)]
+#[command(disable_help_flag = true)]
+struct TabLine {
+    #[command(flatten)]
+    args: Args,
+}
+
+impl Args {
+    /// These arguments, or, where no layer is among them, with what the table has for this name.
+    fn or_tab(&self) -> Result<Cow<'_, Self>> {
+        if !self.layers.layers.is_empty() {
+            return Ok(Cow::Borrowed(self));
+        }
+        let path = tab::path();
+        let line = tab::find(&path, &self.name)?.arguments();
+        let TabLine { mut args } = TabLine::try_parse_from(line).map_err(|error| {
+            // The first line says it; what follows is on the usage of a command line.
+            let text = error.to_string();
+            let text = text.lines().next().unwrap_or_default();
+            let text = text.trim_start_matches("error: ");
+            Failure::usage(format!("{}: `{}': {text}", path.display(), self.name))
+        })?;
+        let mine = &self.layers;
+        args.buffered |= self.buffered;
+        args.layers.zfile |= mine.zfile;
+        args.layers.lsmt_opt.extend(mine.lsmt_opt.iter().cloned());
+        args.layers.zfile_opt.extend(mine.zfile_opt.iter().cloned());
+        Ok(Cow::Owned(args))
+    }
+}
+
 impl LayersArgs {
+    /// [`Args::or_tab`] for a command that has no other arguments.
+    pub(crate) fn plan_or_tab(&self, name: &str) -> Result<Planned> {
+        let args = Args {
+            name: name.to_owned(),
+            buffered: false,
+            layers: self.clone(),
+        };
+        args.or_tab()?.layers.plan(name)
+    }
+
     /// Opens and checks the layers, and plans the devices.
-    pub(crate) fn plan(&self, name: &str) -> Result<Planned> {
+    fn plan(&self, name: &str) -> Result<Planned> {
         plan::check_name(name)?;
         let layers = match self.zfile {
             true => self.layers.clone(),
@@ -134,6 +180,7 @@ impl LayersArgs {
 
 /// Runs `open`.
 pub(crate) fn run(args: &Args) -> Result<()> {
+    let args = args.or_tab()?;
     let Planned {
         layers: named,
         opened,

@@ -16,6 +16,7 @@ use crate::layers::LayerArg;
 #[derive(clap::Args)]
 #[command(after_help = "Examples:
   obdsetup table base.obd app.obd
+  obdsetup table --name app                              what /etc/overlaybdtab has under that name
   obdsetup table --name vol --concise /dev/vdb:758556     for dmsetup create --concise
 
 Prints `DEVICE: LINE` for each device, lowest first, as `dmsetup table` does. Needs neither root nor
@@ -48,7 +49,7 @@ struct Device {
 
 /// Runs `table`.
 pub(crate) fn run(args: &Args) -> Result<()> {
-    let planned = args.layers.plan(&args.name)?;
+    let planned = args.layers.plan_or_tab(&args.name)?;
     let (layers, plan) = (&planned.layers, &planned.plan);
     let words = layers.iter().map(word).collect::<Result<Vec<_>>>()?;
     let resolve = |lower: Lower| match lower {

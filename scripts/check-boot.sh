@@ -1,0 +1,181 @@
+#!/bin/bash
+# SPDX-License-Identifier: GPL-2.0
+# Test what sets images up at boot: check-boot.sh. A Debian 13 made of two layers boots under systemd, with Debian's kernel,
+# with initramfs-tools and an overlayfs on top, and with dracut and a dm-snapshot on top. The last line sums it all up.
+. "$(dirname "$0")/lib.sh"
+. "$SCRIPTS/cache.sh"
+. "$SCRIPTS/kernel.sh"
+. "$SCRIPTS/accel.sh"
+
+WORK=$BUILD/boot
+HERE=/usr/share/boot-test
+
+# build_debian DIR: a minimal Debian with systemd and with both that make an initramfs. Mirror and settings are those of
+# the tool-chain root.
+build_debian() {
+	local dir=$1 mirror
+	mirror=$(sed -n "s/^deb \([^ ]*\) $SUITE main\$/\1/p" "$ROOT/etc/apt/sources.list")
+	"${SUDO[@]}" setpriv --pdeathsig KILL unshare --mount --pid --fork --kill-child --mount-proc \
+		mmdebstrap --mode=root --variant=minbase --format=directory \
+		--aptopt='APT::Install-Recommends "false"' \
+		--aptopt="$ROOT/etc/apt/apt.conf.d/99mmdebstrap" \
+		--dpkgopt='path-exclude=/usr/share/doc/*' \
+		--dpkgopt='path-exclude=/usr/share/locale/*' \
+		--dpkgopt='path-exclude=/usr/share/man/*' \
+		--keyring=/usr/share/keyrings/debian-archive-keyring.gpg \
+		--include=systemd-sysv,udev,dmsetup,e2fsprogs,fdisk,kmod,zstd,initramfs-tools,dracut-core,cpio \
+		"$SUITE" "$dir" \
+		"deb $mirror $SUITE main" \
+		"deb $mirror $SUITE-updates main"
+}
+
+# make_debian: set DEBIAN to the cached root.
+debian_name() { DEBIAN=boot-$({ declare -f build_debian && say "$ROOT"; } | short_hash); }
+make_debian() {
+	if [ ! -d "$CACHE/$DEBIAN" ] && cache_begin "$DEBIAN"; then
+		build_debian "$TMP"
+		cache_commit "$DEBIAN"
+	fi
+	cache_used "$DEBIAN"
+}
+
+# stage: what layer 2 has: the module, obdsetup and all that goes with it, and the test.
+stage() {
+	local stage=$WORK/srv/stage
+	"${SUDO[@]}" rm -rf "$WORK"
+	mkdir -p "$WORK/srv/data" "$stage/etc" "$stage/data"/{files,on-part} "$stage$HERE"
+	DESTDIR=$stage PREFIX=/usr "$SCRIPTS/install.sh" tools
+	rm -rf "$stage/usr/share/man"
+	install -D -m 644 -t "$stage/usr/lib/modules/$K_RELEASE/updates" "$BUILD/$K_RELEASE/dm_overlaybd.ko"
+
+	cp -r "$CLONE/Documentation" "$WORK/srv/data/docs"
+	"$SCRIPTS/in-root.sh" "$BUILD/cargo/release/obdsetup" create --directory "$WORK/srv/data" --fs ext4 --size 32m --tar \
+		"$WORK/srv/data.obd"
+	cp "$WORK/srv/data.obd" "$stage$HERE/"
+	(cd "$WORK/srv/data" && find . -type f -exec sha256sum {} +) >"$stage$HERE/data.sums"
+	cat >"$stage/etc/overlaybdtab" <<-END
+		# name	layers	options
+		system	/dev/disk/by-partlabel/base,/dev/disk/by-partlabel/app	x-initrd.attach
+		files	$HERE/data.obd	zfile-opt=cache_blocks\\04016
+		on-part	/dev/disk/by-partlabel/data	noauto
+	END
+	cat >"$stage/etc/fstab" <<-END
+		/dev/mapper/files	/data/files	ext4	ro	0	0
+		/dev/mapper/on-part	/data/on-part	ext4	ro	0	0
+	END
+	install -m 755 "$CLONE/tests/boot/guest.sh" "$stage$HERE/"
+	echo upper >"$stage/etc/boot-test-layer"
+	echo 0123456789abcdef0123456789abcdef >"$stage/etc/machine-id"
+	mkdir -p "$stage/etc/systemd/system/multi-user.target.wants"
+	cat >"$stage/etc/systemd/system/boot-test.service" <<-END
+		[Unit]
+		After=multi-user.target
+		[Service]
+		Type=oneshot
+		ExecStart=$HERE/guest.sh
+	END
+	ln -s ../boot-test.service "$stage/etc/systemd/system/multi-user.target.wants/"
+
+	# Of a part of the files, since an emulated CPU takes long; not of those that layer 2 has anew.
+	(cd "$CACHE/$DEBIAN" && find usr/bin usr/sbin etc -type f -perm -004) | while read -r file; do
+		[ -e "$stage/$file" ] || printf '%s\0' "$file"
+	done | (cd "$CACHE/$DEBIAN" && xargs -0 sha256sum) | sed 's,  ,  /,' >"$stage$HERE/root.sums"
+}
+
+# build: the layers, the disk, the initramfs of both.
+build() {
+	stage
+	"${SUDO[@]}" setpriv --pdeathsig KILL unshare --mount --propagation private --pid --fork --kill-child \
+		"$0" --in-debian "$(realpath "$CACHE/$DEBIAN")" "$WORK" "$K_DIR" "$K_RELEASE" "$CLONE" "$(id -u):$(id -g)"
+}
+
+# in_debian: second half of build, as root in name spaces of its own.
+in_debian() {
+	local debian=$1 work=$2 kernel=$3 release=$4 clone=$5 user=$6 tree=$2/tree
+	cp -a --reflink=auto "$debian" "$tree"
+	cp -a --reflink=auto "$kernel/lib/modules" "$tree/usr/lib/"
+	cp -a --no-preserve=ownership "$work/srv/stage/." "$tree/"
+	mount --bind "$debian" "$tree/mnt"
+	mount --bind "$work/srv" "$tree/srv"
+	mount --rbind /dev "$tree/dev"
+	mount -t proc proc "$tree/proc"
+	mount -t tmpfs tmpfs "$tree/tmp"
+	install -m 755 "$clone/tests/boot/build.sh" "$tree/tmp/"
+	chroot "$tree" env -i PATH=/usr/sbin:/usr/bin LANG=C.UTF-8 /tmp/build.sh "$release"
+	chown -R "$user" "$work/srv"
+}
+
+# boot TITLE INITRD ARGS: boot the disk; the guest's own words are the result.
+boot() {
+	local dir=$WORK/$2
+	mkdir -p "$dir"
+	VM_RUN=$dir accel
+	# Writes are forgotten.
+	timeout "${TIMEOUT:-600}" "$SCRIPTS/in-root.sh" -k "$K_DIR" qemu-system-x86_64 -machine pc -accel "$VM_ACCEL" -cpu max,la57=off \
+		-smp "${QEMU_SMP:-2}" -m "${QEMU_MEM:-1024}" -nodefaults -no-reboot -display none \
+		-drive "file=$WORK/srv/disk.img,if=virtio,format=raw,snapshot=on" \
+		-kernel /kernel/vmlinuz -initrd "$WORK/srv/initrd.$2" \
+		-append "console=ttyS0 panic=-1 oops=panic mitigations=off no_timer_check audit=0 lsm=capability cryptomgr.notests $3" \
+		-serial "file:$dir/console" -serial "file:$dir/result"
+	tr -d '\r' <"$dir/result"
+	tr -d '\r' <"$dir/console" >"$LOGS/console-boot-$2.log"
+	if ! grep -q '^end' "$dir/result"; then
+		say "not ok - the guest did not come to the end of its tests; $LOGS/console-boot-$2.log:"
+		tail -n 30 "$LOGS/console-boot-$2.log" | sed 's/^/# /'
+	fi
+	if grep -q 'reboot: Power down' "$dir/console"; then
+		say "ok - it powers off"
+	else
+		say "not ok - it powers off"
+	fi
+}
+
+boot_overlay() {
+	boot "initramfs-tools" initramfs-tools "boot-test=overlay,root root=/dev/mapper/root ro rd.overlaybdtab=no \
+rd.overlaybd.store=/dev/disk/by-partlabel/store rd.overlaybd=root,base.obd,app.obd rd.overlaybd.overlay=tmpfs"
+}
+
+boot_snapshot() {
+	boot "dracut" dracut "boot-test=snapshot,system root=/dev/mapper/system-rw rw \
+rd.overlaybd.snapshot=system,/dev/disk/by-partlabel/cow"
+}
+
+case ${1:-} in
+--in-debian)
+	in_debian "${@:2}"
+	exit
+	;;
+--*)
+	kernel_select
+	debian_name
+	"${1#--}"
+	exit
+	;;
+'') ;;
+*) die "usage: check-boot.sh" ;;
+esac
+
+passed=0 failed=0
+
+# results TITLE FUNCTION: a step that prints lines "ok" and "not ok", one for each test.
+results() {
+	local status=0 p f
+	step "$1" "$0" "--$2" || status=$?
+	sed -n '/^#/p; /^ok/p; /^not ok/p; s/^/      /' "$STEP_LOG"
+	p=$(grep -c '^ok' "$STEP_LOG") || :
+	f=$(grep -c '^not ok' "$STEP_LOG") || :
+	[ "$f" != 0 ] || { [ "$status" = 0 ] && [ "$p" != 0 ]; } || f=1
+	passed=$((passed + p)) failed=$((failed + f))
+}
+
+export USE_ROOT=1 KDIR='' CARGO='' QUIET=1
+"$SCRIPTS/setup.sh"
+steps 6
+step "module" "$SCRIPTS/build-module.sh"
+step "obdsetup" "$SCRIPTS/build-tools.sh"
+step "Debian $SUITE" "$0" --make_debian
+step "layers, disk, initramfs" "$0" --build
+results "boot: initramfs-tools, overlayfs" boot_overlay
+results "boot: dracut, dm-snapshot" boot_snapshot
+say "$passed passed, $failed failed, 0 skipped"
+[ "$failed" = 0 ]

@@ -1,0 +1,72 @@
+#!/bin/bash
+# SPDX-License-Identifier: GPL-2.0
+# In a Debian root with what is to be tested installed: make the disk and the initramfs of both boots in /srv, where
+# `stage' is what was installed. The root as it was is at /mnt: build.sh RELEASE.
+set -euo pipefail
+
+release=$1
+cd /srv
+
+# debugfs_of DIR: commands that put what is in the directory into an ext4 file system.
+debugfs_of() {
+	local path mode
+	(cd "$1" && find . -mindepth 1 -printf '%P\n' | sort) | while read -r path; do
+		mode=$(stat -c %a "$1/$path")
+		if [ -L "$1/$path" ]; then
+			echo "symlink \"$path\" $(readlink "$1/$path")"
+		elif [ -d "$1/$path" ]; then
+			[ -d "/mnt/$path" ] || echo "mkdir \"$path\""
+		else
+			printf '%s\n' "rm \"$path\"" "write $1/$path \"$path\"" "sif \"$path\" mode 0100$mode"
+		fi
+	done
+}
+
+# Layer 1: the root as it is. Layer 2: what was installed, and a file that tells it from the first. Wrapped in tar, a
+# layer may lie at the start of a partition of any size.
+obdsetup create --tar --directory /mnt --fs ext4 --size 600m base.obd
+obdsetup export --output disk.raw base.obd
+debugfs_of /srv/stage >commands
+debugfs -w -f commands disk.raw >debugfs.log 2>&1
+e2fsck -fn disk.raw
+obdsetup create --tar --base base.obd --image disk.raw app.obd
+rm disk.raw
+
+# What /etc/overlaybdtab of layer 2 names: see install in check-boot.sh.
+mkdir store
+ln base.obd app.obd store/
+mke2fs -q -t ext4 -d store store.img 250m
+truncate -s 64m cow.img
+
+# part NAME FILE: a partition with what is in the file.
+parts=()
+part() {
+	parts+=("$2")
+	echo "size=$(($(stat -c %s "$2") / 1048576 + 1))MiB, name=$1"
+}
+truncate -s 1g disk.img
+{
+	echo "label: gpt"
+	part base base.obd
+	part app app.obd
+	part data data.obd
+	part store store.img
+	part cow cow.img
+} >parts
+# Not in a pipe: part sets a variable.
+sfdisk --quiet disk.img <parts
+nth=0
+sfdisk --dump disk.img | sed -n 's/.*start= *\([0-9]*\),.*/\1/p' | while read -r start; do
+	dd if="${parts[nth]}" of=disk.img bs=512 seek="$start" conv=notrunc,sparse status=none
+	nth=$((nth + 1))
+done
+
+# Only what this virtual machine needs: an emulated CPU unpacks it.
+depmod "$release"
+echo OVERLAYBD=y >/etc/initramfs-tools/conf.d/overlaybd
+printf 'MODULES=list\nCOMPRESS=zstd\nCOMPRESSLEVEL=1\n' >/etc/initramfs-tools/conf.d/boot-test
+printf '%s\n' virtio_pci virtio_blk >/etc/initramfs-tools/modules
+mkinitramfs -o initrd.initramfs-tools "$release"
+dracut --quiet --no-hostonly --no-hostonly-cmdline --kver "$release" --compress "zstd -1" \
+	--modules "systemd systemd-initrd dracut-systemd base udev-rules rootfs-block fs-lib dm overlaybd" \
+	--drivers "virtio_pci virtio_blk" --filesystems ext4 initrd.dracut

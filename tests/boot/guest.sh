@@ -1,0 +1,98 @@
+#!/bin/bash
+# SPDX-License-Identifier: GPL-2.0
+# In the guest, by boot-test.service, when the system is up: say what is as it should be, and power off. The kernel's
+# command line tells what the root file system lies on: boot-test=TYPE,STACK.
+
+here=/usr/share/boot-test
+IFS=, read -r type stack <<<"$(sed 's/.*boot-test=\([^ ]*\).*/\1/' /proc/cmdline)"
+
+# check TITLE CMD...: one test.
+check() {
+	local title=$1 said
+	shift
+	if said=$("$@" 2>&1); then
+		echo "ok - $title"
+	else
+		sed 's/^/# /' <<<"$said"
+		echo "not ok - $title"
+	fi
+}
+
+# shellcheck disable=SC2317 # check calls it, and those below
+root_is() {
+	local found
+	found=$(findmnt -nro FSTYPE,SOURCE /)
+	echo "found: $found"
+	[ "$found" = "$1" ]
+}
+
+# stack_is NAME TARGETS: the stack has these targets, top first, which have read nothing wrong.
+stack_is() {
+	local found
+	obdsetup status "$1"
+	found=$(obdsetup status --json "$1" | grep -oE '"table": "[0-9]+ [0-9]+ [a-z]+' | sed 's/.* //' | paste -sd' ')
+	echo "found: $found"
+	[ "$found" = "$2" ] && ! obdsetup status --json "$1" | grep '"state": "C"'
+}
+
+takes_writes() {
+	local text
+	text=$(date +%N)
+	echo "$text" >/root/new
+	rm /etc/base-only
+	sync
+	echo 3 >/proc/sys/vm/drop_caches
+	[ "$(cat /root/new)" = "$text" ] && [ ! -e /etc/base-only ]
+}
+
+# entry_is NAME: the unit for the line is active, its device mounted, and the file system has what it should have.
+entry_is() {
+	systemctl status "systemd-overlaybdsetup@$(systemd-escape "$1").service"
+	systemctl is-active "systemd-overlaybdsetup@$(systemd-escape "$1").service" &&
+		[ "$(findmnt -nro SOURCE "/data/$1")" = "/dev/mapper/$1" ] &&
+		(cd "/data/$1" && sha256sum --check --quiet "$here/data.sums")
+}
+
+# goes NAME: with its unit, the device goes, and comes back for who mounts it.
+goes() {
+	local unit
+	unit=systemd-overlaybdsetup@$(systemd-escape "$1").service
+	systemctl stop "data-$(systemd-escape "$1").mount" "$unit" &&
+		[ ! -e "/dev/mapper/$1" ] && ! obdsetup status "$1" &&
+		systemctl start "data-$(systemd-escape "$1").mount" && entry_is "$1"
+}
+
+# initrd_entry_stays: what the initramfs has set up is left alone.
+initrd_entry_stays() {
+	systemctl show -p ActiveState,ConditionResult,Result systemd-overlaybdsetup@system.service
+	[ "$(systemctl show -p ActiveState systemd-overlaybdsetup@system.service)" = ActiveState=inactive ] &&
+		obdsetup status system
+}
+
+none_failed() {
+	systemctl --failed --no-legend --plain
+	[ -z "$(systemctl --failed --no-legend --plain)" ]
+}
+
+no_cycle() { ! journalctl -b --no-pager | grep -iE 'ordering cycle|overlaybdsetup-generator'; }
+
+case $type in
+overlay) root='overlay overlay' ;;
+snapshot) root="ext4 /dev/mapper/$stack-rw" ;;
+esac
+{
+	check "multi-user.target is reached" systemctl is-active multi-user.target
+	check "root file system: $root" root_is "$root"
+	check "its stack has two compressed layers" stack_is "$stack" "lsmt zfile zfile"
+	check "the upper layer is there" grep -x upper /etc/boot-test-layer
+	check "checksums of what the lower layer has" sha256sum --check --quiet "$here/root.sums"
+	check "it takes writes" takes_writes
+	check "overlaybdtab: files on the root file system" entry_is files
+	check "overlaybdtab: device, noauto, pulled in by fstab" entry_is on-part
+	check "a unit stops and starts" goes on-part
+	[ "$type" = overlay ] || check "overlaybdtab: x-initrd.attach" initrd_entry_stays
+	check "no unit failed" none_failed
+	check "no ordering cycle, nothing wrong for the generator" no_cycle
+	echo "end"
+} >/dev/ttyS1
+systemctl poweroff

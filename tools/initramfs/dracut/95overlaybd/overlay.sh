@@ -1,0 +1,6 @@
+#!/bin/sh
+# SPDX-License-Identifier: GPL-2.0
+# Called when the root file system is mounted.
+
+. /usr/lib/overlaybd/initramfs.sh
+overlaybd_overlay "${NEWROOT:?}" || die "overlaybd: no overlay on the root file system"

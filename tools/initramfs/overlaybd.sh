@@ -1,0 +1,126 @@
+# SPDX-License-Identifier: GPL-2.0
+# shellcheck shell=sh
+# A root file system on an OverlayBD image: what the hooks of initramfs-tools and of dracut have in common. The kernel's
+# command line and /etc/overlaybdtab say what to do: see boot.rst. Sourced, in an initramfs that may have little more
+# than a shell, mount, modprobe, dmsetup and obdsetup.
+
+OVERLAYBD_RUN=/run/overlaybd
+
+# overlaybd_try CMD...: run it; say why it fails, but not again each time that it is tried.
+overlaybd_try() {
+	overlaybd_said=$("$@" 2>&1 >/dev/null) && return
+	overlaybd_last=
+	[ ! -e "$OVERLAYBD_RUN/said" ] || read -r overlaybd_last <"$OVERLAYBD_RUN/said" || :
+	[ "$overlaybd_last" = "$overlaybd_said" ] || echo "overlaybd: $overlaybd_said" >&2
+	echo "$overlaybd_said" >"$OVERLAYBD_RUN/said"
+	return 1
+}
+
+# overlaybd_fstype DEVICE: what file system is on it.
+overlaybd_fstype() { blkid -o value -s TYPE "$1"; }
+
+# overlaybd_store DEVICE: mount where layers with relative names are.
+overlaybd_store() {
+	[ ! -d "$OVERLAYBD_RUN/store" ] || return 0
+	[ -b "$1" ] || return
+	modprobe -q loop
+	mkdir "$OVERLAYBD_RUN/store" &&
+		mount -r -t "$(overlaybd_fstype "$1")" "$1" "$OVERLAYBD_RUN/store"
+}
+
+# overlaybd_open NAME[,LAYER...]: set a stack up, if it is not; without layers, that of /etc/overlaybdtab.
+overlaybd_open() {
+	overlaybd_ifs=$IFS
+	IFS=,
+	# shellcheck disable=SC2086 # commas separate
+	set -- $1
+	IFS=$overlaybd_ifs
+	overlaybd_name=$1
+	[ ! -e "/dev/mapper/$overlaybd_name" ] || return 0
+	shift
+	for overlaybd_layer; do
+		shift
+		case $overlaybd_layer in
+		/*) set -- "$@" "$overlaybd_layer" ;;
+		*) set -- "$@" "$OVERLAYBD_RUN/store/$overlaybd_layer" ;;
+		esac
+	done
+	modprobe -qa loop dm_overlaybd
+	overlaybd_try obdsetup open "$overlaybd_name" "$@"
+}
+
+# overlaybd_snapshot NAME,{DEVICE | ram:MIB}: make /dev/mapper/NAME-rw, which keeps changes on the device or in memory.
+overlaybd_snapshot() {
+	overlaybd_name=${1%%,*}
+	[ ! -e "/dev/mapper/$overlaybd_name-rw" ] || return 0
+	[ -e "/dev/mapper/$overlaybd_name" ] || return
+	overlaybd_cow=${1#*,}
+	overlaybd_kind=P
+	case $overlaybd_cow in
+	ram:*)
+		modprobe brd rd_nr=1 rd_size=$((${overlaybd_cow#ram:} * 1024)) || return
+		overlaybd_cow=/dev/ram0 overlaybd_kind=N
+		;;
+	esac
+	[ -b "$overlaybd_cow" ] || return
+	modprobe -q dm_snapshot
+	# Of the one line "0 SECTORS lsmt ...".
+	overlaybd_sectors=$(dmsetup table "$overlaybd_name") || return
+	overlaybd_sectors=${overlaybd_sectors#0 }
+	overlaybd_try dmsetup create "$overlaybd_name-rw" --uuid "OVERLAYBD-SNAPSHOT-$overlaybd_name" --table \
+		"0 ${overlaybd_sectors%% *} snapshot /dev/mapper/$overlaybd_name $overlaybd_cow $overlaybd_kind 8"
+}
+
+# overlaybd_attach: set up what there is to set up, of which some may lack devices that come later. To be tried again
+# until the root device is there.
+overlaybd_attach() {
+	[ -d "$OVERLAYBD_RUN" ] || mkdir "$OVERLAYBD_RUN"
+	overlaybd_tab=1
+	read -r overlaybd_words </proc/cmdline
+	for overlaybd_word in $overlaybd_words; do
+		case $overlaybd_word in
+		rd.overlaybdtab=no | rd.overlaybdtab=0) overlaybd_tab= ;;
+		rd.overlaybd.store=*) overlaybd_store "${overlaybd_word#*=}" ;;
+		esac
+	done
+	for overlaybd_word in $overlaybd_words; do
+		case $overlaybd_word in
+		rd.overlaybd=*) overlaybd_open "${overlaybd_word#*=}" ;;
+		esac
+	done
+	if [ -n "$overlaybd_tab" ] && [ -e /etc/overlaybdtab ]; then
+		while read -r overlaybd_word overlaybd_rest; do
+			case $overlaybd_word in
+			'' | '#'*) ;;
+			*) overlaybd_open "$overlaybd_word" ;;
+			esac
+		done </etc/overlaybdtab
+	fi
+	for overlaybd_word in $overlaybd_words; do
+		case $overlaybd_word in
+		rd.overlaybd.snapshot=*) overlaybd_snapshot "${overlaybd_word#*=}" ;;
+		esac
+	done
+}
+
+# overlaybd_overlay DIR: if that is wanted, mount an overlayfs over the root file system at DIR, for what is written.
+overlaybd_overlay() {
+	overlaybd_upper=
+	read -r overlaybd_words </proc/cmdline
+	for overlaybd_word in $overlaybd_words; do
+		case $overlaybd_word in
+		rd.overlaybd.overlay=*) overlaybd_upper=${overlaybd_word#*=} ;;
+		esac
+	done
+	[ -n "$overlaybd_upper" ] || return 0
+	modprobe -q overlay
+	mkdir -p "$OVERLAYBD_RUN/lower" "$OVERLAYBD_RUN/rw"
+	case $overlaybd_upper in
+	tmpfs) mount -t tmpfs -o mode=0755 tmpfs "$OVERLAYBD_RUN/rw" ;;
+	*) mount -t "$(overlaybd_fstype "$overlaybd_upper")" "$overlaybd_upper" "$OVERLAYBD_RUN/rw" ;;
+	esac &&
+		mkdir -p "$OVERLAYBD_RUN/rw/upper" "$OVERLAYBD_RUN/rw/work" &&
+		mount -o bind "$1" "$OVERLAYBD_RUN/lower" &&
+		mount -t overlay -o "lowerdir=$OVERLAYBD_RUN/lower,upperdir=$OVERLAYBD_RUN/rw/upper,workdir=$OVERLAYBD_RUN/rw/work" \
+			overlay "$1"
+}
