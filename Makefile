@@ -12,7 +12,7 @@ S := scripts
 export KDIR KERNEL MIRROR V DESTDIR PREFIX RUN SHARE TIMEOUT CARGO MINUTES
 export QEMU_MEM QEMU_SMP QEMU_ARGS KERNEL_ARGS OBD_GOLDENS RECORD VM COMPARE PARTS
 
-.PHONY: all module tools setup demo check check-system check-forky check-debug check-kcsan soak lint fuzz bench vm install deb check-deb clean help
+.PHONY: all module tools setup demo check check-system check-boot check-forky check-debug check-kcsan soak lint fuzz bench vm install deb check-deb clean help
 
 all: module
 
@@ -34,6 +34,10 @@ check:
 # Tests of what an administrator puts together: tests/system.
 check-system:
 	@$S/check.sh system
+
+# A Debian whose root file system is an image boots, under systemd.
+check-boot:
+	@$S/check-boot.sh
 
 # The tests of check with the kernel of Debian forky.
 check-forky:

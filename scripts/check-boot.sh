@@ -111,7 +111,7 @@ boot() {
 	mkdir -p "$dir"
 	VM_RUN=$dir accel
 	# Writes are forgotten.
-	timeout "${TIMEOUT:-600}" "$SCRIPTS/in-root.sh" -k "$K_DIR" qemu-system-x86_64 -machine pc -accel "$VM_ACCEL" -cpu max,la57=off \
+	timeout "${TIMEOUT:-480}" "$SCRIPTS/in-root.sh" -k "$K_DIR" qemu-system-x86_64 -machine pc -accel "$VM_ACCEL" -cpu max,la57=off \
 		-smp "${QEMU_SMP:-2}" -m "${QEMU_MEM:-1024}" -nodefaults -no-reboot -display none \
 		-drive "file=$WORK/srv/disk.img,if=virtio,format=raw,snapshot=on" \
 		-kernel /kernel/vmlinuz -initrd "$WORK/srv/initrd.$2" \
@@ -137,7 +137,8 @@ rd.overlaybd.store=/dev/disk/by-partlabel/store rd.overlaybd=root,base.obd,app.o
 
 boot_snapshot() {
 	boot "dracut" dracut "boot-test=snapshot,system root=/dev/mapper/system-rw rw \
-rd.overlaybd.snapshot=system,/dev/disk/by-partlabel/cow"
+rd.overlaybd.snapshot=system,/dev/disk/by-partlabel/cow \
+rd.overlaybd=extra,/dev/disk/by-partlabel/data rd.overlaybd.snapshot=extra,ram:16"
 }
 
 case ${1:-} in

@@ -13,7 +13,7 @@ check() {
 	if said=$("$@" 2>&1); then
 		echo "ok - $title"
 	else
-		sed 's/^/# /' <<<"$said"
+		echo "# ${said//$'\n'/$'\n'# }"
 		echo "not ok - $title"
 	fi
 }
@@ -69,6 +69,29 @@ initrd_entry_stays() {
 		obdsetup status system
 }
 
+# ram_snapshot: what rd.overlaybd.snapshot=extra,ram:16 has made takes writes.
+ram_snapshot() {
+	mkdir /run/extra && mount /dev/mapper/extra-rw /run/extra && stack_is extra "lsmt zfile" &&
+		echo new >/run/extra/new && umount /run/extra &&
+		dmsetup status extra-rw && [[ $(dmsetup table extra-rw) == *" snapshot "*" N 8" ]]
+}
+
+# overlay_on_device: rd.overlaybd.overlay=DEVICE, of which one boot can have no second; here not in the initramfs.
+overlay_on_device() (
+	# shellcheck source=tools/initramfs/overlaybd.sh
+	. /usr/lib/overlaybd/initramfs.sh
+	OVERLAYBD_RUN=/run/overlay-test
+	cow=/dev/disk/by-partlabel/cow
+	mkfs.ext4 -q "$cow" && echo "ro rd.overlaybd.overlay=$cow" >/run/cmdline || exit
+	mount --bind /run/cmdline /proc/cmdline
+	overlaybd_overlay /data/files
+	status=$?
+	umount /proc/cmdline
+	[ "$status" = 0 ] && echo new >/data/files/new && [ -s "$OVERLAYBD_RUN/rw/upper/new" ] &&
+		[ "$(findmnt -nro SOURCE "$OVERLAYBD_RUN/rw")" = "$(realpath "$cow")" ] &&
+		umount /data/files "$OVERLAYBD_RUN/rw" "$OVERLAYBD_RUN/lower"
+)
+
 none_failed() {
 	systemctl --failed --no-legend --plain
 	[ -z "$(systemctl --failed --no-legend --plain)" ]
@@ -90,7 +113,13 @@ esac
 	check "overlaybdtab: files on the root file system" entry_is files
 	check "overlaybdtab: device, noauto, pulled in by fstab" entry_is on-part
 	check "a unit stops and starts" goes on-part
-	[ "$type" = overlay ] || check "overlaybdtab: x-initrd.attach" initrd_entry_stays
+	case $type in
+	overlay) check "an overlayfs on a device" overlay_on_device ;;
+	snapshot)
+		check "overlaybdtab: x-initrd.attach" initrd_entry_stays
+		check "a dm-snapshot in memory" ram_snapshot
+		;;
+	esac
 	check "no unit failed" none_failed
 	check "no ordering cycle, nothing wrong for the generator" no_cycle
 	echo "end"

@@ -89,7 +89,7 @@ overlaybd_attach() {
 		esac
 	done
 	if [ -n "$overlaybd_tab" ] && [ -e /etc/overlaybdtab ]; then
-		while read -r overlaybd_word overlaybd_rest; do
+		while read -r overlaybd_word _; do
 			case $overlaybd_word in
 			'' | '#'*) ;;
 			*) overlaybd_open "$overlaybd_word" ;;

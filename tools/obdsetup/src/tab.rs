@@ -14,7 +14,7 @@ use crate::exit::Failure;
 /// Where it is.
 const PATH: &str = "/etc/overlaybdtab";
 /// What tells another place.
-const VARIABLE: &str = "OVERLAYBDTAB";
+pub(crate) const VARIABLE: &str = "OVERLAYBDTAB";
 
 /// A line.
 #[derive(Debug, Default, PartialEq, Eq)]
@@ -44,12 +44,13 @@ pub(crate) fn read(path: &Path) -> Result<Vec<Result<Entry>>> {
         }
     };
     let lines = text.split(|&byte| byte == b'\n').zip(1..);
-    let entries = lines.filter_map(|(line, number)| {
-        let entry = Entry::parse(line).transpose()?;
-        Some(entry.map_err(|what| {
-            Failure::usage(format!("{}: line {number}: {what:#}", path.display()))
-        }))
-    });
+    let entries =
+        lines.filter_map(|(line, number)| {
+            let entry = Entry::parse(line).transpose()?;
+            Some(entry.map_err(|what| {
+                Failure::usage(format!("{}: line {number}: {what:#}", path.display()))
+            }))
+        });
     Ok(entries.collect())
 }
 

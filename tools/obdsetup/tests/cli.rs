@@ -1364,3 +1364,82 @@ fn stop(child: &mut Child, signal: Signal) -> Option<i32> {
     let _ = child.kill();
     child.wait().unwrap().code()
 }
+
+#[test]
+fn overlaybdtab() {
+    let place = Place::new();
+    place.write("disk.raw", &image());
+    place
+        .run("create --image disk.raw --algorithm none base.obd")
+        .success();
+    place.run("create --image disk.raw app.obd").success();
+    let at = |name: &str| place.path(name).display().to_string();
+    let table = format!(
+        "# name layers options\n\none {base} zfile\ntwo {base},{app} nofail,x-mine,buffered,zfile-opt=cache_blocks\\0409\nwrong {base} fast\nhalf\n",
+        base = at("base.obd"),
+        app = at("app.obd"),
+    );
+    place.write("tab", table.as_bytes());
+    let run = |line: &str| {
+        Command::cargo_bin("obdsetup")
+            .unwrap()
+            .env("OVERLAYBDTAB", place.path("tab"))
+            .args(line.split_whitespace())
+            .assert()
+    };
+    let by_hand = format!(
+        "--name two {} {} --zfile-opt cache_blocks --zfile-opt 9",
+        at("base.obd"),
+        at("app.obd")
+    );
+    let by_hand = run(&format!("table {by_hand}")).success();
+    let by_hand = String::from_utf8_lossy(&by_hand.get_output().stdout).into_owned();
+    assert!(by_hand.contains("two-zfile1"), "{by_hand}");
+    run("table --name two").success().stdout(by_hand);
+    run("table --name one")
+        .code(3)
+        .stderr(contains("base.obd: not a ZFile"));
+    run("open wrong")
+        .code(1)
+        .stderr(contains("`wrong': unexpected argument '--fast'"));
+    run("open half")
+        .code(1)
+        .stderr(contains("tab: line 6: found 1 fields"));
+    place.write("tab", b"");
+    run("open none")
+        .code(1)
+        .stderr(contains("no LAYER given, and").and(contains("has no `none'")));
+}
+
+#[test]
+fn generator() {
+    let place = Place::new();
+    let name = "systemd-overlaybdsetup-generator";
+    std::os::unix::fs::symlink(assert_cmd::cargo::cargo_bin("obdsetup"), place.path(name)).unwrap();
+    fs::create_dir(place.path("units")).unwrap();
+    place.write("tab", b"app /dev/vg/app\nwrong\n");
+    let run = |tab: &str| {
+        Command::new(place.path(name))
+            .env("OVERLAYBDTAB", place.path(tab))
+            .args(["units", "early", "late"])
+            .current_dir(place.path(""))
+            .assert()
+    };
+    run("none").success().stdout("").stderr("");
+    assert!(names(&place.path("units")).is_empty());
+    run("tab")
+        .code(1)
+        .stderr(contains("tab: line 2: found 1 fields"));
+    let unit = "systemd-overlaybdsetup@app.service";
+    assert_eq!(
+        names(&place.path("units")),
+        [
+            "dev-mapper-app.device.requires",
+            "overlaybdsetup.target.requires",
+            unit
+        ]
+    );
+    let text = fs::read_to_string(place.path("units").join(unit)).unwrap();
+    let program = fs::canonicalize(assert_cmd::cargo::cargo_bin("obdsetup")).unwrap();
+    assert!(text.contains(&format!("ExecStart=\"{}\" open app\n", program.display())));
+}

@@ -3,6 +3,7 @@
 # For dracut(8): what sets up a root file system on an OverlayBD image. Only where it is wanted: a line of
 # /etc/overlaybdtab has x-initrd.attach, or with `dracut --add overlaybd`.
 
+# shellcheck source=tools/initramfs/hook-files.sh
 . /usr/lib/overlaybd/hook-files.sh
 
 check() {
@@ -25,6 +26,7 @@ installkernel() {
 # shellcheck disable=SC2154 # variables are dracut's
 install() {
 	local program file
+	dracut_need_initqueue
 	inst_multiple blkid
 	for program in $(overlaybd_programs); do
 		inst_binary "$program" "/usr/sbin/${program##*/}"
