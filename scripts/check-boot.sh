@@ -111,11 +111,12 @@ boot() {
 	mkdir -p "$dir"
 	VM_RUN=$dir accel
 	# Writes are forgotten.
-	timeout "${TIMEOUT:-480}" "$SCRIPTS/in-root.sh" -k "$K_DIR" qemu-system-x86_64 -machine pc -accel "$VM_ACCEL" -cpu max,la57=off \
+	timeout "${TIMEOUT:-580}" "$SCRIPTS/in-root.sh" -k "$K_DIR" qemu-system-x86_64 -machine pc -accel "$VM_ACCEL" -cpu max,la57=off \
 		-smp "${QEMU_SMP:-2}" -m "${QEMU_MEM:-1024}" -nodefaults -no-reboot -display none \
 		-drive "file=$WORK/srv/disk.img,if=virtio,format=raw,snapshot=on" \
 		-kernel /kernel/vmlinuz -initrd "$WORK/srv/initrd.$2" \
-		-append "console=ttyS0 panic=-1 oops=panic mitigations=off no_timer_check audit=0 lsm=capability cryptomgr.notests $3" \
+		-append "console=ttyS0 panic=-1 oops=panic mitigations=off no_timer_check audit=0 lsm=capability cryptomgr.notests \
+systemd.default_device_timeout_sec=400 systemd.default_timeout_start_sec=400 $3" \
 		-serial "file:$dir/console" -serial "file:$dir/result"
 	tr -d '\r' <"$dir/result"
 	tr -d '\r' <"$dir/console" >"$LOGS/console-boot-$2.log"

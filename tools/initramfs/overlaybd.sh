@@ -2,16 +2,14 @@
 # shellcheck shell=sh
 # A root file system on an OverlayBD image: what the hooks of initramfs-tools and of dracut have in common. The kernel's
 # command line and /etc/overlaybdtab say what to do: see boot.rst. Sourced, in an initramfs that may have little more
-# than a shell, mount, modprobe, dmsetup and obdsetup.
+# than a shell, cat, mkdir, mount, blkid, modprobe, dmsetup and obdsetup.
 
 OVERLAYBD_RUN=/run/overlaybd
 
 # overlaybd_try CMD...: run it; say why it fails, but not again each time that it is tried.
 overlaybd_try() {
 	overlaybd_said=$("$@" 2>&1 >/dev/null) && return
-	overlaybd_last=
-	[ ! -e "$OVERLAYBD_RUN/said" ] || read -r overlaybd_last <"$OVERLAYBD_RUN/said" || :
-	[ "$overlaybd_last" = "$overlaybd_said" ] || echo "overlaybd: $overlaybd_said" >&2
+	[ "$(cat "$OVERLAYBD_RUN/said" 2>/dev/null)" = "$overlaybd_said" ] || echo "overlaybd: $overlaybd_said" >&2
 	echo "$overlaybd_said" >"$OVERLAYBD_RUN/said"
 	return 1
 }
@@ -21,11 +19,11 @@ overlaybd_fstype() { blkid -o value -s TYPE "$1"; }
 
 # overlaybd_store DEVICE: mount where layers with relative names are.
 overlaybd_store() {
-	[ ! -d "$OVERLAYBD_RUN/store" ] || return 0
+	[ ! -e "$OVERLAYBD_RUN/store-mounted" ] || return 0
 	[ -b "$1" ] || return
-	modprobe -q loop
-	mkdir "$OVERLAYBD_RUN/store" &&
-		mount -r -t "$(overlaybd_fstype "$1")" "$1" "$OVERLAYBD_RUN/store"
+	mkdir -p "$OVERLAYBD_RUN/store"
+	overlaybd_try mount -r -t "$(overlaybd_fstype "$1")" "$1" "$OVERLAYBD_RUN/store" &&
+		: >"$OVERLAYBD_RUN/store-mounted"
 }
 
 # overlaybd_open NAME[,LAYER...]: set a stack up, if it is not; without layers, that of /etc/overlaybdtab.
