@@ -163,7 +163,7 @@ passed=0 failed=0
 results() {
 	local status=0 p f
 	step "$1" "$0" "--$2" || status=$?
-	sed -n '/^#/p; /^ok/p; /^not ok/p; s/^/      /' "$STEP_LOG"
+	sed -n '/^\(#\|ok\|not ok\)/s/^/      /p' "$STEP_LOG"
 	p=$(grep -c '^ok' "$STEP_LOG") || :
 	f=$(grep -c '^not ok' "$STEP_LOG") || :
 	[ "$f" != 0 ] || { [ "$status" = 0 ] && [ "$p" != 0 ]; } || f=1
