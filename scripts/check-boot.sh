@@ -30,7 +30,7 @@ build_debian() {
 }
 
 # make_debian: set DEBIAN to the cached root.
-debian_name() { DEBIAN=boot-$({ declare -f build_debian && say "$ROOT"; } | short_hash); }
+debian_name() { DEBIAN=boot-$(declare -f build_debian | short_hash); }
 make_debian() {
 	if [ ! -d "$CACHE/$DEBIAN" ] && cache_begin "$DEBIAN"; then
 		build_debian "$TMP"

@@ -376,7 +376,8 @@ ExecStop="/usr/sbin/obdsetup" close my-app
 
     /// A field of the table that means `bytes`.
     fn field(bytes: &[u8]) -> String {
-        bytes.iter().map(|byte| format!("\\{byte:03o}")).collect()
+        let codes: Vec<String> = bytes.iter().map(|byte| format!("\\{byte:03o}")).collect();
+        codes.concat()
     }
 
     const KEYS: [&str; 17] = [
