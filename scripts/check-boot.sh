@@ -87,6 +87,8 @@ build() {
 	stage
 	"${SUDO[@]}" setpriv --pdeathsig KILL unshare --mount --propagation private --pid --fork --kill-child \
 		"$0" --in-debian "$(realpath "$CACHE/$DEBIAN")" "$WORK" "$K_DIR" "$K_RELEASE" "$CLONE" "$(id -u):$(id -g)"
+	# Root's files; what was mounted there is gone with the name space.
+	"${SUDO[@]}" rm -rf --one-file-system "$WORK/tree"
 }
 
 # in_debian: second half of build, as root in name spaces of its own.
