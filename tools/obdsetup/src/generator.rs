@@ -158,10 +158,7 @@ ExecStop=\"{program}\" close {name}
 
 /// The file or device that a layer is on.
 fn blob(layer: &OsStr) -> PathBuf {
-    match layer.to_str().map(str::parse::<LayerArg>) {
-        Some(Ok(layer)) => layer.path,
-        _ => layer.into(),
-    }
+    LayerArg::from(layer.to_owned()).path
 }
 
 /// A name as units have it within quotes, where a backslash may mean itself or not: it is refused.
