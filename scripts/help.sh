@@ -6,10 +6,11 @@ make                  build the module: build/RELEASE/dm_overlaybd.ko
 make KDIR=DIR         ... for the kernel tree DIR (7.2 or later, with Rust); without KDIR for the running
                       kernel where it has Rust, else for Debian's newest 7.3, which the test VM runs
 make tools            build obdsetup: build/cargo/release/obdsetup
-make install          install module, obdsetup, manual pages and completions, what sets images up at boot (DESTDIR=, PREFIX=/usr/local, KDIR=)
+make install          install module, obdsetup, manual pages, completions, and what sets images up at boot
+                      (DESTDIR=, PREFIX=/usr/local, KDIR=)
 make demo             set everything up and show the module at work in the test VM
 make check            set everything up, then lint, build and run all tests
-make check-system     run the tests of what an administrator puts together: udev, LVM, boot and others
+make check-system     run the tests of what an administrator puts together: udev, LVM and others
 make check-boot       boot a Debian whose root file system is made of layers: initramfs-tools, dracut, systemd
 make check-forky      build the module for the kernel of Debian forky, with the tool chain of forky, and run the VM's tests
 make check-debug      run the VM's tests with a kernel that has KASAN, lockdep, kmemleak and more (made once)
