@@ -5,14 +5,16 @@ cat <<'END'
 make                  build the module: build/RELEASE/dm_overlaybd.ko
 make KDIR=DIR         ... for the kernel tree DIR (7.2 or later, with Rust); without KDIR for the running
                       kernel where it has Rust, else for Debian's newest 7.3, which the test VM runs
-make tools            build obdsetup: build/cargo/release/obdsetup
-make install          install module, obdsetup, manual pages, completions, and what sets images up at boot
+make tools            build obdsetup, for Debian 13 and the test VM: build/cargo/release/obdsetup
+                      (CARGO=cargo: for this machine, with its own Rust; then make install takes that)
+make install          install module, obdsetup, udev rules, manual pages, completions, and what sets images up at boot
                       (DESTDIR=, PREFIX=/usr/local, KDIR=)
+make deb              make Debian packages of both, build/deb/*.deb: the module's source for DKMS, and obdsetup (CARGO=)
 make demo             set everything up and show the module at work in the test VM
-make check            set everything up, then lint, build and run all tests
+make check            set everything up, then lint, build and run the tests, but for those of the next three lines
 make check-system     run the tests of what an administrator puts together: udev, LVM and others
 make check-boot       boot a Debian whose root file system is made of layers: initramfs-tools, dracut, systemd
-make check-forky      build the module for the kernel of Debian forky, with the tool chain of forky, and run the VM's tests
+make check-forky      build the module for Debian forky's kernel, with forky's tool chain, and run the VM's tests
 make check-debug      run the VM's tests with a kernel that has KASAN, lockdep, kmemleak and more (made once)
                       (OBD_FULL=1: all cycles of races)
 make check-kcsan      run those that have several things at once with a kernel that finds data races
@@ -25,7 +27,6 @@ make bench            measure, and compare with goals and with others: in User-M
 make vm               a shell in the test VM, with the module loaded (leave with exit, or Ctrl-a x)
 make vm RUN='CMD'     run one command there; fails as it does ("Error N" has its status, make's own is then 2;
                       RUN='CMD' scripts/vm.sh exits with the status itself: 124 is time out, 125 a dead VM)
-make deb              make Debian packages of both, build/deb/*.deb: the module's source for DKMS, and obdsetup (CARGO=)
 make check-deb        install them in a fresh Debian 13, have DKMS build the module, load it in the VM, purge them
 make setup            only set up the tool chain and the kernel that the above need
 make clean            remove build/
