@@ -3,7 +3,7 @@
 //! Writing a disk as it reads: to a file, perhaps with holes, to a device, to standard output.
 
 use std::fs::File;
-use std::io::{self, Seek, SeekFrom, Write};
+use std::io::{self, IsTerminal, Seek, SeekFrom, Write};
 use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt};
 use std::path::Path;
 
@@ -56,6 +56,10 @@ pub(crate) struct Dest<'a> {
 /// Writes bytes `start` to `end` of `source`.
 pub(crate) fn write(source: &dyn Source, start: u64, end: u64, dest: &Dest<'_>) -> Result<()> {
     if dest.path.as_os_str() == "-" {
+        if io::stdout().is_terminal() && !dest.force {
+            let message = "a disk is not for a terminal: give a file with --output, or use --force";
+            return Err(Failure::usage(message));
+        }
         // Nothing half-made is left there, and a reader that doesn't read would keep us.
         interrupt::end_at_once()?;
         let mut out = Stream(io::stdout().lock());

@@ -1443,3 +1443,25 @@ fn generator() {
     let program = fs::canonicalize(assert_cmd::cargo::cargo_bin("obdsetup")).unwrap();
     assert!(text.contains(&format!("ExecStart=\"{}\" open app\n", program.display())));
 }
+
+#[test]
+fn a_disk_is_not_for_a_terminal() {
+    let place = Place::with_layer();
+    let program = env!("CARGO_BIN_EXE_obdsetup");
+    for command in ["dump layer.obd", "export -o - layer.obd"] {
+        let on_terminal = |options: &str| {
+            let line = format!("{program} {command} {options}");
+            let mut script = Command::new("script");
+            script.current_dir(place.0.path());
+            script.args(["--quiet", "--return", "--command", &line, "/dev/null"]);
+            script.timeout(Duration::from_secs(120)).assert()
+        };
+        on_terminal("")
+            .code(1)
+            .stdout(contains("not for a terminal"));
+        let forced = on_terminal("--force").success();
+        let out = &forced.get_output().stdout;
+        assert!(out.windows(9).any(|part| part == b"some text"));
+        place.run(command).success();
+    }
+}

@@ -14,6 +14,7 @@
 use std::fmt;
 use std::io::ErrorKind;
 use std::os::unix::process::CommandExt;
+use std::path::Path;
 use std::process::{Command, Stdio};
 
 use anyhow::{Context, Result};
@@ -263,8 +264,11 @@ impl Control {
             lines => lines.join("; "),
         };
         if message.contains("reload ioctl") {
-            // A target said no; only there it says why.
-            message.push_str(" (dmesg has the reason)");
+            message.push_str(match Path::new("/sys/module/dm_overlaybd").exists() {
+                // A target said no; only there it says why.
+                true => " (dmesg has the reason)",
+                false => " (the module dm_overlaybd is not there for this kernel)",
+            });
         }
         Err(DmFailure { message }.into())
     }
