@@ -130,7 +130,7 @@ impl WrapArgs {
 #[derive(Args, Debug, Default, PartialEq, Eq)]
 #[command(next_help_heading = "Identity")]
 pub(crate) struct IdentArgs {
-    /// UUID of the layer
+    /// UUID of the layer; without, it has none, and nothing can tell whether it is in its place
     #[arg(long, value_name = "UUID")]
     pub(crate) uuid: Option<Uuid>,
 
