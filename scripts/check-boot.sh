@@ -141,7 +141,7 @@ rd.overlaybd.store=/dev/disk/by-partlabel/store rd.overlaybd=root,base.obd,app.o
 boot_snapshot() {
 	boot "dracut" dracut "boot-test=snapshot,system root=/dev/mapper/system-rw rw \
 rd.overlaybd.snapshot=system,/dev/disk/by-partlabel/cow \
-rd.overlaybd=extra,/dev/disk/by-partlabel/data rd.overlaybd.snapshot=extra,ram:16"
+rd.overlaybd=extra,/dev/disk/by-partlabel/data"
 }
 
 case ${1:-} in

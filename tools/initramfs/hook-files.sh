@@ -28,4 +28,4 @@ overlaybd_files() {
 }
 
 # overlaybd_modules: with the file systems that images are likely to have.
-overlaybd_modules() { echo dm_overlaybd dm_snapshot loop brd overlay ext4 erofs; }
+overlaybd_modules() { echo dm_overlaybd dm_snapshot loop overlay ext4 erofs; }

@@ -6,11 +6,31 @@
 
 OVERLAYBD_RUN=/run/overlaybd
 
-# overlaybd_try CMD...: run it; say why it fails, but not again each time that it is tried.
+# overlaybd_say TEXT: on the console, but not again each time that it is tried; there may be no grep.
+overlaybd_say() {
+	overlaybd_said=$(cat "$OVERLAYBD_RUN/said" 2>/dev/null)
+	case "
+$overlaybd_said
+" in
+	*"
+overlaybd: $1
+"*) return ;;
+	esac
+	echo "overlaybd: $1" >>"$OVERLAYBD_RUN/said"
+	echo "overlaybd: $1" >&2
+}
+
+# overlaybd_try CMD...: run it; say why it fails.
 overlaybd_try() {
-	overlaybd_said=$("$@" 2>&1 >/dev/null) && return
-	[ "$(cat "$OVERLAYBD_RUN/said" 2>/dev/null)" = "$overlaybd_said" ] || echo "overlaybd: $overlaybd_said" >&2
-	echo "$overlaybd_said" >"$OVERLAYBD_RUN/said"
+	overlaybd_error=$("$@" 2>&1 >/dev/null) && return
+	overlaybd_say "$overlaybd_error"
+	return 1
+}
+
+# overlaybd_there DEVICE FOR: whether it is there. It may come later.
+overlaybd_there() {
+	[ ! -b "$1" ] || return 0
+	overlaybd_say "no block device $1, for $2"
 	return 1
 }
 
@@ -20,7 +40,7 @@ overlaybd_fstype() { blkid -o value -s TYPE "$1"; }
 # overlaybd_store DEVICE: mount where layers with relative names are.
 overlaybd_store() {
 	[ ! -e "$OVERLAYBD_RUN/store-mounted" ] || return 0
-	[ -b "$1" ] || return
+	overlaybd_there "$1" rd.overlaybd.store= || return
 	mkdir -p "$OVERLAYBD_RUN/store"
 	overlaybd_try mount -r -t "$(overlaybd_fstype "$1")" "$1" "$OVERLAYBD_RUN/store" &&
 		: >"$OVERLAYBD_RUN/store-mounted"
@@ -47,26 +67,29 @@ overlaybd_open() {
 	overlaybd_try obdsetup open "$overlaybd_name" "$@"
 }
 
-# overlaybd_snapshot NAME,{DEVICE | ram:MIB}: make /dev/mapper/NAME-rw, which keeps changes on the device or in memory.
+# overlaybd_snapshot NAME,DEVICE: make /dev/mapper/NAME-rw, which keeps changes on the device.
 overlaybd_snapshot() {
 	overlaybd_name=${1%%,*}
 	[ ! -e "/dev/mapper/$overlaybd_name-rw" ] || return 0
-	[ -e "/dev/mapper/$overlaybd_name" ] || return
 	overlaybd_cow=${1#*,}
-	overlaybd_kind=P
-	case $overlaybd_cow in
-	ram:*)
-		modprobe brd rd_nr=1 rd_size=$((${overlaybd_cow#ram:} * 1024)) || return
-		overlaybd_cow=/dev/ram0 overlaybd_kind=N
-		;;
-	esac
-	[ -b "$overlaybd_cow" ] || return
+	overlaybd_there "/dev/mapper/$overlaybd_name" "$overlaybd_name-rw" || return
+	overlaybd_there "$overlaybd_cow" "$overlaybd_name-rw" || return
+	# Another snapshot may have it: the kernel lets two write to one device.
+	for overlaybd_holder in /sys/class/block/*/holders/*; do
+		[ -e "$overlaybd_holder" ] || continue
+		overlaybd_block=${overlaybd_holder%/holders/*}
+		# shellcheck disable=SC3013 # all have it: dash, bash, busybox
+		[ ! "/dev/${overlaybd_block##*/}" -ef "$overlaybd_cow" ] || {
+			overlaybd_say "$overlaybd_cow is in use, and not for $overlaybd_name-rw"
+			return 1
+		}
+	done
 	modprobe -q dm_snapshot
 	# Of the one line "0 SECTORS lsmt ...".
 	overlaybd_sectors=$(dmsetup table "$overlaybd_name") || return
 	overlaybd_sectors=${overlaybd_sectors#0 }
 	overlaybd_try dmsetup create "$overlaybd_name-rw" --uuid "OVERLAYBD-SNAPSHOT-$overlaybd_name" --table \
-		"0 ${overlaybd_sectors%% *} snapshot /dev/mapper/$overlaybd_name $overlaybd_cow $overlaybd_kind 8"
+		"0 ${overlaybd_sectors%% *} snapshot /dev/mapper/$overlaybd_name $overlaybd_cow P 8"
 }
 
 # overlaybd_attach: set up what there is to set up, of which some may lack devices that come later. To be tried again
