@@ -119,7 +119,7 @@ boot() {
 		-kernel /kernel/vmlinuz -initrd "$WORK/srv/initrd.$2" \
 		-append "console=ttyS0 panic=-1 oops=panic mitigations=off no_timer_check audit=0 lsm=capability cryptomgr.notests \
 systemd.default_device_timeout_sec=400 systemd.default_timeout_start_sec=400 $3" \
-		-serial "file:$dir/console" -serial "file:$dir/result"
+		-serial "file:$dir/console" -serial "file:$dir/result" || say "# QEMU: status $?"
 	tr -d '\r' <"$dir/result"
 	tr -d '\r' <"$dir/console" >"$LOGS/console-boot-$2.log"
 	if ! grep -q '^end' "$dir/result"; then
@@ -130,6 +130,12 @@ systemd.default_device_timeout_sec=400 systemd.default_timeout_start_sec=400 $3"
 		say "ok - it powers off"
 	else
 		say "not ok - it powers off"
+	fi
+	# Nor what is stopped or unmounted at the end, which the guest cannot see.
+	if grep FAILED "$LOGS/console-boot-$2.log" | sed 's/^/# /' | grep .; then
+		say "not ok - nothing failed, says systemd on the console"
+	else
+		say "ok - nothing failed, says systemd on the console"
 	fi
 }
 

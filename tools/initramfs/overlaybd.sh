@@ -4,7 +4,8 @@
 # command line and /etc/overlaybdtab say what to do: see boot.rst. Sourced, in an initramfs that may have little more
 # than a shell, cat, mkdir, mount, blkid, modprobe, dmsetup and obdsetup.
 
-OVERLAYBD_RUN=/run/overlaybd
+# systemd leaves what is mounted in /run/initramfs alone at shutdown.
+OVERLAYBD_RUN=/run/initramfs/overlaybd
 
 # overlaybd_say TEXT: on the console, but not again each time that it is tried; there may be no grep.
 overlaybd_say() {
@@ -95,7 +96,7 @@ overlaybd_snapshot() {
 # overlaybd_attach: set up what there is to set up, of which some may lack devices that come later. To be tried again
 # until the root device is there.
 overlaybd_attach() {
-	[ -d "$OVERLAYBD_RUN" ] || mkdir "$OVERLAYBD_RUN"
+	mkdir -p "$OVERLAYBD_RUN"
 	overlaybd_tab=1
 	read -r overlaybd_words </proc/cmdline
 	for overlaybd_word in $overlaybd_words; do
