@@ -35,14 +35,12 @@ stack_is() {
 	[ "$found" = "$2" ] && ! obdsetup status --json "$1" | grep '"state": "C"'
 }
 
+# takes_writes: a new file, and one of the lower layer that goes.
 takes_writes() {
-	local text
+	local text file=/etc/issue.net
 	text=$(date +%N)
-	echo "$text" >/root/new
-	rm /etc/base-only
-	sync
-	echo 3 >/proc/sys/vm/drop_caches
-	[ "$(cat /root/new)" = "$text" ] && [ ! -e /etc/base-only ]
+	grep "  $file\$" "$here/root.sums" && [ -e "$file" ] && echo "$text" >/root/new && rm "$file" && sync &&
+		echo 3 >/proc/sys/vm/drop_caches && [ "$(cat /root/new)" = "$text" ] && [ ! -e "$file" ]
 }
 
 # entry_is NAME: the unit for the line is active, its device mounted, and the file system has what it should have.
@@ -64,9 +62,13 @@ goes() {
 
 # initrd_entry_stays: what the initramfs has set up is left alone.
 initrd_entry_stays() {
-	systemctl show -p ActiveState,ConditionResult,Result systemd-overlaybdsetup@system.service
-	[ "$(systemctl show -p ActiveState systemd-overlaybdsetup@system.service)" = ActiveState=inactive ] &&
-		obdsetup status system
+	local state unit=systemd-overlaybdsetup@system.service
+	for state in LoadState=loaded ActiveState=inactive ConditionResult=no; do
+		systemctl show -p "${state%=*}" "$unit"
+		[ "$(systemctl show -p "${state%=*}" "$unit")" = "$state" ] || return
+	done
+	# The condition was looked at.
+	[ "$(systemctl show -P ConditionTimestampMonotonic "$unit")" != 0 ] && obdsetup status system
 }
 
 # cow_is_taken: the device that keeps the root file system's changes takes none of another image; nor is it said twice.
@@ -104,7 +106,10 @@ none_failed() {
 	[ -z "$(systemctl --failed --no-legend --plain)" ]
 }
 
-no_cycle() { ! journalctl -b --no-pager | grep -iE 'ordering cycle|overlaybdsetup-generator'; }
+no_cycle() {
+	[ -n "$(journalctl -b --no-pager -n 1)" ] &&
+		! journalctl -b --no-pager | grep -iE 'ordering cycle|overlaybdsetup-generator'
+}
 
 case $type in
 overlay) root='overlay overlay' ;;
@@ -121,7 +126,11 @@ esac
 	check "overlaybdtab: device, noauto, pulled in by fstab" entry_is on-part
 	check "a unit stops and starts" goes on-part
 	case $type in
-	overlay) check "an overlayfs on a device" overlay_on_device ;;
+	overlay)
+		# What the initramfs had set up, the unit would have left alone.
+		check "rd.overlaybdtab=no" systemctl is-active systemd-overlaybdsetup@system.service
+		check "an overlayfs on a device" overlay_on_device
+		;;
 	snapshot)
 		check "overlaybdtab: x-initrd.attach" initrd_entry_stays
 		check "rd.overlaybd= of a device" stack_is extra "lsmt zfile"
