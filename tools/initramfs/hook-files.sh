@@ -4,19 +4,15 @@
 
 # overlaybd_tab: the lines of /etc/overlaybdtab for the initramfs.
 overlaybd_tab() {
-	[ ! -e /etc/overlaybdtab ] || grep -E '^[^#]*[[:space:],]x-initrd\.attach(,|[[:space:]]|$)' /etc/overlaybdtab
+	[ ! -e /etc/overlaybdtab ] ||
+		LC_ALL=C grep -aE '^[[:space:]]*[^#[:space:]].*[[:space:],]x-initrd\.attach(,|[[:space:]]|$)' /etc/overlaybdtab
 }
 
 overlaybd_wanted() { [ -n "$(overlaybd_tab)" ]; }
 
-# overlaybd_programs: they may be where PATH does not look.
+# overlaybd_programs: obdsetup may be where PATH does not look; the generator is a link to it.
 overlaybd_programs() {
-	for overlaybd_file in /usr/local/sbin/obdsetup /usr/sbin/obdsetup; do
-		[ ! -x "$overlaybd_file" ] || {
-			echo "$overlaybd_file"
-			break
-		}
-	done
+	readlink -f /usr/lib/systemd/system-generators/systemd-overlaybdsetup-generator
 	echo /usr/sbin/dmsetup
 }
 

@@ -8,7 +8,10 @@
 
 check() {
 	# shellcheck disable=SC2046 # words
-	require_binaries $(overlaybd_programs) blkid || return 1
+	require_binaries $(overlaybd_programs) blkid || {
+		! overlaybd_wanted || derror "overlaybd: not all is there of:" $(overlaybd_programs) blkid
+		return 1
+	}
 	overlaybd_wanted || return 255
 }
 
