@@ -13,6 +13,7 @@ use std::path::{Component, Path, PathBuf};
 
 use anyhow::{Context, Result};
 
+use crate::cmd::open;
 use crate::exit::Failure;
 use crate::layers::LayerArg;
 use crate::tab::{self, Entry};
@@ -25,7 +26,7 @@ pub(crate) fn run(args: &[OsString]) -> bool {
     // When systemd calls, nobody reads standard error.
     let by_systemd = std::env::var_os(tab::VARIABLE).is_none();
     let tell = |error: &anyhow::Error| {
-        let text = format!("{NAME}: {error:#}\n");
+        let text = crate::plain(&format!("{NAME}: {error:#}\n"));
         let _ = io::stderr().write_all(text.as_bytes());
         if let (true, Ok(mut log)) = (by_systemd, OpenOptions::new().write(true).open("/dev/kmsg"))
         {
@@ -60,7 +61,8 @@ fn generate(tab: &Path, program: &Path, directory: &Path) -> Result<Vec<anyhow::
                 return Err(Failure::usage(format!("`{}' is there twice", entry.name)));
             }
             names.push(entry.name.clone());
-            add(&entry, tab, program, directory)
+            open::parse(&entry)
+                .and_then(|_| add(&entry, tab, program, directory))
                 .with_context(|| format!("cannot make a unit for `{}'", entry.name))
         });
         wrong.extend(made.err());
@@ -105,19 +107,19 @@ Documentation=man:overlaybdtab(5) man:obdsetup(8)
 SourcePath={}
 DefaultDependencies=no
 IgnoreOnIsolate=true
-ConditionPathExists=!/dev/mapper/{name}
 Wants=blockdev@dev-mapper-%i.target
 Before=blockdev@dev-mapper-%i.target umount.target
 After=systemd-udevd-kernel.socket
+Conflicts=umount.target
 ",
         plain(tab)?
     );
-    // What was set up by the initramfs has the root file system on it, and stays.
-    if !entry.initrd {
-        text.push_str("Conflicts=umount.target\n");
+    // What the initramfs has set up is not this unit's, and stays.
+    if entry.initrd {
+        writeln!(text, "ConditionPathExists=!/dev/mapper/{name}")?;
     }
     // Without: what is mounted later may need what comes after that target, say the network.
-    if !entry.noauto {
+    if !entry.noauto && !entry.nofail {
         text.push_str("Before=overlaybdsetup.target\n");
     }
     let mut files = false;
@@ -262,12 +264,10 @@ Documentation=man:overlaybdtab(5) man:obdsetup(8)
 SourcePath=TAB
 DefaultDependencies=no
 IgnoreOnIsolate=true
-ConditionPathExists=!/dev/mapper/my-app
 Wants=blockdev@dev-mapper-%i.target
 Before=blockdev@dev-mapper-%i.target umount.target
 After=systemd-udevd-kernel.socket
 Conflicts=umount.target
-Before=overlaybdsetup.target
 RequiresMountsFor="/srv/base.obd"
 BindsTo=dev-vg-a\x2db.device
 After=dev-vg-a\x2db.device
@@ -291,24 +291,24 @@ ExecStop="/usr/sbin/obdsetup" close my-app
         assert_eq!(wrong, 0);
         let has = |unit: &str, text: &str| units[unit].contains(text);
         let unit = |name: &str| format!("systemd-overlaybdsetup@{name}.service");
-        for (name, required, conflicts) in
-            [("a", true, true), ("b", false, true), ("c", true, false)]
-        {
+        for (name, required, left) in [("a", true, false), ("b", false, false), ("c", true, true)] {
             let by_target = format!("overlaybdsetup.target.requires/{}", unit(name));
             let by_device = format!("dev-mapper-{name}.device.requires/{}", unit(name));
             assert_eq!(units.contains_key(&by_target), required, "{name}");
             assert!(units.contains_key(&by_device), "{name}");
             assert_eq!(has(&unit(name), "Before=overlaybdsetup.target\n"), required);
-            assert_eq!(has(&unit(name), "Conflicts=umount.target\n"), conflicts);
+            let condition = format!("ConditionPathExists=!/dev/mapper/{name}\n");
+            assert_eq!(has(&unit(name), &condition), left);
         }
         Ok(())
     }
 
     #[test]
     fn wrong_lines_leave_the_others() -> Result<()> {
-        let table = b"../../etc /a\nok /b\nok /c\nup /dev/../etc\nquote /a\"b\nlast /c\n";
+        let table = b"../../etc /a\nok /b\nok /c\nup /dev/../etc\nquote /a\"b\nlast /c\n\
+            option /a frobnicate\nvalue /a zfile-opt\nnet /a _netdev\n";
         let (units, wrong) = units(table)?;
-        assert_eq!(wrong, 4);
+        assert_eq!(wrong, 7);
         let made: Vec<&str> = names(&units)
             .into_iter()
             .filter(|name| !name.contains('/'))

@@ -113,6 +113,11 @@ impl Entry {
                 b"noauto" => entry.noauto = true,
                 b"nofail" => entry.nofail = true,
                 b"x-initrd.attach" => entry.initrd = true,
+                b"_netdev" => {
+                    return Err(Failure::usage(
+                        "option `_netdev': give `noauto' here and `_netdev' in /etc/fstab",
+                    ))
+                }
                 option if option.starts_with(b"x-") => {}
                 option => entry.options.push(unescape(option)),
             }
@@ -204,6 +209,7 @@ mod tests {
             ("-a /a", "name `-a'"),
             ("app a.obd", "layer `a.obd': expected an absolute name"),
             ("app /a,,/b", "layer `'"),
+            ("app /a _netdev", "option `_netdev'"),
         ] {
             let error = parse(line).map_err(|error| error.to_string());
             let error = error.err().unwrap_or_default().replace('`', "'");

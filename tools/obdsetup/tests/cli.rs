@@ -1401,7 +1401,7 @@ fn overlaybdtab() {
         .stderr(contains("base.obd: not a ZFile"));
     run("open wrong")
         .code(1)
-        .stderr(contains("`wrong': unexpected argument '--fast'"));
+        .stderr(contains("tab: `wrong': unknown option `fast'"));
     run("open half")
         .code(1)
         .stderr(contains("tab: line 6: found 1 fields"));

@@ -13,7 +13,7 @@ mod export;
 mod info;
 mod man;
 mod merge;
-mod open;
+pub(crate) mod open;
 mod status;
 mod table;
 mod verify;

@@ -4,7 +4,8 @@
 
 use std::borrow::Cow;
 
-use anyhow::Result;
+use anyhow::{Context, Result};
+use clap::error::{ContextKind, ErrorKind};
 use clap::Parser;
 use overlaybd::{Payload, Stack};
 
@@ -93,6 +94,24 @@ struct TabLine {
     args: Args,
 }
 
+/// The arguments that a line of the table has.
+pub(crate) fn parse(entry: &tab::Entry) -> Result<Args> {
+    let line = TabLine::try_parse_from(entry.arguments()).map_err(|error| {
+        if let (ErrorKind::UnknownArgument, Some(option)) =
+            (error.kind(), error.get(ContextKind::InvalidArg))
+        {
+            let option = option.to_string();
+            let option = option.trim_start_matches("--");
+            return Failure::usage(format!("unknown option `{option}'"));
+        }
+        // The first line says it; what follows is on the usage of a command line.
+        let text = error.to_string();
+        let text = text.lines().next().unwrap_or_default();
+        Failure::usage(text.trim_start_matches("error: "))
+    })?;
+    Ok(line.args)
+}
+
 impl Args {
     /// These arguments, or, where no layer is among them, with what the table has for this name.
     fn or_tab(&self) -> Result<Cow<'_, Self>> {
@@ -100,14 +119,9 @@ impl Args {
             return Ok(Cow::Borrowed(self));
         }
         let path = tab::path();
-        let line = tab::find(&path, &self.name)?.arguments();
-        let TabLine { mut args } = TabLine::try_parse_from(line).map_err(|error| {
-            // The first line says it; what follows is on the usage of a command line.
-            let text = error.to_string();
-            let text = text.lines().next().unwrap_or_default();
-            let text = text.trim_start_matches("error: ");
-            Failure::usage(format!("{}: `{}': {text}", path.display(), self.name))
-        })?;
+        let entry = tab::find(&path, &self.name)?;
+        let mut args =
+            parse(&entry).with_context(|| format!("{}: `{}'", path.display(), self.name))?;
         let mine = &self.layers;
         args.buffered |= self.buffered;
         args.layers.zfile |= mine.zfile;
