@@ -63,9 +63,34 @@ done
 
 # Only what this virtual machine needs: an emulated CPU unpacks it.
 depmod "$release"
-echo OVERLAYBD=y >/etc/initramfs-tools/conf.d/overlaybd
 printf 'MODULES=list\nCOMPRESS=zstd\nCOMPRESSLEVEL=1\n' >/etc/initramfs-tools/conf.d/boot-test
 printf '%s\n' virtio_pci virtio_blk >/etc/initramfs-tools/modules
+
+# has FILE: whether the initramfs of initramfs-tools has what sets images up.
+has() { lsinitramfs "$1" | grep -E '(^|/)usr/sbin/obdsetup$|dm_overlaybd'; }
+
+# dracut_wants: whether its module is for dracut to take. Below it is named, and so taken anyway.
+dracut_wants() (
+	require_binaries() { type -P "$@" >/dev/null; }
+	# shellcheck source=tools/initramfs/dracut/95overlaybd/module-setup.sh
+	. /usr/lib/dracut/modules.d/95overlaybd/module-setup.sh
+	check
+)
+
+# Both leave it out where nothing asks for it. The initramfs that are booted have it for the line of the table.
+mv /etc/overlaybdtab /tmp/
+mkinitramfs -o /tmp/initrd "$release"
+! has /tmp/initrd || exit
+status=0
+dracut_wants || status=$?
+[ "$status" = 255 ]
+echo OVERLAYBD=y >/etc/initramfs-tools/conf.d/overlaybd
+mkinitramfs -o /tmp/initrd "$release"
+has /tmp/initrd
+rm /etc/initramfs-tools/conf.d/overlaybd
+mv /tmp/overlaybdtab /etc/
+dracut_wants
+
 mkinitramfs -o initrd.initramfs-tools "$release"
 dracut --quiet --no-hostonly --no-hostonly-cmdline --kver "$release" --compress "zstd -1" \
 	--modules "systemd systemd-initrd dracut-systemd base udev-rules rootfs-block fs-lib dm overlaybd" \
