@@ -220,6 +220,8 @@ left() {
 		var/lib/dpkg/*) ;;
 		# The machine's own key, which DKMS makes once and for all modules.
 		var/lib/dkms/mok.key | var/lib/dkms/mok.pub) ;;
+		# Made anew when hooks come and go.
+		boot/initrd.img-*) ;;
 		*)
 			if [ "$type" = d ]; then
 				[ -d "$root/$path" ] || echo "$path/"
