@@ -65,7 +65,7 @@ overlaybd_open() {
 		esac
 	done
 	modprobe -qa loop dm_overlaybd
-	overlaybd_try obdsetup open "$overlaybd_name" "$@"
+	overlaybd_try obdsetup open -- "$overlaybd_name" "$@"
 }
 
 # overlaybd_snapshot NAME,DEVICE: make /dev/mapper/NAME-rw, which keeps changes on the device.
