@@ -6,6 +6,7 @@ LVM's lvmlocal.conf. It ends, and all is as it was, when the script does.
 """
 
 import atexit
+import contextlib
 import glob
 import os
 import shutil
@@ -68,7 +69,8 @@ def _stop():
         _daemon.terminate()
         _daemon.wait()
     # LVM starts this one to look after volumes.
-    if os.path.exists("/run/dmeventd.pid"):
+    # A stale file of its must not keep the rest from being done.
+    with contextlib.suppress(FileNotFoundError, ProcessLookupError, ValueError):
         with open("/run/dmeventd.pid", encoding="ascii") as file:
             os.kill(int(file.read()), signal.SIGTERM)
     # libdevmapper goes by what is in there.
