@@ -13,10 +13,12 @@ use std::sync::Arc;
 
 use anyhow::Result;
 use overlaybd::format::merge::MAX_LAYERS;
+use overlaybd::format::num::to_u64;
+use overlaybd::format::{self, Fault};
 use overlaybd::layer::Ident;
 use overlaybd::{FileBlob, LayerReader, Stack};
 
-use crate::exit::{self, Failure};
+use crate::exit::Failure;
 use crate::{config, interrupt, size};
 
 /// A layer, named but not opened.
@@ -103,8 +105,8 @@ pub(crate) fn paths<'a>(lists: &[&'a [LayerArg]]) -> Vec<&'a Path> {
 pub(crate) fn open_layers(args: &[LayerArg]) -> Result<Vec<LayerReader>> {
     // Before hundreds of files are opened.
     if args.len() > MAX_LAYERS {
-        let message = format!("{} layers, more than {MAX_LAYERS}", args.len());
-        return Err(Failure::error(exit::BAD_IMAGE, message));
+        let fault = format::Error::new(Fault::LsmtLayerCount, 0, to_u64(args.len()));
+        return Err(overlaybd::Error::from(fault).into());
     }
     args.iter().map(LayerArg::open_layer).collect()
 }
