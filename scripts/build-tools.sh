@@ -26,14 +26,13 @@ generate() {
 
 cd "$CLONE/tools"
 if [ -n "${CARGO:-}" ]; then
-	CARGO_TARGET_DIR=$target-host "$CARGO" "${args[@]}"
+	OBD_GOLDENS=$GOLDENS CARGO_TARGET_DIR=$target-host "$CARGO" "${args[@]}"
 	[ "$what" != build ] || generate "$target-host/release" "$target-host/release/obdsetup"
 else
 	"$SCRIPTS/setup.sh"
-	# The golden images, where they are there, at a place that the root has.
-	goldens=${OBD_GOLDENS:-$CLONE/../shared/goldens}
+	# At a place that the root has.
 	binds=()
-	[ ! -d "$goldens" ] || binds=(-b "$(realpath "$goldens"):/srv")
+	[ ! -d "$GOLDENS" ] || binds=(-b "$(realpath "$GOLDENS"):/srv")
 	"$SCRIPTS/in-root.sh" "${binds[@]}" env -C tools OBD_GOLDENS="${binds:+/srv}" cargo "${args[@]}"
 	[ "$what" != build ] || generate "$target/release" "$SCRIPTS/in-root.sh" "$target/release/obdsetup"
 	if [ "$what" = build ] && [ -z "${QUIET:-}" ] && ! "$target/release/obdsetup" --version >/dev/null 2>&1; then

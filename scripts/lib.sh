@@ -11,6 +11,8 @@ SCRIPTS=$CLONE/scripts
 BUILD=$CLONE/build
 CACHE=${XDG_CACHE_HOME:-${HOME:?HOME is not set}/.cache}/dm-overlaybd
 LOGS=$BUILD/log
+# Images made by other tools, which tests compare with where they are there.
+GOLDENS=${OBD_GOLDENS:-$CLONE/../shared/goldens}
 
 # How to become root: nothing when we are, sudo otherwise.
 SUDO=()

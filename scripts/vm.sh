@@ -118,8 +118,7 @@ if [ -n "${SHARE:-}" ]; then
 	: >"$VM_RUN/share"
 	binds+=(-b "$SHARE:/srv")
 fi
-goldens=${OBD_GOLDENS:-$CLONE/../shared/goldens}
-[ ! -d "$goldens" ] || binds+=(-b "$(realpath "$goldens"):/mnt/goldens")
+[ ! -d "$GOLDENS" ] || binds+=(-b "$(realpath "$GOLDENS"):/mnt/goldens")
 
 # What must come of malformed images, found out here since the guest would take long. Nothing, if that is known.
 case ${RUN:-} in

@@ -3,7 +3,7 @@
 //! Reads every golden image: what upstream's tools wrote reads back as the manifest says, and
 //! what is malformed is refused.
 //!
-//! The images are in `$OBD_GOLDENS`, or in `shared/goldens` beside the clone. Without them this
+//! The images are in `$OBD_GOLDENS`; scripts/lib.sh says where they are else. Without them this
 //! prints `skipped: no golden images`, and the one test there is counts as ignored. Images above
 //! 4 GiB take minutes: they run with `--include-ignored`.
 
@@ -37,10 +37,7 @@ fn main() {
 
 /// Where the golden images are.
 fn goldens() -> Option<PathBuf> {
-    let dir = match std::env::var_os("OBD_GOLDENS").filter(|dir| !dir.is_empty()) {
-        Some(dir) => PathBuf::from(dir),
-        None => Path::new(env!("CARGO_MANIFEST_DIR")).join("../../../shared/goldens"),
-    };
+    let dir = PathBuf::from(std::env::var_os("OBD_GOLDENS")?);
     dir.join("MANIFEST.tsv").is_file().then_some(dir)
 }
 
