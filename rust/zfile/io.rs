@@ -369,45 +369,56 @@ impl Zfile {
         let mut pages = io.pages();
         let mut skip = io.request().skip;
         for number in loader.blocks() {
-            let block = loader.block();
-            let (mut waited, loaded) = {
-                let mut context = io.target().contexts.borrow();
-                let bytes = match Self::load(&io, number, block.as_deref(), &mut context) {
-                    Ok(Some(bytes)) => Ok(bytes),
-                    Ok(None) => {
-                        // Many may wait: others have use for it meanwhile.
-                        drop(context);
-                        let data = block.as_ref().and_then(|block| block.data());
-                        data.ok_or(Status::IO_ERROR)
-                    }
-                    Err(status) => Err(status),
-                };
-                let mut waited = IoQueue::new();
-                let mut queue = loader.finish(block.clone());
-                while let Some(other) = queue.pop() {
-                    if let Ok(bytes) = bytes {
-                        Self::copy(&other, bytes);
-                    }
-                    waited.push(other);
-                    dm::cond_resched();
-                }
-                match bytes.and_then(|bytes| bytes.get(skip..).ok_or(Status::IO_ERROR)) {
-                    Ok(bytes) => pages.copy_from(bytes),
-                    Err(status) => result = Err(status),
-                }
-                (waited, bytes.map(|_| ()))
-            };
+            let (loaded, mut waited) = Self::share(&io, &mut loader, number, skip, &mut pages);
             // Not with the context: what is above may work, or wait, where a read ends.
             while let Some(other) = waited.pop() {
                 other.end(loaded);
                 dm::cond_resched();
             }
+            result = result.and(loaded);
             skip = 0;
         }
         pages.zero(pages.left());
         drop(loader);
         // All that was borrowed is given back: with its last I/O the target may go.
         io.end(result);
+    }
+
+    /// Decompresses the next block of `loader` for the cache, for `pages` without its first `skip`
+    /// bytes, and for the reads that wait for it. Gives these back, to be ended with the result.
+    fn share(
+        io: &Io<Self>,
+        loader: &mut Loader,
+        number: u64,
+        skip: usize,
+        pages: &mut Pages<'_>,
+    ) -> (Result<(), Status>, IoQueue<Self>) {
+        let block = loader.block();
+        let mut context = io.target().contexts.borrow();
+        let bytes = match Self::load(io, number, block.as_deref(), &mut context) {
+            Ok(Some(bytes)) => Ok(bytes),
+            Ok(None) => {
+                // Many may wait: others have use for it meanwhile.
+                drop(context);
+                let data = block.as_ref().and_then(|block| block.data());
+                data.ok_or(Status::IO_ERROR)
+            }
+            Err(status) => Err(status),
+        };
+        let mut waited = IoQueue::new();
+        let mut queue = loader.finish(block.clone());
+        while let Some(other) = queue.pop() {
+            if let Ok(bytes) = bytes {
+                Self::copy(&other, bytes);
+            }
+            waited.push(other);
+            dm::cond_resched();
+        }
+        let loaded = bytes.and_then(|bytes| {
+            pages.copy_from(bytes.get(skip..).ok_or(Status::IO_ERROR)?);
+            Ok(())
+        });
+        (loaded, waited)
     }
 
     /// Decompresses a block of `io`. Gives its bytes where they aren't kept in `block`.
