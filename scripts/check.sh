@@ -3,6 +3,7 @@
 # Everything a change has to pass: check.sh [PART...]. The last line sums it all up.
 #   stock   lints, builds, tests in user space and, with Debian's kernel, in the VM (the default)
 #   system  with Debian's kernel, in the VM, tests of what an administrator puts together: tests/system
+#   both    stock and system at once
 #   forky   lint and build of the module, and the tests in the VM, with the kernel and the tool chain of Debian forky
 #   debug   the tests in the VM with the debug kernel
 #   kcsan   those that have several things at once, with the KCSAN kernel
@@ -137,6 +138,11 @@ side_by_side() {
 	return "$status"
 }
 
+# rublk: a ublk server, for a recipe of the system tests; Debian has none. Once it is there this is quick.
+rublk() {
+	counts "rublk" "$SCRIPTS/in-root.sh" env -u CARGO_TARGET_DIR cargo install --locked rublk@0.2.13
+}
+
 # in_vm KERNEL TITLE TESTS...: tests with that kernel, a VM for each list of them.
 in_vm() {
 	local title=$2 status=0 checks=y p f s
@@ -163,8 +169,9 @@ in_vm() {
 trap 'trap "" TERM; kill 0; exit 130' INT TERM
 read -ra lints <<<"$("$SCRIPTS/lint.sh" --list)"
 export USE_ROOT=1 KDIR='' CARGO='' NOBUILD=1
-# What takes about half of the time. One VM keeps little more than one CPU busy.
-half="golden injection mutants"
+# Each in a VM of its own, with what is not in them in one more: these take about as long, and wait half of it.
+thirds=("injection mutants" "faults golden obdsetup races")
+rest="--but ${thirds[*]}"
 parts=("$@")
 [ $# != 0 ] || parts=(stock)
 
@@ -173,27 +180,32 @@ for part in "${parts[@]}"; do
 	case $part in
 	stock) total=$((total + ${#lints[@]} + 6)) ;;
 	system) total=$((total + 5)) ;;
+	both) total=$((total + ${#lints[@]} + 7)) ;;
 	forky) total=$((total + 6)) ;;
 	debug | kcsan | soak) total=$((total + 7)) ;;
-	*) die "usage: check.sh [stock | system | forky | debug | kcsan | soak]..." ;;
+	*) die "usage: check.sh [stock | system | both | forky | debug | kcsan | soak]..." ;;
 	esac
 done
 steps "$total"
 set_up
 for part in "${parts[@]}"; do
-	[ "$part" = stock ] || must "obdsetup" "$SCRIPTS/build-tools.sh"
+	[[ $part == @(stock|both) ]] || must "obdsetup" "$SCRIPTS/build-tools.sh"
 	case $part in
 	stock)
 		user_space
-		in_vm stock tests "$half" "--but $half"
+		in_vm stock tests "${thirds[@]}" "$rest"
 		;;
 	system)
-		# A ublk server, for a recipe; Debian has none. Once it is there this is quick.
-		counts "rublk" "$SCRIPTS/in-root.sh" env -u CARGO_TARGET_DIR cargo install --locked rublk@0.2.13
+		rublk
 		in_vm stock "system tests" system
 		;;
-	forky) in_vm forky tests "$half" "--but $half" ;;
-	debug) in_vm debug tests "$half" "--but $half" ;;
+	both)
+		user_space
+		rublk
+		in_vm stock "all tests" "${thirds[0]} system" "${thirds[1]}" "$rest"
+		;;
+	forky) in_vm forky tests "${thirds[@]}" "$rest" ;;
+	debug) in_vm debug tests "${thirds[@]}" "$rest" ;;
 	kcsan)
 		# Not while it boots: run.sh switches the checker on. It looks at more accesses, for longer: the CPUs are slow.
 		KERNEL_ARGS="kcsan.early_enable=0 kcsan.skip_watch=500 kcsan.udelay_task=1000 kcsan.udelay_interrupt=200" \

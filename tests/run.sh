@@ -167,9 +167,15 @@ mapfile -t names < <(scripts)
 if [ "${1:-}" = --but ]; then
 	mapfile -t names < <(scripts | grep -vxF "$(printf '%s\n' "${@:2}")")
 elif [ $# != 0 ]; then
-	names=("${@%.py}")
+	names=()
+	for name in "${@%.py}"; do
+		if [ "$name" = system ]; then
+			mapfile -tO "${#names[@]}" names < <(scripts system/)
+		else
+			names+=("$name")
+		fi
+	done
 fi
-[ "${names[*]}" != system ] || mapfile -t names < <(scripts system/)
 
 echo "KTAP version 1"
 if [ "$(id -u)" != 0 ] || [ ! -e "$MODULE" ]; then
