@@ -14,7 +14,7 @@ qemu) kernels=(stock) ;;
 esac
 [ -z "${COMPARE:-}" ] || [ -s "$COMPARE" ] || die "COMPARE=$COMPARE: no such file"
 out=$BUILD/bench
-images=$CACHE/bench-$({ cat "$SCRIPTS/bench/images.sh" && root_key; } | short_hash)
+images=$CACHE/bench-$({ cat "$SCRIPTS/bench/images.sh" "$CLONE/tools/obdsetup/src/mkfs.rs" && root_key; } | short_hash)
 export OBD_RAM_DISKS=900 OBD_RAM_KIB=$((512 << 10))
 
 # shellcheck disable=SC2317 # step calls it

@@ -141,7 +141,9 @@ fn run(
     let mut command = Command::new(options.fs.program());
     match options.fs {
         FileSystem::Ext2 | FileSystem::Ext3 | FileSystem::Ext4 => {
-            command.args(["-q", "-F", "-d"]).arg(from);
+            // A small one would get blocks of 1 KiB, of which a page of a file takes up to four, in
+            // as many compressed blocks or more.
+            command.args(["-q", "-F", "-b", "4096", "-d"]).arg(from);
             command.args(options.args).arg(image.path());
         }
         FileSystem::Btrfs => {

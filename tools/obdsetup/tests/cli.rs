@@ -201,6 +201,8 @@ fn create_from_a_directory() {
         .success();
     let disk = dump(&place, "layer.obd");
     assert_eq!(disk.len(), 4 << 20);
+    // Blocks of 4 KiB, where mkfs would choose 1 KiB: log2 of that, less 10, in the superblock.
+    assert_eq!(disk[1024 + 24], 2);
     assert!(disk
         .windows(19)
         .any(|bytes| bytes == b"what is in the file"));
