@@ -17,20 +17,21 @@ out=$BUILD/bench
 images=$CACHE/bench-$({ cat "$SCRIPTS/bench/images.sh" "$CLONE/tools/obdsetup/src/mkfs.rs" && root_key; } | short_hash)
 export OBD_RAM_DISKS=900 OBD_RAM_KIB=$((512 << 10))
 
+# Within step, which looks at the status, the shell does not end at an error by itself: hence the && in what follows.
+
 # shellcheck disable=SC2317 # step calls it
 make_images() {
 	[ -d "$images" ] && cache_used "${images##*/}" && return
 	cache_begin "${images##*/}" || return 0
 	mkdir -p "$TMP"
-	"$SCRIPTS/in-root.sh" -b "$TMP:/srv" "$SCRIPTS/bench/images.sh" /srv
-	cache_commit "${images##*/}"
-	cache_used "${images##*/}"
+	"$SCRIPTS/in-root.sh" -b "$TMP:/srv" "$SCRIPTS/bench/images.sh" /srv &&
+		cache_commit "${images##*/}" &&
+		cache_used "${images##*/}"
 }
 
 # shellcheck disable=SC2317
 modules() {
-	"$SCRIPTS/build-module.sh"
-	"$SCRIPTS/build-module.sh" bench
+	"$SCRIPTS/build-module.sh" && "$SCRIPTS/build-module.sh" bench
 }
 
 # shellcheck disable=SC2317
@@ -40,8 +41,8 @@ measure() {
 	rm -f "$images/result-$K_RELEASE.json"
 	SHARE=$images QEMU_MEM=6144 TIMEOUT=${TIMEOUT:-3000} VM_LOG=$LOGS/kernel-bench-$KERNEL.log \
 		KERNEL_ARGS="brd.rd_nr=$OBD_RAM_DISKS brd.rd_size=$OBD_RAM_KIB" \
-		RUN="tests/bench/guest.sh $*" "$SCRIPTS/vm.sh"
-	mv "$images/result-$K_RELEASE.json" "$out/$KERNEL.json"
+		RUN="tests/bench/guest.sh $*" "$SCRIPTS/vm.sh" &&
+		mv "$images/result-$K_RELEASE.json" "$out/$KERNEL.json"
 }
 
 must() { step "$@" || die "no result"; }

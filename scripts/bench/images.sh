@@ -28,7 +28,7 @@ done
 echo "== layers"
 cd "$out"
 # Without checksums, as the others have none.
-obdsetup create --directory "$tree" --fs ext4 --size $((mib * 9 / 8))m --mkfs-arg=-O^metadata_csum --algorithm none raw.lsmt
+obdsetup create --directory "$tree" --fs ext4 --size $((mib * 5 / 4))m --mkfs-arg=-O^metadata_csum --algorithm none raw.lsmt
 for algorithm in lz4 zstd; do
 	for block in 4 64; do
 		obdsetup commit --algorithm $algorithm --block-size ${block}k --no-crc raw.lsmt $algorithm-${block}k.obd
