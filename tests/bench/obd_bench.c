@@ -646,6 +646,11 @@ static int run(char *line)
 		error = run_file(job, words[1], words[2], words[3], words[4],
 				 words[5]);
 	kfree(job);
+	/*
+	 * What vfree() left to a worker, which has a system call for each page
+	 * in User-Mode Linux, would come to be done in the next measurement.
+	 */
+	vm_unmap_aliases();
 	return error;
 }
 
