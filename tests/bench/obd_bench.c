@@ -646,11 +646,6 @@ static int run(char *line)
 		error = run_file(job, words[1], words[2], words[3], words[4],
 				 words[5]);
 	kfree(job);
-	/*
-	 * What vfree() left to a worker, which has a system call for each page
-	 * in User-Mode Linux, would come to be done in the next measurement.
-	 */
-	vm_unmap_aliases();
 	return error;
 }
 
@@ -664,6 +659,11 @@ static ssize_t run_write(struct file *file, const char __user *data,
 		return PTR_ERR(line);
 	mutex_lock(&run_lock);
 	result_len = 0;
+	/*
+	 * What vfree() left to a worker, which has a system call for each page
+	 * in User-Mode Linux, would come to be done while this measures.
+	 */
+	vm_unmap_aliases();
 	error = run(line);
 	mutex_unlock(&run_lock);
 	kfree(line);

@@ -74,7 +74,7 @@ def kill(name, number=signal.SIGKILL):
         os.kill(pid, number)
 
 
-def wait(condition, what, seconds=20):
+def wait(condition, what, seconds=60):
     for _ in range(seconds * 20):
         if condition():
             return

@@ -57,6 +57,9 @@ impl FileSystem {
     }
 }
 
+/// Bytes that an ext3 or ext4 of 4 KiB blocks must have for a journal: 2048 blocks.
+const EXT_JOURNAL: u64 = 8 << 20;
+
 /// The file system to be made.
 pub(crate) struct Options<'a> {
     pub(crate) fs: FileSystem,
@@ -141,9 +144,13 @@ fn run(
     let mut command = Command::new(options.fs.program());
     match options.fs {
         FileSystem::Ext2 | FileSystem::Ext3 | FileSystem::Ext4 => {
-            // A small one would get blocks of 1 KiB, of which a page of a file takes up to four, in
-            // as many compressed blocks or more.
-            command.args(["-q", "-F", "-b", "4096", "-d"]).arg(from);
+            command.args(["-q", "-F"]);
+            // Below 512 MiB the default is 1 KiB; a page of a file is in up to four places then,
+            // and in as many compressed blocks or more.
+            if size.is_none_or(|size| size >= EXT_JOURNAL) {
+                command.args(["-b", "4096"]);
+            }
+            command.arg("-d").arg(from);
             command.args(options.args).arg(image.path());
         }
         FileSystem::Btrfs => {

@@ -60,7 +60,7 @@ impl Usage {
     /// Bytes that a file system with inodes and free space needs. Generous: a layer holds only what
     /// mkfs writes, so that free space costs next to nothing.
     pub(crate) fn with_room(self, fixed: u64) -> u64 {
-        // mke2fs has an inode for each 16 KiB.
+        // mke2fs has an inode for each 16 KiB, or 4 KiB below 512 MiB.
         let inodes = self.entries.saturating_mul(16 << 10);
         let sum = self.bytes.saturating_add(self.bytes / 4);
         let sum = sum.saturating_add(inodes).saturating_add(fixed);

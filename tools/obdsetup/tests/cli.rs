@@ -201,8 +201,17 @@ fn create_from_a_directory() {
         .success();
     let disk = dump(&place, "layer.obd");
     assert_eq!(disk.len(), 4 << 20);
-    // Blocks of 4 KiB, where mkfs would choose 1 KiB: log2 of that, less 10, in the superblock.
-    assert_eq!(disk[1024 + 24], 2);
+    // log2 of the size of a block, less 10. With blocks of 4 KiB it would have no journal.
+    let block_size = |disk: &[u8]| disk[1024 + 24];
+    assert_eq!(block_size(&disk), 0);
+    for (args, expected) in [("", 2), ("--mkfs-arg=-b1024", 0)] {
+        place
+            .run(&format!(
+                "create --directory rootfs --fs ext4 --size 8m {args} layer.obd --force"
+            ))
+            .success();
+        assert_eq!(block_size(&dump(&place, "layer.obd")), expected);
+    }
     assert!(disk
         .windows(19)
         .any(|bytes| bytes == b"what is in the file"));
