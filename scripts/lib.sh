@@ -11,8 +11,9 @@ SCRIPTS=$CLONE/scripts
 BUILD=$CLONE/build
 CACHE=${XDG_CACHE_HOME:-${HOME:?HOME is not set}/.cache}/dm-overlaybd
 LOGS=$BUILD/log
-# Images made by other tools, which tests compare with where they are there.
-GOLDENS=${OBD_GOLDENS:-$CLONE/../shared/goldens}
+# Images made by other tools, which tests compare with where they are there: a directory goldens near the clone.
+near=("$CLONE"/../*/goldens)
+GOLDENS=${OBD_GOLDENS:-${near[0]}}
 
 # How to become root: nothing when we are, sudo otherwise.
 SUDO=()
