@@ -124,16 +124,17 @@ Conflicts=umount.target
     }
     let mut files = false;
     for layer in &entry.layers {
-        let path = blob(layer);
+        let path = blob(layer)?;
         if path.components().any(|part| part == Component::ParentDir) {
             return Err(Failure::usage(format!("{path:?}: `..' in a name")));
         }
-        match path.strip_prefix("/dev") {
-            Ok(_) => {
+        // Files, of which systemd has no device units, are in /dev/shm.
+        match path.starts_with("/dev") && !path.starts_with("/dev/shm") {
+            true => {
                 let device = format!("{}.device", escape_path(&path));
                 writeln!(text, "BindsTo={device}\nAfter={device}")?;
             }
-            Err(_) => {
+            false => {
                 files = true;
                 writeln!(text, "RequiresMountsFor=\"{}\"", plain(&path)?)?;
             }
@@ -159,8 +160,9 @@ ExecStop=\"{program}\" close {name}
 }
 
 /// The file or device that a layer is on.
-fn blob(layer: &OsStr) -> PathBuf {
-    LayerArg::from(layer.to_owned()).path
+fn blob(layer: &OsStr) -> Result<PathBuf> {
+    let layer = LayerArg::try_from(layer.to_owned());
+    Ok(layer.map_err(Failure::usage)?.path)
 }
 
 /// A name as units have it within quotes, where a backslash may mean itself or not: it is refused.
@@ -281,6 +283,37 @@ ExecStart="/usr/sbin/obdsetup" open my-app
 ExecStop="/usr/sbin/obdsetup" close my-app
 "#
             )
+        );
+        Ok(())
+    }
+
+    /// What a unit waits for is the device that is named, whether or not it is there by now.
+    #[test]
+    fn devices_with_colons() -> Result<()> {
+        let name = "/dev/disk/by-id/usb-Kingston_DT_1-0:0";
+        let sized = format!("{name}:size=4096");
+        for (layer, bound) in [
+            (name, r"dev-disk-by\x2did-usb\x2dKingston_DT_1\x2d0:0"),
+            (&sized, r"dev-disk-by\x2did-usb\x2dKingston_DT_1\x2d0:0"),
+            (
+                "/dev/disk/by-path/pci-0000:00:1f.2",
+                r"dev-disk-by\x2dpath-pci\x2d0000:00:1f.2",
+            ),
+            ("/dev/mapper/a:4096", "dev-mapper-a:4096"),
+            ("/dev/vdb:4096", "dev-vdb"),
+        ] {
+            let (units, wrong) = units(format!("u {layer}\n").as_bytes())?;
+            assert_eq!(wrong, 0);
+            let unit = &units["systemd-overlaybdsetup@u.service"];
+            let line = format!("\nBindsTo={bound}.device\n");
+            assert!(unit.contains(&line), "{layer}: {unit}");
+        }
+        let (units, wrong) = units(b"u /dev/shm/a.obd\nv /dev/vdb:size=x\n")?;
+        assert_eq!(wrong, 1);
+        let unit = &units["systemd-overlaybdsetup@u.service"];
+        assert!(
+            unit.contains("\nRequiresMountsFor=\"/dev/shm/a.obd\"\n"),
+            "{unit}"
         );
         Ok(())
     }
@@ -427,7 +460,7 @@ ExecStop="/usr/sbin/obdsetup" close my-app
                 }
             }
             // The size behind a device isn't part of its name.
-            let path = blob(OsStr::new(&path));
+            let path = blob(OsStr::new(&path)).unwrap_or_default();
             let found = found.unwrap_or_default();
             let found = Path::new("/").join(OsStr::from_bytes(&found));
             prop_assert_eq!(found.components().collect::<Vec<_>>(), path.components().collect::<Vec<_>>());

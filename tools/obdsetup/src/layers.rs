@@ -1,25 +1,25 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! Layers on the command line: `PATH`, or `DEVICE:BYTES` where the blob is shorter than the
-//! device that it is on, or a `config.v1.json` that lists them.
+//! Layers on the command line: words as [`layer_name`] reads them, or a `config.v1.json` that lists
+//! layers.
 
-use std::ffi::{OsStr, OsString};
+use std::ffi::OsString;
 use std::fmt;
-use std::os::unix::ffi::OsStrExt;
+use std::io::ErrorKind;
 use std::os::unix::fs::FileTypeExt;
 use std::path::{Path, PathBuf};
-use std::str;
 use std::sync::Arc;
 
 use anyhow::Result;
+use clap::builder::{OsStringValueParser, TryMapValueParser, TypedValueParser, ValueParserFactory};
 use overlaybd::format::merge::MAX_LAYERS;
 use overlaybd::format::num::to_u64;
 use overlaybd::format::{self, Fault};
 use overlaybd::layer::Ident;
 use overlaybd::{FileBlob, LayerReader, Stack};
 
-use crate::exit::Failure;
-use crate::{config, interrupt, size};
+use crate::exit::{self, Failure};
+use crate::{config, interrupt, layer_name};
 
 /// A layer, named but not opened.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -30,27 +30,23 @@ pub(crate) struct LayerArg {
     pub(crate) size: Option<u64>,
 }
 
-impl From<OsString> for LayerArg {
-    fn from(text: OsString) -> Self {
-        let bytes = text.as_bytes();
-        let colon = bytes.iter().rposition(|&byte| byte == b':');
-        // A file may have a colon in its name.
-        if let Some(colon) = colon.filter(|_| !Path::new(&text).exists()) {
-            let (path, tail) = bytes.split_at(colon);
-            let tail = tail
-                .strip_prefix(b":")
-                .and_then(|tail| str::from_utf8(tail).ok());
-            if let Some(Ok(size)) = tail.map(size::parse) {
-                return Self {
-                    path: OsStr::from_bytes(path).into(),
-                    size: Some(size),
-                };
-            }
-        }
-        Self {
-            path: text.into(),
-            size: None,
-        }
+impl TryFrom<OsString> for LayerArg {
+    type Error = String;
+
+    fn try_from(word: OsString) -> Result<Self, String> {
+        let (path, size) = layer_name::parse(word)?;
+        Ok(Self { path, size })
+    }
+}
+
+/// A parser of [`clap`]'s that is made of a function.
+type FnParser<T> = TryMapValueParser<OsStringValueParser, fn(OsString) -> Result<T, String>>;
+
+impl ValueParserFactory for LayerArg {
+    type Parser = FnParser<Self>;
+
+    fn value_parser() -> FnParser<Self> {
+        OsStringValueParser::new().try_map(Self::try_from)
     }
 }
 
@@ -64,12 +60,24 @@ impl LayerArg {
     /// Opens the file or device.
     pub(crate) fn open(&self) -> Result<Arc<FileBlob>> {
         interrupt::check()?;
-        let file = FileBlob::open(&self.path, self.size)?;
+        let file = FileBlob::open(&self.path, self.size).map_err(|error| self.explain(error))?;
         if self.size.is_some() && !self.is_device() {
-            let message = format!("{self}: only a block device takes :BYTES");
+            let message = format!("{self}: only a block device takes :size=BYTES");
             return Err(Failure::usage(message));
         }
         Ok(Arc::new(file))
+    }
+
+    /// An error of opening, with a hint where a size may have been taken for a part of the name.
+    fn explain(&self, error: overlaybd::Error) -> anyhow::Error {
+        let missing = error.io_kind() == Some(ErrorKind::NotFound) && self.size.is_none();
+        match layer_name::suggest(&self.path).filter(|_| missing) {
+            Some(word) => {
+                let message = format!("{error}; if the end is a size, write {word}");
+                Failure::error(exit::DEVICE, message)
+            }
+            None => error.into(),
+        }
     }
 
     /// Opens the layer.

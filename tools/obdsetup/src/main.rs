@@ -19,6 +19,7 @@ mod interrupt;
 mod json;
 mod kind;
 mod layer_args;
+mod layer_name;
 mod layer_out;
 mod layers;
 mod mkfs;

@@ -947,13 +947,13 @@ fn options_that_do_not_apply() {
         .code(1)
         .stderr(contains("257 bytes, more than 256"));
     for command in ["info", "verify", "dump", "export -o x"] {
-        let command = format!("{command} layer.obd:1m");
+        let command = format!("{command} layer.obd:size=1m");
         place.run(&command).code(1);
         let command = command.replace("1m", "512");
         place
             .run(&command)
             .code(1)
-            .stderr(contains("only a block device takes :BYTES"));
+            .stderr(contains("only a block device takes :size=BYTES"));
     }
     assert_eq!(place.names(), ["disk.raw", "layer.obd"]);
 }

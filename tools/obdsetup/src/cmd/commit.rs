@@ -25,7 +25,7 @@ use crate::layers::LayerArg;
 The LSMT file inside stays as it is, byte for byte. With --compact, or where an identity is given,
 it is written anew: data dense and in order, dead blocks left out.")]
 pub(crate) struct Args {
-    /// The layer, wrapped or not, or DEVICE:BYTES
+    /// The layer, wrapped or not, or DEVICE:size=BYTES
     #[arg(value_name = "IN")]
     input: LayerArg,
 

@@ -23,7 +23,7 @@ use crate::size;
 
 Reads as the kernel would, but needs no kernel module. Every block that is read is checked.")]
 pub(crate) struct Args {
-    /// Layers, lowest first, DEVICE:BYTES, or a config.v1.json that lists them
+    /// Layers, lowest first, DEVICE:size=BYTES, or a config.v1.json that lists them
     #[arg(required = true, value_name = "LAYER")]
     layers: Vec<LayerArg>,
 

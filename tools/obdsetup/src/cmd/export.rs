@@ -20,7 +20,7 @@ use crate::raw_out::{self, Dest};
 The file has holes where no layer has data and where there are zeros. Every block that is read is
 checked. Needs no kernel module. For a part of the disk, or what a ZFile holds, see `dump`.")]
 pub(crate) struct Args {
-    /// Layers, lowest first, DEVICE:BYTES, or a config.v1.json that lists them
+    /// Layers, lowest first, DEVICE:size=BYTES, or a config.v1.json that lists them
     #[arg(required = true, value_name = "LAYER")]
     layers: Vec<LayerArg>,
 

@@ -19,9 +19,9 @@ use crate::{plain, size};
 #[command(after_help = "Examples:
   obdsetup info layer.obd
   obdsetup info --json layer.obd | jq '.[0].lsmt.virtual_size'
-  obdsetup info /dev/vdb:758556      the first 758556 bytes of a device")]
+  obdsetup info /dev/vdb:size=758556      the first 758556 bytes of a device")]
 pub(crate) struct Args {
-    /// Layers or ZFiles, DEVICE:BYTES, or a config.v1.json that lists layers
+    /// Layers or ZFiles, DEVICE:size=BYTES, or a config.v1.json that lists layers
     #[arg(required = true, value_name = "FILE")]
     files: Vec<LayerArg>,
 

@@ -26,7 +26,7 @@ The new layer reads as the layers did together, alone and in their place in a la
 they set to zero still hides what is below. With --lowest, it does so as the lowest layer only.
 It takes the UUID of the topmost layer and the parent UUID of the lowest one, if none are given.")]
 pub(crate) struct Args {
-    /// Layers, lowest first, DEVICE:BYTES, or a config.v1.json that lists them
+    /// Layers, lowest first, DEVICE:size=BYTES, or a config.v1.json that lists them
     #[arg(required = true, value_name = "LAYER")]
     layers: Vec<LayerArg>,
 

@@ -22,7 +22,7 @@ use crate::{interrupt, tab};
 #[derive(Clone, clap::Args)]
 #[command(after_help = "Examples:
   obdsetup open app base.obd app.obd && mount -o ro /dev/mapper/app /mnt
-  obdsetup open vol /dev/vdb /dev/vdc:758556     blobs on block devices
+  obdsetup open vol /dev/vdb /dev/vdc:size=758556     blobs on block devices
   obdsetup open app config.v1.json               what containerd set up, if its layers are here
   obdsetup open app                              what /etc/overlaybdtab has under that name
   obdsetup open --zfile data data.zf             the content of a plain ZFile
@@ -44,7 +44,7 @@ pub(crate) struct Args {
 /// What is to be set up.
 #[derive(Clone, clap::Args)]
 pub(crate) struct LayersArgs {
-    /// Layers, lowest first: files or block devices; DEVICE:BYTES where the blob is shorter; or a
+    /// Layers, lowest first: files or block devices; DEVICE:size=BYTES where the blob is shorter; or a
     /// config.v1.json that lists them. Without, /etc/overlaybdtab has them, and options
     #[arg(value_name = "LAYER")]
     layers: Vec<LayerArg>,

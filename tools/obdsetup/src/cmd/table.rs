@@ -17,7 +17,7 @@ use crate::layers::LayerArg;
 #[command(after_help = "Examples:
   obdsetup table base.obd app.obd
   obdsetup table --name app                              what /etc/overlaybdtab has under that name
-  obdsetup table --name vol --concise /dev/vdb:758556     for dmsetup create --concise
+  obdsetup table --name vol --concise /dev/vdb:size=758556     for dmsetup create --concise
 
 Prints `DEVICE: LINE` for each device, lowest first, as `dmsetup table` does. Needs neither root nor
 the kernel module. A block device stands there as MAJOR:MINOR. For a file, LOOP(FILE) stands in the

@@ -25,7 +25,7 @@ const NAMED: usize = 100;
 Reads all of every layer. Exit code 3 says that one is malformed or corrupt. A parent UUID that is
 not that of the layer below is a warning: many tools write none.")]
 pub(crate) struct Args {
-    /// Layers, lowest first, DEVICE:BYTES, or a config.v1.json that lists them
+    /// Layers, lowest first, DEVICE:size=BYTES, or a config.v1.json that lists them
     #[arg(required = true, value_name = "LAYER")]
     layers: Vec<LayerArg>,
 
