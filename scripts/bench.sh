@@ -24,7 +24,7 @@ make_images() {
 	[ -d "$images" ] && cache_used "${images##*/}" && return
 	cache_begin "${images##*/}" || return 0
 	mkdir -p "$TMP"
-	"$SCRIPTS/in-root.sh" -b "$TMP:/srv" "$SCRIPTS/bench/images.sh" /srv &&
+	"$SCRIPTS/in-root.sh" -b "$TMP:/srv" scripts/bench/images.sh /srv &&
 		cache_commit "${images##*/}" &&
 		cache_used "${images##*/}"
 }
@@ -68,4 +68,4 @@ for KERNEL in "${kernels[@]}"; do
 	esac
 	must "measuring with the $KERNEL kernel" measure "${words[@]}"
 done
-"$SCRIPTS/in-root.sh" tests/bench/report.py "$out" ${COMPARE:+"$out/older"}
+"$SCRIPTS/in-root.sh" tests/bench/report.py build/bench ${COMPARE:+build/bench/older}

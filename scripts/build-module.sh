@@ -12,8 +12,10 @@ obj=$out/obj
 [ "$what" != clippy ] || obj=$out/clippy
 source=$CLONE
 [ "$what" != bench ] || source=$CLONE/tests/bench obj=$out/bench
+seen_source=$source seen_obj=$obj
+[ -z "$KDIR_IN_ROOT" ] || seen_source=$(in_root "$source") seen_obj=$(in_root "$obj")
 
-args=(-C "$KDIR_USED" "M=$source" "MO=$obj" "${KDIR_ARGS[@]}" "-j$(nproc)" --no-print-directory)
+args=(-C "$KDIR_USED" "M=$seen_source" "MO=$seen_obj" "${KDIR_ARGS[@]}" "-j$(nproc)" --no-print-directory)
 [ -z "${QUIET:-}" ] || args+=(-s)
 [ -z "${V:-}" ] || args+=("V=$V")
 

@@ -15,26 +15,28 @@ esac
 
 [ -z "${QUIET:-}" ] || args=("${args[0]}" --quiet "${args[@]:1}")
 
-# generate DIR OBDSETUP...: what obdsetup tells of itself, manual pages and completions, to be installed.
+# generate DIR SEEN OBDSETUP...: what obdsetup tells of itself, manual pages and completions, to be installed. SEEN is
+# DIR's path for that obdsetup.
 generate() {
-	local dir=$1/generated
-	shift
+	local dir=$1/generated seen=$2/generated
+	shift 2
 	mkdir -p "$dir/man"
-	"$@" man "$dir/man"
+	"$@" man "$seen/man"
 	for shell in bash zsh fish; do "$@" completions "$shell" >"$dir/obdsetup.$shell"; done
 }
 
 cd "$CLONE/tools"
 if [ -n "${CARGO:-}" ]; then
 	OBD_GOLDENS=$GOLDENS CARGO_TARGET_DIR=$target-host "$CARGO" "${args[@]}"
-	[ "$what" != build ] || generate "$target-host/release" "$target-host/release/obdsetup"
+	[ "$what" != build ] || generate "$target-host/release" "$target-host/release" "$target-host/release/obdsetup"
 else
 	"$SCRIPTS/setup.sh"
 	# At a place that the root has.
 	binds=()
 	[ ! -d "$GOLDENS" ] || binds=(-b "$(realpath "$GOLDENS"):/srv")
 	"$SCRIPTS/in-root.sh" "${binds[@]}" env -C tools OBD_GOLDENS="${binds:+/srv}" cargo "${args[@]}"
-	[ "$what" != build ] || generate "$target/release" "$SCRIPTS/in-root.sh" "$target/release/obdsetup"
+	[ "$what" != build ] ||
+		generate "$target/release" build/cargo/release "$SCRIPTS/in-root.sh" build/cargo/release/obdsetup
 	if [ "$what" = build ] && [ -z "${QUIET:-}" ] && ! "$target/release/obdsetup" --version >/dev/null 2>&1; then
 		warn "build/cargo/release/obdsetup runs in the test VM, not here: it is built with Debian 13." \
 			"For this machine: make tools CARGO=cargo (Rust 1.85 or later, libclang)"

@@ -49,8 +49,8 @@ stage() {
 	install -D -m 644 -t "$stage/usr/lib/modules/$K_RELEASE/updates" "$BUILD/$K_RELEASE/dm_overlaybd.ko"
 
 	cp -r "$CLONE/Documentation" "$WORK/srv/data/docs"
-	"$SCRIPTS/in-root.sh" "$BUILD/cargo/release/obdsetup" create --directory "$WORK/srv/data" --fs ext4 --size 32m --tar \
-		"$WORK/srv/data.obd"
+	"$SCRIPTS/in-root.sh" build/cargo/release/obdsetup create --directory build/boot/srv/data --fs ext4 --size 32m --tar \
+		build/boot/srv/data.obd
 	cp "$WORK/srv/data.obd" "$stage$HERE/"
 	(cd "$WORK/srv/data" && find . -type f -exec sha256sum {} +) >"$stage$HERE/data.sums"
 	cat >"$stage/etc/overlaybdtab" <<-END
@@ -115,11 +115,11 @@ boot() {
 	# Writes are forgotten.
 	timeout "${TIMEOUT:-580}" "$SCRIPTS/in-root.sh" -k "$K_DIR" qemu-system-x86_64 -machine pc -accel "$VM_ACCEL" -cpu max,la57=off \
 		-smp "${QEMU_SMP:-2}" -m "${QEMU_MEM:-1024}" -nodefaults -no-reboot -display none \
-		-drive "file=$WORK/srv/disk.img,if=virtio,format=raw,snapshot=on" \
-		-kernel /kernel/vmlinuz -initrd "$WORK/srv/initrd.$2" \
+		-drive "file=build/boot/srv/disk.img,if=virtio,format=raw,snapshot=on" \
+		-kernel /kernel/vmlinuz -initrd "build/boot/srv/initrd.$2" \
 		-append "console=ttyS0 panic=-1 oops=panic mitigations=off no_timer_check audit=0 lsm=capability cryptomgr.notests \
 systemd.default_device_timeout_sec=400 systemd.default_timeout_start_sec=400 $3" \
-		-serial "file:$dir/console" -serial "file:$dir/result" || say "# QEMU: status $?"
+		-serial "file:build/boot/$2/console" -serial "file:build/boot/$2/result" || say "# QEMU: status $?"
 	tr -d '\r' <"$dir/result"
 	tr -d '\r' <"$dir/console" >"$LOGS/console-boot-$2.log"
 	if ! grep -q '^end' "$dir/result"; then

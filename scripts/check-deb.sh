@@ -34,7 +34,7 @@ build_debian() {
 # depends: what the packages depend on, as apt-get satisfy takes it.
 depends() {
 	local package
-	for package in "$DEB"/*.deb; do "$SCRIPTS/in-root.sh" dpkg-deb -f "$package" Depends; done | paste -sd,
+	for package in "$DEB"/*.deb; do "$SCRIPTS/in-root.sh" dpkg-deb -f "build/deb/${package##*/}" Depends; done | paste -sd,
 }
 
 # make_debian: set DEBIAN to the cached root, made anew for other packages or another kernel.

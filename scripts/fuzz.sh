@@ -10,7 +10,10 @@ TARGETS=(image codec merge lsmt zfile tar)
 # Beyond what the targets check themselves: for one input, seconds; for the process, MiB.
 LIMITS=(-timeout=10 -rss_limit_mb=512 -max_len=8192)
 
-out=$BUILD/fuzz
+RECORD=${RECORD:+$(realpath -m "$RECORD")}
+# As the root sees them; this directory is the clone in both.
+cd "$CLONE"
+out=build/fuzz
 bin=$out/x86_64-unknown-linux-gnu/release
 # Inputs that reach something new are kept for the next run.
 corpus=$CACHE/fuzz
@@ -21,7 +24,7 @@ build() {
 			--root "/cargo/cargo-fuzz-$CARGO_FUZZ" --version "$CARGO_FUZZ" cargo-fuzz
 	mkdir -p "$out"
 	# Debian's compiler comes without sanitizers; our code is without unsafe.
-	"$SCRIPTS/in-root.sh" env -C tools "CARGO_TARGET_DIR=$out" \
+	"$SCRIPTS/in-root.sh" env -C tools "CARGO_TARGET_DIR=$IN_ROOT/$out" \
 		"PATH=/cargo/cargo-fuzz-$CARGO_FUZZ/bin:/usr/bin:/bin" \
 		cargo fuzz build --sanitizer none
 }
@@ -80,7 +83,7 @@ for target; do
 	[[ " ${TARGETS[*]} " = *" $target "* ]] || die "no fuzz target $target; there are: ${TARGETS[*]}"
 done
 [ $# = 0 ] || TARGETS=("$@")
-commit=$(git -C "$CLONE" describe --always --dirty --abbrev=12 2>/dev/null || say unknown)
+commit=$(git -c safe.directory="*" -C "$CLONE" describe --always --dirty --abbrev=12 2>/dev/null || say unknown)
 
 failed=0
 declare -A names=() starts=()

@@ -2,7 +2,8 @@
 # SPDX-License-Identifier: GPL-2.0
 # Run a command in the tool-chain root as the calling user, in the clone:
 # in-root.sh [-r OTHER_ROOT] [-k KERNEL_DIR] [-b SRC:DST]... CMD...
-# The clone is at its own path, the kernel directory at /kernel; all mounts go away with the command.
+# The clone is at /clone, which is the current directory, the kernel directory at /kernel; all mounts go away with the
+# command. The clone's own path leads there, too, where it can be made.
 . "$(dirname "$0")/lib.sh"
 . "$SCRIPTS/cache.sh"
 
@@ -23,7 +24,7 @@ mkdir -p "$CACHE/cargo" "$BUILD"
 
 # The environment is ours, but for what the user means for the commands.
 env=(PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin HOME=/root LANG=C.UTF-8
-	"TERM=${TERM:-dumb}" CARGO_HOME=/cargo "CARGO_TARGET_DIR=$BUILD/cargo"
+	"TERM=${TERM:-dumb}" CARGO_HOME=/cargo "CARGO_TARGET_DIR=$IN_ROOT/build/cargo"
 	CARGO_HTTP_CAINFO=/etc/ssl/certs/ca-certificates.crt)
 while IFS='=' read -r -d '' name value; do
 	case $name in
@@ -34,5 +35,5 @@ done < <(env -0)
 
 exec "${SUDO[@]}" setpriv --pdeathsig KILL \
 	unshare --mount --propagation private --pid --fork --kill-child \
-	"$SCRIPTS/root-enter.sh" "$ROOT" "$CLONE" "$CACHE/cargo" "$kernel" "$(id -u):$(id -g)" \
+	"$SCRIPTS/root-enter.sh" "$ROOT" "$CLONE" "$IN_ROOT" "$CACHE/cargo" "$kernel" "$(id -u):$(id -g)" \
 	"${#binds[@]}" "${binds[@]}" env -i "${env[@]}" "$@"

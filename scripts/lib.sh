@@ -4,12 +4,21 @@
 
 set -euo pipefail
 
+# Whatever the caller has set up for itself, the same happens.
+unset CDPATH BASH_ENV ENV GREP_OPTIONS POSIXLY_CORRECT LANGUAGE
+export LC_ALL=C.UTF-8
+umask 022
 PATH=$PATH:/usr/sbin:/sbin
+HOME=${HOME:-$(getent passwd "$(id -u)" | cut -d: -f6)}
 
 CLONE=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd -P)
 SCRIPTS=$CLONE/scripts
 BUILD=$CLONE/build
-CACHE=${XDG_CACHE_HOME:-${HOME:?HOME is not set}/.cache}/dm-overlaybd
+# Where the clone is in the tool-chain root and in the VM, whatever its path is: the kernel's build, QEMU and others take
+# no blank, colon or comma in it.
+IN_ROOT=/clone
+[[ ${XDG_CACHE_HOME:-} == /* ]] || XDG_CACHE_HOME=${HOME:?HOME is not set}/.cache
+CACHE=$XDG_CACHE_HOME/dm-overlaybd
 LOGS=$BUILD/log
 # Images made by other tools, which tests compare with where they are there: a directory goldens near the clone.
 near=("$CLONE"/../*/goldens)
@@ -26,17 +35,22 @@ die() {
 	exit 1
 }
 
+# in_root PATH: the path, in the root, of something in the clone.
+in_root() { say "$IN_ROOT${1#"$CLONE"}"; }
+
 # short_hash: the first 12 digits of the SHA-256 of standard input.
 short_hash() { sha256sum | cut -c1-12; }
 
-# lock FILE WHAT: take an exclusive lock until this process and its children end.
+# lock FILE WHAT: take an exclusive lock until unlock, or until this process and its children end.
 lock() {
 	mkdir -p "$(dirname "$1")"
 	exec {LOCK_FD}>>"$1"
 	flock -n "$LOCK_FD" && return
-	say "waiting for another $2"
+	warn "waiting for another $2"
 	flock "$LOCK_FD"
 }
+
+unlock() { exec {LOCK_FD}>&-; }
 
 # --- steps: one line each with the time it took, output to a log ---
 
@@ -69,7 +83,8 @@ step_ticker() {
 	done
 }
 
-# step TITLE CMD [ARGS]: run an external command as the next step; its status is step's.
+# step TITLE CMD [ARGS]: run a command as the next step; its status is step's. The command has a process of its own, so that
+# a lock that it takes ends with it. If it is a function, it doesn't end at an error by itself.
 step() {
 	local title=$1 head status=0 start=$SECONDS
 	shift
@@ -81,7 +96,7 @@ step() {
 	[ -t 1 ] && printf '%s ...' "$head"
 	step_ticker "$head" "$STEP_LOG" &
 	local ticker=$!
-	"$@" >>"$STEP_LOG" 2>&1 </dev/null || status=$?
+	("$@") >>"$STEP_LOG" 2>&1 </dev/null || status=$?
 	kill "$ticker" 2>/dev/null || :
 	wait "$ticker" 2>/dev/null || :
 	[ -t 1 ] && printf '\r\033[K'

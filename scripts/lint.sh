@@ -7,7 +7,7 @@
 
 LINTS=(rustfmt clippy-module clippy-tools checkpatch shellcheck unsafe)
 
-in_root() {
+with_kernel() {
 	kernel_select
 	"$SCRIPTS/in-root.sh" -k "$K_DIR" "$@"
 }
@@ -34,7 +34,7 @@ shell_sources() {
 lint_rustfmt() {
 	local files
 	mapfile -t files < <(sources '*.rs')
-	in_root rustfmt --check --edition 2021 --config-path /kernel/kdir/.rustfmt.toml "${files[@]}"
+	with_kernel rustfmt --check --edition 2021 --config-path /kernel/kdir/.rustfmt.toml "${files[@]}"
 }
 
 # In an object directory of its own, so that the module is not built anew after it.
@@ -45,20 +45,20 @@ lint_clippy_tools() { CARGO='' "$SCRIPTS/build-tools.sh" clippy; }
 lint_checkpatch() {
 	local files
 	mapfile -t files < <(sources '*.[ch]')
-	in_root perl /kernel/kdir/scripts/checkpatch.pl --no-tree --strict --terse --show-types --no-summary \
+	with_kernel perl /kernel/kdir/scripts/checkpatch.pl --no-tree --strict --terse --show-types --no-summary \
 		-f "${files[@]}"
 }
 
 lint_shellcheck() {
 	local files
 	mapfile -t files < <(shell_sources)
-	in_root shellcheck --external-sources --source-path=scripts "${files[@]}"
+	with_kernel shellcheck --external-sources --source-path=scripts "${files[@]}"
 }
 
 lint_unsafe() {
 	local files
 	mapfile -t files < <(sources '*.rs' | grep -Ev '^rust/(sys|dm|block|codec)/')
-	in_root "$SCRIPTS/find-unsafe.py" "${files[@]}"
+	with_kernel scripts/find-unsafe.py "${files[@]}"
 }
 
 case ${1:-} in

@@ -102,7 +102,7 @@ debian_13() {
 list_files() {
 	cd "$CLONE"
 	if [ -e .git ] && command -v git >/dev/null; then
-		git ls-files -z -- "${DKMS_SOURCES[@]}"
+		git -c safe.directory="*" ls-files -z -- "${DKMS_SOURCES[@]}"
 	else
 		find "${DKMS_SOURCES[@]}" -type f ! -name '*.o' ! -name '.*' -print0
 	fi
@@ -115,7 +115,7 @@ fi
 [ -n "${CARGO:-}" ] || ! debian_13 || CARGO=cargo
 export CARGO="${CARGO:-}"
 # Times in the packages are those of the commit.
-export SOURCE_DATE_EPOCH="${SOURCE_DATE_EPOCH:-$(git -C "$CLONE" log -1 --format=%ct 2>/dev/null || date +%s)}"
+export SOURCE_DATE_EPOCH="${SOURCE_DATE_EPOCH:-$(git -c safe.directory="*" -C "$CLONE" log -1 --format=%ct 2>/dev/null || date +%s)}"
 [ -n "$CARGO" ] || "$SCRIPTS/setup.sh"
 mkdir -p "$BUILD"
 list_files >"$FILES"
@@ -125,6 +125,6 @@ if [ -n "$CARGO" ]; then
 	step "packages" "$0" --pack "$BUILD/cargo-host/release/obdsetup"
 else
 	step "packages" "$SCRIPTS/in-root.sh" env SOURCE_DATE_EPOCH="$SOURCE_DATE_EPOCH" \
-		"$SCRIPTS/make-deb.sh" --pack "$BUILD/cargo/release/obdsetup"
+		scripts/make-deb.sh --pack "$IN_ROOT/build/cargo/release/obdsetup"
 fi
 ls "$DEB"/*.deb

@@ -3,8 +3,8 @@
 # Second half of in-root.sh, in name spaces of its own: put the mounts together and run the command.
 set -euo pipefail
 
-root=$1 clone=$2 cargo=$3 kernel=$4 user=$5 nbinds=$6
-shift 6
+root=$1 clone=$2 in_root=$3 cargo=$4 kernel=$5 user=$6 nbinds=$7
+shift 7
 
 # bind SRC DST: SRC (a directory or a file) appears at DST of the new root.
 bind() {
@@ -15,6 +15,18 @@ bind() {
 		: >"$new$2"
 	fi
 	mount --bind "$1" "$new$2"
+}
+
+# link_clone: what names a file of the clone by its path finds it, but where the path is one of the root's own.
+link_clone() {
+	local top=${clone#/}
+	top=/${top%%/*}
+	[ ! -e "$new$clone" ] && [ ! -L "$new$top" ] || return 0
+	case $top in
+	/usr | /etc | /var | /dev | /proc | /sys | /cargo | /kernel) return ;;
+	esac
+	mkdir -p "$(dirname "$new$clone")"
+	ln -s "$in_root" "$new$clone"
 }
 
 # The new root is a tmpfs with the cached root's directories in it, so that nothing is written to that.
@@ -36,7 +48,8 @@ mount --rbind /dev "$new/dev"
 [ ! -s /etc/hosts ] || bind /etc/hosts /etc/hosts
 [ ! -s "$ca" ] || bind "$ca" /etc/ssl/certs/ca-certificates.crt
 
-bind "$clone" "$clone"
+bind "$clone" "$in_root"
+link_clone
 bind "$cargo" /cargo
 if [ "$kernel" != - ]; then
 	bind "$kernel" /kernel
@@ -49,5 +62,5 @@ done
 
 # Not exec: this shell is process 1 here, and a command that is process 1 ignores signals.
 status=0
-chroot --userspec="$user" --groups= "$new" /usr/bin/env -C "$clone" "$@" || status=$?
+chroot --userspec="$user" --groups= "$new" /usr/bin/env -C "$in_root" "$@" || status=$?
 exit "$status"

@@ -26,7 +26,7 @@ boot_files() {
 	VM_BOOT=$BUILD/vm/boot-$key
 	if [ ! -d "$VM_BOOT" ]; then
 		find "$BUILD"/vm -maxdepth 1 -name 'boot-*' -mtime +0 -exec rm -rf {} +
-		"$SCRIPTS/in-root.sh" -k "$K_DIR" "$SCRIPTS/vm/boot-files.sh" "$SCRIPTS/vm/init" "$VM_RUN/boot"
+		"$SCRIPTS/in-root.sh" -k "$K_DIR" scripts/vm/boot-files.sh scripts/vm/init "$(in_root "$VM_RUN/boot")"
 		mv -T "$VM_RUN/boot" "$VM_BOOT" 2>/dev/null || [ -d "$VM_BOOT" ]
 	fi
 	touch "$VM_BOOT"
@@ -38,10 +38,10 @@ guest_env() {
 	[ "$monitor" = qemu ] || virtio='' end=poweroff
 	size=$(stty size 2>/dev/null) || size='24 80'
 	[ "$size" != '0 0' ] || size='24 80'
-	[ -f "$module" ] || module=
-	printf '%s=%q\n' VM_CLONE "$CLONE" VM_MODULE "$module" VM_TERM "${TERM:-}" \
+	[ ! -f "$module" ] || printf 'VM_MODULE=%q\n' "$(in_root "$module")"
+	printf '%s=%q\n' VM_CLONE "$IN_ROOT" VM_TERM "${TERM:-}" \
 		VM_ROWS "${size% *}" VM_COLS "${size#* }" VM_VIRTIO "$virtio" VM_END "$end"
-	[ -z "${VM_BOOT:-}" ] || printf 'export OBD_VM_KERNEL=%q\n' "$VM_BOOT/kernel"
+	[ -z "${VM_BOOT:-}" ] || printf 'export OBD_VM_KERNEL=%q\n' "$(in_root "$VM_BOOT/kernel")"
 	env -0 | while IFS='=' read -r -d '' name value; do
 		[[ $name != OBD_* ]] || printf 'export %s=%q\n' "$name" "$value"
 	done
@@ -125,17 +125,18 @@ case ${RUN:-} in
 *--but*mutants*) ;;
 *tests/run.sh | *mutants*)
 	flock "$BUILD/vm/verdicts.lock" "$SCRIPTS/in-root.sh" \
-		env PATH="$BUILD/cargo/release:/usr/sbin:/usr/bin:/sbin:/bin" tests/mutants.py --verdicts
+		env PATH="$IN_ROOT/build/cargo/release:/usr/sbin:/usr/bin:/sbin:/bin" tests/mutants.py --verdicts
 	;;
 esac
 
 stdin=/dev/null
 [ -n "${RUN:-}" ] || stdin=/dev/stdin
 [ "$monitor" = qemu ] || binds+=(-b "$VM_RUN:/run/vm")
-"$SCRIPTS/in-root.sh" -k "$K_DIR" "${binds[@]}" env VM_RUN="$VM_RUN" VM_BOOT="${VM_BOOT:-}" VM_ACCEL="${VM_ACCEL:-}" \
+"$SCRIPTS/in-root.sh" -k "$K_DIR" "${binds[@]}" env VM_RUN="$(in_root "$VM_RUN")" \
+	VM_BOOT="${VM_BOOT:+$(in_root "$VM_BOOT")}" VM_ACCEL="${VM_ACCEL:-}" \
 	VM_SMP="${QEMU_SMP:-2}" VM_MEM="${QEMU_MEM:-$(cat "$K_DIR/memory" 2>/dev/null || say 2048)}" VM_SHARE="${SHARE:+/srv}" \
-	VM_QEMU_ARGS="${QEMU_ARGS:-}" VM_KERNEL_ARGS="${KERNEL_ARGS:-}" VM_INIT="$SCRIPTS/vm/init-uml" \
-	"$SCRIPTS/vm/$monitor.sh" <"$stdin" &
+	VM_QEMU_ARGS="${QEMU_ARGS:-}" VM_KERNEL_ARGS="${KERNEL_ARGS:-}" VM_INIT="$IN_ROOT/scripts/vm/init-uml" \
+	"scripts/vm/$monitor.sh" <"$stdin" &
 vm=$!
 trap 'end_vm $vm; save_log; exit 130' INT TERM HUP
 watcher=
