@@ -25,10 +25,10 @@ mod layers;
 mod mkfs;
 mod oci;
 mod output;
+mod program;
 mod raw_out;
 mod size;
 mod tab;
-mod tool;
 mod usage;
 
 use std::ffi::OsString;
@@ -54,6 +54,10 @@ fn command() -> clap::Command {
 fn main() -> ExitCode {
     let args: Vec<OsString> = std::env::args_os().collect();
     if let [program, args @ ..] = args.as_slice() {
+        if program == program::guard::NAME {
+            tell(&program::guard::run(args));
+            return ExitCode::from(exit::USAGE);
+        }
         if Path::new(program).ends_with(generator::NAME) {
             let code = match generator::run(args) {
                 true => exit::SUCCESS,

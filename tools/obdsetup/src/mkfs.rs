@@ -6,7 +6,6 @@ use std::ffi::OsString;
 use std::fs::Permissions;
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
-use std::process::Command;
 
 use anyhow::{Context, Result};
 use clap::ValueEnum;
@@ -16,7 +15,7 @@ use walkdir::WalkDir;
 use crate::exit::Failure;
 use crate::layers::warn;
 use crate::output::temp_file;
-use crate::tool;
+use crate::program::{self, Program};
 use crate::usage::Usage;
 
 /// A file system that has a mkfs which fills it.
@@ -81,9 +80,9 @@ pub(crate) enum Files<'a> {
 pub(crate) fn make(files: Files<'_>, options: &Options<'_>, place: &Path) -> Result<NamedTempFile> {
     let fs = options.fs;
     let from = match files {
-        Files::Directory(path) | Files::Tar(path) => tool::path(path)?,
+        Files::Directory(path) | Files::Tar(path) => program::path(path)?,
     };
-    if matches!(files, Files::Directory(_)) && tool::path(place)?.starts_with(&from) {
+    if matches!(files, Files::Directory(_)) && program::path(place)?.starts_with(&from) {
         return Err(Failure::usage(format!(
             "{}: the output cannot be in the directory that it is made of",
             from.display()
@@ -141,7 +140,9 @@ fn run(
         let sized = image.as_file().set_len(size);
         sized.with_context(|| format!("cannot make a file of {}", crate::size::show(size)))?;
     }
-    let mut command = Command::new(options.fs.program());
+    let need = format!("{} file systems", options.fs.name());
+    let mut command = Program::new(options.fs.program(), need);
+    command.writes(image.path());
     match options.fs {
         FileSystem::Ext2 | FileSystem::Ext3 | FileSystem::Ext4 => {
             command.args(["-q", "-F"]);
@@ -169,7 +170,7 @@ fn run(
             command.args(options.args);
         }
     }
-    tool::run(&mut command, &format!("{} file systems", options.fs.name()))?;
+    command.run()?.tell();
     Ok(image)
 }
 
@@ -191,7 +192,7 @@ impl Unpacked {
         std::fs::create_dir(&root)?;
         std::fs::set_permissions(&root, Permissions::from_mode(0o755))?;
         let unpacked = Self { root, all };
-        let mut command = Command::new("tar");
+        let mut command = Program::new("tar", "tars");
         command.args(["--extract", "--preserve-permissions", "--numeric-owner"]);
         match rustix::process::geteuid().is_root() {
             true => {
@@ -205,7 +206,7 @@ impl Unpacked {
         command.arg("--directory").arg(&unpacked.root);
         // Without --force-local, a colon in the name would name another machine.
         command.arg("--force-local").arg("--file").arg(tar);
-        tool::run(&mut command, "tars")?;
+        command.run()?.tell();
         Ok(unpacked)
     }
 }

@@ -5,12 +5,12 @@
 use std::collections::HashSet;
 use std::os::unix::fs::MetadataExt;
 use std::path::Path;
-use std::process::Command;
 
 use anyhow::{Context, Result};
 use walkdir::WalkDir;
 
-use crate::{interrupt, tool};
+use crate::interrupt;
+use crate::program::Program;
 
 /// Bytes of a block of a file system.
 const BLOCK: u64 = 4096;
@@ -48,12 +48,13 @@ impl Usage {
     /// Of what is in the tar `file`, compressed or not.
     pub(crate) fn of_tar(file: &Path) -> Result<Self> {
         let mut usage = Self::default();
-        let mut command = Command::new("tar");
+        let mut command = Program::new("tar", "tars");
         // Without --force-local, a colon in the name would name another machine.
         command.args(["--list", "--verbose", "--numeric-owner", "--force-local"]);
-        tool::lines(command.arg("--file").arg(file), "tars", |line| {
-            usage.add(size_in_listing(line));
-        })?;
+        let listed = command.arg("--file").arg(file);
+        listed
+            .each_line(|line| usage.add(size_in_listing(line)))?
+            .tell();
         Ok(usage)
     }
 

@@ -4,7 +4,6 @@
 
 use std::ffi::OsString;
 use std::path::{Path, PathBuf};
-use std::process::Command;
 
 use anyhow::Result;
 use overlaybd::diff;
@@ -18,8 +17,8 @@ use crate::layer_out::LayerOut;
 use crate::mkfs::{self, FileSystem, Files};
 use crate::oci;
 use crate::output::{directory, temp_file};
+use crate::program::{self, Program};
 use crate::size;
-use crate::tool;
 
 /// Arguments of `convert`.
 #[derive(clap::Args)]
@@ -137,11 +136,11 @@ fn make_fs(args: &Args, files: Files<'_>, place: &Path) -> Result<NamedTempFile>
 
 /// Makes a raw image, with holes, of one in another format.
 fn read_with_qemu(path: &Path, format: &str, place: &Path) -> Result<NamedTempFile> {
-    let from = tool::path(path)?;
+    let from = program::path(path)?;
     let image = temp_file(place)?;
-    let mut command = Command::new("qemu-img");
+    let mut command = Program::new("qemu-img", format!("{format} images"));
     command.args(["convert", "-f", format, "-O", "raw"]);
-    command.arg(from).arg(image.path());
-    tool::run(&mut command, &format!("{format} images"))?;
+    command.arg(from).arg(image.path()).writes(image.path());
+    command.run()?.tell();
     Ok(image)
 }

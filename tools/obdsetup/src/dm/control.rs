@@ -13,11 +13,11 @@
 
 use std::fmt;
 use std::io::ErrorKind;
-use std::os::unix::process::CommandExt;
 use std::path::Path;
-use std::process::{Command, Stdio};
 
 use anyhow::{Context, Result};
+
+use crate::program::Program;
 
 /// dmsetup failed.
 #[derive(Debug)]
@@ -242,22 +242,26 @@ impl Control {
 
     /// Runs dmsetup; gives what it prints.
     fn run(&self, args: &[&str]) -> Result<String> {
-        let done = Command::new("dmsetup")
-            .args(args)
-            .env("LC_ALL", "C")
-            .stdin(Stdio::null())
-            // The terminal's signals are for us: we undo what was done, with dmsetup's help.
-            .process_group(0)
-            .output()
-            .context("cannot run dmsetup")?;
-        if done.status.success() {
-            return Ok(String::from_utf8_lossy(&done.stdout).into_owned());
+        let mut program = Program::new("dmsetup", "mapped devices");
+        program.args(args).despite_signals();
+        if let Some(value) = std::env::var_os("DM_DISABLE_UDEV") {
+            program.env("DM_DISABLE_UDEV", value);
         }
-        let text = String::from_utf8_lossy(&done.stderr);
-        let lines: Vec<&str> = text
+        let mut text = String::new();
+        let done = program.end(|line| {
+            text.push_str(line);
+            text.push('\n');
+        })?;
+        if done.status.success() {
+            done.said.tell();
+            return Ok(text);
+        }
+        let lines: Vec<&str> = done
+            .said
             .lines()
-            .map(str::trim)
-            .filter(|line| !line.is_empty() && *line != "Command failed.")
+            .iter()
+            .map(String::as_str)
+            .filter(|line| *line != "Command failed.")
             .collect();
         let mut message = match lines.as_slice() {
             [] => format!("dmsetup failed: {}", done.status),

@@ -1,0 +1,108 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! What a program prints on standard error, as lines: each different one once, and not too many.
+
+use std::io::{self, Read};
+
+/// How many different lines are kept.
+const MOST: usize = 64;
+/// How many bytes of a line are kept.
+const LONGEST: usize = 4096;
+
+/// Lines, in the order in which they first came.
+#[derive(Debug, Default)]
+pub(super) struct Lines {
+    /// A line and how often it came.
+    lines: Vec<(String, u64)>,
+    /// Lines that came when there were too many already.
+    dropped: u64,
+    /// A line whose end is still to come.
+    open: Vec<u8>,
+}
+
+impl Lines {
+    /// Reads to the end of `input`, if there is one.
+    pub(super) fn read<R: Read>(&mut self, input: impl Iterator<Item = R>) -> io::Result<()> {
+        let mut piece = [0; 4096];
+        for mut input in input {
+            loop {
+                match input.read(&mut piece) {
+                    Ok(0) => break,
+                    Ok(got) => self.add(piece.get(..got).unwrap_or_default()),
+                    Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                    Err(error) => return Err(error),
+                }
+            }
+        }
+        self.end_line();
+        Ok(())
+    }
+
+    /// Returns the lines, and as the last one how many were dropped.
+    pub(super) fn into_vec(self) -> Vec<String> {
+        let shown = self.lines.into_iter().map(|(line, times)| match times {
+            1 => line,
+            times => format!("{line} ({times} times)"),
+        });
+        let rest = (self.dropped > 0).then(|| format!("... and {} more lines", self.dropped));
+        shown.chain(rest).collect()
+    }
+
+    fn add(&mut self, bytes: &[u8]) {
+        for &byte in bytes {
+            match byte {
+                b'\n' | b'\r' => self.end_line(),
+                byte if self.open.len() < LONGEST => self.open.push(byte),
+                _ => {}
+            }
+        }
+    }
+
+    fn end_line(&mut self) {
+        let open = std::mem::take(&mut self.open);
+        let line = String::from_utf8_lossy(&open);
+        let line = line.trim();
+        if line.is_empty() {
+            return;
+        }
+        if let Some((_, times)) = self.lines.iter_mut().find(|(known, _)| known == line) {
+            *times += 1;
+        } else if self.lines.len() < MOST {
+            self.lines.push((line.to_owned(), 1));
+        } else {
+            self.dropped += 1;
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::{Lines, MOST};
+
+    fn lines(text: &[u8]) -> Vec<String> {
+        let mut lines = Lines::default();
+        assert!(lines.read([text].into_iter()).is_ok());
+        lines.into_vec()
+    }
+
+    #[test]
+    fn each_line_once() {
+        assert_eq!(
+            lines(b"b\n a \n\nb\r\nb\nlast"),
+            ["b (3 times)", "a", "last"]
+        );
+        assert!(lines(b"").is_empty());
+    }
+
+    #[test]
+    fn not_too_many() {
+        let many: String = (0..MOST + 5).map(|nth| format!("line {nth}\n")).collect();
+        let shown = lines(many.as_bytes());
+        assert_eq!(shown.len(), MOST + 1);
+        assert_eq!(
+            shown.last().map(String::as_str),
+            Some("... and 5 more lines")
+        );
+        assert_eq!(lines(&[b'x'; 100_000]).concat().len(), super::LONGEST);
+    }
+}

@@ -1,0 +1,409 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! Other programs that do a part of the work: dmsetup, mkfs, tar, qemu-img. All of them start here.
+//!
+//! A program gets an environment of its own ([`environment`]), dies when this process does
+//! ([`guard`]), and runs in a process group of its own, so that the terminal's signals reach only
+//! this process: a signal ends the wait, and then the program. One that makes no progress is ended,
+//! too ([`progress`]). What it prints on standard error is kept ([`lines`]): the caller shows the
+//! warnings of a program that succeeds, and a failure quotes them.
+
+mod environment;
+pub(crate) mod guard;
+mod lines;
+mod progress;
+
+use std::collections::BTreeMap;
+use std::ffi::{OsStr, OsString};
+use std::fmt;
+use std::io::{self, BufRead, BufReader};
+use std::os::unix::process::CommandExt;
+use std::path::{Path, PathBuf};
+use std::process::{Child, ExitStatus, Stdio};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result};
+use rustix::process::{kill_process_group, waitid, Pid, Signal, WaitId, WaitIdOptions};
+
+use crate::exit::Failure;
+use crate::interrupt;
+use lines::Lines;
+use progress::Patience;
+
+/// Shortest and longest time between two looks at a program that runs.
+const POLL: (Duration, Duration) = (Duration::from_millis(1), Duration::from_millis(16));
+
+/// Returns the absolute name of a file that exists: no program takes that for an option, nor for a
+/// protocol such as `nbd:`.
+pub(crate) fn path(path: &Path) -> Result<PathBuf> {
+    let absolute = path.canonicalize();
+    absolute.with_context(|| format!("{}: cannot read", path.display()))
+}
+
+/// A program to be run.
+pub(crate) struct Program {
+    name: String,
+    need: String,
+    args: Vec<OsString>,
+    env: BTreeMap<&'static str, OsString>,
+    patience: Patience,
+    heeds_signals: bool,
+}
+
+/// How a program ended, and what it said.
+pub(crate) struct Ended {
+    pub(crate) status: ExitStatus,
+    pub(crate) said: Said,
+}
+
+/// What a program printed on standard error.
+#[must_use = "the user has to see warnings: tell() shows them"]
+pub(crate) struct Said {
+    name: String,
+    lines: Vec<String>,
+}
+
+impl Said {
+    /// Returns the lines: each once, the first of them where there are very many.
+    pub(crate) fn lines(&self) -> &[String] {
+        &self.lines
+    }
+
+    /// Shows the lines to the user as warnings.
+    pub(crate) fn tell(&self) {
+        for line in &self.lines {
+            crate::tell(&format!("warning: {}: {line}", self.name));
+        }
+    }
+}
+
+/// A program failed.
+#[derive(Debug)]
+pub(crate) struct ProgramFailure {
+    name: String,
+    status: ExitStatus,
+    lines: Vec<String>,
+}
+
+impl fmt::Display for ProgramFailure {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self {
+            name,
+            status,
+            lines,
+        } = self;
+        write!(f, "{name} failed ({status})")?;
+        match lines.is_empty() {
+            true => Ok(()),
+            false => write!(f, ": {}", lines.join("\n")),
+        }
+    }
+}
+
+impl std::error::Error for ProgramFailure {}
+
+impl Program {
+    /// Prepares to run the program `name`, which is needed for `need`.
+    pub(crate) fn new(name: impl Into<String>, need: impl Into<String>) -> Self {
+        Self {
+            name: name.into(),
+            need: need.into(),
+            args: Vec::new(),
+            env: BTreeMap::new(),
+            patience: Patience::default(),
+            heeds_signals: true,
+        }
+    }
+
+    /// Adds an argument.
+    pub(crate) fn arg(&mut self, arg: impl AsRef<OsStr>) -> &mut Self {
+        self.args.push(arg.as_ref().to_owned());
+        self
+    }
+
+    /// Adds arguments.
+    pub(crate) fn args<T: AsRef<OsStr>>(&mut self, args: impl IntoIterator<Item = T>) -> &mut Self {
+        self.args
+            .extend(args.into_iter().map(|arg| arg.as_ref().to_owned()));
+        self
+    }
+
+    /// Sets a variable of the program's environment, which has few others.
+    pub(crate) fn env(&mut self, name: &'static str, value: impl AsRef<OsStr>) -> &mut Self {
+        self.env.insert(name, value.as_ref().to_owned());
+        self
+    }
+
+    /// Names a file that the program writes: while that grows, the program makes progress.
+    pub(crate) fn writes(&mut self, path: &Path) -> &mut Self {
+        self.patience.add_output(path);
+        self
+    }
+
+    /// Lets the program end its work when a signal has come, say to take down what was made.
+    pub(crate) fn despite_signals(&mut self) -> &mut Self {
+        self.heeds_signals = false;
+        self
+    }
+
+    /// Runs the program to its end; it fails where the program does. What it prints on standard
+    /// output is dropped.
+    pub(crate) fn run(&mut self) -> Result<Said> {
+        self.each_line(|_| ())
+    }
+
+    /// Runs the program as [`Self::run`] does, and calls `each` with each line of standard output.
+    pub(crate) fn each_line(&mut self, each: impl FnMut(&str) + Send) -> Result<Said> {
+        let Ended { status, said } = self.end(each)?;
+        if status.success() {
+            return Ok(said);
+        }
+        let failure = ProgramFailure {
+            name: said.name,
+            status,
+            lines: said.lines,
+        };
+        Err(failure.into())
+    }
+
+    /// Runs the program to its end, whatever its status. It fails where the program cannot be
+    /// started, is ended for lack of progress, or a signal asks to stop.
+    pub(crate) fn end(&mut self, mut each: impl FnMut(&str) + Send) -> Result<Ended> {
+        let mut child = self.spawn()?;
+        let (out, errors) = (child.0.stdout.take(), child.0.stderr.take());
+        let mut lines = Lines::default();
+        let (status, read) = std::thread::scope(|scope| {
+            // Both end when the program and its children do, which wait() sees to.
+            let keeper = scope.spawn(|| lines.read(errors.into_iter()));
+            let reader = scope.spawn(|| -> io::Result<()> {
+                for line in out
+                    .into_iter()
+                    .flat_map(|out| BufReader::new(out).split(b'\n'))
+                {
+                    each(&String::from_utf8_lossy(&line?));
+                }
+                Ok(())
+            });
+            let status = self.wait(child);
+            (status, [reader.join(), keeper.join()])
+        });
+        let said = Said {
+            name: self.name.clone(),
+            lines: lines.into_vec(),
+        };
+        let status = match status? {
+            Wait::Ended(status) => status,
+            Wait::Stalled => return Err(self.patience.failure(&self.name, said.lines())),
+        };
+        for read in read {
+            match read {
+                Ok(read) => read.with_context(|| format!("cannot read what {} says", self.name))?,
+                Err(panic) => std::panic::resume_unwind(panic),
+            }
+        }
+        Ok(Ended { status, said })
+    }
+
+    fn spawn(&self) -> Result<Running> {
+        let path = environment::find(&self.name).ok_or_else(|| {
+            Failure::usage(format!(
+                "{} is not installed; it is needed for {}",
+                self.name, self.need
+            ))
+        })?;
+        let mut command = guard::command(&path);
+        command.args(&self.args).env_clear();
+        command.envs(environment::passed_on()).envs(&self.env);
+        command.stdin(Stdio::null());
+        command.stdout(Stdio::piped()).stderr(Stdio::piped());
+        // The terminal's signals are for this process.
+        command.process_group(0);
+        let child = command.spawn();
+        child
+            .map(Running)
+            .with_context(|| format!("cannot run {}", path.display()))
+    }
+
+    /// Waits for the end of the program, which comes at once where a signal asks to stop.
+    fn wait(&self, mut child: Running) -> Result<Wait> {
+        let mut watch = self.patience.watch(child.group());
+        let mut poll = POLL.0;
+        loop {
+            if child.has_ended()? {
+                return Ok(Wait::Ended(child.finish()?));
+            }
+            if self.heeds_signals {
+                interrupt::check()?;
+            }
+            if watch.has_stalled(Instant::now()) {
+                return Ok(Wait::Stalled);
+            }
+            std::thread::sleep(poll);
+            poll = (poll * 2).min(POLL.1);
+        }
+    }
+}
+
+/// What ended a wait.
+enum Wait {
+    Ended(ExitStatus),
+    Stalled,
+}
+
+/// A program that runs. Dropping it ends the program and its children.
+struct Running(Child);
+
+impl Running {
+    fn group(&self) -> Pid {
+        Pid::from_child(&self.0)
+    }
+
+    /// Returns whether the program has ended. Its process number stays its own until `finish`.
+    fn has_ended(&self) -> Result<bool> {
+        let options = WaitIdOptions::EXITED | WaitIdOptions::NOHANG | WaitIdOptions::NOWAIT;
+        Ok(waitid(WaitId::Pid(self.group()), options)?.is_some())
+    }
+
+    /// Ends what is left of the process group, and returns the program's status.
+    fn finish(&mut self) -> io::Result<ExitStatus> {
+        // Fails only where nothing is left.
+        let _ = kill_process_group(self.group(), Signal::KILL);
+        self.0.wait()
+    }
+}
+
+impl Drop for Running {
+    fn drop(&mut self) {
+        // After finish(), the number may be another's.
+        if matches!(self.0.try_wait(), Ok(None)) {
+            let _ = self.finish();
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::fs;
+    use std::path::Path;
+    use std::time::{Duration, Instant};
+
+    use anyhow::Result;
+
+    use super::Program;
+
+    fn shell(script: &str) -> Program {
+        let mut program = Program::new("sh", "tests");
+        program.args(["-c", script]);
+        program
+    }
+
+    /// What the error says.
+    fn error<T>(result: Result<T>) -> String {
+        match result {
+            Ok(_) => unreachable!("the program did not fail"),
+            Err(error) => format!("{error:#}"),
+        }
+    }
+
+    fn exists(pid: &str) -> bool {
+        // One that nobody waited for is not running.
+        let stat = fs::read_to_string(Path::new("/proc").join(pid.trim()).join("stat"));
+        stat.is_ok_and(|stat| !stat.contains(") Z "))
+    }
+
+    #[test]
+    fn what_a_program_says() -> Result<()> {
+        let mut lines = Vec::new();
+        let said = shell("echo one; echo two; echo careful >&2; echo careful >&2")
+            .each_line(|line| lines.push(line.to_owned()))?;
+        assert_eq!(lines, ["one", "two"]);
+        assert_eq!(said.lines(), ["careful (2 times)"]);
+        let text = error(shell("echo wrong >&2; echo wrong >&2; echo so it is >&2; exit 3").run());
+        assert_eq!(
+            text,
+            "sh failed (exit status: 3): wrong (2 times)\nso it is"
+        );
+        assert_eq!(error(shell("exit 3").run()), "sh failed (exit status: 3)");
+        let text = error(Program::new("no-such-program", "tests").run());
+        assert_eq!(
+            text,
+            "no-such-program is not installed; it is needed for tests"
+        );
+        Ok(())
+    }
+
+    #[test]
+    fn the_environment_is_clean() -> Result<()> {
+        let mut names = Vec::new();
+        shell("env")
+            .env("SOURCE_DATE_EPOCH", "7")
+            .each_line(|line| names.extend(line.split_once('=').map(|(name, _)| name.to_owned())))?
+            .tell();
+        names.retain(|name| {
+            let passed_on = ["TMPDIR", "LD_LIBRARY_PATH", "LD_PRELOAD", "FAKEROOTKEY"];
+            // The shell sets the last three.
+            !passed_on.contains(&name.as_str()) && !["PWD", "SHLVL", "_"].contains(&name.as_str())
+        });
+        names.sort();
+        assert_eq!(names, ["LC_ALL", "PATH", "SOURCE_DATE_EPOCH"]);
+        Ok(())
+    }
+
+    #[test]
+    fn no_progress_ends_a_program_and_its_children() -> Result<()> {
+        let dir = tempfile::tempdir()?;
+        let pid = dir.path().join("pid");
+        // The child has our pipes, too: nothing must wait for it.
+        let script = format!(
+            "sleep 1000 & echo $! >{}; echo odd >&2; while :; do :; done",
+            pid.display()
+        );
+        let mut program = shell(&script);
+        program.patience.set_bound(Duration::from_millis(800));
+        let start = Instant::now();
+        let text = error(program.run());
+        assert!(
+            text.starts_with("sh was ended: it has not read or written a byte"),
+            "{text}"
+        );
+        assert!(text.ends_with("it said: odd"), "{text}");
+        assert!(start.elapsed() < Duration::from_secs(60));
+        let pid = fs::read_to_string(pid)?;
+        let gone = (0..100).any(|_| {
+            std::thread::sleep(Duration::from_millis(20));
+            !exists(&pid)
+        });
+        assert!(gone, "a child is left");
+        Ok(())
+    }
+
+    #[test]
+    fn slow_work_is_not_ended() -> Result<()> {
+        let dir = tempfile::tempdir()?;
+        let out = dir.path().join("out");
+        let script = format!(
+            "for i in 1 2 3 4 5 6 7 8; do echo >>{}; sleep 0.2; done",
+            out.display()
+        );
+        let mut program = shell(&script);
+        program.patience.set_bound(Duration::from_millis(800));
+        let start = Instant::now();
+        program.writes(&out).run()?.tell();
+        assert!(start.elapsed() > Duration::from_millis(1200));
+        Ok(())
+    }
+
+    #[test]
+    fn what_a_program_leaves_is_ended() -> Result<()> {
+        let mut pid = String::new();
+        let start = Instant::now();
+        let said = shell("sleep 1000 & echo $!").each_line(|line| pid.push_str(line))?;
+        assert!(said.lines().is_empty() && start.elapsed() < Duration::from_secs(60));
+        let gone = (0..100).any(|_| {
+            std::thread::sleep(Duration::from_millis(20));
+            !exists(&pid)
+        });
+        assert!(gone, "a child is left");
+        Ok(())
+    }
+}

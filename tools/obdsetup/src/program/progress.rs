@@ -1,0 +1,134 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! Whether a program makes progress. One that makes none is ended, since nobody would wait for it in
+//! a script or at boot.
+//!
+//! Signs of progress are bytes that it read or wrote (`/proc/PID/io`), and the size of a file that it
+//! writes. CPU time is none: a program that loops uses that, too. A thread that waits for a disk
+//! (state D), and a program that somebody stopped (state T), are not at fault.
+//!
+//! The bound is generous: a compressor reads or writes within seconds, even an emulated one.
+
+use std::fs;
+use std::os::unix::fs::MetadataExt;
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
+
+use rustix::process::Pid;
+
+use crate::exit::{self, Failure};
+
+/// How long a program may go without a sign of progress.
+const BOUND: Duration = Duration::from_secs(600);
+/// How often signs are looked for.
+const LOOK: Duration = Duration::from_secs(1);
+
+/// How long a program is waited for while it makes no progress, and what its progress is.
+pub(crate) struct Patience {
+    bound: Duration,
+    outputs: Vec<PathBuf>,
+}
+
+impl Default for Patience {
+    fn default() -> Self {
+        Self {
+            bound: BOUND,
+            outputs: Vec::new(),
+        }
+    }
+}
+
+impl Patience {
+    /// Sets how long a program may go without a sign of progress.
+    #[cfg(test)]
+    pub(super) fn set_bound(&mut self, bound: Duration) {
+        self.bound = bound;
+    }
+
+    pub(super) fn add_output(&mut self, path: &Path) {
+        self.outputs.push(path.to_owned());
+    }
+
+    /// Returns the error for a program that was ended.
+    pub(super) fn failure(&self, name: &str, said: &[String]) -> anyhow::Error {
+        let mut message = format!(
+            "{name} was ended: it has not read or written a byte for {} s",
+            self.bound.as_secs()
+        );
+        if !said.is_empty() {
+            message = format!("{message}; it said: {}", said.join("\n"));
+        }
+        Failure::error(exit::USAGE, message)
+    }
+
+    /// Begins to watch the program `pid`.
+    pub(super) fn watch(&self, pid: Pid) -> Watch<'_> {
+        Watch {
+            patience: self,
+            pid,
+            look: LOOK.min(self.bound / 8),
+            last_look: Instant::now(),
+            stalled: Duration::ZERO,
+            signs: None,
+        }
+    }
+}
+
+/// The signs of progress of a program, as far as they were seen.
+pub(super) struct Watch<'a> {
+    patience: &'a Patience,
+    pid: Pid,
+    look: Duration,
+    last_look: Instant,
+    /// How long nothing has changed.
+    stalled: Duration,
+    signs: Option<Vec<String>>,
+}
+
+impl Watch<'_> {
+    /// Returns whether the program has gone without progress for too long.
+    pub(super) fn has_stalled(&mut self, now: Instant) -> bool {
+        if now.duration_since(self.last_look) < self.look {
+            return false;
+        }
+        self.last_look = now;
+        let signs = self.signs();
+        if signs.is_none() || signs != self.signs {
+            self.stalled = Duration::ZERO;
+            self.signs = signs;
+            return false;
+        }
+        // Looks are counted, not the time: this process may have been stopped in between.
+        self.stalled += self.look;
+        self.stalled >= self.patience.bound
+    }
+
+    /// Returns what changes with progress; `None` where that cannot be seen, or the program waits
+    /// through no fault of its own.
+    fn signs(&self) -> Option<Vec<String>> {
+        let process = PathBuf::from(format!("/proc/{}", self.pid.as_raw_nonzero()));
+        let threads = fs::read_dir(process.join("task")).ok()?;
+        for thread in threads.flatten() {
+            if matches!(state(&thread.path()), Some('D' | 'T' | 't')) {
+                return None;
+            }
+        }
+        let mut signs = vec![fs::read_to_string(process.join("io")).ok()?];
+        for path in &self.patience.outputs {
+            let meta = fs::metadata(path).ok();
+            signs.push(format!(
+                "{:?}",
+                meta.map(|meta| (meta.size(), meta.blocks()))
+            ));
+        }
+        Some(signs)
+    }
+}
+
+/// Returns the state of a thread, a letter.
+fn state(thread: &Path) -> Option<char> {
+    let stat = fs::read_to_string(thread.join("stat")).ok()?;
+    // The name is in parentheses, and may have any characters.
+    let (_, rest) = stat.rsplit_once(')')?;
+    rest.trim_start().chars().next()
+}
