@@ -27,13 +27,16 @@ notices() {
 		read -r name version _ <<<"$name"
 		case $name:$license in
 		lz4-sys:MIT) license="MIT and BSD-2-Clause" ;;
+		libbz2-rs-sys:bzip2-1.0.6) license=bzip2-1.0.6 ;;
+		liblzma-sys:*MIT*) license="MIT and 0BSD" ;;
 		*Unicode*) license="MIT and Unicode-3.0" ;;
 		*MIT*) license=MIT ;;
 		*:BSD-3-Clause) ;;
 		*) die "crate $name: licence $license?" ;;
 		esac
 		dir=$(echo "${CARGO_HOME:-$HOME/.cargo}"/registry/src/*/"$name-${version#v}")
-		mapfile -t files < <(find "$dir" -maxdepth 3 -type f \( -iname 'LICENSE*' -o -iname COPYRIGHT \) ! -iname '*APACHE*' | sort)
+		mapfile -t files < <(find "$dir" -maxdepth 3 -type f \( -iname 'LICENSE*' -o -iname COPYRIGHT -o -name COPYING.0BSD \) ! -iname '*APACHE*' \
+			! -name '*.sh' | sort)
 		[ "${#files[@]}" -gt 0 ] || die "crate $name: no licence in $dir"
 		printf '\nFiles: crates/%s-%s/*\nCopyright: The authors of %s, see the notices below\nLicense: %s\n' \
 			"$name" "${version#v}" "$name" "$license"

@@ -9,6 +9,7 @@ use anyhow::Result;
 use overlaybd::diff;
 use tempfile::NamedTempFile;
 
+use crate::archive;
 use crate::exit::Failure;
 use crate::image_layer;
 use crate::kind::Kind;
@@ -73,6 +74,10 @@ pub(crate) struct Args {
     )]
     mkfs_arg: Vec<OsString>,
 
+    /// Take whiteouts (.wh.NAME), with which a layer of an image hides files, for files
+    #[arg(long, help_heading = "Directories and tars")]
+    keep_whiteouts: bool,
+
     #[command(flatten)]
     oci: oci::Choice,
 
@@ -106,6 +111,9 @@ pub(crate) fn run(args: &Args) -> Result<()> {
     if args.oci != oci::Choice::default() {
         return refuse("is no OCI image; --ref and --platform are for those");
     }
+    if kind == Kind::Tar {
+        check_tar(args)?;
+    }
     let output = LayerOut::create(&args.output, &args.new, [args.input.as_path()])?;
     let place = directory(&args.output);
     // Deleted when dropped.
@@ -123,6 +131,22 @@ pub(crate) fn run(args: &Args) -> Result<()> {
         .as_ref()
         .map_or(args.input.as_path(), NamedTempFile::path);
     image_layer::write(path, Vec::new(), options, &args.new.ident, output)
+}
+
+/// Looks whether the tar is whole, and a tree of files.
+fn check_tar(args: &Args) -> Result<()> {
+    let findings = archive::check(&args.input)?;
+    let input = args.input.display();
+    if let Some(package) = findings.package.filter(|_| args.from.is_none()) {
+        return Err(Failure::usage(package.refusal(&args.input)));
+    }
+    match findings.whiteout {
+        Some(name) if !args.keep_whiteouts => Err(Failure::usage(format!(
+            "{input}: a layer of a container image: {name:?} hides a file of the layers below, which are not here: \
+             convert the whole image, or take such names for files with --keep-whiteouts"
+        ))),
+        _ => Ok(()),
+    }
 }
 
 fn make_fs(args: &Args, files: Files<'_>, place: &Path) -> Result<NamedTempFile> {

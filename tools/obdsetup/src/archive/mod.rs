@@ -1,0 +1,39 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! Tar archives, compressed or not, as a stream of members.
+//!
+//! [`Archive`] reads each byte once, checks all that can be checked, and names the byte in its
+//! errors. The crate `tar` cannot do for it: it takes a newline in an extended attribute for the end
+//! of a record, knows no sparse files of pax archives, no times before 1970, and not where it is; it
+//! reads names of any length into memory, and ends where a header is missing.
+//!
+//! It follows GNU tar run by root, but where that drops or changes something with no more than a
+//! warning, here it is an error:
+//!
+//! - names with `..`, types that nobody knows, sizes that don't fit;
+//! - an archive that is not compressed and ends without an end marker, a block of zeros: it may
+//!   have been cut off just between two members. A compressed one says itself where it ends.
+//!
+//! Memory is bounded, whatever the archive says.
+
+mod compression;
+mod describe;
+mod header;
+mod member;
+mod pax;
+mod reader;
+mod scan;
+mod source;
+mod sparse;
+
+mod unpack;
+
+#[cfg(test)]
+#[allow(clippy::panic, clippy::unwrap_used)]
+mod tests;
+
+pub(crate) use compression::Compression;
+pub(crate) use member::{Device, Extent, Member, MemberKind, Time};
+pub(crate) use reader::Archive;
+pub(crate) use scan::check;
+pub(crate) use unpack::Unpack;

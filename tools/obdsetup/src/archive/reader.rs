@@ -1,0 +1,327 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! Reads a tar: its blocks, one after the other.
+
+use std::fs::File;
+use std::io::{ErrorKind, Read};
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, Result};
+use overlaybd::format::num::{to_u64, to_usize};
+
+use crate::exit::{self, Failure};
+use crate::interrupt;
+
+use super::describe::Extended;
+use super::header::{is_header, Header, BLOCK};
+use super::pax::Records;
+use super::{Compression, Member, Unpack};
+
+/// Longest name or extended header.
+const MAX_HEADER: u64 = 8 << 20;
+/// Bytes of content that are handed over at once.
+const PIECE: usize = 256 << 10;
+
+/// A tar that is being read.
+pub(crate) struct Archive {
+    path: PathBuf,
+    pub(super) compression: Option<Compression>,
+    input: Unpack,
+    /// Bytes of the tar that were read.
+    at: u64,
+    /// Bytes of content of the last member that were not read, and what fills up its last block.
+    pub(super) left: u64,
+    pub(super) padding: u64,
+    pub(super) global: Records,
+    pub(super) global_len: u64,
+    /// The name of the last member, for errors.
+    pub(super) name: String,
+    ended: bool,
+}
+
+impl Archive {
+    /// Opens the tar at `path`, whatever it is compressed with.
+    ///
+    /// # Errors
+    ///
+    /// Where it cannot be opened or read.
+    pub(crate) fn open(path: &Path) -> Result<Self> {
+        let cannot = || format!("{}: cannot read", path.display());
+        let mut file = File::open(path).with_context(cannot)?;
+        let mut head = Vec::new();
+        let mut start = (&mut file).take(to_u64(Compression::LOOKS_AT));
+        start.read_to_end(&mut head).with_context(cannot)?;
+        std::io::Seek::rewind(&mut file).with_context(cannot)?;
+        let compression = Compression::of(&head);
+        Ok(Self {
+            path: path.to_owned(),
+            compression,
+            input: Unpack::new(file, compression),
+            at: 0,
+            left: 0,
+            padding: 0,
+            global: Records::default(),
+            global_len: 0,
+            name: String::new(),
+            ended: false,
+        })
+    }
+
+    /// The next member; `None` at the end. What was not read of the content of the last one is
+    /// skipped, but checked: it is all there, and its compression is sound.
+    ///
+    /// # Errors
+    ///
+    /// Where the archive is damaged or says what cannot be, and where reading fails.
+    pub(crate) fn next(&mut self) -> Result<Option<Member>> {
+        if self.ended {
+            return Ok(None);
+        }
+        self.skip()?;
+        let mut extended = Extended::default();
+        let mut first = None;
+        loop {
+            interrupt::check()?;
+            let at = self.at;
+            let start = *first.get_or_insert(at);
+            let mut block = [0; BLOCK];
+            let read = self.fill(&mut block)?;
+            if read == 0 || block.iter().all(|&byte| byte == 0) && read == BLOCK {
+                if start != at {
+                    return Err(self.bad("the archive ends behind an extended header"));
+                }
+                self.end(read != 0)?;
+                return Ok(None);
+            }
+            if read < BLOCK {
+                let what = format!("a header of {BLOCK} bytes at byte {at} is cut off");
+                return Err(self.cut_off(&what));
+            }
+            let Some(header) = Header::new(&block) else {
+                return Err(self.no_header(at));
+            };
+            let number = |number| self.in_header(at, number);
+            let size = number(header.size())?;
+            match header.kind() {
+                kind @ (b'x' | b'X' | b'g' | b'L' | b'K') => {
+                    let payload = self.payload(at, size)?;
+                    self.extend(kind, at, &payload, &mut extended)?;
+                    if kind == b'g' && start == at {
+                        first = None;
+                    }
+                }
+                b'V' => {
+                    // A label: no member, and nothing belongs to it.
+                    self.left = size;
+                    self.padding = pad(size);
+                    self.skip()?;
+                    first = None;
+                }
+                b'M' => {
+                    return Err(self.bad(&format!(
+                        "the member at byte {at} continues in another volume: join the parts \
+                         first (`tar --multi-volume`)"
+                    )));
+                }
+                _ => return self.member(start, at, &header, size, extended).map(Some),
+            }
+        }
+    }
+
+    /// Hands over the content of the last member: where it belongs in the file, and the bytes. No
+    /// holes.
+    ///
+    /// # Errors
+    ///
+    /// That of `sink`, and as [`Self::next`].
+    // Only tests read it so far.
+    #[allow(dead_code)]
+    pub(crate) fn content(
+        &mut self,
+        member: &Member,
+        mut sink: impl FnMut(u64, &[u8]) -> Result<()>,
+    ) -> Result<()> {
+        let mut buffer = vec![0; PIECE.min(to_usize(member.size))];
+        for extent in &member.extents {
+            let mut done = 0;
+            while done < extent.len {
+                interrupt::check()?;
+                let want = to_u64(buffer.len()).min(extent.len - done);
+                let piece = buffer.get_mut(..to_usize(want)).unwrap_or_default();
+                self.read_content(piece)?;
+                sink(extent.offset + done, piece)?;
+                done += want;
+            }
+        }
+        Ok(())
+    }
+
+    /// Reads what is behind the last member, `marked` by a block of zeros. Warns where that is no
+    /// part of the archive.
+    fn end(&mut self, marked: bool) -> Result<()> {
+        self.ended = true;
+        let end = self.at;
+        if !marked && self.compression.is_none() && end > 0 {
+            return Err(self.cut_off(
+                "no end marker (a block of zeros) is there; if nothing is missing, `truncate \
+                 --size=+1024 FILE` adds it",
+            ));
+        }
+        // To the end of the file: only there the compression tells whether all was right.
+        let mut piece = vec![0; PIECE];
+        let mut other = false;
+        loop {
+            interrupt::check()?;
+            let read = self.fill(&mut piece)?;
+            if read == 0 {
+                break;
+            }
+            let piece = piece.get(..read).unwrap_or_default();
+            let used = |block: &&[u8]| block.iter().any(|&byte| byte != 0);
+            let Some(block) = piece.chunks(BLOCK).find(used).filter(|_| !other) else {
+                continue;
+            };
+            other = true;
+            if block.first_chunk().is_some_and(is_header) {
+                return Err(self.bad(&format!(
+                    "another archive follows the end marker at byte {end}: join them with `tar \
+                     --concatenate`, or convert one alone"
+                )));
+            }
+            let message = format!(
+                "{}: what follows the end marker at byte {end} is ignored",
+                self.path.display()
+            );
+            crate::layers::warn(&[message]);
+        }
+        Ok(())
+    }
+
+    /// Reads what follows an extended header.
+    fn payload(&mut self, at: u64, size: u64) -> Result<Vec<u8>> {
+        if size > MAX_HEADER {
+            return Err(self.bad(&format!(
+                "the extended header at byte {at} has {size} bytes, more than {MAX_HEADER}"
+            )));
+        }
+        self.left = size;
+        self.padding = pad(size);
+        let mut payload = vec![0; to_usize(size)];
+        self.read_content(&mut payload)?;
+        self.skip()?;
+        Ok(payload)
+    }
+
+    /// Reads the next bytes of content, which must be there.
+    pub(super) fn read_content(&mut self, buf: &mut [u8]) -> Result<()> {
+        let wanted = to_u64(buf.len());
+        if wanted > self.left {
+            return Err(self.content_cut_off());
+        }
+        let read = to_u64(self.fill(buf)?);
+        self.left -= read;
+        match read == wanted {
+            true => Ok(()),
+            false => Err(self.content_cut_off()),
+        }
+    }
+
+    /// Skips what is left of the last member.
+    fn skip(&mut self) -> Result<()> {
+        let rest = self.left.checked_add(self.padding);
+        let Some(mut rest) = rest else {
+            return Err(self.content_cut_off());
+        };
+        let mut buffer = vec![0; PIECE.min(to_usize(rest))];
+        while rest > 0 {
+            interrupt::check()?;
+            let want = to_u64(buffer.len()).min(rest);
+            let read = self.fill(buffer.get_mut(..to_usize(want)).unwrap_or_default())?;
+            let read = to_u64(read);
+            self.left = self.left.saturating_sub(read);
+            rest -= read;
+            if read < want {
+                return Err(self.content_cut_off());
+            }
+        }
+        (self.left, self.padding) = (0, 0);
+        Ok(())
+    }
+
+    /// Fills `buf` as far as the archive goes.
+    pub(super) fn fill(&mut self, buf: &mut [u8]) -> Result<usize> {
+        let mut done = 0;
+        while let Some(rest) = buf.get_mut(done..).filter(|rest| !rest.is_empty()) {
+            match self.input.read(rest) {
+                Ok(0) => break,
+                Ok(read) => {
+                    done += read;
+                    self.at += to_u64(read);
+                }
+                Err(error)
+                    if error.kind() == ErrorKind::Interrupted && error.raw_os_error().is_some() => {
+                }
+                Err(error) => return Err(self.unreadable(error)),
+            }
+        }
+        Ok(done)
+    }
+
+    /// An error of the file, or of its compression.
+    fn unreadable(&self, error: std::io::Error) -> anyhow::Error {
+        let path = self.path.display();
+        if error.raw_os_error().is_some() {
+            return anyhow::Error::from(error).context(format!("{path}: cannot read"));
+        }
+        unpack_error(&self.path, self.compression, self.input.position(), &error)
+    }
+
+    fn no_header(&self, at: u64) -> anyhow::Error {
+        match self.name.is_empty() {
+            true => self.bad("no tar: its first block is no header"),
+            false => self.bad(&format!(
+                "the block at byte {at}, behind member {:?}, is no header: the archive is damaged",
+                self.name
+            )),
+        }
+    }
+
+    fn content_cut_off(&self) -> anyhow::Error {
+        self.cut_off(&format!(
+            "member {:?}: the tar ends at byte {}, {} bytes are missing",
+            self.name, self.at, self.left
+        ))
+    }
+
+    pub(super) fn cut_off(&self, what: &str) -> anyhow::Error {
+        self.bad(&format!("{what}: incomplete download or copy?"))
+    }
+
+    pub(super) fn bad(&self, what: &str) -> anyhow::Error {
+        Failure::error(exit::BAD_IMAGE, format!("{}: {what}", self.path.display()))
+    }
+}
+
+/// What went wrong in the compression of a file, `at` being the byte of the file as it is stored.
+pub(crate) fn unpack_error(
+    path: &Path,
+    compression: Option<Compression>,
+    at: u64,
+    error: &std::io::Error,
+) -> anyhow::Error {
+    let what = compression.map_or("data", Compression::name);
+    let path = path.display();
+    let text = match error.kind() {
+        ErrorKind::UnexpectedEof => format!(
+            "{path}: the {what} data ends early, at byte {at} of the file: incomplete download or \
+             copy?"
+        ),
+        _ => format!("{path}: the {what} data is damaged before byte {at} of the file: {error}"),
+    };
+    Failure::error(exit::BAD_IMAGE, text)
+}
+
+/// What fills up the last block of `size` bytes.
+pub(super) fn pad(size: u64) -> u64 {
+    size.wrapping_neg() % to_u64(BLOCK)
+}

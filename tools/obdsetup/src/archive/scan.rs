@@ -1,0 +1,113 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! What a tar is for, seen from the names in it, and whether it is whole.
+
+use std::path::Path;
+
+use anyhow::Result;
+
+use super::{Archive, Member, MemberKind};
+
+/// What a layer of an image has in place of a file that the layers below have.
+const WHITEOUT: &[u8] = b".wh.";
+
+/// A package of something, which is not a tree of files for a file system.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Package {
+    /// What `docker save` writes.
+    Docker,
+    /// An OCI image layout in a tar.
+    Oci,
+    /// A virtual machine: an OVF description and its disks.
+    Ova,
+}
+
+impl Package {
+    /// Why the file `path` is not converted, and what to do.
+    pub(crate) fn refusal(self, path: &Path) -> String {
+        let file = path.display();
+        match self {
+            Self::Docker => format!(
+                "{file}: an image archive (docker save), no tree of files: make an OCI layout of it, `skopeo copy \
+                 docker-archive:{file} oci:LAYOUT`; --from tar takes it for files"
+            ),
+            Self::Oci => format!(
+                "{file}: an OCI image archive, no tree of files: unpack it, `mkdir LAYOUT && tar -xf {file} -C \
+                 LAYOUT`, then `obdsetup convert LAYOUT`; --from tar takes it for files"
+            ),
+            Self::Ova => format!(
+                "{file}: a virtual machine (OVA), no tree of files: unpack it, `tar -xf {file}`, then convert its \
+                 disk; --from tar takes it for files"
+            ),
+        }
+    }
+}
+
+/// What the members of a tar show.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct Findings {
+    pub(crate) package: Option<Package>,
+    /// The first whiteout of an image's layer.
+    pub(crate) whiteout: Option<String>,
+}
+
+/// Looks at one member after the other.
+#[derive(Default)]
+pub(crate) struct Scan {
+    findings: Findings,
+    members: u64,
+    manifest: bool,
+    layers: bool,
+    layout: bool,
+    index: bool,
+}
+
+impl Scan {
+    /// Looks at a member.
+    pub(crate) fn see(&mut self, member: &Member) {
+        self.members += 1;
+        let path = member.path.as_slice();
+        if self.findings.whiteout.is_none() && member.file_name().starts_with(WHITEOUT) {
+            self.findings.whiteout = Some(String::from_utf8_lossy(path).into_owned());
+        }
+        if matches!(member.kind, MemberKind::Directory) {
+            return;
+        }
+        let tar = path.ends_with(b".tar") && path.iter().filter(|&&byte| byte == b'/').count() < 2;
+        self.layers |= tar || path.starts_with(b"blobs/sha256/");
+        match path {
+            b"manifest.json" | b"repositories" => self.manifest = true,
+            b"oci-layout" => self.layout = true,
+            b"index.json" => self.index = true,
+            path if self.members == 1 && member.is_top_level() && path.ends_with(b".ovf") => {
+                self.findings.package = Some(Package::Ova);
+            }
+            _ => {}
+        }
+    }
+
+    /// What all of them together show.
+    pub(crate) fn finish(self) -> Findings {
+        let mut findings = self.findings;
+        if self.manifest && self.layers {
+            findings.package = Some(Package::Docker);
+        } else if self.layout && self.index {
+            findings.package = Some(Package::Oci);
+        }
+        findings
+    }
+}
+
+/// Reads the tar at `path` to its end.
+///
+/// # Errors
+///
+/// Where it is damaged, and where reading fails.
+pub(crate) fn check(path: &Path) -> Result<Findings> {
+    let mut archive = Archive::open(path)?;
+    let mut scan = Scan::default();
+    while let Some(member) = archive.next()? {
+        scan.see(&member);
+    }
+    Ok(scan.finish())
+}

@@ -1,0 +1,51 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! A file that is read once from its beginning to its end, and how far that is.
+
+use std::fs::File;
+use std::io::{self, BufRead, BufReader, Read};
+
+use overlaybd::format::num::to_u64;
+
+/// Bytes that are read at once.
+const BUFFER: usize = 128 << 10;
+
+/// A buffered file with its position.
+pub(super) struct Source {
+    file: BufReader<File>,
+    at: u64,
+}
+
+impl Source {
+    /// Reads `file` from where it stands, which is its beginning.
+    pub(super) fn new(file: File) -> Self {
+        Self {
+            file: BufReader::with_capacity(BUFFER, file),
+            at: 0,
+        }
+    }
+
+    /// The byte that is read next.
+    pub(super) fn position(&self) -> u64 {
+        self.at
+    }
+}
+
+impl Read for Source {
+    fn read(&mut self, buf: &mut [u8]) -> io::Result<usize> {
+        let read = self.file.read(buf)?;
+        self.at += to_u64(read);
+        Ok(read)
+    }
+}
+
+impl BufRead for Source {
+    fn fill_buf(&mut self) -> io::Result<&[u8]> {
+        self.file.fill_buf()
+    }
+
+    fn consume(&mut self, amount: usize) {
+        self.file.consume(amount);
+        self.at += to_u64(amount);
+    }
+}
