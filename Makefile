@@ -12,7 +12,7 @@ S := scripts
 export KDIR KERNEL MIRROR V DESTDIR PREFIX RUN SHARE TIMEOUT CARGO MINUTES
 export QEMU_MEM QEMU_SMP QEMU_ARGS KERNEL_ARGS OBD_GOLDENS RECORD VM COMPARE PARTS
 
-.PHONY: all module tools setup demo check check-system check-boot check-forky check-debug check-kcsan soak lint fuzz bench vm install deb check-deb clean help
+.PHONY: all module tools setup demo check check-system check-boot check-forky check-debug check-kcsan check-all soak lint fuzz bench vm install deb check-deb clean help
 
 all: module
 
@@ -50,6 +50,10 @@ check-debug:
 # ... that finds data races.
 check-kcsan:
 	@$S/check.sh kcsan
+
+# What CI does not run, and what is left out of that.
+check-all:
+	@$S/check-all.sh
 
 soak:
 	@$S/check.sh soak

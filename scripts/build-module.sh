@@ -12,10 +12,8 @@ obj=$out/obj
 [ "$what" != clippy ] || obj=$out/clippy
 source=$CLONE
 [ "$what" != bench ] || source=$CLONE/tests/bench obj=$out/bench
-seen_source=$source seen_obj=$obj
-[ -z "$KDIR_IN_ROOT" ] || seen_source=$(in_root "$source") seen_obj=$(in_root "$obj")
 
-args=(-C "$KDIR_USED" "M=$seen_source" "MO=$seen_obj" "${KDIR_ARGS[@]}" "-j$(nproc)" --no-print-directory)
+args=(-C "$KDIR_USED" "M=$KDIR_CLONE${source#"$CLONE"}" "MO=$KDIR_CLONE${obj#"$CLONE"}" "${KDIR_ARGS[@]}" "-j$(nproc)" --no-print-directory)
 [ -z "${QUIET:-}" ] || args+=(-s)
 [ -z "${V:-}" ] || args+=("V=$V")
 
@@ -27,14 +25,34 @@ start_afresh() {
 	say "$KDIR_ID" >"$obj/.kdir"
 }
 
-mkdir -p "$out"
-lock "$out/.lock" "build in $out"
-case $what in
-build)
+# install_module: where there is a DESTDIR, through a directory below the clone, since its path may be anything.
+install_module() {
+	local staging=$obj/install
+	if [ -z "${DESTDIR:-}" ]; then
+		[ -z "$KDIR_IN_ROOT" ] ||
+			die "the module that was built is for Debian's $KDIR_RELEASE: name your kernel's tree with KDIR=, or a DESTDIR="
+		kdir_run make "${args[@]}" modules_install
+		return
+	fi
+	rm -rf "$staging"
+	mkdir -p "$staging"
+	kdir_run make "${args[@]}" "INSTALL_MOD_PATH=$KDIR_CLONE${staging#"$CLONE"}" DEPMOD=true modules_install
+	(cd "$staging" && find . -type f) | while read -r file; do
+		install -D -m 644 "$staging/$file" "$DESTDIR/$file"
+	done
+	rm -rf "$staging"
+}
+
+build() {
 	start_afresh
 	kdir_run make "${args[@]}" modules
 	cmp -s "$obj/dm_overlaybd.ko" "$out/dm_overlaybd.ko" || cp "$obj/dm_overlaybd.ko" "$out/dm_overlaybd.ko"
-	;;
+}
+
+mkdir -p "$out"
+lock "$out/.lock" "build in $out"
+case $what in
+build) build ;;
 bench)
 	start_afresh
 	kdir_run make "${args[@]}" modules
@@ -45,9 +63,11 @@ clippy)
 	kdir_run make "${args[@]}" CLIPPY=1 KRUSTFLAGS=-Dwarnings modules
 	;;
 install)
-	[ -f "$obj/dm_overlaybd.ko" ] || die "build the module first"
-	[ -z "$KDIR_IN_ROOT" ] || die "this module is for the test VM's kernel; name yours with KDIR="
-	make "${args[@]}" ${DESTDIR:+"INSTALL_MOD_PATH=$DESTDIR"} ${DESTDIR:+DEPMOD=true} modules_install
+	if [ ! -f "$obj/dm_overlaybd.ko" ]; then
+		not_by_sudo
+		build
+	fi
+	install_module
 	;;
 *) die "usage: build-module.sh [build | bench | clippy | install]" ;;
 esac

@@ -12,19 +12,37 @@ ROOT=$CACHE/root-$(root_key)
 # root_mirror: where that came from.
 root_mirror() { sed -n "s/^deb \([^ ]*\) $SUITE main\$/\1/p" "$ROOT/etc/apt/sources.list"; }
 
-# A thing is made in a directory of this name and renamed when whole.
-CACHE_TMP=$CACHE/tmp
+# A thing is made in a directory of its own, CACHE_TMP, and renamed when whole. Each has its lock: kernels take long.
 
-# cache_begin NAME: lock the cache, drop what an interrupted set-up left, set TMP to a new directory.
+# cache_begin NAME: lock it, drop what interrupted set-ups left, set TMP to a new directory.
 # Returns 1 when $CACHE/NAME has appeared meanwhile.
 cache_begin() {
+	CACHE_TMP=$CACHE/tmp-$1
 	mkdir -p "$CACHE"
-	lock "$CACHE/lock" "set-up in $CACHE"
-	"${SUDO[@]}" rm -rf "$CACHE_TMP"
-	[ ! -e "$CACHE/$1" ] || return 1
+	lock "$CACHE/lock-$1" "set-up of $CACHE/$1"
+	if [ -e "$CACHE/$1" ]; then
+		unlock
+		return 1
+	fi
+	cache_sweep "$1"
 	cache_prune "$1"
+	trap cache_drop EXIT
 	mkdir -p "$CACHE_TMP"
 	TMP=$CACHE_TMP/$1
+}
+
+# cache_drop: nothing half made stays.
+cache_drop() { "${SUDO[@]}" rm -rf "$CACHE_TMP"; }
+
+# cache_sweep NAME: what killed set-ups left, of NAME, whose lock is ours, and of others.
+cache_sweep() {
+	local old name
+	for old in "$CACHE"/tmp-*/; do
+		old=${old%/} name=${old##*/tmp-}
+		[ -d "$old" ] || continue
+		[ "$name" = "$1" ] || flock -n "$CACHE/lock-$name" true || continue
+		"${SUDO[@]}" rm -rf "$old"
+	done
 }
 
 # cache_commit NAME: what is in $TMP is whole.
@@ -32,6 +50,8 @@ cache_commit() {
 	sync -f "$CACHE"
 	"${SUDO[@]}" mv -T "$TMP" "$CACHE/$1"
 	rmdir "$CACHE_TMP"
+	trap - EXIT
+	unlock
 }
 
 # cache_prune NAME: before something new of a kind (the name up to its first dash) is made, remove

@@ -10,10 +10,25 @@
 #   soak    a random mix of everything for $MINUTES (30), with the debug kernel
 . "$(dirname "$0")/lib.sh"
 
-passed=0 failed=0 skipped=0
+passed=0 failed=0
+# How many tests were skipped for a cause.
+declare -A causes=()
 
+# show_causes: of an array of causes that has this name.
+show_causes() {
+	local -n of=$1
+	local cause tests
+	for cause in "${!of[@]}"; do
+		tests="tests"
+		[ "${of[$cause]}" != 1 ] || tests="test"
+		say "      skipped: $cause: ${of[$cause]} $tests"
+	done | sort
+}
+
+# finish: a cause counts once, however many tests were skipped for it.
 finish() {
-	say "$passed passed, $failed failed, $skipped skipped"
+	show_causes causes
+	say "$passed passed, $failed failed, ${#causes[@]} skipped"
 	[ "$failed" = 0 ]
 	exit
 }
@@ -34,19 +49,37 @@ counts() {
 	fi
 }
 
-# add PASSED FAILED SKIPPED STATUS: what a step's tests came to; a failure that none of them shows is one more.
+# add STATUS: what a step's tests came to, as ktap.awk prints it; a failure that none of them shows is one more.
 add() {
-	passed=$((passed + $1))
-	failed=$((failed + $2))
-	skipped=$((skipped + $3))
-	say "      $1 passed, $2 failed, $3 skipped"
-	if [ "$2" = 0 ] && { [ "$4" != 0 ] || [ "$1" = 0 ]; }; then
+	local status=$1 p f tests cause
+	local -A now=()
+	read -r p f
+	while read -r tests cause; do
+		now[$cause]=$tests
+		causes[$cause]=$((${causes[$cause]:-0} + tests))
+	done
+	passed=$((passed + p))
+	failed=$((failed + f))
+	say "      $p passed, $f failed, ${#now[@]} skipped"
+	show_causes now
+	if [ "$f" = 0 ] && { [ "$status" != 0 ] || [ "$p" = 0 ]; }; then
 		failed=$((failed + 1))
 	fi
 }
 
+# cargo_results LOG: as ktap.awk does. The cause is in the name of a test, or in its attribute.
 cargo_results() {
-	awk '/^test result:/ { p += $4; f += $6; s += $8 } END { print p + 0, f + 0, s + 0 }' "$1"
+	awk '
+		/^test result:/ { p += $4; f += $6 }
+		/^test .* \.\.\. ignored/ {
+			cause = "ignored unless cargo test is asked for it"
+			if (sub(/.* \.\.\. ignored, /, ""))
+				cause = $0
+			else if (match($0, /\(skipped: [^)]*\)/))
+				cause = substr($0, RSTART + 10, RLENGTH - 11)
+			causes[cause]++
+		}
+		END { print p + 0, f + 0; for (cause in causes) print causes[cause], cause }' "$1"
 }
 
 # failures FILE...: the failed results in KTAP logs, each with what it says of itself.
@@ -90,6 +123,10 @@ instrumented() {
 }
 
 case ${1:-} in
+--cargo-results)
+	cargo_results "$2"
+	exit
+	;;
 --instrumented)
 	instrumented "$2"
 	exit
@@ -112,14 +149,16 @@ set_up() {
 
 # user_space: the lints, obdsetup, and tests that need no VM.
 user_space() {
-	local lint status=0 p f s
+	local lint status=0
 	for lint in "${lints[@]}"; do
 		counts "lint: $lint" "$SCRIPTS/lint.sh" "$lint"
 	done
 	must "obdsetup" "$SCRIPTS/build-tools.sh"
 	step "cargo tests" "$SCRIPTS/build-tools.sh" test || status=$?
-	read -r p f s <<<"$(cargo_results "$STEP_LOG")"
-	add "$p" "$f" "$s" "$status"
+	add "$status" < <(cargo_results "$STEP_LOG")
+	status=0
+	step "scripts" "$CLONE/tests/scripts.sh" || status=$?
+	add "$status" < <(awk -f "$SCRIPTS/ktap.awk" "$STEP_LOG")
 	RECORD='' counts "fuzz" "$SCRIPTS/fuzz.sh" 10
 }
 
@@ -145,7 +184,7 @@ rublk() {
 
 # in_vm KERNEL TITLE TESTS...: tests with that kernel, a VM for each list of them.
 in_vm() {
-	local title=$2 status=0 checks=y p f s
+	local title=$2 status=0 checks=y results
 	export KERNEL=$1
 	shift 2
 	case $KERNEL in
@@ -157,9 +196,9 @@ in_vm() {
 	[ -z "$checks" ] || counts "the $KERNEL kernel checks the module's Rust code" "$0" --instrumented "$KERNEL"
 	rm -f "$LOGS"/{vm,kernel}-"$KERNEL"-*.log
 	step "$title with the $KERNEL kernel" side_by_side "$@" || status=$?
-	read -r p f s <<<"$(awk -f "$SCRIPTS/ktap.awk" "$LOGS/vm-$KERNEL"-*.log)"
-	[ "$f" = 0 ] || failures "$LOGS/vm-$KERNEL"-*.log
-	add "$p" "$f" "$s" "$status"
+	results=$(awk -f "$SCRIPTS/ktap.awk" "$LOGS/vm-$KERNEL"-*.log)
+	[[ $results =~ ^[0-9]+\ 0($|[^0-9]) ]] || failures "$LOGS/vm-$KERNEL"-*.log
+	add "$status" <<<"$results"
 	[ -z "$checks" ] ||
 		counts "no test left out with the $KERNEL kernel" "$0" --nothing-skipped "$KERNEL" "$LOGS/vm-$KERNEL"-*.log
 	counts "log of the $KERNEL kernel" "$0" --kernel-log "$LOGS/kernel-$KERNEL"-*.log
@@ -178,9 +217,9 @@ parts=("$@")
 total=2
 for part in "${parts[@]}"; do
 	case $part in
-	stock) total=$((total + ${#lints[@]} + 6)) ;;
+	stock) total=$((total + ${#lints[@]} + 7)) ;;
 	system) total=$((total + 5)) ;;
-	both) total=$((total + ${#lints[@]} + 7)) ;;
+	both) total=$((total + ${#lints[@]} + 8)) ;;
 	forky) total=$((total + 6)) ;;
 	debug | kcsan | soak) total=$((total + 7)) ;;
 	*) die "usage: check.sh [stock | system | both | forky | debug | kcsan | soak]..." ;;

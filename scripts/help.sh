@@ -7,7 +7,7 @@ make KDIR=DIR         ... for the kernel tree DIR (7.2 or later, with Rust); wit
                       kernel where it has Rust, else for Debian's newest 7.3, which the test VM runs
 make tools            build obdsetup, for Debian 13 and the test VM: build/cargo/release/obdsetup
                       (CARGO=cargo: for this machine, with its own Rust; then make install takes that)
-make install          install module, obdsetup, udev rules, manual pages, completions, and what sets images up at boot
+make install          build what isn't built yet, and install module, obdsetup, udev rules, manual pages, completions, and what sets images up at boot
                       (DESTDIR=, PREFIX=/usr/local, KDIR=)
 make deb              make Debian packages of both, build/deb/*.deb: the module's source for DKMS, and obdsetup (CARGO=)
 make demo             set everything up and show the module at work in the test VM
@@ -19,6 +19,8 @@ make check-debug      run the VM's tests with a kernel that has KASAN, lockdep, 
                       (OBD_FULL=1: all cycles of races)
 make check-kcsan      run those that have several things at once with a kernel that finds data races
 make soak             a random mix of everything for MINUTES=30, with the kernel of check-debug
+make check-all        run what CI (.ci/run: check, check-system, check-debug) does not: the four checks that are left,
+                      short runs of soak, fuzz and bench; says what it has left out (PARTS='NAME...')
 make lint             the static checks only
 make fuzz             run the fuzz targets (SECONDS=60 each, TARGET='NAME...', RECORD=FILE)
 make bench            measure, and compare with goals and with others: in User-Mode Linux, as fast as this machine is

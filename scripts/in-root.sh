@@ -19,6 +19,7 @@ while getopts +r:k:b: opt; do
 done
 shift $((OPTIND - 1))
 
+need_root
 [ -d "$ROOT" ] || die "no tool-chain root yet; 'make setup' makes it"
 mkdir -p "$CACHE/cargo" "$BUILD"
 
@@ -33,7 +34,7 @@ while IFS='=' read -r -d '' name value; do
 	esac
 done < <(env -0)
 
-exec "${SUDO[@]}" setpriv --pdeathsig KILL \
-	unshare --mount --propagation private --pid --fork --kill-child \
+# This becomes that command, and ends with its own caller.
+exec "${SUDO[@]}" "$SCRIPTS/with-caller.sh" "$PPID" unshare --mount --propagation private --pid --fork --kill-child \
 	"$SCRIPTS/root-enter.sh" "$ROOT" "$CLONE" "$IN_ROOT" "$CACHE/cargo" "$kernel" "$(id -u):$(id -g)" \
 	"${#binds[@]}" "${binds[@]}" env -i "${env[@]}" "$@"

@@ -2,14 +2,20 @@
 # SPDX-License-Identifier: GPL-2.0
 # Install what was built: the module, obdsetup, its udev rules, what sets images up at boot, the manual pages, completions;
 # install.sh tools: all but the module. DESTDIR=, PREFIX= (/usr/local), KDIR= as for make.
+# What isn't built yet is built.
 . "$(dirname "$0")/lib.sh"
 
+[ -z "${DESTDIR:-}" ] || DESTDIR=$(realpath -m "$DESTDIR")
+[[ ${PREFIX:-/} == /* ]] || die "PREFIX=$PREFIX: must begin with /"
 prefix=${DESTDIR:-}${PREFIX:-/usr/local}
 
 # obdsetup as this machine's cargo built it, or as the tool-chain root did where that runs here too.
 obdsetup=${OBDSETUP:-$BUILD/cargo-host/release/obdsetup}
 [ -x "$obdsetup" ] || obdsetup=$BUILD/cargo/release/obdsetup
-[ -x "$obdsetup" ] || die "obdsetup is not built; run 'make tools'"
+if [ ! -x "$obdsetup" ]; then
+	not_by_sudo
+	"$SCRIPTS/build-tools.sh"
+fi
 "$obdsetup" --version >/dev/null 2>&1 || [ -n "${DESTDIR:-}" ] ||
 	die "obdsetup from the tool-chain root does not run here; build it with your cargo: make tools CARGO=cargo"
 

@@ -10,8 +10,13 @@
 . "$SCRIPTS/kdir-check.sh"
 
 # kdir_choose: the user's KDIR; else the running kernel's tree if it is usable; else the stock kernel's, in the root.
-# Sets KDIR_USED, KDIR_RELEASE, KDIR_ARGS, KDIR_IN_ROOT and KDIR_ID, which changes when the tree is another.
+# Sets KDIR_USED, KDIR_RELEASE, KDIR_ARGS, KDIR_IN_ROOT, KDIR_CLONE and KDIR_ID, which changes when the tree is another.
 kdir_choose() {
+	kdir_choose_tree
+	kdir_place
+}
+
+kdir_choose_tree() {
 	local problems running
 	running=/lib/modules/$(uname -r)/build
 	KDIR_IN_ROOT=
@@ -44,10 +49,28 @@ kdir_choose() {
 	[ -n "${USE_ROOT:-}" ] || say "Building for $K_RELEASE in the tool-chain root; KDIR= names another kernel's tree"
 }
 
+# kdir_place: set KDIR_CLONE to where the kernel's build finds the clone: it takes no blank, colon and so on in a path.
+kdir_place() {
+	local odd='[^A-Za-z0-9._/+@-]'
+	KDIR_CLONE=$CLONE
+	if [ -n "$KDIR_IN_ROOT" ]; then
+		KDIR_CLONE=$IN_ROOT
+	elif [[ $KDIR_USED =~ $odd ]]; then
+		die "KDIR=$KDIR_USED: the kernel's build takes no blank and no such character in a path: give it another name"
+	elif [[ $CLONE =~ $odd ]]; then
+		KDIR_CLONE=/mnt
+		[[ $KDIR_USED != /mnt/* ]] || die "$CLONE: the kernel's build takes no such path: build in a clone of another name"
+	fi
+}
+
 # kdir_run CMD...: run where the tree can be used.
 kdir_run() {
 	if [ -n "$KDIR_IN_ROOT" ]; then
 		"$SCRIPTS/in-root.sh" -r "$K_ROOT" -k "$K_DIR" "$@"
+	elif [ "$KDIR_CLONE" != "$CLONE" ]; then
+		need_root
+		"${LONG_SUDO[@]}" unshare --mount --propagation private "$SCRIPTS/host-enter.sh" \
+			"$CLONE" "$KDIR_CLONE" "$(id -u)" "$(id -g)" env "PATH=$PATH" "HOME=$HOME" "$@"
 	else
 		"$@"
 	fi

@@ -54,8 +54,12 @@ kernel_select() {
 ask_archive() {
 	local latest=$CACHE/kernel.$1
 	if [ -z "$(find "$latest" -mtime -1 2>/dev/null)" ]; then
+		# Two first runs at once.
+		lock "$K_APT.lock" "question to the Debian archive"
 		mkdir -p "$K_APT"
-		if "$SCRIPTS/in-root.sh" -b "$K_APT:/srv" bash -c \
+		if [ -n "$(find "$latest" -mtime -1 2>/dev/null)" ]; then
+			:
+		elif "$SCRIPTS/in-root.sh" -b "$K_APT:/srv" bash -c \
 			"$(declare -f newest_debian_kernel); set -euo pipefail; newest_debian_kernel \"\$@\"" - "${@:2}" \
 			>"$latest.$$" 2>"$K_APT/log" && [ -s "$latest.$$" ]; then
 			mv "$latest.$$" "$latest"
@@ -65,6 +69,7 @@ ask_archive() {
 			warn "could not ask the Debian archive for a newer kernel; going on with $(cut -d' ' -f1 "$latest")"
 			touch "$latest"
 		fi
+		unlock
 	fi
 	cat "$latest"
 }

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: GPL-2.0
-# Count the results of KTAP logs: prints "passed failed skipped". Only leaves count: a result that
-# closes subtests (indented by two blanks more) counts only when it failed and none of them did.
-# A plan that was not kept counts as a failure.
+# Count the results of KTAP logs: prints "passed failed", and a line "tests cause" for each cause that tests were skipped for.
+# Only leaves count: a result that closes subtests (indented by two blanks more) counts only when it failed and none of
+# them did. A plan that was not kept counts as a failure.
 
 function level(line) {
 	match(line, /^ */)
@@ -17,6 +17,12 @@ function close_subtests(l,   d) {
 			delete plan[d]
 			delete bad[d]
 		}
+}
+
+# skip LINE: its cause is what follows the word.
+function skip(line) {
+	sub(/.*# *[Ss][Kk][Ii][Pp][A-Za-z]*[: ]*/, "", line)
+	causes[line == "" ? "no cause given" : line]++
 }
 
 function check_plan(d) {
@@ -41,7 +47,7 @@ FNR == 1 {
 	plan[l] = part[2] + 0
 	seen[l] += 0
 	if (plan[l] == 0)
-		skipped++
+		skip($0)
 }
 
 /^ *(not )?ok [0-9]+/ {
@@ -50,9 +56,8 @@ FNR == 1 {
 	leaf = 1
 	deeper_bad = 0
 	for (d in seen)
-		if (d + 0 > l && seen[d] > 0) {
+		if (d + 0 > l)
 			leaf = 0
-		}
 	for (d in bad)
 		if (d + 0 > l)
 			deeper_bad += bad[d]
@@ -62,7 +67,7 @@ FNR == 1 {
 	seen[l]++
 	if ($0 ~ /# *[Ss][Kk][Ii][Pp]/) {
 		if (leaf)
-			skipped++
+			skip($0)
 	} else if (notok && $0 !~ /# *TODO/) {
 		if (leaf || !deeper_bad)
 			failed++
@@ -74,5 +79,7 @@ FNR == 1 {
 END {
 	for (d in seen)
 		check_plan(d)
-	print passed + 0, failed + 0, skipped + 0
+	print passed + 0, failed + 0
+	for (cause in causes)
+		print causes[cause], cause
 }

@@ -27,12 +27,39 @@ GOLDENS=${OBD_GOLDENS:-${near[0]}}
 # How to become root: nothing when we are, sudo otherwise.
 SUDO=()
 [ "$(id -u)" = 0 ] || SUDO=(sudo)
+# For what takes long: it ends with this process.
+LONG_SUDO=("${SUDO[@]}" "$SCRIPTS/with-caller.sh" "$$")
 
 say() { printf '%s\n' "$*"; }
 warn() { printf '%s\n' "$*" >&2; }
 die() {
 	warn "error: $*"
 	exit 1
+}
+
+# need_root: make sure that we can become root, before a step hides that somebody is asked for a password.
+need_root() {
+	[ "${#SUDO[@]}" != 0 ] || return 0
+	command -v sudo >/dev/null || die "root is needed for mounts and name spaces: install sudo, or run this as root"
+	sudo -n true 2>/dev/null && return
+	say "sudo is needed for mounts and name spaces"
+	sudo -v || die "root is needed for mounts and name spaces: run this as root, or as a user whom sudo lets run everything"
+}
+
+# not_by_sudo: what root builds in a user's clone is in that user's way.
+not_by_sudo() {
+	[ "$(id -u)" != 0 ] || [ "$(stat -c %u "$CLONE")" = 0 ] ||
+		die "nothing is built yet: run 'make' and 'make tools' as $(stat -c %U "$CLONE") first, then this as root"
+}
+
+# need_places: make sure that we can write where we build, before a step fails of it.
+need_places() {
+	local dir
+	[ -d "$BUILD" ] || [ -w "$CLONE" ] || die "$CLONE cannot be written: build in a clone of your own"
+	for dir in "$BUILD" "$BUILD"/*/ "$CACHE" "$CACHE"/lock-* "$CACHE/cargo"; do
+		if [ ! -e "$dir" ] || [ -L "${dir%/}" ] || [ -w "$dir" ]; then continue; fi
+		die "$dir belongs to $(stat -c %U "$dir") and cannot be written: remove it, or run this as that user"
+	done
 }
 
 # in_root PATH: the path, in the root, of something in the clone.
@@ -62,6 +89,8 @@ STEP_LOG=
 steps() {
 	STEP_NR=0
 	STEP_TOTAL=$1
+	need_places
+	need_root
 }
 
 # last_line FILE: its last line with something on it, cut to fit behind a step's title.
@@ -75,6 +104,8 @@ step_ticker() {
 	local head=$1 log=$2 start=$SECONDS parent=$$
 	while sleep 1 && kill -0 "$parent" 2>/dev/null; do
 		local now=$((SECONDS - start))
+		# So that sudo doesn't ask again.
+		[ "${#SUDO[@]}" = 0 ] || [ $((now % 60)) != 0 ] || sudo -n true >/dev/null 2>&1 </dev/null || :
 		if [ -t 1 ]; then
 			printf '\r\033[K%s ... %d s  %s' "$head" "$now" "$(last_line "$log" 50)"
 		elif [ $((now % 30)) = 0 ]; then

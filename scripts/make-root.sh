@@ -5,6 +5,8 @@
 . "$(dirname "$0")/lib.sh"
 . "$SCRIPTS/cache.sh"
 
+# A directory of this machine is none of the new root.
+unset TMPDIR
 root=$ROOT suite=$SUITE
 include=$(root_packages)
 if [ "${1:-}" = kernel ]; then
@@ -35,7 +37,9 @@ host_mirror() {
 }
 
 need_mmdebstrap() {
-	command -v mmdebstrap >/dev/null && return
+	command -v mmdebstrap >/dev/null && [ -s /usr/share/keyrings/debian-archive-keyring.gpg ] && return
+	command -v apt-get >/dev/null ||
+		die "this machine has no mmdebstrap, or no /usr/share/keyrings/debian-archive-keyring.gpg: install both"
 	say "== installing mmdebstrap on this machine"
 	"${SUDO[@]}" apt-get update
 	"${SUDO[@]}" env DEBIAN_FRONTEND=noninteractive apt-get install -y --no-install-recommends \
@@ -53,7 +57,10 @@ fi
 mirror=${mirror:-http://deb.debian.org/debian}
 say "== Debian $suite from $mirror"
 host_apt_conf "$CACHE_TMP/apt.conf"
+short=("${SUDO[@]}")
+SUDO=("${LONG_SUDO[@]}")
 build_root "$TMP" "$suite" "$mirror" "$include" "$CACHE_TMP/apt.conf"
+SUDO=("${short[@]}")
 "${SUDO[@]}" rm "$CACHE_TMP/apt.conf"
 cache_commit "${root##*/}"
 cache_used "${root##*/}"

@@ -60,7 +60,10 @@ for ((i = 0; i < nbinds; i++)); do
 	shift
 done
 
-# Not exec: this shell is process 1 here, and a command that is process 1 ignores signals.
-status=0
-chroot --userspec="$user" --groups= "$new" /usr/bin/env -C "$in_root" "$@" || status=$?
-exit "$status"
+# Not exec: this shell is process 1 here, and a command that is process 1 ignores signals. A group is read whole before it
+# runs: this file may change while the command does.
+{
+	status=0
+	chroot --userspec="$user" --groups= "$new" /usr/bin/env -C "$in_root" "$@" || status=$?
+	exit "$status"
+}

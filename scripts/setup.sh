@@ -5,6 +5,8 @@
 . "$SCRIPTS/cache.sh"
 . "$SCRIPTS/kernel.sh"
 
+need_places
+need_root
 if [ -d "$ROOT" ]; then
 	kernel_look_up
 	if [ -d "$K_DIR" ] && [ -d "$K_ROOT" ]; then

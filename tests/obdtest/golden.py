@@ -26,7 +26,7 @@ def rows(name):
 def load(name):
     """The bytes of an image."""
     if not ROOT:
-        raise Skip("no golden images (OBD_GOLDENS)")
+        raise Skip("no golden images, see OBD_GOLDENS")
     try:
         with open(f"{ROOT}/{name}", "rb") as file:
             return file.read()

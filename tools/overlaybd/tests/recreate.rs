@@ -10,6 +10,7 @@ use std::io::Cursor;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
+use libtest_mimic::{Arguments, Trial};
 use overlaybd::codec::Method;
 use overlaybd::format::zfile::Algorithm;
 use overlaybd::format::Blob;
@@ -19,21 +20,39 @@ use overlaybd::wrap::{self, Wrapping};
 use overlaybd::zfile_writer::Options;
 use overlaybd::{FileBlob, LayerReader, Payload, Stack};
 
-fn golden(name: &str) -> Option<PathBuf> {
-    let dir = std::env::var_os("OBD_GOLDENS").unwrap_or_default();
-    let path = PathBuf::from(dir).join(name);
-    if !path.is_file() {
-        println!("skipped: no golden images");
-        return None;
-    }
-    Some(path)
+fn main() {
+    let tests: [(&str, fn()); 6] = [
+        ("lz4", lz4),
+        ("lz4_of_any_size", lz4_of_any_size),
+        ("zstd_incompressible", zstd_incompressible),
+        ("zstd_frames", zstd_frames),
+        ("committed_layers", committed_layers),
+        ("sealed_then_committed", sealed_then_committed),
+    ];
+    let skip = !golden("MANIFEST.tsv").is_file();
+    let why = match skip {
+        true => " (skipped: no golden images, see OBD_GOLDENS)",
+        false => "",
+    };
+    let trials = tests
+        .map(|(name, test)| {
+            let run = move || {
+                test();
+                Ok(())
+            };
+            Trial::test(format!("{name}{why}"), run).with_ignored_flag(skip)
+        })
+        .into();
+    libtest_mimic::run(&Arguments::from_args(), trials).exit();
+}
+
+fn golden(name: &str) -> PathBuf {
+    PathBuf::from(std::env::var_os("OBD_GOLDENS").unwrap_or_default()).join(name)
 }
 
 /// Compresses what is in `from`: the bytes are those of `to`.
 fn rewrap(from: &str, to: &str, overwrite_header: bool) {
-    let (Some(from), Some(to)) = (golden(from), golden(to)) else {
-        return;
-    };
+    let (from, to) = (golden(from), golden(to));
     let source = Payload::open(Arc::new(FileBlob::open(&from, None).unwrap())).unwrap();
     let wanted = Payload::open(Arc::new(FileBlob::open(&to, None).unwrap())).unwrap();
     let wrapping = Wrapping {
@@ -66,9 +85,7 @@ fn same(path: &Path, found: &[u8], len: u64) {
 
 /// Writes a layer anew from its merged content.
 fn recommit(from: &str, to: &str) {
-    let (Some(from), Some(to)) = (golden(from), golden(to)) else {
-        return;
-    };
+    let (from, to) = (golden(from), golden(to));
     let layer = LayerReader::open(&from, None).unwrap();
     let wanted = LayerReader::open(&to, None).unwrap();
     let runs: Vec<Run> = layer
@@ -102,7 +119,6 @@ fn recommit(from: &str, to: &str) {
     assert_eq!(found.len(), lsmt.len());
 }
 
-#[test]
 fn lz4() {
     let plain = "lsmt/mixA-plain.lsmt";
     for size in ["4k", "8k", "16k", "32k"] {
@@ -116,7 +132,6 @@ fn lz4() {
     rewrap(noverify, noverify, true);
 }
 
-#[test]
 fn lz4_of_any_size() {
     for name in ["0", "511", "512", "4095", "4097", "8191", "65535", "65536"] {
         let name = format!("zfile/text-{name}.zf");
@@ -126,7 +141,6 @@ fn lz4_of_any_size() {
     rewrap(incompressible, incompressible, false);
 }
 
-#[test]
 fn zstd_incompressible() {
     let name = "zfile/rand-131072-zstd-4k.zf";
     rewrap(name, name, false);
@@ -134,12 +148,9 @@ fn zstd_incompressible() {
 
 /// Another zstd compresses otherwise; but the frames are of the same kind, and the same is in
 /// them.
-#[test]
 fn zstd_frames() {
     for size in ["4k", "8k", "16k", "64k"] {
-        let Some(path) = golden(&format!("zfile-lsmt/zstd-{size}.obd")) else {
-            return;
-        };
+        let path = golden(&format!("zfile-lsmt/zstd-{size}.obd"));
         let wanted = Payload::open(Arc::new(FileBlob::open(&path, None).unwrap())).unwrap();
         let geometry = *wanted.zfile().unwrap().geometry();
         let options = Options {
@@ -178,7 +189,6 @@ fn zstd_frames() {
     }
 }
 
-#[test]
 fn committed_layers() {
     for name in [
         "lsmt/empty.lsmt",
@@ -193,7 +203,6 @@ fn committed_layers() {
     }
 }
 
-#[test]
 fn sealed_then_committed() {
     recommit(
         "sealed/mixA-sealed.lsmt",

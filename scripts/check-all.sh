@@ -1,0 +1,62 @@
+#!/bin/bash
+# SPDX-License-Identifier: GPL-2.0
+# Run what CI does not, one after the other: check-all.sh. PARTS='NAME...' are those to run. Ends with a line for each and with
+# what was left out. As much as an hour and a half, and 40 GB of cache, where nothing is there yet.
+. "$(dirname "$0")/lib.sh"
+
+ALL=(forky kcsan boot deb soak fuzz bench)
+SOAK_MINUTES=5 FUZZ_SECONDS=120
+
+run_forky() { "$SCRIPTS/check.sh" forky; }
+run_kcsan() { "$SCRIPTS/check.sh" kcsan; }
+run_boot() { "$SCRIPTS/check-boot.sh"; }
+run_deb() { "$SCRIPTS/check-deb.sh"; }
+run_soak() { MINUTES=${MINUTES:-$SOAK_MINUTES} "$SCRIPTS/check.sh" soak; }
+run_fuzz() { "$SCRIPTS/fuzz.sh" "$FUZZ_SECONDS"; }
+run_bench() { VM=uml PARTS=latency COMPARE='' "$SCRIPTS/bench.sh"; }
+
+# left_out PART: what it does not do, or what does it in full.
+left_out() {
+	case $1 in
+	forky | kcsan | boot | deb) ;;
+	soak) say "soak for longer than ${MINUTES:-$SOAK_MINUTES} minutes: make soak MINUTES=" ;;
+	fuzz) say "fuzz for longer than $FUZZ_SECONDS s a target: make fuzz SECONDS=" ;;
+	bench) say "bench but for latency, and with the stock kernel: make bench, make bench VM=qemu" ;;
+	esac
+}
+
+parts=("${ALL[@]}")
+# bench's own PARTS are not meant.
+[ -z "${PARTS:-}" ] || read -ra parts <<<"$PARTS"
+unset PARTS KERNEL KDIR
+for part in "${parts[@]}"; do
+	declare -F "run_$part" >/dev/null || die "PARTS: no part $part; there are: ${ALL[*]}"
+done
+
+need_places
+need_root
+mkdir -p "$LOGS"
+summary=() failed=0
+for part in "${parts[@]}"; do
+	say "== $part"
+	log=$LOGS/check-all-$part.log start=$SECONDS status=0
+	"run_$part" </dev/null 2>&1 | tee "$log" || status=${PIPESTATUS[0]}
+	verdict=passed
+	[ "$status" = 0 ] || verdict=FAILED failed=$((failed + 1))
+	summary+=("$(printf '%-6s %s in %d min: %s' "$part" "$verdict" "$(((SECONDS - start + 59) / 60))" "$(last_line "$log" 100)")")
+done
+say "== check-all"
+printf '%s\n' "${summary[@]}"
+for part in "${ALL[@]}"; do
+	if [[ " ${parts[*]} " != *" $part "* ]]; then
+		say "left out: $part: not in PARTS"
+	else
+		left_out "$part" | sed 's/^/left out: /'
+	fi
+done
+for part in "${parts[@]}"; do
+	grep -hE '^ *skipped: ' "$LOGS/check-all-$part.log" | sed "s/^ */left out: $part: /" | sort -u || :
+done
+say "left out: check, check-system, check-debug: CI runs them; .ci/run does here"
+say "$((${#parts[@]} - failed)) passed, $failed failed"
+[ "$failed" = 0 ]

@@ -1,0 +1,11 @@
+#!/bin/bash
+# SPDX-License-Identifier: GPL-2.0
+# As root, with mounts of its own: the clone at a place without blanks for a build with the tools of this machine, where the
+# command runs as its user: host-enter.sh CLONE PLACE UID GID CMD...
+set -euo pipefail
+
+mount --bind "$1" "$2"
+user=(--reuid "$3" --regid "$4" --init-groups)
+shift 4
+cd /
+exec setpriv "${user[@]}" "$@"

@@ -1,0 +1,170 @@
+#!/bin/bash
+# SPDX-License-Identifier: GPL-2.0
+# shellcheck disable=SC2317,SC2016 # test calls them; what is in quotes is for another shell
+# Tests of the scripts themselves, in some seconds: odd places and surroundings, locks, interrupts, what is counted. Prints
+# KTAP. Needs the tool-chain root, which 'make setup' makes.
+set -u
+
+cd "$(dirname "$0")/.." || exit
+clone=$PWD
+work=$(mktemp -d)
+trap 'rm -rf "$work"' EXIT
+# Of the clone what these tests need, at a place that the kernel's build and QEMU would not take.
+odd="$work/it's a:b,c%20\$d/my clone"
+mkdir -p "$odd"
+cp -r Makefile scripts "$odd/"
+
+number=0 failed=0
+echo "KTAP version 1"
+test() {
+	local title=$1 said
+	shift
+	number=$((number + 1))
+	if said=$("$@" 2>&1); then
+		echo "ok $number $title"
+	else
+		echo "# ${said//$'\n'/$'\n'# }"
+		echo "not ok $number $title"
+		failed=1
+	fi
+}
+
+# equal GOT WANTED
+equal() {
+	[ "$1" = "$2" ] || { diff <(echo "$2") <(echo "$1") && false; }
+}
+
+# soon CMD...: it succeeds within five seconds.
+soon() {
+	local _
+	for _ in {1..50}; do
+		! "$@" || return 0
+		sleep 0.1
+	done
+	echo "not within 5 s: $*"
+	return 1
+}
+
+help() {
+	local made
+	chmod -R a-w "$odd"
+	made=$(cd "$work" && umask 077 && env -u HOME CDPATH=/:/usr LC_ALL=de_DE.UTF-8 make -C "$odd" help) || return
+	chmod -R u+w "$odd"
+	grep -q '^make check ' <<<"$made" && ! [ -e "$odd/build" ]
+}
+
+surroundings() {
+	equal "$(cd "$odd" && env -u HOME CDPATH="$clone:/" XDG_CACHE_HOME=not/absolute \
+		bash -c '. scripts/lib.sh; echo "$CLONE"; umask; [[ $CACHE == /*/.cache/dm-overlaybd ]] && printf %.1f 0.5')" \
+		"$odd"$'\n0022\n0.5'
+}
+
+odd_place() {
+	equal "$("$odd/scripts/in-root.sh" sh -c 'pwd; cat scripts/lib.sh')" "/clone"$'\n'"$(cat scripts/lib.sh)" &&
+		equal "$("$odd/scripts/in-root.sh" cat "$odd/Makefile")" "$(cat Makefile)"
+}
+
+by_link() {
+	ln -s "$odd" "$work/link"
+	equal "$(cd "$work/link" && scripts/in-root.sh sh -c 'pwd; ls -d Makefile')" $'/clone\nMakefile'
+}
+
+# tools_of_the_machine: for a kernel's tree on this machine, the clone is at a place without blanks.
+tools_of_the_machine() {
+	equal "$(cd "$odd" && bash -c '. scripts/lib.sh; . scripts/kdir.sh; KDIR_IN_ROOT= KDIR_USED=/usr; kdir_place
+		echo "$KDIR_CLONE"; kdir_run sh -c "cat $KDIR_CLONE/Makefile; id -u"')" "/mnt"$'\n'"$(cat Makefile; id -u)"
+	[ ! -e /mnt/Makefile ] || return
+	! (cd "$odd" && bash -c '. scripts/lib.sh; . scripts/kdir.sh; KDIR_IN_ROOT= KDIR_USED="/a b"; kdir_place') || return
+}
+
+# lock_of_a_step: what a step locks, the next one can have.
+lock_of_a_step() {
+	(cd "$odd" && timeout 20 bash -c '. scripts/lib.sh
+		take() { lock "$BUILD/some.lock" "test"; }
+		steps 2
+		step first take && step second flock -n "$BUILD/some.lock" true')
+}
+
+# cache_is_free: nothing half made, and nobody holds the lock.
+cache_is_free() {
+	local lock
+	for lock in "$work"/cache/dm-overlaybd/lock-*; do flock -n "$lock" true || return; done
+	! ls -d "$work"/cache/dm-overlaybd/tmp-*
+}
+
+# cache_interrupted SIGNAL: while something is being made.
+cache_interrupted() {
+	local pid
+	(cd "$odd" && XDG_CACHE_HOME=$work/cache exec bash -c '. scripts/lib.sh; . scripts/cache.sh
+		trap - INT
+		cache_begin "thing-$1"; mkdir "$TMP"; : >"$0"; for i in {1..200}; do sleep 0.1; done' "$work/begun" "$1") &
+	pid=$!
+	soon [ -e "$work/begun" ] || return
+	rm "$work/begun"
+	# A shell that is in the background does not see INT.
+	kill "-$1" "$pid"
+	wait "$pid"
+	[ "$?" -gt 128 ] && soon cache_is_free
+}
+
+cache_twice() {
+	(cd "$odd" && XDG_CACHE_HOME=$work/cache timeout 20 bash -c '. scripts/lib.sh; . scripts/cache.sh
+		for i in 1 2; do
+			! cache_begin thing-1 || { mkdir "$TMP"; cache_commit thing-1; }
+			cache_begin "other-$i" && mkdir "$TMP" && cache_commit "other-$i"
+		done') && soon cache_is_free && [ -d "$work/cache/dm-overlaybd/thing-1" ]
+}
+
+# running SECONDS: a sleep of so many does.
+running() {
+	grep -slzx "$1" /proc/[0-9]*/cmdline | while read -r file; do
+		cat "${file%/*}/comm"
+	done 2>/dev/null | grep -qx sleep
+}
+gone() { ! running "$1"; }
+
+# ends_with_caller SIGNAL: what runs in the root does.
+ends_with_caller() {
+	local seconds=97.$RANDOM$RANDOM pid
+	bash -c 'scripts/in-root.sh sleep "$0"; :' "$seconds" &
+	pid=$!
+	soon running "$seconds" || return
+	kill "-$1" "$pid"
+	wait "$pid"
+	soon gone "$seconds"
+}
+
+ktap() {
+	printf '%s\n' "KTAP version 1" 1..5 "  # Subtest: a" "  KTAP version 1" "  1..4" "  ok 1 x" "  ok 2 y # SKIP no thing" \
+		"  ok 3 z # SKIP no thing" "  not ok 4 u" "not ok 1 a" "  # Subtest: b" "  KTAP version 1" "  1..0 # SKIP no other thing" \
+		"ok 2 b # SKIP all of it" "  KTAP version 1" "  1..2" "  ok 1 v # SKIP no thing" "  ok 2 w # SKIP no other thing" \
+		"ok 3 c # SKIP all of it" "ok 4 d" "  1..2" "  ok 1 t" "ok 5 e" >"$work/ktap"
+	# Of e's plan of two, one is there.
+	equal "$(awk -f scripts/ktap.awk "$work/ktap" | sort)" $'2 no other thing\n3 2\n3 no thing' || return
+	equal "$(awk -f scripts/ktap.awk "$work/ktap" "$work/ktap" | sort)" $'4 no other thing\n6 4\n6 no thing'
+}
+
+cargo() {
+	printf '%s\n' "test one ... ok" "test a (skipped: no golden images, see OBD_GOLDENS)   ... ignored" \
+		"test b (skipped: no golden images, see OBD_GOLDENS) ... ignored" "test c ... ignored, no machine" "test d ... ignored" \
+		"test result: ok. 1 passed; 0 failed; 4 ignored; 0 measured" "test result: FAILED. 2 passed; 1 failed; 0 ignored" \
+		>"$work/cargo"
+	equal "$(scripts/check.sh --cargo-results "$work/cargo" | sort)" \
+		$'1 ignored unless cargo test is asked for it\n1 no machine\n2 no golden images, see OBD_GOLDENS\n3 1'
+}
+
+echo "1..13"
+test "help in a read-only clone" help
+test "surroundings of the caller change nothing" surroundings
+test "a clone with blanks and worse in its path" odd_place
+test "a clone through a symbolic link" by_link
+test "the tools of this machine, in such a clone" tools_of_the_machine
+test "a step's lock ends with it" lock_of_a_step
+test "an interrupted set-up leaves nothing: TERM" cache_interrupted TERM
+test "an interrupted set-up leaves nothing: HUP" cache_interrupted HUP
+test "one process makes several things in the cache" cache_twice
+test "what runs in the root ends with its caller: TERM" ends_with_caller TERM
+test "what runs in the root ends with its caller: KILL" ends_with_caller KILL
+test "causes of skipped tests: KTAP" ktap
+test "causes of skipped tests: cargo" cargo
+exit "$failed"
