@@ -30,7 +30,7 @@ def start():
         skip_all("udevd is started in the test VM only")
     if not os.path.exists(_UDEVD):
         skip_all("no udevd")
-    atexit.register(_stop)
+    atexit.register(stop)
     os.makedirs("/run/udev/rules.d", exist_ok=True)
     for path in glob.glob(_RULES):
         shutil.copy(path, "/run/udev/rules.d")
@@ -52,6 +52,16 @@ def settle():
     subprocess.run(["udevadm", "settle", f"--timeout={60 * SLOW}"], check=True)
 
 
+def pause():
+    """Stops udevd where it is."""
+    _daemon.send_signal(signal.SIGSTOP)
+
+
+def go_on():
+    """Lets udevd go on."""
+    _daemon.send_signal(signal.SIGCONT)
+
+
 def properties(path):
     """What udevd has in its database of a device."""
     out = subprocess.run(["udevadm", "info", "--query=property", f"--name={path}"], capture_output=True, text=True,
@@ -64,7 +74,8 @@ def links(path):
     return set(properties(path).get("DEVLINKS", "").replace("/dev/", "").split())
 
 
-def _stop():
+def stop():
+    """Ends udevd; start() starts it again."""
     if _daemon:
         _daemon.terminate()
         _daemon.wait()

@@ -4,8 +4,6 @@
 
 use std::io::ErrorKind;
 
-use crate::dm::DmFailure;
-
 /// All went well.
 pub(crate) const SUCCESS: u8 = 0;
 /// Wrong parameters, or a failure of another kind.
@@ -74,9 +72,6 @@ pub(crate) fn code(error: &anyhow::Error) -> u8 {
 fn known(cause: &(dyn std::error::Error + 'static)) -> Option<u8> {
     if let Some(failure) = cause.downcast_ref::<Failure>() {
         return Some(failure.code);
-    }
-    if let Some(failure) = cause.downcast_ref::<DmFailure>() {
-        return Some(failure.kind().map_or(DEVICE, io));
     }
     if let Some(error) = cause.downcast_ref::<overlaybd::Error>() {
         return match error.cause() {

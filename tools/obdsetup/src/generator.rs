@@ -18,6 +18,10 @@ use crate::exit::Failure;
 use crate::layers::LayerArg;
 use crate::tab::{self, Entry};
 
+/// Seconds after which an `open` at boot has failed: more than it waits for another one and for udev.
+/// Without, systemd would never end a oneshot.
+const TIMEOUT: u32 = 300;
+
 /// The name that this program goes by.
 pub(crate) const NAME: &str = "systemd-overlaybdsetup-generator";
 
@@ -152,6 +156,7 @@ Conflicts=umount.target
 [Service]
 Type=oneshot
 RemainAfterExit=yes
+TimeoutStartSec={TIMEOUT}
 ExecStart=\"{program}\" open {name}
 ExecStop=\"{program}\" close {name}
 "
@@ -279,6 +284,7 @@ After=systemd-tmpfiles-setup-dev.service
 [Service]
 Type=oneshot
 RemainAfterExit=yes
+TimeoutStartSec=300
 ExecStart="/usr/sbin/obdsetup" open my-app
 ExecStop="/usr/sbin/obdsetup" close my-app
 "#
@@ -410,7 +416,7 @@ ExecStop="/usr/sbin/obdsetup" close my-app
         codes.concat()
     }
 
-    const KEYS: [&str; 17] = [
+    const KEYS: [&str; 18] = [
         "After",
         "Before",
         "BindsTo",
@@ -419,6 +425,7 @@ ExecStop="/usr/sbin/obdsetup" close my-app
         "DefaultDependencies",
         "Description",
         "Documentation",
+        "TimeoutStartSec",
         "ExecStart",
         "ExecStop",
         "IgnoreOnIsolate",

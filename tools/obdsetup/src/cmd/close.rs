@@ -8,9 +8,13 @@ use std::time::{Duration, Instant};
 use anyhow::Result;
 
 use crate::dm::control::State;
+use crate::dm::lock::Lock;
 use crate::dm::plan::check_name;
-use crate::dm::Control;
+use crate::dm::setup::{self, Removal};
+use crate::dm::udev::{self, Udev};
+use crate::dm::{Control, Stack};
 use crate::exit::{self, Failure};
+use crate::interrupt;
 
 /// How long somebody may have a device open who only looks at what is new.
 const PATIENCE: Duration = Duration::from_secs(2);
@@ -35,29 +39,40 @@ pub(crate) struct Args {
 pub(crate) fn run(args: &Args) -> Result<()> {
     check_name(&args.name)?;
     let control = Control::open()?;
-    let devices = control.stack(&args.name)?;
-    if devices.is_empty() {
+    let Some(found) = Stack::find(&control, &args.name)? else {
         return Err(not_ours(&control, &args.name)?);
+    };
+    let lock = Lock::take(&found.name)?;
+    udev::clear_left(&lock);
+    // Another may have been at work on it.
+    let Some(stack) = Stack::find(&control, &args.name)? else {
+        return Err(not_ours(&control, &args.name)?);
+    };
+    if stack.is_half_built() {
+        crate::tell(&format!(
+            "device {} was left half built by an obdsetup that was killed: removing {}",
+            stack.name,
+            stack.names().join(", ")
+        ));
     }
-    for device in devices {
-        if !args.deferred && device.name == args.name && is_in_use(&control, device.clone())? {
-            return Err(Failure::error(
-                exit::BUSY,
-                format!(
-                    "device {} is in use; --deferred removes it later",
-                    args.name
-                ),
-            ));
+    if let Some(top) = stack.top().filter(|_| !args.deferred) {
+        if is_in_use(&control, top.clone())? {
+            let message = format!("device {} is in use; --deferred removes it later", top.name);
+            return Err(Failure::error(exit::BUSY, message));
         }
-        control.remove(&device.name, args.deferred)?;
     }
-    Ok(())
+    let removal = Removal {
+        deferred: args.deferred,
+        despite_signals: false,
+    };
+    setup::remove(&control, &lock, &stack.names(), removal, Udev::find())
 }
 
 /// Whether `device` is in use, and stays so: udev may look at it just now.
 fn is_in_use(control: &Control, mut device: State) -> Result<bool> {
     let end = Instant::now() + PATIENCE;
     while device.open_count > 0 {
+        interrupt::check()?;
         if Instant::now() >= end {
             return Ok(true);
         }

@@ -11,8 +11,10 @@ use overlaybd::{Payload, Stack};
 
 use super::print;
 use crate::dm::backing::Backing;
-use crate::dm::control::Line;
+use crate::dm::lock::Lock;
 use crate::dm::plan::{self, Lower, Place, TargetOptions};
+use crate::dm::setup::{self, Removal, SetUp};
+use crate::dm::udev::{self, Udev};
 use crate::dm::{self, Control, Plan};
 use crate::exit::{self, Failure};
 use crate::layers::{chain_warnings, expand, open_stack, warn, LayerArg};
@@ -201,12 +203,7 @@ pub(crate) fn run(args: &Args) -> Result<()> {
         plan,
     } = args.layers.plan(&args.name)?;
     let control = Control::open()?;
-    if control.state(&args.name)?.is_some() {
-        return Err(Failure::error(
-            exit::BUSY,
-            format!("device {} exists already", args.name),
-        ));
-    }
+    let lock = make_way(&control, &args.name, &plan)?;
 
     let payloads = opened.payloads();
     let mut layers = Vec::new();
@@ -225,54 +222,53 @@ pub(crate) fn run(args: &Args) -> Result<()> {
         });
     }
 
-    let mut undo = Undo {
-        control: &control,
-        names: Vec::new(),
-    };
-    let mut numbers: Vec<String> = Vec::new();
-    for device in &plan.devices {
-        interrupt::check()?;
-        let resolve = |lower: Lower| {
-            let number = match lower {
-                Lower::Layer(nth) => layers.get(nth).map(|backing| &backing.number),
-                Lower::Tail(nth) => tails.get(nth).and_then(Option::as_ref).map(|b| &b.number),
-                Lower::Device(nth) => numbers.get(nth),
-            };
-            number.cloned().unwrap_or_default()
+    let set_up = SetUp::new(&control, &lock, &plan, &|lower| {
+        let backing = match lower {
+            Lower::Layer(nth) => layers.get(nth),
+            Lower::Tail(nth) => tails.get(nth).and_then(Option::as_ref),
+            Lower::Device(_) => None,
         };
-        let table: Vec<Line> = device
-            .table
-            .iter()
-            .map(|target| Line {
-                start: target.start,
-                len: target.len,
-                target: target.name.to_owned(),
-                params: target.params(&resolve),
-            })
-            .collect();
-        let number = control.create(&device.name, &device.uuid, &table)?;
-        undo.names.push(device.name.clone());
-        numbers.push(number);
-    }
+        backing.map(|backing| backing.number.clone())
+    })?;
     interrupt::check()?;
     print(&format!("{}\n", dm::node(&args.name).display()))?;
-    undo.names.clear();
+    set_up.keep();
     Ok(())
 }
 
-/// Takes down what was set up, top first, when dropped.
-struct Undo<'a> {
-    control: &'a Control,
-    names: Vec<String>,
-}
-
-impl Drop for Undo<'_> {
-    fn drop(&mut self) {
-        for name in self.names.iter().rev() {
-            if let Err(error) = self.control.remove(name, false) {
-                // Whether or not it can be said, the others are removed.
-                crate::tell(&format!("{error:#}"));
-            }
+/// Takes the lock for stack `name`, and removes what an obdsetup that was killed has left of it.
+/// Fails where there are other devices with the names of `plan`.
+fn make_way(control: &Control, name: &str, plan: &Plan) -> Result<Lock> {
+    let lock = Lock::take(name)?;
+    udev::clear_left(&lock);
+    let mut all = control.states()?;
+    let left = dm::Stack::among(&all, name).filter(|stack| stack.name == name);
+    if let Some(left) = left.filter(dm::Stack::is_half_built) {
+        if !lock.is_held() {
+            let message =
+                format!("device {name} is half built; `obdsetup close {name}' removes it");
+            return Err(Failure::error(exit::BUSY, message));
         }
+        crate::tell(&format!(
+            "device {name} was left half built by an obdsetup that was killed: removing {}",
+            left.names().join(", ")
+        ));
+        let removal = Removal {
+            deferred: false,
+            despite_signals: false,
+        };
+        setup::remove(control, &lock, &left.names(), removal, Udev::find())
+            .with_context(|| format!("cannot remove what is left of device {name}"))?;
+        all = control.states()?;
+    }
+    // The one that was asked for is the one to be named.
+    match plan
+        .devices
+        .iter()
+        .rev()
+        .find_map(|device| setup::in_the_way(&all, device))
+    {
+        Some(error) => Err(error),
+        None => Ok(lock),
     }
 }

@@ -14,7 +14,8 @@ use super::{print, print_json};
 use crate::dm::backing::loop_file;
 use crate::dm::control::{Line, State};
 use crate::dm::plan::check_name;
-use crate::dm::Control;
+use crate::dm::{Control, Stack};
+use crate::exit::{self, Failure};
 
 /// Arguments of `status`.
 #[derive(clap::Args)]
@@ -87,11 +88,12 @@ struct LoopFile {
 pub(crate) fn run(args: &Args) -> Result<()> {
     check_name(&args.name)?;
     let control = Control::open()?;
-    let stack = control.stack(&args.name)?;
-    if stack.is_empty() {
+    let Some(stack) = Stack::find(&control, &args.name)? else {
         return Err(not_ours(&control, &args.name)?);
-    }
+    };
+    let half_built = stack.is_half_built();
     let devices = stack
+        .devices
         .into_iter()
         .map(|state| collect(&control, state))
         .collect::<Result<_>>()?;
@@ -99,10 +101,21 @@ pub(crate) fn run(args: &Args) -> Result<()> {
         name: args.name.clone(),
         devices,
     };
-    if args.json {
-        return print_json(&report);
+    match args.json {
+        true => print_json(&report)?,
+        false => print(&describe(&report))?,
     }
-    print(&describe(&report))
+    match half_built {
+        false => Ok(()),
+        true => Err(Failure::error(
+            exit::DEVICE,
+            format!(
+                "device {name} was left half built by an obdsetup that was killed; \
+                 `obdsetup close {name}' removes it",
+                name = stack.name
+            ),
+        )),
+    }
 }
 
 fn collect(control: &Control, state: State) -> Result<Device> {

@@ -1,26 +1,34 @@
 // SPDX-License-Identifier: GPL-2.0
 
 //! Files as read-only loop devices, which vanish when device-mapper lets go of them.
+//!
+//! A loop device must not vanish before device-mapper has it: the number would be one that nobody can
+//! attach, though the kernel offers it again and again as a free one. So the programs that are started
+//! inherit the loop devices, and hold them to their own end, though obdsetup itself was killed.
 
 use std::fs::File;
-use std::io::Write;
+use std::io::{ErrorKind, Write};
 use std::os::fd::{AsFd, AsRawFd};
 use std::os::unix::fs::MetadataExt;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
-use anyhow::{Context, Result};
+use anyhow::{bail, Context, Result};
 use loopdev::{LoopControl, LoopDevice};
-use rustix::fs::MemfdFlags;
+use rustix::fs::{FileType, MemfdFlags, Mode};
+use rustix::io::FdFlags;
 
 /// How often another process may take the free loop device first.
 const TRIES: u32 = 100;
+/// The kernel has loop devices with smaller numbers only.
+const NUMBERS: u32 = 1 << 20;
+const CONTROL: &str = "/dev/loop-control";
 
 /// A block device that a table may name. A loop device is gone when this is dropped and nobody
 /// else has it open.
 pub(crate) struct Backing {
     /// `MAJOR:MINOR`.
     pub(crate) number: String,
-    _device: Option<LoopDevice>,
+    _device: Option<File>,
 }
 
 impl Backing {
@@ -37,12 +45,12 @@ impl Backing {
     /// A loop device over `file`. With `direct`, past the page cache where its file system can do
     /// that: what is above caches what it decompressed.
     pub(crate) fn file(file: &File, direct: bool) -> Result<Self> {
-        let device = attach(file)?;
+        let device = Attached::new(file)?;
         if direct {
             // Not every file system can.
-            let _ = device.set_direct_io(true);
+            let _ = device.0.set_direct_io(true);
         }
-        Self::of_loop(device)
+        Self::of_loop(&device)
     }
 
     /// A loop device over `bytes`, which are in memory: nothing is left of them on any disk.
@@ -55,14 +63,18 @@ impl Backing {
         // A loop device is as read-only as the file that it is made of.
         let path = format!("/proc/self/fd/{}", file.as_raw_fd());
         let file = File::open(path).context("cannot open a file in memory")?;
-        Self::of_loop(attach(&file)?)
+        Self::of_loop(&Attached::new(&file)?)
     }
 
-    fn of_loop(device: LoopDevice) -> Result<Self> {
+    fn of_loop(device: &Attached) -> Result<Self> {
+        let Attached(device, path) = device;
         let (major, minor) = (device.major()?, device.minor()?);
+        let file = File::open(path).with_context(|| path.display().to_string())?;
+        // Programs that are started from now on inherit it.
+        rustix::io::fcntl_setfd(&file, FdFlags::empty())?;
         Ok(Self {
             number: format!("{major}:{minor}"),
-            _device: Some(device),
+            _device: Some(file),
         })
     }
 }
@@ -76,23 +88,162 @@ pub(crate) fn loop_file(sys: &Path, number: &str) -> Option<String> {
     Some(text.strip_suffix('\n').unwrap_or(&text).to_owned())
 }
 
-/// Attaches `file` to a free loop device.
-fn attach(file: &File) -> Result<LoopDevice> {
-    let control = LoopControl::open().context("cannot open /dev/loop-control (modprobe loop?)")?;
-    let mut tries = 0;
-    loop {
-        let device = control.next_free().context("cannot get a loop device")?;
-        let attached = device
-            .with()
-            .read_only(true)
-            .autoclear(true)
-            .attach_fd(file.as_fd().as_raw_fd());
-        match attached {
-            Ok(()) => return Ok(device),
-            Err(error) if error.kind() == std::io::ErrorKind::ResourceBusy && tries < TRIES => {
-                tries += 1;
+/// A loop device that has its file, and its node.
+struct Attached(LoopDevice, PathBuf);
+
+impl Attached {
+    /// Attaches `file` to a free loop device.
+    fn new(file: &File) -> Result<Self> {
+        let control = control()?;
+        let mut last = None;
+        for _ in 0..TRIES {
+            let (device, number) = free(&control)?;
+            if let Some(attached) = Self::attach(device, number, file)? {
+                return Ok(attached);
             }
-            Err(error) => return Err(error).context("cannot attach a loop device"),
+            if last == Some(number) {
+                // It is free only as far as the kernel's list goes: another device is about to use
+                // it. Any other will do.
+                return Self::above(&control, number, file);
+            }
+            last = Some(number);
+        }
+        bail!("cannot attach a loop device: others take each that is free")
+    }
+
+    /// Attaches `file` to a free loop device with a higher number than `taken`.
+    fn above(control: &LoopControl, taken: u32, file: &File) -> Result<Self> {
+        let mut tries = 0;
+        for number in taken + 1..NUMBERS {
+            if Path::new(SYS).join(format!("loop{number}/loop")).exists() {
+                continue;
+            }
+            let device = match control.add(number) {
+                Err(error) if is_there_already(&error) => open(number)?,
+                Err(error) => {
+                    return Err(error).with_context(|| format!("cannot make {}", node(number)))
+                }
+                Ok(device) => device,
+            };
+            if let Some(attached) = Self::attach(device, number, file)? {
+                return Ok(attached);
+            }
+            tries += 1;
+            if tries == TRIES {
+                break;
+            }
+        }
+        bail!(
+            "cannot attach a loop device: {TRIES} above {} are in use",
+            node(taken)
+        )
+    }
+
+    /// Attaches `file`; nothing where another has the device.
+    fn attach(device: LoopDevice, number: u32, file: &File) -> Result<Option<Self>> {
+        let with = device.with().read_only(true).autoclear(true);
+        match with.attach_fd(file.as_fd().as_raw_fd()) {
+            Ok(()) => Ok(Some(Self(device, node(number).into()))),
+            Err(error) if error.kind() == ErrorKind::ResourceBusy => Ok(None),
+            Err(error) => Err(error).with_context(|| format!("cannot attach {}", node(number))),
+        }
+    }
+}
+
+/// Where the kernel shows block devices.
+const SYS: &str = "/sys/block";
+
+fn node(number: u32) -> String {
+    format!("/dev/loop{number}")
+}
+
+/// The node may be missing where the device exists.
+fn is_there_already(error: &std::io::Error) -> bool {
+    matches!(error.kind(), ErrorKind::AlreadyExists | ErrorKind::NotFound)
+}
+
+/// Opens what gives out loop devices.
+fn control() -> Result<LoopControl> {
+    match LoopControl::open() {
+        Err(error) if error.kind() == ErrorKind::NotFound => {
+            let device = Path::new("/sys/class/misc/loop-control/dev");
+            let number = std::fs::read_to_string(device);
+            let number = number.context("the kernel has no loop devices (modprobe loop)")?;
+            make_node(CONTROL, FileType::CharacterDevice, &number)?;
+            LoopControl::open().context(CONTROL)
+        }
+        opened => opened.context(CONTROL),
+    }
+}
+
+/// Returns a loop device that the kernel calls free, and its number.
+fn free(control: &LoopControl) -> Result<(LoopDevice, u32)> {
+    match control.next_free() {
+        Ok(device) => {
+            let minor = device.minor().context("cannot get a loop device")?;
+            // Without partitions, as Linux has them by default, the minor number is the device's; the
+            // path tells in any case.
+            let number = device.path().and_then(|path| number_of(&path));
+            Ok((device, number.unwrap_or(minor)))
+        }
+        // The kernel has one, but nobody has made its node.
+        Err(error) if error.kind() == ErrorKind::NotFound => {
+            let number = (0..NUMBERS).find(|number| {
+                let device = Path::new(SYS).join(format!("loop{number}"));
+                device.exists() && !device.join("loop").exists()
+            });
+            let number = number.context("cannot get a loop device")?;
+            Ok((open(number)?, number))
+        }
+        Err(error) => Err(error).context("cannot get a loop device"),
+    }
+}
+
+/// Returns the number in a name such as `/dev/loop7`.
+fn number_of(path: &Path) -> Option<u32> {
+    path.file_name()?
+        .to_str()?
+        .strip_prefix("loop")?
+        .parse()
+        .ok()
+}
+
+/// Opens a loop device that exists, and makes its node where that is missing.
+fn open(number: u32) -> Result<LoopDevice> {
+    let path = node(number);
+    if !Path::new(&path).exists() {
+        let device = Path::new(SYS).join(format!("loop{number}/dev"));
+        let device = std::fs::read_to_string(&device)
+            .with_context(|| format!("{}: cannot read", device.display()))?;
+        make_node(&path, FileType::BlockDevice, &device)?;
+    }
+    LoopDevice::open(&path).context(path)
+}
+
+/// Makes the node at `path` of the device `number`, `MAJOR:MINOR`, as devtmpfs or udev would.
+fn make_node(path: &str, kind: FileType, number: &str) -> Result<()> {
+    let number = number.trim();
+    let (major, minor) = number.split_once(':').unwrap_or_default();
+    let device = rustix::fs::makedev(major.parse()?, minor.parse()?);
+    let made = rustix::fs::mknodat(
+        rustix::fs::CWD,
+        path,
+        kind,
+        Mode::from_raw_mode(0o660),
+        device,
+    );
+    match made {
+        // Another may have made it meanwhile.
+        Ok(()) | Err(rustix::io::Errno::EXIST) => Ok(()),
+        Err(error) => {
+            let letter = match kind {
+                FileType::CharacterDevice => 'c',
+                _ => 'b',
+            };
+            let context = format!(
+                "{path} is missing, and cannot be made (mknod {path} {letter} {major} {minor})"
+            );
+            Err(error).context(context)
         }
     }
 }
@@ -100,6 +251,7 @@ fn attach(file: &File) -> Result<LoopDevice> {
 #[cfg(test)]
 mod tests {
     use super::loop_file;
+    use std::path::Path;
 
     #[test]
     fn files_of_loop_devices() -> std::io::Result<()> {
@@ -111,5 +263,11 @@ mod tests {
         assert_eq!(file.as_deref(), Some("/srv/a layer.obd"));
         assert_eq!(loop_file(sys.path(), "254:0"), None);
         Ok(())
+    }
+
+    #[test]
+    fn numbers_of_loop_devices() {
+        assert_eq!(super::number_of(Path::new("/dev/loop12")), Some(12));
+        assert_eq!(super::number_of(Path::new("/dev/sda")), None);
     }
 }

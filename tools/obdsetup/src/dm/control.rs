@@ -1,59 +1,41 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! Making, finding and removing device-mapper devices, by way of dmsetup(8).
+//! Looking at device-mapper devices, and running dmsetup(8).
 //!
-//! Why not the `devicemapper` crate: it refuses every call, even a look at a device, where no udev
-//! daemon runs (0.33.5 to 0.34.7), as in an initramfs or the test VM; before that it didn't wait
-//! for udev at all, or hung without it. libdm, which dmsetup is a thin layer over, does both: it
-//! waits for udev where that runs, and makes the nodes itself where it doesn't or where
-//! `DM_DISABLE_UDEV` says so.
+//! Why dmsetup, and not the `devicemapper` crate: up to 0.34.7 that refuses every call where no udev
+//! daemon runs, and 0.34.8 waits for udev without end and without asking: for one device after the
+//! other, in a semaphore of which a signal leaves the rest, and in an IPC namespace of its own for
+//! ever. It makes no nodes either. libdm, which dmsetup is a thin layer over, can be told all that,
+//! and a program can be ended.
+//!
+//! Nothing here reads messages that are meant for people: where dmsetup fails, what it says is quoted,
+//! and the reason is found by looking at the devices again.
 //!
 //! What dmsetup cannot do is keep udev's scanners off the inner devices: the rules in `tools/udev` do
 //! that, by their UUIDs.
 
 use std::fmt;
-use std::io::ErrorKind;
 use std::path::Path;
 
 use anyhow::{Context, Result};
 
+use crate::exit::{self, Failure};
 use crate::program::Program;
 
-/// dmsetup failed.
-#[derive(Debug)]
-pub(crate) struct DmFailure {
-    /// What it said.
-    message: String,
-}
+/// libdm leaves udev alone where this is set.
+pub(super) const DISABLE_UDEV: &str = "DM_DISABLE_UDEV";
 
-impl DmFailure {
-    /// What the kernel said, as far as dmsetup tells.
-    pub(crate) fn kind(&self) -> Option<ErrorKind> {
-        // What strerror(3) says in the C locale.
-        let kinds = [
-            ("Permission denied", ErrorKind::PermissionDenied),
-            ("Operation not permitted", ErrorKind::PermissionDenied),
-            ("Device or resource busy", ErrorKind::ResourceBusy),
-            ("Device already exists", ErrorKind::AlreadyExists),
-            ("already exists", ErrorKind::AlreadyExists),
-        ];
-        kinds
-            .iter()
-            .find(|(text, _)| self.message.contains(text))
-            .map(|&(_, kind)| kind)
+/// Returns dmsetup, to be run.
+pub(super) fn dmsetup() -> Program {
+    let mut program = Program::new("dmsetup", "mapped devices");
+    if let Some(value) = std::env::var_os(DISABLE_UDEV) {
+        program.env(DISABLE_UDEV, value);
     }
+    program
 }
-
-impl fmt::Display for DmFailure {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(&self.message)
-    }
-}
-
-impl std::error::Error for DmFailure {}
 
 /// What device-mapper says of a device.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub(crate) struct State {
     pub(crate) name: String,
     pub(crate) uuid: String,
@@ -62,10 +44,12 @@ pub(crate) struct State {
     pub(crate) open_count: u32,
     pub(crate) read_only: bool,
     pub(crate) suspended: bool,
+    /// Whether it has a table that is in use.
+    pub(crate) live: bool,
 }
 
 /// The columns that [`State::parse`] reads.
-const COLUMNS: &str = "name,uuid,major,minor,open,readonly,suspended";
+const COLUMNS: &str = "name,uuid,major,minor,open,readonly,suspended,tables_loaded";
 /// What separates them: libdm doesn't leave it in a name.
 const SEPARATOR: char = '|';
 
@@ -73,7 +57,7 @@ impl State {
     /// Reads a line of `dmsetup info`; `None` for what isn't a device.
     fn parse(line: &str) -> Option<Self> {
         let fields: Vec<&str> = line.split(SEPARATOR).map(str::trim).collect();
-        let [name, uuid, major, minor, open, read_only, suspended] = fields[..] else {
+        let [name, uuid, major, minor, open, read_only, suspended, tables] = fields[..] else {
             return None;
         };
         Some(Self {
@@ -83,6 +67,7 @@ impl State {
             open_count: open.parse().ok()?,
             read_only: is_set(read_only, "Read-only"),
             suspended: is_set(suspended, "Suspended"),
+            live: matches!(tables, "Live" | "Both"),
         })
     }
 }
@@ -126,81 +111,27 @@ impl fmt::Display for Line {
     }
 }
 
-/// dmsetup, found to work.
+/// Device-mapper, by way of dmsetup.
 pub(crate) struct Control(());
 
 impl Control {
-    /// Finds out whether there is a device-mapper to talk to.
+    /// Begins to talk to device-mapper.
     pub(crate) fn open() -> Result<Self> {
-        let control = Self(());
-        control
-            .run(&["version"])
-            .context("cannot talk to device-mapper")?;
-        Ok(control)
-    }
-
-    /// Makes a read-only device and brings it up. Gives its number, `MAJOR:MINOR`.
-    pub(crate) fn create(&self, name: &str, uuid: &str, table: &[Line]) -> Result<String> {
-        let lines: Vec<String> = table.iter().map(Line::to_string).collect();
-        let text = lines.join("\n");
-        // Not --verbose: that one takes an argument, and swallows the next option.
-        let args = [
-            "create",
-            name,
-            "-v",
-            "--uuid",
-            uuid,
-            "--readonly",
-            "--table",
-            &text,
-        ];
-        let said = self.run(&args).with_context(|| {
-            format!(
-                "cannot set up device {name} with table `{}`",
-                lines.join("; ")
-            )
-        })?;
-        match number(&said) {
-            Some(number) => Ok(number),
-            None => {
-                // Nobody else will.
-                let _ = self.remove(name, false);
-                anyhow::bail!("dmsetup does not tell the number of device {name}")
-            }
-        }
-    }
-
-    /// Removes device `name`. With `deferred`, one that is in use goes when it no longer is.
-    pub(crate) fn remove(&self, name: &str, deferred: bool) -> Result<()> {
-        // udev may look at a device just when it is to go: that passes.
-        let how = if deferred { "--deferred" } else { "--retry" };
-        self.run(&["remove", how, name])
-            .with_context(|| format!("cannot remove device {name}"))?;
-        Ok(())
+        Ok(Self(()))
     }
 
     /// The state of device `name`; `None` where there is no such device.
     pub(crate) fn state(&self, name: &str) -> Result<Option<State>> {
-        match self.columns(&[name]) {
-            Ok(text) => Ok(text.lines().find_map(State::parse)),
-            Err(error) if error.to_string().contains("does not exist") => Ok(None),
-            Err(error) => Err(error).with_context(|| format!("cannot look at device {name}")),
-        }
+        Ok(self.states()?.into_iter().find(|state| state.name == name))
     }
 
     /// All devices.
-    fn states(&self) -> Result<Vec<State>> {
-        let text = self.columns(&[]).context("cannot list devices")?;
-        Ok(text.lines().filter_map(State::parse).collect())
-    }
-
-    /// The columns that [`State::parse`] reads, for the devices `names`, or for all.
-    fn columns(&self, names: &[&str]) -> Result<String> {
+    pub(crate) fn states(&self) -> Result<Vec<State>> {
         let separator = SEPARATOR.to_string();
         let mut args = vec!["info", "-c", "--noheadings", "--separator", &separator];
         args.extend(["-o", COLUMNS]);
-        args.extend(names);
-        self.run(&args)
+        let text = self.run(&args).context("cannot list devices")?;
+        Ok(text.lines().filter_map(State::parse).collect())
     }
 
     /// Whether device `name` goes when it is no longer in use.
@@ -228,25 +159,13 @@ impl Control {
         Ok(text.lines().filter_map(Line::parse).collect())
     }
 
-    /// The devices of the stack `name`, top first: those that are there and are ours.
-    pub(crate) fn stack(&self, name: &str) -> Result<Vec<State>> {
-        let mut found: Vec<(Rank, State)> = self
-            .states()?
-            .into_iter()
-            .filter_map(|state| Some((rank(&state.name, name)?, state)))
-            .filter(|(rank, state)| rank.uuids(name).contains(&state.uuid))
-            .collect();
-        found.sort_by_key(|(rank, _)| *rank);
-        Ok(found.into_iter().map(|(_, state)| state).collect())
+    /// Runs dmsetup with `args`, which let it wait for nothing; gives what it prints.
+    pub(super) fn run(&self, args: &[&str]) -> Result<String> {
+        self.run_program(dmsetup().args(args).despite_signals())
     }
 
-    /// Runs dmsetup; gives what it prints.
-    fn run(&self, args: &[&str]) -> Result<String> {
-        let mut program = Program::new("dmsetup", "mapped devices");
-        program.args(args).despite_signals();
-        if let Some(value) = std::env::var_os("DM_DISABLE_UDEV") {
-            program.env("DM_DISABLE_UDEV", value);
-        }
+    /// Runs `program`, which is dmsetup; gives what it prints.
+    pub(super) fn run_program(&self, program: &mut Program) -> Result<String> {
         let mut text = String::new();
         let done = program.end(|line| {
             text.push_str(line);
@@ -256,98 +175,41 @@ impl Control {
             done.said.tell();
             return Ok(text);
         }
-        let lines: Vec<&str> = done
-            .said
-            .lines()
+        if !rustix::process::geteuid().is_root() {
+            let message = "only root can look at and set up mapped devices";
+            return Err(Failure::error(exit::PERMISSION, message));
+        }
+        let lines = done.said.lines();
+        let lines: Vec<&str> = lines
             .iter()
             .map(String::as_str)
             .filter(|line| *line != "Command failed.")
             .collect();
         let mut message = match lines.as_slice() {
             [] => format!("dmsetup failed: {}", done.status),
-            lines => lines.join("; "),
+            lines => format!("dmsetup: {}", lines.join("; ")),
         };
-        if message.contains("reload ioctl") {
-            message.push_str(match Path::new("/sys/module/dm_overlaybd").exists() {
-                // A target said no; only there it says why.
-                true => " (dmesg has the reason)",
-                false => " (the module dm_overlaybd is not there for this kernel)",
-            });
+        if !Path::new("/sys/class/misc/device-mapper").exists() {
+            message.push_str("; the kernel has no device-mapper (modprobe dm_mod)");
         }
-        Err(DmFailure { message }.into())
-    }
-}
-
-/// The number that `dmsetup create -v` tells.
-fn number(text: &str) -> Option<String> {
-    let line = text
-        .lines()
-        .find_map(|line| line.strip_prefix("Major, minor:"))?;
-    let (major, minor) = line.split_once(',')?;
-    Some(format!("{}:{}", major.trim(), minor.trim()))
-}
-
-/// What a device is in a stack; ordered from the top.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
-enum Rank {
-    Top,
-    Zfile(usize),
-    Blob(usize),
-}
-
-impl Rank {
-    /// The UUIDs that such a device of stack `name` may have.
-    fn uuids(self, name: &str) -> Vec<String> {
-        let prefix = super::plan::UUID_PREFIX;
-        match self {
-            Self::Top => ["LSMT", "ZFILE"]
-                .map(|kind| format!("{prefix}{kind}-{name}"))
-                .to_vec(),
-            Self::Zfile(nth) => vec![format!("{prefix}LAYER-{name}-{nth}")],
-            Self::Blob(nth) => vec![format!("{prefix}BLOB-{name}-{nth}")],
-        }
-    }
-}
-
-/// What device `device` would be in stack `name`, by its name.
-fn rank(device: &str, name: &str) -> Option<Rank> {
-    let rest = device.strip_prefix(name)?;
-    if rest.is_empty() {
-        return Some(Rank::Top);
-    }
-    let zfile = rest.strip_prefix("-zfile").map(str::parse);
-    let blob = rest.strip_prefix("-blob").map(str::parse);
-    match (zfile, blob) {
-        (Some(Ok(nth)), _) => Some(Rank::Zfile(nth)),
-        (_, Some(Ok(nth))) => Some(Rank::Blob(nth)),
-        _ => None,
+        Err(Failure::error(exit::DEVICE, message))
     }
 }
 
 #[cfg(test)]
 mod tests {
-    use super::{number, rank, Line, Rank, State};
-
-    #[test]
-    fn ranks() {
-        assert_eq!(rank("a", "a"), Some(Rank::Top));
-        assert_eq!(rank("a-zfile12", "a"), Some(Rank::Zfile(12)));
-        assert_eq!(rank("a-blob0", "a"), Some(Rank::Blob(0)));
-        assert_eq!(rank("a-b", "a"), None);
-        assert_eq!(rank("b", "a"), None);
-        assert!(Rank::Top < Rank::Zfile(0) && Rank::Zfile(9) < Rank::Blob(0));
-    }
+    use super::{Line, State};
 
     #[test]
     fn what_dmsetup_prints() {
-        let state = State::parse("a-blob0|OVERLAYBD-BLOB-a-0|254|3|1|Read-only|Active");
+        let state = State::parse("a-blob0|OVERLAYBD-BLOB-a-0|254|3|1|Read-only|Active|Live");
         let state = state.unwrap_or_else(|| unreachable!());
         assert_eq!(state.number, "254:3");
         assert_eq!(state.open_count, 1);
-        assert!(state.read_only && !state.suspended);
+        assert!(state.read_only && !state.suspended && state.live);
+        let state = State::parse("a||254|3|0|Writeable|Active|Inactive");
+        assert!(state.is_some_and(|state| !state.live));
         assert_eq!(State::parse("No devices found"), None);
-        let said = "Name:              a\nMajor, minor:      254, 2\nNumber of targets: 1\n";
-        assert_eq!(number(said).as_deref(), Some("254:2"));
         let line = Line::parse("0 16384 lsmt 2 92 8388608 1600 ");
         assert_eq!(
             line.map(|line| line.to_string()).as_deref(),

@@ -4,14 +4,23 @@
 //!
 //! - [`plan`]: which devices a stack of layers takes, and their tables. Pure.
 //! - [`backing`]: files as loop devices.
-//! - [`control`]: making, finding and removing devices, with dmsetup(8).
+//! - [`control`]: looking at devices, with dmsetup(8).
+//! - [`stack`]: which devices belong together.
+//! - [`setup`]: making and removing the devices of a stack.
+//! - [`udev`]: waiting for udev.
+//! - [`lock`]: one obdsetup at a time for a stack.
 
 pub(crate) mod backing;
 pub(crate) mod control;
+pub(crate) mod lock;
 pub(crate) mod plan;
+pub(crate) mod setup;
+pub(crate) mod stack;
+pub(crate) mod udev;
 
-pub(crate) use control::{Control, DmFailure};
+pub(crate) use control::Control;
 pub(crate) use plan::Plan;
+pub(crate) use stack::Stack;
 
 /// The node of device `name`.
 pub(crate) fn node(name: &str) -> std::path::PathBuf {

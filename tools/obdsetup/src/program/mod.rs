@@ -13,13 +13,14 @@ pub(crate) mod guard;
 mod lines;
 mod progress;
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::ffi::{OsStr, OsString};
 use std::fmt;
 use std::io::{self, BufRead, BufReader};
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, ExitStatus, Stdio};
+use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
@@ -28,7 +29,7 @@ use rustix::process::{kill_process_group, waitid, Pid, Signal, WaitId, WaitIdOpt
 use crate::exit::Failure;
 use crate::interrupt;
 use lines::Lines;
-use progress::Patience;
+pub(crate) use progress::Patience;
 
 /// Shortest and longest time between two looks at a program that runs.
 const POLL: (Duration, Duration) = (Duration::from_millis(1), Duration::from_millis(16));
@@ -69,10 +70,16 @@ impl Said {
         &self.lines
     }
 
-    /// Shows the lines to the user as warnings.
+    /// Shows the lines to the user as warnings. What a program says each time that it runs is shown
+    /// once.
     pub(crate) fn tell(&self) {
+        static TOLD: Mutex<BTreeSet<String>> = Mutex::new(BTreeSet::new());
         for line in &self.lines {
-            crate::tell(&format!("warning: {}: {line}", self.name));
+            let warning = format!("warning: {}: {line}", self.name);
+            let mut told = TOLD.lock().unwrap_or_else(PoisonError::into_inner);
+            if told.insert(warning.clone()) {
+                crate::tell(&warning);
+            }
         }
     }
 }
@@ -137,6 +144,12 @@ impl Program {
     /// Names a file that the program writes: while that grows, the program makes progress.
     pub(crate) fn writes(&mut self, path: &Path) -> &mut Self {
         self.patience.add_output(path);
+        self
+    }
+
+    /// Sets what counts as progress, and how long the program is waited for without.
+    pub(crate) fn patience(&mut self, patience: Patience) -> &mut Self {
+        self.patience = patience;
         self
     }
 

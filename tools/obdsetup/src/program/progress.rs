@@ -27,6 +27,14 @@ const LOOK: Duration = Duration::from_secs(1);
 pub(crate) struct Patience {
     bound: Duration,
     outputs: Vec<PathBuf>,
+    other: Option<Other>,
+}
+
+/// Signs of progress of something else that the program waits for.
+struct Other {
+    look: Box<dyn Fn() -> String>,
+    /// What to tell the user where nothing changes.
+    message: String,
 }
 
 impl Default for Patience {
@@ -34,11 +42,27 @@ impl Default for Patience {
         Self {
             bound: BOUND,
             outputs: Vec::new(),
+            other: None,
         }
     }
 }
 
 impl Patience {
+    /// The program waits for something else, whose progress changes what `look` returns. Where that
+    /// stays the same for `bound`, the program is ended, and `message` is the error.
+    pub(crate) fn with(
+        bound: Duration,
+        look: impl Fn() -> String + 'static,
+        message: String,
+    ) -> Self {
+        let look = Box::new(look);
+        Self {
+            bound,
+            outputs: Vec::new(),
+            other: Some(Other { look, message }),
+        }
+    }
+
     /// Sets how long a program may go without a sign of progress.
     #[cfg(test)]
     pub(super) fn set_bound(&mut self, bound: Duration) {
@@ -51,6 +75,9 @@ impl Patience {
 
     /// Returns the error for a program that was ended.
     pub(super) fn failure(&self, name: &str, said: &[String]) -> anyhow::Error {
+        if let Some(other) = &self.other {
+            return Failure::error(exit::DEVICE, other.message.clone());
+        }
         let mut message = format!(
             "{name} was ended: it has not read or written a byte for {} s",
             self.bound.as_secs()
@@ -106,6 +133,9 @@ impl Watch<'_> {
     /// Returns what changes with progress; `None` where that cannot be seen, or the program waits
     /// through no fault of its own.
     fn signs(&self) -> Option<Vec<String>> {
+        if let Some(other) = &self.patience.other {
+            return Some(vec![(other.look)()]);
+        }
         let process = PathBuf::from(format!("/proc/{}", self.pid.as_raw_nonzero()));
         let threads = fs::read_dir(process.join("task")).ok()?;
         for thread in threads.flatten() {

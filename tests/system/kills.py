@@ -1,0 +1,410 @@
+#!/usr/bin/env python3
+# SPDX-License-Identifier: GPL-2.0
+"""obdsetup killed or signalled at any moment, where udevd runs, is stopped, is absent, or sits in another IPC
+namespace: nothing hurts anybody else, and the next open or close of that name clears what is left.
+
+OBD_KILLS is the number of kills of each kind.
+"""
+
+import contextlib
+import glob
+import os
+import random
+import shutil
+import signal
+import subprocess
+import tempfile
+import time
+
+from obdtest import dm, image, udevd
+from obdtest.ktap import SLOW, add, check, defer, equal, main, note, same_bytes, test
+
+KILLS = int(os.environ.get("OBD_KILLS", "1"))
+NAME = f"obdtest-{os.getpid()}"
+SIZE = 300 << 10
+DATA = image.sample(SIZE, 91)
+# What the bound on waits for udev is in obdsetup.
+UDEV_BOUND = 60
+
+
+def make_layers(count=2):
+    """Files of a stack, of odd length; and their content."""
+    work = tempfile.mkdtemp(prefix="obdtest-")
+    defer(shutil.rmtree, work)
+    layers = []
+    for nth in range(count):
+        layer = image.lsmt(SIZE, [(0, DATA)] if nth == 0 else [(nth, 1)])
+        raw = next(raw for block in (4096, 8192, 16384) if len(raw := image.zfile(layer, image.LZ4, block)) % 512)
+        layers.append(f"{work}/layer{nth}.obd")
+        with open(layers[-1], "wb") as file:
+            file.write(raw)
+    content = bytearray(DATA)
+    for nth in range(1, count):
+        content[nth * 512:nth * 512 + 512] = bytes(512)
+    return layers, bytes(content)
+
+
+class Way:
+    """How obdsetup runs."""
+
+    def __init__(self, name):
+        self.name = name
+        self.prefix = ["unshare", "--ipc"] if name == "namespace" else []
+        self.env = dict(os.environ)
+        self.env.pop("DM_DISABLE_UDEV", None)
+
+    def begin(self):
+        """Makes udevd what it is to be, until the test is over."""
+        if self.name == "absent":
+            udevd.stop()
+            defer(udevd.start)
+
+    def start(self, *args):
+        return subprocess.Popen([*self.prefix, "obdsetup", *args], env=self.env, text=True, stdin=subprocess.DEVNULL,
+                                stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+
+    def run(self, *args, status=0):
+        """Runs it; what it said on standard error."""
+        done = subprocess.run([*self.prefix, "obdsetup", *args], env=self.env, text=True, stdin=subprocess.DEVNULL,
+                              capture_output=True, check=False)
+        equal(done.returncode, status, f"{self.name}: status of obdsetup {' '.join(args)} ({done.stderr.strip()})")
+        return done.stderr
+
+    def stop(self):
+        """What is to be in force when the kill comes."""
+        if self.name == "stopped":
+            udevd.pause()
+
+    def go_on(self):
+        if self.name == "stopped":
+            udevd.go_on()
+            udevd.settle()
+
+
+def processes():
+    """Command lines of what obdsetup starts, but for what udevd starts."""
+    found = []
+    for path in glob.glob("/proc/[0-9]*/cmdline"):
+        with contextlib.suppress(OSError):
+            with open(path, "rb") as file:
+                words = file.read().split(b"\0")
+            name = os.path.basename(words[0])
+            if name in (b"dmsetup", b"obdsetup", b"obdsetup-program", b"ipcrm") and b"udevcomplete" not in words:
+                found.append(b" ".join(words).decode())
+    return found
+
+
+def eventually(what, holds):
+    """Waits until holds() gives nothing."""
+    left = None
+    for _ in range(100 * SLOW):
+        left = holds()
+        if not left:
+            break
+        time.sleep(0.05)
+    check(not left, f"{what}: {left}")
+
+
+def devices():
+    """Mapped devices of the stack, those without a table, too."""
+    out = subprocess.run(["dmsetup", "info", "-c", "--noheadings", "--separator", "|", "-o", "name,uuid"],
+                         capture_output=True, text=True, check=True).stdout
+    return [row for row in out.split("\n") if NAME in row]
+
+
+def loops(layers):
+    """Loop devices over the layers or over what is in memory."""
+    found = []
+    for path in glob.glob("/sys/block/loop*/loop/backing_file"):
+        with contextlib.suppress(OSError):
+            with open(path, encoding="utf-8") as file:
+                name = file.read().strip()
+            if name in layers or "obdsetup" in name:
+                found.append(f"{path}: {name}")
+    return found
+
+
+def links():
+    return glob.glob(f"/dev/mapper/{NAME}*") + glob.glob(f"/run/obdsetup/{NAME}*")
+
+
+def semaphores():
+    """The cookies of libdm."""
+    with open("/proc/sysvipc/sem", encoding="ascii") as file:
+        rows = [row.split() for row in file.readlines()[1:]]
+    return [row[0] for row in rows if int(row[0]) >> 16 == 0x0D4D]
+
+
+def nothing_left(layers):
+    eventually("devices left", devices)
+    eventually("loop devices left", lambda: loops(layers))
+    eventually("links and locks left", links)
+    eventually("cookies left", semaphores)
+
+
+def others_can_work(layers):
+    """The next free loop device can be attached."""
+    done = subprocess.run(["losetup", "--find", "--show", "--read-only", layers[0]], capture_output=True, text=True,
+                          check=False)
+    equal(done.returncode, 0, f"losetup ({done.stderr.strip()})")
+    subprocess.run(["losetup", "--detach", done.stdout.strip()], check=True)
+
+
+def close_whatever():
+    """After a test that failed."""
+    udevd.go_on()
+    for name in [row.split("|")[0] for row in devices()] * 3:
+        subprocess.run(["dmsetup", "remove", "--retry", name], capture_output=True, check=False)
+
+
+def read_back(content):
+    with open(f"/dev/mapper/{NAME}", "rb") as file:
+        same_bytes(file.read(), content, "content")
+
+
+def kills(way, command):
+    """Kills open or close at random moments."""
+    way.begin()
+    layers, content = make_layers()
+    defer(close_whatever)
+    rng = random.Random(f"{way.name} {command}")
+    start = time.monotonic()
+    way.run("open", NAME, *layers)
+    opened = time.monotonic()
+    way.run("close", NAME)
+    lasts = {"open": opened - start, "close": time.monotonic() - opened}[command]
+    half = whole = 0
+    for nth in range(KILLS):
+        if command == "close":
+            way.run("open", NAME, *layers)
+        way.stop()
+        child = way.start(command, NAME, *(layers if command == "open" else []))
+        time.sleep(rng.random() * lasts)
+        child.kill()
+        child.communicate()
+        eventually(f"kill {nth}: processes left", processes)
+        way.go_on()
+        others_can_work(layers)
+        left = devices()
+        top = any(f"|OVERLAYBD-LSMT-{NAME}" in row for row in left)
+        done = subprocess.run([*way.prefix, "obdsetup", "open", NAME, *layers], env=way.env, text=True,
+                              capture_output=True, check=False)
+        if left and done.returncode == 0:
+            half += 1
+            check("half built" in done.stderr, f"kill {nth}: not a word on {left}: {done.stderr}")
+        elif left:
+            whole += 1
+            equal(done.returncode, 5, f"kill {nth}: status of open ({done.stderr.strip()}) with {left}")
+            check(top, f"kill {nth}: open was refused, and there is no disk: {left}")
+        else:
+            equal(done.returncode, 0, f"kill {nth}: status of open ({done.stderr.strip()})")
+        read_back(content)
+        way.run("close", NAME)
+        nothing_left(layers)
+    note(f"{KILLS} kills within {lasts:.1f} s: {half} left half a stack, {whole} a whole one")
+
+
+def killed_then_closed():
+    """What a killed open has left is cleared by close, too."""
+    way = Way("running")
+    layers, _ = make_layers()
+    defer(close_whatever)
+    closed = 0
+    for nth in range(20):
+        child = way.start("open", NAME, *layers)
+        while child.poll() is None and not devices():
+            pass
+        child.kill()
+        child.communicate()
+        eventually("processes left", processes)
+        if not devices():
+            continue
+        way.run("close", NAME)
+        nothing_left(layers)
+        closed += 1
+        if closed == KILLS:
+            break
+    check(closed, "no kill left anything")
+
+
+for way_name in ("running", "stopped", "absent", "namespace"):
+    for what in ("open", "close"):
+        add(f"{what} is killed; udevd: {way_name}", kills, Way(way_name), what, timeout=150 + 20 * KILLS)
+add("open is killed, and close clears what is left", killed_then_closed, timeout=150 + 20 * KILLS)
+
+
+@test("signals end a wait for udev, and nothing is left")
+def signals():
+    way = Way("stopped")
+    layers, _ = make_layers()
+    defer(close_whatever)
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        way.stop()
+        before = semaphores()
+        child = way.start("open", NAME, *layers)
+        eventually("no wait begins", lambda: not any("udevreleasecookie" in line for line in processes()))
+        child.send_signal(number)
+        start = time.monotonic()
+        _, said = child.communicate()
+        took = time.monotonic() - start
+        equal(child.returncode, 130, f"status after {number.name} ({said.strip()})")
+        check(took < 10 * SLOW, f"{number.name}: ended after {took:.1f} s")
+        equal(devices(), [], f"{number.name}: devices left")
+        equal(processes(), [], f"{number.name}: processes left")
+        equal(semaphores(), before, f"{number.name}: cookies")
+        way.go_on()
+        nothing_left(layers)
+
+
+@test("a wait for udev has an end, and says what it was for", timeout=300)
+def bound():
+    way = Way("stopped")
+    layers, _ = make_layers()
+    defer(close_whatever)
+    way.stop()
+    before = semaphores()
+    start = time.monotonic()
+    said = way.run("open", NAME, *layers, status=4)
+    took = time.monotonic() - start
+    check("udev" in said and NAME in said and "stopped" in said, f"message: {said}")
+    check(UDEV_BOUND <= took < UDEV_BOUND + 40 * SLOW, f"ended after {took:.1f} s")
+    equal(devices(), [], "devices left")
+    equal(semaphores(), before, "cookies")
+    way.go_on()
+    nothing_left(layers)
+
+
+@test("in an IPC namespace of its own, udevd is not waited for, and does its work")
+def namespace():
+    way = Way("namespace")
+    layers, content = make_layers()
+    defer(close_whatever)
+    start = time.monotonic()
+    equal(way.run("open", NAME, *layers), "", "what open says")
+    check(time.monotonic() - start < UDEV_BOUND / 2, "open has waited")
+    read_back(content)
+    udevd.settle()
+    check(f"disk/by-id/dm-name-{NAME}" in udevd.links(f"/dev/mapper/{NAME}"), "udevd has made no links")
+    equal(way.run("close", NAME), "", "what close says")
+    udevd.settle()
+    nothing_left(layers)
+
+
+@test("several open and close at the same time")
+def parallel():
+    for way in (Way("running"), Way("absent")):
+        way.begin()
+        layers, content = make_layers()
+        defer(close_whatever)
+        names = [f"{NAME}-{nth}" for nth in range(6)]
+        for command, rest in (("open", layers), ("close", [])):
+            children = [way.start(command, name, *rest) for name in names]
+            for name, child in zip(names, children):
+                _, said = child.communicate()
+                equal((child.returncode, said), (0, ""), f"{way.name}: {command} {name}")
+            if command == "open":
+                for name in names:
+                    with open(f"/dev/mapper/{name}", "rb") as file:
+                        same_bytes(file.read(), content, f"{way.name}: {name}")
+        nothing_left(layers)
+        # Of two that open the same, one does.
+        children = [way.start("open", NAME, *layers) for _ in range(2)]
+        for child in children:
+            child.communicate()
+        equal(sorted(child.returncode for child in children), [0, 5], f"{way.name}: both open {NAME}")
+        read_back(content)
+        way.run("close", NAME)
+        nothing_left(layers)
+
+
+@test("half a stack is told, and cleared by open and by close")
+def half_built():
+    way = Way("running")
+    layers, content = make_layers()
+    defer(close_whatever)
+
+    def create(name, uuid, *table):
+        subprocess.run(["dmsetup", "create", name, "--uuid", uuid, *table], check=True, env=way.env)
+
+    def top_only():
+        create(NAME, f"OVERLAYBD-LSMT-{NAME}", "--notable")
+
+    def inner_only():
+        create(f"{NAME}-zfile0", f"OVERLAYBD-LAYER-{NAME}-0", "--table", "0 8 zero")
+
+    for make in (top_only, inner_only):
+        make()
+        done = subprocess.run(["obdsetup", "status", NAME], capture_output=True, text=True, check=False, env=way.env)
+        check(done.returncode != 0, f"{make.__name__}: status is {done.returncode}: {done.stdout}")
+        check("half" in (done.stdout + done.stderr).lower(), f"{make.__name__}: {done.stdout}{done.stderr}")
+        said = way.run("open", NAME, *layers)
+        check("half built" in said and NAME in said, f"{make.__name__}: open says {said!r}")
+        read_back(content)
+        way.run("close", NAME)
+        make()
+        said = way.run("close", NAME)
+        check("half built" in said, f"{make.__name__}: close says {said!r}")
+        nothing_left(layers)
+
+
+@test("a renamed device is found by both its names")
+def renamed():
+    way = Way("running")
+    layers, content = make_layers()
+    defer(close_whatever)
+    other = f"{NAME}-other"
+    for name in (NAME, other):
+        way.run("open", NAME, *layers)
+        subprocess.run(["dmsetup", "rename", NAME, other], check=True, env=way.env)
+        with open(f"/dev/mapper/{other}", "rb") as file:
+            same_bytes(file.read(), content, "content")
+        way.run("status", NAME)
+        way.run("status", other)
+        said = way.run("open", NAME, *layers, status=5)
+        check(other in said, f"open says {said!r}")
+        way.run("open", other, *layers, status=5)
+        way.run("close", name)
+        nothing_left(layers)
+
+
+@test("a loop device that the kernel offers in vain is passed over")
+def poisoned():
+    way = Way("running")
+    layers, content = make_layers()
+    defer(close_whatever)
+    with open("/dev/loop-control", "rb", buffering=0) as control:
+        number = dm.fcntl.ioctl(control, 0x4C82)
+    claim = os.open(f"/dev/loop{number}", os.O_RDWR | os.O_EXCL)
+    defer(os.close, claim)
+    failed = subprocess.run(["losetup", "--find", "--show", layers[0]], capture_output=True, text=True, check=False)
+    note(f"losetup: {failed.returncode} {failed.stdout.strip()}{failed.stderr.strip()}")
+    if failed.returncode == 0:
+        subprocess.run(["losetup", "--detach", failed.stdout.strip()], check=True)
+    way.run("open", NAME, *layers)
+    read_back(content)
+    equal([path for path in loops(layers) if f"/loop{number}/" in path], [], "the claimed loop device is used")
+    way.run("close", NAME)
+    nothing_left(layers)
+
+
+@test("nodes that are missing in /dev are made")
+def nodes():
+    way = Way("absent")
+    way.begin()
+    layers, content = make_layers()
+    defer(close_whatever)
+    with open("/dev/loop-control", "rb", buffering=0) as control:
+        number = dm.fcntl.ioctl(control, 0x4C82)
+    for path in ("/dev/loop-control", f"/dev/loop{number}"):
+        os.rename(path, f"{path}.away")
+        defer(lambda path=path: os.replace(f"{path}.away", path) if os.path.exists(f"{path}.away") else None)
+    way.run("open", NAME, *layers)
+    read_back(content)
+    check(os.path.exists("/dev/loop-control") and os.path.exists(f"/dev/loop{number}"), "no nodes were made")
+    way.run("close", NAME)
+    nothing_left(layers)
+
+
+if __name__ == "__main__":
+    udevd.start()
+    main()

@@ -1,0 +1,127 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! One obdsetup at a time sets up or takes down a stack. Whoever holds the lock knows that half a
+//! stack is what one that was killed has left, and not what another is about to complete.
+//!
+//! A lock can hold a note: what the next holder has to clear where this one is killed.
+//!
+//! The programs that are started inherit the lock: while one of them still runs, it is held, though
+//! obdsetup itself was killed.
+
+use std::fs::{DirBuilder, File};
+use std::io::ErrorKind;
+use std::os::unix::fs::{DirBuilderExt, FileExt, MetadataExt};
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result};
+use rustix::fs::FlockOperation;
+use rustix::io::FdFlags;
+
+use crate::exit::{self, Failure};
+use crate::interrupt;
+
+/// Where the locks are: files that only root can open.
+const PLACE: &str = "/run/obdsetup";
+/// How long another obdsetup is waited for. It may itself wait for udev.
+const PATIENCE: Duration = Duration::from_secs(90);
+const POLL: Duration = Duration::from_millis(20);
+
+/// The lock for a stack, held until it is dropped.
+pub(crate) struct Lock {
+    /// `None` where there is no place for locks.
+    held: Option<(PathBuf, File)>,
+}
+
+impl Lock {
+    /// Takes the lock for stack `name`.
+    pub(crate) fn take(name: &str) -> Result<Self> {
+        let path = PathBuf::from(PLACE).join(name);
+        let end = Instant::now() + PATIENCE;
+        loop {
+            match Self::try_take(&path) {
+                Ok(Some(file)) => {
+                    let held = Some((path, file));
+                    return Ok(Self { held });
+                }
+                Ok(None) => {}
+                // As where the root is all that is mounted.
+                Err(error)
+                    if matches!(
+                        error.kind(),
+                        ErrorKind::NotFound | ErrorKind::ReadOnlyFilesystem
+                    ) =>
+                {
+                    return Ok(Self { held: None });
+                }
+                Err(error) => {
+                    let context = format!("{}: cannot lock device {name}", path.display());
+                    return Err(error).context(context);
+                }
+            }
+            interrupt::check()?;
+            if Instant::now() >= end {
+                let message = format!("another obdsetup is at work on device {name}");
+                return Err(Failure::error(exit::BUSY, message));
+            }
+            std::thread::sleep(POLL);
+        }
+    }
+
+    /// Returns whether no other obdsetup is at work on the stack.
+    pub(crate) fn is_held(&self) -> bool {
+        self.held.is_some()
+    }
+
+    /// Leaves a note, in the place of another.
+    pub(crate) fn set_note(&self, text: &str) {
+        if let Some((_, file)) = &self.held {
+            // Without, a little more is left by a kill.
+            let _ = file
+                .set_len(0)
+                .and_then(|()| file.write_all_at(text.as_bytes(), 0));
+        }
+    }
+
+    /// Returns the note that is there.
+    pub(crate) fn note(&self) -> Option<String> {
+        let (path, _) = self.held.as_ref()?;
+        std::fs::read_to_string(path).ok()
+    }
+
+    fn try_take(path: &Path) -> std::io::Result<Option<File>> {
+        if let Err(error) = DirBuilder::new().mode(0o700).create(PLACE) {
+            if error.kind() != ErrorKind::AlreadyExists {
+                return Err(error);
+            }
+        }
+        let file = File::options()
+            .create(true)
+            .truncate(false)
+            .write(true)
+            .open(path)?;
+        match rustix::fs::flock(&file, FlockOperation::NonBlockingLockExclusive) {
+            Ok(()) => {}
+            Err(rustix::io::Errno::WOULDBLOCK | rustix::io::Errno::INTR) => return Ok(None),
+            Err(error) => return Err(error.into()),
+        }
+        // The one who held it has removed the file, and another may have made it anew.
+        let same = path
+            .metadata()
+            .is_ok_and(|now| file.metadata().is_ok_and(|ours| ours.ino() == now.ino()));
+        if !same {
+            return Ok(None);
+        }
+        rustix::io::fcntl_setfd(&file, FdFlags::empty())?;
+        Ok(Some(file))
+    }
+}
+
+impl Drop for Lock {
+    fn drop(&mut self) {
+        if let Some((path, _)) = &self.held {
+            // While it is locked: who opens it now finds that it is gone, and tries again.
+            let _ = std::fs::remove_file(path);
+        }
+    }
+}

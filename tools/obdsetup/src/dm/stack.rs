@@ -1,0 +1,170 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! Which devices belong together. Their UUIDs tell, since anybody may rename a device.
+
+use anyhow::Result;
+
+use super::control::{Control, State};
+use super::plan::UUID_PREFIX;
+
+/// The devices of a stack, top first: those that are there.
+#[derive(Debug)]
+pub(crate) struct Stack {
+    /// The name that was given to `open`.
+    pub(crate) name: String,
+    pub(crate) devices: Vec<State>,
+    /// Whether the first device is the one that was asked for.
+    has_top: bool,
+}
+
+impl Stack {
+    /// Returns the stack whose disk is called `name` now, or was called so by `open`.
+    pub(crate) fn find(control: &Control, name: &str) -> Result<Option<Self>> {
+        Ok(Self::among(&control.states()?, name))
+    }
+
+    /// Returns the stack with that name among the devices `all`.
+    pub(crate) fn among(all: &[State], name: &str) -> Option<Self> {
+        let renamed = all
+            .iter()
+            .filter(|state| state.name == name)
+            .find_map(|state| match part(&state.uuid)? {
+                (Rank::Top, stack) => Some(stack),
+                _ => None,
+            });
+        let stack = renamed.unwrap_or(name);
+        let mut found: Vec<(Rank, State)> = all
+            .iter()
+            .filter_map(|state| match part(&state.uuid)? {
+                (rank, of) if of == stack => Some((rank, state.clone())),
+                _ => None,
+            })
+            .collect();
+        found.sort_by_key(|(rank, _)| *rank);
+        let (lowest, _) = found.first()?;
+        Some(Self {
+            name: stack.to_owned(),
+            has_top: *lowest == Rank::Top,
+            devices: found.into_iter().map(|(_, state)| state).collect(),
+        })
+    }
+
+    /// Returns the disk that was asked for.
+    pub(crate) fn top(&self) -> Option<&State> {
+        self.devices.first().filter(|_| self.has_top)
+    }
+
+    /// Returns whether the stack is what one that was killed has left: without its disk, or with a
+    /// device that has no table.
+    pub(crate) fn is_half_built(&self) -> bool {
+        !self.has_top || self.devices.iter().any(|device| !device.live)
+    }
+
+    /// Returns the names of the devices now, top first.
+    pub(crate) fn names(&self) -> Vec<String> {
+        self.devices
+            .iter()
+            .map(|device| device.name.clone())
+            .collect()
+    }
+}
+
+/// What a device is in a stack; ordered from the top.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+enum Rank {
+    Top,
+    Zfile(usize),
+    Blob(usize),
+}
+
+/// Returns what the device with `uuid` is, and the name that its stack was given.
+fn part(uuid: &str) -> Option<(Rank, &str)> {
+    let rest = uuid.strip_prefix(UUID_PREFIX)?;
+    let (kind, name) = rest.split_once('-')?;
+    let layer = || {
+        let (name, nth) = name.rsplit_once('-')?;
+        Some((name, nth.parse().ok()?))
+    };
+    match kind {
+        "LSMT" | "ZFILE" => Some((Rank::Top, name)),
+        "LAYER" => layer().map(|(name, nth)| (Rank::Zfile(nth), name)),
+        "BLOB" => layer().map(|(name, nth)| (Rank::Blob(nth), name)),
+        _ => None,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::control::State;
+    use super::{part, Rank, Stack};
+
+    fn state(name: &str, uuid: &str) -> State {
+        State {
+            name: name.to_owned(),
+            uuid: uuid.to_owned(),
+            number: "254:0".to_owned(),
+            open_count: 0,
+            read_only: true,
+            suspended: false,
+            live: true,
+        }
+    }
+
+    #[test]
+    fn parts() {
+        assert_eq!(
+            part("OVERLAYBD-LSMT-a-zfile1"),
+            Some((Rank::Top, "a-zfile1"))
+        );
+        assert_eq!(
+            part("OVERLAYBD-LAYER-a-0-12"),
+            Some((Rank::Zfile(12), "a-0"))
+        );
+        assert_eq!(part("OVERLAYBD-BLOB-a-0"), Some((Rank::Blob(0), "a")));
+        for none in [
+            "",
+            "LVM-a",
+            "OVERLAYBD-a",
+            "OVERLAYBD-BLOB-a",
+            "OVERLAYBD-LAYER-a-x",
+        ] {
+            assert_eq!(part(none), None, "{none}");
+        }
+        assert!(Rank::Top < Rank::Zfile(0) && Rank::Zfile(9) < Rank::Blob(0));
+    }
+
+    #[test]
+    fn stacks() {
+        let mut all = vec![
+            state("a-blob0", "OVERLAYBD-BLOB-a-0"),
+            state("odd", "OVERLAYBD-LAYER-a-0"),
+            state("new", "OVERLAYBD-LSMT-a"),
+            state("b", "OVERLAYBD-LAYER-b-0"),
+            state("c", "LVM-c"),
+        ];
+        for name in ["a", "new"] {
+            let stack = Stack::among(&all, name).unwrap_or_else(|| unreachable!());
+            assert_eq!(stack.names(), ["new", "odd", "a-blob0"]);
+            assert_eq!(stack.name, "a");
+            assert!(!stack.is_half_built());
+        }
+        // An inner device is no stack, whatever its name.
+        for name in ["odd", "a-blob0", "c", "d"] {
+            assert!(Stack::among(&all, name).is_none(), "{name}");
+        }
+        let half = |all: &[State], name| Stack::among(all, name).is_some_and(|s| s.is_half_built());
+        assert!(half(&all, "b"));
+        all[1].live = false;
+        assert!(half(&all, "a"));
+        all.remove(2);
+        assert!(Stack::among(&all, "new").is_none());
+        assert!(half(&all, "a"));
+        // The name that is seen goes before the one in a UUID.
+        let all = [
+            state("a", "OVERLAYBD-LSMT-b"),
+            state("b", "OVERLAYBD-LSMT-a"),
+        ];
+        let stack = Stack::among(&all, "a").unwrap_or_else(|| unreachable!());
+        assert_eq!((stack.name.as_str(), stack.devices.len()), ("b", 1));
+    }
+}
