@@ -26,6 +26,7 @@ mod layers;
 mod mkfs;
 mod oci;
 mod output;
+mod overview;
 mod program;
 mod raw_out;
 mod size;

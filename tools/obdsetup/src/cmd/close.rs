@@ -88,11 +88,14 @@ fn is_in_use(control: &Control, mut device: State) -> Result<bool> {
 /// Why there is no stack `name`.
 pub(crate) fn not_ours(control: &Control, name: &str) -> Result<anyhow::Error> {
     let message = match control.state(name)? {
-        Some(state) => format!(
-            "device {name} is not an OverlayBD device: UUID `{}`",
-            state.uuid
-        ),
-        None => format!("device {name} does not exist"),
+        Some(state) => {
+            let uuid = match state.uuid.as_str() {
+                "" => "it has no UUID".to_owned(),
+                uuid => format!("its UUID is {uuid}"),
+            };
+            format!("device {name} was not set up by obdsetup: {uuid}; see dmsetup(8)")
+        }
+        None => format!("no stack {name} is set up; `obdsetup list' shows those that are"),
     };
     Ok(Failure::error(exit::DEVICE, message))
 }

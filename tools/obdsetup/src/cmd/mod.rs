@@ -11,6 +11,7 @@ mod create;
 mod dump;
 mod export;
 mod info;
+mod list;
 mod man;
 mod merge;
 pub(crate) mod open;
@@ -38,8 +39,10 @@ pub(crate) enum Command {
     Open(open::Args),
     /// Take a block device of `open` down
     Close(close::Args),
-    /// Show the state of a block device of `open`
+    /// Show whether all is well with a block device of `open`
     Status(status::Args),
+    /// List the block devices of `open`
+    List(list::Args),
     /// Print the device-mapper tables that `open` would load
     Table(table::Args),
     /// Check every index and every block of layers
@@ -69,6 +72,7 @@ impl Command {
             Self::Open(args) => open::run(&args),
             Self::Close(args) => close::run(&args),
             Self::Status(args) => status::run(&args),
+            Self::List(args) => list::run(&args),
             Self::Table(args) => table::run(&args),
             Self::Verify(args) => verify::run(&args),
             Self::Dump(args) => dump::run(&args),

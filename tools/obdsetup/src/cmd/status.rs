@@ -7,54 +7,68 @@ use std::path::Path;
 
 use anyhow::Result;
 use serde::Serialize;
-use serde_json::{Map, Value};
 
 use super::close::not_ours;
 use super::{print, print_json};
 use crate::dm::backing::loop_file;
-use crate::dm::control::{Line, State};
+use crate::dm::control::Line;
+use crate::dm::inspect;
 use crate::dm::plan::check_name;
-use crate::dm::{Control, Stack};
-use crate::exit::{self, Failure};
+use crate::dm::{node, Control};
+use crate::exit::Failure;
+use crate::overview::fields::{named, Fields};
+use crate::overview::health::{self, Health};
+use crate::overview::{find, numbers, stacks, Stack};
+use crate::{plain, size};
+
+/// Where sysfs is mounted.
+const SYS: &str = "/sys";
 
 /// Arguments of `status`.
 #[derive(clap::Args)]
 #[command(after_help = "Examples:
   obdsetup status app
-  obdsetup status --json app | jq '.devices[].targets[].status.corrupt_blocks'
+  obdsetup status app >/dev/null || echo app needs a look
+  obdsetup status --json app | jq '.layers[] | select(.health != \"ok\") | .file'
 
-`file' is what a loop device in the table is over.")]
+The first line says whether all is well; a line for each layer follows, lowest first. The exit code
+is 0 only then: 3 if a corrupt block was read, 4 if reads failed, if the file of a layer is shorter
+than it was, or if the stack is half built or suspended.")]
 pub(crate) struct Args {
     /// Name that was given to `open`
     name: String,
 
+    /// Show every device with its table and what it counts
+    #[arg(short, long)]
+    verbose: bool,
+
     /// Print JSON
-    #[arg(long)]
+    #[arg(long, conflicts_with = "verbose")]
     json: bool,
 }
-
-/// Names of the fields of `zfile`'s INFO line, in order.
-const ZFILE: &[&str] = &[
-    "state",
-    "algorithm",
-    "block_size",
-    "blocks",
-    "table_memory",
-    "reads",
-    "read_bytes",
-    "decompressed_blocks",
-    "read_errors",
-    "corrupt_blocks",
-    "cached_blocks",
-    "cache_hits",
-];
-/// Names of the fields of `lsmt`'s INFO line, in order.
-const LSMT: &[&str] = &["layers", "segments", "size", "index_memory"];
 
 #[derive(Serialize)]
 struct Report {
     name: String,
+    health: Health,
+    message: String,
+    notes: Vec<String>,
+    size: Option<u64>,
+    open_count: Option<u32>,
+    corrupt_blocks: u64,
+    read_errors: u64,
+    shared_with: Vec<String>,
+    layers: Vec<Layer>,
     devices: Vec<Device>,
+}
+
+#[derive(Serialize)]
+struct Layer {
+    file: String,
+    health: Health,
+    corrupt_blocks: u64,
+    read_errors: u64,
+    zfile: Option<String>,
 }
 
 #[derive(Serialize)]
@@ -74,7 +88,7 @@ struct Device {
 struct Target {
     table: String,
     files: Vec<LoopFile>,
-    status: Map<String, Value>,
+    status: Fields,
 }
 
 /// A file on a loop device that a table names.
@@ -88,168 +102,187 @@ struct LoopFile {
 pub(crate) fn run(args: &Args) -> Result<()> {
     check_name(&args.name)?;
     let control = Control::open()?;
-    let Some(stack) = Stack::find(&control, &args.name)? else {
+    let Some(stack) = find(stacks(&control, Path::new(SYS))?, &args.name) else {
         return Err(not_ours(&control, &args.name)?);
     };
-    let half_built = stack.is_half_built();
-    let devices = stack
-        .devices
-        .into_iter()
-        .map(|state| collect(&control, state))
-        .collect::<Result<_>>()?;
-    let report = Report {
-        name: args.name.clone(),
-        devices,
-    };
-    match args.json {
-        true => print_json(&report)?,
-        false => print(&describe(&report))?,
+    let report = report(stack);
+    if args.json {
+        print_json(&report)?;
+    } else {
+        let mut text = summary(&report);
+        if args.verbose {
+            report
+                .devices
+                .iter()
+                .for_each(|device| describe(device, &mut text));
+        }
+        print(&plain(&text))?;
     }
-    match half_built {
-        false => Ok(()),
-        true => Err(Failure::error(
-            exit::DEVICE,
-            format!(
-                "device {name} was left half built by an obdsetup that was killed; \
-                 `obdsetup close {name}' removes it",
-                name = stack.name
-            ),
-        )),
+    match report.health {
+        Health::Ok => Ok(()),
+        health => {
+            let message = format!("{}: {}", report.name, report.message);
+            Err(Failure::error(health.code(), message))
+        }
     }
 }
 
-fn collect(control: &Control, state: State) -> Result<Device> {
-    let table = control.table(&state.name)?;
-    let status = control.status(&state.name)?;
-    Ok(Device {
-        deferred_remove: control.goes_later(&state.name)?,
+fn report(stack: Stack) -> Report {
+    let sum = |of: fn(&Layer) -> u64, layers: &[Layer]| {
+        layers.iter().map(of).fold(0, u64::saturating_add)
+    };
+    let layers: Vec<Layer> = stack
+        .layers
+        .iter()
+        .map(|layer| Layer {
+            file: layer.file.clone(),
+            health: Health::of_layer(layer),
+            corrupt_blocks: layer.corrupt_blocks,
+            read_errors: layer.read_errors,
+            zfile: layer.zfile.clone(),
+        })
+        .collect();
+    Report {
+        health: Health::of(&stack),
+        message: health::line(&stack),
+        notes: health::notes(&stack),
+        size: stack.size(),
+        open_count: stack.top().map(|top| top.state.open_count),
+        corrupt_blocks: sum(|layer| layer.corrupt_blocks, &layers),
+        read_errors: sum(|layer| layer.read_errors, &layers),
+        layers,
+        name: stack.name,
+        shared_with: stack.shared_with,
+        devices: stack
+            .devices
+            .into_iter()
+            .map(|(_, device)| collect(device))
+            .collect(),
+    }
+}
+
+fn collect(device: inspect::Device) -> Device {
+    let inspect::Device {
+        state,
+        deferred_remove,
+        table,
+        status,
+    } = device;
+    let status = status
+        .iter()
+        .map(named)
+        .chain(std::iter::repeat_with(Fields::default));
+    Device {
         sectors: table.last().map_or(0, |line| line.start + line.len),
         targets: table
             .iter()
-            .zip(&status)
+            .zip(status)
             .map(|(table, status)| Target {
                 table: table.to_string(),
-                files: files(table, &|number| loop_file(Path::new("/sys"), number)),
-                status: parse(status),
+                files: files(table, &|number| loop_file(Path::new(SYS), number)),
+                status,
             })
             .collect(),
-        device: state.number,
         name: state.name,
         uuid: state.uuid,
+        device: state.number,
         open_count: state.open_count,
         read_only: state.read_only,
         suspended: state.suspended,
-    })
+        deferred_remove,
+    }
 }
 
 /// The files of the loop devices that `line` names; `look` gives the file of device `MAJOR:MINOR`.
 fn files(line: &Line, look: &dyn Fn(&str) -> Option<String>) -> Vec<LoopFile> {
-    let is_number = |word: &str| {
-        let digits = |part: &str| !part.is_empty() && part.bytes().all(|b| b.is_ascii_digit());
-        word.split_once(':')
-            .is_some_and(|(major, minor)| digits(major) && digits(minor))
-    };
-    line.params
-        .split_whitespace()
-        .filter(|word| is_number(word))
-        .filter_map(|word| {
-            Some(LoopFile {
-                device: word.to_owned(),
-                file: look(word)?,
-            })
+    let files = numbers(line).into_iter().filter_map(|device| {
+        Some(LoopFile {
+            file: look(&device)?,
+            device,
         })
-        .collect()
+    });
+    files.collect()
 }
 
-/// Names the fields of an INFO line. What a newer module adds is `field_N`, counted from 0.
-fn parse(line: &Line) -> Map<String, Value> {
-    let names = match line.target.as_str() {
-        "zfile" | "zfile_target" => ZFILE,
-        "lsmt" | "lsmt_target" => LSMT,
-        _ => &[],
+/// What an operator wants to see at a glance.
+fn summary(report: &Report) -> String {
+    let mut text = format!("health: {}\n", report.message);
+    for note in &report.notes {
+        let _ = writeln!(text, "note: {note}");
+    }
+    let disk = report.devices.first().filter(|_| report.size.is_some());
+    let (name, layers) = (&report.name, report.layers.len());
+    let _ = match (disk, report.size) {
+        (Some(disk), Some(bytes)) => writeln!(
+            text,
+            "{}: {}, {layers} layers, {}",
+            node(&disk.name).display(),
+            size::show(bytes),
+            match disk.open_count {
+                0 => "not in use",
+                _ => "in use",
+            }
+        ),
+        _ => writeln!(text, "{name}: {layers} layers or parts of them, no disk"),
     };
-    line.params
-        .split_whitespace()
-        .enumerate()
-        .map(|(nth, word)| {
-            let name = names.get(nth).map(|&name| name.to_owned());
-            let value = match word.parse::<u64>() {
-                Ok(number) => Value::from(number),
-                Err(_) => Value::from(word),
-            };
-            (name.unwrap_or_else(|| format!("field_{nth}")), value)
-        })
-        .collect()
-}
-
-/// The report for people.
-fn describe(report: &Report) -> String {
-    let mut text = String::new();
-    for device in &report.devices {
-        let _ = writeln!(text, "/dev/mapper/{}:", device.name);
-        let mut line = |name: &str, value: &dyn std::fmt::Display| {
-            let _ = writeln!(text, "  {name:<20} {value}");
-        };
-        line("device", &device.device);
-        line("uuid", &device.uuid);
-        line("sectors", &device.sectors);
-        line("open count", &device.open_count);
-        let mode = match device.read_only {
-            true => "read-only",
-            false => "read-write",
-        };
-        line("mode", &mode);
-        if device.suspended {
-            line("suspended", &"yes");
-        }
-        if device.deferred_remove {
-            line("deferred remove", &"yes");
-        }
-        for target in &device.targets {
-            line("table", &target.table);
-            for LoopFile { device, file } in &target.files {
-                // A name may have any bytes, line breaks too.
-                line("file", &format_args!("{device} {}", file.escape_debug()));
-            }
-            for (name, value) in &target.status {
-                let value = match value {
-                    Value::String(text) => text.clone(),
-                    other => other.to_string(),
-                };
-                line(&name.replace('_', " "), &value);
-            }
-        }
+    if !report.shared_with.is_empty() {
+        let _ = writeln!(
+            text,
+            "layers in common with: {}",
+            report.shared_with.join(", ")
+        );
+    }
+    for (nth, layer) in report.layers.iter().enumerate() {
+        let file = layer.file.escape_debug();
+        let _ = writeln!(text, "{nth:>5}  {:<11}  {file}", layer.health.word());
     }
     text
 }
 
+/// All that is known of a device.
+fn describe(device: &Device, text: &mut String) {
+    let _ = writeln!(text, "\n{}:", node(&device.name).display());
+    let mut line = |name: &str, value: &dyn std::fmt::Display| {
+        let _ = writeln!(text, "  {name:<20} {value}");
+    };
+    line("device", &device.device);
+    line("uuid", &device.uuid);
+    line("sectors", &device.sectors);
+    line("open count", &device.open_count);
+    let mode = match device.read_only {
+        true => "read-only",
+        false => "read-write",
+    };
+    line("mode", &mode);
+    if device.suspended {
+        line("suspended", &"yes");
+    }
+    if device.deferred_remove {
+        line("deferred remove", &"yes");
+    }
+    for target in &device.targets {
+        line("table", &target.table);
+        for LoopFile { device, file } in &target.files {
+            // A name may have any bytes, line breaks too.
+            line("file", &format_args!("{device} {}", file.escape_debug()));
+        }
+        for (name, value) in target.status.iter() {
+            let value = match value.as_str() {
+                Some(text) => text.to_owned(),
+                None => value.to_string(),
+            };
+            line(&name.replace('_', " "), &value);
+        }
+    }
+}
+
 #[cfg(test)]
 mod tests {
-    use super::{files, parse, LoopFile};
-
-    #[test]
-    fn info_lines() {
-        let line = |target: &str, info: &str| {
-            parse(&super::Line {
-                start: 0,
-                len: 8,
-                target: target.to_owned(),
-                params: info.to_owned(),
-            })
-        };
-        let zfile = line("zfile", "C lz4 4096 281 703 1 2 3 4 5 6 7 8");
-        assert_eq!(zfile["state"], "C");
-        assert_eq!(zfile["corrupt_blocks"], 5);
-        assert_eq!(zfile["cache_hits"], 7);
-        assert_eq!(zfile["field_12"], 8);
-        let lsmt = line("lsmt", "2 100 8388608 1600");
-        assert_eq!(lsmt["index_memory"], 1600);
-        assert!(line("linear", "").is_empty());
-    }
+    use super::{files, Line, LoopFile};
 
     #[test]
     fn files_behind_tables() {
-        let line = super::Line {
+        let line = Line {
             start: 0,
             len: 8,
             target: "lsmt".to_owned(),

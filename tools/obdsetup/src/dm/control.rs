@@ -19,6 +19,7 @@ use std::path::Path;
 
 use anyhow::{Context, Result};
 
+use super::access;
 use crate::exit::{self, Failure};
 use crate::program::Program;
 
@@ -88,7 +89,7 @@ pub(crate) struct Line {
 
 impl Line {
     /// Reads a line as [`Line`] shows it.
-    fn parse(line: &str) -> Option<Self> {
+    pub(super) fn parse(line: &str) -> Option<Self> {
         let mut words = line.trim().splitn(4, ' ');
         Some(Self {
             start: words.next()?.parse().ok()?,
@@ -117,6 +118,7 @@ pub(crate) struct Control(());
 impl Control {
     /// Begins to talk to device-mapper.
     pub(crate) fn open() -> Result<Self> {
+        access::check()?;
         Ok(Self(()))
     }
 
@@ -132,31 +134,6 @@ impl Control {
         args.extend(["-o", COLUMNS]);
         let text = self.run(&args).context("cannot list devices")?;
         Ok(text.lines().filter_map(State::parse).collect())
-    }
-
-    /// Whether device `name` goes when it is no longer in use.
-    pub(crate) fn goes_later(&self, name: &str) -> Result<bool> {
-        let text = self
-            .run(&["info", name])
-            .with_context(|| format!("cannot look at device {name}"))?;
-        Ok(text.contains("DEFERRED REMOVE"))
-    }
-
-    /// The table of device `name`.
-    pub(crate) fn table(&self, name: &str) -> Result<Vec<Line>> {
-        self.lines("table", name)
-    }
-
-    /// The status of device `name`.
-    pub(crate) fn status(&self, name: &str) -> Result<Vec<Line>> {
-        self.lines("status", name)
-    }
-
-    fn lines(&self, what: &str, name: &str) -> Result<Vec<Line>> {
-        let text = self
-            .run(&[what, name])
-            .with_context(|| format!("cannot read the {what} of device {name}"))?;
-        Ok(text.lines().filter_map(Line::parse).collect())
     }
 
     /// Runs dmsetup with `args`, which let it wait for nothing; gives what it prints.

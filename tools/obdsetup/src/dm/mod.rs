@@ -4,14 +4,18 @@
 //!
 //! - [`plan`]: which devices a stack of layers takes, and their tables. Pure.
 //! - [`backing`]: files as loop devices.
+//! - [`access`]: whether this process may talk to device-mapper.
 //! - [`control`]: looking at devices, with dmsetup(8).
+//! - [`inspect`]: reading the state of many devices at once.
 //! - [`stack`]: which devices belong together.
 //! - [`setup`]: making and removing the devices of a stack.
 //! - [`udev`]: waiting for udev.
 //! - [`lock`]: one obdsetup at a time for a stack.
 
+mod access;
 pub(crate) mod backing;
 pub(crate) mod control;
+pub(crate) mod inspect;
 pub(crate) mod lock;
 pub(crate) mod plan;
 pub(crate) mod setup;

@@ -137,7 +137,7 @@ impl<'a> SetUp<'a> {
             .iter()
             .any(|line| matches!(line.target.as_str(), "zfile" | "lsmt"));
         let hint = match Path::new("/sys/module/dm_overlaybd").exists() {
-            false if ours => "; the module dm_overlaybd is not there for this kernel",
+            false if ours => super::access::NO_MODULE,
             // Only there a target says why it says no.
             _ => "; dmesg has the reason",
         };

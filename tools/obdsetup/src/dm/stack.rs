@@ -71,14 +71,17 @@ impl Stack {
 
 /// What a device is in a stack; ordered from the top.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
-enum Rank {
+pub(crate) enum Rank {
+    /// The disk.
     Top,
+    /// The decompressed layer `.0`.
     Zfile(usize),
+    /// The file of layer `.0`, joined of two loop devices.
     Blob(usize),
 }
 
 /// Returns what the device with `uuid` is, and the name that its stack was given.
-fn part(uuid: &str) -> Option<(Rank, &str)> {
+pub(crate) fn part(uuid: &str) -> Option<(Rank, &str)> {
     let rest = uuid.strip_prefix(UUID_PREFIX)?;
     let (kind, name) = rest.split_once('-')?;
     let layer = || {

@@ -1,0 +1,176 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! `obdsetup list`.
+
+use std::fmt::Write;
+use std::path::Path;
+
+use anyhow::Result;
+use serde::Serialize;
+
+use super::{print, print_json};
+use crate::dm::Control;
+use crate::exit::{self, Failure};
+use crate::overview::health::{self, Health};
+use crate::overview::{stacks, sysfs, Stack};
+
+/// Where sysfs is mounted.
+const SYS: &str = "/sys";
+/// What stands where nothing is known.
+const NONE: &str = "-";
+
+/// Arguments of `list`.
+#[derive(clap::Args)]
+#[command(after_help = "Examples:
+  obdsetup list
+  obdsetup list --check >/dev/null               for cron: one line for each stack that is not well
+  obdsetup list --json | jq -r '.[] | select(.health != \"ok\") | .name'
+
+SHARED WITH names the stacks that use a file or device of this one, too. Users other than root see
+names and sizes only, and exit code 2.")]
+pub(crate) struct Args {
+    /// Exit as `status` does where a stack is not well, and say so on standard error
+    #[arg(long)]
+    check: bool,
+
+    /// Print JSON
+    #[arg(long)]
+    json: bool,
+}
+
+/// A stack.
+#[derive(Debug, Default, Serialize)]
+struct Row {
+    name: String,
+    size: Option<u64>,
+    /// How many; null where that is not known.
+    layers: Option<usize>,
+    /// Null where that is not known.
+    health: Option<Health>,
+    message: String,
+    open_count: Option<u32>,
+    corrupt_blocks: u64,
+    read_errors: u64,
+    shared_with: Vec<String>,
+}
+
+/// Runs `list`.
+pub(crate) fn run(args: &Args) -> Result<()> {
+    let sys = Path::new(SYS);
+    let seen = sysfs::stacks(sys)?;
+    let is_root = rustix::process::geteuid().is_root();
+    let rows: Vec<Row> = if seen.is_empty() {
+        Vec::new()
+    } else if is_root {
+        let control = Control::open()?;
+        stacks(&control, sys)?.iter().map(row).collect()
+    } else {
+        let row = |(name, seen): (String, sysfs::Seen)| Row {
+            name,
+            size: seen.size,
+            ..Row::default()
+        };
+        seen.into_iter().map(row).collect()
+    };
+    if args.json {
+        print_json(&rows)?;
+    } else if rows.is_empty() {
+        crate::tell("no stack is set up");
+    } else {
+        print(&crate::plain(&table(&rows)))?;
+    }
+    if !is_root && !rows.is_empty() {
+        let message = "must be root to see the health of stacks: names and sizes only";
+        return Err(Failure::error(exit::PERMISSION, message));
+    }
+    let ill = |row: &&Row| row.health.is_some_and(|health| health != Health::Ok);
+    match rows.iter().filter(ill).min_by_key(|row| row.health) {
+        Some(worst) if args.check => {
+            let lines: Vec<String> = rows
+                .iter()
+                .filter(ill)
+                .map(|row| format!("{}: {}", row.name, row.message))
+                .collect();
+            let code = worst.health.map_or(exit::SUCCESS, Health::code);
+            Err(Failure::error(code, lines.join("\n")))
+        }
+        _ => Ok(()),
+    }
+}
+
+fn row(stack: &Stack) -> Row {
+    let sum = |of: fn(&crate::overview::Layer) -> u64| {
+        let counts = stack.layers.iter().map(of);
+        counts.fold(0, u64::saturating_add)
+    };
+    Row {
+        name: stack.name.clone(),
+        size: stack.size(),
+        layers: Some(stack.layers.len()),
+        health: Some(Health::of(stack)),
+        message: health::line(stack),
+        open_count: stack.top().map(|top| top.state.open_count),
+        corrupt_blocks: sum(|layer| layer.corrupt_blocks),
+        read_errors: sum(|layer| layer.read_errors),
+        shared_with: stack.shared_with.clone(),
+    }
+}
+
+/// The table for people.
+fn table(rows: &[Row]) -> String {
+    let width = rows.iter().map(|row| row.name.len()).max().unwrap_or(0);
+    let width = width.max("NAME".len());
+    let mut text = format!(
+        "{:<width$}  {:>11}  {:>6}  {:<11}  SHARED WITH\n",
+        "NAME", "SIZE", "LAYERS", "HEALTH"
+    );
+    for row in rows {
+        let size = row.size.map_or_else(
+            || NONE.to_owned(),
+            |size| indicatif::BinaryBytes(size).to_string(),
+        );
+        let layers = row
+            .layers
+            .map_or_else(|| NONE.to_owned(), |n| n.to_string());
+        let health = row.health.map_or("unknown", Health::word);
+        let shared = match row.shared_with.as_slice() {
+            [] => NONE.to_owned(),
+            names => names.join(","),
+        };
+        let _ = writeln!(
+            text,
+            "{:<width$}  {size:>11}  {layers:>6}  {health:<11}  {shared}",
+            row.name
+        );
+    }
+    text
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn rows() {
+        let rows = [
+            Row {
+                name: "app".to_owned(),
+                size: Some(256 << 20),
+                layers: Some(2),
+                health: Some(Health::Corrupt),
+                shared_with: vec!["a".to_owned(), "b".to_owned()],
+                ..Row::default()
+            },
+            Row {
+                name: "half".to_owned(),
+                ..Row::default()
+            },
+        ];
+        assert_eq!(
+            table(&rows),
+            "NAME         SIZE  LAYERS  HEALTH       SHARED WITH\n\
+             app    256.00 MiB       2  CORRUPT      a,b\n\
+             half            -       -  unknown      -\n"
+        );
+    }
+}

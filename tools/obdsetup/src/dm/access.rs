@@ -1,0 +1,70 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! Whether this process may talk to device-mapper, and what to do where it may not. dmsetup would
+//! only say that libdevmapper is incompatible.
+
+use std::fs::File;
+use std::io::{Error, ErrorKind};
+
+use anyhow::Result;
+
+use crate::exit::{self, Failure};
+
+/// Where the kernel takes commands.
+const CONTROL: &str = "/dev/mapper/control";
+/// What to do where the targets are missing, behind what dmsetup says.
+pub(super) const NO_MODULE: &str = "; the kernel module dm_overlaybd is not loaded: run `modprobe \
+                                    dm_overlaybd', or install the package dm-overlaybd-dkms";
+
+/// Checks that commands can be given.
+pub(super) fn check() -> Result<()> {
+    let opened = File::options().read(true).write(true).open(CONTROL);
+    match opened.err().and_then(|error| explain(&error)) {
+        Some((code, message)) => Err(Failure::error(code, format!("{CONTROL}: {message}"))),
+        None => Ok(()),
+    }
+}
+
+/// The exit code and message for what opening it failed with.
+fn explain(error: &Error) -> Option<(u8, String)> {
+    let what = match error.kind() {
+        // dmsetup makes the node, if it can.
+        ErrorKind::NotFound => return None,
+        ErrorKind::PermissionDenied => {
+            return Some((
+                exit::PERMISSION,
+                "permission denied: must be root, and in a container must be given this device"
+                    .to_owned(),
+            ))
+        }
+        _ => match error
+            .raw_os_error()
+            .map(rustix::io::Errno::from_raw_os_error)
+        {
+            Some(rustix::io::Errno::NODEV | rustix::io::Errno::NXIO) => {
+                "this kernel has no device-mapper: run `modprobe dm_mod'".to_owned()
+            }
+            _ => error.to_string(),
+        },
+    };
+    Some((exit::DEVICE, what))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_to_do() {
+        let said = |errno| {
+            let error = Error::from_raw_os_error(errno);
+            explain(&error).unwrap_or((0, "dmsetup".to_owned()))
+        };
+        let (code, text) = said(13);
+        assert!(code == 2 && text.contains("must be root"), "{text}");
+        let (code, text) = said(19);
+        assert!(code == 4 && text.contains("modprobe dm_mod"), "{text}");
+        assert_eq!(said(2).1, "dmsetup");
+        assert_eq!(said(5).0, 4);
+    }
+}

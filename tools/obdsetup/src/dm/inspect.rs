@@ -1,0 +1,111 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! Reading the state of many devices at once: a few calls of dmsetup, however many devices there
+//! are.
+
+use std::collections::HashMap;
+
+use anyhow::Result;
+
+use super::control::{Control, Line, State};
+
+/// How often the devices are read again where some vanish meanwhile.
+const TRIES: u32 = 3;
+/// What `dmsetup info` says of a device that goes when nobody has it open.
+const DEFERRED: &str = "DEFERRED REMOVE";
+
+/// A device, its table and its status.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct Device {
+    pub(crate) state: State,
+    /// Whether it goes when nobody has it open.
+    pub(crate) deferred_remove: bool,
+    /// Empty where no table is live.
+    pub(crate) table: Vec<Line>,
+    /// A line for each of the table.
+    pub(crate) status: Vec<Line>,
+}
+
+impl Control {
+    /// The devices whose UUIDs `wanted` picks.
+    pub(crate) fn inspect(&self, wanted: &dyn Fn(&str) -> bool) -> Result<Vec<Device>> {
+        let mut tries = 1;
+        loop {
+            let mut states = self.states()?;
+            states.retain(|state| wanted(&state.uuid));
+            match self.devices(states) {
+                // One of them may just have been removed.
+                Err(_) if tries < TRIES => tries += 1,
+                devices => return devices,
+            }
+        }
+    }
+
+    fn devices(&self, states: Vec<State>) -> Result<Vec<Device>> {
+        let names: Vec<&str> = states.iter().map(|state| state.name.as_str()).collect();
+        if names.is_empty() {
+            return Ok(Vec::new());
+        }
+        let ask = |command: &[&str]| self.run(&[command, &names].concat());
+        let mut tables = lines(&names, &ask(&["table"])?);
+        let mut status = lines(&names, &ask(&["status", "--noflush"])?);
+        let deferred = deferred(&ask(&["info"])?);
+        let devices = states.into_iter().map(|state| Device {
+            deferred_remove: deferred.contains(&state.name),
+            table: tables.remove(&state.name).unwrap_or_default(),
+            status: status.remove(&state.name).unwrap_or_default(),
+            state,
+        });
+        Ok(devices.collect())
+    }
+}
+
+/// The lines that dmsetup prints for each of the devices `names`. Where it is asked for one device
+/// only, it leaves the name out.
+fn lines(names: &[&str], text: &str) -> HashMap<String, Vec<Line>> {
+    let mut found: HashMap<String, Vec<Line>> = HashMap::new();
+    for row in text.lines() {
+        let (name, line) = match (row.split_once(": "), names) {
+            (Some((name, line)), _) if names.contains(&name) => (name, line),
+            (_, [name]) => (*name, row),
+            _ => continue,
+        };
+        if let Some(line) = Line::parse(line) {
+            found.entry(name.to_owned()).or_default().push(line);
+        }
+    }
+    found
+}
+
+/// The names of the devices that go when nobody has them open.
+fn deferred(info: &str) -> Vec<String> {
+    let mut name = "";
+    let mut found = Vec::new();
+    for row in info.lines() {
+        match row.split_once(':') {
+            Some(("Name", value)) => name = value.trim(),
+            Some(("State", value)) if value.contains(DEFERRED) => found.push(name.to_owned()),
+            _ => {}
+        }
+    }
+    found
+}
+
+#[cfg(test)]
+mod tests {
+    use super::{deferred, lines};
+
+    #[test]
+    fn what_dmsetup_prints() {
+        let text = "a: 0 8 linear 7:0 0\na: 8 1 linear 7:1 0\nb: 0 8 zfile V lz4\nc: \n";
+        let found = lines(&["a", "b", "c"], text);
+        assert_eq!((found["a"].len(), found["b"].len()), (2, 1));
+        assert_eq!(found["b"][0].params, "V lz4");
+        assert!(!found.contains_key("c"));
+        let found = lines(&["a"], "0 8 linear 7:0 0\n8 1 linear 7:1 0\n");
+        assert_eq!(found["a"].len(), 2);
+        let info = "Name:              a\nState:             ACTIVE (READ-ONLY)\n\n\
+                    Name:              b\nState:             ACTIVE (DEFERRED REMOVE)\n";
+        assert_eq!(deferred(info), ["b"]);
+    }
+}

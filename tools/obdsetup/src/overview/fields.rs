@@ -1,0 +1,107 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! The status of targets by the names of its fields, in the order that the targets have.
+
+use serde::{Serialize, Serializer};
+use serde_json::Value;
+
+use crate::dm::control::Line;
+
+/// Names of the fields of `zfile`'s INFO line, in order.
+const ZFILE: &[&str] = &[
+    "state",
+    "algorithm",
+    "block_size",
+    "blocks",
+    "table_memory",
+    "reads",
+    "read_bytes",
+    "decompressed_blocks",
+    "read_errors",
+    "corrupt_blocks",
+    "cached_blocks",
+    "cache_hits",
+];
+/// Names of the fields of `lsmt`'s INFO line, in order.
+const LSMT: &[&str] = &["layers", "segments", "size", "index_memory"];
+
+/// Fields with their names.
+#[derive(Debug, Default, PartialEq, Eq)]
+pub(crate) struct Fields(Vec<(String, Value)>);
+
+impl Fields {
+    /// All, in order.
+    pub(crate) fn iter(&self) -> impl Iterator<Item = &(String, Value)> {
+        self.0.iter()
+    }
+
+    fn get(&self, name: &str) -> Option<&Value> {
+        let mut fields = self.0.iter();
+        fields.find_map(|(field, value)| (field == name).then_some(value))
+    }
+
+    /// A number; 0 where it is missing.
+    pub(crate) fn number(&self, name: &str) -> u64 {
+        self.get(name).and_then(Value::as_u64).unwrap_or(0)
+    }
+
+    /// A text.
+    pub(crate) fn text(&self, name: &str) -> Option<&str> {
+        self.get(name).and_then(Value::as_str)
+    }
+}
+
+impl Serialize for Fields {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        serializer.collect_map(self.0.iter().map(|(name, value)| (name, value)))
+    }
+}
+
+/// Names the fields of an INFO line. What a newer module adds is `field_N`, counted from 0.
+pub(crate) fn named(line: &Line) -> Fields {
+    let names = match line.target.as_str() {
+        "zfile" | "zfile_target" => ZFILE,
+        "lsmt" | "lsmt_target" => LSMT,
+        _ => &[],
+    };
+    let words = line.params.split_whitespace().enumerate();
+    let fields = words.map(|(nth, word)| {
+        let name = names.get(nth).map(|&name| name.to_owned());
+        let value = match word.parse::<u64>() {
+            Ok(number) => Value::from(number),
+            Err(_) => Value::from(word),
+        };
+        (name.unwrap_or_else(|| format!("field_{nth}")), value)
+    });
+    Fields(fields.collect())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::{named, Line};
+
+    #[test]
+    fn info_lines() {
+        let line = |target: &str, info: &str| {
+            named(&Line {
+                start: 0,
+                len: 8,
+                target: target.to_owned(),
+                params: info.to_owned(),
+            })
+        };
+        let zfile = line("zfile", "C lz4 4096 281 703 1 2 3 4 5 6 7 8");
+        assert_eq!(zfile.text("state"), Some("C"));
+        assert_eq!(zfile.number("corrupt_blocks"), 5);
+        assert_eq!(zfile.number("cache_hits"), 7);
+        assert_eq!(zfile.number("field_12"), 8);
+        let first = serde_json::to_string(&zfile).unwrap_or_default();
+        assert!(
+            first.starts_with(r#"{"state":"C","algorithm":"lz4""#),
+            "{first}"
+        );
+        let lsmt = line("lsmt", "2 100 8388608 1600");
+        assert_eq!(lsmt.number("index_memory"), 1600);
+        assert_eq!(line("linear", "").iter().count(), 0);
+    }
+}

@@ -1,0 +1,219 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! Whether all is well with a stack: one word, one line, and an exit code.
+
+use serde::Serialize;
+
+use super::{Layer, Stack};
+use crate::exit;
+
+/// How a stack or a layer is; of several, the first one counts.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub(crate) enum Health {
+    /// A device has found a corrupt block.
+    Corrupt,
+    /// The file of a layer is shorter than it was.
+    Cut,
+    /// Reads of what is below have failed.
+    ReadErrors,
+    /// Some of the devices are missing.
+    HalfBuilt,
+    /// Reads wait.
+    Suspended,
+    /// Nothing is known to be wrong.
+    Ok,
+}
+
+impl Health {
+    /// One word.
+    pub(crate) fn word(self) -> &'static str {
+        match self {
+            Self::Corrupt => "CORRUPT",
+            Self::Cut => "CUT SHORT",
+            Self::ReadErrors => "READ ERRORS",
+            Self::HalfBuilt => "HALF BUILT",
+            Self::Suspended => "SUSPENDED",
+            Self::Ok => "ok",
+        }
+    }
+
+    /// The exit code.
+    pub(crate) fn code(self) -> u8 {
+        match self {
+            Self::Ok => exit::SUCCESS,
+            Self::Corrupt => exit::BAD_IMAGE,
+            Self::Cut | Self::ReadErrors | Self::HalfBuilt | Self::Suspended => exit::DEVICE,
+        }
+    }
+
+    /// How a layer is.
+    pub(crate) fn of_layer(layer: &Layer) -> Self {
+        match layer {
+            Layer {
+                corrupt_blocks: 1..,
+                ..
+            } => Self::Corrupt,
+            Layer { cut: Some(_), .. } => Self::Cut,
+            Layer {
+                read_errors: 1.., ..
+            } => Self::ReadErrors,
+            _ => Self::Ok,
+        }
+    }
+
+    /// How a stack is.
+    pub(crate) fn of(stack: &Stack) -> Self {
+        let layers = stack.layers.iter().map(Self::of_layer).min();
+        let layers = layers.unwrap_or(Self::Ok);
+        let devices = || stack.devices.iter().map(|(_, device)| device);
+        if layers != Self::Ok {
+            layers
+        } else if stack.top().is_none() || devices().any(|device| !device.state.live) {
+            Self::HalfBuilt
+        } else if devices().any(|device| device.state.suspended) {
+            Self::Suspended
+        } else {
+            Self::Ok
+        }
+    }
+}
+
+/// One line on a stack, with what to do.
+pub(crate) fn line(stack: &Stack) -> String {
+    let health = Health::of(stack);
+    let word = health.word();
+    let layers = || {
+        let layers = stack.layers.iter();
+        layers.filter(|layer| Health::of_layer(layer) == health)
+    };
+    let first = layers().next();
+    let file = first.map_or("", |layer| layer.file.as_str());
+    let more = match layers().count() {
+        0 | 1 => String::new(),
+        n => format!(" (and {} more layers)", n - 1),
+    };
+    let sum = |of: fn(&Layer) -> u64| layers().map(of).fold(0, u64::saturating_add);
+    let name = &stack.name;
+    match health {
+        Health::Ok => word.to_owned(),
+        Health::Corrupt => {
+            let times = times(sum(|layer| layer.corrupt_blocks));
+            format!(
+                "{word}: a corrupt block of {file} was read{times}{more}; `obdsetup verify' of \
+                 that file lists its corrupt blocks"
+            )
+        }
+        Health::Cut => {
+            let (there, size) = first.and_then(|layer| layer.cut).unwrap_or_default();
+            format!(
+                "{word}: {file} has {there} bytes now, and had {size} when it was opened{more}; \
+                 close the stack, restore the file, open again"
+            )
+        }
+        Health::ReadErrors => {
+            let times = times(sum(|layer| layer.read_errors));
+            format!(
+                "{word}: a read of {file} failed{times}{more}; dmesg says what is wrong with the \
+                 storage below"
+            )
+        }
+        Health::HalfBuilt => format!(
+            "{word}: an open or close is running, or was killed; `obdsetup close {name}' clears it"
+        ),
+        Health::Suspended => {
+            let mut devices = stack
+                .devices
+                .iter()
+                .filter(|(_, device)| device.state.suspended);
+            let device = devices.next().map_or("", |(_, device)| &device.state.name);
+            format!("{word}: reads wait until `dmsetup resume {device}'")
+        }
+    }
+}
+
+/// How often, where it is more than once.
+fn times(n: u64) -> String {
+    match n {
+        0 | 1 => String::new(),
+        n => format!(" {n} times"),
+    }
+}
+
+/// What to know of a stack besides its health.
+pub(crate) fn notes(stack: &Stack) -> Vec<String> {
+    let mut notes = Vec::new();
+    let Some(top) = stack.top() else {
+        return notes;
+    };
+    if top.state.name != stack.name {
+        notes.push(format!("was renamed: it was opened as {}", stack.name));
+    }
+    if top.deferred_remove {
+        notes.push("goes when nobody has it open (close --deferred)".to_owned());
+    }
+    notes
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn layer(file: &str) -> Layer {
+        Layer {
+            file: file.to_owned(),
+            ..Layer::default()
+        }
+    }
+
+    #[test]
+    fn the_worst_counts() {
+        let corrupt = Layer {
+            corrupt_blocks: 3,
+            read_errors: 1,
+            ..layer("/a")
+        };
+        let failed = Layer {
+            read_errors: 1,
+            ..layer("/b")
+        };
+        let cut = Layer {
+            cut: Some((5, 1024)),
+            read_errors: 9,
+            ..layer("/c")
+        };
+        // Without its disk, the stack is half built, too.
+        let mut stack = Stack {
+            name: "app".to_owned(),
+            devices: Vec::new(),
+            layers: vec![layer("/d")],
+            shared_with: Vec::new(),
+        };
+        let mut said = |more: Layer| {
+            stack.layers.push(more);
+            (Health::of(&stack).code(), line(&stack))
+        };
+        let (code, text) = said(layer("/e"));
+        assert_eq!(code, 4);
+        assert!(text.starts_with("HALF BUILT: ") && text.contains("`obdsetup close app'"));
+        let (code, text) = said(failed);
+        assert_eq!(code, 4);
+        assert!(
+            text.starts_with("READ ERRORS: a read of /b failed; "),
+            "{text}"
+        );
+        let (code, text) = said(cut);
+        assert_eq!(code, 4);
+        assert!(
+            text.starts_with("CUT SHORT: /c has 5 bytes now, and had 1024 "),
+            "{text}"
+        );
+        let (code, text) = said(corrupt.clone());
+        assert_eq!(code, 3);
+        let start = "CORRUPT: a corrupt block of /a was read 3 times; ";
+        assert!(text.starts_with(start), "{text}");
+        let (_, text) = said(corrupt);
+        let start = "CORRUPT: a corrupt block of /a was read 6 times (and 1 more layers); ";
+        assert!(text.starts_with(start), "{text}");
+    }
+}

@@ -1,0 +1,302 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! The stacks that are set up, their layers, and whether all is well with them.
+//!
+//! - [`sysfs`]: what every user may see.
+//! - [`health`]: what is wrong, in one line, and the exit code.
+//! - [`fields`]: the targets' status by the names of its fields.
+
+pub(crate) mod fields;
+pub(crate) mod health;
+pub(crate) mod sysfs;
+
+use std::collections::BTreeMap;
+use std::path::Path;
+
+use anyhow::Result;
+
+use crate::dm::control::Line;
+use crate::dm::inspect::Device;
+use crate::dm::stack::{part, Rank};
+use crate::dm::Control;
+
+/// Most devices from a layer down to its file.
+const DEPTH: usize = 4;
+
+/// A stack.
+#[derive(Debug)]
+pub(crate) struct Stack {
+    /// The name that was given to `open`.
+    pub(crate) name: String,
+    /// Its devices, top first, and what they are.
+    pub(crate) devices: Vec<(Rank, Device)>,
+    /// Lowest first.
+    pub(crate) layers: Vec<Layer>,
+    /// Stacks that have a file or device below in common with this one.
+    pub(crate) shared_with: Vec<String>,
+}
+
+/// A layer.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub(crate) struct Layer {
+    /// The device that decompresses it, by name.
+    pub(crate) zfile: Option<String>,
+    /// The file or block device that it is on.
+    pub(crate) file: String,
+    /// How often a corrupt block was found.
+    pub(crate) corrupt_blocks: u64,
+    /// How many reads of what is below have failed.
+    pub(crate) read_errors: u64,
+    /// Where the file is shorter now: how many bytes it has, and how many its loop device has.
+    pub(crate) cut: Option<(u64, u64)>,
+}
+
+impl Stack {
+    /// The disk, where it is there.
+    pub(crate) fn top(&self) -> Option<&Device> {
+        match self.devices.first() {
+            Some((Rank::Top, device)) => Some(device),
+            _ => None,
+        }
+    }
+
+    /// Bytes of the disk.
+    pub(crate) fn size(&self) -> Option<u64> {
+        let last = self.top()?.table.last()?;
+        Some(last.start.saturating_add(last.len).saturating_mul(512))
+    }
+}
+
+/// All stacks, by name.
+pub(crate) fn stacks(control: &Control, sys: &Path) -> Result<Vec<Stack>> {
+    Ok(group(control.inspect(&|uuid| part(uuid).is_some())?, sys))
+}
+
+/// The stack that `name` means: the name of its device, or, where that was renamed, the one that was
+/// given to `open`.
+pub(crate) fn find(stacks: Vec<Stack>, name: &str) -> Option<Stack> {
+    let by_device = |stack: &Stack| stack.top().is_some_and(|top| top.state.name == name);
+    let place = stacks.iter().position(by_device);
+    let place = place.or_else(|| stacks.iter().position(|stack| stack.name == name));
+    place.and_then(|place| stacks.into_iter().nth(place))
+}
+
+/// The stacks that `devices` make.
+fn group(devices: Vec<Device>, sys: &Path) -> Vec<Stack> {
+    let mut groups: BTreeMap<String, Vec<(Rank, Device)>> = BTreeMap::new();
+    let by_number: BTreeMap<String, Device> = devices
+        .iter()
+        .map(|device| (device.state.number.clone(), device.clone()))
+        .collect();
+    for device in devices {
+        if let Some((rank, name)) = part(&device.state.uuid) {
+            let name = name.to_owned();
+            groups.entry(name).or_default().push((rank, device));
+        }
+    }
+    let mut stacks: Vec<Stack> = groups
+        .into_iter()
+        .map(|(name, mut devices)| {
+            devices.sort_by_key(|(rank, _)| *rank);
+            let layers = starts(&devices)
+                .iter()
+                .map(|number| layer(number, &by_number, sys))
+                .collect();
+            Stack {
+                name,
+                devices,
+                layers,
+                shared_with: Vec::new(),
+            }
+        })
+        .collect();
+    share(&mut stacks);
+    stacks
+}
+
+/// The numbers of the devices of the layers, lowest first; as far as they are there, in a stack
+/// without its disk.
+fn starts(devices: &[(Rank, Device)]) -> Vec<String> {
+    let disk = match devices.first() {
+        Some((Rank::Top, device)) => device.table.first().map(|line| (device, line)),
+        _ => None,
+    };
+    if let Some((device, line)) = disk {
+        return match line.target.as_str() {
+            "zfile" => vec![device.state.number.clone()],
+            _ => numbers(line),
+        };
+    }
+    let mut layers: BTreeMap<usize, &Device> = BTreeMap::new();
+    // The decompressed layer is above the blob, and comes first.
+    for (rank, device) in devices {
+        if let Rank::Zfile(nth) | Rank::Blob(nth) = rank {
+            layers.entry(*nth).or_insert(device);
+        }
+    }
+    let numbers = layers.values().map(|device| device.state.number.clone());
+    numbers.collect()
+}
+
+/// The device numbers, `MAJOR:MINOR`, that a line of a table names.
+pub(crate) fn numbers(line: &Line) -> Vec<String> {
+    let is_number = |word: &&str| {
+        let digits = |part: &str| !part.is_empty() && part.bytes().all(|b| b.is_ascii_digit());
+        word.split_once(':')
+            .is_some_and(|(major, minor)| digits(major) && digits(minor))
+    };
+    let words = line.params.split_whitespace().filter(is_number);
+    words.map(str::to_owned).collect()
+}
+
+/// The layer whose topmost device has `number`.
+fn layer(number: &str, devices: &BTreeMap<String, Device>, sys: &Path) -> Layer {
+    let mut layer = Layer::default();
+    let mut number = number.to_owned();
+    for _ in 0..DEPTH {
+        let Some(device) = devices.get(&number) else {
+            break;
+        };
+        if let Some(status) = device.status.first().filter(|line| line.target == "zfile") {
+            let fields = fields::named(status);
+            layer.zfile = Some(device.state.name.clone());
+            layer.corrupt_blocks = fields.number("corrupt_blocks");
+            layer.read_errors = fields.number("read_errors");
+            // The state says it even where a later module counts otherwise.
+            if layer.corrupt_blocks == 0 && fields.text("state") == Some("C") {
+                layer.corrupt_blocks = 1;
+            }
+        }
+        match device
+            .table
+            .first()
+            .and_then(|line| numbers(line).into_iter().next())
+        {
+            Some(below) => number = below,
+            None => break,
+        }
+    }
+    layer.file = sysfs::name(sys, &number);
+    layer.cut = sysfs::cut(sys, &number);
+    layer
+}
+
+/// Finds the stacks that have files in common.
+fn share(stacks: &mut [Stack]) {
+    let mut users: BTreeMap<String, Vec<String>> = BTreeMap::new();
+    for stack in &*stacks {
+        for layer in &stack.layers {
+            let users = users.entry(layer.file.clone()).or_default();
+            if !users.contains(&stack.name) {
+                users.push(stack.name.clone());
+            }
+        }
+    }
+    for stack in stacks {
+        let files = stack
+            .layers
+            .iter()
+            .filter_map(|layer| users.get(&layer.file));
+        let mut names: Vec<String> = files.flatten().cloned().collect();
+        names.sort_unstable();
+        names.dedup();
+        names.retain(|name| *name != stack.name);
+        stack.shared_with = names;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::dm::control::State;
+
+    fn device(name: &str, uuid: &str, minor: u32, table: &str, status: &str) -> Device {
+        let line = |params: &str| Line {
+            start: 0,
+            len: 16,
+            target: params.split(' ').next().unwrap_or_default().to_owned(),
+            params: params.split_once(' ').unwrap_or_default().1.to_owned(),
+        };
+        let lines = |text: &str| text.lines().map(line).collect();
+        Device {
+            state: State {
+                name: name.to_owned(),
+                uuid: uuid.to_owned(),
+                number: format!("254:{minor}"),
+                open_count: 0,
+                read_only: true,
+                suspended: false,
+                live: true,
+            },
+            deferred_remove: false,
+            table: lines(table),
+            status: lines(status),
+        }
+    }
+
+    #[test]
+    fn stacks_of_devices() {
+        let sys = Path::new("/nonexistent");
+        let devices = vec![
+            device(
+                "new",
+                "OVERLAYBD-LSMT-app",
+                3,
+                "lsmt 2 254:1 8 7:5 4096",
+                "lsmt 2 1 8192 9",
+            ),
+            device(
+                "app-blob0",
+                "OVERLAYBD-BLOB-app-0",
+                0,
+                "linear 7:1 0\nlinear 7:2 0",
+                "linear ",
+            ),
+            device(
+                "app-zfile0",
+                "OVERLAYBD-LAYER-app-0",
+                1,
+                "zfile 254:0 8",
+                "zfile C lz4 4096 1 2 3 4 5 6 7 8 9",
+            ),
+            device(
+                "b-zfile0",
+                "OVERLAYBD-LAYER-b-0",
+                4,
+                "zfile 7:5 8",
+                "zfile V lz4 4096",
+            ),
+        ];
+        let stacks = group(devices, sys);
+        let names: Vec<&str> = stacks.iter().map(|stack| stack.name.as_str()).collect();
+        assert_eq!(names, ["app", "b"]);
+        let app = &stacks[0];
+        assert_eq!(app.size(), Some(8192));
+        let base = Layer {
+            zfile: Some("app-zfile0".to_owned()),
+            file: "7:1".to_owned(),
+            corrupt_blocks: 7,
+            read_errors: 6,
+            cut: None,
+        };
+        assert_eq!(app.layers[0], base);
+        assert_eq!(app.layers[1].file, "7:5");
+        assert_eq!(app.shared_with, ["b"]);
+        assert!(stacks[1].top().is_none() && stacks[1].size().is_none());
+        assert_eq!(stacks[1].layers.len(), 1);
+        // By the name that it has, and by the one that it had.
+        for name in ["new", "app"] {
+            let stacks = group(
+                app.devices
+                    .iter()
+                    .map(|(_, device)| device.clone())
+                    .collect(),
+                sys,
+            );
+            assert_eq!(
+                find(stacks, name).map(|stack| stack.name).as_deref(),
+                Some("app")
+            );
+        }
+    }
+}
