@@ -17,6 +17,7 @@ mod exit;
 mod generator;
 mod image_layer;
 mod interrupt;
+mod journal;
 mod json;
 mod kind;
 mod layer_args;
@@ -39,6 +40,9 @@ use std::path::Path;
 use std::process::ExitCode;
 
 use clap::{CommandFactory, Parser};
+
+/// What to do with what is no layer.
+const NO_LAYER: &str = "`obdsetup convert' makes layers of disk images, tars and directories";
 
 /// Set up, make, convert and check OverlayBD images.
 #[derive(Parser)]
@@ -121,9 +125,23 @@ fn message(error: &anyhow::Error) -> String {
     let mut parts = Vec::new();
     for cause in error.chain() {
         parts.push(cause.to_string());
-        if cause.is::<overlaybd::Error>() {
+        if let Some(error) = cause.downcast_ref::<overlaybd::Error>() {
+            if error.fault() == Some(overlaybd::format::Fault::LsmtMagic) {
+                parts.push(NO_LAYER.to_owned());
+            }
             break;
         }
     }
-    parts.join(": ")
+    without_numbers(&parts.join(": "))
+}
+
+/// Leaves out the numbers that std puts behind the words of the system's errors.
+fn without_numbers(text: &str) -> String {
+    let mut parts = text.split(" (os error ");
+    let mut out = parts.next().unwrap_or_default().to_owned();
+    for part in parts {
+        let after = part.trim_start_matches(|c: char| c.is_ascii_digit());
+        out.push_str(after.strip_prefix(')').unwrap_or(after));
+    }
+    out
 }

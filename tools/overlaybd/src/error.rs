@@ -6,7 +6,7 @@ use std::fmt;
 use std::io;
 use std::path::{Path, PathBuf};
 
-use crate::format::{self, Fault};
+use crate::format::{self, lsmt, zfile, Fault};
 
 /// What the functions of this crate return.
 pub type Result<T, E = Error> = std::result::Result<T, E>;
@@ -15,8 +15,14 @@ pub type Result<T, E = Error> = std::result::Result<T, E>;
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
     /// The image isn't as the format wants it.
-    #[error("{}", Described(*.0))]
-    Format(format::Error),
+    #[error("{}", Described { error: *.error, size: *.size })]
+    Format {
+        /// The fault.
+        error: format::Error,
+        /// Bytes of the file, where it is the file itself that is at fault and not what is
+        /// compressed in it.
+        size: Option<u64>,
+    },
 
     /// A block of a ZFile is corrupt.
     #[error(transparent)]
@@ -81,6 +87,17 @@ impl Error {
         }
     }
 
+    /// Adds how many bytes the file has, which shows whether some are missing.
+    pub(crate) fn with_size(self, bytes: u64) -> Self {
+        match self {
+            Self::Format { error, .. } => Self::Format {
+                error,
+                size: Some(bytes),
+            },
+            other => other,
+        }
+    }
+
     /// The error without the name of the file.
     pub fn cause(&self) -> &Self {
         match self {
@@ -92,14 +109,14 @@ impl Error {
     /// The format's fault, where it is one.
     pub fn fault(&self) -> Option<Fault> {
         match self.cause() {
-            Self::Format(error) => Some(error.fault),
+            Self::Format { error, .. } => Some(error.fault),
             _ => None,
         }
     }
 
     /// Whether the image is to blame, not the system or the caller.
     pub fn is_bad_image(&self) -> bool {
-        matches!(self.cause(), Self::Format(_) | Self::Block(_))
+        matches!(self.cause(), Self::Format { .. } | Self::Block(_))
     }
 
     /// What the system said, where it is to blame.
@@ -113,7 +130,7 @@ impl Error {
 
 impl From<format::Error> for Error {
     fn from(error: format::Error) -> Self {
-        Self::Format(error)
+        Self::Format { error, size: None }
     }
 }
 
@@ -154,15 +171,52 @@ pub enum BlockFault {
 }
 
 /// A format error in words.
-struct Described(format::Error);
+struct Described {
+    error: format::Error,
+    size: Option<u64>,
+}
+
+impl Described {
+    /// What is wrong where bytes are missing, which is the most likely cause.
+    fn short(&self) -> Option<String> {
+        let (found, size) = (self.error.found, self.size?);
+        let offset = self.error.offset;
+        let what = match self.error.fault {
+            _ if size == 0 => return Some("the file is empty".to_owned()),
+            Fault::Truncated => format!("{found} bytes are wanted at byte {offset}"),
+            Fault::ZfileIndexRange if found >= zfile::HEADER_SIZE => {
+                format!("the index is at byte {found}")
+            }
+            Fault::LsmtIndexRange if found >= lsmt::HEADER_SIZE => {
+                format!("the index is at byte {found}")
+            }
+            Fault::TarSize if found > 0 => {
+                format!("the tar member at byte {offset} has {found} bytes")
+            }
+            Fault::ZfileTrailerMagic | Fault::LsmtTrailerMagic => {
+                return Some(format!(
+                    "the trailer is not at the end of the {size} bytes: incomplete copy, or bytes \
+                     were added"
+                ))
+            }
+            _ => return None,
+        };
+        Some(format!(
+            "too short: it has {size} bytes, {what}: incomplete copy?"
+        ))
+    }
+}
 
 impl fmt::Display for Described {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        if let Some(text) = self.short() {
+            return f.write_str(&text);
+        }
         let format::Error {
             fault,
             offset,
             found,
-        } = self.0;
+        } = self.error;
         let (field, expected) = (fault.field(), fault.expected());
         match fault {
             Fault::Truncated => write!(
@@ -176,7 +230,15 @@ impl fmt::Display for Described {
                     "{field} at byte {offset}: not found, expected {expected}"
                 )
             }
-            Fault::LsmtMagic | Fault::LsmtTrailerMagic => {
+            Fault::LsmtMagic => {
+                let magic = found.to_le_bytes();
+                write!(
+                    f,
+                    "not an OverlayBD layer: begins with \"{}\", not with a tar, ZFile or LSMT header",
+                    magic.escape_ascii()
+                )
+            }
+            Fault::LsmtTrailerMagic => {
                 let magic = found.to_le_bytes();
                 write!(
                     f,

@@ -46,7 +46,10 @@ impl FileBlob {
         // Before it is opened: that of a FIFO would wait for a writer.
         let kind = path.metadata().map_err(error)?.file_type();
         if !kind.is_file() && !kind.is_block_device() {
-            return Err(Error::Invalid("not a file or block device".to_owned()));
+            return Err(Error::Invalid(match kind.is_dir() {
+                true => "is a directory, not a file or block device".to_owned(),
+                false => "not a file or block device".to_owned(),
+            }));
         }
         let mut file = File::open(path).map_err(error)?;
         let there = file.seek(SeekFrom::End(0)).map_err(|source| Error::Io {

@@ -31,11 +31,15 @@ impl Payload {
     }
 
     fn open_inner(file: Arc<FileBlob>) -> Result<Self> {
-        let part = match tar::payload(&*file)? {
+        let payload = tar::payload(&*file);
+        let payload = payload.map_err(|error: Error| error.with_size(file.size()))?;
+        let part = match payload {
             Some(tar::Payload { start, len }) => Part::new(file, start, len)?,
             None => Part::whole(file),
         };
-        Ok(match ZfileReader::open(part.clone())? {
+        let zfile = ZfileReader::open(part.clone());
+        let zfile = zfile.map_err(|error| error.with_size(part.size()))?;
+        Ok(match zfile {
             Some(zfile) => Self::Zfile(Box::new(zfile)),
             None => Self::Plain(part),
         })
@@ -171,7 +175,10 @@ impl LayerReader {
     }
 
     fn from_payload_inner(payload: Payload) -> Result<Self> {
-        let lsmt = lsmt::Layer::read(&payload)?;
+        let lsmt = lsmt::Layer::read(&payload).map_err(|error| match &payload {
+            Payload::Plain(part) => error.with_size(part.size()),
+            Payload::Zfile(_) => error,
+        })?;
         let mut trailer = [0; 512];
         payload.read_at(payload.size() - lsmt::HEADER_SIZE, &mut trailer)?;
         let mut segments = Vec::new();

@@ -10,7 +10,6 @@ use overlaybd::{LayerReader, Payload, ZfileReader};
 use serde::Serialize;
 
 use super::{print, print_json};
-use crate::exit::{self, Failure};
 use crate::layers::{expand, LayerArg};
 use crate::{plain, size};
 
@@ -111,14 +110,6 @@ fn collect(arg: &LayerArg) -> Result<Info> {
         {
             None
         }
-        Err(_) if zfile.is_none() && tar.is_none() && !begins_a_layer(arg)? => {
-            return Err(Failure::error(
-                exit::BAD_IMAGE,
-                format!(
-                    "{arg}: not an OverlayBD file, which begins with a tar, ZFile or LSMT header"
-                ),
-            ));
-        }
         Err(error) => return Err(error.into()),
     };
     Ok(Info {
@@ -128,18 +119,6 @@ fn collect(arg: &LayerArg) -> Result<Info> {
         zfile,
         lsmt,
     })
-}
-
-/// Whether what is there begins as a layer does; where it doesn't, it is no use to tell which field
-/// is wrong.
-fn begins_a_layer(arg: &LayerArg) -> Result<bool> {
-    let file = arg.open()?;
-    let mut magic = lsmt::MAGIC;
-    if file.size() < to_u64(magic.len()) {
-        return Ok(false);
-    }
-    file.read_at(0, &mut magic)?;
-    Ok(magic == lsmt::MAGIC)
 }
 
 fn zfile_info(zfile: &ZfileReader) -> Result<Zfile> {

@@ -18,7 +18,7 @@ use crate::dm::udev::{self, Udev};
 use crate::dm::{self, Control, Plan};
 use crate::exit::{self, Failure};
 use crate::layers::{chain_warnings, expand, open_stack, warn, LayerArg};
-use crate::{interrupt, tab};
+use crate::{interrupt, journal, tab};
 
 /// Arguments of `open`.
 #[derive(Clone, clap::Args)]
@@ -28,6 +28,9 @@ use crate::{interrupt, tab};
   obdsetup open app config.v1.json               what containerd set up, if its layers are here
   obdsetup open app                              what /etc/overlaybdtab has under that name
   obdsetup open --zfile data data.zf             the content of a plain ZFile
+
+A file system that was not unmounted cleanly needs an option to be mounted without replaying its
+journal: noload (ext4), norecovery (xfs), rescue=nologreplay (btrfs).
 
 Files get read-only loop devices, which vanish with the device. If any step fails, what was set up
 before it is taken down. Needs dmsetup(8).")]
@@ -79,6 +82,14 @@ pub(crate) struct Planned {
 }
 
 impl Opened {
+    /// What to know before the file system on the disk is mounted.
+    fn journal_note(&self, node: &str) -> Option<String> {
+        match self {
+            Self::Stack(stack) => journal::note(stack, node),
+            Self::Zfile(payload) => journal::note(payload, node),
+        }
+    }
+
     /// The blobs, lowest first.
     pub(crate) fn payloads(&self) -> Vec<&Payload> {
         match self {
@@ -231,7 +242,11 @@ pub(crate) fn run(args: &Args) -> Result<()> {
         backing.map(|backing| backing.number.clone())
     })?;
     interrupt::check()?;
-    print(&format!("{}\n", dm::node(&args.name).display()))?;
+    let node = dm::node(&args.name).display().to_string();
+    print(&format!("{node}\n"))?;
+    if let Some(note) = opened.journal_note(&node) {
+        crate::tell(&note);
+    }
     set_up.keep();
     Ok(())
 }
