@@ -15,7 +15,7 @@ HERE=/usr/share/boot-test
 build_debian() {
 	local dir=$1 mirror
 	mirror=$(sed -n "s/^deb \([^ ]*\) $SUITE main\$/\1/p" "$ROOT/etc/apt/sources.list")
-	"${LONG_SUDO[@]}" unshare --mount --pid --fork --kill-child --mount-proc \
+	attend "${LONG_SUDO[@]}" unshare --mount --pid --fork --kill-child --mount-proc \
 		mmdebstrap --mode=root --variant=minbase --format=directory \
 		--aptopt='APT::Install-Recommends "false"' \
 		--aptopt="$ROOT/etc/apt/apt.conf.d/99mmdebstrap" \
@@ -85,7 +85,7 @@ stage() {
 # build: the layers, the disk, the initramfs of both.
 build() {
 	stage
-	"${LONG_SUDO[@]}" unshare --mount --propagation private --pid --fork --kill-child \
+	attend "${LONG_SUDO[@]}" unshare --mount --propagation private --pid --fork --kill-child \
 		"$0" --in-debian "$(realpath "$CACHE/$DEBIAN")" "$WORK" "$K_DIR" "$K_RELEASE" "$CLONE" "$(id -u):$(id -g)"
 	# Root's files; what was mounted there is gone with the name space.
 	"${SUDO[@]}" rm -rf --one-file-system "$WORK/tree"

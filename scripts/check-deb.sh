@@ -16,7 +16,7 @@ build_debian() {
 	local dir=$1 release=$2 version=$3 depends=$4 mirror series
 	mirror=$(root_mirror)
 	series=$(cut -d. -f1,2 <<<"$release")
-	"${LONG_SUDO[@]}" env DEBIAN_FRONTEND=noninteractive DEPENDS="$depends" \
+	attend "${LONG_SUDO[@]}" env DEBIAN_FRONTEND=noninteractive DEPENDS="$depends" \
 		KERNEL="linux-image-$release=$version linux-headers-$release=$version linux-source-$series=$version" \
 		unshare --mount --pid --fork --kill-child --mount-proc \
 		mmdebstrap --mode=root --variant=apt --format=directory \
@@ -55,7 +55,7 @@ make_debian() {
 in_debian() {
 	"${SUDO[@]}" rm -rf "$WORK"
 	mkdir -p "$WORK/share"
-	"${LONG_SUDO[@]}" unshare --mount --propagation private --pid --fork --kill-child \
+	attend "${LONG_SUDO[@]}" unshare --mount --propagation private --pid --fork --kill-child \
 		"$CLONE/packaging/deb/test.sh" "$(realpath "$BUILD/deb-root")" "$WORK" "$DEB" "$K_RELEASE" "$(id -u):$(id -g)"
 }
 

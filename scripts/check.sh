@@ -204,8 +204,6 @@ in_vm() {
 	counts "log of the $KERNEL kernel" "$0" --kernel-log "$LOGS/kernel-$KERNEL"-*.log
 }
 
-# VMs in the background don't see an interrupt from the terminal.
-trap 'trap "" TERM; kill 0; exit 130' INT TERM
 read -ra lints <<<"$("$SCRIPTS/lint.sh" --list)"
 export USE_ROOT=1 KDIR='' CARGO='' NOBUILD=1
 # Each in a VM of its own, as what is in none of them: with the debug kernel they take about as long as one another.

@@ -34,7 +34,6 @@ while IFS='=' read -r -d '' name value; do
 	esac
 done < <(env -0)
 
-# This becomes that command, and ends with its own caller.
-exec "${SUDO[@]}" "$SCRIPTS/with-caller.sh" "$PPID" unshare --mount --propagation private --pid --fork --kill-child \
+attend "${SUDO[@]}" "$SCRIPTS/with-caller.sh" "$PPID,$$" unshare --mount --propagation private --pid --fork --kill-child \
 	"$SCRIPTS/root-enter.sh" "$ROOT" "$CLONE" "$IN_ROOT" "$CACHE/cargo" "$kernel" "$(id -u):$(id -g)" \
 	"${#binds[@]}" "${binds[@]}" env -i "${env[@]}" "$@"

@@ -65,6 +65,43 @@ need_places() {
 # in_root PATH: the path, in the root, of something in the clone.
 in_root() { say "$IN_ROOT${1#"$CLONE"}"; }
 
+# attend CMD...: run a command that takes long. An interrupt ends it and all that it has started: a shell would wait for what
+# is in the foreground, sudo and unshare don't pass an interrupt on, and make ends its own child only.
+attend() {
+	local status=0
+	"$@" <&0 &
+	ATTENDED=$!
+	trap 'attend_end INT' INT
+	trap 'attend_end TERM' TERM
+	trap 'attend_end HUP' HUP
+	wait "$ATTENDED" || status=$?
+	trap - INT TERM HUP
+	return "$status"
+}
+
+# attend_end SIGNAL: then end as one does that was not attending to anything.
+attend_end() {
+	local pids me=$BASHPID
+	trap '' INT TERM HUP
+	mapfile -t pids < <(below "$me")
+	kill -TERM "${pids[@]}" 2>/dev/null || :
+	# Only root can end sudo.
+	[ ! -e "/proc/$ATTENDED" ] || [ -O "/proc/$ATTENDED" ] || "${SUDO[@]}" kill -KILL "$ATTENDED" || :
+	wait "$ATTENDED" 2>/dev/null || :
+	trap - "$1"
+	kill "-$1" "$me"
+}
+
+# below PID: its descendants, the topmost first.
+below() {
+	{ sed 's/^\([0-9]*\) (.*) . \([0-9]*\) .*/\1 \2/' /proc/[0-9]*/stat 2>/dev/null || :; } |
+		awk -v top="$1" '
+			{ parent[$1] = $2 }
+			function is_below(pid) { return pid in parent && (parent[pid] == top || is_below(parent[pid])) }
+			function depth(pid) { return parent[pid] == top ? 0 : 1 + depth(parent[pid]) }
+			END { for (pid in parent) if (is_below(pid)) print depth(pid), pid }' | sort -n | cut -d' ' -f2
+}
+
 # short_hash: the first 12 digits of the SHA-256 of standard input.
 short_hash() { sha256sum | cut -c1-12; }
 
@@ -127,7 +164,7 @@ step() {
 	[ -t 1 ] && printf '%s ...' "$head"
 	step_ticker "$head" "$STEP_LOG" &
 	local ticker=$!
-	("$@") >>"$STEP_LOG" 2>&1 </dev/null || status=$?
+	attend "$@" >>"$STEP_LOG" 2>&1 </dev/null || status=$?
 	kill "$ticker" 2>/dev/null || :
 	wait "$ticker" 2>/dev/null || :
 	[ -t 1 ] && printf '\r\033[K'

@@ -58,7 +58,9 @@ mirror=${mirror:-http://deb.debian.org/debian}
 say "== Debian $suite from $mirror"
 host_apt_conf "$CACHE_TMP/apt.conf"
 short=("${SUDO[@]}")
-SUDO=("${LONG_SUDO[@]}")
+# What the recipe does as root takes long.
+attend_root() { SUDO=("${short[@]}") && attend "${LONG_SUDO[@]}" "$@"; }
+SUDO=(attend_root)
 build_root "$TMP" "$suite" "$mirror" "$include" "$CACHE_TMP/apt.conf"
 SUDO=("${short[@]}")
 "${SUDO[@]}" rm "$CACHE_TMP/apt.conf"

@@ -138,7 +138,7 @@ stdin=/dev/null
 	VM_QEMU_ARGS="${QEMU_ARGS:-}" VM_KERNEL_ARGS="${KERNEL_ARGS:-}" VM_INIT="$IN_ROOT/scripts/vm/init-uml" \
 	"scripts/vm/$monitor.sh" <"$stdin" &
 vm=$!
-trap 'end_vm $vm; save_log; exit 130' INT TERM HUP
+trap 'end_vm $vm; save_log; rm -rf "$VM_RUN"; exit 130' INT TERM HUP
 watcher=
 if [ -n "${RUN:-}" ]; then
 	watch "$vm" >/dev/null 2>&1 &

@@ -107,6 +107,20 @@ cache_interrupted() {
 	[ "$?" -gt 128 ] && soon cache_is_free
 }
 
+# step_interrupted SIGNAL: all that a step has started ends, also what runs in the root below another script.
+step_interrupted() {
+	local seconds=98.$RANDOM$RANDOM pid status=0
+	(cd "$odd" && exec bash -c '. scripts/lib.sh
+		below_it() { bash -c "scripts/in-root.sh sleep $0; :"; }
+		steps 1
+		step "long one" below_it' "$seconds") &
+	pid=$!
+	soon running "$seconds" || return
+	kill "-$1" "$pid"
+	wait "$pid" || status=$?
+	[ "$status" -gt 128 ] && soon gone "$seconds"
+}
+
 cache_twice() {
 	(cd "$odd" && XDG_CACHE_HOME=$work/cache timeout 20 bash -c '. scripts/lib.sh; . scripts/cache.sh
 		for i in 1 2; do
@@ -153,7 +167,7 @@ cargo() {
 		$'1 ignored unless cargo test is asked for it\n1 no machine\n2 no golden images, see OBD_GOLDENS\n3 1'
 }
 
-echo "1..13"
+echo "1..15"
 test "help in a read-only clone" help
 test "surroundings of the caller change nothing" surroundings
 test "a clone with blanks and worse in its path" odd_place
@@ -162,6 +176,8 @@ test "the tools of this machine, in such a clone" tools_of_the_machine
 test "a step's lock ends with it" lock_of_a_step
 test "an interrupted set-up leaves nothing: TERM" cache_interrupted TERM
 test "an interrupted set-up leaves nothing: HUP" cache_interrupted HUP
+test "an interrupted step ends all that it has started: TERM" step_interrupted TERM
+test "an interrupted step ends all that it has started: HUP" step_interrupted HUP
 test "one process makes several things in the cache" cache_twice
 test "what runs in the root ends with its caller: TERM" ends_with_caller TERM
 test "what runs in the root ends with its caller: KILL" ends_with_caller KILL

@@ -9,9 +9,11 @@ set -euo pipefail
 root=$1 work=$2 debs=$3 release=$4 user=$5
 failed=0
 
-mkdir "$work"/{upper,overlay,new}
+mkdir "$work"/{lower,upper,overlay,new}
 new=$work/new
-mount -t overlay overlay -o "lowerdir=$root,upperdir=$work/upper,workdir=$work/overlay" "$new"
+# By relative names: colons and commas have a meaning there.
+mount --bind "$root" "$work/lower"
+(cd "$work" && mount -t overlay overlay -o lowerdir=lower,upperdir=upper,workdir=overlay new)
 mount -t proc proc "$new/proc"
 mount --rbind /dev "$new/dev"
 mount -t tmpfs tmpfs "$new/tmp"
