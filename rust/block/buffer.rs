@@ -176,7 +176,8 @@ impl Buffer {
     }
 
     /// Initialises `bio` as a read from `bdev` that fills the buffer; it must be uninitialised
-    /// again, also after an error.
+    /// again, also after an error. With a device, the bio is charged to the control group of the
+    /// current task; without, it has neither device nor group yet.
     ///
     /// # Errors
     ///
@@ -186,7 +187,7 @@ impl Buffer {
     ///
     /// - `bio` and `vec` are valid for writes and stay where they are until the bio was
     ///   uninitialised; so does this buffer.
-    /// - `bdev` is an open block device, and stays so.
+    /// - `bdev` is an open block device, and stays so, or null.
     pub(crate) unsafe fn init_read(
         &mut self,
         bio: NonNull<sys::bio>,

@@ -36,8 +36,6 @@ pub(super) struct Frame<T: Deferred> {
     step: Option<Step<T>>,
     /// Bytes that it waits for.
     wanted: usize,
-    /// Whether others wait for the lower read, too.
-    shared: bool,
     read_step: Option<ReadStep<T>>,
     /// The next in a queue of those that wait for memory.
     next: Option<Io<T>>,
@@ -87,7 +85,6 @@ impl<T: Deferred> Io<T> {
                 job: Job::new(),
                 step: None,
                 wanted: 0,
-                shared: false,
                 read_step: None,
                 next: None,
                 lower: MaybeUninit::uninit(),
@@ -154,12 +151,6 @@ impl<T: Deferred> Io<T> {
         self.frame_mut().buffer = Some(buffer);
     }
 
-    /// Lets the lower read be nobody's in particular, since others wait for it, too: it isn't
-    /// charged to a control group, nor held back for one.
-    pub(crate) fn share(&mut self) {
-        self.frame_mut().shared = true;
-    }
-
     /// Gives the I/O the device's spare buffer, now or when it comes back, and goes on with
     /// `step`. The I/O fails if the spare buffer is shorter than `len` bytes.
     pub(crate) fn wait_for_spare(mut self, len: usize, step: Step<T>) {
@@ -188,13 +179,16 @@ impl<T: Deferred> Io<T> {
 
     /// Reads from sector `sector` of `device` as much as the buffer holds, and goes on with
     /// `step`, which may run in the context of an interrupt. May sleep.
+    ///
+    /// The control group of the bio is charged. A read into the spare buffer is charged to the root
+    /// group and has no priority: all reads of the device may wait for that buffer, so it must not
+    /// be held up for one group.
     pub(crate) fn read(mut self, device: DeviceId, sector: u64, step: ReadStep<T>) {
         let Some(bdev) = self.live().device(device).map(|device| device.bdev()) else {
             return;
         };
         let bio = self.bio();
         let frame = self.frame_mut();
-        let shared = frame.shared;
         let lower = NonNull::from(&mut frame.lower).cast::<sys::bio>();
         let vec = NonNull::from(&mut frame.lower_vec).cast::<sys::bio_vec>();
         let Some(buffer) = frame.buffer.as_mut().filter(|buffer| !buffer.is_empty()) else {
@@ -202,35 +196,37 @@ impl<T: Deferred> Io<T> {
         };
         frame.read_step = Some(step);
 
-        // All of a device may wait for its spare buffer.
-        let shared = shared || buffer.is_spare();
+        let spare = buffer.is_spare();
 
         // SAFETY: The bio is valid, and nobody changes it now.
         let original = unsafe { bio.as_ref() };
         let (flags, ioprio) = (original.bi_opf & sys::OBD_REQ_INHERITED, original.bi_ioprio);
         // SAFETY: The frame stays where it is until the I/O ends, and so do the buffer in it and
         // the device; the I/O isn't ended before `read_done` has uninitialised the lower bio.
-        let ready = unsafe { buffer.init_read(lower, vec, bdev, flags) };
+        let ready = unsafe { buffer.init_read(lower, vec, core::ptr::null_mut(), flags) };
         if ready.is_err() {
             // SAFETY: Initialised above, and not in flight.
             unsafe { sys::bio_uninit(lower.as_ptr()) };
             return;
         }
-        if shared {
-            // SAFETY: The lower bio is initialised.
-            unsafe { sys::obd_bio_associate_root(lower.as_ptr()) };
-        } else {
-            // SAFETY: Both bios are initialised.
-            unsafe { sys::bio_clone_blkg_association(lower.as_ptr(), bio.as_ptr()) };
-        }
         // SAFETY: The lower bio was initialised above and isn't in flight.
         let fields = unsafe { &mut *lower.as_ptr() };
-        fields.bi_ioprio = if shared { 0 } else { ioprio };
+        // Not before: initialised with a device, the bio would belong to the group of this task.
+        fields.bi_bdev = bdev;
+        fields.bi_ioprio = if spare { 0 } else { ioprio };
         fields.bi_iter.bi_sector = sector;
         fields.bi_end_io = Some(Self::read_done);
         fields.bi_private = self.into_raw().cast();
-        // SAFETY: The lower bio is complete. `read_done` gets the ownership of the I/O.
-        unsafe { sys::submit_bio_noacct(lower.as_ptr()) };
+        if spare {
+            // SAFETY: The lower bio is initialised and has a device.
+            unsafe { sys::obd_bio_associate_root(lower.as_ptr()) };
+            // SAFETY: The lower bio is complete. `read_done` gets the ownership of the I/O.
+            unsafe { sys::submit_bio_noacct(lower.as_ptr()) };
+        } else {
+            // SAFETY: The lower bio is complete but for its group, which this sets. The other one is
+            // a clone of device-mapper's that hasn't ended. `read_done` gets the ownership of the I/O.
+            unsafe { sys::dm_submit_bio_remap(bio.as_ptr(), lower.as_ptr()) };
+        }
     }
 
     /// The end of a lower read, in any context.

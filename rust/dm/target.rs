@@ -246,6 +246,8 @@ impl<T: Target> Registration<T> {
         let fields = unsafe { &mut *ti };
         fields.private = live.cast();
         fields.per_io_data_size = T::PER_BIO_DATA as u32;
+        // Its lower reads go through `dm_submit_bio_remap`.
+        fields.set_accounts_remapped_io(T::PER_BIO_DATA != 0);
         Ok(())
     }
 

@@ -194,8 +194,7 @@ impl Zfile {
             }
             request.loader = Some(loader);
             bio.accept_partial((end - start).div_ceil(SECTOR_SIZE));
-            let (mut io, mapped) = bio.begin(request);
-            io.share();
+            let (io, mapped) = bio.begin(request);
             Self::launch(io, buffer);
             return mapped;
         }
@@ -206,9 +205,7 @@ impl Zfile {
         for _ in loader.blocks() {
             let block = loader.block();
             let mut queue = loader.finish(block);
-            while let Some(mut other) = queue.pop() {
-                // A worker must not sleep for a group that is throttled: there are few.
-                other.share();
+            while let Some(other) = queue.pop() {
                 other.defer(|io| Self::launch(io, None));
             }
         }
