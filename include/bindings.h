@@ -26,5 +26,8 @@ static const gfp_t OBD_GFP_READ = GFP_NOWAIT | __GFP_NOWARN | __GFP_COMP;
 static const blk_opf_t OBD_REQ_INHERITED = REQ_FAILFAST_MASK | REQ_SYNC |
 					   REQ_META | REQ_PRIO | REQ_RAHEAD |
 					   REQ_BACKGROUND;
+/* But for these, if other reads wait for ours: it must not fail early. */
+static const blk_opf_t OBD_REQ_FAILS_EARLY = REQ_FAILFAST_MASK | REQ_RAHEAD;
+static const blk_opf_t OBD_REQ_RAHEAD = REQ_RAHEAD;
 
 #endif /* _DM_OVERLAYBD_BINDINGS_H */

@@ -108,7 +108,7 @@ kernel_log_clean() {
 # nothing_skipped KERNEL FILE...: fail, and show it, when the output of tests says that some were left out. All can run
 # where the kernel is made for it, but for what would take long to build, and images that may lack.
 nothing_skipped() {
-	local lacks='btrfs|xfs|IMA|io.max'
+	local lacks='btrfs|xfs|IMA|io.max|tracing'
 	[ "$1" != kcsan ] || lacks+='|kmemleak|page owners'
 	shift
 	there "$@" || return

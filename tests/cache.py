@@ -3,13 +3,16 @@
 """The cache of a zfile device: parts of blocks, and with cache_all whole ones, for all that read the device."""
 
 import errno
+import os
 import subprocess
 import threading
+import time
 
 from obdtest import dm, image
 from obdtest.disk import Disk, read_or_none, same_bytes, verify
 from obdtest.dm import line
 from obdtest.ktap import SLOW, Skip, add, check, equal, main, test
+from obdtest.tracing import Trace, device_filter
 
 DATA = image.sample(700001, 61)
 PADDED = DATA + bytes(-len(DATA) % 512)
@@ -140,35 +143,71 @@ def corrupt():
     equal(counters(zfile)[CORRUPT], 2, "corrupt")
 
 
-@test("cache_all: readers that wait for a read that fails read by themselves")
-def failing():
-    raw = image.zfile(DATA)
+def failing(options, length):
+    """When a read fails that others wait for, one of them tries again, and that is all."""
+    raw = image.zfile(DATA, image.ZSTD, 65536)
     loop = dm.Loop(raw)
     sectors = loop.size // 512
     below = dm.linear(loop, sectors, readonly=True)
-    zfile = device(late(below, sectors, 200), raw, "cache_all")
+    zfile = device(late(below, sectors, 300), raw, *options)
     results = []
-
-    def reader():
-        results.append(read_or_none(Disk(zfile), 0, 65536))
-
     below.load(line(0, sectors, "error"))
     below.resume()
-    threads = [threading.Thread(target=reader) for _ in range(4)]
+    disk = Disk(zfile)
+    threads = [threading.Thread(target=lambda: results.append(read_or_none(disk, 0, length))) for _ in range(8)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    equal(results, [None] * 4, "reads")
-    equal(counters(zfile)[CACHED], 0, "cached")
+    equal(results, [None] * 8, "reads")
     got = counters(zfile)
-    check(got[HITS] > 0, "nobody has waited")
-    # Each reader has read a block itself or has waited, and has then read it itself. Who comes while
-    # another one still takes places loads what is left, so there may be more than one that loads.
-    check(got[HITS] < got[READ_ERRORS] <= 4 * 16, f"{got[READ_ERRORS]} lower reads that failed, {got[HITS]} waits")
+    equal((got[CACHED], got[READS], got[READ_ERRORS], got[HITS]), (0, 2, 2, 7), "cached, reads, that failed, waits")
     below.load(line(0, sectors, "linear", loop.path, 0))
     below.resume()
     verify(zfile, PADDED, rounds=10)
+
+
+def mended(options, length):
+    """A read that fails fails no other one that waits for it, if it succeeds the second time."""
+    raw = image.zfile(DATA, image.ZSTD, 65536)
+    loop = dm.Loop(raw)
+    sectors = loop.size // 512
+    below = dm.linear(loop, sectors, readonly=True)
+    zfile = device(late(below, sectors, 400), raw, *options)
+    results = []
+    below.load(line(0, sectors, "error"))
+    below.resume()
+    disk = Disk(zfile)
+    threads = [threading.Thread(target=lambda: results.append(read_or_none(disk, 0, length))) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    while counters(zfile)[READ_ERRORS] == 0:
+        time.sleep(0.02)
+    below.load(line(0, sectors, "linear", loop.path, 0))
+    below.resume()
+    for thread in threads:
+        thread.join()
+    equal(sorted(result == DATA[:length] for result in results), [False] + [True] * 7, "right reads")
+    equal(results.count(None), 1, "failed reads")
+    got = counters(zfile)
+    equal((got[CACHED], got[READS], got[READ_ERRORS], got[BLOCKS]), (1, 2, 1, 1), "cached, reads, failed, decompressed")
+
+
+@test("reads for the cache aren't read-ahead to the device below, since others may wait for them")
+def not_ahead():
+    raw = image.zfile(DATA, image.ZSTD, 65536)
+    loop = dm.Loop(raw)
+    trace = Trace(("block:block_bio_queue", device_filter(loop)))
+    for options, ahead in (("cache_all", False), ("cache_blocks 0", True)):
+        zfile = device(loop, raw, options)
+        trace.lines()
+        fd = os.open(zfile.path, os.O_RDONLY)
+        os.posix_fadvise(fd, 0, 262144, os.POSIX_FADV_WILLNEED)
+        same_bytes(os.pread(fd, 262144, 0), DATA[:262144], options)
+        os.close(fd)
+        kinds = {text.split()[1] for name, text in trace.lines() if name.endswith("block_bio_queue")}
+        check(kinds, "no read was traced")
+        equal(any("A" in kind for kind in kinds), ahead, f"read-ahead below {options}, of {kinds}")
 
 
 @test("cache_all: memory goes back when the kernel wants it")
@@ -213,6 +252,10 @@ for each_algorithm, each_name in image.NAMES.items():
         for each_crc in (True, False):
             add(f"{each_name}, {each_block}, {'CRC' if each_crc else 'no CRC'}: cache_all reads and decompresses once",
                 everything, each_algorithm, each_block, each_crc)
+for each_options, each_length in (((), 4096), (("cache_all",), 4096), (("cache_all",), 65536)):
+    each_title = f"{' '.join(each_options) or 'default'}, reads of {each_length}"
+    add(f"{each_title}: when a read fails that others wait for, one of them reads again", failing, each_options, each_length)
+    add(f"{each_title}: those that wait for a read that fails get what the next one reads", mended, each_options, each_length)
 for each_places in (1, 16, 40):
     add(f"cache_all with {each_places} places", small, each_places)
 

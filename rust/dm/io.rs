@@ -151,6 +151,14 @@ impl<T: Deferred> Io<T> {
         self.frame_mut().buffer = Some(buffer);
     }
 
+    /// The status that the I/O ends with where there is no memory for it: a read-ahead isn't worth
+    /// waiting for. `None` for others, which wait.
+    pub(crate) fn without_memory(&self) -> Option<Status> {
+        // SAFETY: By the type invariant the bio hasn't ended, and nobody changes it now.
+        let flags = unsafe { (*self.bio().as_ptr()).bi_opf };
+        (flags & sys::OBD_REQ_RAHEAD != 0).then_some(Status::IO_ERROR)
+    }
+
     /// Gives the I/O the device's spare buffer, now or when it comes back, and goes on with
     /// `step`. The I/O fails if the spare buffer is shorter than `len` bytes.
     pub(crate) fn wait_for_spare(mut self, len: usize, step: Step<T>) {
@@ -180,10 +188,19 @@ impl<T: Deferred> Io<T> {
     /// Reads from sector `sector` of `device` as much as the buffer holds, and goes on with
     /// `step`, which may run in the context of an interrupt. May sleep.
     ///
+    /// `shared` says that other reads may wait for this one: then it isn't a read-ahead, nor one that
+    /// fails fast.
+    ///
     /// The control group of the bio is charged. A read into the spare buffer is charged to the root
     /// group and has no priority: all reads of the device may wait for that buffer, so it must not
     /// be held up for one group.
-    pub(crate) fn read(mut self, device: DeviceId, sector: u64, step: ReadStep<T>) {
+    pub(crate) fn read(
+        mut self,
+        device: DeviceId,
+        sector: u64,
+        shared: bool,
+        step: ReadStep<T>,
+    ) {
         let Some(bdev) = self.live().device(device).map(|device| device.bdev()) else {
             return;
         };
@@ -200,7 +217,10 @@ impl<T: Deferred> Io<T> {
 
         // SAFETY: The bio is valid, and nobody changes it now.
         let original = unsafe { bio.as_ref() };
-        let (flags, ioprio) = (original.bi_opf & sys::OBD_REQ_INHERITED, original.bi_ioprio);
+        let (mut flags, ioprio) = (original.bi_opf & sys::OBD_REQ_INHERITED, original.bi_ioprio);
+        if shared {
+            flags &= !sys::OBD_REQ_FAILS_EARLY;
+        }
         // SAFETY: The frame stays where it is until the I/O ends, and so do the buffer in it and
         // the device; the I/O isn't ended before `read_done` has uninitialised the lower bio.
         let ready = unsafe { buffer.init_read(lower, vec, core::ptr::null_mut(), flags) };

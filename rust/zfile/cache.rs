@@ -73,9 +73,19 @@ impl Block {
             None => Some(io),
         }
     }
+
+    /// Takes the first read that waits. Where there is none, loading has ended.
+    fn first_waiting(&self) -> Option<Io<Zfile>> {
+        let mut waiting = self.waiting.lock();
+        let first = waiting.as_mut().and_then(IoQueue::pop);
+        if first.is_none() {
+            *waiting = None;
+        }
+        first
+    }
 }
 
-/// The duty to load blocks, one after the other. Dropped, those that wait for what is left fail.
+/// Loads a range of blocks in order. Dropping it fails the reads that wait for blocks that are left.
 ///
 /// # Invariants
 ///
@@ -120,6 +130,23 @@ impl Loader {
         }
         let waited = block.waiting.lock().take();
         waited.unwrap_or_default()
+    }
+
+    /// Gives the next block up. The first read that waits for it has to load it now; it comes with
+    /// the loader for that. The others wait on. A block that no read waits for leaves the cache.
+    pub(super) fn pass_on(&mut self) -> Option<(Io<Zfile>, Self)> {
+        let block = self.block();
+        let Some(io) = block.as_ref().and_then(|block| block.first_waiting()) else {
+            drop(self.finish(block));
+            return None;
+        };
+        let number = self.blocks.next()?;
+        // INVARIANT: The block is still being loaded, by the new one alone.
+        let loader = Self {
+            cache: self.cache.clone(),
+            blocks: number..number + 1,
+        };
+        Some((io, loader))
     }
 }
 

@@ -48,6 +48,8 @@ pub(crate) struct Request {
     read_len: usize,
     /// Where the blocks are for the cache.
     loader: Option<Loader>,
+    /// Whether an earlier read of these blocks for the cache has failed.
+    again: bool,
     /// How the lower read has ended, where a worker goes on after an error.
     status: Result<(), Status>,
 }
@@ -184,12 +186,12 @@ impl Zfile {
             } = loader.blocks();
             let end = end.min(last << self.geometry.block_shift());
             let Some(mut request) = self.plan(start, end) else {
-                Self::give_up(loader);
+                Self::pass_on(loader, false);
                 return bio.refuse();
             };
             let buffer = Buffer::try_new(request.read_len);
             if buffer.is_none() && last - first > 1 {
-                Self::give_up(loader.split_off(first + (last - first) / 2));
+                Self::pass_on(loader.split_off(first + (last - first) / 2), false);
                 continue;
             }
             request.loader = Some(loader);
@@ -200,13 +202,27 @@ impl Zfile {
         }
     }
 
-    /// Doesn't load blocks after all. Reads that wait for them read for themselves.
-    fn give_up(mut loader: Loader) {
+    /// Doesn't load blocks after all: of the reads that wait for a block, the first loads it.
+    /// `again` says that loading has failed.
+    fn pass_on(mut loader: Loader, again: bool) {
+        for _ in loader.blocks() {
+            if let Some((mut io, own)) = loader.pass_on() {
+                let request = io.request_mut();
+                request.loader = Some(own);
+                request.again = again;
+                io.defer(|io| Self::launch(io, None));
+            }
+        }
+    }
+
+    /// Ends all reads that wait for blocks which can't be loaded. In a worker.
+    fn fail(mut loader: Loader, status: Result<(), Status>) {
         for _ in loader.blocks() {
             let block = loader.block();
             let mut queue = loader.finish(block);
             while let Some(other) = queue.pop() {
-                other.defer(|io| Self::launch(io, None));
+                other.end(status);
+                dm::cond_resched();
             }
         }
     }
@@ -265,6 +281,7 @@ impl Zfile {
             read_start,
             read_len: to_usize(read_end - read_start),
             loader: None,
+            again: false,
             status: Ok(()),
         })
     }
@@ -272,12 +289,18 @@ impl Zfile {
     /// Starts the lower read, with the spare buffer where there is no other memory.
     fn launch(mut io: Io<Self>, buffer: Option<Buffer>) {
         let len = io.request().read_len;
-        match buffer.or_else(|| Buffer::try_new(len)) {
-            Some(buffer) => {
-                io.attach(buffer);
-                Self::start(io);
+        if let Some(buffer) = buffer.or_else(|| Buffer::try_new(len)) {
+            io.attach(buffer);
+            Self::start(io);
+        } else if let Some(status) = io.without_memory() {
+            let request = io.request_mut();
+            if let Some(loader) = request.loader.take() {
+                let again = request.again;
+                Self::pass_on(loader, again);
             }
-            None => io.wait_for_spare(len, Self::start),
+            io.end(Err(status));
+        } else {
+            io.wait_for_spare(len, Self::start);
         }
     }
 
@@ -287,7 +310,8 @@ impl Zfile {
         count(&stats.reads, 1);
         count(&stats.read_bytes, to_u64(request.read_len));
         let sector = request.read_start / SECTOR_SIZE;
-        io.read(DEVICE, sector, Self::read_done);
+        let shared = request.loader.is_some();
+        io.read(DEVICE, sector, shared, Self::read_done);
     }
 
     /// The lower read has ended. In any context.
@@ -321,10 +345,14 @@ impl Zfile {
     /// The lower read of blocks for the cache has failed. In a worker.
     fn failed(mut io: Io<Self>) {
         let status = io.request().status;
-        // Those that wait read for themselves: this read may have been one that was more likely to
-        // fail, such as a read-ahead.
-        if let Some(loader) = io.request_mut().loader.take() {
-            Self::give_up(loader);
+        let request = io.request_mut();
+        if let Some(loader) = request.loader.take() {
+            // One of those that wait tries again, not each of them.
+            if request.again {
+                Self::fail(loader, status);
+            } else {
+                Self::pass_on(loader, true);
+            }
         }
         io.end(status);
     }
