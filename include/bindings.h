@@ -20,8 +20,12 @@ static const blk_features_t OBD_BLK_FEAT_POLL = BLK_FEAT_POLL;
 static const blk_status_t OBD_BLK_STS_IOERR = BLK_STS_IOERR;
 static const blk_opf_t OBD_REQ_OP_MASK = REQ_OP_MASK;
 static const blk_opf_t OBD_REQ_META = REQ_META;
-/* For memory that a read may wait for, or do without: see rust/block/buffer.rs. */
-static const gfp_t OBD_GFP_READ = GFP_NOWAIT | __GFP_NOWARN | __GFP_COMP;
+/* How memory is asked for: see rust/block/memory.rs. */
+static const gfp_t OBD_GFP_LARGE = GFP_KERNEL | __GFP_NOWARN;
+static const gfp_t OBD_GFP_READ = GFP_NOWAIT | __GFP_NORETRY | __GFP_NOWARN |
+				  __GFP_NOMEMALLOC | __GFP_COMP;
+static const gfp_t OBD_GFP_CACHE = GFP_NOWAIT | __GFP_NORETRY | __GFP_NOWARN |
+				   __GFP_NOMEMALLOC | __GFP_RECLAIMABLE;
 /* What a read of ours takes over from the read that it is for. */
 static const blk_opf_t OBD_REQ_INHERITED = REQ_FAILFAST_MASK | REQ_SYNC |
 					   REQ_META | REQ_PRIO | REQ_RAHEAD |

@@ -12,10 +12,10 @@
 
 use core::ptr::NonNull;
 
-use kernel::alloc::flags::__GFP_NOWARN;
 use kernel::page::{page_align, PAGE_SIZE};
 use kernel::prelude::*;
 
+use super::memory;
 use crate::compat;
 use crate::sys;
 
@@ -56,7 +56,7 @@ impl Pages {
     fn try_new(len: usize) -> Option<Self> {
         let order = len.div_ceil(PAGE_SIZE).checked_next_power_of_two()?.ilog2();
         // SAFETY: May be called in any context with these flags.
-        let page = unsafe { sys::alloc_pages(sys::OBD_GFP_READ, order) };
+        let page = unsafe { sys::alloc_pages(memory::READ, order) };
         // INVARIANT: Just allocated.
         Some(Self {
             page: NonNull::new(page)?,
@@ -109,7 +109,7 @@ impl Buffer {
     /// [`ENOMEM`].
     pub(crate) fn new_spare(len: usize) -> Result<Self> {
         let len = page_align(len).ok_or(EOVERFLOW)?;
-        let memory = compat::zeroed(len, GFP_KERNEL | __GFP_NOWARN)?;
+        let memory = compat::zeroed(len, memory::LARGE)?;
         let vecs = compat::zeroed(len / PAGE_SIZE, GFP_KERNEL)?;
         let spare = KBox::new(Spare { memory, vecs }, GFP_KERNEL)?;
         // INVARIANT: The capacity is `len`; nothing counts as filled.

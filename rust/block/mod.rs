@@ -5,6 +5,7 @@
 //! - [`Status`]: how an I/O ended, `blk_status_t`.
 //! - [`Pages`], [`Dest`]: the memory that a read fills, which user space may see and change.
 //! - [`Buffer`]: memory for a lower read.
+//! - [`memory`]: how memory is asked for.
 //! - [`Lock`]: a spinlock that interrupt handlers may take.
 //! - [`Shrinker`]: a cache that the kernel can make smaller.
 //! - [`Workers`]: workers of a device's own, on all CPUs.
@@ -13,6 +14,7 @@
 
 mod buffer;
 mod lock;
+pub(crate) mod memory;
 mod pages;
 mod shrinker;
 mod status;

@@ -5,12 +5,11 @@
 //! A worker borrows its CPU's context for one I/O. Who has one never waits for I/O, so waiting for
 //! it is short, and needs no memory.
 
-use kernel::alloc::flags::__GFP_NOWARN;
 use kernel::prelude::*;
 use kernel::sync::{new_mutex, Arc, Mutex, MutexGuard};
 
 use super::{lz4, zstd::Decompressor, Corrupt};
-use crate::block::{self, Dest};
+use crate::block::{self, memory, Dest};
 use crate::compat;
 use crate::format::zfile::{Algorithm, MAX_BLOCK_SIZE};
 
@@ -40,7 +39,7 @@ impl Context {
             Algorithm::Lz4 => Codec::Lz4,
             Algorithm::Zstd => Codec::Zstd(Decompressor::new()?),
         };
-        let bounce = compat::zeroed(MAX_BLOCK_SIZE as usize, GFP_KERNEL | __GFP_NOWARN)?;
+        let bounce = compat::zeroed(MAX_BLOCK_SIZE as usize, memory::LARGE)?;
         Ok(Self { codec, bounce })
     }
 

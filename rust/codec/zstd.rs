@@ -6,11 +6,10 @@
 
 use core::ptr::NonNull;
 
-use kernel::alloc::flags::__GFP_NOWARN;
 use kernel::prelude::*;
 
 use super::Corrupt;
-use crate::block::Dest;
+use crate::block::{memory, Dest};
 use crate::compat;
 use crate::sys;
 
@@ -36,7 +35,7 @@ impl Decompressor {
     pub(super) fn new() -> Result<Self> {
         // SAFETY: Only computes a number.
         let size = unsafe { sys::zstd_dctx_workspace_bound() };
-        let mut workspace: VVec<u64> = compat::zeroed(size.div_ceil(8), GFP_KERNEL | __GFP_NOWARN)?;
+        let mut workspace: VVec<u64> = compat::zeroed(size.div_ceil(8), memory::LARGE)?;
         // SAFETY: The workspace is aligned and as large as said; it lives as long as the context.
         let dctx = unsafe { sys::zstd_init_dctx(workspace.as_mut_ptr().cast(), size) };
         // INVARIANT: The context was made in `workspace`, whose memory doesn't move.

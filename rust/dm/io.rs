@@ -194,13 +194,7 @@ impl<T: Deferred> Io<T> {
     /// The control group of the bio is charged. A read into the spare buffer is charged to the root
     /// group and has no priority: all reads of the device may wait for that buffer, so it must not
     /// be held up for one group.
-    pub(crate) fn read(
-        mut self,
-        device: DeviceId,
-        sector: u64,
-        shared: bool,
-        step: ReadStep<T>,
-    ) {
+    pub(crate) fn read(mut self, device: DeviceId, sector: u64, shared: bool, step: ReadStep<T>) {
         let Some(bdev) = self.live().device(device).map(|device| device.bdev()) else {
             return;
         };

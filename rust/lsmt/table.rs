@@ -2,10 +2,10 @@
 
 //! The table line of an `lsmt` target, and its status.
 
-use kernel::alloc::flags::__GFP_NOWARN;
 use kernel::prelude::*;
 
 use super::{Lsmt, Tail};
+use crate::block::memory;
 use crate::compat;
 use crate::dm::{self, Args, Bio, Device, DeviceId, Emit, Failure, Limits, Mapped, Setup};
 use crate::format::lsmt::{Layer, Segment};
@@ -69,7 +69,7 @@ impl dm::Target for Lsmt {
         }
         let segments = merge_layers(&layers, setup.len())?;
         check_alignment(setup, &segments, count)?;
-        let runs = |len| Ok(compat::zeroed(len, GFP_KERNEL | __GFP_NOWARN)?);
+        let runs = |len| Ok(compat::zeroed(len, memory::LARGE)?);
         let index = Index::new(segments, runs, pause)?;
         Ok(Self {
             tail: read_tail(setup, &index, size)?,
@@ -136,7 +136,7 @@ fn open_layer(
     let file = Window::new(&blob, payload.start, payload.len)?;
     let layer = Layer::read(&file)?;
     let entries = to_usize(layer.entries());
-    let mut segments = KVVec::with_capacity(entries, GFP_KERNEL | __GFP_NOWARN)?;
+    let mut segments = KVVec::with_capacity(entries, memory::LARGE)?;
     let start = payload.start / SECTOR_SIZE;
     layer.read_index(&file, |segment| {
         let segment = segment
@@ -168,7 +168,7 @@ fn merge_layers(layers: &[Opened], limit: u64) -> Result<KVVec<Segment>, Failure
         Ok(())
     };
     merge::merge(layers, limit, &mut heap, &mut cursors, &mut counter, pause)?;
-    let mut merged = KVVec::with_capacity(count, GFP_KERNEL | __GFP_NOWARN)?;
+    let mut merged = KVVec::with_capacity(count, memory::LARGE)?;
     let mut push = |segment| Ok(merged.push(segment, GFP_KERNEL)?);
     merge::merge(layers, limit, &mut heap, &mut cursors, &mut push, pause)?;
     Ok(merged)

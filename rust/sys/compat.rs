@@ -6,10 +6,19 @@
 //! same: then nothing has to ask for the kernel's version.
 //!
 //! - 7.3 has `Vec::zeroed`: [`zeroed`].
+//!
+//! What no kernel has yet: names for all allocation flags ([`gfp`]).
 
 use kernel::alloc::flags::__GFP_ZERO;
 use kernel::alloc::{AllocError, Allocator, Flags, Vec};
 use kernel::prelude::*;
+
+/// Allocation flags that the kernel crate has no names for.
+pub(crate) const fn gfp(raw: super::gfp_t) -> Flags {
+    // SAFETY: `Flags` is a number of this type in a structure of its own, without limits on its
+    // value. Should its size differ, this does not compile.
+    unsafe { core::mem::transmute(raw) }
+}
 
 /// A vector of `len` zeroes.
 ///

@@ -13,12 +13,11 @@
 
 use core::ops::Range;
 
-use kernel::alloc::flags::__GFP_NOWARN;
 use kernel::prelude::*;
 use kernel::sync::{Arc, SetOnce};
 
 use super::Zfile;
-use crate::block::{Lock, Shrink};
+use crate::block::{memory, Lock, Shrink};
 use crate::dm::{self, Io, IoQueue};
 use crate::format::num::{to_u64, to_usize};
 
@@ -49,7 +48,7 @@ impl Block {
                 data: SetOnce::new(),
                 waiting <- Lock::new(Some(IoQueue::new()), c"dm_overlaybd_block", key),
             }),
-            GFP_NOWAIT | __GFP_NOWARN,
+            memory::CACHE,
         )
     }
 
@@ -207,7 +206,7 @@ impl Cache {
             return Ok(None);
         }
         let count = blocks.checked_next_multiple_of(WAYS).ok_or(EOVERFLOW)?;
-        let mut ways = KVVec::with_capacity(count, GFP_KERNEL | __GFP_NOWARN)?;
+        let mut ways = KVVec::with_capacity(count, memory::LARGE)?;
         for nth in 0..count {
             if nth % PAUSE == 0 {
                 dm::cond_resched();

@@ -12,13 +12,12 @@
 
 use core::ops::Range;
 
-use kernel::alloc::flags::__GFP_NOWARN;
 use kernel::prelude::*;
 use kernel::sync::Arc;
 
 use super::cache::{Block, Cache, Loader, Lookup};
 use super::{count, Zfile};
-use crate::block::{self, Buffer, Pages, Status};
+use crate::block::{self, memory, Buffer, Pages, Status};
 use crate::codec::{self, crc32c, Context, Corrupt};
 use crate::dm::{self, Bio, DeviceId, Io, IoQueue, Mapped};
 use crate::format::num::{to_u64, to_usize};
@@ -460,7 +459,7 @@ impl Zfile {
             .map_err(corrupt)?;
         let len = to_usize(this.geometry.block_len(number).into());
         count(&this.stats.blocks, 1);
-        match (block, KVec::with_capacity(len, GFP_NOWAIT | __GFP_NOWARN)) {
+        match (block, KVec::with_capacity(len, memory::CACHE)) {
             (Some(block), Ok(mut data)) => {
                 context
                     .decompress_into(stored, len, &mut data)

@@ -2,13 +2,12 @@
 
 //! The table line of a `zfile` target, and its status.
 
-use kernel::alloc::flags::__GFP_NOWARN;
 use kernel::prelude::*;
 use kernel::sync::atomic::Relaxed;
 
 use super::cache::Cache;
 use super::{io, Shared, Stats, Zfile};
-use crate::block::Shrinker;
+use crate::block::{memory, Shrinker};
 use crate::codec::crc32c;
 use crate::compat;
 use crate::dm::{self, Args, Bio, Deferred, Device, Emit, Failure, Limits, Mapped, Setup};
@@ -68,8 +67,8 @@ impl dm::Target for Zfile {
         }
 
         let shape = geometry.table_shape();
-        let mut bases: KVVec<_> = compat::zeroed(shape.bases, GFP_KERNEL | __GFP_NOWARN)?;
-        let mut deltas: KVVec<_> = compat::zeroed(shape.deltas, GFP_KERNEL | __GFP_NOWARN)?;
+        let mut bases: KVVec<_> = compat::zeroed(shape.bases, memory::LARGE)?;
+        let mut deltas: KVVec<_> = compat::zeroed(shape.deltas, memory::LARGE)?;
         geometry.read_index(&file, crc32c, &mut bases, &mut deltas)?;
 
         let device_block = u64::from(setup.device(device)?.logical_block_size());
