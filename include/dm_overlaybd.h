@@ -8,6 +8,7 @@
 
 #include <linux/bio.h>
 #include <linux/blkdev.h>
+#include <linux/ratelimit.h>
 #include <linux/spinlock.h>
 #include <linux/workqueue.h>
 
@@ -39,10 +40,12 @@ void obd_spin_unlock_irqrestore(spinlock_t *lock, unsigned long flags);
 u32 obd_raw_smp_processor_id(void);
 bool obd_cpu_takes_work(u32 cpu);
 void obd_init_work(struct work_struct *work, work_func_t func);
+bool obd_schedule_work(struct work_struct *work);
 struct workqueue_struct *obd_alloc_workqueue(const char *name,
 					     unsigned int flags);
 
-/* Messages. */
-bool obd_ratelimit(void);
+/* Messages and events. */
+void obd_ratelimit_default_init(struct ratelimit_state *rs);
+void obd_corrupt_uevent(struct gendisk *disk, u64 block);
 
 #endif /* _DM_OVERLAYBD_H */

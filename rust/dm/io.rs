@@ -124,6 +124,13 @@ impl<T: Deferred> Io<T> {
         self.live().target()
     }
 
+    /// Tells of a corrupt block of the target, in any context.
+    pub(crate) fn tell_corrupt(&self, block: u64) {
+        if let Some(alerts) = self.live().alerts() {
+            alerts.corrupt(block);
+        }
+    }
+
     /// The target's own state of the I/O.
     pub(crate) fn request(&self) -> &T::Request {
         &self.frame().request

@@ -27,6 +27,7 @@
 
 use kernel::prelude::*;
 
+mod alert;
 mod args;
 mod bio;
 mod device;
@@ -41,15 +42,10 @@ pub(crate) use bio::{Bio, Mapped};
 pub(crate) use device::{Device, DeviceId};
 pub(crate) use io::{frame_size, Io, IoQueue, Spares};
 pub(crate) use meta::MetaReader;
-pub(crate) use setup::{DeviceName, Failure, Setup};
+use setup::DeviceName;
+pub(crate) use setup::{Failure, Setup};
 pub(crate) use status::Emit;
 pub(crate) use target::{Deferred, Limits, Registration, Target};
-
-/// Whether a message may be printed now: no more than a few every few seconds.
-pub(crate) fn may_print() -> bool {
-    // SAFETY: Only touches a limiter of its own, under its lock.
-    unsafe { crate::sys::obd_ratelimit() }
-}
 
 /// Lets others run; in process context.
 pub(crate) fn cond_resched() {

@@ -13,6 +13,7 @@ use kernel::prelude::*;
 use kernel::sync::Arc;
 use kernel::types::Opaque;
 
+use super::alert::Alerts;
 use super::setup::{type_name, DeviceName};
 use super::{Args, Bio, Device, DeviceId, Emit, Failure, Mapped, Setup, Spares};
 use crate::block::Workers;
@@ -93,11 +94,13 @@ impl Limits<'_> {
 ///
 /// # Invariants
 ///
-/// `devices` are in the order in which they were opened, that of their [`DeviceId`]s. `workers` are
-/// there for targets with per-bio data.
+/// `devices` are in the order in which they were opened, that of their [`DeviceId`]s. `workers` and
+/// `alerts` are there for targets with per-bio data.
 pub(super) struct Live<T> {
     // Dropped first: waits for workers that have ended their I/O and are about to return.
     workers: Option<Pin<KBox<Workers>>>,
+    // Waits for an event that is being sent.
+    alerts: Option<Pin<KBox<Alerts>>>,
     target: T,
     devices: KVec<Device>,
     begin: u64,
@@ -115,6 +118,11 @@ impl<T: Target> Live<T> {
     /// Who works on its I/Os.
     pub(super) fn workers(&self) -> Option<&Workers> {
         self.workers.as_deref()
+    }
+
+    /// What tells of its corrupt blocks.
+    pub(super) fn alerts(&self) -> Option<&Alerts> {
+        self.alerts.as_deref()
     }
 
     /// First sector of the target in its device.
@@ -227,9 +235,13 @@ impl<T: Target> Registration<T> {
         };
         // SAFETY: The caller's promise.
         let args = unsafe { Args::new(argc, argv) };
-        let workers = match T::PER_BIO_DATA {
-            0 => None,
-            _ => Some(Workers::new(setup.device_name().as_c_str())?),
+        let (workers, alerts) = match T::PER_BIO_DATA {
+            0 => (None, None),
+            _ => (
+                Some(Workers::new(setup.device_name().as_c_str())?),
+                // SAFETY: The target outlives what it has, which is dropped by `dtr`.
+                Some(unsafe { Alerts::new(setup.target) }?),
+            ),
         };
         let target = T::new(&mut setup, args)?;
         // SAFETY: The target is valid.
@@ -237,6 +249,7 @@ impl<T: Target> Registration<T> {
         // INVARIANT: `setup` opened the devices in this order.
         let live = Live {
             workers,
+            alerts,
             target,
             devices: setup.devices,
             begin,

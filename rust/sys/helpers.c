@@ -4,7 +4,6 @@
  */
 #include <linux/blk-cgroup.h>
 #include <linux/highmem.h>
-#include <linux/ratelimit.h>
 #include <linux/rcupdate.h>
 #include <linux/sched/isolation.h>
 #include <linux/sched/signal.h>
@@ -130,10 +129,21 @@ struct workqueue_struct *obd_alloc_workqueue(const char *name,
 	return alloc_workqueue("overlaybd/%s", flags, 0, name);
 }
 
-bool obd_ratelimit(void)
+bool obd_schedule_work(struct work_struct *work)
 {
-	static DEFINE_RATELIMIT_STATE(state, DEFAULT_RATELIMIT_INTERVAL,
-				      DEFAULT_RATELIMIT_BURST);
+	return schedule_work(work);
+}
 
-	return __ratelimit(&state);
+void obd_ratelimit_default_init(struct ratelimit_state *rs)
+{
+	ratelimit_default_init(rs);
+}
+
+void obd_corrupt_uevent(struct gendisk *disk, u64 block)
+{
+	char variable[sizeof("DM_ZFILE_CORRUPT_BLOCK=") + 20];
+	char *env[2] = { variable };
+
+	snprintf(variable, sizeof(variable), "DM_ZFILE_CORRUPT_BLOCK=%llu", block);
+	kobject_uevent_env(&disk_to_dev(disk)->kobj, KOBJ_CHANGE, env);
 }

@@ -334,7 +334,7 @@ impl Zfile {
         match this.fill(request, io.data(), &mut io.pages(), None) {
             Ok(()) => io.end(Ok(())),
             Err((block, Problem::Corrupt)) => {
-                let status = this.report(block);
+                let status = Self::report(&io, block);
                 io.end(Err(status));
             }
             Err((_, Problem::NeedsContext)) => io.defer(Self::decode),
@@ -379,7 +379,7 @@ impl Zfile {
                 &mut io.pages(),
                 Some(&mut *context),
             )
-            .map_err(|(block, _)| this.report(block))
+            .map_err(|(block, _)| Self::report(&io, block))
         };
         io.end(result);
     }
@@ -453,7 +453,7 @@ impl Zfile {
         context: &'c mut Context,
     ) -> Result<Option<&'c [u8]>, Status> {
         let this = io.target();
-        let corrupt = |Corrupt| this.report(number);
+        let corrupt = |Corrupt| Self::report(io, number);
         let stored = this
             .stored(number, io.request(), io.data())
             .map_err(corrupt)?;
@@ -565,11 +565,9 @@ impl Zfile {
 
     /// Counts a corrupt block, and tells of it.
     #[cold]
-    fn report(&self, block: u64) -> Status {
-        count(&self.stats.corrupt, 1);
-        if dm::may_print() {
-            pr_err!("{}: zfile: block {block} is corrupt\n", self.name.as_str());
-        }
+    fn report(io: &Io<Self>, block: u64) -> Status {
+        count(&io.target().stats.corrupt, 1);
+        io.tell_corrupt(block);
         Status::IO_ERROR
     }
 }

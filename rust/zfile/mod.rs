@@ -85,8 +85,6 @@ pub(crate) struct Zfile {
     cache_all: bool,
     /// Blocks in the cache, where the table line tells.
     cache_blocks: Option<usize>,
-    /// The mapped device, for messages.
-    name: dm::DeviceName,
     spares: Pin<KBox<dm::Spares<Zfile>>>,
     stats: Stats,
 }

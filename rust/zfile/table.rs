@@ -90,7 +90,6 @@ impl dm::Target for Zfile {
             start: payload.start,
             device_block,
             blob_bytes,
-            name: setup.device_name(),
             spares: dm::Spares::new(io::spare_len(&geometry, device_block))?,
             stats: Stats::new(),
         })

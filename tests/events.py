@@ -1,0 +1,137 @@
+#!/usr/bin/env python3
+# SPDX-License-Identifier: GPL-2.0
+"""What tells of a corrupt block: an event of device-mapper, a uevent, and lines in the kernel's log."""
+
+import select
+import socket
+import subprocess
+import time
+
+from obdtest import dm, image
+from obdtest.disk import Disk, read_or_none, same_bytes
+from obdtest.dm import line
+from obdtest.ktap import SLOW, add, check, defer, equal, main, test
+
+DATA = image.sample(40 * 65536, 61)
+NETLINK_KOBJECT_UEVENT = 15
+
+
+def corrupted(numbers, algorithm, block):
+    """A ZFile with corrupt blocks."""
+    raw = bytearray(image.zfile(DATA, algorithm, block))
+    places = image.Zfile(bytes(raw)).places()
+    for number in numbers:
+        raw[places[number][0] + 3] ^= 1
+    return bytes(raw)
+
+
+def device(raw, *options):
+    loop = dm.Loop(raw)
+    return dm.create(line(0, dm.sectors(len(DATA)), "zfile", loop.path, len(raw), len(options), *options))
+
+
+def events(zfile):
+    """How many events the device has had."""
+    out = subprocess.run(["dmsetup", "info", "-c", "--noheadings", "-o", "events", zfile.name], capture_output=True,
+                         text=True, check=True)
+    return int(out.stdout)
+
+
+class Uevents:
+    """The uevents of a device from now on."""
+
+    def __init__(self, zfile):
+        self.socket = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, NETLINK_KOBJECT_UEVENT)
+        defer(self.socket.close)
+        self.socket.bind((0, 1))
+        self.minor = zfile.number.split(":")[1]
+
+    def corrupt(self, seconds):
+        """The blocks that they name within so many seconds, or until there is one."""
+        end, found = time.monotonic() + seconds, []
+        while not found and select.select([self.socket], [], [], max(end - time.monotonic(), 0))[0]:
+            fields = dict(field.split("=", 1) for field in self.socket.recv(65536).decode(errors="replace").split("\0")
+                          if "=" in field)
+            if fields.get("MINOR") == self.minor and "DM_ZFILE_CORRUPT_BLOCK" in fields:
+                equal((fields["ACTION"], fields["SUBSYSTEM"]), ("change", "block"), "kind of uevent")
+                found.append(int(fields["DM_ZFILE_CORRUPT_BLOCK"]))
+        return found
+
+
+def first(algorithm, block, length, *options):
+    """The first corrupt block gives one event and one uevent, and who waits for it goes on; no other one does."""
+    zfile = device(corrupted((5, 7), algorithm, block), *options)
+    uevents = Uevents(zfile)
+    before = events(zfile)
+    disk = Disk(zfile)
+    same_bytes(disk.read(0, length), DATA[:length], "a sound block")
+    with subprocess.Popen(["dmsetup", "wait", "--noflush", zfile.name, str(before)], stdout=subprocess.DEVNULL) as waiter:
+        defer(waiter.kill)
+        time.sleep(0.3 * SLOW)
+        equal((waiter.poll(), events(zfile), uevents.corrupt(0)), (None, before, []), "wait, events before")
+        equal(read_or_none(disk, 5 * block, length), None, "a corrupt block")
+        equal(waiter.wait(20 * SLOW), 0, "status of dmsetup wait")
+    equal(uevents.corrupt(5 * SLOW), [5], "blocks that uevents name")
+    equal(events(zfile), before + 1, "events")
+    for number in (7, 5, 7):
+        equal(read_or_none(disk, number * block, length), None, f"corrupt block {number}")
+    equal((uevents.corrupt(0.5), events(zfile)), ([], before + 1), "uevents, events later")
+    disk.close()
+
+
+@test("a table that was loaded again tells again")
+def again():
+    raw = corrupted((5,), image.LZ4, 4096)
+    zfile = device(raw)
+    loop = dm.Loop(raw)
+    for _ in range(2):
+        before, uevents = events(zfile), Uevents(zfile)
+        disk = Disk(zfile)
+        equal(read_or_none(disk, 5 * 4096, 4096), None, "a corrupt block")
+        disk.close()
+        equal(uevents.corrupt(5 * SLOW), [5], "blocks that uevents name")
+        check(events(zfile) > before, "no event")
+        zfile.load(line(0, dm.sectors(len(DATA)), "zfile", loop.path, len(raw)))
+        zfile.suspend()
+        zfile.resume()
+
+
+@test("a device that is removed at once after its first corrupt block")
+def removed():
+    raw = corrupted((5,), image.LZ4, 4096)
+    loop = dm.Loop(raw)
+    for _ in range(20):
+        zfile = dm.create(line(0, dm.sectors(len(DATA)), "zfile", loop.path, len(raw)))
+        disk = Disk(zfile)
+        equal(read_or_none(disk, 5 * 4096, 4096), None, "a corrupt block")
+        disk.close()
+        zfile.remove()
+        check(not zfile.exists(), "the device is still there")
+
+
+@test("a device with many corrupt blocks doesn't silence the log about others")
+def limits():
+    many, one = device(corrupted(range(40), image.LZ4, 4096)), device(corrupted((5,), image.LZ4, 4096))
+    log = dm.KernelLog()
+    disk = Disk(many)
+    for number in range(40):
+        equal(read_or_none(disk, number * 4096, 4096), None, f"corrupt block {number}")
+    said = [row for row in log.lines() if f"{many.number}: zfile: block" in row]
+    check(3 < len(said) < 40, f"{len(said)} lines about 40 blocks")
+    other = Disk(one)
+    equal(read_or_none(other, 5 * 4096, 4096), None, "the corrupt block of the other one")
+    said = [row for row in log.lines() if f"{one.number}: zfile: block 5 is corrupt" in row]
+    equal(len(said), 1, "lines about the other one")
+    disk.close()
+    other.close()
+
+
+for each_title, each_args in {"LZ4, where the read ends": (image.LZ4, 4096, 4096, "cache_blocks", 0),
+                              "LZ4, a part of a block": (image.LZ4, 65536, 4096),
+                              "zstd, in a worker": (image.ZSTD, 65536, 65536, "cache_blocks", 0),
+                              "zstd, cache_all": (image.ZSTD, 16384, 16384, "cache_all")}.items():
+    add(f"{each_title}: the first corrupt block gives one event and one uevent", first, *each_args)
+
+
+if __name__ == "__main__":
+    main()
