@@ -33,7 +33,8 @@ mod unpack;
 mod tests;
 
 pub(crate) use compression::Compression;
+pub(crate) use header::{is_header, BLOCK};
 pub(crate) use member::{Device, Extent, Member, MemberKind, Time};
-pub(crate) use reader::Archive;
+pub(crate) use reader::{unpack_error, Archive};
 pub(crate) use scan::check;
 pub(crate) use unpack::Unpack;

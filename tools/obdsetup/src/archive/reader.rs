@@ -49,10 +49,14 @@ impl Archive {
         let cannot = || format!("{}: cannot read", path.display());
         let mut file = File::open(path).with_context(cannot)?;
         let mut head = Vec::new();
-        let mut start = (&mut file).take(to_u64(Compression::LOOKS_AT));
+        let mut start = (&mut file).take(to_u64(BLOCK));
         start.read_to_end(&mut head).with_context(cannot)?;
         std::io::Seek::rewind(&mut file).with_context(cannot)?;
-        let compression = Compression::of(&head);
+        // A tar may begin with a name that looks like a compressed file.
+        let compression = match head.first_chunk().is_some_and(is_header) {
+            true => None,
+            false => Compression::of(&head),
+        };
         Ok(Self {
             path: path.to_owned(),
             compression,

@@ -12,7 +12,7 @@ use tempfile::NamedTempFile;
 use crate::archive;
 use crate::exit::Failure;
 use crate::image_layer;
-use crate::kind::Kind;
+use crate::kind::{unpacked, Input, Kind};
 use crate::layer_args::NewLayerArgs;
 use crate::layer_out::LayerOut;
 use crate::mkfs::{self, FileSystem, Files};
@@ -87,10 +87,11 @@ pub(crate) struct Args {
 
 /// Runs `convert`.
 pub(crate) fn run(args: &Args) -> Result<()> {
-    let kind = match args.from {
-        Some(kind) => kind,
-        None => Kind::of(&args.input)?,
+    let input = match args.from {
+        Some(kind) => Input::told(&args.input, kind)?,
+        None => Input::of(&args.input)?,
     };
+    let kind = input.kind;
     let refuse = |what: &str| {
         let message = format!("{}: {what}", args.input.display());
         Err(Failure::usage(message))
@@ -116,21 +117,31 @@ pub(crate) fn run(args: &Args) -> Result<()> {
     }
     let output = LayerOut::create(&args.output, &args.new, [args.input.as_path()])?;
     let place = directory(&args.output);
-    // Deleted when dropped.
+    // These files are deleted when dropped.
+    let unpacked = match input.compression {
+        Some(compression) if kind != Kind::Tar => {
+            let sectors = kind == Kind::Raw;
+            Some(unpacked::unpack(&args.input, compression, sectors, place)?)
+        }
+        _ => None,
+    };
+    let disk = path_of(unpacked.as_ref(), &args.input);
     let made = match (kind, kind.for_qemu()) {
         (Kind::Directory, _) => Some(make_fs(args, Files::Directory(&args.input), place)?),
         (Kind::Tar, _) => Some(make_fs(args, Files::Tar(&args.input), place)?),
-        (_, Some(format)) => Some(read_with_qemu(&args.input, format, place)?),
+        (_, Some(format)) => Some(read_with_qemu(disk, format, place)?),
         (_, None) => None,
     };
     let options = diff::Options {
         granule: 4096,
         skip_zeros: true,
     };
-    let path = made
-        .as_ref()
-        .map_or(args.input.as_path(), NamedTempFile::path);
+    let path = path_of(made.as_ref(), disk);
     image_layer::write(path, Vec::new(), options, &args.new.ident, output)
+}
+
+fn path_of<'a>(file: Option<&'a NamedTempFile>, otherwise: &'a Path) -> &'a Path {
+    file.map_or(otherwise, NamedTempFile::path)
 }
 
 /// Looks whether the tar is whole, and a tree of files.

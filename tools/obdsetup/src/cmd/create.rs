@@ -11,6 +11,7 @@ use tempfile::NamedTempFile;
 
 use crate::exit::Failure;
 use crate::image_layer;
+use crate::kind;
 use crate::layer_args::NewLayerArgs;
 use crate::layer_out::LayerOut;
 use crate::layers::{expand, open_layers, paths, LayerArg};
@@ -43,6 +44,10 @@ pub(crate) struct Args {
         conflicts_with = "directory"
     )]
     image: Option<PathBuf>,
+
+    /// Take the image as it is, even if it is an archive or in another format
+    #[arg(long, requires = "image")]
+    raw: bool,
 
     /// A directory, to be put in a file system
     #[arg(long, value_name = "DIR", requires = "fs")]
@@ -93,6 +98,9 @@ pub(crate) fn run(args: &Args) -> Result<()> {
     let below = expand(&args.base)?;
     let layers = paths(&[&args.base, &below]);
     let inputs = layers.into_iter().chain(args.image.as_deref());
+    if let Some(image) = args.image.as_deref().filter(|_| !args.raw) {
+        kind::check_disk(image)?;
+    }
     let output = LayerOut::create(&args.output, &args.new, inputs)?;
 
     // Deleted when dropped.

@@ -1,0 +1,177 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! What files begin with that are not what an image is made of, or not yet.
+
+use super::Kind;
+
+/// Bytes at some offset.
+type Magic = (usize, &'static [u8]);
+
+/// What qemu-img reads.
+const MACHINES: &[(Magic, Kind)] = &[
+    ((0, b"QFI\xfb\0\0\0\x02"), Kind::Qcow2),
+    ((0, b"QFI\xfb\0\0\0\x03"), Kind::Qcow2),
+    ((0, b"KDMV"), Kind::Vmdk),
+    ((0, b"COWD"), Kind::Vmdk),
+    ((0, b"# Disk DescriptorFile"), Kind::Vmdk),
+    ((0, b"vhdxfile"), Kind::Vhdx),
+    ((0, b"conectix"), Kind::Vpc),
+    ((64, b"\x7f\x10\xda\xbe"), Kind::Vdi),
+    ((0, b"QED\0"), Kind::Qed),
+    ((0, b"WithoutFreeSpace"), Kind::Parallels),
+    ((0, b"WithouFreSpacExt"), Kind::Parallels),
+];
+
+/// What cannot be converted: its name, and what to do, where `FILE` stands for the file.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Stranger {
+    pub(super) name: &'static str,
+    pub(super) advice: &'static str,
+}
+
+const UNPACK: &str = "unpack it, then `obdsetup convert DIRECTORY`";
+const DECOMPRESS: &str = "decompress it first";
+
+/// Others' formats. Where several match, the first counts.
+const STRANGERS: &[(Magic, &str, &str)] = &[
+    ((0, b"PK\x03\x04"), "a zip archive", UNPACK),
+    ((0, b"PK\x05\x06"), "an empty zip archive", UNPACK),
+    ((0, b"PK\x07\x08"), "a zip archive", UNPACK),
+    ((0, b"070701"), "a cpio archive", CPIO),
+    ((0, b"070702"), "a cpio archive", CPIO),
+    ((0, b"070707"), "a cpio archive", CPIO),
+    ((0, b"7z\xbc\xaf\x27\x1c"), "a 7-Zip archive", UNPACK),
+    ((0, b"Rar!\x1a\x07"), "a RAR archive", UNPACK),
+    ((0, b"MSCF\0\0\0\0"), "a cabinet file", UNPACK),
+    ((0, b"xar!"), "a xar archive", UNPACK),
+    ((0, b"MSWIM\0\0\0"), "a Windows image (WIM)", UNPACK),
+    (
+        (0, b"!<arch>\ndebian-binary"),
+        "a Debian package",
+        "`dpkg-deb --fsys-tarfile FILE` writes the tar that is in it",
+    ),
+    ((0, b"!<arch>\n"), "an ar archive", UNPACK),
+    (
+        (0, b"\xed\xab\xee\xdb"),
+        "an RPM package",
+        "`rpm2archive FILE` makes a tar of it",
+    ),
+    (
+        (0, b"\x3a\xff\x26\xed"),
+        "an Android sparse image",
+        "`simg2img FILE disk.raw`, then convert that",
+    ),
+    (
+        (0, b"ANDROID!"),
+        "an Android boot image",
+        "it is no disk; --from raw takes it as it is",
+    ),
+    ((0, b"\x1f\x9d"), "compressed by compress(1)", DECOMPRESS),
+    ((0, b"\x1f\xa0"), "compressed by SCO compress", DECOMPRESS),
+    ((0, b"\x1f\x1e"), "compressed by pack(1)", DECOMPRESS),
+    (
+        (0, b"\x89LZO\0\r\n\x1a\n"),
+        "compressed by lzop",
+        DECOMPRESS,
+    ),
+    ((0, b"LRZI"), "compressed by lrzip", DECOMPRESS),
+    (
+        (0, b"QFI\xfb"),
+        "a qcow image of another version",
+        "`qemu-img convert -O qcow2 FILE disk.qcow2`, then convert that",
+    ),
+    (
+        (0, b"Bochs Virtual HD Image"),
+        "a Bochs image",
+        "`qemu-img convert -O raw FILE disk.raw`, then convert that",
+    ),
+    (
+        (0, b"#!/bin/sh\n#V2.0 Format\n"),
+        "a cloop image",
+        "`qemu-img convert -O raw FILE disk.raw`, then convert that",
+    ),
+    (
+        (0, b"EVF\x09\x0d\x0a\xff\0"),
+        "an Expert Witness image",
+        "`ewfexport` makes a raw disk of it",
+    ),
+    (
+        (0, b"partclone-image"),
+        "a Partclone image",
+        "`partclone.restore` makes a raw disk of it",
+    ),
+    (
+        (8, b"AI\x02"),
+        "an AppImage",
+        "`FILE --appimage-extract` unpacks it",
+    ),
+    ((0, b"\x7fELF"), "a program (ELF)", NO_DISK),
+    ((0, b"<!DOCTYPE "), "a web page", PAGE),
+    ((0, b"<!doctype "), "a web page", PAGE),
+    ((0, b"<html"), "a web page", PAGE),
+    (
+        (0, b"version https://git-lfs"),
+        "a pointer of git-lfs",
+        "`git lfs pull` fetches the file that it stands for",
+    ),
+];
+
+const CPIO: &str =
+    "unpack it, `cpio -i -d <FILE` in an empty directory, then `obdsetup convert DIRECTORY`";
+const NO_DISK: &str = "it is no disk; --from raw takes it as it is";
+const PAGE: &str = "the download went wrong";
+
+/// What the last 512 bytes begin with: a VHD of fixed size has the disk itself in front of them.
+const VHD_FOOTER: &[u8] = b"conectix";
+/// The same of an image of macOS.
+const DMG_FOOTER: &[u8] = b"koly\0\0\0\x04";
+
+fn matches(bytes: &[u8], &(at, magic): &Magic) -> bool {
+    bytes.get(at..).is_some_and(|rest| rest.starts_with(magic))
+}
+
+/// A virtual machine's disk that begins with `head`, `tail` being the last 512 bytes.
+pub(super) fn machine(head: &[u8], tail: &[u8]) -> Option<Kind> {
+    if tail.starts_with(VHD_FOOTER) {
+        return Some(Kind::Vpc);
+    }
+    let found = MACHINES.iter().find(|(magic, _)| matches(head, magic));
+    found.map(|&(_, kind)| kind)
+}
+
+/// What cannot be converted and begins with `head`, `tail` being the last 512 bytes.
+pub(super) fn stranger(head: &[u8], tail: &[u8]) -> Option<Stranger> {
+    if tail.starts_with(DMG_FOOTER) {
+        return Some(Stranger {
+            name: "a disk image of macOS (DMG)",
+            advice: "`qemu-img convert -O raw FILE disk.raw`, then convert that",
+        });
+    }
+    if is_old_cpio(head) {
+        return Some(Stranger {
+            name: "a cpio archive",
+            advice: CPIO,
+        });
+    }
+    let found = STRANGERS.iter().find(|(magic, ..)| matches(head, magic));
+    found.map(|&(_, name, advice)| Stranger { name, advice })
+}
+
+/// Whether it is a cpio archive with binary headers, of either byte order. Its magic has two bytes
+/// only, so the name behind the header must be one, too.
+fn is_old_cpio(head: &[u8]) -> bool {
+    let number = |at: usize| {
+        let pair = head.get(at..at + 2)?.first_chunk()?;
+        match head {
+            [0xc7, 0x71, ..] => Some(u16::from_le_bytes(*pair)),
+            [0x71, 0xc7, ..] => Some(u16::from_be_bytes(*pair)),
+            _ => None,
+        }
+    };
+    let Some(len @ 2..=4096) = number(20).map(usize::from) else {
+        return false;
+    };
+    let name = head.get(26..26 + len);
+    name.and_then(|name| name.split_last())
+        .is_some_and(|(&end, name)| end == 0 && !name.contains(&0))
+}
