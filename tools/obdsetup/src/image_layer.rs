@@ -5,18 +5,46 @@
 use std::path::Path;
 
 use anyhow::{Context, Result};
-use overlaybd::diff;
+use overlaybd::format::lsmt;
 use overlaybd::format::num::{to_u64, to_usize};
 use overlaybd::format::Blob;
 use overlaybd::layer::Ident;
 use overlaybd::lsmt_writer::{cut, LayerWriter};
-use overlaybd::{FileBlob, LayerReader, Stack};
+use overlaybd::{coarsen, diff, FileBlob, LayerReader, Stack};
 use uuid::Uuid;
 
 use crate::bar::Bar;
 use crate::exit::Failure;
 use crate::layer_args::{uuid_text, IdentArgs};
 use crate::layer_out::LayerOut;
+use crate::layers::warn;
+use crate::size;
+
+/// How an image is compared.
+#[derive(clap::Args, Debug, Default, PartialEq, Eq)]
+pub(crate) struct CompareArgs {
+    /// Compare and skip in units of this: a power of two from 512 to 1m (4k if not given; more where
+    /// the index of the layer would become too large)
+    #[arg(long, value_name = "SIZE", value_parser = granule)]
+    granularity: Option<u64>,
+}
+
+impl CompareArgs {
+    /// The options, `skip_zeros` being whether zeros stay out of the layer.
+    pub(crate) fn options(&self, skip_zeros: bool) -> diff::Options {
+        diff::Options {
+            granule: self.granularity.unwrap_or(4096),
+            skip_zeros,
+        }
+    }
+}
+
+fn granule(text: &str) -> Result<u64, String> {
+    match size::parse(text)? {
+        size if size.is_power_of_two() && (512..=coarsen::MAX_GRANULE).contains(&size) => Ok(size),
+        _ => Err("a power of two from 512 to 1m".to_owned()),
+    }
+}
 
 /// Writes the layer of the image at `path` over the layers `base`, lowest first.
 pub(crate) fn write(
@@ -34,11 +62,28 @@ pub(crate) fn write(
         true => None,
         false => Some(Stack::with_size(base, image.size())?),
     };
-    let runs = {
+    let mut options = options;
+    let runs = loop {
         let bar = Bar::new("comparing", image.size());
         let progress = |bytes| bar.advance(bytes);
-        diff::runs(&image, base.as_ref(), options, &progress)
-            .map_err(|error| error.in_file(path))?
+        let runs = diff::runs(&image, base.as_ref(), options, &progress)
+            .map_err(|error| error.in_file(path))?;
+        match coarsen::granule(&runs, options.granule, lsmt::MAX_ENTRIES) {
+            Some(granule) if granule > options.granule => {
+                drop(bar);
+                warn(&[format!(
+                    "{}: compared in units of {}: with {} the layer would have more than {} index \
+                     entries",
+                    output.path().display(),
+                    size::show(granule),
+                    size::show(options.granule),
+                    lsmt::MAX_ENTRIES
+                )]);
+                options.granule = granule;
+            }
+            // Where nothing is coarse enough, the writer says so.
+            _ => break runs,
+        }
     };
     let ident = ident(names, base.as_ref());
     let writer = LayerWriter::new(image.size(), ident, cut(runs))

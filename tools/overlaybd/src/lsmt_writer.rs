@@ -77,6 +77,11 @@ pub fn cut(runs: impl IntoIterator<Item = Run>) -> impl Iterator<Item = Run> {
     })
 }
 
+/// Entries of an index that has room for `entries`.
+pub(crate) fn padded(entries: u64) -> u64 {
+    entries.next_multiple_of(PAD_TO)
+}
+
 /// A layer that is about to be written.
 pub struct LayerWriter {
     virtual_size: u64,
@@ -211,7 +216,7 @@ impl LayerWriter {
     }
 
     fn padded_entries(&self) -> u64 {
-        to_u64(self.entries.len()).next_multiple_of(PAD_TO)
+        padded(to_u64(self.entries.len()))
     }
 
     fn header(&self, flags: u32, index_offset: u64, index_count: u64) -> Vec<u8> {

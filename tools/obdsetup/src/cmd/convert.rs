@@ -6,12 +6,11 @@ use std::ffi::OsString;
 use std::path::{Path, PathBuf};
 
 use anyhow::Result;
-use overlaybd::diff;
 use tempfile::NamedTempFile;
 
 use crate::archive;
 use crate::exit::Failure;
-use crate::image_layer;
+use crate::image_layer::{self, CompareArgs};
 use crate::kind::{unpacked, Input, Kind};
 use crate::layer_args::NewLayerArgs;
 use crate::layer_out::LayerOut;
@@ -82,6 +81,9 @@ pub(crate) struct Args {
     oci: oci::Choice,
 
     #[command(flatten)]
+    compare: CompareArgs,
+
+    #[command(flatten)]
     new: NewLayerArgs,
 }
 
@@ -101,10 +103,10 @@ pub(crate) fn run(args: &Args) -> Result<()> {
         return refuse("is no directory or tar; --fs, --size and --mkfs-arg are for those");
     }
     if kind == Kind::Oci {
-        if args.new != NewLayerArgs::default() {
+        if args.new != NewLayerArgs::default() || args.compare != CompareArgs::default() {
             return refuse(
-                "is an OCI image, whose layers stay as they are: no --force, no wrapping and no \
-                 identity is for it",
+                "is an OCI image, whose layers stay as they are: no --force, no --granularity, no \
+                 wrapping and no identity is for it",
             );
         }
         return oci::convert(&args.input, &args.oci, &args.output);
@@ -119,23 +121,20 @@ pub(crate) fn run(args: &Args) -> Result<()> {
     let place = directory(&args.output);
     // These files are deleted when dropped.
     let unpacked = match input.compression {
-        Some(compression) if kind != Kind::Tar => {
+        Some(compression) => {
             let sectors = kind == Kind::Raw;
             Some(unpacked::unpack(&args.input, compression, sectors, place)?)
         }
-        _ => None,
+        None => None,
     };
     let disk = path_of(unpacked.as_ref(), &args.input);
     let made = match (kind, kind.for_qemu()) {
         (Kind::Directory, _) => Some(make_fs(args, Files::Directory(&args.input), place)?),
-        (Kind::Tar, _) => Some(make_fs(args, Files::Tar(&args.input), place)?),
+        (Kind::Tar, _) => Some(make_fs(args, Files::Tar(disk), place)?),
         (_, Some(format)) => Some(read_with_qemu(disk, format, place)?),
         (_, None) => None,
     };
-    let options = diff::Options {
-        granule: 4096,
-        skip_zeros: true,
-    };
+    let options = args.compare.options(true);
     let path = path_of(made.as_ref(), disk);
     image_layer::write(path, Vec::new(), options, &args.new.ident, output)
 }

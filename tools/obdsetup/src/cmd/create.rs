@@ -6,11 +6,10 @@ use std::ffi::OsString;
 use std::path::{Path, PathBuf};
 
 use anyhow::{bail, Result};
-use overlaybd::diff;
 use tempfile::NamedTempFile;
 
 use crate::exit::Failure;
-use crate::image_layer;
+use crate::image_layer::{self, CompareArgs};
 use crate::kind;
 use crate::layer_args::NewLayerArgs;
 use crate::layer_out::LayerOut;
@@ -78,19 +77,11 @@ pub(crate) struct Args {
     #[arg(long, conflicts_with = "base")]
     skip_zeros: bool,
 
-    /// Compare and skip in units of this: a power of two from 512 to 1m
-    #[arg(long, value_name = "SIZE", default_value = "4k", value_parser = granule)]
-    granularity: u64,
+    #[command(flatten)]
+    compare: CompareArgs,
 
     #[command(flatten)]
     new: NewLayerArgs,
-}
-
-fn granule(text: &str) -> Result<u64, String> {
-    match size::parse(text)? {
-        size if size.is_power_of_two() && (512..=1 << 20).contains(&size) => Ok(size),
-        _ => Err("a power of two from 512 to 1m".to_owned()),
-    }
 }
 
 /// Runs `create`.
@@ -113,11 +104,8 @@ pub(crate) fn run(args: &Args) -> Result<()> {
         (None, Some(image)) => image.as_path(),
         (None, None) => bail!("neither --image nor --directory"),
     };
-    let options = diff::Options {
-        granule: args.granularity,
-        // Nothing is in a new file system but what mkfs wrote.
-        skip_zeros: args.skip_zeros || made.is_some(),
-    };
+    // Nothing is in a new file system but what mkfs wrote.
+    let options = args.compare.options(args.skip_zeros || made.is_some());
     let base = open_layers(&below)?;
     image_layer::write(path, base, options, &args.new.ident, output)
 }

@@ -1,0 +1,630 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! `obdsetup convert` and `create` of what people have: archives of all kinds, disks of all kinds,
+//! and damaged ones. Names say nothing, content does.
+
+#![allow(missing_docs, clippy::unwrap_used)]
+
+use std::fs;
+use std::io::Write;
+use std::path::PathBuf;
+use std::process::Stdio;
+use std::time::Duration;
+
+use assert_cmd::assert::Assert;
+use assert_cmd::Command;
+use predicates::str::contains;
+use tempfile::TempDir;
+
+struct Place(TempDir);
+
+impl Place {
+    fn new() -> Self {
+        Self(TempDir::new().unwrap())
+    }
+
+    fn path(&self, name: &str) -> PathBuf {
+        self.0.path().join(name)
+    }
+
+    fn write(&self, name: &str, bytes: &[u8]) {
+        fs::write(self.path(name), bytes).unwrap();
+    }
+
+    fn run(&self, line: &str) -> Assert {
+        let mut command = Command::cargo_bin("obdsetup").unwrap();
+        command.current_dir(self.0.path());
+        command.args(line.split_whitespace());
+        // What hangs is a failure.
+        command.timeout(Duration::from_secs(60));
+        command.assert()
+    }
+
+    /// `convert` of `bytes` under a name that says something else; what is made must be all or nothing.
+    fn convert(&self, bytes: &[u8], options: &str) -> Assert {
+        self.write("rootfs.tar.gz", bytes);
+        let _ = fs::remove_file(self.path("out.obd"));
+        let done = self.run(&format!("convert rootfs.tar.gz out.obd {options}"));
+        let made = done.get_output().status.success();
+        let mut names: Vec<_> = fs::read_dir(self.0.path()).unwrap().flatten().collect();
+        names.retain(|entry| entry.file_name() != "rootfs.tar.gz");
+        assert_eq!(names.len(), usize::from(made), "{names:?}");
+        done
+    }
+
+    /// `convert` refuses `bytes` with code 1 and says this.
+    fn refused(&self, bytes: &[u8], said: &str) {
+        self.convert(bytes, "").code(1).stderr(contains(said));
+    }
+
+    /// `convert` says that `bytes` are damaged.
+    fn damaged(&self, bytes: &[u8], said: &str) {
+        self.convert(bytes, "").code(3).stderr(contains(said));
+    }
+
+    fn dump(&self) -> Vec<u8> {
+        self.run("dump out.obd")
+            .success()
+            .get_output()
+            .stdout
+            .clone()
+    }
+
+    /// Runs another program here; `None` where there is none.
+    fn tool(&self, program: &str, args: &[&str]) -> Option<Vec<u8>> {
+        let mut command = std::process::Command::new(program);
+        command
+            .args(args)
+            .current_dir(self.0.path())
+            .stdin(Stdio::null());
+        match command.output() {
+            Err(error) if error.kind() == std::io::ErrorKind::NotFound => {
+                println!("skipped: no {program}");
+                None
+            }
+            done => {
+                let done = done.unwrap();
+                assert!(done.status.success(), "{program} {args:?}: {done:?}");
+                Some(done.stdout)
+            }
+        }
+    }
+}
+
+/// Bytes with others at some places.
+fn at(size: usize, parts: &[(usize, &[u8])]) -> Vec<u8> {
+    let mut bytes = vec![0; size];
+    for (at, part) in parts {
+        bytes[*at..*at + part.len()].copy_from_slice(part);
+    }
+    bytes
+}
+
+fn member(name: &str, kind: u8, content: &[u8]) -> Vec<u8> {
+    let mut block = at(
+        512,
+        &[
+            (0, name.as_bytes()),
+            (100, b"0000755\0"),
+            (108, b"0000000\0"),
+            (116, b"0000000\0"),
+            (124, format!("{:011o}\0", content.len()).as_bytes()),
+            (136, b"14524770400\0"),
+            (148, b"        "),
+            (156, &[kind]),
+            (257, b"ustar\x0000"),
+        ],
+    );
+    sign(&mut block);
+    block.extend_from_slice(content);
+    block.resize(block.len().next_multiple_of(512), 0);
+    block
+}
+
+fn sign(block: &mut [u8]) {
+    block[148..156].fill(b' ');
+    let sum: u32 = block[..512].iter().map(|&byte| u32::from(byte)).sum();
+    block[148..156].copy_from_slice(format!("{sum:06o}\0 ").as_bytes());
+}
+
+fn tar(members: &[Vec<u8>]) -> Vec<u8> {
+    let mut tar = members.concat();
+    tar.resize(tar.len() + 1024, 0);
+    tar
+}
+
+fn rootfs() -> Vec<u8> {
+    let text = "some text, over and over\n".repeat(20_000);
+    tar(&[
+        member("./", b'5', b""),
+        member("./etc/", b'5', b""),
+        member("./etc/hostname", b'0', b"here\n"),
+        member("./text", b'0', text.as_bytes()),
+    ])
+}
+
+fn gzip(bytes: &[u8]) -> Vec<u8> {
+    let mut gzip = flate2::write::GzEncoder::new(Vec::new(), flate2::Compression::fast());
+    gzip.write_all(bytes).unwrap();
+    gzip.finish().unwrap()
+}
+
+fn bzip2(bytes: &[u8]) -> Vec<u8> {
+    let mut bzip2 = bzip2::write::BzEncoder::new(Vec::new(), bzip2::Compression::fast());
+    bzip2.write_all(bytes).unwrap();
+    bzip2.finish().unwrap()
+}
+
+fn xz(bytes: &[u8]) -> Vec<u8> {
+    let mut xz = liblzma::write::XzEncoder::new(Vec::new(), 0);
+    xz.write_all(bytes).unwrap();
+    xz.finish().unwrap()
+}
+
+fn lzma(bytes: &[u8]) -> Vec<u8> {
+    let options = liblzma::stream::LzmaOptions::new_preset(0).unwrap();
+    let lzma = liblzma::stream::Stream::new_lzma_encoder(&options).unwrap();
+    let mut lzma = liblzma::write::XzEncoder::new_stream(Vec::new(), lzma);
+    lzma.write_all(bytes).unwrap();
+    lzma.finish().unwrap()
+}
+
+fn zstd(bytes: &[u8]) -> Vec<u8> {
+    zstd::encode_all(bytes, 1).unwrap()
+}
+
+fn lz4(bytes: &[u8]) -> Vec<u8> {
+    let mut lz4 = lz4::EncoderBuilder::new().build(Vec::new()).unwrap();
+    lz4.write_all(bytes).unwrap();
+    let (bytes, done) = lz4.finish();
+    done.unwrap();
+    bytes
+}
+
+fn lz4_legacy(bytes: &[u8]) -> Vec<u8> {
+    let block = lz4::block::compress(bytes, None, false).unwrap();
+    let len = u32::try_from(block.len()).unwrap().to_le_bytes();
+    [b"\x02\x21\x4c\x18".as_slice(), &len, &block].concat()
+}
+
+type Pack = fn(&[u8]) -> Vec<u8>;
+const COMPRESSIONS: &[(&str, Pack)] = &[
+    ("gzip", gzip),
+    ("bzip2", bzip2),
+    ("xz", xz),
+    ("lzma", lzma),
+    ("zstd", zstd),
+    ("lz4", lz4),
+    ("lz4", lz4_legacy),
+];
+
+fn has(program: &str) -> bool {
+    let there = std::env::var("PATH")
+        .unwrap_or_default()
+        .split(':')
+        .any(|dir| std::path::Path::new(dir).join(program).is_file());
+    if !there {
+        println!("skipped: no {program}");
+    }
+    there
+}
+
+#[test]
+fn tars_of_all_compressions() {
+    let place = Place::new();
+    let rootfs = rootfs();
+    // v7: nothing but the checksum tells.
+    let mut old = rootfs.clone();
+    let mut header = 0;
+    for len in [0, 0, 1, 977] {
+        old[header + 257..header + 265].fill(0);
+        sign(&mut old[header..header + 512]);
+        header += 512 + len * 512;
+    }
+    if has("mkfs.ext4") {
+        place.convert(&rootfs, "").success();
+        let wanted = place.dump();
+        assert_eq!(wanted[1080..1082], [0x53, 0xef]);
+        for (name, pack) in COMPRESSIONS {
+            place.convert(&pack(&rootfs), "").success().stderr("");
+            let found = place.dump();
+            assert_eq!(found.len(), wanted.len(), "{name}");
+            let text = b"some text, over and over\n";
+            assert!(
+                found.windows(text.len()).any(|bytes| bytes == text),
+                "{name}"
+            );
+        }
+        place.convert(&old, "").success();
+        // Several compressed files in a row are one, and zeros behind them are nothing.
+        let (first, second) = rootfs.split_at(1000);
+        for pack in [gzip, bzip2, xz, zstd, lz4] as [Pack; 5] {
+            let both = [pack(first), pack(second), vec![0; 1024]].concat();
+            place.convert(&both, "").success();
+        }
+    }
+    for (name, pack) in COMPRESSIONS {
+        let packed = pack(&rootfs);
+        // A cut within the first bytes leaves nothing to tell lzma by.
+        for cut in [packed.len() - 1, packed.len() - 7, packed.len() / 2] {
+            place.damaged(&packed[..cut], "incomplete download or copy?");
+        }
+        place.damaged(&pack(&rootfs[..1700]), "rootfs.tar.gz: ");
+        // Text tells nothing.
+        let text = pack(b"To whom it may concern");
+        match *name {
+            "lzma" => place.refused(&text, "--from raw"),
+            name => place.refused(&text, &format!("compressed with {name}, but")),
+        }
+    }
+}
+
+#[test]
+fn damaged_tars() {
+    let place = Place::new();
+    let rootfs = rootfs();
+    for len in (512..rootfs.len() - 1024)
+        .step_by(9973)
+        .chain([1536, rootfs.len() - 1024])
+    {
+        place.damaged(&rootfs[..len], "incomplete download or copy?");
+        if has("mkfs.erofs") {
+            let done = place.convert(&rootfs[..len], "--fs erofs");
+            done.code(3)
+                .stderr(contains("incomplete download or copy?"));
+        }
+    }
+    let cut = &rootfs[..rootfs.len() - 20_000];
+    place.damaged(cut, "member \"./text\": the tar ends at byte");
+    let mut flipped = rootfs.clone();
+    flipped[2100] ^= 1;
+    place.damaged(
+        &flipped,
+        "the block at byte 2048, behind member \"./etc/hostname\", is no header",
+    );
+    let mut flipped = gzip(&rootfs);
+    let middle = flipped.len() - 6;
+    flipped[middle] ^= 1;
+    place.damaged(&flipped, "gzip data is damaged");
+    place.damaged(
+        &tar(&[member("../../etc/passwd", b'0', b"x")]),
+        "name \"../../etc/passwd\": \"..\" leads out",
+    );
+    place.damaged(
+        &[rootfs.clone(), rootfs].concat(),
+        "another archive follows",
+    );
+}
+
+#[test]
+fn layers_and_packages() {
+    let place = Place::new();
+    let layer = tar(&[member("etc/", b'5', b""), member("etc/.wh.motd", b'0', b"")]);
+    place.refused(&layer, "--keep-whiteouts");
+    place.refused(
+        &gzip(&layer),
+        "\"etc/.wh.motd\" hides a file of the layers below",
+    );
+    let opaque = tar(&[member("etc/.wh..wh..opq", b'0', b"")]);
+    place.refused(&opaque, "a layer of a container image");
+    let file = |name: &str| member(name, b'0', b"{}");
+    let docker = tar(&[
+        file("0123.json"),
+        file("abc/layer.tar"),
+        file("manifest.json"),
+    ]);
+    place.refused(
+        &docker,
+        "skopeo copy docker-archive:rootfs.tar.gz oci:LAYOUT",
+    );
+    let old = tar(&[file("abc/layer.tar"), file("repositories")]);
+    place.refused(&old, "docker save");
+    let oci = tar(&[
+        file("blobs/sha256/00"),
+        file("index.json"),
+        file("oci-layout"),
+    ]);
+    place.refused(&oci, "obdsetup convert LAYOUT");
+    place.refused(&zstd(&oci), "an OCI image archive");
+    let ova = tar(&[file("vm.ovf"), file("disk.vmdk"), file("vm.mf")]);
+    place.refused(&ova, "a virtual machine (OVA)");
+    fs::create_dir(place.path("dir")).unwrap();
+    place.write("dir/version", b"Directory Transport Version: 1.1\n");
+    place.write("dir/manifest.json", b"{}");
+    place
+        .run("convert dir out.obd")
+        .code(1)
+        .stderr(contains("skopeo copy dir:dir"));
+    fs::remove_dir_all(place.path("dir")).unwrap();
+    if has("mkfs.ext4") {
+        place.convert(&layer, "--keep-whiteouts").success();
+        place.convert(&docker, "--from tar").success();
+        // These are names as any other.
+        let plain = tar(&[
+            file("manifest.json"),
+            file("usr/share/x.tar"),
+            file("usr/vm.ovf"),
+        ]);
+        place.convert(&plain, "").success();
+    }
+}
+
+#[test]
+fn other_archives() {
+    let place = Place::new();
+    let cases: &[(&[u8], &str)] = &[
+        (
+            b"PK\x03\x04\x14\0",
+            "a zip archive: unpack it, then `obdsetup convert DIRECTORY`",
+        ),
+        (b"PK\x05\x06", "zip"),
+        (
+            b"070701000000",
+            "a cpio archive: unpack it, `cpio -i -d <rootfs.tar.gz`",
+        ),
+        (b"070702000000", "cpio"),
+        (b"070707000000", "cpio"),
+        (b"7z\xbc\xaf\x27\x1c\0\x04", "7-Zip"),
+        (b"Rar!\x1a\x07\x01\0", "RAR"),
+        (
+            b"!<arch>\ndebian-binary   ",
+            "a Debian package: `dpkg-deb --fsys-tarfile rootfs.tar.gz`",
+        ),
+        (b"!<arch>\n", "an ar archive"),
+        (b"\xed\xab\xee\xdb\x03\0", "an RPM package"),
+        (
+            b"\x3a\xff\x26\xed\x01\0\0\0",
+            "an Android sparse image: `simg2img rootfs.tar.gz disk.raw`",
+        ),
+        (b"\x1f\x9d\x90", "compress(1)"),
+        (b"\x89LZO\0\r\n\x1a\n", "lzop"),
+        (b"QFI\xfb\0\0\0\x01", "qcow"),
+        (b"MSWIM\0\0\0", "WIM"),
+        (b"<!DOCTYPE html>", "a web page: the download went wrong"),
+        (b"\x7fELF\x02\x01\x01", "a program"),
+    ];
+    for (bytes, said) in cases {
+        let mut file = bytes.to_vec();
+        file.resize(2048, 7);
+        place.refused(&file, said);
+        place.refused(bytes, said);
+        let name = said.split(':').next().unwrap();
+        place.refused(&gzip(&file), name);
+        // Who says so gets it.
+        place.convert(&file, "--from raw").success();
+        // Nor is it what create takes for a disk.
+        place
+            .run("create --image rootfs.tar.gz x")
+            .code(1)
+            .stderr(contains(*said));
+    }
+    // cpio as it was on the PDP-11, and on machines of the other byte order.
+    let old = [
+        b"\xc7\x71\x01\0\x02\0\xa4\x81\0\0\0\0\x01\0\0\0\0\0\0\0\x02\0\0\0\0\0a\0".as_slice(),
+        b"\x71\xc7\0\x01\0\x02\x81\xa4\0\0\0\0\0\x01\0\0\0\0\0\0\0\x02\0\0\0\0a\0",
+    ];
+    for old in old {
+        place.refused(old, "a cpio archive");
+    }
+    place.refused(&at(2048, &[(1536, b"koly\0\0\0\x04")]), "DMG");
+}
+
+#[test]
+fn real_archives() {
+    let place = Place::new();
+    place.write("name", b"content\n");
+    let cases: &[(&str, &[&str], &str)] = &[
+        ("zip", &["-q", "-", "name"], "a zip archive"),
+        (
+            "sh",
+            &["-c", "echo name | cpio -o -H newc 2>/dev/null"],
+            "a cpio archive",
+        ),
+        (
+            "sh",
+            &["-c", "echo name | cpio -o -H crc 2>/dev/null"],
+            "a cpio archive",
+        ),
+        (
+            "sh",
+            &["-c", "echo name | cpio -o -H odc 2>/dev/null"],
+            "a cpio archive",
+        ),
+        (
+            "sh",
+            &["-c", "echo name | cpio -o -H bin 2>/dev/null"],
+            "a cpio archive",
+        ),
+        (
+            "sh",
+            &["-c", "ar q x.a name 2>/dev/null && cat x.a && rm x.a"],
+            "an ar archive",
+        ),
+    ];
+    for (program, args, said) in cases {
+        if args[0] == "-c"
+            && !has(if args[1].contains("cpio") {
+                "cpio"
+            } else {
+                "ar"
+            })
+        {
+            continue;
+        }
+        let Some(bytes) = place.tool(program, args) else {
+            continue;
+        };
+        let other = Place::new();
+        other.refused(&bytes, said);
+    }
+    // What other programs compress.
+    let packers: &[(&str, &[&str])] = &[
+        ("gzip", &["-c"]),
+        ("bzip2", &["-c"]),
+        ("xz", &["-c"]),
+        ("xz", &["--format=lzma", "-c"]),
+        ("zstd", &["-q", "-c"]),
+        ("zstd", &["-q", "--long=27", "-c"]),
+        ("lz4", &["-q", "-c"]),
+        ("lz4", &["-q", "-l", "-c"]),
+        ("lz4", &["-q", "-BX", "-9", "-c"]),
+    ];
+    place.write("disk", &disk());
+    for (program, args) in packers {
+        let mut args = args.to_vec();
+        args.push("disk");
+        let Some(bytes) = place.tool(program, &args) else {
+            continue;
+        };
+        let other = Place::new();
+        other.convert(&bytes, "").success();
+        assert!(other.dump() == disk(), "{program} {args:?}");
+    }
+}
+
+/// A disk with a partition table and noise.
+fn disk() -> Vec<u8> {
+    let mut disk = at(300 << 10, &[(450, b"\x83"), (510, b"\x55\xaa")]);
+    let mut state = 1u32;
+    for byte in &mut disk[4096..40_000] {
+        state = state.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
+        *byte = (state >> 24) as u8;
+    }
+    disk
+}
+
+#[test]
+fn disks() {
+    let place = Place::new();
+    let heads: &[&[(usize, &[u8])]] = &[
+        &[(510, b"\x55\xaa")],
+        &[(512, b"EFI PART")],
+        &[(4096, b"EFI PART")],
+        &[
+            (1024, b"\x10\0\0\0\x40"),
+            (1080, b"\x53\xef"),
+            (1100, b"\x01"),
+        ],
+        &[(0, b"XFSB")],
+        &[(65_600, b"_BHRfS_M")],
+        &[(1024, b"\xe2\xe1\xf5\xe0")],
+        &[(0, b"hsqs")],
+        &[(1024, b"\x10\x20\xf5\xf2")],
+        &[(3, b"NTFS    ")],
+        &[(82, b"FAT32   ")],
+        &[(32_769, b"CD001")],
+        &[(32_769, b"BEA01"), (34_817, b"NSR02")],
+        &[(536, b"LVM2 001")],
+        &[(0, b"LUKS\xba\xbe")],
+        &[(4086, b"SWAPSPACE2")],
+    ];
+    for head in heads {
+        let disk = at(100 << 10, head);
+        place.convert(&disk, "").success();
+        assert!(place.dump() == disk, "{head:?}");
+        place.refused(&disk[..disk.len() - 1], "no whole number of sectors");
+        place
+            .convert(&disk[..disk.len() - 1], "--from raw")
+            .success();
+        place
+            .run("create --image rootfs.tar.gz x")
+            .code(1)
+            .stderr(contains("--raw takes it"));
+    }
+    for (name, pack) in COMPRESSIONS {
+        let packed = pack(&disk());
+        place.convert(&packed, "").success();
+        assert!(place.dump() == disk(), "{name}");
+        place.damaged(&packed[..packed.len() - 1], "incomplete download or copy?");
+        place.damaged(&pack(&disk()[..299_999]), "no whole number of sectors");
+        place
+            .run("create --image rootfs.tar.gz x")
+            .code(1)
+            .stderr(contains("compressed with"));
+    }
+    // Nothing shows what these are.
+    place.refused(&[0; 8192], "--from raw for a disk");
+    place.refused(b"", "empty");
+    place.refused(&[b'x'; 8192], "--from raw for a disk");
+    place.convert(&[0; 8192], "--from raw").success();
+    place.convert(&[b'x'; 8191], "--from raw").success();
+    // create takes disks; what may be one is one.
+    for unknown in [vec![0; 8192], vec![b'x'; 8191]] {
+        place.write("rootfs.tar.gz", &unknown);
+        place
+            .run("create --force --image rootfs.tar.gz out.obd")
+            .success();
+    }
+    place.write("rootfs.tar.gz", &rootfs());
+    place
+        .run("create --image rootfs.tar.gz x")
+        .code(1)
+        .stderr(contains("but tar"));
+    place.run("create --image rootfs.tar.gz x --raw").success();
+    place
+        .run("create --image x y")
+        .code(1)
+        .stderr(contains("is an OverlayBD layer"));
+}
+
+/// All that this file has, cut and changed: `convert` ends, and never with a panic.
+#[test]
+fn mutations() {
+    let place = Place::new();
+    let samples: Vec<Vec<u8>> = COMPRESSIONS
+        .iter()
+        .map(|(_, pack)| pack(&rootfs()[..4096]))
+        .chain([rootfs()[..4096].to_vec(), disk()[..4096].to_vec()])
+        .collect();
+    let mut state = 7u64;
+    let mut random = |below: usize| {
+        state = state
+            .wrapping_mul(6_364_136_223_846_793_005)
+            .wrapping_add(1);
+        (state >> 33) as usize % below
+    };
+    for _ in 0..100 {
+        let mut bytes = samples[random(samples.len())].clone();
+        for _ in 0..random(4) {
+            let at = random(bytes.len());
+            bytes[at] = random(256) as u8;
+        }
+        bytes.truncate(random(bytes.len() + 1));
+        let done = place.convert(&bytes, "--fs squashfs");
+        let code = done.get_output().status.code();
+        assert!(matches!(code, Some(0 | 1 | 3)), "{code:?}: {done}");
+    }
+}
+
+#[test]
+fn granularity() {
+    let place = Place::new();
+    // Data in every other sector.
+    let mut disk = disk();
+    for sector in disk[65_536..131_072].chunks_mut(1024) {
+        sector[..512].fill(7);
+    }
+    place.write("disk", &disk);
+    let len = |options: &str| {
+        place
+            .run(&format!(
+                "convert disk out.obd --force --algorithm none {options}"
+            ))
+            .success();
+        assert!(place.dump() == disk);
+        fs::metadata(place.path("out.obd")).unwrap().len()
+    };
+    assert_eq!(len(""), len("--granularity 4k"));
+    assert!(len("--granularity 512") < len("--granularity 1k"));
+    place
+        .run("create --image disk fine.obd --skip-zeros --granularity 512 --algorithm none")
+        .success();
+    assert_eq!(
+        fs::metadata(place.path("fine.obd")).unwrap().len(),
+        len("--granularity 512")
+    );
+    place
+        .run("convert disk x --granularity 3k")
+        .code(1)
+        .stderr(contains("power of two"));
+}
