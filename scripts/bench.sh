@@ -14,7 +14,9 @@ qemu) kernels=(stock) ;;
 esac
 [ -z "${COMPARE:-}" ] || [ -s "$COMPARE" ] || die "COMPARE=$COMPARE: no such file"
 out=$BUILD/bench
-images=$CACHE/bench-$({ cat "$SCRIPTS/bench/images.sh" "$CLONE/tools/obdsetup/src/mkfs.rs" && root_key; } | short_hash)
+# Made anew when the recipe changes, or what obdsetup runs mkfs with.
+images=$CACHE/bench-$({ cat "$SCRIPTS/bench/images.sh" && root_key &&
+	find "$CLONE/tools/obdsetup/src" -path '*/mkfs*' -type f -print0 | sort -z | xargs -0r cat; } | short_hash)
 export OBD_RAM_DISKS=900 OBD_RAM_KIB=$((512 << 10))
 
 # Within step, which looks at the status, the shell does not end at an error by itself: hence the && in what follows.
