@@ -4,9 +4,8 @@
 
 use std::collections::{BTreeMap, HashSet};
 use std::fmt;
-use std::fs::{File, Permissions};
-use std::io::Write;
-use std::os::unix::fs::PermissionsExt;
+use std::fs::File;
+use std::io::{ErrorKind, Write};
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result};
@@ -14,8 +13,6 @@ use overlaybd::format::merge::MAX_LAYERS;
 use overlaybd::format::num::to_u64;
 use overlaybd::format::Blob;
 use overlaybd::{FileBlob, LayerReader, Stack};
-use rustix::fs::{renameat_with, RenameFlags, CWD};
-use rustix::io::Errno;
 use serde::de::DeserializeOwned;
 use serde::Deserialize;
 use sha2::{Digest, Sha256};
@@ -24,7 +21,7 @@ use crate::bar::Bar;
 use crate::config::{Config, Lower};
 use crate::exit::{self, Failure};
 use crate::json::{self, bad};
-use crate::output::{directory, umask};
+use crate::output::{directory, rename_new_directory, set_mode, sync, sync_directory, umask};
 
 /// Media types of indexes, of which other indexes may consist.
 const INDEX_TYPES: [&str; 2] = [
@@ -98,7 +95,8 @@ pub(crate) fn convert(layout: &Path, choice: &Choice, out: &Path) -> Result<()> 
         .tempdir_in(parent);
     let made = made.with_context(|| format!("{}: cannot make a directory", parent.display()))?;
     let context = || format!("{}: cannot complete the directory", out.display());
-    std::fs::set_permissions(made.path(), Permissions::from_mode(0o777 & !umask()))
+    File::open(made.path())
+        .and_then(|made| set_mode(&made, 0o777 & !umask()))
         .with_context(context)?;
     // The snapshotter would look up relative names from wherever it was started.
     let place = parent.canonicalize().with_context(context)?;
@@ -128,20 +126,15 @@ pub(crate) fn convert(layout: &Path, choice: &Choice, out: &Path) -> Result<()> 
     let mut text = serde_json::to_string_pretty(&config)?;
     text.push('\n');
     write(&made.path().join("config.v1.json"), text.as_bytes()).with_context(context)?;
-    File::open(made.path())
-        .and_then(|made| made.sync_all())
-        .with_context(context)?;
+    sync_directory(made.path()).with_context(context)?;
     crate::interrupt::check()?;
-    match renameat_with(CWD, made.path(), CWD, out, RenameFlags::NOREPLACE) {
-        Ok(()) => {}
-        Err(Errno::EXIST) => return Err(there(out)),
-        Err(error) => return Err(std::io::Error::from(error)).with_context(context),
+    match rename_new_directory(made.path(), out) {
+        Err(error) if error.kind() == ErrorKind::AlreadyExists => return Err(there(out)),
+        done => done.with_context(context)?,
     }
     // What was to be deleted isn't there any more under that name.
     let _ = made.keep();
-    File::open(parent)
-        .and_then(|parent| parent.sync_all())
-        .with_context(context)
+    sync_directory(parent).with_context(context)
 }
 
 /// Whoever had something in that directory would not want it to be gone.
@@ -336,11 +329,11 @@ fn copy(from: &FileBlob, layer: &Descriptor, to: &Path, bar: &Bar) -> Result<()>
     if sha256(hasher) != layer.digest {
         return Err(differs(from.path()));
     }
-    output.sync_all().with_context(context)
+    sync(&output).with_context(context)
 }
 
 fn write(path: &Path, bytes: &[u8]) -> std::io::Result<()> {
     let mut file = File::create_new(path)?;
     file.write_all(bytes)?;
-    file.sync_all()
+    sync(&file)
 }

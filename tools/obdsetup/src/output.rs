@@ -2,14 +2,22 @@
 
 //! Files that are there complete or not at all.
 
-use std::fs::File;
+use std::fs::{File, Metadata, Permissions};
+use std::io;
 use std::os::unix::fs::{MetadataExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result};
-use tempfile::NamedTempFile;
+use rustix::fs::{
+    fchown, fsetxattr, getxattr, renameat_with, Gid, RenameFlags, Uid, XattrFlags, CWD,
+};
+use rustix::io::Errno;
+use tempfile::{NamedTempFile, PersistError};
 
 use crate::exit::{self, Failure};
+
+/// Links that are followed at most, as the kernel does.
+const MAX_LINKS: usize = 40;
 
 /// A file being written beside the place where it is to be. Dropped, it is gone.
 pub(crate) struct Output {
@@ -40,13 +48,14 @@ impl Output {
             return Err(exists(path));
         }
         // Of a link, what it leads to is replaced.
-        let path = path.canonicalize().unwrap_or_else(|_| path.to_owned());
+        let path = target(path);
         let file = temp_file(directory(&path))?;
-        // What the umask leaves of this is what a file made by any other tool has.
-        let mode = 0o666 & !umask();
-        file.as_file()
-            .set_permissions(std::fs::Permissions::from_mode(mode))
-            .with_context(|| format!("{}: cannot set permissions", path.display()))?;
+        let done = match path.metadata() {
+            Ok(old) => keep_attributes(file.as_file(), &path, &old),
+            // What the umask leaves of this is what a file made by any other tool has.
+            Err(_) => set_mode(file.as_file(), 0o666 & !umask()),
+        };
+        done.with_context(|| format!("{}: cannot set permissions", path.display()))?;
         Ok(Self { file, path, force })
     }
 
@@ -65,21 +74,153 @@ impl Output {
         let Self { file, path, force } = self;
         let context = || format!("{}: cannot complete the file", path.display());
         crate::interrupt::check()?;
-        file.as_file().sync_all().with_context(context)?;
-        let kept = if force {
-            file.persist(&path)
-        } else {
-            file.persist_noclobber(&path)
+        sync(file.as_file()).with_context(context)?;
+        let kept = match force {
+            true => file.persist(&path),
+            false => persist_new(file, &path),
         };
         kept.map_err(|error| match error.error.kind() {
-            std::io::ErrorKind::AlreadyExists => exists(&path),
+            io::ErrorKind::AlreadyExists => exists(&path),
             _ => anyhow::Error::from(error.error).context(context()),
         })?;
         let directory = directory(&path);
-        File::open(directory)
-            .and_then(|directory| directory.sync_all())
+        sync_directory(directory)
             .with_context(|| format!("{}: cannot sync the directory", directory.display()))
     }
+}
+
+/// Puts `file` at `path` where nothing is there. File systems know one of three ways at least.
+fn persist_new(file: NamedTempFile, path: &Path) -> Result<File, PersistError> {
+    // Renames so that nothing is replaced, or makes a hard link.
+    let error = match file.persist_noclobber(path) {
+        Err(error) if is_unsupported(&error.error) => error,
+        done => return done,
+    };
+    match path.symlink_metadata() {
+        Ok(_) => Err(PersistError {
+            error: io::ErrorKind::AlreadyExists.into(),
+            file: error.file,
+        }),
+        Err(_) => error.file.persist(path),
+    }
+}
+
+/// Renames the directory `from` to `to` where nothing is there.
+pub(crate) fn rename_new_directory(from: &Path, to: &Path) -> io::Result<()> {
+    match renameat_with(CWD, from, CWD, to, RenameFlags::NOREPLACE).map_err(io::Error::from) {
+        Err(error) if is_unsupported(&error) => rename_over_empty(from, to),
+        done => done,
+    }
+}
+
+/// [`rename_new_directory`] for file systems that cannot do it at once. Renaming replaces an empty
+/// directory, and making that one fails where something is there.
+fn rename_over_empty(from: &Path, to: &Path) -> io::Result<()> {
+    std::fs::create_dir(to)?;
+    std::fs::rename(from, to).or_else(|_| {
+        // Some file systems replace nothing at all.
+        std::fs::remove_dir(to)?;
+        std::fs::rename(from, to)
+    })
+}
+
+/// Writes a file back to its disk, where the file system can.
+pub(crate) fn sync(file: &File) -> io::Result<()> {
+    file.sync_all()
+        .or_else(|error| match is_unsupported(&error) {
+            true => Ok(()),
+            false => Err(error),
+        })
+}
+
+/// Writes the names in a directory back to its disk, where that can be done: a directory may be
+/// there for writing only.
+pub(crate) fn sync_directory(directory: &Path) -> io::Result<()> {
+    match File::open(directory) {
+        Err(error) if error.kind() == io::ErrorKind::PermissionDenied => Ok(()),
+        opened => sync(&opened?),
+    }
+}
+
+/// Sets the mode of a file or directory, where the file system has modes.
+pub(crate) fn set_mode(file: &File, mode: u32) -> io::Result<()> {
+    let done = file.set_permissions(Permissions::from_mode(mode));
+    done.or_else(|error| match is_unsupported(&error) {
+        true => Ok(()),
+        false => Err(error),
+    })
+}
+
+/// Whether a file system says that it cannot do such a thing, not that it went wrong.
+fn is_unsupported(error: &io::Error) -> bool {
+    matches!(
+        Errno::from_io_error(error),
+        Some(Errno::INVAL | Errno::NOSYS | Errno::NOTSUP | Errno::PERM)
+    )
+}
+
+/// The permissions of a file as an extended attribute; there only where they are more than a mode.
+const ACL: &str = "system.posix_acl_access";
+/// The label of a file for SELinux.
+const LABEL: &str = "security.selinux";
+
+/// Gives `file` what the file at `path` has that it replaces: owner and group where that is allowed,
+/// mode, access control list, label. What cannot be kept makes it less open, never more.
+fn keep_attributes(file: &File, path: &Path, old: &Metadata) -> io::Result<()> {
+    if old.nlink() > 1 {
+        crate::tell(&format!(
+            "warning: {}: has {} names (hard links): only this one gets the new content",
+            path.display(),
+            old.nlink()
+        ));
+    }
+    let new = file.metadata()?;
+    let same_group =
+        new.gid() == old.gid() || fchown(file, None, Some(Gid::from_raw(old.gid()))).is_ok();
+    let same_owner =
+        new.uid() == old.uid() || fchown(file, Some(Uid::from_raw(old.uid())), None).is_ok();
+    let acl = attribute(path, ACL);
+    let mut mode = old.mode() & 0o7777;
+    if !same_owner {
+        mode &= !0o4000;
+    }
+    // The group's part of the mode is the mask of the list, where there is one.
+    let keeps_acl = acl
+        .as_ref()
+        .is_none_or(|acl| same_group && fsetxattr(file, ACL, acl, XattrFlags::empty()).is_ok());
+    if !same_group || !keeps_acl {
+        mode &= !0o2070 | mode << 3 & 0o070;
+    }
+    set_mode(file, mode)?;
+    if let Some(label) = attribute(path, LABEL) {
+        // Only an administrator may.
+        let _ = fsetxattr(file, LABEL, &label, XattrFlags::empty());
+    }
+    Ok(())
+}
+
+/// An extended attribute of a file, where it has that.
+fn attribute(path: &Path, name: &str) -> Option<Vec<u8>> {
+    // More than any file system has of these.
+    let mut value = vec![0; 64 << 10];
+    let len = getxattr(path, name, &mut value).ok()?;
+    value.truncate(len);
+    Some(value)
+}
+
+/// What `path` leads to, perhaps by links, whether or not it is there.
+fn target(path: &Path) -> PathBuf {
+    if let Ok(path) = path.canonicalize() {
+        return path;
+    }
+    let mut path = path.to_owned();
+    for _ in 0..MAX_LINKS {
+        match path.read_link() {
+            Ok(link) => path = directory(&path).join(link),
+            Err(_) => break,
+        }
+    }
+    path
 }
 
 /// A temporary file in `directory`, deleted when dropped.
@@ -111,4 +252,32 @@ pub(crate) fn umask() -> u32 {
     let mask = rustix::process::umask(all);
     rustix::process::umask(mask);
     mask.as_raw_mode()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::{rename_new_directory, rename_over_empty, sync_directory};
+    use std::fs;
+    use std::io::{self, ErrorKind};
+
+    #[test]
+    fn directories_replace_nothing() -> io::Result<()> {
+        for rename in [rename_new_directory, rename_over_empty] {
+            let place = tempfile::tempdir()?;
+            let (from, to) = (place.path().join("from"), place.path().join("to"));
+            fs::create_dir(&from)?;
+            fs::write(from.join("file"), "content")?;
+            // Not even an empty directory: it is somebody's.
+            fs::create_dir(&to)?;
+            let refused = rename(&from, &to).map_err(|error| error.kind());
+            assert_eq!(refused, Err(ErrorKind::AlreadyExists));
+            assert!(from.join("file").exists() && to.exists());
+            fs::remove_dir(&to)?;
+            rename(&from, &to)?;
+            assert_eq!(fs::read(to.join("file"))?, b"content");
+            assert!(!from.exists());
+            sync_directory(place.path())?;
+        }
+        Ok(())
+    }
 }
