@@ -98,8 +98,7 @@ step "One command makes the three files a disk."
 run 'obdsetup open demo layer1.obd layer2.obd layer3.obd'
 
 step "What device-mapper has now: a zfile device for each compressed layer, and" \
-	"the lsmt device \`demo' that puts all layers together, lowest first. (Loop devices" \
-	"have whole sectors; the last bytes of a file of odd length come from a second one.)"
+	"the lsmt device \`demo' that puts all layers together, lowest first."
 run 'dmsetup table'
 echo
 run 'dmsetup status'

@@ -86,6 +86,7 @@ fn read(data: &[u8]) -> Result<Case> {
             block_size,
             crc: flags & 2 != 0,
             overwrite_header: flags & 4 != 0,
+            whole_sectors: false,
         },
         last,
         blocks: blocks.into_iter().enumerate().map(&mut block).collect(),

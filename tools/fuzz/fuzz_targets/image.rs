@@ -69,6 +69,7 @@ fn read_layer(input: &mut Unstructured<'_>) -> Result<Layer> {
         block_size: 1 << (9 + shift % 8),
         crc: flags & 2 != 0,
         overwrite_header: flags & 4 != 0,
+        whole_sectors: flags & 32 != 0,
     };
     let mut layer = Layer {
         virtual_size: (u64::from(sectors) * 512).saturating_sub(odd.into()),

@@ -334,6 +334,7 @@ fn seeds() -> Vec<Vec<u8>> {
                 block_size: 1 << shift,
                 crc,
                 overwrite_header,
+                whole_sectors: false,
             };
             let image = common::zfile(&vec![7; (5 << shift) + 77], options);
             let index_offset = image.len() - 512 - 6 * 4;

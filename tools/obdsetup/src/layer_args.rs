@@ -122,6 +122,7 @@ impl WrapArgs {
             block_size: self.block_size.unwrap_or(4096),
             crc: !self.no_crc,
             overwrite_header: true,
+            whole_sectors: true,
         })
     }
 }

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! Writing a ZFile, byte for byte as upstream's tools do with the same codecs.
+//! Writing a ZFile, byte for byte as upstream's tools do with the same codecs, or padded so that a
+//! loop device shows all of it.
 //!
 //! Blocks are compressed by many threads; what comes out doesn't depend on how many.
 
@@ -11,6 +12,7 @@ use rayon::prelude::*;
 use crate::codec::{Encoder, Method};
 use crate::format::num::{to_u64, to_usize};
 use crate::format::zfile::{self, field, flag};
+use crate::format::SECTOR_SIZE;
 use crate::{crc32c, Error, Result};
 
 /// About how many bytes are compressed at once.
@@ -27,6 +29,9 @@ pub struct Options {
     pub crc: bool,
     /// Whether the header is written again at the end, so that readers need no trailer.
     pub overwrite_header: bool,
+    /// Whether the ZFile ends on a sector: zeros fill up what is missing, between the blocks and the
+    /// index. Upstream's tools don't do that, but read such files.
+    pub whole_sectors: bool,
 }
 
 /// A ZFile being written.
@@ -39,7 +44,7 @@ pub struct ZfileWriter<W> {
     pending: Vec<u8>,
     /// The index as it stands on disk.
     index: Vec<u8>,
-    /// Byte offset in the ZFile of the next block.
+    /// Byte offset in the ZFile of the next block, and at the end of the index.
     offset: u64,
     /// Bytes of the original file so far.
     size: u64,
@@ -101,6 +106,14 @@ impl<W: Write + Seek> ZfileWriter<W> {
     /// What compressing or writing fails with.
     pub fn finish(mut self) -> Result<(W, u64)> {
         self.compress(self.pending.len())?;
+        if self.options.whole_sectors {
+            // The header and the trailer are a sector each.
+            let len = self.offset + to_u64(self.index.len());
+            let gap = len.next_multiple_of(SECTOR_SIZE) - len;
+            let zeros = vec![0; to_usize(gap)];
+            self.out.write_all(&zeros).map_err(write_error)?;
+            self.offset += gap;
+        }
         self.out.write_all(&self.index).map_err(write_error)?;
         let trailer = self.header(flag::DATA_FILE | flag::SEALED | flag::DIGEST, true);
         self.out.write_all(&trailer).map_err(write_error)?;

@@ -129,6 +129,7 @@ fn kinds(mut check: impl FnMut(Options, Vec<u8>)) {
                     block_size: 1 << shift,
                     crc,
                     overwrite_header: true,
+                    whole_sectors: false,
                 };
                 let mut header = zfile(&[], options);
                 header.truncate(512);

@@ -255,6 +255,7 @@ proptest! {
             block_size: 1 << shift,
             crc,
             overwrite_header: true,
+            whole_sectors: false,
         };
         let empty = if crc { 4 } else { 0 };
         // The last block may be short.
@@ -312,18 +313,19 @@ fn content(len: usize) -> Vec<u8> {
         .collect()
 }
 
-/// Every algorithm, block size, CRC, header and tar, and content of many lengths.
+/// Every algorithm, block size, CRC, header, end and tar, and content of many lengths.
 #[test]
 fn round_trips() {
     for algorithm in [Algorithm::Lz4, Algorithm::Zstd] {
         for level in [None, Some(9)] {
             for shift in 9..=16 {
-                for flags in 0..8 {
+                for flags in 0..16 {
                     let options = Options {
                         method: Method { algorithm, level },
                         block_size: 1 << shift,
                         crc: flags & 1 != 0,
                         overwrite_header: flags & 2 != 0,
+                        whole_sectors: flags & 8 != 0,
                     };
                     round_trip(options, flags & 4 != 0);
                 }
@@ -343,6 +345,10 @@ fn round_trip(options: Options, tar: bool) {
         let file = file(&wrapped(&wanted, wrapping));
         let blob = Arc::new(FileBlob::open(file.path(), None).unwrap());
         let payload = Payload::open(blob).unwrap();
+        if options.whole_sectors {
+            assert_eq!(payload.file().size() % 512, 0);
+            assert_eq!(payload.blob().size() % 512, 0);
+        }
         assert_eq!(payload.in_tar(), tar);
         let zfile = payload.zfile().unwrap();
         assert_eq!(zfile.geometry().in_trailer(), !options.overwrite_header);

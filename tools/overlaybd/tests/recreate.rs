@@ -64,6 +64,7 @@ fn rewrap(from: &str, to: &str, overwrite_header: bool) {
             block_size: zfile.geometry().block_size(),
             crc: zfile.geometry().has_crc(),
             overwrite_header,
+            whole_sectors: false,
         }),
         tar: wanted.in_tar(),
     };
@@ -161,6 +162,7 @@ fn zstd_frames() {
             block_size: geometry.block_size(),
             crc: geometry.has_crc(),
             overwrite_header: true,
+            whole_sectors: false,
         };
         let wrapping = Wrapping {
             zfile: Some(options),

@@ -70,6 +70,7 @@ pub fn lz4() -> Options {
         block_size: 4096,
         crc: true,
         overwrite_header: true,
+        whole_sectors: false,
     }
 }
 
