@@ -16,6 +16,7 @@ mod dm;
 mod exit;
 mod generator;
 mod image_layer;
+mod in_use;
 mod interrupt;
 mod journal;
 mod json;

@@ -1024,6 +1024,7 @@ fn images_beyond_4_gib() {
     let disk = fs::File::create(place.path("disk.raw")).unwrap();
     disk.set_len(9 << 30).unwrap();
     disk.write_all_at(b"behind 2^32 bytes", 6 << 30).unwrap();
+    drop(disk);
     place.run("create --image disk.raw a").success();
     place.run("convert disk.raw b --from raw").success();
     place.run("merge -o c a b").success();

@@ -11,6 +11,7 @@ use tempfile::NamedTempFile;
 use crate::archive;
 use crate::exit::Failure;
 use crate::image_layer::{self, CompareArgs};
+use crate::in_use::InUseArgs;
 use crate::kind::{unpacked, Input, Kind};
 use crate::layer_args::NewLayerArgs;
 use crate::layer_out::LayerOut;
@@ -78,6 +79,9 @@ pub(crate) struct Args {
     keep_whiteouts: bool,
 
     #[command(flatten)]
+    in_use: InUseArgs,
+
+    #[command(flatten)]
     oci: oci::Choice,
 
     #[command(flatten)]
@@ -118,6 +122,7 @@ pub(crate) fn run(args: &Args) -> Result<()> {
         check_tar(args)?;
     }
     let output = LayerOut::create(&args.output, &args.new, [args.input.as_path()])?;
+    args.in_use.check([args.input.as_path()])?;
     let place = directory(&args.output);
     // These files are deleted when dropped.
     let unpacked = match input.compression {

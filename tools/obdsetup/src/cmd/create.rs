@@ -10,6 +10,7 @@ use tempfile::NamedTempFile;
 
 use crate::exit::Failure;
 use crate::image_layer::{self, CompareArgs};
+use crate::in_use::InUseArgs;
 use crate::kind;
 use crate::layer_args::NewLayerArgs;
 use crate::layer_out::LayerOut;
@@ -81,6 +82,9 @@ pub(crate) struct Args {
     compare: CompareArgs,
 
     #[command(flatten)]
+    in_use: InUseArgs,
+
+    #[command(flatten)]
     new: NewLayerArgs,
 }
 
@@ -93,6 +97,7 @@ pub(crate) fn run(args: &Args) -> Result<()> {
         kind::check_disk(image)?;
     }
     let output = LayerOut::create(&args.output, &args.new, inputs)?;
+    args.in_use.check(args.image.as_deref())?;
 
     // Deleted when dropped.
     let made = match (&args.directory, args.fs) {

@@ -17,6 +17,7 @@ use crate::dm::setup::{self, Removal, SetUp};
 use crate::dm::udev::{self, Udev};
 use crate::dm::{self, Control, Plan};
 use crate::exit::{self, Failure};
+use crate::in_use::InUseArgs;
 use crate::layers::{chain_warnings, expand, open_stack, warn, LayerArg};
 use crate::{interrupt, journal, tab};
 
@@ -65,6 +66,9 @@ pub(crate) struct LayersArgs {
     /// An optional parameter for the zfile targets, passed on as it is, say "cache_blocks 64"
     #[arg(long, value_name = "OPTION")]
     zfile_opt: Vec<String>,
+
+    #[command(flatten)]
+    in_use: InUseArgs,
 }
 
 /// The layers, opened.
@@ -138,6 +142,7 @@ impl Args {
         let mine = &self.layers;
         args.buffered |= self.buffered;
         args.layers.zfile |= mine.zfile;
+        args.layers.in_use |= &mine.in_use;
         args.layers.lsmt_opt.extend(mine.lsmt_opt.iter().cloned());
         args.layers.zfile_opt.extend(mine.zfile_opt.iter().cloned());
         Ok(Cow::Owned(args))
@@ -213,6 +218,8 @@ pub(crate) fn run(args: &Args) -> Result<()> {
         opened,
         plan,
     } = args.layers.plan(&args.name)?;
+    let paths = named.iter().map(|layer| layer.path.as_path());
+    args.layers.in_use.check(paths)?;
     let control = Control::open()?;
     let lock = make_way(&control, &args.name, &plan)?;
 
