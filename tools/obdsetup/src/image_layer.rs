@@ -8,14 +8,13 @@ use anyhow::{Context, Result};
 use overlaybd::format::lsmt;
 use overlaybd::format::num::{to_u64, to_usize};
 use overlaybd::format::Blob;
-use overlaybd::layer::Ident;
+use overlaybd::identity::{self, Below};
 use overlaybd::lsmt_writer::{cut, LayerWriter};
 use overlaybd::{coarsen, diff, FileBlob, LayerReader, Stack};
-use uuid::Uuid;
 
 use crate::bar::Bar;
 use crate::exit::Failure;
-use crate::layer_args::{uuid_text, IdentArgs};
+use crate::layer_args::IdentArgs;
 use crate::layer_out::LayerOut;
 use crate::layers::warn;
 use crate::size;
@@ -63,12 +62,12 @@ pub(crate) fn write(
         false => Some(Stack::with_size(base, image.size())?),
     };
     let mut options = options;
-    let runs = loop {
+    let diff = loop {
         let bar = Bar::new("comparing", image.size());
         let progress = |bytes| bar.advance(bytes);
-        let runs = diff::runs(&image, base.as_ref(), options, &progress)
+        let diff = diff::of(&image, base.as_ref(), options, &progress)
             .map_err(|error| error.in_file(path))?;
-        match coarsen::granule(&runs, options.granule, lsmt::MAX_ENTRIES) {
+        match coarsen::granule(&diff.runs, options.granule, lsmt::MAX_ENTRIES) {
             Some(granule) if granule > options.granule => {
                 drop(bar);
                 warn(&[format!(
@@ -82,11 +81,16 @@ pub(crate) fn write(
                 options.granule = granule;
             }
             // Where nothing is coarse enough, the writer says so.
-            _ => break runs,
+            _ => break diff,
         }
     };
-    let ident = ident(names, base.as_ref());
-    let writer = LayerWriter::new(image.size(), ident, cut(runs))
+    let top = base.as_ref().and_then(|base| base.layers().last());
+    let below = top.map_or(Below::Nothing, |top| Below::of(&top.ident().uuid));
+    let ident = names.ident(below, |below| {
+        let uuid = identity::uuid(image.size(), below, &diff.runs, &diff.pieces);
+        Ok(uuid)
+    })?;
+    let writer = LayerWriter::new(image.size(), ident, cut(diff.runs))
         .with_context(|| format!("{}: cannot make the layer", output.path().display()))?;
     let read = |offset: u64, buf: &mut [u8]| {
         // Behind the end of the image, its last sector is filled up with zeros.
@@ -98,20 +102,4 @@ pub(crate) fn write(
             .map_err(|error| error.in_file(path))
     };
     output.write(&writer, "writing", read)
-}
-
-/// What the layer says of itself: what is asked for; the parent is the layer below.
-fn ident(args: &IdentArgs, base: Option<&Stack>) -> Ident {
-    let below = base.and_then(|base| base.layers().last());
-    let parent = below.map(|below| below.ident().uuid.clone());
-    let parent = parent.filter(|uuid| Ident::is_known(uuid));
-    let none = || uuid_text(Uuid::nil());
-    Ident {
-        uuid: args.uuid.map_or_else(none, uuid_text),
-        parent: match args.parent_uuid {
-            Some(uuid) => uuid_text(uuid),
-            None => parent.unwrap_or_else(none),
-        },
-        user_tag: args.user_tag.clone().unwrap_or_default().into_bytes(),
-    }
 }

@@ -7,6 +7,8 @@ use clap::builder::RangedU64ValueParser;
 use clap::{Args, ValueEnum};
 use overlaybd::codec::Method;
 use overlaybd::format::zfile;
+use overlaybd::identity::Below;
+use overlaybd::layer::Ident;
 use overlaybd::wrap::Wrapping;
 use overlaybd::zfile_writer::Options;
 use uuid::Uuid;
@@ -131,17 +133,40 @@ impl WrapArgs {
 #[derive(Args, Debug, Default, PartialEq, Eq)]
 #[command(next_help_heading = "Identity")]
 pub(crate) struct IdentArgs {
-    /// UUID of the layer; without, it has none, and nothing can tell whether it is in its place
+    /// UUID of the layer (made of its content if not given; all zeros for none)
     #[arg(long, value_name = "UUID")]
     pub(crate) uuid: Option<Uuid>,
 
-    /// UUID of the layer below
+    /// UUID of the layer below (that of the layer below, if it has one, if not given)
     #[arg(long, value_name = "UUID")]
     pub(crate) parent_uuid: Option<Uuid>,
 
     /// Text of your own, 256 bytes at most
     #[arg(long, value_name = "TEXT", value_parser = user_tag)]
     pub(crate) user_tag: Option<String>,
+}
+
+impl IdentArgs {
+    /// What a layer says of itself, which was made over `below`: what was asked for, or the UUID
+    /// that `uuid` makes of what is below.
+    pub(crate) fn ident(
+        &self,
+        below: Below<'_>,
+        uuid: impl FnOnce(Below<'_>) -> Result<String>,
+    ) -> Result<Ident> {
+        let parent = self.parent_uuid.map(uuid_text);
+        let below = parent.as_deref().map_or(below, Below::of);
+        Ok(Ident {
+            uuid: self
+                .uuid
+                .map_or_else(|| uuid(below), |uuid| Ok(uuid_text(uuid)))?,
+            parent: match below {
+                Below::Layer(uuid) => uuid.to_owned(),
+                Below::Nothing | Below::Unknown => uuid_text(Uuid::nil()),
+            },
+            user_tag: self.user_tag.clone().unwrap_or_default().into_bytes(),
+        })
+    }
 }
 
 fn user_tag(text: &str) -> Result<String, String> {
@@ -152,6 +177,6 @@ fn user_tag(text: &str) -> Result<String, String> {
 }
 
 /// A UUID as upstream writes it: upper case; all zeros for none.
-pub(crate) fn uuid_text(uuid: Uuid) -> String {
+fn uuid_text(uuid: Uuid) -> String {
     uuid.as_hyphenated().to_string().to_uppercase()
 }

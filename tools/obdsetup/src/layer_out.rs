@@ -5,7 +5,9 @@
 use std::path::Path;
 
 use anyhow::Result;
-use overlaybd::lsmt_writer::LayerWriter;
+use overlaybd::format::SECTOR_SIZE;
+use overlaybd::identity::{self, Below, Pieces};
+use overlaybd::lsmt_writer::{LayerWriter, Run};
 use overlaybd::wrap::{self, Sink, Wrapping};
 
 use crate::bar::Bar;
@@ -61,4 +63,22 @@ impl LayerOut {
         .map_err(here)?;
         self.output.commit()
     }
+}
+
+/// The UUID, made of its content, of a layer of `runs`, ascending and joined where they touch. `read`
+/// reads the disk: byte offset, buffer.
+pub(crate) fn derive(
+    virtual_size: u64,
+    below: Below<'_>,
+    runs: &[Run],
+    read: impl Fn(u64, &mut [u8]) -> overlaybd::Result<()> + Sync,
+) -> Result<String> {
+    let sectors: u64 = runs
+        .iter()
+        .filter(|run| !run.zeroed)
+        .map(|run| run.length)
+        .sum();
+    let bar = Bar::new("hashing", sectors * SECTOR_SIZE);
+    let pieces = Pieces::of(runs, read, &|bytes| bar.advance(bytes))?;
+    Ok(identity::uuid(virtual_size, below, runs, &pieces))
 }

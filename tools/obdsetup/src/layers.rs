@@ -15,9 +15,9 @@ use clap::builder::{OsStringValueParser, TryMapValueParser, TypedValueParser, Va
 use overlaybd::format::merge::MAX_LAYERS;
 use overlaybd::format::num::to_u64;
 use overlaybd::format::{self, Fault};
-use overlaybd::layer::Ident;
 use overlaybd::{FileBlob, LayerReader, Stack};
 
+use crate::chain::{ChainArgs, Part};
 use crate::exit::{self, Failure};
 use crate::{config, interrupt, layer_name};
 
@@ -119,42 +119,11 @@ pub(crate) fn open_layers(args: &[LayerArg]) -> Result<Vec<LayerReader>> {
     args.iter().map(LayerArg::open_layer).collect()
 }
 
-/// Opens layers, lowest first, and merges them.
-pub(crate) fn open_stack(args: &[LayerArg]) -> Result<Stack> {
-    Ok(Stack::new(open_layers(args)?)?)
-}
-
-/// What doesn't fit where a layer's parent UUID isn't the UUID of the layer below it. Nobody
-/// enforces that they fit, and many layers have none.
-pub(crate) fn order_warnings(layers: &[LayerReader]) -> Vec<String> {
-    let mut warnings = Vec::new();
-    for pair in layers.windows(2) {
-        let [below, above] = pair else { continue };
-        let (parent, uuid) = (&above.ident().parent, &below.ident().uuid);
-        if Ident::is_known(parent) && Ident::is_known(uuid) && !parent.eq_ignore_ascii_case(uuid) {
-            warnings.push(format!(
-                "{}: parent UUID is {parent}, but the layer below, {}, has UUID {uuid}",
-                above.path().display(),
-                below.path().display()
-            ));
-        }
-    }
-    warnings
-}
-
-/// [`order_warnings`] of a whole stack, where the lowest layer has no parent.
-pub(crate) fn chain_warnings(layers: &[LayerReader]) -> Vec<String> {
-    let mut warnings = order_warnings(layers);
-    if let Some(lowest) = layers.first() {
-        let parent = &lowest.ident().parent;
-        if Ident::is_known(parent) {
-            warnings.push(format!(
-                "{}: parent UUID is {parent}, but there is no layer below",
-                lowest.path().display()
-            ));
-        }
-    }
-    warnings
+/// Opens all layers of a stack, lowest first, checks that they fit on each other, and merges them.
+pub(crate) fn open_stack(args: &[LayerArg], chain: &ChainArgs) -> Result<Stack> {
+    let layers = open_layers(args)?;
+    chain.check(&layers, Part::Whole)?;
+    Ok(Stack::new(layers)?)
 }
 
 /// Prints warnings.

@@ -10,6 +10,7 @@
 
 mod archive;
 mod bar;
+mod chain;
 mod cmd;
 mod config;
 mod dm;

@@ -18,9 +18,11 @@ use serde::Deserialize;
 use sha2::{Digest, Sha256};
 
 use crate::bar::Bar;
+use crate::chain::{Findings, Part};
 use crate::config::{Config, Lower};
 use crate::exit::{self, Failure};
 use crate::json::{self, bad};
+use crate::layers::warn;
 use crate::output::{directory, rename_new_directory, set_mode, sync, sync_directory, umask};
 
 /// Media types of indexes, of which other indexes may consist.
@@ -306,6 +308,10 @@ fn open(layout: &Path, image: &Descriptor, layers: &[Descriptor]) -> Result<Stac
             })?,
         );
     }
+    // They are copied as they are; what opens them refuses what cannot be right.
+    let found = Findings::of(&opened, Part::Whole);
+    warn(&found.errors);
+    warn(&found.warnings);
     Ok(Stack::new(opened)?)
 }
 

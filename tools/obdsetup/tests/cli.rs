@@ -166,7 +166,7 @@ fn differences() {
         .run(&format!("create --image disk.raw base.obd --uuid {uuid}"))
         .success();
     place
-        .run("create --base base.obd --image changed.raw top.obd --user-tag top")
+        .run("create --base base.obd --image changed.raw --grow top.obd --user-tag top")
         .success();
     let dump = place.run("dump base.obd top.obd").success();
     assert!(dump.get_output().stdout == changed);
@@ -181,8 +181,10 @@ fn differences() {
     place.run("verify base.obd top.obd").success().stderr("");
     place
         .run("verify top.obd base.obd")
-        .success()
-        .stderr(contains("warning: top.obd: parent UUID is"));
+        .code(3)
+        .stderr(contains(
+            "top.obd: was made over a layer with UUID 00000000-",
+        ));
     let report = place.json("verify --json base.obd top.obd");
     assert_eq!(report["ok"], true);
     assert_eq!(report["virtual_size"], changed.len());
@@ -308,7 +310,7 @@ fn merge() {
         .success();
     place
         .run(&format!(
-            "create --base a --base b --image c.raw c --uuid {top} --tar"
+            "create --base a --base b --image c.raw --grow c --uuid {top} --tar"
         ))
         .success();
 
@@ -319,16 +321,24 @@ fn merge() {
         .stderr("");
     place.run("merge -o upper b c --algorithm none").success();
     place.run("merge -o lower a b --tar").success();
-    place.run("merge -o lowest b c --lowest").success();
-    for stack in ["a b c", "all", "a upper", "lower c", "c all", "a b all"] {
+    place
+        .run("merge -o lowest b c --lowest")
+        .code(3)
+        .stderr(contains("no layer is below it"));
+    place
+        .run("merge -o lowest b c --lowest --ignore-identity")
+        .success()
+        .stderr(contains("warning: b: was made over"));
+    for stack in ["a b c", "all", "a upper", "lower c", "a b all"] {
         assert!(dump(&place, stack) == c, "{stack}");
     }
+    assert!(dump(&place, "c all --ignore-identity") == c);
     // Zeros are kept where they hide something, and not where there is nothing to hide.
     let info = place.json("info --json upper lowest all lower");
     assert_eq!(info[0]["lsmt"]["zeroed_size"], 40_960 - 4096);
     assert_eq!(info[1]["lsmt"]["zeroed_size"], 0);
     assert_eq!(info[2]["lsmt"]["virtual_size"], c.len());
-    assert!(dump(&place, "lowest") == dump(&place, "upper"));
+    assert!(dump(&place, "lowest") == dump(&place, "upper --ignore-identity"));
     assert!(dump(&place, "a lowest") != c);
     // The chain still fits.
     assert_eq!(info[0]["lsmt"]["uuid"], top);
@@ -339,8 +349,8 @@ fn merge() {
 
     place
         .run("merge -o x c b")
-        .success()
-        .stderr(contains("warning: b: parent UUID is"));
+        .code(3)
+        .stderr(contains("b: was made over a layer with UUID"));
     place
         .run("merge -o c a b c")
         .code(1)
@@ -366,7 +376,9 @@ fn export() {
     place.write("a.raw", &a);
     place.write("b.raw", &b);
     place.run("create --image a.raw a").success();
-    place.run("create --base a --image b.raw b").success();
+    place
+        .run("create --base a --image b.raw --grow b")
+        .success();
     let blocks = |name: &str| {
         use std::os::unix::fs::MetadataExt;
         place.path(name).metadata().unwrap().blocks() * 512
@@ -1027,7 +1039,7 @@ fn images_beyond_4_gib() {
     drop(disk);
     place.run("create --image disk.raw a").success();
     place.run("convert disk.raw b --from raw").success();
-    place.run("merge -o c a b").success();
+    place.run("merge --ignore-identity -o c a b").success();
     place.run("export -o out.raw c").success();
     let out = fs::File::open(place.path("out.raw")).unwrap();
     assert_eq!(out.metadata().unwrap().len(), 9 << 30);
@@ -1299,7 +1311,7 @@ fn tables() {
     let plain = place.read("plain.lsmt").len();
     let (sectors, whole, disk) = (plain / 512, odd / 512, image().len().div_ceil(512));
     place
-        .run("table --name v plain.lsmt tar.obd odd.obd")
+        .run("table --name v --ignore-identity plain.lsmt tar.obd odd.obd")
         .success()
         .stdout(format!(
             "v-zfile1: 0 {sectors} zfile LOOP(tar.obd) {tar}\n\
@@ -1393,7 +1405,9 @@ fn overlaybdtab() {
     place
         .run("create --image disk.raw --algorithm none base.obd")
         .success();
-    place.run("create --image disk.raw app.obd").success();
+    place
+        .run("create --base base.obd --image disk.raw app.obd")
+        .success();
     let at = |name: &str| place.path(name).display().to_string();
     let table = format!(
         "# name layers options\n\none {base} zfile\ntwo {base},{app} nofail,x-mine,buffered,zfile-opt=cache_blocks\\0409\nwrong {base} fast\nhalf\n",

@@ -24,6 +24,7 @@ pub mod diff;
 pub mod error;
 pub mod file;
 pub mod flatten;
+pub mod identity;
 pub mod layer;
 pub mod lsmt_writer;
 pub mod progress;

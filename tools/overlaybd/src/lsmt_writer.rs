@@ -63,6 +63,15 @@ impl Runs {
     }
 }
 
+/// Joins ascending runs where they touch.
+pub fn join(runs: &[Run]) -> Vec<Run> {
+    let mut joined = Runs::default();
+    for run in runs {
+        joined.push(run.offset, run.length, run.zeroed);
+    }
+    joined.into_vec()
+}
+
 /// Cuts runs of any length into pieces that fit in an index entry.
 pub fn cut(runs: impl IntoIterator<Item = Run>) -> impl Iterator<Item = Run> {
     runs.into_iter().flat_map(|run| {

@@ -385,10 +385,68 @@ fn threads_do_not_matter() {
     assert!(with(1) == with(4));
 }
 
+/// Pieces in any number, hashed by any number of threads.
+#[test]
+fn identity_of_many_pieces() {
+    use overlaybd::diff::{self, Options};
+    use overlaybd::identity::{is_placed, uuid, Below, Pieces, PIECE};
+
+    let mut image = vec![0; 9 * PIECE as usize + 5000];
+    for (nth, byte) in image.iter_mut().enumerate() {
+        *byte = (nth / 4096 % 7) as u8;
+    }
+    let image = file(&image);
+    let image = FileBlob::open(image.path(), None).unwrap();
+    let options = Options {
+        granule: 4096,
+        skip_zeros: true,
+    };
+    let with = |threads| {
+        let pool = rayon::ThreadPoolBuilder::new().num_threads(threads);
+        let pool = pool.build().unwrap();
+        pool.install(|| diff::of(&image, None, options, &silent).unwrap())
+    };
+    let found = with(1);
+    assert_eq!(with(3), found);
+    let read = |offset: u64, buf: &mut [u8]| {
+        let inside = (image.size() - offset).min(buf.len() as u64) as usize;
+        buf[inside..].fill(0);
+        image.read_at(offset, &mut buf[..inside])
+    };
+    assert_eq!(
+        Pieces::of(&found.runs, read, &silent).unwrap(),
+        found.pieces
+    );
+
+    let of = |size, below| uuid(size, below, &found.runs, &found.pieces);
+    let (alone, unknown) = (of(1, Below::Nothing), of(1, Below::Unknown));
+    let uuids = [
+        alone.clone(),
+        unknown.clone(),
+        of(2, Below::Nothing),
+        of(1, Below::Layer("C02FB491-B4D4-4904-8684-A014D032AF78")),
+        uuid(1, Below::Nothing, &found.runs[1..], &found.pieces),
+        uuid(1, Below::Nothing, &found.runs, &Pieces::default()),
+    ];
+    for (nth, one) in uuids.iter().enumerate() {
+        assert!(!uuids[..nth].contains(one), "{uuids:?}");
+    }
+    assert!(is_placed(&alone) && is_placed(&alone.to_lowercase()));
+    for other in [
+        &unknown,
+        "",
+        "6F626431",
+        "6F626431-1111-4222-8333-444455556666",
+    ] {
+        assert!(!is_placed(other), "{other}");
+    }
+}
+
 /// What differs from the layers below is all that goes in a layer.
 #[test]
 fn differences() {
-    use overlaybd::diff::{runs, Options};
+    use overlaybd::diff::{self, Options};
+    use overlaybd::identity::{uuid, Below, Pieces};
 
     let base = lsmt(64 * 512, &[run(0, 32, false), run(40, 8, false)], |_| 1);
     let base = file(&base);
@@ -406,12 +464,24 @@ fn differences() {
         granule: 512,
         skip_zeros: false,
     };
-    let found = runs(&image, Some(&stack), options, &overlaybd::progress::silent).unwrap();
+    let found = diff::of(&image, Some(&stack), options, &silent).unwrap();
     let wanted = [
         run(3, 1, false),
         run(5, 1, true),
         run(40, 8, true),
         run(80, 1, false),
     ];
-    assert_eq!(found, wanted);
+    assert_eq!(found.runs, wanted);
+
+    // What is hashed on the way is what is hashed alone.
+    let read = |offset: u64, buf: &mut [u8]| {
+        let inside = (image.size() - offset).min(buf.len() as u64) as usize;
+        buf[inside..].fill(0);
+        image.read_at(offset, &mut buf[..inside])
+    };
+    assert_eq!(found.pieces, Pieces::of(&wanted, read, &silent).unwrap());
+    // Computed by the description alone.
+    let size = image.size();
+    let of = |below| uuid(size, below, &found.runs, &found.pieces);
+    assert_eq!(of(Below::Nothing), "6F626431-342C-800A-8964-B1472934FFD9");
 }

@@ -7,12 +7,14 @@ use std::path::PathBuf;
 use anyhow::Result;
 use overlaybd::format::num::to_u64;
 use overlaybd::format::Blob;
-use overlaybd::lsmt_writer::{LayerWriter, Run};
+use overlaybd::identity::Below;
+use overlaybd::layer::Ident;
+use overlaybd::lsmt_writer::{join, LayerWriter, Run};
 use overlaybd::{flatten, LayerReader};
 
 use crate::bar::Bar;
-use crate::layer_args::{uuid_text, IdentArgs, NewLayerArgs};
-use crate::layer_out::LayerOut;
+use crate::layer_args::{IdentArgs, NewLayerArgs};
+use crate::layer_out::{derive, LayerOut};
 use crate::layers::LayerArg;
 
 /// Arguments of `commit`.
@@ -23,7 +25,8 @@ use crate::layers::LayerArg;
   obdsetup commit --algorithm none layer.obd layer.lsmt              unwrap
 
 The LSMT file inside stays as it is, byte for byte. With --compact, or where an identity is given,
-it is written anew: data dense and in order, dead blocks left out.")]
+it is written anew: data dense and in order, dead blocks left out. Then a layer without a UUID gets
+one made of its content.")]
 pub(crate) struct Args {
     /// The layer, wrapped or not, or DEVICE:size=BYTES
     #[arg(value_name = "IN")]
@@ -62,23 +65,28 @@ pub(crate) fn run(args: &Args) -> Result<()> {
 
 /// Writes the layer anew.
 fn compact(new: &IdentArgs, layer: LayerReader, output: LayerOut) -> Result<()> {
-    let mut ident = layer.ident().clone();
-    if let Some(uuid) = new.uuid {
-        ident.uuid = uuid_text(uuid);
-    }
-    if let Some(uuid) = new.parent_uuid {
-        ident.parent = uuid_text(uuid);
-    }
-    if let Some(tag) = &new.user_tag {
-        ident.user_tag = tag.clone().into_bytes();
-    }
-    let runs = layer.segments().iter().map(|segment| Run {
-        offset: segment.offset(),
-        length: segment.length(),
-        zeroed: segment.zeroed(),
-    });
-    let writer = LayerWriter::new(layer.lsmt().virtual_size(), ident, runs)?;
+    let size = layer.lsmt().virtual_size();
+    let old = layer.ident().clone();
+    let segments: Vec<Run> = layer
+        .segments()
+        .iter()
+        .map(|segment| Run {
+            offset: segment.offset(),
+            length: segment.length(),
+            zeroed: segment.zeroed(),
+        })
+        .collect();
     let disk = flatten::stack(vec![layer])?;
     let read = |offset: u64, buf: &mut [u8]| disk.read_at(offset, buf);
+    let mut ident = new.ident(Below::of(&old.parent), |below| {
+        if Ident::is_known(&old.uuid) {
+            return Ok(old.uuid);
+        }
+        derive(size, below, &join(&segments), read)
+    })?;
+    if new.user_tag.is_none() {
+        ident.user_tag = old.user_tag;
+    }
+    let writer = LayerWriter::new(size, ident, segments)?;
     output.write(&writer, "committing", read)
 }

@@ -2,12 +2,16 @@
 
 //! `obdsetup create`.
 
+use std::cmp::Ordering;
 use std::ffi::OsString;
 use std::path::{Path, PathBuf};
 
 use anyhow::{bail, Result};
+use overlaybd::format::{merge, Blob};
+use overlaybd::{FileBlob, LayerReader};
 use tempfile::NamedTempFile;
 
+use crate::chain::{ChainArgs, Part};
 use crate::exit::Failure;
 use crate::image_layer::{self, CompareArgs};
 use crate::in_use::InUseArgs;
@@ -74,6 +78,10 @@ pub(crate) struct Args {
     #[arg(long, value_name = "LAYER", conflicts_with = "directory")]
     base: Vec<LayerArg>,
 
+    /// Take an image that is larger than what is below: the disk grows
+    #[arg(long, requires = "base")]
+    grow: bool,
+
     /// Leave zeros out where nothing is below
     #[arg(long, conflicts_with = "base")]
     skip_zeros: bool,
@@ -83,6 +91,9 @@ pub(crate) struct Args {
 
     #[command(flatten)]
     in_use: InUseArgs,
+
+    #[command(flatten)]
+    chain: ChainArgs,
 
     #[command(flatten)]
     new: NewLayerArgs,
@@ -112,7 +123,30 @@ pub(crate) fn run(args: &Args) -> Result<()> {
     // Nothing is in a new file system but what mkfs wrote.
     let options = args.compare.options(args.skip_zeros || made.is_some());
     let base = open_layers(&below)?;
+    args.chain.check(&base, Part::Whole)?;
+    check_size(path, &base, args.grow)?;
     image_layer::write(path, base, options, &args.new.ident, output)
+}
+
+/// Checks that the image at `path` is as large as what is below it; one that isn't is most likely an
+/// image of something else.
+fn check_size(path: &Path, base: &[LayerReader], grow: bool) -> Result<()> {
+    if base.is_empty() {
+        return Ok(());
+    }
+    let below = merge::virtual_size(base.iter().map(|layer| layer.lsmt().virtual_size()))
+        .map_err(overlaybd::Error::from)?;
+    let size = FileBlob::open(path, None)?.size();
+    let what = match merge::sectors(size).cmp(&merge::sectors(below)) {
+        Ordering::Equal => return Ok(()),
+        Ordering::Greater if grow => return Ok(()),
+        Ordering::Greater => "--grow makes a larger disk of it",
+        Ordering::Less => "its end would be cut off",
+    };
+    Err(Failure::usage(format!(
+        "{}: has {size} bytes, but the layers below are a disk of {below} bytes: {what}",
+        path.display()
+    )))
 }
 
 /// Makes the file system of a directory, in a file beside the output.

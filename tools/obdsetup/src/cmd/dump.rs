@@ -9,6 +9,7 @@ use overlaybd::format::num::{to_u64, to_usize};
 use overlaybd::format::Blob;
 use overlaybd::Payload;
 
+use crate::chain::ChainArgs;
 use crate::exit::Failure;
 use crate::layers::{expand, open_stack, paths, LayerArg};
 use crate::raw_out::{self, Dest, Source};
@@ -54,6 +55,9 @@ pub(crate) struct Args {
     /// Replace a file that exists
     #[arg(short, long)]
     force: bool,
+
+    #[command(flatten)]
+    chain: ChainArgs,
 }
 
 /// The content of a ZFile; behind its end, zeros up to a whole sector.
@@ -97,7 +101,7 @@ pub(crate) fn run(args: &Args) -> Result<()> {
         let size = payload.size();
         (Box::new(Content(payload)), size)
     } else {
-        let stack = open_stack(&layers)?;
+        let stack = open_stack(&layers, &args.chain)?;
         let size = stack.virtual_size();
         (Box::new(stack), size)
     };

@@ -6,6 +6,7 @@ use std::path::PathBuf;
 
 use anyhow::Result;
 
+use crate::chain::ChainArgs;
 use crate::layers::{expand, open_stack, paths, LayerArg};
 use crate::raw_out::{self, Dest};
 
@@ -35,12 +36,15 @@ pub(crate) struct Args {
     /// Replace a file that exists, or overwrite a device
     #[arg(short, long)]
     force: bool,
+
+    #[command(flatten)]
+    chain: ChainArgs,
 }
 
 /// Runs `export`.
 pub(crate) fn run(args: &Args) -> Result<()> {
     let layers = expand(&args.layers)?;
-    let stack = open_stack(&layers)?;
+    let stack = open_stack(&layers, &args.chain)?;
     let dest = Dest {
         path: &args.output,
         force: args.force,

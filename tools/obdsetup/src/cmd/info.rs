@@ -6,6 +6,8 @@ use std::fmt::Write;
 
 use anyhow::Result;
 use overlaybd::format::{lsmt, num::to_u64, zfile, Blob, Fault};
+use overlaybd::identity::is_placed;
+use overlaybd::layer::Ident;
 use overlaybd::{LayerReader, Payload, ZfileReader};
 use serde::Serialize;
 
@@ -235,7 +237,18 @@ fn describe(info: &Info) -> String {
         line("lsmt version", &format_args!("{major}.{minor}"));
         line("lsmt UUID", &or_none(&lsmt.uuid));
         line("lsmt parent UUID", &or_none(&lsmt.parent_uuid));
+        line("lsmt place", &place(lsmt));
         line("lsmt user tag", &or_none(&lsmt.user_tag));
     }
     text
+}
+
+/// Whether the layer's place in a stack can be checked.
+fn place(lsmt: &Lsmt) -> &'static str {
+    let known = Ident::is_known;
+    match (known(&lsmt.uuid), known(&lsmt.parent_uuid)) {
+        (_, true) => "over the parent only",
+        (true, false) if is_placed(&lsmt.uuid) => "lowest",
+        _ => "cannot be checked: no UUID says what is below",
+    }
 }

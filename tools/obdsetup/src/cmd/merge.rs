@@ -5,15 +5,16 @@
 use std::path::PathBuf;
 
 use anyhow::{Context, Result};
-use overlaybd::flatten;
 use overlaybd::format::Blob;
+use overlaybd::identity::{is_placed, Below};
 use overlaybd::layer::Ident;
 use overlaybd::lsmt_writer::{cut, LayerWriter};
-use uuid::Uuid;
+use overlaybd::{flatten, LayerReader, Stack};
 
-use crate::layer_args::{uuid_text, IdentArgs, NewLayerArgs};
-use crate::layer_out::LayerOut;
-use crate::layers::{expand, open_layers, order_warnings, paths, warn, LayerArg};
+use crate::chain::{ChainArgs, Part};
+use crate::layer_args::NewLayerArgs;
+use crate::layer_out::{derive, LayerOut};
+use crate::layers::{expand, open_layers, paths, LayerArg};
 
 /// Arguments of `merge`.
 #[derive(clap::Args)]
@@ -24,7 +25,9 @@ use crate::layers::{expand, open_layers, order_warnings, paths, warn, LayerArg};
 
 The new layer reads as the layers did together, alone and in their place in a larger stack: what
 they set to zero still hides what is below. With --lowest, it does so as the lowest layer only.
-It takes the UUID of the topmost layer and the parent UUID of the lowest one, if none are given.")]
+It takes the UUID of the topmost layer and the parent UUID of the lowest one, if none are given: what
+was above them fits on it, and it fits on what was below them. If the topmost layer has no UUID, it
+gets one made of its content.")]
 pub(crate) struct Args {
     /// Layers, lowest first, DEVICE:size=BYTES, or a config.v1.json that lists them
     #[arg(required = true, value_name = "LAYER")]
@@ -39,6 +42,9 @@ pub(crate) struct Args {
     lowest: bool,
 
     #[command(flatten)]
+    chain: ChainArgs,
+
+    #[command(flatten)]
     new: NewLayerArgs,
 }
 
@@ -47,27 +53,36 @@ pub(crate) fn run(args: &Args) -> Result<()> {
     let named = expand(&args.layers)?;
     let layers = open_layers(&named)?;
     let output = LayerOut::create(&args.output, &args.new, paths(&[&args.layers, &named]))?;
-    warn(&order_warnings(&layers));
+    let part = match args.lowest {
+        true => Part::Whole,
+        false => Part::Middle,
+    };
+    args.chain.check(&layers, part)?;
     let stack = flatten::stack(layers)?;
     let runs = flatten::runs(&stack, !args.lowest);
-    let ident = ident(&args.new.ident, stack.layers());
-    let writer = LayerWriter::new(flatten::virtual_size(&stack), ident, cut(runs))
+    let size = flatten::virtual_size(&stack);
+    let ident = args.new.ident.ident(below(args, &stack), |below| {
+        // It stands in the place of the layers, below what was above them.
+        let top = stack.layers().last().map(|layer| &layer.ident().uuid);
+        if let Some(uuid) = top.filter(|uuid| Ident::is_known(uuid)) {
+            return Ok(uuid.clone());
+        }
+        let read = |offset: u64, buf: &mut [u8]| stack.read_at(offset, buf);
+        derive(size, below, &runs, read)
+    })?;
+    let writer = LayerWriter::new(size, ident, cut(runs))
         .with_context(|| format!("{}: cannot make the layer", args.output.display()))?;
     let read = |offset: u64, buf: &mut [u8]| stack.read_at(offset, buf);
     output.write(&writer, "merging", read)
 }
 
-/// What the layer says of itself: what is asked for, or what fits where the layers were.
-fn ident(args: &IdentArgs, layers: &[overlaybd::LayerReader]) -> Ident {
-    let known = |uuid: Option<&String>| {
-        let uuid = uuid.filter(|uuid| Ident::is_known(uuid));
-        uuid.map_or_else(|| uuid_text(Uuid::nil()), String::clone)
-    };
-    let top = layers.last().map(|layer| &layer.ident().uuid);
-    let below = layers.first().map(|layer| &layer.ident().parent);
-    Ident {
-        uuid: args.uuid.map_or_else(|| known(top), uuid_text),
-        parent: args.parent_uuid.map_or_else(|| known(below), uuid_text),
-        user_tag: args.user_tag.clone().unwrap_or_default().into_bytes(),
+/// What is below the layer.
+fn below<'a>(args: &Args, stack: &'a Stack) -> Below<'a> {
+    match stack.layers().first().map(LayerReader::ident) {
+        Some(Ident { parent, .. }) if !args.lowest && Ident::is_known(parent) => {
+            Below::Layer(parent)
+        }
+        Some(Ident { uuid, .. }) if !args.lowest && !is_placed(uuid) => Below::Unknown,
+        _ => Below::Nothing,
     }
 }

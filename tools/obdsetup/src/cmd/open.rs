@@ -10,6 +10,7 @@ use clap::Parser;
 use overlaybd::{Payload, Stack};
 
 use super::print;
+use crate::chain::ChainArgs;
 use crate::dm::backing::Backing;
 use crate::dm::lock::Lock;
 use crate::dm::plan::{self, Lower, Place, TargetOptions};
@@ -18,7 +19,7 @@ use crate::dm::udev::{self, Udev};
 use crate::dm::{self, Control, Plan};
 use crate::exit::{self, Failure};
 use crate::in_use::InUseArgs;
-use crate::layers::{chain_warnings, expand, open_stack, warn, LayerArg};
+use crate::layers::{expand, open_stack, LayerArg};
 use crate::{interrupt, journal, tab};
 
 /// Arguments of `open`.
@@ -66,6 +67,9 @@ pub(crate) struct LayersArgs {
     /// An optional parameter for the zfile targets, passed on as it is, say "cache_blocks 64"
     #[arg(long, value_name = "OPTION")]
     zfile_opt: Vec<String>,
+
+    #[command(flatten)]
+    chain: ChainArgs,
 
     #[command(flatten)]
     in_use: InUseArgs,
@@ -142,6 +146,7 @@ impl Args {
         let mine = &self.layers;
         args.buffered |= self.buffered;
         args.layers.zfile |= mine.zfile;
+        args.layers.chain |= &mine.chain;
         args.layers.in_use |= &mine.in_use;
         args.layers.lsmt_opt.extend(mine.lsmt_opt.iter().cloned());
         args.layers.zfile_opt.extend(mine.zfile_opt.iter().cloned());
@@ -180,8 +185,7 @@ impl LayersArgs {
             lsmt: self.lsmt_opt.clone(),
         };
         if !self.zfile {
-            let stack = open_stack(&layers)?;
-            warn(&chain_warnings(stack.layers()));
+            let stack = open_stack(&layers, &self.chain)?;
             let plan = Plan::for_stack(name, &stack, &places, &options)?;
             let opened = Opened::Stack(stack);
             return Ok(Planned {

@@ -4,13 +4,15 @@
 
 use anyhow::Result;
 use overlaybd::format::num::to_u64;
-use overlaybd::Stack;
+use overlaybd::layer::Ident;
+use overlaybd::{LayerReader, Stack};
 use serde::Serialize;
 
 use super::{print, print_json};
 use crate::bar::Bar;
+use crate::chain::{ChainArgs, Findings, Part};
 use crate::exit::{self, Failure};
-use crate::layers::{chain_warnings, expand, open_stack, warn, LayerArg};
+use crate::layers::{expand, open_layers, warn, LayerArg};
 use crate::plain;
 
 /// Most corrupt blocks that are named.
@@ -22,8 +24,9 @@ const NAMED: usize = 100;
   obdsetup verify base.obd app.obd        a stack, lowest layer first
   obdsetup verify --json layer.obd
 
-Reads all of every layer. Exit code 3 says that one is malformed or corrupt. A parent UUID that is
-not that of the layer below is a warning: many tools write none.")]
+Reads all of every layer. Exit code 3 says that one is malformed or corrupt, or that their UUIDs say
+that they do not fit on each other. Many tools write no UUIDs: then the order of the layers cannot be
+checked. A single layer is checked alone, without those below it.")]
 pub(crate) struct Args {
     /// Layers, lowest first, DEVICE:size=BYTES, or a config.v1.json that lists them
     #[arg(required = true, value_name = "LAYER")]
@@ -32,6 +35,9 @@ pub(crate) struct Args {
     /// Print JSON
     #[arg(long)]
     json: bool,
+
+    #[command(flatten)]
+    chain: ChainArgs,
 }
 
 #[derive(Serialize)]
@@ -40,6 +46,7 @@ struct Report {
     virtual_size: u64,
     merged_segments: u64,
     layers: Vec<Layer>,
+    chain_errors: Vec<String>,
     warnings: Vec<String>,
 }
 
@@ -53,14 +60,21 @@ struct Layer {
 
 /// Runs `verify`.
 pub(crate) fn run(args: &Args) -> Result<()> {
-    let stack = open_stack(&expand(&args.layers)?)?;
+    let opened = open_layers(&expand(&args.layers)?)?;
+    let mut found = match opened.as_slice() {
+        [single] => alone(single),
+        several => Findings::of(several, Part::Whole),
+    };
+    args.chain.apply(&mut found);
+    let stack = Stack::new(opened)?;
     let layers = check(&stack)?;
     let report = Report {
-        ok: layers.iter().all(|layer| layer.corrupt_blocks == 0),
+        ok: found.errors.is_empty() && layers.iter().all(|layer| layer.corrupt_blocks == 0),
         virtual_size: stack.virtual_size(),
         merged_segments: to_u64(stack.merged().len()),
         layers,
-        warnings: chain_warnings(stack.layers()),
+        chain_errors: found.errors.clone(),
+        warnings: found.warnings.clone(),
     };
     warn(&report.warnings);
     if args.json {
@@ -79,7 +93,7 @@ pub(crate) fn run(args: &Args) -> Result<()> {
         }
     }
     match report.layers.iter().find(|layer| layer.corrupt_blocks > 0) {
-        None => Ok(()),
+        None => found.into_error().map_or(Ok(()), Err),
         Some(layer) => Err(Failure::error(
             exit::BAD_IMAGE,
             format!(
@@ -89,6 +103,19 @@ pub(crate) fn run(args: &Args) -> Result<()> {
             ),
         )),
     }
+}
+
+/// What can be said of a layer alone, which may be an upper one.
+fn alone(layer: &LayerReader) -> Findings {
+    let mut found = Findings::default();
+    let parent = &layer.ident().parent;
+    if Ident::is_known(parent) {
+        found.warnings.push(format!(
+            "{}: was made over a layer with UUID {parent}, which is not checked",
+            layer.path().display()
+        ));
+    }
+    found
 }
 
 fn check(stack: &Stack) -> Result<Vec<Layer>> {

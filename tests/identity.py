@@ -1,0 +1,199 @@
+#!/usr/bin/env python3
+# SPDX-License-Identifier: GPL-2.0
+"""obdsetup: layers that fit, one loop device each, and what is in use."""
+
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+import tempfile
+
+from obdtest import image
+from obdtest.disk import verify
+from obdtest.ktap import Skip, check, defer, equal, main, test
+
+OBDSETUP = shutil.which("obdsetup")
+SIZE = 4 << 20
+NAME = f"obdtest-{os.getpid()}"
+# A directory on the host, over 9p, which cannot rename so that nothing is replaced.
+SHARED = "/run/vm"
+
+
+def obdsetup(*args, status=0):
+    """Runs it; its standard error."""
+    if not OBDSETUP:
+        raise Skip("no obdsetup")
+    done = subprocess.run([OBDSETUP, *args], capture_output=True, text=True, check=False)
+    equal(done.returncode, status, f"status of obdsetup {' '.join(args)} ({done.stderr.strip()})")
+    return done.stderr
+
+
+def run(*args):
+    done = subprocess.run(args, capture_output=True, text=True, check=False)
+    equal(done.returncode, 0, f"status of {' '.join(args)} ({done.stderr.strip()})")
+    return done.stdout.strip()
+
+
+def quietly(*args):
+    subprocess.run(args, capture_output=True, check=False)
+
+
+def work_directory(place=None):
+    work = tempfile.mkdtemp(prefix="obdtest-", dir=place)
+    defer(shutil.rmtree, work)
+    return work
+
+
+def write(path, content):
+    with open(path, "wb") as file:
+        file.write(content)
+    return path
+
+
+def loops():
+    return [line for line in run("losetup", "--noheadings", "--list", "--output", "NAME").splitlines() if line]
+
+
+def devices():
+    return {line.split()[0] for line in run("dmsetup", "ls").splitlines() if line.startswith(NAME)}
+
+
+def make_stack(work, count):
+    """Layers in every wrapping, whose disks have odd parts that don't compress; the last disk."""
+    wrappings = ([], ["--tar"], ["--algorithm", "zstd", "--block-size", "64k"], ["--algorithm", "none"],
+                 ["--algorithm", "zstd", "--tar"], ["--no-crc"])
+    content, layers = bytearray(image.sample(SIZE, 91)), []
+    for nth in range(count):
+        content[nth << 16:(nth << 16) + 5000] = os.urandom(5000)
+        bases = [arg for layer in layers for arg in ("--base", layer)]
+        layers.append(f"{work}/layer{nth}")
+        equal(obdsetup("create", *bases, "--image", write(f"{work}/raw", content), *wrappings[nth % len(wrappings)],
+                       layers[-1]), "", "create: standard error")
+    return layers, bytes(content)
+
+
+@test("open of N layers of ours: N loop devices, and one device for each that is compressed")
+def one_loop_each():
+    work = work_directory()
+    layers, content = make_stack(work, 12)
+    before = loops()
+    obdsetup("open", NAME, *layers)
+    defer(quietly, OBDSETUP, "close", NAME)
+    equal(len(set(loops()) - set(before)), len(layers), "loop devices")
+    equal(devices(), {NAME, *(f"{NAME}-zfile{nth}" for nth in range(12) if nth % 6 != 3)}, "devices")
+    verify(f"/dev/mapper/{NAME}", content, rounds=30)
+    obdsetup("close", NAME)
+    equal((sorted(loops()), devices()), (sorted(before), set()), "what is left")
+
+
+@test("open: a wrong stack leaves nothing, and is an option away")
+def wrong_stack():
+    work = work_directory()
+    (first, second, third), content = make_stack(work, 3)
+    before = loops()
+    for layers in ((second, first, third), (first, third), (second, third), (first, second, second, third)):
+        said = obdsetup("open", NAME, *layers, status=3)
+        check("--ignore-identity" in said, said)
+        equal((loops(), devices()), (before, set()), "what is left")
+    said = obdsetup("open", "--ignore-identity", NAME, first, third)
+    defer(quietly, OBDSETUP, "close", NAME)
+    check("warning: " in said and "a layer is missing" in said, said)
+    obdsetup("close", NAME)
+    obdsetup("open", NAME, first, second, third)
+    verify(f"/dev/mapper/{NAME}", content, rounds=10)
+    obdsetup("close", NAME)
+
+
+@test("create and convert: a disk that is mounted, or under a loop device that is")
+def mounted_disk():
+    work = work_directory()
+    raw, mnt = f"{work}/raw", f"{work}/mnt"
+    os.mkdir(mnt)
+    run("truncate", "--size=8M", raw)
+    run("mkfs.ext4", "-q", raw)
+    obdsetup("create", "--image", raw, f"{work}/before")
+    loop = run("losetup", "--find", "--show", raw)
+    defer(quietly, "losetup", "--detach", loop)
+    # Nobody uses it.
+    obdsetup("create", "--image", raw, f"{work}/idle")
+    run("mount", loop, mnt)
+    defer(quietly, "umount", mnt)
+    write(f"{mnt}/file", b"content")
+    for command in ("create", "--image", raw), ("create", "--image", loop), ("convert", "--from", "raw", raw), \
+            ("convert", "--from", "raw", loop):
+        said = obdsetup(*command, f"{work}/out", status=5)
+        check(loop in said and ("mounted read-write" in said or "can be written to" in said), said)
+        check("--allow-in-use" in said and not os.path.exists(f"{work}/out"), said)
+    obdsetup("create", "--allow-in-use", "--image", loop, f"{work}/out")
+    # What was mounted read-only doesn't change.
+    run("umount", mnt)
+    run("mount", "-o", "ro", loop, mnt)
+    obdsetup("create", "--force", "--skip-zeros", "--image", raw, f"{work}/out")
+    obdsetup("create", "--force", "--skip-zeros", "--image", loop, f"{work}/out2")
+    run("umount", mnt)
+    run("cmp", f"{work}/out", f"{work}/out2")
+    # A process that writes to the device.
+    with open(loop, "r+b"):
+        said = obdsetup("create", "--force", "--image", loop, f"{work}/out", status=5)
+        check(f"process {os.getpid()}" in said, said)
+        obdsetup("create", "--force", "--image", raw, f"{work}/out", status=5)
+    obdsetup("create", "--force", "--image", loop, f"{work}/out")
+
+
+@test("open: a layer that somebody writes to")
+def written_layer():
+    work = work_directory()
+    layers, content = make_stack(work, 2)
+    with open(layers[1], "r+b"):
+        said = obdsetup("open", NAME, *layers, status=5)
+        check(f"process {os.getpid()}" in said and layers[1] in said, said)
+        equal(devices(), set(), "devices")
+        obdsetup("open", "--allow-in-use", NAME, *layers)
+        defer(quietly, OBDSETUP, "close", NAME)
+    verify(f"/dev/mapper/{NAME}", content, rounds=5)
+    # What is open already is only read.
+    obdsetup("open", f"{NAME}-x", *layers)
+    obdsetup("close", f"{NAME}-x")
+    obdsetup("close", NAME)
+
+
+def layout(work, layer):
+    """An OCI image layout of one layer."""
+    def blob(content):
+        digest = hashlib.sha256(content).hexdigest()
+        write(f"{work}/layout/blobs/sha256/{digest}", content)
+        return {"digest": f"sha256:{digest}", "size": len(content)}
+    os.makedirs(f"{work}/layout/blobs/sha256")
+    manifest = json.dumps({"schemaVersion": 2, "layers": [blob(layer)]}).encode()
+    write(f"{work}/layout/index.json", json.dumps({"manifests": [blob(manifest)]}).encode())
+    write(f"{work}/layout/oci-layout", b'{"imageLayoutVersion": "1.0.0"}')
+    return f"{work}/layout"
+
+
+@test("9p: files and directories are made, and replace nothing")
+def network_file_system():
+    if not os.path.ismount(SHARED):
+        raise Skip(f"{SHARED} is not a 9p file system")
+    work, place = work_directory(), work_directory(SHARED)
+    raw = write(f"{work}/raw", image.sample(SIZE, 92))
+    obdsetup("create", "--image", raw, f"{place}/layer")
+    obdsetup("create", "--image", raw, f"{place}/layer", status=5)
+    os.chmod(f"{place}/layer", 0o600)
+    obdsetup("create", "--force", "--image", raw, f"{place}/layer")
+    equal(os.stat(f"{place}/layer").st_mode & 0o777, 0o600, "mode")
+    obdsetup("export", "--output", f"{place}/back", f"{place}/layer")
+    run("cmp", raw, f"{place}/back")
+    with open(f"{place}/layer", "rb") as file:
+        source = layout(work, file.read())
+    obdsetup("convert", source, f"{place}/app")
+    equal(sorted(os.listdir(f"{place}/app")), ["config.v1.json", "layer0.obd"], "files")
+    obdsetup("verify", f"{place}/app/config.v1.json")
+    obdsetup("convert", source, f"{place}/app", status=5)
+    os.mkdir(f"{place}/empty")
+    obdsetup("convert", source, f"{place}/empty", status=5)
+    equal(sorted(os.listdir(place)), ["app", "back", "empty", "layer"], "what is left")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,471 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! Layers know what they are and what is below them; wrong stacks are refused. What is written keeps
+//! what was there, and what others write to isn't read.
+
+#![allow(missing_docs, clippy::unwrap_used)]
+
+use std::fs::{self, File};
+use std::os::unix::fs::{symlink, MetadataExt, PermissionsExt};
+use std::path::PathBuf;
+use std::time::Duration;
+
+use assert_cmd::assert::Assert;
+use assert_cmd::Command;
+use predicates::prelude::*;
+use predicates::str::contains;
+use tempfile::TempDir;
+
+/// A directory of its own, and `obdsetup` run in it.
+struct Place(TempDir);
+
+impl Place {
+    fn new() -> Self {
+        Self(TempDir::new().unwrap())
+    }
+
+    /// One with a stack of three layers, `a`, `b` and `c`, and the disks that they make, `a.raw` and
+    /// so on.
+    fn with_stack() -> Self {
+        let place = Self::new();
+        let mut below = String::new();
+        for (nth, name) in ["a", "b", "c"].iter().enumerate() {
+            place.write(&format!("{name}.raw"), &disk(nth));
+            place.ok(&format!("create {below} --image {name}.raw {name}"));
+            below += &format!(" --base {name}");
+        }
+        place
+    }
+
+    fn path(&self, name: &str) -> PathBuf {
+        self.0.path().join(name)
+    }
+
+    fn write(&self, name: &str, bytes: &[u8]) {
+        fs::write(self.path(name), bytes).unwrap();
+    }
+
+    fn read(&self, name: &str) -> Vec<u8> {
+        fs::read(self.path(name)).unwrap()
+    }
+
+    fn run(&self, line: &str) -> Assert {
+        let mut command = Command::cargo_bin("obdsetup").unwrap();
+        command.current_dir(self.0.path());
+        command.args(line.split_whitespace());
+        command.timeout(Duration::from_secs(120));
+        command.assert()
+    }
+
+    /// Runs it without a word of its own.
+    fn ok(&self, line: &str) {
+        self.run(line).success().stderr("");
+    }
+
+    /// UUID and parent UUID.
+    fn ident(&self, layer: &str) -> (String, String) {
+        let done = self.run(&format!("info --json {layer}")).success();
+        let json: serde_json::Value = serde_json::from_slice(&done.get_output().stdout).unwrap();
+        let field = |name: &str| json[0]["lsmt"][name].as_str().unwrap().to_owned();
+        (field("uuid"), field("parent_uuid"))
+    }
+}
+
+const NIL: &str = "00000000-0000-0000-0000-000000000000";
+/// Makes a layer as other tools do.
+const FOREIGN: &str = "--uuid 00000000-0000-0000-0000-000000000000";
+
+/// A disk of 3 MiB, of which every piece has data; each `nth` differs in some blocks.
+fn disk(nth: usize) -> Vec<u8> {
+    let mut disk = vec![0; 3 << 20];
+    for (at, byte) in disk.iter_mut().enumerate() {
+        *byte = (at / 512 * 7 + at % 13) as u8;
+    }
+    for n in 1..=nth {
+        disk[n << 20..][..8192].fill(n as u8);
+    }
+    disk
+}
+
+#[test]
+fn layers_know_themselves_and_their_parents() {
+    let place = Place::with_stack();
+    let [a, b, c] = ["a", "b", "c"].map(|name| place.ident(name));
+    assert_eq!(a.1, NIL);
+    assert_eq!((&b.1, &c.1), (&a.0, &b.0));
+    for (uuid, _) in [&a, &b, &c] {
+        assert!(
+            uuid.starts_with("6F626431-") && uuid.as_bytes()[14] == b'8',
+            "{uuid}"
+        );
+    }
+    assert!(a.0 != b.0 && b.0 != c.0);
+    place.ok("verify a b c");
+
+    // The same content has the same UUID, however it is wrapped, on any number of threads.
+    for options in [
+        "",
+        "--algorithm zstd --tar",
+        "--algorithm none",
+        "--threads 1",
+    ] {
+        place.ok(&format!(
+            "create --base a --image b.raw other {options} --force"
+        ));
+        assert_eq!(place.ident("other"), b, "{options}");
+    }
+    // The same input and options, the same bytes.
+    place.ok("create --base a --image b.raw other --force");
+    assert!(place.read("other") == place.read("b"));
+    place.ok("convert --from raw a.raw again");
+    place.ok("create --skip-zeros --image a.raw other --force");
+    assert_eq!(place.ident("again"), place.ident("other"));
+
+    // Another content, another size, another parent: another UUID.
+    place.ok("create --image b.raw alone");
+    place.ok("create --granularity 512 --base a --image c.raw fine");
+    place.ok("commit --parent-uuid 11111111-2222-4333-8444-555566667777 c other --force");
+    assert!(place.ident("alone").0 != b.0 && place.ident("fine").0 != c.0);
+    assert_eq!(
+        place.ident("other").1,
+        "11111111-2222-4333-8444-555566667777"
+    );
+
+    // Wrapping keeps the LSMT file as it is; writing it anew keeps the UUID.
+    for options in [
+        "--algorithm none",
+        "--compact",
+        "--tar --algorithm zstd",
+        "--user-tag x",
+    ] {
+        place.ok(&format!("commit b other --force {options}"));
+        assert_eq!(place.ident("other"), b, "{options}");
+    }
+    // A merged layer stands in the place of those that it was made of.
+    place.ok("merge -o bc b c");
+    assert_eq!(place.ident("bc"), (c.0.clone(), a.0.clone()));
+    place.ok("merge -o abc --lowest a b c");
+    assert_eq!(place.ident("abc"), (c.0.clone(), NIL.to_owned()));
+    place.ok("verify a bc");
+    place.ok("verify abc");
+}
+
+/// Every command that takes a stack, with a stack of `layers`.
+fn commands(layers: &str) -> Vec<String> {
+    let bases: String = layers
+        .split(' ')
+        .map(|name| format!(" --base {name}"))
+        .collect();
+    vec![
+        format!("verify {layers}"),
+        format!("verify --json {layers}"),
+        format!("export --force -o out {layers}"),
+        format!("dump --force -o out {layers}"),
+        format!("table {layers}"),
+        format!("open obd-identity-test {layers}"),
+        format!("create{bases} --image c.raw out --force"),
+        format!("merge --lowest --force -o out {layers}"),
+    ]
+}
+
+#[test]
+fn wrong_stacks_are_refused() {
+    let place = Place::with_stack();
+    place.write("x.raw", &disk(0)[..2 << 20]);
+    place.ok("create --image x.raw x");
+    place.ok("create --image c.raw forgotten");
+    let [a, b] = ["a", "b"].map(|name| place.ident(name).0);
+    for (layers, said) in [
+        ("a c b", format!("c: was made over a layer with UUID {b}, but the one below it, a, has UUID {a}: the layers are in the wrong order")),
+        ("c b a", "was made over a layer with UUID".to_owned()),
+        ("a c", "a layer is missing, or it is another one".to_owned()),
+        ("b c", format!("b: was made over a layer with UUID {a}, but no layer is below it: give all layers")),
+        ("a b b c", format!("b: has UUID {b}, as b has: the same layer twice")),
+        ("x b c", "b: was made over a layer with UUID".to_owned()),
+        ("a forgotten", "forgotten: was made as a lowest layer, but a is below it".to_owned()),
+        ("a b x", "x: was made as a lowest layer".to_owned()),
+    ] {
+        for command in commands(layers) {
+            place
+                .run(&command)
+                .code(3)
+                .stderr(contains(&said).and(contains("--ignore-identity")));
+            assert!(!place.path("out").exists(), "{command}");
+        }
+        // A merge of layers in the middle doesn't ask for what is below, but for what is between.
+        if layers != "b c" {
+            place.run(&format!("merge -o out {layers}")).code(3).stderr(contains(&said));
+        }
+        let mut warns = vec![format!("dump --ignore-identity --force -o out {layers}")];
+        warns.push(format!("verify --ignore-identity {layers}"));
+        warns.push(format!("table --ignore-identity {layers}"));
+        for command in warns {
+            place
+                .run(&command)
+                .success()
+                .stderr(contains("warning: ").and(contains(&said)));
+        }
+        let _ = fs::remove_file(place.path("out"));
+    }
+    let done = place.run("verify --json a c").code(3);
+    let report: serde_json::Value = serde_json::from_slice(&done.get_output().stdout).unwrap();
+    assert_eq!(report["ok"], false);
+    assert_eq!(report["chain_errors"].as_array().unwrap().len(), 1);
+
+    // An upper layer alone is a part of a stack.
+    for command in [
+        "dump b --force -o out",
+        "table b",
+        "open obd-identity-test b",
+    ] {
+        place
+            .run(command)
+            .code(3)
+            .stderr(contains("no layer is below it"));
+    }
+    place
+        .run("verify b")
+        .success()
+        .stderr(contains(format!("UUID {a}, which is not checked")));
+    place.ok("info b");
+    place.ok("merge -o out b");
+}
+
+#[test]
+fn layers_without_identity_are_as_they_were() {
+    let place = Place::with_stack();
+    for (name, base) in [
+        ("fa", ""),
+        ("fb", "--base fa"),
+        ("fc", "--base fa --base fb"),
+    ] {
+        let raw = &name[1..];
+        place.ok(&format!("create {FOREIGN} {base} --image {raw}.raw {name}"));
+        assert_eq!(place.ident(name), (NIL.to_owned(), NIL.to_owned()));
+    }
+    for layers in ["fa fb fc", "fb", "fa fc fb", "fa fa"] {
+        place.ok(&format!("verify {layers}"));
+        place.ok(&format!("dump --force -o out {layers}"));
+    }
+    place
+        .run("info fa")
+        .success()
+        .stdout(contains("cannot be checked"));
+    place.run("info a").success().stdout(contains("lowest"));
+    place
+        .run("info b")
+        .success()
+        .stdout(contains("over the parent only"));
+    // A layer over one that has no UUID has one, but doesn't say that it is the lowest.
+    place.ok("create --base fa --image b.raw over");
+    place.ok("verify fa over");
+    place.ok("verify a over");
+    place
+        .run("info over")
+        .success()
+        .stdout(contains("cannot be checked"));
+    // Merged from the middle, too; with the layer's own UUIDs where there are some.
+    place.ok("merge -o fbc fb fc");
+    place.ok("verify fa fbc");
+    place.ok("commit --compact fb compact");
+    assert_ne!(place.ident("compact").0, NIL);
+    place.ok("verify fa compact");
+    // Of ours, one that lost its UUID in other hands is missed.
+    place.ok(&format!("commit {FOREIGN} b lost"));
+    place
+        .run("verify a lost c")
+        .code(3)
+        .stderr(contains("has none: whether it is that layer"));
+    // A smaller layer over a larger one is what other tools may have meant.
+    place.write("small.raw", &disk(0)[..1 << 20]);
+    place.ok(&format!("create {FOREIGN} --image small.raw small"));
+    place
+        .run("verify fa small")
+        .success()
+        .stderr(contains("the end is cut off"));
+}
+
+#[test]
+fn images_of_another_size() {
+    let place = Place::with_stack();
+    let mut longer = disk(1);
+    longer.extend_from_slice(&[9; 4096]);
+    place.write("longer.raw", &longer);
+    place.write("shorter.raw", &disk(1)[..(3 << 20) - 512]);
+    let size = 3 << 20;
+    place
+        .run("create --base a --image longer.raw out")
+        .code(1)
+        .stderr(contains(format!(
+            "longer.raw: has {} bytes, but the layers below are a disk of {size} bytes: --grow",
+            size + 4096
+        )));
+    for grow in ["", "--grow"] {
+        place
+            .run(&format!("create --base a --image shorter.raw out {grow}"))
+            .code(1)
+            .stderr(contains(format!(
+                "{} bytes, but the layers below are a disk of {size}",
+                size - 512
+            )));
+    }
+    assert!(!place.path("out").exists());
+    place.ok("create --base a --image longer.raw --grow out");
+    place.ok("verify a out");
+    place.ok("export -o back.raw a out");
+    assert!(place.read("back.raw") == longer);
+    // The device of a disk ends on a sector.
+    place.write("odd.raw", &longer[..size + 100]);
+    place.write("even.raw", &longer[..size + 512]);
+    place.ok("create --image odd.raw odd");
+    place.ok("create --base odd --image even.raw even");
+    place.ok("verify odd even");
+}
+
+#[test]
+fn layers_end_on_a_sector() {
+    let place = Place::new();
+    for len in [1, 511, 4096, 100_000, 1_000_003] {
+        place.write("disk.raw", &disk(0)[..len]);
+        for wrapping in [
+            "",
+            "--no-crc",
+            "--tar",
+            "--algorithm zstd --block-size 64k",
+            "--algorithm zstd --tar",
+            "--algorithm none",
+            "--algorithm none --tar",
+        ] {
+            place.ok(&format!("create --force --image disk.raw layer {wrapping}"));
+            assert_eq!(
+                place.read("layer").len() % 512,
+                0,
+                "{len} bytes, {wrapping}"
+            );
+            place.ok("verify layer");
+            let table = place.run("table layer").success();
+            let table = String::from_utf8(table.get_output().stdout.clone()).unwrap();
+            assert!(
+                !table.contains("TAIL") && table.lines().count() <= 2,
+                "{table}"
+            );
+            place.ok("commit --force --tar layer other");
+            place.ok("commit --force other other.obd");
+            assert_eq!(place.read("other.obd").len() % 512, 0);
+        }
+    }
+}
+
+#[test]
+fn what_is_replaced_keeps_its_permissions() {
+    let place = Place::with_stack();
+    place.write("out", b"old");
+    let path = place.path("out");
+    let mode = || path.metadata().unwrap().mode() & 0o7777;
+    for command in [
+        "create --image a.raw --force out",
+        "commit --force a out",
+        "merge --force -o out a b",
+        "convert --from raw --force a.raw out",
+        "export --force -o out a b",
+        "dump --force -o out a b",
+    ] {
+        for wanted in [0o600, 0o640, 0o444, 0o666] {
+            fs::set_permissions(&path, fs::Permissions::from_mode(wanted)).unwrap();
+            place.ok(command);
+            assert_eq!(mode(), wanted, "{command}");
+        }
+    }
+    // An administrator keeps the owner, too.
+    if rustix::process::geteuid().is_root() {
+        std::os::unix::fs::chown(&path, Some(1234), Some(2345)).unwrap();
+        fs::set_permissions(&path, fs::Permissions::from_mode(0o640)).unwrap();
+        place.ok("commit --force a out");
+        let meta = path.metadata().unwrap();
+        assert_eq!((meta.uid(), meta.gid(), mode()), (1234, 2345, 0o640));
+    }
+    // A list of who may do what: user 1234 may read.
+    let list = [
+        [2, 0, 0, 0].as_slice(),
+        &acl(0x01, 6, u32::MAX),
+        &acl(0x02, 4, 1234),
+        &acl(0x04, 0, u32::MAX),
+        &acl(0x10, 4, u32::MAX),
+        &acl(0x20, 0, u32::MAX),
+    ]
+    .concat();
+    let name = "system.posix_acl_access";
+    match rustix::fs::setxattr(&path, name, &list, rustix::fs::XattrFlags::empty()) {
+        Err(error) => println!("skipped: no access control lists here: {error}"),
+        Ok(()) => {
+            place.ok("commit --force b out");
+            let mut found = vec![0; 1024];
+            let len = rustix::fs::getxattr(&path, name, &mut found).unwrap();
+            assert_eq!(found[..len], list);
+        }
+    }
+    // Of a link, what it leads to is replaced or made; other names of the file are told of.
+    symlink("target", place.path("link")).unwrap();
+    place.ok("commit --force a link");
+    assert!(place.path("link").is_symlink() && place.read("target") == place.read("a"));
+    fs::hard_link(place.path("target"), place.path("name")).unwrap();
+    place
+        .run("commit --force b target")
+        .success()
+        .stderr(contains("has 2 names (hard links)"));
+    assert!(place.read("name") == place.read("a"));
+}
+
+/// An entry of an access control list as the kernel has it.
+fn acl(tag: u16, permissions: u16, id: u32) -> Vec<u8> {
+    [
+        tag.to_le_bytes().as_slice(),
+        &permissions.to_le_bytes(),
+        &id.to_le_bytes(),
+    ]
+    .concat()
+}
+
+#[test]
+fn what_others_write_to_is_not_read() {
+    let place = Place::with_stack();
+    let said = |name: &str| {
+        contains(format!("{name}: process {}", std::process::id()))
+            .and(contains("has it open for writing"))
+            .and(contains("--allow-in-use"))
+    };
+    let image = File::options()
+        .append(true)
+        .open(place.path("a.raw"))
+        .unwrap();
+    for command in [
+        "create --image a.raw out",
+        "create --base a --image a.raw out",
+        "convert --from raw a.raw out",
+    ] {
+        place.run(command).code(5).stderr(said("a.raw"));
+        assert!(!place.path("out").exists());
+    }
+    place.ok("create --allow-in-use --image a.raw out");
+    place.ok("convert --from raw --allow-in-use a.raw out --force");
+    drop(image);
+    // To read it is no harm.
+    let reader = File::open(place.path("a.raw")).unwrap();
+    place.ok("create --image a.raw out --force");
+    drop(reader);
+
+    let layer = File::options()
+        .read(true)
+        .write(true)
+        .open(place.path("b"))
+        .unwrap();
+    place
+        .run("open obd-identity-test a b c")
+        .code(5)
+        .stderr(said("b"));
+    drop(layer);
+    place
+        .run("open obd-identity-test a b c")
+        .failure()
+        .stderr(contains("open for writing").not());
+}

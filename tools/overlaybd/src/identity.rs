@@ -1,0 +1,191 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! UUIDs made of what a layer holds: the same content over the same layer has the same UUID,
+//! however it is wrapped.
+//!
+//! A UUID is a part of a SHA-256 over the virtual size, the UUID of the layer below, the runs of
+//! sectors, and a SHA-256 of the data in each MiB of the disk. So the pieces can be hashed in
+//! parallel, and the result doesn't depend on how many are.
+//!
+//! Description: `Documentation/formats/identity.rst`.
+
+use rayon::prelude::*;
+use sha2::{Digest, Sha256};
+
+use crate::format::num::{to_u64, to_usize};
+use crate::format::SECTOR_SIZE;
+use crate::layer::Ident;
+use crate::lsmt_writer::Run;
+use crate::{Progress, Result};
+
+/// Bytes of the disk that are hashed together.
+pub const PIECE: u64 = 1 << 20;
+/// What the hash begins with. Another number, another UUID for the same layer.
+const DOMAIN: &[u8] = b"dm-overlaybd layer identity 1\0";
+/// What UUIDs begin with that say more: the layer names the layer below, or there is none.
+const PLACED: [u8; 4] = *b"obd1";
+
+/// The hashes of a layer's data, by the number of the piece of the disk, ascending.
+#[derive(Debug, Default, PartialEq, Eq)]
+pub struct Pieces(Vec<(u64, [u8; 32])>);
+
+impl Pieces {
+    /// Hashes the data of `runs`, which are ascending. `read` reads the disk: byte offset, buffer.
+    ///
+    /// # Errors
+    ///
+    /// The first error of `read` or `progress`, which is told the bytes of data.
+    pub fn of(
+        runs: &[Run],
+        read: impl Fn(u64, &mut [u8]) -> Result<()> + Sync,
+        progress: Progress<'_>,
+    ) -> Result<Self> {
+        let parts = parts(runs);
+        let groups: Vec<&[Part]> = parts.chunk_by(|a, b| a.piece() == b.piece()).collect();
+        let hash = |buffer: &mut Vec<u8>, group: &&[Part]| {
+            let mut hasher = Hasher::default();
+            for part in *group {
+                let piece = buffer.get_mut(..to_usize(part.len)).unwrap_or_default();
+                read(part.start, piece)?;
+                hasher.add(piece);
+                progress(part.len)?;
+            }
+            Ok(hasher.finish(group.first().map_or(0, Part::piece)))
+        };
+        let pieces = groups
+            .par_iter()
+            .map_init(|| vec![0; to_usize(PIECE)], hash)
+            .collect::<Result<Vec<_>>>()?;
+        Ok(Self(pieces.into_iter().flatten().collect()))
+    }
+
+    /// The pieces that several have found, ascending.
+    pub(crate) fn collect(found: impl IntoIterator<Item = (u64, [u8; 32])>) -> Self {
+        Self(found.into_iter().collect())
+    }
+}
+
+/// Bytes of data in one piece of the disk.
+struct Part {
+    start: u64,
+    len: u64,
+}
+
+impl Part {
+    fn piece(&self) -> u64 {
+        self.start / PIECE
+    }
+}
+
+/// Cuts the data of `runs` at the bounds of pieces.
+fn parts(runs: &[Run]) -> Vec<Part> {
+    let mut parts = Vec::new();
+    for run in runs.iter().filter(|run| !run.zeroed) {
+        let (mut start, end) = (run.offset * SECTOR_SIZE, run.end() * SECTOR_SIZE);
+        while start < end {
+            let len = (end - start).min(PIECE - start % PIECE);
+            parts.push(Part { start, len });
+            start += len;
+        }
+    }
+    parts
+}
+
+/// Hashes the data of one piece.
+#[derive(Default)]
+pub(crate) struct Hasher(Option<Sha256>);
+
+impl Hasher {
+    /// Appends data. A sector that isn't whole ends with zeros.
+    pub(crate) fn add(&mut self, data: &[u8]) {
+        let hasher = self.0.get_or_insert_default();
+        hasher.update(data);
+        let len = to_u64(data.len());
+        let gap = len.next_multiple_of(SECTOR_SIZE) - len;
+        hasher.update(vec![0; to_usize(gap)]);
+    }
+
+    /// The hash, with the number of its piece; `None` where there was no data.
+    pub(crate) fn finish(self, piece: u64) -> Option<(u64, [u8; 32])> {
+        self.0.map(|hasher| (piece, hasher.finalize().into()))
+    }
+}
+
+/// What is below a layer, as far as its writer knows.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Below<'a> {
+    /// Nothing: the layer is the lowest.
+    Nothing,
+    /// The layer with this UUID.
+    Layer(&'a str),
+    /// Perhaps a layer, but it has no UUID.
+    Unknown,
+}
+
+impl<'a> Below<'a> {
+    /// What `uuid` says: [`Below::Unknown`] where it says nothing.
+    pub fn of(uuid: &'a str) -> Self {
+        match Ident::is_known(uuid) {
+            true => Self::Layer(uuid),
+            false => Self::Unknown,
+        }
+    }
+}
+
+/// The UUID, as text, of a layer of `runs`, ascending and joined where they touch.
+pub fn uuid(virtual_size: u64, below: Below<'_>, runs: &[Run], pieces: &Pieces) -> String {
+    let mut hasher = Sha256::new_with_prefix(DOMAIN);
+    let mut number = |number: u64| hasher.update(number.to_le_bytes());
+    number(virtual_size);
+    number(to_u64(runs.len()));
+    for run in runs {
+        number(run.offset);
+        number(run.length);
+        number(run.zeroed.into());
+    }
+    number(to_u64(pieces.0.len()));
+    for (piece, hash) in &pieces.0 {
+        hasher.update(piece.to_le_bytes());
+        hasher.update(hash);
+    }
+    if let Below::Layer(uuid) = below {
+        hasher.update(uuid.to_ascii_uppercase());
+    }
+    let hash: [u8; 32] = hasher.finalize().into();
+    let mut bytes = [0; 16];
+    for (byte, &hash) in bytes.iter_mut().zip(&hash) {
+        *byte = hash;
+    }
+    if below != Below::Unknown {
+        let [a, b, c, d, ..] = &mut bytes;
+        [*a, *b, *c, *d] = PLACED;
+    }
+    // Version 8 of RFC 9562: what is in it is ours to say.
+    let [_, _, _, _, _, _, version, _, variant, ..] = &mut bytes;
+    *version = *version & 0x0f | 0x80;
+    *variant = *variant & 0x3f | 0x80;
+    text(&bytes)
+}
+
+/// Whether `uuid` says that its layer names the layer below it, or is the lowest.
+pub fn is_placed(uuid: &str) -> bool {
+    let bytes = uuid.as_bytes();
+    let mark = text(&PLACED);
+    bytes
+        .get(..8)
+        .is_some_and(|start| start.eq_ignore_ascii_case(mark.as_bytes()))
+        && bytes.get(14) == Some(&b'8')
+        && matches!(bytes.get(19), Some(b'8' | b'9' | b'A' | b'B' | b'a' | b'b'))
+}
+
+/// The bytes of a UUID as upstream writes them: upper case, hyphens after 4, 6, 8 and 10 bytes.
+fn text(bytes: &[u8]) -> String {
+    let mut text = String::new();
+    for (nth, byte) in bytes.iter().enumerate() {
+        if matches!(nth, 4 | 6 | 8 | 10) {
+            text.push('-');
+        }
+        text.push_str(&format!("{byte:02X}"));
+    }
+    text
+}
