@@ -230,3 +230,17 @@ fn a_signal_ends_the_program_and_leaves_nothing() {
         assert!(place.left().is_empty(), "{signal}: {:?}", place.left());
     }
 }
+
+#[test]
+fn who_is_not_root_is_told_so() {
+    if rustix::process::geteuid().is_root() {
+        eprintln!("skipped: this is root");
+        return;
+    }
+    let place = Place::new(COPY);
+    for command in [["close", "x"], ["status", "x"]] {
+        let output = place.obdsetup().args(command).output().unwrap();
+        assert_eq!(output.status.code(), Some(2), "{}", said(&output));
+        assert!(said(&output).contains("only root"), "{}", said(&output));
+    }
+}
