@@ -545,7 +545,10 @@ fn convert_images() {
     // Without qemu-img, it is said what is missing.
     place.write("x.qcow2", b"QFI\xfb\0\0\0\x03");
     let installed = ["/usr/local/bin", "/usr/bin", "/bin"];
-    if !installed.iter().any(|at| Path::new(at).join("qemu-img").exists()) {
+    if !installed
+        .iter()
+        .any(|at| Path::new(at).join("qemu-img").exists())
+    {
         place
             .command("convert x.qcow2 c.obd")
             .env("PATH", "/nonexistent")
