@@ -50,6 +50,7 @@ measure() {
 must() { step "$@" || die "no result"; }
 
 export USE_ROOT=1 KDIR='' CARGO='' QUIET=1
+alone
 mkdir -p "$out"
 [ -z "${COMPARE:-}" ] || cp "$COMPARE" "$out/older"
 rm -f "$out"/*.json

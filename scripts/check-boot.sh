@@ -179,6 +179,7 @@ results() {
 }
 
 export USE_ROOT=1 KDIR='' CARGO='' QUIET=1
+alone
 "$SCRIPTS/setup.sh"
 steps 6
 step "module" "$SCRIPTS/build-module.sh"

@@ -88,6 +88,7 @@ results() {
 	skipped=$((skipped + $(grep -c '^skipped' "$STEP_LOG" || :)))
 }
 
+alone
 trap '"${SUDO[@]}" rm -rf "$WORK"' EXIT
 "$SCRIPTS/make-deb.sh"
 "$SCRIPTS/setup.sh"

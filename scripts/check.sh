@@ -223,6 +223,7 @@ for part in "${parts[@]}"; do
 	*) die "usage: check.sh [stock | system | both | forky | debug | kcsan | soak]..." ;;
 	esac
 done
+alone
 steps "$total"
 set_up
 for part in "${parts[@]}"; do

@@ -4,6 +4,7 @@
 . "$(dirname "$0")/lib.sh"
 
 export USE_ROOT=1 KDIR='' CARGO=''
+alone
 steps 4
 step "tool-chain root" "$SCRIPTS/make-root.sh"
 step "kernel and its Rust tree" "$SCRIPTS/make-kernel.sh"

@@ -71,6 +71,7 @@ report() {
 	fi
 }
 
+alone
 "$SCRIPTS/setup.sh"
 mkdir -p "$LOGS"
 build

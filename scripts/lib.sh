@@ -116,6 +116,15 @@ lock() {
 
 unlock() { exec {LOCK_FD}>&-; }
 
+# alone: wait until nothing else in this clone that is made of steps runs: logs and results have one place. What it calls may
+# call it again.
+alone() {
+	[ "${ALONE_IN:-}" != "$BUILD" ] || return 0
+	need_places
+	lock "$BUILD/.lock" "run in $CLONE"
+	export ALONE_IN=$BUILD
+}
+
 # --- steps: one line each with the time it took, output to a log ---
 
 STEP_NR=0

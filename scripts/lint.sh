@@ -63,6 +63,7 @@ lint_unsafe() {
 
 case ${1:-} in
 '')
+	alone
 	"$SCRIPTS/setup.sh"
 	steps "${#LINTS[@]}"
 	failed=0

@@ -115,6 +115,7 @@ if [ "${1:-}" = --pack ]; then
 	pack "$2"
 	exit
 fi
+alone
 [ -n "${CARGO:-}" ] || ! debian_13 || CARGO=cargo
 export CARGO="${CARGO:-}"
 # Times in the packages are those of the commit.

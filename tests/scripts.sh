@@ -85,6 +85,14 @@ lock_of_a_step() {
 		step first take && step second flock -n "$BUILD/some.lock" true')
 }
 
+# two_at_once: in one clone the second waits for the first, and what that calls does not.
+two_at_once() {
+	local order=$work/order run='. scripts/lib.sh; alone; echo "$0 begins" >>"$1"; bash -c ". scripts/lib.sh; alone"; sleep 0.7
+		echo "$0 ends" >>"$1"'
+	(cd "$odd" && { timeout 20 bash -c "$run" a "$order" & } && sleep 0.3 && timeout 20 bash -c "$run" b "$order" && wait)
+	equal "$(cat "$order")" $'a begins\na ends\nb begins\nb ends'
+}
+
 # cache_is_free: nothing half made, and nobody holds the lock.
 cache_is_free() {
 	local lock
@@ -167,13 +175,14 @@ cargo() {
 		$'1 ignored unless cargo test is asked for it\n1 no machine\n2 no golden images, see OBD_GOLDENS\n3 1'
 }
 
-echo "1..15"
+echo "1..16"
 test "help in a read-only clone" help
 test "surroundings of the caller change nothing" surroundings
 test "a clone with blanks and worse in its path" odd_place
 test "a clone through a symbolic link" by_link
 test "the tools of this machine, in such a clone" tools_of_the_machine
 test "a step's lock ends with it" lock_of_a_step
+test "two at once in a clone" two_at_once
 test "an interrupted set-up leaves nothing: TERM" cache_interrupted TERM
 test "an interrupted set-up leaves nothing: HUP" cache_interrupted HUP
 test "an interrupted step ends all that it has started: TERM" step_interrupted TERM
