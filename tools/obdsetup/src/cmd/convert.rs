@@ -29,10 +29,23 @@ use crate::size;
   obdsetup convert rootfs base.obd --size 4g
   obdsetup convert layout app && obdsetup open app app/config.v1.json     an OCI image
 
-What IN is, is seen; --from says otherwise. Formats of virtual machines need qemu-img, which reads
-what an image refers to, too, such as its backing file: convert only what you trust, and a raw disk
-that others wrote with --from raw. Directories and tars need the mkfs of the file system, and a tar
-is unpacked where that cannot read it. OUT is one layer, the lowest of a stack, without the zeros.
+The type of IN is detected by its content, never by its name; --from overrides it:
+
+  disk                 partition table or known file system (ext4, xfs, btrfs, FAT, ISO, LVM, LUKS,
+                       swap...): taken as it is
+  qcow2, vmdk, vhdx, vpc, vdi, qed, parallels: read by qemu-img, which must be installed
+  tar                  put in a file system, by its mkfs, which must be installed
+  directory            likewise
+  OCI image layout     see below
+  gzip, bzip2, xz, lzma, lzip, zstd, lz4 of a tar or disk: decompressed
+
+Image archives (docker save, OCI), OVA, zip, cpio, 7-Zip, deb, rpm, Android sparse images and others
+are refused with what to do. Anything else, and a disk that is no whole number of sectors, needs
+--from raw. A tar is read to its end first: a damaged or incomplete one is refused.
+
+qemu-img also reads what an image refers to, such as its backing file: convert only what you trust,
+and use --from raw for a raw disk that others wrote. OUT is one layer, the lowest of a stack, without
+the zeros.
 
 Of an OCI image layout, as `skopeo copy docker://... oci:layout` makes it, OUT is a directory: the
 layers as they are, and a config.v1.json that lists them with absolute names, which all commands

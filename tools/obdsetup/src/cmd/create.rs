@@ -33,7 +33,8 @@ use crate::size;
   obdsetup create --base base.obd --image changed.raw app.obd     the difference only
 
 Holes of an image stay out of the layer; --skip-zeros keeps zeros out too. With --base, what
-changed is data, and what became zero is marked as zeros (a discard). For qcow2, vmdk, tars and
+changed is data, and what became zero is marked as zeros (a discard). An image that is no disk for
+sure, such as an archive or a qcow2, is refused; --raw takes it as it is. For qcow2, vmdk, tars and
 OCI images, see `convert`.")]
 pub(crate) struct Args {
     /// The file to make
