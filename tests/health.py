@@ -2,12 +2,15 @@
 # SPDX-License-Identifier: GPL-2.0
 """What obdsetup status and list tell an operator and a monitor: health, exit codes, names of files."""
 
+import itertools
 import json
 import os
 import re
 import shutil
 import subprocess
+import sys
 import tempfile
+import textwrap
 
 from obdtest import dm, image
 from obdtest.disk import Disk, read_or_none
@@ -226,6 +229,49 @@ def others():
         err = obdsetup(command, foreign.name, status=4)[1]
         check(f"device {foreign.name} was not set up by obdsetup: it has no UUID" in err, err)
     check(foreign.name not in obdsetup("list")[0], "list")
+
+
+def snippets():
+    """The programs in Documentation/monitoring.rst, by the first word of their comment."""
+    path = os.path.join(os.path.dirname(__file__), "../Documentation/monitoring.rst")
+    with open(path, encoding="utf-8") as file:
+        blocks = file.read().split(".. code:: python\n\n")[1:]
+    found = {}
+    for block in blocks:
+        lines = itertools.takewhile(lambda line: not line or line.startswith("  "), block.split("\n"))
+        text = textwrap.dedent("\n".join(lines))
+        found[re.search(r"^# ([^ :]*)", text, re.MULTILINE)[1].split("/")[-1]] = text
+    return found
+
+
+@test("the programs in monitoring.rst")
+def monitors():
+    programs = snippets()
+    equal(set(programs), {"obdsetup-verify-all", "obdsetup-textfile"}, "programs")
+    layers = open_stack()
+    work = os.path.dirname(layers[0])
+
+    def run(name, *args):
+        return subprocess.run([sys.executable, "-c", programs[name], *args], capture_output=True, text=True, check=False)
+
+    def metrics():
+        equal(run("obdsetup-textfile", work).returncode, 0, "status of the textfile's program")
+        with open(f"{work}/overlaybd.prom", encoding="utf-8") as file:
+            return dict(line.rsplit(" ", 1) for line in file.read().splitlines())
+
+    equal(metrics(), {f'overlaybd_{name}{{stack="{NAME}"}}': value for name, value in
+                      {"healthy": "1", "corrupt_blocks_total": "0", "read_errors_total": "0", "layers": "2"}.items()},
+          "metrics")
+    equal(run("obdsetup-verify-all").returncode, 0, "verify")
+    corrupt(layers[0], 20)
+    done = run("obdsetup-verify-all")
+    equal(done.returncode, 1, f"verify of a corrupt file ({done.stderr})")
+    check(layers[0] in done.stderr, done.stderr)
+    disk = Disk(f"/dev/mapper/{NAME}")
+    for at in range(4096 * 15, 4096 * 22, 4096):
+        read_or_none(disk, at, 4096)
+    disk.close()
+    equal(metrics()[f'overlaybd_healthy{{stack="{NAME}"}}'], "0", "healthy")
 
 
 @test("list without stacks, and list and status as an ordinary user")

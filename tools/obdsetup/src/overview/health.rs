@@ -91,7 +91,7 @@ pub(crate) fn line(stack: &Stack) -> String {
     let file = first.map_or("", |layer| layer.file.as_str());
     let more = match layers().count() {
         0 | 1 => String::new(),
-        n => format!(" (and {} more layers)", n - 1),
+        n => format!(" (worst of {n} layers)"),
     };
     let sum = |of: fn(&Layer) -> u64| layers().map(of).fold(0, u64::saturating_add);
     let name = &stack.name;
@@ -213,7 +213,7 @@ mod tests {
         let start = "CORRUPT: a corrupt block of /a was read 3 times; ";
         assert!(text.starts_with(start), "{text}");
         let (_, text) = said(corrupt);
-        let start = "CORRUPT: a corrupt block of /a was read 6 times (and 1 more layers); ";
+        let start = "CORRUPT: a corrupt block of /a was read 6 times (worst of 2 layers); ";
         assert!(text.starts_with(start), "{text}");
     }
 }
