@@ -62,7 +62,9 @@ fn cut(place: &Path, layer: &str, places: &[usize]) -> Vec<String> {
 #[test]
 fn incomplete_copies_are_said_to_be_that() {
     let place = TempDir::new().unwrap();
-    let disk: Vec<u8> = (0..400_000u32).map(|n| (n * n >> 7) as u8).collect();
+    let disk: Vec<u8> = (0..400_000u32)
+        .map(|n| (n.wrapping_mul(n) >> 7) as u8)
+        .collect();
     std::fs::write(place.path().join("disk.raw"), disk).unwrap();
     for (layer, options) in [
         ("lz4.obd", ""),

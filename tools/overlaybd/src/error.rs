@@ -94,6 +94,10 @@ impl Error {
                 error,
                 size: Some(bytes),
             },
+            Self::InFile { path, source } => Self::InFile {
+                path,
+                source: Box::new(source.with_size(bytes)),
+            },
             other => other,
         }
     }
