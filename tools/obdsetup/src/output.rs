@@ -189,7 +189,7 @@ fn keep_attributes(file: &File, path: &Path, old: &Metadata) -> io::Result<()> {
         .as_ref()
         .is_none_or(|acl| same_group && fsetxattr(file, ACL, acl, XattrFlags::empty()).is_ok());
     if !same_group || !keeps_acl {
-        mode &= !0o2070 | mode << 3 & 0o070;
+        mode &= !0o2070 | ((mode << 3) & 0o070);
     }
     set_mode(file, mode)?;
     if let Some(label) = attribute(path, LABEL) {

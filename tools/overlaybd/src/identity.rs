@@ -162,8 +162,8 @@ pub fn uuid(virtual_size: u64, below: Below<'_>, runs: &[Run], pieces: &Pieces) 
     }
     // Version 8 of RFC 9562: what is in it is ours to say.
     let [_, _, _, _, _, _, version, _, variant, ..] = &mut bytes;
-    *version = *version & 0x0f | 0x80;
-    *variant = *variant & 0x3f | 0x80;
+    *version = (*version & 0x0f) | 0x80;
+    *variant = (*variant & 0x3f) | 0x80;
     text(&bytes)
 }
 
