@@ -78,17 +78,12 @@ impl Udev {
                 })
             }
         };
-        Ok(Wait {
-            udev: self,
-            cookie,
-            lock,
-        })
+        Ok(Wait { cookie, lock })
     }
 }
 
 /// A wait for udev that has begun. The lock has a note of its cookie.
 pub(crate) struct Wait<'a> {
-    udev: Udev,
     cookie: Option<Cookie>,
     lock: &'a Lock,
 }
@@ -112,10 +107,11 @@ struct Cookie {
 impl Wait<'_> {
     /// Returns the options for dmsetup commands whose events are waited for.
     pub(crate) fn options(&self) -> Vec<&str> {
-        match (&self.cookie, self.udev) {
-            (Some(cookie), _) => vec!["--udevcookie", &cookie.text],
-            (None, Udev::Deaf) => vec!["--noudevsync", "--verifyudev"],
-            (None, Udev::Absent | Udev::Present) => Vec::new(),
+        match &self.cookie {
+            Some(cookie) => vec!["--udevcookie", &cookie.text],
+            // The second one lets libdm make and remove nodes. Without it dmsetup leaves them to udev,
+            // even where none runs.
+            None => vec!["--noudevsync", "--verifyudev"],
         }
     }
 
