@@ -34,7 +34,6 @@ mod program;
 mod raw_out;
 mod size;
 mod tab;
-mod usage;
 
 use std::ffi::OsString;
 use std::io::{self, Write};

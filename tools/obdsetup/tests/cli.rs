@@ -1367,7 +1367,7 @@ fn signals_stop_other_programs() {
     tool(&place, "tar -cf x.tar file");
     place.write("x.qcow2", b"QFI\xfb\0\0\0\x03");
     // They take for ever, as mkfs, tar and qemu-img might.
-    for (program, from) in [("tar", "x.tar"), ("qemu-img", "x.qcow2")] {
+    for (program, from) in [("mkfs.ext4", "x.tar"), ("qemu-img", "x.qcow2")] {
         place.write(program, b"#!/bin/sh\necho $$ >called\nexec sleep 600\n");
         let mode = fs::Permissions::from_mode(0o755);
         fs::set_permissions(place.path(program), mode).unwrap();

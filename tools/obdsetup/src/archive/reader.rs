@@ -138,8 +138,6 @@ impl Archive {
     /// # Errors
     ///
     /// That of `sink`, and as [`Self::next`].
-    // Only tests read it so far.
-    #[allow(dead_code)]
     pub(crate) fn content(
         &mut self,
         member: &Member,

@@ -91,6 +91,10 @@ pub(crate) struct Args {
     #[arg(long, help_heading = "Directories and tars")]
     keep_whiteouts: bool,
 
+    /// Leave out what the file system cannot hold, such as ACLs, and only warn
+    #[arg(long, help_heading = "Directories and tars")]
+    allow_loss: bool,
+
     #[command(flatten)]
     in_use: InUseArgs,
 
@@ -116,8 +120,12 @@ pub(crate) fn run(args: &Args) -> Result<()> {
         Err(Failure::usage(message))
     };
     let files = matches!(kind, Kind::Directory | Kind::Tar);
-    if !files && (args.fs.is_some() || args.size.is_some() || !args.mkfs_arg.is_empty()) {
-        return refuse("is no directory or tar; --fs, --size and --mkfs-arg are for those");
+    let for_files =
+        args.fs.is_some() || args.size.is_some() || args.allow_loss || !args.mkfs_arg.is_empty();
+    if !files && for_files {
+        return refuse(
+            "is no directory or tar; --fs, --size, --mkfs-arg and --allow-loss are for those",
+        );
     }
     if kind == Kind::Oci {
         if args.new != NewLayerArgs::default() || args.compare != CompareArgs::default() {
@@ -182,6 +190,7 @@ fn make_fs(args: &Args, files: Files<'_>, place: &Path) -> Result<NamedTempFile>
         fs: args.fs.unwrap_or(FileSystem::Ext4),
         size: args.size,
         args: &args.mkfs_arg,
+        allow_loss: args.allow_loss,
     };
     mkfs::make(files, &options, place)
 }

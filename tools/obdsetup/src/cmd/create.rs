@@ -75,6 +75,10 @@ pub(crate) struct Args {
     )]
     mkfs_arg: Vec<OsString>,
 
+    /// Leave out what the file system cannot hold, such as ACLs, and only warn
+    #[arg(long, requires = "directory")]
+    allow_loss: bool,
+
     /// Layers below, lowest first (one after each --base), or a config.v1.json that lists them
     #[arg(long, value_name = "LAYER", conflicts_with = "directory")]
     base: Vec<LayerArg>,
@@ -162,6 +166,7 @@ fn make_fs(args: &Args, from: &Path, fs: FileSystem) -> Result<NamedTempFile> {
         fs,
         size: args.size,
         args: &args.mkfs_arg,
+        allow_loss: args.allow_loss,
     };
     mkfs::make(Files::Directory(from), &options, directory(&args.output))
 }

@@ -16,6 +16,7 @@ mod progress;
 use std::collections::{BTreeMap, BTreeSet};
 use std::ffi::{OsStr, OsString};
 use std::fmt;
+use std::fs::File;
 use std::io::{self, BufRead, BufReader};
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
@@ -49,6 +50,7 @@ pub(crate) struct Program {
     env: BTreeMap<&'static str, OsString>,
     patience: Patience,
     heeds_signals: bool,
+    input: Option<File>,
 }
 
 /// How a program ended, and what it said.
@@ -119,6 +121,7 @@ impl Program {
             env: BTreeMap::new(),
             patience: Patience::default(),
             heeds_signals: true,
+            input: None,
         }
     }
 
@@ -150,6 +153,12 @@ impl Program {
     /// Sets what counts as progress, and how long the program is waited for without.
     pub(crate) fn patience(&mut self, patience: Patience) -> &mut Self {
         self.patience = patience;
+        self
+    }
+
+    /// Has the program read `file` as its standard input, from where that stands.
+    pub(crate) fn input(&mut self, file: File) -> &mut Self {
+        self.input = Some(file);
         self
     }
 
@@ -227,7 +236,10 @@ impl Program {
         let mut command = guard::command(&path);
         command.args(&self.args).env_clear();
         command.envs(environment::passed_on()).envs(&self.env);
-        command.stdin(Stdio::null());
+        command.stdin(match &self.input {
+            Some(file) => file.try_clone()?.into(),
+            None => Stdio::null(),
+        });
         command.stdout(Stdio::piped()).stderr(Stdio::piped());
         // The terminal's signals are for this process.
         command.process_group(0);

@@ -1,0 +1,92 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! POSIX ACLs, from the text that tars have to the bytes of the extended attribute.
+//!
+//! Source: acl(5), Linux `include/uapi/linux/posix_acl_xattr.h`.
+
+/// Version of the bytes.
+const VERSION: u32 = 2;
+/// Id of entries that have none.
+const NONE: u32 = u32::MAX;
+
+/// The bytes of an ACL such as `user::rwx,user:1000:r-x,group::r-x,mask::r-x,other::---`. libarchive
+/// and star put a fourth part behind names, the number.
+pub(super) fn from_text(text: &[u8]) -> Result<Vec<u8>, String> {
+    let text = std::str::from_utf8(text).map_err(|_| "not text".to_owned())?;
+    let lines = text
+        .split(['\n', ','])
+        .map(|line| line.split('#').next().unwrap_or_default());
+    let lines = lines.map(str::trim).filter(|line| !line.is_empty());
+    let mut entries = lines.map(entry).collect::<Result<Vec<_>, _>>()?;
+    // The kernel wants this order.
+    entries.sort_unstable_by_key(|&(tag, _, id)| (tag, id));
+    let mut bytes = VERSION.to_le_bytes().to_vec();
+    for (tag, rights, id) in entries {
+        bytes.extend(tag.to_le_bytes());
+        bytes.extend(rights.to_le_bytes());
+        bytes.extend(id.to_le_bytes());
+    }
+    Ok(bytes)
+}
+
+fn entry(line: &str) -> Result<(u16, u16, u32), String> {
+    let bad = || format!("{line:?} is no entry");
+    let parts: Vec<&str> = line.split(':').map(str::trim).collect();
+    let (kind, who, rights, number) = match *parts.as_slice() {
+        [kind @ ("mask" | "m" | "other" | "o"), rights] => (kind, "", rights, None),
+        [kind, who, rights] => (kind, who, rights, None),
+        [kind, who, rights, number] => (kind, who, rights, Some(number)),
+        _ => return Err(bad()),
+    };
+    let tag = match (kind, who.is_empty()) {
+        ("user" | "u", true) => 0x01,
+        ("user" | "u", false) => 0x02,
+        ("group" | "g", true) => 0x04,
+        ("group" | "g", false) => 0x08,
+        ("mask" | "m", true) => 0x10,
+        ("other" | "o", true) => 0x20,
+        _ => return Err(bad()),
+    };
+    let mut bits = 0;
+    for right in rights.chars() {
+        bits |= match right {
+            'r' => 4,
+            'w' => 2,
+            'x' => 1,
+            '-' => 0,
+            _ => return Err(bad()),
+        };
+    }
+    let id = match (who.is_empty(), number) {
+        (true, _) => NONE,
+        (false, Some(number)) => number.parse().map_err(|_| bad())?,
+        (false, None) => who.parse().map_err(|_| {
+            format!(
+                "{who:?} is the name of a user or group of another machine: make the tar with \
+                 `tar --numeric-owner --xattrs --xattrs-include='*'`, which has numbers"
+            )
+        })?,
+    };
+    Ok((tag, bits, id))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::from_text;
+
+    #[test]
+    fn texts() {
+        let wanted = Ok(
+            b"\x02\0\0\0\x01\0\x07\0\xff\xff\xff\xff\x02\0\x05\0\xe8\x03\0\0\
+            \x04\0\x04\0\xff\xff\xff\xff\x10\0\x05\0\xff\xff\xff\xff\x20\0\0\0\xff\xff\xff\xff"
+                .to_vec(),
+        );
+        let text = b"user::rwx,user:1000:r-x,group::r--,mask::r-x,other::---";
+        assert_eq!(from_text(text), wanted);
+        let text = b"user::rwx\nother::---\ngroup::r--\nuser:joe:r-x:1000\nmask::r-x\n";
+        assert_eq!(from_text(text), wanted);
+        for bad in ["user:joe:r-x", "x::r", "user", "user::y", "mask:1:r"] {
+            assert!(from_text(bad.as_bytes()).is_err(), "{bad}");
+        }
+    }
+}

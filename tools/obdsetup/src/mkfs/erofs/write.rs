@@ -1,0 +1,474 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! Writes an erofs without compression: the superblock, all inodes with what is small enough to be
+//! beside them, then blocks of data. Blocks have 4 KiB, all inodes the extended form.
+//!
+//! Source: Linux, `fs/erofs/erofs_fs.h` and `Documentation/filesystems/erofs.rst`.
+
+use std::collections::{BTreeMap, HashMap};
+use std::fs::File;
+use std::os::unix::fs::FileExt;
+use std::path::Path;
+
+use anyhow::{Context, Result};
+use overlaybd::format::num::{to_u64, to_usize};
+use tempfile::NamedTempFile;
+
+use crate::bar::Bar;
+use crate::exit::Failure;
+use crate::mkfs::tree::{show, Content, Id, Kind, Node, Tree, ROOT};
+use crate::mkfs::Stamp;
+use crate::output::temp_file;
+
+const BLOCK: u64 = 4096;
+/// Where the superblock is, and its length.
+const SUPERBLOCK: (u64, u64) = (1024, 128);
+/// Places of inodes are counted in this.
+const SLOT: u64 = 32;
+/// Bytes of an inode.
+const INODE: u64 = 64;
+/// Longest end of a file, directory or link that is beside its inode.
+const INLINE: u64 = 2048;
+/// Most chunks in a file with holes.
+const CHUNKS: u64 = 1 << 16;
+/// The address of a chunk that is a hole.
+const HOLE: u32 = u32::MAX;
+/// Bytes of the header of extended attributes.
+const XATTR_HEADER: usize = 12;
+const WRITE: &str = "cannot write the file system";
+
+/// How data is laid out: all in blocks, the end beside the inode, or in chunks that may be holes.
+mod layout {
+    pub(super) const PLAIN: u16 = 0;
+    pub(super) const INLINE: u16 = 2;
+    pub(super) const CHUNKS: u16 = 4;
+}
+
+/// What is known of a node before any address is.
+struct Plan {
+    /// Bytes of content.
+    size: u64,
+    layout: u16,
+    /// log2 of blocks in a chunk.
+    chunk_bits: u16,
+    xattrs: Vec<u8>,
+    /// Where the inode is.
+    at: u64,
+    /// The first block of data.
+    block: u64,
+    links: u32,
+}
+
+impl Plan {
+    /// Bytes behind inode and extended attributes.
+    fn beside(&self) -> u64 {
+        match self.layout {
+            layout::INLINE => self.size % BLOCK,
+            layout::CHUNKS => self.chunks() * 4,
+            _ => 0,
+        }
+    }
+
+    fn chunk(&self) -> u64 {
+        BLOCK << self.chunk_bits
+    }
+
+    fn chunks(&self) -> u64 {
+        self.size.div_ceil(self.chunk())
+    }
+
+    /// Where what is behind inode and extended attributes is.
+    fn tail(&self) -> u64 {
+        self.at + INODE + to_u64(self.xattrs.len())
+    }
+}
+
+/// Makes the file system of `tree` in a file in `place`.
+pub(super) fn make(tree: &Tree, stamp: &Stamp, place: &Path) -> Result<NamedTempFile> {
+    let names = tree.names();
+    let mut order = vec![(ROOT, b"".as_slice())];
+    order.extend(
+        names
+            .iter()
+            .filter(|name| name.first)
+            .map(|name| (name.id, name.path.as_slice())),
+    );
+    let mut links: HashMap<Id, u32> = HashMap::new();
+    let mut parents: HashMap<Id, Id> = HashMap::from([(ROOT, ROOT)]);
+    for name in &names {
+        *links.entry(name.id).or_default() += 1;
+        parents.insert(name.id, name.parent);
+    }
+    let mut plans: HashMap<Id, Plan> = HashMap::new();
+    let mut end = SUPERBLOCK.0 + SUPERBLOCK.1;
+    for &(id, path) in &order {
+        let mut plan = plan(tree, id, path)?;
+        plan.links = match tree.node(id)?.kind {
+            Kind::Directory(_) => 2 + subdirectories(tree, id)?,
+            _ => links.get(&id).copied().unwrap_or(1),
+        };
+        plan.at = place_inode(end, &plan);
+        end = plan.tail() + plan.beside();
+        plans.insert(id, plan);
+    }
+    let mut next = end.div_ceil(BLOCK);
+    for (id, _) in &order {
+        let blocks = blocks(tree.node(*id)?, plans.get(id).context("no plan")?);
+        let plan = plans.get_mut(id).context("no plan")?;
+        plan.block = next;
+        next += blocks;
+    }
+    if u32::try_from(next).is_err() || next >= u64::from(HOLE) {
+        return Err(Failure::usage("erofs cannot hold more than 16 TiB"));
+    }
+    let image = temp_file(place)?;
+    let writer = Writer {
+        tree,
+        plans,
+        parents,
+        file: image.as_file(),
+    };
+    writer.file.set_len(next * BLOCK).context(WRITE)?;
+    let data = order
+        .iter()
+        .filter_map(|&(id, _)| match tree.node(id).map(|node| &node.kind) {
+            Ok(Kind::File(content)) => Some(content.data_len()),
+            _ => None,
+        });
+    let bar = Bar::new("writing", data.sum());
+    for (number, &(id, _)) in (1u32..).zip(&order) {
+        writer.node(id, number, &bar)?;
+    }
+    writer.superblock(stamp, to_u64(order.len()), next)?;
+    Ok(image)
+}
+
+fn subdirectories(tree: &Tree, id: Id) -> Result<u32> {
+    let mut count = 0;
+    for (_, child) in tree.children(id) {
+        count += u32::from(matches!(tree.node(child)?.kind, Kind::Directory(_)));
+    }
+    Ok(count)
+}
+
+fn plan(tree: &Tree, id: Id, path: &[u8]) -> Result<Plan> {
+    let node = tree.node(id)?;
+    let size = match &node.kind {
+        Kind::Directory(_) => directory_size(&entries(tree, id, ROOT)),
+        Kind::Symlink(target) => to_u64(target.len()),
+        Kind::File(content) => content.size,
+        _ => 0,
+    };
+    let mut chunk_bits = 0;
+    let layout = match &node.kind {
+        Kind::File(content) if has_holes(content) => {
+            while size.div_ceil(BLOCK << chunk_bits) > CHUNKS {
+                chunk_bits += 1;
+            }
+            layout::CHUNKS
+        }
+        _ if (1..=INLINE).contains(&(size % BLOCK)) => layout::INLINE,
+        _ => layout::PLAIN,
+    };
+    Ok(Plan {
+        size,
+        layout,
+        chunk_bits,
+        xattrs: xattrs(&node.meta.xattrs, path)?,
+        at: 0,
+        block: 0,
+        links: 0,
+    })
+}
+
+fn has_holes(content: &Content) -> bool {
+    content.data_len() < content.size
+}
+
+/// Where an inode can be at or behind `end`: neither it nor its end beside it is in two blocks.
+fn place_inode(end: u64, plan: &Plan) -> u64 {
+    let mut at = end.next_multiple_of(SLOT);
+    loop {
+        let crosses = |start: u64, len: u64| start % BLOCK + len > BLOCK;
+        let tail = at + INODE + to_u64(plan.xattrs.len());
+        let inline = plan.layout == layout::INLINE;
+        if !crosses(at, INODE) && !(inline && crosses(tail, plan.beside())) {
+            return at;
+        }
+        at += SLOT;
+    }
+}
+
+/// Blocks of data of a node.
+fn blocks(node: &Node, plan: &Plan) -> u64 {
+    match (plan.layout, &node.kind) {
+        (layout::INLINE, _) => plan.size / BLOCK,
+        (layout::CHUNKS, Kind::File(content)) => {
+            let chunks = stored_chunks(content, plan);
+            chunks.values().map(|&(_, blocks)| blocks).sum()
+        }
+        _ => plan.size.div_ceil(BLOCK),
+    }
+}
+
+/// The chunks of a file that have data: their first block, counted from that of the file, and how
+/// many they have.
+fn stored_chunks(content: &Content, plan: &Plan) -> BTreeMap<u64, (u64, u64)> {
+    let mut chunks = BTreeMap::new();
+    let mut next = 0;
+    for extent in &content.extents {
+        let first = extent.offset / plan.chunk();
+        let last = (extent.offset + extent.len - 1) / plan.chunk();
+        for nth in first..=last {
+            let len = (content.size - nth * plan.chunk()).min(plan.chunk());
+            chunks.entry(nth).or_insert_with(|| {
+                let at = next;
+                next += len.div_ceil(BLOCK);
+                (at, len.div_ceil(BLOCK))
+            });
+        }
+    }
+    chunks
+}
+
+/// The extended attributes of an inode.
+fn xattrs(all: &BTreeMap<Vec<u8>, Vec<u8>>, path: &[u8]) -> Result<Vec<u8>> {
+    const PREFIXES: [(&[u8], u8); 5] = [
+        (b"user.", 1),
+        (b"system.posix_acl_access", 2),
+        (b"system.posix_acl_default", 3),
+        (b"trusted.", 4),
+        (b"security.", 6),
+    ];
+    if all.is_empty() {
+        return Ok(Vec::new());
+    }
+    let mut bytes = vec![0; XATTR_HEADER];
+    for (name, value) in all {
+        let prefix = PREFIXES.iter().find(|(prefix, _)| name.starts_with(prefix));
+        let &(prefix, index) = prefix.context("an extended attribute of an unknown kind")?;
+        let rest = name.get(prefix.len()..).unwrap_or_default();
+        let (Ok(name_len), Ok(value_len)) = (u8::try_from(rest.len()), u16::try_from(value.len()))
+        else {
+            return Err(too_long(path));
+        };
+        bytes.extend([name_len, index]);
+        bytes.extend(value_len.to_le_bytes());
+        bytes.extend_from_slice(rest);
+        bytes.extend_from_slice(value);
+        bytes.resize(bytes.len().next_multiple_of(4), 0);
+    }
+    match xattr_count(bytes.len()) {
+        Some(_) => Ok(bytes),
+        None => Err(too_long(path)),
+    }
+}
+
+fn too_long(path: &[u8]) -> anyhow::Error {
+    let path = show(path);
+    Failure::usage(format!(
+        "{path}: more extended attributes than erofs can hold"
+    ))
+}
+
+/// The length of extended attributes as an inode has it.
+fn xattr_count(len: usize) -> Option<u16> {
+    match len.checked_sub(XATTR_HEADER) {
+        None => Some(0),
+        Some(rest) => u16::try_from(rest / 4 + 1).ok(),
+    }
+}
+
+/// Names and nodes of a directory, sorted.
+fn entries(tree: &Tree, id: Id, parent: Id) -> Vec<(&[u8], Id)> {
+    let dots = [(b".".as_slice(), id), (b"..".as_slice(), parent)];
+    let mut entries: Vec<_> = tree.children(id).chain(dots).collect();
+    entries.sort_unstable();
+    entries
+}
+
+/// Which entries are in each block, and how many bytes that takes.
+fn directory_blocks<'a>(entries: &'a [(&'a [u8], Id)]) -> Vec<(&'a [(&'a [u8], Id)], u64)> {
+    let mut blocks = Vec::new();
+    let (mut start, mut used) = (0, 0);
+    for (nth, (name, _)) in entries.iter().enumerate() {
+        let needed = 12 + to_u64(name.len());
+        if used + needed > BLOCK {
+            blocks.push((entries.get(start..nth).unwrap_or_default(), used));
+            (start, used) = (nth, 0);
+        }
+        used += needed;
+    }
+    blocks.push((entries.get(start..).unwrap_or_default(), used));
+    blocks
+}
+
+fn directory_size(entries: &[(&[u8], Id)]) -> u64 {
+    let blocks = directory_blocks(entries);
+    let last = blocks.last().map_or(0, |&(_, used)| used);
+    to_u64(blocks.len().saturating_sub(1)) * BLOCK + last
+}
+
+struct Writer<'a> {
+    tree: &'a Tree,
+    plans: HashMap<Id, Plan>,
+    parents: HashMap<Id, Id>,
+    file: &'a File,
+}
+
+impl Writer<'_> {
+    fn plan(&self, id: Id) -> Result<&Plan> {
+        self.plans.get(&id).context("a file without a place")
+    }
+
+    fn write(&self, bytes: &[u8], at: u64) -> Result<()> {
+        self.file.write_all_at(bytes, at).context(WRITE)
+    }
+
+    /// Writes the inode of a node and all that it holds.
+    fn node(&self, id: Id, number: u32, bar: &Bar) -> Result<()> {
+        let node = self.tree.node(id)?;
+        let plan = self.plan(id)?;
+        let what = match (plan.layout, node.device()) {
+            (_, Some(device)) => {
+                device.minor & 0xff | device.major << 8 | (device.minor & !0xff) << 12
+            }
+            (layout::CHUNKS, _) => plan.chunk_bits.into(),
+            _ => u32::try_from(plan.block)?,
+        };
+        let meta = &node.meta;
+        let mut inode = Vec::new();
+        inode.extend((1 | plan.layout << 1).to_le_bytes());
+        let count = xattr_count(plan.xattrs.len()).context("too many extended attributes")?;
+        inode.extend(count.to_le_bytes());
+        inode.extend(u16::try_from(node.st_mode())?.to_le_bytes());
+        inode.extend([0; 2]);
+        inode.extend(plan.size.to_le_bytes());
+        inode.extend(what.to_le_bytes());
+        inode.extend(number.to_le_bytes());
+        inode.extend(meta.uid.to_le_bytes());
+        inode.extend(meta.gid.to_le_bytes());
+        inode.extend(meta.mtime.seconds.to_le_bytes());
+        inode.extend(meta.mtime.nanoseconds.to_le_bytes());
+        inode.extend(plan.links.to_le_bytes());
+        inode.resize(to_usize(INODE), 0);
+        inode.extend_from_slice(&plan.xattrs);
+        self.write(&inode, plan.at)?;
+        match &node.kind {
+            Kind::Directory(_) => self.data(plan, 0, &self.directory(id)?),
+            Kind::Symlink(target) => self.data(plan, 0, target),
+            Kind::File(content) if plan.layout == layout::CHUNKS => self.chunks(plan, content, bar),
+            Kind::File(content) => content.read(|offset, piece| {
+                bar.advance(to_u64(piece.len()))?;
+                self.data(plan, offset, piece)
+            }),
+            _ => Ok(()),
+        }
+    }
+
+    /// Writes a part of the content of a node.
+    fn data(&self, plan: &Plan, offset: u64, bytes: &[u8]) -> Result<()> {
+        let in_blocks = match plan.layout {
+            layout::INLINE => plan.size - plan.size % BLOCK,
+            _ => plan.size,
+        };
+        let first = to_usize(in_blocks.saturating_sub(offset)).min(bytes.len());
+        let (first, beside) = bytes.split_at(first);
+        self.write(first, plan.block * BLOCK + offset)?;
+        if beside.is_empty() {
+            return Ok(());
+        }
+        let start = offset + to_u64(first.len()) - in_blocks;
+        self.write(beside, plan.tail() + start)
+    }
+
+    fn chunks(&self, plan: &Plan, content: &Content, bar: &Bar) -> Result<()> {
+        let chunks = stored_chunks(content, plan);
+        let mut map = Vec::new();
+        for nth in 0..plan.chunks() {
+            let address = match chunks.get(&nth) {
+                Some((at, _)) => u32::try_from(plan.block + at)?,
+                None => HOLE,
+            };
+            map.extend(address.to_le_bytes());
+        }
+        self.write(&map, plan.tail())?;
+        content.read(|mut offset, mut piece| {
+            bar.advance(to_u64(piece.len()))?;
+            while !piece.is_empty() {
+                let nth = offset / plan.chunk();
+                let inside = offset % plan.chunk();
+                let (at, _) = chunks.get(&nth).context("data without a place")?;
+                let room = to_usize((plan.chunk() - inside).min(to_u64(piece.len())));
+                let (now, rest) = piece.split_at(room);
+                self.write(now, (plan.block + at) * BLOCK + inside)?;
+                offset += to_u64(now.len());
+                piece = rest;
+            }
+            Ok(())
+        })
+    }
+
+    /// The content of a directory.
+    fn directory(&self, id: Id) -> Result<Vec<u8>> {
+        let parent = self.parents.get(&id).copied().unwrap_or(ROOT);
+        let entries = entries(self.tree, id, parent);
+        let mut bytes = Vec::new();
+        for (block, _) in directory_blocks(&entries) {
+            bytes.resize(bytes.len().next_multiple_of(to_usize(BLOCK)), 0);
+            let mut name_at = u16::try_from(block.len() * 12)?;
+            for (name, child) in block {
+                let number = self.plan(*child)?.at / SLOT;
+                let kind = match self.tree.node(*child)?.kind {
+                    Kind::File(_) => 1,
+                    Kind::Directory(_) => 2,
+                    Kind::CharDevice(_) => 3,
+                    Kind::BlockDevice(_) => 4,
+                    Kind::Fifo => 5,
+                    Kind::Socket => 6,
+                    Kind::Symlink(_) => 7,
+                };
+                bytes.extend(number.to_le_bytes());
+                bytes.extend(name_at.to_le_bytes());
+                bytes.extend([kind, 0]);
+                name_at += u16::try_from(name.len())?;
+            }
+            block
+                .iter()
+                .for_each(|(name, _)| bytes.extend_from_slice(name));
+        }
+        Ok(bytes)
+    }
+
+    fn superblock(&self, stamp: &Stamp, inodes: u64, blocks: u64) -> Result<()> {
+        let root = self.plan(ROOT)?.at / SLOT;
+        let mut bytes = Vec::new();
+        bytes.extend(0xe0f5_e1e2_u32.to_le_bytes());
+        bytes.extend([0; 4]);
+        // A checksum, and times of modification.
+        bytes.extend(3_u32.to_le_bytes());
+        bytes.extend([12, 0]);
+        bytes.extend(u16::try_from(root)?.to_le_bytes());
+        bytes.extend(inodes.to_le_bytes());
+        bytes.extend(u64::from(stamp.time).to_le_bytes());
+        bytes.extend(0_u32.to_le_bytes());
+        bytes.extend(u32::try_from(blocks)?.to_le_bytes());
+        // Inodes are counted from the beginning; no shared extended attributes.
+        bytes.extend([0; 8]);
+        bytes.extend_from_slice(stamp.uuid.as_bytes());
+        bytes.extend([0; 16]);
+        let chunks = self
+            .plans
+            .values()
+            .any(|plan| plan.layout == layout::CHUNKS);
+        let incompatible: u32 = if chunks { 4 } else { 0 };
+        bytes.extend(incompatible.to_le_bytes());
+        bytes.resize(to_usize(SUPERBLOCK.1), 0);
+        self.write(&bytes, SUPERBLOCK.0)?;
+        // It covers all of the block from the superblock on.
+        let mut covered = vec![0; to_usize(BLOCK - SUPERBLOCK.0)];
+        self.file.read_exact_at(&mut covered, SUPERBLOCK.0)?;
+        let sum = !crc32c::crc32c(&covered);
+        self.write(&sum.to_le_bytes(), SUPERBLOCK.0 + 4)
+    }
+}

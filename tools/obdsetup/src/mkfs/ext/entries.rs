@@ -1,0 +1,163 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! Entries of directories of an ext2, ext3 or ext4, changed in place: what inode a name leads to, and
+//! the kind of that. debugfs could remove a name and write it anew, but has no way to say a newline.
+//!
+//! Source: Linux, `Documentation/filesystems/ext4/directory.rst` and `checksums.rst`.
+
+use std::collections::HashMap;
+use std::fs::File;
+use std::os::unix::fs::FileExt;
+
+use anyhow::{bail, Context, Result};
+use overlaybd::format::num::to_usize;
+
+/// Where the superblock is, and how long.
+const SUPERBLOCK: (u64, usize) = (1024, 1024);
+/// Bytes of the entry at the end of a block that has its checksum.
+const TAIL: usize = 12;
+
+/// What an entry is to say.
+#[derive(Clone, Copy)]
+pub(super) struct Entry {
+    pub(super) inode: u32,
+    /// The kind, as in `st_mode`.
+    pub(super) mode: u32,
+}
+
+impl Entry {
+    fn kind(self) -> u8 {
+        match self.mode & 0o170_000 {
+            0o100_000 => 1,
+            0o040_000 => 2,
+            0o020_000 => 3,
+            0o060_000 => 4,
+            0o010_000 => 5,
+            0o140_000 => 6,
+            0o120_000 => 7,
+            _ => 0,
+        }
+    }
+}
+
+/// What of the superblock counts here.
+pub(super) struct Geometry {
+    block: u64,
+    inode_size: u16,
+    /// Whether entries say the kind of their inode.
+    kinds: bool,
+    /// What checksums begin with, where there are any.
+    seed: Option<u32>,
+}
+
+impl Geometry {
+    pub(super) fn read(image: &File) -> Result<Self> {
+        let (at, len) = SUPERBLOCK;
+        let mut block = vec![0; len];
+        let read = image.read_exact_at(&mut block, at);
+        read.context("cannot read the superblock that mke2fs wrote")?;
+        let number = |at: usize| {
+            let bytes = block
+                .get(at..at + 4)
+                .and_then(|bytes| bytes.try_into().ok());
+            bytes.map(u32::from_le_bytes).unwrap_or_default()
+        };
+        let (incompatible, read_only) = (number(96), number(100));
+        let seed = match incompatible & 0x2000 {
+            0 => raw_crc32c(!0, block.get(104..120).unwrap_or_default()),
+            _ => number(624),
+        };
+        Ok(Self {
+            block: 1024 << number(24).min(6),
+            inode_size: u16::try_from(number(88) & 0xffff)?,
+            kinds: incompatible & 2 != 0,
+            seed: (read_only & 0x400 != 0).then_some(seed),
+        })
+    }
+
+    pub(super) fn inode_size(&self) -> u16 {
+        self.inode_size
+    }
+
+    /// Changes entries of the directory `inode`, whose blocks are `blocks`: what each name is to say.
+    pub(super) fn change(
+        &self,
+        image: &File,
+        inode: u32,
+        blocks: &[u64],
+        names: &HashMap<&[u8], Entry>,
+    ) -> Result<()> {
+        let mut left = names.len();
+        for &number in blocks {
+            let mut block = vec![0; to_usize(self.block)];
+            image.read_exact_at(&mut block, number * self.block)?;
+            let sum = self.seed.map(|seed| checksum(seed, inode, &block));
+            let stored = block.get(block.len() - 4..).unwrap_or_default();
+            if sum.is_some_and(|sum| stored != sum.to_le_bytes()) {
+                bail!("the directory of inode {inode} does not have the checksum that is expected");
+            }
+            let changed = self.change_block(&mut block, names)?;
+            if changed == 0 {
+                continue;
+            }
+            left = left.saturating_sub(changed);
+            if let Some(seed) = self.seed {
+                let sum = checksum(seed, inode, &block).to_le_bytes();
+                let at = block.len() - sum.len();
+                block.splice(at.., sum);
+            }
+            image.write_all_at(&block, number * self.block)?;
+        }
+        match left {
+            0 => Ok(()),
+            _ => bail!("{left} names are missing in the directory of inode {inode}"),
+        }
+    }
+
+    /// Returns how many entries it changed.
+    fn change_block(&self, block: &mut [u8], names: &HashMap<&[u8], Entry>) -> Result<usize> {
+        let mut changed = 0;
+        let mut rest = block;
+        // Inode, length of the entry, length of the name, kind, name.
+        while let Some((&mut [_, _, _, _, len0, len1, name_len, _], _)) =
+            rest.split_first_chunk_mut()
+        {
+            let len = match u16::from_le_bytes([len0, len1]) {
+                // A block of 64 KiB.
+                0 | u16::MAX => rest.len(),
+                len => len.into(),
+            };
+            if len < 8 || len > rest.len() {
+                bail!("a directory that mke2fs wrote is malformed");
+            }
+            let (entry, next) = rest.split_at_mut(len);
+            let (head, name) = entry.split_at_mut(8);
+            let name = name.get(..name_len.into()).unwrap_or_default();
+            if let Some(wanted) = names.get(name) {
+                let number = wanted.inode.to_le_bytes();
+                let kind = self.kinds.then(|| wanted.kind());
+                let places = head.iter_mut().zip(number);
+                places.for_each(|(to, from)| *to = from);
+                if let (Some(to), Some(kind)) = (head.last_mut(), kind) {
+                    *to = kind;
+                }
+                changed += 1;
+            }
+            rest = next;
+        }
+        Ok(changed)
+    }
+}
+
+/// The checksum of a block of the directory `inode`, whose generation is 0 as mke2fs makes it.
+fn checksum(seed: u32, inode: u32, block: &[u8]) -> u32 {
+    let seed = raw_crc32c(seed, &inode.to_le_bytes());
+    let seed = raw_crc32c(seed, &[0; 4]);
+    let covered = block.len().saturating_sub(TAIL);
+    raw_crc32c(seed, block.get(..covered).unwrap_or_default())
+}
+
+/// CRC-32C that inverts neither what it begins with nor the result.
+fn raw_crc32c(seed: u32, bytes: &[u8]) -> u32 {
+    !crc32c::crc32c_append(!seed, bytes)
+}

@@ -1,0 +1,466 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! ext2, ext3 and ext4, made by mke2fs. That loses much: what the root directory has, times beyond
+//! seconds and 32 bits, hard links of symbolic links; and its order of extended attributes is that of
+//! the source. So it gets names and content only, and debugfs sets all else.
+
+mod entries;
+
+use std::collections::{BTreeMap, HashMap, HashSet};
+use std::ffi::{OsStr, OsString};
+use std::fmt::Write as _;
+use std::io::Write;
+use std::os::unix::ffi::OsStrExt;
+use std::path::{Path, PathBuf};
+
+use anyhow::{bail, Context, Result};
+use tempfile::{NamedTempFile, TempDir};
+
+use self::entries::{Entry, Geometry};
+use super::stage::Stage;
+use super::tree::{show, Id, Kind, Name, Tree, ROOT};
+use super::{Options, Stamp};
+use crate::exit::Failure;
+use crate::layers::warn;
+use crate::output::temp_file;
+use crate::program::Program;
+
+/// Bytes that an ext3 or ext4 of 4 KiB blocks must have for a journal: 2048 blocks.
+const EXT_JOURNAL: u64 = 8 << 20;
+/// What its programs are needed for.
+const NEED: &str = "ext2, ext3 and ext4 file systems";
+/// Inode of the root directory.
+const ROOT_INODE: u32 = 2;
+/// Longest value that fits in a line for debugfs, each byte as `\ooo`.
+const LONG_VALUE: usize = 1500;
+
+/// Makes the file system of `tree` in a file of `size` bytes in `place`. `directory` is where `tree`
+/// was read from.
+pub(super) fn make(
+    tree: &Tree,
+    directory: Option<&Path>,
+    options: &Options<'_>,
+    size: u64,
+    stamp: &Stamp,
+    place: &Path,
+) -> Result<NamedTempFile> {
+    let image = temp_file(place)?;
+    let work = tempfile::Builder::new()
+        .prefix(".obdsetup-")
+        .tempdir_in(place);
+    let work = work.with_context(|| format!("{}: cannot make a directory", place.display()))?;
+    let mke2fs = Mke2fs {
+        options,
+        size,
+        stamp,
+        image: image.path(),
+        work: &work,
+    };
+    // Before 1.47.1 it always copied extended attributes.
+    let direct = match directory {
+        Some(directory) => mke2fs.run(directory, true)?,
+        None => false,
+    };
+    if !direct {
+        let stage = Stage::new(tree, place)?;
+        if !mke2fs.run(stage.path(), true)? {
+            mke2fs.run(stage.path(), false)?;
+        }
+    }
+    let mut mend = Mend {
+        tree,
+        names: tree.names(),
+        inodes: HashMap::from([(ROOT, ROOT_INODE)]),
+        others: Vec::new(),
+        work: &work,
+        values: 0,
+        stamp,
+    };
+    let geometry = Geometry::read(image.as_file())?;
+    mend.find_inodes(image.path())?;
+    mend.all(image.path(), geometry.inode_size() > 128)?;
+    mend.entries(&image, &geometry)?;
+    Ok(image)
+}
+
+/// A call of mke2fs.
+struct Mke2fs<'a> {
+    options: &'a Options<'a>,
+    size: u64,
+    stamp: &'a Stamp,
+    image: &'a Path,
+    work: &'a TempDir,
+}
+
+impl Mke2fs<'_> {
+    /// Runs it over `directory`. `false` where it should have left extended attributes alone and
+    /// cannot.
+    fn run(&self, directory: &Path, no_xattrs: bool) -> Result<bool> {
+        let file = std::fs::File::create(self.image)?;
+        let sized = file.set_len(self.size);
+        sized.with_context(|| format!("cannot make a file of {}", crate::size::show(self.size)))?;
+        let mut command = Program::new(self.options.fs.program(), NEED);
+        command
+            .args(["-q", "-F", "-U"])
+            .arg(self.stamp.uuid.to_string());
+        let mut extended = vec![OsString::from(format!("hash_seed={}", self.stamp.seed))];
+        if no_xattrs {
+            extended.push("no_copy_xattrs".into());
+        }
+        // Below 512 MiB the default is 1 KiB; a page of a file is in up to four places then,
+        // and in as many compressed blocks or more.
+        if self.size >= EXT_JOURNAL {
+            command.args(["-b", "4096"]);
+        }
+        // Times of 34 bits and nanoseconds need more than the 128 bytes that there were once.
+        command.args(["-I", "256"]);
+        // Of several -E, only the last one counts.
+        let mut args = self.options.args.iter();
+        while let Some(arg) = args.next() {
+            match arg.as_bytes().strip_prefix(b"-E") {
+                Some(b"") => extended.extend(args.next().cloned()),
+                Some(text) => extended.push(OsStr::from_bytes(text).to_owned()),
+                None => {
+                    command.arg(arg);
+                }
+            }
+        }
+        command.arg("-E").arg(extended.join(OsStr::new(",")));
+        command.arg("-d").arg(directory).arg(self.image);
+        self.stamp.give_to_e2fsprogs(&mut command, self.work);
+        match command.writes(self.image).run() {
+            Err(error) if no_xattrs && format!("{error:#}").contains("no_copy_xattrs") => Ok(false),
+            done => {
+                done?.tell();
+                Ok(true)
+            }
+        }
+    }
+}
+
+/// Sets by debugfs what mke2fs doesn't.
+struct Mend<'a> {
+    tree: &'a Tree,
+    names: Vec<Name>,
+    /// The inode of a node.
+    inodes: HashMap<Id, u32>,
+    /// Further inodes that were made of a node with several names: the index of the name, and inode.
+    others: Vec<(usize, u32)>,
+    work: &'a TempDir,
+    /// Values of extended attributes in files.
+    values: usize,
+    stamp: &'a Stamp,
+}
+
+impl Mend<'_> {
+    /// Finds the inodes of all nodes, a level of directories at a time.
+    fn find_inodes(&mut self, image: &Path) -> Result<()> {
+        let mut by_name: HashMap<(Id, &[u8]), usize> = HashMap::new();
+        for (nth, name) in self.names.iter().enumerate() {
+            by_name.insert((name.parent, name.last()), nth);
+        }
+        let mut found = vec![false; self.names.len()];
+        let mut directories = vec![(ROOT_INODE, ROOT)];
+        while !directories.is_empty() {
+            let ids: HashMap<u32, Id> = directories.drain(..).collect();
+            let mut script = self.script()?;
+            let mut inodes: Vec<_> = ids.keys().collect();
+            inodes.sort_unstable();
+            for inode in inodes {
+                writeln!(script, "ls -l <{inode}>")?;
+            }
+            script.flush()?;
+            let mut command = Program::new("debugfs", NEED);
+            command.arg("-f").arg(self.script_path()).arg(image);
+            let mut listed: Vec<(Id, Vec<u8>, u32)> = Vec::new();
+            let mut current = None;
+            let _ = command.each_line(|line| {
+                if let Some(inode) = line.strip_prefix("debugfs: ls -l <") {
+                    let inode = inode.strip_suffix('>').and_then(|inode| inode.parse().ok());
+                    current = inode.and_then(|inode: u32| ids.get(&inode).copied());
+                } else if let (Some(id), Some((name, inode))) = (current, entry(line)) {
+                    listed.push((id, name, inode));
+                }
+            })?;
+            for (parent, name, inode) in listed {
+                let Some(&nth) = by_name.get(&(parent, name.as_slice())) else {
+                    continue;
+                };
+                let Some(name) = self.names.get(nth) else {
+                    continue;
+                };
+                if let Some(found) = found.get_mut(nth) {
+                    *found = true;
+                }
+                let first = *self.inodes.entry(name.id).or_insert(inode);
+                if first != inode {
+                    self.others.push((nth, inode));
+                }
+                if matches!(self.tree.node(name.id)?.kind, Kind::Directory(_)) {
+                    directories.push((inode, name.id));
+                }
+            }
+        }
+        match found.iter().zip(&self.names).find(|(&found, _)| !found) {
+            Some((_, name)) => bail!("{}: mke2fs did not make it", show(&name.path)),
+            None => Ok(()),
+        }
+    }
+
+    fn script_path(&self) -> PathBuf {
+        self.work.path().join("script")
+    }
+
+    fn script(&self) -> Result<std::io::BufWriter<std::fs::File>> {
+        let file = std::fs::File::create(self.script_path());
+        Ok(std::io::BufWriter::new(
+            file.context("cannot write a temporary file")?,
+        ))
+    }
+
+    /// Writes the commands that set all, and has debugfs do them.
+    fn all(&mut self, image: &Path, large: bool) -> Result<()> {
+        let mut script = self.script()?;
+        self.kinds(&mut script)?;
+        let mut coarse = self.node(&mut script, ROOT, b"", large)?;
+        for nth in 0..self.names.len() {
+            let Some(name) = self.names.get(nth).filter(|name| name.first) else {
+                continue;
+            };
+            let (id, path) = (name.id, name.path.clone());
+            coarse |= self.node(&mut script, id, &path, large)?;
+        }
+        if coarse {
+            warn(&[
+                "inodes of 128 bytes hold whole seconds up to 2038 only: times are rounded down"
+                    .to_owned(),
+            ]);
+        }
+        script.flush()?;
+        let mut command = Program::new("debugfs", NEED);
+        command
+            .arg("-w")
+            .arg("-f")
+            .arg(self.script_path())
+            .arg(image);
+        self.stamp.give_to_e2fsprogs(&mut command, self.work);
+        let said = command.writes(image).run()?;
+        let mut errors = said
+            .lines()
+            .iter()
+            .filter(|line| !line.starts_with("debugfs 1."));
+        match errors.next() {
+            Some(error) => bail!("debugfs failed: {error}"),
+            None => Ok(()),
+        }
+    }
+
+    /// Commands for further inodes that mke2fs made of a file with several names, and for devices.
+    fn kinds(&self, script: &mut impl Write) -> Result<()> {
+        for &(nth, inode) in &self.others {
+            let name = self.names.get(nth).context("no such name")?;
+            let links = self.names.iter().filter(|other| other.id == name.id);
+            writeln!(script, "kill_file <{inode}>")?;
+            writeln!(script, "clri <{inode}>")?;
+            writeln!(
+                script,
+                "sif <{}> links_count {}",
+                self.inode(name.id)?,
+                links.count()
+            )?;
+        }
+        for name in self.names.iter().filter(|name| name.first) {
+            if let Some(device) = self.tree.node(name.id)?.device() {
+                let inode = self.inode(name.id)?;
+                let (old, new) = device_words(device);
+                writeln!(script, "sif <{inode}> block[0] {old}")?;
+                writeln!(script, "sif <{inode}> block[1] {new}")?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Changes entries of directories that don't lead to the right inode, or say another kind than
+    /// it has now.
+    fn entries(&self, image: &NamedTempFile, geometry: &Geometry) -> Result<()> {
+        let mut wanted: BTreeMap<u32, HashMap<&[u8], Entry>> = BTreeMap::new();
+        let others = self.others.iter().map(|&(nth, _)| nth);
+        let others: HashSet<usize> = others.collect();
+        for (nth, name) in self.names.iter().enumerate() {
+            let node = self.tree.node(name.id)?;
+            let socket = matches!(node.kind, Kind::Socket);
+            if node.device().is_some() || socket || others.contains(&nth) {
+                let entry = Entry {
+                    inode: self.inode(name.id)?,
+                    mode: node.st_mode(),
+                };
+                let directory = wanted.entry(self.inode(name.parent)?).or_default();
+                directory.insert(name.last(), entry);
+            }
+        }
+        let mut script = self.script()?;
+        for inode in wanted.keys() {
+            writeln!(script, "blocks <{inode}>")?;
+        }
+        script.flush()?;
+        let mut command = Program::new("debugfs", NEED);
+        command.arg("-f").arg(self.script_path()).arg(image.path());
+        let mut blocks: HashMap<u32, Vec<u64>> = HashMap::new();
+        let mut current = None;
+        let _ = command.each_line(|line| {
+            if let Some(inode) = line.strip_prefix("debugfs: blocks <") {
+                current = inode.strip_suffix('>').and_then(|inode| inode.parse().ok());
+            } else if let Some(inode) = current {
+                let numbers = line
+                    .split_whitespace()
+                    .filter_map(|word| word.parse::<u64>().ok());
+                blocks.entry(inode).or_insert_with(Vec::new).extend(numbers);
+            }
+        })?;
+        for (inode, names) in &wanted {
+            let blocks = blocks.get(inode).map(Vec::as_slice).unwrap_or_default();
+            geometry.change(image.as_file(), *inode, blocks, names)?;
+        }
+        Ok(())
+    }
+
+    fn inode(&self, id: Id) -> Result<u32> {
+        let inode = self.inodes.get(&id).copied();
+        inode.context("a file has no inode")
+    }
+
+    /// Commands for one node. Returns whether its time doesn't fit in an inode that isn't `large`.
+    fn node(&mut self, script: &mut impl Write, id: Id, path: &[u8], large: bool) -> Result<bool> {
+        let inode = self.inode(id)?;
+        let node = self.tree.node(id)?;
+        let meta = &node.meta;
+        for (name, value) in &meta.xattrs {
+            let place = || format!("{}: extended attribute", show(path));
+            let name = quote(name).with_context(place)?;
+            script.write_all(b"ea_set ")?;
+            if value.len() > LONG_VALUE {
+                let file = format!("value{}", self.values);
+                self.values += 1;
+                std::fs::write(self.work.path().join(&file), value).with_context(place)?;
+                let file = self.work.path().join(file);
+                let file = quote(file.as_os_str().as_bytes()).with_context(place)?;
+                script.write_all(&[b"-f ", file.as_slice(), b" "].concat())?;
+                write!(script, "<{inode}> ")?;
+                script.write_all(&name)?;
+            } else {
+                write!(script, "<{inode}> ")?;
+                script.write_all(&[name.as_slice(), b" ", escape(value).as_bytes()].concat())?;
+            }
+            script.write_all(b"\n")?;
+        }
+        writeln!(script, "sif <{inode}> mode {}", node.st_mode())?;
+        writeln!(script, "sif <{inode}> uid {}", meta.uid)?;
+        writeln!(script, "sif <{inode}> gid {}", meta.gid)?;
+        let seconds = meta.mtime.seconds;
+        // The low half has a sign; the high one says how often it went around.
+        let low = i32::from_le_bytes(low_half(seconds));
+        let around = (seconds - i64::from(low)) >> 32;
+        let extra = i64::from(meta.mtime.nanoseconds) << 2 | (around & 3);
+        for field in ["atime", "ctime", "mtime", "crtime"] {
+            let low = u32::from_le_bytes(low_half(seconds));
+            if large || field != "crtime" {
+                writeln!(script, "sif <{inode}> {field}_lo {low}")?;
+            }
+            if large {
+                writeln!(script, "sif <{inode}> {field}_hi {extra}")?;
+            }
+        }
+        Ok(!large && extra != 0)
+    }
+}
+
+fn low_half(seconds: i64) -> [u8; 4] {
+    let [a, b, c, d, ..] = seconds.to_le_bytes();
+    [a, b, c, d]
+}
+
+/// The two words of an inode of a device: the old form for small numbers, the new one for others.
+fn device_words(device: super::tree::Device) -> (u32, u32) {
+    let super::tree::Device { major, minor } = device;
+    match major < 256 && minor < 256 {
+        true => (major << 8 | minor, 0),
+        false => (0, minor & 0xff | major << 8 | (minor & !0xff) << 12),
+    }
+}
+
+/// Name and inode in a line of `ls -l`: inode, mode, kind, owner, group, size, date, time, and after
+/// one blank the name, in which what isn't ASCII is `\xHH`.
+fn entry(line: &str) -> Option<(Vec<u8>, u32)> {
+    let mut rest = line;
+    let mut inode = None;
+    for _ in 0..8 {
+        let (word, after) = rest.trim_start().split_once(' ')?;
+        inode = inode.or(Some(word));
+        rest = after;
+    }
+    let mut bytes = Vec::new();
+    while let Some((plain, escaped)) = rest.split_once("\\x") {
+        bytes.extend_from_slice(plain.as_bytes());
+        bytes.push(u8::from_str_radix(escaped.get(..2)?, 16).ok()?);
+        rest = escaped.get(2..)?;
+    }
+    bytes.extend_from_slice(rest.as_bytes());
+    Some((bytes, inode?.parse().ok()?))
+}
+
+/// A word for debugfs, which has no way to say a newline.
+fn quote(bytes: &[u8]) -> Result<Vec<u8>> {
+    if bytes.iter().any(|byte| matches!(byte, b'\n' | b'\r' | 0)) {
+        return Err(Failure::usage("a name with a newline"));
+    }
+    let mut quoted = vec![b'"'];
+    for &byte in bytes {
+        if byte == b'"' {
+            quoted.push(b'"');
+        }
+        quoted.push(byte);
+    }
+    quoted.push(b'"');
+    Ok(quoted)
+}
+
+/// A value for debugfs: each byte as `\ooo`.
+fn escape(value: &[u8]) -> String {
+    let mut text = String::with_capacity(value.len() * 4 + 2);
+    text.push('"');
+    for byte in value {
+        // Writing to a string doesn't fail.
+        let _ = write!(text, "\\{byte:03o}");
+    }
+    text.push('"');
+    text
+}
+
+#[cfg(test)]
+mod tests {
+    use super::{device_words, entry, escape, quote};
+    use crate::mkfs::tree::Device;
+
+    #[test]
+    fn words() {
+        let line = |name: &str| {
+            let text = "     12  100644 (1)      0      0       5 26-Nov-2026 10:31 ";
+            entry(&format!("{text}{name}"))
+        };
+        assert_eq!(line(" a b "), Some((b" a b ".to_vec(), 12)));
+        assert_eq!(line("."), Some((b".".to_vec(), 12)));
+        assert_eq!(line("\\x0a\\x5cx"), Some((b"\n\\x".to_vec(), 12)));
+        assert_eq!(entry("debugfs: ls"), None);
+        assert_eq!(quote(b"a \"b").ok(), Some(b"\"a \"\"b\"".to_vec()));
+        assert!(quote(b"a\nb").is_err());
+        assert_eq!(escape(b"a\0"), "\"\\141\\000\"");
+    }
+
+    #[test]
+    fn devices() {
+        let words = |major, minor| device_words(Device { major, minor });
+        assert_eq!(words(1, 3), (0x103, 0));
+        assert_eq!(words(259, 1), (0, 0x10301));
+        assert_eq!(words(4095, 1_048_575), (0, 0xffff_ffff));
+    }
+}

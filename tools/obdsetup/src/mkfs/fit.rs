@@ -1,0 +1,203 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! What a file system cannot hold. Data that would be lost is an error unless the user allows it;
+//! what is only less exact is a warning. Nothing is lost without a word.
+
+use std::collections::BTreeMap;
+
+use anyhow::Result;
+
+use super::tree::{show, Id, Kind, Meta, Time, Tree, ROOT};
+use super::{FileSystem, Options};
+use crate::exit::Failure;
+use crate::layers::warn;
+
+/// Names of the POSIX ACLs.
+const ACL: &[u8] = b"system.posix_acl_";
+/// Kinds of extended attributes that all file systems here hold.
+const KINDS: [&[u8]; 3] = [b"user.", b"trusted.", b"security."];
+
+/// Where mkfs's reader of tars takes a minor number for a negative one.
+const MINORS: u32 = 1 << 19;
+
+/// What is lost, in the order in which it is told.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+enum Loss {
+    Acl,
+    Xattr,
+    XattrName,
+    XattrEmpty,
+    Properties,
+    Devices,
+    Sockets,
+    Fraction,
+    Range,
+}
+
+impl Loss {
+    /// What the file system cannot hold.
+    fn what(self, fs: FileSystem) -> String {
+        match self {
+            Self::Acl => "POSIX ACLs".to_owned(),
+            Self::Xattr => "extended attributes other than user, trusted and security".to_owned(),
+            Self::XattrName => "extended attributes with \"=\" in the name".to_owned(),
+            Self::XattrEmpty => "empty extended attributes of the root directory".to_owned(),
+            Self::Properties => "properties of a btrfs".to_owned(),
+            Self::Devices => format!("devices with a minor number of {MINORS} or more"),
+            Self::Sockets => "sockets".to_owned(),
+            Self::Fraction => "fractions of a second in times".to_owned(),
+            Self::Range => match fs {
+                FileSystem::Squashfs => "times before 1970 or after 2106-02-07".to_owned(),
+                _ => "times before 1901-12-13 or after 2446-05-10".to_owned(),
+            },
+        }
+    }
+
+    /// What becomes of the files.
+    fn becomes(self, one: bool) -> &'static str {
+        match self {
+            Self::Devices | Self::Sockets => "left out",
+            Self::Fraction => "rounded down",
+            Self::Range => "changed to the nearest time possible",
+            _ if one => "loses them",
+            _ => "lose them",
+        }
+    }
+
+    /// Whether it needs leave.
+    fn is_data(self) -> bool {
+        matches!(
+            self,
+            Self::Acl | Self::Xattr | Self::XattrName | Self::XattrEmpty | Self::Devices
+        )
+    }
+}
+
+/// Where something is lost: how often, and the first places.
+#[derive(Default)]
+struct Places {
+    count: u64,
+    first: Vec<String>,
+}
+
+/// Paths that are named.
+const NAMED: usize = 3;
+
+/// Takes out of `tree` what the file system cannot hold, and says so. Fails where that is data,
+/// unless the options allow it.
+pub(super) fn fit(tree: &mut Tree, options: &Options<'_>) -> Result<()> {
+    let (fs, allow) = (options.fs, options.allow_loss);
+    // Their programs read a tar.
+    let through_tar = match fs {
+        FileSystem::Erofs => !options.args.is_empty(),
+        fs => fs == FileSystem::Squashfs,
+    };
+    let mut lost: BTreeMap<Loss, Places> = BTreeMap::new();
+    let mut note = |loss: Loss, path: &[u8]| {
+        let places = lost.entry(loss).or_default();
+        places.count += 1;
+        if places.first.len() < NAMED {
+            places.first.push(show(path));
+        }
+    };
+    let root = &mut tree.node_mut(ROOT)?.meta;
+    fit_meta(root, fs, through_tar, |loss| note(loss, b""));
+    // mksquashfs gets the root directory's on its command line, where an empty value is an error.
+    let count = root.xattrs.len();
+    root.xattrs
+        .retain(|_, value| fs != FileSystem::Squashfs || !value.is_empty());
+    if root.xattrs.len() < count {
+        note(Loss::XattrEmpty, b"");
+    }
+    let mut left_out: Vec<(Id, Vec<u8>)> = Vec::new();
+    for name in tree.names() {
+        let node = tree.node_mut(name.id)?;
+        let loss = match node.kind {
+            Kind::Socket if through_tar => Some(Loss::Sockets),
+            Kind::CharDevice(device) | Kind::BlockDevice(device)
+                if through_tar && device.minor >= MINORS =>
+            {
+                Some(Loss::Devices)
+            }
+            _ => None,
+        };
+        if let Some(loss) = loss {
+            note(loss, &name.path);
+            left_out.push((name.parent, name.last().to_vec()));
+        } else if name.first {
+            fit_meta(&mut node.meta, fs, through_tar, |loss| {
+                note(loss, &name.path)
+            });
+        }
+    }
+    for (parent, name) in left_out {
+        tree.unlink(parent, &name)?;
+    }
+    let mut refused = Vec::new();
+    for (loss, places) in lost {
+        let plural = if places.count == 1 { "file" } else { "files" };
+        let more = match usize::try_from(places.count) {
+            Ok(count) if count <= NAMED => "",
+            _ => " ...",
+        };
+        let text = format!(
+            "{} cannot hold {}: {} {plural} {}: {}{more}",
+            fs.name(),
+            loss.what(fs),
+            places.count,
+            loss.becomes(places.count == 1),
+            places.first.join(" "),
+        );
+        match loss.is_data() && !allow {
+            true => refused.push(text),
+            false => warn(&[text]),
+        }
+    }
+    if refused.is_empty() {
+        return Ok(());
+    }
+    Err(Failure::usage(format!(
+        "{}: use another file system, or --allow-loss to make the layer without them",
+        refused.join("; ")
+    )))
+}
+
+fn fit_meta(meta: &mut Meta, fs: FileSystem, through_tar: bool, mut note: impl FnMut(Loss)) {
+    let mut noted = Vec::new();
+    meta.xattrs.retain(|name, _| {
+        let loss = match () {
+            () if name.starts_with(ACL) => (fs == FileSystem::Squashfs).then_some(Loss::Acl),
+            () if name.starts_with(b"btrfs.") => {
+                (fs != FileSystem::Btrfs).then_some(Loss::Properties)
+            }
+            () if !KINDS.iter().any(|kind| name.starts_with(kind)) => Some(Loss::Xattr),
+            // It goes through a tar, where it ends the name.
+            () if through_tar && name.contains(&b'=') => Some(Loss::XattrName),
+            () => None,
+        };
+        noted.extend(loss);
+        loss.is_none()
+    });
+    let time = &mut meta.mtime;
+    let (first, last) = match fs {
+        FileSystem::Ext2 | FileSystem::Ext3 | FileSystem::Ext4 => {
+            (i64::from(i32::MIN), (1 << 34) + i64::from(i32::MIN) - 1)
+        }
+        FileSystem::Squashfs => (0, i64::from(u32::MAX)),
+        FileSystem::Btrfs | FileSystem::Erofs => (i64::MIN, i64::MAX),
+    };
+    let kept = time.seconds.clamp(first, last);
+    if kept != time.seconds {
+        noted.push(Loss::Range);
+        *time = Time {
+            seconds: kept,
+            nanoseconds: 0,
+        };
+    } else if fs == FileSystem::Squashfs && time.nanoseconds != 0 {
+        noted.push(Loss::Fraction);
+        time.nanoseconds = 0;
+    }
+    noted.sort_unstable();
+    noted.dedup();
+    noted.into_iter().for_each(&mut note);
+}

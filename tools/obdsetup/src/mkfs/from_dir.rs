@@ -1,0 +1,199 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! Reads a directory with all that is in it.
+
+use std::collections::{BTreeMap, HashMap};
+use std::ffi::OsString;
+use std::fs::{File, Metadata};
+use std::io;
+use std::os::unix::ffi::{OsStrExt, OsStringExt};
+use std::os::unix::fs::{FileExt, FileTypeExt, MetadataExt};
+use std::path::{Path, PathBuf};
+
+use anyhow::{bail, Context, Result};
+use overlaybd::format::num::to_usize;
+use rustix::fs::SeekFrom;
+use rustix::io::Errno;
+
+use super::tree::{
+    Content, ContentMaker, Device, Id, Kind, Meta, Node, Source, Time, Tree, BLOCK, ROOT,
+};
+use crate::bar::Bar;
+use crate::interrupt;
+
+/// Bytes that are read at once, whole blocks.
+const PIECE: u64 = 1 << 20;
+
+/// Reads the directory `root`.
+pub(super) fn read(root: &Path) -> Result<Tree> {
+    let (_, meta) = look(root)?;
+    let mut tree = Tree::new(meta);
+    let mut linked: HashMap<(u64, u64), Id> = HashMap::new();
+    let mut files: Vec<(Id, PathBuf, Metadata)> = Vec::new();
+    let mut left = vec![(ROOT, root.to_owned())];
+    while let Some((parent, directory)) = left.pop() {
+        let context = || format!("{}: cannot read the directory", directory.display());
+        for entry in std::fs::read_dir(&directory).with_context(context)? {
+            interrupt::check()?;
+            let name = entry.with_context(context)?.file_name();
+            let path = directory.join(&name);
+            let (status, meta) = look(&path)?;
+            let place = (status.dev(), status.ino());
+            let again = match status.nlink() {
+                2.. if !status.is_dir() => linked.get(&place),
+                _ => None,
+            };
+            let id = match again {
+                Some(&id) => id,
+                None => {
+                    let kind = kind(&path, &status)?;
+                    let id = tree.add(Node { meta, kind });
+                    linked.insert(place, id);
+                    if status.is_dir() {
+                        left.push((id, path));
+                    } else if status.is_file() {
+                        files.push((id, path, status));
+                    }
+                    id
+                }
+            };
+            tree.link(parent, name.into_vec(), id)?;
+        }
+    }
+    let stored = |(_, _, status): &(_, _, Metadata)| status.len().min(status.blocks() * 512);
+    let bar = Bar::new("reading", files.iter().map(stored).sum());
+    for (id, path, status) in files {
+        let content = content(path, &status, &bar)?;
+        tree.node_mut(id)?.kind = Kind::File(content);
+    }
+    Ok(tree)
+}
+
+/// What the system says about a file.
+fn look(path: &Path) -> Result<(Metadata, Meta)> {
+    let status = path.symlink_metadata();
+    let status = status.with_context(|| format!("{}: cannot look", path.display()))?;
+    let nanoseconds = u32::try_from(status.mtime_nsec()).unwrap_or_default();
+    let meta = Meta {
+        mode: status.mode() & 0o7777,
+        uid: status.uid(),
+        gid: status.gid(),
+        mtime: Time {
+            seconds: status.mtime(),
+            nanoseconds,
+        },
+        xattrs: xattrs(path)
+            .with_context(|| format!("{}: cannot read extended attributes", path.display()))?,
+    };
+    Ok((status, meta))
+}
+
+fn kind(path: &Path, status: &Metadata) -> Result<Kind> {
+    let file_type = status.file_type();
+    let number = status.rdev();
+    let device = Device {
+        major: rustix::fs::major(number),
+        minor: rustix::fs::minor(number),
+    };
+    Ok(match file_type {
+        kind if kind.is_dir() => Kind::Directory(BTreeMap::new()),
+        // Read later.
+        kind if kind.is_file() => {
+            Kind::File(ContentMaker::new().finish(0, Source::Path(path.to_owned())))
+        }
+        kind if kind.is_symlink() => {
+            let target = std::fs::read_link(path);
+            let target = target.with_context(|| format!("{}: cannot read", path.display()))?;
+            Kind::Symlink(target.into_os_string().into_vec())
+        }
+        kind if kind.is_char_device() => Kind::CharDevice(device),
+        kind if kind.is_block_device() => Kind::BlockDevice(device),
+        kind if kind.is_fifo() => Kind::Fifo,
+        kind if kind.is_socket() => Kind::Socket,
+        _ => bail!("{}: a file of a kind that is not known", path.display()),
+    })
+}
+
+/// Calls `get` with larger buffers until the answer fits.
+fn grow(get: impl Fn(&mut [u8]) -> rustix::io::Result<usize>) -> rustix::io::Result<Vec<u8>> {
+    let mut buffer = vec![0; 256];
+    loop {
+        match get(&mut buffer) {
+            Ok(len) => {
+                buffer.truncate(len);
+                return Ok(buffer);
+            }
+            Err(Errno::RANGE) if buffer.len() < 1 << 20 => buffer.resize(buffer.len() * 4, 0),
+            Err(error) => return Err(error),
+        }
+    }
+}
+
+fn xattrs(path: &Path) -> io::Result<BTreeMap<Vec<u8>, Vec<u8>>> {
+    let list = match grow(|buffer| rustix::fs::llistxattr(path, buffer)) {
+        Err(Errno::NOTSUP) => return Ok(BTreeMap::new()),
+        list => list?,
+    };
+    let mut xattrs = BTreeMap::new();
+    for name in list
+        .split(|&byte| byte == 0)
+        .filter(|name| !name.is_empty())
+    {
+        let key = OsString::from_vec(name.to_vec());
+        match grow(|buffer| rustix::fs::lgetxattr(path, key.as_bytes(), buffer)) {
+            // Removed meanwhile, or one that is listed and cannot be read, as some of network file
+            // systems.
+            Err(Errno::NODATA | Errno::NOTSUP) => {}
+            value => {
+                xattrs.insert(name.to_vec(), value?);
+            }
+        }
+    }
+    Ok(xattrs)
+}
+
+fn content(path: PathBuf, status: &Metadata, bar: &Bar) -> Result<Content> {
+    let context = || format!("{}: cannot read, or it changed", path.display());
+    let file = File::open(&path).with_context(context)?;
+    let opened = file.metadata().with_context(context)?;
+    if (opened.dev(), opened.ino()) != (status.dev(), status.ino()) {
+        bail!("{}: was replaced while it was read", path.display());
+    }
+    let size = opened.len();
+    let mut maker = ContentMaker::new();
+    let mut buffer = vec![0; to_usize(size.min(PIECE))];
+    let mut at = 0;
+    while let Some((start, end)) = next_data(&file, at, size).with_context(context)? {
+        at = start;
+        while at < end {
+            let take = (end - at).min(PIECE);
+            let piece = buffer.get_mut(..to_usize(take)).unwrap_or_default();
+            file.read_exact_at(piece, at).with_context(context)?;
+            for (block, offset) in piece.chunks(to_usize(BLOCK)).zip((at..).step_by(4096)) {
+                maker.block(offset, block, offset);
+            }
+            bar.advance(take)?;
+            at += take;
+        }
+    }
+    Ok(maker.finish(size, Source::Path(path)))
+}
+
+/// Start and end of the data at or behind `at`, in whole blocks, before `size`.
+fn next_data(file: &File, at: u64, size: u64) -> io::Result<Option<(u64, u64)>> {
+    if at >= size {
+        return Ok(None);
+    }
+    let start = match rustix::fs::seek(file, SeekFrom::Data(at)) {
+        Ok(start) => start,
+        Err(Errno::NXIO) => return Ok(None),
+        // A file system that doesn't know holes.
+        Err(Errno::INVAL | Errno::NOTSUP) => return Ok(Some((at, size))),
+        Err(error) => return Err(error.into()),
+    };
+    let end = rustix::fs::seek(file, SeekFrom::Hole(start))?;
+    let start = start - start % BLOCK;
+    let end = end.next_multiple_of(BLOCK).min(size);
+    // The block before may have been the end of the data before.
+    Ok((start.max(at) < end).then_some((start.max(at), end)))
+}

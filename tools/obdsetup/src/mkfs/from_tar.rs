@@ -1,0 +1,324 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! Reads a tar as a tree, as it would be if GNU tar had unpacked it as root: later members replace
+//! earlier ones, and relative symbolic links to directories are followed. What the tar doesn't say is
+//! owned by root with mode 0755.
+
+use std::collections::{BTreeMap, HashSet, VecDeque};
+use std::fs::File;
+use std::io::{BufWriter, Write};
+use std::path::Path;
+use std::sync::Arc;
+
+use anyhow::{Context, Result};
+use overlaybd::format::num::{to_u64, to_usize};
+
+use super::acl;
+use super::stamp::source_date_epoch;
+use super::tree::{
+    show, Content, ContentMaker, Device, Id, Kind, Meta, Node, Source, Time, Tree, BLOCK, ROOT,
+};
+use crate::archive::{self, Archive, Member, MemberKind};
+use crate::exit::{self, Failure};
+
+/// Symbolic links that are followed for one name.
+const LINKS: u32 = 40;
+
+/// Reads the tar at `path`. Content goes to a temporary file in `place`, without the holes.
+pub(super) fn read(path: &Path, place: &Path) -> Result<Tree> {
+    let spool = tempfile::tempfile_in(place);
+    let spool = spool.with_context(|| format!("{}: cannot make a file", place.display()))?;
+    let spool = Arc::new(spool);
+    let mut reader = Reader {
+        path,
+        tree: Tree::new(unsaid()),
+        unsaid: HashSet::from([ROOT]),
+        spool: BufWriter::with_capacity(1 << 20, Arc::clone(&spool)),
+        file: spool,
+        end: 0,
+    };
+    let mut archive = Archive::open(path)?;
+    let mut newest = None;
+    while let Some(member) = archive.next()? {
+        newest = newest.max(Some(time(&member)));
+        reader.member(&member, &mut archive)?;
+    }
+    reader.spool.flush().context(SPOOL)?;
+    let mtime = match source_date_epoch()? {
+        Some(seconds) => Time {
+            seconds,
+            nanoseconds: 0,
+        },
+        None => newest.unwrap_or_default(),
+    };
+    for id in reader.unsaid {
+        reader.tree.node_mut(id)?.meta.mtime = mtime;
+    }
+    Ok(reader.tree)
+}
+
+const SPOOL: &str = "cannot write a temporary file with the content of the tar";
+
+/// What a directory has of which the tar says nothing; the time is set at the end.
+fn unsaid() -> Meta {
+    Meta {
+        mode: 0o755,
+        uid: 0,
+        gid: 0,
+        mtime: Time::default(),
+        xattrs: BTreeMap::new(),
+    }
+}
+
+fn time(member: &Member) -> Time {
+    Time {
+        seconds: member.mtime.seconds,
+        nanoseconds: member.mtime.nanoseconds,
+    }
+}
+
+struct Reader<'a> {
+    path: &'a Path,
+    tree: Tree,
+    /// Directories of which the tar said nothing yet.
+    unsaid: HashSet<Id>,
+    spool: BufWriter<Arc<File>>,
+    file: Arc<File>,
+    /// Bytes in the spool.
+    end: u64,
+}
+
+impl Reader<'_> {
+    fn bad(&self, member: &[u8], what: &str) -> anyhow::Error {
+        let text = format!("{}: member {}: {what}", self.path.display(), show(member));
+        Failure::error(exit::BAD_IMAGE, text)
+    }
+
+    fn member(&mut self, member: &Member, archive: &mut Archive) -> Result<()> {
+        let meta = self.meta(member)?;
+        let (parent, name) = match member.path.iter().rposition(|&byte| byte == b'/') {
+            _ if member.path.is_empty() => return self.root(member, meta),
+            Some(slash) => {
+                let (parent, name) = member.path.split_at(slash);
+                (self.directory(parent, &member.path)?, name.get(1..))
+            }
+            None => (ROOT, Some(member.path.as_slice())),
+        };
+        let name = name.unwrap_or_default().to_vec();
+        let there = self.child(parent, &name);
+        let device = |device: archive::Device| Device {
+            major: device.major,
+            minor: device.minor,
+        };
+        let kind = match &member.kind {
+            MemberKind::HardLink(target) => {
+                let id = self.linked(target, &member.path)?;
+                if there != Some(id) {
+                    self.clear(there, &member.path)?;
+                }
+                return self.tree.link(parent, name, id);
+            }
+            MemberKind::Directory => {
+                let old = match there {
+                    Some(id) => Some((id, self.tree.node_mut(id)?)),
+                    None => None,
+                };
+                if let Some((
+                    id,
+                    Node {
+                        meta: old,
+                        kind: Kind::Directory(_),
+                    },
+                )) = old
+                {
+                    *old = meta;
+                    self.unsaid.remove(&id);
+                    return Ok(());
+                }
+                Kind::Directory(BTreeMap::new())
+            }
+            MemberKind::File => Kind::File(self.content(member, archive)?),
+            MemberKind::Symlink(target) => Kind::Symlink(target.clone()),
+            MemberKind::CharDevice(number) => Kind::CharDevice(device(*number)),
+            MemberKind::BlockDevice(number) => Kind::BlockDevice(device(*number)),
+            MemberKind::Fifo => Kind::Fifo,
+        };
+        self.clear(there, &member.path)?;
+        let id = self.tree.add(Node { meta, kind });
+        self.tree.link(parent, name, id)
+    }
+
+    fn root(&mut self, member: &Member, meta: Meta) -> Result<()> {
+        if member.kind != MemberKind::Directory {
+            return Err(self.bad(b"", "the root of the tree is no directory"));
+        }
+        self.tree.node_mut(ROOT)?.meta = meta;
+        self.unsaid.remove(&ROOT);
+        Ok(())
+    }
+
+    /// Checks that what has a name may lose it.
+    fn clear(&self, there: Option<Id>, member: &[u8]) -> Result<()> {
+        let used = there.is_some_and(|id| self.tree.children(id).next().is_some());
+        match used {
+            true => Err(self.bad(member, "replaces a directory that is not empty")),
+            false => Ok(()),
+        }
+    }
+
+    fn child(&self, parent: Id, name: &[u8]) -> Option<Id> {
+        self.tree.child(parent, name)
+    }
+
+    /// What a hard link leads to.
+    fn linked(&mut self, target: &[u8], member: &[u8]) -> Result<Id> {
+        let (parent, name) = match target.iter().rposition(|&byte| byte == b'/') {
+            Some(slash) => {
+                let (parent, name) = target.split_at(slash);
+                (
+                    self.directory(parent, member)?,
+                    name.get(1..).unwrap_or_default(),
+                )
+            }
+            None => (ROOT, target),
+        };
+        let found = self.child(parent, name);
+        let node = found.map(|id| self.tree.node(id)).transpose()?;
+        match (found, node.map(|node| &node.kind)) {
+            (Some(id), Some(kind)) if !matches!(kind, Kind::Directory(_)) => Ok(id),
+            _ => Err(self.bad(
+                member,
+                &format!(
+                    "a hard link to {}, which is no file before it",
+                    show(target)
+                ),
+            )),
+        }
+    }
+
+    /// The directory `path`, made where it is missing.
+    fn directory(&mut self, path: &[u8], member: &[u8]) -> Result<Id> {
+        let mut left: VecDeque<Vec<u8>> = parts(path);
+        let mut at = ROOT;
+        let mut followed = 0;
+        while let Some(name) = left.pop_front() {
+            let Some(id) = self.child(at, &name) else {
+                let id = self.tree.add(Node {
+                    meta: unsaid(),
+                    kind: Kind::Directory(BTreeMap::new()),
+                });
+                self.tree.link(at, name, id)?;
+                self.unsaid.insert(id);
+                at = id;
+                continue;
+            };
+            match &self.tree.node(id)?.kind {
+                Kind::Directory(_) => at = id,
+                Kind::Symlink(target) => {
+                    followed += 1;
+                    let target_parts = parts(target);
+                    let outside =
+                        target.starts_with(b"/") || target_parts.iter().any(|part| part == b"..");
+                    if outside || followed > LINKS {
+                        let what = format!(
+                            "goes through the symbolic link {}, which leads to {}",
+                            show(&name),
+                            String::from_utf8_lossy(target)
+                        );
+                        return Err(self.bad(member, &what));
+                    }
+                    for part in target_parts.into_iter().rev() {
+                        left.push_front(part);
+                    }
+                }
+                _ => {
+                    let what = format!("is below {}, which is no directory", show(&name));
+                    return Err(self.bad(member, &what));
+                }
+            }
+        }
+        Ok(at)
+    }
+
+    fn meta(&self, member: &Member) -> Result<Meta> {
+        let mut xattrs = BTreeMap::new();
+        for (key, value) in &member.records {
+            let (name, value) = match key.as_slice() {
+                b"SCHILY.acl.access" | b"SCHILY.acl.default" => {
+                    let name = match key.ends_with(b"access") {
+                        true => "system.posix_acl_access",
+                        false => "system.posix_acl_default",
+                    };
+                    let acl = acl::from_text(value)
+                        .map_err(|what| self.bad(&member.path, &format!("POSIX ACL: {what}")))?;
+                    (name, acl)
+                }
+                b"RHT.security.selinux" => ("security.selinux", [value.as_slice(), b"\0"].concat()),
+                _ => continue,
+            };
+            xattrs.insert(name.as_bytes().to_vec(), value);
+        }
+        xattrs.extend(member.xattrs.iter().cloned());
+        let mode = match member.kind {
+            // Nobody looks at it, and some writers have another one.
+            MemberKind::Symlink(_) => 0o777,
+            _ => member.mode,
+        };
+        Ok(Meta {
+            mode,
+            uid: member.uid,
+            gid: member.gid,
+            mtime: time(member),
+            xattrs,
+        })
+    }
+
+    /// Copies the content of a file to the spool.
+    fn content(&mut self, member: &Member, archive: &mut Archive) -> Result<Content> {
+        let mut maker = ContentMaker::new();
+        let mut block = Vec::with_capacity(to_usize(BLOCK));
+        let mut start = 0;
+        let size = member.size;
+        let mut finish = |block: &mut Vec<u8>, start: u64| -> Result<()> {
+            // A hole may follow, up to the end of the block or file.
+            let len = (size - start).min(BLOCK);
+            block.resize(to_usize(len), 0);
+            if maker.block(start, block, self.end) {
+                self.spool.write_all(block).context(SPOOL)?;
+                self.end += len;
+            }
+            block.clear();
+            Ok(())
+        };
+        archive.content(member, |mut offset, mut piece| {
+            while !piece.is_empty() {
+                let own = offset - offset % BLOCK;
+                if own != start {
+                    if !block.is_empty() {
+                        finish(&mut block, start)?;
+                    }
+                    start = own;
+                }
+                let inside = to_usize(offset - own);
+                block.resize(inside, 0);
+                let room = to_usize(BLOCK) - inside;
+                let (now, rest) = piece.split_at(piece.len().min(room));
+                block.extend_from_slice(now);
+                offset += to_u64(now.len());
+                piece = rest;
+            }
+            Ok(())
+        })?;
+        if !block.is_empty() {
+            finish(&mut block, start)?;
+        }
+        Ok(maker.finish(size, Source::Shared(Arc::clone(&self.file))))
+    }
+}
+
+/// The parts of a path.
+fn parts(path: &[u8]) -> VecDeque<Vec<u8>> {
+    let parts = path.split(|&byte| byte == b'/');
+    let parts = parts.filter(|part| !part.is_empty() && *part != b".");
+    parts.map(<[u8]>::to_vec).collect()
+}

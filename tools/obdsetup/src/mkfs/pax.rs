@@ -1,0 +1,250 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! Writes a tree as a tar, in the pax format: for programs that make a file system of one. All is
+//! in extended headers, whose values have no limits.
+//!
+//! Source: POSIX.1-2017 `pax`; GNU tar's manual, "PAX Format, Version 1.0" of sparse files.
+
+use std::collections::BTreeMap;
+use std::io::Write;
+
+use anyhow::{bail, Context, Result};
+use overlaybd::format::num::{to_u64, to_usize};
+
+use super::tree::{Content, Id, Kind, Name, Node, Tree, ROOT};
+
+/// Bytes of a block of a tar.
+const BLOCK: usize = 512;
+
+/// What reads the tar.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(super) enum Reader {
+    /// It knows no sparse files.
+    MkfsErofs,
+    /// It gets the root directory in another way.
+    Mksquashfs,
+}
+
+/// Writes `tree` to `out`: the root directory first, then all names in their order.
+pub(super) fn write(tree: &Tree, reader: Reader, mut out: impl Write) -> Result<()> {
+    let mut tar = Pax {
+        out: &mut out,
+        at: 0,
+        sparse: reader == Reader::Mksquashfs,
+    };
+    if reader == Reader::MkfsErofs {
+        tar.member(b"./", tree.node(ROOT)?)?;
+    }
+    let mut firsts: BTreeMap<Id, Vec<u8>> = BTreeMap::new();
+    for name in tree.names() {
+        let node = tree.node(name.id)?;
+        match firsts.get(&name.id) {
+            Some(first) => tar.header(&name.path, node, b'1', 0, &[record("linkpath", first)])?,
+            None => {
+                tar.named(&name, node)?;
+                firsts.insert(name.id, name.path);
+            }
+        }
+    }
+    tar.write(&[0; 1024])?;
+    out.flush().context(WRITE)
+}
+
+const WRITE: &str = "cannot write the tar for mkfs";
+
+struct Pax<W> {
+    out: W,
+    /// Bytes written.
+    at: u64,
+    /// Whether holes stay out.
+    sparse: bool,
+}
+
+impl<W: Write> Pax<W> {
+    fn named(&mut self, name: &Name, node: &Node) -> Result<()> {
+        match node.kind {
+            Kind::Directory(_) => self.member(&[&name.path, b"/".as_slice()].concat(), node),
+            _ => self.member(&name.path, node),
+        }
+    }
+
+    fn member(&mut self, path: &[u8], node: &Node) -> Result<()> {
+        match &node.kind {
+            Kind::Directory(_) => self.header(path, node, b'5', 0, &[]),
+            Kind::Symlink(target) => {
+                self.header(path, node, b'2', 0, &[record("linkpath", target)])
+            }
+            Kind::CharDevice(_) => self.header(path, node, b'3', 0, &[]),
+            Kind::BlockDevice(_) => self.header(path, node, b'4', 0, &[]),
+            Kind::Fifo => self.header(path, node, b'6', 0, &[]),
+            Kind::File(content) => self.file(path, node, content),
+            Kind::Socket => bail!("a tar cannot hold sockets"),
+        }
+    }
+
+    fn file(&mut self, path: &[u8], node: &Node, content: &Content) -> Result<()> {
+        if content.data_len() == content.size || !self.sparse {
+            self.header(path, node, b'0', content.size, &[])?;
+            let mut at = 0;
+            content.read(|offset, data| {
+                self.zeros(offset - at)?;
+                at = offset + to_u64(data.len());
+                self.write(data)
+            })?;
+            self.zeros(content.size - at)?;
+            return self.pad();
+        }
+        let mut map = format!("{}\n", content.extents.len() + 1);
+        for extent in &content.extents {
+            map += &format!("{}\n{}\n", extent.offset, extent.len);
+        }
+        // Where the file ends.
+        map += &format!("{}\n0\n", content.size);
+        let mut map = map.into_bytes();
+        map.resize(map.len().next_multiple_of(BLOCK), 0);
+        let size = to_u64(map.len()) + content.data_len();
+        let sparse = [
+            record("GNU.sparse.major", b"1"),
+            record("GNU.sparse.minor", b"0"),
+            record("GNU.sparse.name", path),
+            record("GNU.sparse.realsize", content.size.to_string().as_bytes()),
+        ];
+        self.header(path, node, b'0', size, &sparse)?;
+        self.write(&map)?;
+        content.read(|_, data| self.write(data))?;
+        self.pad()
+    }
+
+    /// Writes the headers of a member that has `size` bytes.
+    fn header(
+        &mut self,
+        path: &[u8],
+        node: &Node,
+        kind: u8,
+        size: u64,
+        more: &[Vec<u8>],
+    ) -> Result<()> {
+        let meta = &node.meta;
+        let mut records = vec![
+            record("path", path),
+            record("uid", meta.uid.to_string().as_bytes()),
+            record("gid", meta.gid.to_string().as_bytes()),
+            record("mtime", mtime(node).as_bytes()),
+            record("size", size.to_string().as_bytes()),
+        ];
+        records.extend_from_slice(more);
+        if kind != b'1' {
+            for (name, value) in &meta.xattrs {
+                let key = [b"SCHILY.xattr.", name.as_slice()].concat();
+                records.push(record_of(&key, value));
+            }
+        }
+        let records = records.concat();
+        self.block(b'x', 0o644, to_u64(records.len()), None)?;
+        self.write(&records)?;
+        self.pad()?;
+        let device = node.device().filter(|_| kind != b'1');
+        let device = device.map(|device| (device.major, device.minor));
+        self.block(kind, meta.mode, size, device)
+    }
+
+    /// Writes a header block, whose name and long numbers are in the extended header before it.
+    fn block(&mut self, kind: u8, mode: u32, size: u64, device: Option<(u32, u32)>) -> Result<()> {
+        let size = size.min(0o777_7777_7777);
+        let (major, minor) = device.unwrap_or_default();
+        let header = |checksum: &str| {
+            let kind = char::from(kind);
+            // name, mode, uid, gid, size, mtime, checksum, type, link, magic and version, user,
+            // group, major, minor, prefix
+            format!(
+                "{:\0<100}{mode:07o}\0{z:07}\0{z:07}\0{size:011o}\0{z:011}\0{checksum}{kind}{:\0<100}\
+                 ustar\000{:\0<32}{:\0<32}{major:07o}\0{minor:07o}\0{:\0<167}",
+                "pax",
+                "",
+                "",
+                "",
+                "",
+                z = 0
+            )
+        };
+        let sum: u64 = header("        ").bytes().map(u64::from).sum();
+        self.write(header(&format!("{sum:06o}\0 ")).as_bytes())
+    }
+
+    fn write(&mut self, bytes: &[u8]) -> Result<()> {
+        self.at += to_u64(bytes.len());
+        self.out.write_all(bytes).context(WRITE)
+    }
+
+    fn zeros(&mut self, mut len: u64) -> Result<()> {
+        let zeros = vec![0; to_usize(len.min(1 << 20))];
+        while len > 0 {
+            let take = len.min(to_u64(zeros.len()));
+            self.write(zeros.get(..to_usize(take)).unwrap_or_default())?;
+            crate::interrupt::check()?;
+            len -= take;
+        }
+        Ok(())
+    }
+
+    /// Fills up the block.
+    fn pad(&mut self) -> Result<()> {
+        self.zeros(self.at.next_multiple_of(to_u64(BLOCK)) - self.at)
+    }
+}
+
+/// Seconds with nine digits of fraction, since mkfs.erofs takes them for a number. Rounded down.
+fn mtime(node: &Node) -> String {
+    let time = node.meta.mtime;
+    format!("{}.{:09}", time.seconds, time.nanoseconds)
+}
+
+fn record(key: &str, value: &[u8]) -> Vec<u8> {
+    record_of(key.as_bytes(), value)
+}
+
+/// A record: its own length in decimal, a blank, key, `=`, value, and a newline.
+fn record_of(key: &[u8], value: &[u8]) -> Vec<u8> {
+    let rest = key.len() + value.len() + 3;
+    let mut len = rest + 1;
+    while len != rest + len.to_string().len() {
+        len = rest + len.to_string().len();
+    }
+    let mut record = format!("{len} ").into_bytes();
+    record.extend_from_slice(key);
+    record.push(b'=');
+    record.extend_from_slice(value);
+    record.push(b'\n');
+    record
+}
+
+#[cfg(test)]
+mod tests {
+    use super::{record, Pax};
+
+    #[test]
+    fn headers() -> anyhow::Result<()> {
+        let mut out = Vec::new();
+        let mut pax = Pax {
+            out: &mut out,
+            at: 0,
+            sparse: true,
+        };
+        pax.block(b'3', 0o4755, 5 << 40, Some((4095, 1_048_575)))?;
+        assert_eq!(out.len(), 512);
+        assert_eq!(&out[257..265], b"ustar\x0000");
+        assert_eq!(&out[329..345], b"0007777\x003777777\0");
+        assert_eq!(&out[124..136], b"77777777777\0");
+        Ok(())
+    }
+
+    #[test]
+    fn lengths() {
+        assert_eq!(record("a", b"b"), b"6 a=b\n");
+        assert_eq!(record("abc", b"de"), b"9 abc=de\n");
+        assert_eq!(record("path", &[b'x'; 89]).len(), 98);
+        assert!(record("path", &[b'x'; 89]).starts_with(b"98 path="));
+        assert!(record("path", &[b'x'; 91]).starts_with(b"101 path="));
+        assert_eq!(record("path", &[b'x'; 91]).len(), 101);
+    }
+}

@@ -1,0 +1,72 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! A tree as files in a directory, for a mkfs that reads nothing else. Only names, kinds and
+//! content are right there: the rest is set in the file system, and so any user can do it.
+
+use std::ffi::OsStr;
+use std::fs::{self, File};
+use std::os::unix::ffi::OsStrExt;
+use std::os::unix::fs::{symlink, FileExt, OpenOptionsExt};
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, Result};
+use rustix::fs::{mknodat, FileType, Mode, CWD};
+use tempfile::TempDir;
+
+use super::tree::{Content, Kind, Node, Tree};
+
+/// The directory, gone when dropped.
+pub(super) struct Stage(TempDir);
+
+impl Stage {
+    /// Makes it in `place`. What this user cannot make, and all devices, are fifos there.
+    pub(super) fn new(tree: &Tree, place: &Path) -> Result<Self> {
+        let directory = tempfile::Builder::new()
+            .prefix(".obdsetup-")
+            .tempdir_in(place);
+        let directory =
+            directory.with_context(|| format!("{}: cannot make a directory", place.display()))?;
+        let stage = Self(directory);
+        let mut made: Vec<Option<PathBuf>> = Vec::new();
+        for name in tree.names() {
+            crate::interrupt::check()?;
+            let path = stage.0.path().join(OsStr::from_bytes(&name.path));
+            if made.len() <= name.id {
+                made.resize(name.id + 1, None);
+            }
+            let first = made.get_mut(name.id).context("no such node")?;
+            let done = match first {
+                Some(first) => fs::hard_link(first, &path),
+                None => make(&path, tree.node(name.id)?),
+            };
+            done.with_context(|| format!("{}: cannot make it", path.display()))?;
+            first.get_or_insert(path);
+        }
+        Ok(stage)
+    }
+
+    pub(super) fn path(&self) -> &Path {
+        self.0.path()
+    }
+}
+
+fn make(path: &Path, node: &Node) -> std::io::Result<()> {
+    match &node.kind {
+        Kind::Directory(_) => fs::create_dir(path),
+        Kind::File(content) => write(path, content).map_err(std::io::Error::other),
+        Kind::Symlink(target) => symlink(OsStr::from_bytes(target), path),
+        Kind::CharDevice(_) | Kind::BlockDevice(_) | Kind::Fifo | Kind::Socket => {
+            mknodat(CWD, path, FileType::Fifo, Mode::RUSR | Mode::WUSR, 0).map_err(Into::into)
+        }
+    }
+}
+
+fn write(path: &Path, content: &Content) -> Result<()> {
+    let file = File::options()
+        .write(true)
+        .create_new(true)
+        .mode(0o600)
+        .open(path)?;
+    file.set_len(content.size)?;
+    content.read(|offset, data| Ok(file.write_all_at(data, offset)?))
+}

@@ -1,0 +1,383 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! A tree of files in memory, without the content of the files: what a file system is made of. The
+//! same tree always has the same order, whatever it was read from.
+
+use std::collections::BTreeMap;
+use std::fs::File;
+use std::os::unix::fs::FileExt;
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use anyhow::{Context, Result};
+use overlaybd::format::num::{to_u64, to_usize};
+use sha2::{Digest, Sha256};
+
+/// Bytes of a block of content. Blocks of zeros are holes.
+pub(super) const BLOCK: u64 = 4096;
+
+/// Index of a node.
+pub(super) type Id = usize;
+
+/// A point in time: seconds since 1970, which may be negative, and nanoseconds after that.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord)]
+pub(super) struct Time {
+    pub(super) seconds: i64,
+    pub(super) nanoseconds: u32,
+}
+
+/// Number of a device.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Device {
+    pub(super) major: u32,
+    pub(super) minor: u32,
+}
+
+/// What every kind of file has.
+#[derive(Clone, Debug)]
+pub(super) struct Meta {
+    /// Permissions, setuid, setgid and sticky.
+    pub(super) mode: u32,
+    pub(super) uid: u32,
+    pub(super) gid: u32,
+    pub(super) mtime: Time,
+    /// Names, as `user.name`, and values of the extended attributes.
+    pub(super) xattrs: BTreeMap<Vec<u8>, Vec<u8>>,
+}
+
+/// What a file is.
+#[derive(Clone, Debug)]
+pub(super) enum Kind {
+    Directory(BTreeMap<Vec<u8>, Id>),
+    File(Content),
+    Symlink(Vec<u8>),
+    CharDevice(Device),
+    BlockDevice(Device),
+    Fifo,
+    Socket,
+}
+
+/// A file of any kind; several names may lead to it.
+#[derive(Clone, Debug)]
+pub(super) struct Node {
+    pub(super) meta: Meta,
+    pub(super) kind: Kind,
+}
+
+impl Node {
+    /// The bits of `st_mode`.
+    pub(super) fn st_mode(&self) -> u32 {
+        let kind = match self.kind {
+            Kind::Directory(_) => 0o040_000,
+            Kind::File(_) => 0o100_000,
+            Kind::Symlink(_) => 0o120_000,
+            Kind::CharDevice(_) => 0o020_000,
+            Kind::BlockDevice(_) => 0o060_000,
+            Kind::Fifo => 0o010_000,
+            Kind::Socket => 0o140_000,
+        };
+        kind | self.meta.mode
+    }
+
+    /// The number of a device.
+    pub(super) fn device(&self) -> Option<Device> {
+        match self.kind {
+            Kind::CharDevice(device) | Kind::BlockDevice(device) => Some(device),
+            _ => None,
+        }
+    }
+}
+
+/// A part of a file that has data: whole blocks, the last one up to the end of the file.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Extent {
+    pub(super) offset: u64,
+    pub(super) len: u64,
+    /// Where the data is in the source.
+    from: u64,
+}
+
+/// Where content is read from.
+#[derive(Clone, Debug)]
+pub(super) enum Source {
+    /// A file of its own.
+    Path(PathBuf),
+    /// A file with the content of many.
+    Shared(Arc<File>),
+}
+
+/// The content of a file.
+#[derive(Clone, Debug)]
+pub(super) struct Content {
+    pub(super) size: u64,
+    /// Ascending, not empty, apart; nothing but zeros is between them.
+    pub(super) extents: Vec<Extent>,
+    source: Source,
+    /// Hash of size, places and data.
+    hash: [u8; 32],
+}
+
+impl Content {
+    /// Bytes of data.
+    pub(super) fn data_len(&self) -> u64 {
+        self.extents.iter().map(|extent| extent.len).sum()
+    }
+
+    /// Hands over the data, at most 1 MiB of an extent at a time, with its place in the file.
+    pub(super) fn read(&self, mut each: impl FnMut(u64, &[u8]) -> Result<()>) -> Result<()> {
+        let opened;
+        let file = match &self.source {
+            Source::Shared(file) => file.as_ref(),
+            Source::Path(path) => {
+                let file = File::open(path);
+                opened = file.with_context(|| format!("{}: cannot read", path.display()))?;
+                &opened
+            }
+        };
+        let mut buffer = vec![0; to_usize(self.data_len().min(1 << 20))];
+        for extent in &self.extents {
+            let mut done = 0;
+            while done < extent.len {
+                let take = (extent.len - done).min(to_u64(buffer.len()));
+                let piece = buffer.get_mut(..to_usize(take)).unwrap_or_default();
+                file.read_exact_at(piece, extent.from + done)
+                    .with_context(|| match &self.source {
+                        Source::Path(path) => {
+                            format!("{}: cannot read, or it became shorter", path.display())
+                        }
+                        Source::Shared(_) => "cannot read the temporary file".to_owned(),
+                    })?;
+                each(extent.offset + done, piece)?;
+                crate::interrupt::check()?;
+                done += take;
+            }
+        }
+        Ok(())
+    }
+}
+
+/// Collects the content of a file, in the order of its bytes. The extents depend on nothing but the
+/// content: where the source has holes doesn't matter.
+pub(super) struct ContentMaker {
+    extents: Vec<Extent>,
+    hash: Sha256,
+}
+
+impl ContentMaker {
+    pub(super) fn new() -> Self {
+        Self {
+            extents: Vec::new(),
+            hash: Sha256::new(),
+        }
+    }
+
+    /// Takes the block at `offset`, which is a multiple of a block; only the last one may be
+    /// shorter. Its data is at `from` in the source. Returns whether it has data.
+    pub(super) fn block(&mut self, offset: u64, data: &[u8], from: u64) -> bool {
+        if data.iter().all(|&byte| byte == 0) {
+            return false;
+        }
+        self.hash.update(offset.to_le_bytes());
+        self.hash.update(data);
+        let len = to_u64(data.len());
+        match self.extents.last_mut() {
+            Some(last) if last.offset + last.len == offset && last.from + last.len == from => {
+                last.len += len;
+            }
+            _ => self.extents.push(Extent { offset, len, from }),
+        }
+        true
+    }
+
+    pub(super) fn finish(mut self, size: u64, source: Source) -> Content {
+        self.hash.update(size.to_le_bytes());
+        Content {
+            size,
+            extents: self.extents,
+            source,
+            hash: self.hash.finalize().into(),
+        }
+    }
+}
+
+/// A name in a tree.
+pub(super) struct Name {
+    /// From the root directory, without a slash at either end.
+    pub(super) path: Vec<u8>,
+    pub(super) parent: Id,
+    pub(super) id: Id,
+    /// Whether it is the first name of its node.
+    pub(super) first: bool,
+}
+
+impl Name {
+    /// The last part of the path.
+    pub(super) fn last(&self) -> &[u8] {
+        let slash = self.path.iter().rposition(|&byte| byte == b'/');
+        let start = slash.map_or(0, |slash| slash + 1);
+        self.path.get(start..).unwrap_or_default()
+    }
+}
+
+/// A path as it is shown to people.
+pub(super) fn show(path: &[u8]) -> String {
+    format!("./{}", String::from_utf8_lossy(path))
+}
+
+/// A tree of files.
+pub(super) struct Tree {
+    /// The root directory, and all else in any order; some may be without a name.
+    nodes: Vec<Node>,
+}
+
+/// The root directory.
+pub(super) const ROOT: Id = 0;
+
+impl Tree {
+    /// A tree with nothing but a root directory.
+    pub(super) fn new(root: Meta) -> Self {
+        Self {
+            nodes: vec![Node {
+                meta: root,
+                kind: Kind::Directory(BTreeMap::new()),
+            }],
+        }
+    }
+
+    /// Takes a node in, which has no name yet.
+    pub(super) fn add(&mut self, node: Node) -> Id {
+        self.nodes.push(node);
+        self.nodes.len() - 1
+    }
+
+    /// Names `id` in the directory `parent`. What had that name loses it.
+    pub(super) fn link(&mut self, parent: Id, name: Vec<u8>, id: Id) -> Result<()> {
+        self.children_mut(parent)?.insert(name, id);
+        Ok(())
+    }
+
+    /// Removes a name.
+    pub(super) fn unlink(&mut self, parent: Id, name: &[u8]) -> Result<()> {
+        self.children_mut(parent)?.remove(name);
+        Ok(())
+    }
+
+    fn children_mut(&mut self, id: Id) -> Result<&mut BTreeMap<Vec<u8>, Id>> {
+        match self.nodes.get_mut(id).map(|node| &mut node.kind) {
+            Some(Kind::Directory(children)) => Ok(children),
+            _ => anyhow::bail!("node {id} is no directory"),
+        }
+    }
+
+    pub(super) fn node(&self, id: Id) -> Result<&Node> {
+        self.nodes.get(id).context("no such node")
+    }
+
+    pub(super) fn node_mut(&mut self, id: Id) -> Result<&mut Node> {
+        self.nodes.get_mut(id).context("no such node")
+    }
+
+    /// Names and nodes of what is in the directory `id`; none for anything else.
+    pub(super) fn children(&self, id: Id) -> impl Iterator<Item = (&[u8], Id)> {
+        let children = match self.nodes.get(id).map(|node| &node.kind) {
+            Some(Kind::Directory(children)) => Some(children),
+            _ => None,
+        };
+        let children = children.into_iter().flatten();
+        children.map(|(name, &id)| (name.as_slice(), id))
+    }
+
+    /// What has the name `name` in the directory `parent`.
+    pub(super) fn child(&self, parent: Id, name: &[u8]) -> Option<Id> {
+        match self.nodes.get(parent).map(|node| &node.kind) {
+            Some(Kind::Directory(children)) => children.get(name).copied(),
+            _ => None,
+        }
+    }
+
+    /// All names but that of the root directory: sorted by their bytes, a directory before what is
+    /// in it.
+    pub(super) fn names(&self) -> Vec<Name> {
+        let mut names = Vec::new();
+        let mut seen = vec![false; self.nodes.len()];
+        // What is still to be visited, the next one last.
+        let mut left: Vec<(Id, Vec<u8>, Id)> = Vec::new();
+        let push = |left: &mut Vec<_>, parent: Id, prefix: &[u8]| {
+            let at = left.len();
+            left.extend(self.children(parent).map(|(name, id)| {
+                let mut path = prefix.to_vec();
+                if !path.is_empty() {
+                    path.push(b'/');
+                }
+                path.extend_from_slice(name);
+                (parent, path, id)
+            }));
+            if let Some(new) = left.get_mut(at..) {
+                new.reverse();
+            }
+        };
+        push(&mut left, ROOT, b"");
+        while let Some((parent, path, id)) = left.pop() {
+            push(&mut left, id, &path);
+            let first = seen
+                .get_mut(id)
+                .is_some_and(|seen| !std::mem::replace(seen, true));
+            names.push(Name {
+                path,
+                parent,
+                id,
+                first,
+            });
+        }
+        names
+    }
+
+    /// A hash of all that is in the tree, and of `more`.
+    pub(super) fn hash(&self, more: &[&[u8]]) -> Result<[u8; 32]> {
+        let mut hash = Sha256::new();
+        for bytes in more {
+            part(&mut hash, bytes);
+        }
+        let mut firsts: BTreeMap<Id, u64> = BTreeMap::new();
+        hash_node(&mut hash, self.node(ROOT)?);
+        for (nth, name) in self.names().iter().enumerate() {
+            part(&mut hash, &name.path);
+            if name.first {
+                firsts.insert(name.id, to_u64(nth));
+                hash_node(&mut hash, self.node(name.id)?);
+            } else {
+                let first = firsts.get(&name.id).copied().unwrap_or_default();
+                part(&mut hash, &first.to_le_bytes());
+            }
+        }
+        Ok(hash.finalize().into())
+    }
+}
+
+/// Adds bytes and their length.
+fn part(hash: &mut Sha256, bytes: &[u8]) {
+    hash.update(to_u64(bytes.len()).to_le_bytes());
+    hash.update(bytes);
+}
+
+fn hash_node(hash: &mut Sha256, node: &Node) {
+    let meta = &node.meta;
+    for number in [node.st_mode(), meta.uid, meta.gid, meta.mtime.nanoseconds] {
+        hash.update(number.to_le_bytes());
+    }
+    hash.update(meta.mtime.seconds.to_le_bytes());
+    hash.update(to_u64(meta.xattrs.len()).to_le_bytes());
+    for (name, value) in &meta.xattrs {
+        part(hash, name);
+        part(hash, value);
+    }
+    match &node.kind {
+        Kind::File(content) => hash.update(content.hash),
+        Kind::Symlink(target) => part(hash, target),
+        Kind::CharDevice(device) | Kind::BlockDevice(device) => {
+            hash.update(device.major.to_le_bytes());
+            hash.update(device.minor.to_le_bytes());
+        }
+        Kind::Directory(_) | Kind::Fifo | Kind::Socket => {}
+    }
+}
