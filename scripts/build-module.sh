@@ -34,6 +34,8 @@ install_module() {
 		kdir_run make "${args[@]}" modules_install
 		return
 	fi
+	# Debian keeps the key to itself.
+	[ -z "$KDIR_IN_ROOT" ] || args+=(CONFIG_MODULE_SIG_ALL=)
 	rm -rf "$staging"
 	mkdir -p "$staging"
 	kdir_run make "${args[@]}" "INSTALL_MOD_PATH=$KDIR_CLONE${staging#"$CLONE"}" DEPMOD=true modules_install
