@@ -41,6 +41,10 @@ def close(name):
     subprocess.run([OBDSETUP, "close", name], capture_output=True, check=False)
 
 
+def remove(name):
+    subprocess.run(["dmsetup", "remove", name], capture_output=True, check=False)
+
+
 def open_stack(name=NAME, raws=tuple(RAWS)):
     """A stack of files; their names, lowest first."""
     work = tempfile.mkdtemp(prefix="obdtest-")
@@ -175,7 +179,7 @@ def cut_layer():
 def half_built():
     def made(name, uuid):
         dmsetup("create", name, "--notable", "--uuid", uuid)
-        defer(subprocess.run, ["dmsetup", "remove", name], capture_output=True, check=False)
+        defer(remove, name)
 
     for devices in ([("zfile0", "LAYER", "-0")], [("blob3", "BLOB", "-3"), ("zfile0", "LAYER", "-0")],
                     [("", "LSMT", "")]):
