@@ -4,7 +4,7 @@
 
 use std::path::PathBuf;
 
-use anyhow::{Context, Result};
+use anyhow::Result;
 use overlaybd::format::Blob;
 use overlaybd::identity::{is_placed, Below};
 use overlaybd::layer::Ident;
@@ -12,6 +12,7 @@ use overlaybd::lsmt_writer::{cut, LayerWriter};
 use overlaybd::{flatten, LayerReader, Stack};
 
 use crate::chain::{ChainArgs, Part};
+use crate::exit::Failure;
 use crate::layer_args::NewLayerArgs;
 use crate::layer_out::{derive, LayerOut};
 use crate::layers::{expand, open_layers, paths, LayerArg};
@@ -70,8 +71,15 @@ pub(crate) fn run(args: &Args) -> Result<()> {
         let read = |offset: u64, buf: &mut [u8]| stack.read_at(offset, buf);
         derive(size, below, &runs, read)
     })?;
-    let writer = LayerWriter::new(size, ident, cut(runs))
-        .with_context(|| format!("{}: cannot make the layer", args.output.display()))?;
+    let writer = LayerWriter::new(size, ident, cut(runs)).map_err(|error| match error {
+        overlaybd::Error::TooFragmented { .. } => Failure::usage(format!(
+            "{}: {error}: merge fewer layers, or `obdsetup export` the disk of all and `obdsetup \
+                 create` a layer of that, which takes larger units",
+            args.output.display()
+        )),
+        error => anyhow::Error::from(error)
+            .context(format!("{}: cannot make the layer", args.output.display())),
+    })?;
     let read = |offset: u64, buf: &mut [u8]| stack.read_at(offset, buf);
     output.write(&writer, "merging", read)
 }
