@@ -12,6 +12,7 @@ use std::ops::BitOrAssign;
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use anyhow::Result;
 use clap::Args;
@@ -19,6 +20,10 @@ use rustix::fs::{major, minor, OFlags};
 
 use crate::exit::{self, Failure};
 use crate::interrupt;
+
+/// How often to look before a process is taken for one that writes, and the time in between.
+const LOOKS: u32 = 10;
+const BETWEEN_LOOKS: Duration = Duration::from_millis(50);
 
 /// What all commands have that read what others may write to.
 #[derive(Args, Clone, Debug, Default)]
@@ -39,7 +44,7 @@ impl InUseArgs {
         let targets: Vec<Target> = targets.collect();
         let found = match targets.iter().find_map(Target::user) {
             Some(found) => Some(found),
-            None => open_in_processes(&targets)?,
+            None => open_for_long(&targets)?,
         };
         match found {
             None => Ok(()),
@@ -51,6 +56,19 @@ impl InUseArgs {
             )),
         }
     }
+}
+
+/// Looks at processes as [`open_in_processes`] does, more than once: a process that another has just
+/// forked has all of its files open until it runs a program of its own.
+fn open_for_long(targets: &[Target]) -> Result<Option<String>> {
+    for _ in 1..LOOKS {
+        match open_in_processes(targets)? {
+            None => return Ok(None),
+            Some(_) => std::thread::sleep(BETWEEN_LOOKS),
+        }
+        interrupt::check()?;
+    }
+    open_in_processes(targets)
 }
 
 impl BitOrAssign<&Self> for InUseArgs {

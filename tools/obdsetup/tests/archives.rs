@@ -245,8 +245,12 @@ fn tars_of_all_compressions() {
     }
     for (name, pack) in COMPRESSIONS {
         let packed = pack(&rootfs);
-        // A cut within the first bytes leaves nothing to tell lzma by.
         for cut in [packed.len() - 1, packed.len() - 7, packed.len() / 2] {
+            // lzma has no magic: with too little of it, nothing tells what it is.
+            if *name == "lzma" && cut < packed.len() - 7 {
+                place.refused(&packed[..cut], "--from raw");
+                continue;
+            }
             place.damaged(&packed[..cut], "incomplete download or copy?");
         }
         place.damaged(&pack(&rootfs[..1700]), "rootfs.tar.gz: ");

@@ -1340,7 +1340,7 @@ fn tables() {
         format!("0 {disk} lsmt 1 LOOP(plain.lsmt) {plain} 1 some_option")
     );
     place
-        .run("table plain.lsmt:512")
+        .run("table plain.lsmt:size=512")
         .code(1)
         .stderr(contains("only a block device"));
 }

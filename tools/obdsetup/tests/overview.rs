@@ -125,6 +125,15 @@ fn list_without_stacks() {
     }) {
         return;
     }
+    // Where sysfs is not mounted, nobody can tell.
+    if !Path::new("/sys/block").exists() {
+        obdsetup(place.path(), "list")
+            .assert()
+            .code(4)
+            .stdout("")
+            .stderr(contains("is /sys mounted?"));
+        return;
+    }
     obdsetup(place.path(), "list")
         .assert()
         .success()

@@ -138,28 +138,6 @@ fn the_environment_has_no_say() {
 }
 
 #[test]
-fn tar_unpacks_all_whatever_tar_options_says() {
-    let place = Place::new(&format!("find \"$1\" >$PLACE/list; {COPY}"));
-    let tar = Command::new("tar")
-        .args(["-cf", "t.tar", "-C", "tree", "."])
-        .current_dir(place.0.path())
-        .status();
-    assert!(tar.unwrap().success());
-    let mut command = place.obdsetup();
-    command.args(["convert", "--fs", "squashfs", "t.tar", "out.obd"]);
-    let output = command
-        .env("TAR_OPTIONS", "--exclude=f1*")
-        .output()
-        .unwrap();
-    assert!(output.status.success(), "{}", said(&output));
-    assert!(
-        place.read("list").contains("/f1\n"),
-        "{}",
-        place.read("list")
-    );
-}
-
-#[test]
 fn programs_of_the_administrator_are_found() {
     let place = Place::new(COPY);
     let system = ["/usr/sbin", "/sbin"]

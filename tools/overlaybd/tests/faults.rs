@@ -427,7 +427,7 @@ fn messages_tell_field_place_found_and_expected() {
     );
     for (what, _, bytes) in [tar_cases(), zfile_cases(), lsmt_cases()].concat() {
         let text = text(&bytes).unwrap_or_default();
-        assert!(text.len() > 20 && !text.contains("Error"), "{what}: {text}");
+        assert!(text.len() > 15 && !text.contains("Error"), "{what}: {text}");
     }
 }
 
