@@ -152,10 +152,11 @@ fn layers_know_themselves_and_their_parents() {
 
 /// Every command that takes a stack, with a stack of `layers`.
 fn commands(layers: &str) -> Vec<String> {
-    let bases: String = layers
+    let bases: Vec<&str> = layers
         .split(' ')
-        .map(|name| format!(" --base {name}"))
+        .flat_map(|name| ["--base", name])
         .collect();
+    let bases = bases.join(" ");
     vec![
         format!("verify {layers}"),
         format!("verify --json {layers}"),
@@ -163,7 +164,7 @@ fn commands(layers: &str) -> Vec<String> {
         format!("dump --force -o out {layers}"),
         format!("table {layers}"),
         format!("open obd-identity-test {layers}"),
-        format!("create{bases} --image c.raw out --force"),
+        format!("create {bases} --image c.raw out --force"),
         format!("merge --lowest --force -o out {layers}"),
     ]
 }

@@ -96,8 +96,8 @@ mod tests {
 
     #[test]
     fn not_too_many() {
-        let many: String = (0..MOST + 5).map(|nth| format!("line {nth}\n")).collect();
-        let shown = lines(many.as_bytes());
+        let many: Vec<String> = (0..MOST + 5).map(|nth| format!("line {nth}")).collect();
+        let shown = lines(many.join("\n").as_bytes());
         assert_eq!(shown.len(), MOST + 1);
         assert_eq!(
             shown.last().map(String::as_str),

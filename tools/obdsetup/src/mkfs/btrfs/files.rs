@@ -170,7 +170,7 @@ impl Builder<'_> {
         }
         let (size, nbytes) = self.content(id, inode, node)?;
         let device = node.device().map_or(0, |device| {
-            u64::from(device.major) << 20 | u64::from(device.minor)
+            (u64::from(device.major) << 20) | u64::from(device.minor)
         });
         let links = self.links.get(&id).copied();
         let item = Inode {

@@ -88,9 +88,9 @@ pub(super) mod file_type {
 
 /// Features that a reader must know: mixed back references, large metadata, extended references of
 /// inodes, skinny metadata, no holes.
-const INCOMPATIBLE: u64 = 1 | 1 << 5 | 1 << 6 | 1 << 8 | 1 << 9;
+const INCOMPATIBLE: u64 = 1 | (1 << 5) | (1 << 6) | (1 << 8) | (1 << 9);
 /// Features that a writer must know: the tree of free space, and that it is valid.
-const COMPATIBLE_READ_ONLY: u64 = 1 | 1 << 1;
+const COMPATIBLE_READ_ONLY: u64 = 1 | (1 << 1);
 
 pub(super) fn key(object: u64, kind: u8, offset: u64) -> Key {
     (object, kind, offset)
@@ -419,7 +419,7 @@ fn fill(bytes: &mut [u8], at: usize, from: &[u8]) {
 /// The block of a tree at `address`.
 pub(super) fn block(address: u64, body: &Body, fs: Uuid, chunk_tree: Uuid) -> Bytes {
     // Written, with mixed back references.
-    let flags = 1 | 1 << 56;
+    let flags = 1 | (1 << 56);
     let put = Put::default().zeros(32).uuid(fs).u64(address).u64(flags);
     let put = put.uuid(chunk_tree).u64(GENERATION).u64(body.owner);
     seal(put.u32(body.count).u8(body.level).bytes(&body.bytes).0)

@@ -130,8 +130,8 @@ mod tests {
         packed.write(&places, |address, body| {
             last = address;
             assert_eq!(
-                body.level(),
-                packed.levels().nth(usize::try_from(address)? - 1).unwrap()
+                Some(body.level()),
+                packed.levels().nth(usize::try_from(address)? - 1)
             );
             Ok(())
         })?;

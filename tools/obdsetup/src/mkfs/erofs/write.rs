@@ -192,7 +192,8 @@ fn place_inode(end: u64, plan: &Plan) -> u64 {
         let crosses = |start: u64, len: u64| start % BLOCK + len > BLOCK;
         let tail = at + INODE + to_u64(plan.xattrs.len());
         let inline = plan.layout == layout::INLINE;
-        if !crosses(at, INODE) && !(inline && crosses(tail, plan.beside())) {
+        let apart = inline && crosses(tail, plan.beside());
+        if !crosses(at, INODE) && !apart {
             return at;
         }
         at += SLOT;
@@ -279,8 +280,11 @@ fn xattr_count(len: usize) -> Option<u16> {
     }
 }
 
+/// A name in a directory, and the node that it is of.
+type DirEntry<'a> = (&'a [u8], Id);
+
 /// Names and nodes of a directory, sorted.
-fn entries(tree: &Tree, id: Id, parent: Id) -> Vec<(&[u8], Id)> {
+fn entries(tree: &Tree, id: Id, parent: Id) -> Vec<DirEntry<'_>> {
     let dots = [(b".".as_slice(), id), (b"..".as_slice(), parent)];
     let mut entries: Vec<_> = tree.children(id).chain(dots).collect();
     entries.sort_unstable();
@@ -288,7 +292,7 @@ fn entries(tree: &Tree, id: Id, parent: Id) -> Vec<(&[u8], Id)> {
 }
 
 /// Which entries are in each block, and how many bytes that takes.
-fn directory_blocks<'a>(entries: &'a [(&'a [u8], Id)]) -> Vec<(&'a [(&'a [u8], Id)], u64)> {
+fn directory_blocks<'a>(entries: &'a [DirEntry<'a>]) -> Vec<(&'a [DirEntry<'a>], u64)> {
     let mut blocks = Vec::new();
     let (mut start, mut used) = (0, 0);
     for (nth, (name, _)) in entries.iter().enumerate() {
@@ -331,14 +335,14 @@ impl Writer<'_> {
         let plan = self.plan(id)?;
         let what = match (plan.layout, node.device()) {
             (_, Some(device)) => {
-                device.minor & 0xff | device.major << 8 | (device.minor & !0xff) << 12
+                (device.minor & 0xff) | (device.major << 8) | ((device.minor & !0xff) << 12)
             }
             (layout::CHUNKS, _) => plan.chunk_bits.into(),
             _ => u32::try_from(plan.block)?,
         };
         let meta = &node.meta;
         let mut inode = Vec::new();
-        inode.extend((1 | plan.layout << 1).to_le_bytes());
+        inode.extend((1 | (plan.layout << 1)).to_le_bytes());
         let count = xattr_count(plan.xattrs.len()).context("too many extended attributes")?;
         inode.extend(count.to_le_bytes());
         inode.extend(u16::try_from(node.st_mode())?.to_le_bytes());

@@ -314,7 +314,7 @@ impl Mend<'_> {
                 let numbers = line
                     .split_whitespace()
                     .filter_map(|word| word.parse::<u64>().ok());
-                blocks.entry(inode).or_insert_with(Vec::new).extend(numbers);
+                blocks.entry(inode).or_default().extend(numbers);
             }
         })?;
         for (inode, names) in &wanted {
@@ -360,7 +360,7 @@ impl Mend<'_> {
         // The low half has a sign; the high one says how often it went around.
         let low = i32::from_le_bytes(low_half(seconds));
         let around = (seconds - i64::from(low)) >> 32;
-        let extra = i64::from(meta.mtime.nanoseconds) << 2 | (around & 3);
+        let extra = (i64::from(meta.mtime.nanoseconds) << 2) | (around & 3);
         for field in ["atime", "ctime", "mtime", "crtime"] {
             let low = u32::from_le_bytes(low_half(seconds));
             if large || field != "crtime" {
@@ -383,8 +383,8 @@ fn low_half(seconds: i64) -> [u8; 4] {
 fn device_words(device: super::tree::Device) -> (u32, u32) {
     let super::tree::Device { major, minor } = device;
     match major < 256 && minor < 256 {
-        true => (major << 8 | minor, 0),
-        false => (0, minor & 0xff | major << 8 | (minor & !0xff) << 12),
+        true => ((major << 8) | minor, 0),
+        false => (0, (minor & 0xff) | (major << 8) | ((minor & !0xff) << 12)),
     }
 }
 
