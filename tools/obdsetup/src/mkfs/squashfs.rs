@@ -3,7 +3,6 @@
 //! squashfs, made by mksquashfs of a tar: only there does the order depend on us, and any user can say
 //! who owns what. Its root directory is told apart.
 
-use std::fmt::Write as _;
 use std::io::Seek;
 use std::path::Path;
 
@@ -37,14 +36,9 @@ pub(super) fn make(
         .arg("-root-time")
         .arg(meta.mtime.seconds.to_string());
     for (name, value) in &meta.xattrs {
-        // "/" x name=0xVALUE, with quotes for what is special in the name
-        let mut text = String::from("/ x ");
-        text += &String::from_utf8_lossy(name);
-        text += "=0x";
-        for byte in value {
-            // Writing to a string doesn't fail.
-            let _ = write!(text, "{byte:02x}");
-        }
+        // Not in hexadecimal, where 4.6.1 spoils its memory with more than a few bytes.
+        let name = String::from_utf8_lossy(name);
+        let text = format!("/ x {name}=0s{}", base64(value));
         command.arg("-p").arg(text);
     }
     command.arg("-mkfs-time").arg(stamp.time.to_string());
@@ -54,4 +48,41 @@ pub(super) fn make(
     tar.rewind()?;
     command.input(tar).writes(image.path()).run()?.tell();
     Ok(image)
+}
+
+/// Bytes in base64.
+fn base64(bytes: &[u8]) -> String {
+    const DIGITS: &[u8; 64] = b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/";
+    let mut text = String::new();
+    for group in bytes.chunks(3) {
+        let mut bits = 0;
+        for nth in 0..3 {
+            bits = bits << 8 | u32::from(group.get(nth).copied().unwrap_or_default());
+        }
+        for nth in 0..4 {
+            let digit = (bits >> (18 - 6 * nth)) % 64;
+            let digit = usize::try_from(digit)
+                .ok()
+                .and_then(|digit| DIGITS.get(digit));
+            text.push(match digit {
+                Some(&digit) if nth <= group.len() => char::from(digit),
+                _ => '=',
+            });
+        }
+    }
+    text
+}
+
+#[cfg(test)]
+mod tests {
+    use super::base64;
+
+    #[test]
+    fn digits() {
+        assert_eq!(base64(b""), "");
+        assert_eq!(base64(b"f"), "Zg==");
+        assert_eq!(base64(b"fo"), "Zm8=");
+        assert_eq!(base64(b"foo"), "Zm9v");
+        assert_eq!(base64(b"\xff\xfe\0\x01"), "//4AAQ==");
+    }
 }
