@@ -8,6 +8,7 @@ import random
 import re
 import subprocess
 import threading
+import time
 
 from obdtest import dm, image, inject
 from obdtest.disk import Disk, same_bytes, verify_random
@@ -174,9 +175,73 @@ def no_memory(start, *args):
         same_bytes(disk.whole(), wanted, "content when there is memory again")
 
 
+def start_readers(disk, offsets, length=4096):
+    """A thread for each offset that reads there; gives them and the dictionary of what they read."""
+    found = {}
+    threads = [threading.Thread(target=lambda at=at: found.update({at: disk.read(at, length)})) for at in offsets]
+    for thread in threads:
+        thread.start()
+    return threads, found
+
+
+def on_slow(milliseconds, *options):
+    """A zfile device on one that takes so long for each read."""
+    raw = image.zfile(DATA)
+    loop = dm.Loop(raw)
+    slow = dm.create(line(0, loop.size // 512, "delay", loop.path, 0, milliseconds))
+    return dm.create(line(0, dm.sectors(len(DATA)), "zfile", slow.path, len(raw), len(options), *options))
+
+
+@test("reads that wait for memory go on together when it is back")
+def memory_is_back():
+    delay, count = 1000, 24
+    device = on_slow(delay, "cache_blocks", 0)
+    disk = Disk(device)
+    offsets = [nth * 8192 for nth in range(count)]
+    end = inject.allocations(100)
+    threads, found = start_readers(disk, offsets)
+    # The first has the spare buffer, all others wait for it.
+    time.sleep(2.5 * delay / 1000)
+    waiting = count - len(found)
+    check(end() > 0, "no allocation failed")
+    check(waiting > count - 6, f"only {waiting} reads wait")
+    start = time.monotonic()
+    for thread in threads:
+        thread.join()
+    took = time.monotonic() - start
+    note(f"{waiting} reads that waited took {took:.1f} s")
+    equal(found, {at: DATA[at:at + 4096] for at in offsets}, "what was read")
+    check(took < 6 * delay / 1000, f"{took:.1f} s, one read takes {delay} ms")
+
+
+def no_read_ahead(*options):
+    """Without memory a read-ahead ends at once. It doesn't wait before the reads that somebody needs."""
+    delay = 500
+    device = on_slow(delay, *options)
+    disk = Disk(device)
+    reads = int(device.info()[5])
+    end = inject.allocations(100)
+    first, found = start_readers(disk, [0])
+    time.sleep(delay / 4000)
+    os.posix_fadvise(disk.buffered, 8192, 256 << 10, os.POSIX_FADV_WILLNEED)
+    start = time.monotonic()
+    second, found_next = start_readers(disk, [8192])
+    for thread in first + second:
+        thread.join()
+    took = time.monotonic() - start
+    check(end() > 0, "no allocation failed")
+    note(f"{took:.1f} s")
+    equal(found | found_next, {0: DATA[:4096], 8192: DATA[8192:12288]}, "what was read")
+    equal(int(device.info()[5]) - reads, 2, "reads of the lower device")
+    check(took < 6 * delay / 1000, f"{took:.1f} s, one read takes {delay} ms")
+    same_bytes(disk.read_buffered(0, len(DATA)), DATA, "all of it, with memory")
+
+
 for each, each_block, each_cache in ((image.LZ4, 4096, 0), (image.ZSTD, 65536, 64)):
     add(f"each allocation of a zfile constructor fails in turn ({image.NAMES[each]}, {each_block}, cache {each_cache})",
         zfile_walk, each, each_block, each_cache)
+for each_options in (("cache_blocks", 0), ("cache_all",)):
+    add(f"a read-ahead doesn't wait for memory ({' '.join(map(str, each_options))})", no_read_ahead, *each_options)
 add("all allocations on the path of an I/O fail: reads go on", no_memory, inject.allocations, 100)
 add("some allocations on the path of an I/O fail", no_memory, inject.allocations, 30)
 add("memory is fragmented, there are single pages only: reads go on", no_memory, inject.contiguous_pages)

@@ -182,6 +182,15 @@ impl<T: Deferred> Io<T> {
         }
     }
 
+    /// Goes on in a worker with the step that it has waited with.
+    fn go_on(mut self) {
+        match self.frame_mut().step.take() {
+            Some(step) => self.defer(step),
+            // It always has one; dropped, it would end with an error.
+            None => drop(self),
+        }
+    }
+
     /// Takes over a spare buffer, empty and as long as is wanted.
     fn adopt(&mut self, mut buffer: Buffer) {
         let frame = self.frame_mut();
@@ -304,6 +313,9 @@ impl<T: Deferred> Io<T> {
         let frame = unsafe { job.byte_sub(core::mem::offset_of!(Frame<T>, job)) };
         // SAFETY: `defer` gave the ownership away.
         let mut io = unsafe { Self::from_raw(frame.as_ptr().cast()) };
+        if io.frame().buffer.as_ref().is_some_and(Buffer::is_spare) {
+            io.target().spares().retry();
+        }
         if let Some(step) = io.frame_mut().step.take() {
             step(io);
         }
@@ -400,6 +412,17 @@ impl<T: Deferred> IoQueue<T> {
         self.last = frame;
     }
 
+    /// Puts `io` at the start.
+    fn push_front(&mut self, mut io: Io<T>) {
+        let rest = self.first.take();
+        if rest.is_none() {
+            // INVARIANT: `io` is the only one.
+            self.last = io.0.as_ptr();
+        }
+        io.frame_mut().next = rest;
+        self.first = Some(io);
+    }
+
     /// Takes the first one.
     pub(crate) fn pop(&mut self) -> Option<Io<T>> {
         let mut io = self.first.take()?;
@@ -482,10 +505,22 @@ impl<T: Deferred> Spares<T> {
         };
         drop(state);
         io.adopt(buffer);
-        match io.frame_mut().step.take() {
-            Some(step) => io.defer(step),
-            // It always has one; dropped, it would end with an error.
-            None => drop(io),
+        io.go_on();
+    }
+
+    /// Lets I/Os that wait go on with other memory, as many as get some, where there is memory
+    /// again. Called by a worker whose I/O has the spare buffer.
+    fn retry(&self) {
+        loop {
+            let first = self.state.lock().waiting.pop();
+            let Some(mut io) = first else { return };
+            let Some(buffer) = Buffer::try_new(io.frame().wanted) else {
+                // INVARIANT: The caller's I/O has the buffer.
+                return self.state.lock().waiting.push_front(io);
+            };
+            io.attach(buffer);
+            io.go_on();
+            super::cond_resched();
         }
     }
 }
