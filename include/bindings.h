@@ -18,6 +18,7 @@ static const blk_mode_t OBD_BLK_OPEN_READ = BLK_OPEN_READ;
 static const blk_mode_t OBD_BLK_OPEN_WRITE = BLK_OPEN_WRITE;
 static const blk_features_t OBD_BLK_FEAT_POLL = BLK_FEAT_POLL;
 static const blk_status_t OBD_BLK_STS_IOERR = BLK_STS_IOERR;
+static const blk_status_t OBD_BLK_STS_AGAIN = BLK_STS_AGAIN;
 static const blk_opf_t OBD_REQ_OP_MASK = REQ_OP_MASK;
 static const blk_opf_t OBD_REQ_META = REQ_META;
 /* How memory is asked for: see rust/block/memory.rs. */
@@ -29,9 +30,11 @@ static const gfp_t OBD_GFP_CACHE = GFP_NOWAIT | __GFP_NORETRY | __GFP_NOWARN |
 /* What a read of ours takes over from the read that it is for. */
 static const blk_opf_t OBD_REQ_INHERITED = REQ_FAILFAST_MASK | REQ_SYNC |
 					   REQ_META | REQ_PRIO | REQ_RAHEAD |
-					   REQ_BACKGROUND;
+					   REQ_BACKGROUND | REQ_NOWAIT;
 /* But for these, if other reads wait for ours: it must not fail early. */
 static const blk_opf_t OBD_REQ_FAILS_EARLY = REQ_FAILFAST_MASK | REQ_RAHEAD;
 static const blk_opf_t OBD_REQ_RAHEAD = REQ_RAHEAD;
+/* And for this, if a worker submits it: it may sleep. */
+static const blk_opf_t OBD_REQ_NOWAIT = REQ_NOWAIT;
 
 #endif /* _DM_OVERLAYBD_BINDINGS_H */

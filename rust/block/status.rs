@@ -17,6 +17,8 @@ pub(crate) struct Status(sys::blk_status_t);
 impl Status {
     /// `BLK_STS_IOERR`.
     pub(crate) const IO_ERROR: Self = Self(sys::OBD_BLK_STS_IOERR);
+    /// `BLK_STS_AGAIN`: a read that must not wait would have to.
+    pub(crate) const AGAIN: Self = Self(sys::OBD_BLK_STS_AGAIN);
 
     /// Takes the status of a finished bio; `Ok` for `BLK_STS_OK`.
     pub(crate) fn check(raw: sys::blk_status_t) -> Result<(), Self> {

@@ -36,6 +36,8 @@ pub(super) struct Frame<T: Deferred> {
     step: Option<Step<T>>,
     /// Bytes that it waits for.
     wanted: usize,
+    /// Whether a worker has had it: what it does may sleep then, also if its bio must not wait.
+    deferred: bool,
     read_step: Option<ReadStep<T>>,
     /// The next in a queue of those that wait for memory.
     next: Option<Io<T>>,
@@ -85,6 +87,7 @@ impl<T: Deferred> Io<T> {
                 job: Job::new(),
                 step: None,
                 wanted: 0,
+                deferred: false,
                 read_step: None,
                 next: None,
                 lower: MaybeUninit::uninit(),
@@ -159,11 +162,15 @@ impl<T: Deferred> Io<T> {
     }
 
     /// The status that the I/O ends with where there is no memory for it: a read-ahead isn't worth
-    /// waiting for. `None` for others, which wait.
+    /// waiting for, and a bio with `REQ_NOWAIT` must not wait. `None` for others, which wait.
     pub(crate) fn without_memory(&self) -> Option<Status> {
         // SAFETY: By the type invariant the bio hasn't ended, and nobody changes it now.
         let flags = unsafe { (*self.bio().as_ptr()).bi_opf };
-        (flags & sys::OBD_REQ_RAHEAD != 0).then_some(Status::IO_ERROR)
+        if flags & sys::OBD_REQ_NOWAIT != 0 {
+            Some(Status::AGAIN)
+        } else {
+            (flags & sys::OBD_REQ_RAHEAD != 0).then_some(Status::IO_ERROR)
+        }
     }
 
     /// Gives the I/O the device's spare buffer, now or when it comes back, and goes on with
@@ -202,7 +209,9 @@ impl<T: Deferred> Io<T> {
     }
 
     /// Reads from sector `sector` of `device` as much as the buffer holds, and goes on with
-    /// `step`, which may run in the context of an interrupt. May sleep.
+    /// `step`, which may run in the context of an interrupt. May sleep, unless this is the context
+    /// of the map function and the bio has `REQ_NOWAIT`: then the read may end with
+    /// [`Status::AGAIN`].
     ///
     /// `shared` says that other reads may wait for this one: then it isn't a read-ahead, nor one that
     /// fails fast.
@@ -216,6 +225,7 @@ impl<T: Deferred> Io<T> {
         };
         let bio = self.bio();
         let frame = self.frame_mut();
+        let deferred = frame.deferred;
         let lower = NonNull::from(&mut frame.lower).cast::<sys::bio>();
         let vec = NonNull::from(&mut frame.lower_vec).cast::<sys::bio_vec>();
         let Some(buffer) = frame.buffer.as_mut().filter(|buffer| !buffer.is_empty()) else {
@@ -230,6 +240,9 @@ impl<T: Deferred> Io<T> {
         let (mut flags, ioprio) = (original.bi_opf & sys::OBD_REQ_INHERITED, original.bi_ioprio);
         if shared {
             flags &= !sys::OBD_REQ_FAILS_EARLY;
+        }
+        if deferred {
+            flags &= !sys::OBD_REQ_NOWAIT;
         }
         // SAFETY: The frame stays where it is until the I/O ends, and so do the buffer in it and
         // the device; the I/O isn't ended before `read_done` has uninitialised the lower bio.
@@ -313,6 +326,7 @@ impl<T: Deferred> Io<T> {
         let frame = unsafe { job.byte_sub(core::mem::offset_of!(Frame<T>, job)) };
         // SAFETY: `defer` gave the ownership away.
         let mut io = unsafe { Self::from_raw(frame.as_ptr().cast()) };
+        io.frame_mut().deferred = true;
         if io.frame().buffer.as_ref().is_some_and(Buffer::is_spare) {
             io.target().spares().retry();
         }

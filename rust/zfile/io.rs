@@ -316,7 +316,9 @@ impl Zfile {
     /// The lower read has ended. In any context.
     fn read_done(mut io: Io<Self>, result: Result<(), Status>) {
         if let Err(status) = result {
-            count(&io.target().stats.read_errors, 1);
+            if status != Status::AGAIN {
+                count(&io.target().stats.read_errors, 1);
+            }
             if io.request().loader.is_none() {
                 return io.end(Err(status));
             }
@@ -350,7 +352,7 @@ impl Zfile {
             if request.again {
                 Self::fail(loader, status);
             } else {
-                Self::pass_on(loader, true);
+                Self::pass_on(loader, status != Err(Status::AGAIN));
             }
         }
         io.end(status);

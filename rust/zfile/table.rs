@@ -45,6 +45,7 @@ impl dm::Target for Zfile {
     type Context = Shared;
 
     const VERSION: [u32; 3] = [1, 0, 0];
+    const NOWAIT: bool = true;
     const PER_BIO_DATA: usize = dm::frame_size::<Self>();
 
     fn new(setup: &mut Setup<'_, Shared>, mut args: Args<'_>) -> Result<Self, Failure> {
