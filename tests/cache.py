@@ -232,7 +232,10 @@ def options():
     loop = dm.Loop(raw)
     for words, shown in (("", ""), ("cache_all", " 1 cache_all"), ("cache_blocks 0 cache_all", " 3 cache_blocks 0 cache_all"),
                          ("cache_all cache_blocks 16", " 3 cache_blocks 16 cache_all"),
-                         ("cache_blocks 16777216", " 2 cache_blocks 16777216")):
+                         ("cache_blocks 16777216", " 2 cache_blocks 16777216"),
+                         ("panic_on_corruption", " 1 panic_on_corruption"),
+                         ("panic_on_corruption cache_all cache_blocks 8",
+                          " 4 cache_blocks 8 cache_all panic_on_corruption")):
         zfile = device(loop, raw, words)
         equal(zfile.status(dm.TABLE)[0][3], f"{loop.number} {len(raw)}{shown}", words)
         same_bytes(Disk(zfile).whole(), PADDED, words)

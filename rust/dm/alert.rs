@@ -92,6 +92,13 @@ impl Alerts {
         }
     }
 
+    /// Panics, in any context.
+    pub(super) fn panic(&self) -> ! {
+        let name = self.name.as_c_str().as_char_ptr();
+        // SAFETY: The format has one argument, which is a C string.
+        unsafe { sys::panic(c"dm_overlaybd: %s: corrupt block".as_char_ptr(), name) }
+    }
+
     /// Sends the events.
     ///
     /// # Safety

@@ -569,7 +569,7 @@ impl Zfile {
     #[cold]
     fn report(io: &Io<Self>, block: u64) -> Status {
         count(&io.target().stats.corrupt, 1);
-        io.tell_corrupt(block);
+        io.tell_corrupt(block, io.target().panic_on_corruption);
         Status::IO_ERROR
     }
 }

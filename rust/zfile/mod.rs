@@ -85,6 +85,8 @@ pub(crate) struct Zfile {
     cache_all: bool,
     /// Blocks in the cache, where the table line tells.
     cache_blocks: Option<usize>,
+    /// Whether the kernel panics when a block is corrupt.
+    panic_on_corruption: bool,
     spares: Pin<KBox<dm::Spares<Zfile>>>,
     stats: Stats,
 }

@@ -25,6 +25,7 @@ const MAX_CACHE_BLOCKS: u64 = 1 << 24;
 struct Options {
     cache_blocks: Option<usize>,
     cache_all: bool,
+    panic_on_corruption: bool,
 }
 
 impl Options {
@@ -86,6 +87,7 @@ impl dm::Target for Zfile {
             cache,
             cache_all: options.cache_all,
             cache_blocks: options.cache_blocks,
+            panic_on_corruption: options.panic_on_corruption,
             geometry,
             table: JumpTable::new(&geometry, bases, deltas),
             start: payload.start,
@@ -125,11 +127,20 @@ impl dm::Target for Zfile {
         if let Some(device) = devices.first() {
             dm::put_blob(out, device, self.blob_bytes);
         }
-        match (self.cache_blocks, self.cache_all) {
-            (Some(blocks), true) => out.put(fmt!(" 3 cache_blocks {blocks} cache_all")),
-            (Some(blocks), false) => out.put(fmt!(" 2 cache_blocks {blocks}")),
-            (None, true) => out.put(fmt!(" 1 cache_all")),
-            (None, false) => {}
+        let words = 2 * usize::from(self.cache_blocks.is_some())
+            + usize::from(self.cache_all)
+            + usize::from(self.panic_on_corruption);
+        if words > 0 {
+            out.put(fmt!(" {words}"));
+        }
+        if let Some(blocks) = self.cache_blocks {
+            out.put(fmt!(" cache_blocks {blocks}"));
+        }
+        if self.cache_all {
+            out.put(fmt!(" cache_all"));
+        }
+        if self.panic_on_corruption {
+            out.put(fmt!(" panic_on_corruption"));
         }
     }
 
@@ -163,6 +174,8 @@ fn parse_options(args: &mut Args<'_>) -> Result<Options, Failure> {
     while let Some(option) = args.next() {
         if option == c"cache_all" {
             options.cache_all = true;
+        } else if option == c"panic_on_corruption" {
+            options.panic_on_corruption = true;
         } else if option == c"cache_blocks" {
             let blocks = args.next().and_then(dm::number);
             let blocks = blocks.filter(|&blocks| blocks <= MAX_CACHE_BLOCKS);
