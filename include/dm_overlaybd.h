@@ -37,8 +37,13 @@ void obd_synchronize_rcu_tasks(void);
 /* Locks and work. */
 unsigned long obd_spin_lock_irqsave(spinlock_t *lock);
 void obd_spin_unlock_irqrestore(spinlock_t *lock, unsigned long flags);
-u32 obd_raw_smp_processor_id(void);
-bool obd_cpu_takes_work(u32 cpu);
+/*
+ * Which CPU gets work from CPU @here: @here, or the next one of @idle that is
+ * online and not isolated; nr_cpu_ids or more if there is none. Called with
+ * interrupts off. @scratch is overwritten.
+ */
+u32 obd_cpu_for_work(const struct cpumask *idle, struct cpumask *scratch,
+		     u32 here);
 void obd_init_work(struct work_struct *work, work_func_t func);
 bool obd_schedule_work(struct work_struct *work);
 struct workqueue_struct *obd_alloc_workqueue(const char *name,

@@ -32,9 +32,3 @@ pub(crate) fn interrupts_off() -> bool {
     // SAFETY: Only looks at the state of this CPU.
     unsafe { crate::sys::obd_in_interrupt_off() }
 }
-
-/// The number of the CPU that this runs on, or has just run on.
-pub(crate) fn this_cpu() -> usize {
-    // SAFETY: May be called anywhere.
-    unsafe { crate::sys::obd_raw_smp_processor_id() as usize }
-}

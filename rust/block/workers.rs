@@ -3,24 +3,25 @@
 //! Workers of a device: one for each CPU. They take jobs from one list, and make progress without
 //! memory.
 //!
-//! A job wakes the worker of the CPU that it comes from. Where that is at work already, it wakes
-//! another one, so that the parts of a large read are worked on by several CPUs. Who is done takes
-//! what is next, wherever it came from. CPUs that are isolated from the scheduler are left alone.
+//! A job wakes the worker of the CPU that it comes from. If that one is busy, the job wakes the next
+//! idle one, so that several CPUs work on the parts of a large read. A worker takes the next job of
+//! the list, whichever CPU it came from. CPUs that are offline or isolated (`isolcpus=`,
+//! `nohz_full=`, isolated cpuset partitions) are not woken.
 //!
 //! Lock order: the list's lock, then the workqueue's own. Both are taken in any context.
 //!
-//! C header: `include/linux/workqueue.h`.
+//! C headers: `include/linux/workqueue.h`, `include/linux/cpumask.h`,
+//! `include/linux/sched/isolation.h`.
 
 use core::ptr::NonNull;
 
+use kernel::cpu::CpuId;
+use kernel::cpumask::CpumaskVar;
 use kernel::prelude::*;
 use kernel::types::Opaque;
 
 use super::Lock;
 use crate::sys;
-
-/// Workers that aren't at work and are looked at, at most, to find one for a job.
-const TRIES: usize = 8;
 
 /// Something to do, in the memory of who wants it done.
 pub(crate) struct Job {
@@ -38,24 +39,27 @@ impl Job {
     }
 }
 
-/// Jobs, first in, first out, and who is at work on them.
+/// Jobs, first in, first out, and which workers are idle.
 ///
 /// # Invariants
 ///
-/// `first` starts a list of queued jobs, linked by `next`; `last` is its end where it isn't empty.
+/// `first` starts a list of queued jobs, linked by `next`; `last` is its end unless it is empty.
 /// All of them are valid, have a function that may be called with them, once and by any thread, and
-/// belong to the list. While there are any, a worker is at work, or is about to be woken by who has
-/// the lock: it looks at the list once more before it isn't.
+/// belong to the list. While there are any, `busy` isn't 0, or the holder of the lock is about to
+/// wake a worker: a worker looks at the list once more before it becomes idle.
 ///
-/// `busy` says of each worker whether it is at work; `idle` is the number of those that aren't.
+/// `idle` has the CPUs whose worker isn't at work and isn't queued; `busy` is the number of the
+/// other workers.
 struct List {
     first: *mut Job,
     last: *mut Job,
-    busy: KVec<bool>,
-    idle: usize,
+    idle: CpumaskVar,
+    busy: usize,
+    /// Memory to compute with.
+    scratch: CpumaskVar,
 }
 
-// SAFETY: By the type invariant, jobs may be done by any thread.
+// SAFETY: By the type invariant, any thread may do the jobs; CPU masks are plain memory.
 unsafe impl Send for List {}
 
 impl List {
@@ -79,34 +83,28 @@ impl List {
         self.last = job;
     }
 
-    /// Chooses who is to be woken for one job more: `here`, an online CPU, or the next one that
-    /// isn't at work. `None` where others are.
-    fn wake(&mut self, here: usize) -> Option<usize> {
-        let count = self.busy.len();
-        if self.idle == 0 {
-            return None;
-        }
-        let all = Iterator::chain(here..count, 0..here);
-        let nth = all
-            .filter(|&nth| self.busy.get(nth) == Some(&false))
-            // Not for long: interrupts are off.
-            .take(TRIES)
-            .find(|&nth| takes_work(nth))
-            // Somebody has to do it.
-            .or_else(|| (self.idle == count).then_some(here))?;
-        *self.busy.get_mut(nth)? = true;
-        self.idle -= 1;
-        Some(nth)
+    /// Chooses the worker to wake for a new job from CPU `here`: that of `here`, or the next idle one
+    /// of a CPU that is online and not isolated. `None` if there is none, as others are busy then.
+    ///
+    /// Must be called with interrupts off on `here`, so that no CPU can leave the online ones.
+    fn wake(&mut self, here: CpuId) -> Option<CpuId> {
+        let scratch = self.scratch.as_raw();
+        // SAFETY: Both masks are valid, and no two references exist to the one that is written to.
+        let cpu = unsafe { sys::obd_cpu_for_work(self.idle.as_raw(), scratch, here.as_u32()) };
+        let cpu = CpuId::from_u32(cpu)
+            // All housekeeping CPUs are offline: one has to do the job.
+            .or_else(|| (self.busy == 0).then_some(here))?;
+        self.idle.clear(cpu);
+        self.busy += 1;
+        Some(cpu)
     }
 
-    /// Gives worker `nth` the first one. Where there is none, it isn't at work any more.
-    fn pop(&mut self, nth: usize) -> Option<NonNull<Job>> {
+    /// Takes the first job, for the worker of `cpu`. If there is none, that worker becomes idle.
+    fn pop(&mut self, cpu: CpuId) -> Option<NonNull<Job>> {
         let Some(job) = NonNull::new(self.first) else {
             // INVARIANT: There are no jobs.
-            if let Some(busy) = self.busy.get_mut(nth) {
-                *busy = false;
-                self.idle += 1;
-            }
+            self.idle.set(cpu);
+            self.busy -= 1;
             return None;
         };
         // SAFETY: By the type invariant it is valid.
@@ -115,27 +113,20 @@ impl List {
     }
 }
 
-/// Whether a CPU is online and isn't isolated. It may go offline; then others do its works.
-fn takes_work(cpu: usize) -> bool {
-    // SAFETY: May be called with any number below `nr_cpu_ids`.
-    unsafe { sys::obd_cpu_takes_work(cpu as u32) }
-}
-
 /// A CPU's worker.
 #[repr(C)]
 struct Worker {
     work: Opaque<sys::work_struct>,
     workers: NonNull<Workers>,
-    /// Its number, that of its CPU.
-    nth: usize,
+    cpu: CpuId,
 }
 
 /// The workers of a device.
 ///
 /// # Invariants
 ///
-/// `queue` is a valid workqueue, owned by this. `each` has an initialised worker for each number
-/// below `nr_cpu_ids`, whose `workers` is this and whose `nth` is that number.
+/// `queue` is a valid workqueue, owned by this. `each` has an initialised worker for each CPU number
+/// below `nr_cpu_ids`, whose `workers` is this and whose `cpu` is that number.
 #[pin_data(PinnedDrop)]
 pub(crate) struct Workers {
     queue: NonNull<sys::workqueue_struct>,
@@ -158,22 +149,25 @@ impl Workers {
     pub(crate) fn new(name: &CStr) -> Result<Pin<KBox<Self>>> {
         let flags =
             sys::wq_flags_WQ_MEM_RECLAIM | sys::wq_flags_WQ_PERCPU | sys::wq_flags_WQ_CPU_INTENSIVE;
-        let cpus = kernel::cpu::nr_cpu_ids() as usize;
-        // INVARIANT: The list is empty.
+        let mut idle = CpumaskVar::new_zero(GFP_KERNEL)?;
+        idle.setall();
+        // INVARIANT: The list is empty, and so is the workqueue.
         let list = List {
             first: core::ptr::null_mut(),
             last: core::ptr::null_mut(),
-            busy: KVec::from_elem(false, cpus, GFP_KERNEL)?,
-            idle: cpus,
+            idle,
+            busy: 0,
+            scratch: CpumaskVar::new_zero(GFP_KERNEL)?,
         };
         let key = kernel::static_lock_class!();
         KBox::try_pin_init(
             try_pin_init!(&this in Self {
                 each: {
-                    let mut each = KVec::with_capacity(cpus, GFP_KERNEL)?;
-                    for nth in 0..cpus {
+                    let cpus = kernel::cpu::nr_cpu_ids();
+                    let mut each = KVec::with_capacity(cpus as usize, GFP_KERNEL)?;
+                    for cpu in (0..cpus).filter_map(CpuId::from_u32) {
                         let work = Opaque::uninit();
-                        each.push(Worker { work, workers: this, nth }, GFP_KERNEL)?;
+                        each.push(Worker { work, workers: this, cpu }, GFP_KERNEL)?;
                     }
                     for worker in &each {
                         // SAFETY: There is memory for it, which doesn't move any more.
@@ -203,14 +197,14 @@ impl Workers {
         let mut list = self.list.lock();
         // SAFETY: The caller's promise; whom `wake` chooses is woken below.
         unsafe { list.push(job) };
-        // Under the lock: once it is given back the job may be done, and all of this be gone. Who has
-        // it stays on its CPU, too, which so is online.
+        // Under the lock: once it is released the job may be done, and all of this be gone. With it
+        // interrupts are off, too.
         let chosen = list
-            .wake(super::this_cpu())
-            .and_then(|nth| self.each.get(nth));
+            .wake(CpuId::current())
+            .and_then(|cpu| self.each.get(cpu.as_u32() as usize));
         if let Some(worker) = chosen {
-            let (cpu, work) = (worker.nth as kernel::ffi::c_int, worker.work.get());
-            // INVARIANT: A worker that wasn't at work isn't queued, so this can't but wake it.
+            let (cpu, work) = (i32::from(worker.cpu), worker.work.get());
+            // INVARIANT: A worker that was idle isn't queued, so this always queues it.
             // SAFETY: By the type invariant queue and work are valid; the CPU has been online.
             unsafe { sys::queue_work_on(cpu, self.queue.as_ptr(), work) };
         }
@@ -227,7 +221,7 @@ impl Workers {
         // SAFETY: The caller's promise, and the type invariant.
         let this = unsafe { worker.workers.as_ref() };
         loop {
-            let job = this.list.lock().pop(worker.nth);
+            let job = this.list.lock().pop(worker.cpu);
             let Some(job) = job else { break };
             // SAFETY: What was in the list is valid.
             if let Some(run) = unsafe { job.as_ref() }.run {

@@ -5,11 +5,12 @@
 //! A worker borrows its CPU's context for one I/O. Who has one never waits for I/O, so waiting for
 //! it is short, and needs no memory.
 
+use kernel::cpu::CpuId;
 use kernel::prelude::*;
 use kernel::sync::{new_mutex, Arc, Mutex, MutexGuard};
 
 use super::{lz4, zstd::Decompressor, Corrupt};
-use crate::block::{self, memory, Dest};
+use crate::block::{memory, Dest};
 use crate::compat;
 use crate::format::zfile::{Algorithm, MAX_BLOCK_SIZE};
 
@@ -116,8 +117,8 @@ impl Contexts {
     /// Borrows the context of this CPU; waits for it in process context. Another thread may have
     /// it, which then was here, too.
     pub(crate) fn borrow(&self) -> MutexGuard<'_, Context> {
-        let nth = block::this_cpu().checked_sub(1);
-        let context = nth.and_then(|nth| self.others.get(nth));
+        let nth = CpuId::current().as_u32().checked_sub(1);
+        let context = nth.and_then(|nth| self.others.get(nth as usize));
         context.unwrap_or(&self.first).lock()
     }
 }

@@ -3,6 +3,7 @@
  * Shims for inline functions and macros, see include/dm_overlaybd.h.
  */
 #include <linux/blk-cgroup.h>
+#include <linux/cpumask.h>
 #include <linux/highmem.h>
 #include <linux/rcupdate.h>
 #include <linux/sched/isolation.h>
@@ -103,19 +104,26 @@ void obd_spin_unlock_irqrestore(spinlock_t *lock, unsigned long flags)
 	spin_unlock_irqrestore(lock, flags);
 }
 
-u32 obd_raw_smp_processor_id(void)
+u32 obd_cpu_for_work(const struct cpumask *idle, struct cpumask *scratch,
+		     u32 here)
 {
-	return raw_smp_processor_id();
-}
-
-bool obd_cpu_takes_work(u32 cpu)
-{
-	bool takes;
+	u32 cpu = here;
 
 	rcu_read_lock();
-	takes = cpu_online(cpu) && housekeeping_test_cpu(cpu, HK_TYPE_DOMAIN);
+	if (!cpumask_test_cpu(here, idle) ||
+	    !housekeeping_cpu(here, HK_TYPE_DOMAIN) ||
+	    !housekeeping_cpu(here, HK_TYPE_WQ)) {
+		/* Whole words: thousands of CPUs may be offline or isolated. */
+		if (cpumask_and(scratch, idle, cpu_online_mask) &&
+		    cpumask_and(scratch, scratch,
+				housekeeping_cpumask(HK_TYPE_DOMAIN)))
+			cpu = cpumask_next_and_wrap(here, scratch,
+						    housekeeping_cpumask(HK_TYPE_WQ));
+		else
+			cpu = nr_cpu_ids;
+	}
 	rcu_read_unlock();
-	return takes;
+	return cpu;
 }
 
 void obd_init_work(struct work_struct *work, work_func_t func)

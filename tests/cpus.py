@@ -1,0 +1,204 @@
+#!/usr/bin/env python3
+# SPDX-License-Identifier: GPL-2.0
+"""Which CPUs work: all that are online and not isolated, while others go offline and come back.
+
+Tells most where CPUs are offline and isolated from boot: scripts/check.sh runs it so, too.
+"""
+
+import glob
+import os
+import random
+import re
+import subprocess
+import threading
+import time
+
+from obdtest import dm, image
+from obdtest.disk import Disk, verify_random
+from obdtest.ktap import SLOW, Failure, Skip, check, defer, equal, main, note, same_bytes, test
+
+SYSFS = "/sys/devices/system/cpu"
+SIZE = 4 << 20
+# Long to decompress, so that a worker is seen at it.
+DATA = image.sample(SIZE, 81)
+RAW = image.zfile(DATA, image.ZSTD, 65536)
+WORKER = re.compile(r"kworker/(\d+):.*overlaybd")
+
+
+def cpus(name):
+    """The CPUs in a list of sysfs."""
+    with open(f"{SYSFS}/{name}", encoding="ascii") as file:
+        text = file.read().strip()
+    out = set()
+    for part in text.replace("(null)", "").split(",") if text else []:
+        first, _, last = part.partition("-")
+        if first:
+            out.update(range(int(first), int(last or first) + 1))
+    return out
+
+
+def housekeeping():
+    """The CPUs that may work."""
+    isolated = cpus("isolated")
+    if os.path.exists(f"{SYSFS}/nohz_full"):
+        isolated |= cpus("nohz_full")
+    return cpus("online") - isolated
+
+
+def ram_disk(content):
+    """A disk whose reads end where they are submitted, so that the CPU of a reader chooses the worker."""
+    subprocess.run(["rmmod", "brd"], capture_output=True, check=False)
+    if subprocess.run(["modprobe", "brd", "rd_nr=1", "rd_size=8192"], capture_output=True, check=False).returncode:
+        raise Skip("no kernel module brd")
+    defer(subprocess.run, ["rmmod", "brd"])
+    with open("/dev/ram0", "wb") as file:
+        file.write(content)
+    return "/dev/ram0"
+
+
+def zfile():
+    device = dm.create(dm.line(0, SIZE // 512, "zfile", ram_disk(RAW), len(RAW)))
+    # Contexts and all are there after the first read.
+    same_bytes(Disk(device).read(0, 65536), DATA[:65536], "first block")
+    return device
+
+
+def workers():
+    """The CPUs whose kernel threads do our work now, or did as the last thing."""
+    found = set()
+    for path in glob.glob("/proc/[0-9]*/comm"):
+        try:
+            with open(path, encoding="utf-8") as file:
+                match = WORKER.match(file.read())
+        except OSError:
+            continue
+        if match:
+            found.add(int(match.group(1)))
+    return found
+
+
+class Reader(threading.Thread):
+    """Reads from one CPU until it is told to stop, and compares."""
+
+    def __init__(self, device, cpu=None, seed=1):
+        super().__init__()
+        self.device, self.cpu, self.seed = device, cpu, seed
+        self.over, self.count, self.error = False, 0, None
+        self.start()
+
+    def run(self):
+        try:
+            if self.cpu is not None:
+                os.sched_setaffinity(0, {self.cpu})
+            disk = Disk(self.device)
+            rng = random.Random(self.seed)
+            while not self.over:
+                at = rng.randrange(SIZE // 65536 - 16) * 65536
+                same_bytes(disk.read(at, 1 << 20), DATA[at:at + (1 << 20)], f"1 MiB at {at}")
+                verify_random(disk, DATA, rng, 1)
+                self.count += 1
+            disk.close()
+        except (Failure, OSError) as error:
+            self.error = error
+
+    def stop(self):
+        self.over = True
+        self.join()
+        check(self.error is None, f"reader on CPU {self.cpu}: {self.error}")
+        check(self.count > 0, f"reader on CPU {self.cpu} has read nothing")
+
+
+def used(device, cpu, wanted):
+    """The CPUs that work for a reader on one, looked at until all wanted do, and for a while after."""
+    reader = Reader(device, cpu)
+    found = set()
+    try:
+        enough = time.monotonic() + 20 * SLOW
+        while time.monotonic() < enough and not wanted <= found:
+            found |= workers()
+            time.sleep(0.02)
+        for _ in range(10):
+            found |= workers()
+            time.sleep(0.02)
+    finally:
+        reader.stop()
+    return found
+
+
+@test("a reader on any CPU has all CPUs work that are online and not isolated, and no others")
+def all_work():
+    device = zfile()
+    wanted = housekeeping()
+    possible, online = cpus("possible"), cpus("online")
+    note(f"{len(possible)} CPUs possible, online: {sorted(online)}, not isolated: {sorted(wanted)}")
+    check(wanted, "no CPU may work")
+    for cpu in sorted(online):
+        equal(sorted(used(device, cpu, wanted)), sorted(wanted), f"CPUs that work for a reader on CPU {cpu}")
+
+
+def removable():
+    """CPUs that can be taken away while one stays that may work."""
+    found = sorted(cpu for cpu in cpus("online") if os.path.exists(f"{SYSFS}/cpu{cpu}/online"))
+    return found if housekeeping() - set(found) else found[1:]
+
+
+def switch(cpu, on):
+    """Takes a CPU away, or brings it back."""
+    with open(f"{SYSFS}/cpu{cpu}/online", "w", encoding="ascii") as file:
+        file.write("1" if on else "0")
+
+
+def brought_back(found):
+    for cpu in found:
+        if cpu not in cpus("online"):
+            switch(cpu, True)
+
+
+@test("CPUs are taken away and come back under load")
+def hotplug():
+    found = removable()
+    if not found:
+        raise Skip("no CPU can be taken away")
+    device = zfile()
+    before = cpus("online")
+    defer(brought_back, found)
+    readers = [Reader(device, None, seed) for seed in range(3)]
+    try:
+        for nth in range(12):
+            for cpu in found:
+                switch(cpu, False)
+            check(cpus("online") == before - set(found), "CPUs are still online")
+            counts = [reader.count for reader in readers]
+            limit = time.monotonic() + 30 * SLOW
+            while any(reader.count == count and not reader.error for reader, count in zip(readers, counts)):
+                check(time.monotonic() < limit, f"reads hang without CPUs {found}, round {nth}")
+                time.sleep(0.01)
+            for cpu in found:
+                switch(cpu, True)
+            time.sleep(0.05)
+    finally:
+        brought_back(found)
+        for reader in readers:
+            reader.stop()
+    equal(cpus("online"), before, "CPUs that are online")
+    wanted = housekeeping()
+    for cpu in sorted(wanted):
+        equal(sorted(used(device, cpu, wanted)), sorted(wanted), f"CPUs that work for a reader on CPU {cpu} afterwards")
+
+
+@test("a CPU that was offline from boot works once it is online")
+def comes_up():
+    absent = sorted(cpus("present") - cpus("online"))
+    if not absent:
+        raise Skip("no CPU is offline")
+    device = zfile()
+    defer(switch, absent[0], False)
+    switch(absent[0], True)
+    wanted = housekeeping()
+    check(absent[0] in wanted, f"CPU {absent[0]} may not work")
+    for cpu in (absent[0], min(wanted)):
+        equal(sorted(used(device, cpu, wanted)), sorted(wanted), f"CPUs that work for a reader on CPU {cpu}")
+
+
+if __name__ == "__main__":
+    main()
