@@ -35,8 +35,11 @@ void obd_cond_resched(void);
 void obd_synchronize_rcu_tasks(void);
 
 /* Locks and work. */
-unsigned long obd_spin_lock_irqsave(spinlock_t *lock);
-void obd_spin_unlock_irqrestore(spinlock_t *lock, unsigned long flags);
+#ifndef OBD_SPINLOCK_IRQ
+void obd_spin_lock_irq_disable(spinlock_t *lock);
+bool obd_spin_trylock_irq_disable(spinlock_t *lock);
+void obd_spin_unlock_irq_enable(spinlock_t *lock);
+#endif
 /*
  * Which CPU gets work from CPU @here: @here, or the next one of @idle that is
  * online and not isolated; nr_cpu_ids or more if there is none. Called with

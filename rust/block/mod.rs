@@ -6,14 +6,13 @@
 //! - [`Pages`], [`Dest`]: the memory that a read fills, which user space may see and change.
 //! - [`Buffer`]: memory for a lower read.
 //! - [`memory`]: how memory is asked for.
-//! - [`Lock`]: a spinlock that interrupt handlers may take.
+//! - [`Lock`]: a spinlock that interrupt handlers may take, held with interrupts off.
 //! - [`Shrinker`]: a cache that the kernel can make smaller.
 //! - [`Workers`]: workers of a device's own, on all CPUs.
 //!
 //! C headers: `include/linux/bio.h`, `include/linux/blk_types.h`.
 
 mod buffer;
-mod lock;
 pub(crate) mod memory;
 mod pages;
 mod shrinker;
@@ -21,11 +20,12 @@ mod status;
 mod workers;
 
 pub(crate) use buffer::Buffer;
-pub(crate) use lock::Lock;
 pub(crate) use pages::{Dest, Pages};
 pub(crate) use shrinker::{Shrink, Shrinker};
 pub(crate) use status::Status;
 pub(crate) use workers::{Job, Workers};
+
+pub(crate) use crate::compat::SpinLockIrq as Lock;
 
 /// Whether interrupts are off, so that what takes longer is better left to a worker.
 pub(crate) fn interrupts_off() -> bool {

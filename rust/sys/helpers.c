@@ -5,6 +5,7 @@
 #include <linux/blk-cgroup.h>
 #include <linux/cpumask.h>
 #include <linux/highmem.h>
+#include <linux/percpu.h>
 #include <linux/rcupdate.h>
 #include <linux/sched/isolation.h>
 #include <linux/sched/signal.h>
@@ -91,18 +92,54 @@ void obd_synchronize_rcu_tasks(void)
 	synchronize_rcu_tasks();
 }
 
-unsigned long obd_spin_lock_irqsave(spinlock_t *lock)
+#ifndef OBD_SPINLOCK_IRQ
+/* The locks that a CPU holds, and its interrupts' state before the first. */
+static DEFINE_PER_CPU(unsigned int, obd_irq_depth);
+static DEFINE_PER_CPU(unsigned long, obd_irq_flags);
+
+static void irq_disable(void)
 {
 	unsigned long flags;
 
-	spin_lock_irqsave(lock, flags);
-	return flags;
+	/* Spinlocks of PREEMPT_RT sleep, and leave interrupts on. */
+	if (IS_ENABLED(CONFIG_PREEMPT_RT))
+		return;
+	preempt_disable();
+	local_irq_save(flags);
+	if (__this_cpu_inc_return(obd_irq_depth) == 1)
+		__this_cpu_write(obd_irq_flags, flags);
 }
 
-void obd_spin_unlock_irqrestore(spinlock_t *lock, unsigned long flags)
+static void irq_enable(void)
 {
-	spin_unlock_irqrestore(lock, flags);
+	if (IS_ENABLED(CONFIG_PREEMPT_RT))
+		return;
+	if (__this_cpu_dec_return(obd_irq_depth) == 0)
+		local_irq_restore(__this_cpu_read(obd_irq_flags));
+	preempt_enable();
 }
+
+void obd_spin_lock_irq_disable(spinlock_t *lock)
+{
+	irq_disable();
+	spin_lock(lock);
+}
+
+bool obd_spin_trylock_irq_disable(spinlock_t *lock)
+{
+	irq_disable();
+	if (spin_trylock(lock))
+		return true;
+	irq_enable();
+	return false;
+}
+
+void obd_spin_unlock_irq_enable(spinlock_t *lock)
+{
+	spin_unlock(lock);
+	irq_enable();
+}
+#endif
 
 u32 obd_cpu_for_work(const struct cpumask *idle, struct cpumask *scratch,
 		     u32 here)

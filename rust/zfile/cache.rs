@@ -76,7 +76,7 @@ impl Block {
     /// Takes the first read that waits. Where there is none, loading has ended.
     fn first_waiting(&self) -> Option<Io<Zfile>> {
         let mut waiting = self.waiting.lock();
-        let first = waiting.as_mut().and_then(IoQueue::pop);
+        let first = (*waiting).as_mut().and_then(IoQueue::pop);
         if first.is_none() {
             *waiting = None;
         }
