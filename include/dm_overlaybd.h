@@ -32,6 +32,7 @@ void obd_bio_associate_root(struct bio *bio);
 bool obd_in_interrupt_off(void);
 bool obd_fatal_signal_pending(void);
 void obd_cond_resched(void);
+void obd_cond_resched_tasks_rcu_qs(void);
 void obd_synchronize_rcu_tasks(void);
 
 /* Locks and work. */

@@ -15,9 +15,10 @@ import time
 
 from obdtest import dm, image
 from obdtest.disk import Disk, verify_random
-from obdtest.ktap import SLOW, Failure, Skip, check, defer, equal, main, note, same_bytes, test
+from obdtest.ktap import SLOW, Failure, Skip, add, check, defer, equal, main, note, same_bytes, test
 
 SYSFS = "/sys/devices/system/cpu"
+TRACING = "/sys/kernel/tracing"
 SIZE = 4 << 20
 # Long to decompress, so that a worker is seen at it.
 DATA = image.sample(SIZE, 81)
@@ -186,11 +187,9 @@ def hotplug():
         equal(sorted(used(device, cpu, wanted)), sorted(wanted), f"CPUs that work for a reader on CPU {cpu} afterwards")
 
 
-@test("a CPU that was offline from boot works once it is online")
 def comes_up():
+    """One more works when it is there."""
     absent = sorted(cpus("present") - cpus("online"))
-    if not absent:
-        raise Skip("no CPU is offline")
     device = zfile()
     defer(switch, absent[0], False)
     switch(absent[0], True)
@@ -198,6 +197,53 @@ def comes_up():
     check(absent[0] in wanted, f"CPU {absent[0]} may not work")
     for cpu in (absent[0], min(wanted)):
         equal(sorted(used(device, cpu, wanted)), sorted(wanted), f"CPUs that work for a reader on CPU {cpu}")
+
+
+if cpus("present") - cpus("online"):
+    add("a CPU that was offline from boot works once it is online", comes_up)
+
+
+def traced():
+    """The directory of tracefs, if the kernel can trace functions."""
+    if not os.path.exists(f"{TRACING}/available_tracers"):
+        subprocess.run(["mount", "-t", "tracefs", "nodev", TRACING], capture_output=True, check=False)
+    try:
+        with open(f"{TRACING}/available_tracers", encoding="ascii") as file:
+            return TRACING if "function" in file.read().split() else None
+    except OSError:
+        return None
+
+
+def busy_workers():
+    """A tracer's end waits until each task was at a point that Tasks RCU knows of; a worker that has always something
+    to do must be at some, too."""
+    device = zfile()
+    instance = f"{TRACING}/instances/obdtest"
+    os.mkdir(instance)
+    defer(os.rmdir, instance)
+    seconds = 30
+    with subprocess.Popen(
+            ["fio", "--name=obd", f"--filename={device.path}", "--readonly", "--rw=randread", "--direct=1",
+             "--ioengine=libaio", "--iodepth=32", "--bs=1m", "--numjobs=2", "--time_based", f"--runtime={seconds}",
+             "--thread", "--minimal"], stdout=subprocess.DEVNULL) as load:
+        try:
+            time.sleep(3)
+            start = time.monotonic()
+            with open(f"{instance}/set_ftrace_filter", "w", encoding="ascii") as file:
+                file.write("dm_table_destroy")
+            for tracer in ("function", "nop"):
+                with open(f"{instance}/current_tracer", "w", encoding="ascii") as file:
+                    file.write(tracer)
+            took = time.monotonic() - start
+            busy = load.poll() is None
+        finally:
+            load.kill()
+    note(f"{took:.1f} s")
+    check(busy and took < seconds / 2, f"a tracer's end took {took:.1f} s beside workers that are always busy")
+
+
+if traced():
+    add("workers that are always busy hold up nobody who waits for Tasks RCU", busy_workers)
 
 
 if __name__ == "__main__":

@@ -23,6 +23,9 @@ use kernel::types::Opaque;
 use super::Lock;
 use crate::sys;
 
+/// Jobs that a worker does before others of its CPU have a turn.
+const BATCH: usize = 64;
+
 /// Something to do, in the memory of who wants it done.
 pub(crate) struct Job {
     next: *mut Job,
@@ -48,8 +51,8 @@ impl Job {
 /// belong to the list. While there are any, `busy` isn't 0, or the holder of the lock is about to
 /// wake a worker: a worker looks at the list once more before it becomes idle.
 ///
-/// `idle` has the CPUs whose worker isn't at work and isn't queued; `busy` is the number of the
-/// other workers.
+/// `idle` has the CPUs whose worker is neither running nor queued; `busy` is the number of the other
+/// workers.
 struct List {
     first: *mut Job,
     last: *mut Job,
@@ -186,31 +189,47 @@ impl Workers {
 
     /// Has a worker call `run` with `job`, in process context. May be called in any context but NMI.
     ///
+    /// Takes a pointer, since `this` may be gone when the call returns.
+    ///
     /// # Safety
     ///
-    /// `job` is valid, isn't queued, and belongs to these workers until `run` is called. `run` may
-    /// be called with it, once and by any thread. These workers stay at least until then; they are
-    /// dropped by none of theirs, which are waited for.
-    pub(crate) unsafe fn push(&self, mut job: NonNull<Job>, run: unsafe fn(NonNull<Job>)) {
+    /// `job` is valid, isn't queued, and belongs to `this` until `run` is called. `run` may be
+    /// called with it, once and by any thread. `this` is valid at least until then; it is dropped by
+    /// none of its workers, which are waited for.
+    pub(crate) unsafe fn push(
+        this: NonNull<Self>,
+        mut job: NonNull<Job>,
+        run: unsafe fn(NonNull<Job>),
+    ) {
         // SAFETY: The caller's promise.
         unsafe { job.as_mut() }.run = Some(run);
-        let mut list = self.list.lock();
-        // SAFETY: The caller's promise; whom `wake` chooses is woken below.
+        // SAFETY: The caller's promise. No job can be taken, and so `this` stays, until the lock is
+        // released.
+        let lock = unsafe { &(*this.as_ptr()).list };
+        let mut list = lock.lock();
+        // SAFETY: The caller's promise; the worker that `wake` chooses is queued below.
         unsafe { list.push(job) };
-        // Under the lock: once it is released the job may be done, and all of this be gone. With it
-        // interrupts are off, too.
-        let chosen = list
-            .wake(CpuId::current())
-            .and_then(|cpu| self.each.get(cpu.as_u32() as usize));
-        if let Some(worker) = chosen {
-            let (cpu, work) = (i32::from(worker.cpu), worker.work.get());
+        let chosen = list.wake(CpuId::current());
+        if let Some(cpu) = chosen {
+            // Under the lock, as `this` may be gone after it.
+            // SAFETY: As above.
+            let this = unsafe { this.as_ref() };
             // INVARIANT: A worker that was idle isn't queued, so this always queues it.
-            // SAFETY: By the type invariant queue and work are valid; the CPU has been online.
-            unsafe { sys::queue_work_on(cpu, self.queue.as_ptr(), work) };
+            this.queue_worker(cpu);
         }
     }
 
-    /// What a worker runs.
+    /// Queues the worker of `cpu`. If the CPU goes offline, the workqueue runs it elsewhere.
+    fn queue_worker(&self, cpu: CpuId) {
+        if let Some(worker) = self.each.get(cpu.as_u32() as usize) {
+            let (queue, work) = (self.queue.as_ptr(), worker.work.get());
+            // SAFETY: By the type invariant queue and work are valid; `cpu` is or was online.
+            unsafe { sys::queue_work_on(cpu.into(), queue, work) };
+        }
+    }
+
+    /// What a worker runs: some jobs. If there are more, it queues itself again, behind whatever
+    /// else the workqueue has to run on its CPU.
     ///
     /// # Safety
     ///
@@ -220,17 +239,19 @@ impl Workers {
         let worker = unsafe { &*work.cast::<Worker>() };
         // SAFETY: The caller's promise, and the type invariant.
         let this = unsafe { worker.workers.as_ref() };
-        loop {
+        for _ in 0..BATCH {
             let job = this.list.lock().pop(worker.cpu);
-            let Some(job) = job else { break };
+            let Some(job) = job else { return };
             // SAFETY: What was in the list is valid.
             if let Some(run) = unsafe { job.as_ref() }.run {
-                // SAFETY: Who has pushed the job has promised that this may be called.
+                // SAFETY: The pusher of the job has promised that this may be called.
                 unsafe { run(job) };
             }
-            // SAFETY: This is process context.
-            unsafe { sys::obd_cond_resched() };
+            // SAFETY: This is process context, without locks.
+            unsafe { sys::obd_cond_resched_tasks_rcu_qs() };
         }
+        // INVARIANT: It isn't idle, and is queued.
+        this.queue_worker(worker.cpu);
     }
 }
 

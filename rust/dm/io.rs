@@ -18,7 +18,7 @@ use kernel::sync::LockClassKey;
 
 use super::target::Live;
 use super::{Deferred, DeviceId};
-use crate::block::{Buffer, Job, Lock, Pages, Status};
+use crate::block::{Buffer, Job, Lock, Pages, Status, Workers};
 use crate::sys;
 
 /// What an I/O does next.
@@ -316,7 +316,7 @@ impl<T: Deferred> Io<T> {
         // SAFETY: The job is in the frame, which stays until the I/O ends, and isn't queued by the
         // type invariant; `run` owns the I/O from now on, which may be sent to any thread. Workers
         // are dropped with the target, which outlives the I/O and isn't dropped by one of them.
-        unsafe { workers.push(job, Self::run) };
+        unsafe { Workers::push(workers, job, Self::run) };
     }
 
     /// What a worker runs.

@@ -115,9 +115,9 @@ impl<T: Target> Live<T> {
         self.devices.get(usize::from(id.0))
     }
 
-    /// Who works on its I/Os.
-    pub(super) fn workers(&self) -> Option<&Workers> {
-        self.workers.as_deref()
+    /// The workers for its I/Os.
+    pub(super) fn workers(&self) -> Option<NonNull<Workers>> {
+        self.workers.as_deref().map(NonNull::from)
     }
 
     /// What tells of its corrupt blocks.

@@ -87,6 +87,11 @@ void obd_cond_resched(void)
 	cond_resched();
 }
 
+void obd_cond_resched_tasks_rcu_qs(void)
+{
+	cond_resched_tasks_rcu_qs();
+}
+
 void obd_synchronize_rcu_tasks(void)
 {
 	synchronize_rcu_tasks();
