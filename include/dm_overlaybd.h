@@ -15,6 +15,8 @@
 /* Block devices. */
 sector_t obd_bdev_nr_sectors(struct block_device *bdev);
 unsigned int obd_bdev_logical_block_size(struct block_device *bdev);
+/* Whether its driver gets bios, as device-mapper does, and not requests. */
+bool obd_bdev_may_stack(struct block_device *bdev);
 
 /* Bios and pages. */
 void *obd_page_address(struct page *page);

@@ -24,6 +24,7 @@ mod lsmt;
 mod sys;
 mod zfile;
 
+use block::Queue;
 use dm::Registration;
 use lsmt::Lsmt;
 use sys::compat;
@@ -58,11 +59,12 @@ impl kernel::InPlaceModule for OverlayBd {
         pin_init::pin_init_scope(move || {
             let shared = zfile::Shared::new()?;
             let nothing = Arc::new((), GFP_KERNEL)?;
+            let queue = Some(Queue::new(c"overlaybd")?);
             Ok(try_pin_init!(Self {
-                zfile_target <- Registration::new(c"zfile_target", module, shared.clone()),
-                lsmt_target <- Registration::new(lsmt::LEGACY_NAME, module, nothing.clone()),
-                zfile <- Registration::new(c"zfile", module, shared),
-                lsmt <- Registration::new(c"lsmt", module, nothing),
+                zfile_target <- Registration::new(c"zfile_target", module, shared.clone(), queue.clone()),
+                lsmt_target <- Registration::new(lsmt::LEGACY_NAME, module, nothing.clone(), None),
+                zfile <- Registration::new(c"zfile", module, shared, queue),
+                lsmt <- Registration::new(c"lsmt", module, nothing, None),
                 _last_out: dm::LastOut,
             }? Error))
         })

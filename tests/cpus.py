@@ -165,7 +165,7 @@ def hotplug():
     defer(brought_back, found)
     readers = [Reader(device, None, seed) for seed in range(3)]
     try:
-        for nth in range(12):
+        for nth in range(6):
             for cpu in found:
                 switch(cpu, False)
             check(cpus("online") == before - set(found), "CPUs are still online")
@@ -201,6 +201,48 @@ def comes_up():
 
 if cpus("present") - cpus("online"):
     add("a CPU that was offline from boot works once it is online", comes_up)
+
+
+def in_reserve():
+    """How many threads there are that workqueues of ours have in reserve."""
+    count = 0
+    for path in glob.glob("/proc/[0-9]*/comm"):
+        try:
+            with open(path, encoding="utf-8") as file:
+                count += file.read().startswith("kworker/R-overl")
+        except OSError:
+            continue
+    return count
+
+
+def has(device, what):
+    """Checks the first MiB of a device."""
+    disk = Disk(device)
+    same_bytes(disk.read(0, 1 << 20), DATA[:1 << 20], what)
+    disk.close()
+
+
+@test("devices share one thread in reserve, but those on a mapped device have their own")
+def reserve():
+    loop = dm.Loop(RAW)
+    equal(in_reserve(), 1, "threads without a device")
+    devices = [dm.create(dm.line(0, SIZE // 512, "zfile", loop.path, len(RAW))) for _ in range(8)]
+    equal(in_reserve(), 1, "threads with 8 devices on a loop device")
+    outer = image.zfile(DATA[:1 << 20], image.LZ4)
+    inner = image.zfile(outer)
+    lower = dm.zfile(dm.Loop(inner), len(inner), len(outer))
+    equal(in_reserve(), 1, "threads with one device more")
+    upper = dm.create(dm.line(0, (1 << 20) // 512, "zfile", lower.path, len(outer)))
+    equal(in_reserve(), 2, "threads with a device on a device")
+    has(upper, "content of the upper device")
+    above_linear = dm.create(dm.line(0, SIZE // 512, "zfile", dm.linear(loop, loop.size // 512, readonly=True).path,
+                                     len(RAW)))
+    equal(in_reserve(), 3, "threads with a device on a linear one")
+    has(above_linear, "content of the device on a linear one")
+    has(devices[7], "content of the last device")
+    upper.remove()
+    above_linear.remove()
+    equal(in_reserve(), 1, "threads when these are gone")
 
 
 def traced():

@@ -8,7 +8,7 @@ import time
 
 from obdtest import dm, image
 from obdtest.disk import Disk, same_bytes
-from obdtest.ktap import SLOW, Skip, check, equal, main, test
+from obdtest.ktap import SLOW, Skip, check, equal, main, note, test
 from obdtest.memory import hog, kernel_memory, meminfo
 
 SIZE = 16 << 20
@@ -68,6 +68,30 @@ def given_back():
     # Checkers keep what was freed for a while, and find what is lost by themselves.
     check(grown < 12 << 10 or SLOW > 1, f"{grown} KiB more than before")
     equal(device.exists(), False, "the device")
+
+
+def kib_each(count, table):
+    """KiB of kernel memory that an idle device takes."""
+    before = kernel_memory()
+    devices = [dm.create(table) for _ in range(count)]
+    grown = kernel_memory() - before
+    for device in devices:
+        device.remove()
+    return grown / count
+
+
+@test("an idle device takes little more memory than dm-linear")
+def idle():
+    raw = image.zfile(image.sample(65536))
+    loop = dm.Loop(raw)
+    linear = dm.line(0, 8, "linear", loop.path, 0)
+    zfile = dm.line(0, 128, "zfile", loop.path, len(raw))
+    # What the first ones of all take isn't theirs.
+    kib_each(20, linear), kib_each(20, zfile)
+    more = kib_each(200, zfile) - kib_each(200, linear)
+    note(f"{more:.1f} KiB more")
+    # Checkers keep what was freed for a while, and add to each allocation.
+    check(more <= 48 or SLOW > 1, f"{more:.1f} KiB more")
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@
 //! - [`memory`]: how memory is asked for.
 //! - [`Lock`]: a spinlock that interrupt handlers may take, held with interrupts off.
 //! - [`Shrinker`]: a cache that the kernel can make smaller.
-//! - [`Workers`]: workers of a device's own, on all CPUs.
+//! - [`Workers`]: workers of a device, on all CPUs; [`Queue`]: what those of many devices share.
 //!
 //! C headers: `include/linux/bio.h`, `include/linux/blk_types.h`.
 
@@ -23,7 +23,7 @@ pub(crate) use buffer::Buffer;
 pub(crate) use pages::{Dest, Pages};
 pub(crate) use shrinker::{Shrink, Shrinker};
 pub(crate) use status::Status;
-pub(crate) use workers::{Job, Workers};
+pub(crate) use workers::{Job, Queue, Workers};
 
 pub(crate) use crate::compat::SpinLockIrq as Lock;
 

@@ -3,6 +3,18 @@
 //! Workers of a device: one for each CPU. They take jobs from one list, and make progress without
 //! memory.
 //!
+//! The workers of many devices share a [`Queue`]. Its thread in reserve runs them, one after the
+//! other, if there is no memory for other threads. So a worker must never wait for a worker of the
+//! same queue. What one may wait for:
+//!
+//! - A codec context. Its holder waits for nothing.
+//! - The end of an I/O, where what is above may do its own work. That must not wait for I/O, as an I/O
+//!   may end in an interrupt as well.
+//! - Submission of a lower read, for tags and memory of the lower device. Devices whose lower device
+//!   may lie on one of ours have queues of their own: see `Device::may_stack`.
+//!
+//! If there is memory, a worker that waits holds up no other one, as each has a thread of its own.
+//!
 //! A job wakes the worker of the CPU that it comes from. If that one is busy, the job wakes the next
 //! idle one, so that several CPUs work on the parts of a large read. A worker takes the next job of
 //! the list, whichever CPU it came from. CPUs that are offline or isolated (`isolcpus=`,
@@ -18,6 +30,7 @@ use core::ptr::NonNull;
 use kernel::cpu::CpuId;
 use kernel::cpumask::CpumaskVar;
 use kernel::prelude::*;
+use kernel::sync::Arc;
 use kernel::types::Opaque;
 
 use super::Lock;
@@ -116,6 +129,42 @@ impl List {
     }
 }
 
+/// A workqueue with a thread in reserve, for the workers of any number of devices.
+///
+/// # Invariants
+///
+/// Is a valid workqueue, owned by this.
+pub(crate) struct Queue(NonNull<sys::workqueue_struct>);
+
+// SAFETY: Workqueues are used from any thread.
+unsafe impl Send for Queue {}
+// SAFETY: As above.
+unsafe impl Sync for Queue {}
+
+impl Queue {
+    /// Makes a workqueue, with a name that `ps` shows.
+    ///
+    /// # Errors
+    ///
+    /// [`ENOMEM`].
+    pub(crate) fn new(name: &CStr) -> Result<Arc<Self>> {
+        let flags =
+            sys::wq_flags_WQ_MEM_RECLAIM | sys::wq_flags_WQ_PERCPU | sys::wq_flags_WQ_CPU_INTENSIVE;
+        // SAFETY: `name` is a C string; it is copied.
+        let queue = unsafe { sys::obd_alloc_workqueue(name.as_char_ptr(), flags) };
+        // INVARIANT: Just made.
+        let queue = Self(NonNull::new(queue).ok_or(ENOMEM)?);
+        Ok(Arc::new(queue, GFP_KERNEL)?)
+    }
+}
+
+impl Drop for Queue {
+    fn drop(&mut self) {
+        // SAFETY: By the type invariant it is valid and ours; no worker of it is left.
+        unsafe { sys::destroy_workqueue(self.0.as_ptr()) };
+    }
+}
+
 /// A CPU's worker.
 #[repr(C)]
 struct Worker {
@@ -128,33 +177,31 @@ struct Worker {
 ///
 /// # Invariants
 ///
-/// `queue` is a valid workqueue, owned by this. `each` has an initialised worker for each CPU number
-/// below `nr_cpu_ids`, whose `workers` is this and whose `cpu` is that number.
+/// `each` has an initialised worker for each CPU number below `nr_cpu_ids`, whose `workers` is this
+/// and whose `cpu` is that number. They are queued on `queue` only.
 #[pin_data(PinnedDrop)]
 pub(crate) struct Workers {
-    queue: NonNull<sys::workqueue_struct>,
+    queue: Arc<Queue>,
     each: KVec<Worker>,
     #[pin]
     list: Lock<List>,
 }
 
-// SAFETY: Workqueues and works are used from any thread.
+// SAFETY: Works are used from any thread.
 unsafe impl Send for Workers {}
 // SAFETY: As above; the list is behind a lock.
 unsafe impl Sync for Workers {}
 
 impl Workers {
-    /// Makes workers, with a name that `ps` shows.
+    /// Makes workers that run on `queue`.
     ///
     /// # Errors
     ///
     /// [`ENOMEM`].
-    pub(crate) fn new(name: &CStr) -> Result<Pin<KBox<Self>>> {
-        let flags =
-            sys::wq_flags_WQ_MEM_RECLAIM | sys::wq_flags_WQ_PERCPU | sys::wq_flags_WQ_CPU_INTENSIVE;
+    pub(crate) fn new(queue: Arc<Queue>) -> Result<Pin<KBox<Self>>> {
         let mut idle = CpumaskVar::new_zero(GFP_KERNEL)?;
         idle.setall();
-        // INVARIANT: The list is empty, and so is the workqueue.
+        // INVARIANT: The list is empty, and no worker is queued.
         let list = List {
             first: core::ptr::null_mut(),
             last: core::ptr::null_mut(),
@@ -178,9 +225,7 @@ impl Workers {
                     }
                     each
                 },
-                // SAFETY: `name` is a C string; it is copied.
-                queue: NonNull::new(unsafe { sys::obd_alloc_workqueue(name.as_char_ptr(), flags) })
-                    .ok_or(ENOMEM)?,
+                queue,
                 list <- Lock::new(list, c"dm_overlaybd_workers", key),
             }),
             GFP_KERNEL,
@@ -222,7 +267,7 @@ impl Workers {
     /// Queues the worker of `cpu`. If the CPU goes offline, the workqueue runs it elsewhere.
     fn queue_worker(&self, cpu: CpuId) {
         if let Some(worker) = self.each.get(cpu.as_u32() as usize) {
-            let (queue, work) = (self.queue.as_ptr(), worker.work.get());
+            let (queue, work) = (self.queue.0.as_ptr(), worker.work.get());
             // SAFETY: By the type invariant queue and work are valid; `cpu` is or was online.
             unsafe { sys::queue_work_on(cpu.into(), queue, work) };
         }
@@ -258,8 +303,12 @@ impl Workers {
 #[pinned_drop]
 impl PinnedDrop for Workers {
     fn drop(self: Pin<&mut Self>) {
-        // A worker may be about to return, with a reference to this, which is why it must be pinned.
-        // SAFETY: By the type invariant it is valid and ours. This waits for workers.
-        unsafe { sys::destroy_workqueue(self.queue.as_ptr()) };
+        // No job is left, but a worker may be about to return, with a reference to this, or be
+        // queued once more.
+        for worker in &self.each {
+            // SAFETY: By the type invariant the work is initialised. This waits for it, and nothing
+            // queues it any more.
+            unsafe { sys::cancel_work_sync(worker.work.get()) };
+        }
     }
 }

@@ -85,6 +85,17 @@ impl Device {
         sectors & !(u64::from(self.logical_block_size() / 512) - 1)
     }
 
+    /// Whether its I/O may wait for a device of this module, now or once it gets another table: it
+    /// is a mapped device, or another one that passes bios on.
+    ///
+    /// Devices with request queues have hardware below them, or a server or a file (loop, nbd,
+    /// ublk). Those may lie on one of ours, too, but have no thread in reserve themselves, so nothing
+    /// can rely on them without memory. RAM disks end I/O where it is submitted.
+    pub(super) fn may_stack(&self) -> bool {
+        // SAFETY: By the type invariant the device is open.
+        unsafe { sys::obd_bdev_may_stack(self.bdev()) }
+    }
+
     /// Says that the target uses the first `bytes` bytes only.
     pub(super) fn set_used(&mut self, bytes: u64) {
         self.used = bytes.div_ceil(512);

@@ -9,6 +9,7 @@ use kernel::prelude::*;
 use kernel::sync::Arc;
 
 use super::{Device, DeviceId};
+use crate::block::Queue;
 use crate::format;
 use crate::sys;
 
@@ -97,13 +98,9 @@ impl DeviceName {
     }
 
     /// The number as `major:minor`.
-    pub(crate) fn as_c_str(&self) -> &CStr {
-        CStr::from_bytes_until_nul(&self.0).unwrap_or(c"?")
-    }
-
-    /// The number as `major:minor`.
     pub(crate) fn as_str(&self) -> &str {
-        self.as_c_str().to_str().unwrap_or("?")
+        let name = CStr::from_bytes_until_nul(&self.0).ok();
+        name.and_then(|name| name.to_str().ok()).unwrap_or("?")
     }
 }
 
@@ -206,6 +203,21 @@ impl<'a, C> Setup<'a, C> {
     pub(crate) fn device(&self, id: DeviceId) -> Result<&Device, Failure> {
         let device = self.devices.get(usize::from(id.0));
         device.ok_or(Failure::new(c"Internal error", EINVAL))
+    }
+
+    /// The queue for the target's workers: `shared`, or one of its own if its I/O may wait for
+    /// another device of this module.
+    ///
+    /// # Errors
+    ///
+    /// [`ENOMEM`].
+    pub(super) fn queue(&self, shared: &Arc<Queue>) -> Result<Arc<Queue>> {
+        if !self.devices.iter().any(Device::may_stack) {
+            return Ok(shared.clone());
+        }
+        let name =
+            kernel::str::CString::try_from_fmt(fmt!("overlaybd/{}", self.device_name().as_str()))?;
+        Queue::new(&name)
     }
 
     /// Says that the target uses the first `bytes` bytes of a device only.

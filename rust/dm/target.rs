@@ -16,7 +16,7 @@ use kernel::types::Opaque;
 use super::alert::Alerts;
 use super::setup::{type_name, DeviceName};
 use super::{Args, Bio, Device, DeviceId, Emit, Failure, Mapped, Setup, Spares};
-use crate::block::Workers;
+use crate::block::{Queue, Workers};
 use crate::sys;
 
 /// A read-only target.
@@ -135,12 +135,14 @@ impl<T: Target> Live<T> {
 ///
 /// # Invariants
 ///
-/// `raw` is registered, and its constructors find this registration around it.
+/// `raw` is registered, and its constructors find this registration around it. `queue` is there for
+/// targets with per-bio data.
 #[pin_data(PinnedDrop)]
 pub(crate) struct Registration<T: Target> {
     #[pin]
     raw: Opaque<sys::target_type>,
     context: Arc<T::Context>,
+    queue: Option<Arc<Queue>>,
     _target: PhantomData<T>,
 }
 
@@ -150,7 +152,8 @@ unsafe impl<T: Target> Send for Registration<T> {}
 unsafe impl<T: Target> Sync for Registration<T> {}
 
 impl<T: Target> Registration<T> {
-    /// Registers target type `name`.
+    /// Registers target type `name`. A deferred target needs a queue, which all workers share that
+    /// can.
     ///
     /// # Errors
     ///
@@ -159,9 +162,11 @@ impl<T: Target> Registration<T> {
         name: &'static CStr,
         module: &'static ThisModule,
         context: Arc<T::Context>,
+        queue: Option<Arc<Queue>>,
     ) -> impl PinInit<Self, Error> {
         try_pin_init!(Self {
             context,
+            queue,
             _target: PhantomData,
             // INVARIANT: Registered here, in place.
             raw <- Opaque::try_ffi_init(move |slot: *mut sys::target_type| {
@@ -235,15 +240,15 @@ impl<T: Target> Registration<T> {
         };
         // SAFETY: The caller's promise.
         let args = unsafe { Args::new(argc, argv) };
-        let (workers, alerts) = match T::PER_BIO_DATA {
-            0 => (None, None),
-            _ => (
-                Some(Workers::new(setup.device_name().as_c_str())?),
+        let target = T::new(&mut setup, args)?;
+        let (workers, alerts) = match &registration.queue {
+            None => (None, None),
+            Some(queue) => (
+                Some(Workers::new(setup.queue(queue)?)?),
                 // SAFETY: The target outlives what it has, which is dropped by `dtr`.
                 Some(unsafe { Alerts::new(setup.target) }?),
             ),
         };
-        let target = T::new(&mut setup, args)?;
         // SAFETY: The target is valid.
         let begin = unsafe { (*ti).begin };
         // INVARIANT: `setup` opened the devices in this order.

@@ -22,6 +22,11 @@ unsigned int obd_bdev_logical_block_size(struct block_device *bdev)
 	return bdev_logical_block_size(bdev);
 }
 
+bool obd_bdev_may_stack(struct block_device *bdev)
+{
+	return bdev->bd_disk->fops->submit_bio && !bdev_synchronous(bdev);
+}
+
 void obd_bio_set_dev(struct bio *bio, struct block_device *bdev)
 {
 	bio_set_dev(bio, bdev);
@@ -176,7 +181,7 @@ void obd_init_work(struct work_struct *work, work_func_t func)
 struct workqueue_struct *obd_alloc_workqueue(const char *name,
 					     unsigned int flags)
 {
-	return alloc_workqueue("overlaybd/%s", flags, 0, name);
+	return alloc_workqueue("%s", flags, WQ_MAX_ACTIVE, name);
 }
 
 bool obd_schedule_work(struct work_struct *work)
