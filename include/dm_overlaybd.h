@@ -8,6 +8,7 @@
 
 #include <linux/bio.h>
 #include <linux/blkdev.h>
+#include <linux/percpu.h>
 #include <linux/ratelimit.h>
 #include <linux/spinlock.h>
 #include <linux/workqueue.h>
@@ -54,6 +55,11 @@ void obd_init_work(struct work_struct *work, work_func_t func);
 bool obd_schedule_work(struct work_struct *work);
 struct workqueue_struct *obd_alloc_workqueue(const char *name,
 					     unsigned int flags);
+
+/* Counters for each CPU. */
+u64 __percpu *obd_counter_alloc(void);
+void obd_counter_add(u64 __percpu *counter, u64 n);
+u64 obd_counter_sum(u64 __percpu *counter);
 
 /* Messages and events. */
 void obd_ratelimit_default_init(struct ratelimit_state *rs);

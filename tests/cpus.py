@@ -162,6 +162,7 @@ def hotplug():
         raise Skip("no CPU can be taken away")
     device = zfile()
     before = cpus("online")
+    counted = [0, 0, 0]
     defer(brought_back, found)
     readers = [Reader(device, None, seed) for seed in range(3)]
     try:
@@ -174,6 +175,10 @@ def hotplug():
             while any(reader.count == count and not reader.error for reader, count in zip(readers, counts)):
                 check(time.monotonic() < limit, f"reads hang without CPUs {found}, round {nth}")
                 time.sleep(0.01)
+            # What a CPU has counted stays when it is gone.
+            counts = [int(device.info()[nr]) for nr in (5, 6, 7)]
+            check(all(now > then for now, then in zip(counts, counted)), f"counters went from {counted} to {counts}")
+            counted = counts
             for cpu in found:
                 switch(cpu, True)
             time.sleep(0.05)

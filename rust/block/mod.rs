@@ -7,12 +7,14 @@
 //! - [`Buffer`]: memory for a lower read.
 //! - [`memory`]: how memory is asked for.
 //! - [`Lock`]: a spinlock that interrupt handlers may take, held with interrupts off.
+//! - [`Counter`]: a counter for each CPU.
 //! - [`Shrinker`]: a cache that the kernel can make smaller.
 //! - [`Workers`]: workers of a device, on all CPUs; [`Queue`]: what those of many devices share.
 //!
 //! C headers: `include/linux/bio.h`, `include/linux/blk_types.h`.
 
 mod buffer;
+mod counter;
 pub(crate) mod memory;
 mod pages;
 mod shrinker;
@@ -20,6 +22,7 @@ mod status;
 mod workers;
 
 pub(crate) use buffer::Buffer;
+pub(crate) use counter::Counter;
 pub(crate) use pages::{Dest, Pages};
 pub(crate) use shrinker::{Shrink, Shrinker};
 pub(crate) use status::Status;

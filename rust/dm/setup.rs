@@ -98,9 +98,13 @@ impl DeviceName {
     }
 
     /// The number as `major:minor`.
+    pub(crate) fn as_c_str(&self) -> &CStr {
+        CStr::from_bytes_until_nul(&self.0).unwrap_or(c"?")
+    }
+
+    /// The number as `major:minor`.
     pub(crate) fn as_str(&self) -> &str {
-        let name = CStr::from_bytes_until_nul(&self.0).ok();
-        name.and_then(|name| name.to_str().ok()).unwrap_or("?")
+        self.as_c_str().to_str().unwrap_or("?")
     }
 }
 

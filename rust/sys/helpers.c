@@ -184,6 +184,26 @@ struct workqueue_struct *obd_alloc_workqueue(const char *name,
 	return alloc_workqueue("%s", flags, WQ_MAX_ACTIVE, name);
 }
 
+u64 __percpu *obd_counter_alloc(void)
+{
+	return alloc_percpu(u64);
+}
+
+void obd_counter_add(u64 __percpu *counter, u64 n)
+{
+	this_cpu_add(*counter, n);
+}
+
+u64 obd_counter_sum(u64 __percpu *counter)
+{
+	u64 sum = 0;
+	int cpu;
+
+	for_each_possible_cpu(cpu)
+		sum += READ_ONCE(*per_cpu_ptr(counter, cpu));
+	return sum;
+}
+
 bool obd_schedule_work(struct work_struct *work)
 {
 	return schedule_work(work);

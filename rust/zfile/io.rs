@@ -13,10 +13,11 @@
 use core::ops::Range;
 
 use kernel::prelude::*;
+use kernel::sync::atomic::Relaxed;
 use kernel::sync::Arc;
 
 use super::cache::{Block, Cache, Loader, Lookup};
-use super::{count, Zfile};
+use super::Zfile;
 use crate::block::{self, memory, Buffer, Pages, Status};
 use crate::codec::{self, crc32c, Context, Corrupt};
 use crate::dm::{self, Bio, DeviceId, Io, IoQueue, Mapped};
@@ -150,7 +151,7 @@ impl Zfile {
                 let Some(request) = self.plan(start, end) else {
                     return bio.refuse();
                 };
-                count(&self.stats.cache_hits, 1);
+                self.stats.cache_hits.add(1);
                 bio.accept_partial((end - start).div_ceil(SECTOR_SIZE));
                 let (io, mapped) = bio.begin(request);
                 if let Some(io) = block.wait(io) {
@@ -248,7 +249,7 @@ impl Zfile {
             hit += 1;
             next = (hit < blocks.end).then(|| cache.find(hit)).flatten();
         }
-        count(&self.stats.cache_hits, hit - blocks.start);
+        self.stats.cache_hits.add(hit - blocks.start);
         let sectors = (end.min(hit << shift) - start).div_ceil(SECTOR_SIZE);
         // What the last sector has behind the end of the image.
         let copied = before - pages.left();
@@ -306,8 +307,8 @@ impl Zfile {
     /// Reads what is stored of the blocks. May sleep.
     fn start(io: Io<Self>) {
         let (request, stats) = (io.request(), &io.target().stats);
-        count(&stats.reads, 1);
-        count(&stats.read_bytes, to_u64(request.read_len));
+        stats.reads.add(1);
+        stats.read_bytes.add(to_u64(request.read_len));
         let sector = request.read_start / SECTOR_SIZE;
         let shared = request.loader.is_some();
         io.read(DEVICE, sector, shared, Self::read_done);
@@ -317,7 +318,7 @@ impl Zfile {
     fn read_done(mut io: Io<Self>, result: Result<(), Status>) {
         if let Err(status) = result {
             if status != Status::AGAIN {
-                count(&io.target().stats.read_errors, 1);
+                io.target().stats.read_errors.fetch_add(1, Relaxed);
             }
             if io.request().loader.is_none() {
                 return io.end(Err(status));
@@ -460,7 +461,7 @@ impl Zfile {
             .stored(number, io.request(), io.data())
             .map_err(corrupt)?;
         let len = to_usize(this.geometry.block_len(number).into());
-        count(&this.stats.blocks, 1);
+        this.stats.blocks.add(1);
         match (block, KVec::with_capacity(len, memory::CACHE)) {
             (Some(block), Ok(mut data)) => {
                 context
@@ -499,7 +500,7 @@ impl Zfile {
             skip = 0;
         }
         let blocks = request.blocks.end - request.blocks.start;
-        count(&self.stats.blocks, blocks);
+        self.stats.blocks.add(blocks);
         // What is left is behind the end of the image, in its last sector.
         pages.zero(pages.left());
         Ok(())
@@ -568,7 +569,7 @@ impl Zfile {
     /// Counts a corrupt block, and tells of it.
     #[cold]
     fn report(io: &Io<Self>, block: u64) -> Status {
-        count(&io.target().stats.corrupt, 1);
+        io.target().stats.corrupt.fetch_add(1, Relaxed);
         io.tell_corrupt(block, io.target().panic_on_corruption);
         Status::IO_ERROR
     }

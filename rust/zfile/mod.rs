@@ -15,10 +15,10 @@ mod io;
 mod table;
 
 use kernel::prelude::*;
-use kernel::sync::atomic::{Atomic, Relaxed};
+use kernel::sync::atomic::Atomic;
 use kernel::sync::{new_mutex, Arc, Mutex};
 
-use crate::block::Shrinker;
+use crate::block::{Counter, Shrinker};
 use crate::codec::Contexts;
 use crate::dm;
 use crate::format::zfile::{Algorithm, Geometry, JumpTable};
@@ -91,16 +91,16 @@ pub(crate) struct Zfile {
     stats: Stats,
 }
 
-/// What the status shows.
+/// What the status shows. What every read counts, each CPU counts for itself.
 struct Stats {
     /// Reads of the lower device.
-    reads: Atomic<u64>,
+    reads: Counter,
     /// Bytes that they asked for.
-    read_bytes: Atomic<u64>,
+    read_bytes: Counter,
     /// Blocks that were decompressed.
-    blocks: Atomic<u64>,
+    blocks: Counter,
     /// Blocks that reads found in the cache, or being loaded.
-    cache_hits: Atomic<u64>,
+    cache_hits: Counter,
     /// Reads that the lower device failed.
     read_errors: Atomic<u64>,
     /// Blocks that were found corrupt.
@@ -108,19 +108,17 @@ struct Stats {
 }
 
 impl Stats {
-    fn new() -> Self {
-        Self {
-            reads: Atomic::new(0),
-            read_bytes: Atomic::new(0),
-            blocks: Atomic::new(0),
-            cache_hits: Atomic::new(0),
+    /// # Errors
+    ///
+    /// [`ENOMEM`].
+    fn new() -> Result<Self> {
+        Ok(Self {
+            reads: Counter::new()?,
+            read_bytes: Counter::new()?,
+            blocks: Counter::new()?,
+            cache_hits: Counter::new()?,
             read_errors: Atomic::new(0),
             corrupt: Atomic::new(0),
-        }
+        })
     }
-}
-
-/// Adds to a counter.
-fn count(counter: &Atomic<u64>, n: u64) {
-    counter.fetch_add(n, Relaxed);
 }

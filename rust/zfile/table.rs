@@ -94,7 +94,7 @@ impl dm::Target for Zfile {
             device_block,
             blob_bytes,
             spares: dm::Spares::new(io::spare_len(&geometry, device_block))?,
-            stats: Stats::new(),
+            stats: Stats::new()?,
         })
     }
 
@@ -113,13 +113,13 @@ impl dm::Target for Zfile {
             geometry.block_size(),
             geometry.blocks(),
             self.table.memory(),
-            stats.reads.load(Relaxed),
-            stats.read_bytes.load(Relaxed),
-            stats.blocks.load(Relaxed),
+            stats.reads.sum(),
+            stats.read_bytes.sum(),
+            stats.blocks.sum(),
             stats.read_errors.load(Relaxed),
             corrupt,
             self.cache.as_ref().map_or(0, |cache| cache.len()),
-            stats.cache_hits.load(Relaxed),
+            stats.cache_hits.sum(),
         ));
     }
 
