@@ -127,6 +127,17 @@ impl List {
         self.first = unsafe { job.as_ref() }.next;
         Some(job)
     }
+
+    /// Makes the worker of `cpu` idle, though there may be jobs. Chooses the worker to wake for them:
+    /// another one if that CPU has been isolated or has gone offline.
+    fn pass(&mut self, cpu: CpuId) -> Option<CpuId> {
+        self.idle.set(cpu);
+        self.busy -= 1;
+        if self.first.is_null() {
+            return None;
+        }
+        self.wake(CpuId::current())
+    }
 }
 
 /// A workqueue with a thread in reserve, for the workers of any number of devices.
@@ -273,8 +284,8 @@ impl Workers {
         }
     }
 
-    /// What a worker runs: some jobs. If there are more, it queues itself again, behind whatever
-    /// else the workqueue has to run on its CPU.
+    /// What a worker runs: some jobs. If there are more, it queues a worker for them, usually itself,
+    /// behind whatever else the workqueue has to run on its CPU.
     ///
     /// # Safety
     ///
@@ -295,8 +306,12 @@ impl Workers {
             // SAFETY: This is process context, without locks.
             unsafe { sys::obd_cond_resched_tasks_rcu_qs() };
         }
-        // INVARIANT: It isn't idle, and is queued.
-        this.queue_worker(worker.cpu);
+        let mut list = this.list.lock();
+        // INVARIANT: A worker that was idle isn't queued, so this always queues it. This one may be:
+        // it counts as idle from here on, and is run once more after it has returned.
+        if let Some(cpu) = list.pass(worker.cpu) {
+            this.queue_worker(cpu);
+        }
     }
 }
 
