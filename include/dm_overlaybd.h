@@ -44,6 +44,7 @@ void obd_spin_lock_irq_disable(spinlock_t *lock);
 bool obd_spin_trylock_irq_disable(spinlock_t *lock);
 void obd_spin_unlock_irq_enable(spinlock_t *lock);
 #endif
+bool obd_cpu_online(u32 cpu);
 /*
  * Which CPU gets work from CPU @here: @here, or the next one of @idle that is
  * online and not isolated; nr_cpu_ids or more if there is none. Called with

@@ -7,12 +7,13 @@
 
 use kernel::cpu::CpuId;
 use kernel::prelude::*;
-use kernel::sync::{new_mutex, Arc, Mutex, MutexGuard};
+use kernel::sync::{new_mutex, Arc, Mutex, MutexGuard, SetOnce};
 
 use super::{lz4, zstd::Decompressor, Corrupt};
 use crate::block::{memory, Dest};
 use crate::compat;
 use crate::format::zfile::{Algorithm, MAX_BLOCK_SIZE};
+use crate::sys;
 
 /// Working memory of one worker.
 pub(crate) struct Context {
@@ -88,37 +89,65 @@ impl Context {
     }
 }
 
-/// The contexts of one algorithm, one for each CPU, shared by all devices.
+/// The contexts of one algorithm, shared by all devices: one for each CPU that was online when a
+/// device was made. A CPU that came later shares one until the next device is made.
 ///
 /// Lock order: under a context's mutex spinlocks may be taken. No I/O is waited for or ended there.
 pub(crate) struct Contexts {
+    algorithm: Algorithm,
     /// That of CPU 0.
     first: Pin<KBox<Mutex<Context>>>,
-    others: KVec<Pin<KBox<Mutex<Context>>>>,
+    /// Those of CPU 1 and on.
+    others: KVec<SetOnce<Pin<KBox<Mutex<Context>>>>>,
 }
 
 impl Contexts {
-    /// Allocates contexts for all CPUs.
+    /// Allocates contexts for the CPUs that are online.
     ///
     /// # Errors
     ///
     /// [`ENOMEM`].
     pub(crate) fn new(algorithm: Algorithm) -> Result<Arc<Self>> {
         let count = kernel::cpu::nr_cpu_ids() as usize;
-        let context = || KBox::pin_init(new_mutex!(Context::new(algorithm)?), GFP_KERNEL);
-        let first = context()?;
+        let first = Self::context(algorithm)?;
         let mut others = KVec::with_capacity(count, GFP_KERNEL)?;
         for _ in 1..count {
-            others.push(context()?, GFP_KERNEL)?;
+            others.push(SetOnce::new(), GFP_KERNEL)?;
         }
-        Ok(Arc::new(Self { first, others }, GFP_KERNEL)?)
+        let contexts = Self {
+            algorithm,
+            first,
+            others,
+        };
+        contexts.fill()?;
+        Ok(Arc::new(contexts, GFP_KERNEL)?)
+    }
+
+    fn context(algorithm: Algorithm) -> Result<Pin<KBox<Mutex<Context>>>> {
+        KBox::pin_init(new_mutex!(Context::new(algorithm)?), GFP_KERNEL)
+    }
+
+    /// Allocates contexts for CPUs that have come online.
+    ///
+    /// # Errors
+    ///
+    /// [`ENOMEM`].
+    pub(crate) fn fill(&self) -> Result {
+        for (cpu, context) in (1..).zip(&self.others) {
+            // SAFETY: By construction `cpu` is below `nr_cpu_ids`.
+            if context.as_ref().is_none() && unsafe { sys::obd_cpu_online(cpu) } {
+                // Of two that are made at once, one stays.
+                context.populate(Self::context(self.algorithm)?);
+            }
+        }
+        Ok(())
     }
 
     /// Borrows the context of this CPU; waits for it in process context. Another thread may have
-    /// it, which then was here, too.
+    /// it, which then was here, too, or on a CPU that shares it.
     pub(crate) fn borrow(&self) -> MutexGuard<'_, Context> {
-        let nth = CpuId::current().as_u32().checked_sub(1);
-        let context = nth.and_then(|nth| self.others.get(nth as usize));
+        let upto = self.others.get(..CpuId::current().as_u32() as usize);
+        let context = upto.and_then(|upto| upto.iter().rev().find_map(SetOnce::as_ref));
         context.unwrap_or(&self.first).lock()
     }
 }

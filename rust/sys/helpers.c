@@ -151,6 +151,11 @@ void obd_spin_unlock_irq_enable(spinlock_t *lock)
 }
 #endif
 
+bool obd_cpu_online(u32 cpu)
+{
+	return cpu_online(cpu);
+}
+
 u32 obd_cpu_for_work(const struct cpumask *idle, struct cpumask *scratch,
 		     u32 here)
 {

@@ -58,8 +58,10 @@ impl Shared {
             Algorithm::Lz4 => &self.lz4,
             Algorithm::Zstd => &self.zstd,
         };
-        if let Some(contexts) = &*made.lock() {
-            return Ok(contexts.clone());
+        let there = made.lock().clone();
+        if let Some(contexts) = there {
+            contexts.fill()?;
+            return Ok(contexts);
         }
         // Not under the lock: this may wait long for memory. Of two that are made at once, one stays.
         let contexts = Contexts::new(algorithm)?;
