@@ -16,14 +16,15 @@ import time
 from obdtest import dm, image
 from obdtest.disk import Disk, verify_random
 from obdtest.ktap import SLOW, Failure, Skip, add, check, defer, equal, main, note, same_bytes, test
+from obdtest.module import module_file
 
 SYSFS = "/sys/devices/system/cpu"
 TRACING = "/sys/kernel/tracing"
-SIZE = 4 << 20
+SIZE = 2 << 20
 # Long to decompress, so that a worker is seen at it.
 DATA = image.sample(SIZE, 81)
 RAW = image.zfile(DATA, image.ZSTD, 65536)
-WORKER = re.compile(r"kworker/(\d+):.*overlaybd")
+WORKER = re.compile(r"kworker/(\d+):\d+([-+])overlaybd")
 
 
 def cpus(name):
@@ -64,8 +65,8 @@ def zfile():
     return device
 
 
-def workers():
-    """The CPUs whose kernel threads do our work now, or did as the last thing."""
+def workers(states="+-"):
+    """The CPUs whose kernel threads do our work now (+), or did as the last thing (-)."""
     found = set()
     for path in glob.glob("/proc/[0-9]*/comm"):
         try:
@@ -73,7 +74,7 @@ def workers():
                 match = WORKER.match(file.read())
         except OSError:
             continue
-        if match:
+        if match and match.group(2) in states:
             found.add(int(match.group(1)))
     return found
 
@@ -118,7 +119,7 @@ def used(device, cpu, wanted):
         while time.monotonic() < enough and not wanted <= found:
             found |= workers()
             time.sleep(0.02)
-        for _ in range(10):
+        for _ in range(5):
             found |= workers()
             time.sleep(0.02)
     finally:
@@ -166,7 +167,7 @@ def hotplug():
     defer(brought_back, found)
     readers = [Reader(device, None, seed) for seed in range(3)]
     try:
-        for nth in range(6):
+        for nth in range(4):
             for cpu in found:
                 switch(cpu, False)
             check(cpus("online") == before - set(found), "CPUs are still online")
@@ -192,14 +193,29 @@ def hotplug():
         equal(sorted(used(device, cpu, wanted)), sorted(wanted), f"CPUs that work for a reader on CPU {cpu} afterwards")
 
 
+def contexts():
+    """How many codec contexts there are: each has 64 KiB of its own, and a guard page, beside what its codec needs."""
+    with open("/proc/vmallocinfo", encoding="ascii") as file:
+        return sum(row.split()[1] == "69632" for row in file)
+
+
 def comes_up():
-    """One more works when it is there."""
+    """One more works when it is there, and has its own context from the next device on."""
+    module = module_file()
+    subprocess.run(["rmmod", "dm_overlaybd"], check=True)
+    subprocess.run(["insmod", module], check=True)
     absent = sorted(cpus("present") - cpus("online"))
+    before = contexts()
     device = zfile()
+    equal(contexts() - before, len(cpus("online")), "codec contexts")
     defer(switch, absent[0], False)
     switch(absent[0], True)
     wanted = housekeeping()
     check(absent[0] in wanted, f"CPU {absent[0]} may not work")
+    equal(sorted(used(device, absent[0], wanted)), sorted(wanted), f"CPUs that work for a reader on CPU {absent[0]}")
+    same_bytes(Disk(dm.create(dm.line(0, SIZE // 512, "zfile", "/dev/ram0", len(RAW)))).read(0, 65536), DATA[:65536],
+               "first block of another device")
+    equal(contexts() - before, len(cpus("online")), "codec contexts with one device more")
     for cpu in (absent[0], min(wanted)):
         equal(sorted(used(device, cpu, wanted)), sorted(wanted), f"CPUs that work for a reader on CPU {cpu}")
 
@@ -261,33 +277,83 @@ def traced():
         return None
 
 
+class Load:
+    """More reads of a device than its workers can do, for so many seconds."""
+
+    def __init__(self, device, seconds):
+        self.fio = subprocess.Popen(
+            ["fio", "--name=obd", f"--filename={device.path}", "--readonly", "--rw=randread", "--direct=1",
+             "--ioengine=libaio", "--iodepth=32", "--bs=1m", "--numjobs=2", "--time_based", f"--runtime={seconds}",
+             "--thread", "--minimal"], stdout=subprocess.DEVNULL)
+        defer(self.stop)
+
+    def runs(self):
+        return self.fio.poll() is None
+
+    def stop(self):
+        self.fio.kill()
+        self.fio.wait()
+
+
 def busy_workers():
     """A tracer's end waits until each task was at a point that Tasks RCU knows of; a worker that has always something
     to do must be at some, too."""
-    device = zfile()
     instance = f"{TRACING}/instances/obdtest"
     os.mkdir(instance)
     defer(os.rmdir, instance)
     seconds = 30
-    with subprocess.Popen(
-            ["fio", "--name=obd", f"--filename={device.path}", "--readonly", "--rw=randread", "--direct=1",
-             "--ioengine=libaio", "--iodepth=32", "--bs=1m", "--numjobs=2", "--time_based", f"--runtime={seconds}",
-             "--thread", "--minimal"], stdout=subprocess.DEVNULL) as load:
-        try:
-            time.sleep(3)
-            start = time.monotonic()
-            with open(f"{instance}/set_ftrace_filter", "w", encoding="ascii") as file:
-                file.write("dm_table_destroy")
-            for tracer in ("function", "nop"):
-                with open(f"{instance}/current_tracer", "w", encoding="ascii") as file:
-                    file.write(tracer)
-            took = time.monotonic() - start
-            busy = load.poll() is None
-        finally:
-            load.kill()
+    load = Load(zfile(), seconds)
+    time.sleep(3)
+    start = time.monotonic()
+    with open(f"{instance}/set_ftrace_filter", "w", encoding="ascii") as file:
+        file.write("dm_table_destroy")
+    for tracer in ("function", "nop"):
+        with open(f"{instance}/current_tracer", "w", encoding="ascii") as file:
+            file.write(tracer)
+    took = time.monotonic() - start
     note(f"{took:.1f} s")
-    check(busy and took < seconds / 2, f"a tracer's end took {took:.1f} s beside workers that are always busy")
+    check(load.runs() and took < seconds / 2, f"a tracer's end took {took:.1f} s beside workers that are always busy")
 
+
+def cpusets():
+    """A directory for control groups with CPU sets, if the kernel has them."""
+    with open("/proc/cgroups", encoding="ascii") as file:
+        if "cpuset" not in file.read():
+            return None
+    root = "/sys/fs/cgroup"
+    if not os.path.exists(f"{root}/cgroup.controllers"):
+        subprocess.run(["mount", "-t", "cgroup2", "nodev", root], capture_output=True, check=False)
+    return root if os.path.exists(f"{root}/cgroup.subtree_control") else None
+
+
+def isolated_later():
+    """A cpuset partition takes a CPU whose worker is always busy."""
+    cpu = max(housekeeping())
+    group = f"{cpusets()}/obdtest"
+    load = Load(zfile(), 60)
+    limit = time.monotonic() + 20
+    while cpu not in workers("+"):
+        check(time.monotonic() < limit, f"CPU {cpu} does not work at all")
+    with open(f"{os.path.dirname(group)}/cgroup.subtree_control", "w", encoding="ascii") as file:
+        file.write("+cpuset")
+    os.mkdir(group)
+    defer(os.rmdir, group)
+    for name, value in (("cpus", str(cpu)), ("cpus.partition", "isolated")):
+        with open(f"{group}/cpuset.{name}", "w", encoding="ascii") as file:
+            file.write(value)
+    with open(f"{group}/cpuset.cpus.partition", encoding="ascii") as file:
+        equal(file.read(), "isolated\n", "partition")
+    time.sleep(4)
+    found = set()
+    for _ in range(20):
+        found |= workers("+")
+        time.sleep(0.02)
+    check(load.runs() and found, "nobody works")
+    check(cpu not in found, f"CPU {cpu} works though it is isolated")
+
+
+if len(housekeeping()) > 1 and cpusets():
+    add("a CPU that a cpuset isolates gets no more work", isolated_later)
 
 if traced():
     add("workers that are always busy hold up nobody who waits for Tasks RCU", busy_workers)

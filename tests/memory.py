@@ -88,7 +88,7 @@ def idle():
     zfile = dm.line(0, 128, "zfile", loop.path, len(raw))
     # What the first ones of all take isn't theirs.
     kib_each(20, linear), kib_each(20, zfile)
-    more = kib_each(200, zfile) - kib_each(200, linear)
+    more = kib_each(120, zfile) - kib_each(120, linear)
     note(f"{more:.1f} KiB more")
     # Checkers keep what was freed for a while, and add to each allocation.
     check(more <= 48 or SLOW > 1, f"{more:.1f} KiB more")
