@@ -4,6 +4,7 @@
 #   stock   lints, builds, tests in user space and, with Debian's kernel, in the VM (the default)
 #   system  with Debian's kernel, in the VM, tests of what an administrator puts together: tests/system
 #   both    stock and system at once
+#   cpus    with Debian's kernel, in a VM with CPUs that are offline or isolated from boot: which CPUs work
 #   forky   lint and build of the module, and the tests in the VM, with the kernel and the tool chain of Debian forky
 #   debug   the tests in the VM with the debug kernel
 #   kcsan   those that have several things at once, with the KCSAN kernel
@@ -220,9 +221,10 @@ for part in "${parts[@]}"; do
 	stock) total=$((total + ${#lints[@]} + 7)) ;;
 	system) total=$((total + 5)) ;;
 	both) total=$((total + ${#lints[@]} + 8)) ;;
+	cpus) total=$((total + 4)) ;;
 	forky) total=$((total + 6)) ;;
 	debug | kcsan | soak) total=$((total + 7)) ;;
-	*) die "usage: check.sh [stock | system | both | forky | debug | kcsan | soak]..." ;;
+	*) die "usage: check.sh [stock | system | both | cpus | forky | debug | kcsan | soak]..." ;;
 	esac
 done
 alone
@@ -243,6 +245,10 @@ for part in "${parts[@]}"; do
 		user_space
 		rublk
 		in_vm stock "all tests" "${thirds[0]}" "${thirds[1]} system" "$rest"
+		;;
+	cpus)
+		QEMU_SMP=12 KERNEL_ARGS="maxcpus=4 isolcpus=2 nohz_full=3" \
+			in_vm stock "tests with offline and isolated CPUs" cpus
 		;;
 	forky) in_vm forky tests "${thirds[@]}" "$rest" ;;
 	debug) in_vm debug tests "${thirds[@]}" "$rest_of_module" ;;
