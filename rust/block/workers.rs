@@ -69,10 +69,10 @@ impl Job {
 struct List {
     first: *mut Job,
     last: *mut Job,
-    idle: CpumaskVar,
+    idle: KBox<CpumaskVar>,
     busy: usize,
     /// Memory to compute with.
-    scratch: CpumaskVar,
+    scratch: KBox<CpumaskVar>,
 }
 
 // SAFETY: By the type invariant, any thread may do the jobs; CPU masks are plain memory.
@@ -210,7 +210,9 @@ impl Workers {
     ///
     /// [`ENOMEM`].
     pub(crate) fn new(queue: Arc<Queue>) -> Result<Pin<KBox<Self>>> {
-        let mut idle = CpumaskVar::new_zero(GFP_KERNEL)?;
+        // Without CONFIG_CPUMASK_OFFSTACK, a mask of its own must not be moved; in a box the list may be.
+        let mask = || KBox::new(CpumaskVar::new_zero(GFP_KERNEL)?, GFP_KERNEL);
+        let mut idle = mask()?;
         idle.setall();
         // INVARIANT: The list is empty, and no worker is queued.
         let list = List {
@@ -218,7 +220,7 @@ impl Workers {
             last: core::ptr::null_mut(),
             idle,
             busy: 0,
-            scratch: CpumaskVar::new_zero(GFP_KERNEL)?,
+            scratch: mask()?,
         };
         let key = kernel::static_lock_class!();
         KBox::try_pin_init(
