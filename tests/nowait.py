@@ -77,8 +77,10 @@ def again(algorithm, block, options):
 def uring(options):
     """io_uring: a read with RWF_NOWAIT gets EAGAIN where it would have to wait; one without is submitted without
     waiting all the same."""
-    stack = Stack(image.LZ4, 4096, options)
-    for disk, wanted in stack.disks:
+    for nth in range(2):
+        # A stack for each disk: what one has read may be in the cache for the other.
+        stack = Stack(image.LZ4, 4096, options)
+        disk, wanted = stack.disks[nth]
         ring, later = Ring(65536), Ring(65536)
         stack.below.suspend()
         try:
