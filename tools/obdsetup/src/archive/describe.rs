@@ -77,7 +77,7 @@ impl Archive {
             .map(<[u8]>::to_vec)
             .or(extended.name)
             .unwrap_or_else(|| header.name());
-        self.name = String::from_utf8_lossy(&name).into_owned();
+        self.name = member::brief(&name);
         let record = |bad: BadRecord| {
             self.bad(&format!(
                 "the value of {} in a header before byte {at} is wrong",
@@ -183,7 +183,7 @@ impl Archive {
     /// The name of a member, or of what a hard link leads to.
     pub(super) fn checked_name(&self, at: u64, name: &[u8]) -> Result<Vec<u8>> {
         let here = |text: &str| {
-            let name = String::from_utf8_lossy(name);
+            let name = member::brief(name);
             Err(self.bad(&format!(
                 "member {:?} at byte {at}: name {name:?}: {text}",
                 self.name

@@ -2,6 +2,9 @@
 
 //! What a tar says about one of its members.
 
+/// Bytes of a name that messages show.
+const LONG: usize = 500;
+
 /// A point in time: seconds since 1970, which may be negative, and nanoseconds after that.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord)]
 pub(crate) struct Time {
@@ -73,6 +76,17 @@ impl Member {
     /// Whether it lies in the root directory.
     pub(crate) fn is_top_level(&self) -> bool {
         !self.path.is_empty() && !self.path.contains(&b'/')
+    }
+}
+
+/// A name for messages: of a very long one, its beginning and how long it is.
+pub(crate) fn brief(name: &[u8]) -> String {
+    match name.get(..LONG) {
+        Some(start) if name.len() > LONG => {
+            let start = String::from_utf8_lossy(start);
+            format!("{start}... ({} bytes)", name.len())
+        }
+        _ => String::from_utf8_lossy(name).into_owned(),
     }
 }
 

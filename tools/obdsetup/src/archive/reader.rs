@@ -17,7 +17,7 @@ use super::header::{is_header, Header, BLOCK};
 use super::pax::Records;
 use super::{Compression, Member, Unpack};
 
-/// Longest name or extended header.
+/// Bytes of all names and extended headers before a member.
 const MAX_HEADER: u64 = 8 << 20;
 /// Bytes of content that are handed over at once.
 const PIECE: usize = 256 << 10;
@@ -84,6 +84,7 @@ impl Archive {
         self.skip()?;
         let mut extended = Extended::default();
         let mut first = None;
+        let mut room = MAX_HEADER;
         loop {
             interrupt::check()?;
             let at = self.at;
@@ -108,7 +109,7 @@ impl Archive {
             let size = number(header.size())?;
             match header.kind() {
                 kind @ (b'x' | b'X' | b'g' | b'L' | b'K') => {
-                    let payload = self.payload(at, size)?;
+                    let payload = self.payload(at, size, &mut room)?;
                     self.extend(kind, at, &payload, &mut extended)?;
                     if kind == b'g' && start == at {
                         first = None;
@@ -199,13 +200,14 @@ impl Archive {
         Ok(())
     }
 
-    /// Reads what follows an extended header.
-    fn payload(&mut self, at: u64, size: u64) -> Result<Vec<u8>> {
-        if size > MAX_HEADER {
-            return Err(self.bad(&format!(
-                "the extended header at byte {at} has {size} bytes, more than {MAX_HEADER}"
-            )));
-        }
+    /// Reads what follows an extended header, for which there may be `room`.
+    fn payload(&mut self, at: u64, size: u64, room: &mut u64) -> Result<Vec<u8>> {
+        *room = room.checked_sub(size).ok_or_else(|| {
+            self.bad(&format!(
+                "the extended header at byte {at} has {size} bytes; together with those before it, \
+                 that is more than {MAX_HEADER} for one member"
+            ))
+        })?;
         self.left = size;
         self.padding = pad(size);
         let mut payload = vec![0; to_usize(size)];

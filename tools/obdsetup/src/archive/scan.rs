@@ -6,7 +6,7 @@ use std::path::Path;
 
 use anyhow::Result;
 
-use super::{Archive, Member, MemberKind};
+use super::{brief, Archive, Member, MemberKind};
 
 /// What a layer of an image has in place of a file that the layers below have.
 const WHITEOUT: &[u8] = b".wh.";
@@ -68,7 +68,7 @@ impl Scan {
         self.members += 1;
         let path = member.path.as_slice();
         if self.findings.whiteout.is_none() && member.file_name().starts_with(WHITEOUT) {
-            self.findings.whiteout = Some(String::from_utf8_lossy(path).into_owned());
+            self.findings.whiteout = Some(brief(path));
         }
         if matches!(member.kind, MemberKind::Directory) {
             return;

@@ -10,11 +10,12 @@ use std::os::unix::ffi::{OsStrExt, OsStringExt};
 use std::os::unix::fs::{FileExt, FileTypeExt, MetadataExt};
 use std::path::{Path, PathBuf};
 
-use anyhow::{bail, Context, Result};
+use anyhow::{anyhow, bail, Context, Result};
 use overlaybd::format::num::to_usize;
 use rustix::fs::SeekFrom;
 use rustix::io::Errno;
 
+use super::limits;
 use super::tree::{
     Content, ContentMaker, Device, Id, Kind, Meta, Node, Source, Time, Tree, BLOCK, ROOT,
 };
@@ -27,6 +28,7 @@ const PIECE: u64 = 1 << 20;
 /// Reads the directory `root`.
 pub(super) fn read(root: &Path) -> Result<Tree> {
     let (_, meta) = look(root)?;
+    possible(root, limits::xattrs(&meta))?;
     let mut tree = Tree::new(meta);
     let mut linked: HashMap<(u64, u64), Id> = HashMap::new();
     let mut files: Vec<(Id, PathBuf, Metadata)> = Vec::new();
@@ -38,6 +40,8 @@ pub(super) fn read(root: &Path) -> Result<Tree> {
             let name = entry.with_context(context)?.file_name();
             let path = directory.join(&name);
             let (status, meta) = look(&path)?;
+            let inside = path.strip_prefix(root).unwrap_or(&path);
+            possible(&path, limits::path(inside.as_os_str().as_bytes()))?;
             let place = (status.dev(), status.ino());
             let again = match status.nlink() {
                 2.. if !status.is_dir() => linked.get(&place),
@@ -47,7 +51,9 @@ pub(super) fn read(root: &Path) -> Result<Tree> {
                 Some(&id) => id,
                 None => {
                     let kind = kind(&path, &status)?;
-                    let id = tree.add(Node { meta, kind });
+                    let node = Node { meta, kind };
+                    possible(&path, limits::node(&node))?;
+                    let id = tree.add(node);
                     linked.insert(place, id);
                     if status.is_dir() {
                         left.push((id, path));
@@ -67,6 +73,11 @@ pub(super) fn read(root: &Path) -> Result<Tree> {
         tree.node_mut(id)?.kind = Kind::File(content);
     }
     Ok(tree)
+}
+
+/// An error that names the file which cannot be.
+fn possible(path: &Path, result: Result<(), String>) -> Result<()> {
+    result.map_err(|what| anyhow!("{}: {what}", path.display()))
 }
 
 /// What the system says about a file.

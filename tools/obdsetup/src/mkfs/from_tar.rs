@@ -14,6 +14,7 @@ use anyhow::{Context, Result};
 use overlaybd::format::num::{to_u64, to_usize};
 
 use super::acl;
+use super::limits;
 use super::stamp::source_date_epoch;
 use super::tree::{
     show, Content, ContentMaker, Device, Id, Kind, Meta, Node, Source, Time, Tree, BLOCK, ROOT,
@@ -89,22 +90,34 @@ struct Reader<'a> {
 }
 
 impl Reader<'_> {
-    fn bad(&self, member: &[u8], what: &str) -> anyhow::Error {
-        let text = format!("{}: member {}: {what}", self.path.display(), show(member));
+    fn bad(&self, member: &Member, what: &str) -> anyhow::Error {
+        let text = format!(
+            "{}: member {} at byte {}: {what}",
+            self.path.display(),
+            show(&member.path),
+            member.at
+        );
         Failure::error(exit::BAD_IMAGE, text)
     }
 
     fn member(&mut self, member: &Member, archive: &mut Archive) -> Result<()> {
+        let possible = |result: Result<(), String>| result.map_err(|what| self.bad(member, &what));
+        possible(limits::path(&member.path))?;
+        if let MemberKind::HardLink(target) = &member.kind {
+            possible(limits::path(target))?;
+        }
         let meta = self.meta(member)?;
+        possible(limits::xattrs(&meta))?;
         let (parent, name) = match member.path.iter().rposition(|&byte| byte == b'/') {
             _ if member.path.is_empty() => return self.root(member, meta),
             Some(slash) => {
                 let (parent, name) = member.path.split_at(slash);
-                (self.directory(parent, &member.path)?, name.get(1..))
+                let name = name.get(1..).unwrap_or_default();
+                (self.directory(parent, name, member)?, name)
             }
-            None => (ROOT, Some(member.path.as_slice())),
+            None => (ROOT, member.path.as_slice()),
         };
-        let name = name.unwrap_or_default().to_vec();
+        let name = name.to_vec();
         let there = self.child(parent, &name);
         let device = |device: archive::Device| Device {
             major: device.major,
@@ -112,9 +125,9 @@ impl Reader<'_> {
         };
         let kind = match &member.kind {
             MemberKind::HardLink(target) => {
-                let id = self.linked(target, &member.path)?;
+                let id = self.linked(target, member)?;
                 if there != Some(id) {
-                    self.clear(there, &member.path)?;
+                    self.clear(there, member)?;
                 }
                 return self.tree.link(parent, name, id);
             }
@@ -143,14 +156,16 @@ impl Reader<'_> {
             MemberKind::BlockDevice(number) => Kind::BlockDevice(device(*number)),
             MemberKind::Fifo => Kind::Fifo,
         };
-        self.clear(there, &member.path)?;
-        let id = self.tree.add(Node { meta, kind });
+        self.clear(there, member)?;
+        let node = Node { meta, kind };
+        limits::node(&node).map_err(|what| self.bad(member, &what))?;
+        let id = self.tree.add(node);
         self.tree.link(parent, name, id)
     }
 
     fn root(&mut self, member: &Member, meta: Meta) -> Result<()> {
         if member.kind != MemberKind::Directory {
-            return Err(self.bad(b"", "the root of the tree is no directory"));
+            return Err(self.bad(member, "the root of the tree is no directory"));
         }
         self.tree.node_mut(ROOT)?.meta = meta;
         self.unsaid.remove(&ROOT);
@@ -158,7 +173,7 @@ impl Reader<'_> {
     }
 
     /// Checks that what has a name may lose it.
-    fn clear(&self, there: Option<Id>, member: &[u8]) -> Result<()> {
+    fn clear(&self, there: Option<Id>, member: &Member) -> Result<()> {
         let used = there.is_some_and(|id| self.tree.children(id).next().is_some());
         match used {
             true => Err(self.bad(member, "replaces a directory that is not empty")),
@@ -171,14 +186,12 @@ impl Reader<'_> {
     }
 
     /// What a hard link leads to.
-    fn linked(&mut self, target: &[u8], member: &[u8]) -> Result<Id> {
+    fn linked(&mut self, target: &[u8], member: &Member) -> Result<Id> {
         let (parent, name) = match target.iter().rposition(|&byte| byte == b'/') {
             Some(slash) => {
                 let (parent, name) = target.split_at(slash);
-                (
-                    self.directory(parent, member)?,
-                    name.get(1..).unwrap_or_default(),
-                )
+                let name = name.get(1..).unwrap_or_default();
+                (self.directory(parent, name, member)?, name)
             }
             None => (ROOT, target),
         };
@@ -196,12 +209,22 @@ impl Reader<'_> {
         }
     }
 
-    /// The directory `path`, made where it is missing.
-    fn directory(&mut self, path: &[u8], member: &[u8]) -> Result<Id> {
+    /// The directory `path`, made where it is missing, for what is called `last` there.
+    fn directory(&mut self, path: &[u8], last: &[u8], member: &Member) -> Result<Id> {
         let mut left: VecDeque<Vec<u8>> = parts(path);
         let mut at = ROOT;
         let mut followed = 0;
+        // Bytes of the path to `at`, with links followed.
+        let mut len = 0;
         while let Some(name) = left.pop_front() {
+            let deeper = len + name.len() + 1;
+            if deeper + last.len() > limits::PATH {
+                let what = format!(
+                    "with links followed, a path of more than {} bytes",
+                    limits::PATH
+                );
+                return Err(self.bad(member, &what));
+            }
             let Some(id) = self.child(at, &name) else {
                 let id = self.tree.add(Node {
                     meta: unsaid(),
@@ -209,11 +232,11 @@ impl Reader<'_> {
                 });
                 self.tree.link(at, name, id)?;
                 self.unsaid.insert(id);
-                at = id;
+                (at, len) = (id, deeper);
                 continue;
             };
             match &self.tree.node(id)?.kind {
-                Kind::Directory(_) => at = id,
+                Kind::Directory(_) => (at, len) = (id, deeper),
                 Kind::Symlink(target) => {
                     followed += 1;
                     let target_parts = parts(target);
@@ -223,7 +246,7 @@ impl Reader<'_> {
                         let what = format!(
                             "goes through the symbolic link {}, which leads to {}",
                             show(&name),
-                            String::from_utf8_lossy(target)
+                            archive::brief(target)
                         );
                         return Err(self.bad(member, &what));
                     }
@@ -250,7 +273,7 @@ impl Reader<'_> {
                         false => "system.posix_acl_default",
                     };
                     let acl = acl::from_text(value)
-                        .map_err(|what| self.bad(&member.path, &format!("POSIX ACL: {what}")))?;
+                        .map_err(|what| self.bad(member, &format!("POSIX ACL: {what}")))?;
                     (name, acl)
                 }
                 b"RHT.security.selinux" => ("security.selinux", [value.as_slice(), b"\0"].concat()),

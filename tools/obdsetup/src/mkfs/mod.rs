@@ -14,6 +14,7 @@ mod ext;
 mod fit;
 mod from_dir;
 mod from_tar;
+mod limits;
 mod pax;
 mod squashfs;
 mod stage;

@@ -221,7 +221,7 @@ impl Name {
 
 /// A path as it is shown to people.
 pub(super) fn show(path: &[u8]) -> String {
-    format!("./{}", String::from_utf8_lossy(path))
+    format!("./{}", crate::archive::brief(path))
 }
 
 /// A tree of files.

@@ -5,11 +5,11 @@
 //! the source. So it gets names and content only, and debugfs sets all else.
 
 mod entries;
+mod script;
 
 use std::collections::{BTreeMap, HashMap, HashSet};
 use std::ffi::{OsStr, OsString};
 use std::fmt::Write as _;
-use std::io::Write;
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 
@@ -17,6 +17,7 @@ use anyhow::{bail, Context, Result};
 use tempfile::{NamedTempFile, TempDir};
 
 use self::entries::{Entry, Geometry};
+use self::script::Script;
 use super::stage::Stage;
 use super::tree::{show, Id, Kind, Name, Tree, ROOT};
 use super::{Options, Stamp};
@@ -32,7 +33,7 @@ const NEED: &str = "ext2, ext3 and ext4 file systems";
 /// Inode of the root directory.
 const ROOT_INODE: u32 = 2;
 /// Longest value that fits in a line for debugfs, each byte as `\ooo`.
-const LONG_VALUE: usize = 1500;
+const LONG_VALUE: usize = 500;
 
 /// Makes the file system of `tree` in a file of `size` bytes in `place`. `directory` is where `tree`
 /// was read from.
@@ -167,9 +168,9 @@ impl Mend<'_> {
             let mut inodes: Vec<_> = ids.keys().collect();
             inodes.sort_unstable();
             for inode in inodes {
-                writeln!(script, "ls -l <{inode}>")?;
+                script.line(format!("ls -l <{inode}>").as_bytes())?;
             }
-            script.flush()?;
+            script.finish()?;
             let mut command = Program::new("debugfs", NEED);
             command.arg("-f").arg(self.script_path()).arg(image);
             let mut listed: Vec<(Id, Vec<u8>, u32)> = Vec::new();
@@ -211,11 +212,8 @@ impl Mend<'_> {
         self.work.path().join("script")
     }
 
-    fn script(&self) -> Result<std::io::BufWriter<std::fs::File>> {
-        let file = std::fs::File::create(self.script_path());
-        Ok(std::io::BufWriter::new(
-            file.context("cannot write a temporary file")?,
-        ))
+    fn script(&self) -> Result<Script> {
+        Script::new(&self.script_path())
     }
 
     /// Writes the commands that set all, and has debugfs do them.
@@ -236,7 +234,7 @@ impl Mend<'_> {
                     .to_owned(),
             ]);
         }
-        script.flush()?;
+        script.finish()?;
         let mut command = Program::new("debugfs", NEED);
         command
             .arg("-w")
@@ -256,25 +254,21 @@ impl Mend<'_> {
     }
 
     /// Commands for further inodes that mke2fs made of a file with several names, and for devices.
-    fn kinds(&self, script: &mut impl Write) -> Result<()> {
+    fn kinds(&self, script: &mut Script) -> Result<()> {
         for &(nth, inode) in &self.others {
             let name = self.names.get(nth).context("no such name")?;
             let links = self.names.iter().filter(|other| other.id == name.id);
-            writeln!(script, "kill_file <{inode}>")?;
-            writeln!(script, "clri <{inode}>")?;
-            writeln!(
-                script,
-                "sif <{}> links_count {}",
-                self.inode(name.id)?,
-                links.count()
-            )?;
+            script.line(format!("kill_file <{inode}>").as_bytes())?;
+            script.line(format!("clri <{inode}>").as_bytes())?;
+            let (first, count) = (self.inode(name.id)?, links.count());
+            script.line(format!("sif <{first}> links_count {count}").as_bytes())?;
         }
         for name in self.names.iter().filter(|name| name.first) {
             if let Some(device) = self.tree.node(name.id)?.device() {
                 let inode = self.inode(name.id)?;
                 let (old, new) = device_words(device);
-                writeln!(script, "sif <{inode}> block[0] {old}")?;
-                writeln!(script, "sif <{inode}> block[1] {new}")?;
+                script.line(format!("sif <{inode}> block[0] {old}").as_bytes())?;
+                script.line(format!("sif <{inode}> block[1] {new}").as_bytes())?;
             }
         }
         Ok(())
@@ -300,9 +294,9 @@ impl Mend<'_> {
         }
         let mut script = self.script()?;
         for inode in wanted.keys() {
-            writeln!(script, "blocks <{inode}>")?;
+            script.line(format!("blocks <{inode}>").as_bytes())?;
         }
-        script.flush()?;
+        script.finish()?;
         let mut command = Program::new("debugfs", NEED);
         command.arg("-f").arg(self.script_path()).arg(image.path());
         let mut blocks: HashMap<u32, Vec<u64>> = HashMap::new();
@@ -330,32 +324,30 @@ impl Mend<'_> {
     }
 
     /// Commands for one node. Returns whether its time doesn't fit in an inode that isn't `large`.
-    fn node(&mut self, script: &mut impl Write, id: Id, path: &[u8], large: bool) -> Result<bool> {
+    fn node(&mut self, script: &mut Script, id: Id, path: &[u8], large: bool) -> Result<bool> {
         let inode = self.inode(id)?;
         let node = self.tree.node(id)?;
         let meta = &node.meta;
         for (name, value) in &meta.xattrs {
             let place = || format!("{}: extended attribute", show(path));
             let name = quote(name).with_context(place)?;
-            script.write_all(b"ea_set ")?;
-            if value.len() > LONG_VALUE {
+            let command = if value.len() > LONG_VALUE {
                 let file = format!("value{}", self.values);
                 self.values += 1;
                 std::fs::write(self.work.path().join(&file), value).with_context(place)?;
                 let file = self.work.path().join(file);
                 let file = quote(file.as_os_str().as_bytes()).with_context(place)?;
-                script.write_all(&[b"-f ", file.as_slice(), b" "].concat())?;
-                write!(script, "<{inode}> ")?;
-                script.write_all(&name)?;
+                let inode = format!(" <{inode}> ");
+                [b"ea_set -f ", file.as_slice(), inode.as_bytes(), &name].concat()
             } else {
-                write!(script, "<{inode}> ")?;
-                script.write_all(&[name.as_slice(), b" ", escape(value).as_bytes()].concat())?;
-            }
-            script.write_all(b"\n")?;
+                let (start, value) = (format!("ea_set <{inode}> "), escape(value));
+                [start.as_bytes(), name.as_slice(), b" ", value.as_bytes()].concat()
+            };
+            script.line(&command).with_context(place)?;
         }
-        writeln!(script, "sif <{inode}> mode {}", node.st_mode())?;
-        writeln!(script, "sif <{inode}> uid {}", meta.uid)?;
-        writeln!(script, "sif <{inode}> gid {}", meta.gid)?;
+        script.line(format!("sif <{inode}> mode {}", node.st_mode()).as_bytes())?;
+        script.line(format!("sif <{inode}> uid {}", meta.uid).as_bytes())?;
+        script.line(format!("sif <{inode}> gid {}", meta.gid).as_bytes())?;
         let seconds = meta.mtime.seconds;
         // The low half has a sign; the high one says how often it went around.
         let low = i32::from_le_bytes(low_half(seconds));
@@ -364,10 +356,10 @@ impl Mend<'_> {
         for field in ["atime", "ctime", "mtime", "crtime"] {
             let low = u32::from_le_bytes(low_half(seconds));
             if large || field != "crtime" {
-                writeln!(script, "sif <{inode}> {field}_lo {low}")?;
+                script.line(format!("sif <{inode}> {field}_lo {low}").as_bytes())?;
             }
             if large {
-                writeln!(script, "sif <{inode}> {field}_hi {extra}")?;
+                script.line(format!("sif <{inode}> {field}_hi {extra}").as_bytes())?;
             }
         }
         Ok(!large && extra != 0)

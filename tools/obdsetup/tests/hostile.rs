@@ -1,0 +1,175 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! `obdsetup convert` of tars that mean harm, and of ones that say what no file can have.
+
+#![allow(missing_docs, clippy::unwrap_used)]
+
+mod tars;
+
+use std::fs;
+use std::path::PathBuf;
+use std::time::Duration;
+
+use assert_cmd::assert::Assert;
+use assert_cmd::Command;
+use predicates::prelude::PredicateBooleanExt;
+use predicates::str::contains;
+use tars::{header, member, pax, sign, tar};
+use tempfile::TempDir;
+
+struct Place(TempDir);
+
+impl Place {
+    fn new() -> Self {
+        Self(TempDir::new().unwrap())
+    }
+
+    fn path(&self, name: &str) -> PathBuf {
+        self.0.path().join(name)
+    }
+
+    /// `convert` of `bytes`; nothing half-made may stay.
+    fn convert(&self, bytes: &[u8], options: &str) -> Assert {
+        fs::write(self.path("in.tar"), bytes).unwrap();
+        let _ = fs::remove_file(self.path("out.obd"));
+        let mut command = Command::cargo_bin("obdsetup").unwrap();
+        // debugfs and mkfs are there for users, too.
+        let path = std::env::var("PATH").unwrap_or_default();
+        command.env("PATH", format!("{path}:/usr/sbin:/sbin"));
+        command.current_dir(self.0.path());
+        command.args(["convert", "in.tar", "out.obd"]);
+        command.args(options.split_whitespace());
+        command.timeout(Duration::from_secs(60));
+        let done = command.assert();
+        let made = done.get_output().status.success();
+        let mut names: Vec<_> = fs::read_dir(self.0.path()).unwrap().flatten().collect();
+        names.retain(|entry| entry.file_name() != "in.tar");
+        assert_eq!(names.len(), usize::from(made), "{names:?}: {done}");
+        done
+    }
+
+    /// `convert` refuses what is in the tar, whatever the file system, and says this in few words.
+    fn impossible(&self, bytes: &[u8], said: &str) {
+        for fs in ["erofs", "btrfs", "ext4"] {
+            let done = self.convert(bytes, &format!("--fs {fs}")).code(3);
+            let done = done.stderr(contains(said).and(contains("member ")));
+            assert!(done.get_output().stderr.len() < 2000, "{done}");
+        }
+    }
+}
+
+/// A file with this extended attribute.
+fn with_xattr(name: &[u8], value: &[u8]) -> Vec<u8> {
+    let key = [b"SCHILY.xattr.", name].concat();
+    tar(&[pax(&[(&key, value)]), member("file", b'0', b"x")])
+}
+
+#[test]
+fn names_are_no_commands() {
+    let place = Place::new();
+    let told = place.path("told");
+    for blanks in [8190, 4090, 8185] {
+        let mut name = b"user.".to_vec();
+        name.resize(name.len() + blanks, b' ');
+        name.extend(format!("!echo told >{} #", told.display()).bytes());
+        place.impossible(&with_xattr(&name, b"a"), "extended attribute ");
+        assert!(!told.exists());
+    }
+}
+
+#[test]
+fn names_that_no_file_has() {
+    let place = Place::new();
+    let long = |len: usize| vec![b'n'; len];
+    let user = |len: usize| [b"user.".to_vec(), long(len)].concat();
+    place
+        .convert(&with_xattr(&user(250), b"a"), "--fs erofs")
+        .success();
+    place.impossible(&with_xattr(&user(251), b"a"), "a name of 256 bytes");
+    place.impossible(&with_xattr(&user(2 << 20), b"a"), "a name of 2097157 bytes");
+    place.impossible(&with_xattr(b"user.", b"a"), "its name is empty");
+    place.impossible(&with_xattr(b"user.a\0b", b"a"), "a NUL in its name");
+    place.impossible(
+        &with_xattr(b"user.a", &long(65_537)),
+        "a value of 65537 bytes",
+    );
+    let named = |path: &[u8]| tar(&[pax(&[(b"path", path)]), member("file", b'0', b"x")]);
+    place.convert(&named(&long(255)), "--fs erofs").success();
+    place.impossible(&named(&long(256)), "a name of 256 bytes in the path");
+    place.impossible(&named(&long(2 << 20)), "a path of 2097152 bytes");
+    place.impossible(
+        &named(&[b"a/".repeat(30_000), b"f".to_vec()].concat()),
+        "a path of 60001 bytes",
+    );
+    let link = |target: &[u8]| tar(&[pax(&[(b"linkpath", target)]), member("file", b'2', b"")]);
+    place.convert(&link(&long(4000)), "--fs btrfs --allow-loss");
+    place.impossible(
+        &link(&long(4096)),
+        "a symbolic link to a path of 4096 bytes",
+    );
+    place.impossible(&link(b"a\0b"), "a NUL in what the symbolic link leads to");
+    // Short by themselves, but each link leads further down.
+    let mut members = vec![];
+    let mut deep = b"l".to_vec();
+    for _ in 0..3 {
+        let target = b"d/".repeat(700);
+        members.push(pax(&[(b"path", &deep), (b"linkpath", &target)]));
+        members.push(member("link", b'2', b""));
+        deep.extend_from_slice(b"/l");
+    }
+    members.push(pax(&[(b"path", &deep)]));
+    members.push(member("file", b'0', b""));
+    place.impossible(
+        &tar(&members),
+        "with links followed, a path of more than 4095 bytes",
+    );
+}
+
+#[test]
+fn numbers_that_no_file_has() {
+    let place = Place::new();
+    let device = |major: &[u8], minor: &[u8]| {
+        let mut block = header("null", b'3', 0);
+        block[329..329 + major.len()].copy_from_slice(major);
+        block[337..337 + minor.len()].copy_from_slice(minor);
+        sign(&mut block);
+        tar(&[block])
+    };
+    place
+        .convert(&device(b"0007777\0", b"3777777\0"), "--fs btrfs")
+        .success();
+    place.impossible(&device(b"0010000\0", b"0000001\0"), "device number 4096:1");
+    place.impossible(
+        &device(b"0000001\0", b"4000000\0"),
+        "device number 1:1048576",
+    );
+    place.impossible(
+        &device(b"\x80\0\0\0\xff\xff\xff\xff", b"0000001\0"),
+        "device number 4294967295:1",
+    );
+    let sparse = tar(&[
+        pax(&[
+            (b"GNU.sparse.size", b"9223372036854775808"),
+            (b"GNU.sparse.map", b"0,1"),
+        ]),
+        member("file", b'0', b"x"),
+    ]);
+    place.impossible(&sparse, "a size of 9223372036854775808 bytes");
+}
+
+#[test]
+fn many_headers_of_a_member() {
+    let place = Place::new();
+    let value = vec![b'v'; 3 << 20];
+    let large = pax(&[(b"comment", &value)]);
+    let twice = [large.clone(), large.clone(), member("a", b'0', b"")].concat();
+    place
+        .convert(&tar(&[twice.clone(), twice]), "--fs erofs")
+        .success();
+    let thrice = tar(&[large.clone(), large.clone(), large, member("a", b'0', b"")]);
+    let done = place.convert(&thrice, "--fs erofs").code(3);
+    done.stderr(
+        contains("the extended header at byte 6293504 has")
+            .and(contains("more than 8388608 for one member")),
+    );
+}

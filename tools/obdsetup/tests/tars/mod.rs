@@ -1,0 +1,56 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! Makes tars, block by block.
+
+/// A header with a right checksum.
+pub(crate) fn header(name: &str, kind: u8, size: usize) -> Vec<u8> {
+    let mut block = vec![0; 512];
+    let mut put = |at: usize, bytes: &[u8]| block[at..at + bytes.len()].copy_from_slice(bytes);
+    put(0, name.as_bytes());
+    put(100, b"0000755\0");
+    put(108, b"0000000\0");
+    put(116, b"0000000\0");
+    put(124, format!("{size:011o}\0").as_bytes());
+    put(136, b"14524770400\0");
+    put(156, &[kind]);
+    put(257, b"ustar\x0000");
+    sign(&mut block);
+    block
+}
+
+/// Makes the checksum of a header right.
+pub(crate) fn sign(block: &mut [u8]) {
+    block[148..156].fill(b' ');
+    let sum: u32 = block[..512].iter().map(|&byte| u32::from(byte)).sum();
+    block[148..156].copy_from_slice(format!("{sum:06o}\0 ").as_bytes());
+}
+
+/// A header and content.
+pub(crate) fn member(name: &str, kind: u8, content: &[u8]) -> Vec<u8> {
+    let mut block = header(name, kind, content.len());
+    block.extend_from_slice(content);
+    block.resize(block.len().next_multiple_of(512), 0);
+    block
+}
+
+/// An extended header for the next member.
+pub(crate) fn pax(records: &[(&[u8], &[u8])]) -> Vec<u8> {
+    let mut text = Vec::new();
+    for (key, value) in records {
+        let rest = key.len() + value.len() + 3;
+        let mut len = rest + 1;
+        while len != rest + len.to_string().len() {
+            len = rest + len.to_string().len();
+        }
+        text.extend_from_slice(format!("{len} ").as_bytes());
+        text.extend_from_slice(&[*key, b"=", *value, b"\n"].concat());
+    }
+    member("PaxHeaders/x", b'x', &text)
+}
+
+/// A whole archive.
+pub(crate) fn tar(members: &[Vec<u8>]) -> Vec<u8> {
+    let mut tar = members.concat();
+    tar.resize(tar.len() + 1024, 0);
+    tar
+}
