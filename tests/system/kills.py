@@ -290,6 +290,48 @@ def namespace():
     nothing_left(layers)
 
 
+@test("block devices: several open them at the same time")
+def parallel_devices():
+    way = Way("running")
+    layers, content = make_layers()
+    defer(close_whatever)
+    blobs = []
+    for layer in layers:
+        size = os.path.getsize(layer)
+        with open(layer, "ab") as file:
+            file.truncate((size | 4095) + 1)
+        blobs.append(subprocess.check_output(["losetup", "--find", "--show", layer], text=True).strip())
+        defer(subprocess.run, ["losetup", "--detach", blobs[-1]], check=False)
+        blobs[-1] += f":size={size}"
+    names = [f"{NAME}-{nth}" for nth in range(6)]
+    children = [way.start("open", name, *blobs) for name in names]
+    said = [child.communicate()[1] for child in children]
+    equal([child.returncode for child in children], [0] * 6, f"status of open ({said})")
+    for name in names:
+        with open(f"/dev/mapper/{name}", "rb") as file:
+            same_bytes(file.read(), content, "content")
+        way.run("close", name)
+    eventually("devices left", devices)
+
+
+@test("one name, opened at the same time with another /run: one gets it, and keeps it")
+def two_runs():
+    way = Way("running")
+    layers, content = make_layers()
+    defer(close_whatever)
+    other = ["unshare", "--mount", "sh", "-c", 'mount -t tmpfs tmpfs /run && exec "$@"', "sh", "env", "DM_DISABLE_UDEV=1"]
+    for nth in range(4):
+        children = [subprocess.Popen([*prefix, "obdsetup", "open", NAME, *layers], env=way.env, text=True,
+                                     stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+                    for prefix in ([other, []] if nth % 2 else [[], other])]
+        said = [child.communicate()[1] for child in children]
+        equal(sorted(child.returncode for child in children), [0, 5], f"{nth}: status of open ({said})")
+        subprocess.run(["dmsetup", "mknodes"], check=True, env=way.env)
+        read_back(content)
+        way.run("close", NAME)
+        nothing_left(layers)
+
+
 @test("several open and close at the same time")
 def parallel():
     for way in (Way("running"), Way("absent")):

@@ -16,7 +16,7 @@ use std::time::Duration;
 
 use anyhow::Result;
 use clap::Args;
-use rustix::fs::{major, minor, OFlags};
+use rustix::fs::{major, makedev, minor, OFlags};
 
 use crate::exit::{self, Failure};
 use crate::interrupt;
@@ -24,6 +24,8 @@ use crate::interrupt;
 /// How often to look before a process is taken for one that writes, and the time in between.
 const LOOKS: u32 = 10;
 const BETWEEN_LOOKS: Duration = Duration::from_millis(50);
+/// How often a device must be found claimed, where nothing says by whom.
+const CLAIMS: u32 = 20;
 
 /// What all commands have that read what others may write to.
 #[derive(Args, Clone, Debug, Default)]
@@ -34,19 +36,24 @@ pub(crate) struct InUseArgs {
 }
 
 impl InUseArgs {
-    /// Fails where somebody can be seen who may write to one of `paths`. What isn't there, and what
-    /// is neither a file nor a block device, is for others to tell.
+    /// Fails where somebody can be seen who may write to one of `paths`, which this process is to
+    /// read. What isn't there, and what is neither a file nor a block device, is for others to tell.
     pub(crate) fn check<'a>(&self, paths: impl IntoIterator<Item = &'a Path>) -> Result<()> {
+        self.look(paths, Claim::Try)
+    }
+
+    /// As [`Self::check`], for `paths` that device-mapper is to read. It claims block devices itself:
+    /// a claim of ours would be in the way of another obdsetup that sets up the same device.
+    pub(crate) fn check_below<'a>(&self, paths: impl IntoIterator<Item = &'a Path>) -> Result<()> {
+        self.look(paths, Claim::LeaveToKernel)
+    }
+
+    fn look<'a>(&self, paths: impl IntoIterator<Item = &'a Path>, claim: Claim) -> Result<()> {
         if self.allow_in_use {
             return Ok(());
         }
-        let targets = paths.into_iter().filter_map(Target::of);
-        let targets: Vec<Target> = targets.collect();
-        let found = match targets.iter().find_map(Target::user) {
-            Some(found) => Some(found),
-            None => open_for_long(&targets)?,
-        };
-        match found {
+        let targets: Vec<Target> = paths.into_iter().filter_map(Target::of).collect();
+        match find_user(&targets, claim)? {
             None => Ok(()),
             Some(found) => Err(Failure::error(
                 exit::BUSY,
@@ -56,6 +63,78 @@ impl InUseArgs {
             )),
         }
     }
+}
+
+/// What is done about a block device that is to be read.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Claim {
+    /// It is opened exclusively, to see whether anybody has it.
+    Try,
+    /// Nothing: the kernel does it when a table names the device.
+    LeaveToKernel,
+}
+
+/// Returns what may write to one of `targets`.
+fn find_user(targets: &[Target], claim: Claim) -> Result<Option<String>> {
+    let loops = match targets.iter().any(|target| !target.is_device()) {
+        true => writable_loops(Path::new("/sys")),
+        false => Vec::new(),
+    };
+    // All that processes may have open, for one walk over them.
+    let mut open = Vec::new();
+    for target in targets {
+        interrupt::check()?;
+        if let Some(found) = target.user(claim)? {
+            return Ok(Some(format!("{}: {found}", target.path.display())));
+        }
+        open.push(target.clone());
+        let over = |found: &&Loop| found.file.metadata().is_ok_and(|meta| target.is(&meta));
+        for found in loops.iter().filter(over) {
+            let node = found.node.display();
+            let said = format!(
+                "{}: {node} is over it and can be written to",
+                target.path.display()
+            );
+            let Some(device) = Target::of(&found.node) else {
+                // Without a node, nobody knows.
+                return Ok(Some(said));
+            };
+            if device_user(&device, Claim::Try)?.is_some() {
+                return Ok(Some(said));
+            }
+            open.push(Target {
+                said: Some(said),
+                ..device
+            });
+        }
+    }
+    open_for_long(&open)
+}
+
+/// A loop device that can be written to.
+struct Loop {
+    node: PathBuf,
+    /// The file below, by the name that the kernel has for it.
+    file: PathBuf,
+}
+
+/// Returns the loop devices that can be written to. Those of obdsetup cannot, and are many. `sys` is
+/// where sysfs is mounted.
+fn writable_loops(sys: &Path) -> Vec<Loop> {
+    let block = sys.join("block");
+    let loops = names(&block).into_iter().filter_map(|name| {
+        let system = block.join(&name);
+        if !name.starts_with("loop") || is_read_only(&system) {
+            return None;
+        }
+        let text = fs::read(system.join("loop/backing_file")).ok()?;
+        let file = std::ffi::OsStr::from_bytes(text.trim_ascii_end());
+        Some(Loop {
+            node: Path::new("/dev").join(&name),
+            file: file.into(),
+        })
+    });
+    loops.collect()
 }
 
 /// Looks at processes as [`open_in_processes`] does, more than once: a process that another has just
@@ -78,9 +157,12 @@ impl BitOrAssign<&Self> for InUseArgs {
 }
 
 /// A file or block device.
+#[derive(Clone)]
 struct Target {
     path: PathBuf,
     meta: Metadata,
+    /// What is said where a process may write to it, if that is not the process.
+    said: Option<String>,
 }
 
 impl Target {
@@ -90,6 +172,7 @@ impl Target {
         (kind.is_file() || kind.is_block_device()).then(|| Self {
             path: path.to_owned(),
             meta,
+            said: None,
         })
     }
 
@@ -106,46 +189,12 @@ impl Target {
     }
 
     /// Looks at what isn't a process.
-    fn user(&self) -> Option<String> {
-        let path = self.path.display();
+    fn user(&self, claim: Claim) -> Result<Option<String>> {
         if self.is_device() {
-            return device_user(&self.path, self.meta.rdev()).map(|what| format!("{path}: {what}"));
+            return device_user(self, claim);
         }
-        if let Some(what) = self.loop_user() {
-            return Some(format!("{path}: {what}"));
-        }
-        self.is_locked_by_qemu()
-            .then(|| format!("{path}: a virtual machine may write to it"))
-    }
-
-    /// A loop device over the file that somebody may write to.
-    fn loop_user(&self) -> Option<String> {
-        for block in fs::read_dir("/sys/block").ok()?.flatten() {
-            let Ok(text) = fs::read(block.path().join("loop/backing_file")) else {
-                continue;
-            };
-            let backing = Path::new(std::ffi::OsStr::from_bytes(text.trim_ascii_end()));
-            if !backing.metadata().is_ok_and(|meta| self.is(&meta)) {
-                continue;
-            }
-            let node = Path::new("/dev").join(block.file_name());
-            let what = match node.metadata() {
-                Ok(meta) => device_user(&node, meta.rdev()).or_else(|| {
-                    open_in_processes(&[Target {
-                        path: node.clone(),
-                        meta,
-                    }])
-                    .ok()?
-                }),
-                // Without a node, nobody knows.
-                Err(_) => (!is_read_only(&block.path())).then(String::new),
-            };
-            if what.is_some() {
-                let node = node.display();
-                return Some(format!("{node} is over it and can be written to"));
-            }
-        }
-        None
+        let said = || "a virtual machine may write to it".to_owned();
+        Ok(self.is_locked_by_qemu().then(said))
     }
 
     /// Whether QEMU has locked the byte that stands for writing: `block/file-posix.c` there.
@@ -174,34 +223,74 @@ fn qemu_writes(line: &str, (dev, ino): (u64, u64)) -> bool {
             .any(|byte| (first..=last).contains(byte))
 }
 
-/// What uses the block device at `path`, where that may write to it.
-fn device_user(path: &Path, rdev: u64) -> Option<String> {
-    let system = PathBuf::from(format!("/sys/dev/block/{}:{}", major(rdev), minor(rdev)));
+/// What uses a block device, where that may write to it. What mounts it or lies on it may have one of
+/// its partitions only.
+fn device_user(device: &Target, claim: Claim) -> Result<Option<String>> {
+    let rdev = device.meta.rdev();
+    let system = system(rdev);
     if is_read_only(&system) {
-        return None;
+        return Ok(None);
     }
-    let exclusive = File::options()
+    // A file system that was mounted read-only doesn't change. The kernel has no table over a mounted
+    // device, and then it is told why.
+    let mounts = match claim {
+        Claim::Try => mounts(rdev),
+        Claim::LeaveToKernel => Vec::new(),
+    };
+    if let Some(mount) = mounts.iter().find(|mount| mount.writable) {
+        return Ok(Some(format!("is mounted read-write on {}", mount.place)));
+    }
+    let holders: Vec<String> = with_partitions(&system)
+        .iter()
+        .flat_map(|part| names(&part.join("holders")))
+        .collect();
+    let writing = |name: &String| !is_read_only(&Path::new("/sys/block").join(name));
+    if holders.iter().any(writing) {
+        return Ok(Some("is in use".to_owned() + &by(&holders)));
+    }
+    if claim == Claim::LeaveToKernel || !mounts.is_empty() || !holders.is_empty() {
+        return Ok(None);
+    }
+    // Others who look have it for a moment.
+    for _ in 1..CLAIMS {
+        if !is_claimed(&device.path) {
+            return Ok(None);
+        }
+        interrupt::check()?;
+        std::thread::sleep(BETWEEN_LOOKS);
+    }
+    Ok(is_claimed(&device.path).then(|| "is in use".to_owned()))
+}
+
+/// Whether somebody has the block device at `path` for himself.
+fn is_claimed(path: &Path) -> bool {
+    let claim = File::options()
         .read(true)
         .custom_flags(OFlags::EXCL.bits() as i32)
         .open(path);
-    match exclusive {
-        // A file system that was mounted read-only doesn't change.
-        Err(error) if error.kind() == ErrorKind::ResourceBusy => match mounts(rdev).as_slice() {
-            [] => {
-                let holders = names(&system.join("holders"));
-                let writing = |name: &String| !is_read_only(&Path::new("/sys/block").join(name));
-                match holders.is_empty() || holders.iter().any(writing) {
-                    true => Some("is in use".to_owned() + &by(&holders)),
-                    false => None,
-                }
-            }
-            found => {
-                let writable = found.iter().find(|mount| mount.writable);
-                writable.map(|mount| format!("is mounted read-write on {}", mount.place))
-            }
-        },
-        _ => None,
-    }
+    claim.is_err_and(|error| error.kind() == ErrorKind::ResourceBusy)
+}
+
+/// Returns where the block device with number `MAJOR:MINOR`, or one of its partitions, is mounted as
+/// this process sees it.
+pub(crate) fn mounted_on(number: &str) -> Option<String> {
+    let (major, minor) = number.split_once(':')?;
+    let rdev = makedev(major.parse().ok()?, minor.parse().ok()?);
+    mounts(rdev).into_iter().next().map(|mount| mount.place)
+}
+
+/// The directory of a block device in sysfs.
+fn system(rdev: u64) -> PathBuf {
+    PathBuf::from(format!("/sys/dev/block/{}:{}", major(rdev), minor(rdev)))
+}
+
+/// The directory of a block device in sysfs, and those of its partitions.
+fn with_partitions(system: &Path) -> Vec<PathBuf> {
+    let entries = names(system).into_iter().map(|name| system.join(name));
+    let partitions = entries.filter(|path| path.join("partition").exists());
+    std::iter::once(system.to_owned())
+        .chain(partitions)
+        .collect()
 }
 
 fn by(holders: &[String]) -> String {
@@ -228,9 +317,16 @@ struct Mount {
     writable: bool,
 }
 
-/// The mounts of a block device that this process sees.
+/// The mounts of a block device, and of its partitions, that this process sees.
 fn mounts(rdev: u64) -> Vec<Mount> {
-    let wanted = format!("{}:{}", major(rdev), minor(rdev));
+    let number = |system: &PathBuf| {
+        let text = fs::read_to_string(system.join("dev")).ok()?;
+        Some(text.trim_end().to_owned())
+    };
+    let wanted: Vec<String> = with_partitions(&system(rdev))
+        .iter()
+        .filter_map(number)
+        .collect();
     let text = fs::read_to_string("/proc/self/mountinfo").unwrap_or_default();
     text.lines()
         .filter_map(|line| {
@@ -246,9 +342,13 @@ fn mounts(rdev: u64) -> Vec<Mount> {
             // File systems on several devices have a number of their own.
             let is_source = || {
                 let meta = Path::new(source).metadata();
-                meta.is_ok_and(|meta| meta.file_type().is_block_device() && meta.rdev() == rdev)
+                meta.is_ok_and(|meta| {
+                    let (major, minor) = (major(meta.rdev()), minor(meta.rdev()));
+                    meta.file_type().is_block_device()
+                        && wanted.contains(&format!("{major}:{minor}"))
+                })
             };
-            (*device == wanted || is_source()).then(|| Mount {
+            (wanted.iter().any(|wanted| wanted == device) || is_source()).then(|| Mount {
                 place: (*place).to_owned(),
                 writable: options.split(',').any(|option| option == "rw"),
             })
@@ -282,6 +382,9 @@ fn open_in_processes(targets: &[Target]) -> Result<Option<String>> {
                 .iter()
                 .find(|target| opens(&process.path(), &file.path(), target));
             if let Some(target) = found {
+                if target.said.is_some() {
+                    return Ok(target.said.clone());
+                }
                 let program = fs::read_to_string(process.path().join("comm")).unwrap_or_default();
                 return Ok(Some(format!(
                     "{}: process {pid} ({}) has it open for writing",
@@ -319,7 +422,47 @@ fn has_inode(process: &Path, file: &Path, ino: u64) -> io::Result<bool> {
 
 #[cfg(test)]
 mod tests {
-    use super::qemu_writes;
+    use std::fs;
+    use std::io;
+    use std::path::Path;
+
+    use super::{qemu_writes, with_partitions, writable_loops};
+
+    /// Read-only loop devices are nobody's to write to, whatever has their nodes open: an obdsetup that
+    /// attaches one has it open for writing.
+    #[test]
+    fn loops_that_can_be_written_to() -> io::Result<()> {
+        let sys = tempfile::tempdir()?;
+        let sys = sys.path();
+        for (name, read_only) in [("loop0", "1\n"), ("loop1", "0\n"), ("loop2", "1\n")] {
+            let device = sys.join("block").join(name);
+            fs::create_dir_all(device.join("loop"))?;
+            fs::write(device.join("ro"), read_only)?;
+            fs::write(device.join("loop/backing_file"), format!("/a b/{name}\n"))?;
+        }
+        // Without a file; and no loop device.
+        fs::create_dir_all(sys.join("block/loop3"))?;
+        fs::create_dir_all(sys.join("block/sda"))?;
+        let found = writable_loops(sys);
+        let found: Vec<_> = found
+            .iter()
+            .map(|found| (&*found.node, &*found.file))
+            .collect();
+        assert_eq!(found, [(Path::new("/dev/loop1"), Path::new("/a b/loop1"))]);
+        Ok(())
+    }
+
+    #[test]
+    fn partitions() -> io::Result<()> {
+        let sys = tempfile::tempdir()?;
+        let disk = sys.path();
+        for name in ["vda1", "vda2", "holders"] {
+            fs::create_dir(disk.join(name))?;
+        }
+        fs::write(disk.join("vda2/partition"), "2\n")?;
+        assert_eq!(with_partitions(disk), [disk.to_owned(), disk.join("vda2")]);
+        Ok(())
+    }
 
     #[test]
     fn locks_of_qemu() {

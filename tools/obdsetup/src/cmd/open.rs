@@ -3,6 +3,7 @@
 //! `obdsetup open`.
 
 use std::borrow::Cow;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
 use clap::error::{ContextKind, ErrorKind};
@@ -12,6 +13,7 @@ use overlaybd::{Payload, Stack};
 use super::print;
 use crate::chain::ChainArgs;
 use crate::dm::backing::Backing;
+use crate::dm::control::State;
 use crate::dm::lock::Lock;
 use crate::dm::plan::{self, Lower, Place, TargetOptions};
 use crate::dm::setup::{self, Removal, SetUp};
@@ -21,6 +23,12 @@ use crate::exit::{self, Failure};
 use crate::in_use::InUseArgs;
 use crate::layers::{expand, open_stack, LayerArg};
 use crate::{interrupt, journal, tab};
+
+/// For how long nothing may happen to half a stack before it is taken for what a kill has left.
+const QUIET: Duration = Duration::from_secs(3);
+/// How long that is waited for.
+const PATIENCE: Duration = Duration::from_secs(20);
+const POLL: Duration = Duration::from_millis(250);
 
 /// Arguments of `open`.
 #[derive(Clone, clap::Args)]
@@ -223,7 +231,7 @@ pub(crate) fn run(args: &Args) -> Result<()> {
         plan,
     } = args.layers.plan(&args.name)?;
     let paths = named.iter().map(|layer| layer.path.as_path());
-    args.layers.in_use.check(paths)?;
+    args.layers.in_use.check_below(paths)?;
     let control = Control::open()?;
     let lock = make_way(&control, &args.name, &plan)?;
 
@@ -262,14 +270,46 @@ pub(crate) fn run(args: &Args) -> Result<()> {
     Ok(())
 }
 
+/// Returns what there is of stack `name`, where it is not all of it.
+fn half_built(all: &[State], name: &str) -> Option<dm::Stack> {
+    dm::Stack::among(all, name).filter(|stack| stack.name == name && stack.is_half_built())
+}
+
+/// Returns all devices when nothing has happened to those of stack `name` for a while: an obdsetup
+/// that sees another `/run`, as one in a container, may just set it up. `all` are the devices now.
+fn settled(control: &Control, name: &str, mut all: Vec<State>) -> Result<Vec<State>> {
+    let mut last = Instant::now();
+    let end = last + PATIENCE;
+    while half_built(&all, name).is_some() && last.elapsed() < QUIET {
+        if Instant::now() >= end {
+            let message = format!(
+                "device {name} is being set up or taken down by another program, perhaps in a \
+                 container"
+            );
+            return Err(Failure::error(exit::BUSY, message));
+        }
+        std::thread::sleep(POLL);
+        interrupt::check()?;
+        let now = control.states()?;
+        let devices = |all: &[State]| half_built(all, name).map(|stack| stack.devices);
+        if devices(&now) != devices(&all) {
+            last = Instant::now();
+        }
+        all = now;
+    }
+    Ok(all)
+}
+
 /// Takes the lock for stack `name`, and removes what an obdsetup that was killed has left of it.
 /// Fails where there are other devices with the names of `plan`.
 fn make_way(control: &Control, name: &str, plan: &Plan) -> Result<Lock> {
     let lock = Lock::take(name)?;
     udev::clear_left(&lock);
     let mut all = control.states()?;
-    let left = dm::Stack::among(&all, name).filter(|stack| stack.name == name);
-    if let Some(left) = left.filter(dm::Stack::is_half_built) {
+    if half_built(&all, name).is_some() && lock.is_held() {
+        all = settled(control, name, all)?;
+    }
+    if let Some(left) = half_built(&all, name) {
         if !lock.is_held() {
             let message =
                 format!("device {name} is half built; `obdsetup close {name}' removes it");

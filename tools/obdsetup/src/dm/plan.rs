@@ -61,6 +61,14 @@ pub(crate) struct Target {
 }
 
 impl Target {
+    /// Returns what is below.
+    pub(crate) fn lower(&self) -> impl Iterator<Item = Lower> + '_ {
+        self.params.iter().filter_map(|word| match word {
+            Word::Lower(lower) => Some(*lower),
+            Word::Text(_) => None,
+        })
+    }
+
     /// What follows the target's name, with `resolve` giving the words for what is below.
     pub(crate) fn params(&self, resolve: &dyn Fn(Lower) -> String) -> String {
         let words: Vec<String> = self

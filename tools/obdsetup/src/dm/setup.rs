@@ -14,10 +14,10 @@ use anyhow::{bail, Context, Result};
 
 use super::control::{dmsetup, Control, Line, State};
 use super::lock::Lock;
-use super::plan::{Device, Lower, Plan};
+use super::plan::{Device, Lower, Plan, Target};
 use super::udev::Udev;
 use crate::exit::{self, Failure};
-use crate::interrupt;
+use crate::{in_use, interrupt};
 
 /// How often other numbers are tried.
 const TRIES: u32 = 20;
@@ -36,6 +36,11 @@ pub(crate) struct SetUp<'a> {
     lock: &'a Lock,
     plan: &'a Plan,
     udev: Udev,
+    /// The numbers that this attempt has chosen for the devices.
+    numbers: Vec<String>,
+    /// Whether the first device may be ours. Who makes it has the name: locks don't tell of an
+    /// obdsetup that sees another `/run`.
+    begun: bool,
     kept: bool,
 }
 
@@ -53,16 +58,19 @@ impl<'a> SetUp<'a> {
             lock,
             plan,
             udev: Udev::find(),
+            numbers: Vec::new(),
+            begun: false,
             kept: false,
         };
         let major = major()?;
         for attempt in 0..TRIES {
             let minors = free_minors(&control.states()?, plan.devices.len(), attempt);
-            let numbers: Vec<String> = minors.iter().map(|nth| format!("{major}:{nth}")).collect();
-            let Err(error) = all.create(&minors, &numbers, below)? else {
+            all.numbers = minors.iter().map(|nth| format!("{major}:{nth}")).collect();
+            all.begun = false;
+            let Err(error) = all.create(&minors, below)? else {
                 return Ok(all);
             };
-            if let Some(error) = all.why(&numbers, below, error)? {
+            if let Some(error) = all.why(below, error)? {
                 return Err(error);
             }
             all.take_down()?;
@@ -79,21 +87,23 @@ impl<'a> SetUp<'a> {
     fn create(
         &mut self,
         minors: &[u32],
-        numbers: &[String],
         below: &dyn Fn(Lower) -> Option<String>,
     ) -> Result<Result<()>> {
         let devices = self.plan.devices.iter().zip(minors);
         let specs: Vec<String> = devices
-            .map(|(device, minor)| concise(device, *minor, &table(device, numbers, below)))
+            .map(|(device, minor)| concise(device, *minor, &table(device, &self.numbers, below)))
             .collect();
         let wait = self.udev.begin(self.control, self.lock)?;
         let mut created = Ok(());
-        for text in join(&specs) {
+        let (first, others) = specs.split_at(specs.len().min(1));
+        for text in first.iter().cloned().chain(join(others)) {
             let mut program = dmsetup();
             program.arg("create").args(wait.options());
             program.args(["--concise", &text]);
             created = self.control.run_program(&mut program).map(|_| ());
-            if created.is_err() || interrupt::check().is_err() {
+            let interrupted = interrupt::check().is_err();
+            self.begun |= created.is_ok() || interrupted;
+            if created.is_err() || interrupted {
                 break;
             }
         }
@@ -112,27 +122,34 @@ impl<'a> SetUp<'a> {
     /// Returns why the devices could not be created; nothing where others took their numbers.
     fn why(
         &self,
-        numbers: &[String],
         below: &dyn Fn(Lower) -> Option<String>,
         error: anyhow::Error,
     ) -> Result<Option<anyhow::Error>> {
         let now = self.control.states()?;
-        let is_there = |device: &Device| {
-            now.iter()
-                .any(|state| state.name == device.name && state.uuid == device.uuid)
+        let mut devices = self.plan.devices.iter().zip(&self.numbers);
+        let is_there = |(device, number): &(&Device, &String)| {
+            self.begun && now.iter().any(|state| is(state, device, number))
         };
-        let devices = self.plan.devices.iter().zip(numbers);
-        let Some((device, number)) = devices.into_iter().find(|(device, _)| !is_there(device))
-        else {
+        let Some((device, number)) = devices.find(|device| !is_there(device)) else {
             return Ok(Some(error));
         };
-        if now.iter().any(|state| state.number == *number) {
-            return Ok(None);
-        }
         if let Some(error) = in_the_way(&now, device) {
             return Ok(Some(error));
         }
-        let lines = table(device, numbers, below);
+        if now.iter().any(|state| state.number == *number) {
+            return Ok(None);
+        }
+        let lines = table(device, &self.numbers, below);
+        let lower = device.table.iter().flat_map(Target::lower);
+        for number in lower.filter_map(below) {
+            if let Some(place) = in_use::mounted_on(&number) {
+                let message = format!(
+                    "cannot set up device {}: block device {number} is mounted on {place}: unmount it",
+                    device.name
+                );
+                return Ok(Some(Failure::error(exit::BUSY, message)));
+            }
+        }
         let ours = lines
             .iter()
             .any(|line| matches!(line.target.as_str(), "zfile" | "lsmt"));
@@ -150,12 +167,12 @@ impl<'a> SetUp<'a> {
         Ok(Some(error.context(context)))
     }
 
-    /// Removes the devices that are there.
+    /// Removes the devices of this attempt that are there.
     fn take_down(&self) -> Result<()> {
-        let now = self.control.states()?;
-        let devices = self.plan.devices.iter().rev();
-        let there = devices.filter_map(|device| now.iter().find(|state| state.uuid == device.uuid));
-        let names: Vec<String> = there.map(|state| state.name.clone()).collect();
+        if !self.begun {
+            return Ok(());
+        }
+        let names = ours(&self.control.states()?, &self.plan.devices, &self.numbers);
         let removal = Removal {
             deferred: false,
             despite_signals: true,
@@ -173,6 +190,21 @@ impl Drop for SetUp<'_> {
             crate::tell(&crate::message(&error));
         }
     }
+}
+
+/// Whether `state` is of `device`, which was to get `number`. It may have been renamed since.
+fn is(state: &State, device: &Device, number: &str) -> bool {
+    state.uuid == device.uuid && state.number == number
+}
+
+/// Returns the names of those of the devices `all` that are `devices` with `numbers`, top first.
+/// Another number is that of a device which another obdsetup has made.
+fn ours(all: &[State], devices: &[Device], numbers: &[String]) -> Vec<String> {
+    let devices = devices.iter().zip(numbers).rev();
+    devices
+        .filter_map(|(device, number)| all.iter().find(|state| is(state, device, number)))
+        .map(|state| state.name.clone())
+        .collect()
 }
 
 /// Returns the error where a device has the name or the UUID that `device` is to get.
@@ -326,7 +358,7 @@ fn join(specs: &[String]) -> Vec<String> {
 
 #[cfg(test)]
 mod tests {
-    use super::super::plan::{Target, Word};
+    use super::super::plan::Word;
     use super::*;
 
     #[test]
@@ -340,6 +372,30 @@ mod tests {
         let others = free_minors(&all, 4, 1);
         assert!(others.len() == 4 && others.iter().all(|&minor| minor > 7));
         assert_ne!(free_minors(&all, 4, 2), others);
+    }
+
+    #[test]
+    fn what_others_have_made_is_left_alone() {
+        let device = |name: &str| Device {
+            name: name.to_owned(),
+            uuid: format!("OVERLAYBD-{name}"),
+            table: Vec::new(),
+        };
+        let state = |name: &str, uuid: &str, number: &str| State {
+            name: name.to_owned(),
+            uuid: uuid.to_owned(),
+            number: number.to_owned(),
+            ..State::default()
+        };
+        let all = [
+            state("a", "OVERLAYBD-a", "254:0"),
+            state("renamed", "OVERLAYBD-b", "254:1"),
+            state("c", "OVERLAYBD-c", "254:7"),
+            state("d", "LVM-d", "254:3"),
+        ];
+        let devices = ["a", "b", "c", "d"].map(device);
+        let numbers = ["254:0", "254:1", "254:2", "254:3"].map(str::to_owned);
+        assert_eq!(ours(&all, &devices, &numbers), ["renamed", "a"]);
     }
 
     #[test]
