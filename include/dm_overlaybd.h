@@ -1,7 +1,8 @@
 /* SPDX-License-Identifier: GPL-2.0 */
 /*
  * Shims for what Rust cannot call: inline functions and macros of the kernel.
- * Each does what its name without "obd_" does, and nothing else.
+ * Each does what the function or macro of its name without "obd_" does. Those
+ * that have no such namesake say what they do.
  */
 #ifndef _DM_OVERLAYBD_H
 #define _DM_OVERLAYBD_H
@@ -29,9 +30,11 @@ void obd_bio_advance_iter(struct bio *bio, struct bvec_iter *iter,
 			  unsigned int bytes);
 void obd_flush_dcache_bio(struct bio *bio);
 void obd_invalidate_kernel_vmap_range(void *addr, int size);
+/* Has the I/O charged to the root control group. */
 void obd_bio_associate_root(struct bio *bio);
 
 /* Execution context. */
+/* Whether interrupts are off, or this is one. */
 bool obd_in_interrupt_off(void);
 bool obd_fatal_signal_pending(void);
 void obd_cond_resched(void);
@@ -57,13 +60,14 @@ bool obd_schedule_work(struct work_struct *work);
 struct workqueue_struct *obd_alloc_workqueue(const char *name,
 					     unsigned int flags);
 
-/* Counters for each CPU. */
+/* Counters for each CPU; a sum may miss what is added meanwhile. */
 u64 __percpu *obd_counter_alloc(void);
 void obd_counter_add(u64 __percpu *counter, u64 n);
 u64 obd_counter_sum(u64 __percpu *counter);
 
 /* Messages and events. */
 void obd_ratelimit_default_init(struct ratelimit_state *rs);
+/* Sends DM_ZFILE_CORRUPT_BLOCK=@block. May sleep. */
 void obd_corrupt_uevent(struct gendisk *disk, u64 block);
 
 #endif /* _DM_OVERLAYBD_H */

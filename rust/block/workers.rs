@@ -12,6 +12,9 @@
 //!   may end in an interrupt as well.
 //! - Submission of a lower read, for tags and memory of the lower device. Devices whose lower device
 //!   may lie on one of ours have queues of their own: see `Device::may_stack`.
+//! - The budget of the control group that a lower read is charged to, where the lower disk has
+//!   `io.cost` or `io.latency`: only reads that a worker submits, after memory was short or a shared
+//!   load failed. Other devices are held up for as long as there is no memory for threads either.
 //!
 //! If there is memory, a worker that waits holds up no other one, as each has a thread of its own.
 //!

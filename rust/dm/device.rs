@@ -90,7 +90,8 @@ impl Device {
     ///
     /// Devices with request queues have hardware below them, or a server or a file (loop, nbd,
     /// ublk). Those may lie on one of ours, too, but have no thread in reserve themselves, so nothing
-    /// can rely on them without memory. RAM disks end I/O where it is submitted.
+    /// can rely on them without memory. The kernel's own storage targets (nvmet behind nvme-loop,
+    /// LIO) do have one: a zfile behind such a target on the same host must not be below another.
     pub(super) fn may_stack(&self) -> bool {
         // SAFETY: By the type invariant the device is open.
         unsafe { sys::obd_bdev_may_stack(self.bdev()) }

@@ -19,7 +19,7 @@
 //! Devices belong to the table, not to the target, which names them by [`DeviceId`]: they cannot
 //! outlive the table. Device-mapper destroys a table only when no I/O of it is left, so a target
 //! outlives its I/O; [`Io::end`] takes the I/O with every reference to the target. What a step owns
-//! beside the I/O it gives back before that. A target has a workqueue of its own, which is drained
+//! beside the I/O it gives back before that. The works of a target are cancelled and waited for
 //! before the target may go, and the module's end waits for those that are still in its code
 //! ([`LastOut`]).
 //!

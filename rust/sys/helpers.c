@@ -24,7 +24,7 @@ unsigned int obd_bdev_logical_block_size(struct block_device *bdev)
 
 bool obd_bdev_may_stack(struct block_device *bdev)
 {
-	return bdev->bd_disk->fops->submit_bio && !bdev_synchronous(bdev);
+	return bdev->bd_disk->fops->submit_bio;
 }
 
 void obd_bio_set_dev(struct bio *bio, struct block_device *bdev)
