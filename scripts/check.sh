@@ -109,11 +109,11 @@ kernel_log_clean() {
 # nothing_skipped KERNEL FILE...: fail, and show it, when the output of tests says that some were left out. All can run
 # where the kernel is made for it, but for what would take long to build, and images that may lack.
 nothing_skipped() {
-	local lacks='btrfs|xfs|IMA|io.max|tracing'
+	local lacks='btrfs|xfs|IMA|io.max|tracing|cpuset'
 	[ "$1" != kcsan ] || lacks+='|kmemleak|page owners'
 	shift
 	there "$@" || return
-	! grep -h '# SKIP' "$@" | grep -vE "# SKIP (no golden image|all of it|this kernel has no ($lacks)\$)"
+	! grep -h '# SKIP' "$@" | grep -vE "# SKIP (no golden image|all of it|all CPUs were online at boot|this kernel has no ($lacks)\$)"
 }
 
 # instrumented KERNEL: fail unless the checker of that kernel looks at the module's Rust code.
