@@ -7,6 +7,7 @@
 mod tars;
 
 use std::fs;
+use std::io::Write;
 use std::path::PathBuf;
 use std::time::Duration;
 
@@ -172,4 +173,82 @@ fn many_headers_of_a_member() {
         contains("the extended header at byte 6293504 has")
             .and(contains("more than 8388608 for one member")),
     );
+}
+
+#[test]
+fn compressed_tars_are_read_as_they_are() {
+    let place = Place::new();
+    let gzip = |bytes: &[u8]| {
+        let mut gzip = flate2::write::GzEncoder::new(Vec::new(), flate2::Compression::fast());
+        gzip.write_all(bytes).unwrap();
+        gzip.finish().unwrap()
+    };
+    // The compression tells where it ends.
+    place
+        .convert(&gzip(&member("file", b'0', b"x")), "--fs erofs")
+        .success()
+        .stderr("");
+    let mut more = tar(&[member("file", b'0', b"x")]);
+    more.extend([7; 512]);
+    for bytes in [gzip(&more), more] {
+        let done = place.convert(&bytes, "--fs erofs").success();
+        done.stderr(
+            contains("what follows the end marker")
+                .count(1)
+                .and(contains("in.tar: ")),
+        );
+    }
+}
+
+#[test]
+fn names_that_look_like_disks() {
+    let place = Place::new();
+    for name in [
+        "QED",
+        "vhdxfile",
+        "conectix",
+        "KDMV\x01",
+        "COWD",
+        "QFI",
+        "# Disk DescriptorFile",
+    ] {
+        let tar = tar(&[member(name, b'0', b"x")]);
+        place.convert(&tar, "--fs erofs").success();
+    }
+}
+
+#[test]
+fn large_files_with_holes() {
+    let place = Place::new();
+    for size in [1_u64 << 59, (1 << 62) + 1, (1 << 63) - 1] {
+        let size = size.to_string();
+        let tar = tar(&[
+            pax(&[
+                (b"GNU.sparse.size", size.as_bytes()),
+                (b"GNU.sparse.map", b"0,0"),
+            ]),
+            member("file", b'0', b""),
+        ]);
+        place.convert(&tar, "--fs erofs").success();
+        let mut dump = Command::cargo_bin("obdsetup").unwrap();
+        let dump = dump
+            .current_dir(place.0.path())
+            .args(["dump", "out.obd"])
+            .output()
+            .unwrap();
+        // The inode of 64 bytes that has this size; then the format of chunks: size of a chunk, and
+        // nothing else.
+        let size: u64 = size.parse().unwrap();
+        let at = dump
+            .stdout
+            .chunks(32)
+            .position(|slot| slot[8..16] == size.to_le_bytes());
+        let at = at.unwrap() * 32;
+        assert_eq!(dump.stdout[at] >> 1, 4, "{size}");
+        let format = &dump.stdout[at + 16..at + 20];
+        assert!(
+            format[0] <= 31 && format[1..] == [0; 3],
+            "{size}: {format:?}"
+        );
+    }
 }

@@ -37,6 +37,8 @@ pub(crate) struct Archive {
     /// The name of the last member, for errors.
     pub(super) name: String,
     ended: bool,
+    /// Whether nobody heard the warnings yet.
+    warns: bool,
 }
 
 impl Archive {
@@ -68,6 +70,19 @@ impl Archive {
             global_len: 0,
             name: String::new(),
             ended: false,
+            warns: true,
+        })
+    }
+
+    /// Opens a tar that was read to its end before, and gives no warning a second time.
+    ///
+    /// # Errors
+    ///
+    /// As [`Self::open`].
+    pub(crate) fn again(path: &Path) -> Result<Self> {
+        Ok(Self {
+            warns: false,
+            ..Self::open(path)?
         })
     }
 
@@ -195,7 +210,9 @@ impl Archive {
                 "{}: what follows the end marker at byte {end} is ignored",
                 self.path.display()
             );
-            crate::layers::warn(&[message]);
+            if self.warns {
+                crate::layers::warn(&[message]);
+            }
         }
         Ok(())
     }

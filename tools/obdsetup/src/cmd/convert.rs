@@ -147,16 +147,17 @@ pub(crate) fn run(args: &Args) -> Result<()> {
     let place = directory(&args.output);
     // These files are deleted when dropped.
     let unpacked = match input.compression {
-        Some(compression) => {
+        // Its reader decompresses it.
+        Some(compression) if kind != Kind::Tar => {
             let sectors = kind == Kind::Raw;
             Some(unpacked::unpack(&args.input, compression, sectors, place)?)
         }
-        None => None,
+        _ => None,
     };
     let disk = path_of(unpacked.as_ref(), &args.input);
     let made = match (kind, kind.for_qemu()) {
         (Kind::Directory, _) => Some(make_fs(args, Files::Directory(&args.input), place)?),
-        (Kind::Tar, _) => Some(make_fs(args, Files::Tar(disk), place)?),
+        (Kind::Tar, _) => Some(make_fs(args, Files::Tar(&args.input), place)?),
         (_, Some(format)) => Some(read_with_qemu(disk, format, place)?),
         (_, None) => None,
     };

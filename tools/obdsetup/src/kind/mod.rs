@@ -274,7 +274,12 @@ fn content(path: &Path, head: &[u8], tail: &[u8]) -> Seen {
             compression: None,
         })
     };
-    if let Some(kind) = magic::machine(head, tail) {
+    // A tar begins with a name, which may be the magic of something else.
+    let start = match is_signed(head) {
+        true => &[],
+        false => head,
+    };
+    if let Some(kind) = magic::machine(start, tail) {
         return known(kind);
     }
     if is_tar(head) {
@@ -302,10 +307,14 @@ fn content(path: &Path, head: &[u8], tail: &[u8]) -> Seen {
 
 /// Whether it is a tar: each header has a checksum, and all but those of v7 have a magic.
 fn is_tar(head: &[u8]) -> bool {
-    let magic = head.get(257..262) == Some(b"ustar");
+    head.get(257..262) == Some(b"ustar") || is_signed(head)
+}
+
+/// Whether it begins with the header of a member, whose checksum is right.
+fn is_signed(head: &[u8]) -> bool {
     // The name comes first; a disk with nothing but the checksum has none.
     let named = head.first().is_some_and(|&byte| byte != 0);
-    magic || named && head.first_chunk::<BLOCK>().is_some_and(is_header)
+    named && head.first_chunk::<BLOCK>().is_some_and(is_header)
 }
 
 /// How a file that begins with `head` is compressed. A tar may begin with a name that looks so.

@@ -38,7 +38,7 @@ pub(super) fn read(path: &Path, place: &Path) -> Result<Tree> {
         file: spool,
         end: 0,
     };
-    let mut archive = Archive::open(path)?;
+    let mut archive = Archive::again(path)?;
     let mut newest = None;
     while let Some(member) = archive.next()? {
         newest = newest.max(Some(time(&member)));

@@ -85,7 +85,7 @@ pub(crate) struct Options<'a> {
 #[derive(Clone, Copy)]
 pub(crate) enum Files<'a> {
     Directory(&'a Path),
-    /// A tar, compressed or not.
+    /// A tar, compressed or not, that [`crate::archive::check`] looked through.
     Tar(&'a Path),
 }
 

@@ -3,7 +3,9 @@
 //! squashfs, made by mksquashfs of a tar: only there does the order depend on us, and any user can say
 //! who owns what. Its root directory is told apart.
 
+use std::ffi::OsString;
 use std::io::Seek;
+use std::os::unix::ffi::OsStringExt;
 use std::path::Path;
 
 use anyhow::{Context, Result};
@@ -37,9 +39,9 @@ pub(super) fn make(
         .arg(meta.mtime.seconds.to_string());
     for (name, value) in &meta.xattrs {
         // Not in hexadecimal, where 4.6.1 spoils its memory with more than a few bytes.
-        let name = String::from_utf8_lossy(name);
-        let text = format!("/ x {name}=0s{}", base64(value));
-        command.arg("-p").arg(text);
+        let value = base64(value);
+        let text = [b"/ x ", name.as_slice(), b"=0s", value.as_bytes()].concat();
+        command.arg("-p").arg(OsString::from_vec(text));
     }
     command.arg("-mkfs-time").arg(stamp.time.to_string());
     command.args(options.args);

@@ -90,6 +90,7 @@ pub(super) fn build(tree: &Tree, data: &[Chunk]) -> Result<Files> {
     );
     let mut indices: HashMap<Id, u64> = HashMap::new();
     for name in &names {
+        crate::interrupt::check()?;
         let index = indices.entry(name.parent).or_insert(FIRST_INDEX);
         builder.name(name, *index)?;
         *index += 1;

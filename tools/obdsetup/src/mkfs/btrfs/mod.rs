@@ -135,6 +135,7 @@ fn write_data(tree: &Tree, extents: &[Extent], file: &File) -> Result<Items> {
     let mut last: Option<(u64, usize)> = None;
     let mut start = 0;
     for (address, sum) in sums {
+        crate::interrupt::check()?;
         let count = match last {
             Some((before, count)) if before + SECTOR == address && count < CSUMS => count + 1,
             _ => {
@@ -227,8 +228,8 @@ impl Maker<'_> {
         let mut own = (0, 0, 0);
         loop {
             done.place(self)?;
-            done.free = Packed::new(root::FREE_SPACE, done.free_space_tree(self));
-            done.extent = Packed::new(root::EXTENT, done.extent_tree(self));
+            done.free = Packed::new(root::FREE_SPACE, done.free_space_tree(self)?);
+            done.extent = Packed::new(root::EXTENT, done.extent_tree(self)?);
             done.root = Packed::new(root::ROOT, done.root_tree(self)?);
             let now = (done.free.blocks(), done.extent.blocks(), done.root.blocks());
             if now == own {
@@ -315,9 +316,10 @@ impl Done {
         to_u64(blocks) * NODE + data.map(|extent| extent.len).sum::<u64>()
     }
 
-    fn free_space_tree(&self, maker: &Maker<'_>) -> Items {
+    fn free_space_tree(&self, maker: &Maker<'_>) -> Result<Items> {
         let mut items = Items::new();
         for chunk in self.layout.chunks() {
+            crate::interrupt::check()?;
             let used = self.used_in(chunk, maker);
             let free = chunk.len.saturating_sub(used);
             items.insert(
@@ -331,18 +333,20 @@ impl Done {
                 );
             }
         }
-        items
+        Ok(items)
     }
 
-    fn extent_tree(&self, maker: &Maker<'_>) -> Items {
+    fn extent_tree(&self, maker: &Maker<'_>) -> Result<Items> {
         let mut items = Items::new();
         for chunk in self.layout.chunks() {
+            crate::interrupt::check()?;
             items.insert(
                 key(chunk.start, kind::BLOCK_GROUP_ITEM, chunk.len),
                 format::block_group(self.used_in(chunk, maker), chunk.kind),
             );
         }
         for extent in maker.extents {
+            crate::interrupt::check()?;
             items.insert(
                 key(extent.address, kind::EXTENT_ITEM, extent.len),
                 format::data_extent(extent.inode, extent.offset),
@@ -351,13 +355,14 @@ impl Done {
         let trees = self.packed(maker).into_iter().chain([&self.chunk]);
         for (packed, places) in trees.zip(&self.places) {
             for (&address, level) in places.iter().zip(packed.levels()) {
+                crate::interrupt::check()?;
                 items.insert(
                     key(address, kind::METADATA_ITEM, level.into()),
                     format::metadata_extent(packed.owner()),
                 );
             }
         }
-        items
+        Ok(items)
     }
 
     fn root_tree(&self, maker: &Maker<'_>) -> Result<Items> {

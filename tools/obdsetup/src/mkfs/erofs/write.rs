@@ -31,6 +31,9 @@ const INODE: u64 = 64;
 const INLINE: u64 = 2048;
 /// Most chunks in a file with holes.
 const CHUNKS: u64 = 1 << 16;
+/// log2 of blocks in the largest chunk: the field has five bits. The largest files have more than
+/// [`CHUNKS`] then.
+const CHUNK_BITS: u16 = 31;
 /// The address of a chunk that is a hole.
 const HOLE: u32 = u32::MAX;
 /// Bytes of the header of extended attributes.
@@ -162,7 +165,7 @@ fn plan(tree: &Tree, id: Id, path: &[u8]) -> Result<Plan> {
     let mut chunk_bits = 0;
     let layout = match &node.kind {
         Kind::File(content) if has_holes(content) => {
-            while size.div_ceil(BLOCK << chunk_bits) > CHUNKS {
+            while chunk_bits < CHUNK_BITS && size.div_ceil(BLOCK << chunk_bits) > CHUNKS {
                 chunk_bits += 1;
             }
             layout::CHUNKS
