@@ -148,6 +148,11 @@ fn numbers_that_no_file_has() {
         &device(b"\x80\0\0\0\xff\xff\xff\xff", b"0000001\0"),
         "device number 4294967295:1",
     );
+    let long = [
+        pax(&[(b"SCHILY.devmajor", b"4096")]),
+        device(b"0000001\0", b"0000001\0"),
+    ];
+    place.impossible(&long.concat(), "device number 4096:1");
     let sparse = tar(&[
         pax(&[
             (b"GNU.sparse.size", b"9223372036854775808"),
@@ -251,4 +256,74 @@ fn large_files_with_holes() {
             "{size}: {format:?}"
         );
     }
+}
+
+#[test]
+fn acls_that_name_users() {
+    let place = Place::new();
+    let acl = |text: &[u8]| {
+        tar(&[
+            pax(&[(b"SCHILY.acl.access", text)]),
+            member("file", b'0', b"x"),
+            member("other", b'0', b"x"),
+        ])
+    };
+    let names = acl(b"user::rw-,user:joe:r--,group::r--,mask::r--,other::---");
+    for fs in ["erofs", "btrfs", "ext4"] {
+        let done = place.convert(&names, &format!("--fs {fs}")).code(1);
+        done.stderr(contains("1 file loses them: ./file").and(contains("--numeric-owner")));
+        let done = place.convert(&names, &format!("--fs {fs} --allow-loss"));
+        done.success().stderr(contains("1 file loses them: ./file"));
+    }
+    let root = acl(b"user::rw-,user:root:r--,group::r--,mask::r--,other::---");
+    place.convert(&root, "--fs erofs").success().stderr("");
+    let done = place.convert(&acl(b"user::x:y:z"), "--fs erofs").code(3);
+    done.stderr(contains("member ./file at byte 0: POSIX ACL: "));
+}
+
+#[test]
+fn records_of_other_programs() {
+    let place = Place::new();
+    let records = |records: &[(&[u8], &[u8])]| {
+        tar(&[
+            pax(records),
+            member("file", b'0', b"x"),
+            pax(records),
+            member("more", b'0', b"x"),
+        ])
+    };
+    let usual = records(&[
+        (b"comment", b"x"),
+        (b"atime", b"1.5"),
+        (b"SCHILY.ino", b"7"),
+        (b"LIBARCHIVE.creationtime", b"1"),
+    ]);
+    place.convert(&usual, "--fs erofs").success().stderr("");
+    let flags = records(&[(b"SCHILY.fflags", b"immutable")]);
+    let done = place.convert(&flags, "--fs erofs").success();
+    done.stderr(
+        contains("\"SCHILY.fflags\" are ignored")
+            .count(1)
+            .and(contains("./file")),
+    );
+    let nfs = records(&[(b"SCHILY.acl.ace", b"owner@:rwx::allow")]);
+    let done = place.convert(&nfs, "--fs erofs").code(1);
+    done.stderr(contains("ACLs of NFS: 2 files lose them: ./file ./more"));
+    place.convert(&nfs, "--fs erofs --allow-loss").success();
+    // The same from two programs.
+    let dump = |tar: &[u8]| {
+        place.convert(tar, "--fs erofs").success().stderr("");
+        let mut dump = Command::cargo_bin("obdsetup").unwrap();
+        dump.current_dir(place.0.path()).args(["dump", "out.obd"]);
+        dump.output().unwrap().stdout
+    };
+    let plain = dump(&records(&[(b"SCHILY.xattr.user.a b", b"foo\0")]));
+    assert!(plain == dump(&records(&[(b"LIBARCHIVE.xattr.user.a%20b", b"Zm9vAA")])));
+    place
+        .convert(
+            &records(&[(b"LIBARCHIVE.xattr.user.a", b"?")]),
+            "--fs erofs",
+        )
+        .code(3)
+        .stderr(contains("the value of LIBARCHIVE.xattr.user.a is wrong"));
 }

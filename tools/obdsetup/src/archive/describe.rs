@@ -98,12 +98,17 @@ impl Archive {
         let link = pax.get(b"linkpath").map(<[u8]>::to_vec);
         let link = link.or(extended.link).unwrap_or_else(|| header.link());
         let device = || -> Result<Device> {
-            let number = |number| {
-                u32::try_from(field(number)?).map_err(|_| here("the device number does not fit"))
+            let number = |key, number| {
+                // Where it doesn't fit in the header.
+                let number = match pax.number(key).map_err(record)? {
+                    Some(number) => number,
+                    None => field(number)?,
+                };
+                u32::try_from(number).map_err(|_| here("the device number does not fit"))
             };
             Ok(Device {
-                major: number(header.major())?,
-                minor: number(header.minor())?,
+                major: number("SCHILY.devmajor", header.major())?,
+                minor: number("SCHILY.devminor", header.minor())?,
             })
         };
         // Bytes that follow the header.

@@ -107,7 +107,7 @@ impl Records {
 
     /// Names and values of extended attributes, and all records that nothing here understands.
     pub(super) fn rest(self) -> (List, List) {
-        const KNOWN: [&[u8]; 7] = [
+        const KNOWN: [&[u8]; 9] = [
             b"path",
             b"linkpath",
             b"size",
@@ -115,6 +115,8 @@ impl Records {
             b"gid",
             b"mtime",
             b"hdrcharset",
+            b"SCHILY.devmajor",
+            b"SCHILY.devminor",
         ];
         let (mut xattrs, mut rest): (List, List) = Default::default();
         let mut seen = HashSet::new();

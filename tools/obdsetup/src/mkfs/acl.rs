@@ -4,20 +4,26 @@
 //!
 //! Source: acl(5), Linux `include/uapi/linux/posix_acl_xattr.h`.
 
+use crate::archive::brief;
+
 /// Version of the bytes.
 const VERSION: u32 = 2;
 /// Id of entries that have none.
 const NONE: u32 = u32::MAX;
 
 /// The bytes of an ACL such as `user::rwx,user:1000:r-x,group::r-x,mask::r-x,other::---`. libarchive
-/// and star put a fourth part behind names, the number.
-pub(super) fn from_text(text: &[u8]) -> Result<Vec<u8>, String> {
+/// and star put a fourth part behind names, the number. `None` where there is only a name: it may be
+/// another number on each machine.
+pub(super) fn from_text(text: &[u8]) -> Result<Option<Vec<u8>>, String> {
     let text = std::str::from_utf8(text).map_err(|_| "not text".to_owned())?;
     let lines = text
         .split(['\n', ','])
         .map(|line| line.split('#').next().unwrap_or_default());
     let lines = lines.map(str::trim).filter(|line| !line.is_empty());
-    let mut entries = lines.map(entry).collect::<Result<Vec<_>, _>>()?;
+    let entries = lines.map(entry).collect::<Result<Vec<_>, _>>()?;
+    let Some(mut entries) = entries.into_iter().collect::<Option<Vec<_>>>() else {
+        return Ok(None);
+    };
     // The kernel wants this order.
     entries.sort_unstable_by_key(|&(tag, _, id)| (tag, id));
     let mut bytes = VERSION.to_le_bytes().to_vec();
@@ -26,11 +32,12 @@ pub(super) fn from_text(text: &[u8]) -> Result<Vec<u8>, String> {
         bytes.extend(rights.to_le_bytes());
         bytes.extend(id.to_le_bytes());
     }
-    Ok(bytes)
+    Ok(Some(bytes))
 }
 
-fn entry(line: &str) -> Result<(u16, u16, u32), String> {
-    let bad = || format!("{line:?} is no entry");
+/// Tag, rights and id of an entry; `None` without an id.
+fn entry(line: &str) -> Result<Option<(u16, u16, u32)>, String> {
+    let bad = || format!("{:?} is no entry", brief(line.as_bytes()));
     let parts: Vec<&str> = line.split(':').map(str::trim).collect();
     let (kind, who, rights, number) = match *parts.as_slice() {
         [kind @ ("mask" | "m" | "other" | "o"), rights] => (kind, "", rights, None),
@@ -60,14 +67,13 @@ fn entry(line: &str) -> Result<(u16, u16, u32), String> {
     let id = match (who.is_empty(), number) {
         (true, _) => NONE,
         (false, Some(number)) => number.parse().map_err(|_| bad())?,
-        (false, None) => who.parse().map_err(|_| {
-            format!(
-                "{who:?} is the name of a user or group of another machine: make the tar with \
-                 `tar --numeric-owner --xattrs --xattrs-include='*'`, which has numbers"
-            )
-        })?,
+        (false, None) if who == "root" => 0,
+        (false, None) => match who.parse() {
+            Ok(id) => id,
+            Err(_) => return Ok(None),
+        },
     };
-    Ok((tag, bits, id))
+    Ok(Some((tag, bits, id)))
 }
 
 #[cfg(test)]
@@ -76,16 +82,19 @@ mod tests {
 
     #[test]
     fn texts() {
-        let wanted = Ok(
+        let wanted = Ok(Some(
             b"\x02\0\0\0\x01\0\x07\0\xff\xff\xff\xff\x02\0\x05\0\xe8\x03\0\0\
             \x04\0\x04\0\xff\xff\xff\xff\x10\0\x05\0\xff\xff\xff\xff\x20\0\0\0\xff\xff\xff\xff"
                 .to_vec(),
-        );
+        ));
         let text = b"user::rwx,user:1000:r-x,group::r--,mask::r-x,other::---";
         assert_eq!(from_text(text), wanted);
         let text = b"user::rwx\nother::---\ngroup::r--\nuser:joe:r-x:1000\nmask::r-x\n";
         assert_eq!(from_text(text), wanted);
-        for bad in ["user:joe:r-x", "x::r", "user", "user::y", "mask:1:r"] {
+        let numbers = from_text(b"user:0:r--,group:0:r-x");
+        assert_eq!(from_text(b"user:root:r--,group:root:r-x"), numbers);
+        assert_eq!(from_text(b"user:joe:r-x,user::rwx"), Ok(None));
+        for bad in ["x::r", "user", "user::y", "mask:1:r"] {
             assert!(from_text(bad.as_bytes()).is_err(), "{bad}");
         }
     }

@@ -7,7 +7,7 @@ use std::collections::BTreeMap;
 
 use anyhow::Result;
 
-use super::tree::{show, Id, Kind, Meta, Time, Tree, ROOT};
+use super::tree::{show, Id, Kind, Meta, Time, Tree, Unread, ROOT};
 use super::{FileSystem, Options};
 use crate::exit::Failure;
 use crate::layers::warn;
@@ -24,6 +24,8 @@ const MINORS: u32 = 1 << 19;
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 enum Loss {
     Acl,
+    AclNames,
+    NfsAcl,
     Xattr,
     XattrName,
     XattrEmpty,
@@ -39,6 +41,10 @@ impl Loss {
     fn what(self, fs: FileSystem) -> String {
         match self {
             Self::Acl => "POSIX ACLs".to_owned(),
+            Self::AclNames => "POSIX ACLs that name users or groups (with `tar --numeric-owner`, \
+                               they have numbers)"
+                .to_owned(),
+            Self::NfsAcl => "ACLs of NFS".to_owned(),
             Self::Xattr => "extended attributes other than user, trusted and security".to_owned(),
             Self::XattrName => "extended attributes with \"=\" in the name".to_owned(),
             Self::XattrEmpty => "empty extended attributes of the root directory".to_owned(),
@@ -68,7 +74,13 @@ impl Loss {
     fn is_data(self) -> bool {
         matches!(
             self,
-            Self::Acl | Self::Xattr | Self::XattrName | Self::XattrEmpty | Self::Devices
+            Self::Acl
+                | Self::AclNames
+                | Self::NfsAcl
+                | Self::Xattr
+                | Self::XattrName
+                | Self::XattrEmpty
+                | Self::Devices
         )
     }
 }
@@ -163,7 +175,12 @@ pub(super) fn fit(tree: &mut Tree, options: &Options<'_>) -> Result<()> {
 }
 
 fn fit_meta(meta: &mut Meta, fs: FileSystem, through_tar: bool, mut note: impl FnMut(Loss)) {
-    let mut noted = Vec::new();
+    let unread = std::mem::take(&mut meta.unread);
+    let unread = unread.into_iter().map(|unread| match unread {
+        Unread::AclNames => Loss::AclNames,
+        Unread::NfsAcl => Loss::NfsAcl,
+    });
+    let mut noted: Vec<Loss> = unread.collect();
     meta.xattrs.retain(|name, _| {
         let loss = match () {
             () if name.starts_with(ACL) => (fs == FileSystem::Squashfs).then_some(Loss::Acl),

@@ -95,6 +95,7 @@ fn look(path: &Path) -> Result<(Metadata, Meta)> {
         },
         xattrs: xattrs(path)
             .with_context(|| format!("{}: cannot read extended attributes", path.display()))?,
+        unread: Vec::new(),
     };
     Ok((status, meta))
 }

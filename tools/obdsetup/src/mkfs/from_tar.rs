@@ -15,15 +15,20 @@ use overlaybd::format::num::{to_u64, to_usize};
 
 use super::acl;
 use super::limits;
+use super::records::{self, Meaning};
 use super::stamp::source_date_epoch;
 use super::tree::{
-    show, Content, ContentMaker, Device, Id, Kind, Meta, Node, Source, Time, Tree, BLOCK, ROOT,
+    show, Content, ContentMaker, Device, Id, Kind, Meta, Node, Source, Time, Tree, Unread, BLOCK,
+    ROOT,
 };
 use crate::archive::{self, Archive, Member, MemberKind};
 use crate::exit::{self, Failure};
+use crate::layers::warn;
 
 /// Symbolic links that are followed for one name.
 const LINKS: u32 = 40;
+/// Keys of unknown records of which it is told.
+const UNKNOWN: usize = 20;
 
 /// Reads the tar at `path`. Content goes to a temporary file in `place`, without the holes.
 pub(super) fn read(path: &Path, place: &Path) -> Result<Tree> {
@@ -37,6 +42,7 @@ pub(super) fn read(path: &Path, place: &Path) -> Result<Tree> {
         spool: BufWriter::with_capacity(1 << 20, Arc::clone(&spool)),
         file: spool,
         end: 0,
+        unknown: BTreeMap::new(),
     };
     let mut archive = Archive::again(path)?;
     let mut newest = None;
@@ -45,6 +51,7 @@ pub(super) fn read(path: &Path, place: &Path) -> Result<Tree> {
         reader.member(&member, &mut archive)?;
     }
     reader.spool.flush().context(SPOOL)?;
+    reader.tell_of_unknown();
     let mtime = match source_date_epoch()? {
         Some(seconds) => Time {
             seconds,
@@ -68,6 +75,7 @@ fn unsaid() -> Meta {
         gid: 0,
         mtime: Time::default(),
         xattrs: BTreeMap::new(),
+        unread: Vec::new(),
     }
 }
 
@@ -87,6 +95,8 @@ struct Reader<'a> {
     file: Arc<File>,
     /// Bytes in the spool.
     end: u64,
+    /// Keys of pax records that say what obdsetup doesn't know, and the first members that have them.
+    unknown: BTreeMap<String, String>,
 }
 
 impl Reader<'_> {
@@ -107,7 +117,7 @@ impl Reader<'_> {
             possible(limits::path(target))?;
         }
         let meta = self.meta(member)?;
-        possible(limits::xattrs(&meta))?;
+        limits::xattrs(&meta).map_err(|what| self.bad(member, &what))?;
         let (parent, name) = match member.path.iter().rposition(|&byte| byte == b'/') {
             _ if member.path.is_empty() => return self.root(member, meta),
             Some(slash) => {
@@ -263,8 +273,20 @@ impl Reader<'_> {
         Ok(at)
     }
 
-    fn meta(&self, member: &Member) -> Result<Meta> {
+    /// Warns of records that say what obdsetup doesn't know.
+    fn tell_of_unknown(&self) {
+        let path = self.path.display();
+        for (key, member) in &self.unknown {
+            warn(&[format!(
+                "{path}: the pax records {key:?} are ignored: obdsetup doesn't know what they mean; \
+                 the first one is that of {member}"
+            )]);
+        }
+    }
+
+    fn meta(&mut self, member: &Member) -> Result<Meta> {
         let mut xattrs = BTreeMap::new();
+        let mut unread = Vec::new();
         for (key, value) in &member.records {
             let (name, value) = match key.as_slice() {
                 b"SCHILY.acl.access" | b"SCHILY.acl.default" => {
@@ -274,10 +296,36 @@ impl Reader<'_> {
                     };
                     let acl = acl::from_text(value)
                         .map_err(|what| self.bad(member, &format!("POSIX ACL: {what}")))?;
+                    let Some(acl) = acl else {
+                        unread.push(Unread::AclNames);
+                        continue;
+                    };
                     (name, acl)
                 }
                 b"RHT.security.selinux" => ("security.selinux", [value.as_slice(), b"\0"].concat()),
-                _ => continue,
+                b"SCHILY.acl.ace" => {
+                    unread.push(Unread::NfsAcl);
+                    continue;
+                }
+                key => {
+                    match records::meaning(key, value) {
+                        Meaning::Nothing => {}
+                        Meaning::Xattr(name, value) => {
+                            xattrs.insert(name, value);
+                        }
+                        Meaning::Bad => {
+                            let what = format!("the value of {} is wrong", archive::brief(key));
+                            return Err(self.bad(member, &what));
+                        }
+                        Meaning::Unknown if self.unknown.len() < UNKNOWN => {
+                            let key = archive::brief(key);
+                            let first = || show(&member.path);
+                            self.unknown.entry(key).or_insert_with(first);
+                        }
+                        Meaning::Unknown => {}
+                    }
+                    continue;
+                }
             };
             xattrs.insert(name.as_bytes().to_vec(), value);
         }
@@ -293,6 +341,7 @@ impl Reader<'_> {
             gid: member.gid,
             mtime: time(member),
             xattrs,
+            unread,
         })
     }
 

@@ -16,6 +16,7 @@ mod from_dir;
 mod from_tar;
 mod limits;
 mod pax;
+mod records;
 mod squashfs;
 mod stage;
 mod stamp;

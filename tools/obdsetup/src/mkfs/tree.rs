@@ -33,6 +33,15 @@ pub(super) struct Device {
     pub(super) minor: u32,
 }
 
+/// What the source says of a file, and no tree can hold.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Unread {
+    /// POSIX ACLs with names in place of numbers.
+    AclNames,
+    /// ACLs of NFS.
+    NfsAcl,
+}
+
 /// What every kind of file has.
 #[derive(Clone, Debug)]
 pub(super) struct Meta {
@@ -43,6 +52,7 @@ pub(super) struct Meta {
     pub(super) mtime: Time,
     /// Names, as `user.name`, and values of the extended attributes.
     pub(super) xattrs: BTreeMap<Vec<u8>, Vec<u8>>,
+    pub(super) unread: Vec<Unread>,
 }
 
 /// What a file is.
