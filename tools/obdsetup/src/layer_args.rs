@@ -177,6 +177,6 @@ fn user_tag(text: &str) -> Result<String, String> {
 }
 
 /// A UUID as upstream writes it: upper case; all zeros for none.
-fn uuid_text(uuid: Uuid) -> String {
+pub(crate) fn uuid_text(uuid: Uuid) -> String {
     uuid.as_hyphenated().to_string().to_uppercase()
 }

@@ -268,9 +268,11 @@ fn layers_without_identity_are_as_they_were() {
     // Merged from the middle, too; with the layer's own UUIDs where there are some.
     place.ok("merge -o fbc fb fc");
     place.ok("verify fa fbc");
+    // Nor is one made where the same content may be there twice.
     place.ok("commit --compact fb compact");
-    assert_ne!(place.ident("compact").0, NIL);
-    place.ok("verify fa compact");
+    place.ok("commit --compact --tar fb compact2");
+    assert_eq!(place.ident("compact").0, NIL);
+    place.ok("verify fa compact compact2");
     // Of ours, one that lost its UUID in other hands is missed.
     place.ok(&format!("commit {FOREIGN} b lost"));
     place
@@ -284,6 +286,44 @@ fn layers_without_identity_are_as_they_were() {
         .run("verify fa small")
         .success()
         .stderr(contains("the end is cut off"));
+}
+
+/// A UUID that says where its layer belongs is not that of a layer elsewhere.
+#[test]
+fn another_place_is_another_uuid() {
+    const OTHER: &str = "11111111-2222-4333-8444-555566667777";
+    let place = Place::with_stack();
+    let [a, b, c] = ["a", "b", "c"].map(|name| place.ident(name));
+    // As other tools make one: with a UUID, without a parent.
+    place.ok(&format!(
+        "create --base a --uuid {OTHER} --parent-uuid {NIL} --image b.raw foreign"
+    ));
+    place.ok("create --base a --base foreign --image c.raw over");
+    assert_eq!(place.ident("over").1, OTHER);
+    place
+        .run("merge -o m foreign over")
+        .success()
+        .stderr(contains("does not keep UUID").and(contains("--ignore-identity")));
+    assert_ne!(place.ident("m").0, place.ident("over").0);
+    place.ok("verify a m");
+    place.ok(&format!("merge -o m2 --parent-uuid {} foreign over", a.0));
+    assert_eq!(place.ident("m2"), (place.ident("over").0, a.0.clone()));
+    place.ok("verify a m2");
+
+    place.ok(&format!("commit --parent-uuid {OTHER} c moved"));
+    let moved = place.ident("moved");
+    assert!(moved.0 != c.0 && moved.1 == OTHER, "{moved:?}");
+    place.ok(&format!("commit --parent-uuid {} moved back", b.0));
+    assert_eq!(place.ident("back"), c);
+    let lower = b.0.to_lowercase();
+    place.ok(&format!("commit --parent-uuid {lower} c same"));
+    assert_eq!(place.ident("same").0, c.0);
+    // What others have given stays.
+    place.ok(&format!("commit --parent-uuid {} foreign named", a.0));
+    assert_eq!(place.ident("named").0, OTHER);
+    place.ok(&format!("commit --parent-uuid {NIL} b none"));
+    assert_eq!(place.ident("none"), (NIL.to_owned(), NIL.to_owned()));
+    place.ok("verify a none");
 }
 
 #[test]

@@ -7,13 +7,14 @@ use std::path::PathBuf;
 use anyhow::Result;
 use overlaybd::format::num::to_u64;
 use overlaybd::format::Blob;
-use overlaybd::identity::Below;
+use overlaybd::identity::{is_placed, Below};
 use overlaybd::layer::Ident;
 use overlaybd::lsmt_writer::{join, LayerWriter, Run};
 use overlaybd::{flatten, LayerReader};
+use uuid::Uuid;
 
 use crate::bar::Bar;
-use crate::layer_args::{IdentArgs, NewLayerArgs};
+use crate::layer_args::{uuid_text, IdentArgs, NewLayerArgs};
 use crate::layer_out::{derive, LayerOut};
 use crate::layers::LayerArg;
 
@@ -25,8 +26,9 @@ use crate::layers::LayerArg;
   obdsetup commit --algorithm none layer.obd layer.lsmt              unwrap
 
 The LSMT file inside stays as it is, byte for byte. With --compact, or where an identity is given,
-it is written anew: data dense and in order, dead blocks left out. Then a layer without a UUID gets
-one made of its content.")]
+it is written anew: data dense and in order, dead blocks left out. Then a layer
+without a UUID gets one made of its content if it has a parent UUID, and one that obdsetup has made
+gets another UUID with another parent.")]
 pub(crate) struct Args {
     /// The layer, wrapped or not, or DEVICE:size=BYTES
     #[arg(value_name = "IN")]
@@ -79,8 +81,17 @@ fn compact(new: &IdentArgs, layer: LayerReader, output: LayerOut) -> Result<()> 
     let disk = flatten::stack(vec![layer])?;
     let read = |offset: u64, buf: &mut [u8]| disk.read_at(offset, buf);
     let mut ident = new.ident(Below::of(&old.parent), |below| {
-        if Ident::is_known(&old.uuid) {
+        let is_same = match below {
+            Below::Layer(uuid) => uuid.eq_ignore_ascii_case(&old.parent),
+            Below::Nothing | Below::Unknown => !Ident::is_known(&old.parent),
+        };
+        // One made of the content and the place is not that of another place.
+        if Ident::is_known(&old.uuid) && (is_same || !is_placed(&old.uuid)) {
             return Ok(old.uuid);
+        }
+        // Two layers of a stack may have the same content, and are not the same layer.
+        if below == Below::Unknown {
+            return Ok(uuid_text(Uuid::nil()));
         }
         derive(size, below, &join(&segments), read)
     })?;

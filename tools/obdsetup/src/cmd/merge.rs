@@ -15,7 +15,7 @@ use crate::chain::{ChainArgs, Part};
 use crate::exit::Failure;
 use crate::layer_args::NewLayerArgs;
 use crate::layer_out::{derive, LayerOut};
-use crate::layers::{expand, open_layers, paths, LayerArg};
+use crate::layers::{expand, open_layers, paths, warn, LayerArg};
 
 /// Arguments of `merge`.
 #[derive(clap::Args)]
@@ -27,8 +27,9 @@ use crate::layers::{expand, open_layers, paths, LayerArg};
 The new layer reads as the layers did together, alone and in their place in a larger stack: what
 they set to zero still hides what is below. With --lowest, it does so as the lowest layer only.
 It takes the UUID of the topmost layer and the parent UUID of the lowest one, if none are given: what
-was above them fits on it, and it fits on what was below them. If the topmost layer has no UUID, it
-gets one made of its content.")]
+was above them fits on it, and it fits on what was below them. If the topmost layer has no UUID, or
+one that obdsetup made while the lowest layer does not say what is below, it gets one made of its
+content.")]
 pub(crate) struct Args {
     /// Layers, lowest first, DEVICE:size=BYTES, or a config.v1.json that lists them
     #[arg(required = true, value_name = "LAYER")]
@@ -64,9 +65,20 @@ pub(crate) fn run(args: &Args) -> Result<()> {
     let size = flatten::virtual_size(&stack);
     let ident = args.new.ident.ident(below(args, &stack), |below| {
         // It stands in the place of the layers, below what was above them.
-        let top = stack.layers().last().map(|layer| &layer.ident().uuid);
-        if let Some(uuid) = top.filter(|uuid| Ident::is_known(uuid)) {
-            return Ok(uuid.clone());
+        let top = stack.layers().last();
+        if let Some(top) = top.filter(|top| Ident::is_known(&top.ident().uuid)) {
+            let uuid = &top.ident().uuid;
+            // With no parent, such a UUID says that the layer is the lowest.
+            if below != Below::Unknown || !is_placed(uuid) {
+                return Ok(uuid.clone());
+            }
+            warn(&[format!(
+                "{}: does not keep UUID {uuid}, since the UUID of the layer below is not known: \
+                 layers that were made over {} go on it with --ignore-identity only; with \
+                 --parent-uuid it keeps the UUID",
+                args.output.display(),
+                top.path().display()
+            )]);
         }
         let read = |offset: u64, buf: &mut [u8]| stack.read_at(offset, buf);
         derive(size, below, &runs, read)
