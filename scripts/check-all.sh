@@ -1,10 +1,10 @@
 #!/bin/bash
 # SPDX-License-Identifier: GPL-2.0
 # Run what CI does not, one after the other: check-all.sh. PARTS='NAME...' are those to run. Ends with a line for each and with
-# what was left out. As much as an hour and a half, and 40 GB of cache, where nothing is there yet.
+# what was left out. As much as two hours, and 40 GB of cache, where nothing is there yet.
 . "$(dirname "$0")/lib.sh"
 
-ALL=(forky kcsan boot deb soak fuzz bench)
+ALL=(forky kcsan boot deb soak kills fuzz bench)
 SOAK_MINUTES=5 FUZZ_SECONDS=120
 
 run_forky() { "$SCRIPTS/check.sh" forky; }
@@ -12,13 +12,14 @@ run_kcsan() { "$SCRIPTS/check.sh" kcsan; }
 run_boot() { "$SCRIPTS/check-boot.sh"; }
 run_deb() { "$SCRIPTS/check-deb.sh"; }
 run_soak() { MINUTES=${MINUTES:-$SOAK_MINUTES} "$SCRIPTS/check.sh" soak; }
+run_kills() { "$SCRIPTS/check.sh" kills; }
 run_fuzz() { "$SCRIPTS/fuzz.sh" "$FUZZ_SECONDS"; }
 run_bench() { VM=uml PARTS=latency COMPARE='' "$SCRIPTS/bench.sh"; }
 
 # left_out PART: what it does not do, or what does it in full.
 left_out() {
 	case $1 in
-	forky | kcsan | boot | deb) ;;
+	forky | kcsan | boot | deb | kills) ;;
 	soak) say "soak for longer than ${MINUTES:-$SOAK_MINUTES} minutes: make soak MINUTES=" ;;
 	fuzz) say "fuzz for longer than $FUZZ_SECONDS s a target: make fuzz SECONDS=" ;;
 	bench) say "bench but for latency, and with the stock kernel: make bench, make bench VM=qemu" ;;

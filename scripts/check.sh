@@ -8,6 +8,7 @@
 #   forky   lint and build of the module, and the tests in the VM, with the kernel and the tool chain of Debian forky
 #   debug   the tests in the VM with the debug kernel
 #   kcsan   those that have several things at once, with the KCSAN kernel
+#   kills   with Debian's kernel, in the VM, obdsetup killed $OBD_KILLS (50) times in each way
 #   soak    a random mix of everything for $MINUTES (30), with the debug kernel
 . "$(dirname "$0")/lib.sh"
 
@@ -220,11 +221,12 @@ for part in "${parts[@]}"; do
 	case $part in
 	stock) total=$((total + ${#lints[@]} + 7)) ;;
 	system) total=$((total + 5)) ;;
+	kills) total=$((total + 4)) ;;
 	both) total=$((total + ${#lints[@]} + 8)) ;;
 	cpus) total=$((total + 4)) ;;
 	forky) total=$((total + 6)) ;;
 	debug | kcsan | soak) total=$((total + 7)) ;;
-	*) die "usage: check.sh [stock | system | both | cpus | forky | debug | kcsan | soak]..." ;;
+	*) die "usage: check.sh [stock | system | both | cpus | forky | debug | kcsan | kills | soak]..." ;;
 	esac
 done
 alone
@@ -249,6 +251,10 @@ for part in "${parts[@]}"; do
 	cpus)
 		QEMU_SMP=12 KERNEL_ARGS="maxcpus=4 isolcpus=2 nohz_full=3" \
 			in_vm stock "tests with offline and isolated CPUs" cpus
+		;;
+	kills)
+		export OBD_KILLS=${OBD_KILLS:-50}
+		TIMEOUT=7200 in_vm stock "$OBD_KILLS kills" system/kills
 		;;
 	forky) in_vm forky tests "${thirds[@]}" "$rest" ;;
 	debug) in_vm debug tests "${thirds[@]}" "$rest_of_module" ;;

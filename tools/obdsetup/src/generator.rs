@@ -18,8 +18,9 @@ use crate::exit::Failure;
 use crate::layers::LayerArg;
 use crate::tab::{self, Entry};
 
-/// Seconds after which an `open` at boot has failed: more than it waits for another one and for udev.
-/// Without, systemd would never end a oneshot.
+/// Seconds after which an `open` at boot, or a `close`, has failed: more than it waits for another one
+/// and for udev. Without, systemd would never end a oneshot. A signal goes to obdsetup alone, which
+/// takes down what it has set up, and needs dmsetup for that.
 const TIMEOUT: u32 = 300;
 
 /// The name that this program goes by.
@@ -156,7 +157,9 @@ Conflicts=umount.target
 [Service]
 Type=oneshot
 RemainAfterExit=yes
+KillMode=mixed
 TimeoutStartSec={TIMEOUT}
+TimeoutStopSec={TIMEOUT}
 ExecStart=\"{program}\" open {name}
 ExecStop=\"{program}\" close {name}
 "
@@ -284,7 +287,9 @@ After=systemd-tmpfiles-setup-dev.service
 [Service]
 Type=oneshot
 RemainAfterExit=yes
+KillMode=mixed
 TimeoutStartSec=300
+TimeoutStopSec=300
 ExecStart="/usr/sbin/obdsetup" open my-app
 ExecStop="/usr/sbin/obdsetup" close my-app
 "#
@@ -416,7 +421,7 @@ ExecStop="/usr/sbin/obdsetup" close my-app
         codes.concat()
     }
 
-    const KEYS: [&str; 18] = [
+    const KEYS: [&str; 20] = [
         "After",
         "Before",
         "BindsTo",
@@ -425,7 +430,9 @@ ExecStop="/usr/sbin/obdsetup" close my-app
         "DefaultDependencies",
         "Description",
         "Documentation",
+        "KillMode",
         "TimeoutStartSec",
+        "TimeoutStopSec",
         "ExecStart",
         "ExecStop",
         "IgnoreOnIsolate",

@@ -174,6 +174,9 @@ pub enum BlockFault {
     },
 }
 
+/// No image has as many bytes.
+const MOST: u64 = 1 << 50;
+
 /// A format error in words.
 struct Described {
     error: format::Error,
@@ -205,6 +208,15 @@ impl Described {
             }
             _ => return None,
         };
+        let is_index = matches!(
+            self.error.fault,
+            Fault::ZfileIndexRange | Fault::LsmtIndexRange
+        );
+        // An index is near the end, where it is cut. One that is far from there, or at a place that no
+        // file has, is a corrupt number.
+        if is_index && found < size / 2 || found >= MOST {
+            return None;
+        }
         Some(format!(
             "too short: it has {size} bytes, {what}: incomplete copy?"
         ))
@@ -270,5 +282,30 @@ impl fmt::Display for Described {
                 "{field} at byte {offset}: found {found}, expected {expected}"
             ),
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::{format, Described, Fault};
+
+    #[test]
+    fn only_what_is_missing_is_an_incomplete_copy() {
+        let short = |fault, offset, found| {
+            let error = format::Error {
+                fault,
+                offset,
+                found,
+            };
+            let size = Some(100_000);
+            Described { error, size }.short().is_some()
+        };
+        assert!(short(Fault::ZfileIndexRange, 40, 200_000));
+        assert!(short(Fault::Truncated, 99_999, 2));
+        assert!(short(Fault::TarSize, 512, 99_999));
+        assert!(short(Fault::ZfileIndexRange, 40, 99_900));
+        assert!(!short(Fault::ZfileIndexRange, 40, 40_000));
+        assert!(!short(Fault::LsmtIndexRange, 40, u64::MAX - 7));
+        assert!(!short(Fault::TarSize, 512, 1 << 60));
     }
 }

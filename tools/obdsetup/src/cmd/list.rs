@@ -82,7 +82,7 @@ pub(crate) fn run(args: &Args) -> Result<()> {
         let message = "must be root to see the health of stacks: names and sizes only";
         return Err(Failure::error(exit::PERMISSION, message));
     }
-    let ill = |row: &&Row| row.health.is_some_and(|health| health != Health::Ok);
+    let ill = |row: &&Row| row.health.map_or(exit::SUCCESS, Health::code) != exit::SUCCESS;
     match rows.iter().filter(ill).min_by_key(|row| row.health) {
         Some(worst) if args.check => {
             let lines: Vec<String> = rows

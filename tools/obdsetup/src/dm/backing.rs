@@ -6,7 +6,7 @@
 //! attach, though the kernel offers it again and again as a free one. So the programs that are started
 //! inherit the loop devices, and hold them to their own end, though obdsetup itself was killed.
 
-use std::fs::File;
+use std::fs::{File, Metadata};
 use std::io::{ErrorKind, Write};
 use std::os::fd::{AsFd, AsRawFd};
 use std::os::unix::fs::MetadataExt;
@@ -16,6 +16,8 @@ use anyhow::{bail, Context, Result};
 use loopdev::{LoopControl, LoopDevice};
 use rustix::fs::{FileType, MemfdFlags, Mode};
 use rustix::io::FdFlags;
+
+use crate::program::Program;
 
 /// How often another process may take the free loop device first.
 const TRIES: u32 = 100;
@@ -86,6 +88,27 @@ pub(crate) fn loop_file(sys: &Path, number: &str) -> Option<String> {
     let bytes = std::fs::read(path).ok()?;
     let text = String::from_utf8_lossy(&bytes);
     Some(text.strip_suffix('\n').unwrap_or(&text).to_owned())
+}
+
+/// Whether the loop device with number `MAJOR:MINOR` is over `file`: false where that cannot be told.
+/// The kernel tells device and inode in answer to an ioctl(2) only.
+pub(crate) fn is_over(sys: &Path, number: &str, file: &Metadata) -> bool {
+    let Ok(device) = sys.join("dev/block").join(number).canonicalize() else {
+        return false;
+    };
+    let node = Path::new("/dev").join(device.file_name().unwrap_or_default());
+    let mut program = Program::new("losetup", "the files of loop devices");
+    program.args(["--list", "--raw", "--noheadings"]);
+    program
+        .args(["--output", "BACK-INO,BACK-MAJ:MIN"])
+        .arg(node);
+    let mut text = String::new();
+    let done = program.end(|line| text.push_str(line));
+    let dev = file.dev();
+    let (major, minor) = (rustix::fs::major(dev), rustix::fs::minor(dev));
+    done.is_ok_and(|done| done.status.success() && done.said.lines().is_empty())
+        && text.split_whitespace().collect::<Vec<_>>()
+            == [file.ino().to_string(), format!("{major}:{minor}")]
 }
 
 /// A loop device that has its file, and its node.

@@ -152,10 +152,6 @@ impl Control {
             done.said.tell();
             return Ok(text);
         }
-        if !rustix::process::geteuid().is_root() {
-            let message = "only root can look at and set up mapped devices";
-            return Err(Failure::error(exit::PERMISSION, message));
-        }
         let lines = done.said.lines();
         let lines: Vec<&str> = lines
             .iter()
@@ -166,6 +162,10 @@ impl Control {
             [] => format!("dmsetup failed: {}", done.status),
             lines => format!("dmsetup: {}", lines.join("; ")),
         };
+        if !rustix::process::geteuid().is_root() {
+            message.push_str("; only root can look at and set up mapped devices");
+            return Err(Failure::error(exit::PERMISSION, message));
+        }
         if !Path::new("/sys/class/misc/device-mapper").exists() {
             message.push_str("; the kernel has no device-mapper (modprobe dm_mod)");
         }

@@ -68,6 +68,15 @@ impl Lock {
         }
     }
 
+    /// Returns whether an obdsetup is at work on stack `name`, as far as this mount namespace knows.
+    pub(crate) fn is_busy(name: &str) -> bool {
+        let file = File::open(PathBuf::from(PLACE).join(name));
+        file.is_ok_and(|file| {
+            let lock = rustix::fs::flock(&file, FlockOperation::NonBlockingLockShared);
+            lock.is_err_and(|error| error == rustix::io::Errno::WOULDBLOCK)
+        })
+    }
+
     /// Returns whether no other obdsetup is at work on the stack.
     pub(crate) fn is_held(&self) -> bool {
         self.held.is_some()

@@ -13,6 +13,7 @@ use anyhow::{Context, Result};
 
 use super::control::Control;
 use super::lock::Lock;
+use crate::interrupt;
 use crate::program::{Patience, Program};
 
 /// How long udev may go without handling an event that we wait for.
@@ -62,9 +63,11 @@ impl Udev {
         let cookie = match self {
             Self::Absent | Self::Deaf => None,
             Self::Present => {
-                let text = control
-                    .run(&["udevcreatecookie"])
-                    .context("cannot make a udev cookie")?;
+                let made = control.run(&["udevcreatecookie"]);
+                if made.is_err() {
+                    interrupt::check()?;
+                }
+                let text = made.context("cannot make a udev cookie")?;
                 let text = text.trim();
                 // Nothing is printed where libdm finds that it cannot wait.
                 let digits = text.strip_prefix("0x");
@@ -135,6 +138,10 @@ impl Wait<'_> {
             destroy(&cookie.text);
         }
         self.lock.set_note("");
+        // A signal to all of a service ends dmsetup, too.
+        if done.is_err() {
+            interrupt::check()?;
+        }
         done.map(|said| said.tell())
     }
 }

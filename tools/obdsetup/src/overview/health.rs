@@ -19,6 +19,8 @@ pub(crate) enum Health {
     ReadErrors,
     /// Some of the devices are missing.
     HalfBuilt,
+    /// They are, since an obdsetup is at work on the stack.
+    Busy,
     /// Reads wait.
     Suspended,
     /// Nothing is known to be wrong.
@@ -33,6 +35,7 @@ impl Health {
             Self::Cut => "CUT SHORT",
             Self::ReadErrors => "READ ERRORS",
             Self::HalfBuilt => "HALF BUILT",
+            Self::Busy => "busy",
             Self::Suspended => "SUSPENDED",
             Self::Ok => "ok",
         }
@@ -41,7 +44,7 @@ impl Health {
     /// The exit code.
     pub(crate) fn code(self) -> u8 {
         match self {
-            Self::Ok => exit::SUCCESS,
+            Self::Ok | Self::Busy => exit::SUCCESS,
             Self::Corrupt => exit::BAD_IMAGE,
             Self::Cut | Self::ReadErrors | Self::HalfBuilt | Self::Suspended => exit::DEVICE,
         }
@@ -69,8 +72,11 @@ impl Health {
         let devices = || stack.devices.iter().map(|(_, device)| device);
         if layers != Self::Ok {
             layers
-        } else if stack.top().is_none() || devices().any(|device| !device.state.live) {
-            Self::HalfBuilt
+        } else if stack.is_half_built() {
+            match stack.busy {
+                true => Self::Busy,
+                false => Self::HalfBuilt,
+            }
         } else if devices().any(|device| device.state.suspended) {
             Self::Suspended
         } else {
@@ -118,9 +124,10 @@ pub(crate) fn line(stack: &Stack) -> String {
                  storage below"
             )
         }
-        Health::HalfBuilt => format!(
-            "{word}: an open or close is running, or was killed; `obdsetup close {name}' clears it"
-        ),
+        Health::HalfBuilt => {
+            format!("{word}: an open or close was killed; `obdsetup close {name}' clears it")
+        }
+        Health::Busy => format!("{word}: being set up or taken down"),
         Health::Suspended => {
             let mut devices = stack
                 .devices
@@ -188,7 +195,11 @@ mod tests {
             devices: Vec::new(),
             layers: vec![layer("/d")],
             shared_with: Vec::new(),
+            busy: true,
         };
+        assert_eq!(Health::of(&stack).code(), 0);
+        assert_eq!(line(&stack), "busy: being set up or taken down");
+        stack.busy = false;
         let mut said = |more: Layer| {
             stack.layers.push(more);
             (Health::of(&stack).code(), line(&stack))

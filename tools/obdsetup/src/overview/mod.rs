@@ -15,8 +15,10 @@ use std::path::Path;
 
 use anyhow::Result;
 
+use crate::dm::backing::is_over;
 use crate::dm::control::Line;
 use crate::dm::inspect::Device;
+use crate::dm::lock::Lock;
 use crate::dm::stack::{part, Rank};
 use crate::dm::Control;
 
@@ -34,6 +36,8 @@ pub(crate) struct Stack {
     pub(crate) layers: Vec<Layer>,
     /// Stacks that have a file or device below in common with this one.
     pub(crate) shared_with: Vec<String>,
+    /// Whether it is not all there, and an obdsetup is at work on it.
+    pub(crate) busy: bool,
 }
 
 /// A layer.
@@ -60,6 +64,11 @@ impl Stack {
         }
     }
 
+    /// Whether a device is missing, or has no table.
+    pub(crate) fn is_half_built(&self) -> bool {
+        self.top().is_none() || self.devices.iter().any(|(_, device)| !device.state.live)
+    }
+
     /// Bytes of the disk.
     pub(crate) fn size(&self) -> Option<u64> {
         let last = self.top()?.table.last()?;
@@ -69,7 +78,11 @@ impl Stack {
 
 /// All stacks, by name.
 pub(crate) fn stacks(control: &Control, sys: &Path) -> Result<Vec<Stack>> {
-    Ok(group(control.inspect(&|uuid| part(uuid).is_some())?, sys))
+    let mut stacks = group(control.inspect(&|uuid| part(uuid).is_some())?, sys);
+    for stack in stacks.iter_mut().filter(|stack| stack.is_half_built()) {
+        stack.busy = Lock::is_busy(&stack.name);
+    }
+    Ok(stacks)
 }
 
 /// The stack that `name` means: the name of its device, or, where that was renamed, the one that was
@@ -107,6 +120,7 @@ fn group(devices: Vec<Device>, sys: &Path) -> Vec<Stack> {
                 devices,
                 layers,
                 shared_with: Vec::new(),
+                busy: false,
             }
         })
         .collect();
@@ -145,8 +159,18 @@ pub(crate) fn numbers(line: &Line) -> Vec<String> {
         word.split_once(':')
             .is_some_and(|(major, minor)| digits(major) && digits(minor))
     };
-    let words = line.params.split_whitespace().filter(is_number);
-    words.map(str::to_owned).collect()
+    let mut words = line.params.split_whitespace();
+    // What follows them may look like a number.
+    let words: Vec<&str> = match line.target.as_str() {
+        "lsmt" => {
+            let count = words.next().and_then(|word| word.parse().ok());
+            words.step_by(2).take(count.unwrap_or(0)).collect()
+        }
+        "zfile" | "linear" => words.take(1).collect(),
+        _ => words.collect(),
+    };
+    let numbers = words.into_iter().filter(is_number);
+    numbers.map(str::to_owned).collect()
 }
 
 /// The layer whose topmost device has `number`.
@@ -177,7 +201,7 @@ fn layer(number: &str, devices: &BTreeMap<String, Device>, sys: &Path) -> Layer 
         }
     }
     layer.file = sysfs::name(sys, &number);
-    layer.cut = sysfs::cut(sys, &number);
+    layer.cut = sysfs::cut(sys, &number, &|file| is_over(sys, &number, file));
     layer
 }
 
@@ -242,7 +266,7 @@ mod tests {
                 "new",
                 "OVERLAYBD-LSMT-app",
                 3,
-                "lsmt 2 254:1 8 7:5 4096",
+                "lsmt 2 254:1 8 7:5 4096 2 8:0 9:1",
                 "lsmt 2 1 8192 9",
             ),
             device(

@@ -70,14 +70,19 @@ pub(crate) fn name(sys: &Path, number: &str) -> String {
 }
 
 /// Where the file of a loop device is shorter than the device: its bytes, and those that were there
-/// when the device was made.
-pub(crate) fn cut(sys: &Path, number: &str) -> Option<(u64, u64)> {
+/// when the device was made. `is_over` tells whether the device is over a file: the name of its file
+/// may be another one's here, in another mount namespace or under another mount.
+pub(crate) fn cut(
+    sys: &Path,
+    number: &str,
+    is_over: &dyn Fn(&fs::Metadata) -> bool,
+) -> Option<(u64, u64)> {
     let file = loop_file(sys, number).filter(|file| !file.ends_with(DELETED))?;
     let device = sys.join("dev/block").join(number);
     let size = number_of_bytes(&device)?;
-    // Nothing can be said of a file that another mount hides.
-    let there = fs::metadata(file).ok().filter(fs::Metadata::is_file)?.len();
-    (there < size).then_some((there, size))
+    let there = fs::metadata(file).ok().filter(fs::Metadata::is_file)?;
+    let is_cut = there.len() < size && is_over(&there);
+    is_cut.then_some((there.len(), size))
 }
 
 /// The bytes of its file that a loop device takes.
@@ -141,9 +146,10 @@ mod tests {
         )?;
         write(&device.join("size"), "0\n")?;
         assert_eq!(name(sys, "7:0"), file.display().to_string());
-        assert_eq!(cut(sys, "7:0"), None);
+        assert_eq!(cut(sys, "7:0", &|_| true), None);
         write(&device.join("size"), "2\n")?;
-        assert_eq!(cut(sys, "7:0"), Some((10, 1024)));
+        assert_eq!(cut(sys, "7:0", &|_| true), Some((10, 1024)));
+        assert_eq!(cut(sys, "7:0", &|_| false), None);
         write(&sys.join("dev/block/254:0/dm/name"), "vg-base\n")?;
         assert_eq!(name(sys, "254:0"), "/dev/mapper/vg-base");
         assert_eq!(name(sys, "8:0"), "8:0");
