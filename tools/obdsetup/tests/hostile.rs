@@ -8,6 +8,7 @@ mod tars;
 
 use std::fs;
 use std::io::Write;
+use std::os::unix::fs::PermissionsExt;
 use std::path::PathBuf;
 use std::time::Duration;
 
@@ -326,4 +327,32 @@ fn records_of_other_programs() {
         )
         .code(3)
         .stderr(contains("the value of LIBARCHIVE.xattr.user.a is wrong"));
+}
+
+#[test]
+fn names_that_are_no_text_stay() {
+    let place = Place::new();
+    let other = TempDir::new().unwrap();
+    let told = other.path().join("told");
+    let program = other.path().join("mksquashfs");
+    let script = format!(
+        "#!/bin/sh\nprintf '%s\\n' \"$@\" >'{}'\nexit 1\n",
+        told.display()
+    );
+    fs::write(&program, script).unwrap();
+    fs::set_permissions(&program, fs::Permissions::from_mode(0o755)).unwrap();
+    let root = tar(&[
+        pax(&[(b"SCHILY.xattr.user.\xff", b"a")]),
+        member("./", b'5', b""),
+    ]);
+    fs::write(place.path("in.tar"), root).unwrap();
+    let mut command = Command::cargo_bin("obdsetup").unwrap();
+    let path = std::env::var("PATH").unwrap_or_default();
+    command.env("PATH", format!("{}:{path}", other.path().display()));
+    command.current_dir(place.0.path());
+    command.args(["convert", "in.tar", "out.obd", "--fs", "squashfs"]);
+    command.assert().failure();
+    let told = fs::read(told).unwrap();
+    let wanted = b"/ x user.\xff=0sYQ==";
+    assert!(told.split(|&byte| byte == b'\n').any(|line| line == wanted));
 }
