@@ -60,7 +60,7 @@ fn unquote(name: &[u8]) -> Vec<u8> {
         let quoted = match rest {
             [b'%', high, low, tail @ ..] => hex(*high)
                 .zip(hex(*low))
-                .map(|(high, low)| (high << 4 | low, tail)),
+                .map(|(high, low)| ((high << 4) | low, tail)),
             _ => None,
         };
         let (byte, tail) = quoted.unwrap_or((first, tail));
@@ -92,7 +92,7 @@ fn base64(text: &[u8]) -> Option<Vec<u8>> {
                 Some(b'/') => 63,
                 Some(_) => return None,
             };
-            bits = bits << 6 | u32::from(value);
+            bits = (bits << 6) | u32::from(value);
         }
         let [_, whole @ ..] = bits.to_be_bytes();
         bytes.extend_from_slice(whole.get(..group.len().checked_sub(1).filter(|&len| len > 0)?)?);

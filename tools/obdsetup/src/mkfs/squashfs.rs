@@ -59,7 +59,7 @@ fn base64(bytes: &[u8]) -> String {
     for group in bytes.chunks(3) {
         let mut bits = 0;
         for nth in 0..3 {
-            bits = bits << 8 | u32::from(group.get(nth).copied().unwrap_or_default());
+            bits = (bits << 8) | u32::from(group.get(nth).copied().unwrap_or_default());
         }
         for nth in 0..4 {
             let digit = (bits >> (18 - 6 * nth)) % 64;
