@@ -86,10 +86,14 @@ class Verdict(NamedTuple):
 
 def told(message):
     """(field, byte, expected) of a message of obdsetup or the kernel about a fault, or None."""
-    special = {"image is truncated": r".*bytes wanted at byte (\d+) are", "a ZFile in a ZFile": None}
+    special = {"image is truncated": r".*bytes wanted at byte (\d+) are", "bytes are wanted at": r".*wanted at byte (\d+)",
+               "the file is empty": r"()", "a ZFile in a ZFile": None, "not an OverlayBD layer": None}
+    # Where obdsetup says first what that means.
+    detail = re.search(r" \(((?:zfile|lsmt|tar) [^()]*)\)$", message)
+    message = detail[1] if detail else message
     for start, place in special.items():
         if start in message:
-            at = re.search(place, message)[1] if place else "0"
+            at = (re.search(place, message, re.DOTALL)[1] or "0") if place else "0"
             return ("size", at, "the range within the blob") if place else ("lsmt magic", at, "the LSMT magic")
     found = re.search(r"(?:.*: )?(?:number of )?([a-z][a-z _]+?)(?: at byte (\d+))?: (?:not )?found.*?, expected (.*)",
                       message, re.DOTALL)

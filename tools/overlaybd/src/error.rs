@@ -225,9 +225,23 @@ impl Described {
 
 impl fmt::Display for Described {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        if let Some(text) = self.short() {
-            return f.write_str(&text);
+        let Some(text) = self.short() else {
+            return self.field(f);
+        };
+        f.write_str(&text)?;
+        // Of what is truncated, the text has it all.
+        if self.size == Some(0) || self.error.fault == Fault::Truncated {
+            return Ok(());
         }
+        f.write_str(" (")?;
+        self.field(f)?;
+        f.write_str(")")
+    }
+}
+
+impl Described {
+    /// Writes the field, its place, what was found and what is expected.
+    fn field(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let format::Error {
             fault,
             offset,

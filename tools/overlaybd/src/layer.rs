@@ -138,9 +138,13 @@ impl Ident {
         }
     }
 
-    /// Whether a UUID says which it is: neither empty nor all zeros.
+    /// Whether a text is a UUID, and not all zeros: 32 hexadecimal digits, with or without hyphens.
+    /// The field is of no use to a reader otherwise, so what else is there means none.
     pub fn is_known(uuid: &str) -> bool {
-        uuid.bytes().any(|byte| !matches!(byte, b'0' | b'-'))
+        let is_text = |byte: u8| byte == b'-' || byte.is_ascii_hexdigit();
+        uuid.bytes().all(is_text)
+            && uuid.bytes().filter(u8::is_ascii_hexdigit).count() == 32
+            && uuid.bytes().any(|byte| !matches!(byte, b'0' | b'-'))
     }
 }
 
