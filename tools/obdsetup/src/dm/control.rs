@@ -16,6 +16,7 @@
 
 use std::fmt;
 use std::path::Path;
+use std::time::Duration;
 
 use anyhow::{Context, Result};
 
@@ -47,6 +48,16 @@ pub(crate) struct State {
     pub(crate) suspended: bool,
     /// Whether it has a table that is in use.
     pub(crate) live: bool,
+}
+
+/// How often dmsetup lists all devices, and the time in between: it fails where one goes while it
+/// looks.
+const LOOKS: u32 = 20;
+const BETWEEN_LOOKS: Duration = Duration::from_millis(50);
+
+/// Whether this process may use device-mapper, and the kernel has it.
+fn is_usable() -> bool {
+    rustix::process::geteuid().is_root() && Path::new("/sys/class/misc/device-mapper").exists()
 }
 
 /// The columns that [`State::parse`] reads.
@@ -132,7 +143,16 @@ impl Control {
         let separator = SEPARATOR.to_string();
         let mut args = vec!["info", "-c", "--noheadings", "--separator", &separator];
         args.extend(["-o", COLUMNS]);
-        let text = self.run(&args).context("cannot list devices")?;
+        let mut looks = 1;
+        let text = loop {
+            match self.run(&args) {
+                Err(_) if looks < LOOKS && is_usable() => {
+                    looks += 1;
+                    std::thread::sleep(BETWEEN_LOOKS);
+                }
+                done => break done.context("cannot list devices")?,
+            }
+        };
         Ok(text.lines().filter_map(State::parse).collect())
     }
 
