@@ -78,8 +78,8 @@ impl<W: Write + Seek> Pax<W> {
         }
     }
 
-    // Not in a form for sparse files: mkfs.erofs knows none, and mksquashfs 4.6.1 spoils its memory
-    // with GNU's form 1.0. The tar itself has the holes.
+    // Not in a form for sparse files: mkfs.erofs knows none, and mksquashfs 4.6.1 calls a tar with
+    // GNU's form 1.0 corrupt. The tar itself has the holes.
     fn file(&mut self, path: &[u8], node: &Node, content: &Content) -> Result<()> {
         self.header(path, node, b'0', content.size, &[])?;
         let mut at = 0;
