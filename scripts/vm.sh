@@ -47,14 +47,19 @@ guest_env() {
 	done
 }
 
-# watch PID: when time is over have the kernel say where it is, then end it.
+# watch PID: when time is over, or the guest has not begun its command after START_TIMEOUT seconds, have the kernel say
+# where it is, then end it.
 watch() {
-	local i
+	local i over=timeout
 	for ((i = 0; i < ${TIMEOUT:-1800}; i++)); do
 		sleep 1
 		[ -d "$VM_RUN" ] || return 0
+		if [ "$i" -ge "${START_TIMEOUT:-300}" ] && [ ! -e "$VM_RUN/started" ]; then
+			over=hung
+			break
+		fi
 	done
-	: >"$VM_RUN/timeout"
+	: >"$VM_RUN/$over"
 	echo nmi 1<>"$VM_RUN/monitor.in"
 	sleep 5
 	end_vm "$1"
@@ -76,6 +81,9 @@ verdict() {
 	if [ -s "$VM_RUN/status" ]; then
 		status=$(cat "$VM_RUN/status")
 		return
+	elif [ -e "$VM_RUN/hung" ]; then
+		warn "vm: the guest did not begin its command within ${START_TIMEOUT:-300} s; the end of $kernel_log:"
+		status=126
 	elif [ -e "$VM_RUN/timeout" ]; then
 		warn "vm: not over after ${TIMEOUT:-1800} s; the end of $kernel_log:"
 		status=124
@@ -132,20 +140,35 @@ esac
 stdin=/dev/null
 [ -n "${RUN:-}" ] || stdin=/dev/stdin
 [ "$monitor" = qemu ] || binds+=(-b "$VM_RUN:/run/vm")
-"$SCRIPTS/in-root.sh" -k "$K_DIR" "${binds[@]}" env VM_RUN="$(in_root "$VM_RUN")" \
-	VM_BOOT="${VM_BOOT:+$(in_root "$VM_BOOT")}" VM_ACCEL="${VM_ACCEL:-}" \
-	VM_SMP="${QEMU_SMP:-2}" VM_MEM="${QEMU_MEM:-$(cat "$K_DIR/memory" 2>/dev/null || say 2048)}" VM_SHARE="${SHARE:+/srv}" \
-	VM_QEMU_ARGS="${QEMU_ARGS:-}" VM_KERNEL_ARGS="${KERNEL_ARGS:-}" VM_INIT="$IN_ROOT/scripts/vm/init-uml" \
-	"scripts/vm/$monitor.sh" <"$stdin" &
-vm=$!
+# boot: start the guest in the background; sets vm and, for a command, watcher.
+boot() {
+	rm -f "$VM_RUN"/{monitor.in,monitor.out,in,qmp,console,hung,started}
+	"$SCRIPTS/in-root.sh" -k "$K_DIR" "${binds[@]}" env VM_RUN="$(in_root "$VM_RUN")" \
+		VM_BOOT="${VM_BOOT:+$(in_root "$VM_BOOT")}" VM_ACCEL="${VM_ACCEL:-}" \
+		VM_SMP="${QEMU_SMP:-2}" VM_MEM="${QEMU_MEM:-$(cat "$K_DIR/memory" 2>/dev/null || say 2048)}" \
+		VM_SHARE="${SHARE:+/srv}" VM_QEMU_ARGS="${QEMU_ARGS:-}" VM_KERNEL_ARGS="${KERNEL_ARGS:-}" \
+		VM_INIT="$IN_ROOT/scripts/vm/init-uml" "scripts/vm/$monitor.sh" <"$stdin" &
+	vm=$!
+	watcher=
+	if [ -n "${RUN:-}" ]; then
+		watch "$vm" >/dev/null 2>&1 &
+		watcher=$!
+	fi
+}
+
+boot
 trap 'end_vm $vm; save_log; rm -rf "$VM_RUN"; exit 130' INT TERM HUP
-watcher=
-if [ -n "${RUN:-}" ]; then
-	watch "$vm" >/dev/null 2>&1 &
-	watcher=$!
-fi
 status=0
 wait "$vm" || status=$?
+if [ -e "$VM_RUN/hung" ]; then
+	# The module was not loaded yet: the emulation, or a machine that is far too busy. Once may happen.
+	save_log
+	mv "$kernel_log" "$kernel_log.hung"
+	warn "vm: the guest did not begin its command within ${START_TIMEOUT:-300} s (see $kernel_log.hung); booting it again"
+	status=0
+	boot
+	wait "$vm" || status=$?
+fi
 [ -z "$watcher" ] || kill "$watcher" 2>/dev/null || :
 save_log
 verdict "$status"

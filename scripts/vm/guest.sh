@@ -33,6 +33,9 @@ out_port() {
 	done
 }
 
+# The host waits for this: until here it may boot the guest again.
+: >/run/vm/started
+
 # What udev would load on first use.
 modprobe -qa loop dm-mod
 

@@ -15,6 +15,9 @@ append=(console=ttyS0 loglevel=7 log_buf_len=8M panic=-1 oops=panic softlockup_p
 # What only costs time where the CPU is emulated.
 append+=(mitigations=off no_timer_check 8250.nr_uarts=1 lsm=capability audit=0 rcupdate.rcu_expedited=1
 	cryptomgr.notests)
+# The clocks of emulated CPUs, each a thread that the host takes turns at, differ by more than the kernel's check allows;
+# the check itself spins in a timer with interrupts off.
+append+=(tsc=nowatchdog)
 [ ! -f /kernel/cmdline ] || append+=("$(cat /kernel/cmdline)")
 append+=("$VM_KERNEL_ARGS")
 
