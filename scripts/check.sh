@@ -6,7 +6,7 @@
 #   both    stock and system at once
 #   cpus    with Debian's kernel, in a VM with CPUs that are offline or isolated from boot: which CPUs work
 #   forky   lint and build of the module, and the tests in the VM, with the kernel and the tool chain of Debian forky
-#   debug   the tests in the VM with the debug kernel
+#   debug   the tests in the VM with the debug kernel; of tests that are alike, a third, each day another
 #   kcsan   those that have several things at once, with the KCSAN kernel
 #   kills   with Debian's kernel, in the VM, obdsetup killed $OBD_KILLS (50) times in each way
 #   soak    a random mix of everything for $MINUTES (30), with the debug kernel
@@ -257,7 +257,7 @@ for part in "${parts[@]}"; do
 		TIMEOUT=7200 in_vm stock "$OBD_KILLS kills" system/kills
 		;;
 	forky) in_vm forky tests "${thirds[@]}" "$rest" ;;
-	debug) in_vm debug tests "${thirds[@]}" "$rest_of_module" ;;
+	debug) OBD_SAMPLE=3 in_vm debug tests "${thirds[@]}" "$rest_of_module" ;;
 	kcsan)
 		# Not while it boots: run.sh switches the checker on. It looks at more accesses, for longer: the CPUs are slow.
 		KERNEL_ARGS="kcsan.early_enable=0 kcsan.skip_watch=500 kcsan.udelay_task=1000 kcsan.udelay_interrupt=200" \

@@ -136,7 +136,7 @@ for image_name in golden.NAMES:
     elif image_name == "special/big-4t.lsmt":
         add(f"{image_name}, probes on both sides of 2 TiB", probes)
     else:
-        add(image_name, golden_image, image_name)
+        add(image_name, golden_image, image_name, alike=True)
 add("layers of stack/*, each alone", golden_layers)
 
 if __name__ == "__main__":

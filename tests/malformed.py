@@ -87,7 +87,7 @@ def malformed(name):
 
 
 for image_name in (VERDICTS or [n[10:] for n in golden.NAMES if n.startswith("malformed/")]):
-    add(f"malformed/{image_name}", malformed, image_name)
+    add(f"malformed/{image_name}", malformed, image_name, alike=True)
 
 
 @test("an image that changes after the table was loaded gives errors, not other data")

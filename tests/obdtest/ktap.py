@@ -4,6 +4,9 @@
 A script declares tests with @test or add(), and ends with main(). A test fails by raising, most
 often through check() and equal(); a test that checks nothing fails as well. What a test defers is
 undone after it, in reverse order, and counts as a part of it.
+
+Of tests that are alike, one for each of many images, say, OBD_SAMPLE=N runs every Nth: others on another day, or those
+from OBD_SAMPLE_FIRST on.
 """
 
 import os
@@ -32,9 +35,9 @@ class Skip(Exception):
     """A test that cannot run here; the argument says why."""
 
 
-def add(title, function, *args, timeout=TIMEOUT):
-    """Declares a test."""
-    _tests.append((title, function, args, timeout))
+def add(title, function, *args, timeout=TIMEOUT, alike=False):
+    """Declares a test; alike where it is one of many."""
+    _tests.append((title, function, args, timeout, alike))
 
 
 def test(title, timeout=TIMEOUT):
@@ -150,14 +153,28 @@ def _run(function, args, timeout):
     return undo_error if undo_error and (not error or isinstance(error, Skip)) else error
 
 
+SAMPLE = int(os.environ.get("OBD_SAMPLE", "1"))
+
+
+def _sample(tests):
+    """The tests but for those that are alike and not in the sample; says which it is."""
+    alike = [t for t in tests if t[-1]]
+    if SAMPLE == 1 or not alike:
+        return tests
+    first = int(os.environ.get("OBD_SAMPLE_FIRST", time.time() // 86400)) % SAMPLE
+    chosen = alike[first::SAMPLE]
+    note(f"{len(chosen)} of {len(alike)} tests that are alike: OBD_SAMPLE={SAMPLE} OBD_SAMPLE_FIRST={first}")
+    return [t for t in tests if not t[-1] or t in chosen]
+
+
 def main():
     """Runs the tests, all or those whose titles contain a word of the command line."""
     words = sys.argv[1:]
-    tests = [t for t in _tests if not words or any(word in t[0] for word in words)]
+    tests = _sample([t for t in _tests if not words or any(word in t[0] for word in words)])
     signal.signal(signal.SIGALRM, _timeout)
     print(f"KTAP version 1\n1..{len(tests)}", flush=True)
     failed = skipped = 0
-    for number, (title, function, args, timeout) in enumerate(tests, 1):
+    for number, (title, function, args, timeout, _) in enumerate(tests, 1):
         start = time.monotonic()
         error = _run(function, args, timeout)
         if "OBD_TEST_TIMES" in os.environ:
