@@ -4,7 +4,8 @@
 #   stock   lints, builds, tests in user space and, with Debian's kernel, in the VM (the default)
 #   system  with Debian's kernel, in the VM, tests of what an administrator puts together: tests/system
 #   both    stock and system at once
-#   cpus    with Debian's kernel, in a VM with CPUs that are offline or isolated from boot: which CPUs work
+#   cpus    with Debian's kernel, in a VM with CPUs that are offline or isolated from boot: which CPUs work; and in another
+#           that panic_on_corruption panics
 #   forky   lint and build of the module, and the tests in the VM, with the kernel and the tool chain of Debian forky
 #   debug   the tests in the VM with the debug kernel; of tests that are alike, a third, each day another
 #   kcsan   those that have several things at once, with the KCSAN kernel
@@ -124,7 +125,21 @@ instrumented() {
 	grep -q "$calls" "$BUILD"/*-"$1"/obj/rust/dm_overlaybd.o
 }
 
+# panics KERNEL: fail unless a corrupt block makes a guest panic where it has to, and only there.
+panics() {
+	local out=$LOGS/panic-$1.log log=$LOGS/panic-kernel-$1.log status=0
+	KERNEL=$1 RUN="tests/run.sh panic" TIMEOUT=300 VM_LOG=$log "$SCRIPTS/vm.sh" >"$out" 2>&1 || status=$?
+	cat "$out"
+	[ "$status" = 125 ] && grep -q 'now the kernel has to panic' "$out" &&
+		! grep -q 'not ok' "$out" &&
+		grep -qE 'Kernel panic - not syncing: dm_overlaybd: [0-9]+:[0-9]+: corrupt block' "$log"
+}
+
 case ${1:-} in
+--panics)
+	panics "$2"
+	exit
+	;;
 --cargo-results)
 	cargo_results "$2"
 	exit
@@ -223,7 +238,7 @@ for part in "${parts[@]}"; do
 	system) total=$((total + 5)) ;;
 	kills) total=$((total + 4)) ;;
 	both) total=$((total + ${#lints[@]} + 8)) ;;
-	cpus) total=$((total + 4)) ;;
+	cpus) total=$((total + 5)) ;;
 	forky) total=$((total + 6)) ;;
 	debug | kcsan | soak) total=$((total + 7)) ;;
 	*) die "usage: check.sh [stock | system | both | cpus | forky | debug | kcsan | kills | soak]..." ;;
@@ -251,6 +266,7 @@ for part in "${parts[@]}"; do
 	cpus)
 		QEMU_SMP=12 KERNEL_ARGS="maxcpus=4 isolcpus=2 nohz_full=3" \
 			in_vm stock "tests with offline and isolated CPUs" cpus
+		counts "a corrupt block panics the stock kernel where it has to" "$0" --panics stock
 		;;
 	kills)
 		export OBD_KILLS=${OBD_KILLS:-50}

@@ -18,7 +18,7 @@ PAGE_OWNER=/sys/kernel/debug/page_owner_stacks/show_stacks
 COMPLAINTS="WARNING:|BUG:|Oops|Call Trace|INFO: task|lockdep|KASAN|UBSAN|refcount_t|pagealloc: |detected stall|soft lockup"
 FIRST=(golden malformed)
 # These run only where they are named.
-NAMED=(soak system/nested)
+NAMED=(panic soak system/nested)
 
 # scripts [DIR/]: names of all, the most telling first.
 scripts() {

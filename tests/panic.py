@@ -1,0 +1,38 @@
+#!/usr/bin/env python3
+# SPDX-License-Identifier: GPL-2.0
+"""The kernel panics when a block is corrupt, where the table line asks for it. A guest does not survive that, so
+scripts/check.sh boots one for it, and looks at how it died."""
+
+from obdtest import dm, image
+from obdtest.disk import Disk, same_bytes
+from obdtest.dm import line
+from obdtest.ktap import Failure, check, main, note, test
+
+BLOCK = 4096
+DATA = image.sample(16 * BLOCK, 21)
+
+
+@test("a corrupt block does not panic a kernel whose table line says nothing, but one whose table line asks for it")
+def corrupt():
+    raw = bytearray(image.zfile(DATA, image.LZ4, BLOCK))
+    offset, _ = image.Zfile(bytes(raw)).places()[3]
+    raw[offset] ^= 0xff
+    loop = dm.Loop(bytes(raw))
+    table = (0, len(DATA) // 512, "zfile", loop.path, len(raw))
+    disk = Disk(dm.create(line(*table)))
+    try:
+        disk.read(3 * BLOCK, BLOCK)
+    except OSError as error:
+        check(True, f"an error without the option: {error}")
+    else:
+        raise Failure("the corrupt block was read")
+    disk.close()
+    disk = Disk(dm.create(line(*table, 1, "panic_on_corruption")))
+    same_bytes(disk.read(0, BLOCK), DATA[:BLOCK], "another block")
+    note("now the kernel has to panic")
+    disk.read(3 * BLOCK, BLOCK)
+    raise Failure("the kernel has not panicked")
+
+
+if __name__ == "__main__":
+    main()
