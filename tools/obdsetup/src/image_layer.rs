@@ -55,7 +55,10 @@ pub(crate) fn write(
 ) -> Result<()> {
     let image = FileBlob::open(path, None)?;
     if image.size() == 0 {
-        return Err(Failure::usage(format!("{}: empty", path.display())));
+        return Err(Failure::usage(format!(
+            "{}: the image is empty: incomplete copy?",
+            path.display()
+        )));
     }
     let base = match base.is_empty() {
         true => None,

@@ -19,7 +19,10 @@ const MAX: u64 = 4 << 20;
 pub(crate) fn read(path: &Path) -> Result<Vec<u8>> {
     let file = FileBlob::open(path, None)?;
     if file.size() > MAX {
-        return Err(bad(path, &format!("has more than {MAX} bytes")));
+        return Err(bad(
+            path,
+            &format!("has more than {MAX} bytes, too many for such a file"),
+        ));
     }
     let mut bytes = vec![0; to_usize(file.size())];
     file.read_at(0, &mut bytes)

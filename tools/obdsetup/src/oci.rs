@@ -104,7 +104,10 @@ pub(crate) fn convert(layout: &Path, choice: &Choice, out: &Path) -> Result<()> 
     let place = parent.canonicalize().with_context(context)?;
     let place = place.join(out.file_name().unwrap_or_default());
     let Some(place) = place.to_str() else {
-        let message = format!("{}: a config.v1.json cannot name it", place.display());
+        let message = format!(
+            "{}: a config.v1.json cannot name it, since it is not UTF-8: give another",
+            place.display()
+        );
         return Err(Failure::usage(message));
     };
 
@@ -193,7 +196,7 @@ fn choose(layout: &Path, choice: &Choice) -> Result<Descriptor> {
             return Ok(first.clone());
         }
         Some(_) => "several images; --ref and --platform choose one",
-        None if all.is_empty() => return Err(bad(layout, "has no images")),
+        None if all.is_empty() => return Err(bad(layout, "has no images: incomplete copy?")),
         None => "no such image",
     };
     let names: Vec<String> = all.iter().take(NAMED).map(ToString::to_string).collect();
@@ -255,7 +258,10 @@ fn blob(layout: &Path, descriptor: &Descriptor) -> Result<PathBuf> {
 }
 
 fn differs(path: &Path) -> anyhow::Error {
-    bad(path, "is not what its digest and size say")
+    bad(
+        path,
+        "is not what its digest and size say: incomplete copy?",
+    )
 }
 
 fn read_json<T: DeserializeOwned>(layout: &Path, descriptor: &Descriptor, what: &str) -> Result<T> {

@@ -39,10 +39,10 @@ impl Output {
         let mut inputs = inputs.into_iter();
         let refuse = |what| Err(Failure::usage(format!("{}: {what}", path.display())));
         if there.is_some() && inputs.any(|input| place(input) == there) {
-            return refuse("is an input as well");
+            return refuse("is an input as well: give another name");
         }
         if there.is_some() && !path.is_file() {
-            return refuse("is there, and is no regular file");
+            return refuse("is there, and is no regular file: give another name");
         }
         if !force && path.symlink_metadata().is_ok() {
             return Err(exists(path));

@@ -2,7 +2,7 @@
 
 //! Writing a disk as it reads: to a file, perhaps with holes, to a device, to standard output.
 
-use std::fs::File;
+use std::fs::{File, Metadata};
 use std::io::{self, IsTerminal, Seek, SeekFrom, Write};
 use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt};
 use std::path::Path;
@@ -11,12 +11,12 @@ use anyhow::{Context, Result};
 use overlaybd::format::num::{to_u64, to_usize};
 use overlaybd::format::Blob;
 use overlaybd::Error;
-use rustix::fs::OFlags;
+use rustix::fs::{major, minor, OFlags};
 
 use crate::bar::Bar;
-use crate::exit::Failure;
-use crate::interrupt;
+use crate::exit::{self, Failure};
 use crate::output::Output;
+use crate::{in_use, interrupt};
 
 /// Bytes that are read at once.
 const PIECE: u64 = 1 << 20;
@@ -109,12 +109,14 @@ fn open_device(dest: &Dest<'_>, len: u64) -> Result<Option<File>> {
         }
         options.custom_flags(OFlags::EXCL.bits() as i32);
     }
-    let mut file = options.open(dest.path).with_context(context)?;
+    let mut file = options
+        .open(dest.path)
+        .map_err(|error| not_opened(dest.path, &meta, error))?;
     if is_disk {
         let there = file.seek(SeekFrom::End(0)).with_context(context)?;
         if there < len {
             let message = format!(
-                "{}: has {there} bytes, and {len} are to be written",
+                "{}: has {there} bytes, and {len} are to be written: give a larger device",
                 dest.path.display()
             );
             return Err(Failure::usage(message));
@@ -125,11 +127,31 @@ fn open_device(dest: &Dest<'_>, len: u64) -> Result<Option<File>> {
     for layer in dest.inputs {
         let input = std::fs::metadata(layer).with_context(|| layer.display().to_string())?;
         if input.file_type().is_block_device() && input.rdev() == opened.rdev() {
-            let message = format!("{}: is the output as well", layer.display());
+            let message = format!(
+                "{}: is the output as well: give another one",
+                layer.display()
+            );
             return Err(Failure::usage(message));
         }
     }
     Ok(Some(file))
+}
+
+/// Why a device cannot be written to.
+fn not_opened(path: &Path, meta: &Metadata, error: io::Error) -> anyhow::Error {
+    if error.kind() != io::ErrorKind::ResourceBusy {
+        return anyhow::Error::from(error).context(path.display().to_string());
+    }
+    let rdev = meta.rdev();
+    let number = format!("{}:{}", major(rdev), minor(rdev));
+    let why = match in_use::mounted_on(&number) {
+        Some(place) => format!("is mounted on {place}: unmount it first"),
+        None => {
+            "is in use, as a part of another device or by a program: lsblk shows which".to_owned()
+        }
+    };
+    let message = format!("{}: cannot be overwritten: it {why}", path.display());
+    Failure::error(exit::BUSY, message)
 }
 
 /// What the bytes go to.

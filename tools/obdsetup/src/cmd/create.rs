@@ -146,7 +146,7 @@ fn check_size(path: &Path, base: &[LayerReader], grow: bool) -> Result<()> {
         Ordering::Equal => return Ok(()),
         Ordering::Greater if grow => return Ok(()),
         Ordering::Greater => "--grow makes a larger disk of it",
-        Ordering::Less => "its end would be cut off",
+        Ordering::Less => "its end would be cut off: give a disk as large as that",
     };
     Err(Failure::usage(format!(
         "{}: has {size} bytes, but the layers below are a disk of {below} bytes: {what}",
@@ -158,7 +158,7 @@ fn check_size(path: &Path, base: &[LayerReader], grow: bool) -> Result<()> {
 fn make_fs(args: &Args, from: &Path, fs: FileSystem) -> Result<NamedTempFile> {
     if !from.is_dir() {
         return Err(Failure::usage(format!(
-            "{}: not a directory",
+            "{}: not a directory: `obdsetup convert' takes tars and disk images",
             from.display()
         )));
     }

@@ -131,7 +131,7 @@ pub(crate) fn parse(entry: &tab::Entry) -> Result<Args> {
         {
             let option = option.to_string();
             let option = option.trim_start_matches("--");
-            return Failure::usage(format!("unknown option `{option}'"));
+            return Failure::usage(format!("unknown option `{option}': see overlaybdtab(5)"));
         }
         // The first line says it; what follows is on the usage of a command line.
         let text = error.to_string();

@@ -131,7 +131,7 @@ impl Attached {
             }
             last = Some(number);
         }
-        bail!("cannot attach a loop device: others take each that is free")
+        bail!("cannot attach a loop device: others take each that is free: try again")
     }
 
     /// Attaches `file` to a free loop device with a higher number than `taken`.

@@ -61,7 +61,8 @@ impl Lock {
             }
             interrupt::check()?;
             if Instant::now() >= end {
-                let message = format!("another obdsetup is at work on device {name}");
+                let message =
+                    format!("another obdsetup is at work on device {name}: wait until it ends");
                 return Err(Failure::error(exit::BUSY, message));
             }
             std::thread::sleep(POLL);

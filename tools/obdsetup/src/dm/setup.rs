@@ -75,7 +75,7 @@ impl<'a> SetUp<'a> {
             }
             all.take_down()?;
         }
-        bail!("other programs took all {TRIES} sets of device numbers that were tried")
+        bail!("other programs took all {TRIES} sets of device numbers that were tried: try again")
     }
 
     /// Keeps the devices.

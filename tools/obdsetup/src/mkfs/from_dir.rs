@@ -19,7 +19,9 @@ use super::limits;
 use super::tree::{
     Content, ContentMaker, Device, Id, Kind, Meta, Node, Source, Time, Tree, BLOCK, ROOT,
 };
+use crate::archive::brief;
 use crate::bar::Bar;
+use crate::exit::Failure;
 use crate::interrupt;
 
 /// Bytes that are read at once, whole blocks.
@@ -83,7 +85,7 @@ fn possible(path: &Path, result: Result<(), String>) -> Result<()> {
 /// What the system says about a file.
 fn look(path: &Path) -> Result<(Metadata, Meta)> {
     let status = path.symlink_metadata();
-    let status = status.with_context(|| format!("{}: cannot look", path.display()))?;
+    let status = status.map_err(|error| unseen(path, error))?;
     let nanoseconds = u32::try_from(status.mtime_nsec()).unwrap_or_default();
     let meta = Meta {
         mode: status.mode() & 0o7777,
@@ -98,6 +100,20 @@ fn look(path: &Path) -> Result<(Metadata, Meta)> {
         unread: Vec::new(),
     };
     Ok((status, meta))
+}
+
+/// Why the system says nothing about a file.
+fn unseen(path: &Path, error: io::Error) -> anyhow::Error {
+    let bytes = path.as_os_str().as_bytes();
+    match bytes.len() > limits::PATH {
+        true => Failure::usage(format!(
+            "{}: longer than the system takes, more than {} bytes: move the directory, or mount it, \
+             where its own name is shorter",
+            brief(bytes),
+            limits::PATH
+        )),
+        false => anyhow::Error::from(error).context(format!("{}: cannot look", path.display())),
+    }
 }
 
 fn kind(path: &Path, status: &Metadata) -> Result<Kind> {
@@ -122,7 +138,10 @@ fn kind(path: &Path, status: &Metadata) -> Result<Kind> {
         kind if kind.is_block_device() => Kind::BlockDevice(device),
         kind if kind.is_fifo() => Kind::Fifo,
         kind if kind.is_socket() => Kind::Socket,
-        _ => bail!("{}: a file of a kind that is not known", path.display()),
+        _ => bail!(
+            "{}: a file of a kind that obdsetup does not know",
+            path.display()
+        ),
     })
 }
 
@@ -169,7 +188,10 @@ fn content(path: PathBuf, status: &Metadata, bar: &Bar) -> Result<Content> {
     let file = File::open(&path).with_context(context)?;
     let opened = file.metadata().with_context(context)?;
     if (opened.dev(), opened.ino()) != (status.dev(), status.ino()) {
-        bail!("{}: was replaced while it was read", path.display());
+        bail!(
+            "{}: was replaced while it was read: try again when nobody changes it",
+            path.display()
+        );
     }
     let size = opened.len();
     let mut maker = ContentMaker::new();

@@ -103,7 +103,10 @@ pub(crate) fn make(files: Files<'_>, options: &Options<'_>, place: &Path) -> Res
         )));
     }
     if fs.overhead().is_none() && options.size.is_some() {
-        return Err(Failure::usage(format!("{} takes no --size", fs.name())));
+        return Err(Failure::usage(format!(
+            "{} takes no --size: it is as large as its files need",
+            fs.name()
+        )));
     }
     let (mut tree, directory) = match files {
         Files::Directory(_) => (from_dir::read(&from)?, Some(from.as_path())),

@@ -27,6 +27,8 @@ pub(super) fn make(
     tell_of_holes(tree, options.fs, "time")?;
     let image = temp_file(place)?;
     let mut command = Program::new(options.fs.program(), "squashfs file systems");
+    // The first one with -root-time, and with extended attributes by -p.
+    command.needs_version("-version", (4, 6));
     command.arg("-").arg(image.path());
     command.args(["-tar", "-noappend", "-quiet", "-no-progress", "-xattrs"]);
     let root = tree.node(ROOT)?;

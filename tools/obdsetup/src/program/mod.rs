@@ -51,6 +51,13 @@ pub(crate) struct Program {
     patience: Patience,
     heeds_signals: bool,
     input: Option<File>,
+    version: Option<Version>,
+}
+
+/// The version of a program that is needed, and the argument that has it tell its own.
+struct Version {
+    arg: &'static str,
+    needed: (u32, u32),
 }
 
 /// How a program ended, and what it said.
@@ -122,6 +129,7 @@ impl Program {
             patience: Patience::default(),
             heeds_signals: true,
             input: None,
+            version: None,
         }
     }
 
@@ -162,6 +170,32 @@ impl Program {
         self
     }
 
+    /// Says which version is needed. Where the program fails, `arg` has it tell its own, and an older
+    /// one is told of: what it says of options that it doesn't know helps nobody.
+    pub(crate) fn needs_version(&mut self, arg: &'static str, needed: (u32, u32)) -> &mut Self {
+        self.version = Some(Version { arg, needed });
+        self
+    }
+
+    /// Why the program is too old; `None` where it isn't, or nobody knows.
+    fn too_old(&self) -> Option<String> {
+        let version = self.version.as_ref()?;
+        let mut found = None;
+        // Some tell it and fail.
+        let _ = Self::new(&self.name, &self.need)
+            .arg(version.arg)
+            .end(|line| {
+                found = found.or_else(|| version_in(line));
+            });
+        let (major, minor) = version.needed;
+        let (is_major, is_minor) = found.filter(|found| *found < version.needed)?;
+        Some(format!(
+            "{} is version {is_major}.{is_minor}, and {} need version {major}.{minor} or later: \
+             install a newer one, or use another file system",
+            self.name, self.need
+        ))
+    }
+
     /// Lets the program end its work when a signal has come, say to take down what was made.
     pub(crate) fn despite_signals(&mut self) -> &mut Self {
         self.heeds_signals = false;
@@ -180,12 +214,15 @@ impl Program {
         if status.success() {
             return Ok(said);
         }
-        let failure = ProgramFailure {
+        let failure = anyhow::Error::from(ProgramFailure {
             name: said.name,
             status,
             lines: said.lines,
-        };
-        Err(failure.into())
+        });
+        Err(match self.too_old() {
+            Some(old) => failure.context(old),
+            None => failure,
+        })
     }
 
     /// Runs the program to its end, whatever its status. It fails where the program cannot be
@@ -269,6 +306,15 @@ impl Program {
     }
 }
 
+/// The first version in a line: two numbers with a dot between them.
+fn version_in(line: &str) -> Option<(u32, u32)> {
+    line.split_whitespace().find_map(|word| {
+        let (major, rest) = word.trim_start_matches('v').split_once('.')?;
+        let minor = rest.split(|c: char| !c.is_ascii_digit()).next()?;
+        Some((major.parse().ok()?, minor.parse().ok()?))
+    })
+}
+
 /// What ended a wait.
 enum Wait {
     Ended(ExitStatus),
@@ -314,7 +360,7 @@ mod tests {
 
     use anyhow::Result;
 
-    use super::Program;
+    use super::{version_in, Program};
 
     fn shell(script: &str) -> Program {
         let mut program = Program::new("sh", "tests");
@@ -355,6 +401,19 @@ mod tests {
             "no-such-program is not installed; it is needed for tests"
         );
         Ok(())
+    }
+
+    #[test]
+    fn versions() {
+        for (line, version) in [
+            ("mksquashfs version 4.5.1 (2022/03/17)", Some((4, 5))),
+            ("mkfs.erofs 1.8.6", Some((1, 8))),
+            ("mkfs.erofs (erofs-utils) v1.10-g123", Some((1, 10))),
+            ("copyright (C) 2022 a.b <c@d.org>", None),
+            ("", None),
+        ] {
+            assert_eq!(version_in(line), version, "{line}");
+        }
     }
 
     #[test]

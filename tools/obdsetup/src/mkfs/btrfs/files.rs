@@ -159,7 +159,8 @@ impl Builder<'_> {
         for (name, value) in &meta.xattrs {
             if name.len() + value.len() > XATTR {
                 return Err(Failure::usage(format!(
-                    "{}: extended attribute {}: {} bytes are more than btrfs can hold",
+                    "{}: extended attribute {}: {} bytes are more than btrfs can hold: \
+                     use --fs erofs",
                     show(path),
                     String::from_utf8_lossy(name),
                     value.len()

@@ -33,7 +33,8 @@ pub(super) fn make(
         pax::Reader::MkfsErofs,
         std::io::BufWriter::new(tar.as_file()),
     )?;
-    let mut command = Program::new(options.fs.program(), "erofs file systems");
+    let mut command = Program::new(options.fs.program(), "erofs file systems with --mkfs-arg");
+    command.needs_version("--version", (1, 8));
     command.args(["--tar=f", "--quiet", "--mkfs-time", "-T"]);
     command.arg(stamp.time.to_string());
     command.arg("-U").arg(stamp.uuid.to_string());

@@ -122,7 +122,9 @@ pub(super) fn make(tree: &Tree, stamp: &Stamp, place: &Path) -> Result<NamedTemp
         next += blocks;
     }
     if u32::try_from(next).is_err() || next >= u64::from(HOLE) {
-        return Err(Failure::usage("erofs cannot hold more than 16 TiB"));
+        return Err(Failure::usage(
+            "erofs cannot hold more than 16 TiB: use --fs btrfs",
+        ));
     }
     let image = temp_file(place)?;
     let writer = Writer {
@@ -271,7 +273,7 @@ fn xattrs(all: &BTreeMap<Vec<u8>, Vec<u8>>, path: &[u8]) -> Result<Vec<u8>> {
 fn too_long(path: &[u8]) -> anyhow::Error {
     let path = show(path);
     Failure::usage(format!(
-        "{path}: more extended attributes than erofs can hold"
+        "{path}: more extended attributes than erofs can hold: use --fs squashfs"
     ))
 }
 

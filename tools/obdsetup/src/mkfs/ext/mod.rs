@@ -30,6 +30,8 @@ use crate::program::Program;
 const EXT_JOURNAL: u64 = 8 << 20;
 /// What its programs are needed for.
 const NEED: &str = "ext2, ext3 and ext4 file systems";
+/// Bytes of names and values of extended attributes that may not fit in an inode and a block.
+const XATTRS: usize = 3800;
 /// Inode of the root directory.
 const ROOT_INODE: u32 = 2;
 /// Longest value that fits in a line for debugfs, each byte as `\ooo`.
@@ -248,9 +250,36 @@ impl Mend<'_> {
             .iter()
             .filter(|line| !line.starts_with("debugfs 1."));
         match errors.next() {
-            Some(error) => bail!("debugfs failed: {error}"),
+            Some(error) => {
+                self.fits(error)?;
+                bail!("debugfs failed: {error}")
+            }
             None => Ok(()),
         }
+    }
+
+    /// Fails where debugfs had no room for extended attributes, and names a file with too many.
+    fn fits(&self, error: &str) -> Result<()> {
+        if !error.contains("ea_set") {
+            return Ok(());
+        }
+        let root = std::iter::once((ROOT, b"".as_slice()));
+        let names = self.names.iter();
+        for (id, path) in root.chain(names.map(|name| (name.id, name.path.as_slice()))) {
+            let xattrs = &self.tree.node(id)?.meta.xattrs;
+            let size = |(name, value): (&Vec<u8>, &Vec<u8>)| name.len() + value.len();
+            let largest = xattrs.iter().max_by_key(|(_, value)| value.len());
+            let sum: usize = xattrs.iter().map(size).sum();
+            if let Some((name, _)) = largest.filter(|_| sum > XATTRS) {
+                return Err(Failure::usage(format!(
+                    "{}: extended attribute {}: with the others of the file, {sum} bytes are more \
+                     than ext4 can hold: use --fs erofs",
+                    show(path),
+                    String::from_utf8_lossy(name)
+                )));
+            }
+        }
+        Ok(())
     }
 
     /// Commands for further inodes that mke2fs made of a file with several names, and for devices.
@@ -403,7 +432,9 @@ fn entry(line: &str) -> Option<(Vec<u8>, u32)> {
 /// A word for debugfs, which has no way to say a newline.
 fn quote(bytes: &[u8]) -> Result<Vec<u8>> {
     if bytes.iter().any(|byte| matches!(byte, b'\n' | b'\r' | 0)) {
-        return Err(Failure::usage("a name with a newline"));
+        return Err(Failure::usage(
+            "debugfs cannot be told a name with a newline: use --fs erofs or btrfs",
+        ));
     }
     let mut quoted = vec![b'"'];
     for &byte in bytes {

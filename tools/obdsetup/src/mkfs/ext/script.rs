@@ -38,7 +38,7 @@ impl Script {
             || command.first() == Some(&b'!')
         {
             return Err(Failure::usage(
-                "debugfs cannot be told a name with a newline",
+                "debugfs cannot be told a name with a newline: use --fs erofs or btrfs",
             ));
         }
         self.0.write_all(command).context(WRITE)?;
