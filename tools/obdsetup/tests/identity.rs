@@ -124,7 +124,9 @@ fn layers_know_themselves_and_their_parents() {
     // Another content, another size, another parent: another UUID.
     place.ok("create --image b.raw alone");
     place.ok("create --granularity 512 --base a --image c.raw fine");
-    place.ok("commit --parent-uuid 11111111-2222-4333-8444-555566667777 c other --force");
+    place
+        .run("commit --parent-uuid 11111111-2222-4333-8444-555566667777 c other --force")
+        .success();
     assert!(place.ident("alone").0 != b.0 && place.ident("fine").0 != c.0);
     assert_eq!(
         place.ident("other").1,
@@ -310,18 +312,35 @@ fn another_place_is_another_uuid() {
     assert_eq!(place.ident("m2"), (place.ident("over").0, a.0.clone()));
     place.ok("verify a m2");
 
-    place.ok(&format!("commit --parent-uuid {OTHER} c moved"));
+    let tells = |line: &str, now: &str| {
+        place
+            .run(line)
+            .success()
+            .stderr(contains(now).count(1).and(contains("note: ").count(1)));
+    };
+    let text = format!(
+        "and no longer {}, since its UUID says which layer is below",
+        c.0
+    );
+    tells(&format!("commit --parent-uuid {OTHER} c moved"), &text);
     let moved = place.ident("moved");
     assert!(moved.0 != c.0 && moved.1 == OTHER, "{moved:?}");
-    place.ok(&format!("commit --parent-uuid {} moved back", b.0));
+    let text = format!("back: has UUID {}, and no longer {}", c.0, moved.0);
+    tells(&format!("commit --parent-uuid {} moved back", b.0), &text);
     assert_eq!(place.ident("back"), c);
+    // Who gives one knows it.
+    place.ok(&format!(
+        "commit --parent-uuid {OTHER} --uuid {} c asked",
+        c.0
+    ));
     let lower = b.0.to_lowercase();
     place.ok(&format!("commit --parent-uuid {lower} c same"));
     assert_eq!(place.ident("same").0, c.0);
     // What others have given stays.
     place.ok(&format!("commit --parent-uuid {} foreign named", a.0));
     assert_eq!(place.ident("named").0, OTHER);
-    place.ok(&format!("commit --parent-uuid {NIL} b none"));
+    let text = format!("none: has no UUID, and had {}", b.0);
+    tells(&format!("commit --parent-uuid {NIL} b none"), &text);
     assert_eq!(place.ident("none"), (NIL.to_owned(), NIL.to_owned()));
     place.ok("verify a none");
 }

@@ -69,6 +69,7 @@ pub(crate) fn run(args: &Args) -> Result<()> {
 fn compact(new: &IdentArgs, layer: LayerReader, output: LayerOut) -> Result<()> {
     let size = layer.lsmt().virtual_size();
     let old = layer.ident().clone();
+    let input = layer.path().to_owned();
     let segments: Vec<Run> = layer
         .segments()
         .iter()
@@ -87,7 +88,7 @@ fn compact(new: &IdentArgs, layer: LayerReader, output: LayerOut) -> Result<()> 
         };
         // One made of the content and the place is not that of another place.
         if Ident::is_known(&old.uuid) && (is_same || !is_placed(&old.uuid)) {
-            return Ok(old.uuid);
+            return Ok(old.uuid.clone());
         }
         // Two layers of a stack may have the same content, and are not the same layer.
         if below == Below::Unknown {
@@ -95,9 +96,28 @@ fn compact(new: &IdentArgs, layer: LayerReader, output: LayerOut) -> Result<()> 
         }
         derive(size, below, &join(&segments), read)
     })?;
+    if let Some(note) = other_uuid(new, &old.uuid, &ident.uuid) {
+        crate::tell(&format!(
+            "note: {}: {note}, since its UUID says which layer is below, and that is another one now: \
+             layers that were made over {} do not go on it until they get --parent-uuid, too",
+            output.path().display(),
+            input.display()
+        ));
+    }
     if new.user_tag.is_none() {
         ident.user_tag = old.user_tag;
     }
     let writer = LayerWriter::new(size, ident, segments)?;
     output.write(&writer, "committing", read)
+}
+
+/// What to tell of a UUID that isn't the one that was there, unless it was asked for.
+fn other_uuid(new: &IdentArgs, old: &str, now: &str) -> Option<String> {
+    if new.uuid.is_some() || !Ident::is_known(old) || old.eq_ignore_ascii_case(now) {
+        return None;
+    }
+    Some(match Ident::is_known(now) {
+        true => format!("has UUID {now}, and no longer {old}"),
+        false => format!("has no UUID, and had {old}"),
+    })
 }
