@@ -141,6 +141,71 @@ def mounted_disk():
     obdsetup("create", "--force", "--image", loop, f"{work}/out")
 
 
+@test("dump and export: a mounted device is not overwritten")
+def mounted_output():
+    work = work_directory()
+    mnt, layer = f"{work}/mnt", make_stack(work, 1)[0][0]
+    os.mkdir(mnt)
+    run("truncate", "--size=8M", f"{work}/other")
+    run("mkfs.ext4", "-q", f"{work}/other")
+    loop = run("losetup", "--find", "--show", f"{work}/other")
+    defer(quietly, "losetup", "--detach", loop)
+    for options in ("rw", "ro"):
+        run("mount", "-o", options, loop, mnt)
+        defer(quietly, "umount", mnt)
+        before = hashlib.sha256(read_device(loop)).digest()
+        for command in ("dump", "export"):
+            said = obdsetup(command, "--force", "-o", loop, layer, status=5)
+            check(f"{loop}: cannot be overwritten: it is mounted on {mnt}: unmount it first" in said, said)
+            if options == "ro":
+                equal(hashlib.sha256(read_device(loop)).digest(), before, "the device")
+        run("umount", mnt)
+    # Another device is over it.
+    run("dmsetup", "create", f"{NAME}-over", "--readonly", "--table", f"0 8 linear {loop} 0")
+    defer(quietly, "dmsetup", "remove", f"{NAME}-over")
+    said = obdsetup("dump", "--force", "-o", loop, layer, status=5)
+    check("it is in use, as a part of another device" in said, said)
+    run("dmsetup", "remove", f"{NAME}-over")
+    obdsetup("dump", "--force", "-o", loop, layer)
+    check(hashlib.sha256(read_device(loop)).digest() != before, "nothing was written")
+
+
+def read_device(path):
+    with open(path, "rb") as file:
+        return file.read()
+
+
+@test("open: a layer on a device that is mounted")
+def mounted_layer():
+    # Data of a layer begins at 4096, a btrfs at 65536; index and trailer are behind it.
+    work = work_directory()
+    mnt, size = f"{work}/mnt", 128 << 20
+    os.mkdir(mnt)
+    with open(f"{work}/raw", "wb") as file:
+        for _ in range(127):
+            file.write(os.urandom(1 << 20))
+        file.write(os.urandom((1 << 20) - 4096))
+    layer = f"{work}/layer"
+    obdsetup("create", "--algorithm", "none", "--image", f"{work}/raw", layer)
+    os.truncate(f"{work}/raw", 0)
+    os.truncate(f"{work}/raw", size)
+    run("mkfs.btrfs", "-q", f"{work}/raw")
+    run("dd", f"if={work}/raw", f"of={layer}", "bs=64k", "skip=1", "seek=1", "conv=notrunc")
+    os.unlink(f"{work}/raw")
+    loop = run("losetup", "--read-only", "--find", "--show", layer)
+    defer(quietly, "losetup", "--detach", loop)
+    obdsetup("open", NAME, loop)
+    obdsetup("close", NAME)
+    run("mount", "-t", "btrfs", "-o", "ro", loop, mnt)
+    defer(quietly, "umount", mnt)
+    said = obdsetup("open", NAME, loop, status=5)
+    check(f"is mounted on {mnt}: unmount it" in said, said)
+    equal(devices(), set(), "devices")
+    run("umount", mnt)
+    obdsetup("open", NAME, loop)
+    obdsetup("close", NAME)
+
+
 @test("open: a layer that somebody writes to")
 def written_layer():
     work = work_directory()
