@@ -35,6 +35,26 @@ pub(super) fn from_text(text: &[u8]) -> Result<Option<Vec<u8>>, String> {
     Ok(Some(bytes))
 }
 
+/// The permissions that an access ACL says, where it says no more: the kernel makes that the mode, and
+/// keeps no ACL. GNU tar stores such a one for a directory that has a default ACL.
+pub(super) fn as_mode(acl: &[u8]) -> Option<u32> {
+    let entries = acl.strip_prefix(&VERSION.to_le_bytes())?;
+    let mut mode = None;
+    for entry in entries.chunks(8) {
+        let &[tag, 0, rights @ 0..=7, 0, ..] = entry else {
+            return None;
+        };
+        let shift = match tag {
+            0x01 => 6,
+            0x04 => 3,
+            0x20 => 0,
+            _ => return None,
+        };
+        mode = Some(mode.unwrap_or_default() | (u32::from(rights) << shift));
+    }
+    mode
+}
+
 /// Tag, rights and id of an entry; `None` without an id.
 fn entry(line: &str) -> Result<Option<(u16, u16, u32)>, String> {
     let bad = || format!("{:?} is no entry", brief(line.as_bytes()));
@@ -78,7 +98,22 @@ fn entry(line: &str) -> Result<Option<(u16, u16, u32)>, String> {
 
 #[cfg(test)]
 mod tests {
-    use super::from_text;
+    use super::{as_mode, from_text};
+
+    #[test]
+    fn modes() -> Result<(), String> {
+        for (text, mode) in [
+            ("user::rwx,group::r-x,other::--x", Some(0o751)),
+            ("user::rwx,group::r-x,mask::r-x,other::r-x", None),
+            ("user::rwx,user:7:r--,group::r-x,other::r-x", None),
+            ("", None),
+        ] {
+            let acl = from_text(text.as_bytes())?.unwrap_or_default();
+            assert_eq!(as_mode(&acl), mode, "{text}");
+        }
+        assert_eq!(as_mode(b"\x02\0\0\0\x01\0"), None);
+        Ok(())
+    }
 
     #[test]
     fn texts() {

@@ -25,6 +25,8 @@ use crate::archive::{self, Archive, Member, MemberKind};
 use crate::exit::{self, Failure};
 use crate::layers::warn;
 
+/// The extended attribute that is the access ACL of a file.
+const ACL: &[u8] = b"system.posix_acl_access";
 /// Symbolic links that are followed for one name.
 const LINKS: u32 = 40;
 /// Keys of unknown records of which it is told.
@@ -288,11 +290,11 @@ impl Reader<'_> {
         let mut xattrs = BTreeMap::new();
         let mut unread = Vec::new();
         for (key, value) in &member.records {
-            let (name, value) = match key.as_slice() {
+            let (name, value): (&[u8], _) = match key.as_slice() {
                 b"SCHILY.acl.access" | b"SCHILY.acl.default" => {
                     let name = match key.ends_with(b"access") {
-                        true => "system.posix_acl_access",
-                        false => "system.posix_acl_default",
+                        true => ACL,
+                        false => b"system.posix_acl_default",
                     };
                     let acl = acl::from_text(value)
                         .map_err(|what| self.bad(member, &format!("POSIX ACL: {what}")))?;
@@ -302,7 +304,9 @@ impl Reader<'_> {
                     };
                     (name, acl)
                 }
-                b"RHT.security.selinux" => ("security.selinux", [value.as_slice(), b"\0"].concat()),
+                b"RHT.security.selinux" => {
+                    (b"security.selinux", [value.as_slice(), b"\0"].concat())
+                }
                 b"SCHILY.acl.ace" => {
                     unread.push(Unread::NfsAcl);
                     continue;
@@ -327,14 +331,19 @@ impl Reader<'_> {
                     continue;
                 }
             };
-            xattrs.insert(name.as_bytes().to_vec(), value);
+            xattrs.insert(name.to_vec(), value);
         }
         xattrs.extend(member.xattrs.iter().cloned());
-        let mode = match member.kind {
+        let permissions = xattrs.get(ACL).and_then(|list| acl::as_mode(list));
+        let mode = match (&member.kind, permissions) {
             // Nobody looks at it, and some writers have another one.
-            MemberKind::Symlink(_) => 0o777,
-            _ => member.mode,
+            (MemberKind::Symlink(_), _) => 0o777,
+            (_, Some(permissions)) => (member.mode & !0o777) | permissions,
+            (_, None) => member.mode,
         };
+        if permissions.is_some() {
+            xattrs.remove(ACL);
+        }
         Ok(Meta {
             mode,
             uid: member.uid,
