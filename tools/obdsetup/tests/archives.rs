@@ -3,95 +3,24 @@
 //! `obdsetup convert` and `create` of what people have: archives of all kinds, disks of all kinds,
 //! and damaged ones. Names say nothing, content does.
 
-#![allow(missing_docs, clippy::unwrap_used)]
-
-mod tars;
-
 use std::fs;
 use std::io::Write;
-use std::path::PathBuf;
-use std::process::Stdio;
-use std::time::Duration;
 
-use assert_cmd::assert::Assert;
-use assert_cmd::Command;
+use libtest_mimic::Trial;
 use predicates::str::contains;
-use tars::{header, member, pax, sign, tar};
-use tempfile::TempDir;
 
-struct Place(TempDir);
+use crate::common::tars::{header, member, pax, sign, tar};
+use crate::common::{needs, tests, trial, Place};
 
-impl Place {
-    fn new() -> Self {
-        Self(TempDir::new().unwrap())
-    }
-
-    fn path(&self, name: &str) -> PathBuf {
-        self.0.path().join(name)
-    }
-
-    fn write(&self, name: &str, bytes: &[u8]) {
-        fs::write(self.path(name), bytes).unwrap();
-    }
-
-    fn run(&self, line: &str) -> Assert {
-        let mut command = Command::cargo_bin("obdsetup").unwrap();
-        command.current_dir(self.0.path());
-        command.args(line.split_whitespace());
-        // What hangs is a failure.
-        command.timeout(Duration::from_secs(60));
-        command.assert()
-    }
-
-    /// `convert` of `bytes` under a name that says something else; what is made must be all or nothing.
-    fn convert(&self, bytes: &[u8], options: &str) -> Assert {
-        self.write("rootfs.tar.gz", bytes);
-        let _ = fs::remove_file(self.path("out.obd"));
-        let done = self.run(&format!("convert rootfs.tar.gz out.obd {options}"));
-        let made = done.get_output().status.success();
-        let mut names: Vec<_> = fs::read_dir(self.0.path()).unwrap().flatten().collect();
-        names.retain(|entry| entry.file_name() != "rootfs.tar.gz");
-        assert_eq!(names.len(), usize::from(made), "{names:?}");
-        done
-    }
-
-    /// `convert` refuses `bytes` with code 1 and says this.
-    fn refused(&self, bytes: &[u8], said: &str) {
-        self.convert(bytes, "").code(1).stderr(contains(said));
-    }
-
-    /// `convert` says that `bytes` are damaged.
-    fn damaged(&self, bytes: &[u8], said: &str) {
-        self.convert(bytes, "").code(3).stderr(contains(said));
-    }
-
-    fn dump(&self) -> Vec<u8> {
-        self.run("dump out.obd")
-            .success()
-            .get_output()
-            .stdout
-            .clone()
-    }
-
-    /// Runs another program here; `None` where there is none.
-    fn tool(&self, program: &str, args: &[&str]) -> Option<Vec<u8>> {
-        let mut command = std::process::Command::new(program);
-        command
-            .args(args)
-            .current_dir(self.0.path())
-            .stdin(Stdio::null());
-        match command.output() {
-            Err(error) if error.kind() == std::io::ErrorKind::NotFound => {
-                println!("skipped: no {program}");
-                None
-            }
-            done => {
-                let done = done.unwrap();
-                assert!(done.status.success(), "{program} {args:?}: {done:?}");
-                Some(done.stdout)
-            }
-        }
-    }
+tests! {
+    tars_of_all_compressions;
+    damaged_tars;
+    layers_and_packages;
+    other_archives;
+    disks;
+    mutations;
+    other_headers;
+    granularity;
 }
 
 /// Bytes with others at some places.
@@ -168,18 +97,6 @@ const COMPRESSIONS: &[(&str, Pack)] = &[
     ("lz4", lz4_legacy),
 ];
 
-fn has(program: &str) -> bool {
-    let path = std::env::var("PATH").unwrap_or_default();
-    let there = format!("{path}:/usr/sbin:/sbin")
-        .split(':')
-        .any(|dir| std::path::Path::new(dir).join(program).is_file());
-    if !there {
-        println!("skipped: no {program}");
-    }
-    there
-}
-
-#[test]
 fn tars_of_all_compressions() {
     let place = Place::new();
     let rootfs = rootfs();
@@ -192,22 +109,22 @@ fn tars_of_all_compressions() {
         header += 512 + len * 512;
     }
     place.convert(&rootfs, "--fs erofs").success();
-    let wanted = place.dump();
+    let wanted = place.dump("out.obd");
     let text = b"some text, over and over\n";
     assert!(wanted.windows(text.len()).any(|bytes| bytes == text));
     for (name, pack) in COMPRESSIONS {
         let done = place.convert(&pack(&rootfs), "--fs erofs");
         done.success().stderr("");
-        assert!(place.dump() == wanted, "{name}");
+        assert!(place.dump("out.obd") == wanted, "{name}");
     }
     place.convert(&old, "--fs erofs").success();
-    assert!(place.dump() == wanted);
+    assert!(place.dump("out.obd") == wanted);
     // Several compressed files in a row are one, and zeros behind them are nothing.
     let (first, second) = rootfs.split_at(1000);
     for pack in [gzip, bzip2, xz, zstd, lz4] as [Pack; 5] {
         let both = [pack(first), pack(second), vec![0; 1024]].concat();
         place.convert(&both, "--fs erofs").success();
-        assert!(place.dump() == wanted);
+        assert!(place.dump("out.obd") == wanted);
     }
     for (name, pack) in COMPRESSIONS {
         let packed = pack(&rootfs);
@@ -229,7 +146,6 @@ fn tars_of_all_compressions() {
     }
 }
 
-#[test]
 fn damaged_tars() {
     let place = Place::new();
     let rootfs = rootfs();
@@ -264,7 +180,6 @@ fn damaged_tars() {
     );
 }
 
-#[test]
 fn layers_and_packages() {
     let place = Place::new();
     let layer = tar(&[member("etc/", b'5', b""), member("etc/.wh.motd", b'0', b"")]);
@@ -317,7 +232,6 @@ fn layers_and_packages() {
     place.convert(&plain, "--fs erofs").success();
 }
 
-#[test]
 fn other_archives() {
     let place = Place::new();
     let cases: &[(&[u8], &str)] = &[
@@ -377,77 +291,49 @@ fn other_archives() {
     place.refused(&at(2048, &[(1536, b"koly\0\0\0\x04")]), "DMG");
 }
 
-#[test]
-fn real_archives() {
-    let place = Place::new();
-    place.write("name", b"content\n");
-    let cases: &[(&str, &[&str], &str)] = &[
-        ("zip", &["-q", "-", "name"], "a zip archive"),
-        (
-            "sh",
-            &["-c", "echo name | cpio -o -H newc 2>/dev/null"],
-            "a cpio archive",
-        ),
-        (
-            "sh",
-            &["-c", "echo name | cpio -o -H crc 2>/dev/null"],
-            "a cpio archive",
-        ),
-        (
-            "sh",
-            &["-c", "echo name | cpio -o -H odc 2>/dev/null"],
-            "a cpio archive",
-        ),
-        (
-            "sh",
-            &["-c", "echo name | cpio -o -H bin 2>/dev/null"],
-            "a cpio archive",
-        ),
-        (
-            "sh",
-            &["-c", "ar q x.a name 2>/dev/null && cat x.a && rm x.a"],
-            "an ar archive",
-        ),
+/// What real programs make: a test for each archive and each compression.
+pub(crate) fn trials_of_programs() -> Vec<Trial> {
+    let archives = [
+        ("zip", "zip -q - name", "a zip archive"),
+        ("cpio", "echo name | cpio -o -H newc", "a cpio archive"),
+        ("cpio", "echo name | cpio -o -H crc", "a cpio archive"),
+        ("cpio", "echo name | cpio -o -H odc", "a cpio archive"),
+        ("cpio", "echo name | cpio -o -H bin", "a cpio archive"),
+        ("ar", "ar q x.a name && cat x.a", "an ar archive"),
     ];
-    for (program, args, said) in cases {
-        if args[0] == "-c"
-            && !has(if args[1].contains("cpio") {
-                "cpio"
-            } else {
-                "ar"
-            })
-        {
-            continue;
-        }
-        let Some(bytes) = place.tool(program, args) else {
-            continue;
-        };
-        let other = Place::new();
-        other.refused(&bytes, said);
-    }
-    // What other programs compress.
-    let packers: &[(&str, &[&str])] = &[
-        ("gzip", &["-c"]),
-        ("bzip2", &["-c"]),
-        ("xz", &["-c"]),
-        ("xz", &["--format=lzma", "-c"]),
-        ("zstd", &["-q", "-c"]),
-        ("zstd", &["-q", "--long=27", "-c"]),
-        ("lz4", &["-q", "-c"]),
-        ("lz4", &["-q", "-l", "-c"]),
-        ("lz4", &["-q", "-BX", "-9", "-c"]),
+    let compressions = [
+        ("gzip", "gzip -c disk"),
+        ("bzip2", "bzip2 -c disk"),
+        ("xz", "xz -c disk"),
+        ("xz", "xz --format=lzma -c disk"),
+        ("zstd", "zstd -q -c disk"),
+        ("zstd", "zstd -q --long=27 -c disk"),
+        ("lz4", "lz4 -q -c disk"),
+        ("lz4", "lz4 -q -l -c disk"),
+        ("lz4", "lz4 -q -BX -9 -c disk"),
     ];
-    place.write("disk", &disk());
-    for (program, args) in packers {
-        let mut args = args.to_vec();
-        args.push("disk");
-        let Some(bytes) = place.tool(program, &args) else {
-            continue;
-        };
-        let other = Place::new();
-        other.convert(&bytes, "").success();
-        assert!(other.dump() == disk(), "{program} {args:?}");
-    }
+    let name = |command: &str| format!("what_is_made_by: {command}");
+    let archives = archives.map(|(program, command, said)| {
+        let needs = [needs::program(program)];
+        trial(module_path!(), &name(command), &needs, move || {
+            let place = Place::new();
+            place.write("name", b"content\n");
+            let archive = place.output_of("sh", &["-c", command]);
+            Place::new().refused(&archive, said);
+        })
+    });
+    let compressions = compressions.map(|(program, command)| {
+        let needs = [needs::program(program)];
+        trial(module_path!(), &name(command), &needs, move || {
+            let place = Place::new();
+            place.write("disk", &disk());
+            let packed = place.output_of("sh", &["-c", command]);
+            let other = Place::new();
+            other.convert(&packed, "").success();
+            assert!(other.dump("out.obd") == disk());
+        })
+    });
+    archives.into_iter().chain(compressions).collect()
 }
 
 /// A disk with a partition table and noise.
@@ -461,7 +347,6 @@ fn disk() -> Vec<u8> {
     disk
 }
 
-#[test]
 fn disks() {
     let place = Place::new();
     let heads: &[&[(usize, &[u8])]] = &[
@@ -489,7 +374,7 @@ fn disks() {
     for head in heads {
         let disk = at(100 << 10, head);
         place.convert(&disk, "").success();
-        assert!(place.dump() == disk, "{head:?}");
+        assert!(place.dump("out.obd") == disk, "{head:?}");
         place.refused(&disk[..disk.len() - 1], "no whole number of sectors");
         place
             .convert(&disk[..disk.len() - 1], "--from raw")
@@ -502,7 +387,7 @@ fn disks() {
     for (name, pack) in COMPRESSIONS {
         let packed = pack(&disk());
         place.convert(&packed, "").success();
-        assert!(place.dump() == disk(), "{name}");
+        assert!(place.dump("out.obd") == disk(), "{name}");
         place.damaged(&packed[..packed.len() - 1], "incomplete download or copy?");
         place.damaged(&pack(&disk()[..299_999]), "no whole number of sectors");
         place
@@ -547,7 +432,6 @@ fn numbers() -> impl FnMut(usize) -> usize {
 }
 
 /// All that this file has, cut and changed: `convert` ends, and never with a panic.
-#[test]
 fn mutations() {
     let place = Place::new();
     let samples: Vec<Vec<u8>> = COMPRESSIONS
@@ -571,7 +455,6 @@ fn mutations() {
 
 /// Whole tars whose headers say other things, with right checksums, so that much of it gets to what
 /// makes the file system.
-#[test]
 fn other_headers() {
     let place = Place::new();
     let link = |name: &str, kind: u8, target: &[u8]| {
@@ -642,7 +525,6 @@ fn other_headers() {
     assert!(made > 15, "{made}");
 }
 
-#[test]
 fn granularity() {
     let place = Place::new();
     // Data in every other sector.
@@ -657,7 +539,7 @@ fn granularity() {
                 "convert disk out.obd --force --algorithm none {options}"
             ))
             .success();
-        assert!(place.dump() == disk);
+        assert!(place.dump("out.obd") == disk);
         fs::metadata(place.path("out.obd")).unwrap().len()
     };
     assert_eq!(len(""), len("--granularity 4k"));

@@ -2,54 +2,29 @@
 
 //! `obdsetup convert` of tars that mean harm, and of ones that say what no file can have.
 
-#![allow(missing_docs, clippy::unwrap_used)]
-
-mod tars;
-
-use std::fs;
 use std::io::Write;
-use std::os::unix::fs::PermissionsExt;
-use std::path::PathBuf;
-use std::time::Duration;
 
-use assert_cmd::assert::Assert;
-use assert_cmd::Command;
 use predicates::prelude::PredicateBooleanExt;
 use predicates::str::contains;
-use tars::{header, member, pax, sign, tar};
-use tempfile::TempDir;
 
-struct Place(TempDir);
+use crate::common::tars::{header, member, pax, sign, tar};
+use crate::common::{needs, tests, Place};
+
+tests! {
+    names_are_no_commands;
+    names_that_no_file_has;
+    numbers_that_no_file_has;
+    many_headers_of_a_member;
+    compressed_tars_are_read_as_they_are;
+    names_that_look_like_disks;
+    large_files_with_holes;
+    acls_that_name_users needs needs::e2fsprogs();
+    acls_that_are_the_mode;
+    records_of_other_programs;
+    names_that_are_no_text_stay;
+}
 
 impl Place {
-    fn new() -> Self {
-        Self(TempDir::new().unwrap())
-    }
-
-    fn path(&self, name: &str) -> PathBuf {
-        self.0.path().join(name)
-    }
-
-    /// `convert` of `bytes`; nothing half-made may stay.
-    fn convert(&self, bytes: &[u8], options: &str) -> Assert {
-        fs::write(self.path("in.tar"), bytes).unwrap();
-        let _ = fs::remove_file(self.path("out.obd"));
-        let mut command = Command::cargo_bin("obdsetup").unwrap();
-        // debugfs and mkfs are there for users, too.
-        let path = std::env::var("PATH").unwrap_or_default();
-        command.env("PATH", format!("{path}:/usr/sbin:/sbin"));
-        command.current_dir(self.0.path());
-        command.args(["convert", "in.tar", "out.obd"]);
-        command.args(options.split_whitespace());
-        command.timeout(Duration::from_secs(60));
-        let done = command.assert();
-        let made = done.get_output().status.success();
-        let mut names: Vec<_> = fs::read_dir(self.0.path()).unwrap().flatten().collect();
-        names.retain(|entry| entry.file_name() != "in.tar");
-        assert_eq!(names.len(), usize::from(made), "{names:?}: {done}");
-        done
-    }
-
     /// `convert` refuses what is in the tar, whatever the file system, and says this in few words.
     fn impossible(&self, bytes: &[u8], said: &str) {
         for fs in ["erofs", "btrfs", "ext4"] {
@@ -66,7 +41,6 @@ fn with_xattr(name: &[u8], value: &[u8]) -> Vec<u8> {
     tar(&[pax(&[(&key, value)]), member("file", b'0', b"x")])
 }
 
-#[test]
 fn names_are_no_commands() {
     let place = Place::new();
     let told = place.path("told");
@@ -79,7 +53,6 @@ fn names_are_no_commands() {
     }
 }
 
-#[test]
 fn names_that_no_file_has() {
     let place = Place::new();
     let long = |len: usize| vec![b'n'; len];
@@ -127,7 +100,6 @@ fn names_that_no_file_has() {
     );
 }
 
-#[test]
 fn numbers_that_no_file_has() {
     let place = Place::new();
     let device = |major: &[u8], minor: &[u8]| {
@@ -164,7 +136,6 @@ fn numbers_that_no_file_has() {
     place.impossible(&sparse, "a size of 9223372036854775808 bytes");
 }
 
-#[test]
 fn many_headers_of_a_member() {
     let place = Place::new();
     let value = vec![b'v'; 3 << 20];
@@ -181,7 +152,6 @@ fn many_headers_of_a_member() {
     );
 }
 
-#[test]
 fn compressed_tars_are_read_as_they_are() {
     let place = Place::new();
     let gzip = |bytes: &[u8]| {
@@ -201,12 +171,11 @@ fn compressed_tars_are_read_as_they_are() {
         done.stderr(
             contains("what follows the end marker")
                 .count(1)
-                .and(contains("in.tar: ")),
+                .and(contains("rootfs.tar.gz: ")),
         );
     }
 }
 
-#[test]
 fn names_that_look_like_disks() {
     let place = Place::new();
     for name in [
@@ -223,7 +192,6 @@ fn names_that_look_like_disks() {
     }
 }
 
-#[test]
 fn large_files_with_holes() {
     let place = Place::new();
     for size in [1_u64 << 59, (1 << 62) + 1, (1 << 63) - 1] {
@@ -236,22 +204,16 @@ fn large_files_with_holes() {
             member("file", b'0', b""),
         ]);
         place.convert(&tar, "--fs erofs").success();
-        let mut dump = Command::cargo_bin("obdsetup").unwrap();
-        let dump = dump
-            .current_dir(place.0.path())
-            .args(["dump", "out.obd"])
-            .output()
-            .unwrap();
+        let dump = place.dump("out.obd");
         // The inode of 64 bytes that has this size; then the format of chunks: size of a chunk, and
         // nothing else.
         let size: u64 = size.parse().unwrap();
         let at = dump
-            .stdout
             .chunks(32)
             .position(|slot| slot[8..16] == size.to_le_bytes());
         let at = at.unwrap() * 32;
-        assert_eq!(dump.stdout[at] >> 1, 4, "{size}");
-        let format = &dump.stdout[at + 16..at + 20];
+        assert_eq!(dump[at] >> 1, 4, "{size}");
+        let format = &dump[at + 16..at + 20];
         assert!(
             format[0] <= 31 && format[1..] == [0; 3],
             "{size}: {format:?}"
@@ -259,7 +221,6 @@ fn large_files_with_holes() {
     }
 }
 
-#[test]
 fn acls_that_name_users() {
     let place = Place::new();
     let acl = |text: &[u8]| {
@@ -282,7 +243,25 @@ fn acls_that_name_users() {
     done.stderr(contains("member ./file at byte 0: POSIX ACL: "));
 }
 
-#[test]
+/// The kernel keeps no ACL that says what the mode can say, and so GNU tar as root leaves none.
+fn acls_that_are_the_mode() {
+    let place = Place::new();
+    let dump = |records: &[(&[u8], &[u8])]| {
+        let tar = tar(&[pax(records), member("dir/", b'5', b"")]);
+        place
+            .convert(&tar, "--fs erofs --algorithm none")
+            .success()
+            .stderr("");
+        place.dump("out.obd")
+    };
+    let list = b"user::rwx\ngroup::r-x\nother::r-x";
+    let plain = dump(&[(b"comment", b"x")]);
+    assert!(plain == dump(&[(b"SCHILY.acl.access", list)]));
+    assert!(plain != dump(&[(b"SCHILY.acl.access", b"user::rwx,group::r-x,other::---")]));
+    // That of new files in a directory stays.
+    assert!(plain != dump(&[(b"SCHILY.acl.default", list)]));
+}
+
 fn records_of_other_programs() {
     let place = Place::new();
     let records = |records: &[(&[u8], &[u8])]| {
@@ -314,9 +293,7 @@ fn records_of_other_programs() {
     // The same from two programs.
     let dump = |tar: &[u8]| {
         place.convert(tar, "--fs erofs").success().stderr("");
-        let mut dump = Command::cargo_bin("obdsetup").unwrap();
-        dump.current_dir(place.0.path()).args(["dump", "out.obd"]);
-        dump.output().unwrap().stdout
+        place.dump("out.obd")
     };
     let plain = dump(&records(&[(b"SCHILY.xattr.user.a b", b"foo\0")]));
     assert!(plain == dump(&records(&[(b"LIBARCHIVE.xattr.user.a%20b", b"Zm9vAA")])));
@@ -329,30 +306,24 @@ fn records_of_other_programs() {
         .stderr(contains("the value of LIBARCHIVE.xattr.user.a is wrong"));
 }
 
-#[test]
 fn names_that_are_no_text_stay() {
     let place = Place::new();
-    let other = TempDir::new().unwrap();
-    let told = other.path().join("told");
-    let program = other.path().join("mksquashfs");
-    let script = format!(
-        "#!/bin/sh\nprintf '%s\\n' \"$@\" >'{}'\nexit 1\n",
-        told.display()
+    let other = Place::new();
+    let told = other.path("told").display().to_string();
+    other.script(
+        "mksquashfs",
+        &format!("printf '%s\\n' \"$@\" >>'{told}'\nexit 1"),
     );
-    fs::write(&program, script).unwrap();
-    fs::set_permissions(&program, fs::Permissions::from_mode(0o755)).unwrap();
     let root = tar(&[
         pax(&[(b"SCHILY.xattr.user.\xff", b"a")]),
         member("./", b'5', b""),
     ]);
-    fs::write(place.path("in.tar"), root).unwrap();
-    let mut command = Command::cargo_bin("obdsetup").unwrap();
+    place.write("rootfs.tar.gz", &root);
     let path = std::env::var("PATH").unwrap_or_default();
-    command.env("PATH", format!("{}:{path}", other.path().display()));
-    command.current_dir(place.0.path());
-    command.args(["convert", "in.tar", "out.obd", "--fs", "squashfs"]);
-    command.assert().failure();
-    let told = fs::read(told).unwrap();
+    let path = format!("{}:{path}", other.dir().display());
+    let mut command = place.command("convert rootfs.tar.gz out.obd --fs squashfs");
+    command.env("PATH", path).assert().failure();
+    let told = other.read("told");
     let wanted = b"/ x user.\xff=0sYQ==";
     assert!(told.split(|&byte| byte == b'\n').any(|line| line == wanted));
 }

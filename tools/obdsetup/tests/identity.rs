@@ -3,27 +3,28 @@
 //! Layers know what they are and what is below them; wrong stacks are refused. What is written keeps
 //! what was there, and what others write to isn't read.
 
-#![allow(missing_docs, clippy::unwrap_used)]
-
 use std::fs::{self, File};
 use std::os::unix::fs::{symlink, MetadataExt, PermissionsExt};
-use std::path::PathBuf;
-use std::time::Duration;
 
-use assert_cmd::assert::Assert;
-use assert_cmd::Command;
 use predicates::prelude::*;
 use predicates::str::contains;
-use tempfile::TempDir;
 
-/// A directory of its own, and `obdsetup` run in it.
-struct Place(TempDir);
+use crate::common::{needs, tests, Place};
+
+tests! {
+    layers_know_themselves_and_their_parents;
+    wrong_stacks_are_refused;
+    layers_without_identity_are_as_they_were;
+    another_place_is_another_uuid;
+    images_of_another_size;
+    layers_end_on_a_sector;
+    what_is_replaced_keeps_its_permissions;
+    what_is_replaced_keeps_its_owner needs needs::root();
+    what_is_replaced_keeps_its_access_control_list needs needs::xattrs();
+    what_others_write_to_is_not_read;
+}
 
 impl Place {
-    fn new() -> Self {
-        Self(TempDir::new().unwrap())
-    }
-
     /// One with a stack of three layers, `a`, `b` and `c`, and the disks that they make, `a.raw` and
     /// so on.
     fn with_stack() -> Self {
@@ -37,35 +38,9 @@ impl Place {
         place
     }
 
-    fn path(&self, name: &str) -> PathBuf {
-        self.0.path().join(name)
-    }
-
-    fn write(&self, name: &str, bytes: &[u8]) {
-        fs::write(self.path(name), bytes).unwrap();
-    }
-
-    fn read(&self, name: &str) -> Vec<u8> {
-        fs::read(self.path(name)).unwrap()
-    }
-
-    fn run(&self, line: &str) -> Assert {
-        let mut command = Command::cargo_bin("obdsetup").unwrap();
-        command.current_dir(self.0.path());
-        command.args(line.split_whitespace());
-        command.timeout(Duration::from_secs(120));
-        command.assert()
-    }
-
-    /// Runs it without a word of its own.
-    fn ok(&self, line: &str) {
-        self.run(line).success().stderr("");
-    }
-
     /// UUID and parent UUID.
     fn ident(&self, layer: &str) -> (String, String) {
-        let done = self.run(&format!("info --json {layer}")).success();
-        let json: serde_json::Value = serde_json::from_slice(&done.get_output().stdout).unwrap();
+        let json = self.json(&format!("info --json {layer}"));
         let field = |name: &str| json[0]["lsmt"][name].as_str().unwrap().to_owned();
         (field("uuid"), field("parent_uuid"))
     }
@@ -87,7 +62,6 @@ fn disk(nth: usize) -> Vec<u8> {
     disk
 }
 
-#[test]
 fn layers_know_themselves_and_their_parents() {
     let place = Place::with_stack();
     let [a, b, c] = ["a", "b", "c"].map(|name| place.ident(name));
@@ -171,7 +145,6 @@ fn commands(layers: &str) -> Vec<String> {
     ]
 }
 
-#[test]
 fn wrong_stacks_are_refused() {
     let place = Place::with_stack();
     place.write("x.raw", &disk(0)[..2 << 20]);
@@ -234,7 +207,6 @@ fn wrong_stacks_are_refused() {
     place.ok("merge -o out b");
 }
 
-#[test]
 fn layers_without_identity_are_as_they_were() {
     let place = Place::with_stack();
     for (name, base) in [
@@ -291,7 +263,6 @@ fn layers_without_identity_are_as_they_were() {
 }
 
 /// A UUID that says where its layer belongs is not that of a layer elsewhere.
-#[test]
 fn another_place_is_another_uuid() {
     const OTHER: &str = "11111111-2222-4333-8444-555566667777";
     let place = Place::with_stack();
@@ -345,7 +316,6 @@ fn another_place_is_another_uuid() {
     place.ok("verify a none");
 }
 
-#[test]
 fn images_of_another_size() {
     let place = Place::with_stack();
     let mut longer = disk(1);
@@ -382,7 +352,6 @@ fn images_of_another_size() {
     place.ok("verify odd even");
 }
 
-#[test]
 fn layers_end_on_a_sector() {
     let place = Place::new();
     for len in [1, 511, 4096, 100_000, 1_000_003] {
@@ -416,7 +385,6 @@ fn layers_end_on_a_sector() {
     }
 }
 
-#[test]
 fn what_is_replaced_keeps_its_permissions() {
     let place = Place::with_stack();
     place.write("out", b"old");
@@ -436,34 +404,6 @@ fn what_is_replaced_keeps_its_permissions() {
             assert_eq!(mode(), wanted, "{command}");
         }
     }
-    // An administrator keeps the owner, too.
-    if rustix::process::geteuid().is_root() {
-        std::os::unix::fs::chown(&path, Some(1234), Some(2345)).unwrap();
-        fs::set_permissions(&path, fs::Permissions::from_mode(0o640)).unwrap();
-        place.ok("commit --force a out");
-        let meta = path.metadata().unwrap();
-        assert_eq!((meta.uid(), meta.gid(), mode()), (1234, 2345, 0o640));
-    }
-    // A list of who may do what: user 1234 may read.
-    let list = [
-        [2, 0, 0, 0].as_slice(),
-        &acl(0x01, 6, u32::MAX),
-        &acl(0x02, 4, 1234),
-        &acl(0x04, 0, u32::MAX),
-        &acl(0x10, 4, u32::MAX),
-        &acl(0x20, 0, u32::MAX),
-    ]
-    .concat();
-    let name = "system.posix_acl_access";
-    match rustix::fs::setxattr(&path, name, &list, rustix::fs::XattrFlags::empty()) {
-        Err(error) => println!("skipped: no access control lists here: {error}"),
-        Ok(()) => {
-            place.ok("commit --force b out");
-            let mut found = vec![0; 1024];
-            let len = rustix::fs::getxattr(&path, name, &mut found).unwrap();
-            assert_eq!(found[..len], list);
-        }
-    }
     // Of a link, what it leads to is replaced or made; other names of the file are told of.
     symlink("target", place.path("link")).unwrap();
     place.ok("commit --force a link");
@@ -476,17 +416,31 @@ fn what_is_replaced_keeps_its_permissions() {
     assert!(place.read("name") == place.read("a"));
 }
 
-/// An entry of an access control list as the kernel has it.
-fn acl(tag: u16, permissions: u16, id: u32) -> Vec<u8> {
-    [
-        tag.to_le_bytes().as_slice(),
-        &permissions.to_le_bytes(),
-        &id.to_le_bytes(),
-    ]
-    .concat()
+/// An administrator keeps the owner, too.
+fn what_is_replaced_keeps_its_owner() {
+    let place = Place::with_stack();
+    place.write("out", b"old");
+    let path = place.path("out");
+    std::os::unix::fs::chown(&path, Some(1234), Some(2345)).unwrap();
+    fs::set_permissions(&path, fs::Permissions::from_mode(0o640)).unwrap();
+    place.ok("commit --force a out");
+    let meta = path.metadata().unwrap();
+    let mode = meta.mode() & 0o7777;
+    assert_eq!((meta.uid(), meta.gid(), mode), (1234, 2345, 0o640));
 }
 
-#[test]
+fn what_is_replaced_keeps_its_access_control_list() {
+    let place = Place::with_stack();
+    place.write("out", b"old");
+    let path = place.path("out");
+    let list = needs::acl(1234);
+    rustix::fs::setxattr(&path, needs::ACL, &list, rustix::fs::XattrFlags::empty()).unwrap();
+    place.ok("commit --force b out");
+    let mut found = vec![0; 1024];
+    let len = rustix::fs::getxattr(&path, needs::ACL, &mut found).unwrap();
+    assert_eq!(found[..len], list);
+}
+
 fn what_others_write_to_is_not_read() {
     let place = Place::with_stack();
     let said = |name: &str| {

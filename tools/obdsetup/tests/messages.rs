@@ -1,15 +1,23 @@
 // SPDX-License-Identifier: GPL-2.0
 
 //! `Documentation/troubleshooting.rst` has every message: the kernel's phrases and log lines, the
-//! library's errors, and what `status` says.
-
-#![allow(missing_docs, clippy::unwrap_used)]
+//! library's errors, what `status` says, and all texts of obdsetup itself.
 
 use std::fs;
 use std::path::{Path, PathBuf};
 
 use overlaybd::format::Fault;
 use walkdir::WalkDir;
+
+use crate::common::tests;
+
+tests! {
+    phrases_of_the_kernel;
+    faults_of_images;
+    errors_of_user_space;
+    what_obdsetup_says;
+    what_counts_as_a_message;
+}
 
 /// Fewest words of a piece of a message that can be searched for.
 const WORDS: usize = 2;
@@ -24,7 +32,10 @@ fn plain(text: &str) -> String {
 }
 
 fn page() -> String {
-    plain(&fs::read_to_string(clone().join("Documentation/troubleshooting.rst")).unwrap())
+    let page = fs::read_to_string(clone().join("Documentation/troubleshooting.rst")).unwrap();
+    let page = plain(&page);
+    // What is literal in the page is quoted in a message.
+    format!("{page} {}", page.replace("``", "`"))
 }
 
 /// What a file of Rust has in front of its tests, without comments.
@@ -42,8 +53,13 @@ fn literals(source: &str, prefix: &str) -> Vec<String> {
     let mut found = Vec::new();
     let mut rest = source;
     while let Some(start) = rest.find('"') {
-        let wanted = rest[..start].ends_with(prefix);
+        // The character, as in `'"'`, begins nothing.
+        let alone = rest[..start].ends_with('\'') && rest[start + 1..].starts_with('\'');
+        let wanted = !alone && rest[..start].ends_with(prefix);
         rest = &rest[start + 1..];
+        if alone {
+            continue;
+        }
         let mut text = String::new();
         let mut end = rest.len();
         let mut chars = rest.char_indices();
@@ -99,7 +115,6 @@ fn pieces(format: &str) -> Vec<String> {
         .collect()
 }
 
-#[test]
 fn phrases_of_the_kernel() {
     let page = page();
     let mut count = 0;
@@ -129,7 +144,6 @@ fn phrases_of_the_kernel() {
     assert!(count >= Fault::ALL.len() + 15, "{count}");
 }
 
-#[test]
 fn faults_of_images() {
     let page = page();
     for fault in Fault::ALL {
@@ -138,7 +152,6 @@ fn faults_of_images() {
     }
 }
 
-#[test]
 fn errors_of_user_space() {
     let page = page();
     let mut count = 0;
@@ -158,11 +171,136 @@ fn errors_of_user_space() {
     assert!(count >= 25, "{count}");
 }
 
-#[test]
+/// Texts of two words and more that are no messages, by file and beginning, and why.
+const NO_MESSAGES: &[(&str, &str, &str)] = &[
+    ("cmd/benchmark.rs", "# In memory", "a heading of results"),
+    (
+        "cmd/create.rs",
+        "neither --image",
+        "the command line is refused before",
+    ),
+    (
+        "cmd/info.rs",
+        "lsmt ",
+        "a name of a field; obdsetup(8) has them",
+    ),
+    ("cmd/info.rs", "tar ", "as above"),
+    ("cmd/info.rs", "zfile ", "as above"),
+    ("cmd/info.rs", "over the parent", "what a field says"),
+    ("cmd/list.rs", "{:<width$}", "a heading of results"),
+    ("cmd/man.rs", "SEE ALSO", "a heading of a manual page"),
+    ("cmd/man.rs", "System Administration", "as above"),
+    ("cmd/status.rs", "deferred remove", "a name of a field"),
+    ("cmd/status.rs", "open count", "as above"),
+    (
+        "dm/control.rs",
+        "Command failed",
+        "what dmsetup says, left out",
+    ),
+    ("dm/inspect.rs", "DEFERRED REMOVE", "what dmsetup says"),
+    ("dm/setup.rs", "Block devices:", "what the kernel says"),
+    ("dm/udev.rs", "udev cookies", "what is kept in a file"),
+    ("exit.rs", "Exit codes:", "a part of --help"),
+    ("generator.rs", "# Automatically", "a unit file"),
+    ("generator.rs", "\n[Service]", "as above"),
+    ("main.rs", " (os error ", "what is left out of messages"),
+    ("mkfs/btrfs/mod.rs", "chunk tree", "what a UUID is made of"),
+    ("mkfs/ext/mod.rs", "debugfs 1.", "what debugfs says"),
+    ("mkfs/ext/mod.rs", "debugfs: ", "as above"),
+    ("mkfs/ext/mod.rs", "ls -l ", "a command for debugfs"),
+    (
+        "mkfs/btrfs/files.rs",
+        "a file without inode",
+        "a bug, if it is ever seen",
+    ),
+    ("mkfs/btrfs/files.rs", "no room for data", "as above"),
+    ("mkfs/btrfs/format.rs", "an item does not fit", "as above"),
+    ("mkfs/btrfs/format.rs", "too many items", "as above"),
+    ("mkfs/btrfs/format.rs", "too many pointers", "as above"),
+    (
+        "mkfs/btrfs/mod.rs",
+        "content of what is no file",
+        "as above",
+    ),
+    ("mkfs/btrfs/mod.rs", "data without a place", "as above"),
+    ("mkfs/btrfs/mod.rs", "the metadata does not fit", "as above"),
+    ("mkfs/btrfs/pack.rs", "a block has no place", "as above"),
+    ("mkfs/erofs/write.rs", "a file without a place", "as above"),
+    (
+        "mkfs/erofs/write.rs",
+        "an extended attribute of an unknown",
+        "as above",
+    ),
+    ("mkfs/erofs/write.rs", "data without a place", "as above"),
+    ("mkfs/erofs/write.rs", "no plan", "as above"),
+    ("mkfs/ext/mod.rs", "a file has no inode", "as above"),
+    ("mkfs/ext/mod.rs", "no such name", "as above"),
+    ("mkfs/pax.rs", "a tar cannot hold sockets", "as above"),
+    ("mkfs/stage.rs", "no such node", "as above"),
+    ("mkfs/stamp.rs", "hash too short", "as above"),
+    ("mkfs/tree.rs", "no such node", "as above"),
+    ("mkfs/tree.rs", "node {id} is no directory", "as above"),
+    (
+        "program/guard.rs",
+        "{NAME}: for obdsetup's",
+        "nobody runs it by hand",
+    ),
+    (
+        "program/mod.rs",
+        "the user has to see",
+        "for who changes obdsetup",
+    ),
+];
+
+/// Whatever has two words may be a message, warning or note, unless it is known not to be one: so
+/// none is missed, however it is told.
+fn what_obdsetup_says() {
+    let page = page();
+    let src = clone().join("tools/obdsetup/src");
+    let mut unused: Vec<_> = NO_MESSAGES.iter().collect();
+    let mut missing = Vec::new();
+    let mut count = 0;
+    for entry in WalkDir::new(&src).sort_by_file_name() {
+        let entry = entry.unwrap();
+        let file = entry.path().strip_prefix(&src).unwrap().to_str().unwrap();
+        if !file.ends_with(".rs") || file.ends_with("tests.rs") {
+            continue;
+        }
+        // The help of a command is no message.
+        let text = source(entry.path()).replace("after_help = \"", "help(b\"");
+        let bytes = literals(&text, "b");
+        for literal in literals(&text, "") {
+            let known =
+                |(of, start, _): &(&str, &str, &str)| *of == file && literal.starts_with(start);
+            if bytes.contains(&literal) {
+                continue;
+            }
+            if NO_MESSAGES.iter().any(known) {
+                unused.retain(|exception| !known(exception));
+                continue;
+            }
+            for piece in pieces(&literal) {
+                count += 1;
+                if !page.contains(&piece) {
+                    missing.push(format!("{file}: {piece}"));
+                }
+            }
+        }
+    }
+    assert!(
+        missing.is_empty(),
+        "not in the page:\n{}",
+        missing.join("\n")
+    );
+    assert!(unused.is_empty(), "no such texts: {unused:?}");
+    assert!(count >= 400, "{count}");
+}
+
 fn what_counts_as_a_message() {
     let source = "a(\"one \\\"two\\\" \\\n     three\", c\"Phrase of it\")";
     assert_eq!(literals(source, ""), ["one \"two\" three", "Phrase of it"]);
     assert_eq!(literals(source, "c"), ["Phrase of it"]);
+    assert_eq!(literals("['\"', \"as it is\"]", ""), ["as it is"]);
     let format = "{x}: zfile block {n:#x} at byte {at}: no";
     assert_eq!(pieces(format), ["zfile block", "at byte"]);
 }

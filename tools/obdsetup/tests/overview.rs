@@ -2,28 +2,26 @@
 
 //! What names mean, and what messages say.
 
-#![allow(missing_docs, clippy::unwrap_used)]
-
+use std::fs;
 use std::path::Path;
 
-use assert_cmd::Command;
 use predicates::prelude::*;
 use predicates::str::contains;
-use tempfile::TempDir;
 
-/// `obdsetup` in a directory, with the arguments of `line`.
-fn obdsetup(place: &Path, line: &str) -> Command {
-    let mut command = Command::cargo_bin("obdsetup").unwrap();
-    command.current_dir(place);
-    command.args(line.split_whitespace());
-    command
+use crate::common::{tests, Place};
+
+tests! {
+    a_name_means_the_same_whatever_exists;
+    incomplete_copies_are_said_to_be_that;
+    what_is_no_layer;
+    list_without_stacks needs no_stacks();
+    list_without_sysfs needs no_sysfs();
 }
 
-#[test]
 fn a_name_means_the_same_whatever_exists() {
-    let place = TempDir::new().unwrap();
-    std::fs::write(place.path().join("disk.raw"), [7; 8192]).unwrap();
-    let run = |line: &str| obdsetup(place.path(), line).assert();
+    let place = Place::new();
+    fs::write(place.path("disk.raw"), [7; 8192]).unwrap();
+    let run = |line: &str| place.run(line);
     let said = "a:4096: cannot open: No such file or directory; \
                 if the end is a size, write a:size=4096";
     run("info a:4096").code(4).stderr(contains(said));
@@ -45,13 +43,13 @@ fn a_name_means_the_same_whatever_exists() {
 }
 
 /// The errors of all commands that read a layer, for one that is cut at each of `places`.
-fn cut(place: &Path, layer: &str, places: &[usize]) -> Vec<String> {
-    let bytes = std::fs::read(place.join(layer)).unwrap();
+fn cut(place: &Place, layer: &str, places: &[usize]) -> Vec<String> {
+    let bytes = fs::read(place.path(layer)).unwrap();
     let mut said = Vec::new();
     for &len in places {
-        std::fs::write(place.join("cut"), &bytes[..len]).unwrap();
+        fs::write(place.path("cut"), &bytes[..len]).unwrap();
         for command in ["info", "verify", "dump", "table"] {
-            let done = obdsetup(place, &format!("{command} cut")).assert().code(3);
+            let done = place.run(&format!("{command} cut")).code(3);
             let text = String::from_utf8_lossy(&done.get_output().stderr).into_owned();
             said.push(format!("{layer}, {len} bytes, {command}: {text}"));
         }
@@ -59,48 +57,42 @@ fn cut(place: &Path, layer: &str, places: &[usize]) -> Vec<String> {
     said
 }
 
-#[test]
 fn incomplete_copies_are_said_to_be_that() {
-    let place = TempDir::new().unwrap();
+    let place = Place::new();
     let disk: Vec<u8> = (0..400_000u32)
         .map(|n| (n.wrapping_mul(n) >> 7) as u8)
         .collect();
-    std::fs::write(place.path().join("disk.raw"), disk).unwrap();
+    fs::write(place.path("disk.raw"), disk).unwrap();
     for (layer, options) in [
         ("lz4.obd", ""),
         ("bare.obd", "--algorithm none"),
         ("tar.obd", "--tar"),
     ] {
         let line = format!("create --image disk.raw {options} {layer}");
-        obdsetup(place.path(), &line).assert().success();
-        let len = std::fs::metadata(place.path().join(layer)).unwrap().len() as usize;
+        place.run(&line).success();
+        let len = fs::metadata(place.path(layer)).unwrap().len() as usize;
         let missing = if layer == "tar.obd" { 3000 } else { 520 };
         let places = [1, 511, 512, 1025, 5000, 100_000, len - missing];
-        for text in cut(place.path(), layer, &places) {
+        for text in cut(&place, layer, &places) {
             assert!(text.contains("incomplete copy"), "{text}");
         }
-        for text in cut(place.path(), layer, &[0]) {
+        for text in cut(&place, layer, &[0]) {
             assert!(text.ends_with(": cut: the file is empty\n"), "{text}");
         }
     }
 }
 
-#[test]
 fn what_is_no_layer() {
-    let place = TempDir::new().unwrap();
-    std::fs::create_dir(place.path().join("dir")).unwrap();
-    std::fs::write(
-        place.path().join("passwd"),
+    let place = Place::new();
+    fs::create_dir(place.path("dir")).unwrap();
+    fs::write(
+        place.path("passwd"),
         "root:x:0:0:root:/root:/bin/sh\n".repeat(99),
     )
     .unwrap();
-    std::fs::write(
-        place.path().join("disk.qcow2"),
-        b"QFI\xfb\0\0\0\x03".repeat(999),
-    )
-    .unwrap();
+    fs::write(place.path("disk.qcow2"), b"QFI\xfb\0\0\0\x03".repeat(999)).unwrap();
     for command in ["info", "verify", "dump", "open x", "table"] {
-        let run = |name: &str| obdsetup(place.path(), &format!("{command} {name}")).assert();
+        let run = |name: &str| place.run(&format!("{command} {name}"));
         for name in ["passwd", "disk.qcow2"] {
             run(name)
                 .code(3)
@@ -110,37 +102,36 @@ fn what_is_no_layer() {
     }
 }
 
-#[test]
+/// Of a machine that has some, nothing is known here; nor is anything where sysfs is not mounted.
+fn no_stacks() -> Option<String> {
+    let Ok(mut devices) = fs::read_dir("/sys/block") else {
+        return Some("no /sys/block".to_owned());
+    };
+    let mapped = |name: String| name.starts_with("dm-");
+    devices
+        .any(|device| mapped(device.unwrap().file_name().to_string_lossy().into_owned()))
+        .then(|| "this machine has mapped devices".to_owned())
+}
+
+fn no_sysfs() -> Option<String> {
+    let there = Path::new("/sys/block").exists();
+    there.then(|| "/sys is mounted".to_owned())
+}
+
 fn list_without_stacks() {
-    let place = TempDir::new().unwrap();
-    // Of a machine that has some, nothing is known here.
-    if std::fs::read_dir("/sys/block").is_ok_and(|mut devices| {
-        devices.any(|device| {
-            device
-                .unwrap()
-                .file_name()
-                .to_string_lossy()
-                .starts_with("dm-")
-        })
-    }) {
-        return;
-    }
-    // Where sysfs is not mounted, nobody can tell.
-    if !Path::new("/sys/block").exists() {
-        obdsetup(place.path(), "list")
-            .assert()
-            .code(4)
-            .stdout("")
-            .stderr(contains("is /sys mounted?"));
-        return;
-    }
-    obdsetup(place.path(), "list")
-        .assert()
+    let place = Place::new();
+    place
+        .run("list")
         .success()
         .stdout("")
         .stderr("obdsetup: no stack is set up\n");
-    obdsetup(place.path(), "list --json --check")
-        .assert()
-        .success()
-        .stdout("[]\n");
+    place.run("list --json --check").success().stdout("[]\n");
+}
+
+fn list_without_sysfs() {
+    Place::new()
+        .run("list")
+        .code(4)
+        .stdout("")
+        .stderr(contains("is /sys mounted?"));
 }

@@ -13,57 +13,21 @@ use tempfile::TempDir;
 
 use super::{check, Archive, Compression, Device, Extent, Member, MemberKind, Time};
 
-/// A header with a right checksum, and the content behind it.
-fn member(name: &str, kind: u8, content: &[u8]) -> Vec<u8> {
-    let mut block = header(name, kind, content.len());
-    block.extend_from_slice(content);
-    block.resize(block.len().next_multiple_of(512), 0);
-    block
-}
+#[path = "../../tests/common/tars.rs"]
+mod tars;
 
-fn header(name: &str, kind: u8, size: usize) -> Vec<u8> {
-    let mut block = vec![0; 512];
-    let mut put = |at: usize, text: &[u8]| {
-        for (to, from) in block.iter_mut().skip(at).zip(text) {
-            *to = *from;
-        }
-    };
-    put(0, name.as_bytes());
-    put(100, b"0000644\0");
-    put(108, b"0001750\0");
-    put(116, b"0000144\0");
-    put(124, format!("{size:011o}\0").as_bytes());
-    put(136, b"14524770400\0");
-    put(156, &[kind]);
-    put(257, b"ustar\x0000");
-    sign(&mut block);
-    block
-}
-
-fn sign(block: &mut [u8]) {
-    block[148..156].fill(b' ');
-    let sum: u32 = block[..512].iter().map(|&byte| u32::from(byte)).sum();
-    block[148..156].copy_from_slice(format!("{sum:06o}\0 ").as_bytes());
-}
+use tars::{header, member, sign};
 
 fn pax(records: &[(&str, &[u8])]) -> Vec<u8> {
-    let mut text = Vec::new();
-    for (key, value) in records {
-        let rest = key.len() + value.len() + 3;
-        let mut len = rest + 1;
-        while len != rest + len.to_string().len() {
-            len = rest + len.to_string().len();
-        }
-        text.extend_from_slice(format!("{len} {key}=").as_bytes());
-        text.extend_from_slice(value);
-        text.push(b'\n');
-    }
-    member("PaxHeaders/x", b'x', &text)
+    let records: Vec<_> = records
+        .iter()
+        .map(|&(key, value)| (key.as_bytes(), value))
+        .collect();
+    tars::pax(&records)
 }
 
-fn end(mut tar: Vec<u8>) -> Vec<u8> {
-    tar.resize(tar.len() + 1024, 0);
-    tar
+fn end(members: Vec<u8>) -> Vec<u8> {
+    tars::tar(&[members])
 }
 
 /// Members and their content, which is as long as the file.
@@ -140,7 +104,7 @@ fn all_that_a_member_has() {
         at: 0,
         path: b"a/b/c".to_vec(),
         kind: MemberKind::File,
-        mode: 0o644,
+        mode: 0o755,
         uid: 4_000_000_000,
         gid: 100,
         mtime: Time {

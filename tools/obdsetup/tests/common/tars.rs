@@ -8,8 +8,8 @@ pub(crate) fn header(name: &str, kind: u8, size: usize) -> Vec<u8> {
     let mut put = |at: usize, bytes: &[u8]| block[at..at + bytes.len()].copy_from_slice(bytes);
     put(0, name.as_bytes());
     put(100, b"0000755\0");
-    put(108, b"0000000\0");
-    put(116, b"0000000\0");
+    put(108, b"0001750\0");
+    put(116, b"0000144\0");
     put(124, format!("{size:011o}\0").as_bytes());
     put(136, b"14524770400\0");
     put(156, &[kind]);

@@ -1,0 +1,191 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! What a test needs that may be missing.
+
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+
+use rustix::fs::XattrFlags;
+use tempfile::TempDir;
+
+/// Why a test cannot run here; `None` where it can.
+pub(crate) type Need = Option<String>;
+
+/// Where a program is: obdsetup looks at these places, too.
+pub(crate) fn find(program: &str) -> Option<PathBuf> {
+    let path = std::env::var("PATH").unwrap_or_default();
+    format!("{path}:/usr/sbin:/sbin")
+        .split(':')
+        .map(|dir| Path::new(dir).join(program))
+        .find(|file| file.is_file())
+}
+
+/// A program that is installed.
+pub(crate) fn program(name: &str) -> Need {
+    find(name).is_none().then(|| format!("no {name}"))
+}
+
+/// What `run` prints must name a version as new as this.
+fn version(name: &str, arg: &str, needed: (u32, u32)) -> Need {
+    let Some(file) = find(name) else {
+        return program(name);
+    };
+    let output = Command::new(file).arg(arg).output().unwrap();
+    let text = String::from_utf8_lossy(&output.stdout).into_owned();
+    let mut words = text.split_whitespace();
+    let found = words.find_map(|word| {
+        let (major, rest) = word.split_once('.')?;
+        let digits = |text: &str| {
+            text.split(|c: char| !c.is_ascii_digit())
+                .next()?
+                .parse()
+                .ok()
+        };
+        Some((digits(major)?, digits(rest)?))
+    });
+    let (major, minor) = needed;
+    (found? < needed).then(|| format!("{name} is older than {major}.{minor}"))
+}
+
+/// A mksquashfs that obdsetup can use.
+pub(crate) fn mksquashfs() -> Need {
+    version("mksquashfs", "-version", (4, 6))
+}
+
+/// A mkfs.erofs that obdsetup can use.
+pub(crate) fn mkfs_erofs() -> Need {
+    version("mkfs.erofs", "--version", (1, 8))
+}
+
+/// The programs for ext2, ext3 and ext4.
+pub(crate) fn e2fsprogs() -> Need {
+    program("mkfs.ext4").or_else(|| program("debugfs"))
+}
+
+/// An administrator.
+pub(crate) fn root() -> Need {
+    let is_root = rustix::process::geteuid().is_root();
+    (!is_root).then(|| "for root only".to_owned())
+}
+
+/// An ordinary user.
+pub(crate) fn ordinary_user() -> Need {
+    let is_root = rustix::process::geteuid().is_root();
+    is_root.then(|| "not for root".to_owned())
+}
+
+/// To make device nodes, which not even root may in some containers.
+pub(crate) fn device_nodes() -> Need {
+    root().or_else(|| {
+        let place = TempDir::new().unwrap();
+        let made = Command::new("mknod")
+            .arg(place.path().join("null"))
+            .args(["c", "1", "3"])
+            .stderr(Stdio::null())
+            .status();
+        let made = made.is_ok_and(|status| status.success());
+        (!made).then(|| "device nodes cannot be made".to_owned())
+    })
+}
+
+/// Extended attributes and access control lists where temporary files are.
+pub(crate) fn xattrs() -> Need {
+    let place = TempDir::new().unwrap();
+    let flags = XattrFlags::empty();
+    let set = rustix::fs::setxattr(place.path(), "user.a", b"b", flags);
+    let set = set.and_then(|()| rustix::fs::setxattr(place.path(), ACL, &acl(1234), flags));
+    let error = set.err()?;
+    Some(format!(
+        "no extended attributes for temporary files: {error}"
+    ))
+}
+
+/// A namespace of its own for the name of the host.
+pub(crate) fn other_host() -> Need {
+    root().or_else(|| {
+        let command = "hostname elsewhere 2>/dev/null || echo elsewhere >/proc/sys/kernel/hostname";
+        let done = Command::new("unshare")
+            .args(["--uts", "sh", "-c", command])
+            .stderr(Stdio::null())
+            .status();
+        let done = done.is_ok_and(|status| status.success());
+        (!done).then(|| "the host can have no other name".to_owned())
+    })
+}
+
+/// The extended attribute that an access control list is.
+pub(crate) const ACL: &str = "system.posix_acl_access";
+
+/// A list as the kernel has it: user `uid` may read.
+pub(crate) fn acl(uid: u32) -> Vec<u8> {
+    let entry = |tag: u16, permissions: u16, id: u32| {
+        let (tag, permissions) = (tag.to_le_bytes(), permissions.to_le_bytes());
+        [tag.as_slice(), &permissions, &id.to_le_bytes()].concat()
+    };
+    [
+        vec![2, 0, 0, 0],
+        entry(0x01, 6, u32::MAX),
+        entry(0x02, 4, uid),
+        entry(0x04, 0, u32::MAX),
+        entry(0x10, 4, u32::MAX),
+        entry(0x20, 0, u32::MAX),
+    ]
+    .concat()
+}
+
+/// A locale that sorts and changes case in other ways than C, and the variables that choose it.
+pub(crate) struct Locale {
+    pub(crate) env: Vec<(String, String)>,
+    /// What it was made in.
+    _made: Option<TempDir>,
+}
+
+/// One that is installed, or made of the sources that are installed; or why there is none.
+pub(crate) fn locale() -> Result<Locale, String> {
+    let installed = Command::new("locale").arg("-a").output();
+    let installed = installed.map(|output| String::from_utf8_lossy(&output.stdout).into_owned());
+    let names = installed.unwrap_or_default();
+    let plain = |name: &&str| !["C", "POSIX"].contains(name) && !name.starts_with("C.");
+    if let Some(name) = names.lines().find(plain) {
+        return Ok(Locale {
+            env: vec![("LC_ALL".to_owned(), name.to_owned())],
+            _made: None,
+        });
+    }
+    let place = TempDir::new().unwrap();
+    let made = Command::new("localedef")
+        .args(["-i", "tr_TR", "-f", "UTF-8"])
+        .arg(place.path().join("tr_TR.UTF-8"))
+        .stdout(Stdio::null())
+        .stderr(Stdio::null())
+        .status();
+    match made.is_ok_and(|status| status.success()) {
+        true => Ok(Locale {
+            env: vec![
+                ("LC_ALL".to_owned(), "tr_TR.UTF-8".to_owned()),
+                ("LOCPATH".to_owned(), place.path().display().to_string()),
+            ],
+            _made: Some(place),
+        }),
+        false => Err("no locale but C, and no sources of others".to_owned()),
+    }
+}
+
+/// Where a file can have an extended attribute of 64 KiB, the most that the kernel allows.
+pub(crate) fn with_large_xattrs() -> Option<TempDir> {
+    let places = [std::env::temp_dir(), "/dev/shm".into()];
+    let dirs = places
+        .iter()
+        .filter_map(|place| TempDir::new_in(place).ok());
+    dirs.into_iter().find(|dir| {
+        let value = vec![b'x'; 65_536];
+        rustix::fs::setxattr(dir.path(), "user.a", &value, XattrFlags::empty())
+            .and_then(|()| rustix::fs::removexattr(dir.path(), "user.a"))
+            .is_ok()
+    })
+}
+
+pub(crate) fn large_xattrs() -> Need {
+    let cause = "no file system for temporary files holds attributes of 64 KiB";
+    with_large_xattrs().is_none().then(|| cause.to_owned())
+}

@@ -1,0 +1,194 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! What is at a limit, or takes long: directories with the longest and the largest that a file can
+//! have, and work that a signal ends.
+
+use std::fs;
+use std::os::fd::OwnedFd;
+use std::time::{Duration, Instant};
+
+use predicates::prelude::*;
+use predicates::str::contains;
+use rustix::fs::{mkdirat, mknodat, openat, FileType, Mode, OFlags, XattrFlags, CWD};
+use rustix::process::Signal;
+
+use crate::common::{needs, noise, stop, tests, Place};
+
+tests! {
+    longest_names;
+    longest_paths;
+    links_that_are_as_long_as_can_be needs needs::e2fsprogs();
+    large_attributes needs needs::e2fsprogs(), needs::large_xattrs();
+    largest_device_numbers needs needs::e2fsprogs(), needs::mksquashfs(), needs::device_nodes();
+    an_interrupt_ends_the_btrfs_writer_at_once;
+}
+
+/// Longer than the kernel allows, no file in a directory has them.
+fn longest_names() {
+    let place = Place::new();
+    let long = "n".repeat(255);
+    fs::create_dir_all(place.path(&format!("tree/{long}"))).unwrap();
+    place.write(&format!("tree/{long}/{long}"), b"what is in the file");
+    for fs in ["erofs", "btrfs"] {
+        place.ok(&format!("create --directory tree --fs {fs} {fs}.obd"));
+        let found = place.dump(&format!("{fs}.obd"));
+        let at = |text: &[u8]| {
+            found
+                .windows(text.len())
+                .filter(|part| *part == text)
+                .count()
+        };
+        assert!(at(long.as_bytes()) >= 2, "{fs}");
+        assert_eq!(at(b"what is in the file"), 1, "{fs}");
+    }
+}
+
+/// Makes a chain of directories in `top`, each with a name of 200 bytes.
+fn chain(top: &std::path::Path, count: usize) {
+    let flags = OFlags::RDONLY | OFlags::DIRECTORY;
+    let mut at: OwnedFd = openat(CWD, top, flags, Mode::empty()).unwrap();
+    let name = "d".repeat(200);
+    for _ in 0..count {
+        mkdirat(&at, name.as_str(), Mode::from_raw_mode(0o755)).unwrap();
+        at = openat(&at, name.as_str(), flags, Mode::empty()).unwrap();
+    }
+}
+
+fn longest_paths() {
+    let place = Place::new();
+    fs::create_dir(place.path("tree")).unwrap();
+    chain(&place.path("tree"), 19);
+    place.ok("create --directory tree --fs erofs out.obd");
+    fs::create_dir(place.path("deep")).unwrap();
+    chain(&place.path("deep"), 30);
+    for fs in ["erofs", "btrfs"] {
+        let done = place.run(&format!("create --directory deep --fs {fs} x.obd"));
+        let done = done.code(1).stderr(
+            contains("/deep/ddd")
+                .and(contains("more than 4095"))
+                .and(contains("move the directory")),
+        );
+        assert!(done.get_output().stderr.len() < 1000, "{done}");
+    }
+    assert_eq!(place.names(), ["deep", "out.obd", "tree"]);
+}
+
+/// The kernel takes targets of 4095 bytes at most.
+fn links_that_are_as_long_as_can_be() {
+    let place = Place::new();
+    fs::create_dir(place.path("tree")).unwrap();
+    let target = "t/".repeat(2047) + "t";
+    std::os::unix::fs::symlink(&target, place.path("tree/link")).unwrap();
+    for fs in ["erofs", "ext4", "btrfs"] {
+        place.ok(&format!("create --directory tree --fs {fs} {fs}.obd"));
+        let found = place.dump(&format!("{fs}.obd"));
+        let there = found
+            .windows(target.len())
+            .any(|part| part == target.as_bytes());
+        assert!(there, "{fs}");
+    }
+}
+
+/// Attributes up to what the kernel allows: what cannot hold one says so, and names the file.
+fn large_attributes() {
+    let place = Place(needs::with_large_xattrs().unwrap());
+    fs::create_dir(place.path("tree")).unwrap();
+    place.write("tree/file", b"content");
+    let set = |len: usize| {
+        let value = noise(len, 3);
+        let file = place.path("tree/file");
+        rustix::fs::setxattr(file, "user.large", &value, XattrFlags::empty()).unwrap();
+    };
+    set(3000);
+    for fs in ["erofs", "ext4", "btrfs"] {
+        place.ok(&format!("create --directory tree --fs {fs} {fs}.obd"));
+    }
+    set(65_000);
+    place.ok("create --directory tree --fs erofs erofs.obd --force");
+    let disk = place.dump("erofs.obd");
+    let value = noise(65_000, 3);
+    assert!(disk
+        .windows(1000)
+        .any(|part| part == &value[64_000..65_000]));
+    let refused = |fs: &str, said: &str| {
+        let done = place.run(&format!("create --directory tree --fs {fs} x.obd"));
+        let said = contains(said).and(contains(format!("than {fs} can hold: use --fs ")));
+        done.code(1).stderr(contains("/file: ").and(said));
+    };
+    refused("ext4", "extended attribute user.large");
+    refused("btrfs", "extended attribute user.large");
+    // Its lengths have 16 bits.
+    set(65_536);
+    refused("erofs", "more extended attributes");
+    assert_eq!(
+        place.names(),
+        ["btrfs.obd", "erofs.obd", "ext4.obd", "tree"]
+    );
+}
+
+fn largest_device_numbers() {
+    let place = Place::new();
+    fs::create_dir(place.path("tree")).unwrap();
+    let (mode, device) = (
+        Mode::from_raw_mode(0o600),
+        rustix::fs::makedev(4095, 1_048_575),
+    );
+    let node = place.path("tree/node");
+    mknodat(CWD, &node, FileType::BlockDevice, mode, device).unwrap();
+    for fs in ["erofs", "btrfs", "ext4"] {
+        place.ok(&format!("create --directory tree --fs {fs} {fs}.obd"));
+    }
+    // As the kernel writes such a number: minor, major, rest of the minor.
+    let number = (((0xfffff & !0xff) << 12) | (4095 << 8) | 0xff_u32).to_le_bytes();
+    let disk = place.dump("erofs.obd");
+    assert!(disk.chunks(4).any(|word| word == number));
+    place
+        .run("create --directory tree --fs squashfs x.obd")
+        .code(1)
+        .stderr(contains("devices with a minor number of 524288 or more").and(contains("node")));
+    assert!(!place.path("x.obd").exists());
+}
+
+fn an_interrupt_ends_the_btrfs_writer_at_once() {
+    let place = Place::new();
+    for nth in 0..40 {
+        fs::create_dir_all(place.path(&format!("tree/{nth}"))).unwrap();
+        for file in 0..250 {
+            place.write(
+                &format!("tree/{nth}/{file}"),
+                format!("{nth} {file}").as_bytes(),
+            );
+        }
+    }
+    place.write("tree/data", &noise(64 << 20, 1));
+    let line = "create --directory tree --fs btrfs out.obd";
+    let start = Instant::now();
+    place.ok(line);
+    let whole = start.elapsed();
+    fs::remove_file(place.path("out.obd")).unwrap();
+    let mut stopped = 0;
+    for nth in 1..10 {
+        let mut child = place.start(line);
+        std::thread::sleep(whole * nth / 10);
+        let asked = Instant::now();
+        match stop(&mut child, Signal::INT) {
+            // It was faster this time.
+            Some(0) => fs::remove_file(place.path("out.obd")).unwrap(),
+            code => {
+                let took = asked.elapsed();
+                assert_eq!(code, Some(130), "after {nth}/10 of {whole:?}");
+                // A machine with much else to do is slow in all.
+                assert!(
+                    took < Duration::from_secs(1).max(whole / 10),
+                    "{took:?}, after {nth}/10 of {whole:?}"
+                );
+                stopped += 1;
+            }
+        }
+        assert_eq!(place.names(), ["tree"], "after {nth}/10 of {whole:?}");
+    }
+    assert!(
+        whole > Duration::from_secs(1) && stopped >= 5,
+        "{stopped} in {whole:?}"
+    );
+}

@@ -1,0 +1,63 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! `obdsetup` as its users run it. All files of tests are one program, so that they share what is in
+//! [`common`], and so that a test which cannot run here counts as skipped and says why.
+
+#![allow(missing_docs, clippy::unwrap_used, clippy::expect_used)]
+
+mod archives;
+mod cli;
+mod common;
+mod hostile;
+mod identity;
+mod limits;
+mod messages;
+mod overview;
+mod programs;
+mod reproducible;
+
+use std::fs;
+use std::path::Path;
+
+use common::{names, trial};
+
+fn main() {
+    let args = libtest_mimic::Arguments::from_args();
+    let files = [
+        archives::trials(),
+        archives::trials_of_programs(),
+        cli::trials(),
+        hostile::trials(),
+        identity::trials(),
+        limits::trials(),
+        messages::trials(),
+        overview::trials(),
+        programs::trials(),
+        reproducible::trials(),
+        vec![trial(
+            "main",
+            "no_test_is_left_out",
+            &[],
+            no_test_is_left_out,
+        )],
+    ];
+    let trials = files.into_iter().flatten().collect();
+    libtest_mimic::run(&args, trials).exit();
+}
+
+/// The compiler leaves out what has the attribute of tests for its own harness, without a word.
+fn no_test_is_left_out() {
+    let dir = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests");
+    for name in names(&dir).iter().filter(|name| name.ends_with(".rs")) {
+        let text = fs::read_to_string(dir.join(name)).unwrap();
+        let marked = text.lines().any(|line| line.trim() == "#[test]");
+        assert!(
+            !marked,
+            "{name}: list the test in tests! and remove #[test]"
+        );
+        assert!(
+            name == "main.rs" || include_str!("main.rs").contains(&name.replace(".rs", "::trials")),
+            "{name}"
+        );
+    }
+}
