@@ -3,6 +3,11 @@
 //! Writes an erofs without compression: the superblock, all inodes with what is small enough to be
 //! beside them, then blocks of data. Blocks have 4 KiB, all inodes the extended form.
 //!
+//! Files have fingerprints of their content, as mkfs.erofs gives them with `--xattr-inode-digest`:
+//! with mount option `inode_share`, images share the page cache of what has the same ones. A
+//! fingerprint is an extended attribute whose name begins with nothing that Linux shows, so nobody sees
+//! it. The feature is one of those that a kernel need not know.
+//!
 //! Source: Linux, `fs/erofs/erofs_fs.h` and `Documentation/filesystems/erofs.rst`.
 
 use std::collections::{BTreeMap, HashMap};
@@ -12,6 +17,7 @@ use std::path::Path;
 
 use anyhow::{Context, Result};
 use overlaybd::format::num::{to_u64, to_usize};
+use sha2::{Digest, Sha256};
 use tempfile::NamedTempFile;
 
 use crate::bar::Bar;
@@ -38,6 +44,17 @@ const CHUNK_BITS: u16 = 31;
 const HOLE: u32 = u32::MAX;
 /// Bytes of the header of extended attributes.
 const XATTR_HEADER: usize = 12;
+/// The table of prefixes of extended attributes, of one: the length, that of no known kind, the rest.
+const PREFIXES: &[u8] = &[3, 0, 0, b'f', b'p'];
+/// Where it is.
+const PREFIXES_AT: u64 = SUPERBLOCK.0 + SUPERBLOCK.1;
+/// An extended attribute whose whole name is the first prefix.
+const FIRST_PREFIX: u8 = 0x80;
+/// What a fingerprint begins with; SHA-256 follows.
+const DIGEST: &[u8] = b"sha256:";
+const DIGEST_LEN: usize = 32;
+/// Most bytes of holes in a file that gets a fingerprint: they are hashed, too.
+const HASHED_HOLES: u64 = 1 << 30;
 const WRITE: &str = "cannot write the file system";
 
 /// How data is laid out: all in blocks, the end beside the inode, or in chunks that may be holes.
@@ -55,6 +72,8 @@ struct Plan {
     /// log2 of blocks in a chunk.
     chunk_bits: u16,
     xattrs: Vec<u8>,
+    /// Where in `xattrs` the SHA-256 of the content is to be.
+    digest: Option<usize>,
     /// Where the inode is.
     at: u64,
     /// The first block of data.
@@ -103,7 +122,7 @@ pub(super) fn make(tree: &Tree, stamp: &Stamp, place: &Path) -> Result<NamedTemp
         parents.insert(name.id, name.parent);
     }
     let mut plans: HashMap<Id, Plan> = HashMap::new();
-    let mut end = SUPERBLOCK.0 + SUPERBLOCK.1;
+    let mut end = PREFIXES_AT + to_u64(PREFIXES.len());
     for &(id, path) in &order {
         let mut plan = plan(tree, id, path)?;
         plan.links = match tree.node(id)?.kind {
@@ -175,11 +194,17 @@ fn plan(tree: &Tree, id: Id, path: &[u8]) -> Result<Plan> {
         _ if (1..=INLINE).contains(&(size % BLOCK)) => layout::INLINE,
         _ => layout::PLAIN,
     };
+    let with_digest = match &node.kind {
+        Kind::File(content) => size > 0 && size - content.data_len() <= HASHED_HOLES,
+        _ => false,
+    };
+    let (xattrs, digest) = xattrs(&node.meta.xattrs, with_digest, path)?;
     Ok(Plan {
         size,
         layout,
         chunk_bits,
-        xattrs: xattrs(&node.meta.xattrs, path)?,
+        xattrs,
+        digest,
         at: 0,
         block: 0,
         links: 0,
@@ -237,8 +262,12 @@ fn stored_chunks(content: &Content, plan: &Plan) -> BTreeMap<u64, (u64, u64)> {
     chunks
 }
 
-/// The extended attributes of an inode.
-fn xattrs(all: &BTreeMap<Vec<u8>, Vec<u8>>, path: &[u8]) -> Result<Vec<u8>> {
+/// The extended attributes of an inode, and where among them the digest of its content is to be.
+fn xattrs(
+    all: &BTreeMap<Vec<u8>, Vec<u8>>,
+    with_digest: bool,
+    path: &[u8],
+) -> Result<(Vec<u8>, Option<usize>)> {
     const PREFIXES: [(&[u8], u8); 5] = [
         (b"user.", 1),
         (b"system.posix_acl_access", 2),
@@ -246,10 +275,18 @@ fn xattrs(all: &BTreeMap<Vec<u8>, Vec<u8>>, path: &[u8]) -> Result<Vec<u8>> {
         (b"trusted.", 4),
         (b"security.", 6),
     ];
-    if all.is_empty() {
-        return Ok(Vec::new());
+    if all.is_empty() && !with_digest {
+        return Ok((Vec::new(), None));
     }
     let mut bytes = vec![0; XATTR_HEADER];
+    let mut digest = None;
+    if with_digest {
+        bytes.extend([0, FIRST_PREFIX]);
+        bytes.extend(u16::try_from(DIGEST.len() + DIGEST_LEN)?.to_le_bytes());
+        bytes.extend_from_slice(DIGEST);
+        digest = Some(bytes.len());
+        bytes.resize((bytes.len() + DIGEST_LEN).next_multiple_of(4), 0);
+    }
     for (name, value) in all {
         let prefix = PREFIXES.iter().find(|(prefix, _)| name.starts_with(prefix));
         let &(prefix, index) = prefix.context("an extended attribute of an unknown kind")?;
@@ -265,7 +302,9 @@ fn xattrs(all: &BTreeMap<Vec<u8>, Vec<u8>>, path: &[u8]) -> Result<Vec<u8>> {
         bytes.resize(bytes.len().next_multiple_of(4), 0);
     }
     match xattr_count(bytes.len()) {
-        Some(_) => Ok(bytes),
+        Some(_) => Ok((bytes, digest)),
+        // It has none rather than that the file cannot be there.
+        None if with_digest => xattrs(all, false, path),
         None => Err(too_long(path)),
     }
 }
@@ -318,6 +357,41 @@ fn directory_size(entries: &[(&[u8], Id)]) -> u64 {
     to_u64(blocks.len().saturating_sub(1)) * BLOCK + last
 }
 
+/// The SHA-256 of what is in a file, holes, too.
+struct Hash {
+    sha: Sha256,
+    /// What is in it: all before this.
+    end: u64,
+    is_wanted: bool,
+}
+
+impl Hash {
+    fn add(&mut self, offset: u64, piece: &[u8]) {
+        if self.is_wanted {
+            self.zeros(offset);
+            self.sha.update(piece);
+            self.end = offset + to_u64(piece.len());
+        }
+    }
+
+    fn zeros(&mut self, end: u64) {
+        const ZEROS: &[u8] = &[0; 64 << 10];
+        while self.end < end {
+            let len = (end - self.end).min(to_u64(ZEROS.len()));
+            self.sha
+                .update(ZEROS.get(..to_usize(len)).unwrap_or_default());
+            self.end += len;
+        }
+    }
+
+    fn finish(mut self, size: u64) -> [u8; DIGEST_LEN] {
+        if self.is_wanted {
+            self.zeros(size);
+        }
+        self.sha.finalize().into()
+    }
+}
+
 struct Writer<'a> {
     tree: &'a Tree,
     plans: HashMap<Id, Plan>,
@@ -362,17 +436,42 @@ impl Writer<'_> {
         inode.extend(plan.links.to_le_bytes());
         inode.resize(to_usize(INODE), 0);
         inode.extend_from_slice(&plan.xattrs);
-        self.write(&inode, plan.at)?;
         match &node.kind {
-            Kind::Directory(_) => self.data(plan, 0, &self.directory(id)?),
-            Kind::Symlink(target) => self.data(plan, 0, target),
-            Kind::File(content) if plan.layout == layout::CHUNKS => self.chunks(plan, content, bar),
-            Kind::File(content) => content.read(|offset, piece| {
-                bar.advance(to_u64(piece.len()))?;
-                self.data(plan, offset, piece)
-            }),
-            _ => Ok(()),
+            Kind::Directory(_) => self.data(plan, 0, &self.directory(id)?)?,
+            Kind::Symlink(target) => self.data(plan, 0, target)?,
+            Kind::File(content) => {
+                let digest = self.file(plan, content, bar)?;
+                let place = plan.digest.map(|at| to_usize(INODE) + at);
+                let place = place.and_then(|at| inode.get_mut(at..at + DIGEST_LEN));
+                if let Some(place) = place {
+                    place.copy_from_slice(&digest);
+                }
+            }
+            _ => {}
         }
+        self.write(&inode, plan.at)
+    }
+
+    /// Writes the content of a file, and returns its SHA-256 where the file is to have one.
+    fn file(&self, plan: &Plan, content: &Content, bar: &Bar) -> Result<[u8; DIGEST_LEN]> {
+        let mut hash = Hash {
+            sha: Sha256::new(),
+            end: 0,
+            is_wanted: plan.digest.is_some(),
+        };
+        let chunks = match plan.layout {
+            layout::CHUNKS => Some(self.chunk_map(plan, content)?),
+            _ => None,
+        };
+        content.read(|offset, piece| {
+            bar.advance(to_u64(piece.len()))?;
+            hash.add(offset, piece);
+            match &chunks {
+                Some(chunks) => self.chunks(plan, chunks, offset, piece),
+                None => self.data(plan, offset, piece),
+            }
+        })?;
+        Ok(hash.finish(plan.size))
     }
 
     /// Writes a part of the content of a node.
@@ -391,7 +490,8 @@ impl Writer<'_> {
         self.write(beside, plan.tail() + start)
     }
 
-    fn chunks(&self, plan: &Plan, content: &Content, bar: &Bar) -> Result<()> {
+    /// Writes where the chunks of a file are.
+    fn chunk_map(&self, plan: &Plan, content: &Content) -> Result<BTreeMap<u64, (u64, u64)>> {
         let chunks = stored_chunks(content, plan);
         let mut map = Vec::new();
         for nth in 0..plan.chunks() {
@@ -402,20 +502,28 @@ impl Writer<'_> {
             map.extend(address.to_le_bytes());
         }
         self.write(&map, plan.tail())?;
-        content.read(|mut offset, mut piece| {
-            bar.advance(to_u64(piece.len()))?;
-            while !piece.is_empty() {
-                let nth = offset / plan.chunk();
-                let inside = offset % plan.chunk();
-                let (at, _) = chunks.get(&nth).context("data without a place")?;
-                let room = to_usize((plan.chunk() - inside).min(to_u64(piece.len())));
-                let (now, rest) = piece.split_at(room);
-                self.write(now, (plan.block + at) * BLOCK + inside)?;
-                offset += to_u64(now.len());
-                piece = rest;
-            }
-            Ok(())
-        })
+        Ok(chunks)
+    }
+
+    /// Writes a part of the content of a file in chunks.
+    fn chunks(
+        &self,
+        plan: &Plan,
+        chunks: &BTreeMap<u64, (u64, u64)>,
+        mut offset: u64,
+        mut piece: &[u8],
+    ) -> Result<()> {
+        while !piece.is_empty() {
+            let nth = offset / plan.chunk();
+            let inside = offset % plan.chunk();
+            let (at, _) = chunks.get(&nth).context("data without a place")?;
+            let room = to_usize((plan.chunk() - inside).min(to_u64(piece.len())));
+            let (now, rest) = piece.split_at(room);
+            self.write(now, (plan.block + at) * BLOCK + inside)?;
+            offset += to_u64(now.len());
+            piece = rest;
+        }
+        Ok(())
     }
 
     /// The content of a directory.
@@ -454,8 +562,11 @@ impl Writer<'_> {
         let mut bytes = Vec::new();
         bytes.extend(0xe0f5_e1e2_u32.to_le_bytes());
         bytes.extend([0; 4]);
-        // A checksum, and times of modification.
-        bytes.extend(3_u32.to_le_bytes());
+        // A checksum, and times of modification; fingerprints, and a table of prefixes at a place of
+        // its own.
+        let prints = self.plans.values().any(|plan| plan.digest.is_some());
+        let compatible: u32 = if prints { 0x33 } else { 3 };
+        bytes.extend(compatible.to_le_bytes());
         bytes.extend([12, 0]);
         bytes.extend(u16::try_from(root)?.to_le_bytes());
         bytes.extend(inodes.to_le_bytes());
@@ -472,6 +583,13 @@ impl Writer<'_> {
             .any(|plan| plan.layout == layout::CHUNKS);
         let incompatible: u32 = if chunks { 4 } else { 0 };
         bytes.extend(incompatible.to_le_bytes());
+        if prints {
+            bytes.extend([0; 7]);
+            // How many prefixes, and where in units of 4 bytes; the first is that of fingerprints.
+            bytes.push(1);
+            bytes.extend(u32::try_from(PREFIXES_AT / 4)?.to_le_bytes());
+            self.write(PREFIXES, PREFIXES_AT)?;
+        }
         bytes.resize(to_usize(SUPERBLOCK.1), 0);
         self.write(&bytes, SUPERBLOCK.0)?;
         // It covers all of the block from the superblock on.

@@ -1,0 +1,166 @@
+#!/usr/bin/env python3
+# SPDX-License-Identifier: GPL-2.0
+"""erofs images of obdsetup have fingerprints of their files, so that different images share the page cache of equal ones."""
+
+import errno
+import hashlib
+import mmap
+import os
+import random
+import shutil
+import subprocess
+import tempfile
+
+from obdtest.disk import fails_with
+from obdtest.ktap import Skip, check, defer, equal, main, note, same_bytes, test
+
+OBDSETUP = shutil.which("obdsetup")
+NAME = f"obdtest-{os.getpid()}"
+COMMON = random.Random(7).randbytes(6 << 20)
+# A file with a hole, one that is beside its inode, one in a block and a bit, an empty one.
+FILES = {"common": COMMON, "hole": COMMON[:9000] + bytes(70000) + COMMON[:5000], "small": b"small\n" * 9,
+         "more": COMMON[:4096 + 100], "empty": b""}
+
+
+def run(*args):
+    done = subprocess.run(args, capture_output=True, text=True, check=False)
+    equal(done.returncode, 0, f"status of {' '.join(args)} ({done.stderr.strip()})")
+    return done.stdout
+
+
+def quietly(*args):
+    subprocess.run(args, capture_output=True, check=False)
+
+
+class Image:
+    """An image of the common files, and one of its own; opened."""
+
+    def __init__(self, work, name):
+        self.name, self.work = f"{NAME}-{name}", work
+        self.tree, self.mnt, self.layer = f"{work}/{name}", f"{work}/{name}.mnt", f"{work}/{name}.obd"
+        os.mkdir(self.tree)
+        os.mkdir(self.mnt)
+        # Places on the disk are to differ.
+        own = {"aaa-own": name.encode() * (10000 + 5000 * len(name))}
+        for path, content in {**own, **FILES}.items():
+            with open(f"{self.tree}/{path}", "wb") as file:
+                file.write(content)
+        run(OBDSETUP, "create", "--directory", self.tree, "--fs", "erofs", self.layer)
+        run(OBDSETUP, "open", self.name, self.layer)
+        defer(quietly, OBDSETUP, "close", self.name)
+
+    def mount(self, *options):
+        run("mount", "-t", "erofs", "-o", ",".join(["ro", *options]), f"/dev/mapper/{self.name}", self.mnt)
+        defer(quietly, "umount", self.mnt)
+        with open("/proc/mounts", encoding="utf-8") as file:
+            row = next(row for row in file if f" {self.mnt} " in row)
+        if "inode_share" in options and "inode_share" not in row:
+            raise Skip("this kernel's erofs doesn't share inodes")
+
+    def umount(self):
+        run("umount", self.mnt)
+
+    def sectors(self):
+        """Sectors that were read of the disk."""
+        rdev = os.stat(f"/dev/mapper/{self.name}").st_rdev
+        with open(f"/sys/dev/block/{os.major(rdev)}:{os.minor(rdev)}/stat", encoding="ascii") as file:
+            return int(file.read().split()[2])
+
+    def read(self, path="common"):
+        """A file's content, and how many sectors of the disk that has taken."""
+        with open(f"{self.mnt}/{path}", "rb") as file:
+            before = self.sectors()
+            return file.read(), self.sectors() - before
+
+
+def images():
+    if not OBDSETUP:
+        raise Skip("no obdsetup")
+    if subprocess.run(["modprobe", "erofs"], capture_output=True, check=False).returncode:
+        raise Skip("this kernel has no erofs")
+    with open("/proc/version", encoding="ascii") as file:
+        release = file.read().split()[2]
+    if tuple(map(int, release.split("-")[0].split(".")[:2])) < (7, 0):
+        raise Skip("the kernel is older than shared inodes of erofs")
+    work = tempfile.mkdtemp(prefix="obdtest-")
+    defer(shutil.rmtree, work)
+    return Image(work, "one"), Image(work, "another")
+
+
+def forget():
+    with open("/proc/sys/vm/drop_caches", "w", encoding="ascii") as file:
+        file.write("3")
+
+
+def cached():
+    """KiB of page cache."""
+    with open("/proc/meminfo", encoding="ascii") as file:
+        return next(int(row.split()[1]) for row in file if row.startswith("Cached:"))
+
+
+def both(first, second, *options):
+    """Reads the common file in one, then in the other: sectors for the second, and KiB of page cache for each."""
+    forget()
+    for image, more in zip((first, second), options):
+        image.mount(*more)
+    content, sectors = first.read()
+    same_bytes(content, COMMON, "content in the first")
+    check(sectors * 512 >= len(COMMON), f"the first read took {sectors} sectors")
+    before = cached()
+    content, sectors = second.read()
+    grown = cached() - before
+    same_bytes(content, COMMON, "content in the second")
+    note(f"{options}: the second read took {sectors} sectors and {grown} KiB of page cache")
+    return sectors, grown
+
+
+@test("in one domain, the second image reads a common file from nowhere, and it is cached once")
+def shared():
+    first, second = images()
+    option = ("inode_share", "domain_id=obdtest")
+    sectors, grown = both(first, second, option, option)
+    equal(sectors, 0, "sectors for the second read")
+    check(grown < len(COMMON) >> 12, f"the page cache has grown by {grown} KiB")
+    for path, wanted in FILES.items():
+        for image in (second, first):
+            same_bytes(image.read(path)[0], wanted, f"{path} in {image.name}")
+    for image in (first, second):
+        same_bytes(image.read("aaa-own")[0], open(f"{image.tree}/aaa-own", "rb").read(), f"what only {image.name} has")
+    # The first one goes; what it has read stays for the other.
+    with open(f"{second.mnt}/common", "rb") as file, mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ) as area:
+        first.umount()
+        same_bytes(bytes(area), COMMON, "a mapping when the first is unmounted")
+    forget()
+    same_bytes(second.read()[0], COMMON, "content when the first is unmounted")
+    fails_with(errno.EINVAL, os.open, f"{second.mnt}/common", os.O_RDONLY | os.O_DIRECT)
+
+
+@test("without the option, or with another domain, each image reads it, and has it in its own page cache")
+def not_shared():
+    first, second = images()
+    for options in (((), ()), (("inode_share", "domain_id=a"), ("inode_share", "domain_id=b"))):
+        sectors, grown = both(first, second, *options)
+        check(sectors * 512 >= len(COMMON), f"{options}: {sectors} sectors for the second read")
+        check(grown * 1024 > len(COMMON) * 3 // 4, f"{options}: the page cache has grown by {grown} KiB")
+        first.umount()
+        second.umount()
+
+
+@test("fingerprints are of the content, and nobody sees them")
+def fingerprints():
+    first, _ = images()
+    run(OBDSETUP, "export", "-o", f"{first.work}/disk", first.layer)
+    with open(f"{first.work}/disk", "rb") as file:
+        disk = file.read()
+    for path, content in FILES.items():
+        wanted = int(bool(content))
+        equal(disk.count(b"sha256:" + hashlib.sha256(content).digest()), wanted, f"fingerprints of {path}")
+    first.mount()
+    for path in FILES:
+        equal(os.listxattr(f"{first.mnt}/{path}"), [], f"extended attributes of {path}")
+    if shutil.which("fsck.erofs"):
+        run("fsck.erofs", f"/dev/mapper/{first.name}")
+
+
+if __name__ == "__main__":
+    main()
