@@ -5,8 +5,11 @@
 //! `dmsetup create --concise` makes many devices. Tables name the devices below by their numbers, so
 //! the numbers are chosen here, among those that are free. Another program may take one first: then
 //! all begins again with others.
+//!
+//! Shared devices come first, and are held before a table names them: then nobody can remove one, and
+//! its number stays its own.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
 use std::time::{Duration, Instant};
 
@@ -14,8 +17,9 @@ use anyhow::{bail, Context, Result};
 
 use super::control::{dmsetup, Control, Line, State};
 use super::lock::Lock;
-use super::plan::{Device, Lower, Plan, Target};
-use super::udev::Udev;
+use super::plan::{Device, Lower, Plan};
+use super::share::{self, Held, Hold};
+use super::udev::{Udev, Wait};
 use crate::exit::{self, Failure};
 use crate::{in_use, interrupt};
 
@@ -29,6 +33,14 @@ const LONGEST: usize = 100 << 10;
 const PATIENCE: Duration = Duration::from_secs(5);
 const POLL: Duration = Duration::from_millis(100);
 
+/// What is below the devices of a plan.
+pub(crate) trait Below {
+    /// Makes `lower` ready: a table is about to name it.
+    fn provide(&mut self, lower: Lower) -> Result<()>;
+    /// Returns the number of `lower`, `MAJOR:MINOR`, where it is ready.
+    fn number(&self, lower: Lower) -> Option<String>;
+}
+
 /// Devices that were set up, or are being so. They are taken down when this is dropped, unless
 /// [`Self::keep`] was called.
 pub(crate) struct SetUp<'a> {
@@ -36,22 +48,31 @@ pub(crate) struct SetUp<'a> {
     lock: &'a Lock,
     plan: &'a Plan,
     udev: Udev,
-    /// The numbers that this attempt has chosen for the devices.
+    /// The numbers of the devices: those that are held have them, and this attempt has chosen others
+    /// for those that it makes.
     numbers: Vec<String>,
-    /// Whether the first device may be ours. Who makes it has the name: locks don't tell of an
-    /// obdsetup that sees another `/run`.
+    /// The shared devices that are held, by their places in the plan.
+    holds: BTreeMap<usize, Hold>,
+    /// The locks for the shared devices that are about to be made.
+    locks: Vec<Lock>,
+    /// The shared devices that this attempt makes.
+    made: Vec<usize>,
+    /// Whether a shared device that was made has gone before it could be held.
+    lost: bool,
+    /// Whether the first device that isn't shared may be ours. Who makes it has the name: locks don't
+    /// tell of an obdsetup that sees another `/run`.
     begun: bool,
     kept: bool,
 }
 
 impl<'a> SetUp<'a> {
-    /// Sets up the devices of `plan`, lowest first; `below` returns the numbers of files and devices
-    /// below. The caller holds `lock`, and has seen that none of the devices exists.
+    /// Sets up the devices of `plan`, lowest first, but for shared ones that are there. The caller
+    /// holds `lock`, and has seen that none of the others exists.
     pub(crate) fn new(
         control: &'a Control,
         lock: &'a Lock,
         plan: &'a Plan,
-        below: &dyn Fn(Lower) -> Option<String>,
+        below: &mut dyn Below,
     ) -> Result<Self> {
         let mut all = Self {
             control,
@@ -59,18 +80,41 @@ impl<'a> SetUp<'a> {
             plan,
             udev: Udev::find(),
             numbers: Vec::new(),
+            holds: BTreeMap::new(),
+            locks: Vec::new(),
+            made: Vec::new(),
+            lost: false,
             begun: false,
             kept: false,
         };
         let major = major()?;
         for attempt in 0..TRIES {
-            let minors = free_minors(&control.states()?, plan.devices.len(), attempt);
-            all.numbers = minors.iter().map(|nth| format!("{major}:{nth}")).collect();
-            all.begun = false;
-            let Err(error) = all.create(&minors, below)? else {
+            let states = all.adopt()?;
+            let todo = all.wanted();
+            if attempt == 0 {
+                all.tell_of_other_options(&states, &todo);
+            }
+            for lower in all.devices(&todo).flat_map(|(_, device)| device.lower()) {
+                if !matches!(lower, Lower::Device(_)) {
+                    below.provide(lower)?;
+                }
+            }
+            let minors = free_minors(&states, todo.len(), attempt);
+            all.numbers = vec![String::new(); plan.devices.len()];
+            for (nth, hold) in &all.holds {
+                if let Some(number) = all.numbers.get_mut(*nth) {
+                    number.clone_from(&hold.number);
+                }
+            }
+            for (nth, minor) in todo.iter().zip(&minors) {
+                if let Some(number) = all.numbers.get_mut(*nth) {
+                    *number = format!("{major}:{minor}");
+                }
+            }
+            let Err(error) = all.create(&todo, &minors, below)? else {
                 return Ok(all);
             };
-            if let Some(error) = all.why(below, error)? {
+            if let Some(error) = all.why(&todo, below, error)? {
                 return Err(error);
             }
             all.take_down()?;
@@ -83,29 +127,163 @@ impl<'a> SetUp<'a> {
         self.kept = true;
     }
 
-    /// Creates the devices, and waits for udev. The inner error is dmsetup's.
-    fn create(
-        &mut self,
-        minors: &[u32],
-        below: &dyn Fn(Lower) -> Option<String>,
-    ) -> Result<Result<()>> {
-        let devices = self.plan.devices.iter().zip(minors);
-        let specs: Vec<String> = devices
-            .map(|(device, minor)| concise(device, *minor, &table(device, &self.numbers, below)))
+    /// Returns the numbers of the shared devices that were there before.
+    pub(crate) fn adopted(&self) -> BTreeSet<String> {
+        let holds = self.holds.iter();
+        let adopted = holds.filter(|(nth, _)| !self.made.contains(nth));
+        adopted.map(|(_, hold)| hold.number.clone()).collect()
+    }
+
+    /// Returns the devices of the plan with the places `nths`, with their places.
+    fn devices<'b>(&'b self, nths: &'b [usize]) -> impl Iterator<Item = (usize, &'b Device)> + 'b {
+        let devices = nths.iter();
+        devices.filter_map(|&nth| Some((nth, self.plan.devices.get(nth)?)))
+    }
+
+    /// Returns the places of the devices that have to be made, lowest first: what only a device has
+    /// below it that is there is none of them.
+    fn wanted(&self) -> Vec<usize> {
+        let mut wanted: BTreeSet<usize> =
+            self.plan.devices.len().checked_sub(1).into_iter().collect();
+        let mut found = Vec::new();
+        for (nth, device) in self.plan.devices.iter().enumerate().rev() {
+            if device.shared.is_some() && !wanted.contains(&nth) || self.holds.contains_key(&nth) {
+                continue;
+            }
+            found.push(nth);
+            wanted.extend(device.lower().filter_map(|lower| match lower {
+                Lower::Device(nth) => Some(nth),
+                _ => None,
+            }));
+        }
+        found.reverse();
+        found
+    }
+
+    /// Holds the shared devices that are there, and takes the locks for those that are not, and are to
+    /// be made. Returns all devices as they were before.
+    fn adopt(&mut self) -> Result<Vec<State>> {
+        self.holds.clear();
+        self.locks.clear();
+        self.made.clear();
+        self.lost = false;
+        let plan = self.plan;
+        let mut locked: BTreeSet<&str> = BTreeSet::new();
+        let end = Instant::now() + PATIENCE;
+        loop {
+            interrupt::check()?;
+            let states = self.control.states()?;
+            let mut left = Vec::new();
+            // The upper ones come last: what is below one that is held isn't looked at.
+            for nth in (0..plan.devices.len()).rev() {
+                if !self.wanted().contains(&nth) {
+                    continue;
+                }
+                let Some(device) = plan.devices.get(nth).filter(|d| d.shared.is_some()) else {
+                    continue;
+                };
+                let Some(state) = states.iter().find(|state| state.uuid == device.uuid) else {
+                    continue;
+                };
+                match share::hold(state, device.sectors())? {
+                    Held::Held(hold) => drop(self.holds.insert(nth, hold)),
+                    Held::Unfinished => left.push(state.name.clone()),
+                    Held::Gone => {}
+                }
+            }
+            let missing = self.wanted().into_iter().filter_map(|nth| {
+                let device = plan.devices.get(nth).filter(|d| d.shared.is_some())?;
+                Some(device.uuid.as_str())
+            });
+            let missing: BTreeSet<&str> = missing.collect();
+            if !missing.is_subset(&locked) {
+                // All begin with the same one, so that none waits for another that waits for it.
+                self.locks.clear();
+                locked.extend(missing);
+                for uuid in &locked {
+                    self.locks.push(share::lock_device(uuid)?);
+                }
+                continue;
+            }
+            if left.is_empty() {
+                self.verify()?;
+                return Ok(states);
+            }
+            if self.locks.iter().all(Lock::is_held) {
+                self.remove_left(&left)?;
+            } else if Instant::now() >= end {
+                let message = format!("device {} is half built", left.join(", "));
+                return Err(Failure::error(exit::BUSY, message));
+            } else {
+                std::thread::sleep(POLL);
+            }
+        }
+    }
+
+    /// Removes shared devices that one that was killed has left without a table.
+    fn remove_left(&self, names: &[String]) -> Result<()> {
+        let how = Removal {
+            deferred: false,
+            despite_signals: false,
+        };
+        remove(self.control, self.lock, names, &[], how, self.udev)
+            .with_context(|| format!("cannot remove {}, which is half built", names.join(", ")))
+    }
+
+    /// Checks that the devices that are held are over the files and devices that they should be over.
+    fn verify(&self) -> Result<()> {
+        let held = self.holds.iter().filter_map(|(nth, hold)| {
+            let device = self.plan.devices.get(*nth)?;
+            Some((device.name.as_str(), hold.number.as_str(), device.shared?))
+        });
+        share::verify(&held.collect::<Vec<_>>())
+    }
+
+    /// Says which layers are open with other options, and so are not shared.
+    fn tell_of_other_options(&self, all: &[State], todo: &[usize]) {
+        for (_, device) in self.devices(todo) {
+            if let Some(other) = share::with_other_options(all, &device.uuid) {
+                crate::tell(&format!(
+                    "note: device {other} is of the same layer with other options: not shared, {} is made",
+                    device.name
+                ));
+            }
+        }
+    }
+
+    /// Creates the devices `todo`, and waits for udev. The inner error is dmsetup's.
+    fn create(&mut self, todo: &[usize], minors: &[u32], below: &dyn Below) -> Result<Result<()>> {
+        let specs: Vec<(usize, String)> = self
+            .devices(todo)
+            .zip(minors)
+            .map(|((nth, device), minor)| {
+                (
+                    nth,
+                    concise(device, *minor, &table(device, &self.numbers, below)),
+                )
+            })
             .collect();
+        let is_shared = |nth: usize| {
+            let device = self.plan.devices.get(nth);
+            device.is_some_and(|device| device.shared.is_some())
+        };
+        let (shared, own): (Vec<_>, Vec<_>) =
+            specs.into_iter().partition(|(nth, _)| is_shared(*nth));
+        self.made = shared.iter().map(|(nth, _)| *nth).collect();
+        let texts = |specs: Vec<(usize, String)>| -> Vec<String> {
+            specs.into_iter().map(|(_, text)| text).collect()
+        };
+        let (shared, own) = (join(&texts(shared)), texts(own));
         let wait = self.udev.begin(self.control, self.lock)?;
-        let mut created = Ok(());
-        let (first, others) = specs.split_at(specs.len().min(1));
+        let mut created = self.create_shared(&wait, &shared);
+        let (first, others) = own.split_at(own.len().min(1));
         for text in first.iter().cloned().chain(join(others)) {
-            let mut program = dmsetup();
-            program.arg("create").args(wait.options());
-            program.args(["--concise", &text]);
-            created = self.control.run_program(&mut program).map(|_| ());
-            let interrupted = interrupt::check().is_err();
-            self.begun |= created.is_ok() || interrupted;
-            if created.is_err() || interrupted {
+            if created.is_err() || interrupt::check().is_err() {
                 break;
             }
+            created = self.run_create(&wait, &text);
+            let interrupted = interrupt::check().is_err();
+            self.begun |= created.is_ok() || interrupted;
         }
         let name = self.plan.devices.last().map_or("", |top| &top.name);
         let waited = match interrupt::check() {
@@ -119,20 +297,70 @@ impl<'a> SetUp<'a> {
         waited.map(|()| created)
     }
 
-    /// Returns why the devices could not be created; nothing where others took their numbers.
+    fn run_create(&self, wait: &Wait<'_>, text: &str) -> Result<()> {
+        let mut program = dmsetup();
+        program.arg("create").args(wait.options());
+        program.args(["--concise", text]);
+        self.control.run_program(&mut program).map(|_| ())
+    }
+
+    /// Creates the shared devices in `texts`, and holds them. The locks for them end with that.
+    fn create_shared(&mut self, wait: &Wait<'_>, texts: &[String]) -> Result<()> {
+        for text in texts {
+            interrupt::check()?;
+            self.run_create(wait, text)?;
+        }
+        if texts.is_empty() {
+            return Ok(());
+        }
+        let states = self.control.states()?;
+        for nth in self.made.clone() {
+            let (Some(device), Some(number)) = (self.plan.devices.get(nth), self.numbers.get(nth))
+            else {
+                continue;
+            };
+            let state = states.iter().find(|state| is(state, device, number));
+            let held = state.map(|state| share::hold(state, device.sectors()));
+            match held.transpose()? {
+                Some(Held::Held(hold)) => {
+                    share::forget_cache(&device.uuid);
+                    self.holds.insert(nth, hold);
+                }
+                _ => {
+                    self.lost = true;
+                    bail!("device {} is gone", device.name);
+                }
+            }
+        }
+        self.locks.clear();
+        Ok(())
+    }
+
+    /// Returns why the devices `todo` could not be created; nothing where others took their numbers, or
+    /// have made a shared device.
     fn why(
         &self,
-        below: &dyn Fn(Lower) -> Option<String>,
+        todo: &[usize],
+        below: &dyn Below,
         error: anyhow::Error,
     ) -> Result<Option<anyhow::Error>> {
+        if self.lost {
+            return Ok(None);
+        }
         let now = self.control.states()?;
-        let mut devices = self.plan.devices.iter().zip(&self.numbers);
+        let mut devices = self
+            .devices(todo)
+            .filter_map(|(nth, device)| Some((device, self.numbers.get(nth)?)));
         let is_there = |(device, number): &(&Device, &String)| {
-            self.begun && now.iter().any(|state| is(state, device, number))
+            let may_be_ours = self.begun || device.shared.is_some();
+            may_be_ours && now.iter().any(|state| is(state, device, number))
         };
         let Some((device, number)) = devices.find(|device| !is_there(device)) else {
             return Ok(Some(error));
         };
+        if device.shared.is_some() && now.iter().any(|state| state.uuid == device.uuid) {
+            return Ok(None);
+        }
         if let Some(error) = in_the_way(&now, device) {
             return Ok(Some(error));
         }
@@ -140,8 +368,8 @@ impl<'a> SetUp<'a> {
             return Ok(None);
         }
         let lines = table(device, &self.numbers, below);
-        let lower = device.table.iter().flat_map(Target::lower);
-        for number in lower.filter_map(below) {
+        let lower = device.lower();
+        for number in lower.filter_map(|lower| below.number(lower)) {
             if let Some(place) = in_use::mounted_on(&number) {
                 let message = format!(
                     "cannot set up device {}: block device {number} is mounted on {place}: unmount it",
@@ -167,17 +395,34 @@ impl<'a> SetUp<'a> {
         Ok(Some(error.context(context)))
     }
 
-    /// Removes the devices of this attempt that are there.
-    fn take_down(&self) -> Result<()> {
-        if !self.begun {
+    /// Removes the devices of this attempt that are there. Shared ones that others use by now stay.
+    fn take_down(&mut self) -> Result<()> {
+        let made = std::mem::take(&mut self.made);
+        self.holds.clear();
+        if !self.begun && made.is_empty() {
+            self.locks.clear();
             return Ok(());
         }
-        let names = ours(&self.control.states()?, &self.plan.devices, &self.numbers);
+        let all = self.control.states()?;
+        let own: Vec<usize> = match self.begun {
+            true => (0..self.plan.devices.len()).collect(),
+            false => Vec::new(),
+        };
+        let names = |nths: &[usize], shared: bool| {
+            let devices = self
+                .devices(nths)
+                .filter(|(_, d)| d.shared.is_some() == shared);
+            let devices = devices.filter_map(|(nth, d)| Some((d, self.numbers.get(nth)?)));
+            ours(&all, &devices.collect::<Vec<_>>())
+        };
+        let (own, shared) = (names(&own, false), names(&made, true));
         let removal = Removal {
             deferred: false,
             despite_signals: true,
         };
-        remove(self.control, self.lock, &names, removal, self.udev)
+        let removed = remove(self.control, self.lock, &own, &shared, removal, self.udev);
+        self.locks.clear();
+        removed
     }
 }
 
@@ -197,10 +442,10 @@ fn is(state: &State, device: &Device, number: &str) -> bool {
     state.uuid == device.uuid && state.number == number
 }
 
-/// Returns the names of those of the devices `all` that are `devices` with `numbers`, top first.
+/// Returns the names of those of the devices `all` that are `devices` with their numbers, top first.
 /// Another number is that of a device which another obdsetup has made.
-fn ours(all: &[State], devices: &[Device], numbers: &[String]) -> Vec<String> {
-    let devices = devices.iter().zip(numbers).rev();
+fn ours(all: &[State], devices: &[(&Device, &String)]) -> Vec<String> {
+    let devices = devices.iter().rev();
     devices
         .filter_map(|(device, number)| all.iter().find(|state| is(state, device, number)))
         .map(|state| state.name.clone())
@@ -228,20 +473,25 @@ pub(crate) struct Removal {
     pub(crate) despite_signals: bool,
 }
 
-/// Removes the devices `names`, top first.
+/// Removes the devices `names`, top first, then those `shared` that were below them: where somebody
+/// has one of these open, it goes when nobody has any more.
 pub(crate) fn remove(
     control: &Control,
     lock: &Lock,
     names: &[String],
-    how: Removal,
+    shared: &[String],
+    mut how: Removal,
     udev: Udev,
 ) -> Result<()> {
-    let Some(top) = names.first() else {
+    let mut left = [names, shared].concat();
+    let Some(top) = left.first().cloned() else {
         return Ok(());
     };
     let end = Instant::now() + PATIENCE;
-    let mut left = names.to_vec();
     loop {
+        // udev and others look at devices; of these the kernel knows when that is over.
+        let only_shared = left.iter().all(|name| shared.contains(name));
+        how.deferred |= only_shared;
         let wait = udev.begin(control, lock)?;
         let mut program = dmsetup();
         program.arg("remove").args(wait.options());
@@ -251,7 +501,7 @@ pub(crate) fn remove(
             program.despite_signals();
         }
         let removed = control.run_program(&mut program);
-        wait.end(top)?;
+        wait.end(&top)?;
         let Err(error) = removed else {
             return Ok(());
         };
@@ -304,15 +554,11 @@ fn free_minors(all: &[State], count: usize, attempt: u32) -> Vec<u32> {
 }
 
 /// Returns the table of a device; `numbers` are those of the plan's devices.
-fn table(
-    device: &Device,
-    numbers: &[String],
-    below: &dyn Fn(Lower) -> Option<String>,
-) -> Vec<Line> {
+fn table(device: &Device, numbers: &[String], below: &dyn Below) -> Vec<Line> {
     let resolve = |lower: Lower| {
         let number = match lower {
             Lower::Device(nth) => numbers.get(nth).cloned(),
-            lower => below(lower),
+            lower => below.number(lower),
         };
         number.unwrap_or_default()
     };
@@ -358,7 +604,7 @@ fn join(specs: &[String]) -> Vec<String> {
 
 #[cfg(test)]
 mod tests {
-    use super::super::plan::Word;
+    use super::super::plan::{Target, Word};
     use super::*;
 
     #[test]
@@ -380,6 +626,7 @@ mod tests {
             name: name.to_owned(),
             uuid: format!("OVERLAYBD-{name}"),
             table: Vec::new(),
+            shared: None,
         };
         let state = |name: &str, uuid: &str, number: &str| State {
             name: name.to_owned(),
@@ -395,7 +642,20 @@ mod tests {
         ];
         let devices = ["a", "b", "c", "d"].map(device);
         let numbers = ["254:0", "254:1", "254:2", "254:3"].map(str::to_owned);
-        assert_eq!(ours(&all, &devices, &numbers), ["renamed", "a"]);
+        let devices: Vec<_> = devices.iter().zip(&numbers).collect();
+        assert_eq!(ours(&all, &devices), ["renamed", "a"]);
+    }
+
+    struct Loop;
+
+    impl Below for Loop {
+        fn provide(&mut self, _: Lower) -> Result<()> {
+            Ok(())
+        }
+
+        fn number(&self, _: Lower) -> Option<String> {
+            Some("7:1".to_owned())
+        }
     }
 
     #[test]
@@ -420,8 +680,9 @@ mod tests {
                     ],
                 },
             ],
+            shared: None,
         };
-        let lines = table(&device, &["254:5".to_owned()], &|_| Some("7:1".to_owned()));
+        let lines = table(&device, &["254:5".to_owned()], &Loop);
         assert_eq!(
             concise(&device, 6, &lines),
             "a,OVERLAYBD-BLOB-a-0,6,ro,0 8 linear 7:1 0,8 1 zfile 254:5 x\\,y\\;z\\\\;"

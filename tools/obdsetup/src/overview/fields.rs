@@ -21,6 +21,7 @@ const ZFILE: &[&str] = &[
     "corrupt_blocks",
     "cached_blocks",
     "cache_hits",
+    "cache_mode",
 ];
 /// Names of the fields of `lsmt`'s INFO line, in order.
 const LSMT: &[&str] = &["layers", "segments", "size", "index_memory"];
@@ -90,11 +91,12 @@ mod tests {
                 params: info.to_owned(),
             })
         };
-        let zfile = line("zfile", "C lz4 4096 281 703 1 2 3 4 5 6 7 8");
+        let zfile = line("zfile", "C lz4 4096 281 703 1 2 3 4 5 6 7 all 8");
         assert_eq!(zfile.text("state"), Some("C"));
         assert_eq!(zfile.number("corrupt_blocks"), 5);
         assert_eq!(zfile.number("cache_hits"), 7);
-        assert_eq!(zfile.number("field_12"), 8);
+        assert_eq!(zfile.text("cache_mode"), Some("all"));
+        assert_eq!(zfile.number("field_13"), 8);
         let first = serde_json::to_string(&zfile).unwrap_or_default();
         assert!(
             first.starts_with(r#"{"state":"C","algorithm":"lz4""#),
