@@ -3,6 +3,7 @@
 """Documentation/recipes.rst: the commands are taken from there, and run as they stand."""
 
 import glob
+import json
 import os
 import signal
 import subprocess
@@ -10,8 +11,8 @@ import time
 
 from obdtest import dm
 from obdtest.disk import Disk, read_or_none
-from obdtest.ktap import Skip, check, defer, equal, main, note, test
-from obdtest.recipes import (PIECE, SIZE, Work, main_in_vm, need, need_module, nothing_left,
+from obdtest.ktap import Failure, Skip, check, defer, equal, main, note, same_bytes, test
+from obdtest.recipes import (DATA, PIECE, SIZE, Work, main_in_vm, need, need_module, nothing_left,
                              quietly, recipe, sh, target_status, whole)
 
 
@@ -27,7 +28,8 @@ def verity_below():
     work.corrupt()
     right, failed = work.pieces()
     check(right and failed, f"{right} pieces right, {failed} with EIO")
-    equal(target_status("app-zfile0")[3], "V", "state of zfile")
+    layers = json.loads(sh("obdsetup status --json app"))["layers"]
+    equal(target_status(layers[0]["zfile"])[3], "V", "state of zfile")
     equal(target_status("base-verified")[3], "C", "state of verity")
     equal(target_status("app-verified")[3], "V", "state of the other verity")
     sh(down)
@@ -52,6 +54,66 @@ def verity_above():
     check(right and failed, f"{right} pieces right, {failed} with EIO")
     check(whole("app") != work.disk, "the change shows below verity")
     equal(target_status("app-verified")[3], "C", "state of verity")
+    sh(down)
+    nothing_left()
+
+
+def cached():
+    """Bytes of page cache."""
+    with open("/proc/meminfo", encoding="ascii") as file:
+        return next(int(row.split()[1]) << 10 for row in file if row.startswith("Cached:"))
+
+
+def content(path):
+    with open(path, "rb") as file:
+        return file.read()
+
+
+@test("overlayfs: one image several times, one page cache")
+def several_times():
+    need_module("overlay")
+    Work()
+    use, down = recipe("One image several times")
+    for name in ("c1", "c2"):
+        defer(quietly, "umount", f"/run/{name}", f"/run/{name}.rw")
+    sh(use)
+    sh("echo 3 >/proc/sys/vm/drop_caches")
+    same_bytes(content("/run/c1/data"), DATA, "content in the first")
+    before = cached()
+    same_bytes(content("/run/c2/data"), DATA, "content in the second")
+    check(cached() - before < len(DATA) // 4, f"the second has taken {cached() - before} bytes of page cache")
+    with open("/run/c1/data", "ab") as file:
+        file.write(b"more")
+    same_bytes(content("/run/c1/data"), DATA + b"more", "what the first has written")
+    same_bytes(content("/run/c2/data"), DATA, "and the second hasn't")
+    sh(down)
+    nothing_left()
+
+
+@test("erofs with inode_share: two images, and what they have in common is cached once")
+def one_page_cache():
+    need_module("erofs")
+    Work()
+    for name in ("one", "two"):
+        os.mkdir(name)
+        for path, what in (("data", DATA), ("own", name.encode() * 20000)):
+            with open(f"{name}/{path}", "wb") as file:
+                file.write(what)
+    make, use, down = recipe("Images with files in common")
+    sh(make)
+    defer(quietly, "umount", "/mnt2")
+    try:
+        sh(use)
+    except Failure as error:
+        if "inode_share" in str(error) and tuple(map(int, os.uname().release.split(".")[:2])) < (7, 0):
+            raise Skip("the kernel is older than inode_share") from error
+        raise
+    sh("echo 3 >/proc/sys/vm/drop_caches")
+    same_bytes(content("/mnt/data"), DATA, "content in the first")
+    before = cached()
+    same_bytes(content("/mnt2/data"), DATA, "content in the second")
+    check(cached() - before < len(DATA) // 4, f"the second has taken {cached() - before} bytes of page cache")
+    same_bytes(content("/mnt2/own"), b"two" * 20000, "what only the second has")
     sh(down)
     nothing_left()
 
