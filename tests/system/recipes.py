@@ -69,6 +69,83 @@ def content(path):
         return file.read()
 
 
+class NvmeTcp:
+    """What the recipe with NVMe over TCP needs: a server with the layers' files, and the name of that server."""
+
+    TARGET = "/sys/kernel/config/nvmet"
+
+    def __init__(self):
+        need_module("nvmet", "nvmet-tcp", "nvme-tcp")
+        if glob.glob("/dev/nvme[0-9]*"):
+            raise Skip("there are NVMe devices")
+        sh("ip link set lo up")
+        self.work = Work()
+        os.mkdir("images")
+        for name in ("base", "app"):
+            os.rename(f"{name}.obd", f"images/{name}.obd")
+            sh(f"stat -c %s images/{name}.obd >{name}.size")
+        if os.path.lexists("/srv/images"):
+            raise Skip("there is a /srv/images")
+        os.symlink(f"{self.work.path}/images", "/srv/images")
+        defer(os.unlink, "/srv/images")
+        host("server")
+        self.server, self.node, self.node_down, self.server_down = recipe("A remote image: NVMe over TCP")
+        defer(self._down)
+
+    def _down(self):
+        """Takes down whatever a failed test has left."""
+        self.work.down()
+        for path in glob.glob("/sys/class/nvme/nvme*/delete_controller"):
+            quietly("sh", "-c", f"echo 1 >{path}")
+        for path in (f"{self.TARGET}/ports/1/subsystems/images", ):
+            if os.path.lexists(path):
+                os.unlink(path)
+        for path in (f"{self.TARGET}/ports/1", *glob.glob(f"{self.TARGET}/subsystems/images/namespaces/*"),
+                     f"{self.TARGET}/subsystems/images"):
+            if os.path.exists(path):
+                os.rmdir(path)
+
+    def lose(self):
+        """The server is not there any more."""
+        os.unlink(f"{self.TARGET}/ports/1/subsystems/images")
+
+    def come_back(self):
+        os.symlink(f"{self.TARGET}/subsystems/images", f"{self.TARGET}/ports/1/subsystems/images")
+
+
+@test("NVMe over TCP: a server that is lost is EIO after a while, and goes on when it is back")
+def nvme_tcp():
+    remote_ = NvmeTcp()
+    work = remote_.work
+    sh(remote_.server)
+    sh(remote_.node)
+    work.same()
+    sh("umount /mnt; obdsetup close app; echo 3 >/proc/sys/vm/drop_caches")
+    sh("\n".join(line for line in remote_.node.splitlines() if line.strip().startswith(("obdsetup", "mount"))))
+    remote_.lose()
+    disk = Disk("/dev/mapper/app")
+    start = time.monotonic()
+    check(None in (read_or_none(disk, at, PIECE) for at in range(0, SIZE, PIECE)), "a read ends with EIO")
+    took = time.monotonic() - start
+    note(f"the first read that failed ended within {took:.1f} s")
+    disk.close()
+    remote_.come_back()
+
+    def is_back():
+        disk = Disk("/dev/mapper/app")
+        try:
+            return read_or_none(disk, 0, PIECE) is not None and read_or_none(disk, SIZE // 2, PIECE) is not None
+        finally:
+            disk.close()
+
+    wait(is_back, "the server is back")
+    sh("echo 3 >/proc/sys/vm/drop_caches")
+    work.same()
+    sh(remote_.node_down)
+    sh(remote_.server_down)
+    nothing_left()
+
+
 @test("overlayfs: one image several times, one page cache")
 def several_times():
     need_module("overlay")

@@ -188,7 +188,11 @@ impl<'a> SetUp<'a> {
                 match share::hold(state, device.sectors())? {
                     Held::Held(hold) => drop(self.holds.insert(nth, hold)),
                     Held::Unfinished => left.push(state.name.clone()),
-                    Held::Gone => {}
+                    // Who makes one has its lock.
+                    Held::Suspended if locked.contains(device.uuid.as_str()) => {
+                        return Err(share::suspended(&state.name));
+                    }
+                    Held::Suspended | Held::Gone => {}
                 }
             }
             let missing = self.wanted().into_iter().filter_map(|nth| {
@@ -241,8 +245,14 @@ impl<'a> SetUp<'a> {
 
     /// Says which layers are open with other options, and so are not shared.
     fn tell_of_other_options(&self, all: &[State], todo: &[usize]) {
+        let mut told = BTreeSet::new();
         for (_, device) in self.devices(todo) {
+            let layer = share::parse(&device.uuid).map(|(_, layer)| layer);
             if let Some(other) = share::with_other_options(all, &device.uuid) {
+                // Not of what is below, too.
+                if !told.insert(layer) {
+                    continue;
+                }
                 crate::tell(&format!(
                     "note: device {other} is of the same layer with other options: not shared, {} is made",
                     device.name

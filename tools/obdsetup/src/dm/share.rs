@@ -238,6 +238,8 @@ pub(crate) enum Held {
     Held(Hold),
     /// It is there without its table.
     Unfinished,
+    /// Reads of it wait, as those of one that is just being made.
+    Suspended,
     /// It is not there.
     Gone,
 }
@@ -270,11 +272,7 @@ pub(crate) fn hold(state: &State, sectors: u64) -> Result<Held> {
         return Err(Failure::error(exit::BUSY, message));
     }
     if text("dm/suspended").trim_end() == "1" {
-        let message = format!(
-            "device {name}, which other stacks use, is suspended: run `dmsetup resume {name}', or open \
-             with --private"
-        );
-        return Err(Failure::error(exit::BUSY, message));
+        return Ok(Held::Suspended);
     }
     // Programs that are started from now on hold it, too.
     rustix::io::fcntl_setfd(&file, FdFlags::empty())?;
@@ -282,6 +280,15 @@ pub(crate) fn hold(state: &State, sectors: u64) -> Result<Held> {
         number: state.number.clone(),
         _file: file,
     }))
+}
+
+/// The error where device `name` is suspended, and nobody is about to change that.
+pub(crate) fn suspended(name: &str) -> anyhow::Error {
+    let message = format!(
+        "device {name}, which other stacks use, is suspended: run `dmsetup resume {name}', or open \
+         with --private"
+    );
+    Failure::error(exit::BUSY, message)
 }
 
 /// Opens a device by its number; nothing where it is gone.
