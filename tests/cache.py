@@ -16,7 +16,7 @@ from obdtest.tracing import Trace, device_filter
 
 DATA = image.sample(700001, 61)
 PADDED = DATA + bytes(-len(DATA) % 512)
-READS, READ_BYTES, BLOCKS, READ_ERRORS, CORRUPT, CACHED, HITS = range(5, 12)
+READS, READ_BYTES, BLOCKS, READ_ERRORS, CORRUPT, CACHED, HITS, MODE = range(5, 13)
 
 
 def device(lower, raw, *options, size=len(DATA)):
@@ -226,6 +226,52 @@ def goes_back():
     same_bytes(disk.whole(), PADDED, "afterwards")
 
 
+@test("a message changes which reads go through the cache of a live device")
+def message():
+    raw = image.zfile(DATA)
+    loop = dm.Loop(raw)
+    zfile = device(loop, raw, "cache_blocks 1000")
+    disk = Disk(zfile)
+
+    def read(mode, shown, cached, reads):
+        got = counters(zfile)
+        equal(got[MODE], mode, "mode in the status")
+        equal(zfile.status(dm.TABLE)[0][3], f"{loop.number} {len(raw)}{shown}", f"table with {mode}")
+        for length in (8192, 512):
+            same_bytes(disk.read(0, length), DATA[:length], f"{length} bytes with {mode}")
+        after = counters(zfile)
+        equal((after[CACHED], after[READS] - got[READS]), (cached, reads), f"cached, lower reads with {mode}")
+
+    parts_line, all_line = " 2 cache_blocks 1000", " 3 cache_blocks 1000 cache_all"
+    read("parts", parts_line, 1, 2)
+    zfile.message("cache none")
+    read("none", " 3 cache_blocks 1000 cache_none", 1, 2)
+    zfile.message("cache all")
+    read("all", all_line, 2, 1)
+    read("all", all_line, 2, 0)
+    for word in ("default", "auto", "parts"):
+        zfile.message("cache all")
+        equal(counters(zfile)[MODE], "all", "mode")
+        zfile.message(f"cache {word}")
+        read("parts", parts_line, 2, 1)
+    for words in ("cache", "cache some", "cache all all", "cache all all all", "caches all", "all"):
+        try:
+            zfile.message(words)
+        except OSError as error:
+            equal(error.errno, errno.EINVAL, words)
+        else:
+            check(False, f"{words} is taken")
+    equal(counters(zfile)[MODE], "parts", "mode after what was refused")
+    # A line that is loaded again keeps it, and the next default is that.
+    zfile.message("cache all")
+    zfile.load(zfile.status(dm.TABLE)[0])
+    zfile.resume()
+    equal(counters(zfile)[MODE], "all", "mode after a reload")
+    zfile.message("cache none")
+    zfile.message("cache default")
+    equal(counters(zfile)[MODE], "all", "default after a reload")
+
+
 @test("the table line gives options back")
 def options():
     raw = image.zfile(DATA)
@@ -233,13 +279,15 @@ def options():
     for words, shown in (("", ""), ("cache_all", " 1 cache_all"), ("cache_blocks 0 cache_all", " 3 cache_blocks 0 cache_all"),
                          ("cache_all cache_blocks 16", " 3 cache_blocks 16 cache_all"),
                          ("cache_blocks 16777216", " 2 cache_blocks 16777216"),
+                         ("cache_none", " 1 cache_none"), ("cache_none cache_blocks 8", " 3 cache_blocks 8 cache_none"),
+                         ("cache_all cache_all", " 1 cache_all"),
                          ("panic_on_corruption", " 1 panic_on_corruption"),
                          ("panic_on_corruption cache_all cache_blocks 8",
                           " 4 cache_blocks 8 cache_all panic_on_corruption")):
         zfile = device(loop, raw, words)
         equal(zfile.status(dm.TABLE)[0][3], f"{loop.number} {len(raw)}{shown}", words)
         same_bytes(Disk(zfile).whole(), PADDED, words)
-    for words in ("cache_blocks 16777217", "cache_blocks", "cache_all 1"):
+    for words in ("cache_blocks 16777217", "cache_blocks", "cache_all 1", "cache_all cache_none", "cache_none cache_all"):
         try:
             device(loop, raw, words)
         except OSError as error:

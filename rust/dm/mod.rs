@@ -45,7 +45,7 @@ pub(crate) use meta::MetaReader;
 use setup::DeviceName;
 pub(crate) use setup::{Failure, Setup};
 pub(crate) use status::Emit;
-pub(crate) use target::{Deferred, Limits, Registration, Target};
+pub(crate) use target::{Deferred, Limits, Message, Registration, Target};
 
 /// Lets others run; in process context.
 pub(crate) fn cond_resched() {

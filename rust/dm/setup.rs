@@ -32,6 +32,11 @@ impl Failure {
         }
     }
 
+    /// Prints why a message to the device `name` is refused.
+    pub(super) fn tell(&self, name: &str) {
+        pr_err!("{name}: {}\n", self.phrase.to_str().unwrap_or("-"));
+    }
+
     /// Prints what was found in the image of the device `name`.
     pub(super) fn explain(&self, name: &str) {
         if let Some(found) = &self.found {

@@ -19,6 +19,10 @@ use super::{Args, Bio, Device, DeviceId, Emit, Failure, Mapped, Setup, Spares};
 use crate::block::{Queue, Workers};
 use crate::sys;
 
+/// What handles a message: its words, the first of which says what it is. Fails with why it is
+/// refused.
+pub(crate) type Message<T> = fn(&T, Args<'_>) -> Result<(), Failure>;
+
 /// A read-only target.
 pub(crate) trait Target: Send + Sync + Sized + 'static {
     /// What all targets of the type share.
@@ -32,6 +36,9 @@ pub(crate) trait Target: Send + Sync + Sized + 'static {
     ///
     /// [`frame_size`]: super::frame_size
     const PER_BIO_DATA: usize = 0;
+    /// Handles a message (`dmsetup message`), in process context, while bios are mapped; `None` for
+    /// a target that takes no messages.
+    const MESSAGE: Option<Message<Self>> = None;
 
     /// Makes a target from the arguments of its table line.
     ///
@@ -192,6 +199,10 @@ impl<T: Target> Registration<T> {
             dtr: Some(Self::dtr),
             map: Some(Self::map),
             status: Some(Self::status),
+            message: match T::MESSAGE {
+                Some(_) => Some(Self::message),
+                None => None,
+            },
             iterate_devices: Some(Self::iterate_devices),
             io_hints: Some(Self::io_hints),
             ..Default::default()
@@ -337,6 +348,34 @@ impl<T: Target> Registration<T> {
                 out.put(fmt!(";"));
             }
             _ => {}
+        }
+    }
+
+    /// # Safety
+    ///
+    /// Called by device-mapper for a target that `ctr` made, with the words of a message.
+    unsafe extern "C" fn message(
+        ti: *mut sys::dm_target,
+        argc: ffi::c_uint,
+        argv: *mut *mut ffi::c_char,
+        _result: *mut ffi::c_char,
+        _maxlen: ffi::c_uint,
+    ) -> ffi::c_int {
+        // SAFETY: The caller's promise: the table is in use for the whole call.
+        let live = unsafe { Self::live(ti) };
+        // SAFETY: The caller's promise.
+        let args = unsafe { Args::new(argc, argv) };
+        let Some(message) = T::MESSAGE else {
+            return EINVAL.to_errno();
+        };
+        match message(&live.target, args) {
+            Ok(()) => 0,
+            Err(failure) => {
+                // SAFETY: The target is valid, and so is its table, whose device has a name.
+                let name = unsafe { DeviceName::of(ti) };
+                failure.tell(name.as_str());
+                failure.error.to_errno()
+            }
         }
     }
 

@@ -17,7 +17,7 @@ use kernel::sync::atomic::Relaxed;
 use kernel::sync::Arc;
 
 use super::cache::{Block, Cache, Loader, Lookup};
-use super::Zfile;
+use super::{Mode, Zfile};
 use crate::block::{self, memory, Buffer, Pages, Status};
 use crate::codec::{self, crc32c, Context, Corrupt};
 use crate::dm::{self, Bio, DeviceId, Io, IoQueue, Mapped};
@@ -85,10 +85,11 @@ impl Zfile {
     pub(super) fn map_read<'a>(&self, bio: Bio<'a, Self>) -> Mapped<'a> {
         let start = bio.sector() * SECTOR_SIZE;
         let end = start + bio.sectors() * SECTOR_SIZE;
-        if let Some(cache) = &self.cache {
+        let mode = self.modes.get();
+        if let Some(cache) = self.cache.as_ref().filter(|_| mode != Mode::None) {
             let block_size = u64::from(self.geometry.block_size());
             let block_end = start - start % block_size + block_size;
-            if self.cache_all {
+            if mode == Mode::All {
                 return self.map_cached(bio, cache, start, end);
             } else if start % block_size != 0 || end < block_end.min(self.geometry.size()) {
                 return self.map_cached(bio, cache, start, end.min(block_end));
@@ -106,7 +107,8 @@ impl Zfile {
             end.min(cut - cut % block_size)
         };
         end = cut(end, u64::from(MAX_REQUEST));
-        if self.cache.is_some() && end < self.geometry.size() && end - start > block_size {
+        let cached = self.cache.is_some() && self.modes.get() != Mode::None;
+        if cached && end < self.geometry.size() && end - start > block_size {
             // The part of a block at the end goes through the cache.
             end -= end % block_size;
         }

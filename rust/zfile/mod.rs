@@ -15,7 +15,7 @@ mod io;
 mod table;
 
 use kernel::prelude::*;
-use kernel::sync::atomic::Atomic;
+use kernel::sync::atomic::{Atomic, Relaxed};
 use kernel::sync::{new_mutex, Arc, Mutex};
 
 use crate::block::{Counter, Shrinker};
@@ -69,6 +69,66 @@ impl Shared {
     }
 }
 
+/// Which reads go through the cache.
+#[derive(Clone, Copy, Default, PartialEq, Eq)]
+enum Mode {
+    /// Those of a part of a block.
+    #[default]
+    Parts,
+    /// All.
+    All,
+    /// None.
+    None,
+}
+
+impl Mode {
+    /// All of them, with the words of the status and of messages.
+    const WORDS: [(Self, &'static CStr); 3] = [
+        (Self::Parts, c"parts"),
+        (Self::All, c"all"),
+        (Self::None, c"none"),
+    ];
+
+    /// The mode that a word stands for.
+    fn from_word(word: &CStr) -> Option<Self> {
+        let found = Self::WORDS.iter().find(|(_, name)| *name == word);
+        found.map(|&(mode, _)| mode)
+    }
+
+    /// Its word.
+    fn word(self) -> &'static str {
+        let found = Self::WORDS.iter().find(|&&(mode, _)| mode == self);
+        found.and_then(|(_, name)| name.to_str().ok()).unwrap_or("-")
+    }
+}
+
+/// The mode of a device, which a message changes while reads are mapped.
+struct Modes {
+    /// What the table line says.
+    own: Mode,
+    now: Atomic<u32>,
+}
+
+impl Modes {
+    fn new(own: Mode) -> Self {
+        Self {
+            own,
+            now: Atomic::new(own as u32),
+        }
+    }
+
+    /// The mode now.
+    fn get(&self) -> Mode {
+        let now = self.now.load(Relaxed);
+        let found = Mode::WORDS.iter().find(|&&(mode, _)| mode as u32 == now);
+        found.map_or(self.own, |&(mode, _)| mode)
+    }
+
+    fn set(&self, mode: Mode) {
+        self.now.store(mode as u32, Relaxed);
+    }
+}
+
 /// A `zfile` target.
 pub(crate) struct Zfile {
     contexts: Arc<Contexts>,
@@ -83,8 +143,8 @@ pub(crate) struct Zfile {
     /// Given back before the cache is.
     _shrinker: Option<Shrinker<Cache>>,
     cache: Option<Arc<Cache>>,
-    /// Whether blocks that are read whole are kept as well.
-    cache_all: bool,
+    /// Which reads go through the cache.
+    modes: Modes,
     /// Blocks in the cache, where the table line tells.
     cache_blocks: Option<usize>,
     /// Whether the kernel panics when a block is corrupt.

@@ -6,7 +6,7 @@ use kernel::prelude::*;
 use kernel::sync::atomic::Relaxed;
 
 use super::cache::Cache;
-use super::{io, Shared, Stats, Zfile};
+use super::{io, Mode, Modes, Shared, Stats, Zfile};
 use crate::block::{memory, Shrinker};
 use crate::codec::crc32c;
 use crate::compat;
@@ -24,7 +24,7 @@ const MAX_CACHE_BLOCKS: u64 = 1 << 24;
 #[derive(Default)]
 struct Options {
     cache_blocks: Option<usize>,
-    cache_all: bool,
+    mode: Mode,
     panic_on_corruption: bool,
 }
 
@@ -33,7 +33,7 @@ impl Options {
     fn places(&self, blocks: u64) -> usize {
         // No more than what there is.
         let most = to_usize(blocks.min(MAX_CACHE_BLOCKS));
-        let default = if self.cache_all {
+        let default = if self.mode == Mode::All {
             most
         } else {
             DEFAULT_CACHE_BLOCKS
@@ -48,6 +48,7 @@ impl dm::Target for Zfile {
     const VERSION: [u32; 3] = [1, 0, 0];
     const NOWAIT: bool = true;
     const PER_BIO_DATA: usize = dm::frame_size::<Self>();
+    const MESSAGE: Option<dm::Message<Self>> = Some(Zfile::handle_message);
 
     fn new(setup: &mut Setup<'_, Shared>, mut args: Args<'_>) -> Result<Self, Failure> {
         setup.require_read_only()?;
@@ -85,7 +86,7 @@ impl dm::Target for Zfile {
             contexts,
             _shrinker: shrinker,
             cache,
-            cache_all: options.cache_all,
+            modes: Modes::new(options.mode),
             cache_blocks: options.cache_blocks,
             panic_on_corruption: options.panic_on_corruption,
             geometry,
@@ -107,7 +108,7 @@ impl dm::Target for Zfile {
         let corrupt = stats.corrupt.load(Relaxed);
         let state = if corrupt == 0 { 'V' } else { 'C' };
         out.put(fmt!(
-            "{} {} {} {} {} {} {} {} {} {} {} {}",
+            "{} {} {} {} {} {} {} {} {} {} {} {} {}",
             state,
             geometry.algorithm().name(),
             geometry.block_size(),
@@ -120,6 +121,7 @@ impl dm::Target for Zfile {
             corrupt,
             self.cache.as_ref().map_or(0, |cache| cache.len()),
             stats.cache_hits.sum(),
+            self.modes.get().word(),
         ));
     }
 
@@ -127,8 +129,10 @@ impl dm::Target for Zfile {
         if let Some(device) = devices.first() {
             dm::put_blob(out, device, self.blob_bytes);
         }
+        // That of a message, too: a line that is loaded again keeps what was set.
+        let mode = self.modes.get();
         let words = 2 * usize::from(self.cache_blocks.is_some())
-            + usize::from(self.cache_all)
+            + usize::from(mode != Mode::Parts)
             + usize::from(self.panic_on_corruption);
         if words > 0 {
             out.put(fmt!(" {words}"));
@@ -136,8 +140,8 @@ impl dm::Target for Zfile {
         if let Some(blocks) = self.cache_blocks {
             out.put(fmt!(" cache_blocks {blocks}"));
         }
-        if self.cache_all {
-            out.put(fmt!(" cache_all"));
+        if mode != Mode::Parts {
+            out.put(fmt!(" cache_{}", mode.word()));
         }
         if self.panic_on_corruption {
             out.put(fmt!(" panic_on_corruption"));
@@ -167,13 +171,43 @@ impl dm::Target for Zfile {
     }
 }
 
+impl Zfile {
+    /// Handles `cache all|parts|none|default|auto`; the last two are what the table line says.
+    fn handle_message(&self, mut args: Args<'_>) -> Result<(), Failure> {
+        let mode = match (args.next(), args.next(), args.next()) {
+            (Some(what), Some(word), None) if what == c"cache" => {
+                if word == c"default" || word == c"auto" {
+                    Some(self.modes.own)
+                } else {
+                    Mode::from_word(word)
+                }
+            }
+            _ => None,
+        };
+        let mode = mode.ok_or(Failure::new(c"Unrecognized message", EINVAL))?;
+        self.modes.set(mode);
+        Ok(())
+    }
+}
+
+/// Sets the mode of a table line, once.
+fn set_mode(mode: &mut Mode, wanted: Mode) -> Result<(), Failure> {
+    if *mode != Mode::Parts && *mode != wanted {
+        return Err(Failure::new(c"cache_all and cache_none exclude each other", EINVAL));
+    }
+    *mode = wanted;
+    Ok(())
+}
+
 /// Reads the optional parameters.
 fn parse_options(args: &mut Args<'_>) -> Result<Options, Failure> {
     dm::option_count(args)?;
     let mut options = Options::default();
     while let Some(option) = args.next() {
         if option == c"cache_all" {
-            options.cache_all = true;
+            set_mode(&mut options.mode, Mode::All)?;
+        } else if option == c"cache_none" {
+            set_mode(&mut options.mode, Mode::None)?;
         } else if option == c"panic_on_corruption" {
             options.panic_on_corruption = true;
         } else if option == c"cache_blocks" {
