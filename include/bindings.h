@@ -23,10 +23,15 @@ static const blk_opf_t OBD_REQ_OP_MASK = REQ_OP_MASK;
 static const blk_opf_t OBD_REQ_META = REQ_META;
 /* How memory is asked for: see rust/block/memory.rs. */
 static const gfp_t OBD_GFP_LARGE = GFP_KERNEL | __GFP_NOWARN;
-static const gfp_t OBD_GFP_READ = GFP_NOWAIT | __GFP_NORETRY | __GFP_NOWARN |
-				  __GFP_NOMEMALLOC | __GFP_COMP;
+static const gfp_t OBD_GFP_OPTIONAL = GFP_NOWAIT | __GFP_NORETRY |
+				      __GFP_NOWARN | __GFP_NOMEMALLOC;
 static const gfp_t OBD_GFP_CACHE = GFP_NOWAIT | __GFP_NORETRY | __GFP_NOWARN |
 				   __GFP_NOMEMALLOC | __GFP_RECLAIMABLE;
+static const gfp_t OBD_GFP_PAGE = GFP_NOWAIT | __GFP_NORETRY | __GFP_NOWARN |
+				  __GFP_NOMEMALLOC | __GFP_RECLAIMABLE;
+static const gfp_t OBD_GFP_PAGES = __GFP_NORETRY | __GFP_NOWARN |
+				   __GFP_NOMEMALLOC | __GFP_RECLAIMABLE |
+				   __GFP_COMP;
 /* What a read of ours takes over from the read that it is for. */
 static const blk_opf_t OBD_REQ_INHERITED = REQ_FAILFAST_MASK | REQ_SYNC |
 					   REQ_META | REQ_PRIO | REQ_RAHEAD |

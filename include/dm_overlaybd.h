@@ -21,7 +21,15 @@ unsigned int obd_bdev_logical_block_size(struct block_device *bdev);
 bool obd_bdev_may_stack(struct block_device *bdev);
 
 /* Bios and pages. */
+/* As memcpy and memset, also for memory that others read and change meanwhile. */
+void obd_memcpy(void *to, const void *from, size_t len);
+void obd_memset(void *to, int byte, size_t len);
 void *obd_page_address(struct page *page);
+/*
+ * Counts @pages pages from @page on, or so many less, as reclaimable: they are a
+ * part of KReclaimable and MemAvailable in /proc/meminfo.
+ */
+void obd_count_reclaimable(struct page *page, long pages);
 void obd_bio_set_dev(struct bio *bio, struct block_device *bdev);
 void *obd_bvec_virt(struct bio_vec *bvec);
 struct bio_vec obd_mp_bvec_iter_bvec(struct bio_vec *vec,
@@ -36,6 +44,11 @@ void obd_bio_associate_root(struct bio *bio);
 /* Execution context. */
 /* Whether interrupts are off, or this is one. */
 bool obd_in_interrupt_off(void);
+/*
+ * Whether so many bytes are better decompressed here than by a worker, for a
+ * read of this I/O priority: see the parameter at_once_bytes.
+ */
+bool obd_at_once(unsigned int bytes, u16 ioprio);
 bool obd_fatal_signal_pending(void);
 void obd_cond_resched(void);
 void obd_cond_resched_tasks_rcu_qs(void);
@@ -57,6 +70,9 @@ u32 obd_cpu_for_work(const struct cpumask *idle, struct cpumask *scratch,
 		     u32 here);
 void obd_init_work(struct work_struct *work, work_func_t func);
 bool obd_schedule_work(struct work_struct *work);
+/* The timer may be late where the CPU is idle. */
+void obd_init_delayed_work(struct delayed_work *work, work_func_t func);
+bool obd_schedule_delayed_work(struct delayed_work *work, unsigned int seconds);
 struct workqueue_struct *obd_alloc_workqueue(const char *name,
 					     unsigned int flags);
 
@@ -64,6 +80,15 @@ struct workqueue_struct *obd_alloc_workqueue(const char *name,
 u64 __percpu *obd_counter_alloc(void);
 void obd_counter_add(u64 __percpu *counter, u64 n);
 u64 obd_counter_sum(u64 __percpu *counter);
+
+/*
+ * The memory of the cache, in bytes: what it has (parameter cache_bytes) and may
+ * have (cache_limit_bytes).
+ */
+void obd_cache_init(void);
+u64 obd_cache_limit(void);
+u64 obd_cache_bytes(void);
+void obd_cache_add(s64 bytes);
 
 /* Messages and events. */
 void obd_ratelimit_default_init(struct ratelimit_state *rs);

@@ -11,12 +11,33 @@ import time
 from obdtest import dm, image
 from obdtest.disk import Disk, read_or_none, same_bytes, verify
 from obdtest.dm import line
-from obdtest.ktap import SLOW, Skip, add, check, equal, main, test
+from obdtest.ktap import SLOW, Skip, add, check, defer, equal, main, test
+from obdtest.memory import meminfo
 from obdtest.tracing import Trace, device_filter
 
 DATA = image.sample(700001, 61)
 PADDED = DATA + bytes(-len(DATA) % 512)
-READS, READ_BYTES, BLOCKS, READ_ERRORS, CORRUPT, CACHED, HITS, MODE = range(5, 13)
+READS, READ_BYTES, BLOCKS, READ_ERRORS, CORRUPT, CACHED, HITS, MODE, MEMORY, LIMIT = range(5, 15)
+
+
+def parameter(name):
+    """What a parameter of the module is, in bytes."""
+    with open(f"/sys/module/dm_overlaybd/parameters/{name}", encoding="ascii") as file:
+        return int(file.read())
+
+
+def set_limit(size):
+    """Sets the limit of the cache until the test is over."""
+    with open("/sys/module/dm_overlaybd/parameters/cache_limit_bytes", "w", encoding="ascii") as file:
+        file.write(str(size))
+
+
+def until(condition, seconds=20):
+    """Whether condition holds after so many seconds at most."""
+    end = time.monotonic() + seconds * SLOW
+    while not condition() and time.monotonic() < end:
+        time.sleep(0.1)
+    return condition()
 
 
 def device(lower, raw, *options, size=len(DATA)):
@@ -68,7 +89,7 @@ def small(places):
         zfile = device(dm.Loop(raw), raw, f"cache_blocks {places} cache_all")
         verify(zfile, PADDED, rounds=60)
         cached = counters(zfile)[CACHED]
-        check(0 < cached <= -(-places // 8) * 8, f"{cached} blocks cached")
+        check(0 < cached <= places, f"{cached} blocks cached")
 
 
 @test("cache_all: images with layers in common read those once")
@@ -223,6 +244,7 @@ def goes_back():
         if counters(zfile)[CACHED] == 0:
             break
     equal(counters(zfile)[CACHED], 0, "cached")
+    equal(parameter("cache_bytes"), 0, "bytes in the cache")
     same_bytes(disk.whole(), PADDED, "afterwards")
 
 
@@ -270,6 +292,72 @@ def message():
     zfile.message("cache none")
     zfile.message("cache default")
     equal(counters(zfile)[MODE], "all", "default after a reload")
+
+
+@test("one limit holds for the blocks of all devices, and may change")
+def limit():
+    raw = image.zfile(DATA)
+    loop = dm.Loop(raw)
+    default = parameter("cache_limit_bytes")
+    total = meminfo()["MemTotal"] << 10
+    check(total * 0.045 < default < total * 0.055, f"limit {default} of {total} bytes")
+    defer(set_limit, 0)
+    start = parameter("cache_bytes")
+    # Room for about 60 of 171 blocks, and what two workers may have beyond that.
+    room, more = 256 << 10, 64 << 10
+    set_limit(start + room)
+    zfiles = [device(loop, raw, "cache_all") for _ in range(3)]
+    disks = [Disk(zfile) for zfile in zfiles]
+    most = 0
+    for nth in range(12):
+        same_bytes(disks[nth % 3].whole(), PADDED, f"device {nth % 3}")
+        most = max(most, parameter("cache_bytes") - start)
+        check(most <= room + more, f"{most} bytes in the cache")
+    check(most > room // 2, f"{most} bytes in the cache at most")
+    got = counters(zfiles[0])
+    equal((got[MEMORY], got[LIMIT]), (parameter("cache_bytes"), start + room), "memory and limit in the status")
+    cached = sum(counters(zfile)[CACHED] for zfile in zfiles)
+    check(30 <= cached <= 80, f"{cached} blocks in the cache")
+    set_limit(start + (64 << 10))
+    check(until(lambda: parameter("cache_bytes") <= start + (64 << 10)), "a lower limit takes no effect")
+    set_limit(start + (64 << 20))
+    for disk in disks:
+        disk.whole()
+    equal([counters(zfile)[CACHED] for zfile in zfiles], [-(-len(DATA) // 4096)] * 3, "cached with a higher limit")
+    for disk in disks:
+        disk.close()
+    zfiles[0].remove()
+    equal([counters(zfile)[CACHED] for zfile in zfiles[1:]], [-(-len(DATA) // 4096)] * 2, "cached of the others")
+    for zfile in zfiles[1:]:
+        zfile.remove()
+    equal(parameter("cache_bytes"), start, "bytes in the cache once the devices are gone")
+    set_limit(0)
+    equal(parameter("cache_limit_bytes"), default, "the default")
+
+
+@test("a device that has its share makes room for its own blocks only")
+def share():
+    raw = image.zfile(DATA)
+    loop = dm.Loop(raw)
+    small_one, other = device(loop, raw, "cache_all cache_blocks 10"), device(loop, raw, "cache_all")
+    Disk(other).whole()
+    for _ in range(4):
+        same_bytes(Disk(small_one).whole(), PADDED, "the one with a share")
+        check(0 < counters(small_one)[CACHED] <= 10, f"{counters(small_one)[CACHED]} blocks of the one with a share")
+    equal(counters(other)[CACHED], -(-len(DATA) // 4096), "blocks of the other")
+
+
+@test("what is used again stays")
+def used_again():
+    raw = image.zfile(DATA)
+    zfile = device(dm.Loop(raw), raw, "cache_all cache_blocks 16")
+    disk = Disk(zfile)
+    for nth in range(1, 120):
+        disk.read(0, 4096)
+        same_bytes(disk.read(nth * 4096, 4096), DATA[nth * 4096:nth * 4096 + 4096], f"block {nth}")
+    got = counters(zfile)
+    check(got[BLOCKS] <= 119 + 3, f"{got[BLOCKS]} blocks decompressed, 120 are wanted")
+    equal(got[HITS] + got[BLOCKS], 2 * 119, "hits and misses")
 
 
 @test("the table line gives options back")

@@ -2,22 +2,27 @@
 
 //! Memory that a lower read fills.
 //!
-//! A read gets pages, without waiting. Where there are none it gets a device's spare buffer, which
-//! was allocated when the device was made.
+//! A read gets pages from a [`Pool`], without waiting: up to four in one piece, more in pieces of up
+//! to eight. Where there are none it gets a device's spare buffer, which was allocated when the
+//! device was made.
 //!
-//! It is pages and not slab memory, because lower devices may take references to them: the network
-//! does, below loop devices and others.
-//!
-//! C headers: `include/linux/gfp.h`, `include/linux/vmalloc.h`.
+//! C headers: `include/linux/bio.h`, `include/linux/vmalloc.h`.
 
+use core::ops::Range;
 use core::ptr::NonNull;
 
 use kernel::page::{page_align, PAGE_SIZE};
 use kernel::prelude::*;
 
-use super::memory;
+use super::memory::{self, MAX_ORDER};
+use super::piece::{pages_for, Piece};
+use super::Pool;
 use crate::compat;
 use crate::sys;
+
+/// Most pages that are always in one piece, if there is one: a block in it needn't be copied to be
+/// decompressed. That is a page more than what is read at most.
+const IN_ONE: usize = 4;
 
 /// Memory for one read.
 ///
@@ -32,53 +37,52 @@ pub(crate) struct Buffer {
 }
 
 enum Memory {
-    Pages(Pages),
+    One(Piece),
+    Many(KBox<Many>),
     Spare(KBox<Spare>),
 }
 
-/// Contiguous pages.
-///
-/// # Invariants
-///
-/// `page` is the first of `1 << order` pages in one piece, owned by this.
-struct Pages {
-    page: NonNull<sys::page>,
-    order: u32,
+/// Pieces, and the vector with which a bio reads into them.
+struct Many {
+    pieces: KVec<Piece>,
+    vecs: KVec<sys::bio_vec>,
 }
 
-// SAFETY: Pages may be used and freed from any thread.
-unsafe impl Send for Pages {}
+// SAFETY: The vector only names pages of `pieces`, which may be sent.
+unsafe impl Send for Many {}
 // SAFETY: Nothing is changed through a shared reference.
-unsafe impl Sync for Pages {}
+unsafe impl Sync for Many {}
 
-impl Pages {
-    /// Allocates room for `len` bytes without waiting.
-    fn try_new(len: usize) -> Option<Self> {
-        let order = len.div_ceil(PAGE_SIZE).checked_next_power_of_two()?.ilog2();
-        // SAFETY: May be called in any context with these flags.
-        let page = unsafe { sys::alloc_pages(memory::READ, order) };
-        // INVARIANT: Just allocated.
-        Some(Self {
-            page: NonNull::new(page)?,
-            order,
-        })
-    }
-
-    fn start(&self) -> *mut u8 {
-        // SAFETY: By the type invariant the page is valid, and it isn't in high memory.
-        unsafe { sys::obd_page_address(self.page.as_ptr()) }.cast()
-    }
-
-    fn capacity(&self) -> usize {
-        PAGE_SIZE << self.order
+impl Many {
+    /// Takes `pages` pages from `pool`.
+    fn try_new(pool: &Pool, pages: usize) -> Option<KBox<Self>> {
+        let mut pieces =
+            KVec::with_capacity(pages.div_ceil(1 << MAX_ORDER) + 2, memory::OPTIONAL).ok()?;
+        let whole = take_pieces(pool, pages, &mut pieces);
+        let vecs = compat::zeroed(pieces.len(), memory::OPTIONAL).ok();
+        // Without memory for what lists them, the pages are freed.
+        match (whole, vecs) {
+            (Some(()), Some(vecs)) => KBox::new(Self { pieces, vecs }, memory::OPTIONAL).ok(),
+            _ => None,
+        }
     }
 }
 
-impl Drop for Pages {
-    fn drop(&mut self) {
-        // SAFETY: By the type invariant the pages are ours.
-        unsafe { sys::__free_pages(self.page.as_ptr(), self.order) };
+/// Takes pieces of `pages` pages in all from `pool`, the largest that there are. What was taken is
+/// in `pieces` also where there are not so many.
+pub(super) fn take_pieces(pool: &Pool, pages: usize, pieces: &mut KVec<Piece>) -> Option<()> {
+    let (mut left, mut order) = (pages, MAX_ORDER);
+    while left > 0 {
+        order = order.min(left.ilog2());
+        match pool.get(order) {
+            Some(piece) => {
+                left -= piece.pages();
+                pieces.push(piece, memory::OPTIONAL).ok()?;
+            }
+            None => order = order.checked_sub(1)?,
+        }
     }
+    Some(())
 }
 
 /// Memory that isn't contiguous, and the vector with which a bio reads into it.
@@ -91,15 +95,38 @@ struct Spare {
 unsafe impl Send for Spare {}
 
 impl Buffer {
-    /// Allocates `len` bytes without waiting, at a multiple of the page size; `None` where memory
-    /// is short.
-    pub(crate) fn try_new(len: usize) -> Option<Self> {
+    /// Takes memory for `len` bytes from `pool`, without waiting; `None` where memory is short.
+    pub(crate) fn try_new(pool: &Pool, len: usize) -> Option<Self> {
+        let pages = pages_for(len);
+        let one = match pages {
+            0..=IN_ONE => pool.get(pages.next_power_of_two().ilog2()),
+            _ => None,
+        };
+        let memory = match one {
+            Some(piece) => Memory::One(piece),
+            None if pages > 1 => Memory::Many(Many::try_new(pool, pages)?),
+            None => return None,
+        };
         // INVARIANT: The capacity is at least `len`; nothing is filled.
         Some(Self {
-            memory: Memory::Pages(Pages::try_new(len)?),
+            memory,
             len,
             filled: 0,
         })
+    }
+
+    /// Gives the memory back to `pool`.
+    pub(crate) fn recycle(self, pool: &Pool) {
+        match self.memory {
+            Memory::One(piece) => pool.put(piece),
+            Memory::Many(many) => {
+                let Many { pieces, vecs: _ } = KBox::into_inner(many);
+                for piece in pieces {
+                    pool.put(piece);
+                }
+            }
+            Memory::Spare(_) => {}
+        }
     }
 
     /// Allocates a spare buffer of `len` bytes, in process context.
@@ -137,7 +164,8 @@ impl Buffer {
     /// [`EINVAL`] where it is smaller.
     pub(crate) fn reset(&mut self, len: usize) -> Result {
         let capacity = match &self.memory {
-            Memory::Pages(pages) => pages.capacity(),
+            Memory::One(piece) => piece.len(),
+            Memory::Many(many) => many.pieces.iter().map(Piece::len).sum(),
             Memory::Spare(spare) => spare.memory.len(),
         };
         if len > capacity {
@@ -149,14 +177,59 @@ impl Buffer {
         Ok(())
     }
 
-    /// What the last read filled.
-    pub(crate) fn bytes(&self) -> &[u8] {
-        let start = match &self.memory {
-            Memory::Pages(pages) => pages.start().cast_const(),
-            Memory::Spare(spare) => spare.memory.as_ptr(),
+    /// Bytes that the last read filled.
+    pub(crate) fn filled(&self) -> usize {
+        self.filled
+    }
+
+    /// A part of what the last read filled; `None` where it isn't, or isn't contiguous. Then it may
+    /// be [copied](Self::copy).
+    pub(crate) fn get(&self, part: Range<usize>) -> Option<&[u8]> {
+        let len = part.end.checked_sub(part.start)?;
+        let found = self.run(part.start)?;
+        found.get(..len)
+    }
+
+    /// Copies what the last read filled, from byte `from`, to all of `to`; gives `to`.
+    pub(crate) fn copy<'a>(&self, mut from: usize, to: &'a mut [u8]) -> Option<&'a [u8]> {
+        let mut rest = &mut *to;
+        while !rest.is_empty() {
+            let run = self.run(from)?;
+            let (now, later) = rest.split_at_mut(rest.len().min(run.len()));
+            now.copy_from_slice(run.get(..now.len())?);
+            from += now.len();
+            rest = later;
+        }
+        Some(to)
+    }
+
+    /// The longest contiguous part from byte `from` on of what was filled; `None` where there is
+    /// nothing.
+    fn run(&self, from: usize) -> Option<&[u8]> {
+        let left = self.filled.checked_sub(from).filter(|&left| left > 0)?;
+        let (start, room) = match &self.memory {
+            Memory::One(piece) => (piece.start().as_ptr().cast_const(), piece.len()),
+            Memory::Spare(spare) => (spare.memory.as_ptr(), spare.memory.len()),
+            Memory::Many(many) => {
+                let mut before = 0;
+                let piece = many.pieces.iter().find(|piece| {
+                    before += piece.len();
+                    from < before
+                })?;
+                let inside = from - (before - piece.len());
+                let room = piece.len() - inside;
+                // SAFETY: `inside` is below the length of the piece.
+                let start = unsafe { piece.start().as_ptr().add(inside) };
+                // SAFETY: By the type invariant, what was filled is initialised; so much of it is
+                // in this piece.
+                return Some(unsafe { core::slice::from_raw_parts(start, room.min(left)) });
+            }
         };
+        let room = room.checked_sub(from)?;
+        // SAFETY: `from` is below `filled`, which is at most the length of the memory.
+        let start = unsafe { start.add(from) };
         // SAFETY: By the type invariant these bytes are there and initialised.
-        unsafe { core::slice::from_raw_parts(start, self.filled) }
+        Some(unsafe { core::slice::from_raw_parts(start, room.min(left)) })
     }
 
     /// Marks the whole length as filled.
@@ -198,14 +271,29 @@ impl Buffer {
         let flags = sys::req_op_REQ_OP_READ as sys::blk_opf_t | flags;
         self.filled = 0;
         match &mut self.memory {
-            Memory::Pages(pages) => {
+            Memory::One(piece) => {
                 // SAFETY: The caller promises that bio, vector and device are valid.
                 unsafe { sys::bio_init(bio.as_ptr(), bdev, vec.as_ptr(), 1, flags) };
                 // SAFETY: The bio has room for one contiguous run, and these pages are one, of at
                 // least `len` bytes.
-                unsafe {
-                    sys::__bio_add_page(bio.as_ptr(), pages.page.as_ptr(), self.len as u32, 0)
-                };
+                unsafe { sys::__bio_add_page(bio.as_ptr(), piece.page(), self.len as u32, 0) };
+            }
+            Memory::Many(many) => {
+                let vecs = &mut many.vecs;
+                let count = vecs.len() as u16;
+                // SAFETY: The caller promises that bio and device are valid; the vector is as
+                // valid as the buffer.
+                unsafe { sys::bio_init(bio.as_ptr(), bdev, vecs.as_mut_ptr(), count, flags) };
+                let mut left = self.len;
+                for piece in &many.pieces {
+                    let now = left.min(piece.len());
+                    if now == 0 {
+                        break;
+                    }
+                    left -= now;
+                    // SAFETY: The vector has an entry for each piece, and the piece `now` bytes.
+                    unsafe { sys::__bio_add_page(bio.as_ptr(), piece.page(), now as u32, 0) };
+                }
             }
             Memory::Spare(spare) => {
                 let vecs = &mut spare.vecs;

@@ -3,7 +3,8 @@
 //! The memory that a read fills.
 //!
 //! With `O_DIRECT` the pages of a bio are mapped in user space, which may write to them at any
-//! time. So no reference to them is ever made, and nothing is decided on what they hold.
+//! time. So no reference to them is ever made, and nothing is decided on what they hold. They are
+//! written to in C: in Rust that would be a data race, which is undefined.
 //!
 //! C header: `include/linux/bvec.h`.
 
@@ -26,6 +27,20 @@ pub(crate) struct Dest<'a> {
 }
 
 impl<'a> Dest<'a> {
+    /// The `len` bytes at `ptr`.
+    ///
+    /// # Safety
+    ///
+    /// They are valid for writes for `'a`, and Rust has no reference to them.
+    pub(super) unsafe fn new(ptr: NonNull<u8>, len: usize) -> Self {
+        // INVARIANT: By the safety requirement.
+        Self {
+            ptr,
+            len,
+            _memory: PhantomData,
+        }
+    }
+
     /// Length in bytes.
     pub(crate) fn len(&self) -> usize {
         self.len
@@ -36,12 +51,19 @@ impl<'a> Dest<'a> {
         self.ptr.as_ptr()
     }
 
+    /// Its first `len` bytes; `None` where there are fewer.
+    pub(crate) fn up_to(self, len: usize) -> Option<Self> {
+        // INVARIANT: A part of it.
+        (len <= self.len).then_some(Self { len, ..self })
+    }
+
     /// Fills it from the start with `bytes`, or with as many of them as there is room for.
     pub(crate) fn copy_from(&self, bytes: &[u8]) {
         let len = bytes.len().min(self.len);
         // SAFETY: By the type invariant, and the slice, both are valid for `len` bytes; nobody
-        // has a mutable reference to what a shared slice names.
-        unsafe { core::ptr::copy(bytes.as_ptr(), self.ptr.as_ptr(), len) };
+        // has a mutable reference to what a shared slice names, so they don't overlap. This is C,
+        // where others may change the destination meanwhile.
+        unsafe { sys::obd_memcpy(self.ptr.as_ptr().cast(), bytes.as_ptr().cast(), len) };
     }
 }
 
@@ -123,9 +145,7 @@ impl<'a> Pages<'a> {
                 return;
             }
             let (now, later) = src.split_at(len);
-            // SAFETY: `dest` is valid for writes of `len` bytes; nothing that Rust has a
-            // reference to overlaps it.
-            unsafe { core::ptr::copy_nonoverlapping(now.as_ptr(), dest.as_ptr(), len) };
+            dest.copy_from(now);
             self.advance(len);
             src = later;
         }
@@ -138,8 +158,9 @@ impl<'a> Pages<'a> {
             if now == 0 {
                 return;
             }
-            // SAFETY: `dest` is valid for writes of `now` bytes.
-            unsafe { core::ptr::write_bytes(dest.as_ptr(), 0, now) };
+            // SAFETY: `dest` is valid for writes of `now` bytes. This is C, where others may change
+            // them meanwhile.
+            unsafe { sys::obd_memset(dest.as_ptr().cast(), 0, now) };
             self.advance(now);
             len -= now;
         }

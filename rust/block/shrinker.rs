@@ -14,10 +14,10 @@ use crate::sys;
 
 /// A cache that can be made smaller.
 pub(crate) trait Shrink: Send + Sync + 'static {
-    /// How many objects could be freed.
+    /// How many pages could be freed.
     fn count(&self) -> usize;
 
-    /// Frees up to `target` objects without waiting; gives how many it freed.
+    /// Frees about `target` pages without waiting; gives how many it freed.
     fn scan(&self, target: usize) -> usize;
 }
 
@@ -51,8 +51,6 @@ impl<T: Shrink> Shrinker<T> {
         fields.count_objects = Some(Self::count_objects);
         fields.scan_objects = Some(Self::scan_objects);
         fields.private_data = core::ptr::from_ref::<T>(&cache).cast_mut().cast();
-        // Objects are few and large.
-        fields.batch = 16;
         // SAFETY: The shrinker is complete.
         unsafe { sys::shrinker_register(raw.as_ptr()) };
         // INVARIANT: Registered above, with the pointer of `cache`.

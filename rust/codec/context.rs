@@ -10,13 +10,21 @@ use kernel::prelude::*;
 use kernel::sync::{new_mutex, Arc, Mutex, MutexGuard, SetOnce};
 
 use super::{lz4, zstd::Decompressor, Corrupt};
-use crate::block::{memory, Dest};
+use crate::block::{memory, Data, Dest};
 use crate::compat;
-use crate::format::zfile::{Algorithm, MAX_BLOCK_SIZE};
+use crate::format::zfile::{Algorithm, CRC_SIZE, MAX_BLOCK_SIZE};
 use crate::sys;
 
 /// Working memory of one worker.
 pub(crate) struct Context {
+    /// For decompression.
+    pub(crate) decoder: Decoder,
+    /// Room for what is stored of a block, where that has to be copied to be contiguous.
+    pub(crate) stored: VVec<u8>,
+}
+
+/// What decompresses.
+pub(crate) struct Decoder {
     codec: Codec,
     bounce: VVec<u8>,
 }
@@ -42,9 +50,15 @@ impl Context {
             Algorithm::Zstd => Codec::Zstd(Decompressor::new()?),
         };
         let bounce = compat::zeroed(MAX_BLOCK_SIZE as usize, memory::LARGE)?;
-        Ok(Self { codec, bounce })
+        let stored_max = algorithm.bound(MAX_BLOCK_SIZE) + CRC_SIZE;
+        Ok(Self {
+            decoder: Decoder { codec, bounce },
+            stored: compat::zeroed(stored_max as usize, memory::LARGE)?,
+        })
     }
+}
 
+impl Decoder {
     /// Decompresses `stored`, which must fill `dest` exactly.
     ///
     /// # Errors
@@ -54,7 +68,7 @@ impl Context {
         self.codec.decompress(stored, dest)
     }
 
-    /// Decompresses a block of `len` bytes into `data`, which has room for that.
+    /// Decompresses a block of `len` bytes into `data`.
     ///
     /// # Errors
     ///
@@ -63,13 +77,16 @@ impl Context {
         &mut self,
         stored: &[u8],
         len: usize,
-        data: &mut KVec<u8>,
+        data: &mut Data,
     ) -> Result<(), Corrupt> {
-        data.clear();
-        let room = data.spare_capacity_mut().get_mut(..len).ok_or(Corrupt)?;
-        self.codec.decompress(stored, &Dest::from(room))?;
+        let Some(dest) = data.dest() else {
+            let bytes = self.decompress_bounced(stored, len)?;
+            return data.fill(bytes).ok_or(Corrupt);
+        };
+        self.codec
+            .decompress(stored, &dest.up_to(len).ok_or(Corrupt)?)?;
         // SAFETY: There is room for `len` bytes, and decompression has filled all of them.
-        unsafe { data.inc_len(len) };
+        unsafe { data.set_filled(len) };
         Ok(())
     }
 

@@ -8,7 +8,7 @@ mod context;
 mod lz4;
 mod zstd;
 
-pub(crate) use context::{Context, Contexts};
+pub(crate) use context::{Context, Contexts, Decoder};
 
 use crate::block::Dest;
 use crate::format::zfile::Algorithm;

@@ -18,7 +18,7 @@ use kernel::sync::LockClassKey;
 
 use super::target::Live;
 use super::{Deferred, DeviceId};
-use crate::block::{Buffer, Job, Lock, Pages, Status, Workers};
+use crate::block::{Buffer, Job, Lock, Pages, Pool, Status, Workers};
 use crate::sys;
 
 /// What an I/O does next.
@@ -147,9 +147,19 @@ impl<T: Deferred> Io<T> {
         &mut self.frame_mut().request
     }
 
-    /// What the lower read gave.
-    pub(crate) fn data(&self) -> &[u8] {
-        self.frame().buffer.as_ref().map_or(&[], Buffer::bytes)
+    /// What the lower read has filled.
+    pub(crate) fn buffer(&self) -> Option<&Buffer> {
+        self.frame().buffer.as_ref()
+    }
+
+    /// Whether so many bytes are better decompressed here and now than by a worker: they are few,
+    /// interrupts are on, nothing else wants the CPU, and the read isn't of the idle class.
+    pub(crate) fn at_once(&self, bytes: u64) -> bool {
+        // SAFETY: By the type invariant the bio hasn't ended, and nobody changes it now.
+        let ioprio = unsafe { (*self.bio().as_ptr()).bi_ioprio };
+        let bytes = u32::try_from(bytes).unwrap_or(u32::MAX);
+        // SAFETY: Only looks at the state of this CPU.
+        unsafe { sys::obd_at_once(bytes, ioprio) }
     }
 
     /// The memory to fill.
@@ -331,7 +341,7 @@ impl<T: Deferred> Io<T> {
         let mut io = unsafe { Self::from_raw(frame.as_ptr().cast()) };
         io.frame_mut().deferred = true;
         if io.frame().buffer.as_ref().is_some_and(Buffer::is_spare) {
-            io.target().spares().retry();
+            io.target().spares().retry(io.target().pool());
         }
         if let Some(step) = io.frame_mut().step.take() {
             step(io);
@@ -347,8 +357,11 @@ impl<T: Deferred> Io<T> {
     /// Gives the memory back.
     fn release_buffer(&mut self) {
         match self.frame_mut().buffer.take() {
-            Some(buffer) if buffer.is_spare() => self.target().spares().give_back(buffer),
-            _ => {}
+            Some(buffer) if buffer.is_spare() => {
+                self.target().spares().give_back(buffer);
+            }
+            Some(buffer) => buffer.recycle(self.target().pool()),
+            None => {}
         }
     }
 
@@ -527,11 +540,11 @@ impl<T: Deferred> Spares<T> {
 
     /// Lets I/Os that wait go on with other memory, as many as get some, where there is memory
     /// again. Called by a worker whose I/O has the spare buffer.
-    fn retry(&self) {
+    fn retry(&self, pool: &Pool) {
         loop {
             let first = self.state.lock().waiting.pop();
             let Some(mut io) = first else { return };
-            let Some(buffer) = Buffer::try_new(io.frame().wanted) else {
+            let Some(buffer) = Buffer::try_new(pool, io.frame().wanted) else {
                 // INVARIANT: The caller's I/O has the buffer.
                 return self.state.lock().waiting.push_front(io);
             };

@@ -193,7 +193,9 @@ impl Read {
             Ok(()) => {
                 // SAFETY: The read has succeeded.
                 unsafe { buffer.set_filled() };
-                Ok(buffer.bytes())
+                // It is contiguous.
+                let bytes = buffer.get(0..buffer.filled());
+                Ok(bytes.ok_or(EINVAL)?)
             }
             Err(_) => Err(Failure::new(c"Cannot read metadata", EIO)),
         }

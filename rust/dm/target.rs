@@ -16,7 +16,7 @@ use kernel::types::Opaque;
 use super::alert::Alerts;
 use super::setup::{type_name, DeviceName};
 use super::{Args, Bio, Device, DeviceId, Emit, Failure, Mapped, Setup, Spares};
-use crate::block::{Queue, Workers};
+use crate::block::{Pool, Queue, Workers};
 use crate::sys;
 
 /// What handles a message: its words, the first of which says what it is. Fails with why it is
@@ -71,6 +71,9 @@ pub(crate) trait Deferred: Target {
 
     /// Its spare buffer.
     fn spares(&self) -> &Spares<Self>;
+
+    /// Where its other buffers go back to.
+    fn pool(&self) -> &Pool;
 }
 
 /// The limits of a device.

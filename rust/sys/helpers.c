@@ -5,6 +5,9 @@
 #include <linux/blk-cgroup.h>
 #include <linux/cpumask.h>
 #include <linux/highmem.h>
+#include <linux/ioprio.h>
+#include <linux/mm.h>
+#include <linux/module.h>
 #include <linux/percpu.h>
 #include <linux/rcupdate.h>
 #include <linux/sched/isolation.h>
@@ -27,9 +30,24 @@ bool obd_bdev_may_stack(struct block_device *bdev)
 	return bdev->bd_disk->fops->submit_bio;
 }
 
+void obd_count_reclaimable(struct page *page, long pages)
+{
+	mod_node_page_state(page_pgdat(page), NR_KERNEL_MISC_RECLAIMABLE, pages);
+}
+
 void obd_bio_set_dev(struct bio *bio, struct block_device *bdev)
 {
 	bio_set_dev(bio, bdev);
+}
+
+void obd_memcpy(void *to, const void *from, size_t len)
+{
+	memcpy(to, from, len);
+}
+
+void obd_memset(void *to, int byte, size_t len)
+{
+	memset(to, byte, len);
 }
 
 void *obd_page_address(struct page *page)
@@ -80,6 +98,18 @@ void obd_bio_associate_root(struct bio *bio)
 bool obd_in_interrupt_off(void)
 {
 	return in_hardirq() || irqs_disabled();
+}
+
+static unsigned int at_once_bytes = 16 << 10;
+module_param(at_once_bytes, uint, 0644);
+MODULE_PARM_DESC(at_once_bytes,
+		 "Largest LZ4 read that is decompressed where the lower read ends");
+
+bool obd_at_once(unsigned int bytes, u16 ioprio)
+{
+	return bytes <= READ_ONCE(at_once_bytes) && !obd_in_interrupt_off() &&
+	       !need_resched() &&
+	       IOPRIO_PRIO_CLASS(ioprio) != IOPRIO_CLASS_IDLE;
 }
 
 bool obd_fatal_signal_pending(void)
@@ -212,6 +242,77 @@ u64 obd_counter_sum(u64 __percpu *counter)
 bool obd_schedule_work(struct work_struct *work)
 {
 	return schedule_work(work);
+}
+
+void obd_init_delayed_work(struct delayed_work *work, work_func_t func)
+{
+	INIT_DEFERRABLE_WORK(work, func);
+}
+
+bool obd_schedule_delayed_work(struct delayed_work *work, unsigned int seconds)
+{
+	return queue_delayed_work(system_power_efficient_wq, work, seconds * HZ);
+}
+
+/* Of all memory, where the parameter is not given or 0. */
+#define CACHE_PERCENT	5
+
+static unsigned long cache_limit_bytes;
+static atomic_long_t cache_bytes;
+
+static unsigned long cache_limit_default(void)
+{
+	return mult_frac(totalram_pages(), CACHE_PERCENT, 100) << PAGE_SHIFT;
+}
+
+static int cache_limit_set(const char *val, const struct kernel_param *kp)
+{
+	unsigned long bytes;
+	int ret = kstrtoul(val, 0, &bytes);
+
+	if (!ret)
+		WRITE_ONCE(cache_limit_bytes, bytes ?: cache_limit_default());
+	return ret;
+}
+
+static const struct kernel_param_ops cache_limit_ops = {
+	.set = cache_limit_set,
+	.get = param_get_ulong,
+};
+module_param_cb(cache_limit_bytes, &cache_limit_ops, &cache_limit_bytes, 0644);
+MODULE_PARM_DESC(cache_limit_bytes,
+		 "Most memory of the cache of all zfile devices; 0 for 5 % of all memory");
+
+static int cache_bytes_get(char *buffer, const struct kernel_param *kp)
+{
+	return sysfs_emit(buffer, "%llu\n", obd_cache_bytes());
+}
+
+static const struct kernel_param_ops cache_bytes_ops = {
+	.get = cache_bytes_get,
+};
+module_param_cb(cache_bytes, &cache_bytes_ops, NULL, 0444);
+MODULE_PARM_DESC(cache_bytes, "Memory that the cache has now");
+
+void obd_cache_init(void)
+{
+	if (!cache_limit_bytes)
+		cache_limit_bytes = cache_limit_default();
+}
+
+u64 obd_cache_limit(void)
+{
+	return READ_ONCE(cache_limit_bytes);
+}
+
+u64 obd_cache_bytes(void)
+{
+	return max(atomic_long_read(&cache_bytes), 0L);
+}
+
+void obd_cache_add(s64 bytes)
+{
+	atomic_long_add(bytes, &cache_bytes);
 }
 
 void obd_ratelimit_default_init(struct ratelimit_state *rs)

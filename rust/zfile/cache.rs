@@ -1,50 +1,70 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! Blocks that were decompressed of late.
+//! Blocks that were decompressed of late, of all devices.
 //!
 //! A read of a part of a block goes through the cache, so that a 64 KiB block under 4 KiB reads is
 //! read and decompressed once. Reads of one block that come together share the work: the first
-//! loads it, the others wait for that. The kernel takes the memory back when it is short.
+//! loads it, the others wait for that.
 //!
-//! A block's number chooses a set of [`WAYS`] places; the one that wasn't used for longest makes
-//! room. Memory is only ever asked for without waiting; without it, a read does without the cache.
+//! There is one [`Cache`], with one limit and one shrinker. Each device has an [`Index`] in it: for
+//! each [`LEAF`] blocks that follow one another a [`Leaf`], which is there while one of them is. So a
+//! block's place follows from its number, a run of blocks is looked up at once, and a device that
+//! goes takes out its own blocks only.
 //!
-//! Lock order: the cache's lock and a block's lock are taken alone. Both are taken in any context.
+//! What makes room is chosen by a clock: its hand goes through all leaves of a device, then through
+//! those of the next one. A block that was used since the hand came by last stays once more. A device
+//! that has more than its share makes room for its own blocks, with a hand that is its own.
+//!
+//! Memory is only ever asked for without waiting; without it, a read does without the cache. Nothing
+//! is allocated, copied or freed under a lock.
+//!
+//! Lock order: all locks are taken alone: that of the list of devices, those of the leaves, of which
+//! each device has [`SHARDS`], and each block's. All are taken in any context.
 
 use core::ops::Range;
 
 use kernel::prelude::*;
-use kernel::sync::{Arc, SetOnce};
+use kernel::sync::atomic::{Atomic, Relaxed};
+use kernel::sync::Arc;
+use kernel::sync::SetOnce;
 
 use super::Zfile;
-use crate::block::{memory, Lock, Shrink};
+use crate::block::{memory, quota, Data, Lock, Pool, Shrink, Tidy};
 use crate::dm::{self, Io, IoQueue};
 use crate::format::num::{to_u64, to_usize};
 
-/// Places that a block may be in.
-const WAYS: usize = 8;
-/// Places that the shrinker looks at while it has the lock, and for each block that it is to free.
-const SCAN: usize = 64;
-/// Places that are made between two pauses.
+/// Blocks of a leaf.
+const LEAF: usize = 64;
+/// Locks of a device.
+const SHARDS: usize = 8;
+/// Most blocks that are looked up at once.
+pub(super) const RUN: usize = 32;
+/// Most blocks that are taken out with a lock held.
+const TAKE: usize = 16;
+/// Most places for leaves, or devices, that are looked at with a lock held.
+const SCAN: usize = 256;
+/// Places for leaves that are made between two pauses.
 const PAUSE: usize = 1 << 16;
+/// Most times that a read takes a lock to make room.
+const STEPS: usize = 64;
+/// Bytes that a block takes beside its data: itself, and its place in a leaf.
+const OVERHEAD: usize = size_of::<Block>() + 2 * size_of::<usize>();
 
 /// A block, or the place for it while it is being loaded.
 #[pin_data]
 pub(super) struct Block {
-    number: u64,
     /// What it decompresses to, once it was loaded.
-    data: SetOnce<KVec<u8>>,
+    data: SetOnce<Data>,
     /// Reads that wait; `None` when loading has ended, well or not.
     #[pin]
     waiting: Lock<Option<IoQueue<Zfile>>>,
 }
 
 impl Block {
-    fn new(number: u64) -> Result<Arc<Self>> {
+    fn new() -> Result<Arc<Self>> {
         let key = kernel::static_lock_class!();
         Arc::pin_init(
             pin_init!(Self {
-                number,
                 data: SetOnce::new(),
                 waiting <- Lock::new(Some(IoQueue::new()), c"dm_overlaybd_block", key),
             }),
@@ -53,13 +73,21 @@ impl Block {
     }
 
     /// Keeps `data` as the block's bytes.
-    pub(super) fn keep(&self, data: KVec<u8>) {
-        self.data.populate(data);
+    pub(super) fn keep(&self, data: Data) {
+        let bytes = data.memory() + OVERHEAD;
+        if self.data.populate(data) {
+            quota::add(bytes);
+        }
     }
 
     /// The block's bytes, if it is loaded.
-    pub(super) fn data(&self) -> Option<&[u8]> {
-        self.data.as_ref().map(|data| data.as_slice())
+    pub(super) fn data(&self) -> Option<&Data> {
+        self.data.as_ref()
+    }
+
+    /// Bytes that it counts for.
+    fn memory(&self) -> usize {
+        self.data().map_or(0, |data| data.memory() + OVERHEAD)
     }
 
     /// Lets `io` wait until the block is loaded; gives it back where loading has ended.
@@ -84,13 +112,42 @@ impl Block {
     }
 }
 
+/// Blocks that follow one another.
+#[derive(Default)]
+pub(super) struct Run {
+    blocks: [Option<Arc<Block>>; RUN],
+    len: usize,
+}
+
+impl Run {
+    /// Adds one; gives it back where there is no room.
+    fn push(&mut self, block: Arc<Block>) -> Option<Arc<Block>> {
+        let Some(slot) = self.blocks.get_mut(self.len) else {
+            return Some(block);
+        };
+        self.len += 1;
+        slot.replace(block)
+    }
+
+    /// How many there are.
+    pub(super) fn len(&self) -> usize {
+        self.len
+    }
+
+    /// The blocks' bytes.
+    pub(super) fn data(&self) -> impl Iterator<Item = &Data> {
+        let blocks = self.blocks.iter().flatten();
+        blocks.filter_map(|block| block.data())
+    }
+}
+
 /// Loads a range of blocks in order. Dropping it fails the reads that wait for blocks that are left.
 ///
 /// # Invariants
 ///
 /// Those of `blocks` that are in the cache are being loaded by this.
 pub(super) struct Loader {
-    cache: Arc<Cache>,
+    index: Arc<Index>,
     blocks: Range<u64>,
 }
 
@@ -105,7 +162,7 @@ impl Loader {
         let at = at.clamp(self.blocks.start, self.blocks.end);
         // INVARIANT: Each block belongs to one of the two.
         let rest = Self {
-            cache: self.cache.clone(),
+            index: self.index.clone(),
             blocks: at..self.blocks.end,
         };
         self.blocks.end = at;
@@ -114,19 +171,29 @@ impl Loader {
 
     /// The next block.
     pub(super) fn block(&self) -> Option<Arc<Block>> {
-        self.cache.find(self.blocks.start)
+        self.index.find(self.blocks.start)
+    }
+
+    /// Memory for the next block's data, of `len` bytes, for which others may have to make room.
+    pub(super) fn room(&self, len: usize) -> Option<Data> {
+        let cache = &self.index.cache;
+        let over = (quota::used() + len + OVERHEAD).saturating_sub(quota::limit());
+        if over > 0 && cache.evict(over, STEPS) < over && quota::used() + len > quota::limit() {
+            return None;
+        }
+        Data::try_new(&cache.pool, len)
     }
 
     /// Ends loading of the next block, which is `block`; gives those that wait for it. A block
     /// without data leaves the cache.
     pub(super) fn finish(&mut self, block: Option<Arc<Block>>) -> IoQueue<Zfile> {
-        self.blocks.next();
+        let Some(number) = self.blocks.next() else {
+            return IoQueue::new();
+        };
         let Some(block) = block else {
             return IoQueue::new();
         };
-        if block.data().is_none() {
-            self.cache.remove(&block);
-        }
+        self.index.loaded(number, &block);
         let waited = block.waiting.lock().take();
         waited.unwrap_or_default()
     }
@@ -142,7 +209,7 @@ impl Loader {
         let number = self.blocks.next()?;
         // INVARIANT: The block is still being loaded, by the new one alone.
         let loader = Self {
-            cache: self.cache.clone(),
+            index: self.index.clone(),
             blocks: number..number + 1,
         };
         Some((io, loader))
@@ -160,234 +227,592 @@ impl Drop for Loader {
 
 /// What the cache knows of a block.
 pub(super) enum Lookup {
-    /// The first is there, or is being loaded.
+    /// It is there, or being loaded.
     Found(Arc<Block>),
-    /// The first isn't there, and neither are the next ones: load them.
+    /// It isn't there, and neither are the next ones: load them.
     Missing(Loader),
     /// There is no room or no memory for it.
     Bypass,
 }
 
-/// A place for a block.
-struct Way {
-    block: Option<Arc<Block>>,
-    /// When it was used last.
-    used: u64,
-}
-
-/// What the cache's lock guards.
+/// [`LEAF`] blocks that follow one another: a bit or a place for each.
 ///
 /// # Invariants
 ///
-/// `filled` is the number of ways with a block. There are whole sets of ways.
-struct Sets {
-    ways: KVVec<Way>,
-    filled: usize,
-    clock: u64,
-    /// Where the shrinker goes on.
+/// A block has a place and a bit in `there`, or neither. `loaded` and `used` have bits of `there`
+/// only. A block in `loaded` has data.
+struct Leaf {
+    there: u64,
+    /// Those that have been loaded, and may be taken out.
+    loaded: u64,
+    /// Those that were used since the hand of a clock came by.
+    used: u64,
+    blocks: [Option<Arc<Block>>; LEAF],
+}
+
+impl Leaf {
+    fn new() -> Option<KBox<Self>> {
+        let leaf = Self {
+            there: 0,
+            loaded: 0,
+            used: 0,
+            blocks: [const { None }; LEAF],
+        };
+        KBox::new(leaf, memory::CACHE).ok()
+    }
+
+    fn block(&self, at: usize) -> Option<&Arc<Block>> {
+        self.blocks.get(at)?.as_ref()
+    }
+
+    /// Takes a block out.
+    fn take(&mut self, at: usize) -> Option<Arc<Block>> {
+        let keep = !(1 << at);
+        self.there &= keep;
+        self.loaded &= keep;
+        self.used &= keep;
+        self.blocks.get_mut(at)?.take()
+    }
+
+    /// Puts a block in a place that is empty.
+    fn put(&mut self, at: usize, block: Arc<Block>) {
+        if let Some(slot) = self.blocks.get_mut(at) {
+            *slot = Some(block);
+            self.there |= 1 << at;
+        }
+    }
+}
+
+/// The leaves that a lock guards.
+struct Shard {
+    leaves: KVVec<Option<KBox<Leaf>>>,
+}
+
+/// What was taken out, or is to be.
+#[derive(Default)]
+struct Amount {
+    blocks: usize,
+    bytes: usize,
+}
+
+/// A device's part of the cache.
+#[pin_data]
+pub(crate) struct Index {
+    cache: Arc<Cache>,
+    /// Blocks that are there, or being loaded.
+    count: Atomic<usize>,
+    /// Where the hand of the clock is: a block's place, counted through all shards.
+    hand: Atomic<usize>,
+    /// Places for leaves in each shard.
+    places: usize,
+    #[pin]
+    shards: [Lock<Shard>; SHARDS],
+}
+
+impl Index {
+    /// Where a block is: shard, place there, bit.
+    fn place(&self, number: u64) -> (Option<&Lock<Shard>>, usize, usize) {
+        let (leaf, bit) = (
+            to_usize(number / to_u64(LEAF)),
+            to_usize(number % to_u64(LEAF)),
+        );
+        (self.shards.get(leaf % SHARDS), leaf / SHARDS, bit)
+    }
+
+    /// Blocks that are there, or being loaded.
+    pub(super) fn len(&self) -> usize {
+        self.count.load(Relaxed)
+    }
+
+    /// Looks the first of `blocks` up. Where it is missing, it has a place now, and so have those
+    /// behind it that are missing. Of this device, `share` blocks are kept at most.
+    pub(super) fn get(this: &Arc<Self>, blocks: Range<u64>, share: usize) -> Lookup {
+        // Twice, as others may change what is there while memory is asked for.
+        for _ in 0..2 {
+            let (missing, new_leaf) = match this.look_up(blocks.clone()) {
+                Ok(block) => return Lookup::Found(block),
+                Err(missing) => missing,
+            };
+            let room = this.reserve(missing, share);
+            let placed = this.add(blocks.start, room, new_leaf);
+            this.count.fetch_sub(room - placed, Relaxed);
+            if placed > 0 {
+                // INVARIANT: They have just got their places.
+                return Lookup::Missing(Loader {
+                    index: this.clone(),
+                    blocks: blocks.start..blocks.start + to_u64(placed),
+                });
+            }
+            if room == 0 {
+                break;
+            }
+        }
+        Lookup::Bypass
+    }
+
+    /// Looks the first of `blocks` up. Where it is missing, gives how many are, and whether the leaf
+    /// for them is.
+    fn look_up(&self, blocks: Range<u64>) -> Result<Arc<Block>, (usize, bool)> {
+        let (shard, place, first) = self.place(blocks.start);
+        let most = to_usize(blocks.end - blocks.start)
+            .min(RUN)
+            .min(LEAF - first);
+        let mut shard = shard.ok_or((0, false))?.lock();
+        let Some(Some(leaf)) = shard.leaves.get_mut(place) else {
+            return Err((most, true));
+        };
+        let Some(block) = leaf.block(first).cloned() else {
+            let missing = (!leaf.there >> first).trailing_ones() as usize;
+            return Err((missing.min(most), false));
+        };
+        leaf.used |= leaf.loaded & (1 << first);
+        Ok(block)
+    }
+
+    /// Those of `blocks` that are loaded, from the first on, and no more than are in one leaf and a
+    /// run.
+    pub(super) fn run(&self, blocks: Range<u64>) -> Run {
+        let mut run = Run::default();
+        let (shard, place, first) = self.place(blocks.start);
+        let most = to_usize(blocks.end.saturating_sub(blocks.start)).min(RUN);
+        let Some(shard) = shard else { return run };
+        let mut shard = shard.lock();
+        if let Some(Some(leaf)) = shard.leaves.get_mut(place) {
+            let there = (leaf.loaded >> first).trailing_ones() as usize;
+            for at in (first..LEAF).take(there.min(most)) {
+                leaf.used |= 1 << at;
+                if let Some(block) = leaf.block(at) {
+                    // There is room, and nothing to drop.
+                    let _ = run.push(block.clone());
+                }
+            }
+        }
+        run
+    }
+
+    /// Counts up to `wanted` blocks more, as many as there is room for.
+    fn reserve(&self, wanted: usize, share: usize) -> usize {
+        let now = self.count.fetch_add(wanted, Relaxed) + wanted;
+        let over = now.saturating_sub(share);
+        if over == 0 {
+            return wanted;
+        }
+        let mut steps = STEPS;
+        let mut left = over;
+        // The hand comes by once more where all were used, and it may have begun in the middle.
+        for _ in 0..3 {
+            let amount = Amount {
+                blocks: left,
+                bytes: 0,
+            };
+            left = left.saturating_sub(self.evict(&amount, &mut steps).0.blocks);
+            if left == 0 {
+                break;
+            }
+        }
+        let over = self.len().saturating_sub(share).min(wanted);
+        self.count.fetch_sub(over, Relaxed);
+        wanted - over
+    }
+
+    /// Gives places to up to `count` blocks from `number` on, all in one leaf; gives to how many.
+    fn add(&self, number: u64, count: usize, new_leaf: bool) -> usize {
+        let mut run = Run::default();
+        for _ in 0..count {
+            let Ok(block) = Block::new() else { break };
+            if run.push(block).is_some() {
+                break;
+            }
+        }
+        let mut new_leaf = new_leaf.then(Leaf::new).flatten();
+        let (shard, place, first) = self.place(number);
+        let Some(shard) = shard else { return 0 };
+        let mut placed = 0;
+        {
+            let mut shard = shard.lock();
+            let Some(slot) = shard.leaves.get_mut(place) else {
+                return 0;
+            };
+            if slot.is_none() {
+                *slot = new_leaf.take();
+            }
+            if let Some(leaf) = slot {
+                for (at, block) in (first..LEAF).zip(&mut run.blocks) {
+                    if leaf.there & (1 << at) != 0 {
+                        break;
+                    }
+                    let Some(block) = block.take() else { break };
+                    leaf.put(at, block);
+                    placed += 1;
+                }
+            }
+        }
+        // What wasn't needed is freed here, without the lock.
+        drop((run, new_leaf));
+        placed
+    }
+
+    /// A block that is there, or being loaded.
+    fn find(&self, number: u64) -> Option<Arc<Block>> {
+        let (shard, place, at) = self.place(number);
+        let mut shard = shard?.lock();
+        let leaf = shard.leaves.get_mut(place)?.as_ref()?;
+        leaf.block(at).cloned()
+    }
+
+    /// Loading of `block` has ended. Without data, it is taken out.
+    fn loaded(&self, number: u64, block: &Arc<Block>) {
+        let (shard, place, at) = self.place(number);
+        let Some(shard) = shard else { return };
+        // The caller has a reference to the block, so it isn't freed under the lock.
+        let mut empty = None;
+        {
+            let mut shard = shard.lock();
+            let Some(slot) = shard.leaves.get_mut(place) else {
+                return;
+            };
+            let Some(leaf) = slot else { return };
+            if !leaf
+                .block(at)
+                .is_some_and(|there| Arc::ptr_eq(there, block))
+            {
+                return;
+            }
+            if block.data().is_some() {
+                leaf.loaded |= 1 << at;
+                return;
+            }
+            leaf.take(at);
+            if leaf.there == 0 {
+                empty = slot.take();
+            }
+        }
+        drop(empty);
+        self.count.fetch_sub(1, Relaxed);
+    }
+
+    /// Takes out blocks that weren't used, from where the hand is, until they are as much as
+    /// `wanted` in blocks and bytes. Takes locks up to `steps` times, which it counts down. Gives
+    /// what was taken out, and whether the hand has come to the end.
+    fn evict(&self, wanted: &Amount, steps: &mut usize) -> (Amount, bool) {
+        let mut taken = Amount::default();
+        let mut end = false;
+        while *steps > 0
+            && !end
+            && (taken.blocks < wanted.blocks || taken.bytes < wanted.bytes)
+            && self.len() > 0
+        {
+            *steps -= 1;
+            let most = if wanted.bytes > taken.bytes {
+                TAKE
+            } else {
+                (wanted.blocks - taken.blocks).min(TAKE)
+            };
+            let hand = self.hand.load(Relaxed);
+            let (next, mut blocks) =
+                self.sweep(hand, most, wanted.bytes.saturating_sub(taken.bytes));
+            end = next >= self.places * LEAF * SHARDS;
+            // Several may do this at once: then some blocks are passed twice.
+            self.hand.store(if end { 0 } else { next }, Relaxed);
+            for block in blocks.iter_mut().filter_map(Option::take) {
+                taken.blocks += 1;
+                taken.bytes += block.memory();
+                self.count.fetch_sub(1, Relaxed);
+                quota::sub(block.memory());
+            }
+        }
+        (taken, end)
+    }
+
+    /// Looks at one leaf, the next one from `hand` on. Takes up to `most` blocks of it out, or fewer
+    /// if they have `bytes` bytes. Gives where to go on.
+    fn sweep(&self, hand: usize, most: usize, bytes: usize) -> (usize, [Option<Arc<Block>>; TAKE]) {
+        let mut blocks = [const { None }; TAKE];
+        let leaf = hand / LEAF;
+        let (nth, place) = (leaf / self.places, leaf % self.places);
+        let stop = self.places.min(place + SCAN);
+        let start = nth * self.places;
+        let Some(shard) = self.shards.get(nth) else {
+            return (usize::MAX, blocks);
+        };
+        let mut empty = None;
+        let next = {
+            let mut shard = shard.lock();
+            let mut leaves = shard.leaves.iter_mut().enumerate().take(stop).skip(place);
+            match leaves.find(|(_, slot)| slot.is_some()) {
+                Some((at, slot @ Some(_))) => {
+                    let from = if at == place { hand % LEAF } else { 0 };
+                    let next = match slot {
+                        Some(leaf) => leaf.sweep(from, most, bytes, &mut blocks),
+                        None => LEAF,
+                    };
+                    if slot.as_ref().is_some_and(|leaf| leaf.there == 0) {
+                        empty = slot.take();
+                    }
+                    (start + at) * LEAF + next
+                }
+                _ => (start + stop) * LEAF,
+            }
+        };
+        // The memory is freed here and by the caller, without the lock.
+        drop(empty);
+        (next, blocks)
+    }
+
+    /// Takes all blocks out. Nobody adds any.
+    fn clear(&self) {
+        for shard in &self.shards {
+            let mut place = 0;
+            while self.len() > 0 && place < self.places {
+                let stop = self.places.min(place + SCAN);
+                let leaf = {
+                    let mut shard = shard.lock();
+                    let mut leaves = shard.leaves.iter_mut().take(stop).skip(place);
+                    leaves.find_map(Option::take)
+                };
+                let Some(leaf) = leaf else {
+                    place = stop;
+                    continue;
+                };
+                for block in leaf.blocks.iter().flatten() {
+                    self.count.fetch_sub(1, Relaxed);
+                    quota::sub(block.memory());
+                }
+            }
+        }
+    }
+}
+
+impl Leaf {
+    /// What a hand does that comes by, from bit `from` on: takes up to `most` blocks, or `bytes`
+    /// bytes of them, that have been loaded and not used. Gives where it has stopped.
+    fn sweep(
+        &mut self,
+        from: usize,
+        most: usize,
+        bytes: usize,
+        blocks: &mut [Option<Arc<Block>>; TAKE],
+    ) -> usize {
+        let mut taken = 0;
+        let mut slots = blocks.iter_mut().take(most);
+        for at in from..LEAF {
+            let bit = 1 << at;
+            if self.loaded & bit == 0 {
+                continue;
+            }
+            if self.used & bit != 0 {
+                self.used &= !bit;
+                continue;
+            }
+            let Some(slot) = slots.next() else { return at };
+            *slot = self.take(at);
+            taken += slot.as_ref().map_or(0, |block| block.memory());
+            if bytes > 0 && taken >= bytes {
+                return at + 1;
+            }
+        }
+        LEAF
+    }
+}
+
+/// A device's part of the cache, until it is dropped: then its blocks are out.
+pub(crate) struct Part(Arc<Index>);
+
+impl core::ops::Deref for Part {
+    type Target = Arc<Index>;
+
+    fn deref(&self) -> &Arc<Index> {
+        &self.0
+    }
+}
+
+impl Drop for Part {
+    fn drop(&mut self) {
+        self.0.cache.remove(&self.0);
+        self.0.clear();
+    }
+}
+
+/// The devices that have a part.
+struct Devices {
+    all: KVVec<Arc<Index>>,
+    /// Where the hand of the clock is.
     hand: usize,
 }
 
-/// The cache of a device.
+/// The cache of all devices.
 #[pin_data]
 pub(crate) struct Cache {
+    pool: Arc<Pool>,
     #[pin]
-    sets: Lock<Sets>,
+    devices: Lock<Devices>,
 }
 
 impl Cache {
-    /// A cache for `blocks` blocks, rounded up to whole sets; `None` for 0.
+    /// A cache, with pages from `pool`.
     ///
     /// # Errors
     ///
     /// [`ENOMEM`].
-    pub(super) fn new(blocks: usize) -> Result<Option<Arc<Self>>> {
-        if blocks == 0 {
-            return Ok(None);
-        }
-        let count = blocks.checked_next_multiple_of(WAYS).ok_or(EOVERFLOW)?;
-        let mut ways = KVVec::with_capacity(count, memory::LARGE)?;
-        for nth in 0..count {
-            if nth % PAUSE == 0 {
-                dm::cond_resched();
-            }
-            let way = Way {
-                block: None,
-                used: 0,
-            };
-            ways.push(way, GFP_KERNEL)?;
-        }
-        // INVARIANT: No way has a block.
-        let sets = Sets {
-            ways,
-            filled: 0,
-            clock: 0,
+    pub(super) fn new(pool: Arc<Pool>) -> Result<Arc<Self>> {
+        quota::init();
+        let devices = Devices {
+            all: KVVec::new(),
             hand: 0,
         };
         let key = kernel::static_lock_class!();
-        let cache = pin_init!(Self { sets <- Lock::new(sets, c"dm_overlaybd_cache", key) });
-        Ok(Some(Arc::pin_init(cache, GFP_KERNEL)?))
+        Arc::pin_init(
+            pin_init!(Self {
+                pool,
+                devices <- Lock::new(devices, c"dm_overlaybd_devices", key),
+            }),
+            GFP_KERNEL,
+        )
     }
 
-    /// Looks the first of `blocks` up. Where it is missing, it has a place now, and so have those
-    /// behind it that are missing.
-    pub(super) fn get(this: &Arc<Self>, blocks: Range<u64>) -> Lookup {
-        let mut end = blocks.start;
-        while end < blocks.end {
-            match this.place(end) {
-                Place::Found(block) if end == blocks.start => return Lookup::Found(block),
-                Place::New => end += 1,
-                Place::Found(_) | Place::None => break,
+    /// A part for a device of so many blocks.
+    ///
+    /// # Errors
+    ///
+    /// [`ENOMEM`].
+    pub(super) fn part(this: &Arc<Self>, blocks: u64) -> Result<Part> {
+        let places = to_usize(blocks).div_ceil(LEAF).div_ceil(SHARDS).max(1);
+        let key = kernel::static_lock_class!();
+        let mut all = [const { KVVec::new() }; SHARDS];
+        for leaves in &mut all {
+            leaves.reserve(places, memory::LARGE)?;
+            for nth in 0..places {
+                if nth % PAUSE == 0 {
+                    dm::cond_resched();
+                }
+                leaves.push(None, GFP_KERNEL)?;
             }
         }
-        if end == blocks.start {
-            return Lookup::Bypass;
-        }
-        // INVARIANT: They have just got their places.
-        Lookup::Missing(Loader {
-            cache: this.clone(),
-            blocks: blocks.start..end,
-        })
-    }
-
-    /// Looks a block up, and gives it a place where it has none.
-    fn place(&self, number: u64) -> Place {
-        let removed;
-        {
-            let mut sets = self.sets.lock();
-            sets.clock += 1;
-            let clock = sets.clock;
-            let set = sets.set(number);
-            if let Some(way) = set.iter_mut().find(|way| way.has(number)) {
-                way.used = clock;
-                return way.block.clone().map_or(Place::None, Place::Found);
-            }
-            // A place that is empty or has a block that isn't being loaded.
-            let oldest = set
-                .iter_mut()
-                .filter(|way| way.is_free())
-                .min_by_key(|way| way.block.as_ref().map_or(0, |_| way.used));
-            let Some(way) = oldest else {
-                return Place::None;
-            };
-            let Ok(new) = Block::new(number) else {
-                return Place::None;
-            };
-            removed = way.block.replace(new);
-            way.used = clock;
-            if removed.is_none() {
-                sets.filled += 1;
-            }
-        }
-        // The memory is freed here, without the lock.
-        drop(removed);
-        Place::New
-    }
-
-    /// A block that is there.
-    pub(super) fn find(&self, number: u64) -> Option<Arc<Block>> {
-        let mut sets = self.sets.lock();
-        sets.clock += 1;
-        let clock = sets.clock;
-        let way = sets.set(number).iter_mut().find(|way| way.has(number))?;
-        way.used = clock;
-        way.block.clone()
-    }
-
-    /// Takes `block` out, if it is there.
-    fn remove(&self, block: &Arc<Block>) {
-        let mut sets = self.sets.lock();
-        let way = sets.set(block.number).iter_mut().find(|way| {
-            let there = way.block.as_ref();
-            there.is_some_and(|there| Arc::ptr_eq(there, block))
+        let shards = pin_init::pin_init_array_from_fn(move |nth| {
+            let leaves = all.get_mut(nth).map(core::mem::take).unwrap_or_default();
+            Lock::new(Shard { leaves }, c"dm_overlaybd_leaves", key)
         });
-        // The caller has a reference, so nothing is freed under the lock.
-        if way.is_some_and(|way| way.block.take().is_some()) {
-            sets.filled -= 1;
+        let index = Arc::pin_init(
+            try_pin_init!(Index {
+                cache: this.clone(),
+                count: Atomic::new(0),
+                hand: Atomic::new(0),
+                places,
+                shards <- shards,
+            }? Error),
+            GFP_KERNEL,
+        )?;
+        this.enter(index.clone())?;
+        Ok(Part(index))
+    }
+
+    /// Lists a device.
+    fn enter(&self, index: Arc<Index>) -> Result {
+        let mut more = KVVec::new();
+        loop {
+            let wanted = {
+                let mut devices = self.devices.lock();
+                if devices.all.len() < devices.all.capacity() {
+                    // There is room, so this doesn't fail.
+                    let _ = devices.all.push_within_capacity(index);
+                    return Ok(());
+                }
+                if devices.all.len() < more.capacity() {
+                    for device in devices.all.drain_all() {
+                        let _ = more.push_within_capacity(device);
+                    }
+                    core::mem::swap(&mut devices.all, &mut more);
+                    continue;
+                }
+                devices.all.len() * 2 + 8
+            };
+            // Without the lock.
+            more = KVVec::with_capacity(wanted, memory::LARGE)?;
         }
     }
 
-    /// Blocks that are there.
-    pub(super) fn len(&self) -> usize {
-        self.sets.lock().filled
-    }
-
-    /// Looks at the next places for a block that isn't being loaded, and takes it out. Gives how
-    /// many places it has looked at, too.
-    fn evict(&self) -> (Option<Arc<Block>>, usize) {
-        let mut sets = self.sets.lock();
-        let count = sets.ways.len();
-        if sets.filled == 0 {
-            return (None, count);
-        }
-        // Not for long: interrupts are off.
-        for looked in 1..=count.min(SCAN) {
-            let hand = sets.hand;
-            sets.hand = if hand + 1 < count { hand + 1 } else { 0 };
-            let way = sets.ways.get_mut(hand).filter(|way| way.is_free());
-            if let Some(block) = way.and_then(|way| way.block.take()) {
-                sets.filled -= 1;
-                return (Some(block), looked);
+    /// Takes a device off the list.
+    fn remove(&self, index: &Arc<Index>) {
+        let mut devices = self.devices.lock();
+        let all = &mut devices.all;
+        let last = all.pop();
+        if let Some(last) = last {
+            if !Arc::ptr_eq(&last, index) {
+                let own = all.iter_mut().find(|device| Arc::ptr_eq(device, index));
+                // The caller has a reference, so nothing is freed under the lock.
+                if let Some(own) = own {
+                    *own = last;
+                }
             }
         }
-        (None, count.min(SCAN))
-    }
-}
-
-/// What became of the search for a place.
-enum Place {
-    /// The block was there.
-    Found(Arc<Block>),
-    /// It has a place now.
-    New,
-    /// There is no place or no memory.
-    None,
-}
-
-impl Way {
-    /// Whether it has block `number`.
-    fn has(&self, number: u64) -> bool {
-        self.block
-            .as_ref()
-            .is_some_and(|block| block.number == number)
     }
 
-    /// Whether the place may be given to another block.
-    fn is_free(&self) -> bool {
-        self.block
-            .as_ref()
-            .is_none_or(|block| block.data().is_some())
+    /// The device that the hand is at, or the next one that has blocks.
+    fn current(&self) -> Option<Arc<Index>> {
+        let mut devices = self.devices.lock();
+        let Devices { all, hand } = &mut *devices;
+        for _ in 0..all.len().min(SCAN) {
+            if *hand >= all.len() {
+                *hand = 0;
+            }
+            match all.get(*hand) {
+                Some(index) if index.len() > 0 => return Some(index.clone()),
+                _ => *hand += 1,
+            }
+        }
+        None
     }
-}
 
-impl Sets {
-    /// The set that block `number` belongs in.
-    fn set(&mut self, number: u64) -> &mut [Way] {
-        // Neighbours are in different sets, so that an image of as many blocks as there are places
-        // fits. Fibonacci hashing of the rest: strides don't crowd in one set.
-        let sets = to_u64(self.ways.len() / WAYS);
-        let row = number.checked_div(sets).unwrap_or(0);
-        let turn = row.wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 32;
-        let start = to_usize((number % sets.max(1) + turn) % sets.max(1)) * WAYS;
-        self.ways.get_mut(start..start + WAYS).unwrap_or(&mut [])
+    /// Takes out blocks of `wanted` bytes in all; gives what they had. Takes a lock of a device up to
+    /// `steps` times.
+    fn evict(&self, wanted: usize, mut steps: usize) -> usize {
+        let mut bytes = 0;
+        while bytes < wanted && steps > 0 {
+            steps -= 1;
+            let Some(index) = self.current() else {
+                // There may be more than what it has looked at.
+                continue;
+            };
+            let rest = Amount {
+                blocks: 0,
+                bytes: wanted - bytes,
+            };
+            let (taken, end) = index.evict(&rest, &mut steps);
+            bytes += taken.bytes;
+            if end {
+                self.devices.lock().hand += 1;
+            }
+        }
+        bytes
     }
 }
 
 impl Shrink for Cache {
     fn count(&self) -> usize {
-        self.len()
+        self.pool.pages() + quota::used() / kernel::page::PAGE_SIZE
     }
 
     fn scan(&self, target: usize) -> usize {
-        // It goes on there the next time.
-        let mut left = target.saturating_mul(SCAN);
-        let mut freed = 0;
-        while freed < target && left > 0 {
-            let (block, looked) = self.evict();
-            left = left.saturating_sub(looked);
-            // The memory is freed here, without the lock.
-            freed += usize::from(block.is_some());
+        let mut freed = self.pool.drain(target);
+        if freed < target {
+            let wanted = (target - freed) * kernel::page::PAGE_SIZE;
+            let bytes = self.evict(wanted, STEPS + target);
+            // Their pages are in the pool now, or free already.
+            self.pool.drain(bytes / kernel::page::PAGE_SIZE);
+            freed += bytes / kernel::page::PAGE_SIZE;
         }
         freed
+    }
+}
+
+impl Tidy for Cache {
+    fn tidy(&self) -> bool {
+        // The limit may be lower than it was.
+        let over = quota::used().saturating_sub(quota::limit());
+        if over > 0 {
+            self.evict(over, over / kernel::page::PAGE_SIZE + STEPS);
+        }
+        self.pool.trim();
+        self.pool.pages() > 0 || quota::used() > 0
     }
 }

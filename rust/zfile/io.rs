@@ -16,10 +16,10 @@ use kernel::prelude::*;
 use kernel::sync::atomic::Relaxed;
 use kernel::sync::Arc;
 
-use super::cache::{Block, Cache, Loader, Lookup};
+use super::cache::{Block, Index, Loader, Lookup};
 use super::{Mode, Zfile};
-use crate::block::{self, memory, Buffer, Pages, Status};
-use crate::codec::{self, crc32c, Context, Corrupt};
+use crate::block::{Buffer, Data, Pages, Status};
+use crate::codec::{self, crc32c, Context, Corrupt, Decoder};
 use crate::dm::{self, Bio, DeviceId, Io, IoQueue, Mapped};
 use crate::format::num::{to_u64, to_usize};
 use crate::format::zfile::{block_crc, Geometry};
@@ -29,9 +29,9 @@ use crate::format::SECTOR_SIZE;
 /// on a large read.
 pub(super) const MAX_REQUEST: u32 = 128 << 10;
 
-/// Bytes of the image that are decompressed where the lower read ends, without a worker, in case
-/// the algorithm needs no working memory and interrupts are on.
-const AT_ONCE: u64 = 16 << 10;
+/// Most blocks of a device in the cache, if neither the table line says how many nor all reads go
+/// there.
+const DEFAULT_SHARE: usize = 64;
 
 /// The only device.
 const DEVICE: DeviceId = DeviceId::nth(0);
@@ -54,14 +54,6 @@ pub(crate) struct Request {
     status: Result<(), Status>,
 }
 
-impl Request {
-    /// The part that is wanted of the bytes of the first block, at most `len` bytes.
-    fn part<'b>(&self, block: &'b [u8], len: usize) -> &'b [u8] {
-        let rest = block.get(self.skip..).unwrap_or(&[]);
-        rest.get(..len).unwrap_or(rest)
-    }
-}
-
 /// Bytes that a spare buffer needs: those of one block, wherever it lies in the device's blocks.
 pub(super) fn spare_len(geometry: &Geometry, device_block: u64) -> usize {
     to_usize(u64::from(geometry.stored_max()) + 2 * (device_block - 1))
@@ -72,6 +64,24 @@ enum Problem {
     Corrupt,
     /// Decompression needs working memory.
     NeedsContext,
+}
+
+/// A block that was decompressed.
+#[derive(Clone, Copy)]
+enum Loaded<'a> {
+    Kept(&'a Data),
+    /// There is no memory to keep it.
+    Bytes(&'a [u8]),
+}
+
+impl Loaded<'_> {
+    /// Copies what is behind its first `skip` bytes to `pages`; what doesn't fit is left out.
+    fn copy_to(self, skip: usize, pages: &mut Pages<'_>) {
+        match self {
+            Self::Kept(data) => data.parts(skip).for_each(|part| pages.copy_from(part)),
+            Self::Bytes(bytes) => pages.copy_from(bytes.get(skip..).unwrap_or(&[])),
+        }
+    }
 }
 
 impl From<Corrupt> for Problem {
@@ -86,7 +96,7 @@ impl Zfile {
         let start = bio.sector() * SECTOR_SIZE;
         let end = start + bio.sectors() * SECTOR_SIZE;
         let mode = self.modes.get();
-        if let Some(cache) = self.cache.as_ref().filter(|_| mode != Mode::None) {
+        if let Some(cache) = self.part.as_ref().filter(|_| mode != Mode::None) {
             let block_size = u64::from(self.geometry.block_size());
             let block_end = start - start % block_size + block_size;
             if mode == Mode::All {
@@ -107,7 +117,7 @@ impl Zfile {
             end.min(cut - cut % block_size)
         };
         end = cut(end, u64::from(MAX_REQUEST));
-        let cached = self.cache.is_some() && self.modes.get() != Mode::None;
+        let cached = self.part.is_some() && self.modes.get() != Mode::None;
         if cached && end < self.geometry.size() && end - start > block_size {
             // The part of a block at the end goes through the cache.
             end -= end % block_size;
@@ -116,7 +126,7 @@ impl Zfile {
             let Some(request) = self.plan(start, end) else {
                 return bio.refuse();
             };
-            let buffer = Buffer::try_new(request.read_len);
+            let buffer = Buffer::try_new(&self.shared.pool, request.read_len);
             if buffer.is_none() && request.blocks.end - request.blocks.start > 1 {
                 end = cut(end, (end - start) / 2);
                 continue;
@@ -132,7 +142,7 @@ impl Zfile {
     fn map_cached<'a>(
         &self,
         mut bio: Bio<'a, Self>,
-        cache: &Arc<Cache>,
+        cache: &Arc<Index>,
         start: u64,
         end: u64,
     ) -> Mapped<'a> {
@@ -141,13 +151,10 @@ impl Zfile {
         let Some(blocks) = self.blocks(start, end) else {
             return bio.refuse();
         };
-        let found = Cache::get(cache, blocks.clone());
-        if let Lookup::Found(block) = &found {
-            if block.data().is_some() {
-                return self.map_hits(bio, cache, block.clone(), blocks, start, end);
+        match Index::get(cache, blocks.clone(), self.most_cached()) {
+            Lookup::Found(block) if block.data().is_some() => {
+                self.map_hits(bio, cache, &block, blocks, start, end)
             }
-        }
-        match found {
             Lookup::Found(block) => {
                 let end = end.min((blocks.start + 1) << shift);
                 let Some(request) = self.plan(start, end) else {
@@ -160,7 +167,7 @@ impl Zfile {
                     // It came, or failed, in between.
                     match block.data() {
                         Some(data) => {
-                            Self::copy(&io, data);
+                            Self::copy(&io, Loaded::Kept(data));
                             io.end(Ok(()));
                         }
                         None => Self::launch(io, None),
@@ -191,7 +198,7 @@ impl Zfile {
                 Self::pass_on(loader, false);
                 return bio.refuse();
             };
-            let buffer = Buffer::try_new(request.read_len);
+            let buffer = Buffer::try_new(&self.shared.pool, request.read_len);
             if buffer.is_none() && last - first > 1 {
                 Self::pass_on(loader.split_off(first + (last - first) / 2), false);
                 continue;
@@ -233,23 +240,29 @@ impl Zfile {
     fn map_hits<'a>(
         &self,
         mut bio: Bio<'a, Self>,
-        cache: &Cache,
-        block: Arc<Block>,
+        cache: &Index,
+        block: &Block,
         blocks: Range<u64>,
         start: u64,
         end: u64,
     ) -> Mapped<'a> {
         let shift = self.geometry.block_shift();
-        let mut skip = to_usize(start - (blocks.start << shift));
-        let mut hit = blocks.start;
-        let mut next = Some(block);
+        let skip = to_usize(start - (blocks.start << shift));
         let mut pages = bio.pages();
         let before = pages.left();
-        while let Some(data) = next.as_ref().and_then(|block| block.data()?.get(skip..)) {
-            pages.copy_from(data);
-            skip = 0;
-            hit += 1;
-            next = (hit < blocks.end).then(|| cache.find(hit)).flatten();
+        if let Some(data) = block.data() {
+            Loaded::Kept(data).copy_to(skip, &mut pages);
+        }
+        let mut hit = blocks.start + 1;
+        while hit < blocks.end {
+            let run = cache.run(hit..blocks.end);
+            if run.len() == 0 {
+                break;
+            }
+            for data in run.data() {
+                Loaded::Kept(data).copy_to(0, &mut pages);
+                hit += 1;
+            }
         }
         self.stats.cache_hits.add(hit - blocks.start);
         let sectors = (end.min(hit << shift) - start).div_ceil(SECTOR_SIZE);
@@ -291,7 +304,8 @@ impl Zfile {
     /// Starts the lower read, with the spare buffer where there is no other memory.
     fn launch(mut io: Io<Self>, buffer: Option<Buffer>) {
         let len = io.request().read_len;
-        if let Some(buffer) = buffer.or_else(|| Buffer::try_new(len)) {
+        io.target().shared.tidier.arm();
+        if let Some(buffer) = buffer.or_else(|| Buffer::try_new(&io.target().shared.pool, len)) {
             io.attach(buffer);
             Self::start(io);
         } else if let Some(status) = io.without_memory() {
@@ -336,7 +350,7 @@ impl Zfile {
         if !this.decodes_at_once(&io) {
             return io.defer(Self::decode);
         }
-        match this.fill(request, io.data(), &mut io.pages(), None) {
+        match this.fill(request, io.buffer(), &mut io.pages(), None) {
             Ok(()) => io.end(Ok(())),
             Err((block, Problem::Corrupt)) => {
                 let status = Self::report(&io, block);
@@ -365,12 +379,11 @@ impl Zfile {
     fn decodes_at_once(&self, io: &Io<Self>) -> bool {
         let request = io.request();
         let bytes = (request.blocks.end - request.blocks.start) << self.geometry.block_shift();
-        bytes <= AT_ONCE
-            && codec::works_at_once(self.geometry.algorithm())
+        codec::works_at_once(self.geometry.algorithm())
             && request.skip == 0
             && io.pages().run_len()
                 >= to_usize(self.geometry.block_len(request.blocks.start).into())
-            && !block::interrupts_off()
+            && io.at_once(bytes)
     }
 
     /// Decompresses the blocks into the bio, in a worker.
@@ -380,7 +393,7 @@ impl Zfile {
             let mut context = this.contexts.borrow();
             this.fill(
                 io.request(),
-                io.data(),
+                io.buffer(),
                 &mut io.pages(),
                 Some(&mut *context),
             )
@@ -423,81 +436,97 @@ impl Zfile {
         pages: &mut Pages<'_>,
     ) -> (Result<(), Status>, IoQueue<Self>) {
         let block = loader.block();
+        let len = to_usize(io.target().geometry.block_len(number).into());
+        let data = block.as_ref().and_then(|_| loader.room(len));
         let mut context = io.target().contexts.borrow();
-        let bytes = match Self::load(io, number, block.as_deref(), &mut context) {
-            Ok(Some(bytes)) => Ok(bytes),
-            Ok(None) => {
+        let mut kept = None;
+        let loaded = match (Self::load(io, number, data, &mut context), &block) {
+            (Ok(Ok(data)), Some(block)) => {
                 // Many may wait: others have use for it meanwhile.
                 drop(context);
-                let data = block.as_ref().and_then(|block| block.data());
-                data.ok_or(Status::IO_ERROR)
+                block.keep(data);
+                block.data().map(Loaded::Kept).ok_or(Status::IO_ERROR)
             }
-            Err(status) => Err(status),
+            (Ok(Ok(data)), None) => Ok(Loaded::Kept(kept.insert(data))),
+            (Ok(Err(bytes)), _) => Ok(Loaded::Bytes(bytes)),
+            (Err(status), _) => Err(status),
         };
         let mut waited = IoQueue::new();
         let mut queue = loader.finish(block.clone());
         while let Some(other) = queue.pop() {
-            if let Ok(bytes) = bytes {
-                Self::copy(&other, bytes);
+            if let Ok(loaded) = loaded {
+                Self::copy(&other, loaded);
             }
             waited.push(other);
             dm::cond_resched();
         }
-        let loaded = bytes.and_then(|bytes| {
-            pages.copy_from(bytes.get(skip..).ok_or(Status::IO_ERROR)?);
-            Ok(())
-        });
-        (loaded, waited)
+        if let Ok(loaded) = loaded {
+            loaded.copy_to(skip, pages);
+        }
+        (loaded.map(|_| ()), waited)
     }
 
-    /// Decompresses a block of `io`. Gives its bytes where they aren't kept in `block`.
+    /// Decompresses a block of `io` into `data`, and gives that; or its bytes, where there is no
+    /// memory to keep them.
     fn load<'c>(
         io: &Io<Self>,
         number: u64,
-        block: Option<&Block>,
+        data: Option<Data>,
         context: &'c mut Context,
-    ) -> Result<Option<&'c [u8]>, Status> {
+    ) -> Result<Result<Data, &'c [u8]>, Status> {
         let this = io.target();
         let corrupt = |Corrupt| Self::report(io, number);
+        let Context { decoder, stored } = context;
         let stored = this
-            .stored(number, io.request(), io.data())
-            .map_err(corrupt)?;
+            .stored(number, io.request(), io.buffer(), Some(stored))
+            .map_err(|_| corrupt(Corrupt))?;
         let len = to_usize(this.geometry.block_len(number).into());
         this.stats.blocks.add(1);
-        match (block, KVec::with_capacity(len, memory::CACHE)) {
-            (Some(block), Ok(mut data)) => {
-                context
+        match data {
+            Some(mut data) => {
+                decoder
                     .decompress_into(stored, len, &mut data)
                     .map_err(corrupt)?;
-                block.keep(data);
-                Ok(None)
+                Ok(Ok(data))
             }
-            _ => context
+            None => decoder
                 .decompress_bounced(stored, len)
-                .map(Some)
+                .map(Err)
                 .map_err(corrupt),
         }
     }
 
-    /// Copies to `io` its part of a block's bytes.
-    fn copy(io: &Io<Self>, bytes: &[u8]) {
+    /// Copies to `io` its part of a block.
+    fn copy(io: &Io<Self>, block: Loaded<'_>) {
         let mut pages = io.pages();
-        pages.copy_from(io.request().part(bytes, pages.left()));
+        block.copy_to(io.request().skip, &mut pages);
         pages.zero(pages.left());
+    }
+
+    /// Most blocks of the device that are in the cache.
+    fn most_cached(&self) -> usize {
+        self.cache_blocks.unwrap_or(match self.modes.get() {
+            Mode::All => usize::MAX,
+            Mode::Parts | Mode::None => DEFAULT_SHARE,
+        })
     }
 
     /// Fills `pages` from what was read; tells which block can't be had.
     fn fill(
         &self,
         request: &Request,
-        data: &[u8],
+        buffer: Option<&Buffer>,
         pages: &mut Pages<'_>,
         mut context: Option<&mut Context>,
     ) -> Result<(), (u64, Problem)> {
         let mut skip = request.skip;
         for block in request.blocks.clone() {
-            let context = context.as_deref_mut();
-            self.fill_block(block, skip, request, data, pages, context)
+            let (decoder, stored) = match context.as_deref_mut() {
+                Some(Context { decoder, stored }) => (Some(decoder), Some(stored)),
+                None => (None, None),
+            };
+            self.stored(block, request, buffer, stored.map(|stored| &mut **stored))
+                .and_then(|stored| self.fill_block(block, skip, stored, pages, decoder))
                 .map_err(|problem| (block, problem))?;
             skip = 0;
         }
@@ -513,22 +542,20 @@ impl Zfile {
         &self,
         block: u64,
         skip: usize,
-        request: &Request,
-        data: &[u8],
+        stored: &[u8],
         pages: &mut Pages<'_>,
-        context: Option<&mut Context>,
+        decoder: Option<&mut Decoder>,
     ) -> Result<(), Problem> {
-        let stored = self.stored(block, request, data)?;
         let len = to_usize(self.geometry.block_len(block).into());
         let wanted = len.saturating_sub(skip).min(pages.left());
         if wanted == len {
             if let Some(dest) = pages.take(len) {
-                return match context {
-                    Some(context) => {
+                return match decoder {
+                    Some(decoder) => {
                         // A decompressor may check what it has written, which a reader may have
                         // changed meanwhile: that isn't corruption.
-                        if context.decompress(stored, &dest).is_err() {
-                            dest.copy_from(context.decompress_bounced(stored, len)?);
+                        if decoder.decompress(stored, &dest).is_err() {
+                            dest.copy_from(decoder.decompress_bounced(stored, len)?);
                         }
                         Ok(())
                     }
@@ -538,32 +565,42 @@ impl Zfile {
                 };
             }
         }
-        let context = context.ok_or(Problem::NeedsContext)?;
-        let bytes = context.decompress_bounced(stored, len)?;
+        let decoder = decoder.ok_or(Problem::NeedsContext)?;
+        let bytes = decoder.decompress_bounced(stored, len)?;
         pages.copy_from(bytes.get(skip..skip + wanted).ok_or(Corrupt)?);
         Ok(())
     }
 
-    /// The stored bytes of block `block` in `data`, what was read for `request`. Their CRC is
-    /// right, where there is one.
+    /// The stored bytes of block `block` in `buffer`, what was read for `request`; in `room` where
+    /// they aren't contiguous. Their CRC is right, where there is one.
     fn stored<'d>(
         &self,
         block: u64,
         request: &Request,
-        data: &'d [u8],
-    ) -> Result<&'d [u8], Corrupt> {
+        buffer: Option<&'d Buffer>,
+        room: Option<&'d mut [u8]>,
+    ) -> Result<&'d [u8], Problem> {
+        let buffer = buffer.ok_or(Corrupt)?;
         let stored = self.table.range(block..block + 1).ok_or(Corrupt)?;
         let from = (self.start + stored.start)
             .checked_sub(request.read_start)
             .ok_or(Corrupt)?;
-        let to = from + (stored.end - stored.start);
-        let stored = data.get(to_usize(from)..to_usize(to)).ok_or(Corrupt)?;
+        let (from, len) = (to_usize(from), to_usize(stored.end - stored.start));
+        let to = from.checked_add(len).filter(|&to| to <= buffer.filled());
+        let stored = match buffer.get(from..to.ok_or(Corrupt)?) {
+            Some(stored) => stored,
+            None => {
+                let room = room.ok_or(Problem::NeedsContext)?;
+                let room = room.get_mut(..len).ok_or(Corrupt)?;
+                buffer.copy(from, room).ok_or(Corrupt)?
+            }
+        };
         if !self.geometry.has_crc() {
             return Ok(stored);
         }
         let (stored, crc) = stored.split_last_chunk().ok_or(Corrupt)?;
         if block_crc(stored, crc32c) != u32::from_le_bytes(*crc) {
-            return Err(Corrupt);
+            return Err(Problem::Corrupt);
         }
         Ok(stored)
     }

@@ -18,16 +18,22 @@ use kernel::prelude::*;
 use kernel::sync::atomic::{Atomic, Relaxed};
 use kernel::sync::{new_mutex, Arc, Mutex};
 
-use crate::block::{Counter, Shrinker};
+use crate::block::{Counter, Pool, Shrinker, Tidier};
 use crate::codec::Contexts;
 use crate::dm;
 use crate::format::zfile::{Algorithm, Geometry, JumpTable};
 
-use cache::Cache;
+use cache::{Cache, Part};
 
-/// What all `zfile` targets share: working memory, made with the first device that needs it.
+/// What all `zfile` targets share: the cache, and working memory, made with the first device that
+/// needs it.
 #[pin_data]
 pub(crate) struct Shared {
+    /// Given back before the cache is.
+    _shrinker: Shrinker<Cache>,
+    tidier: Pin<KBox<Tidier<Cache>>>,
+    cache: Arc<Cache>,
+    pool: Arc<Pool>,
     #[pin]
     lz4: Mutex<Option<Arc<Contexts>>>,
     #[pin]
@@ -35,17 +41,23 @@ pub(crate) struct Shared {
 }
 
 impl Shared {
-    /// Has nothing yet.
+    /// Has nothing in it yet.
     ///
     /// # Errors
     ///
     /// [`ENOMEM`].
     pub(crate) fn new() -> Result<Arc<Self>> {
+        let pool = Pool::new()?;
+        let cache = Cache::new(pool.clone())?;
         Arc::pin_init(
-            pin_init!(Self {
+            try_pin_init!(Self {
+                _shrinker: Shrinker::new(cache.clone())?,
+                tidier: Tidier::new(cache.clone())?,
+                cache,
+                pool,
                 lz4 <- new_mutex!(None),
                 zstd <- new_mutex!(None),
-            }),
+            }? Error),
             GFP_KERNEL,
         )
     }
@@ -98,7 +110,9 @@ impl Mode {
     /// Its word.
     fn word(self) -> &'static str {
         let found = Self::WORDS.iter().find(|&&(mode, _)| mode == self);
-        found.and_then(|(_, name)| name.to_str().ok()).unwrap_or("-")
+        found
+            .and_then(|(_, name)| name.to_str().ok())
+            .unwrap_or("-")
     }
 }
 
@@ -140,12 +154,12 @@ pub(crate) struct Zfile {
     device_block: u64,
     /// Bytes of the blob, where the table line tells.
     blob_bytes: Option<u64>,
-    /// Given back before the cache is.
-    _shrinker: Option<Shrinker<Cache>>,
-    cache: Option<Arc<Cache>>,
+    shared: Arc<Shared>,
+    /// Its part of the cache, unless the table line says that there is none.
+    part: Option<Part>,
     /// Which reads go through the cache.
     modes: Modes,
-    /// Blocks in the cache, where the table line tells.
+    /// Most blocks of it in the cache, where the table line tells.
     cache_blocks: Option<usize>,
     /// Whether the kernel panics when a block is corrupt.
     panic_on_corruption: bool,

@@ -7,7 +7,7 @@ use kernel::sync::atomic::Relaxed;
 
 use super::cache::Cache;
 use super::{io, Mode, Modes, Shared, Stats, Zfile};
-use crate::block::{memory, Shrinker};
+use crate::block::{memory, quota, Pool};
 use crate::codec::crc32c;
 use crate::compat;
 use crate::dm::{self, Args, Bio, Deferred, Device, Emit, Failure, Limits, Mapped, Setup};
@@ -15,9 +15,7 @@ use crate::format::num::to_usize;
 use crate::format::zfile::{Geometry, JumpTable};
 use crate::format::{merge, tar, Blob, Error as FormatError, Fault, Window};
 
-/// Blocks that the cache of a device holds, unless the table line says otherwise.
-const DEFAULT_CACHE_BLOCKS: usize = 64;
-/// Most blocks that a cache may hold.
+/// Most blocks that a device may have in the cache.
 const MAX_CACHE_BLOCKS: u64 = 1 << 24;
 
 /// The optional parameters.
@@ -26,20 +24,6 @@ struct Options {
     cache_blocks: Option<usize>,
     mode: Mode,
     panic_on_corruption: bool,
-}
-
-impl Options {
-    /// Places in the cache of a device of so many blocks.
-    fn places(&self, blocks: u64) -> usize {
-        // No more than what there is.
-        let most = to_usize(blocks.min(MAX_CACHE_BLOCKS));
-        let default = if self.mode == Mode::All {
-            most
-        } else {
-            DEFAULT_CACHE_BLOCKS
-        };
-        self.cache_blocks.unwrap_or(default).min(most)
-    }
 }
 
 impl dm::Target for Zfile {
@@ -77,15 +61,15 @@ impl dm::Target for Zfile {
         let device_block = u64::from(setup.device(device)?.logical_block_size());
         setup.set_used(device, payload.start + payload.len);
         let contexts = setup.context().contexts(geometry.algorithm())?;
-        let cache = Cache::new(options.places(geometry.blocks()))?;
-        let shrinker = match &cache {
-            Some(cache) => Some(Shrinker::new(cache.clone())?),
-            None => None,
+        let shared = setup.context();
+        let part = match options.cache_blocks {
+            Some(0) => None,
+            _ => Some(Cache::part(&shared.cache, geometry.blocks())?),
         };
         Ok(Self {
             contexts,
-            _shrinker: shrinker,
-            cache,
+            shared,
+            part,
             modes: Modes::new(options.mode),
             cache_blocks: options.cache_blocks,
             panic_on_corruption: options.panic_on_corruption,
@@ -108,7 +92,7 @@ impl dm::Target for Zfile {
         let corrupt = stats.corrupt.load(Relaxed);
         let state = if corrupt == 0 { 'V' } else { 'C' };
         out.put(fmt!(
-            "{} {} {} {} {} {} {} {} {} {} {} {} {}",
+            "{} {} {} {} {} {} {} {} {} {} {} {} {} {} {}",
             state,
             geometry.algorithm().name(),
             geometry.block_size(),
@@ -119,9 +103,11 @@ impl dm::Target for Zfile {
             stats.blocks.sum(),
             stats.read_errors.load(Relaxed),
             corrupt,
-            self.cache.as_ref().map_or(0, |cache| cache.len()),
+            self.part.as_ref().map_or(0, |part| part.len()),
             stats.cache_hits.sum(),
             self.modes.get().word(),
+            quota::used(),
+            quota::limit(),
         ));
     }
 
@@ -193,7 +179,10 @@ impl Zfile {
 /// Sets the mode of a table line, once.
 fn set_mode(mode: &mut Mode, wanted: Mode) -> Result<(), Failure> {
     if *mode != Mode::Parts && *mode != wanted {
-        return Err(Failure::new(c"cache_all and cache_none exclude each other", EINVAL));
+        return Err(Failure::new(
+            c"cache_all and cache_none exclude each other",
+            EINVAL,
+        ));
     }
     *mode = wanted;
     Ok(())
@@ -227,5 +216,9 @@ impl Deferred for Zfile {
 
     fn spares(&self) -> &dm::Spares<Self> {
         &self.spares
+    }
+
+    fn pool(&self) -> &Pool {
+        &self.shared.pool
     }
 }

@@ -22,6 +22,8 @@ const ZFILE: &[&str] = &[
     "cached_blocks",
     "cache_hits",
     "cache_mode",
+    "cache_memory",
+    "cache_limit",
 ];
 /// Names of the fields of `lsmt`'s INFO line, in order.
 const LSMT: &[&str] = &["layers", "segments", "size", "index_memory"];
@@ -91,12 +93,14 @@ mod tests {
                 params: info.to_owned(),
             })
         };
-        let zfile = line("zfile", "C lz4 4096 281 703 1 2 3 4 5 6 7 all 8");
+        let zfile = line("zfile", "C lz4 4096 281 703 1 2 3 4 5 6 7 all 4224 65536 8");
         assert_eq!(zfile.text("state"), Some("C"));
         assert_eq!(zfile.number("corrupt_blocks"), 5);
         assert_eq!(zfile.number("cache_hits"), 7);
         assert_eq!(zfile.text("cache_mode"), Some("all"));
-        assert_eq!(zfile.number("field_13"), 8);
+        assert_eq!(zfile.number("cache_memory"), 4224);
+        assert_eq!(zfile.number("cache_limit"), 65536);
+        assert_eq!(zfile.number("field_15"), 8);
         let first = serde_json::to_string(&zfile).unwrap_or_default();
         assert!(
             first.starts_with(r#"{"state":"C","algorithm":"lz4""#),

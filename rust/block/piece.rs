@@ -1,0 +1,90 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! Pages in one piece.
+//!
+//! It is pages and not slab memory, because lower devices may take references to them: the network
+//! does, below loop devices and others.
+//!
+//! C header: `include/linux/gfp.h`.
+
+use core::ptr::NonNull;
+
+use kernel::page::PAGE_SIZE;
+
+use super::memory;
+use crate::sys;
+
+/// Contiguous pages.
+///
+/// # Invariants
+///
+/// `page` is the first of `1 << order` pages in one piece, owned by this. The order is at most
+/// [`memory::MAX_ORDER`].
+pub(super) struct Piece {
+    page: NonNull<sys::page>,
+    order: u32,
+}
+
+// SAFETY: Pages may be used and freed from any thread.
+unsafe impl Send for Piece {}
+// SAFETY: Nothing is changed through a shared reference.
+unsafe impl Sync for Piece {}
+
+impl Piece {
+    /// Allocates `1 << order` pages without waiting; `None` where the order is too large, too.
+    pub(super) fn try_new(order: u32) -> Option<Self> {
+        let flags = match order {
+            0 => memory::PAGE,
+            1..=memory::MAX_ORDER => memory::PAGES,
+            _ => return None,
+        };
+        // SAFETY: May be called in any context with these flags.
+        let page = NonNull::new(unsafe { sys::alloc_pages(flags, order) })?;
+        // SAFETY: The pages are ours, and are counted once.
+        unsafe { sys::obd_count_reclaimable(page.as_ptr(), 1 << order) };
+        // INVARIANT: Just allocated.
+        Some(Self { page, order })
+    }
+
+    /// The order.
+    pub(super) fn order(&self) -> u32 {
+        self.order
+    }
+
+    /// How many pages it has.
+    pub(super) fn pages(&self) -> usize {
+        1 << self.order
+    }
+
+    /// Length in bytes.
+    pub(super) fn len(&self) -> usize {
+        PAGE_SIZE << self.order
+    }
+
+    /// The first page.
+    pub(super) fn page(&self) -> *mut sys::page {
+        self.page.as_ptr()
+    }
+
+    /// Where it starts; valid for reads and writes of [`Piece::len`] bytes.
+    pub(super) fn start(&self) -> NonNull<u8> {
+        // SAFETY: By the type invariant the page is valid, and it isn't in high memory.
+        let start = unsafe { sys::obd_page_address(self.page.as_ptr()) };
+        // SAFETY: No page is at address 0.
+        unsafe { NonNull::new_unchecked(start.cast()) }
+    }
+}
+
+impl Drop for Piece {
+    fn drop(&mut self) {
+        // SAFETY: As above; they were counted when they were allocated.
+        unsafe { sys::obd_count_reclaimable(self.page.as_ptr(), -(1 << self.order)) };
+        // SAFETY: By the type invariant the pages are ours.
+        unsafe { sys::__free_pages(self.page.as_ptr(), self.order) };
+    }
+}
+
+/// How many pages hold `len` bytes, at least one.
+pub(super) fn pages_for(len: usize) -> usize {
+    len.div_ceil(PAGE_SIZE).max(1)
+}
