@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 # SPDX-License-Identifier: GPL-2.0
-"""How memory is asked for on the path of an I/O. Only large pieces are looked at, which nobody else asks for in
-this way meanwhile."""
+"""How memory is asked for on the path of an I/O. Only pieces of several pages are looked at, which nobody else asks for
+in this way meanwhile."""
 
 import random
 
@@ -9,33 +9,53 @@ from obdtest import dm, image
 from obdtest.disk import Disk, same_bytes
 from obdtest.dm import line
 from obdtest.ktap import add, check, equal, main, note
+from obdtest.memory import drop_caches
 from obdtest.tracing import Trace
 
 # Incompressible, so that what is read is as large as what comes out.
 DATA = random.Random(61).randbytes(16 * 65536)
-# What does neither wait nor take from the kernel's reserves.
-OPTIONAL = {"GFP_NOWAIT", "__GFP_NORETRY", "__GFP_NOMEMALLOC"}
+# What does neither wait nor take from the kernel's reserves, nor wakes those that make room; and may be given back.
+PIECES = {"__GFP_NORETRY", "__GFP_NOWARN", "__GFP_NOMEMALLOC", "__GFP_COMP", "__GFP_RECLAIMABLE"}
 
 
-def flags(options, length, order, wanted):
-    """Reads parts of all blocks; looks at the allocations of this order."""
-    raw = image.zfile(DATA, image.LZ4, 65536)
+def pieces(trace):
+    """Flags of the allocations of several pages for reads and for the cache, by their order."""
+    found = {}
+    for name, text in trace.lines():
+        if "mm_page_alloc" in name:
+            fields = dict(word.split("=", 1) for word in text.split() if "=" in word)
+            flags = set(fields["gfp_flags"].split("|"))
+            if PIECES <= flags:
+                found.setdefault(int(fields["order"]), []).append(flags)
+    return found
+
+
+def flags(algorithm, options, length):
+    """Reads parts of all blocks; looks at the allocations of several pages. The second time there are none."""
+    raw = image.zfile(DATA, algorithm, 65536)
     loop = dm.Loop(raw)
     disk = Disk(dm.create(line(0, len(DATA) // 512, "zfile", loop.path, len(raw), len(options), *options)))
-    trace = Trace(("kmem:mm_page_alloc", f"order == {order}"))
-    count = len(DATA) // max(length, 65536)
-    for at in range(0, len(DATA), max(length, 65536)):
+    # What others have used is gone.
+    drop_caches()
+    trace = Trace(("kmem:mm_page_alloc", "order >= 2"))
+    step = max(length, 65536)
+    for at in range(0, len(DATA), step):
         same_bytes(disk.read(at, length), DATA[at:at + length], f"{length} bytes at {at}")
-    found = [set(text.rsplit("gfp_flags=", 1)[1].split("|")) for name, text in trace.lines() if "mm_page_alloc" in name]
-    found = [each for each in found if "GFP_NOWAIT" in each]
-    note(f"{len(found)} allocations, such as {'|'.join(sorted(found[0])) if found else None}")
-    check(len(found) >= count, f"{len(found)} allocations of order {order} for {count} reads")
-    equal([each for each in found if not wanted <= each], [], f"allocations without {'|'.join(sorted(wanted))}")
+    found = pieces(trace)
+    note(f"orders {({order: len(each) for order, each in found.items()})}, {'|'.join(sorted(found.get(3, [[]])[0]))}")
+    check(found.get(3), "no allocation of order 3")
+    equal([order for order in found if order > 3], [], "orders above 3")
+    for each in found[3]:
+        equal(each, PIECES, "flags")
+    for at in range(0, len(DATA), step):
+        disk.read(at, length)
+    again = pieces(trace)
+    check(sum(map(len, again.values())) <= 2, f"allocations for the same reads once more: {again}")
 
 
-add("buffers of lower reads neither wait nor take from reserves", flags, ("cache_blocks", 0), 131072, 6, OPTIONAL)
-add("blocks in the cache neither wait nor take from reserves, and count as memory that can be given back", flags, (),
-    4096, 4, OPTIONAL | {"__GFP_RECLAIMABLE"})
+add("buffers of lower reads neither wait nor take from reserves, and are used again", flags, image.LZ4, ("cache_blocks", 0),
+    131072)
+add("blocks in the cache do so, too, and what made room is used again", flags, image.ZSTD, ("cache_blocks", 4), 4096)
 
 
 if __name__ == "__main__":

@@ -175,6 +175,25 @@ def no_memory(start, *args):
         same_bytes(disk.whole(), wanted, "content when there is memory again")
 
 
+def in_pieces(order):
+    """Where pages in one piece can't be had, a large read is still one read of the device below."""
+    for algorithm in image.NAMES:
+        for block in (4096, 65536):
+            raw = image.zfile(DATA, algorithm, block)
+            device = dm.create(line(0, dm.sectors(len(DATA)), "zfile", dm.Loop(raw).path, len(raw), 2, "cache_blocks", 0))
+            disk = Disk(device)
+            end = inject.contiguous_pages(order)
+            longest, count = 0, 0
+            for at in range(0, len(DATA) - 131072, 131072):
+                began = time.monotonic()
+                same_bytes(disk.read(at, 131072), DATA[at:at + 131072], f"128 KiB at {at} of {image.NAMES[algorithm]}, {block}")
+                longest = max(longest, time.monotonic() - began)
+                count += 1
+            check(end() > 0, "no allocation failed")
+            note(f"{image.NAMES[algorithm]}, {block}: the longest read took {longest * 1000:.0f} ms")
+            equal(int(device.info()[5]), count, f"lower reads for {count} reads of 128 KiB")
+
+
 def start_readers(disk, offsets, length=4096):
     """A thread for each offset that reads there; gives them and the dictionary of what they read."""
     found = {}
@@ -245,6 +264,8 @@ for each_options in (("cache_blocks", 0), ("cache_all",)):
 add("all allocations on the path of an I/O fail: reads go on", no_memory, inject.allocations, 100)
 add("some allocations on the path of an I/O fail", no_memory, inject.allocations, 30)
 add("memory is fragmented, there are single pages only: reads go on", no_memory, inject.contiguous_pages)
+for each_order in (1, 3):
+    add(f"there are no pages of order {each_order} and above: large reads are still one read", in_pieces, each_order)
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ import time
 
 from obdtest import dm, image
 from obdtest.disk import Disk, same_bytes
-from obdtest.ktap import SLOW, Skip, check, equal, main, note, test
+from obdtest.ktap import SLOW, Skip, check, defer, equal, main, note, test
 from obdtest.memory import hog, kernel_memory, meminfo
 
 SIZE = 16 << 20
@@ -46,6 +46,67 @@ def short_of_memory():
     finally:
         os.kill(child, 9)
         os.waitpid(child, 0)
+
+
+def set_limit(size):
+    """Sets the limit of the cache until the test is over."""
+    with open("/sys/module/dm_overlaybd/parameters/cache_limit_bytes", "w", encoding="ascii") as file:
+        file.write(str(size))
+
+
+def cache_bytes():
+    """Bytes in the cache of all devices."""
+    with open("/sys/module/dm_overlaybd/parameters/cache_bytes", encoding="ascii") as file:
+        return int(file.read())
+
+
+def killed():
+    """How often the kernel has killed a process for its memory."""
+    with open("/proc/vmstat", encoding="ascii") as file:
+        return next(int(row.split()[1]) for row in file if row.startswith("oom_kill "))
+
+
+@test("500 devices give the cache back under pressure, before anything is killed, and go on")
+def many_devices():
+    if meminfo()["MemTotal"] > 6 << 20:
+        raise Skip("this machine has too much memory to take it all")
+    data = compressible()
+    raw = image.zfile(data, image.ZSTD, 65536)
+    loop = dm.Loop(raw)
+    room = min(192 << 10, meminfo()["MemAvailable"] // 3)
+    defer(set_limit, 0)
+    set_limit(room << 10)
+    count = 500 if SLOW == 1 else 50
+    table = dm.line(0, SIZE // 512, "zfile", loop.path, len(raw), 1, "cache_all")
+    disks = [Disk(dm.create(table)) for _ in range(count)]
+    each = max((room << 10) // count // 65536, 1) * 65536
+    for nth, disk in enumerate(disks):
+        same_bytes(disk.read(0, each), data[:each], f"device {nth}, cold")
+    full = cache_bytes() >> 10
+    check(full > room * 2 // 3, f"{full} of {room} KiB in the cache")
+    kills = killed()
+    child = hog(64 << 10)
+    longest, rng = 0, random.Random(73)
+    try:
+        for _ in range(1000 * SLOW):
+            if meminfo()["MemAvailable"] < 128 << 10:
+                break
+            time.sleep(0.05)
+        for nth in range(300):
+            at = rng.randrange(each // 4096) * 4096
+            began = time.monotonic()
+            same_bytes(disks[rng.randrange(count)].read(at, 4096), data[at:at + 4096], f"4096 at {at}")
+            longest = max(longest, time.monotonic() - began)
+        left = cache_bytes() >> 10
+        check(meminfo()["MemAvailable"] < 192 << 10, "memory was never short")
+        equal(os.waitpid(child, os.WNOHANG), (0, 0), "the process that takes all memory")
+    finally:
+        os.kill(child, 9)
+        os.waitpid(child, 0)
+    note(f"{full} KiB in the cache, {left} under pressure; the longest read took {longest * 1000:.0f} ms")
+    equal(killed(), kills, "processes that the kernel has killed")
+    check(left < full // 2, f"{left} of {full} KiB are still in the cache")
+    check(longest < 10 * SLOW, f"a read took {longest:.1f} s")
 
 
 @test("memory that a device has taken is free when it is gone")
@@ -88,8 +149,9 @@ def idle():
     zfile = dm.line(0, 128, "zfile", loop.path, len(raw))
     # What the first ones of all take isn't theirs.
     kib_each(20, linear), kib_each(20, zfile)
-    more = kib_each(120, zfile) - kib_each(120, linear)
-    note(f"{more:.1f} KiB more")
+    alone, as_well = kib_each(120, zfile), kib_each(120, linear)
+    more = alone - as_well
+    note(f"{alone:.1f} KiB, {more:.1f} more than dm-linear")
     # Checkers keep what was freed for a while, and add to each allocation.
     check(more <= 48 or SLOW > 1, f"{more:.1f} KiB more")
 

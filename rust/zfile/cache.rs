@@ -747,8 +747,9 @@ impl Cache {
         }
     }
 
-    /// The device that the hand is at, or the next one that has blocks.
-    fn current(&self) -> Option<Arc<Index>> {
+    /// The device that the hand is at, or the next one that has blocks. Looks at some devices only;
+    /// where none of them has any, gives how many devices there are.
+    fn current(&self) -> Result<Arc<Index>, usize> {
         let mut devices = self.devices.lock();
         let Devices { all, hand } = &mut *devices;
         for _ in 0..all.len().min(SCAN) {
@@ -756,23 +757,30 @@ impl Cache {
                 *hand = 0;
             }
             match all.get(*hand) {
-                Some(index) if index.len() > 0 => return Some(index.clone()),
+                Some(index) if index.len() > 0 => return Ok(index.clone()),
                 _ => *hand += 1,
             }
         }
-        None
+        Err(all.len())
     }
 
     /// Takes out blocks of `wanted` bytes in all; gives what they had. Takes a lock of a device up to
     /// `steps` times.
     fn evict(&self, wanted: usize, mut steps: usize) -> usize {
-        let mut bytes = 0;
+        let (mut bytes, mut without) = (0, 0);
         while bytes < wanted && steps > 0 {
             steps -= 1;
-            let Some(index) = self.current() else {
-                // There may be more than what it has looked at.
-                continue;
+            let index = match self.current() {
+                Ok(index) => index,
+                Err(devices) => {
+                    without += SCAN;
+                    if without >= devices {
+                        break;
+                    }
+                    continue;
+                }
             };
+            without = 0;
             let rest = Amount {
                 blocks: 0,
                 bytes: wanted - bytes,

@@ -100,16 +100,19 @@ def allocations(probability):
     """Lets so many percent of the allocations fail that the module makes, itself or by what it
     calls; gives the function that ends it and tells how many have failed."""
     _prepare_allocators(module_only=True)
+    # Pages that reads use again aren't allocated.
+    _write("/proc/sys/vm/drop_caches", 2)
     for which in _ALLOCATORS:
         _set(which, probability=probability)
     return lambda: sum(_stop(which) for which in _ALLOCATORS)
 
 
-def contiguous_pages():
-    """Lets all allocations of more than one page fail that the module makes, as where memory is fragmented; gives the
+def contiguous_pages(order=1):
+    """Lets all allocations of this order and above fail that the module makes, as where memory is fragmented; gives the
     function that ends it and tells how many have failed."""
     _prepare_allocators(module_only=True)
-    _set("fail_page_alloc", min_order=1, probability=100)
+    _write("/proc/sys/vm/drop_caches", 2)
+    _set("fail_page_alloc", min_order=order, probability=100)
     return lambda: _stop("fail_page_alloc")
 
 

@@ -20,10 +20,15 @@ def _on_cpu_lists():
         return sum(int(row.split()[1]) for row in file if row.split()[:1] == ["count:"]) * 4
 
 
-def kernel_memory():
-    """KiB that are neither free nor anybody's data: slab, pages, vmalloc, per-CPU and all."""
+def drop_caches():
+    """Has the kernel give back what it caches, pages that reads of zfile use again among it."""
     with open("/proc/sys/vm/drop_caches", "w", encoding="ascii") as file:
         file.write("3")
+
+
+def kernel_memory():
+    """KiB that are neither free nor anybody's data: slab, pages, vmalloc, per-CPU and all."""
+    drop_caches()
     fields = meminfo()
     used = fields["MemTotal"] - fields["MemFree"] - fields["AnonPages"] - fields["Cached"] - fields["Buffers"]
     return used - _on_cpu_lists()
