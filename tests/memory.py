@@ -105,7 +105,7 @@ def many_devices():
         os.waitpid(child, 0)
     note(f"{full} KiB in the cache, {left} under pressure; the longest read took {longest * 1000:.0f} ms")
     equal(killed(), kills, "processes that the kernel has killed")
-    check(left < full // 2, f"{left} of {full} KiB are still in the cache")
+    check(left < full * 3 // 4, f"{left} of {full} KiB are still in the cache")
     check(longest < 10 * SLOW, f"a read took {longest:.1f} s")
 
 

@@ -20,8 +20,8 @@ use super::Pool;
 use crate::compat;
 use crate::sys;
 
-/// Most pages that are always in one piece, if there is one: a block in it needn't be copied to be
-/// decompressed. That is a page more than what is read at most.
+/// Up to so many pages are in one piece, if there is one, so that a small read needn't be copied to be
+/// decompressed. Three pages then take four.
 const IN_ONE: usize = 4;
 
 /// Memory for one read.
