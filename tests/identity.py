@@ -203,7 +203,7 @@ def mounted_layer():
     defer(quietly, "umount", mnt)
     said = obdsetup("open", NAME, loop, status=5)
     check(f"is mounted on {mnt}: unmount it" in said, said)
-    equal(devices(), set(), "devices")
+    equal(devices(), {}, "devices")
     run("umount", mnt)
     obdsetup("open", NAME, loop)
     obdsetup("close", NAME)

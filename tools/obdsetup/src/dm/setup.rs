@@ -3,8 +3,8 @@
 //! Setting up the devices of a plan with one dmsetup, and taking devices down with another.
 //!
 //! `dmsetup create --concise` makes many devices. Tables name the devices below by their numbers, so
-//! the numbers are chosen here, among those that are free. Another program may take one first: then
-//! all begins again with others.
+//! the numbers are chosen here, among those that are free, but for the first device that isn't shared.
+//! Another program may take one first: then all begins again with others.
 //!
 //! Shared devices come first, and are held before a table names them: then nobody can remove one, and
 //! its number stays its own.
@@ -263,37 +263,27 @@ impl<'a> SetUp<'a> {
 
     /// Creates the devices `todo`, and waits for udev. The inner error is dmsetup's.
     fn create(&mut self, todo: &[usize], minors: &[u32], below: &dyn Below) -> Result<Result<()>> {
-        let specs: Vec<(usize, String)> = self
-            .devices(todo)
-            .zip(minors)
-            .map(|((nth, device), minor)| {
-                (
-                    nth,
-                    concise(device, *minor, &table(device, &self.numbers, below)),
-                )
-            })
-            .collect();
         let is_shared = |nth: usize| {
             let device = self.plan.devices.get(nth);
             device.is_some_and(|device| device.shared.is_some())
         };
-        let (shared, own): (Vec<_>, Vec<_>) =
-            specs.into_iter().partition(|(nth, _)| is_shared(*nth));
+        let numbered = todo.iter().copied().zip(minors.iter().copied());
+        let (shared, own): (Vec<_>, Vec<_>) = numbered.partition(|(nth, _)| is_shared(*nth));
         self.made = shared.iter().map(|(nth, _)| *nth).collect();
-        let texts = |specs: Vec<(usize, String)>| -> Vec<String> {
-            specs.into_iter().map(|(_, text)| text).collect()
-        };
-        let (shared, own) = (join(&texts(shared)), texts(own));
         let wait = self.udev.begin(self.control, self.lock)?;
+        let shared = join(&self.specs(&shared, below));
         let mut created = self.create_shared(&wait, &shared);
         let (first, others) = own.split_at(own.len().min(1));
-        for text in first.iter().cloned().chain(join(others)) {
+        if let Some(&(nth, _)) = first.first() {
+            if created.is_ok() && interrupt::check().is_ok() {
+                created = self.create_first(&wait, nth, below);
+            }
+        }
+        for text in join(&self.specs(others, below)) {
             if created.is_err() || interrupt::check().is_err() {
                 break;
             }
             created = self.run_create(&wait, &text);
-            let interrupted = interrupt::check().is_err();
-            self.begun |= created.is_ok() || interrupted;
         }
         let name = self.plan.devices.last().map_or("", |top| &top.name);
         let waited = match interrupt::check() {
@@ -305,6 +295,39 @@ impl<'a> SetUp<'a> {
             self.udev = self.udev.unawaited();
         }
         waited.map(|()| created)
+    }
+
+    /// Returns what dmsetup is told of devices, with their places in the plan and their minor numbers.
+    fn specs(&self, devices: &[(usize, u32)], below: &dyn Below) -> Vec<String> {
+        let specs = devices.iter().filter_map(|&(nth, minor)| {
+            let device = self.plan.devices.get(nth)?;
+            Some(concise(
+                device,
+                Some(minor),
+                &table(device, &self.numbers, below),
+            ))
+        });
+        specs.collect()
+    }
+
+    /// Creates the first device that isn't shared, the one with the place `nth`. The kernel chooses its
+    /// number: when the kernel refuses the table, dmsetup cannot remove a device whose number it was
+    /// given, and then nothing tells whether the device is ours.
+    fn create_first(&mut self, wait: &Wait<'_>, nth: usize, below: &dyn Below) -> Result<()> {
+        let Some(device) = self.plan.devices.get(nth) else {
+            return Ok(());
+        };
+        let text = concise(device, None, &table(device, &self.numbers, below));
+        let created = self.run_create(wait, &text);
+        self.begun = created.is_ok() || interrupt::check().is_err();
+        if self.begun {
+            let states = self.control.states()?;
+            let own = states.into_iter().find(|state| state.uuid == device.uuid);
+            if let (Some(own), Some(number)) = (own, self.numbers.get_mut(nth)) {
+                *number = own.number;
+            }
+        }
+        created
     }
 
     fn run_create(&self, wait: &Wait<'_>, text: &str) -> Result<()> {
@@ -581,10 +604,11 @@ fn table(device: &Device, numbers: &[String], below: &dyn Below) -> Vec<Line> {
     lines.collect()
 }
 
-/// Returns a device as `dmsetup create --concise` takes it.
-fn concise(device: &Device, minor: u32, table: &[Line]) -> String {
+/// Returns a device as `dmsetup create --concise` takes it. Without `minor` the kernel chooses one.
+fn concise(device: &Device, minor: Option<u32>, table: &[Line]) -> String {
     let lines: Vec<String> = table.iter().map(|line| escape(&line.to_string())).collect();
     let (name, uuid) = (escape(&device.name), escape(&device.uuid));
+    let minor = minor.map_or_else(String::new, |minor| minor.to_string());
     format!("{name},{uuid},{minor},ro,{};", lines.join(","))
 }
 
@@ -694,7 +718,7 @@ mod tests {
         };
         let lines = table(&device, &["254:5".to_owned()], &Loop);
         assert_eq!(
-            concise(&device, 6, &lines),
+            concise(&device, Some(6), &lines),
             "a,OVERLAYBD-BLOB-a-0,6,ro,0 8 linear 7:1 0,8 1 zfile 254:5 x\\,y\\;z\\\\;"
         );
         let spec = "x".repeat(LONGEST / 3);
