@@ -44,7 +44,10 @@ impl Lock {
     /// Takes the lock for stack `name`.
     pub(crate) fn take(name: &str) -> Result<Self> {
         let path = PathBuf::from(PLACE).join(name);
-        let end = Instant::now() + PATIENCE;
+        let mut end = Instant::now() + PATIENCE;
+        let mut holder = None;
+        // A lock of a layer begins with a dot.
+        let name = name.trim_start_matches('.');
         loop {
             match Self::try_take(&path) {
                 Ok(Some((file, left))) => {
@@ -70,6 +73,13 @@ impl Lock {
                 }
             }
             interrupt::check()?;
+            // Each holder makes the file anew: it is one of them that is waited for no longer, not many
+            // in turn.
+            let now = path.metadata().map(|meta| meta.ino()).ok();
+            if now != holder {
+                holder = now;
+                end = Instant::now() + PATIENCE;
+            }
             if Instant::now() >= end {
                 let message =
                     format!("another obdsetup is at work on device {name}: wait until it ends");

@@ -18,13 +18,15 @@ use anyhow::{bail, Context, Result};
 use super::control::{dmsetup, Control, Line, State};
 use super::lock::Lock;
 use super::plan::{Device, Lower, Plan};
-use super::share::{self, Held, Hold};
+use super::share::{self, Attempt, Hold};
 use super::udev::{Udev, Wait};
 use crate::exit::{self, Failure};
 use crate::{in_use, interrupt};
 
 /// How often other numbers are tried.
 const TRIES: u32 = 20;
+/// How often it is assumed that another has made a shared device at the same time.
+const CONFLICTS: u32 = 3;
 /// Numbers below this one are device-mapper's.
 const NUMBERS: u32 = 1 << 20;
 /// Longest text for one dmsetup: the kernel takes arguments of up to 128 KiB.
@@ -59,6 +61,8 @@ pub(crate) struct SetUp<'a> {
     made: Vec<usize>,
     /// Whether a shared device that was made has gone before it could be held.
     lost: bool,
+    /// How often shared devices could not be made, of which there was one then.
+    conflicts: u32,
     /// Whether the first device that isn't shared may be ours. Who makes it has the name: locks don't
     /// tell of an obdsetup that sees another `/run`.
     begun: bool,
@@ -84,6 +88,7 @@ impl<'a> SetUp<'a> {
             locks: Vec::new(),
             made: Vec::new(),
             lost: false,
+            conflicts: 0,
             begun: false,
             kept: false,
         };
@@ -186,13 +191,13 @@ impl<'a> SetUp<'a> {
                     continue;
                 };
                 match share::hold(state, device.sectors())? {
-                    Held::Held(hold) => drop(self.holds.insert(nth, hold)),
-                    Held::Unfinished => left.push(state.name.clone()),
+                    Attempt::Held(hold) => drop(self.holds.insert(nth, hold)),
+                    Attempt::Unfinished => left.push(state.name.clone()),
                     // Who makes one has its lock.
-                    Held::Suspended if locked.contains(device.uuid.as_str()) => {
+                    Attempt::Suspended if locked.contains(device.uuid.as_str()) => {
                         return Err(share::suspended(&state.name));
                     }
-                    Held::Suspended | Held::Gone => {}
+                    Attempt::Suspended | Attempt::Gone => {}
                 }
             }
             let missing = self.wanted().into_iter().filter_map(|nth| {
@@ -355,7 +360,7 @@ impl<'a> SetUp<'a> {
             let state = states.iter().find(|state| is(state, device, number));
             let held = state.map(|state| share::hold(state, device.sectors()));
             match held.transpose()? {
-                Some(Held::Held(hold)) => {
+                Some(Attempt::Held(hold)) => {
                     share::forget_cache(&device.uuid);
                     self.holds.insert(nth, hold);
                 }
@@ -372,7 +377,7 @@ impl<'a> SetUp<'a> {
     /// Returns why the devices `todo` could not be created; nothing where others took their numbers, or
     /// have made a shared device.
     fn why(
-        &self,
+        &mut self,
         todo: &[usize],
         below: &dyn Below,
         error: anyhow::Error,
@@ -381,6 +386,16 @@ impl<'a> SetUp<'a> {
             return Ok(None);
         }
         let now = self.control.states()?;
+        // Where another has made one meanwhile, which only happens where it sees another `/run`, that
+        // one may have chosen the same number.
+        let is_made = |(_, device): (usize, &Device)| {
+            device.shared.is_some() && now.iter().any(|state| state.uuid == device.uuid)
+        };
+        let all_held = self.made.iter().all(|nth| self.holds.contains_key(nth));
+        if !all_held && self.conflicts < CONFLICTS && self.devices(todo).any(is_made) {
+            self.conflicts += 1;
+            return Ok(None);
+        }
         let mut devices = self
             .devices(todo)
             .filter_map(|(nth, device)| Some((device, self.numbers.get(nth)?)));

@@ -185,8 +185,9 @@ fn label(path: &Path) -> String {
 }
 
 fn hex(bytes: &[u8], digits: usize) -> String {
-    let text: String = bytes.iter().map(|byte| format!("{byte:02x}")).collect();
-    text.chars().take(digits).collect()
+    let halves = bytes.iter().flat_map(|byte| [byte >> 4, byte & 15]);
+    let all = halves.filter_map(|half| char::from_digit(half.into(), 16));
+    all.take(digits).collect()
 }
 
 /// Returns what kind of shared device has `uuid`, and the digits of its layer; nothing for others.
@@ -234,7 +235,7 @@ pub(crate) struct Hold {
 
 /// What trying to hold a device led to.
 #[derive(Debug)]
-pub(crate) enum Held {
+pub(crate) enum Attempt {
     Held(Hold),
     /// It is there without its table.
     Unfinished,
@@ -245,23 +246,23 @@ pub(crate) enum Held {
 }
 
 /// Holds the device that `state` tells of, which is to have `sectors`.
-pub(crate) fn hold(state: &State, sectors: u64) -> Result<Held> {
+pub(crate) fn hold(state: &State, sectors: u64) -> Result<Attempt> {
     // Without a table, a device has neither node nor directory.
     if !state.live {
-        return Ok(Held::Unfinished);
+        return Ok(Attempt::Unfinished);
     }
     let Some(file) = open(state)? else {
-        return Ok(Held::Gone);
+        return Ok(Attempt::Gone);
     };
     // Only now it is sure what has this number.
     let system = system(&state.number);
     let text = |name: &str| fs::read_to_string(system.join(name)).unwrap_or_default();
     if text("dm/uuid").trim_end() != state.uuid {
-        return Ok(Held::Gone);
+        return Ok(Attempt::Gone);
     }
     let size = text("size").trim_end().parse::<u64>().unwrap_or(0);
     if size == 0 {
-        return Ok(Held::Unfinished);
+        return Ok(Attempt::Unfinished);
     }
     let name = &state.name;
     if size != sectors {
@@ -272,11 +273,11 @@ pub(crate) fn hold(state: &State, sectors: u64) -> Result<Held> {
         return Err(Failure::error(exit::BUSY, message));
     }
     if text("dm/suspended").trim_end() == "1" {
-        return Ok(Held::Suspended);
+        return Ok(Attempt::Suspended);
     }
     // Programs that are started from now on hold it, too.
     rustix::io::fcntl_setfd(&file, FdFlags::empty())?;
-    Ok(Held::Held(Hold {
+    Ok(Attempt::Held(Hold {
         number: state.number.clone(),
         _file: file,
     }))
@@ -483,7 +484,7 @@ pub(crate) fn left(all: &[State]) -> (Vec<String>, Vec<Lock>) {
     let mut gone = BTreeSet::new();
     for wanted in [Kind::Zfile, Kind::Blob] {
         for state in all {
-            if !parse(&state.uuid).is_some_and(|(kind, _)| kind == wanted) {
+            if parse(&state.uuid).is_none_or(|(kind, _)| kind != wanted) {
                 continue;
             }
             let users = users(&state.number);
