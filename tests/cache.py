@@ -164,6 +164,20 @@ def corrupt():
     equal(counters(zfile)[CORRUPT], 2, "corrupt")
 
 
+def start_together(count, function):
+    """So many threads that call function once all of them are there: starting one may take long."""
+    there = threading.Barrier(count)
+
+    def run():
+        there.wait()
+        function()
+
+    threads = [threading.Thread(target=run) for _ in range(count)]
+    for thread in threads:
+        thread.start()
+    return threads
+
+
 def failing(options, length):
     """When a read fails that others wait for, one of them tries again, and that is all."""
     raw = image.zfile(DATA, image.ZSTD, 65536)
@@ -175,9 +189,7 @@ def failing(options, length):
     below.load(line(0, sectors, "error"))
     below.resume()
     disk = Disk(zfile)
-    threads = [threading.Thread(target=lambda: results.append(read_or_none(disk, 0, length))) for _ in range(8)]
-    for thread in threads:
-        thread.start()
+    threads = start_together(8, lambda: results.append(read_or_none(disk, 0, length)))
     for thread in threads:
         thread.join()
     equal(results, [None] * 8, "reads")
@@ -199,9 +211,7 @@ def mended(options, length):
     below.load(line(0, sectors, "error"))
     below.resume()
     disk = Disk(zfile)
-    threads = [threading.Thread(target=lambda: results.append(read_or_none(disk, 0, length))) for _ in range(8)]
-    for thread in threads:
-        thread.start()
+    threads = start_together(8, lambda: results.append(read_or_none(disk, 0, length)))
     while counters(zfile)[READ_ERRORS] == 0:
         time.sleep(0.02)
     below.load(line(0, sectors, "linear", loop.path, 0))
