@@ -1,0 +1,66 @@
+#!/usr/bin/env python3
+# SPDX-License-Identifier: GPL-2.0
+"""The module's parameters, those of the cache aside."""
+
+import errno
+
+from obdtest import dm, image
+from obdtest.disk import Disk, same_bytes
+from obdtest.ktap import check, defer, equal, main, test
+from obdtest.tracing import Trace
+
+DATA = image.sample(300000, 63)
+DIRECTORY = "/sys/module/dm_overlaybd/parameters"
+
+
+def get(name):
+    with open(f"{DIRECTORY}/{name}", encoding="ascii") as file:
+        return file.read().strip()
+
+
+def put(name, value):
+    with open(f"{DIRECTORY}/{name}", "w", encoding="ascii") as file:
+        file.write(str(value))
+
+
+@test("at_once_bytes says up to which length LZ4 is decompressed without a worker")
+def at_once():
+    default = get("at_once_bytes")
+    equal(default, "16384", "at_once_bytes")
+    defer(put, "at_once_bytes", default)
+    for algorithm in image.NAMES:
+        raw = image.zfile(DATA, algorithm)
+        disk = Disk(dm.zfile(dm.Loop(raw), len(raw), len(DATA)))
+        trace = Trace(("workqueue:workqueue_queue_work", 'workqueue ~ "overlaybd*"'))
+        for limit, length, few in ((0, 4096, False), (4096, 4096, True), (4096, 8192, False), (65536, 65536, True)):
+            put("at_once_bytes", limit)
+            trace.lines()
+            count = 32
+            for nth in range(count):
+                at = nth * 4096
+                same_bytes(disk.read(at, length), DATA[at:at + length], f"{length} bytes at {at}")
+            works = sum(name.endswith("workqueue_queue_work") for name, _ in trace.lines())
+            what = f"{works} works for {count} reads of {length} with {limit}, {image.NAMES[algorithm]}"
+            # Where something else wants the CPU, a worker does it.
+            if few and algorithm == image.LZ4:
+                check(works <= count // 2, what)
+            else:
+                check(works > count // 2, what)
+
+
+@test("what is no number is refused")
+def refused():
+    for name in ("at_once_bytes", "cache_limit_bytes"):
+        before = get(name)
+        for value in ("much", "-1", "1 2"):
+            try:
+                put(name, value)
+            except OSError as error:
+                check(error.errno in (errno.EINVAL, errno.ERANGE), f"{name}: {error}")
+            else:
+                check(False, f"{name} takes {value}")
+        equal(get(name), before, name)
+
+
+if __name__ == "__main__":
+    main()
