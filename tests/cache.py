@@ -184,7 +184,7 @@ def failing(options, length):
     loop = dm.Loop(raw)
     sectors = loop.size // 512
     below = dm.linear(loop, sectors, readonly=True)
-    zfile = device(late(below, sectors, 300 * SLOW), raw, *options)
+    zfile = device(late(below, sectors, max(600, 300 * SLOW)), raw, *options)
     results = []
     below.load(line(0, sectors, "error"))
     below.resume()
@@ -206,7 +206,7 @@ def mended(options, length):
     loop = dm.Loop(raw)
     sectors = loop.size // 512
     below = dm.linear(loop, sectors, readonly=True)
-    zfile = device(late(below, sectors, 400 * SLOW), raw, *options)
+    zfile = device(late(below, sectors, max(1000, 400 * SLOW)), raw, *options)
     results = []
     below.load(line(0, sectors, "error"))
     below.resume()

@@ -32,7 +32,7 @@ def at_once():
         raw = image.zfile(DATA, algorithm)
         disk = Disk(dm.zfile(dm.Loop(raw), len(raw), len(DATA)))
         trace = Trace(("workqueue:workqueue_queue_work", 'workqueue ~ "overlaybd*"'))
-        for limit, length, few in ((0, 4096, False), (4096, 4096, True), (4096, 8192, False), (65536, 65536, True)):
+        for limit, length, few in ((0, 4096, False), (4096, 4096, True), (4096, 8192, False), (16384, 12288, True)):
             put("at_once_bytes", limit)
             trace.lines()
             count = 32

@@ -127,11 +127,13 @@ leaks() {
 }
 
 # lost_pages: stacks of those who took pages and haven't given them back, as far as the module has taken them itself. What
-# allocators below it and checkers keep isn't its own, and working memory of the codecs stays.
+# allocators below it and checkers keep isn't its own, and working memory of the codecs stays. Pages that are kept to be
+# used again are given back before.
 lost_pages() {
-	[ ! -r "$PAGE_OWNER" ] ||
-		awk -v RS= '/\[dm_overlaybd\]/ && !/allocate_slab|kasan_populate|stack_depot|pte_alloc|pcpu|codec7context/' \
-			"$PAGE_OWNER"
+	[ -r "$PAGE_OWNER" ] || return 0
+	echo 2 >/proc/sys/vm/drop_caches
+	awk -v RS= '/\[dm_overlaybd\]/ && !/allocate_slab|kasan_populate|stack_depot|pte_alloc|pcpu|codec7context/' \
+		"$PAGE_OWNER"
 }
 
 # pages: whether the kernel can tell of lost pages, one test. They are looked for after each script.
