@@ -349,6 +349,8 @@ impl<'a> SetUp<'a> {
             self.run_create(wait, text)?;
         }
         if texts.is_empty() {
+            // Others have made them, while this one waited for the locks.
+            self.locks.clear();
             return Ok(());
         }
         let states = self.control.states()?;
