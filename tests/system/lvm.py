@@ -333,7 +333,7 @@ def down():
     same_files(host.files)
     lvm_is_content()
     said = Recipe("Taking everything down").step()
-    order = re.findall(r": deactivating (?:Logical Volume |\w+ device )([\w/.-]+)", said)
+    order = re.findall(r": deactivating (?:Logical Volume |\w+ device )([\w/.-]*\w)", said)
     # The names of layers have digits.
     order = [re.sub(r"^(base|app\.obd)-[0-9a-f]{16}-", r"\1-", name) for name in order]
     wanted = {"work", "app", "base-zfile", "app.obd-zfile", "vg/base", "vg/cow"}

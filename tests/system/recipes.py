@@ -28,7 +28,7 @@ def verity_below():
     work.corrupt()
     right, failed = work.pieces()
     check(right and failed, f"{right} pieces right, {failed} with EIO")
-    layers = json.loads(sh("obdsetup status --json app"))["layers"]
+    layers = json.loads(sh("obdsetup status --json app || :"))["layers"]
     equal(target_status(layers[0]["zfile"])[3], "V", "state of zfile")
     equal(target_status("base-verified")[3], "C", "state of verity")
     equal(target_status("app-verified")[3], "V", "state of the other verity")
@@ -78,7 +78,6 @@ class NvmeTcp:
         need_module("nvmet", "nvmet-tcp", "nvme-tcp")
         if glob.glob("/dev/nvme[0-9]*"):
             raise Skip("there are NVMe devices")
-        sh("ip link set lo up")
         self.work = Work()
         os.mkdir("images")
         for name in ("base", "app"):

@@ -81,9 +81,23 @@ pub(crate) fn run(args: &Args) -> Result<()> {
     let own = stack.names();
     setup::remove(&control, &lock, &own, &names, removal, Udev::find())?;
     drop(locks);
+    if shared.iter().any(|state| !names.contains(&state.name)) {
+        remove_unused(&control, &lock)?;
+    }
     let numbers = shared.iter().map(|state| state.number.clone()).collect();
     share::set_caches(&control, &numbers)?;
     share::clear_left(&control)
+}
+
+/// Removes the shared devices that nothing uses. Of stacks that are closed at the same time, each still
+/// had the others when it looked.
+fn remove_unused(control: &Control, lock: &Lock) -> Result<()> {
+    let (left, _locks) = share::left(&control.states()?);
+    let removal = Removal {
+        deferred: true,
+        despite_signals: false,
+    };
+    setup::remove(control, lock, &[], &left, removal, Udev::find())
 }
 
 /// Returns the names of the devices of `shared`, the upper ones first, that are in no table but that of
