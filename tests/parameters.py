@@ -3,10 +3,13 @@
 """The module's parameters, those of the cache aside."""
 
 import errno
+import os
+import subprocess
 
 from obdtest import dm, image
 from obdtest.disk import Disk, same_bytes
 from obdtest.ktap import check, defer, equal, main, test
+from obdtest.module import MODULE, module_file
 from obdtest.tracing import Trace
 
 DATA = image.sample(300000, 63)
@@ -60,6 +63,16 @@ def refused():
             else:
                 check(False, f"{name} takes {value}")
         equal(get(name), before, name)
+
+
+@test("what can only be read is refused when the module is loaded")
+def read_only():
+    path = module_file()
+    defer(lambda: os.path.exists(MODULE) or subprocess.run(["insmod", path], check=True))
+    subprocess.run(["rmmod", "dm_overlaybd"], check=True)
+    run = subprocess.run(["insmod", path, "cache_bytes=1"], capture_output=True, text=True, check=False)
+    check(run.returncode > 0 and os.strerror(errno.EPERM) in run.stderr, f"{run.returncode}, {run.stderr!r}")
+    check(not os.path.exists(MODULE), "it is loaded")
 
 
 if __name__ == "__main__":

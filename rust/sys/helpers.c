@@ -283,12 +283,19 @@ module_param_cb(cache_limit_bytes, &cache_limit_ops, &cache_limit_bytes, 0644);
 MODULE_PARM_DESC(cache_limit_bytes,
 		 "Most memory of the cache of all zfile devices; 0 for 5 % of all memory");
 
+/* The kernel calls this, without looking, for a value that the module is loaded with. */
+static int cache_bytes_set(const char *val, const struct kernel_param *kp)
+{
+	return -EPERM;
+}
+
 static int cache_bytes_get(char *buffer, const struct kernel_param *kp)
 {
 	return sysfs_emit(buffer, "%llu\n", obd_cache_bytes());
 }
 
 static const struct kernel_param_ops cache_bytes_ops = {
+	.set = cache_bytes_set,
 	.get = cache_bytes_get,
 };
 module_param_cb(cache_bytes, &cache_bytes_ops, NULL, 0444);
