@@ -27,7 +27,8 @@ void obd_memset(void *to, int byte, size_t len);
 void *obd_page_address(struct page *page);
 /*
  * Counts @pages pages from @page on, or so many less, as reclaimable: they are a
- * part of KReclaimable and MemAvailable in /proc/meminfo.
+ * part of KReclaimable and MemAvailable in /proc/meminfo. The latter ones are
+ * about to be freed: reclaim, where this is a part of it, is told of them.
  */
 void obd_count_reclaimable(struct page *page, long pages);
 void obd_bio_set_dev(struct bio *bio, struct block_device *bdev);

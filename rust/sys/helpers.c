@@ -12,6 +12,7 @@
 #include <linux/rcupdate.h>
 #include <linux/sched/isolation.h>
 #include <linux/sched/signal.h>
+#include <linux/swap.h>
 
 #include "dm_overlaybd.h"
 
@@ -33,6 +34,9 @@ bool obd_bdev_may_stack(struct block_device *bdev)
 void obd_count_reclaimable(struct page *page, long pages)
 {
 	mod_node_page_state(page_pgdat(page), NR_KERNEL_MISC_RECLAIMABLE, pages);
+	/* What the shrinker frees is progress, as it is for slab memory. */
+	if (pages < 0)
+		mm_account_reclaimed_pages(-pages);
 }
 
 void obd_bio_set_dev(struct bio *bio, struct block_device *bdev)
