@@ -559,7 +559,7 @@ impl Index {
         (next, blocks)
     }
 
-    /// Takes all blocks out. Nobody adds any.
+    /// Takes all blocks out, in process context. Nobody adds any.
     fn clear(&self) {
         for shard in &self.shards {
             let mut place = 0;
@@ -578,6 +578,8 @@ impl Index {
                     self.count.fetch_sub(1, Relaxed);
                     quota::sub(block.memory());
                 }
+                drop(leaf);
+                dm::cond_resched();
             }
         }
     }
@@ -817,8 +819,11 @@ impl Tidy for Cache {
     fn tidy(&self) -> bool {
         // The limit may be lower than it was.
         let over = quota::used().saturating_sub(quota::limit());
-        if over > 0 {
-            self.evict(over, over / kernel::page::PAGE_SIZE + STEPS);
+        let (mut left, mut turns) = (over, over / kernel::page::PAGE_SIZE / STEPS + 1);
+        while left > 0 && turns > 0 {
+            left = left.saturating_sub(self.evict(left, STEPS));
+            turns -= 1;
+            dm::cond_resched();
         }
         self.pool.trim();
         self.pool.pages() > 0 || quota::used() > 0
