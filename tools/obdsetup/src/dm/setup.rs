@@ -94,11 +94,7 @@ impl<'a> SetUp<'a> {
         let others = self.plan.devices.iter().zip(minors).skip(1);
         let specs: Vec<String> = others
             .map(|(device, minor)| {
-                concise(
-                    device,
-                    Some(*minor),
-                    &table(device, &self.numbers, below),
-                )
+                concise(device, Some(*minor), &table(device, &self.numbers, below))
             })
             .collect();
         for text in join(&specs) {
