@@ -304,6 +304,22 @@ def message():
     equal(counters(zfile)[MODE], "all", "default after a reload")
 
 
+@test("what lists blocks that are far from each other counts")
+def far():
+    raw = image.zfile(DATA)
+    start = parameter("cache_bytes")
+    zfile = device(dm.Loop(raw), raw, "cache_all")
+    disk = Disk(zfile)
+    for nth in range(3):
+        same_bytes(disk.read(nth << 18, 4096), DATA[nth << 18:(nth << 18) + 4096], f"block {nth * 64}")
+    equal(counters(zfile)[CACHED], 3, "cached")
+    more = parameter("cache_bytes") - start
+    check(more >= 3 * (4096 + 512), f"{more} bytes for 3 blocks")
+    disk.close()
+    zfile.remove()
+    equal(parameter("cache_bytes"), start, "bytes in the cache once the device is gone")
+
+
 @test("one limit holds for the blocks of all devices, and may change")
 def limit():
     raw = image.zfile(DATA)

@@ -47,8 +47,10 @@ const SCAN: usize = 256;
 const PAUSE: usize = 1 << 16;
 /// Most times that a read takes a lock to make room.
 const STEPS: usize = 64;
-/// Bytes that a block takes beside its data: itself, and its place in a leaf.
-const OVERHEAD: usize = size_of::<Block>() + 2 * size_of::<usize>();
+/// Bytes that a block takes beside its data: itself, with a counter of references.
+const OVERHEAD: usize = size_of::<Block>() + size_of::<usize>();
+/// Bytes that a leaf takes.
+const LEAF_MEMORY: usize = size_of::<Leaf>().next_power_of_two();
 
 /// A block, or the place for it while it is being loaded.
 #[pin_data]
@@ -240,7 +242,7 @@ pub(super) enum Lookup {
 /// # Invariants
 ///
 /// A block has a place and a bit in `there`, or neither. `loaded` and `used` have bits of `there`
-/// only. A block in `loaded` has data.
+/// only. A block in `loaded` has data. The leaf's own memory is counted.
 struct Leaf {
     there: u64,
     /// Those that have been loaded, and may be taken out.
@@ -252,6 +254,8 @@ struct Leaf {
 
 impl Leaf {
     fn new() -> Option<KBox<Self>> {
+        quota::add(LEAF_MEMORY);
+        // INVARIANT: Counted above; it has no blocks.
         let leaf = Self {
             there: 0,
             loaded: 0,
@@ -280,6 +284,12 @@ impl Leaf {
             *slot = Some(block);
             self.there |= 1 << at;
         }
+    }
+}
+
+impl Drop for Leaf {
+    fn drop(&mut self) {
+        quota::sub(LEAF_MEMORY);
     }
 }
 
@@ -424,7 +434,8 @@ impl Index {
                 break;
             }
         }
-        let mut new_leaf = new_leaf.then(Leaf::new).flatten();
+        // Without a block, nothing would take the leaf out again.
+        let mut new_leaf = (new_leaf && run.len() > 0).then(Leaf::new).flatten();
         let (shard, place, first) = self.place(number);
         let Some(shard) = shard else { return 0 };
         let mut placed = 0;
