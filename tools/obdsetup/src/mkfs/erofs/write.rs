@@ -13,20 +13,21 @@ use std::path::Path;
 use anyhow::{Context, Result};
 use overlaybd::format::num::{to_u64, to_usize};
 use tempfile::NamedTempFile;
+use uuid::Uuid;
 
 use crate::bar::Bar;
 use crate::exit::Failure;
-use crate::mkfs::tree::{show, Content, Id, Kind, Node, Tree, ROOT};
+use crate::mkfs::tree::{show, Content, Id, Kind, Name, Node, Tree, ROOT};
 use crate::mkfs::Stamp;
 use crate::output::temp_file;
 
-const BLOCK: u64 = 4096;
+pub(super) const BLOCK: u64 = 4096;
 /// Where the superblock is, and its length.
-const SUPERBLOCK: (u64, u64) = (1024, 128);
+pub(super) const SUPERBLOCK: (u64, u64) = (1024, 128);
 /// Places of inodes are counted in this.
-const SLOT: u64 = 32;
+pub(super) const SLOT: u64 = 32;
 /// Bytes of an inode.
-const INODE: u64 = 64;
+pub(super) const INODE: u64 = 64;
 /// Longest end of a file, directory or link that is beside its inode.
 const INLINE: u64 = 2048;
 /// Most chunks in a file with holes.
@@ -37,34 +38,80 @@ const CHUNK_BITS: u16 = 31;
 /// The address of a chunk that is a hole.
 const HOLE: u32 = u32::MAX;
 /// Bytes of the header of extended attributes.
-const XATTR_HEADER: usize = 12;
-const WRITE: &str = "cannot write the file system";
+pub(super) const XATTR_HEADER: usize = 12;
+pub(super) const WRITE: &str = "cannot write the file system";
+
+/// The magic of the superblock.
+pub(super) const MAGIC: u32 = 0xe0f5_e1e2;
+/// Bits of features that a reader may not know: a checksum, and times of modification.
+pub(super) const COMPATIBLE: u32 = 3;
+/// The bit of files in chunks.
+pub(super) const CHUNKED_FILES: u32 = 4;
+/// What names of extended attributes begin with, as numbers.
+pub(super) const PREFIXES: [(&[u8], u8); 5] = [
+    (b"user.", 1),
+    (b"system.posix_acl_access", 2),
+    (b"system.posix_acl_default", 3),
+    (b"trusted.", 4),
+    (b"security.", 6),
+];
 
 /// How data is laid out: all in blocks, the end beside the inode, or in chunks that may be holes.
-mod layout {
-    pub(super) const PLAIN: u16 = 0;
-    pub(super) const INLINE: u16 = 2;
-    pub(super) const CHUNKS: u16 = 4;
+pub(super) mod layout {
+    pub(in super::super) const PLAIN: u16 = 0;
+    pub(in super::super) const INLINE: u16 = 2;
+    pub(in super::super) const CHUNKS: u16 = 4;
+}
+
+/// Where a file system is written to.
+pub(super) trait Out {
+    /// Writes `bytes` at byte `at`.
+    fn write(&self, bytes: &[u8], at: u64) -> Result<()>;
+    /// Fills `bytes` with what is at byte `at`.
+    fn read(&self, bytes: &mut [u8], at: u64) -> Result<()>;
+}
+
+impl Out for File {
+    fn write(&self, bytes: &[u8], at: u64) -> Result<()> {
+        self.write_all_at(bytes, at).context(WRITE)
+    }
+
+    fn read(&self, bytes: &mut [u8], at: u64) -> Result<()> {
+        Ok(self.read_exact_at(bytes, at)?)
+    }
 }
 
 /// What is known of a node before any address is.
-struct Plan {
+pub(super) struct Plan {
     /// Bytes of content.
-    size: u64,
-    layout: u16,
+    pub(super) size: u64,
+    pub(super) layout: u16,
     /// log2 of blocks in a chunk.
     chunk_bits: u16,
-    xattrs: Vec<u8>,
+    pub(super) xattrs: Vec<u8>,
     /// Where the inode is.
-    at: u64,
+    pub(super) at: u64,
     /// The first block of data.
-    block: u64,
-    links: u32,
+    pub(super) block: u64,
+    pub(super) links: u32,
 }
 
 impl Plan {
+    /// The plan of what is there already, and stays as it is.
+    pub(super) fn in_place(at: u64, links: u32) -> Self {
+        Self {
+            size: 0,
+            layout: layout::PLAIN,
+            chunk_bits: 0,
+            xattrs: Vec::new(),
+            at,
+            block: 0,
+            links,
+        }
+    }
+
     /// Bytes behind inode and extended attributes.
-    fn beside(&self) -> u64 {
+    pub(super) fn beside(&self) -> u64 {
         match self.layout {
             layout::INLINE => self.size % BLOCK,
             layout::CHUNKS => self.chunks() * 4,
@@ -81,7 +128,7 @@ impl Plan {
     }
 
     /// Where what is behind inode and extended attributes is.
-    fn tail(&self) -> u64 {
+    pub(super) fn tail(&self) -> u64 {
         self.at + INODE + to_u64(self.xattrs.len())
     }
 }
@@ -96,12 +143,7 @@ pub(super) fn make(tree: &Tree, stamp: &Stamp, place: &Path) -> Result<NamedTemp
             .filter(|name| name.first)
             .map(|name| (name.id, name.path.as_slice())),
     );
-    let mut links: HashMap<Id, u32> = HashMap::new();
-    let mut parents: HashMap<Id, Id> = HashMap::from([(ROOT, ROOT)]);
-    for name in &names {
-        *links.entry(name.id).or_default() += 1;
-        parents.insert(name.id, name.parent);
-    }
+    let Relations { links, parents } = Relations::of(&names);
     let mut plans: HashMap<Id, Plan> = HashMap::new();
     let mut end = SUPERBLOCK.0 + SUPERBLOCK.1;
     for &(id, path) in &order {
@@ -121,17 +163,15 @@ pub(super) fn make(tree: &Tree, stamp: &Stamp, place: &Path) -> Result<NamedTemp
         plan.block = next;
         next += blocks;
     }
-    if u32::try_from(next).is_err() || next >= u64::from(HOLE) {
-        return Err(Failure::usage("erofs cannot hold more than 16 TiB"));
-    }
+    check_end(next)?;
     let image = temp_file(place)?;
     let writer = Writer {
         tree,
         plans,
         parents,
-        file: image.as_file(),
+        out: image.as_file(),
     };
-    writer.file.set_len(next * BLOCK).context(WRITE)?;
+    image.as_file().set_len(next * BLOCK).context(WRITE)?;
     let data = order
         .iter()
         .filter_map(|&(id, _)| match tree.node(id).map(|node| &node.kind) {
@@ -142,11 +182,38 @@ pub(super) fn make(tree: &Tree, stamp: &Stamp, place: &Path) -> Result<NamedTemp
     for (number, &(id, _)) in (1u32..).zip(&order) {
         writer.node(id, number, &bar)?;
     }
-    writer.superblock(stamp, to_u64(order.len()), next)?;
+    let chunks = writer.has_chunks();
+    writer.superblock((stamp.uuid, stamp.time), to_u64(order.len()), next, chunks)?;
     Ok(image)
 }
 
-fn subdirectories(tree: &Tree, id: Id) -> Result<u32> {
+/// How often each node has a name, and the directory that it is in.
+pub(super) struct Relations {
+    pub(super) links: HashMap<Id, u32>,
+    pub(super) parents: HashMap<Id, Id>,
+}
+
+impl Relations {
+    pub(super) fn of(names: &[Name]) -> Self {
+        let mut links: HashMap<Id, u32> = HashMap::new();
+        let mut parents: HashMap<Id, Id> = HashMap::from([(ROOT, ROOT)]);
+        for name in names {
+            *links.entry(name.id).or_default() += 1;
+            parents.insert(name.id, name.parent);
+        }
+        Self { links, parents }
+    }
+}
+
+/// Checks that a file system may have `blocks`.
+pub(super) fn check_end(blocks: u64) -> Result<()> {
+    match u32::try_from(blocks) {
+        Ok(blocks) if blocks < HOLE => Ok(()),
+        _ => Err(Failure::usage("erofs cannot hold more than 16 TiB")),
+    }
+}
+
+pub(super) fn subdirectories(tree: &Tree, id: Id) -> Result<u32> {
     let mut count = 0;
     for (_, child) in tree.children(id) {
         count += u32::from(matches!(tree.node(child)?.kind, Kind::Directory(_)));
@@ -154,7 +221,7 @@ fn subdirectories(tree: &Tree, id: Id) -> Result<u32> {
     Ok(count)
 }
 
-fn plan(tree: &Tree, id: Id, path: &[u8]) -> Result<Plan> {
+pub(super) fn plan(tree: &Tree, id: Id, path: &[u8]) -> Result<Plan> {
     let node = tree.node(id)?;
     let size = match &node.kind {
         Kind::Directory(_) => directory_size(&entries(tree, id, ROOT)),
@@ -188,23 +255,25 @@ fn has_holes(content: &Content) -> bool {
     content.data_len() < content.size
 }
 
-/// Where an inode can be at or behind `end`: neither it nor its end beside it is in two blocks.
-fn place_inode(end: u64, plan: &Plan) -> u64 {
+/// Where an inode can be at or behind `end`.
+pub(super) fn place_inode(end: u64, plan: &Plan) -> u64 {
     let mut at = end.next_multiple_of(SLOT);
-    loop {
-        let crosses = |start: u64, len: u64| start % BLOCK + len > BLOCK;
-        let tail = at + INODE + to_u64(plan.xattrs.len());
-        let inline = plan.layout == layout::INLINE;
-        let apart = inline && crosses(tail, plan.beside());
-        if !crosses(at, INODE) && !apart {
-            return at;
-        }
+    while !can_be_at(at, plan) {
         at += SLOT;
     }
+    at
+}
+
+/// Whether an inode can be at `at`: neither it nor its end beside it is in two blocks.
+pub(super) fn can_be_at(at: u64, plan: &Plan) -> bool {
+    let crosses = |start: u64, len: u64| start % BLOCK + len > BLOCK;
+    let tail = at + INODE + to_u64(plan.xattrs.len());
+    let inline = plan.layout == layout::INLINE;
+    !crosses(at, INODE) && !(inline && crosses(tail, plan.beside()))
 }
 
 /// Blocks of data of a node.
-fn blocks(node: &Node, plan: &Plan) -> u64 {
+pub(super) fn blocks(node: &Node, plan: &Plan) -> u64 {
     match (plan.layout, &node.kind) {
         (layout::INLINE, _) => plan.size / BLOCK,
         (layout::CHUNKS, Kind::File(content)) => {
@@ -237,13 +306,6 @@ fn stored_chunks(content: &Content, plan: &Plan) -> BTreeMap<u64, (u64, u64)> {
 
 /// The extended attributes of an inode.
 fn xattrs(all: &BTreeMap<Vec<u8>, Vec<u8>>, path: &[u8]) -> Result<Vec<u8>> {
-    const PREFIXES: [(&[u8], u8); 5] = [
-        (b"user.", 1),
-        (b"system.posix_acl_access", 2),
-        (b"system.posix_acl_default", 3),
-        (b"trusted.", 4),
-        (b"security.", 6),
-    ];
     if all.is_empty() {
         return Ok(Vec::new());
     }
@@ -316,11 +378,11 @@ fn directory_size(entries: &[(&[u8], Id)]) -> u64 {
     to_u64(blocks.len().saturating_sub(1)) * BLOCK + last
 }
 
-struct Writer<'a> {
-    tree: &'a Tree,
-    plans: HashMap<Id, Plan>,
-    parents: HashMap<Id, Id>,
-    file: &'a File,
+pub(super) struct Writer<'a> {
+    pub(super) tree: &'a Tree,
+    pub(super) plans: HashMap<Id, Plan>,
+    pub(super) parents: HashMap<Id, Id>,
+    pub(super) out: &'a dyn Out,
 }
 
 impl Writer<'_> {
@@ -329,11 +391,17 @@ impl Writer<'_> {
     }
 
     fn write(&self, bytes: &[u8], at: u64) -> Result<()> {
-        self.file.write_all_at(bytes, at).context(WRITE)
+        self.out.write(bytes, at)
+    }
+
+    /// Whether a file is in chunks.
+    pub(super) fn has_chunks(&self) -> bool {
+        let mut plans = self.plans.values();
+        plans.any(|plan| plan.layout == layout::CHUNKS)
     }
 
     /// Writes the inode of a node and all that it holds.
-    fn node(&self, id: Id, number: u32, bar: &Bar) -> Result<()> {
+    pub(super) fn node(&self, id: Id, number: u32, bar: &Bar) -> Result<()> {
         let node = self.tree.node(id)?;
         let plan = self.plan(id)?;
         let what = match (plan.layout, node.device()) {
@@ -362,7 +430,16 @@ impl Writer<'_> {
         inode.extend_from_slice(&plan.xattrs);
         self.write(&inode, plan.at)?;
         match &node.kind {
-            Kind::Directory(_) => self.data(plan, 0, &self.directory(id)?),
+            Kind::Directory(_) => {
+                let mut content = self.directory(id)?;
+                if plan.layout == layout::PLAIN {
+                    // The kernel takes the last name to end at a NUL or with the block, and something
+                    // longer may have been there before.
+                    let len = content.len().next_multiple_of(to_usize(BLOCK));
+                    content.resize(len, 0);
+                }
+                self.data(plan, 0, &content)
+            }
             Kind::Symlink(target) => self.data(plan, 0, target),
             Kind::File(content) if plan.layout == layout::CHUNKS => self.chunks(plan, content, bar),
             Kind::File(content) => content.read(|offset, piece| {
@@ -377,7 +454,7 @@ impl Writer<'_> {
     fn data(&self, plan: &Plan, offset: u64, bytes: &[u8]) -> Result<()> {
         let in_blocks = match plan.layout {
             layout::INLINE => plan.size - plan.size % BLOCK,
-            _ => plan.size,
+            _ => u64::MAX,
         };
         let first = to_usize(in_blocks.saturating_sub(offset)).min(bytes.len());
         let (first, beside) = bytes.split_at(first);
@@ -447,34 +524,37 @@ impl Writer<'_> {
         Ok(bytes)
     }
 
-    fn superblock(&self, stamp: &Stamp, inodes: u64, blocks: u64) -> Result<()> {
+    /// Writes the superblock: UUID and time, numbers of inodes and blocks, and whether any file is in
+    /// chunks.
+    pub(super) fn superblock(
+        &self,
+        (uuid, time): (Uuid, u32),
+        inodes: u64,
+        blocks: u64,
+        chunks: bool,
+    ) -> Result<()> {
         let root = self.plan(ROOT)?.at / SLOT;
         let mut bytes = Vec::new();
-        bytes.extend(0xe0f5_e1e2_u32.to_le_bytes());
+        bytes.extend(MAGIC.to_le_bytes());
         bytes.extend([0; 4]);
-        // A checksum, and times of modification.
-        bytes.extend(3_u32.to_le_bytes());
+        bytes.extend(COMPATIBLE.to_le_bytes());
         bytes.extend([12, 0]);
         bytes.extend(u16::try_from(root)?.to_le_bytes());
         bytes.extend(inodes.to_le_bytes());
-        bytes.extend(u64::from(stamp.time).to_le_bytes());
+        bytes.extend(u64::from(time).to_le_bytes());
         bytes.extend(0_u32.to_le_bytes());
         bytes.extend(u32::try_from(blocks)?.to_le_bytes());
         // Inodes are counted from the beginning; no shared extended attributes.
         bytes.extend([0; 8]);
-        bytes.extend_from_slice(stamp.uuid.as_bytes());
+        bytes.extend_from_slice(uuid.as_bytes());
         bytes.extend([0; 16]);
-        let chunks = self
-            .plans
-            .values()
-            .any(|plan| plan.layout == layout::CHUNKS);
-        let incompatible: u32 = if chunks { 4 } else { 0 };
+        let incompatible = if chunks { CHUNKED_FILES } else { 0 };
         bytes.extend(incompatible.to_le_bytes());
         bytes.resize(to_usize(SUPERBLOCK.1), 0);
         self.write(&bytes, SUPERBLOCK.0)?;
         // It covers all of the block from the superblock on.
         let mut covered = vec![0; to_usize(BLOCK - SUPERBLOCK.0)];
-        self.file.read_exact_at(&mut covered, SUPERBLOCK.0)?;
+        self.out.read(&mut covered, SUPERBLOCK.0)?;
         let sum = !crc32c::crc32c(&covered);
         self.write(&sum.to_le_bytes(), SUPERBLOCK.0 + 4)
     }
