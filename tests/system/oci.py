@@ -14,14 +14,13 @@ import subprocess
 import tarfile
 import tempfile
 
-from obdtest import tree
+from obdtest import golden, tree
 from obdtest.ktap import SLOW, Skip, add, check, defer, equal, main, note, test
 from obdtest.recipes import need, need_module, quietly, recipe, sh
 
 NAME = f"obdtest-{os.getpid()}-oci"
 DEVICE = f"/dev/mapper/{NAME}"
 LAYER = "application/vnd.oci.image.layer.v1.tar"
-GOLDENS = os.environ.get("OBD_GOLDENS") or "/mnt/goldens"
 PAX = ("--format=pax", "--xattrs", "--xattrs-include=*", "--acls", "--numeric-owner")
 
 
@@ -271,14 +270,14 @@ def merged(seed):
     down(work)
 
 
-@test("hello-world of docker: the program of its image runs")
+@test("hello-world of docker: the program of its image runs", timeout=600)
 def hello():
     work = workplace()
-    source = f"{GOLDENS}/oci/hello-world"
+    source = f"{golden.ROOT}/oci/hello-world"
     if not os.path.exists(source):
         raise Skip("no image of hello-world, see OBD_GOLDENS")
     run("obdsetup", "convert", source, f"{work}/hello", "--ref", "amd64")
-    run("obdsetup", "convert", source, f"{work}/arm", "--ref", "multi-arch", "--platform", "linux/arm64")
+    run("obdsetup", "convert", source, f"{work}/arm", "--ref", "nested-index", "--platform", "linux/arm64")
     with open(f"{work}/hello/image.json", encoding="utf-8") as file:
         equal(json.load(file)["config"]["Cmd"], ["/hello"], "command of the image")
     where = mounted(work, f"{work}/hello/config.v1.json")
@@ -293,7 +292,8 @@ def hello():
     down(work)
 
 
-@test("two images share the layers that they have in common, byte for byte; below overlayfs, both are writable")
+@test("two images share the layers that they have in common, byte for byte; below overlayfs, both are writable",
+      timeout=600)
 def shared():
     need_module("overlay")
     work = workplace()
@@ -328,7 +328,8 @@ def shared():
         down(work)
 
 
-@test("Documentation/recipes.rst, a container: its program runs, and what it writes goes to the directory above")
+@test("Documentation/recipes.rst, a container: its program runs, and what it writes goes to the directory above",
+      timeout=600)
 def container():
     need("busybox", "unshare", "python3")
     need_module("overlay")
@@ -357,7 +358,7 @@ def container():
 
 
 for number in (1, 2, 3):
-    add(f"the layers of image {number}, put together: as GNU tar has them", merged, number)
+    add(f"the layers of image {number}, put together: as GNU tar has them", merged, number, timeout=900)
 
 if __name__ == "__main__":
     main()

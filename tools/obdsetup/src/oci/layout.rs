@@ -22,6 +22,8 @@ use crate::json::{self, bad};
 
 /// What an index is called in messages.
 const INDEX: &str = "an image index";
+/// Most indexes that are read.
+const INDEXES: usize = 1000;
 /// Most images that are named where several are there.
 const NAMED: usize = 20;
 /// Bytes that are hashed at once.
@@ -119,15 +121,20 @@ impl Layout {
         let index: Index = json::parse(&index, &self.shown("index.json"), INDEX)?;
         let mut open = vec![(None, index)];
         let mut found = Vec::new();
-        // Each index is read once: in indexes of the same index, few bytes would be endless work.
+        // Each index is read once for each name, and not endlessly: in indexes of the same index, few
+        // bytes would be endless work.
         let mut seen = HashSet::new();
         while let Some((name, index)) = open.pop() {
             for descriptor in index.manifests {
                 let own = descriptor.annotations.get(REF_NAME).or(name.as_ref());
                 let name = own.cloned();
                 if INDEX_TYPES.contains(&descriptor.media_type.as_str()) {
-                    if seen.insert(descriptor.digest.clone()) {
+                    if seen.insert((name.clone(), descriptor.digest.clone())) {
                         crate::interrupt::check()?;
+                        if seen.len() > INDEXES {
+                            let what = format!("has more than {INDEXES} indexes in indexes");
+                            return Err(bad(self.name(), &what));
+                        }
                         open.push((name, self.read_json(&descriptor, INDEX)?));
                     }
                     continue;
