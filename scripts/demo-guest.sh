@@ -97,8 +97,8 @@ run 'ls -l --time-style=+ *.obd'
 step "One command makes the three files a disk."
 run 'obdsetup open demo layer1.obd layer2.obd layer3.obd'
 
-step "What device-mapper has now: a zfile device for each compressed layer, and" \
-	"the lsmt device \`demo' that puts all layers together, lowest first."
+step "What device-mapper has now: a zfile device for each compressed layer, a linear" \
+	"one for the other, and the lsmt device \`demo' that puts all layers together, lowest first."
 run 'dmsetup table'
 echo
 run 'dmsetup status'

@@ -83,7 +83,7 @@ def healthy():
     verbose = obdsetup("status", "--verbose", NAME)[0]
     fields = ["state", "algorithm", "block size", "blocks", "table memory", "reads", "read bytes",
               "decompressed blocks", "read errors", "corrupt blocks", "cached blocks", "cache hits"]
-    part = verbose.split(f"/dev/mapper/{NAME}-zfile0:")[1]
+    part = verbose.split(f"/dev/mapper/{report()['layers'][0]['zfile']}:")[1]
     places = [part.index(f"  {field:<20} ") for field in fields]
     equal(places, sorted(places), "places of the counters")
     found = report()
@@ -197,7 +197,7 @@ def half_built():
 @test("a suspended stack: exit code 4, and the command that resumes it")
 def suspended():
     open_stack()
-    for device in (NAME, f"{NAME}-zfile1"):
+    for device in (NAME, report()["layers"][1]["zfile"]):
         dmsetup("suspend", device)
         try:
             first = obdsetup("status", NAME, status=4)[0].splitlines()[0]

@@ -13,6 +13,7 @@ sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), ".."
 
 # pylint: disable=wrong-import-position
 import load
+import sharing
 from obdtest import dm, image
 from obdtest.dm import line
 from obdtest.memory import kernel_memory
@@ -426,6 +427,12 @@ class Bench:
             for device in devices:
                 device.remove()
 
+    def sharing(self):
+        """What images with layers in common cost."""
+        device = f"/dev/ram{self.ram.used}"
+        self.ram.used += 1
+        sharing.main(device, (2, 10) if self.short else (2, 10, 100), self.result.fact)
+
 
 def counters(zfile):
     """Lower reads, their bytes, and blocks decompressed, from a zfile's status."""
@@ -482,7 +489,7 @@ def read_time(disks, index_bytes):
     return total
 
 
-PARTS = ("block", "file", "cache", "latency", "lookup", "cost")
+PARTS = ("block", "file", "cache", "latency", "lookup", "cost", "sharing")
 SHORT_PARTS = ("block", "file")
 
 

@@ -333,11 +333,13 @@ def down():
     same_files(host.files)
     lvm_is_content()
     said = Recipe("Taking everything down").step()
-    order = re.findall(r": deactivating (?:Logical Volume |\w+ device )([\w/-]+)", said)
-    wanted = {"work", "app", "app-zfile0", "app-zfile1", "vg/base", "vg/cow"}
+    order = re.findall(r": deactivating (?:Logical Volume |\w+ device )([\w/.-]*\w)", said)
+    # The names of layers have digits.
+    order = [re.sub(r"^(base|app\.obd)-[0-9a-f]{16}-", r"\1-", name) for name in order]
+    wanted = {"work", "app", "base-zfile", "app.obd-zfile", "vg/base", "vg/cow"}
     check(wanted <= set(order) and "skipping" not in said, f"blkdeactivate: {said}")
-    for above, below in (("work", "app"), ("work", "vg/cow"), ("app", "app-zfile0"), ("app", "app-zfile1"),
-                         ("app-zfile0", "vg/base")):
+    for above, below in (("work", "app"), ("work", "vg/cow"), ("app", "base-zfile"), ("app", "app.obd-zfile"),
+                         ("base-zfile", "vg/base")):
         check(order.index(above) < order.index(below), f"{above} before {below}: {said}")
     gone(before)
 

@@ -3,6 +3,7 @@
 """Documentation/recipes.rst: the commands are taken from there, and run as they stand."""
 
 import glob
+import json
 import os
 import signal
 import subprocess
@@ -10,8 +11,8 @@ import time
 
 from obdtest import dm
 from obdtest.disk import Disk, read_or_none
-from obdtest.ktap import Skip, check, defer, equal, main, note, test
-from obdtest.recipes import (PIECE, SIZE, Work, main_in_vm, need, need_module, nothing_left,
+from obdtest.ktap import Failure, Skip, check, defer, equal, main, note, same_bytes, test
+from obdtest.recipes import (DATA, PIECE, SIZE, Work, main_in_vm, need, need_module, nothing_left,
                              quietly, recipe, sh, target_status, whole)
 
 
@@ -27,7 +28,8 @@ def verity_below():
     work.corrupt()
     right, failed = work.pieces()
     check(right and failed, f"{right} pieces right, {failed} with EIO")
-    equal(target_status("app-zfile0")[3], "V", "state of zfile")
+    layers = json.loads(sh("obdsetup status --json app || :"))["layers"]
+    equal(target_status(layers[0]["zfile"])[3], "V", "state of zfile")
     equal(target_status("base-verified")[3], "C", "state of verity")
     equal(target_status("app-verified")[3], "V", "state of the other verity")
     sh(down)
@@ -52,6 +54,142 @@ def verity_above():
     check(right and failed, f"{right} pieces right, {failed} with EIO")
     check(whole("app") != work.disk, "the change shows below verity")
     equal(target_status("app-verified")[3], "C", "state of verity")
+    sh(down)
+    nothing_left()
+
+
+def cached():
+    """Bytes of page cache."""
+    with open("/proc/meminfo", encoding="ascii") as file:
+        return next(int(row.split()[1]) << 10 for row in file if row.startswith("Cached:"))
+
+
+def content(path):
+    with open(path, "rb") as file:
+        return file.read()
+
+
+class NvmeTcp:
+    """What the recipe with NVMe over TCP needs: a server with the layers' files, and the name of that server."""
+
+    TARGET = "/sys/kernel/config/nvmet"
+
+    def __init__(self):
+        need_module("nvmet", "nvmet-tcp", "nvme-tcp")
+        if glob.glob("/dev/nvme[0-9]*"):
+            raise Skip("there are NVMe devices")
+        self.work = Work()
+        os.mkdir("images")
+        for name in ("base", "app"):
+            os.rename(f"{name}.obd", f"images/{name}.obd")
+            sh(f"stat -c %s images/{name}.obd >{name}.size")
+        if os.path.lexists("/srv/images"):
+            raise Skip("there is a /srv/images")
+        os.symlink(f"{self.work.path}/images", "/srv/images")
+        defer(os.unlink, "/srv/images")
+        host("server")
+        self.server, self.node, self.node_down, self.server_down = recipe("A remote image: NVMe over TCP")
+        defer(self._down)
+
+    def _down(self):
+        """Takes down whatever a failed test has left."""
+        self.work.down()
+        for path in glob.glob("/sys/class/nvme/nvme*/delete_controller"):
+            quietly("sh", "-c", f"echo 1 >{path}")
+        for path in (f"{self.TARGET}/ports/1/subsystems/images", ):
+            if os.path.lexists(path):
+                os.unlink(path)
+        for path in (f"{self.TARGET}/ports/1", *glob.glob(f"{self.TARGET}/subsystems/images/namespaces/*"),
+                     f"{self.TARGET}/subsystems/images"):
+            if os.path.exists(path):
+                os.rmdir(path)
+
+    def lose(self):
+        """The server is not there any more."""
+        os.unlink(f"{self.TARGET}/ports/1/subsystems/images")
+
+    def come_back(self):
+        os.symlink(f"{self.TARGET}/subsystems/images", f"{self.TARGET}/ports/1/subsystems/images")
+
+
+@test("NVMe over TCP: a server that is lost is EIO after a while, and goes on when it is back")
+def nvme_tcp():
+    remote_ = NvmeTcp()
+    work = remote_.work
+    sh(remote_.server)
+    sh(remote_.node)
+    work.same()
+    sh("umount /mnt; obdsetup close app; echo 3 >/proc/sys/vm/drop_caches")
+    sh("\n".join(line for line in remote_.node.splitlines() if line.strip().startswith(("obdsetup", "mount"))))
+    remote_.lose()
+    disk = Disk("/dev/mapper/app")
+    start = time.monotonic()
+    check(None in (read_or_none(disk, at, PIECE) for at in range(0, SIZE, PIECE)), "a read ends with EIO")
+    took = time.monotonic() - start
+    note(f"the first read that failed ended within {took:.1f} s")
+    disk.close()
+    remote_.come_back()
+
+    def is_back():
+        disk = Disk("/dev/mapper/app")
+        try:
+            return read_or_none(disk, 0, PIECE) is not None and read_or_none(disk, SIZE // 2, PIECE) is not None
+        finally:
+            disk.close()
+
+    wait(is_back, "the server is back")
+    sh("echo 3 >/proc/sys/vm/drop_caches")
+    work.same()
+    sh(remote_.node_down)
+    sh(remote_.server_down)
+    nothing_left()
+
+
+@test("overlayfs: one image several times, one page cache")
+def several_times():
+    need_module("overlay")
+    Work()
+    use, down = recipe("One image several times")
+    for name in ("c1", "c2"):
+        defer(quietly, "umount", f"/run/{name}", f"/run/{name}.rw")
+    sh(use)
+    sh("echo 3 >/proc/sys/vm/drop_caches")
+    same_bytes(content("/run/c1/data"), DATA, "content in the first")
+    before = cached()
+    same_bytes(content("/run/c2/data"), DATA, "content in the second")
+    check(cached() - before < len(DATA) // 4, f"the second has taken {cached() - before} bytes of page cache")
+    with open("/run/c1/data", "ab") as file:
+        file.write(b"more")
+    same_bytes(content("/run/c1/data"), DATA + b"more", "what the first has written")
+    same_bytes(content("/run/c2/data"), DATA, "and the second hasn't")
+    sh(down)
+    nothing_left()
+
+
+@test("erofs with inode_share: two images, and what they have in common is cached once")
+def one_page_cache():
+    need_module("erofs")
+    Work()
+    for name in ("one", "two"):
+        os.mkdir(name)
+        for path, what in (("data", DATA), ("own", name.encode() * 20000)):
+            with open(f"{name}/{path}", "wb") as file:
+                file.write(what)
+    make, use, down = recipe("Images with files in common")
+    sh(make)
+    defer(quietly, "umount", "/mnt2")
+    try:
+        sh(use)
+    except Failure as error:
+        if "inode_share" in str(error) and tuple(map(int, os.uname().release.split(".")[:2])) < (7, 0):
+            raise Skip("the kernel is older than inode_share") from error
+        raise
+    sh("echo 3 >/proc/sys/vm/drop_caches")
+    same_bytes(content("/mnt/data"), DATA, "content in the first")
+    before = cached()
+    same_bytes(content("/mnt2/data"), DATA, "content in the second")
+    check(cached() - before < len(DATA) // 4, f"the second has taken {cached() - before} bytes of page cache")
+    same_bytes(content("/mnt2/own"), b"two" * 20000, "what only the second has")
     sh(down)
     nothing_left()
 

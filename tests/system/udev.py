@@ -74,7 +74,12 @@ def names():
     return set(run("dmsetup", "info", "-c", "--noheadings", "-o", "name").split())
 
 
-INNER = [f"{NAME}-{kind}{nth}" for nth in range(2) for kind in ("blob", "zfile")]
+def inner():
+    """The devices below the disk, by what they are and the layer's file: names and UUIDs."""
+    rows = [row.split("|") for row in run("dmsetup", "info", "-c", "--noheadings", "--separator", "|", "-o",
+                                          "name,uuid").splitlines()]
+    return {(name.split("-")[-1], name.split(".")[0]): (name, uuid) for name, uuid in rows
+            if uuid.startswith(("OVERLAYBD-LAYER-", "OVERLAYBD-BLOB-"))}
 
 
 def look(what):
@@ -89,7 +94,9 @@ def look(what):
     check(wanted <= udevd.links(top), f"{what}: links {udevd.links(top)}")
     for link in wanted:
         equal(os.path.realpath(f"/dev/{link}"), os.path.realpath(top), f"{what}: {link}")
-    for name in INNER:
+    below = inner()
+    equal(sorted(below), [(kind, layer) for kind in ("blob", "zfile") for layer in ("base", "top")], f"{what}: devices")
+    for name, _ in below.values():
         hidden(name, what)
 
 
@@ -135,7 +142,7 @@ def stack():
     look("after an add event, as at boot")
     run("obdsetup", "close", NAME)
     check(not os.path.lexists(f"/dev/disk/by-uuid/{UUID}"), "a link by UUID is left")
-    left = glob.glob(f"/dev/mapper/{NAME}*") + glob.glob(f"/dev/disk/*/*{NAME}*")
+    left = glob.glob(f"/dev/mapper/{NAME}*") + glob.glob(f"/dev/disk/*/*{NAME}*") + glob.glob("/dev/mapper/*.obd-*")
     equal(left, [], "links that are left")
 
 
@@ -163,21 +170,21 @@ def by_hand():
     open_stack()
     sectors = 8 << 11
     table = f"0 {sectors} linear /dev/mapper/{NAME} 0"
-    shown, inner = {}, {}
+    shown, hide = {}, {}
     for kind, uuid in (("lsmt", "OVERLAYBD-LSMT-x-zfile0"), ("zfile", "OVERLAYBD-ZFILE-x-0"), ("none", ""),
                        ("layer", "OVERLAYBD-LAYER-x"), ("blob", "OVERLAYBD-BLOB-x")):
         # Names that obdsetup gives to others.
         name = f"{NAME}-{kind}-zfile0" if kind in ("lsmt", "zfile", "none") else f"{NAME}-{kind}"
         run("dmsetup", "create", name, "--readonly", *(["--uuid", uuid] if uuid else []), "--table", table)
         defer(remove, name)
-        (shown if kind in ("lsmt", "zfile", "none") else inner)[name] = uuid
+        (shown if kind in ("lsmt", "zfile", "none") else hide)[name] = uuid
     for name, uuid in shown.items():
         has = udevd.properties(f"/dev/mapper/{name}")
         equal(has.get("ID_FS_TYPE"), "ext4", f"type of the file system on {name}")
         links = udevd.links(f"/dev/mapper/{name}")
         check(f"disk/by-id/dm-name-{name}" in links, f"{name}: links {links}")
         check(not uuid or f"disk/by-id/dm-uuid-{uuid}" in links, f"{name}: links {links}")
-    for name in inner:
+    for name in hide:
         hidden(name, "made by dmsetup")
 
 
@@ -195,25 +202,27 @@ def shown():
     walk(json.loads(run("lsblk", "--json", "-o", "NAME,TYPE,RO,FSTYPE,UUID,LABEL"))["blockdevices"], None)
     equal([devices[NAME][key] for key in ("type", "ro", "fstype", "uuid", "label")],
           ["overlaybd", True, "ext4", UUID, LABEL], "lsblk: the disk")
-    equal(parents[NAME], {f"{NAME}-zfile0", f"{NAME}-zfile1"}, "lsblk: below the disk")
-    for nth in range(2):
-        equal(parents[f"{NAME}-zfile{nth}"], {f"{NAME}-blob{nth}"}, "lsblk: below a layer")
-        loops = parents[f"{NAME}-blob{nth}"]
+    below = inner()
+    zfiles, blobs = [[below[kind, layer][0] for layer in ("base", "top")] for kind in ("zfile", "blob")]
+    equal(parents[NAME], set(zfiles), "lsblk: below the disk")
+    for zfile_name, blob in zip(zfiles, blobs):
+        equal(parents[zfile_name], {blob}, "lsblk: below a layer")
+        loops = parents[blob]
         equal([(devices[loop]["type"], devices[loop]["ro"]) for loop in sorted(loops)], [("loop", True)] * 2,
               "lsblk: below a blob")
-    for name in INNER:
+    for name in zfiles + blobs:
         equal([devices[name][key] for key in ("type", "ro", "fstype", "uuid", "label")],
               ["overlaybd", True, None, None, None], f"lsblk: {name}")
     rows = [row.split("|") for row in run("dmsetup", "info", "-c", "--noheadings", "--separator", "|", "-o",
                                           "name,attr,open,segments,uuid").splitlines()]
     table = {row[0]: row[1:] for row in rows}
     equal(table, {NAME: ["L--r", "0", "1", f"OVERLAYBD-LSMT-{NAME}"],
-                  **{f"{NAME}-zfile{n}": ["L--r", "1", "1", f"OVERLAYBD-LAYER-{NAME}-{n}"] for n in range(2)},
-                  **{f"{NAME}-blob{n}": ["L--r", "1", "2", f"OVERLAYBD-BLOB-{NAME}-{n}"] for n in range(2)}},
+                  **{name: ["L--r", "1", "1" if kind == "zfile" else "2", uuid]
+                     for (kind, _), (name, uuid) in below.items()}},
           "dmsetup info -c")
     tree = run("dmsetup", "ls", "--tree", "-o", "ascii,notrunc").splitlines()
     depth = {row.strip(" |-`").split(" ")[0]: len(row) - len(row.lstrip(" |-`")) for row in tree if "(7:" not in row}
-    check(depth[NAME] < depth[f"{NAME}-zfile0"] < depth[f"{NAME}-blob0"], f"dmsetup ls --tree: {tree}")
+    check(depth[NAME] < depth[zfiles[0]] < depth[blobs[0]], f"dmsetup ls --tree: {tree}")
     equal(set(depth), names(), "dmsetup ls --tree: names")
 
 
@@ -247,7 +256,7 @@ def busy():
         check(os.path.islink(f"/dev/disk/by-uuid/{UUID}"), f"round {nth}: no link when open is over")
         subprocess.run(["udevadm", "trigger", "--action=add", "--subsystem-match=block"], check=True)
         run("obdsetup", "close", NAME)
-        equal(names() & {NAME, *INNER}, set(), f"round {nth}: devices left")
+        equal((NAME in names(), inner()), (False, {}), f"round {nth}: devices left")
     udevd.settle()
 
 

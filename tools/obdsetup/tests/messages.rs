@@ -190,6 +190,11 @@ const NO_MESSAGES: &[(&str, &str, &str)] = &[
     ("cmd/list.rs", "{:<width$}", "a heading of results"),
     ("cmd/man.rs", "SEE ALSO", "a heading of a manual page"),
     ("cmd/man.rs", "System Administration", "as above"),
+    (
+        "cmd/open.rs",
+        "a layer without a file",
+        "the plan names the layers that there are",
+    ),
     ("cmd/status.rs", "deferred remove", "a name of a field"),
     ("cmd/status.rs", "open count", "as above"),
     (
@@ -198,6 +203,7 @@ const NO_MESSAGES: &[(&str, &str, &str)] = &[
         "what dmsetup says, left out",
     ),
     ("dm/inspect.rs", "DEFERRED REMOVE", "what dmsetup says"),
+    ("dm/share.rs", "cache auto", "what dmsetup is told"),
     ("dm/setup.rs", "Block devices:", "what the kernel says"),
     ("dm/udev.rs", "udev cookies", "what is kept in a file"),
     ("exit.rs", "Exit codes:", "a part of --help"),

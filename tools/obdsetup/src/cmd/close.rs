@@ -2,6 +2,7 @@
 
 //! `obdsetup close`.
 
+use std::collections::BTreeSet;
 use std::thread::sleep;
 use std::time::{Duration, Instant};
 
@@ -11,6 +12,7 @@ use crate::dm::control::State;
 use crate::dm::lock::Lock;
 use crate::dm::plan::check_name;
 use crate::dm::setup::{self, Removal};
+use crate::dm::share;
 use crate::dm::udev::{self, Udev};
 use crate::dm::{Control, Stack};
 use crate::exit::{self, Failure};
@@ -25,7 +27,8 @@ const PATIENCE: Duration = Duration::from_secs(2);
   obdsetup close app
   obdsetup close --deferred app      as soon as nobody uses it
 
-Takes the devices below down too; their loop devices go with them.")]
+Takes the devices below down, too, but for those that other stacks use; their loop devices go with
+them.")]
 pub(crate) struct Args {
     /// Name that was given to `open`
     name: String,
@@ -40,12 +43,13 @@ pub(crate) fn run(args: &Args) -> Result<()> {
     check_name(&args.name)?;
     let control = Control::open()?;
     let Some(found) = Stack::find(&control, &args.name)? else {
-        return Err(not_ours(&control, &args.name)?);
+        return close_nothing(&control, &args.name);
     };
     let lock = Lock::take(&found.name)?;
     udev::clear_left(&lock);
     // Another may have been at work on it.
-    let Some(stack) = Stack::find(&control, &args.name)? else {
+    let all = control.states()?;
+    let Some(stack) = Stack::among(&all, &args.name) else {
         return Err(not_ours(&control, &args.name)?);
     };
     if stack.is_half_built() {
@@ -61,11 +65,76 @@ pub(crate) fn run(args: &Args) -> Result<()> {
             return Err(Failure::error(exit::BUSY, message));
         }
     }
+    let shared = stack.shared(&all);
+    let (left, locks) = share::left(&all);
+    let mut names = match (stack.top(), args.deferred) {
+        // All go when nobody has them open, whoever is the last one.
+        (_, true) => shared.iter().map(|state| state.name.clone()).collect(),
+        (Some(top), false) => unused(&top.number, &shared),
+        (None, false) => Vec::new(),
+    };
+    names.extend(left);
     let removal = Removal {
         deferred: args.deferred,
         despite_signals: false,
     };
-    setup::remove(&control, &lock, &stack.names(), removal, Udev::find())
+    let own = stack.names();
+    setup::remove(&control, &lock, &own, &names, removal, Udev::find())?;
+    drop(locks);
+    if shared.iter().any(|state| !names.contains(&state.name)) {
+        remove_unused(&control, &lock)?;
+    }
+    let numbers = shared.iter().map(|state| state.number.clone()).collect();
+    share::set_caches(&control, &numbers)?;
+    share::clear_left(&control)
+}
+
+/// Removes the shared devices that nothing uses. Of stacks that are closed at the same time, each still
+/// had the others when it looked.
+fn remove_unused(control: &Control, lock: &Lock) -> Result<()> {
+    let (left, _locks) = share::left(&control.states()?);
+    let removal = Removal {
+        deferred: true,
+        despite_signals: false,
+    };
+    setup::remove(control, lock, &[], &left, removal, Udev::find())
+}
+
+/// Returns the names of the devices of `shared`, the upper ones first, that are in no table but that of
+/// the device with number `top`, and in those of each other.
+fn unused(top: &str, shared: &[&State]) -> Vec<String> {
+    let mut gone = BTreeSet::from([top.to_owned()]);
+    let mut names = Vec::new();
+    for state in shared {
+        if share::users(&state.number).is_subset(&gone) {
+            gone.insert(state.number.clone());
+            names.push(state.name.clone());
+        }
+    }
+    names
+}
+
+/// Where there is no stack `name`: removes what an `open` or `close` of it that was killed has left of
+/// shared devices.
+fn close_nothing(control: &Control, name: &str) -> Result<()> {
+    let lock = Lock::take(name)?;
+    if lock.was_left() {
+        udev::clear_left(&lock);
+        share::clear_left(control)?;
+        let (left, _locks) = share::left(&control.states()?);
+        if !left.is_empty() {
+            crate::tell(&format!(
+                "device {name} was left half built by an obdsetup that was killed: removing {}",
+                left.join(", ")
+            ));
+            let removal = Removal {
+                deferred: true,
+                despite_signals: false,
+            };
+            return setup::remove(control, &lock, &[], &left, removal, Udev::find());
+        }
+    }
+    Err(not_ours(control, name)?)
 }
 
 /// Whether `device` is in use, and stays so: udev may look at it just now.

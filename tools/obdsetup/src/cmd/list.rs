@@ -9,7 +9,7 @@ use anyhow::Result;
 use serde::Serialize;
 
 use super::{print, print_json};
-use crate::dm::Control;
+use crate::dm::{share, Control};
 use crate::exit::{self, Failure};
 use crate::overview::health::{self, Health};
 use crate::overview::{stacks, sysfs, Stack};
@@ -62,7 +62,16 @@ pub(crate) fn run(args: &Args) -> Result<()> {
     // Of a device without a table, only device-mapper knows.
     let rows: Vec<Row> = if is_root && sys.join("class/misc/device-mapper").exists() {
         let control = Control::open()?;
-        stacks(&control, sys)?.iter().map(row).collect()
+        let rows = stacks(&control, sys)?.iter().map(row).collect();
+        let (left, _locks) = share::left(&control.states()?);
+        if !left.is_empty() {
+            crate::tell(&format!(
+                "note: no stack uses {}, which an obdsetup that was killed has left: the next close of \
+                 any stack removes it",
+                left.join(", ")
+            ));
+        }
+        rows
     } else {
         let row = |(name, seen): (String, sysfs::Seen)| Row {
             name,

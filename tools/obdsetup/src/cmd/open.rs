@@ -3,12 +3,14 @@
 //! `obdsetup open`.
 
 use std::borrow::Cow;
+use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
 use clap::error::{ContextKind, ErrorKind};
 use clap::Parser;
 use overlaybd::{Payload, Stack};
+use rustix::process::{getrlimit, setrlimit, Resource, Rlimit};
 
 use super::print;
 use crate::chain::ChainArgs;
@@ -16,7 +18,8 @@ use crate::dm::backing::Backing;
 use crate::dm::control::State;
 use crate::dm::lock::Lock;
 use crate::dm::plan::{self, Lower, Place, TargetOptions};
-use crate::dm::setup::{self, Removal, SetUp};
+use crate::dm::setup::{self, Below, Removal, SetUp};
+use crate::dm::share::{self, Identity};
 use crate::dm::udev::{self, Udev};
 use crate::dm::{self, Control, Plan};
 use crate::exit::{self, Failure};
@@ -29,6 +32,10 @@ const QUIET: Duration = Duration::from_secs(3);
 /// How long that is waited for.
 const PATIENCE: Duration = Duration::from_secs(20);
 const POLL: Duration = Duration::from_millis(250);
+/// Most open files for a layer: its own, two loop devices, two devices that are held, two locks. And
+/// those besides.
+const FILES_EACH: u64 = 7;
+const FILES: u64 = 64;
 
 /// Arguments of `open`.
 #[derive(Clone, clap::Args)]
@@ -42,7 +49,8 @@ const POLL: Duration = Duration::from_millis(250);
 A file system that was not unmounted cleanly needs an option to be mounted without replaying its
 journal: noload (ext4), norecovery (xfs), rescue=nologreplay (btrfs).
 
-Files get read-only loop devices, which vanish with the device. If any step fails, what was set up
+Files get read-only loop devices, which vanish with the device. Stacks that have a layer's file in
+common use one device for it, if they ask for the same options. If any step fails, what was set up
 before it is taken down. Needs dmsetup(8).")]
 pub(crate) struct Args {
     /// Name of the device, /dev/mapper/NAME
@@ -51,6 +59,10 @@ pub(crate) struct Args {
     /// Read files through the page cache, not with direct I/O
     #[arg(long)]
     buffered: bool,
+
+    /// Make devices of its own for each layer, which no other stack uses
+    #[arg(long)]
+    private: bool,
 
     #[command(flatten)]
     pub(crate) layers: LayersArgs,
@@ -153,6 +165,7 @@ impl Args {
             parse(&entry).with_context(|| format!("{}: `{}'", path.display(), self.name))?;
         let mine = &self.layers;
         args.buffered |= self.buffered;
+        args.private |= self.private;
         args.layers.zfile |= mine.zfile;
         args.layers.chain |= &mine.chain;
         args.layers.in_use |= &mine.in_use;
@@ -168,13 +181,15 @@ impl LayersArgs {
         let args = Args {
             name: name.to_owned(),
             buffered: false,
+            private: true,
             layers: self.clone(),
         };
-        args.or_tab()?.layers.plan(name)
+        args.or_tab()?.layers.plan(name, None)
     }
 
-    /// Opens and checks the layers, and plans the devices.
-    fn plan(&self, name: &str) -> Result<Planned> {
+    /// Opens and checks the layers, and plans the devices. With `shared`, those of layers are for other
+    /// stacks, too, that read files through the page cache, or don't, as this says.
+    fn plan(&self, name: &str, shared: Option<bool>) -> Result<Planned> {
         plan::check_name(name)?;
         let layers = match self.zfile {
             true => self.layers.clone(),
@@ -194,7 +209,18 @@ impl LayersArgs {
         };
         if !self.zfile {
             let stack = open_stack(&layers, &self.chain)?;
-            let plan = Plan::for_stack(name, &stack, &places, &options)?;
+            let identities = match shared {
+                Some(buffered) => {
+                    let payloads = plan::payloads(stack.layers());
+                    let layers = payloads.iter().zip(&places);
+                    let all =
+                        layers.map(|(payload, &place)| Identity::of(payload, place, buffered));
+                    Some(all.collect::<Result<Vec<_>>>()?)
+                }
+                None => None,
+            };
+            let identities = identities.as_deref();
+            let plan = Plan::for_stack(name, &stack, &places, &options, identities)?;
             let opened = Opened::Stack(stack);
             return Ok(Planned {
                 layers,
@@ -229,37 +255,22 @@ pub(crate) fn run(args: &Args) -> Result<()> {
         layers: named,
         opened,
         plan,
-    } = args.layers.plan(&args.name)?;
+    } = args
+        .layers
+        .plan(&args.name, (!args.private).then_some(args.buffered))?;
     let paths = named.iter().map(|layer| layer.path.as_path());
     args.layers.in_use.check_below(paths)?;
     let control = Control::open()?;
     let lock = make_way(&control, &args.name, &plan)?;
+    allow_files(named.len());
 
-    let payloads = opened.payloads();
-    let mut layers = Vec::new();
-    let mut tails = Vec::new();
-    for (layer, payload) in named.iter().zip(&payloads) {
-        interrupt::check()?;
-        let is_device = layer.is_device();
-        layers.push(match is_device {
-            true => Backing::device(&layer.path)?,
-            false => Backing::file(payload.file().file(), !args.buffered)?,
-        });
-        let odd = overlaybd::format::Blob::size(payload.file().as_ref()) % 512 != 0;
-        tails.push(match odd && !is_device {
-            true => Some(Backing::bytes(&plan::tail(payload)?)?),
-            false => None,
-        });
-    }
-
-    let set_up = SetUp::new(&control, &lock, &plan, &|lower| {
-        let backing = match lower {
-            Lower::Layer(nth) => layers.get(nth),
-            Lower::Tail(nth) => tails.get(nth).and_then(Option::as_ref),
-            Lower::Device(_) => None,
-        };
-        backing.map(|backing| backing.number.clone())
-    })?;
+    let mut below = Backings {
+        layers: named.iter().zip(opened.payloads()).collect(),
+        buffered: args.buffered,
+        backings: BTreeMap::new(),
+    };
+    let set_up = SetUp::new(&control, &lock, &plan, &mut below)?;
+    share::set_caches(&control, &set_up.adopted())?;
     interrupt::check()?;
     let node = dm::node(&args.name).display().to_string();
     print(&format!("{node}\n"))?;
@@ -268,6 +279,60 @@ pub(crate) fn run(args: &Args) -> Result<()> {
     }
     set_up.keep();
     Ok(())
+}
+
+/// The files and devices of the layers, as far as tables name them.
+struct Backings<'a> {
+    layers: Vec<(&'a LayerArg, &'a Payload)>,
+    buffered: bool,
+    /// By layer, and whether it is the last bytes of it.
+    backings: BTreeMap<(usize, bool), Backing>,
+}
+
+impl Backings<'_> {
+    fn place(lower: Lower) -> Option<(usize, bool)> {
+        match lower {
+            Lower::Layer(nth) => Some((nth, false)),
+            Lower::Tail(nth) => Some((nth, true)),
+            Lower::Device(_) => None,
+        }
+    }
+}
+
+impl Below for Backings<'_> {
+    fn provide(&mut self, lower: Lower) -> Result<()> {
+        interrupt::check()?;
+        let place = Self::place(lower).filter(|place| !self.backings.contains_key(place));
+        let Some((nth, is_tail)) = place else {
+            return Ok(());
+        };
+        let (layer, payload) = self.layers.get(nth).context("a layer without a file")?;
+        let backing = if is_tail {
+            Backing::bytes(&plan::tail(payload)?)?
+        } else if layer.is_device() {
+            Backing::device(&layer.path)?
+        } else {
+            Backing::file(payload.file().file(), !self.buffered)?
+        };
+        self.backings.insert((nth, is_tail), backing);
+        Ok(())
+    }
+
+    fn number(&self, lower: Lower) -> Option<String> {
+        let backing = self.backings.get(&Self::place(lower)?);
+        backing.map(|backing| backing.number.clone())
+    }
+}
+
+/// Makes sure that there may be enough open files for a stack of so many layers.
+fn allow_files(layers: usize) {
+    let needed = u64::try_from(layers).map_or(u64::MAX, |n| n.saturating_mul(FILES_EACH) + FILES);
+    let now = getrlimit(Resource::Nofile);
+    if now.current.is_some_and(|current| current < needed) {
+        let current = Some(now.maximum.map_or(needed, |maximum| maximum.min(needed)));
+        // Without, opening one of them says what is wrong.
+        let _ = setrlimit(Resource::Nofile, Rlimit { current, ..now });
+    }
 }
 
 /// Returns what there is of stack `name`, where it is not all of it.
@@ -323,7 +388,7 @@ fn make_way(control: &Control, name: &str, plan: &Plan) -> Result<Lock> {
             deferred: false,
             despite_signals: false,
         };
-        setup::remove(control, &lock, &left.names(), removal, Udev::find())
+        setup::remove(control, &lock, &left.names(), &[], removal, Udev::find())
             .with_context(|| format!("cannot remove what is left of device {name}"))?;
         all = control.states()?;
     }
@@ -332,6 +397,7 @@ fn make_way(control: &Control, name: &str, plan: &Plan) -> Result<Lock> {
         .devices
         .iter()
         .rev()
+        .filter(|device| device.shared.is_none())
         .find_map(|device| setup::in_the_way(&all, device))
     {
         Some(error) => Err(error),

@@ -69,6 +69,8 @@ struct Layer {
     corrupt_blocks: u64,
     read_errors: u64,
     zfile: Option<String>,
+    cache: Option<String>,
+    shared_with: Vec<String>,
 }
 
 #[derive(Serialize)]
@@ -140,6 +142,8 @@ fn report(stack: Stack) -> Report {
             corrupt_blocks: layer.corrupt_blocks,
             read_errors: layer.read_errors,
             zfile: layer.zfile.clone(),
+            cache: layer.cache.clone(),
+            shared_with: layer.shared_with.clone(),
         })
         .collect();
     Report {
@@ -234,7 +238,15 @@ fn summary(report: &Report) -> String {
     }
     for (nth, layer) in report.layers.iter().enumerate() {
         let file = layer.file.escape_debug();
-        let _ = writeln!(text, "{nth:>5}  {:<11}  {file}", layer.health.word());
+        let shared = match layer.shared_with.as_slice() {
+            [] => String::new(),
+            names => format!("  (one device with {})", names.join(", ")),
+        };
+        let _ = writeln!(
+            text,
+            "{nth:>5}  {:<11}  {file}{shared}",
+            layer.health.word()
+        );
     }
     text
 }

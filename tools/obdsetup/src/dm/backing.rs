@@ -6,6 +6,7 @@
 //! attach, though the kernel offers it again and again as a free one. So the programs that are started
 //! inherit the loop devices, and hold them to their own end, though obdsetup itself was killed.
 
+use std::collections::BTreeMap;
 use std::fs::{File, Metadata};
 use std::io::{ErrorKind, Write};
 use std::os::fd::{AsFd, AsRawFd};
@@ -109,6 +110,36 @@ pub(crate) fn is_over(sys: &Path, number: &str, file: &Metadata) -> bool {
     done.is_ok_and(|done| done.status.success() && done.said.lines().is_empty())
         && text.split_whitespace().collect::<Vec<_>>()
             == [file.ino().to_string(), format!("{major}:{minor}")]
+}
+
+/// Device and inode of the file behind each loop device, by the number `MAJOR:MINOR`; nothing where
+/// that cannot be told.
+pub(crate) fn loop_files() -> Option<BTreeMap<String, (u64, u64)>> {
+    let mut program = Program::new("losetup", "the files of loop devices");
+    program.args(["--list", "--raw", "--noheadings"]);
+    program.args(["--output", "MAJ:MIN,BACK-INO,BACK-MAJ:MIN"]);
+    let mut files = BTreeMap::new();
+    let done = program.end(|line| {
+        let words: Vec<&str> = line.split_whitespace().collect();
+        if let [number, ino, dev] = words[..] {
+            let dev = dev.split_once(':').and_then(|(major, minor)| {
+                Some(rustix::fs::makedev(
+                    major.parse().ok()?,
+                    minor.parse().ok()?,
+                ))
+            });
+            if let (Some(dev), Ok(ino)) = (dev, ino.parse()) {
+                files.insert(number.to_owned(), (dev, ino));
+            }
+        }
+    });
+    done.is_ok_and(|done| done.status.success() && done.said.lines().is_empty())
+        .then_some(files)
+}
+
+/// Makes the node at `path` of the block device `number`, `MAJOR:MINOR`, where it is missing.
+pub(super) fn make_block_node(path: &Path, number: &str) -> Result<()> {
+    make_node(&path.display().to_string(), FileType::BlockDevice, number)
 }
 
 /// A loop device that has its file, and its node.

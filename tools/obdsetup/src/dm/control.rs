@@ -72,6 +72,10 @@ impl State {
         let [name, uuid, major, minor, open, read_only, suspended, tables] = fields[..] else {
             return None;
         };
+        // One that went between the list and the look at it.
+        if major == "0" {
+            return None;
+        }
         Some(Self {
             name: name.to_owned(),
             uuid: uuid.to_owned(),
@@ -156,6 +160,13 @@ impl Control {
         Ok(text.lines().filter_map(State::parse).collect())
     }
 
+    /// Word `nth`, from 0, of the status of device `name`; nothing where there is none.
+    pub(super) fn status_word(&self, name: &str, nth: usize) -> Option<String> {
+        let text = self.run(&["status", "--noflush", name]).ok()?;
+        let line = Line::parse(text.lines().next()?)?;
+        line.params.split_whitespace().nth(nth).map(str::to_owned)
+    }
+
     /// Runs dmsetup with `args`, which let it wait for nothing; gives what it prints.
     pub(super) fn run(&self, args: &[&str]) -> Result<String> {
         self.run_program(dmsetup().args(args).despite_signals())
@@ -207,6 +218,7 @@ mod tests {
         let state = State::parse("a||254|3|0|Writeable|Active|Inactive");
         assert!(state.is_some_and(|state| !state.live));
         assert_eq!(State::parse("No devices found"), None);
+        assert_eq!(State::parse("a||0|0|0|Writeable|Active|None"), None);
         let line = Line::parse("0 16384 lsmt 2 92 8388608 1600 ");
         assert_eq!(
             line.map(|line| line.to_string()).as_deref(),

@@ -27,22 +27,32 @@ const PLACE: &str = "/run/obdsetup";
 const PATIENCE: Duration = Duration::from_secs(90);
 const POLL: Duration = Duration::from_millis(20);
 
+/// Where the locks are.
+pub(super) fn place() -> &'static Path {
+    Path::new(PLACE)
+}
+
 /// The lock for a stack, held until it is dropped.
 pub(crate) struct Lock {
     /// `None` where there is no place for locks.
     held: Option<(PathBuf, File)>,
+    /// Whether the file was there.
+    left: bool,
 }
 
 impl Lock {
     /// Takes the lock for stack `name`.
     pub(crate) fn take(name: &str) -> Result<Self> {
         let path = PathBuf::from(PLACE).join(name);
-        let end = Instant::now() + PATIENCE;
+        let mut end = Instant::now() + PATIENCE;
+        let mut holder = None;
+        // A lock of a layer begins with a dot.
+        let name = name.trim_start_matches('.');
         loop {
             match Self::try_take(&path) {
-                Ok(Some(file)) => {
+                Ok(Some((file, left))) => {
                     let held = Some((path, file));
-                    return Ok(Self { held });
+                    return Ok(Self { held, left });
                 }
                 Ok(None) => {}
                 // As where the root is all that is mounted.
@@ -52,7 +62,10 @@ impl Lock {
                         ErrorKind::NotFound | ErrorKind::ReadOnlyFilesystem
                     ) =>
                 {
-                    return Ok(Self { held: None });
+                    return Ok(Self {
+                        held: None,
+                        left: false,
+                    });
                 }
                 Err(error) => {
                     let context = format!("{}: cannot lock device {name}", path.display());
@@ -60,6 +73,13 @@ impl Lock {
                 }
             }
             interrupt::check()?;
+            // Each holder makes the file anew: it is one of them that is waited for no longer, not many
+            // in turn.
+            let now = path.metadata().map(|meta| meta.ino()).ok();
+            if now != holder {
+                holder = now;
+                end = Instant::now() + PATIENCE;
+            }
             if Instant::now() >= end {
                 let message =
                     format!("another obdsetup is at work on device {name}: wait until it ends");
@@ -67,6 +87,29 @@ impl Lock {
             }
             std::thread::sleep(POLL);
         }
+    }
+
+    /// Takes the lock for `name`; nothing where another holds it, or it cannot be taken.
+    pub(crate) fn try_to_take(name: &str) -> Option<Self> {
+        let path = PathBuf::from(PLACE).join(name);
+        let (file, left) = Self::try_take(&path).ok()??;
+        let held = Some((path, file));
+        Some(Self { held, left })
+    }
+
+    /// Removes the locks whose names begin with `start` that nobody holds: what kills have left.
+    pub(crate) fn clear_left(start: &str) {
+        for entry in std::fs::read_dir(PLACE).into_iter().flatten().flatten() {
+            let name = entry.file_name();
+            if let Some(name) = name.to_str().filter(|name| name.starts_with(start)) {
+                drop(Self::try_to_take(name));
+            }
+        }
+    }
+
+    /// Returns whether one that was killed has held it before.
+    pub(crate) fn was_left(&self) -> bool {
+        self.left
     }
 
     /// Returns whether an obdsetup is at work on stack `name`, as far as this mount namespace knows.
@@ -99,17 +142,25 @@ impl Lock {
         std::fs::read_to_string(path).ok()
     }
 
-    fn try_take(path: &Path) -> std::io::Result<Option<File>> {
+    /// Takes the lock; tells whether its file was there.
+    fn try_take(path: &Path) -> std::io::Result<Option<(File, bool)>> {
         if let Err(error) = DirBuilder::new().mode(0o700).create(PLACE) {
             if error.kind() != ErrorKind::AlreadyExists {
                 return Err(error);
             }
         }
-        let file = File::options()
-            .create(true)
-            .truncate(false)
-            .write(true)
-            .open(path)?;
+        let file = File::options().create_new(true).write(true).open(path);
+        let (file, left) = match file {
+            Ok(file) => (file, false),
+            Err(error) if error.kind() == ErrorKind::AlreadyExists => {
+                match File::options().write(true).open(path) {
+                    // Its holder has just removed it.
+                    Err(error) if error.kind() == ErrorKind::NotFound => return Ok(None),
+                    opened => (opened?, true),
+                }
+            }
+            Err(error) => return Err(error),
+        };
         match rustix::fs::flock(&file, FlockOperation::NonBlockingLockExclusive) {
             Ok(()) => {}
             Err(rustix::io::Errno::WOULDBLOCK | rustix::io::Errno::INTR) => return Ok(None),
@@ -123,7 +174,7 @@ impl Lock {
             return Ok(None);
         }
         rustix::io::fcntl_setfd(&file, FdFlags::empty())?;
-        Ok(Some(file))
+        Ok(Some((file, left)))
     }
 }
 

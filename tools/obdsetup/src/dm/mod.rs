@@ -9,6 +9,7 @@
 //! - [`inspect`]: reading the state of many devices at once.
 //! - [`stack`]: which devices belong together.
 //! - [`setup`]: making and removing the devices of a stack.
+//! - [`share`]: devices of layers that several stacks use.
 //! - [`udev`]: waiting for udev.
 //! - [`lock`]: one obdsetup at a time for a stack.
 
@@ -19,6 +20,7 @@ pub(crate) mod inspect;
 pub(crate) mod lock;
 pub(crate) mod plan;
 pub(crate) mod setup;
+pub(crate) mod share;
 pub(crate) mod stack;
 pub(crate) mod udev;
 

@@ -11,6 +11,10 @@
 //! A loop device ends at the last whole sector of its file. Where the file goes on, the rest of
 //! it, padded to a sector, is a second loop device, over a file in memory; `NAME-blobN` joins the
 //! two.
+//!
+//! In a plan that shares, the devices below the disk are those of the layers' files, whichever stack
+//! has them ([`share`](super::share)): each file has one of `zfile`, or one of `linear` where it is
+//! not compressed.
 
 use std::fmt::Write;
 
@@ -19,6 +23,7 @@ use overlaybd::format::merge::sectors;
 use overlaybd::format::{Blob, SECTOR_SIZE};
 use overlaybd::{LayerReader, Payload, Stack};
 
+use super::share::{Identity, Kind, Source};
 use crate::exit::{self, Failure};
 
 /// Longest name: the UUID that is made of it must fit in device-mapper's 128 bytes.
@@ -89,6 +94,20 @@ pub(crate) struct Device {
     pub(crate) name: String,
     pub(crate) uuid: String,
     pub(crate) table: Vec<Target>,
+    /// For a device that other stacks may use: what it is over.
+    pub(crate) shared: Option<Source>,
+}
+
+impl Device {
+    /// Returns what is below.
+    pub(crate) fn lower(&self) -> impl Iterator<Item = Lower> + '_ {
+        self.table.iter().flat_map(Target::lower)
+    }
+
+    /// Returns the length in sectors.
+    pub(crate) fn sectors(&self) -> u64 {
+        self.table.last().map_or(0, |last| last.start + last.len)
+    }
 }
 
 /// Devices to be made, lowest first; the last one is what was asked for.
@@ -113,12 +132,14 @@ struct BlobWords {
 }
 
 impl Plan {
-    /// The devices for `stack`, whose layers are on `places`.
+    /// The devices for `stack`, whose layers are on `places`. With `shared`, what the layers are known
+    /// by, those below the disk are for other stacks, too.
     pub(crate) fn for_stack(
         name: &str,
         stack: &Stack,
         places: &[Place],
         options: &TargetOptions,
+        shared: Option<&[Identity]>,
     ) -> Result<Self> {
         check_name(name)?;
         let mut plan = Self {
@@ -126,13 +147,24 @@ impl Plan {
         };
         let mut params = vec![Word::Text(stack.layers().len().to_string())];
         for ((nth, layer), &place) in stack.layers().iter().enumerate().zip(places) {
-            let blob = plan.add_blob(name, nth, layer.payload(), place);
+            let identity = shared.and_then(|all| all.get(nth));
+            let called = |kind| match identity {
+                Some(identity) => identity.device(
+                    kind,
+                    match kind {
+                        Kind::Zfile => &options.zfile,
+                        Kind::Blob => &[],
+                    },
+                ),
+                None => private_names(name, nth, kind),
+            };
+            let source = identity.map(|identity| identity.source);
+            let blob = plan.add_blob(called(Kind::Blob), source, nth, layer.payload(), place);
             let blob = match layer.payload().zfile() {
                 None => blob,
                 Some(_) => {
-                    let uuid = format!("{UUID_PREFIX}LAYER-{name}-{nth}");
-                    let zfile = format!("{name}-zfile{nth}");
-                    plan.add_zfile(zfile, uuid, layer.payload(), blob, options)?
+                    let called = called(Kind::Zfile);
+                    plan.add_zfile(called, source, layer.payload(), blob, options)?
                 }
             };
             params.push(Word::Lower(blob.lower));
@@ -148,6 +180,7 @@ impl Plan {
                 name: "lsmt",
                 params,
             }],
+            shared: None,
         });
         Ok(plan)
     }
@@ -163,21 +196,31 @@ impl Plan {
         let mut plan = Self {
             devices: Vec::new(),
         };
-        let blob = plan.add_blob(name, 0, payload, place);
-        let uuid = format!("{UUID_PREFIX}ZFILE-{name}");
-        plan.add_zfile(name.to_owned(), uuid, payload, blob, options)?;
+        let blob = plan.add_blob(private_names(name, 0, Kind::Blob), None, 0, payload, place);
+        let called = (name.to_owned(), format!("{UUID_PREFIX}ZFILE-{name}"));
+        plan.add_zfile(called, None, payload, blob, options)?;
         Ok(plan)
     }
 
-    /// Adds what joins a file that doesn't end with a sector, if that is what `payload` is in.
-    fn add_blob(&mut self, name: &str, nth: usize, payload: &Payload, place: Place) -> BlobWords {
+    /// Adds what is to be over the file of `payload`: what joins it, where it doesn't end with a sector,
+    /// and what other stacks find it by, where nothing else does.
+    fn add_blob(
+        &mut self,
+        called: (String, String),
+        shared: Option<Source>,
+        nth: usize,
+        payload: &Payload,
+        place: Place,
+    ) -> BlobWords {
         let size = payload.file().size();
         let bytes = match place {
             Place::WholeDevice => "-".to_owned(),
             Place::File | Place::PartOfDevice => size.to_string(),
         };
         let whole = size / SECTOR_SIZE;
-        if place != Place::File || size % SECTOR_SIZE == 0 {
+        let is_odd = size % SECTOR_SIZE != 0;
+        let is_found = shared.is_none() || payload.zfile().is_some();
+        if place != Place::File || !is_odd && is_found {
             let lower = Lower::Layer(nth);
             return BlobWords { lower, bytes };
         }
@@ -187,24 +230,34 @@ impl Plan {
             name: "linear",
             params: vec![Word::Lower(lower), Word::Text("0".to_owned())],
         };
-        self.devices.push(Device {
-            name: format!("{name}-blob{nth}"),
-            uuid: format!("{UUID_PREFIX}BLOB-{name}-{nth}"),
-            table: vec![
-                linear(0, whole, Lower::Layer(nth)),
-                linear(whole, 1, Lower::Tail(nth)),
-            ],
-        });
-        BlobWords {
-            lower: Lower::Device(self.devices.len() - 1),
-            bytes,
+        let mut table = vec![linear(0, whole, Lower::Layer(nth))];
+        if is_odd {
+            table.push(linear(whole, 1, Lower::Tail(nth)));
         }
+        let (name, uuid) = called;
+        let lower = self.add(Device {
+            name,
+            uuid,
+            table,
+            shared,
+        });
+        BlobWords { lower, bytes }
+    }
+
+    /// Adds a device. The same layer may be in a stack twice: its shared device is there once.
+    fn add(&mut self, device: Device) -> Lower {
+        let same = |other: &Device| device.shared.is_some() && other.uuid == device.uuid;
+        let nth = self.devices.iter().position(same);
+        Lower::Device(nth.unwrap_or_else(|| {
+            self.devices.push(device);
+            self.devices.len() - 1
+        }))
     }
 
     fn add_zfile(
         &mut self,
-        name: String,
-        uuid: String,
+        called: (String, String),
+        shared: Option<Source>,
         payload: &Payload,
         blob: BlobWords,
         options: &TargetOptions,
@@ -219,7 +272,8 @@ impl Plan {
         }
         let mut params = vec![Word::Lower(blob.lower), Word::Text(blob.bytes)];
         push_options(&mut params, &options.zfile);
-        self.devices.push(Device {
+        let (name, uuid) = called;
+        let lower = self.add(Device {
             name,
             uuid,
             table: vec![Target {
@@ -228,12 +282,27 @@ impl Plan {
                 name: "zfile",
                 params,
             }],
+            shared,
         });
         Ok(BlobWords {
-            lower: Lower::Device(self.devices.len() - 1),
+            lower,
             // The device is longer than that where the file doesn't end with a sector.
             bytes: size.to_string(),
         })
+    }
+}
+
+/// Returns name and UUID of a device of layer `nth` of the stack `name` alone.
+fn private_names(name: &str, nth: usize, kind: Kind) -> (String, String) {
+    match kind {
+        Kind::Zfile => (
+            format!("{name}-zfile{nth}"),
+            format!("{UUID_PREFIX}LAYER-{name}-{nth}"),
+        ),
+        Kind::Blob => (
+            format!("{name}-blob{nth}"),
+            format!("{UUID_PREFIX}BLOB-{name}-{nth}"),
+        ),
     }
 }
 

@@ -3,10 +3,13 @@
 //! Setting up the devices of a plan with one dmsetup, and taking devices down with another.
 //!
 //! `dmsetup create --concise` makes many devices. Tables name the devices below by their numbers, so
-//! the numbers are chosen here, among those that are free, but for the first device. Another program may
-//! take one first: then all begins again with others.
+//! the numbers are chosen here, among those that are free, but for the first device that isn't shared.
+//! Another program may take one first: then all begins again with others.
+//!
+//! Shared devices come first, and are held before a table names them: then nobody can remove one, and
+//! its number stays its own.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
 use std::time::{Duration, Instant};
 
@@ -14,13 +17,16 @@ use anyhow::{bail, Context, Result};
 
 use super::control::{dmsetup, Control, Line, State};
 use super::lock::Lock;
-use super::plan::{Device, Lower, Plan, Target};
+use super::plan::{Device, Lower, Plan};
+use super::share::{self, Attempt, Hold};
 use super::udev::{Udev, Wait};
 use crate::exit::{self, Failure};
 use crate::{in_use, interrupt};
 
 /// How often other numbers are tried.
 const TRIES: u32 = 20;
+/// How often it is assumed that another has made a shared device at the same time.
+const CONFLICTS: u32 = 3;
 /// Numbers below this one are device-mapper's.
 const NUMBERS: u32 = 1 << 20;
 /// Longest text for one dmsetup: the kernel takes arguments of up to 128 KiB.
@@ -29,6 +35,14 @@ const LONGEST: usize = 100 << 10;
 const PATIENCE: Duration = Duration::from_secs(5);
 const POLL: Duration = Duration::from_millis(100);
 
+/// What is below the devices of a plan.
+pub(crate) trait Below {
+    /// Makes `lower` ready: a table is about to name it.
+    fn provide(&mut self, lower: Lower) -> Result<()>;
+    /// Returns the number of `lower`, `MAJOR:MINOR`, where it is ready.
+    fn number(&self, lower: Lower) -> Option<String>;
+}
+
 /// Devices that were set up, or are being so. They are taken down when this is dropped, unless
 /// [`Self::keep`] was called.
 pub(crate) struct SetUp<'a> {
@@ -36,22 +50,33 @@ pub(crate) struct SetUp<'a> {
     lock: &'a Lock,
     plan: &'a Plan,
     udev: Udev,
-    /// The numbers that this attempt has chosen for the devices.
+    /// The numbers of the devices: those that are held have them, and this attempt has chosen others
+    /// for those that it makes.
     numbers: Vec<String>,
-    /// Whether the first device may be ours. Who makes it has the name: locks don't tell of an
-    /// obdsetup that sees another `/run`.
+    /// The shared devices that are held, by their places in the plan.
+    holds: BTreeMap<usize, Hold>,
+    /// The locks for the shared devices that are about to be made.
+    locks: Vec<Lock>,
+    /// The shared devices that this attempt makes.
+    made: Vec<usize>,
+    /// Whether a shared device that was made has gone before it could be held.
+    lost: bool,
+    /// How often shared devices could not be made, of which there was one then.
+    conflicts: u32,
+    /// Whether the first device that isn't shared may be ours. Who makes it has the name: locks don't
+    /// tell of an obdsetup that sees another `/run`.
     begun: bool,
     kept: bool,
 }
 
 impl<'a> SetUp<'a> {
-    /// Sets up the devices of `plan`, lowest first; `below` returns the numbers of files and devices
-    /// below. The caller holds `lock`, and has seen that none of the devices exists.
+    /// Sets up the devices of `plan`, lowest first, but for shared ones that are there. The caller
+    /// holds `lock`, and has seen that none of the others exists.
     pub(crate) fn new(
         control: &'a Control,
         lock: &'a Lock,
         plan: &'a Plan,
-        below: &dyn Fn(Lower) -> Option<String>,
+        below: &mut dyn Below,
     ) -> Result<Self> {
         let mut all = Self {
             control,
@@ -59,18 +84,42 @@ impl<'a> SetUp<'a> {
             plan,
             udev: Udev::find(),
             numbers: Vec::new(),
+            holds: BTreeMap::new(),
+            locks: Vec::new(),
+            made: Vec::new(),
+            lost: false,
+            conflicts: 0,
             begun: false,
             kept: false,
         };
         let major = major()?;
         for attempt in 0..TRIES {
-            let minors = free_minors(&control.states()?, plan.devices.len(), attempt);
-            all.numbers = minors.iter().map(|nth| format!("{major}:{nth}")).collect();
-            all.begun = false;
-            let Err(error) = all.create(&minors, below)? else {
+            let states = all.adopt()?;
+            let todo = all.wanted();
+            if attempt == 0 {
+                all.tell_of_other_options(&states, &todo);
+            }
+            for lower in all.devices(&todo).flat_map(|(_, device)| device.lower()) {
+                if !matches!(lower, Lower::Device(_)) {
+                    below.provide(lower)?;
+                }
+            }
+            let minors = free_minors(&states, todo.len(), attempt);
+            all.numbers = vec![String::new(); plan.devices.len()];
+            for (nth, hold) in &all.holds {
+                if let Some(number) = all.numbers.get_mut(*nth) {
+                    number.clone_from(&hold.number);
+                }
+            }
+            for (nth, minor) in todo.iter().zip(&minors) {
+                if let Some(number) = all.numbers.get_mut(*nth) {
+                    *number = format!("{major}:{minor}");
+                }
+            }
+            let Err(error) = all.create(&todo, &minors, below)? else {
                 return Ok(all);
             };
-            if let Some(error) = all.why(below, error)? {
+            if let Some(error) = all.why(&todo, below, error)? {
                 return Err(error);
             }
             all.take_down()?;
@@ -83,21 +132,159 @@ impl<'a> SetUp<'a> {
         self.kept = true;
     }
 
-    /// Creates the devices, and waits for udev. The inner error is dmsetup's.
-    fn create(
-        &mut self,
-        minors: &[u32],
-        below: &dyn Fn(Lower) -> Option<String>,
-    ) -> Result<Result<()>> {
+    /// Returns the numbers of the shared devices that were there before.
+    pub(crate) fn adopted(&self) -> BTreeSet<String> {
+        let holds = self.holds.iter();
+        let adopted = holds.filter(|(nth, _)| !self.made.contains(nth));
+        adopted.map(|(_, hold)| hold.number.clone()).collect()
+    }
+
+    /// Returns the devices of the plan with the places `nths`, with their places.
+    fn devices<'b>(&'b self, nths: &'b [usize]) -> impl Iterator<Item = (usize, &'b Device)> + 'b {
+        let devices = nths.iter();
+        devices.filter_map(|&nth| Some((nth, self.plan.devices.get(nth)?)))
+    }
+
+    /// Returns the places of the devices that have to be made, lowest first: what only a device has
+    /// below it that is there is none of them.
+    fn wanted(&self) -> Vec<usize> {
+        let mut wanted: BTreeSet<usize> =
+            self.plan.devices.len().checked_sub(1).into_iter().collect();
+        let mut found = Vec::new();
+        for (nth, device) in self.plan.devices.iter().enumerate().rev() {
+            if device.shared.is_some() && !wanted.contains(&nth) || self.holds.contains_key(&nth) {
+                continue;
+            }
+            found.push(nth);
+            wanted.extend(device.lower().filter_map(|lower| match lower {
+                Lower::Device(nth) => Some(nth),
+                _ => None,
+            }));
+        }
+        found.reverse();
+        found
+    }
+
+    /// Holds the shared devices that are there, and takes the locks for those that are not, and are to
+    /// be made. Returns all devices as they were before.
+    fn adopt(&mut self) -> Result<Vec<State>> {
+        self.holds.clear();
+        self.locks.clear();
+        self.made.clear();
+        self.lost = false;
+        let plan = self.plan;
+        let mut locked: BTreeSet<&str> = BTreeSet::new();
+        let end = Instant::now() + PATIENCE;
+        loop {
+            interrupt::check()?;
+            let states = self.control.states()?;
+            let mut left = Vec::new();
+            // The upper ones come last: what is below one that is held isn't looked at.
+            for nth in (0..plan.devices.len()).rev() {
+                if !self.wanted().contains(&nth) {
+                    continue;
+                }
+                let Some(device) = plan.devices.get(nth).filter(|d| d.shared.is_some()) else {
+                    continue;
+                };
+                let Some(state) = states.iter().find(|state| state.uuid == device.uuid) else {
+                    continue;
+                };
+                match share::hold(state, device.sectors())? {
+                    Attempt::Held(hold) => drop(self.holds.insert(nth, hold)),
+                    Attempt::Unfinished => left.push(state.name.clone()),
+                    // Who makes one has its lock.
+                    Attempt::Suspended if locked.contains(device.uuid.as_str()) => {
+                        return Err(share::suspended(&state.name));
+                    }
+                    Attempt::Suspended | Attempt::Gone => {}
+                }
+            }
+            let missing = self.wanted().into_iter().filter_map(|nth| {
+                let device = plan.devices.get(nth).filter(|d| d.shared.is_some())?;
+                Some(device.uuid.as_str())
+            });
+            let missing: BTreeSet<&str> = missing.collect();
+            if !missing.is_subset(&locked) {
+                // All begin with the same one, so that none waits for another that waits for it.
+                self.locks.clear();
+                locked.extend(missing);
+                for uuid in &locked {
+                    self.locks.push(share::lock_device(uuid)?);
+                }
+                continue;
+            }
+            if left.is_empty() {
+                self.verify()?;
+                return Ok(states);
+            }
+            if self.locks.iter().all(Lock::is_held) {
+                self.remove_left(&left)?;
+            } else if Instant::now() >= end {
+                let message = format!("device {} is half built", left.join(", "));
+                return Err(Failure::error(exit::BUSY, message));
+            } else {
+                std::thread::sleep(POLL);
+            }
+        }
+    }
+
+    /// Removes shared devices that one that was killed has left without a table.
+    fn remove_left(&self, names: &[String]) -> Result<()> {
+        let how = Removal {
+            deferred: false,
+            despite_signals: false,
+        };
+        remove(self.control, self.lock, names, &[], how, self.udev)
+            .with_context(|| format!("cannot remove {}, which is half built", names.join(", ")))
+    }
+
+    /// Checks that the devices that are held are over the files and devices that they should be over.
+    fn verify(&self) -> Result<()> {
+        let held = self.holds.iter().filter_map(|(nth, hold)| {
+            let device = self.plan.devices.get(*nth)?;
+            Some((device.name.as_str(), hold.number.as_str(), device.shared?))
+        });
+        share::verify(&held.collect::<Vec<_>>())
+    }
+
+    /// Says which layers are open with other options, and so are not shared.
+    fn tell_of_other_options(&self, all: &[State], todo: &[usize]) {
+        let mut told = BTreeSet::new();
+        for (_, device) in self.devices(todo) {
+            let layer = share::parse(&device.uuid).map(|(_, layer)| layer);
+            if let Some(other) = share::with_other_options(all, &device.uuid) {
+                // Not of what is below, too.
+                if !told.insert(layer) {
+                    continue;
+                }
+                crate::tell(&format!(
+                    "note: device {other} is of the same layer with other options: not shared, {} is made",
+                    device.name
+                ));
+            }
+        }
+    }
+
+    /// Creates the devices `todo`, and waits for udev. The inner error is dmsetup's.
+    fn create(&mut self, todo: &[usize], minors: &[u32], below: &dyn Below) -> Result<Result<()>> {
+        let is_shared = |nth: usize| {
+            let device = self.plan.devices.get(nth);
+            device.is_some_and(|device| device.shared.is_some())
+        };
+        let numbered = todo.iter().copied().zip(minors.iter().copied());
+        let (shared, own): (Vec<_>, Vec<_>) = numbered.partition(|(nth, _)| is_shared(*nth));
+        self.made = shared.iter().map(|(nth, _)| *nth).collect();
         let wait = self.udev.begin(self.control, self.lock)?;
-        let mut created = self.create_first(&wait, below);
-        let others = self.plan.devices.iter().zip(minors).skip(1);
-        let specs: Vec<String> = others
-            .map(|(device, minor)| {
-                concise(device, Some(*minor), &table(device, &self.numbers, below))
-            })
-            .collect();
-        for text in join(&specs) {
+        let shared = join(&self.specs(&shared, below));
+        let mut created = self.create_shared(&wait, &shared);
+        let (first, others) = own.split_at(own.len().min(1));
+        if let Some(&(nth, _)) = first.first() {
+            if created.is_ok() && interrupt::check().is_ok() {
+                created = self.create_first(&wait, nth, below);
+            }
+        }
+        for text in join(&self.specs(others, below)) {
             if created.is_err() || interrupt::check().is_err() {
                 break;
             }
@@ -115,15 +302,24 @@ impl<'a> SetUp<'a> {
         waited.map(|()| created)
     }
 
-    /// Creates the first device. The kernel chooses its number: when the kernel refuses the table,
-    /// dmsetup cannot remove a device whose number it was given, and then nothing tells whether the
-    /// device is ours.
-    fn create_first(
-        &mut self,
-        wait: &Wait<'_>,
-        below: &dyn Fn(Lower) -> Option<String>,
-    ) -> Result<()> {
-        let Some(device) = self.plan.devices.first() else {
+    /// Returns what dmsetup is told of devices, with their places in the plan and their minor numbers.
+    fn specs(&self, devices: &[(usize, u32)], below: &dyn Below) -> Vec<String> {
+        let specs = devices.iter().filter_map(|&(nth, minor)| {
+            let device = self.plan.devices.get(nth)?;
+            Some(concise(
+                device,
+                Some(minor),
+                &table(device, &self.numbers, below),
+            ))
+        });
+        specs.collect()
+    }
+
+    /// Creates the first device that isn't shared, the one with the place `nth`. The kernel chooses its
+    /// number: when the kernel refuses the table, dmsetup cannot remove a device whose number it was
+    /// given, and then nothing tells whether the device is ours.
+    fn create_first(&mut self, wait: &Wait<'_>, nth: usize, below: &dyn Below) -> Result<()> {
+        let Some(device) = self.plan.devices.get(nth) else {
             return Ok(());
         };
         let text = concise(device, None, &table(device, &self.numbers, below));
@@ -132,7 +328,7 @@ impl<'a> SetUp<'a> {
         if self.begun {
             let states = self.control.states()?;
             let own = states.into_iter().find(|state| state.uuid == device.uuid);
-            if let (Some(own), Some(number)) = (own, self.numbers.first_mut()) {
+            if let (Some(own), Some(number)) = (own, self.numbers.get_mut(nth)) {
                 *number = own.number;
             }
         }
@@ -146,20 +342,75 @@ impl<'a> SetUp<'a> {
         self.control.run_program(&mut program).map(|_| ())
     }
 
-    /// Returns why the devices could not be created; nothing where others took their numbers.
+    /// Creates the shared devices in `texts`, and holds them. The locks for them end with that.
+    fn create_shared(&mut self, wait: &Wait<'_>, texts: &[String]) -> Result<()> {
+        for text in texts {
+            interrupt::check()?;
+            self.run_create(wait, text)?;
+        }
+        if texts.is_empty() {
+            // Others have made them, while this one waited for the locks.
+            self.locks.clear();
+            return Ok(());
+        }
+        let states = self.control.states()?;
+        for nth in self.made.clone() {
+            let (Some(device), Some(number)) = (self.plan.devices.get(nth), self.numbers.get(nth))
+            else {
+                continue;
+            };
+            let state = states.iter().find(|state| is(state, device, number));
+            let held = state.map(|state| share::hold(state, device.sectors()));
+            match held.transpose()? {
+                Some(Attempt::Held(hold)) => {
+                    share::forget_cache(&device.uuid);
+                    self.holds.insert(nth, hold);
+                }
+                _ => {
+                    self.lost = true;
+                    bail!("device {} is gone", device.name);
+                }
+            }
+        }
+        self.locks.clear();
+        Ok(())
+    }
+
+    /// Returns why the devices `todo` could not be created; nothing where others took their numbers, or
+    /// have made a shared device.
     fn why(
-        &self,
-        below: &dyn Fn(Lower) -> Option<String>,
+        &mut self,
+        todo: &[usize],
+        below: &dyn Below,
         error: anyhow::Error,
     ) -> Result<Option<anyhow::Error>> {
+        if self.lost {
+            return Ok(None);
+        }
         let now = self.control.states()?;
-        let mut devices = self.plan.devices.iter().zip(&self.numbers);
+        // Where another has made one meanwhile, which only happens where it sees another `/run`, that
+        // one may have chosen the same number.
+        let is_made = |(_, device): (usize, &Device)| {
+            device.shared.is_some() && now.iter().any(|state| state.uuid == device.uuid)
+        };
+        let all_held = self.made.iter().all(|nth| self.holds.contains_key(nth));
+        if !all_held && self.conflicts < CONFLICTS && self.devices(todo).any(is_made) {
+            self.conflicts += 1;
+            return Ok(None);
+        }
+        let mut devices = self
+            .devices(todo)
+            .filter_map(|(nth, device)| Some((device, self.numbers.get(nth)?)));
         let is_there = |(device, number): &(&Device, &String)| {
-            self.begun && now.iter().any(|state| is(state, device, number))
+            let may_be_ours = self.begun || device.shared.is_some();
+            may_be_ours && now.iter().any(|state| is(state, device, number))
         };
         let Some((device, number)) = devices.find(|device| !is_there(device)) else {
             return Ok(Some(error));
         };
+        if device.shared.is_some() && now.iter().any(|state| state.uuid == device.uuid) {
+            return Ok(None);
+        }
         if let Some(error) = in_the_way(&now, device) {
             return Ok(Some(error));
         }
@@ -167,8 +418,8 @@ impl<'a> SetUp<'a> {
             return Ok(None);
         }
         let lines = table(device, &self.numbers, below);
-        let lower = device.table.iter().flat_map(Target::lower);
-        for number in lower.filter_map(below) {
+        let lower = device.lower();
+        for number in lower.filter_map(|lower| below.number(lower)) {
             if let Some(place) = in_use::mounted_on(&number) {
                 let message = format!(
                     "cannot set up device {}: block device {number} is mounted on {place}: unmount it",
@@ -194,17 +445,34 @@ impl<'a> SetUp<'a> {
         Ok(Some(error.context(context)))
     }
 
-    /// Removes the devices of this attempt that are there.
-    fn take_down(&self) -> Result<()> {
-        if !self.begun {
+    /// Removes the devices of this attempt that are there. Shared ones that others use by now stay.
+    fn take_down(&mut self) -> Result<()> {
+        let made = std::mem::take(&mut self.made);
+        self.holds.clear();
+        if !self.begun && made.is_empty() {
+            self.locks.clear();
             return Ok(());
         }
-        let names = ours(&self.control.states()?, &self.plan.devices, &self.numbers);
+        let all = self.control.states()?;
+        let own: Vec<usize> = match self.begun {
+            true => (0..self.plan.devices.len()).collect(),
+            false => Vec::new(),
+        };
+        let names = |nths: &[usize], shared: bool| {
+            let devices = self
+                .devices(nths)
+                .filter(|(_, d)| d.shared.is_some() == shared);
+            let devices = devices.filter_map(|(nth, d)| Some((d, self.numbers.get(nth)?)));
+            ours(&all, &devices.collect::<Vec<_>>())
+        };
+        let (own, shared) = (names(&own, false), names(&made, true));
         let removal = Removal {
             deferred: false,
             despite_signals: true,
         };
-        remove(self.control, self.lock, &names, removal, self.udev)
+        let removed = remove(self.control, self.lock, &own, &shared, removal, self.udev);
+        self.locks.clear();
+        removed
     }
 }
 
@@ -224,10 +492,10 @@ fn is(state: &State, device: &Device, number: &str) -> bool {
     state.uuid == device.uuid && state.number == number
 }
 
-/// Returns the names of those of the devices `all` that are `devices` with `numbers`, top first.
+/// Returns the names of those of the devices `all` that are `devices` with their numbers, top first.
 /// Another number is that of a device which another obdsetup has made.
-fn ours(all: &[State], devices: &[Device], numbers: &[String]) -> Vec<String> {
-    let devices = devices.iter().zip(numbers).rev();
+fn ours(all: &[State], devices: &[(&Device, &String)]) -> Vec<String> {
+    let devices = devices.iter().rev();
     devices
         .filter_map(|(device, number)| all.iter().find(|state| is(state, device, number)))
         .map(|state| state.name.clone())
@@ -255,20 +523,25 @@ pub(crate) struct Removal {
     pub(crate) despite_signals: bool,
 }
 
-/// Removes the devices `names`, top first.
+/// Removes the devices `names`, top first, then those `shared` that were below them: where somebody
+/// has one of these open, it goes when nobody has any more.
 pub(crate) fn remove(
     control: &Control,
     lock: &Lock,
     names: &[String],
-    how: Removal,
+    shared: &[String],
+    mut how: Removal,
     udev: Udev,
 ) -> Result<()> {
-    let Some(top) = names.first() else {
+    let mut left = [names, shared].concat();
+    let Some(top) = left.first().cloned() else {
         return Ok(());
     };
     let end = Instant::now() + PATIENCE;
-    let mut left = names.to_vec();
     loop {
+        // udev and others look at devices; of these the kernel knows when that is over.
+        let only_shared = left.iter().all(|name| shared.contains(name));
+        how.deferred |= only_shared;
         let wait = udev.begin(control, lock)?;
         let mut program = dmsetup();
         program.arg("remove").args(wait.options());
@@ -278,7 +551,7 @@ pub(crate) fn remove(
             program.despite_signals();
         }
         let removed = control.run_program(&mut program);
-        wait.end(top)?;
+        wait.end(&top)?;
         let Err(error) = removed else {
             return Ok(());
         };
@@ -331,15 +604,11 @@ fn free_minors(all: &[State], count: usize, attempt: u32) -> Vec<u32> {
 }
 
 /// Returns the table of a device; `numbers` are those of the plan's devices.
-fn table(
-    device: &Device,
-    numbers: &[String],
-    below: &dyn Fn(Lower) -> Option<String>,
-) -> Vec<Line> {
+fn table(device: &Device, numbers: &[String], below: &dyn Below) -> Vec<Line> {
     let resolve = |lower: Lower| {
         let number = match lower {
             Lower::Device(nth) => numbers.get(nth).cloned(),
-            lower => below(lower),
+            lower => below.number(lower),
         };
         number.unwrap_or_default()
     };
@@ -386,7 +655,7 @@ fn join(specs: &[String]) -> Vec<String> {
 
 #[cfg(test)]
 mod tests {
-    use super::super::plan::Word;
+    use super::super::plan::{Target, Word};
     use super::*;
 
     #[test]
@@ -408,6 +677,7 @@ mod tests {
             name: name.to_owned(),
             uuid: format!("OVERLAYBD-{name}"),
             table: Vec::new(),
+            shared: None,
         };
         let state = |name: &str, uuid: &str, number: &str| State {
             name: name.to_owned(),
@@ -423,7 +693,20 @@ mod tests {
         ];
         let devices = ["a", "b", "c", "d"].map(device);
         let numbers = ["254:0", "254:1", "254:2", "254:3"].map(str::to_owned);
-        assert_eq!(ours(&all, &devices, &numbers), ["renamed", "a"]);
+        let devices: Vec<_> = devices.iter().zip(&numbers).collect();
+        assert_eq!(ours(&all, &devices), ["renamed", "a"]);
+    }
+
+    struct Loop;
+
+    impl Below for Loop {
+        fn provide(&mut self, _: Lower) -> Result<()> {
+            Ok(())
+        }
+
+        fn number(&self, _: Lower) -> Option<String> {
+            Some("7:1".to_owned())
+        }
     }
 
     #[test]
@@ -448,8 +731,9 @@ mod tests {
                     ],
                 },
             ],
+            shared: None,
         };
-        let lines = table(&device, &["254:5".to_owned()], &|_| Some("7:1".to_owned()));
+        let lines = table(&device, &["254:5".to_owned()], &Loop);
         assert_eq!(
             concise(&device, Some(6), &lines),
             "a,OVERLAYBD-BLOB-a-0,6,ro,0 8 linear 7:1 0,8 1 zfile 254:5 x\\,y\\;z\\\\;"

@@ -1,11 +1,13 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! Which devices belong together. Their UUIDs tell, since anybody may rename a device.
+//! Which devices belong together. Their UUIDs tell, since anybody may rename a device; of shared ones,
+//! the tables of the stacks that use them do.
 
 use anyhow::Result;
 
 use super::control::{Control, State};
 use super::plan::UUID_PREFIX;
+use super::share;
 
 /// The devices of a stack, top first: those that are there.
 #[derive(Debug)]
@@ -54,6 +56,19 @@ impl Stack {
         self.devices.first().filter(|_| self.has_top)
     }
 
+    /// Returns the shared devices below the disk, the upper ones first, among all devices.
+    pub(crate) fn shared<'b>(&self, all: &'b [State]) -> Vec<&'b State> {
+        let below = self.top().map(|top| share::below(&top.number));
+        let below = below.unwrap_or_default();
+        let mut found: Vec<_> = all
+            .iter()
+            .filter(|state| below.contains(&state.number))
+            .filter_map(|state| Some((share::parse(&state.uuid)?.0, state)))
+            .collect();
+        found.sort_by_key(|(kind, _)| *kind);
+        found.into_iter().map(|(_, state)| state).collect()
+    }
+
     /// Returns whether the stack is what one that was killed has left: without its disk, or with a
     /// device that has no table.
     pub(crate) fn is_half_built(&self) -> bool {
@@ -80,8 +95,12 @@ pub(crate) enum Rank {
     Blob(usize),
 }
 
-/// Returns what the device with `uuid` is, and the name that its stack was given.
+/// Returns what the device with `uuid` is, and the name that its stack was given; nothing for a shared
+/// one, which is no stack's.
 pub(crate) fn part(uuid: &str) -> Option<(Rank, &str)> {
+    if share::is_shared(uuid) {
+        return None;
+    }
     let rest = uuid.strip_prefix(UUID_PREFIX)?;
     let (kind, name) = rest.split_once('-')?;
     let layer = || {

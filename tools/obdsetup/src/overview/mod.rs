@@ -10,7 +10,7 @@ pub(crate) mod fields;
 pub(crate) mod health;
 pub(crate) mod sysfs;
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
 
 use anyhow::Result;
@@ -19,6 +19,7 @@ use crate::dm::backing::is_over;
 use crate::dm::control::Line;
 use crate::dm::inspect::Device;
 use crate::dm::lock::Lock;
+use crate::dm::share::{self, Kind};
 use crate::dm::stack::{part, Rank};
 use crate::dm::Control;
 
@@ -53,6 +54,12 @@ pub(crate) struct Layer {
     pub(crate) read_errors: u64,
     /// Where the file is shorter now: how many bytes it has, and how many its loop device has.
     pub(crate) cut: Option<(u64, u64)>,
+    /// Which reads go through the cache of the device that decompresses it, where that is known.
+    pub(crate) cache: Option<String>,
+    /// The number of its topmost device.
+    number: String,
+    /// Other stacks that use this very device.
+    pub(crate) shared_with: Vec<String>,
 }
 
 impl Stack {
@@ -78,7 +85,8 @@ impl Stack {
 
 /// All stacks, by name.
 pub(crate) fn stacks(control: &Control, sys: &Path) -> Result<Vec<Stack>> {
-    let mut stacks = group(control.inspect(&|uuid| part(uuid).is_some())?, sys);
+    let ours = |uuid: &str| part(uuid).is_some() || share::is_shared(uuid);
+    let mut stacks = group(control.inspect(&ours)?, sys);
     for stack in stacks.iter_mut().filter(|stack| stack.is_half_built()) {
         stack.busy = Lock::is_busy(&stack.name);
     }
@@ -111,10 +119,15 @@ fn group(devices: Vec<Device>, sys: &Path) -> Vec<Stack> {
         .into_iter()
         .map(|(name, mut devices)| {
             devices.sort_by_key(|(rank, _)| *rank);
-            let layers = starts(&devices)
+            let starts = starts(&devices);
+            let layers = starts
                 .iter()
                 .map(|number| layer(number, &by_number, sys))
                 .collect();
+            for (nth, number) in starts.iter().enumerate() {
+                add_shared(&mut devices, nth, number, &by_number);
+            }
+            devices.sort_by_key(|(rank, _)| *rank);
             Stack {
                 name,
                 devices,
@@ -126,6 +139,38 @@ fn group(devices: Vec<Device>, sys: &Path) -> Vec<Stack> {
         .collect();
     share(&mut stacks);
     stacks
+}
+
+/// Adds to the devices of a stack the shared ones of layer `nth`, whose topmost has `number`.
+fn add_shared(
+    devices: &mut Vec<(Rank, Device)>,
+    nth: usize,
+    number: &str,
+    all: &BTreeMap<String, Device>,
+) {
+    let mut number = number.to_owned();
+    for _ in 0..DEPTH {
+        let Some(device) = all.get(&number) else {
+            return;
+        };
+        let rank = match share::parse(&device.state.uuid) {
+            Some((Kind::Zfile, _)) => Rank::Zfile(nth),
+            Some((Kind::Blob, _)) => Rank::Blob(nth),
+            None => return,
+        };
+        let is_same = |(_, other): &(Rank, Device)| other.state.number == number;
+        if !devices.iter().any(is_same) {
+            devices.push((rank, device.clone()));
+        }
+        let below = device
+            .table
+            .first()
+            .and_then(|line| numbers(line).into_iter().next());
+        match below {
+            Some(below) => number = below,
+            None => return,
+        }
+    }
 }
 
 /// The numbers of the devices of the layers, lowest first; as far as they are there, in a stack
@@ -175,7 +220,10 @@ pub(crate) fn numbers(line: &Line) -> Vec<String> {
 
 /// The layer whose topmost device has `number`.
 fn layer(number: &str, devices: &BTreeMap<String, Device>, sys: &Path) -> Layer {
-    let mut layer = Layer::default();
+    let mut layer = Layer {
+        number: number.to_owned(),
+        ..Layer::default()
+    };
     let mut number = number.to_owned();
     for _ in 0..DEPTH {
         let Some(device) = devices.get(&number) else {
@@ -186,6 +234,7 @@ fn layer(number: &str, devices: &BTreeMap<String, Device>, sys: &Path) -> Layer 
             layer.zfile = Some(device.state.name.clone());
             layer.corrupt_blocks = fields.number("corrupt_blocks");
             layer.read_errors = fields.number("read_errors");
+            layer.cache = fields.text("cache_mode").map(str::to_owned);
             // The state says it even where a later module counts otherwise.
             if layer.corrupt_blocks == 0 && fields.text("state") == Some("C") {
                 layer.corrupt_blocks = 1;
@@ -205,27 +254,30 @@ fn layer(number: &str, devices: &BTreeMap<String, Device>, sys: &Path) -> Layer 
     layer
 }
 
-/// Finds the stacks that have files in common.
+/// Finds the stacks that have files in common, and those that have devices in common.
 fn share(stacks: &mut [Stack]) {
-    let mut users: BTreeMap<String, Vec<String>> = BTreeMap::new();
+    let mut by_file: BTreeMap<String, BTreeSet<String>> = BTreeMap::new();
+    let mut by_device = by_file.clone();
     for stack in &*stacks {
         for layer in &stack.layers {
-            let users = users.entry(layer.file.clone()).or_default();
-            if !users.contains(&stack.name) {
-                users.push(stack.name.clone());
+            for (users, key) in [(&mut by_file, &layer.file), (&mut by_device, &layer.number)] {
+                let users = users.entry(key.clone()).or_default();
+                users.insert(stack.name.clone());
             }
         }
     }
+    let others = |users: Option<&BTreeSet<String>>, name: &str| -> Vec<String> {
+        let users = users.into_iter().flatten();
+        users.filter(|user| *user != name).cloned().collect()
+    };
     for stack in stacks {
-        let files = stack
-            .layers
-            .iter()
-            .filter_map(|layer| users.get(&layer.file));
-        let mut names: Vec<String> = files.flatten().cloned().collect();
-        names.sort_unstable();
-        names.dedup();
-        names.retain(|name| *name != stack.name);
-        stack.shared_with = names;
+        let mut all = BTreeSet::new();
+        for layer in &mut stack.layers {
+            layer.shared_with = others(by_device.get(&layer.number), &stack.name);
+            all.extend(others(by_file.get(&layer.file), &stack.name));
+            all.extend(layer.shared_with.iter().cloned());
+        }
+        stack.shared_with = all.into_iter().collect();
     }
 }
 
@@ -256,6 +308,45 @@ mod tests {
             table: lines(table),
             status: lines(status),
         }
+    }
+
+    #[test]
+    fn shared_devices() {
+        let digits = "0123456789abcdef0123456789abcdef01234567";
+        let layer = |kind: &str| format!("OVERLAYBD-{kind}-{digits}");
+        let devices = vec![
+            device("x-blob", &layer("BLOB"), 0, "linear 7:1 0", "linear "),
+            device(
+                "x-zfile",
+                &layer("LAYER"),
+                1,
+                "zfile 254:0 8",
+                "zfile V lz4",
+            ),
+            device(
+                "b",
+                "OVERLAYBD-LSMT-b",
+                3,
+                "lsmt 2 254:1 8 7:9 4096",
+                "lsmt 2",
+            ),
+            device("a", "OVERLAYBD-LSMT-a", 2, "lsmt 1 254:1 8", "lsmt 1"),
+        ];
+        let stacks = group(devices, Path::new("/nonexistent"));
+        let names: Vec<&str> = stacks.iter().map(|stack| stack.name.as_str()).collect();
+        assert_eq!(names, ["a", "b"]);
+        for (stack, other) in stacks.iter().zip(["b", "a"]) {
+            let names: Vec<&str> = stack
+                .devices
+                .iter()
+                .map(|(_, device)| device.state.name.as_str())
+                .collect();
+            assert_eq!(names, [&stack.name, "x-zfile", "x-blob"]);
+            assert_eq!(stack.shared_with, [other]);
+            assert_eq!(stack.layers[0].shared_with, [other]);
+            assert_eq!(stack.layers[0].file, "7:1");
+        }
+        assert_eq!(stacks[1].layers[1].shared_with, [""; 0]);
     }
 
     #[test]
@@ -302,10 +393,15 @@ mod tests {
             corrupt_blocks: 7,
             read_errors: 6,
             cut: None,
+            cache: None,
+            number: "254:1".to_owned(),
+            shared_with: Vec::new(),
         };
         assert_eq!(app.layers[0], base);
         assert_eq!(app.layers[1].file, "7:5");
         assert_eq!(app.shared_with, ["b"]);
+        // The same file, but not the same device.
+        assert_eq!(app.layers[1].shared_with, [""; 0]);
         assert!(stacks[1].top().is_none() && stacks[1].size().is_none());
         assert_eq!(stacks[1].layers.len(), 1);
         // By the name that it has, and by the one that it had.

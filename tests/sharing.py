@@ -1,0 +1,654 @@
+#!/usr/bin/env python3
+# SPDX-License-Identifier: GPL-2.0
+"""Stacks with layers in common: one device for each file, nobody's taken away, and never a wrong byte.
+
+OBD_SHARING is how many seconds the storm of opens, closes and kills lasts, OBD_SHARING_AT_ONCE how many there are at
+once; OBD_SEED says what they do: each run prints its own.
+"""
+
+import contextlib
+import glob
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import tempfile
+import threading
+import time
+
+from obdtest import dm, image
+from obdtest.disk import Disk, verify, verify_random
+from obdtest.ktap import SLOW, Failure, Skip, check, defer, equal, main, note, same_bytes, test
+from obdtest.module import MODULE, module_file
+
+OBDSETUP = shutil.which("obdsetup")
+SECONDS = int(os.environ.get("OBD_SHARING", "15"))
+SEED = os.environ.get("OBD_SEED") or str(random.SystemRandom().randrange(1 << 32))
+NAME = f"obdtest-{os.getpid()}"
+SIZE = 256 << 10
+LOCKS = "/run/obdsetup"
+STORM = int(os.environ.get("OBD_SHARING_AT_ONCE", "50"))
+
+
+def obdsetup(*args, status=0):
+    """Runs it; its standard output and error."""
+    if not OBDSETUP:
+        raise Skip("no obdsetup")
+    done = subprocess.run([OBDSETUP, *args], capture_output=True, text=True, check=False)
+    equal(done.returncode, status, f"status of obdsetup {' '.join(args)} ({done.stdout}{done.stderr.strip()})")
+    return done.stdout, done.stderr
+
+
+def dmsetup(*args):
+    return subprocess.run(["dmsetup", *args], capture_output=True, text=True, check=True).stdout
+
+
+def quietly(*args):
+    return subprocess.run(args, capture_output=True, check=False).returncode
+
+
+def close(name):
+    quietly(OBDSETUP, "close", name)
+
+
+def devices(kind=""):
+    """The devices of obdsetup's, of one type or all: UUIDs, and names."""
+    rows = dmsetup("info", "-c", "--noheadings", "--separator", "|", "-o", "uuid,name").splitlines()
+    rows = [row.split("|") for row in rows if row.startswith(f"OVERLAYBD-{kind}")]
+    return dict(rows)
+
+
+def loops():
+    """The files of the loop devices."""
+    files = []
+    for path in glob.glob("/sys/block/loop*/loop/backing_file"):
+        with contextlib.suppress(OSError):
+            with open(path, encoding="utf-8") as file:
+                files.append(file.read().rstrip("\n"))
+    return sorted(files)
+
+
+def eventually(what, holds, wanted):
+    """Waits until holds() gives what is wanted."""
+    got = None
+    for _ in range(100 * SLOW):
+        got = holds()
+        if got == wanted:
+            break
+        time.sleep(0.05)
+    equal(got, wanted, what)
+
+
+def locks():
+    return sorted(os.path.basename(path) for path in glob.glob(f"{LOCKS}/.*") + glob.glob(f"{LOCKS}/{NAME}*"))
+
+
+def nothing_left(before=()):
+    eventually("devices left", devices, {})
+    eventually("loop devices left", lambda: [file for file in loops() if file not in before], [])
+    eventually("locks left", locks, [])
+
+
+def clear():
+    """After a test that failed."""
+    for _ in range(3):
+        for name in devices().values():
+            quietly("dmsetup", "remove", name)
+    for path in glob.glob(f"{LOCKS}/.OVERLAYBD-*") + glob.glob(f"{LOCKS}/{NAME}*"):
+        with contextlib.suppress(OSError):
+            os.unlink(path)
+
+
+class Layers:
+    """Files of layers, and what they make."""
+
+    def __init__(self, seed=1):
+        if not OBDSETUP:
+            raise Skip("no obdsetup")
+        self.rng = random.Random(seed)
+        self.work = tempfile.mkdtemp(prefix="obdtest-")
+        defer(shutil.rmtree, self.work)
+        defer(clear)
+        self.raws = {}
+
+    def make(self, name, wrap=image.zfile, odd=False):
+        """A layer of random content; its path."""
+        while True:
+            layer = image.lsmt(SIZE, image.random_layer(self.rng, SIZE, count=20))
+            raw = wrap(layer)
+            if not odd and len(raw) % 512:
+                # Padded, and as it was inside.
+                raw = image.tar(raw)
+            if odd == bool(len(raw) % 512):
+                break
+        path = f"{self.work}/{name}"
+        os.makedirs(os.path.dirname(path), exist_ok=True)
+        with open(f"{path}.new", "wb") as file:
+            file.write(raw)
+        os.rename(f"{path}.new", path)
+        self.raws[path] = layer
+        return path
+
+    def content(self, *paths):
+        return content(*[self.raws[path] for path in paths])
+
+
+def content(*layers):
+    """The disk that LSMT files make."""
+    whole = image.flatten([image.Lsmt(layer) for layer in layers])
+    return whole + bytes(SIZE - len(whole))
+
+
+def look(name, wanted, rounds=10):
+    verify(f"/dev/mapper/{name}", wanted, rounds=rounds)
+
+
+def below(name):
+    """The numbers of the devices right below one."""
+    rdev = os.stat(f"/dev/mapper/{name}").st_rdev
+    numbers = []
+    for path in glob.glob(f"/sys/dev/block/{os.major(rdev)}:{os.minor(rdev)}/slaves/*/dev"):
+        with open(path, encoding="ascii") as file:
+            numbers.append(file.read().strip())
+    return sorted(numbers)
+
+
+def is_there(name):
+    """Whether there is a device with that name; without udev, nodes of some stay."""
+    for path in glob.glob("/sys/block/dm-*/dm/name"):
+        with contextlib.suppress(OSError):
+            with open(path, encoding="ascii") as file:
+                if file.read().strip() == name:
+                    return True
+    return False
+
+
+@test("A + B and A + B + C: one loop device and one zfile device for each file, until the last one closes")
+def one_each():
+    layers = Layers()
+    base, mid, top = [layers.make(f"{name}.obd") for name in "abc"]
+    one, two = f"{NAME}-1", f"{NAME}-2"
+    obdsetup("open", one, base, mid)
+    obdsetup("open", two, base, mid, top)
+    equal(loops(), sorted([base, mid, top]), "loop devices")
+    equal(len(devices("LAYER-")), 3, f"zfile devices: {devices()}")
+    equal(devices("LSMT-"), {f"OVERLAYBD-LSMT-{name}": name for name in (one, two)}, "disks")
+    check(set(below(one)) < set(below(two)), f"below: {below(one)}, {below(two)}")
+    for uuid, name in devices("LAYER-").items():
+        check(len(uuid) == len("OVERLAYBD-LAYER-") + 40, f"UUID {uuid}")
+        check(name[:5] in ("a.obd", "b.obd", "c.obd") and name.endswith("-zfile") and NAME not in uuid + name,
+              f"name {name}")
+    look(one, layers.content(base, mid))
+    look(two, layers.content(base, mid, top))
+    obdsetup("close", one)
+    equal(loops(), sorted([base, mid, top]), "loop devices when one is closed")
+    look(two, layers.content(base, mid, top))
+    obdsetup("open", one, base)
+    look(one, layers.content(base))
+    obdsetup("close", two)
+    equal(loops(), [base], "loop devices when the other one is closed")
+    look(one, layers.content(base))
+    obdsetup("close", one)
+    nothing_left()
+
+
+@test("status and list tell who shares what")
+def told():
+    layers = Layers()
+    base, mid = layers.make("a.obd"), layers.make("b.obd")
+    one, two, three = [f"{NAME}-{nth}" for nth in range(3)]
+    obdsetup("open", one, base, mid)
+    obdsetup("open", two, base)
+    obdsetup("open", "--private", three, mid)
+    rows = {row["name"]: row["shared_with"] for row in json.loads(obdsetup("list", "--json")[0])}
+    equal(rows, {one: [two, three], two: [one], three: [one]}, "list: stacks with a file in common")
+    report = json.loads(obdsetup("status", "--json", one)[0])
+    equal([layer["shared_with"] for layer in report["layers"]], [[two], []], "status: stacks with a device in common")
+    equal(report["shared_with"], [two, three], "status: stacks with a file in common")
+    names = [device["name"] for device in report["devices"]]
+    equal(names, [one, *[layer["zfile"] for layer in report["layers"]]], "status: devices")
+    text = obdsetup("status", one)[0]
+    check(f"{base}  (one device with {two})\n" in text and f"{mid}\n" in text, text)
+    verbose = obdsetup("status", "--verbose", two)[0]
+    check("-zfile:" in verbose and "cache hits" in verbose, verbose)
+    obdsetup("list", "--check")
+    tree = dmsetup("ls", "--tree", "-o", "ascii,notrunc")
+    check(tree.count("a.obd-") == 2, f"dmsetup ls --tree: {tree}")
+    for name in (one, two, three):
+        obdsetup("close", name)
+    nothing_left()
+
+
+@test("--private, and other options: devices of their own, and open says so")
+def private():
+    layers = Layers()
+    base = layers.make("a.obd")
+    names = [f"{NAME}-{nth}" for nth in range(4)]
+    equal(obdsetup("open", names[0], base)[1], "", "what the first open says")
+    equal(obdsetup("open", "--private", names[1], base)[1], "", "what open --private says")
+    shared = devices("LAYER-")
+    check(f"OVERLAYBD-LAYER-{names[1]}-0" in shared and len(shared) == 2, f"devices: {shared}")
+    for name, option in ((names[2], "--zfile-opt=cache_blocks 8"), (names[3], "--buffered")):
+        said = obdsetup("open", option, name, base)[1]
+        check(said.startswith("obdsetup: note: ") and "with other options" in said, f"what open {option} says: {said!r}")
+    equal(len(devices("LAYER-")), 4, f"devices: {devices()}")
+    equal(loops(), [base] * 4, "loop devices")
+    other = f"{NAME}-other"
+    equal(obdsetup("open", "--zfile-opt", "cache_blocks", "--zfile-opt", "8", other, base)[1], "",
+          "what an open with the same options says")
+    equal(len(devices("LAYER-")), 4, "devices with the same options once more")
+    for name in (*names, other):
+        look(name, layers.content(base))
+        obdsetup("close", name)
+    nothing_left()
+
+
+@test("files that aren't compressed, with and without a part of a sector, and in a tar")
+def wrappings():
+    layers = Layers()
+    kinds = {"plain": (bytes, False), "zodd": (image.zfile, True), "tar": (lambda raw: image.tar(image.zfile(raw)), False)}
+    paths = [layers.make(f"{name}.obd", wrap, odd) for name, (wrap, odd) in kinds.items()]
+    one, two = f"{NAME}-1", f"{NAME}-2"
+    obdsetup("open", one, *paths)
+    before = (loops(), devices("LAYER-"), devices("BLOB-"))
+    equal(sorted(name.split("-")[0] for name in before[2].values()), ["plain.obd", "zodd.obd"], "blob devices")
+    equal(len(before[1]), 2, "zfile devices")
+    obdsetup("open", two, *reversed(paths))
+    equal((loops(), devices("LAYER-"), devices("BLOB-")), before, "devices with a second stack")
+    look(one, layers.content(*paths))
+    look(two, layers.content(*reversed(paths)))
+    obdsetup("close", one)
+    look(two, layers.content(*reversed(paths)))
+    obdsetup("close", two)
+    nothing_left()
+
+
+@test("the same layer twice in one stack")
+def twice():
+    layers = Layers()
+    base, mid = layers.make("a.obd"), layers.make("b.obd")
+    obdsetup("open", "--ignore-identity", NAME, base, mid, base)
+    equal(loops(), sorted([base, mid]), "loop devices")
+    look(NAME, layers.content(base, mid, base))
+    obdsetup("status", NAME)
+    obdsetup("close", NAME)
+    nothing_left()
+
+
+@test("the file counts, not its name: links, another file of that name, one that was deleted or changed")
+def names_mean_nothing():
+    layers = Layers()
+    base = layers.make("here/a.obd")
+    os.makedirs(f"{layers.work}/there")
+    os.symlink(base, f"{layers.work}/there/link.obd")
+    os.link(base, f"{layers.work}/there/hard.obd")
+    names = [f"{NAME}-{nth}" for nth in range(3)]
+    for name, path in zip(names, (base, f"{layers.work}/there/link.obd", f"{layers.work}/there/hard.obd")):
+        obdsetup("open", name, path)
+    equal(len(loops()), 1, f"loop devices: {loops()}")
+    first = layers.content(base)
+    # Another directory, the same name.
+    same = layers.make("there/a.obd")
+    obdsetup("open", f"{NAME}-same", same)
+    equal(len(loops()), 2, f"loop devices: {loops()}")
+    # Another file in its place.
+    layers.make("here/a.obd")
+    obdsetup("open", f"{NAME}-new", base)
+    equal(len(loops()), 3, f"loop devices: {loops()}")
+    for name in names:
+        look(name, first)
+    look(f"{NAME}-same", layers.content(same))
+    look(f"{NAME}-new", layers.content(base))
+    os.unlink(base)
+    look(f"{NAME}-new", layers.content(base))
+    newest = layers.make("here/a.obd")
+    obdsetup("open", f"{NAME}-newest", newest)
+    look(f"{NAME}-newest", layers.content(newest))
+    # Changed in its place: what was read before isn't what it has, so the device isn't used.
+    before = len(loops())
+    with open(newest, "r+b") as file:
+        byte = file.read(1)
+        file.seek(0)
+        file.write(byte)
+        os.fsync(file.fileno())
+    obdsetup("open", f"{NAME}-changed", newest)
+    equal(len(loops()), before + 1, "loop devices with a file that was written to")
+    for name in (*names, f"{NAME}-same", f"{NAME}-new", f"{NAME}-newest", f"{NAME}-changed"):
+        obdsetup("close", name)
+    nothing_left()
+
+
+@test("block devices: one zfile device for each, and another one for another length")
+def block_devices():
+    layers = Layers()
+    path = layers.make("a.obd", odd=True)
+    size = os.path.getsize(path)
+    with open(path, "rb") as file:
+        raw = file.read()
+    loop = dm.Loop(raw + bytes(-len(raw) % 4096 + 4096))
+    one, two = f"{NAME}-1", f"{NAME}-2"
+    node = loop.path
+    before = loops()
+    for name in (one, two):
+        obdsetup("open", name, f"{node}:size={size}")
+        look(name, layers.content(path))
+    equal(len(devices("LAYER-")), 1, f"zfile devices: {devices()}")
+    equal(loops(), before, "loop devices")
+    equal([layer["file"] for layer in json.loads(obdsetup("status", "--json", two)[0])["layers"]][0][:1], "/", "file")
+    for name in (one, two):
+        obdsetup("close", name)
+    nothing_left(before)
+
+
+@test("close --deferred: layers stay as long as anybody uses them, and go with the last one")
+def deferred():
+    layers = Layers()
+    base, mid = layers.make("a.obd"), layers.make("b.obd")
+    one, two = f"{NAME}-1", f"{NAME}-2"
+    for first in (one, two):
+        obdsetup("open", one, base, mid)
+        disk = Disk(f"/dev/mapper/{one}")
+        obdsetup("close", one, status=5)
+        obdsetup("close", "--deferred", one)
+        obdsetup("open", two, base)
+        equal(loops(), sorted([base, mid]), "loop devices")
+        if first == one:
+            disk.close()
+            eventually("loop devices when the first has gone", loops, [base])
+            look(two, layers.content(base))
+            obdsetup("close", two)
+        else:
+            look(two, layers.content(base))
+            obdsetup("close", two)
+            same_bytes(disk.whole(), layers.content(base, mid), "content")
+            disk.close()
+        nothing_left()
+
+
+@test("what a kill has left: list tells, open uses it, and any close removes it")
+def left():
+    layers = Layers()
+    base, mid, other = [layers.make(f"{name}.obd") for name in "abc"]
+    obdsetup("open", f"{NAME}-1", base, mid)
+    dmsetup("remove", f"{NAME}-1")
+    equal(len(devices("LAYER-")), 2, "devices left")
+    said = obdsetup("list")[1]
+    check("no stack uses a.obd-" in said and "next close" in said, f"list: {said!r}")
+    before = devices("LAYER-")
+    obdsetup("open", f"{NAME}-2", base)
+    equal(devices("LAYER-"), before, "devices with an open that uses one")
+    look(f"{NAME}-2", layers.content(base))
+    obdsetup("open", f"{NAME}-3", other)
+    obdsetup("close", f"{NAME}-3")
+    eventually("loop devices", loops, [base])
+    obdsetup("close", f"{NAME}-2")
+    nothing_left()
+
+
+@test("half a shared device: open removes it, and makes a whole one")
+def half_built():
+    layers = Layers()
+    base = layers.make("a.obd")
+    obdsetup("open", NAME, base)
+    (uuid, name), = devices("LAYER-").items()
+    obdsetup("close", NAME)
+    dmsetup("create", name, "--notable", "--uuid", uuid)
+    obdsetup("open", NAME, base)
+    look(NAME, layers.content(base))
+    obdsetup("close", NAME)
+    nothing_left()
+
+
+@test("a shared device that is suspended, of another size, or over another file is not used")
+def not_used():
+    layers = Layers()
+    base, other = layers.make("a.obd"), f"{layers.work}/other"
+    with open(other, "wb") as file:
+        file.truncate(1 << 20)
+    one, two = f"{NAME}-1", f"{NAME}-2"
+    obdsetup("open", one, base)
+    (uuid, name), = devices("LAYER-").items()
+    dmsetup("suspend", name)
+    try:
+        said = obdsetup("open", two, base, status=5)[1]
+    finally:
+        dmsetup("resume", name)
+    check(f"dmsetup resume {name}" in said, f"suspended: {said}")
+    table = dmsetup("table", name).split()
+    obdsetup("close", one)
+    loop = subprocess.check_output(["losetup", "--find", "--show", "--read-only", other], text=True).strip()
+    defer(quietly, "losetup", "--detach", loop)
+    for sectors, what in ((table[1], "another file"), ("8", "sectors")):
+        dmsetup("create", name, "--readonly", "--uuid", uuid, "--table", f"0 {sectors} linear {loop} 0")
+        said = obdsetup("open", two, base, status=5)[1]
+        dmsetup("remove", name)
+        check(what in said and "--private" in said, f"by hand: {said}")
+    obdsetup("open", two, base)
+    look(two, layers.content(base))
+    obdsetup("close", two)
+    quietly("losetup", "--detach", loop)
+    nothing_left()
+
+
+def zfile(name):
+    """Counters of the device of a stack's only layer, and the mode of its cache."""
+    device = json.loads(obdsetup("status", "--json", name)[0])["layers"][0]["zfile"]
+    fields = dmsetup("status", "--noflush", device).split()[3:]
+    if len(fields) < 13:
+        raise Skip("the module has no message that switches caches")
+    return device, {"reads": int(fields[5]), "decompressed": int(fields[7])}, fields[12]
+
+
+@test("the cache: from the second stack on, what one has read costs the others nothing, until it is alone again")
+def cache():
+    layers = Layers()
+    base = layers.make("a.obd")
+    one, two, three = [f"{NAME}-{nth}" for nth in range(3)]
+    wanted = layers.content(base)
+    obdsetup("open", one, base)
+    device, _, mode = zfile(one)
+    equal(mode, "parts", "mode of one stack")
+    obdsetup("open", two, base)
+    equal(zfile(one)[2], "all", "mode of two")
+    equal([layer["cache"] for layer in json.loads(obdsetup("status", "--json", two)[0])["layers"]], ["all"], "status")
+
+    def read(name):
+        disk = Disk(f"/dev/mapper/{name}")
+        same_bytes(disk.whole(), wanted, f"content of {name}")
+        disk.close()
+
+    read(one)
+    before = zfile(one)[1]
+    read(two)
+    equal(zfile(one)[1], before, "what the second read has cost below")
+    obdsetup("open", three, base)
+    obdsetup("close", one)
+    equal(zfile(two)[2], "all", "mode when two of three are left")
+    obdsetup("close", three)
+    equal(zfile(two)[2], "parts", "mode when one is left")
+    # What somebody has set by hand stays.
+    for mode in ("none", "all"):
+        dmsetup("message", device, "0", "cache", mode)
+        obdsetup("open", one, base)
+        equal(zfile(one)[2], mode, f"mode {mode} by hand, when the second comes")
+        obdsetup("close", one)
+        equal(zfile(two)[2], mode, f"mode {mode} by hand, when it is alone again")
+    dmsetup("message", device, "0", "cache", "auto")
+    obdsetup("open", one, base)
+    dmsetup("message", device, "0", "cache", "parts")
+    obdsetup("open", three, base)
+    equal(zfile(one)[2], "parts", "mode by hand, when the third comes")
+    for name in (one, two, three):
+        obdsetup("close", name)
+    for name in (one, two):
+        obdsetup("open", "--zfile-opt", "cache_all", name, base)
+    obdsetup("close", one)
+    equal(zfile(two)[2], "all", "mode of the option")
+    obdsetup("close", two)
+    nothing_left()
+
+
+@test("the module is unloaded between opens, and while they run")
+def unloaded():
+    layers = Layers()
+    base, mid = layers.make("a.obd"), layers.make("b.obd")
+    path = module_file()
+    defer(lambda: os.path.exists(MODULE) or subprocess.run(["insmod", path], check=True))
+    wanted = layers.content(base, mid)
+    opened = 0
+    for nth in range(4):
+        children = [subprocess.Popen([OBDSETUP, "open", f"{NAME}-{nth}", base, mid], stdout=subprocess.DEVNULL,
+                                     stderr=subprocess.PIPE, text=True) for nth in range(4)]
+        if nth % 2:
+            children[0].wait()
+        time.sleep(nth * 0.05)
+        while any(child.poll() is None for child in children):
+            quietly("rmmod", "dm_overlaybd")
+            time.sleep(0.1)
+        for nth, child in enumerate(children):
+            said = child.communicate()[1]
+            check(child.returncode in (0, 4), f"status {child.returncode}: {said}")
+            if child.returncode == 0:
+                opened += 1
+                look(f"{NAME}-{nth}", wanted, rounds=3)
+                obdsetup("close", f"{NAME}-{nth}")
+            else:
+                check("modprobe dm_overlaybd" in said or "dmesg" in said, f"open without the module: {said}")
+        nothing_left()
+        if not os.path.exists(MODULE):
+            subprocess.run(["insmod", path], check=True)
+    note(f"{opened} of 16 opens came through")
+    obdsetup("open", NAME, base, mid)
+    check(quietly("rmmod", "dm_overlaybd") != 0, "the module goes while a stack is open")
+    look(NAME, wanted)
+    obdsetup("close", NAME)
+    nothing_left()
+
+
+class User(threading.Thread):
+    """Opens a stack again and again, of common layers and one of its own, reads, and closes it; is killed at times."""
+
+    def __init__(self, nth, common, layers, end):
+        super().__init__()
+        self.name_, self.end = f"{NAME}-user{nth}", end
+        self.rng = random.Random(f"{SEED} {nth}")
+        self.common, self.layers = common, layers
+        self.path = f"{layers.work}/own{nth}/top.obd"
+        os.makedirs(os.path.dirname(self.path))
+        self.done, self.kills, self.errors = 0, 0, []
+
+    def _write(self):
+        """Another file under the same name."""
+        layer = image.lsmt(SIZE, image.random_layer(self.rng, SIZE, count=5))
+        raw = image.zfile(layer)
+        with open(f"{self.path}.new", "wb") as file:
+            file.write(raw)
+        os.rename(f"{self.path}.new", self.path)
+        return layer
+
+    def _run(self, *args, kill=False):
+        child = subprocess.Popen([OBDSETUP, *args], stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
+                                 stderr=subprocess.PIPE, text=True)
+        if kill:
+            time.sleep(self.rng.random() * 0.3 * SLOW)
+            child.kill()
+        said = child.communicate()[1]
+        if child.returncode == -signal.SIGKILL:
+            self.kills += 1
+        return child.returncode, said
+
+    def _open(self, *paths):
+        """Opens the stack, whatever is left of it."""
+        while True:
+            # Looking at what all the others have open would take most of the time.
+            status, said = self._run("open", "--allow-in-use", self.name_, *paths, kill=self.rng.random() < 0.2)
+            if status == 0:
+                return
+            if status == 5 and f"device {self.name_} exists already" in said:
+                # One that was killed too late.
+                self._close()
+            elif status != -signal.SIGKILL:
+                raise Failure(f"open {self.name_}: status {status}: {said}")
+
+    def _close(self):
+        status, said = self._run("close", self.name_, kill=self.rng.random() < 0.2)
+        while status == -signal.SIGKILL:
+            status, said = self._run("close", self.name_)
+        check(status == 0 or status == 4 and "no stack" in said, f"close {self.name_}: status {status}: {said}")
+
+    def run(self):
+        try:
+            while not self.done or time.monotonic() < self.end:
+                common = self.rng.sample(sorted(self.common), self.rng.randint(1, len(self.common)))
+                layers = [self.common[path] for path in common] + [self._write()]
+                self._open(*common, self.path)
+                if self.rng.random() < 0.3:
+                    os.unlink(self.path)
+                wanted = content(*layers)
+                disk = Disk(f"/dev/mapper/{self.name_}")
+                try:
+                    verify_random(disk, wanted, self.rng, 8)
+                    if self.rng.random() < 0.2:
+                        status, said = self._run("close", "--deferred", self.name_)
+                        equal(status, 0, f"close --deferred: {said}")
+                        verify_random(disk, wanted, self.rng, 4)
+                finally:
+                    disk.close()
+                for _ in range(100 * SLOW):
+                    if not is_there(self.name_):
+                        break
+                    self._close()
+                self.done += 1
+        except (Failure, OSError) as error:
+            self.errors.append(error)
+
+
+@test("a storm: 50 at once open, read, close, are killed, and have their files replaced", timeout=600 + 20 * SECONDS)
+def storm():
+    note(f"OBD_SEED={SEED}")
+    layers = Layers(SEED)
+    common = {}
+    for name, wrap in (("a", image.zfile), ("b", image.zfile), ("c", bytes), ("d", image.zfile)):
+        path = layers.make(f"{name}.obd", wrap, odd=name in "b")
+        common[path] = layers.raws[path]
+    # One that has all of them, all the time; and a device that was made by hand, over one of the files.
+    keeper = f"{NAME}-keeper"
+    obdsetup("open", keeper, *common)
+    loop = subprocess.check_output(["losetup", "--find", "--show", "--read-only", sorted(common)[0]], text=True).strip()
+    defer(quietly, "losetup", "--detach", loop)
+    hand = dm.create(dm.line(0, 8, "linear", loop, 0))
+    kept = {uuid: name for uuid, name in devices().items()}
+    end = time.monotonic() + SECONDS * SLOW
+    users = [User(nth, common, layers, end) for nth in range(STORM)]
+    for user in users:
+        user.start()
+    wanted = content(*common.values())
+    rounds = 0
+    while any(user.is_alive() for user in users):
+        look(keeper, wanted, rounds=3)
+        rounds += 1
+        time.sleep(0.2)
+    for user in users:
+        user.join()
+    errors = [error for user in users for error in user.errors]
+    done, kills = sum(user.done for user in users), sum(user.kills for user in users)
+    note(f"{done} times opened and closed, {kills} kills, {rounds} looks at the one that stays")
+    check(not errors, f"{len(errors)} errors, the first: {errors[:1]}")
+    check(done >= STORM and kills, f"{done} stacks, {kills} kills")
+    now = devices()
+    check(all(now.get(uuid) == name for uuid, name in kept.items()), f"devices: {now}, before {kept}")
+    check(hand.exists(), "the device that was made by hand is there")
+    look(keeper, wanted)
+    hand.remove()
+    quietly("losetup", "--detach", loop)
+    obdsetup("close", keeper)
+    # Names of stacks that were killed have locks.
+    for user in users:
+        quietly(OBDSETUP, "close", user.name_)
+    nothing_left()
+
+
+if __name__ == "__main__":
+    main()

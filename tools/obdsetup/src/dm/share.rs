@@ -1,0 +1,587 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! Devices of layers that several stacks use: which layer a device is of, and holding it.
+//!
+//! A shared device belongs to a layer's file or block device, not to a stack. Its UUID is
+//! `OVERLAYBD-<type>-<digits>`: 32 hexadecimal digits for the very file, its times, and its first and
+//! last bytes, then 8 for the options that the device was made with. So opens that ask for other
+//! options get another device. The name is for people, and means nothing.
+//!
+//! Nothing counts users but device-mapper. Before a table names a shared device, the device is held
+//! open: one that is open cannot be removed, and its number cannot become that of another.
+
+use std::collections::BTreeSet;
+use std::fs::{self, File};
+use std::io::ErrorKind;
+use std::os::unix::fs::MetadataExt;
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, Result};
+use overlaybd::format::Blob;
+use overlaybd::Payload;
+use rustix::io::{Errno, FdFlags};
+use sha2::{Digest, Sha256};
+
+use super::backing;
+use super::control::{Control, State};
+use super::lock::{self, Lock};
+use super::plan::{Place, UUID_PREFIX};
+use crate::exit::{self, Failure};
+
+/// Hexadecimal digits in a UUID for the layer, and for the options.
+const LAYER_DIGITS: usize = 32;
+const OPTION_DIGITS: usize = 8;
+/// Those in a name, of both.
+const NAME_DIGITS: (usize, usize) = (12, 4);
+/// Longest part of a file's name in a device's name.
+const LABEL: usize = 40;
+/// Bytes at the begin and at the end of a blob that are a part of what it is known by: headers and
+/// trailers, which have the checksum of an index.
+const BEGIN: u64 = 4 << 10;
+const END: u64 = 16 << 10;
+/// The place of the mode of the cache in the status of `zfile`.
+const CACHE_MODE: usize = 12;
+/// What the names of files begin with that tell who has set a mode.
+const MARK: &str = ".cache-";
+/// Where the kernel shows devices by their numbers.
+const SYS: &str = "/sys/dev/block";
+
+/// What a shared device is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub(crate) enum Kind {
+    /// A decompressed layer.
+    Zfile,
+    /// The file of a layer.
+    Blob,
+}
+
+impl Kind {
+    fn uuid_type(self) -> &'static str {
+        match self {
+            Self::Zfile => "LAYER-",
+            Self::Blob => "BLOB-",
+        }
+    }
+
+    fn suffix(self) -> &'static str {
+        match self {
+            Self::Zfile => "zfile",
+            Self::Blob => "blob",
+        }
+    }
+}
+
+/// The file or block device of a layer.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct Identity {
+    /// A part of its name.
+    label: String,
+    digits: String,
+    /// The options of its loop device.
+    loop_options: &'static str,
+    /// What the kernel knows it by.
+    pub(crate) source: Source,
+}
+
+/// What the kernel knows a file or a block device by.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Source {
+    /// The file system's number and the inode.
+    File { dev: u64, ino: u64 },
+    /// The number of a block device.
+    Device { rdev: u64 },
+}
+
+impl Identity {
+    /// Returns what the file or device of `payload` is known by.
+    pub(crate) fn of(payload: &Payload, place: Place, buffered: bool) -> Result<Self> {
+        let blob = payload.file();
+        let path = blob.path();
+        let meta = blob.file().metadata();
+        let meta = meta.with_context(|| path.display().to_string())?;
+        let mut hash = Sha256::new();
+        let mut add = |text: String| {
+            hash.update(text.len().to_le_bytes());
+            hash.update(text);
+        };
+        let source = match place {
+            Place::File => {
+                add(format!(
+                    "file {} {} {} {}.{} {}.{}",
+                    meta.dev(),
+                    meta.ino(),
+                    meta.size(),
+                    meta.mtime(),
+                    meta.mtime_nsec(),
+                    meta.ctime(),
+                    meta.ctime_nsec()
+                ));
+                Source::File {
+                    dev: meta.dev(),
+                    ino: meta.ino(),
+                }
+            }
+            Place::WholeDevice | Place::PartOfDevice => {
+                let rdev = meta.rdev();
+                // Each disk has a number of its own there, also one that gets the number of another.
+                let disk = system(&number_of(rdev)).join("diskseq");
+                let disk = fs::read_to_string(disk).unwrap_or_default();
+                add(format!("device {rdev} {} {place:?}", disk.trim_end()));
+                Source::Device { rdev }
+            }
+        };
+        let size = blob.size();
+        add(size.to_string());
+        for (start, len) in [(0, BEGIN), (size.saturating_sub(END), END)] {
+            let len = usize::try_from(len.min(size - start))?;
+            let mut bytes = vec![0; len];
+            blob.read_at(start, &mut bytes)?;
+            hash.update(bytes);
+        }
+        Ok(Self {
+            label: label(path),
+            digits: hex(&hash.finalize(), LAYER_DIGITS),
+            loop_options: match (source, buffered) {
+                (Source::File { .. }, false) => "direct",
+                _ => "",
+            },
+            source,
+        })
+    }
+
+    /// Returns name and UUID of the device of this layer with `options` for its target.
+    pub(crate) fn device(&self, kind: Kind, options: &[String]) -> (String, String) {
+        let words: Vec<&str> = options.iter().flat_map(|o| o.split_whitespace()).collect();
+        let text = format!("{} {}", self.loop_options, words.join(" "));
+        let options = hex(&Sha256::digest(text), OPTION_DIGITS);
+        let part = |text: &str, len| text.chars().take(len).collect::<String>();
+        let (layer, short) = NAME_DIGITS;
+        (
+            format!(
+                "{}-{}{}-{}",
+                self.label,
+                part(&self.digits, layer),
+                part(&options, short),
+                kind.suffix()
+            ),
+            format!("{UUID_PREFIX}{}{}{options}", kind.uuid_type(), self.digits),
+        )
+    }
+}
+
+/// Returns the last part of a file's name, as far as a device may be called so.
+fn label(path: &Path) -> String {
+    let name = path.file_name().unwrap_or_default().to_string_lossy();
+    let plain = |c: char| match c.is_ascii_alphanumeric() || "#+-.:=@_".contains(c) {
+        true => c,
+        false => '_',
+    };
+    let name: String = name.chars().map(plain).take(LABEL).collect();
+    match name.strip_prefix(['.', '-']) {
+        Some(rest) => format!("_{rest}"),
+        None if name.is_empty() => "layer".to_owned(),
+        None => name,
+    }
+}
+
+fn hex(bytes: &[u8], digits: usize) -> String {
+    let halves = bytes.iter().flat_map(|byte| [byte >> 4, byte & 15]);
+    let all = halves.filter_map(|half| char::from_digit(half.into(), 16));
+    all.take(digits).collect()
+}
+
+/// Returns what kind of shared device has `uuid`, and the digits of its layer; nothing for others.
+pub(crate) fn parse(uuid: &str) -> Option<(Kind, &str)> {
+    let rest = uuid.strip_prefix(UUID_PREFIX)?;
+    let kinds = [Kind::Zfile, Kind::Blob].into_iter();
+    let (kind, digits) = kinds
+        .filter_map(|kind| Some((kind, rest.strip_prefix(kind.uuid_type())?)))
+        .next()?;
+    let is_digit = |c: char| c.is_ascii_digit() || ('a'..='f').contains(&c);
+    let right = digits.len() == LAYER_DIGITS + OPTION_DIGITS && digits.chars().all(is_digit);
+    Some((kind, digits.get(..LAYER_DIGITS)?)).filter(|_| right)
+}
+
+/// Whether `uuid` is that of a shared device.
+pub(crate) fn is_shared(uuid: &str) -> bool {
+    parse(uuid).is_some()
+}
+
+/// Returns the name of a device that is of the same layer as the one with `uuid`, with other options.
+pub(crate) fn with_other_options<'a>(all: &'a [State], uuid: &str) -> Option<&'a str> {
+    let wanted = parse(uuid)?;
+    let other = |state: &&State| parse(&state.uuid) == Some(wanted) && state.uuid != uuid;
+    all.iter().find(other).map(|state| state.name.as_str())
+}
+
+/// Takes the lock for the shared device with `uuid`. The one who holds it is the only one to make the
+/// device, or to take it for what a kill has left.
+pub(crate) fn lock_device(uuid: &str) -> Result<Lock> {
+    Lock::take(&format!(".{uuid}"))
+}
+
+/// [`lock_device`], or nothing where another holds it.
+pub(crate) fn try_lock(uuid: &str) -> Option<Lock> {
+    Lock::try_to_take(&format!(".{uuid}"))
+}
+
+/// A shared device that is held open.
+#[derive(Debug)]
+pub(crate) struct Hold {
+    /// `MAJOR:MINOR`.
+    pub(crate) number: String,
+    _file: File,
+}
+
+/// What trying to hold a device led to.
+#[derive(Debug)]
+pub(crate) enum Attempt {
+    Held(Hold),
+    /// It is there without its table.
+    Unfinished,
+    /// Reads of it wait, as those of one that is just being made.
+    Suspended,
+    /// It is not there.
+    Gone,
+}
+
+/// Holds the device that `state` tells of, which is to have `sectors`.
+pub(crate) fn hold(state: &State, sectors: u64) -> Result<Attempt> {
+    // Without a table, a device has neither node nor directory.
+    if !state.live {
+        return Ok(Attempt::Unfinished);
+    }
+    let Some(file) = open(state)? else {
+        return Ok(Attempt::Gone);
+    };
+    // Only now it is sure what has this number.
+    let system = system(&state.number);
+    let text = |name: &str| fs::read_to_string(system.join(name)).unwrap_or_default();
+    if text("dm/uuid").trim_end() != state.uuid {
+        return Ok(Attempt::Gone);
+    }
+    let size = text("size").trim_end().parse::<u64>().unwrap_or(0);
+    if size == 0 {
+        return Ok(Attempt::Unfinished);
+    }
+    let name = &state.name;
+    if size != sectors {
+        let message = format!(
+            "device {name} has {size} sectors, and the layer that it is of has {sectors}: open with \
+             --private"
+        );
+        return Err(Failure::error(exit::BUSY, message));
+    }
+    if text("dm/suspended").trim_end() == "1" {
+        return Ok(Attempt::Suspended);
+    }
+    // Programs that are started from now on hold it, too.
+    rustix::io::fcntl_setfd(&file, FdFlags::empty())?;
+    Ok(Attempt::Held(Hold {
+        number: state.number.clone(),
+        _file: file,
+    }))
+}
+
+/// The error where device `name` is suspended, and nobody is about to change that.
+pub(crate) fn suspended(name: &str) -> anyhow::Error {
+    let message = format!(
+        "device {name}, which other stacks use, is suspended: run `dmsetup resume {name}', or open \
+         with --private"
+    );
+    Failure::error(exit::BUSY, message)
+}
+
+/// Opens a device by its number; nothing where it is gone.
+fn open(state: &State) -> Result<Option<File>> {
+    let Some((_, minor)) = state.number.split_once(':') else {
+        return Ok(None);
+    };
+    let by_number = PathBuf::from(format!("/dev/dm-{minor}"));
+    let mut paths = vec![by_number.clone(), super::node(&state.name)];
+    for _ in 0..2 {
+        for path in &paths {
+            let file = match File::open(path) {
+                Err(error) if error.kind() == ErrorKind::NotFound => continue,
+                Err(error) if is_gone(&error) => return Ok(None),
+                opened => opened.with_context(|| path.display().to_string())?,
+            };
+            let meta = file.metadata()?;
+            if number_of(meta.rdev()) == state.number {
+                return Ok(Some(file));
+            }
+        }
+        if !system(&state.number).exists() {
+            return Ok(None);
+        }
+        // As in a container whose /dev nobody fills.
+        backing::make_block_node(&by_number, &state.number)?;
+        paths.truncate(1);
+    }
+    Ok(None)
+}
+
+fn is_gone(error: &std::io::Error) -> bool {
+    let errno = error.raw_os_error().map(Errno::from_raw_os_error);
+    matches!(errno, Some(Errno::NXIO | Errno::NODEV))
+}
+
+fn number_of(rdev: u64) -> String {
+    format!("{}:{}", rustix::fs::major(rdev), rustix::fs::minor(rdev))
+}
+
+fn system(number: &str) -> PathBuf {
+    Path::new(SYS).join(number)
+}
+
+/// Returns the numbers of the devices in a directory of links to devices.
+fn numbers_in(directory: &Path) -> BTreeSet<String> {
+    let entries = fs::read_dir(directory).into_iter().flatten().flatten();
+    entries
+        .filter_map(|entry| fs::read_to_string(entry.path().join("dev")).ok())
+        .map(|text| text.trim_end().to_owned())
+        .collect()
+}
+
+/// Returns the numbers of the mapped devices whose tables name device `number`.
+pub(crate) fn users(number: &str) -> BTreeSet<String> {
+    numbers_in(&system(number).join("holders"))
+}
+
+/// Returns the numbers of all devices below device `number`.
+pub(crate) fn below(number: &str) -> BTreeSet<String> {
+    let mut found = BTreeSet::new();
+    let mut next = vec![number.to_owned()];
+    while let Some(number) = next.pop() {
+        for lower in numbers_in(&system(&number).join("slaves")) {
+            if found.insert(lower.clone()) {
+                next.push(lower);
+            }
+        }
+    }
+    found
+}
+
+/// Checks that the devices with the numbers `held` are over what they should be over.
+pub(crate) fn verify(held: &[(&str, &str, Source)]) -> Result<()> {
+    if held.is_empty() {
+        return Ok(());
+    }
+    let loops = backing::loop_files();
+    for &(name, number, source) in held {
+        let below = below(number);
+        let right = match source {
+            Source::Device { rdev } => below.contains(&number_of(rdev)),
+            // Without losetup there is the UUID alone, which is made of the same.
+            Source::File { dev, ino } => loops.as_ref().is_none_or(|loops| {
+                let files = below.iter().filter_map(|number| loops.get(number));
+                files.into_iter().any(|file| *file == (dev, ino))
+            }),
+        };
+        if !right {
+            let message = format!(
+                "device {name} has the UUID of a layer, and is over another file or device: open with \
+                 --private"
+            );
+            return Err(Failure::error(exit::BUSY, message));
+        }
+    }
+    Ok(())
+}
+
+/// What tells that the mode of the cache of the device with `uuid` was set here, and by nobody else.
+fn mark(uuid: &str) -> PathBuf {
+    lock::place().join(format!("{MARK}{uuid}"))
+}
+
+/// Forgets what was known of the cache of a device that is new.
+pub(crate) fn forget_cache(uuid: &str) {
+    let _ = fs::remove_file(mark(uuid));
+}
+
+/// Sets how the caches of the shared devices with the numbers `numbers` are used: those that several
+/// tables name keep all blocks, since what one stack has read others get from there; others keep what
+/// the page caches above don't, as their tables say. Where somebody else has set the mode, it stays.
+pub(crate) fn set_caches(control: &Control, numbers: &BTreeSet<String>) -> Result<()> {
+    let of = |state: &State| {
+        let is_zfile = parse(&state.uuid).is_some_and(|(kind, _)| kind == Kind::Zfile);
+        is_zfile && numbers.contains(&state.number)
+    };
+    let wanted = |state: &State| {
+        let shared = users(&state.number).len() > 1;
+        (shared != mark(&state.uuid).exists()).then_some(shared)
+    };
+    if numbers.is_empty() {
+        return Ok(());
+    }
+    let states = control.states()?;
+    for state in states.iter().filter(|state| of(state)) {
+        if wanted(state).is_none() {
+            continue;
+        }
+        let _lock = lock_device(&state.uuid)?;
+        // A module that is older than the message doesn't tell.
+        let Some(mode) = control.status_word(&state.name, CACHE_MODE) else {
+            continue;
+        };
+        let message = match (wanted(state), mode.as_str()) {
+            (Some(true), "parts") => match File::create(mark(&state.uuid)) {
+                Ok(_) => "cache all",
+                Err(_) => continue,
+            },
+            (Some(false), mode) => {
+                forget_cache(&state.uuid);
+                match mode {
+                    "all" => "cache auto",
+                    _ => continue,
+                }
+            }
+            _ => continue,
+        };
+        if let Err(error) = control.run(&["message", &state.name, "0", message]) {
+            forget_cache(&state.uuid);
+            // It may just have been removed.
+            if system(&state.number).exists() {
+                crate::tell(&format!("warning: {}", crate::message(&error)));
+            }
+        }
+    }
+    Ok(())
+}
+
+/// Removes the locks that kills have left, and what was known of devices that are gone.
+pub(crate) fn clear_left(control: &Control) -> Result<()> {
+    Lock::clear_left(&format!(".{UUID_PREFIX}"));
+    let marks: Vec<PathBuf> = fs::read_dir(lock::place())
+        .into_iter()
+        .flatten()
+        .flatten()
+        .map(|entry| entry.path())
+        .filter(|path| marked(path).is_some())
+        .collect();
+    if marks.is_empty() {
+        return Ok(());
+    }
+    let all = control.states()?;
+    for path in marks {
+        if !all.iter().any(|state| marked(&path) == Some(&state.uuid)) {
+            let _ = fs::remove_file(path);
+        }
+    }
+    Ok(())
+}
+
+/// Returns the UUID of the device that the file `path` tells of.
+fn marked(path: &Path) -> Option<&str> {
+    path.file_name()?.to_str()?.strip_prefix(MARK)
+}
+
+/// Returns the names of the shared devices that no table names and nobody has open, the upper ones
+/// first, and their locks: what a kill has left. `all` are the devices.
+pub(crate) fn left(all: &[State]) -> (Vec<String>, Vec<Lock>) {
+    let mut names = Vec::new();
+    let mut locks = Vec::new();
+    let mut gone = BTreeSet::new();
+    for wanted in [Kind::Zfile, Kind::Blob] {
+        for state in all {
+            if parse(&state.uuid).is_none_or(|(kind, _)| kind != wanted) {
+                continue;
+            }
+            let users = users(&state.number);
+            let idle = match users.is_empty() {
+                true => state.open_count == 0,
+                false => users.is_subset(&gone),
+            };
+            if !idle {
+                continue;
+            }
+            // Another may just be making it.
+            if let Some(lock) = try_lock(&state.uuid) {
+                gone.insert(state.number.clone());
+                names.push(state.name.clone());
+                locks.push(lock);
+            }
+        }
+    }
+    (names, locks)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn identity(digits: char) -> Identity {
+        Identity {
+            label: "base.obd".to_owned(),
+            digits: std::iter::repeat_n(digits, LAYER_DIGITS).collect(),
+            loop_options: "direct",
+            source: Source::Device { rdev: 0 },
+        }
+    }
+
+    #[test]
+    fn names_and_uuids() {
+        let options = |words: &[&str]| {
+            words
+                .iter()
+                .map(|&word| word.to_owned())
+                .collect::<Vec<_>>()
+        };
+        let (name, uuid) = identity('a').device(Kind::Zfile, &[]);
+        assert_eq!(parse(&uuid), Some((Kind::Zfile, &*"a".repeat(32))));
+        assert!(
+            name.starts_with("base.obd-aaaaaaaaaaaa") && name.ends_with("-zfile"),
+            "{name}"
+        );
+        assert!(crate::dm::plan::check_name(&name).is_ok());
+        // Words count, not how they were given.
+        let (_, one) = identity('a').device(Kind::Zfile, &options(&["cache_blocks 64"]));
+        let (_, two) = identity('a').device(Kind::Zfile, &options(&["cache_blocks", "64"]));
+        assert_eq!(one, two);
+        assert_ne!(one, uuid);
+        let (_, blob) = identity('a').device(Kind::Blob, &[]);
+        assert!(blob != uuid && is_shared(&blob));
+        let state = |uuid: &str| State {
+            name: uuid.to_owned(),
+            uuid: uuid.to_owned(),
+            ..State::default()
+        };
+        let all = [state(&blob), state(&uuid), state(&one)];
+        assert_eq!(with_other_options(&all, &one), Some(&*uuid));
+        assert_eq!(with_other_options(&all[..2], &uuid), None);
+        let (_, other) = identity('b').device(Kind::Zfile, &[]);
+        assert_eq!(with_other_options(&all, &other), None);
+    }
+
+    #[test]
+    fn other_uuids() {
+        let digits = "0123456789abcdef0123456789abcdef01234567";
+        assert!(is_shared(&format!("OVERLAYBD-BLOB-{digits}")));
+        for uuid in [
+            "",
+            "OVERLAYBD-LAYER-base",
+            "OVERLAYBD-LAYER-app-0",
+            "OVERLAYBD-LSMT-0123456789abcdef0123456789abcdef01234567",
+            "OVERLAYBD-LAYER-0123456789ABCDEF0123456789ABCDEF01234567",
+            "OVERLAYBD-LAYER-0123456789abcdef0123456789abcdef0123456",
+            "OVERLAYBD-LAYER-0123456789abcdef0123456789abcdef0123456\u{e9}",
+        ] {
+            assert!(!is_shared(uuid), "{uuid}");
+        }
+    }
+
+    #[test]
+    fn labels() {
+        for (path, wanted) in [
+            ("/srv/base.obd", "base.obd"),
+            ("/srv/.hidden", "_hidden"),
+            ("/srv/-x", "_x"),
+            ("/srv/a b;c,\\\u{e9}", "a_b_c___"),
+            ("/", "layer"),
+        ] {
+            assert_eq!(label(Path::new(path)), wanted);
+        }
+        let long = format!("/{}", "x".repeat(300));
+        assert_eq!(label(Path::new(&long)).len(), LABEL);
+    }
+}
