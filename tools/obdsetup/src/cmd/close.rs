@@ -66,21 +66,21 @@ pub(crate) fn run(args: &Args) -> Result<()> {
         }
     }
     let shared = stack.shared(&all);
-    let (left, locks) = share::left(&all);
+    let left = share::left(&all);
     let mut names = match (stack.top(), args.deferred) {
         // All go when nobody has them open, whoever is the last one.
         (_, true) => shared.iter().map(|state| state.name.clone()).collect(),
         (Some(top), false) => unused(&top.number, &shared),
         (None, false) => Vec::new(),
     };
-    names.extend(left);
+    names.extend(left.names);
     let removal = Removal {
         deferred: args.deferred,
         despite_signals: false,
     };
     let own = stack.names();
     setup::remove(&control, &lock, &own, &names, removal, Udev::find())?;
-    drop(locks);
+    drop(left.locks);
     if shared.iter().any(|state| !names.contains(&state.name)) {
         remove_unused(&control, &lock)?;
     }
@@ -92,12 +92,22 @@ pub(crate) fn run(args: &Args) -> Result<()> {
 /// Removes the shared devices that nothing uses. Of stacks that are closed at the same time, each still
 /// had the others when it looked.
 fn remove_unused(control: &Control, lock: &Lock) -> Result<()> {
-    let (left, _locks) = share::left(&control.states()?);
-    let removal = Removal {
-        deferred: true,
-        despite_signals: false,
-    };
-    setup::remove(control, lock, &[], &left, removal, Udev::find())
+    let end = Instant::now() + PATIENCE;
+    loop {
+        let left = share::left(&control.states()?);
+        let removal = Removal {
+            deferred: true,
+            despite_signals: false,
+        };
+        setup::remove(control, lock, &[], &left.names, removal, Udev::find())?;
+        // Who has the lock of one may use it next, or may only look at it.
+        if !left.others || Instant::now() >= end {
+            return Ok(());
+        }
+        drop(left);
+        interrupt::check()?;
+        sleep(Duration::from_millis(50));
+    }
 }
 
 /// Returns the names of the devices of `shared`, the upper ones first, that are in no table but that of
@@ -121,17 +131,17 @@ fn close_nothing(control: &Control, name: &str) -> Result<()> {
     if lock.was_left() {
         udev::clear_left(&lock);
         share::clear_left(control)?;
-        let (left, _locks) = share::left(&control.states()?);
-        if !left.is_empty() {
+        let left = share::left(&control.states()?);
+        if !left.names.is_empty() {
             crate::tell(&format!(
                 "device {name} was left half built by an obdsetup that was killed: removing {}",
-                left.join(", ")
+                left.names.join(", ")
             ));
             let removal = Removal {
                 deferred: true,
                 despite_signals: false,
             };
-            return setup::remove(control, &lock, &[], &left, removal, Udev::find());
+            return setup::remove(control, &lock, &[], &left.names, removal, Udev::find());
         }
     }
     Err(not_ours(control, name)?)

@@ -63,7 +63,7 @@ pub(crate) fn run(args: &Args) -> Result<()> {
     let rows: Vec<Row> = if is_root && sys.join("class/misc/device-mapper").exists() {
         let control = Control::open()?;
         let rows = stacks(&control, sys)?.iter().map(row).collect();
-        let (left, _locks) = share::left(&control.states()?);
+        let left = share::left(&control.states()?).names;
         if !left.is_empty() {
             crate::tell(&format!(
                 "note: no stack uses {}, which an obdsetup that was killed has left: the next close of \

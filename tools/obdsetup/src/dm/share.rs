@@ -476,11 +476,20 @@ fn marked(path: &Path) -> Option<&str> {
     path.file_name()?.to_str()?.strip_prefix(MARK)
 }
 
-/// Returns the names of the shared devices that no table names and nobody has open, the upper ones
-/// first, and their locks: what a kill has left. `all` are the devices.
-pub(crate) fn left(all: &[State]) -> (Vec<String>, Vec<Lock>) {
-    let mut names = Vec::new();
-    let mut locks = Vec::new();
+/// Shared devices that no table names and nobody has open.
+#[derive(Default)]
+pub(crate) struct Left {
+    /// Their names, the upper ones first.
+    pub(crate) names: Vec<String>,
+    /// Their locks.
+    pub(crate) locks: Vec<Lock>,
+    /// Whether there are more of them, whose locks others hold.
+    pub(crate) others: bool,
+}
+
+/// Returns the shared devices that nothing uses, as a kill leaves them. `all` are the devices.
+pub(crate) fn left(all: &[State]) -> Left {
+    let mut left = Left::default();
     let mut gone = BTreeSet::new();
     for wanted in [Kind::Zfile, Kind::Blob] {
         for state in all {
@@ -496,14 +505,16 @@ pub(crate) fn left(all: &[State]) -> (Vec<String>, Vec<Lock>) {
                 continue;
             }
             // Another may just be making it.
-            if let Some(lock) = try_lock(&state.uuid) {
-                gone.insert(state.number.clone());
-                names.push(state.name.clone());
-                locks.push(lock);
-            }
+            let Some(lock) = try_lock(&state.uuid) else {
+                left.others = true;
+                continue;
+            };
+            gone.insert(state.number.clone());
+            left.names.push(state.name.clone());
+            left.locks.push(lock);
         }
     }
-    (names, locks)
+    left
 }
 
 #[cfg(test)]
