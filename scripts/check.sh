@@ -227,7 +227,7 @@ export USE_ROOT=1 KDIR='' CARGO='' NOBUILD=1
 thirds=("mutants memory" "injection golden faults")
 rest="--but ${thirds[*]}"
 # These look at obdsetup more than at the module: with a kernel that is slow they are left out.
-rest_of_module="$rest metadata health identity pagecache"
+rest_of_module="$rest metadata health identity sharing pagecache"
 parts=("$@")
 [ $# != 0 ] || parts=(stock)
 
