@@ -254,6 +254,36 @@ for way_name in ("running", "stopped", "absent", "namespace"):
 add("open is killed, and close clears what is left", killed_then_closed, timeout=150 + 20 * KILLS)
 
 
+@test("open is killed between the calls that attach a loop device, and the next open or close detaches it")
+def half_attached():
+    way = Way("running")
+    layers, content = make_layers()
+    defer(close_whatever)
+    with tempfile.NamedTemporaryFile() as log:
+        def traced(*options):
+            args = ["strace", "-o", log.name, "-e", "trace=ioctl", *options, "obdsetup", "open", NAME, *layers]
+            return subprocess.run(args, env=way.env, stdin=subprocess.DEVNULL, capture_output=True, check=False).returncode
+
+        equal(traced(), 0, "status of open")
+        calls = log.read().decode().splitlines()
+    way.run("close", NAME)
+    nothing_left(layers)
+    numbers = [number for number, call in enumerate(calls, 1) if "LOOP_SET_STATUS64" in call]
+    check(len(numbers) > 1, f"loop devices attached: {len(numbers)}")
+    for number in (numbers[0], numbers[-1]):
+        for command in ("open", "close"):
+            equal(traced("-e", f"inject=ioctl:signal=KILL:when={number}"), -signal.SIGKILL, "status after the kill")
+            check(loops(layers), "the kill has left no loop device: it came at another moment")
+            others_can_work(layers)
+            if command == "open":
+                way.run("open", NAME, *layers)
+                read_back(content)
+                way.run("close", NAME)
+            else:
+                way.run("close", NAME, status=4)
+            nothing_left(layers)
+
+
 @test("signals end a wait for udev, and nothing is left")
 def signals():
     way = Way("stopped")

@@ -13,8 +13,8 @@ use crate::dm::lock::Lock;
 use crate::dm::plan::check_name;
 use crate::dm::setup::{self, Removal};
 use crate::dm::share;
-use crate::dm::udev::{self, Udev};
-use crate::dm::{Control, Stack};
+use crate::dm::udev::Udev;
+use crate::dm::{self, Control, Stack};
 use crate::exit::{self, Failure};
 use crate::interrupt;
 
@@ -46,7 +46,7 @@ pub(crate) fn run(args: &Args) -> Result<()> {
         return close_nothing(&control, &args.name);
     };
     let lock = Lock::take(&found.name)?;
-    udev::clear_left(&lock);
+    dm::clear_left(&lock);
     // Another may have been at work on it.
     let all = control.states()?;
     let Some(stack) = Stack::among(&all, &args.name) else {
@@ -129,7 +129,7 @@ fn unused(top: &str, shared: &[&State]) -> Vec<String> {
 fn close_nothing(control: &Control, name: &str) -> Result<()> {
     let lock = Lock::take(name)?;
     if lock.was_left() {
-        udev::clear_left(&lock);
+        dm::clear_left(&lock);
         share::clear_left(control)?;
         let left = share::left(&control.states()?);
         if !left.names.is_empty() {

@@ -20,7 +20,7 @@ use crate::dm::lock::Lock;
 use crate::dm::plan::{self, Lower, Place, TargetOptions};
 use crate::dm::setup::{self, Below, Removal, SetUp};
 use crate::dm::share::{self, Identity};
-use crate::dm::udev::{self, Udev};
+use crate::dm::udev::Udev;
 use crate::dm::{self, Control, Plan};
 use crate::exit::{self, Failure};
 use crate::in_use::InUseArgs;
@@ -267,6 +267,7 @@ pub(crate) fn run(args: &Args) -> Result<()> {
     let mut below = Backings {
         layers: named.iter().zip(opened.payloads()).collect(),
         buffered: args.buffered,
+        lock: &lock,
         backings: BTreeMap::new(),
     };
     let set_up = SetUp::new(&control, &lock, &plan, &mut below)?;
@@ -285,6 +286,7 @@ pub(crate) fn run(args: &Args) -> Result<()> {
 struct Backings<'a> {
     layers: Vec<(&'a LayerArg, &'a Payload)>,
     buffered: bool,
+    lock: &'a Lock,
     /// By layer, and whether it is the last bytes of it.
     backings: BTreeMap<(usize, bool), Backing>,
 }
@@ -308,11 +310,11 @@ impl Below for Backings<'_> {
         };
         let (layer, payload) = self.layers.get(nth).context("a layer without a file")?;
         let backing = if is_tail {
-            Backing::bytes(&plan::tail(payload)?)?
+            Backing::bytes(&plan::tail(payload)?, self.lock)?
         } else if layer.is_device() {
             Backing::device(&layer.path)?
         } else {
-            Backing::file(payload.file().file(), !self.buffered)?
+            Backing::file(payload.file().file(), !self.buffered, self.lock)?
         };
         self.backings.insert((nth, is_tail), backing);
         Ok(())
@@ -369,7 +371,7 @@ fn settled(control: &Control, name: &str, mut all: Vec<State>) -> Result<Vec<Sta
 /// Fails where there are other devices with the names of `plan`.
 fn make_way(control: &Control, name: &str, plan: &Plan) -> Result<Lock> {
     let lock = Lock::take(name)?;
-    udev::clear_left(&lock);
+    dm::clear_left(&lock);
     let mut all = control.states()?;
     if half_built(&all, name).is_some() && lock.is_held() {
         all = settled(control, name, all)?;

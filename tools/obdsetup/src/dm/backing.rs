@@ -5,6 +5,10 @@
 //! A loop device must not vanish before device-mapper has it: the number would be one that nobody can
 //! attach, though the kernel offers it again and again as a free one. So the programs that are started
 //! inherit the loop devices, and hold them to their own end, though obdsetup itself was killed.
+//!
+//! A loop device gets its file with one call of the kernel, and the flag that makes it vanish with
+//! another. An obdsetup that is killed in between leaves the device: the lock has a note of it, and the
+//! next obdsetup that takes the lock detaches it.
 
 use std::collections::BTreeMap;
 use std::fs::{File, Metadata};
@@ -18,6 +22,7 @@ use loopdev::{LoopControl, LoopDevice};
 use rustix::fs::{FileType, MemfdFlags, Mode};
 use rustix::io::FdFlags;
 
+use super::lock::Lock;
 use crate::program::Program;
 
 /// How often another process may take the free loop device first.
@@ -25,6 +30,8 @@ const TRIES: u32 = 100;
 /// The kernel has loop devices with smaller numbers only.
 const NUMBERS: u32 = 1 << 20;
 const CONTROL: &str = "/dev/loop-control";
+/// What the note of a loop device begins with that is about to get its file.
+const NOTE: &str = "loop";
 
 /// A block device that a table may name. A loop device is gone when this is dropped and nobody
 /// else has it open.
@@ -47,8 +54,8 @@ impl Backing {
 
     /// A loop device over `file`. With `direct`, past the page cache where its file system can do
     /// that: what is above caches what it decompressed.
-    pub(crate) fn file(file: &File, direct: bool) -> Result<Self> {
-        let device = Attached::new(file)?;
+    pub(crate) fn file(file: &File, direct: bool, lock: &Lock) -> Result<Self> {
+        let device = Attached::new(file, lock)?;
         if direct {
             // Not every file system can.
             let _ = device.0.set_direct_io(true);
@@ -57,7 +64,7 @@ impl Backing {
     }
 
     /// A loop device over `bytes`, which are in memory: nothing is left of them on any disk.
-    pub(crate) fn bytes(bytes: &[u8]) -> Result<Self> {
+    pub(crate) fn bytes(bytes: &[u8], lock: &Lock) -> Result<Self> {
         let memory = rustix::fs::memfd_create("obdsetup-tail", MemfdFlags::CLOEXEC)
             .context("cannot make a file in memory")?;
         let mut file = File::from(memory);
@@ -66,7 +73,7 @@ impl Backing {
         // A loop device is as read-only as the file that it is made of.
         let path = format!("/proc/self/fd/{}", file.as_raw_fd());
         let file = File::open(path).context("cannot open a file in memory")?;
-        Self::of_loop(&Attached::new(&file)?)
+        Self::of_loop(&Attached::new(&file, lock)?)
     }
 
     fn of_loop(device: &Attached) -> Result<Self> {
@@ -92,24 +99,62 @@ pub(crate) fn loop_file(sys: &Path, number: &str) -> Option<String> {
 }
 
 /// Whether the loop device with number `MAJOR:MINOR` is over `file`: false where that cannot be told.
-/// The kernel tells device and inode in answer to an ioctl(2) only.
 pub(crate) fn is_over(sys: &Path, number: &str, file: &Metadata) -> bool {
     let Ok(device) = sys.join("dev/block").join(number).canonicalize() else {
         return false;
     };
     let node = Path::new("/dev").join(device.file_name().unwrap_or_default());
+    let FileId { ino, dev } = FileId::of(file);
+    columns(&node, "BACK-INO,BACK-MAJ:MIN").is_some_and(|words| words == [ino, dev])
+}
+
+/// What losetup(8) shows of a file: the inode, and `MAJOR:MINOR` of its file system.
+struct FileId {
+    ino: String,
+    dev: String,
+}
+
+impl FileId {
+    fn of(file: &Metadata) -> Self {
+        let dev = file.dev();
+        let (major, minor) = (rustix::fs::major(dev), rustix::fs::minor(dev));
+        Self {
+            ino: file.ino().to_string(),
+            dev: format!("{major}:{minor}"),
+        }
+    }
+}
+
+/// Returns what losetup(8) shows of loop device `node` in these columns; nothing where that cannot be
+/// told. The kernel tells device and inode in answer to an ioctl(2) only.
+fn columns(node: &Path, columns: &str) -> Option<Vec<String>> {
     let mut program = Program::new("losetup", "the files of loop devices");
     program.args(["--list", "--raw", "--noheadings"]);
-    program
-        .args(["--output", "BACK-INO,BACK-MAJ:MIN"])
-        .arg(node);
+    program.args(["--output", columns]).arg(node);
     let mut text = String::new();
-    let done = program.end(|line| text.push_str(line));
-    let dev = file.dev();
-    let (major, minor) = (rustix::fs::major(dev), rustix::fs::minor(dev));
-    done.is_ok_and(|done| done.status.success() && done.said.lines().is_empty())
-        && text.split_whitespace().collect::<Vec<_>>()
-            == [file.ino().to_string(), format!("{major}:{minor}")]
+    let done = program.end(|line| text.push_str(line)).ok()?;
+    let is_told = done.status.success() && done.said.lines().is_empty();
+    is_told.then(|| text.split_whitespace().map(str::to_owned).collect())
+}
+
+/// Detaches the loop device that a holder of `lock` has left who was killed.
+pub(super) fn clear_left(lock: &Lock) {
+    let note = lock.note().unwrap_or_default();
+    let words: Vec<&str> = note.split_whitespace().collect();
+    let [NOTE, number, ino, dev] = words[..] else {
+        return;
+    };
+    if let Ok(number) = number.parse() {
+        let path = node(number);
+        // Another device that has this number by now is over another file. Only one that was attached
+        // to the same file after the kill, read-only and without the flag, could be taken for it.
+        let left = columns(Path::new(&path), "BACK-INO,BACK-MAJ:MIN,AUTOCLEAR,RO");
+        if left.is_some_and(|words| words == [ino, dev, "0", "1"]) {
+            // Where somebody has it open by now, it goes when nobody has any more.
+            let _ = open(number).map(|device| device.detach());
+        }
+    }
+    lock.set_note("");
 }
 
 /// Device and inode of the file behind each loop device, by the number `MAJOR:MINOR`; nothing where
@@ -147,18 +192,18 @@ struct Attached(LoopDevice, PathBuf);
 
 impl Attached {
     /// Attaches `file` to a free loop device.
-    fn new(file: &File) -> Result<Self> {
+    fn new(file: &File, lock: &Lock) -> Result<Self> {
         let control = control()?;
         let mut last = None;
         for _ in 0..TRIES {
             let (device, number) = free(&control)?;
-            if let Some(attached) = Self::attach(device, number, file)? {
+            if let Some(attached) = Self::attach(device, number, file, lock)? {
                 return Ok(attached);
             }
             if last == Some(number) {
                 // It is free only as far as the kernel's list goes: another device is about to use
                 // it. Any other will do.
-                return Self::above(&control, number, file);
+                return Self::above(&control, number, file, lock);
             }
             last = Some(number);
         }
@@ -166,7 +211,7 @@ impl Attached {
     }
 
     /// Attaches `file` to a free loop device with a higher number than `taken`.
-    fn above(control: &LoopControl, taken: u32, file: &File) -> Result<Self> {
+    fn above(control: &LoopControl, taken: u32, file: &File, lock: &Lock) -> Result<Self> {
         let mut tries = 0;
         for number in taken + 1..NUMBERS {
             if Path::new(SYS).join(format!("loop{number}/loop")).exists() {
@@ -179,7 +224,7 @@ impl Attached {
                 }
                 Ok(device) => device,
             };
-            if let Some(attached) = Self::attach(device, number, file)? {
+            if let Some(attached) = Self::attach(device, number, file, lock)? {
                 return Ok(attached);
             }
             tries += 1;
@@ -194,9 +239,13 @@ impl Attached {
     }
 
     /// Attaches `file`; nothing where another has the device.
-    fn attach(device: LoopDevice, number: u32, file: &File) -> Result<Option<Self>> {
+    fn attach(device: LoopDevice, number: u32, file: &File, lock: &Lock) -> Result<Option<Self>> {
         let with = device.with().read_only(true).autoclear(true);
-        match with.attach_fd(file.as_fd().as_raw_fd()) {
+        let is = FileId::of(&file.metadata()?);
+        lock.set_note(&format!("{NOTE} {number} {} {}", is.ino, is.dev));
+        let attached = with.attach_fd(file.as_fd().as_raw_fd());
+        lock.set_note("");
+        match attached {
             Ok(()) => Ok(Some(Self(device, node(number).into()))),
             Err(error) if error.kind() == ErrorKind::ResourceBusy => Ok(None),
             Err(error) => Err(error).with_context(|| format!("cannot attach {}", node(number))),

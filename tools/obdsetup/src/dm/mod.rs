@@ -32,3 +32,9 @@ pub(crate) use stack::Stack;
 pub(crate) fn node(name: &str) -> std::path::PathBuf {
     std::path::Path::new("/dev/mapper").join(name)
 }
+
+/// Clears what the note of `lock` tells of: what a holder has left who was killed.
+pub(crate) fn clear_left(lock: &lock::Lock) {
+    udev::clear_left(lock);
+    backing::clear_left(lock);
+}

@@ -92,7 +92,7 @@ pub(crate) struct Wait<'a> {
 }
 
 /// Removes the cookie that a holder of `lock` has left who was killed.
-pub(crate) fn clear_left(lock: &Lock) {
+pub(super) fn clear_left(lock: &Lock) {
     let Some(text) = lock.note().filter(|text| text.starts_with(COOKIES)) else {
         return;
     };
