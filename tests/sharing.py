@@ -7,6 +7,7 @@ once; OBD_SEED says what they do: each run prints its own.
 """
 
 import contextlib
+import fcntl
 import glob
 import json
 import os
@@ -29,6 +30,7 @@ SEED = os.environ.get("OBD_SEED") or str(random.SystemRandom().randrange(1 << 32
 NAME = f"obdtest-{os.getpid()}"
 SIZE = 256 << 10
 LOCKS = "/run/obdsetup"
+LOOP_CHANGE_FD = 0x4C06
 STORM = int(os.environ.get("OBD_SHARING_AT_ONCE", "50"))
 
 
@@ -427,8 +429,77 @@ def not_used():
         check(what in said and "--private" in said, f"by hand: {said}")
     obdsetup("open", two, base)
     look(two, layers.content(base))
+    # Its loop device gets another file, which a read-only one may.
+    path, = glob.glob("/sys/dev/block/" + below(name)[0] + "/loop/..")
+    with open(f"/dev/{os.path.basename(os.path.realpath(path))}", "rb") as disk, open(other, "rb+") as file:
+        file.truncate(os.path.getsize(base))
+        with open(other, "rb") as readable:
+            fcntl.ioctl(disk, LOOP_CHANGE_FD, readable.fileno())
+    said = obdsetup("open", one, base, status=5)[1]
+    check("another file" in said, f"changed: {said}")
     obdsetup("close", two)
     quietly("losetup", "--detach", loop)
+    nothing_left()
+
+
+# Runs a program with a /run of its own, as a container does.
+OTHER_RUN = ["unshare", "--mount", "sh", "-c", 'mount -t tmpfs $OPTIONS tmpfs /run && exec "$@"', "sh"]
+
+
+@test("a layer that takes long to open, opened at the same time with another /run")
+def two_runs():
+    layers = Layers()
+    base = layers.make("a.obd")
+    loop = subprocess.check_output(["losetup", "--find", "--show", "--read-only", base], text=True).strip()
+    defer(quietly, "losetup", "--detach", loop)
+    if quietly("modprobe", "dm-delay"):
+        raise Skip("no kernel module dm-delay")
+    slow = dm.create(dm.line(0, os.path.getsize(base) // 512, "delay", loop, 0, 300))
+    names = [f"{NAME}-{nth}" for nth in range(4)]
+    children = []
+    for nth, name in enumerate(names):
+        prefix = OTHER_RUN if nth % 2 else []
+        children.append(subprocess.Popen([*prefix, OBDSETUP, "open", name, slow.path], text=True,
+                                         stdout=subprocess.DEVNULL, stderr=subprocess.PIPE))
+        time.sleep(0.2)
+    said = [child.communicate()[1] for child in children]
+    equal([child.returncode for child in children], [0] * 4, f"status of open ({said})")
+    for name in names:
+        look(name, layers.content(base), rounds=2)
+    equal(len(devices("LAYER-")), 1, f"devices of the layer: {devices()}")
+    for nth, name in enumerate(names):
+        subprocess.run([*(OTHER_RUN if nth < 2 else []), OBDSETUP, "close", name], check=True)
+    nothing_left([base])
+    slow.remove()
+
+
+@test("where no place is for locks, close removes what is half built")
+def no_locks():
+    layers = Layers()
+    base, other = layers.make("a.obd"), layers.make("b.obd")
+    obdsetup("open", NAME, base)
+    (uuid, name), = devices("LAYER-").items()
+    obdsetup("close", NAME)
+    dmsetup("create", name, "--notable", "--uuid", uuid)
+    env = dict(os.environ, OPTIONS="-o ro")
+    for command in (["open", NAME, other], ["close", NAME]):
+        done = subprocess.run([*OTHER_RUN, OBDSETUP, *command], env=env, capture_output=True, text=True, check=False)
+        equal(done.returncode, 0, f"status of {command} ({done.stderr})")
+    nothing_left()
+
+
+@test("stacks that close while somebody looks at what they share leave nothing")
+def looked_at():
+    layers = Layers()
+    base = layers.make("a.obd")
+    names = [f"{NAME}-{nth}" for nth in range(2)]
+    for name in names:
+        obdsetup("open", name, base)
+    (shared, ) = devices("LAYER-").values()
+    with open(f"/dev/mapper/{shared}", "rb"):
+        children = [subprocess.Popen([OBDSETUP, "close", name], stderr=subprocess.PIPE, text=True) for name in names]
+        said = [child.communicate()[1] for child in children]
+        equal([child.returncode for child in children], [0, 0], f"status of close ({said})")
     nothing_left()
 
 
@@ -482,6 +553,12 @@ def cache():
     equal(zfile(one)[2], "parts", "mode by hand, when the third comes")
     for name in (one, two, three):
         obdsetup("close", name)
+    # An open that fails at its end leaves the mode as it was.
+    obdsetup("open", one, base)
+    with open("/dev/full", "wb") as full:
+        check(subprocess.call([OBDSETUP, "open", two, base], stdout=full, stderr=subprocess.DEVNULL), "open to a full device")
+    equal(zfile(one)[2], "parts", "mode after an open that failed")
+    obdsetup("close", one)
     for name in (one, two):
         obdsetup("open", "--zfile-opt", "cache_all", name, base)
     obdsetup("close", one)
@@ -520,6 +597,7 @@ def unloaded():
         if not os.path.exists(MODULE):
             subprocess.run(["insmod", path], check=True)
     note(f"{opened} of 16 opens came through")
+    check(opened, "no open came through")
     obdsetup("open", NAME, base, mid)
     check(quietly("rmmod", "dm_overlaybd") != 0, "the module goes while a stack is open")
     look(NAME, wanted)
@@ -601,7 +679,7 @@ class User(threading.Thread):
                         break
                     self._close()
                 self.done += 1
-        except (Failure, OSError) as error:
+        except Exception as error:  # pylint: disable=broad-except
             self.errors.append(error)
 
 

@@ -66,11 +66,11 @@ pub(crate) fn run(args: &Args) -> Result<()> {
         }
     }
     let shared = stack.shared(&all);
-    let left = share::left(&all);
+    let left = share::left_for_long(&control)?;
     let mut names = match (stack.top(), args.deferred) {
         // All go when nobody has them open, whoever is the last one.
         (_, true) => shared.iter().map(|state| state.name.clone()).collect(),
-        (Some(top), false) => unused(&top.number, &shared),
+        (Some(top), false) => unused(Some(&top.number), &shared),
         (None, false) => Vec::new(),
     };
     names.extend(left.names);
@@ -82,24 +82,37 @@ pub(crate) fn run(args: &Args) -> Result<()> {
     setup::remove(&control, &lock, &own, &names, removal, Udev::find())?;
     drop(left.locks);
     if shared.iter().any(|state| !names.contains(&state.name)) {
-        remove_unused(&control, &lock)?;
+        remove_unused(&control, &lock, &shared)?;
     }
     let numbers = shared.iter().map(|state| state.number.clone()).collect();
-    share::set_caches(&control, &numbers)?;
+    share::set_caches(&control, &numbers);
     share::clear_left(&control)
 }
 
-/// Removes the shared devices that nothing uses. Of stacks that are closed at the same time, each still
-/// had the others when it looked.
-fn remove_unused(control: &Control, lock: &Lock) -> Result<()> {
+/// Removes the shared devices that nothing uses; those of `shared`, the upper ones first, as soon as
+/// nobody has them open. Of stacks that are closed at the same time, each still had the others when it
+/// looked.
+fn remove_unused(control: &Control, lock: &Lock, shared: &[&State]) -> Result<()> {
     let end = Instant::now() + PATIENCE;
     loop {
-        let left = share::left(&control.states()?);
+        let all = control.states()?;
+        let is_there = |state: &&&State| {
+            let mut same = all.iter().filter(|now| now.uuid == state.uuid);
+            same.any(|now| now.number == state.number)
+        };
+        let mine: Vec<&State> = shared.iter().filter(is_there).copied().collect();
+        let left = share::left(&all);
+        let mut names = unused(None, &mine);
+        for name in &left.names {
+            if !names.contains(name) {
+                names.push(name.clone());
+            }
+        }
         let removal = Removal {
             deferred: true,
             despite_signals: false,
         };
-        setup::remove(control, lock, &[], &left.names, removal, Udev::find())?;
+        setup::remove(control, lock, &[], &names, removal, Udev::find())?;
         // Who has the lock of one may use it next, or may only look at it.
         if !left.others || Instant::now() >= end {
             return Ok(());
@@ -111,9 +124,9 @@ fn remove_unused(control: &Control, lock: &Lock) -> Result<()> {
 }
 
 /// Returns the names of the devices of `shared`, the upper ones first, that are in no table but that of
-/// the device with number `top`, and in those of each other.
-fn unused(top: &str, shared: &[&State]) -> Vec<String> {
-    let mut gone = BTreeSet::from([top.to_owned()]);
+/// the device with number `top`, if any, and in those of each other.
+fn unused(top: Option<&str>, shared: &[&State]) -> Vec<String> {
+    let mut gone: BTreeSet<String> = top.map(str::to_owned).into_iter().collect();
     let mut names = Vec::new();
     for state in shared {
         if share::users(&state.number).is_subset(&gone) {
@@ -131,7 +144,7 @@ fn close_nothing(control: &Control, name: &str) -> Result<()> {
     if lock.was_left() {
         dm::clear_left(&lock);
         share::clear_left(control)?;
-        let left = share::left(&control.states()?);
+        let left = share::left_for_long(control)?;
         if !left.names.is_empty() {
             crate::tell(&format!(
                 "device {name} was left half built by an obdsetup that was killed: removing {}",

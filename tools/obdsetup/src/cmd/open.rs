@@ -4,6 +4,7 @@
 
 use std::borrow::Cow;
 use std::collections::BTreeMap;
+use std::os::unix::fs::FileTypeExt;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
@@ -27,9 +28,7 @@ use crate::in_use::InUseArgs;
 use crate::layers::{expand, open_stack, LayerArg};
 use crate::{interrupt, journal, tab};
 
-/// For how long nothing may happen to half a stack before it is taken for what a kill has left.
-const QUIET: Duration = Duration::from_secs(3);
-/// How long that is waited for.
+/// How long it is waited for that nothing happens to half a stack any more.
 const PATIENCE: Duration = Duration::from_secs(20);
 const POLL: Duration = Duration::from_millis(250);
 /// Most open files for a layer: its own, two loop devices, two devices that are held, two locks. And
@@ -265,26 +264,27 @@ pub(crate) fn run(args: &Args) -> Result<()> {
     allow_files(named.len());
 
     let mut below = Backings {
-        layers: named.iter().zip(opened.payloads()).collect(),
+        payloads: opened.payloads(),
         buffered: args.buffered,
         lock: &lock,
         backings: BTreeMap::new(),
     };
     let set_up = SetUp::new(&control, &lock, &plan, &mut below)?;
-    share::set_caches(&control, &set_up.adopted())?;
     interrupt::check()?;
     let node = dm::node(&args.name).display().to_string();
     print(&format!("{node}\n"))?;
     if let Some(note) = opened.journal_note(&node) {
         crate::tell(&note);
     }
+    let adopted = set_up.adopted();
     set_up.keep();
+    share::set_caches(&control, &adopted);
     Ok(())
 }
 
 /// The files and devices of the layers, as far as tables name them.
 struct Backings<'a> {
-    layers: Vec<(&'a LayerArg, &'a Payload)>,
+    payloads: Vec<&'a Payload>,
     buffered: bool,
     lock: &'a Lock,
     /// By layer, and whether it is the last bytes of it.
@@ -308,13 +308,16 @@ impl Below for Backings<'_> {
         let Some((nth, is_tail)) = place else {
             return Ok(());
         };
-        let (layer, payload) = self.layers.get(nth).context("a layer without a file")?;
+        let payload = self.payloads.get(nth).context("a layer without a file")?;
+        // Its name may lead to another by now.
+        let file = payload.file().file();
+        let meta = file.metadata()?;
         let backing = if is_tail {
             Backing::bytes(&plan::tail(payload)?, self.lock)?
-        } else if layer.is_device() {
-            Backing::device(&layer.path)?
+        } else if meta.file_type().is_block_device() {
+            Backing::device(&meta)
         } else {
-            Backing::file(payload.file().file(), !self.buffered, self.lock)?
+            Backing::file(file, !self.buffered, self.lock)?
         };
         self.backings.insert((nth, is_tail), backing);
         Ok(())
@@ -347,7 +350,7 @@ fn half_built(all: &[State], name: &str) -> Option<dm::Stack> {
 fn settled(control: &Control, name: &str, mut all: Vec<State>) -> Result<Vec<State>> {
     let mut last = Instant::now();
     let end = last + PATIENCE;
-    while half_built(&all, name).is_some() && last.elapsed() < QUIET {
+    while half_built(&all, name).is_some() && last.elapsed() < dm::QUIET {
         if Instant::now() >= end {
             let message = format!(
                 "device {name} is being set up or taken down by another program, perhaps in a \

@@ -2,7 +2,10 @@
 
 //! `obdsetup table`.
 
+use std::os::unix::fs::FileTypeExt;
+
 use anyhow::Result;
+use overlaybd::Payload;
 use serde::Serialize;
 
 use super::open::LayersArgs;
@@ -51,7 +54,9 @@ struct Device {
 pub(crate) fn run(args: &Args) -> Result<()> {
     let planned = args.layers.plan_or_tab(&args.name)?;
     let (layers, plan) = (&planned.layers, &planned.plan);
-    let words = layers.iter().map(word).collect::<Result<Vec<_>>>()?;
+    let payloads = planned.opened.payloads();
+    let words = layers.iter().zip(payloads).map(word);
+    let words = words.collect::<Result<Vec<_>>>()?;
     let resolve = |lower: Lower| match lower {
         Lower::Layer(nth) => words.get(nth).cloned().unwrap_or_default(),
         Lower::Tail(nth) => {
@@ -103,9 +108,10 @@ pub(crate) fn run(args: &Args) -> Result<()> {
 }
 
 /// What stands for a layer.
-fn word(layer: &LayerArg) -> Result<String> {
-    match layer.is_device() {
-        true => Ok(Backing::device(&layer.path)?.number),
+fn word((layer, payload): (&LayerArg, &Payload)) -> Result<String> {
+    let meta = payload.file().file().metadata()?;
+    match meta.file_type().is_block_device() {
+        true => Ok(Backing::device(&meta).number),
         false => Ok(format!("LOOP({layer})")),
     }
 }

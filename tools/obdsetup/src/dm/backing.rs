@@ -10,7 +10,6 @@
 //! another. An obdsetup that is killed in between leaves the device: the lock has a note of it, and the
 //! next obdsetup that takes the lock detaches it.
 
-use std::collections::BTreeMap;
 use std::fs::{File, Metadata};
 use std::io::{ErrorKind, Write};
 use std::os::fd::{AsFd, AsRawFd};
@@ -42,14 +41,13 @@ pub(crate) struct Backing {
 }
 
 impl Backing {
-    /// The block device at `path`.
-    pub(crate) fn device(path: &Path) -> Result<Self> {
-        let meta = std::fs::metadata(path).with_context(|| path.display().to_string())?;
-        let rdev = meta.rdev();
-        Ok(Self {
+    /// The block device that `file` is.
+    pub(crate) fn device(file: &Metadata) -> Self {
+        let rdev = file.rdev();
+        Self {
             number: format!("{}:{}", rustix::fs::major(rdev), rustix::fs::minor(rdev)),
             _device: None,
-        })
+        }
     }
 
     /// A loop device over `file`. With `direct`, past the page cache where its file system can do
@@ -98,35 +96,40 @@ pub(crate) fn loop_file(sys: &Path, number: &str) -> Option<String> {
     Some(text.strip_suffix('\n').unwrap_or(&text).to_owned())
 }
 
-/// Whether the loop device with number `MAJOR:MINOR` is over `file`: false where that cannot be told.
-pub(crate) fn is_over(sys: &Path, number: &str, file: &Metadata) -> bool {
-    let Ok(device) = sys.join("dev/block").join(number).canonicalize() else {
-        return false;
-    };
-    let node = Path::new("/dev").join(device.file_name().unwrap_or_default());
-    let FileId { ino, dev } = FileId::of(file);
-    columns(&node, "BACK-INO,BACK-MAJ:MIN").is_some_and(|words| words == [ino, dev])
+/// Whether the loop device with number `MAJOR:MINOR` is over `file`; nothing where that cannot be told.
+/// The kernel tells device and inode in answer to an ioctl(2) only.
+pub(crate) fn is_over(sys: &Path, number: &str, file: &FileId) -> Option<bool> {
+    let device = sys.join("dev/block").join(number).canonicalize().ok()?;
+    let node = Path::new("/dev").join(device.file_name()?);
+    if !node.exists() {
+        make_block_node(&node, number).ok()?;
+    }
+    let words = columns(&node, "BACK-INO,BACK-MAJ:MIN")?;
+    Some(words == [file.ino.as_str(), &file.dev])
 }
 
 /// What losetup(8) shows of a file: the inode, and `MAJOR:MINOR` of its file system.
-struct FileId {
+pub(crate) struct FileId {
     ino: String,
     dev: String,
 }
 
 impl FileId {
-    fn of(file: &Metadata) -> Self {
-        let dev = file.dev();
+    pub(crate) fn new(dev: u64, ino: u64) -> Self {
         let (major, minor) = (rustix::fs::major(dev), rustix::fs::minor(dev));
         Self {
-            ino: file.ino().to_string(),
+            ino: ino.to_string(),
             dev: format!("{major}:{minor}"),
         }
+    }
+
+    pub(crate) fn of(file: &Metadata) -> Self {
+        Self::new(file.dev(), file.ino())
     }
 }
 
 /// Returns what losetup(8) shows of loop device `node` in these columns; nothing where that cannot be
-/// told. The kernel tells device and inode in answer to an ioctl(2) only.
+/// told.
 fn columns(node: &Path, columns: &str) -> Option<Vec<String>> {
     let mut program = Program::new("losetup", "the files of loop devices");
     program.args(["--list", "--raw", "--noheadings"]);
@@ -134,7 +137,16 @@ fn columns(node: &Path, columns: &str) -> Option<Vec<String>> {
     let mut text = String::new();
     let done = program.end(|line| text.push_str(line)).ok()?;
     let is_told = done.status.success() && done.said.lines().is_empty();
-    is_told.then(|| text.split_whitespace().map(str::to_owned).collect())
+    is_told
+        .then(|| words(&text))
+        .filter(|words| !words.is_empty())
+}
+
+/// Returns the words of a line of losetup(8). Before util-linux 2.39.3 it fills numbers up with blanks,
+/// and writes each of them as `\x20`.
+fn words(line: &str) -> Vec<String> {
+    let line = line.replace("\\x20", " ");
+    line.split_whitespace().map(str::to_owned).collect()
 }
 
 /// Detaches the loop device that a holder of `lock` has left who was killed.
@@ -155,31 +167,6 @@ pub(super) fn clear_left(lock: &Lock) {
         }
     }
     lock.set_note("");
-}
-
-/// Device and inode of the file behind each loop device, by the number `MAJOR:MINOR`; nothing where
-/// that cannot be told.
-pub(crate) fn loop_files() -> Option<BTreeMap<String, (u64, u64)>> {
-    let mut program = Program::new("losetup", "the files of loop devices");
-    program.args(["--list", "--raw", "--noheadings"]);
-    program.args(["--output", "MAJ:MIN,BACK-INO,BACK-MAJ:MIN"]);
-    let mut files = BTreeMap::new();
-    let done = program.end(|line| {
-        let words: Vec<&str> = line.split_whitespace().collect();
-        if let [number, ino, dev] = words[..] {
-            let dev = dev.split_once(':').and_then(|(major, minor)| {
-                Some(rustix::fs::makedev(
-                    major.parse().ok()?,
-                    minor.parse().ok()?,
-                ))
-            });
-            if let (Some(dev), Ok(ino)) = (dev, ino.parse()) {
-                files.insert(number.to_owned(), (dev, ino));
-            }
-        }
-    });
-    done.is_ok_and(|done| done.status.success() && done.said.lines().is_empty())
-        .then_some(files)
 }
 
 /// Makes the node at `path` of the block device `number`, `MAJOR:MINOR`, where it is missing.
@@ -353,7 +340,7 @@ fn make_node(path: &str, kind: FileType, number: &str) -> Result<()> {
 
 #[cfg(test)]
 mod tests {
-    use super::loop_file;
+    use super::{loop_file, words};
     use std::path::Path;
 
     #[test]
@@ -366,6 +353,13 @@ mod tests {
         assert_eq!(file.as_deref(), Some("/srv/a layer.obd"));
         assert_eq!(loop_file(sys.path(), "254:0"), None);
         Ok(())
+    }
+
+    #[test]
+    fn lines_of_losetup() {
+        assert_eq!(words("5242881 0:41"), ["5242881", "0:41"]);
+        let padded = r"\x20\x20\x20\x20\x20123 \x20\x200:41\x20 0 1";
+        assert_eq!(words(padded), ["123", "0:41", "0", "1"]);
     }
 
     #[test]

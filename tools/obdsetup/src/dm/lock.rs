@@ -55,19 +55,10 @@ impl Lock {
                     return Ok(Self { held, left });
                 }
                 Ok(None) => {}
-                // As where the root is all that is mounted.
-                Err(error)
-                    if matches!(
-                        error.kind(),
-                        ErrorKind::NotFound | ErrorKind::ReadOnlyFilesystem
-                    ) =>
-                {
-                    return Ok(Self {
-                        held: None,
-                        left: false,
-                    });
-                }
                 Err(error) => {
+                    if let Some(lock) = Self::without_place(&error) {
+                        return Ok(lock);
+                    }
                     let context = format!("{}: cannot lock device {name}", path.display());
                     return Err(error).context(context);
                 }
@@ -92,9 +83,23 @@ impl Lock {
     /// Takes the lock for `name`; nothing where another holds it, or it cannot be taken.
     pub(crate) fn try_to_take(name: &str) -> Option<Self> {
         let path = PathBuf::from(PLACE).join(name);
-        let (file, left) = Self::try_take(&path).ok()??;
-        let held = Some((path, file));
-        Some(Self { held, left })
+        match Self::try_take(&path) {
+            Ok(taken) => taken.map(|(file, left)| Self {
+                held: Some((path, file)),
+                left,
+            }),
+            Err(error) => Self::without_place(&error),
+        }
+    }
+
+    /// Returns a lock that isn't held, where `error` says that there is no place for locks, as where the
+    /// root is all that is mounted.
+    fn without_place(error: &std::io::Error) -> Option<Self> {
+        let kinds = [ErrorKind::NotFound, ErrorKind::ReadOnlyFilesystem];
+        kinds.contains(&error.kind()).then_some(Self {
+            held: None,
+            left: false,
+        })
     }
 
     /// Removes the locks whose names begin with `start` that nobody holds: what kills have left.

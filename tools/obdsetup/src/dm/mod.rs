@@ -28,6 +28,10 @@ pub(crate) use control::Control;
 pub(crate) use plan::Plan;
 pub(crate) use stack::Stack;
 
+/// For how long nothing may happen to half a stack, or to a device without a table, before it is taken for
+/// what a kill has left: an obdsetup that sees another `/run`, as one in a container, may just make it.
+pub(crate) const QUIET: std::time::Duration = std::time::Duration::from_secs(3);
+
 /// The node of device `name`.
 pub(crate) fn node(name: &str) -> std::path::PathBuf {
     std::path::Path::new("/dev/mapper").join(name)

@@ -20,6 +20,7 @@ use super::lock::Lock;
 use super::plan::{Device, Lower, Plan};
 use super::share::{self, Attempt, Hold};
 use super::udev::{Udev, Wait};
+use super::QUIET;
 use crate::exit::{self, Failure};
 use crate::{in_use, interrupt};
 
@@ -175,6 +176,8 @@ impl<'a> SetUp<'a> {
         let plan = self.plan;
         let mut locked: BTreeSet<&str> = BTreeSet::new();
         let end = Instant::now() + PATIENCE;
+        // Devices without a table, and since when.
+        let mut half_built = (Vec::new(), Instant::now());
         loop {
             interrupt::check()?;
             let states = self.control.states()?;
@@ -192,7 +195,7 @@ impl<'a> SetUp<'a> {
                 };
                 match share::hold(state, device.sectors())? {
                     Attempt::Held(hold) => drop(self.holds.insert(nth, hold)),
-                    Attempt::Unfinished => left.push(state.name.clone()),
+                    Attempt::Unfinished => left.push(state.clone()),
                     // Who makes one has its lock.
                     Attempt::Suspended if locked.contains(device.uuid.as_str()) => {
                         return Err(share::suspended(&state.name));
@@ -218,10 +221,18 @@ impl<'a> SetUp<'a> {
                 self.verify()?;
                 return Ok(states);
             }
-            if self.locks.iter().all(Lock::is_held) {
-                self.remove_left(&left)?;
+            if half_built.0 != left {
+                half_built = (left, Instant::now());
+            }
+            let (left, since) = &half_built;
+            let names: Vec<String> = left.iter().map(|state| state.name.clone()).collect();
+            if since.elapsed() < QUIET {
+                // An obdsetup that sees another `/run` may be making them: locks don't tell.
+                std::thread::sleep(POLL);
+            } else if self.locks.iter().all(Lock::is_held) {
+                self.remove_left(&names)?;
             } else if Instant::now() >= end {
-                let message = format!("device {} is half built", left.join(", "));
+                let message = format!("device {} is half built", names.join(", "));
                 return Err(Failure::error(exit::BUSY, message));
             } else {
                 std::thread::sleep(POLL);
@@ -387,14 +398,27 @@ impl<'a> SetUp<'a> {
         if self.lost {
             return Ok(None);
         }
-        let now = self.control.states()?;
+        let Ok(now) = self.control.states() else {
+            return Ok(Some(error));
+        };
         // Where another has made one meanwhile, which only happens where it sees another `/run`, that
         // one may have chosen the same number.
         let is_made = |(_, device): (usize, &Device)| {
             device.shared.is_some() && now.iter().any(|state| state.uuid == device.uuid)
         };
+        // That one may also have taken ours for what a kill has left, and removed it: a device whose
+        // table the kernel refuses stays.
+        let is_live = |device: &Device| {
+            let mut live = now.iter().filter(|state| state.live);
+            live.any(|state| state.uuid == device.uuid)
+        };
+        let failed = self
+            .devices(todo)
+            .find(|(_, device)| device.shared.is_some() && !is_live(device));
+        let is_gone = failed.is_some_and(|failed| !is_made(failed));
         let all_held = self.made.iter().all(|nth| self.holds.contains_key(nth));
-        if !all_held && self.conflicts < CONFLICTS && self.devices(todo).any(is_made) {
+        let by_others = is_gone || self.devices(todo).any(is_made);
+        if !all_held && self.conflicts < CONFLICTS && by_others {
             self.conflicts += 1;
             return Ok(None);
         }
@@ -445,10 +469,26 @@ impl<'a> SetUp<'a> {
         Ok(Some(error.context(context)))
     }
 
-    /// Removes the devices of this attempt that are there. Shared ones that others use by now stay.
+    /// Removes the devices of this attempt that are there, and shared ones that were there before and
+    /// have no users any more. Shared ones that others use by now stay.
     fn take_down(&mut self) -> Result<()> {
-        let made = std::mem::take(&mut self.made);
-        self.holds.clear();
+        let mut made = std::mem::take(&mut self.made);
+        let adopted = std::mem::take(&mut self.holds);
+        let adopted: BTreeMap<usize, String> = adopted
+            .into_iter()
+            .filter(|(nth, _)| !made.contains(nth))
+            .map(|(nth, hold)| (nth, hold.number))
+            .collect();
+        let mut gone = BTreeSet::new();
+        for (nth, number) in adopted.iter().rev() {
+            if let Some(known) = self.numbers.get(*nth) {
+                if known == number && share::users(number).is_subset(&gone) {
+                    gone.insert(number.clone());
+                    made.push(*nth);
+                }
+            }
+        }
+        made.sort_unstable();
         if !self.begun && made.is_empty() {
             self.locks.clear();
             return Ok(());
@@ -563,7 +603,9 @@ pub(crate) fn remove(
         let Some(next) = left.first() else {
             return Ok(());
         };
-        if Instant::now() >= end {
+        // The next one only tells the kernel which are to go.
+        let is_last = how.deferred || left.iter().any(|name| !shared.contains(name));
+        if is_last && Instant::now() >= end {
             let in_use = |state: &State| state.name == *next && state.open_count > 0;
             return Err(match now.iter().any(in_use) {
                 true => Failure::error(exit::BUSY, format!("device {next} is in use")),

@@ -15,6 +15,8 @@ use std::fs::{self, File};
 use std::io::ErrorKind;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
+use std::thread::sleep;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
 use overlaybd::format::Blob;
@@ -22,11 +24,12 @@ use overlaybd::Payload;
 use rustix::io::{Errno, FdFlags};
 use sha2::{Digest, Sha256};
 
-use super::backing;
+use super::backing::{self, FileId};
 use super::control::{Control, State};
 use super::lock::{self, Lock};
 use super::plan::{Place, UUID_PREFIX};
 use crate::exit::{self, Failure};
+use crate::interrupt;
 
 /// Hexadecimal digits in a UUID for the layer, and for the options.
 const LAYER_DIGITS: usize = 32;
@@ -43,6 +46,10 @@ const END: u64 = 16 << 10;
 const CACHE_MODE: usize = 12;
 /// What the names of files begin with that tell who has set a mode.
 const MARK: &str = ".cache-";
+/// What such a file has in it once the mode is set.
+const SET: &str = "all";
+/// How often the mode of a cache is changed at most, while others come and go.
+const LOOKS: u32 = 10;
 /// Where the kernel shows devices by their numbers.
 const SYS: &str = "/sys/dev/block";
 
@@ -123,10 +130,8 @@ impl Identity {
             }
             Place::WholeDevice | Place::PartOfDevice => {
                 let rdev = meta.rdev();
-                // Each disk has a number of its own there, also one that gets the number of another.
-                let disk = system(&number_of(rdev)).join("diskseq");
-                let disk = fs::read_to_string(disk).unwrap_or_default();
-                add(format!("device {rdev} {} {place:?}", disk.trim_end()));
+                let (disk, start) = disk(&number_of(rdev));
+                add(format!("device {rdev} {disk} {start} {place:?}"));
                 Source::Device { rdev }
             }
         };
@@ -292,6 +297,26 @@ pub(crate) fn suspended(name: &str) -> anyhow::Error {
     Failure::error(exit::BUSY, message)
 }
 
+/// Returns the kernel's sequence number of the disk that block device `number` is or is a partition of,
+/// and the partition's first sector. Each disk has a sequence number of its own, also one that gets the
+/// number of another.
+fn disk(number: &str) -> (String, String) {
+    let device = system(number);
+    let text = |path: &Path| {
+        let text = fs::read_to_string(path).unwrap_or_default();
+        text.trim_end().to_owned()
+    };
+    let whole = match device.join("partition").exists() {
+        true => device
+            .canonicalize()
+            .ok()
+            .and_then(|path| path.parent().map(Path::to_owned)),
+        false => None,
+    };
+    let whole = whole.unwrap_or_else(|| device.clone());
+    (text(&whole.join("diskseq")), text(&device.join("start")))
+}
+
 /// Opens a device by its number; nothing where it is gone.
 fn open(state: &State) -> Result<Option<File>> {
     let Some((_, minor)) = state.number.split_once(':') else {
@@ -299,9 +324,14 @@ fn open(state: &State) -> Result<Option<File>> {
     };
     let by_number = PathBuf::from(format!("/dev/dm-{minor}"));
     let mut paths = vec![by_number.clone(), super::node(&state.name)];
+    let mut made = false;
     for _ in 0..2 {
         for path in &paths {
-            let file = match File::open(path) {
+            let opened = File::open(path);
+            if made {
+                let _ = fs::remove_file(path);
+            }
+            let file = match opened {
                 Err(error) if error.kind() == ErrorKind::NotFound => continue,
                 Err(error) if is_gone(&error) => return Ok(None),
                 opened => opened.with_context(|| path.display().to_string())?,
@@ -314,7 +344,9 @@ fn open(state: &State) -> Result<Option<File>> {
         if !system(&state.number).exists() {
             return Ok(None);
         }
-        // As in a container whose /dev nobody fills.
+        // As in a container whose /dev nobody fills. There the node goes again at once: the number may be
+        // another device's later.
+        made = !by_number.exists();
         backing::make_block_node(&by_number, &state.number)?;
         paths.truncate(1);
     }
@@ -364,29 +396,55 @@ pub(crate) fn below(number: &str) -> BTreeSet<String> {
 
 /// Checks that the devices with the numbers `held` are over what they should be over.
 pub(crate) fn verify(held: &[(&str, &str, Source)]) -> Result<()> {
-    if held.is_empty() {
-        return Ok(());
-    }
-    let loops = backing::loop_files();
     for &(name, number, source) in held {
         let below = below(number);
         let right = match source {
-            Source::Device { rdev } => below.contains(&number_of(rdev)),
-            // Without losetup there is the UUID alone, which is made of the same.
-            Source::File { dev, ino } => loops.as_ref().is_none_or(|loops| {
-                let files = below.iter().filter_map(|number| loops.get(number));
-                files.into_iter().any(|file| *file == (dev, ino))
-            }),
+            Source::Device { rdev } => Some(below.contains(&number_of(rdev))),
+            Source::File { dev, ino } => is_over_file(&below, dev, ino),
         };
-        if !right {
-            let message = format!(
-                "device {name} has the UUID of a layer, and is over another file or device: open with \
-                 --private"
-            );
-            return Err(Failure::error(exit::BUSY, message));
-        }
+        let what = match right {
+            Some(true) => continue,
+            Some(false) => "is over another file or device",
+            None => "nothing tells which file it is over",
+        };
+        let message =
+            format!("device {name} has the UUID of a layer, and {what}: open with --private");
+        return Err(Failure::error(exit::BUSY, message));
     }
     Ok(())
+}
+
+/// Returns whether one of the devices with the numbers `below` is a loop device over all of a file;
+/// nothing where that cannot be told.
+fn is_over_file(below: &BTreeSet<String>, dev: u64, ino: u64) -> Option<bool> {
+    let sys = Path::new("/sys");
+    let id = FileId::new(dev, ino);
+    let mut told = true;
+    for number in below {
+        let Some(path) = backing::loop_file(sys, number) else {
+            continue;
+        };
+        let place = system(number).join("loop");
+        let is_zero = |name: &str| {
+            let text = fs::read_to_string(place.join(name));
+            text.is_ok_and(|text| text.trim_end() == "0")
+        };
+        if !is_zero("offset") || !is_zero("sizelimit") {
+            continue;
+        }
+        // This takes no other program. Where another file has the name by now, or another mount is
+        // there, losetup tells.
+        let is_named = |meta: fs::Metadata| meta.dev() == dev && meta.ino() == ino;
+        if fs::metadata(path).is_ok_and(is_named) {
+            return Some(true);
+        }
+        match backing::is_over(sys, number, &id) {
+            Some(true) => return Some(true),
+            Some(false) => {}
+            None => told = false,
+        }
+    }
+    told.then_some(false)
 }
 
 /// What tells that the mode of the cache of the device with `uuid` was set here, and by nobody else.
@@ -399,52 +457,101 @@ pub(crate) fn forget_cache(uuid: &str) {
     let _ = fs::remove_file(mark(uuid));
 }
 
+/// Whether the mode of a cache was set here.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Mark {
+    /// No.
+    None,
+    /// It was about to be, by an obdsetup that may have been killed.
+    Begun,
+    Set,
+}
+
+impl Mark {
+    fn of(uuid: &str) -> Self {
+        match fs::read(mark(uuid)) {
+            Ok(text) if text == SET.as_bytes() => Self::Set,
+            Ok(_) => Self::Begun,
+            Err(_) => Self::None,
+        }
+    }
+
+    /// Returns the message for a cache that is in `mode`, whether it is used by several stacks or not;
+    /// nothing where the mode stays.
+    fn message(self, shared: bool, mode: &str) -> Option<&'static str> {
+        match (shared, self, mode) {
+            (true, Self::None | Self::Begun, "parts") => Some("cache all"),
+            (false, Self::Set | Self::Begun, "all") => Some("cache auto"),
+            _ => None,
+        }
+    }
+}
+
 /// Sets how the caches of the shared devices with the numbers `numbers` are used: those that several
 /// tables name keep all blocks, since what one stack has read others get from there; others keep what
 /// the page caches above don't, as their tables say. Where somebody else has set the mode, it stays.
-pub(crate) fn set_caches(control: &Control, numbers: &BTreeSet<String>) -> Result<()> {
-    let of = |state: &State| {
+/// What goes wrong is told: the stacks work all the same.
+pub(crate) fn set_caches(control: &Control, numbers: &BTreeSet<String>) {
+    if numbers.is_empty() {
+        return;
+    }
+    let is_one = |state: &&State| {
         let is_zfile = parse(&state.uuid).is_some_and(|(kind, _)| kind == Kind::Zfile);
         is_zfile && numbers.contains(&state.number)
     };
-    let wanted = |state: &State| {
-        let shared = users(&state.number).len() > 1;
-        (shared != mark(&state.uuid).exists()).then_some(shared)
-    };
-    if numbers.is_empty() {
-        return Ok(());
+    let done = control.states().and_then(|states| {
+        let mut states = states.iter().filter(is_one);
+        states.try_for_each(|state| set_cache(control, state))
+    });
+    if let Err(error) = done {
+        crate::tell(&format!("warning: {}", crate::message(&error)));
     }
-    let states = control.states()?;
-    for state in states.iter().filter(|state| of(state)) {
-        if wanted(state).is_none() {
-            continue;
+}
+
+/// Sets how the cache of one device is used.
+fn set_cache(control: &Control, state: &State) -> Result<()> {
+    let shared = || users(&state.number).len() > 1;
+    let is_right = |shared: bool| match Mark::of(&state.uuid) {
+        Mark::None => !shared,
+        Mark::Begun => false,
+        Mark::Set => shared,
+    };
+    // Others come and go meanwhile: the last one to look finds it right.
+    for _ in 0..LOOKS {
+        if is_right(shared()) {
+            break;
         }
-        let _lock = lock_device(&state.uuid)?;
+        let lock = lock_device(&state.uuid)?;
+        let (shared, is) = (shared(), Mark::of(&state.uuid));
         // A module that is older than the message doesn't tell.
         let Some(mode) = control.status_word(&state.name, CACHE_MODE) else {
-            continue;
+            return Ok(());
         };
-        let message = match (wanted(state), mode.as_str()) {
-            (Some(true), "parts") => match File::create(mark(&state.uuid)) {
-                Ok(_) => "cache all",
-                Err(_) => continue,
-            },
-            (Some(false), mode) => {
+        let message = is.message(shared, &mode);
+        if message.is_none() && shared && is != Mark::Begun {
+            // Somebody else has set it.
+            return Ok(());
+        }
+        let path = mark(&state.uuid);
+        if shared && fs::write(&path, "").is_err() {
+            return Ok(());
+        }
+        if let Some(message) = message {
+            let sent = control.run(&["message", &state.name, "0", message]);
+            if let Err(error) = sent {
                 forget_cache(&state.uuid);
-                match mode {
-                    "all" => "cache auto",
-                    _ => continue,
-                }
-            }
-            _ => continue,
-        };
-        if let Err(error) = control.run(&["message", &state.name, "0", message]) {
-            forget_cache(&state.uuid);
-            // It may just have been removed.
-            if system(&state.number).exists() {
-                crate::tell(&format!("warning: {}", crate::message(&error)));
+                // It may just have been removed.
+                return match system(&state.number).exists() {
+                    true => Err(error),
+                    false => Ok(()),
+                };
             }
         }
+        match shared {
+            true => fs::write(&path, SET)?,
+            false => forget_cache(&state.uuid),
+        }
+        drop(lock);
     }
     Ok(())
 }
@@ -483,8 +590,29 @@ pub(crate) struct Left {
     pub(crate) names: Vec<String>,
     /// Their locks.
     pub(crate) locks: Vec<Lock>,
+    /// Those of them that have no table.
+    unfinished: Vec<State>,
     /// Whether there are more of them, whose locks others hold.
     pub(crate) others: bool,
+}
+
+/// [`left`], but for devices that an obdsetup with another `/run` is just making: those have no table, and
+/// that changes soon.
+pub(crate) fn left_for_long(control: &Control) -> Result<Left> {
+    let mut left = left(&control.states()?);
+    if left.unfinished.is_empty() {
+        return Ok(left);
+    }
+    let end = Instant::now() + super::QUIET;
+    while Instant::now() < end {
+        interrupt::check()?;
+        sleep(Duration::from_millis(100));
+    }
+    let now = control.states()?;
+    let changed = left.unfinished.iter().filter(|state| !now.contains(state));
+    let changed: Vec<&String> = changed.map(|state| &state.name).collect();
+    left.names.retain(|name| !changed.contains(&name));
+    Ok(left)
 }
 
 /// Returns the shared devices that nothing uses, as a kill leaves them. `all` are the devices.
@@ -509,6 +637,9 @@ pub(crate) fn left(all: &[State]) -> Left {
                 left.others = true;
                 continue;
             };
+            if !state.live {
+                left.unfinished.push(state.clone());
+            }
             gone.insert(state.number.clone());
             left.names.push(state.name.clone());
             left.locks.push(lock);

@@ -11,11 +11,12 @@ pub(crate) mod health;
 pub(crate) mod sysfs;
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::fs::Metadata;
 use std::path::Path;
 
 use anyhow::Result;
 
-use crate::dm::backing::is_over;
+use crate::dm::backing::{is_over, FileId};
 use crate::dm::control::Line;
 use crate::dm::inspect::Device;
 use crate::dm::lock::Lock;
@@ -250,7 +251,8 @@ fn layer(number: &str, devices: &BTreeMap<String, Device>, sys: &Path) -> Layer 
         }
     }
     layer.file = sysfs::name(sys, &number);
-    layer.cut = sysfs::cut(sys, &number, &|file| is_over(sys, &number, file));
+    let is_over = |file: &Metadata| is_over(sys, &number, &FileId::of(file)) == Some(true);
+    layer.cut = sysfs::cut(sys, &number, &is_over);
     layer
 }
 
