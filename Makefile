@@ -12,7 +12,7 @@ S := scripts
 export KDIR KERNEL MIRROR V DESTDIR PREFIX RUN SHARE TIMEOUT CARGO MINUTES
 export QEMU_MEM QEMU_SMP QEMU_ARGS KERNEL_ARGS OBD_GOLDENS RECORD VM COMPARE PARTS
 
-.PHONY: all module tools setup demo check check-system check-boot check-forky check-debug check-kcsan check-all soak lint fuzz bench vm install deb check-deb clean help
+.PHONY: all module tools setup demo check check-system check-boot check-forky check-debug check-kcsan check-all soak lint fuzz bench vm install deb check-deb pictures clean help
 
 all: module
 
@@ -83,6 +83,10 @@ deb:
 
 check-deb:
 	@$S/check-deb.sh
+
+# Drawn anew from their sources; what comes out is committed.
+pictures:
+	@$S/pictures.sh
 
 clean:
 	@$S/clean.sh

@@ -30,6 +30,7 @@ make vm               a shell in the test VM, with the module loaded (leave with
 make vm RUN='CMD'     run one command there; fails as it does ("Error N" has its status, make's own is then 2;
                       RUN='CMD' scripts/vm.sh exits with the status itself: 124 is time out, 125 a dead VM)
 make check-deb        install them in a fresh Debian 13, have DKMS build the module, load it in the VM, purge them
+make pictures         draw Documentation/pictures/*.svg anew from the .dot files there, with this machine's Graphviz
 make setup            only set up the tool chain and the kernel that the above need
 make clean            remove build/
 

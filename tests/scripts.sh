@@ -221,7 +221,49 @@ sums() {
 15 passed, 3 failed, 1 skipped'
 }
 
-echo "1..17"
+# pictures: each is there and of its source, and what isn't is told.
+pictures() {
+	local copy=$work/pictures said none=$work/none
+	scripts/pictures.sh --check || return
+	mkdir -p "$copy/Documentation" "$none"
+	cp -r scripts "$copy/"
+	cp -r Documentation/pictures "$copy/Documentation/"
+	echo >>"$copy/Documentation/pictures/stack.dot"
+	said=$("$copy/scripts/pictures.sh" --check 2>&1) && return 1
+	equal "$said" "Documentation/pictures/stack.dot: its SVG is out of date: run 'make pictures'" || return
+	ln -s "$(command -v dirname)" "$(command -v id)" "$none/"
+	said=$(PATH=$none "$copy/scripts/pictures.sh" 2>&1) && return 1
+	equal "$said" "error: dot is missing: install Graphviz (Debian: apt install graphviz)"
+}
+
+# document_links FILE: what a document names by its place, seen from there.
+document_links() {
+	case $1 in
+	*.md) grep -oE '\]\([^)]+\)|src="[^"]+"' "$1" | sed -E 's/^(\]\(|src=")//; s/[)"]$//' ;;
+	*.rst)
+		tr '\n' ' ' <"$1" | grep -oE '`[^`]*<[^`>]+>`__' | sed 's/.*<//; s/>`__$//'
+		sed -nE 's/^ *\.\. (figure|image):: *//p' "$1"
+		;;
+	esac | sed 's/#.*//' | grep -vE '^$|^[a-z]+:' | sort -u
+}
+
+# documents: what they link to is there, and the index has all.
+documents() {
+	local document link bad=0
+	for document in ./*.md Documentation/*.rst Documentation/*/*.rst; do
+		while read -r link; do
+			[ -e "${document%/*}/$link" ] || { echo "$document: no $link" && bad=1; }
+		done < <(document_links "$document")
+	done
+	for document in Documentation/*.rst; do
+		document=${document##*/}
+		[ "$document" = index.rst ] || document_links Documentation/index.rst | grep -qxF "$document" ||
+			{ echo "Documentation/index.rst: no $document" && bad=1; }
+	done
+	return "$bad"
+}
+
+echo "1..19"
 test "help in a read-only clone" help
 test "surroundings of the caller change nothing" surroundings
 test "a clone with blanks and worse in its path" odd_place
@@ -239,4 +281,6 @@ test "what runs in the root ends with its caller: KILL" ends_with_caller KILL
 test "causes of skipped tests: KTAP" ktap
 test "causes of skipped tests: cargo" cargo
 test "sums of make check" sums
+test "pictures are up to date" pictures
+test "links between documents" documents
 exit "$failed"
