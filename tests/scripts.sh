@@ -263,7 +263,19 @@ documents() {
 	return "$bad"
 }
 
-echo "1..19"
+# versions: of the packages, obdsetup and the documents, that of dkms.conf, which the module has, too.
+versions() {
+	local version bad=0
+	version=$(sed -n 's/^PACKAGE_VERSION="\(.*\)"$/\1/p' dkms.conf)
+	[ -n "$version" ] || { echo "dkms.conf: no version" && return 1; }
+	grep -qx "version = \"$version\"" tools/Cargo.toml || { echo "tools/Cargo.toml: not $version" && bad=1; }
+	head -n 1 packaging/deb/changelog | grep -qF "($version-" || { echo "packaging/deb/changelog: not $version" && bad=1; }
+	grep -q "^$version," NEWS || { echo "NEWS: no $version" && bad=1; }
+	if grep -oE 'dm-overlaybd[-/][0-9.]+[0-9]' Documentation/install.rst | grep -vE "[-/]$version$"; then bad=1; fi
+	return "$bad"
+}
+
+echo "1..20"
 test "help in a read-only clone" help
 test "surroundings of the caller change nothing" surroundings
 test "a clone with blanks and worse in its path" odd_place
@@ -283,4 +295,5 @@ test "causes of skipped tests: cargo" cargo
 test "sums of make check" sums
 test "pictures are up to date" pictures
 test "links between documents" documents
+test "one version" versions
 exit "$failed"

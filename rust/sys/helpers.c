@@ -339,3 +339,5 @@ void obd_corrupt_uevent(struct gendisk *disk, u64 block)
 	snprintf(variable, sizeof(variable), "DM_ZFILE_CORRUPT_BLOCK=%llu", block);
 	kobject_uevent_env(&disk_to_dev(disk)->kobj, KOBJ_CHANGE, env);
 }
+
+MODULE_VERSION(OBD_VERSION);

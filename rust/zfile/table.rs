@@ -29,7 +29,7 @@ struct Options {
 impl dm::Target for Zfile {
     type Context = Shared;
 
-    const VERSION: [u32; 3] = [1, 0, 0];
+    const VERSION: [u32; 3] = [1, 1, 0];
     const NOWAIT: bool = true;
     const PER_BIO_DATA: usize = dm::frame_size::<Self>();
     const MESSAGE: Option<dm::Message<Self>> = Some(Zfile::handle_message);

@@ -268,7 +268,8 @@ def half_attached():
         calls = log.read().decode().splitlines()
     way.run("close", NAME)
     nothing_left(layers)
-    numbers = [number for number, call in enumerate(calls, 1) if "LOOP_SET_STATUS64" in call]
+    numbers = [number for number, call in enumerate(calls, 1) if "LOOP_SET_FD" in call]
+    # The signal ends the process when the call is over.
     check(len(numbers) > 1, f"loop devices attached: {len(numbers)}")
     for number in (numbers[0], numbers[-1]):
         for command in ("open", "close"):
