@@ -17,12 +17,14 @@
 static const blk_mode_t OBD_BLK_OPEN_READ = BLK_OPEN_READ;
 static const blk_mode_t OBD_BLK_OPEN_WRITE = BLK_OPEN_WRITE;
 static const blk_features_t OBD_BLK_FEAT_POLL = BLK_FEAT_POLL;
+static const blk_flags_t OBD_BLK_FLAG_MISALIGNED = BLK_FLAG_MISALIGNED;
 static const blk_status_t OBD_BLK_STS_IOERR = BLK_STS_IOERR;
 static const blk_status_t OBD_BLK_STS_AGAIN = BLK_STS_AGAIN;
 static const blk_opf_t OBD_REQ_OP_MASK = REQ_OP_MASK;
 static const blk_opf_t OBD_REQ_META = REQ_META;
 /* How memory is asked for: see rust/block/memory.rs. */
-static const gfp_t OBD_GFP_LARGE = GFP_KERNEL | __GFP_NOWARN;
+static const gfp_t OBD_GFP_LARGE = GFP_KERNEL | __GFP_RETRY_MAYFAIL |
+				   __GFP_NOWARN;
 static const gfp_t OBD_GFP_OPTIONAL = GFP_NOWAIT | __GFP_NORETRY |
 				      __GFP_NOWARN | __GFP_NOMEMALLOC;
 static const gfp_t OBD_GFP_CACHE = GFP_NOWAIT | __GFP_NORETRY | __GFP_NOWARN |

@@ -136,6 +136,24 @@ def large_blocks_zfile():
     verify(dm.lsmt(VSIZE, (lower, len(LAYER)), (dm.Loop(TOP), len(TOP))), PLAIN, rounds=60)
 
 
+@test("stripes below: zfile takes over nothing of where they begin and end")
+def stripes():
+    raw = image.zfile(DATA, image.LZ4, 65536, overwrite=True)
+    raw += bytes(-len(raw) % 16384)
+    halves = [b"".join(raw[at:at + 4096] for at in range(start, len(raw), 8192)) for start in (0, 4096)]
+    log = dm.KernelLog()
+    disks = [dm.Loop(half) for half in halves]
+    lower = dm.create(dm.line(0, len(raw) // 512, "striped", 2, 8, disks[0].path, 0, disks[1].path, 0))
+    size = len(image.zfile(DATA, image.LZ4, 65536, overwrite=True))
+    device = dm.zfile(lower, size, len(DATA))
+    verify(device, PADDED, rounds=20)
+    for name in ("alignment_offset", "queue/chunk_sectors"):
+        with open(f"{device.sysfs}/{name}", encoding="ascii") as file:
+            equal(file.read(), "0\n", name)
+    lines = [text for text in log.lines() if "alignment inconsistency" in text]
+    check(not lines, f"kernel log: {lines}")
+
+
 @test("blocks of 4096 bytes below: an aligned layer reads, one that isn't is refused")
 def large_blocks_lsmt():
     device = dm.lsmt(VSIZE, (dm.Loop(LAYER_4K, block=4096), len(LAYER_4K)))
@@ -146,9 +164,12 @@ def large_blocks_lsmt():
     same_bytes(disk.whole(), wanted, "content")
     for sector in (0, 8, 304, 400, 600, 696):
         same_bytes(disk.read(sector * 512, 8192), wanted[sector * 512:sector * 512 + 8192], f"sector {sector}")
-    for blobs in (((LAYER, 4096),), ((LAYER_4K, 4096), (TOP, 512))):
+    # The disk ends within the last sector of a block, which no read of a whole block reaches.
+    end = VSIZE + 7 * 512 + 100
+    odd = image.lsmt(end, [(0, image.sample(304 * 512, 52))])
+    for size, *blobs in ((VSIZE, (LAYER, 4096)), (VSIZE, (LAYER_4K, 4096), (TOP, 512)), (VSIZE + 4096, (odd, 4096))):
         log = dm.KernelLog()
-        fails_with(errno.EINVAL, dm.lsmt, VSIZE, *[(dm.Loop(raw, block=block), len(raw)) for raw, block in blobs])
+        fails_with(errno.EINVAL, dm.lsmt, size, *[(dm.Loop(raw, block=block), len(raw)) for raw, block in blobs])
         lines = log.lines()
         check(any("Layers are not aligned to the blocks of their devices" in text for text in lines),
               f"no phrase in the kernel log: {lines}")

@@ -5,7 +5,8 @@
 //! | For                                  | Flags          | Where there is none                      |
 //! |--------------------------------------|----------------|------------------------------------------|
 //! | a device or the module being made    | `GFP_KERNEL`   | making it fails                          |
-//! | the same, of any size                | [`LARGE`]      | making it fails, without a warning       |
+//! | the same, of any size                | [`LARGE`]      | making it fails, without a warning, and  |
+//! |                                      |                | nothing is killed for it                 |
 //! | a page for a lower read or the cache | [`PAGE`]       | a shorter read, then the spare buffer; a |
 //! |                                      |                | read without the cache                   |
 //! | pages in one piece, for the same     | [`PAGES`]      | smaller pieces                           |

@@ -8,8 +8,8 @@
 //! same queue. What one may wait for:
 //!
 //! - A codec context. Its holder waits for nothing.
-//! - The end of an I/O, where what is above may do its own work. That must not wait for I/O, as an I/O
-//!   may end in an interrupt as well.
+//! - The end of an I/O, where what is above may do its own work. It is called as if from an interrupt
+//!   (`bio_in_atomic()`), so it does not wait: erofs, say, else decompresses right there.
 //! - Submission of a lower read, for tags and memory of the lower device. Devices whose lower device
 //!   may lie on one of ours have queues of their own: see `Device::may_stack`.
 //! - The budget of the control group that a lower read is charged to, where the lower disk has

@@ -80,10 +80,14 @@ pub(crate) trait Deferred: Target {
 pub(crate) struct Limits<'a>(&'a mut sys::queue_limits);
 
 impl Limits<'_> {
-    /// Reads of any number of sectors at any sector, whatever is below.
+    /// Reads of any number of sectors at any sector, whatever is below: the sectors of what is below lie
+    /// elsewhere.
     pub(crate) fn set_logical_block_size(&mut self, bytes: u32) {
         self.0.logical_block_size = bytes;
         self.0.dma_alignment = bytes - 1;
+        self.0.chunk_sectors = 0;
+        self.0.alignment_offset = 0;
+        self.0.flags &= !sys::OBD_BLK_FLAG_MISALIGNED;
     }
 
     /// The sizes in bytes that reads are best made of: `block` the smallest, `optimal` a large

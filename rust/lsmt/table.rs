@@ -68,7 +68,7 @@ impl dm::Target for Lsmt {
             return Err(Failure::new(c"Device is larger than its image", EINVAL));
         }
         let segments = merge_layers(&layers, setup.len())?;
-        check_alignment(setup, &segments, count)?;
+        check_alignment(setup, &segments, count, size)?;
         let runs = |len| Ok(compat::zeroed(len, memory::LARGE)?);
         let index = Index::new(segments, runs, pause)?;
         Ok(Self {
@@ -179,6 +179,7 @@ fn check_alignment(
     setup: &Setup<'_, ()>,
     segments: &[Segment],
     layers: usize,
+    size: u64,
 ) -> Result<(), Failure> {
     let mut block = SECTOR_SIZE;
     for nth in 0..layers {
@@ -192,6 +193,11 @@ fn check_alignment(
         all = part.iter().fold(all, |all, segment| {
             all | segment.offset() | segment.length() | segment.moffset()
         });
+    }
+    // Where the disk ends within a sector, that one is kept, and reads end before it.
+    let end = size / SECTOR_SIZE;
+    if size % SECTOR_SIZE != 0 && setup.len() > end {
+        all |= end;
     }
     if all & mask != 0 {
         return Err(Failure::new(

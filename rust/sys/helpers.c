@@ -104,6 +104,12 @@ bool obd_in_interrupt_off(void)
 	return in_hardirq() || irqs_disabled();
 }
 
+static bool obd_need_resched_lazy(void)
+{
+	return TIF_NEED_RESCHED_LAZY != TIF_NEED_RESCHED &&
+	       test_thread_flag(TIF_NEED_RESCHED_LAZY);
+}
+
 static unsigned int at_once_bytes = 16 << 10;
 module_param(at_once_bytes, uint, 0644);
 MODULE_PARM_DESC(at_once_bytes,
@@ -112,8 +118,16 @@ MODULE_PARM_DESC(at_once_bytes,
 bool obd_at_once(unsigned int bytes, u16 ioprio)
 {
 	return bytes <= READ_ONCE(at_once_bytes) && !obd_in_interrupt_off() &&
-	       !need_resched() &&
+	       !need_resched() && !obd_need_resched_lazy() &&
 	       IOPRIO_PRIO_CLASS(ioprio) != IOPRIO_CLASS_IDLE;
+}
+
+void obd_bio_end_from_worker(struct bio *bio)
+{
+	/* bio_in_atomic() is true here, with PREEMPT_RT, too. */
+	rcu_read_lock();
+	bio_endio(bio);
+	rcu_read_unlock();
 }
 
 bool obd_fatal_signal_pending(void)

@@ -311,6 +311,8 @@ pub(crate) struct Index {
     cache: Arc<Cache>,
     /// Blocks that are there, or being loaded.
     count: Atomic<usize>,
+    /// Those of them that have been loaded, and may be taken out.
+    loaded: Atomic<usize>,
     /// Where the hand of the clock is: a block's place, counted through all shards.
     hand: Atomic<usize>,
     /// Places for leaves in each shard.
@@ -332,6 +334,11 @@ impl Index {
     /// Blocks that are there, or being loaded.
     pub(super) fn len(&self) -> usize {
         self.count.load(Relaxed)
+    }
+
+    /// Whether there are blocks that may be taken out.
+    fn has_loaded(&self) -> bool {
+        self.loaded.load(Relaxed) > 0
     }
 
     /// Looks the first of `blocks` up. Where it is missing, it has a place now, and so have those
@@ -491,6 +498,7 @@ impl Index {
             }
             if block.data().is_some() {
                 leaf.loaded |= 1 << at;
+                self.loaded.fetch_add(1, Relaxed);
                 return;
             }
             leaf.take(at);
@@ -511,7 +519,7 @@ impl Index {
         while *steps > 0
             && !end
             && (taken.blocks < wanted.blocks || taken.bytes < wanted.bytes)
-            && self.len() > 0
+            && self.has_loaded()
         {
             *steps -= 1;
             let most = if wanted.bytes > taken.bytes {
@@ -528,6 +536,7 @@ impl Index {
             for block in blocks.iter_mut().filter_map(Option::take) {
                 taken.blocks += 1;
                 taken.bytes += block.memory();
+                self.loaded.fetch_sub(1, Relaxed);
                 self.count.fetch_sub(1, Relaxed);
                 quota::sub(block.memory());
             }
@@ -585,6 +594,8 @@ impl Index {
                     place = stop;
                     continue;
                 };
+                self.loaded
+                    .fetch_sub(leaf.loaded.count_ones() as usize, Relaxed);
                 for block in leaf.blocks.iter().flatten() {
                     self.count.fetch_sub(1, Relaxed);
                     quota::sub(block.memory());
@@ -709,6 +720,7 @@ impl Cache {
             try_pin_init!(Index {
                 cache: this.clone(),
                 count: Atomic::new(0),
+                loaded: Atomic::new(0),
                 hand: Atomic::new(0),
                 places,
                 shards <- shards,
@@ -760,7 +772,7 @@ impl Cache {
         }
     }
 
-    /// The device that the hand is at, or the next one that has blocks. Looks at some devices only;
+    /// The device that the hand is at, or the next one that has blocks to be taken out. Looks at some devices only;
     /// where none of them has any, gives how many devices there are.
     fn current(&self) -> Result<Arc<Index>, usize> {
         let mut devices = self.devices.lock();
@@ -770,7 +782,7 @@ impl Cache {
                 *hand = 0;
             }
             match all.get(*hand) {
-                Some(index) if index.len() > 0 => return Ok(index.clone()),
+                Some(index) if index.has_loaded() => return Ok(index.clone()),
                 _ => *hand += 1,
             }
         }
@@ -816,8 +828,8 @@ impl Shrink for Cache {
     fn scan(&self, target: usize) -> usize {
         let mut freed = self.pool.drain(target);
         if freed < target {
-            let wanted = (target - freed) * kernel::page::PAGE_SIZE;
-            let bytes = self.evict(wanted, STEPS + target);
+            let wanted = (target - freed).saturating_mul(kernel::page::PAGE_SIZE);
+            let bytes = self.evict(wanted, STEPS.saturating_add(target));
             // Their pages are in the pool now, or free already.
             self.pool.drain(bytes / kernel::page::PAGE_SIZE);
             freed += bytes / kernel::page::PAGE_SIZE;
