@@ -12,6 +12,7 @@
 //! Lock order: each shelf's lock is taken alone, in any context.
 
 use kernel::cpu::CpuId;
+use kernel::page::PAGE_SIZE;
 use kernel::prelude::*;
 use kernel::sync::atomic::{Atomic, Relaxed};
 use kernel::sync::Arc;
@@ -22,12 +23,24 @@ use super::Lock;
 
 /// Orders of pieces.
 const ORDERS: usize = MAX_ORDER as usize + 1;
-/// Pieces of each order that a CPU's shelf has at most.
-const ON_CPU: [usize; ORDERS] = [32, 16, 8, 16];
-/// Pieces of each order that the common shelf has at most.
-const IN_COMMON: [usize; ORDERS] = [128, 64, 32, 64];
+/// Pieces of each order that a CPU's shelf has at most: 896 KiB.
+const ON_CPU: [usize; ORDERS] = scaled([32, 16, 8, 16]);
+/// Pieces of each order that the common shelf has at most: 3.5 MiB.
+const IN_COMMON: [usize; ORDERS] = scaled([128, 64, 32, 64]);
 /// Pieces that go from one shelf to another at once.
 const BATCH: usize = 8;
+
+/// Returns how many pieces have the memory that so many have where pages are of 4 KiB; at least one.
+const fn scaled(pieces: [usize; ORDERS]) -> [usize; ORDERS] {
+    let [a, b, c, d] = pieces;
+    let pages = PAGE_SIZE / 4096;
+    [
+        a.div_ceil(pages),
+        b.div_ceil(pages),
+        c.div_ceil(pages),
+        d.div_ceil(pages),
+    ]
+}
 
 /// Pieces that are on their way; what is left is freed.
 #[derive(Default)]

@@ -332,6 +332,8 @@ impl Zfile {
 
     /// The lower read has ended. In any context.
     fn read_done(mut io: Io<Self>, result: Result<(), Status>) {
+        // A read may take longer than it is waited for that the pool is used again.
+        io.target().shared.tidier.arm();
         if let Err(status) = result {
             if status != Status::AGAIN {
                 io.target().stats.read_errors.fetch_add(1, Relaxed);
