@@ -455,7 +455,7 @@ def two_runs():
     if quietly("modprobe", "dm-delay"):
         raise Skip("no kernel module dm-delay")
     slow = dm.create(dm.line(0, os.path.getsize(base) // 512, "delay", loop, 0, 300))
-    names = [f"{NAME}-{nth}" for nth in range(4)]
+    names = [f"{NAME}-run{nth}" for nth in range(4)]
     children = []
     for nth, name in enumerate(names):
         prefix = OTHER_RUN if nth % 2 else []
