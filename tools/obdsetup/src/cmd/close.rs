@@ -66,7 +66,7 @@ pub(crate) fn run(args: &Args) -> Result<()> {
         }
     }
     let shared = stack.shared(&all);
-    let left = share::left_for_long(&control)?;
+    let left = share::left_for_long(&control, &all)?;
     let mut names = match (stack.top(), args.deferred) {
         // All go when nobody has them open, whoever is the last one.
         (_, true) => shared.iter().map(|state| state.name.clone()).collect(),
@@ -144,7 +144,7 @@ fn close_nothing(control: &Control, name: &str) -> Result<()> {
     if lock.was_left() {
         dm::clear_left(&lock);
         share::clear_left(control)?;
-        let left = share::left_for_long(control)?;
+        let left = share::left_for_long(control, &control.states()?)?;
         if !left.names.is_empty() {
             crate::tell(&format!(
                 "device {name} was left half built by an obdsetup that was killed: removing {}",

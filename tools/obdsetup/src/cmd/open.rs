@@ -260,7 +260,7 @@ pub(crate) fn run(args: &Args) -> Result<()> {
     let paths = named.iter().map(|layer| layer.path.as_path());
     args.layers.in_use.check_below(paths)?;
     let control = Control::open()?;
-    let lock = make_way(&control, &args.name, &plan)?;
+    let (lock, states) = make_way(&control, &args.name, &plan)?;
     allow_files(named.len());
 
     let mut below = Backings {
@@ -269,7 +269,7 @@ pub(crate) fn run(args: &Args) -> Result<()> {
         lock: &lock,
         backings: BTreeMap::new(),
     };
-    let set_up = SetUp::new(&control, &lock, &plan, &mut below)?;
+    let set_up = SetUp::new(&control, &lock, &plan, states, &mut below)?;
     interrupt::check()?;
     let node = dm::node(&args.name).display().to_string();
     print(&format!("{node}\n"))?;
@@ -371,8 +371,8 @@ fn settled(control: &Control, name: &str, mut all: Vec<State>) -> Result<Vec<Sta
 }
 
 /// Takes the lock for stack `name`, and removes what an obdsetup that was killed has left of it.
-/// Fails where there are other devices with the names of `plan`.
-fn make_way(control: &Control, name: &str, plan: &Plan) -> Result<Lock> {
+/// Returns all devices, too. Fails where there are other devices with the names of `plan`.
+fn make_way(control: &Control, name: &str, plan: &Plan) -> Result<(Lock, Vec<State>)> {
     let lock = Lock::take(name)?;
     dm::clear_left(&lock);
     let mut all = control.states()?;
@@ -406,6 +406,6 @@ fn make_way(control: &Control, name: &str, plan: &Plan) -> Result<Lock> {
         .find_map(|device| setup::in_the_way(&all, device))
     {
         Some(error) => Err(error),
-        None => Ok(lock),
+        None => Ok((lock, all)),
     }
 }

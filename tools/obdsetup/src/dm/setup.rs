@@ -71,12 +71,13 @@ pub(crate) struct SetUp<'a> {
 }
 
 impl<'a> SetUp<'a> {
-    /// Sets up the devices of `plan`, lowest first, but for shared ones that are there. The caller
-    /// holds `lock`, and has seen that none of the others exists.
+    /// Sets up the devices of `plan`, lowest first, but for shared ones that are there. `states` are all
+    /// devices: the caller holds `lock`, and has seen that none of the others exists.
     pub(crate) fn new(
         control: &'a Control,
         lock: &'a Lock,
         plan: &'a Plan,
+        states: Vec<State>,
         below: &mut dyn Below,
     ) -> Result<Self> {
         let mut all = Self {
@@ -94,8 +95,9 @@ impl<'a> SetUp<'a> {
             kept: false,
         };
         let major = major()?;
+        let mut states = Some(states);
         for attempt in 0..TRIES {
-            let states = all.adopt()?;
+            let states = all.adopt(states.take())?;
             let todo = all.wanted();
             if attempt == 0 {
                 all.tell_of_other_options(&states, &todo);
@@ -167,8 +169,9 @@ impl<'a> SetUp<'a> {
     }
 
     /// Holds the shared devices that are there, and takes the locks for those that are not, and are to
-    /// be made. Returns all devices as they were before.
-    fn adopt(&mut self) -> Result<Vec<State>> {
+    /// be made. Returns all devices as they were before. `known` are the devices, where they were just
+    /// looked at.
+    fn adopt(&mut self, mut known: Option<Vec<State>>) -> Result<Vec<State>> {
         self.holds.clear();
         self.locks.clear();
         self.made.clear();
@@ -180,7 +183,10 @@ impl<'a> SetUp<'a> {
         let mut half_built = (Vec::new(), Instant::now());
         loop {
             interrupt::check()?;
-            let states = self.control.states()?;
+            let states = match known.take() {
+                Some(states) => states,
+                None => self.control.states()?,
+            };
             let mut left = Vec::new();
             // The upper ones come last: what is below one that is held isn't looked at.
             for nth in (0..plan.devices.len()).rev() {
@@ -337,10 +343,16 @@ impl<'a> SetUp<'a> {
         let created = self.run_create(wait, &text);
         self.begun = created.is_ok() || interrupt::check().is_err();
         if self.begun {
-            let states = self.control.states()?;
-            let own = states.into_iter().find(|state| state.uuid == device.uuid);
+            let own = match share::number_of_uuid(&device.uuid) {
+                Some(own) => Some(own),
+                None => {
+                    let states = self.control.states()?;
+                    let own = states.into_iter().find(|state| state.uuid == device.uuid);
+                    own.map(|own| own.number)
+                }
+            };
             if let (Some(own), Some(number)) = (own, self.numbers.get_mut(nth)) {
-                *number = own.number;
+                *number = own;
             }
         }
         created
@@ -364,16 +376,20 @@ impl<'a> SetUp<'a> {
             self.locks.clear();
             return Ok(());
         }
-        let states = self.control.states()?;
         for nth in self.made.clone() {
             let (Some(device), Some(number)) = (self.plan.devices.get(nth), self.numbers.get(nth))
             else {
                 continue;
             };
-            let state = states.iter().find(|state| is(state, device, number));
-            let held = state.map(|state| share::hold(state, device.sectors()));
-            match held.transpose()? {
-                Some(Attempt::Held(hold)) => {
+            let state = State {
+                name: device.name.clone(),
+                uuid: device.uuid.clone(),
+                number: number.clone(),
+                live: true,
+                ..State::default()
+            };
+            match share::hold(&state, device.sectors())? {
+                Attempt::Held(hold) => {
                     share::forget_cache(&device.uuid);
                     self.holds.insert(nth, hold);
                 }

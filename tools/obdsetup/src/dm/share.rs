@@ -362,6 +362,17 @@ fn number_of(rdev: u64) -> String {
     format!("{}:{}", rustix::fs::major(rdev), rustix::fs::minor(rdev))
 }
 
+/// Returns the number of the device with `uuid`, where it has a table.
+pub(crate) fn number_of_uuid(uuid: &str) -> Option<String> {
+    let entries = fs::read_dir("/sys/block").into_iter().flatten().flatten();
+    let device = entries.map(|entry| entry.path()).find(|device| {
+        let text = fs::read_to_string(device.join("dm/uuid"));
+        text.is_ok_and(|text| text.trim_end() == uuid)
+    });
+    let number = fs::read_to_string(device?.join("dev")).ok()?;
+    Some(number.trim_end().to_owned())
+}
+
 fn system(number: &str) -> PathBuf {
     Path::new(SYS).join(number)
 }
@@ -492,26 +503,27 @@ impl Mark {
 /// the page caches above don't, as their tables say. Where somebody else has set the mode, it stays.
 /// What goes wrong is told: the stacks work all the same.
 pub(crate) fn set_caches(control: &Control, numbers: &BTreeSet<String>) {
-    if numbers.is_empty() {
-        return;
-    }
-    let is_one = |state: &&State| {
-        let is_zfile = parse(&state.uuid).is_some_and(|(kind, _)| kind == Kind::Zfile);
-        is_zfile && numbers.contains(&state.number)
-    };
-    let done = control.states().and_then(|states| {
-        let mut states = states.iter().filter(is_one);
-        states.try_for_each(|state| set_cache(control, state))
-    });
-    if let Err(error) = done {
-        crate::tell(&format!("warning: {}", crate::message(&error)));
+    for number in numbers {
+        let text = |name: &str| {
+            let text = fs::read_to_string(system(number).join("dm").join(name));
+            text.map(|text| text.trim_end().to_owned())
+        };
+        let (Ok(name), Ok(uuid)) = (text("name"), text("uuid")) else {
+            continue;
+        };
+        if parse(&uuid).is_none_or(|(kind, _)| kind != Kind::Zfile) {
+            continue;
+        }
+        if let Err(error) = set_cache(control, number, &name, &uuid) {
+            crate::tell(&format!("warning: {}", crate::message(&error)));
+        }
     }
 }
 
 /// Sets how the cache of one device is used.
-fn set_cache(control: &Control, state: &State) -> Result<()> {
-    let shared = || users(&state.number).len() > 1;
-    let is_right = |shared: bool| match Mark::of(&state.uuid) {
+fn set_cache(control: &Control, number: &str, name: &str, uuid: &str) -> Result<()> {
+    let shared = || users(number).len() > 1;
+    let is_right = |shared: bool| match Mark::of(uuid) {
         Mark::None => !shared,
         Mark::Begun => false,
         Mark::Set => shared,
@@ -521,10 +533,10 @@ fn set_cache(control: &Control, state: &State) -> Result<()> {
         if is_right(shared()) {
             break;
         }
-        let lock = lock_device(&state.uuid)?;
-        let (shared, is) = (shared(), Mark::of(&state.uuid));
+        let lock = lock_device(uuid)?;
+        let (shared, is) = (shared(), Mark::of(uuid));
         // A module that is older than the message doesn't tell.
-        let Some(mode) = control.status_word(&state.name, CACHE_MODE) else {
+        let Some(mode) = control.status_word(name, CACHE_MODE) else {
             return Ok(());
         };
         let message = is.message(shared, &mode);
@@ -532,16 +544,16 @@ fn set_cache(control: &Control, state: &State) -> Result<()> {
             // Somebody else has set it.
             return Ok(());
         }
-        let path = mark(&state.uuid);
+        let path = mark(uuid);
         if shared && fs::write(&path, "").is_err() {
             return Ok(());
         }
         if let Some(message) = message {
-            let sent = control.run(&["message", &state.name, "0", message]);
+            let sent = control.run(&["message", name, "0", message]);
             if let Err(error) = sent {
-                forget_cache(&state.uuid);
+                forget_cache(uuid);
                 // It may just have been removed.
-                return match system(&state.number).exists() {
+                return match system(number).exists() {
                     true => Err(error),
                     false => Ok(()),
                 };
@@ -549,7 +561,7 @@ fn set_cache(control: &Control, state: &State) -> Result<()> {
         }
         match shared {
             true => fs::write(&path, SET)?,
-            false => forget_cache(&state.uuid),
+            false => forget_cache(uuid),
         }
         drop(lock);
     }
@@ -597,9 +609,9 @@ pub(crate) struct Left {
 }
 
 /// [`left`], but for devices that an obdsetup with another `/run` is just making: those have no table, and
-/// that changes soon.
-pub(crate) fn left_for_long(control: &Control) -> Result<Left> {
-    let mut left = left(&control.states()?);
+/// that changes soon. `all` are the devices.
+pub(crate) fn left_for_long(control: &Control, all: &[State]) -> Result<Left> {
+    let mut left = left(all);
     if left.unfinished.is_empty() {
         return Ok(left);
     }
