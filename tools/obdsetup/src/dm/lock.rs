@@ -9,7 +9,7 @@
 //! obdsetup itself was killed.
 
 use std::fs::{DirBuilder, File};
-use std::io::ErrorKind;
+use std::io::{ErrorKind, Seek};
 use std::os::unix::fs::{DirBuilderExt, FileExt, MetadataExt};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
@@ -139,6 +139,16 @@ impl Lock {
                 .set_len(0)
                 .and_then(|()| file.write_all_at(text.as_bytes(), 0));
         }
+    }
+
+    /// Returns a file for a program to write a note to, in the place of another; nothing where there are
+    /// no locks.
+    pub(super) fn note_file(&self) -> Option<File> {
+        let (_, file) = self.held.as_ref()?;
+        file.set_len(0).ok()?;
+        let mut file = file.try_clone().ok()?;
+        file.rewind().ok()?;
+        Some(file)
     }
 
     /// Returns the note that is there.

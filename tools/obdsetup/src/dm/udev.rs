@@ -63,21 +63,29 @@ impl Udev {
         let cookie = match self {
             Self::Absent | Self::Deaf => None,
             Self::Present => {
-                let made = control.run(&["udevcreatecookie"]);
+                let mut program = super::control::dmsetup();
+                program.arg("udevcreatecookie");
+                // So a kill at any moment leaves a note of the cookie, or no cookie.
+                let file = lock.note_file();
+                let has_note = file.is_some();
+                if let Some(file) = file {
+                    program.leaves_note(file);
+                }
+                let made = control.run_program(program.despite_signals());
                 if made.is_err() {
                     interrupt::check()?;
                 }
-                let text = made.context("cannot make a udev cookie")?;
+                let mut text = made.context("cannot make a udev cookie")?;
+                if has_note {
+                    text = lock.note().unwrap_or_default();
+                }
                 let text = text.trim();
                 // Nothing is printed where libdm finds that it cannot wait.
                 let digits = text.strip_prefix("0x");
                 let key = digits.and_then(|digits| u32::from_str_radix(digits, 16).ok());
-                key.map(|key| {
-                    lock.set_note(text);
-                    Cookie {
-                        text: text.to_owned(),
-                        key,
-                    }
+                key.map(|key| Cookie {
+                    text: text.to_owned(),
+                    key,
                 })
             }
         };
@@ -93,10 +101,11 @@ pub(crate) struct Wait<'a> {
 
 /// Removes the cookie that a holder of `lock` has left who was killed.
 pub(super) fn clear_left(lock: &Lock) {
-    let Some(text) = lock.note().filter(|text| text.starts_with(COOKIES)) else {
+    let note = lock.note().filter(|text| text.starts_with(COOKIES));
+    let Some(text) = note else {
         return;
     };
-    destroy(&text);
+    destroy(text.trim());
     lock.set_note("");
 }
 

@@ -30,6 +30,12 @@ pub(super) fn command(path: &Path) -> Command {
 
 const SELF: &str = "/proc/self/exe";
 
+/// Returns the command that runs the program at `path` to its end, also where this process is gone by
+/// then.
+pub(super) fn outliving(path: &Path) -> Command {
+    Command::new(path)
+}
+
 /// Becomes the program that `args` name, as [`command`] gives them: the number of the parent, the
 /// program's path, its arguments. Returns why it cannot.
 pub(crate) fn run(args: &[OsString]) -> String {

@@ -51,6 +51,8 @@ pub(crate) struct Program {
     patience: Patience,
     heeds_signals: bool,
     input: Option<File>,
+    /// Where standard output goes; then the program ends its work though this process is killed.
+    note: Option<File>,
     version: Option<Version>,
 }
 
@@ -129,6 +131,7 @@ impl Program {
             patience: Patience::default(),
             heeds_signals: true,
             input: None,
+            note: None,
             version: None,
         }
     }
@@ -167,6 +170,13 @@ impl Program {
     /// Has the program read `file` as its standard input, from where that stands.
     pub(crate) fn input(&mut self, file: File) -> &mut Self {
         self.input = Some(file);
+        self
+    }
+
+    /// Has the program write its standard output to `file`, and end its work though this process is
+    /// killed: what it has made is known from that file. For what takes no time.
+    pub(crate) fn leaves_note(&mut self, file: File) -> &mut Self {
+        self.note = Some(file);
         self
     }
 
@@ -270,14 +280,21 @@ impl Program {
                 self.name, self.need
             ))
         })?;
-        let mut command = guard::command(&path);
+        let mut command = match self.note {
+            Some(_) => guard::outliving(&path),
+            None => guard::command(&path),
+        };
         command.args(&self.args).env_clear();
         command.envs(environment::passed_on()).envs(&self.env);
         command.stdin(match &self.input {
             Some(file) => file.try_clone()?.into(),
             None => Stdio::null(),
         });
-        command.stdout(Stdio::piped()).stderr(Stdio::piped());
+        command.stdout(match &self.note {
+            Some(file) => file.try_clone()?.into(),
+            None => Stdio::piped(),
+        });
+        command.stderr(Stdio::piped());
         // The terminal's signals are for this process.
         command.process_group(0);
         let child = command.spawn();
