@@ -58,8 +58,8 @@ def verity_above():
     nothing_left()
 
 
-def cached():
-    """Bytes of page cache."""
+def page_cache():
+    """Its bytes."""
     with open("/proc/meminfo", encoding="ascii") as file:
         return next(int(row.split()[1]) << 10 for row in file if row.startswith("Cached:"))
 
@@ -155,9 +155,9 @@ def several_times():
     sh(use)
     sh("echo 3 >/proc/sys/vm/drop_caches")
     same_bytes(content("/run/c1/data"), DATA, "content in the first")
-    before = cached()
+    before = page_cache()
     same_bytes(content("/run/c2/data"), DATA, "content in the second")
-    check(cached() - before < len(DATA) // 4, f"the second has taken {cached() - before} bytes of page cache")
+    check(page_cache() - before < len(DATA) // 4, f"the second has taken {page_cache() - before} bytes of page cache")
     with open("/run/c1/data", "ab") as file:
         file.write(b"more")
     same_bytes(content("/run/c1/data"), DATA + b"more", "what the first has written")
@@ -186,9 +186,9 @@ def one_page_cache():
         raise
     sh("echo 3 >/proc/sys/vm/drop_caches")
     same_bytes(content("/mnt/data"), DATA, "content in the first")
-    before = cached()
+    before = page_cache()
     same_bytes(content("/mnt2/data"), DATA, "content in the second")
-    check(cached() - before < len(DATA) // 4, f"the second has taken {cached() - before} bytes of page cache")
+    check(page_cache() - before < len(DATA) // 4, f"the second has taken {page_cache() - before} bytes of page cache")
     same_bytes(content("/mnt2/own"), b"two" * 20000, "what only the second has")
     sh(down)
     nothing_left()

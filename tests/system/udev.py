@@ -76,8 +76,9 @@ def names():
 
 def inner():
     """The devices below the disk, by what they are and the layer's file: names and UUIDs."""
-    rows = [row.split("|") for row in run("dmsetup", "info", "-c", "--noheadings", "--separator", "|", "-o",
-                                          "name,uuid").splitlines()]
+    rows = run("dmsetup", "info", "-c", "--noheadings", "--separator", "|", "-o", "name,uuid").splitlines()
+    # Without any there is a sentence.
+    rows = [row.split("|") for row in rows if "|" in row]
     return {(name.split("-")[-1], name.split(".")[0]): (name, uuid) for name, uuid in rows
             if uuid.startswith(("OVERLAYBD-LAYER-", "OVERLAYBD-BLOB-"))}
 
