@@ -120,7 +120,7 @@ def nvme_tcp():
     sh(remote_.node)
     work.same()
     sh("umount /mnt; obdsetup close app; echo 3 >/proc/sys/vm/drop_caches")
-    sh("\n".join(line for line in remote_.node.splitlines() if line.strip().startswith(("obdsetup", "mount"))))
+    sh("\n".join(line for line in remote_.node.splitlines() if "/dev/nvme-fabrics" not in line))
     remote_.lose()
     disk = Disk("/dev/mapper/app")
     start = time.monotonic()
