@@ -33,6 +33,14 @@ impl LayerOut {
         })
     }
 
+    /// Begins the new file `path`, wrapped like this.
+    pub(crate) fn with(path: &Path, wrapping: Wrapping) -> Result<Self> {
+        Ok(Self {
+            wrapping,
+            output: Output::create(path, false, [])?,
+        })
+    }
+
     /// Where the file is to be.
     pub(crate) fn path(&self) -> &Path {
         self.output.path()

@@ -146,3 +146,7 @@ fn without_numbers(text: &str) -> String {
     }
     out
 }
+
+#[cfg(test)]
+#[path = "../tests/common/tars.rs"]
+mod tars;

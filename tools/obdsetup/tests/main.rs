@@ -12,6 +12,7 @@ mod hostile;
 mod identity;
 mod limits;
 mod messages;
+mod oci;
 mod overview;
 mod programs;
 mod reproducible;
@@ -31,6 +32,7 @@ fn main() {
         identity::trials(),
         limits::trials(),
         messages::trials(),
+        oci::trials(),
         overview::trials(),
         programs::trials(),
         reproducible::trials(),

@@ -231,6 +231,7 @@ const NO_MESSAGES: &[(&str, &str, &str)] = &[
     ("mkfs/btrfs/mod.rs", "data without a place", "as above"),
     ("mkfs/btrfs/mod.rs", "the metadata does not fit", "as above"),
     ("mkfs/btrfs/pack.rs", "a block has no place", "as above"),
+    ("mkfs/erofs/grow.rs", "no plan", "as above"),
     ("mkfs/erofs/write.rs", "a file without a place", "as above"),
     (
         "mkfs/erofs/write.rs",
@@ -241,11 +242,17 @@ const NO_MESSAGES: &[(&str, &str, &str)] = &[
     ("mkfs/erofs/write.rs", "no plan", "as above"),
     ("mkfs/ext/mod.rs", "a file has no inode", "as above"),
     ("mkfs/ext/mod.rs", "no such name", "as above"),
+    ("mkfs/from_tar.rs", "a directory was not made", "as above"),
     ("mkfs/pax.rs", "a tar cannot hold sockets", "as above"),
     ("mkfs/stage.rs", "no such node", "as above"),
     ("mkfs/stamp.rs", "hash too short", "as above"),
     ("mkfs/tree.rs", "no such node", "as above"),
     ("mkfs/tree.rs", "node {id} is no directory", "as above"),
+    (
+        "oci/cache.rs",
+        "obdsetup image layer",
+        "what a name is made of",
+    ),
     (
         "program/guard.rs",
         "{NAME}: for obdsetup's",

@@ -8,6 +8,7 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result};
 use overlaybd::format::num::{to_u64, to_usize};
+use sha2::{Digest, Sha256};
 
 use crate::exit::{self, Failure};
 use crate::interrupt;
@@ -39,6 +40,10 @@ pub(crate) struct Archive {
     ended: bool,
     /// Whether nobody heard the warnings yet.
     warns: bool,
+    /// Whether an end marker must be there, since nothing else says that the archive is whole.
+    needs_marker: bool,
+    /// Hashes all bytes of the tar, decompressed.
+    hasher: Option<Sha256>,
 }
 
 impl Archive {
@@ -71,7 +76,37 @@ impl Archive {
             name: String::new(),
             ended: false,
             warns: true,
+            needs_marker: true,
+            hasher: None,
         })
+    }
+
+    /// Opens the layer of an image in the file `path`. Its digest, which the caller checked, says
+    /// that it is whole. Messages call it `name`; `warns` is whether nobody heard the warnings yet.
+    ///
+    /// # Errors
+    ///
+    /// As [`Self::open`].
+    pub(crate) fn layer(path: &Path, name: &Path, warns: bool) -> Result<Self> {
+        Ok(Self {
+            path: name.to_owned(),
+            warns,
+            needs_marker: false,
+            hasher: Some(Sha256::new()),
+            ..Self::open(path)?
+        })
+    }
+
+    /// How the file is compressed.
+    pub(crate) fn compression(&self) -> Option<Compression> {
+        self.compression
+    }
+
+    /// The SHA-256, in hexadecimal digits, of all bytes of a [`Self::layer`] up to here. At the end,
+    /// it is what OCI calls the DiffID.
+    pub(crate) fn diff_id(&self) -> String {
+        let hasher = self.hasher.clone().unwrap_or_default();
+        format!("{:x}", hasher.finalize())
     }
 
     /// Opens a tar that was read to its end before, and gives no warning a second time.
@@ -179,7 +214,7 @@ impl Archive {
     fn end(&mut self, marked: bool) -> Result<()> {
         self.ended = true;
         let end = self.at;
-        if !marked && self.compression.is_none() && end > 0 {
+        if !marked && self.compression.is_none() && end > 0 && self.needs_marker {
             return Err(self.cut_off(
                 "no end marker (a block of zeros) is there; if nothing is missing, `truncate \
                  --size=+1024 FILE` adds it",
@@ -276,6 +311,9 @@ impl Archive {
             match self.input.read(rest) {
                 Ok(0) => break,
                 Ok(read) => {
+                    if let Some(hasher) = &mut self.hasher {
+                        hasher.update(rest.get(..read).unwrap_or_default());
+                    }
                     done += read;
                     self.at += to_u64(read);
                 }

@@ -11,7 +11,7 @@ use super::{brief, Archive, Member, MemberKind};
 /// What a layer of an image has in place of a file that the layers below have.
 const WHITEOUT: &[u8] = b".wh.";
 
-/// A package of something, which is not a tree of files for a file system.
+/// A package of something, which is not a tree of files.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Package {
     /// What `docker save` writes.
@@ -23,23 +23,13 @@ pub(crate) enum Package {
 }
 
 impl Package {
-    /// Why the file `path` is not converted, and what to do.
-    pub(crate) fn refusal(self, path: &Path) -> String {
+    /// Why the virtual machine `path` is not converted, and what to do.
+    pub(crate) fn refusal(path: &Path) -> String {
         let file = path.display();
-        match self {
-            Self::Docker => format!(
-                "{file}: an image archive (docker save), no tree of files: make an OCI layout of it, `skopeo copy \
-                 docker-archive:{file} oci:LAYOUT`; --from tar takes it for files"
-            ),
-            Self::Oci => format!(
-                "{file}: an OCI image archive, no tree of files: unpack it, `mkdir LAYOUT && tar -xf {file} -C \
-                 LAYOUT`, then `obdsetup convert LAYOUT`; --from tar takes it for files"
-            ),
-            Self::Ova => format!(
-                "{file}: a virtual machine (OVA), no tree of files: unpack it, `tar -xf {file}`, then convert its \
-                 disk; --from tar takes it for files"
-            ),
-        }
+        format!(
+            "{file}: a virtual machine (OVA), no tree of files: unpack it, `tar -xf {file}`, then convert its \
+             disk; --from tar takes it for files"
+        )
     }
 }
 

@@ -13,10 +13,7 @@ use tempfile::TempDir;
 
 use super::{check, Archive, Compression, Device, Extent, Member, MemberKind, Time};
 
-#[path = "../../tests/common/tars.rs"]
-mod tars;
-
-use tars::{header, member, sign};
+use crate::tars::{self, header, member, sign};
 
 fn pax(records: &[(&str, &[u8])]) -> Vec<u8> {
     let records: Vec<_> = records

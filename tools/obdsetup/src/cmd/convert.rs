@@ -8,12 +8,12 @@ use std::path::{Path, PathBuf};
 use anyhow::Result;
 use tempfile::NamedTempFile;
 
-use crate::archive;
+use crate::archive::{self, Package};
 use crate::exit::Failure;
 use crate::image_layer::{self, CompareArgs};
 use crate::in_use::InUseArgs;
 use crate::kind::{unpacked, Input, Kind};
-use crate::layer_args::NewLayerArgs;
+use crate::layer_args::{IdentArgs, NewLayerArgs};
 use crate::layer_out::LayerOut;
 use crate::mkfs::{self, FileSystem, Files};
 use crate::oci;
@@ -27,7 +27,8 @@ use crate::size;
   obdsetup convert disk.qcow2 base.obd
   obdsetup convert rootfs.tar.gz base.obd --fs erofs
   obdsetup convert rootfs base.obd --size 4g
-  obdsetup convert layout app && obdsetup open app app/config.v1.json     an OCI image
+  obdsetup convert layout app && obdsetup open app app/config.v1.json     a container image
+  obdsetup convert saved.tar app --oci     the same for a registry
 
 The type of IN is detected by its content, never by its name; --from overrides it:
 
@@ -36,10 +37,10 @@ The type of IN is detected by its content, never by its name; --from overrides i
   qcow2, vmdk, vhdx, vpc, vdi, qed, parallels: read by qemu-img, which must be installed
   tar                  put in a file system, by its mkfs, which must be installed
   directory            likewise
-  OCI image layout     see below
+  OCI image layout, or an archive of one (docker save, podman save): see below
   gzip, bzip2, xz, lzma, lzip, zstd, lz4 of a tar or disk: decompressed
 
-Image archives (docker save, OCI), OVA, zip, cpio, 7-Zip, deb, rpm, Android sparse images and others
+OVA, zip, cpio, 7-Zip, deb, rpm, Android sparse images and others
 are refused with what to do. Anything else, and a disk that is no whole number of sectors, needs
 --from raw. A tar is read to its end first: a damaged or incomplete one is refused.
 
@@ -47,17 +48,25 @@ qemu-img also reads what an image refers to, such as its backing file: convert o
 and use --from raw for a raw disk that others wrote. OUT is one layer, the lowest of a stack, without
 the zeros.
 
-Of an OCI image layout, as `skopeo copy docker://... oci:layout` makes it, OUT is a directory: the
-layers as they are, and a config.v1.json that lists them with absolute names, which all commands
-take in the place of layers. There, no options for wrapping apply.
+Of a container image, as `skopeo copy docker://... oci:layout` or `docker save` makes it, OUT is a
+directory: a layer for each layer of the image, a config.v1.json that lists them with absolute names,
+which all commands take in the place of layers, and image.json, the image's description with its
+command, environment and user. The layers make an erofs; what a layer leaves alone stays where it
+is, so that each holds only what it changes, and images that have layers in common share them byte
+for byte. With --oci, OUT is an OCI image layout for a registry, as containerd's converter makes it;
+`skopeo copy --preserve-digests` copies it there.
+Layers that are OverlayBD layers already stay as they are, and no options for layers apply.
+
+--cache keeps layers, and takes those that an earlier run made of the same layers with the same
+options. There is none if not given, and nothing is ever removed from it.
 
 For a layer over others, the difference to them, see `create --base`.")]
 pub(crate) struct Args {
-    /// A disk image, block device, directory, tar, or OCI image layout
+    /// A disk image, block device, directory, tar, or container image
     #[arg(value_name = "IN")]
     input: PathBuf,
 
-    /// The file to make; of an OCI image, the directory
+    /// The file to make; of a container image, the directory
     #[arg(value_name = "OUT")]
     output: PathBuf,
 
@@ -122,25 +131,16 @@ pub(crate) fn run(args: &Args) -> Result<()> {
     let files = matches!(kind, Kind::Directory | Kind::Tar);
     let for_files =
         args.fs.is_some() || args.size.is_some() || args.allow_loss || !args.mkfs_arg.is_empty();
+    if kind == Kind::Oci || kind == Kind::Tar && is_image(args)? {
+        return convert_image(args);
+    }
     if !files && for_files {
         return refuse(
             "is no directory or tar; --fs, --size, --mkfs-arg and --allow-loss are for those",
         );
     }
-    if kind == Kind::Oci {
-        if args.new != NewLayerArgs::default() || args.compare != CompareArgs::default() {
-            return refuse(
-                "is an OCI image, whose layers stay as they are: no --force, no --granularity, no \
-                 wrapping and no identity is for it",
-            );
-        }
-        return oci::convert(&args.input, &args.oci, &args.output);
-    }
     if args.oci != oci::Choice::default() {
-        return refuse("is no OCI image; --ref and --platform are for those");
-    }
-    if kind == Kind::Tar {
-        check_tar(args)?;
+        return refuse("is no OCI image; --ref, --platform, --oci and --cache are for those");
     }
     let output = LayerOut::create(&args.output, &args.new, [args.input.as_path()])?;
     args.in_use.check([args.input.as_path()])?;
@@ -170,20 +170,56 @@ fn path_of<'a>(file: Option<&'a NamedTempFile>, otherwise: &'a Path) -> &'a Path
     file.map_or(otherwise, NamedTempFile::path)
 }
 
-/// Looks whether the tar is whole, and a tree of files.
-fn check_tar(args: &Args) -> Result<()> {
+/// Looks whether the tar is whole, and whether it is an archive of an image and no tree of files.
+fn is_image(args: &Args) -> Result<bool> {
     let findings = archive::check(&args.input)?;
     let input = args.input.display();
     if let Some(package) = findings.package.filter(|_| args.from.is_none()) {
-        return Err(Failure::usage(package.refusal(&args.input)));
+        return match package {
+            Package::Ova => Err(Failure::usage(Package::refusal(&args.input))),
+            Package::Docker | Package::Oci => Ok(true),
+        };
     }
     match findings.whiteout {
         Some(name) if !args.keep_whiteouts => Err(Failure::usage(format!(
             "{input}: a layer of a container image: {name:?} hides a file of the layers below, which are not here: \
-             convert the whole image, or take such names for files with --keep-whiteouts"
+             convert the whole image, put it over them with `obdsetup apply', or take such names for \
+             files with --keep-whiteouts"
         ))),
-        _ => Ok(()),
+        _ => Ok(false),
     }
+}
+
+/// Makes a directory of an image.
+fn convert_image(args: &Args) -> Result<()> {
+    let refuse = |what: &str| {
+        let message = format!("{}: is a container image: {what}", args.input.display());
+        Err(Failure::usage(message))
+    };
+    if args.fs.is_some_and(|fs| fs != FileSystem::Erofs)
+        || args.size.is_some()
+        || !args.mkfs_arg.is_empty()
+        || args.keep_whiteouts
+    {
+        return refuse(
+            "its layers become an erofs, in which what a layer leaves alone stays where it is: no other \
+             --fs, no --size, no --mkfs-arg and no --keep-whiteouts is for it",
+        );
+    }
+    if args.new.force
+        || args.new.ident != IdentArgs::default()
+        || args.compare != CompareArgs::default()
+    {
+        return refuse("no --force, no --granularity and no identity is for it");
+    }
+    oci::convert(&oci::Job {
+        input: &args.input,
+        choice: &args.oci,
+        new: &args.new,
+        shapes_layers: args.new != NewLayerArgs::default() || args.allow_loss || args.fs.is_some(),
+        allow_loss: args.allow_loss,
+        out: &args.output,
+    })
 }
 
 fn make_fs(args: &Args, files: Files<'_>, place: &Path) -> Result<NamedTempFile> {

@@ -2,6 +2,7 @@
 
 //! The subcommands: a file for each.
 
+mod apply;
 mod benchmark;
 mod close;
 mod commit;
@@ -27,8 +28,10 @@ use clap::Subcommand;
 pub(crate) enum Command {
     /// Make a layer of a disk image, a directory, or the difference to other layers
     Create(create::Args),
-    /// Make a layer of whatever is there: qcow2, vmdk, raw, a directory, a tar, an OCI image
+    /// Make a layer of whatever is there: qcow2, vmdk, raw, a directory, a tar, a container image
     Convert(convert::Args),
+    /// Put a layer of a container image, a tar, over others
+    Apply(apply::Args),
     /// Compress and wrap a layer, or unwrap it
     Commit(commit::Args),
     /// Make one layer of several
@@ -66,6 +69,7 @@ impl Command {
         match self {
             Self::Create(args) => create::run(&args),
             Self::Convert(args) => convert::run(&args),
+            Self::Apply(args) => apply::run(&args),
             Self::Commit(args) => commit::run(&args),
             Self::Merge(args) => merge::run(&args),
             Self::Info(args) => info::run(&args),

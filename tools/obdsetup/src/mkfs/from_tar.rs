@@ -3,6 +3,8 @@
 //! Reads a tar as a tree, as it would be if GNU tar had unpacked it as root: later members replace
 //! earlier ones, and relative symbolic links to directories are followed. What the tar doesn't say is
 //! owned by root with mode 0755.
+//!
+//! A layer of an image is put over the tree of those below: see [`apply`].
 
 use std::collections::{BTreeMap, HashSet, VecDeque};
 use std::fs::File;
@@ -21,12 +23,15 @@ use super::tree::{
     show, Content, ContentMaker, Device, Id, Kind, Meta, Node, Source, Time, Tree, Unread, BLOCK,
     ROOT,
 };
+use super::whiteouts::{Own, Special};
 use crate::archive::{self, Archive, Member, MemberKind};
 use crate::exit::{self, Failure};
 use crate::layers::warn;
 
 /// The extended attribute that is the access ACL of a file.
 const ACL: &[u8] = b"system.posix_acl_access";
+/// The one member of the tar that an OverlayBD layer may be in.
+const PACKED: &[u8] = b"overlaybd.commit";
 /// Symbolic links that are followed for one name.
 const LINKS: u32 = 40;
 /// Keys of unknown records of which it is told.
@@ -34,37 +39,38 @@ const UNKNOWN: usize = 20;
 
 /// Reads the tar at `path`. Content goes to a temporary file in `place`, without the holes.
 pub(super) fn read(path: &Path, place: &Path) -> Result<Tree> {
-    let spool = tempfile::tempfile_in(place);
-    let spool = spool.with_context(|| format!("{}: cannot make a file", place.display()))?;
-    let spool = Arc::new(spool);
-    let mut reader = Reader {
-        path,
-        tree: Tree::new(unsaid()),
-        unsaid: HashSet::from([ROOT]),
-        spool: BufWriter::with_capacity(1 << 20, Arc::clone(&spool)),
-        file: spool,
-        end: 0,
-        unknown: BTreeMap::new(),
-    };
-    let mut archive = Archive::again(path)?;
-    let mut newest = None;
-    while let Some(member) = archive.next()? {
-        newest = newest.max(Some(time(&member)));
-        reader.member(&member, &mut archive)?;
-    }
-    reader.spool.flush().context(SPOOL)?;
-    reader.tell_of_unknown();
-    let mtime = match source_date_epoch()? {
-        Some(seconds) => Time {
-            seconds,
-            nanoseconds: 0,
-        },
-        None => newest.unwrap_or_default(),
-    };
-    for id in reader.unsaid {
-        reader.tree.node_mut(id)?.meta.mtime = mtime;
-    }
-    Ok(reader.tree)
+    let mut tree = empty();
+    let unsaid = HashSet::from([ROOT]);
+    let reader = Reader::new(path, &mut tree, unsaid, place)?;
+    reader.all(&mut Archive::again(path)?)?;
+    Ok(tree)
+}
+
+/// Puts a layer of an image over `tree`, as the OCI image specification has it:
+///
+/// - Whiteouts, wherever they are in the tar, hide what the layers below have, and never what the
+///   layer itself has.
+/// - What is there is replaced by what is no directory, whatever it was.
+/// - Paths go through symbolic links as in a root directory of their own: nothing leads out of it.
+///
+/// `is_new` is whether nothing is below, and so nothing has said what the root directory is like.
+/// Messages call the tar `name`. Content goes to a temporary file in `place`, without the holes.
+pub(super) fn apply(
+    archive: &mut Archive,
+    name: &Path,
+    tree: &mut Tree,
+    is_new: bool,
+    place: &Path,
+) -> Result<()> {
+    let unsaid = is_new.then_some(ROOT).into_iter().collect();
+    let mut reader = Reader::new(name, tree, unsaid, place)?;
+    reader.layer = Some(Layer::default());
+    reader.all(archive)
+}
+
+/// A tree with nothing but a root directory that nothing is known of.
+pub(super) fn empty() -> Tree {
+    Tree::new(unsaid())
 }
 
 const SPOOL: &str = "cannot write a temporary file with the content of the tar";
@@ -88,9 +94,22 @@ fn time(member: &Member) -> Time {
     }
 }
 
+/// What is known of a layer besides its files.
+#[derive(Default)]
+struct Layer {
+    /// The names that it has set.
+    own: Own,
+    /// Extended attributes that were left out, and the first file that has one.
+    overlay: Option<(u64, String)>,
+}
+
+/// Names of extended attributes with which overlayfs keeps its own notes: an image below one must
+/// not bring such notes.
+const OVERLAY: [&[u8]; 2] = [b"trusted.overlay.", b"user.overlay."];
+
 struct Reader<'a> {
     path: &'a Path,
-    tree: Tree,
+    tree: &'a mut Tree,
     /// Directories of which the tar said nothing yet.
     unsaid: HashSet<Id>,
     spool: BufWriter<Arc<File>>,
@@ -99,6 +118,48 @@ struct Reader<'a> {
     end: u64,
     /// Keys of pax records that say what obdsetup doesn't know, and the first members that have them.
     unknown: BTreeMap<String, String>,
+    /// Where the tar is a layer of an image.
+    layer: Option<Layer>,
+}
+
+impl<'a> Reader<'a> {
+    fn new(path: &'a Path, tree: &'a mut Tree, unsaid: HashSet<Id>, place: &Path) -> Result<Self> {
+        let spool = tempfile::tempfile_in(place);
+        let spool = spool.with_context(|| format!("{}: cannot make a file", place.display()))?;
+        let spool = Arc::new(spool);
+        Ok(Self {
+            path,
+            tree,
+            unsaid,
+            spool: BufWriter::with_capacity(1 << 20, Arc::clone(&spool)),
+            file: spool,
+            end: 0,
+            unknown: BTreeMap::new(),
+            layer: None,
+        })
+    }
+
+    /// Takes in all members.
+    fn all(mut self, archive: &mut Archive) -> Result<()> {
+        let mut newest = None;
+        while let Some(member) = archive.next()? {
+            newest = newest.max(Some(time(&member)));
+            self.member(&member, archive)?;
+        }
+        self.spool.flush().context(SPOOL)?;
+        self.tell();
+        let mtime = match source_date_epoch()? {
+            Some(seconds) => Time {
+                seconds,
+                nanoseconds: 0,
+            },
+            None => newest.unwrap_or_default(),
+        };
+        for id in self.unsaid {
+            self.tree.node_mut(id)?.meta.mtime = mtime;
+        }
+        Ok(())
+    }
 }
 
 impl Reader<'_> {
@@ -114,6 +175,22 @@ impl Reader<'_> {
 
     fn member(&mut self, member: &Member, archive: &mut Archive) -> Result<()> {
         let possible = |result: Result<(), String>| result.map_err(|what| self.bad(member, &what));
+        if self.layer.is_some() {
+            match Special::of(&member.path) {
+                Ok(None) => {}
+                Ok(Some(special)) => {
+                    // The name of a whiteout is longer than what it hides.
+                    possible(limits::path(&special.path()))?;
+                    return self.special(&special, member);
+                }
+                Err(what) => return Err(self.bad(member, what)),
+            }
+            if member.path == PACKED {
+                let what = "an OverlayBD layer, which was compressed: copy the image again, with \
+                            `skopeo copy --preserve-digests'";
+                return Err(self.bad(member, what));
+            }
+        }
         possible(limits::path(&member.path))?;
         if let MemberKind::HardLink(target) = &member.kind {
             possible(limits::path(target))?;
@@ -130,6 +207,9 @@ impl Reader<'_> {
             None => (ROOT, member.path.as_slice()),
         };
         let name = name.to_vec();
+        if let Some(layer) = &mut self.layer {
+            layer.own.add(parent, &name);
+        }
         let there = self.child(parent, &name);
         let device = |device: archive::Device| Device {
             major: device.major,
@@ -186,6 +266,10 @@ impl Reader<'_> {
 
     /// Checks that what has a name may lose it.
     fn clear(&self, there: Option<Id>, member: &Member) -> Result<()> {
+        // In an image, that is how a directory is replaced.
+        if self.layer.is_some() {
+            return Ok(());
+        }
         let used = there.is_some_and(|id| self.tree.children(id).next().is_some());
         match used {
             true => Err(self.bad(member, "replaces a directory that is not empty")),
@@ -223,12 +307,32 @@ impl Reader<'_> {
 
     /// The directory `path`, made where it is missing, for what is called `last` there.
     fn directory(&mut self, path: &[u8], last: &[u8], member: &Member) -> Result<Id> {
+        let walked = self.walk(path, last, member, true)?;
+        walked.context("a directory was not made")
+    }
+
+    /// The directory `path`; where a part of it is missing, that is made or there is none. `last` is
+    /// what is to be there.
+    fn walk(
+        &mut self,
+        path: &[u8],
+        last: &[u8],
+        member: &Member,
+        make: bool,
+    ) -> Result<Option<Id>> {
         let mut left: VecDeque<Vec<u8>> = parts(path);
-        let mut at = ROOT;
+        // The directories from the root on, and the bytes of the path to each, with links followed.
+        let mut way = vec![(ROOT, 0)];
         let mut followed = 0;
-        // Bytes of the path to `at`, with links followed.
-        let mut len = 0;
         while let Some(name) = left.pop_front() {
+            let &(at, len) = way.last().unwrap_or(&(ROOT, 0));
+            if name == b".." {
+                // Only links have them, and only those of layers get here. Above the root is nothing.
+                if way.len() > 1 {
+                    way.pop();
+                }
+                continue;
+            }
             let deeper = len + name.len() + 1;
             if deeper + last.len() > limits::PATH {
                 let what = format!(
@@ -238,22 +342,29 @@ impl Reader<'_> {
                 return Err(self.bad(member, &what));
             }
             let Some(id) = self.child(at, &name) else {
+                if !make {
+                    return Ok(None);
+                }
                 let id = self.tree.add(Node {
                     meta: unsaid(),
                     kind: Kind::Directory(BTreeMap::new()),
                 });
+                if let Some(layer) = &mut self.layer {
+                    layer.own.add(at, &name);
+                }
                 self.tree.link(at, name, id)?;
                 self.unsaid.insert(id);
-                (at, len) = (id, deeper);
+                way.push((id, deeper));
                 continue;
             };
             match &self.tree.node(id)?.kind {
-                Kind::Directory(_) => (at, len) = (id, deeper),
+                Kind::Directory(_) => way.push((id, deeper)),
                 Kind::Symlink(target) => {
                     followed += 1;
                     let target_parts = parts(target);
-                    let outside =
-                        target.starts_with(b"/") || target_parts.iter().any(|part| part == b"..");
+                    let is_absolute = target.starts_with(b"/");
+                    let outside = self.layer.is_none()
+                        && (is_absolute || target_parts.iter().any(|part| part == b".."));
                     if outside || followed > LINKS {
                         let what = format!(
                             "goes through the symbolic link {}, which leads to {}",
@@ -262,26 +373,60 @@ impl Reader<'_> {
                         );
                         return Err(self.bad(member, &what));
                     }
+                    if is_absolute {
+                        way.truncate(1);
+                    }
                     for part in target_parts.into_iter().rev() {
                         left.push_front(part);
                     }
                 }
+                // A whiteout of nothing.
+                _ if !make => return Ok(None),
                 _ => {
                     let what = format!("is below {}, which is no directory", show(&name));
                     return Err(self.bad(member, &what));
                 }
             }
         }
-        Ok(at)
+        Ok(way.last().map(|&(id, _)| id))
     }
 
-    /// Warns of records that say what obdsetup doesn't know.
-    fn tell_of_unknown(&self) {
+    /// Hides what a whiteout says.
+    fn special(&mut self, special: &Special<'_>, member: &Member) -> Result<()> {
+        let (directory, name) = match *special {
+            Special::Nothing => return Ok(()),
+            Special::Whiteout(directory, name) => (directory, Some(name)),
+            Special::Opaque(directory) => (directory, None),
+        };
+        let found = self.walk(directory, name.unwrap_or_default(), member, false)?;
+        let (Some(directory), Some(layer)) = (found, &mut self.layer) else {
+            return Ok(());
+        };
+        let reset = match name {
+            Some(name) => layer.own.hide(self.tree, directory, name)?,
+            None => layer.own.hide_all(self.tree, directory)?,
+        };
+        // Of these, the layer has something inside, and says nothing of themselves.
+        for id in reset {
+            self.tree.node_mut(id)?.meta = unsaid();
+            self.unsaid.insert(id);
+        }
+        Ok(())
+    }
+
+    /// Warns of what was left out.
+    fn tell(&self) {
         let path = self.path.display();
         for (key, member) in &self.unknown {
             warn(&[format!(
                 "{path}: the pax records {key:?} are ignored: obdsetup doesn't know what they mean; \
                  the first one is that of {member}"
+            )]);
+        }
+        if let Some((count, first)) = self.layer.as_ref().and_then(|layer| layer.overlay.as_ref()) {
+            warn(&[format!(
+                "{path}: extended attributes of overlayfs are left out: {count}; the first one is \
+                 that of {first}"
             )]);
         }
     }
@@ -334,6 +479,14 @@ impl Reader<'_> {
             xattrs.insert(name.to_vec(), value);
         }
         xattrs.extend(member.xattrs.iter().cloned());
+        if let Some(layer) = &mut self.layer {
+            let count = xattrs.len();
+            xattrs.retain(|name: &Vec<u8>, _| !OVERLAY.iter().any(|own| name.starts_with(own)));
+            if xattrs.len() < count {
+                let first = || (0, show(&member.path));
+                layer.overlay.get_or_insert_with(first).0 += to_u64(count - xattrs.len());
+            }
+        }
         let permissions = xattrs.get(ACL).and_then(|list| acl::as_mode(list));
         let mode = match (&member.kind, permissions) {
             // Nobody looks at it, and some writers have another one.

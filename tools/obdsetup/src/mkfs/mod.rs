@@ -6,6 +6,7 @@
 //! - [`fit`]: what a file system cannot hold; [`stamp`]: identity and time of it.
 //! - [`ext`], [`erofs`], [`btrfs`], [`squashfs`]: how each is made. [`pax`] and [`stage`] are what their programs
 //!   read.
+//! - [`apply`]: a layer of an image over those below it, for which [`whiteouts`] hide files.
 
 mod acl;
 mod btrfs;
@@ -22,19 +23,29 @@ mod stage;
 mod stamp;
 mod tree;
 mod usage;
+mod whiteouts;
 
 use std::ffi::OsString;
+use std::fs::File;
 use std::os::unix::ffi::OsStrExt;
+use std::os::unix::fs::FileExt;
 use std::path::Path;
 
 use anyhow::{Context, Result};
 use clap::ValueEnum;
+use overlaybd::layer::Ident;
+use overlaybd::lsmt_writer::{cut, LayerWriter, Run};
+use overlaybd::Stack;
+use sha2::{Digest, Sha256};
 use tempfile::NamedTempFile;
+use uuid::Builder;
 
 use self::stamp::Stamp;
 use self::tree::{Kind, Tree};
 use self::usage::Usage;
+use crate::archive::Archive;
 use crate::exit::Failure;
+use crate::layer_out::LayerOut;
 use crate::layers::warn;
 use crate::program;
 
@@ -145,6 +156,68 @@ pub(crate) fn make(files: Files<'_>, options: &Options<'_>, place: &Path) -> Res
         ),
         _ => "cannot make a file system".to_owned(),
     })
+}
+
+/// What a layer of an image has: the difference to the disk of the layers below.
+pub(crate) struct Delta {
+    /// Bytes of the disk with it.
+    pub(crate) size: u64,
+    /// What it writes, at its place on the disk.
+    pub(crate) file: File,
+    /// Which sectors it writes, ascending and apart.
+    pub(crate) runs: Vec<Run>,
+}
+
+impl Delta {
+    /// Reads what the layer writes at byte `at` of the disk.
+    pub(crate) fn read(&self, at: u64, buf: &mut [u8]) -> overlaybd::Result<()> {
+        let read = self.file.read_exact_at(buf, at);
+        read.map_err(|source| overlaybd::Error::Io {
+            what: "read the temporary file",
+            source,
+        })
+    }
+
+    /// Writes the layer.
+    pub(crate) fn write(&self, ident: Ident, output: LayerOut) -> Result<()> {
+        let writer = LayerWriter::new(self.size, ident, cut(self.runs.clone()))
+            .with_context(|| format!("{}: cannot make the layer", output.path().display()))?;
+        output.write(&writer, "writing", |at, buf| self.read(at, buf))
+    }
+}
+
+/// Puts a tar that is a layer of an image over the erofs on the disk of the layers `below`, or makes
+/// one where there are none. `name` is the tar for messages; the identity of the file system is made
+/// of `seed`, which says what is below, and the tar. Temporary files go to `place`.
+///
+/// The archive is read to its end; what digest it has is for the caller to check.
+pub(crate) fn apply(
+    archive: &mut Archive,
+    name: &Path,
+    below: Option<Stack>,
+    seed: &str,
+    allow_loss: bool,
+    place: &Path,
+) -> Result<Delta> {
+    let is_new = below.is_none();
+    let mut growing = erofs::Growing::open(below, from_tar::empty(), place)?;
+    from_tar::apply(archive, name, growing.tree(), is_new, place)?;
+    stamp::clamp(growing.tree())?;
+    let options = Options {
+        fs: FileSystem::Erofs,
+        size: None,
+        args: &[],
+        allow_loss,
+    };
+    fit::fit(growing.tree(), &options).with_context(|| name.display().to_string())?;
+    let hash: [u8; 32] = Sha256::new()
+        .chain_update(seed)
+        .chain_update(archive.diff_id())
+        .finalize()
+        .into();
+    let id = hash.first_chunk().copied().unwrap_or_default();
+    let uuid = Builder::from_custom_bytes(id).into_uuid();
+    growing.finish((uuid, stamp::time()?))
 }
 
 /// Holes of which is told before they are read as zeros: a few seconds.

@@ -30,11 +30,10 @@ impl Stamp {
             let bytes = hash.get(at..at + 16).and_then(|half| half.try_into().ok());
             bytes.map(|bytes| Builder::from_custom_bytes(bytes).into_uuid())
         };
-        let time = source_date_epoch()?.unwrap_or_default();
         Ok(Self {
             uuid: half(0).context("hash too short")?,
             seed: half(16).context("hash too short")?,
-            time: u32::try_from(time.max(1)).unwrap_or(u32::MAX),
+            time: time()?,
         })
     }
 
@@ -57,6 +56,12 @@ impl Stamp {
         command.env("E2FSPROGS_FAKE_TIME", self.time.to_string());
         command.env("MKE2FS_CONFIG", work.path().join("none"));
     }
+}
+
+/// When a file system was made, as it says: see [`Stamp::time`].
+pub(super) fn time() -> Result<u32> {
+    let time = source_date_epoch()?.unwrap_or_default();
+    Ok(u32::try_from(time.max(1)).unwrap_or(u32::MAX))
 }
 
 /// The time that nothing in a file system may be newer than, where the user gave one.

@@ -114,6 +114,8 @@ pub(super) enum Source {
     Path(PathBuf),
     /// A file with the content of many.
     Shared(Arc<File>),
+    /// It is in the file system already, and nobody reads it.
+    InPlace,
 }
 
 /// The content of a file.
@@ -128,6 +130,16 @@ pub(super) struct Content {
 }
 
 impl Content {
+    /// The content of a file that is in the file system already.
+    pub(super) fn in_place(size: u64) -> Self {
+        Self {
+            size,
+            extents: Vec::new(),
+            source: Source::InPlace,
+            hash: [0; 32],
+        }
+    }
+
     /// Bytes of data.
     pub(super) fn data_len(&self) -> u64 {
         self.extents.iter().map(|extent| extent.len).sum()
@@ -138,6 +150,7 @@ impl Content {
         let opened;
         let file = match &self.source {
             Source::Shared(file) => file.as_ref(),
+            Source::InPlace => return Ok(()),
             Source::Path(path) => {
                 let file = File::open(path);
                 opened = file.with_context(|| format!("{}: cannot read", path.display()))?;
@@ -155,7 +168,9 @@ impl Content {
                         Source::Path(path) => {
                             format!("{}: cannot read, or it became shorter", path.display())
                         }
-                        Source::Shared(_) => "cannot read the temporary file".to_owned(),
+                        Source::Shared(_) | Source::InPlace => {
+                            "cannot read the temporary file".to_owned()
+                        }
                     })?;
                 each(extent.offset + done, piece)?;
                 crate::interrupt::check()?;

@@ -3,17 +3,29 @@
 //! erofs. Without compression it is simple enough to be written here ([`write`]): mkfs.erofs stores
 //! holes as zeros, and takes the order of a directory from the source, or loses sockets and some
 //! numbers of devices. With options for it, say to compress, it does the work ([`program`]).
+//!
+//! A layer of an image over others is made of what is on their disk ([`read`]), so that little of that
+//! changes ([`grow`], [`disk`]).
 
+mod disk;
+mod grow;
 mod program;
+mod read;
 mod write;
 
+use std::collections::HashMap;
 use std::path::Path;
 
-use anyhow::Result;
+use anyhow::{Context, Result};
+use overlaybd::Stack;
 use tempfile::NamedTempFile;
+use uuid::Uuid;
 
+use self::disk::Disk;
+use self::read::State;
+use self::write::BLOCK;
 use super::tree::Tree;
-use super::{Options, Stamp};
+use super::{Delta, Options, Stamp};
 
 /// Makes the file system of `tree` in a file in `place`.
 pub(super) fn make(
@@ -27,3 +39,52 @@ pub(super) fn make(
         false => program::make(tree, options, stamp, place),
     }
 }
+
+/// A file system, on the disk of layers, that gets another layer.
+pub(super) struct Growing {
+    disk: Disk,
+    state: State,
+}
+
+impl Growing {
+    /// Reads the file system on the disk of `below`, or begins with an empty one. What is new goes to
+    /// a temporary file in `place`.
+    pub(super) fn open(below: Option<Stack>, empty: Tree, place: &Path) -> Result<Self> {
+        let file = tempfile::tempfile_in(place);
+        let file = file.with_context(|| format!("{}: cannot make a file", place.display()))?;
+        let is_new = below.is_none();
+        let disk = Disk::new(below, file);
+        let state = match is_new {
+            true => State {
+                tree: empty,
+                placed: HashMap::new(),
+                chunks: false,
+                prints: false,
+            },
+            false => read::read(&disk)?,
+        };
+        Ok(Self { disk, state })
+    }
+
+    /// The tree, to be changed.
+    pub(super) fn tree(&mut self) -> &mut Tree {
+        &mut self.state.tree
+    }
+
+    /// Writes what is new.
+    pub(super) fn finish(self, stamp: (Uuid, u32)) -> Result<Delta> {
+        let blocks = grow::write(&self.state, &self.disk, stamp)?;
+        let (file, runs) = self.disk.into_written();
+        // The last block may have no bytes at its end.
+        file.set_len(blocks * BLOCK).context(write::WRITE)?;
+        Ok(Delta {
+            size: blocks * BLOCK,
+            file,
+            runs,
+        })
+    }
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests;

@@ -19,20 +19,21 @@ use anyhow::{Context, Result};
 use overlaybd::format::num::{to_u64, to_usize};
 use sha2::{Digest, Sha256};
 use tempfile::NamedTempFile;
+use uuid::Uuid;
 
 use crate::bar::Bar;
 use crate::exit::Failure;
-use crate::mkfs::tree::{show, Content, Id, Kind, Node, Tree, ROOT};
+use crate::mkfs::tree::{show, Content, Id, Kind, Name, Node, Tree, ROOT};
 use crate::mkfs::Stamp;
 use crate::output::temp_file;
 
-const BLOCK: u64 = 4096;
+pub(super) const BLOCK: u64 = 4096;
 /// Where the superblock is, and its length.
-const SUPERBLOCK: (u64, u64) = (1024, 128);
+pub(super) const SUPERBLOCK: (u64, u64) = (1024, 128);
 /// Places of inodes are counted in this.
-const SLOT: u64 = 32;
+pub(super) const SLOT: u64 = 32;
 /// Bytes of an inode.
-const INODE: u64 = 64;
+pub(super) const INODE: u64 = 64;
 /// Longest end of a file, directory or link that is beside its inode.
 const INLINE: u64 = 2048;
 /// Most chunks in a file with holes.
@@ -43,11 +44,19 @@ const CHUNK_BITS: u16 = 31;
 /// The address of a chunk that is a hole.
 const HOLE: u32 = u32::MAX;
 /// Bytes of the header of extended attributes.
-const XATTR_HEADER: usize = 12;
+pub(super) const XATTR_HEADER: usize = 12;
 /// The table of prefixes of extended attributes, of one: the length, that of no known kind, the rest.
-const PREFIXES: &[u8] = &[3, 0, 0, b'f', b'p'];
-/// Where it is.
-const PREFIXES_AT: u64 = SUPERBLOCK.0 + SUPERBLOCK.1;
+pub(super) const PREFIXES: [u8; 5] = [3, 0, 0, b'f', b'p'];
+/// Where it is, or may be.
+pub(super) const PREFIXES_AT: u64 = SUPERBLOCK.0 + SUPERBLOCK.1;
+/// Where inodes may begin: behind the table.
+pub(super) const INODES_AT: u64 = PREFIXES_AT + 5;
+/// What the superblock says of the table, at byte 91: how many prefixes, and where in units of 4
+/// bytes; the first is that of fingerprints.
+pub(super) const PREFIXES_SAID: (usize, [u8; 5]) = {
+    let [a, b, c, d, ..] = (PREFIXES_AT / 4).to_le_bytes();
+    (91, [1, a, b, c, d])
+};
 /// An extended attribute whose whole name is the first prefix.
 const FIRST_PREFIX: u8 = 0x80;
 /// What a fingerprint begins with; SHA-256 follows.
@@ -55,35 +64,84 @@ const DIGEST: &[u8] = b"sha256:";
 const DIGEST_LEN: usize = 32;
 /// Most bytes of holes in a file that gets a fingerprint: they are hashed, too.
 const HASHED_HOLES: u64 = 1 << 30;
-const WRITE: &str = "cannot write the file system";
+pub(super) const WRITE: &str = "cannot write the file system";
+
+/// The magic of the superblock.
+pub(super) const MAGIC: u32 = 0xe0f5_e1e2;
+/// Bits of features that a reader may not know: a checksum, and times of modification.
+pub(super) const COMPATIBLE: u32 = 3;
+/// Further ones: fingerprints, and a table of prefixes at a place of its own.
+pub(super) const PRINTS: u32 = 0x30;
+/// The bit of files in chunks.
+pub(super) const CHUNKED_FILES: u32 = 4;
+/// What names of extended attributes begin with, as numbers.
+pub(super) const KINDS: [(&[u8], u8); 5] = [
+    (b"user.", 1),
+    (b"system.posix_acl_access", 2),
+    (b"system.posix_acl_default", 3),
+    (b"trusted.", 4),
+    (b"security.", 6),
+];
 
 /// How data is laid out: all in blocks, the end beside the inode, or in chunks that may be holes.
-mod layout {
-    pub(super) const PLAIN: u16 = 0;
-    pub(super) const INLINE: u16 = 2;
-    pub(super) const CHUNKS: u16 = 4;
+pub(super) mod layout {
+    pub(in super::super) const PLAIN: u16 = 0;
+    pub(in super::super) const INLINE: u16 = 2;
+    pub(in super::super) const CHUNKS: u16 = 4;
+}
+
+/// Where a file system is written to.
+pub(super) trait Out {
+    /// Writes `bytes` at byte `at`.
+    fn write(&self, bytes: &[u8], at: u64) -> Result<()>;
+    /// Fills `bytes` with what is at byte `at`.
+    fn read(&self, bytes: &mut [u8], at: u64) -> Result<()>;
+}
+
+impl Out for File {
+    fn write(&self, bytes: &[u8], at: u64) -> Result<()> {
+        self.write_all_at(bytes, at).context(WRITE)
+    }
+
+    fn read(&self, bytes: &mut [u8], at: u64) -> Result<()> {
+        Ok(self.read_exact_at(bytes, at)?)
+    }
 }
 
 /// What is known of a node before any address is.
-struct Plan {
+pub(super) struct Plan {
     /// Bytes of content.
-    size: u64,
-    layout: u16,
+    pub(super) size: u64,
+    pub(super) layout: u16,
     /// log2 of blocks in a chunk.
     chunk_bits: u16,
-    xattrs: Vec<u8>,
+    pub(super) xattrs: Vec<u8>,
     /// Where in `xattrs` the SHA-256 of the content is to be.
     digest: Option<usize>,
     /// Where the inode is.
-    at: u64,
+    pub(super) at: u64,
     /// The first block of data.
-    block: u64,
-    links: u32,
+    pub(super) block: u64,
+    pub(super) links: u32,
 }
 
 impl Plan {
+    /// The plan of what is there already, and stays as it is.
+    pub(super) fn in_place(at: u64, links: u32) -> Self {
+        Self {
+            size: 0,
+            layout: layout::PLAIN,
+            chunk_bits: 0,
+            xattrs: Vec::new(),
+            digest: None,
+            at,
+            block: 0,
+            links,
+        }
+    }
+
     /// Bytes behind inode and extended attributes.
-    fn beside(&self) -> u64 {
+    pub(super) fn beside(&self) -> u64 {
         match self.layout {
             layout::INLINE => self.size % BLOCK,
             layout::CHUNKS => self.chunks() * 4,
@@ -100,7 +158,7 @@ impl Plan {
     }
 
     /// Where what is behind inode and extended attributes is.
-    fn tail(&self) -> u64 {
+    pub(super) fn tail(&self) -> u64 {
         self.at + INODE + to_u64(self.xattrs.len())
     }
 }
@@ -115,14 +173,9 @@ pub(super) fn make(tree: &Tree, stamp: &Stamp, place: &Path) -> Result<NamedTemp
             .filter(|name| name.first)
             .map(|name| (name.id, name.path.as_slice())),
     );
-    let mut links: HashMap<Id, u32> = HashMap::new();
-    let mut parents: HashMap<Id, Id> = HashMap::from([(ROOT, ROOT)]);
-    for name in &names {
-        *links.entry(name.id).or_default() += 1;
-        parents.insert(name.id, name.parent);
-    }
+    let Relations { links, parents } = Relations::of(&names);
     let mut plans: HashMap<Id, Plan> = HashMap::new();
-    let mut end = PREFIXES_AT + to_u64(PREFIXES.len());
+    let mut end = INODES_AT;
     for &(id, path) in &order {
         let mut plan = plan(tree, id, path)?;
         plan.links = match tree.node(id)?.kind {
@@ -140,19 +193,15 @@ pub(super) fn make(tree: &Tree, stamp: &Stamp, place: &Path) -> Result<NamedTemp
         plan.block = next;
         next += blocks;
     }
-    if u32::try_from(next).is_err() || next >= u64::from(HOLE) {
-        return Err(Failure::usage(
-            "erofs cannot hold more than 16 TiB: use --fs btrfs",
-        ));
-    }
+    check_end(next, "use --fs btrfs")?;
     let image = temp_file(place)?;
     let writer = Writer {
         tree,
         plans,
         parents,
-        file: image.as_file(),
+        out: image.as_file(),
     };
-    writer.file.set_len(next * BLOCK).context(WRITE)?;
+    image.as_file().set_len(next * BLOCK).context(WRITE)?;
     let data = order
         .iter()
         .filter_map(|&(id, _)| match tree.node(id).map(|node| &node.kind) {
@@ -163,11 +212,57 @@ pub(super) fn make(tree: &Tree, stamp: &Stamp, place: &Path) -> Result<NamedTemp
     for (number, &(id, _)) in (1u32..).zip(&order) {
         writer.node(id, number, &bar)?;
     }
-    writer.superblock(stamp, to_u64(order.len()), next)?;
+    writer.superblock(&Summary {
+        stamp: (stamp.uuid, stamp.time),
+        inodes: to_u64(order.len()),
+        blocks: next,
+        chunks: writer.has_chunks(),
+        prints: writer.has_prints(),
+    })?;
     Ok(image)
 }
 
-fn subdirectories(tree: &Tree, id: Id) -> Result<u32> {
+/// What the superblock says.
+pub(super) struct Summary {
+    /// UUID, and when the file system was made.
+    pub(super) stamp: (Uuid, u32),
+    pub(super) inodes: u64,
+    pub(super) blocks: u64,
+    /// Whether any file is in chunks.
+    pub(super) chunks: bool,
+    /// Whether any file has a fingerprint.
+    pub(super) prints: bool,
+}
+
+/// How often each node has a name, and the directory that it is in.
+pub(super) struct Relations {
+    pub(super) links: HashMap<Id, u32>,
+    pub(super) parents: HashMap<Id, Id>,
+}
+
+impl Relations {
+    pub(super) fn of(names: &[Name]) -> Self {
+        let mut links: HashMap<Id, u32> = HashMap::new();
+        let mut parents: HashMap<Id, Id> = HashMap::from([(ROOT, ROOT)]);
+        for name in names {
+            *links.entry(name.id).or_default() += 1;
+            parents.insert(name.id, name.parent);
+        }
+        Self { links, parents }
+    }
+}
+
+/// Checks that a file system may have `blocks`. `instead` is what to do where it may not.
+pub(super) fn check_end(blocks: u64, instead: &str) -> Result<()> {
+    match u32::try_from(blocks) {
+        Ok(blocks) if blocks < HOLE => Ok(()),
+        _ => Err(Failure::usage(format!(
+            "erofs cannot hold more than 16 TiB: {instead}"
+        ))),
+    }
+}
+
+pub(super) fn subdirectories(tree: &Tree, id: Id) -> Result<u32> {
     let mut count = 0;
     for (_, child) in tree.children(id) {
         count += u32::from(matches!(tree.node(child)?.kind, Kind::Directory(_)));
@@ -175,7 +270,7 @@ fn subdirectories(tree: &Tree, id: Id) -> Result<u32> {
     Ok(count)
 }
 
-fn plan(tree: &Tree, id: Id, path: &[u8]) -> Result<Plan> {
+pub(super) fn plan(tree: &Tree, id: Id, path: &[u8]) -> Result<Plan> {
     let node = tree.node(id)?;
     let size = match &node.kind {
         Kind::Directory(_) => directory_size(&entries(tree, id, ROOT)),
@@ -215,23 +310,25 @@ fn has_holes(content: &Content) -> bool {
     content.data_len() < content.size
 }
 
-/// Where an inode can be at or behind `end`: neither it nor its end beside it is in two blocks.
-fn place_inode(end: u64, plan: &Plan) -> u64 {
+/// Where an inode can be at or behind `end`.
+pub(super) fn place_inode(end: u64, plan: &Plan) -> u64 {
     let mut at = end.next_multiple_of(SLOT);
-    loop {
-        let crosses = |start: u64, len: u64| start % BLOCK + len > BLOCK;
-        let tail = at + INODE + to_u64(plan.xattrs.len());
-        let inline = plan.layout == layout::INLINE;
-        let apart = inline && crosses(tail, plan.beside());
-        if !crosses(at, INODE) && !apart {
-            return at;
-        }
+    while !can_be_at(at, plan) {
         at += SLOT;
     }
+    at
+}
+
+/// Whether an inode can be at `at`: neither it nor its end beside it is in two blocks.
+pub(super) fn can_be_at(at: u64, plan: &Plan) -> bool {
+    let crosses = |start: u64, len: u64| start % BLOCK + len > BLOCK;
+    let tail = at + INODE + to_u64(plan.xattrs.len());
+    let inline = plan.layout == layout::INLINE;
+    !(crosses(at, INODE) || inline && crosses(tail, plan.beside()))
 }
 
 /// Blocks of data of a node.
-fn blocks(node: &Node, plan: &Plan) -> u64 {
+pub(super) fn blocks(node: &Node, plan: &Plan) -> u64 {
     match (plan.layout, &node.kind) {
         (layout::INLINE, _) => plan.size / BLOCK,
         (layout::CHUNKS, Kind::File(content)) => {
@@ -268,13 +365,6 @@ fn xattrs(
     with_digest: bool,
     path: &[u8],
 ) -> Result<(Vec<u8>, Option<usize>)> {
-    const PREFIXES: [(&[u8], u8); 5] = [
-        (b"user.", 1),
-        (b"system.posix_acl_access", 2),
-        (b"system.posix_acl_default", 3),
-        (b"trusted.", 4),
-        (b"security.", 6),
-    ];
     if all.is_empty() && !with_digest {
         return Ok((Vec::new(), None));
     }
@@ -288,7 +378,7 @@ fn xattrs(
         bytes.resize((bytes.len() + DIGEST_LEN).next_multiple_of(4), 0);
     }
     for (name, value) in all {
-        let prefix = PREFIXES.iter().find(|(prefix, _)| name.starts_with(prefix));
+        let prefix = KINDS.iter().find(|(prefix, _)| name.starts_with(prefix));
         let &(prefix, index) = prefix.context("an extended attribute of an unknown kind")?;
         let rest = name.get(prefix.len()..).unwrap_or_default();
         let (Ok(name_len), Ok(value_len)) = (u8::try_from(rest.len()), u16::try_from(value.len()))
@@ -392,11 +482,11 @@ impl Hash {
     }
 }
 
-struct Writer<'a> {
-    tree: &'a Tree,
-    plans: HashMap<Id, Plan>,
-    parents: HashMap<Id, Id>,
-    file: &'a File,
+pub(super) struct Writer<'a> {
+    pub(super) tree: &'a Tree,
+    pub(super) plans: HashMap<Id, Plan>,
+    pub(super) parents: HashMap<Id, Id>,
+    pub(super) out: &'a dyn Out,
 }
 
 impl Writer<'_> {
@@ -405,11 +495,22 @@ impl Writer<'_> {
     }
 
     fn write(&self, bytes: &[u8], at: u64) -> Result<()> {
-        self.file.write_all_at(bytes, at).context(WRITE)
+        self.out.write(bytes, at)
+    }
+
+    /// Whether a file is in chunks.
+    pub(super) fn has_chunks(&self) -> bool {
+        let mut plans = self.plans.values();
+        plans.any(|plan| plan.layout == layout::CHUNKS)
+    }
+
+    /// Whether a file has a fingerprint.
+    pub(super) fn has_prints(&self) -> bool {
+        self.plans.values().any(|plan| plan.digest.is_some())
     }
 
     /// Writes the inode of a node and all that it holds.
-    fn node(&self, id: Id, number: u32, bar: &Bar) -> Result<()> {
+    pub(super) fn node(&self, id: Id, number: u32, bar: &Bar) -> Result<()> {
         let node = self.tree.node(id)?;
         let plan = self.plan(id)?;
         let what = match (plan.layout, node.device()) {
@@ -437,7 +538,16 @@ impl Writer<'_> {
         inode.resize(to_usize(INODE), 0);
         inode.extend_from_slice(&plan.xattrs);
         match &node.kind {
-            Kind::Directory(_) => self.data(plan, 0, &self.directory(id)?)?,
+            Kind::Directory(_) => {
+                let mut content = self.directory(id)?;
+                if plan.layout == layout::PLAIN {
+                    // The kernel takes the last name to end at a NUL or with the block, and something
+                    // longer may have been there before.
+                    let len = content.len().next_multiple_of(to_usize(BLOCK));
+                    content.resize(len, 0);
+                }
+                self.data(plan, 0, &content)?;
+            }
             Kind::Symlink(target) => self.data(plan, 0, target)?,
             Kind::File(content) => {
                 let digest = self.file(plan, content, bar)?;
@@ -478,7 +588,7 @@ impl Writer<'_> {
     fn data(&self, plan: &Plan, offset: u64, bytes: &[u8]) -> Result<()> {
         let in_blocks = match plan.layout {
             layout::INLINE => plan.size - plan.size % BLOCK,
-            _ => plan.size,
+            _ => u64::MAX,
         };
         let first = to_usize(in_blocks.saturating_sub(offset)).min(bytes.len());
         let (first, beside) = bytes.split_at(first);
@@ -557,44 +667,38 @@ impl Writer<'_> {
         Ok(bytes)
     }
 
-    fn superblock(&self, stamp: &Stamp, inodes: u64, blocks: u64) -> Result<()> {
+    /// Writes the superblock, and the table of prefixes where files have fingerprints.
+    pub(super) fn superblock(&self, summary: &Summary) -> Result<()> {
+        let (uuid, time) = summary.stamp;
         let root = self.plan(ROOT)?.at / SLOT;
         let mut bytes = Vec::new();
-        bytes.extend(0xe0f5_e1e2_u32.to_le_bytes());
+        bytes.extend(MAGIC.to_le_bytes());
         bytes.extend([0; 4]);
-        // A checksum, and times of modification; fingerprints, and a table of prefixes at a place of
-        // its own.
-        let prints = self.plans.values().any(|plan| plan.digest.is_some());
-        let compatible: u32 = if prints { 0x33 } else { 3 };
-        bytes.extend(compatible.to_le_bytes());
+        let prints = if summary.prints { PRINTS } else { 0 };
+        bytes.extend((COMPATIBLE | prints).to_le_bytes());
         bytes.extend([12, 0]);
         bytes.extend(u16::try_from(root)?.to_le_bytes());
-        bytes.extend(inodes.to_le_bytes());
-        bytes.extend(u64::from(stamp.time).to_le_bytes());
+        bytes.extend(summary.inodes.to_le_bytes());
+        bytes.extend(u64::from(time).to_le_bytes());
         bytes.extend(0_u32.to_le_bytes());
-        bytes.extend(u32::try_from(blocks)?.to_le_bytes());
+        bytes.extend(u32::try_from(summary.blocks)?.to_le_bytes());
         // Inodes are counted from the beginning; no shared extended attributes.
         bytes.extend([0; 8]);
-        bytes.extend_from_slice(stamp.uuid.as_bytes());
+        bytes.extend_from_slice(uuid.as_bytes());
         bytes.extend([0; 16]);
-        let chunks = self
-            .plans
-            .values()
-            .any(|plan| plan.layout == layout::CHUNKS);
-        let incompatible: u32 = if chunks { 4 } else { 0 };
+        let incompatible = if summary.chunks { CHUNKED_FILES } else { 0 };
         bytes.extend(incompatible.to_le_bytes());
-        if prints {
-            bytes.extend([0; 7]);
-            // How many prefixes, and where in units of 4 bytes; the first is that of fingerprints.
-            bytes.push(1);
-            bytes.extend(u32::try_from(PREFIXES_AT / 4)?.to_le_bytes());
-            self.write(PREFIXES, PREFIXES_AT)?;
+        if summary.prints {
+            let (at, said) = PREFIXES_SAID;
+            bytes.resize(at, 0);
+            bytes.extend(said);
+            self.write(&PREFIXES, PREFIXES_AT)?;
         }
         bytes.resize(to_usize(SUPERBLOCK.1), 0);
         self.write(&bytes, SUPERBLOCK.0)?;
         // It covers all of the block from the superblock on.
         let mut covered = vec![0; to_usize(BLOCK - SUPERBLOCK.0)];
-        self.file.read_exact_at(&mut covered, SUPERBLOCK.0)?;
+        self.out.read(&mut covered, SUPERBLOCK.0)?;
         let sum = !crc32c::crc32c(&covered);
         self.write(&sum.to_le_bytes(), SUPERBLOCK.0 + 4)
     }

@@ -1,0 +1,81 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! `obdsetup apply`.
+
+use std::path::PathBuf;
+
+use anyhow::Result;
+use overlaybd::identity::Below;
+use overlaybd::Stack;
+
+use crate::archive::{self, Archive};
+use crate::chain::{ChainArgs, Part};
+use crate::layer_args::NewLayerArgs;
+use crate::layer_out::{derive, LayerOut};
+use crate::layers::{expand, open_layers, paths, LayerArg};
+use crate::mkfs;
+use crate::output::directory;
+
+/// Arguments of `apply`.
+#[derive(clap::Args)]
+#[command(after_help = "Examples:
+  obdsetup apply layer.tar.gz --base app/config.v1.json next.obd
+  obdsetup apply changes.tar --base base.obd --base app.obd next.obd
+
+TAR is a layer of a container image, as the OCI image specification has it: what is in it replaces
+what is there; whiteouts (.wh.NAME) and opaque directories (.wh..wh..opq) hide it. The layers below must
+make an erofs that obdsetup has made: `convert' of a container image, or `create' or `convert' with
+--fs erofs. Nothing is mounted, and no privileges are needed.")]
+pub(crate) struct Args {
+    /// The tar, compressed or not
+    #[arg(value_name = "TAR")]
+    input: PathBuf,
+
+    /// The file to make
+    #[arg(value_name = "OUT")]
+    output: PathBuf,
+
+    /// Layers below, lowest first (one after each --base), or a config.v1.json that lists them
+    #[arg(long, value_name = "LAYER", required = true)]
+    base: Vec<LayerArg>,
+
+    /// Leave out what the file system cannot hold, and only warn
+    #[arg(long)]
+    allow_loss: bool,
+
+    #[command(flatten)]
+    chain: ChainArgs,
+
+    #[command(flatten)]
+    new: NewLayerArgs,
+}
+
+/// Runs `apply`.
+pub(crate) fn run(args: &Args) -> Result<()> {
+    let below = expand(&args.base)?;
+    let layers = paths(&[&args.base, &below]);
+    let inputs = layers.into_iter().chain([args.input.as_path()]);
+    let output = LayerOut::create(&args.output, &args.new, inputs)?;
+    let base = open_layers(&below)?;
+    args.chain.check(&base, Part::Whole)?;
+    let stack = Stack::new(base)?;
+    let uuid = stack.layers().last().map(|top| top.ident().uuid.clone());
+    let uuid = uuid.unwrap_or_default();
+    // To its end, so that a damaged one is known before it is put in a file system.
+    archive::check(&args.input)?;
+    let mut archive = Archive::layer(&args.input, &args.input, false)?;
+    let delta = mkfs::apply(
+        &mut archive,
+        &args.input,
+        Some(stack),
+        &uuid.to_ascii_uppercase(),
+        args.allow_loss,
+        directory(&args.output),
+    )?;
+    let ident = args.new.ident.ident(Below::of(&uuid), |below| {
+        derive(delta.size, below, &delta.runs, |at, buf| {
+            delta.read(at, buf)
+        })
+    })?;
+    delta.write(ident, output)
+}

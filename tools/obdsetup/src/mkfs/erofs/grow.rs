@@ -1,0 +1,163 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! Puts a layer of an image over an erofs: what stays keeps its place, what is new goes behind the end.
+//! So the difference of the two disks is what the layer has, and the inodes and directories that it
+//! changes.
+//!
+//! - Files, links and devices never change: a layer replaces them. Only the count of their names may.
+//! - A directory stays where it is while its inode fits there. Entries that don't fit beside it
+//!   any more go in blocks behind the end.
+//! - The superblock says the place of the root directory in 16 bits, so that can't move: its entries
+//!   are always in blocks.
+//!
+//! The result depends on nothing but the disk below and the tree.
+
+use std::collections::HashMap;
+
+use anyhow::{Context, Result};
+use overlaybd::format::num::to_u64;
+use uuid::Uuid;
+
+use super::disk::Disk;
+use super::read::{Placed, State};
+use super::write::{
+    blocks, can_be_at, check_end, layout, place_inode, plan, subdirectories, Out, Plan, Relations,
+    Summary, Writer, BLOCK, INODE, INODES_AT, SLOT,
+};
+use crate::bar::Bar;
+use crate::exit::Failure;
+use crate::mkfs::tree::{Id, Kind, ROOT};
+
+/// What to do where it would be too large.
+const FULL: &str = "make one layer of the image's files, with --fs btrfs";
+/// Where an inode has the count of its names.
+const LINKS_AT: u64 = 44;
+
+/// Writes the tree of `state`, some of which is on `disk` already. Returns the blocks that the file
+/// system has then.
+pub(super) fn write(state: &State, disk: &Disk, stamp: (Uuid, u32)) -> Result<u64> {
+    let (tree, placed) = (&state.tree, &state.placed);
+    let names = tree.names();
+    let Relations { links, parents } = Relations::of(&names);
+    let mut order = vec![(ROOT, b"".as_slice())];
+    let firsts = names.iter().filter(|name| name.first);
+    order.extend(firsts.map(|name| (name.id, name.path.as_slice())));
+
+    let mut plans: HashMap<Id, Plan> = HashMap::new();
+    let mut to_write = Vec::new();
+    let mut end = match disk.blocks() {
+        0 => INODES_AT,
+        blocks => blocks * BLOCK,
+    };
+    let root_room = root_room(placed);
+    for &(id, path) in &order {
+        let directory = matches!(tree.node(id)?.kind, Kind::Directory(_));
+        let links = match directory {
+            true => 2 + subdirectories(tree, id)?,
+            false => links.get(&id).copied().unwrap_or(1),
+        };
+        let there = placed.get(&id);
+        let plan = match there {
+            Some(there) if !directory => Plan::in_place(there.at, links),
+            _ => {
+                to_write.push(id);
+                let mut plan = plan(tree, id, path)?;
+                plan.links = links;
+                let room = match id {
+                    ROOT => {
+                        plan.layout = layout::PLAIN;
+                        root_room
+                    }
+                    _ => there.map(|there| there.room),
+                };
+                plan.at = match there.filter(|there| stays(&mut plan, there.at, room)) {
+                    Some(there) => there.at,
+                    None if id == ROOT && there.is_some() => {
+                        return Err(Failure::usage(
+                            "the root directory gets more extended attributes than there is room \
+                             for: make one layer of the image, with `convert' of a tar of its files",
+                        ));
+                    }
+                    None => {
+                        let at = place_inode(end, &plan);
+                        end = at + INODE + to_u64(plan.xattrs.len()) + plan.beside();
+                        at
+                    }
+                };
+                plan
+            }
+        };
+        plans.insert(id, plan);
+    }
+    let mut next = end.div_ceil(BLOCK);
+    for &id in &to_write {
+        let plan = plans.get_mut(&id).context("no plan")?;
+        let blocks = blocks(tree.node(id)?, plan);
+        match placed.get(&id) {
+            Some(there) if there.blocks >= blocks => plan.block = there.block,
+            _ => {
+                plan.block = next;
+                next += blocks;
+                check_end(next, FULL)?;
+            }
+        }
+    }
+    check_end(next, FULL)?;
+
+    let data: u64 = to_write
+        .iter()
+        .filter_map(|&id| match tree.node(id).map(|node| &node.kind) {
+            Ok(Kind::File(content)) => Some(content.data_len()),
+            _ => None,
+        })
+        .sum();
+    let bar = Bar::new("writing", data);
+    let writer = Writer {
+        tree,
+        plans,
+        parents,
+        out: disk,
+    };
+    for &id in &to_write {
+        let at = writer.plans.get(&id).context("no plan")?.at;
+        let [a, b, c, d, ..] = (at / SLOT).to_le_bytes();
+        writer.node(id, u32::from_le_bytes([a, b, c, d]), &bar)?;
+    }
+    for (id, there) in placed {
+        // What has no name any more has no plan; what has moved was written.
+        let plan = writer.plans.get(id).filter(|plan| plan.at == there.at);
+        if let Some(plan) = plan.filter(|plan| plan.links != there.links) {
+            disk.write(&plan.links.to_le_bytes(), there.at + LINKS_AT)?;
+        }
+    }
+    writer.superblock(&Summary {
+        stamp,
+        inodes: to_u64(order.len()),
+        blocks: next,
+        chunks: state.chunks || writer.has_chunks(),
+        prints: state.prints || writer.has_prints(),
+    })?;
+    Ok(next)
+}
+
+/// Whether the inode of a directory can stay at `at`, where it has `room`; its entries may go in
+/// blocks for that.
+fn stays(plan: &mut Plan, at: u64, room: Option<u64>) -> bool {
+    let room = room.unwrap_or_default();
+    let needed = |plan: &Plan| INODE + to_u64(plan.xattrs.len()) + plan.beside();
+    if plan.layout == layout::INLINE && (needed(plan) > room || !can_be_at(at, plan)) {
+        plan.layout = layout::PLAIN;
+    }
+    needed(plan) <= room
+}
+
+/// Bytes that the inode of the root directory may have where it is: up to the next inode, or the end
+/// of the block. Data is in later blocks.
+fn root_room(placed: &HashMap<Id, Placed>) -> Option<u64> {
+    let root = placed.get(&ROOT)?;
+    let others = placed.values().map(|other| other.at);
+    let next = others.filter(|&at| at > root.at).min();
+    let end = (root.at / BLOCK + 1) * BLOCK;
+    let end = next.unwrap_or(end).min(end);
+    Some(root.room.max(end - root.at))
+}

@@ -1,0 +1,171 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! Names in a layer of an image that stand for no file, but hide what the layers below have.
+//!
+//! Source: OCI image specification, `layer.md`.
+
+use std::collections::{HashMap, HashSet};
+
+use anyhow::Result;
+
+use super::tree::{Id, Kind, Tree};
+
+/// What such names begin with.
+const PREFIX: &[u8] = b".wh.";
+/// What names begin with that AUFS has for itself.
+const META: &[u8] = b".wh..wh.";
+/// The name that hides all that is in a directory.
+const OPAQUE: &[u8] = b".wh..wh..opq";
+
+/// A member of a layer that is no file.
+#[derive(Debug, PartialEq, Eq)]
+pub(super) enum Special<'a> {
+    /// It hides a name in a directory.
+    Whiteout(&'a [u8], &'a [u8]),
+    /// It hides all in a directory.
+    Opaque(&'a [u8]),
+    /// It hides nothing, and is left out.
+    Nothing,
+}
+
+impl<'a> Special<'a> {
+    /// What the member `path` is, if it is no file.
+    pub(super) fn of(path: &'a [u8]) -> Result<Option<Self>, &'static str> {
+        let slash = path.iter().rposition(|&byte| byte == b'/');
+        let (directory, name) = match slash {
+            Some(slash) => {
+                let (directory, name) = path.split_at(slash);
+                (directory, name.get(1..).unwrap_or_default())
+            }
+            None => (b"".as_slice(), path),
+        };
+        for part in directory.split(|&byte| byte == b'/') {
+            if part.starts_with(META) {
+                return Ok(Some(Self::Nothing));
+            }
+            if part.starts_with(PREFIX) {
+                return Err("is below a whiteout (.wh.NAME), which is no directory");
+            }
+        }
+        if name == OPAQUE {
+            return Ok(Some(Self::Opaque(directory)));
+        }
+        if name.starts_with(META) {
+            return Ok(Some(Self::Nothing));
+        }
+        match name.strip_prefix(PREFIX) {
+            Some(b"" | b"." | b"..") => Err("a whiteout (.wh.NAME) of no name"),
+            Some(hidden) => Ok(Some(Self::Whiteout(directory, hidden))),
+            None => Ok(None),
+        }
+    }
+
+    /// The path of what it hides, or of the directory in which it hides all.
+    pub(super) fn path(&self) -> Vec<u8> {
+        match *self {
+            Self::Whiteout(b"", name) => name.to_vec(),
+            Self::Whiteout(directory, name) => [directory, name].join(&b'/'),
+            Self::Opaque(directory) => directory.to_vec(),
+            Self::Nothing => Vec::new(),
+        }
+    }
+}
+
+/// What a layer has done so far.
+#[derive(Default)]
+pub(super) struct Own {
+    /// The names that it has set, each in its directory.
+    names: HashMap<Id, HashSet<Vec<u8>>>,
+    /// What it has hidden: the directory, and a name there or all. A second time there is nothing to
+    /// hide, and many times would be endless work.
+    hidden: HashSet<(Id, Option<Vec<u8>>)>,
+}
+
+impl Own {
+    pub(super) fn add(&mut self, directory: Id, name: &[u8]) {
+        self.names
+            .entry(directory)
+            .or_default()
+            .insert(name.to_vec());
+    }
+
+    fn has(&self, directory: Id, name: &[u8]) -> bool {
+        let names = self.names.get(&directory);
+        names.is_some_and(|names| names.contains(name))
+    }
+
+    /// Hides a name, and what is below it, where the layers below have set them. Returns directories
+    /// that stay only because the layer has something in them.
+    pub(super) fn hide(&mut self, tree: &mut Tree, directory: Id, name: &[u8]) -> Result<Vec<Id>> {
+        let mut stay = Vec::new();
+        if let Some(id) = tree.child(directory, name) {
+            if self.hidden.insert((directory, Some(name.to_vec()))) {
+                self.hide_one(tree, directory, name, id, &mut stay)?;
+            }
+        }
+        Ok(stay)
+    }
+
+    /// Hides all names in a directory, as [`Self::hide`] does.
+    pub(super) fn hide_all(&mut self, tree: &mut Tree, directory: Id) -> Result<Vec<Id>> {
+        let mut stay = Vec::new();
+        if self.hidden.insert((directory, None)) {
+            self.hide_inside(tree, directory, &mut stay)?;
+        }
+        Ok(stay)
+    }
+
+    /// Calls itself as deep as directories are: paths are checked, and have 4095 bytes at most.
+    fn hide_inside(&self, tree: &mut Tree, directory: Id, stay: &mut Vec<Id>) -> Result<()> {
+        let children: Vec<(Vec<u8>, Id)> = tree
+            .children(directory)
+            .map(|(name, id)| (name.to_vec(), id))
+            .collect();
+        for (name, id) in children {
+            self.hide_one(tree, directory, &name, id, stay)?;
+        }
+        Ok(())
+    }
+
+    fn hide_one(
+        &self,
+        tree: &mut Tree,
+        directory: Id,
+        name: &[u8],
+        id: Id,
+        stay: &mut Vec<Id>,
+    ) -> Result<()> {
+        let is_directory = matches!(tree.node(id)?.kind, Kind::Directory(_));
+        if is_directory {
+            self.hide_inside(tree, id, stay)?;
+        }
+        if self.has(directory, name) {
+            return Ok(());
+        }
+        if is_directory && tree.children(id).next().is_some() {
+            stay.push(id);
+            return Ok(());
+        }
+        tree.unlink(directory, name)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::Special;
+
+    #[test]
+    fn names() {
+        let of = |path: &'static str| Special::of(path.as_bytes());
+        assert_eq!(of("a/b"), Ok(None));
+        assert_eq!(of("a/.wh"), Ok(None));
+        assert_eq!(of("a/.wh.b"), Ok(Some(Special::Whiteout(b"a", b"b"))));
+        assert_eq!(of(".wh.b"), Ok(Some(Special::Whiteout(b"", b"b"))));
+        assert_eq!(of("a/b/.wh..wh..opq"), Ok(Some(Special::Opaque(b"a/b"))));
+        assert_eq!(of(".wh..wh.plnk"), Ok(Some(Special::Nothing)));
+        assert_eq!(of(".wh..wh.plnk/1.2"), Ok(Some(Special::Nothing)));
+        for bad in [".wh.", "a/.wh..", ".wh...", ".wh.a/b"] {
+            assert!(of(bad).is_err(), "{bad}");
+        }
+    }
+}

@@ -1,0 +1,99 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! A directory with layers that were made before. Their names are a hash of all that they depend on, and
+//! the digest of what is in the file.
+
+use std::fs;
+use std::io::ErrorKind;
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, Result};
+use sha2::{Digest, Sha256};
+
+use super::layout::{hash, is_hex};
+use crate::bar::Bar;
+use crate::layers::warn;
+use crate::output::{set_mode, sync, sync_directory, temp_file, umask};
+
+/// What names end with.
+const SUFFIX: &str = ".obd";
+
+/// The directory.
+pub(super) struct Cache {
+    place: PathBuf,
+    options: String,
+}
+
+impl Cache {
+    /// The cache in `place`, which is made where it is missing, of layers that are made with these
+    /// options.
+    pub(super) fn open(place: &Path, options: String) -> Result<Self> {
+        fs::create_dir_all(place)
+            .with_context(|| format!("{}: cannot make a directory", place.display()))?;
+        Ok(Self {
+            place: place.to_owned(),
+            options,
+        })
+    }
+
+    /// The beginning of the name of the layer that `chain` is made into.
+    fn key(&self, chain: &str) -> String {
+        let text = format!("obdsetup image layer 1\n{chain}\n{}\n", self.options);
+        format!("{:x}-", Sha256::digest(text))
+    }
+
+    /// Copies the layer that `chain` is made into to the new file `to`. Returns its digest; `None`
+    /// where it is not there, or damaged.
+    pub(super) fn take(&self, chain: &str, to: &Path) -> Result<Option<String>> {
+        let context = || format!("{}: cannot read", self.place.display());
+        let key = self.key(chain);
+        for entry in fs::read_dir(&self.place).with_context(context)? {
+            let entry = entry.with_context(context)?;
+            let name = entry.file_name();
+            let name = name.to_str().and_then(|name| name.strip_prefix(&key));
+            let hex = name.and_then(|name| name.strip_suffix(SUFFIX));
+            let Some(hex) = hex.filter(|hex| is_hex(hex.as_bytes())) else {
+                continue;
+            };
+            let from = entry.path();
+            let is_file = entry.file_type().is_ok_and(|kind| kind.is_file());
+            let copied = match is_file {
+                true => fs::copy(&from, to).and_then(|_| fs::File::open(to)),
+                false => Err(ErrorKind::InvalidInput.into()),
+            };
+            let Ok(copied) = copied else {
+                warn(&[format!("{}: cannot read it: made anew", from.display())]);
+                let _ = fs::remove_file(to);
+                continue;
+            };
+            let bar = Bar::new("checking", copied.metadata()?.len());
+            let digest = hash(to, &bar)?;
+            if digest.strip_prefix("sha256:") != Some(hex) {
+                warn(&[format!(
+                    "{}: is not what its name says: made anew",
+                    from.display()
+                )]);
+                fs::remove_file(to)?;
+                continue;
+            }
+            set_mode(&copied, 0o666 & !umask())?;
+            sync(&copied)?;
+            return Ok(Some(digest));
+        }
+        Ok(None)
+    }
+
+    /// Keeps the layer in the file `from`, which `chain` was made into.
+    pub(super) fn keep(&self, chain: &str, from: &Path, digest: &str) -> Result<()> {
+        let hex = digest.strip_prefix("sha256:").unwrap_or_default();
+        let to = self.place.join(format!("{}{hex}{SUFFIX}", self.key(chain)));
+        let context = || format!("{}: cannot complete the file", to.display());
+        let file = temp_file(&self.place)?;
+        fs::copy(from, file.path()).with_context(context)?;
+        sync(file.as_file()).with_context(context)?;
+        file.persist(&to)
+            .map_err(|error| error.error)
+            .with_context(context)?;
+        sync_directory(&self.place).with_context(context)
+    }
+}

@@ -1,0 +1,453 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! Ordinary images: each layer, a tar, becomes an OverlayBD layer, the difference that it makes to the
+//! disk of those below it. Each is made of its tar and that disk, and of nothing else: so images
+//! that have layers in common have them in common then, too.
+
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, Result};
+use overlaybd::format::merge::MAX_LAYERS;
+use overlaybd::identity::Below;
+use overlaybd::layer::Ident;
+use overlaybd::wrap::Wrapping;
+use overlaybd::{LayerReader, Stack};
+use serde::Deserialize;
+use serde_json::{json, Value};
+use sha2::{Digest, Sha256};
+
+use super::cache::Cache;
+use super::layout::{hash, is_hex, Found, Layout};
+use super::made::Made;
+use super::{
+    describe, Descriptor, Job, Manifest, Platform, CONFIG_TYPES, MANIFEST_TYPES, REF_NAME,
+    TAR_TYPES,
+};
+use crate::archive::{Archive, Compression};
+use crate::bar::Bar;
+use crate::exit::Failure;
+use crate::json::bad;
+use crate::layer_out::{derive, LayerOut};
+use crate::mkfs;
+
+/// What media types of compressed layers end with.
+const COMPRESSED: [&str; 4] = ["", "+gzip", "+zstd", ".gzip"];
+/// Media types of layers that are not in the image, but with whoever made them.
+const FOREIGN: [&str; 2] = [
+    "application/vnd.oci.image.layer.nondistributable.v1.tar",
+    "application/vnd.docker.image.rootfs.foreign.diff.tar",
+];
+/// The version of upstream's format that a layer is said to have.
+const VERSION: &str = "0.1.0";
+/// What names of annotations begin with.
+const ANNOTATION: &str = "containerd.io/snapshot/overlaybd/";
+
+/// The digits of the UUID of nothing.
+const NO_UUID: &str = "00000000000000000000000000000000";
+
+/// What matters of an image's description.
+#[derive(Deserialize)]
+struct Config {
+    #[serde(default)]
+    os: String,
+    #[serde(default)]
+    architecture: String,
+    variant: Option<String>,
+    rootfs: RootFs,
+}
+
+#[derive(Deserialize)]
+struct RootFs {
+    diff_ids: Vec<String>,
+}
+
+/// Makes the directory: layers, and what lists them.
+pub(super) fn convert(
+    job: &Job<'_>,
+    layout: &Layout,
+    image: &Found,
+    manifest: &Manifest,
+    mut made: Made,
+) -> Result<()> {
+    let name = layout.name();
+    let layers = &manifest.layers;
+    if layers.is_empty() || layers.len() > MAX_LAYERS {
+        let what = format!(
+            "image {}: has {} layers, expected 1 to {MAX_LAYERS}",
+            image.descriptor.digest,
+            layers.len()
+        );
+        return Err(bad(name, &what));
+    }
+    for (nth, layer) in layers.iter().enumerate() {
+        let refuse = |what: String| {
+            Failure::usage(format!(
+                "{}: layer {nth}, {}, {what}",
+                name.display(),
+                layer.digest
+            ))
+        };
+        check_foreign(&layer.media_type).map_err(refuse)?;
+        // Before hours of work are for nothing.
+        layout.blob(layer)?;
+        if layer.media_type.is_empty() {
+            let what = format!(
+                "layer {nth}, {}, is not an OverlayBD layer, and has no media type that says what it is",
+                layer.digest
+            );
+            return Err(bad(name, &what));
+        }
+        check_type(&layer.media_type).map_err(refuse)?;
+    }
+    let Some(descriptor) = &manifest.config else {
+        let what = format!(
+            "image {}: no `config' in its manifest",
+            image.descriptor.digest
+        );
+        return Err(bad(name, &what));
+    };
+    let (config_bytes, config_name) = layout.read(descriptor)?;
+    let config: Config = crate::json::parse(&config_bytes, &config_name, "an image's description")?;
+    let diff_ids = diff_ids(&config, layers.len()).map_err(|what| bad(&config_name, &what))?;
+
+    let mut wrapping = job.new.wrap.wrapping()?;
+    wrapping.tar |= job.choice.oci;
+    let maker = Maker {
+        layout,
+        wrapping,
+        by_chain: job.choice.oci,
+        allow_loss: job.allow_loss,
+    };
+    let cache = job.choice.cache.as_ref();
+    let cache = cache
+        .map(|place| Cache::open(place, maker.options()))
+        .transpose()?;
+    let mut chains: Vec<String> = Vec::new();
+    let mut blobs = Vec::new();
+    for (nth, (layer, diff_id)) in layers.iter().zip(&diff_ids).enumerate() {
+        let chain = match chains.last() {
+            Some(below) => format!(
+                "{:x}",
+                Sha256::digest(format!("sha256:{below} sha256:{diff_id}"))
+            ),
+            None => diff_id.clone(),
+        };
+        let to = made.next_layer();
+        let taken = match &cache {
+            Some(cache) => cache.take(&chain, &to)?,
+            None => None,
+        };
+        let digest = match taken {
+            Some(digest) => digest,
+            None => {
+                maker
+                    .layer(layer, diff_id, &chain, chains.last(), &made)
+                    .with_context(|| format!("layer {nth}, {}", layer.digest))?;
+                let bar = Bar::new("hashing", to.metadata()?.len());
+                let digest = hash(&to, &bar)?;
+                if let Some(cache) = &cache {
+                    cache.keep(&chain, &to, &digest)?;
+                }
+                digest
+            }
+        };
+        chains.push(chain);
+        blobs.push((digest.clone(), to.metadata()?.len()));
+        made.add(digest);
+    }
+    if !job.choice.oci {
+        made.write("image.json", &config_bytes)?;
+        return made.finish_config();
+    }
+    let platform = Platform {
+        os: config.os,
+        architecture: config.architecture,
+        variant: config.variant,
+    };
+    layout_of(
+        image,
+        manifest,
+        (descriptor, &config_bytes),
+        platform,
+        &blobs,
+        made,
+    )
+}
+
+/// Refuses a layer that is not there.
+fn check_foreign(media_type: &str) -> Result<(), String> {
+    match is_one_of(&FOREIGN, media_type) {
+        true => Err(format!(
+            "is {media_type}: a foreign layer, which is not in the image but with whoever made it, \
+             and cannot be converted"
+        )),
+        false => Ok(()),
+    }
+}
+
+/// Refuses a layer that is no tar.
+fn check_type(media_type: &str) -> Result<(), String> {
+    match is_one_of(&TAR_TYPES, media_type) {
+        true => Ok(()),
+        false => Err(format!(
+            "is {media_type:?}: expected a tar, alone or compressed with gzip or zstd, or an \
+             OverlayBD layer"
+        )),
+    }
+}
+
+/// Whether a media type is one of `types`, perhaps compressed.
+fn is_one_of(types: &[&str], media_type: &str) -> bool {
+    types.iter().any(|start| {
+        let end = media_type.strip_prefix(start);
+        end.is_some_and(|end| COMPRESSED.contains(&end))
+    })
+}
+
+/// The hexadecimal digits of the DiffIDs.
+fn diff_ids(config: &Config, layers: usize) -> Result<Vec<String>, String> {
+    let ids = &config.rootfs.diff_ids;
+    if ids.len() != layers {
+        return Err(format!(
+            "rootfs.diff_ids: {} for {layers} layers",
+            ids.len()
+        ));
+    }
+    let hex = ids.iter().map(|id| {
+        let hex = id.strip_prefix("sha256:");
+        let hex = hex.filter(|hex| is_hex(hex.as_bytes()));
+        let hex = hex.ok_or_else(|| format!("rootfs.diff_ids: {id:?}: expected SHA-256"));
+        hex.map(ToOwned::to_owned)
+    });
+    hex.collect()
+}
+
+/// What all layers of an image are made with.
+struct Maker<'a> {
+    layout: &'a Layout,
+    wrapping: Wrapping,
+    /// Whether UUIDs are made of chain IDs, as containerd's converter does it, or of the content.
+    by_chain: bool,
+    allow_loss: bool,
+}
+
+impl Maker<'_> {
+    /// All that the bytes of a layer depend on besides the tars.
+    fn options(&self) -> String {
+        let Self {
+            wrapping,
+            by_chain,
+            allow_loss,
+            ..
+        } = self;
+        format!(
+            "{} erofs {wrapping:?} {by_chain} {allow_loss} {:?}",
+            env!("CARGO_PKG_VERSION"),
+            std::env::var_os("SOURCE_DATE_EPOCH")
+        )
+    }
+
+    /// Makes the next layer of `made`: that of `layer`, whose chain ID is `chain`, over `below`.
+    fn layer(
+        &self,
+        layer: &Descriptor,
+        diff_id: &str,
+        chain: &str,
+        below: Option<&String>,
+        made: &Made,
+    ) -> Result<()> {
+        let (path, name) = self.layout.checked(layer)?;
+        let shown = self.layout.shown(&name);
+        let mut archive = Archive::layer(&path, &shown, true)?;
+        let readable = [None, Some(Compression::Gzip), Some(Compression::Zstd)];
+        if let Some(other) = archive
+            .compression()
+            .filter(|how| !readable.contains(&Some(*how)))
+        {
+            return Err(Failure::usage(format!(
+                "{}: compressed with {}: in a layer, expected gzip or zstd",
+                shown.display(),
+                other.name()
+            )));
+        }
+        let stack = open(&made.layers())?;
+        let top = stack.as_ref().and_then(|stack| stack.layers().last());
+        let below_uuid = top.map(|top| top.ident().uuid.clone());
+        let delta = mkfs::apply(
+            &mut archive,
+            &shown,
+            stack,
+            chain,
+            self.allow_loss,
+            made.path(),
+        )?;
+        if archive.diff_id() != diff_id {
+            let what =
+                format!("decompressed, it is not {diff_id}, the DiffID in the image's description");
+            return Err(bad(&shown, &what));
+        }
+        let output = LayerOut::with(&made.next_layer(), self.wrapping)?;
+        if self.by_chain {
+            let ident = Ident {
+                uuid: chain_uuid(chain),
+                parent: chain_uuid(below.map_or(NO_UUID, String::as_str)),
+                user_tag: Vec::new(),
+            };
+            return delta.write(ident, output);
+        }
+        let place = below_uuid.as_deref().map_or(Below::Nothing, Below::of);
+        let ident = Ident {
+            uuid: derive(delta.size, place, &delta.runs, |at, buf| {
+                delta.read(at, buf)
+            })?,
+            parent: below_uuid.unwrap_or_else(|| chain_uuid(NO_UUID)),
+            user_tag: Vec::new(),
+        };
+        delta.write(ident, output)
+    }
+}
+
+/// Opens the layers in these files, lowest first.
+fn open(files: &[PathBuf]) -> Result<Option<Stack>> {
+    if files.is_empty() {
+        return Ok(None);
+    }
+    let layers = files.iter().map(|file| LayerReader::open(file, None));
+    let layers = layers.collect::<overlaybd::Result<Vec<_>>>()?;
+    Ok(Some(Stack::new(layers)?))
+}
+
+/// The UUID that containerd's converter makes of a chain ID: its first 32 digits.
+fn chain_uuid(chain: &str) -> String {
+    let mut text = String::new();
+    for (nth, digit) in chain.chars().take(32).enumerate() {
+        if matches!(nth, 8 | 12 | 16 | 20) {
+            text.push('-');
+        }
+        text.push(digit.to_ascii_uppercase());
+    }
+    text
+}
+
+/// Makes an OCI image layout of the layers in `made`, as containerd's converter writes an image.
+fn layout_of(
+    image: &Found,
+    manifest: &Manifest,
+    (config, config_bytes): (&Descriptor, &[u8]),
+    platform: Platform,
+    layers: &[(String, u64)],
+    made: Made,
+) -> Result<()> {
+    let types = (
+        &manifest.media_type,
+        &image.descriptor.media_type,
+        &config.media_type,
+    );
+    let is_docker = *types.0 == MANIFEST_TYPES[1]
+        || *types.1 == MANIFEST_TYPES[1]
+        || *types.2 == CONFIG_TYPES[1];
+    let [manifest_type, config_type, layer_type] = match is_docker {
+        true => [MANIFEST_TYPES[1], CONFIG_TYPES[1], TAR_TYPES[1]],
+        false => [MANIFEST_TYPES[0], CONFIG_TYPES[0], TAR_TYPES[0]],
+    };
+    made.directory("blobs/sha256")?;
+    let mut descriptors = Vec::new();
+    for ((digest, size), from) in layers.iter().zip(made.layers()) {
+        let to = made.path().join(blob_name(digest));
+        std::fs::rename(&from, &to)
+            .with_context(|| format!("{}: cannot rename it", from.display()))?;
+        let note = |name: &str, value: String| (format!("{ANNOTATION}{name}"), value);
+        let annotations = [
+            note("version", VERSION.to_owned()),
+            note("blob-digest", digest.clone()),
+            note("blob-size", size.to_string()),
+            note("blob-fs-type", "erofs".to_owned()),
+        ];
+        descriptors.push(Descriptor {
+            media_type: layer_type.to_owned(),
+            digest: digest.clone(),
+            size: *size,
+            platform: None,
+            annotations: annotations.into_iter().collect(),
+        });
+    }
+    let digests: Vec<&String> = layers.iter().map(|(digest, _)| digest).collect();
+    let mut own: Value = serde_json::from_slice(config_bytes)?;
+    if let Some(ids) = own.pointer_mut("/rootfs/diff_ids") {
+        *ids = json!(digests);
+    }
+    let write = |media_type: &str, value: &Value| -> Result<Descriptor> {
+        let bytes = serde_json::to_vec(value)?;
+        let descriptor = describe(media_type, &bytes);
+        made.write(&blob_name(&descriptor.digest), &bytes)?;
+        Ok(descriptor)
+    };
+    let config = write(config_type, &own)?;
+    let mut value = json!({
+        "schemaVersion": 2,
+        "mediaType": manifest_type,
+        "config": config,
+        "layers": descriptors,
+    });
+    if !manifest.annotations.is_empty() {
+        if let Some(object) = value.as_object_mut() {
+            object.insert("annotations".to_owned(), json!(manifest.annotations));
+        }
+    }
+    let mut entry = write(manifest_type, &value)?;
+    entry.platform = Some(platform).filter(|platform| !platform.os.is_empty());
+    if let Some(name) = &image.name {
+        entry.annotations.insert(REF_NAME.to_owned(), name.clone());
+    }
+    let index = json!({
+        "schemaVersion": 2,
+        "mediaType": super::INDEX_TYPES[0],
+        "manifests": [entry],
+    });
+    made.write("index.json", &serde_json::to_vec(&index)?)?;
+    made.write("oci-layout", b"{\"imageLayoutVersion\":\"1.0.0\"}")?;
+    made.sync("blobs/sha256")?;
+    made.sync("blobs")?;
+    made.finish()
+}
+
+fn blob_name(digest: &str) -> String {
+    let hex = digest.strip_prefix("sha256:").unwrap_or(digest);
+    Path::new("blobs/sha256")
+        .join(hex)
+        .to_string_lossy()
+        .into_owned()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::{chain_uuid, check_foreign, check_type};
+
+    #[test]
+    fn uuids() {
+        let chain = "a3ed95caeb02ffe68cdd9fd84406680ae93d633cb16422d00e8a7c22955b46d4";
+        assert_eq!(chain_uuid(chain), "A3ED95CA-EB02-FFE6-8CDD-9FD84406680A");
+    }
+
+    #[test]
+    fn media_types() {
+        for good in [
+            "application/vnd.oci.image.layer.v1.tar",
+            "application/vnd.oci.image.layer.v1.tar+gzip",
+            "application/vnd.oci.image.layer.v1.tar+zstd",
+            "application/vnd.docker.image.rootfs.diff.tar.gzip",
+            "application/vnd.docker.image.rootfs.diff.tar",
+        ] {
+            assert_eq!(check_type(good), Ok(()), "{good}");
+            assert_eq!(check_foreign(good), Ok(()), "{good}");
+        }
+        let foreign = "application/vnd.docker.image.rootfs.foreign.diff.tar.gzip";
+        assert!(check_foreign(foreign).is_err());
+        for bad in [
+            "application/vnd.oci.image.layer.v1.tar+encrypted",
+            "text/plain",
+        ] {
+            assert!(check_type(bad).is_err(), "{bad}");
+        }
+    }
+}

@@ -1,0 +1,321 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! Archives of images: an OCI image layout in a tar, and what `docker save` writes. What matters of one
+//! is put in a layout of our own; no name in the archive ever becomes a path.
+
+use std::collections::BTreeMap;
+use std::io::{BufWriter, Write};
+use std::path::Path;
+
+use anyhow::{Context, Result};
+use overlaybd::format::num::to_u64;
+use serde::Deserialize;
+use serde_json::json;
+use sha2::{Digest, Sha256};
+use tempfile::TempDir;
+
+use super::layout::{is_hex, Layout};
+use super::{
+    describe, sha256, Descriptor, Platform, CONFIG_TYPES, MANIFEST_TYPES, REF_NAME, TAR_TYPES,
+};
+use crate::archive::{brief, Archive, Member, MemberKind};
+use crate::json::{self, bad};
+
+/// Most files of an archive that may be of the image. One has a few for each layer.
+const FILES: usize = 10_000;
+/// Links that are followed for one name. Old versions of docker wrote a layer once, and links to it.
+const LINKS: usize = 8;
+/// Where the blobs of a layout are.
+const BLOBS: &str = "blobs/sha256/";
+const WRITE: &str = "cannot write a temporary file with what is in the archive";
+
+/// What a `manifest.json` says of an image.
+#[derive(Deserialize)]
+#[serde(rename_all = "PascalCase")]
+struct Saved {
+    config: String,
+    #[serde(default)]
+    repo_tags: Option<Vec<String>>,
+    layers: Vec<String>,
+}
+
+/// What of an image's description is needed here.
+#[derive(Deserialize)]
+struct Config {
+    #[serde(default)]
+    os: String,
+    #[serde(default)]
+    architecture: String,
+    variant: Option<String>,
+}
+
+/// A file of the archive, which is a blob by now.
+#[derive(Clone)]
+struct Stored {
+    digest: String,
+    size: u64,
+}
+
+/// What was found in an archive, by its name there.
+struct Unpack<'a> {
+    input: &'a Path,
+    root: TempDir,
+    files: BTreeMap<Vec<u8>, Stored>,
+    links: BTreeMap<Vec<u8>, Vec<u8>>,
+}
+
+/// Makes a layout, in a temporary directory in `place`, of the archive `input`.
+pub(super) fn unpack(input: &Path, place: &Path) -> Result<Layout> {
+    let root = tempfile::Builder::new()
+        .prefix(".obdsetup-")
+        .tempdir_in(place);
+    let root = root.with_context(|| format!("{}: cannot make a directory", place.display()))?;
+    std::fs::create_dir_all(root.path().join(BLOBS)).context(WRITE)?;
+    let mut unpack = Unpack {
+        input,
+        root,
+        files: BTreeMap::new(),
+        links: BTreeMap::new(),
+    };
+    let mut archive = Archive::again(input)?;
+    while let Some(member) = archive.next()? {
+        unpack.member(&member, &mut archive)?;
+    }
+    // Newer versions of docker write both, and the layout says more.
+    let index = unpack.files.get(b"index.json".as_slice()).cloned();
+    let is_layout = unpack.files.contains_key(b"oci-layout".as_slice());
+    match index.filter(|_| is_layout) {
+        Some(index) => {
+            let from = unpack.path(&index);
+            std::fs::copy(from, unpack.root.path().join("index.json")).context(WRITE)?;
+        }
+        None => unpack.saved()?,
+    }
+    Ok(Layout::of_archive(input, unpack.root))
+}
+
+/// Whether a file may be a part of an image.
+fn is_wanted(path: &[u8]) -> bool {
+    let slashes = path.iter().filter(|&&byte| byte == b'/').count();
+    match path.strip_prefix(BLOBS.as_bytes()) {
+        Some(hex) => is_hex(hex),
+        None => {
+            path == b"oci-layout"
+                || slashes == 0 && path.ends_with(b".json")
+                || slashes < 2 && path.ends_with(b".tar")
+        }
+    }
+}
+
+impl Unpack<'_> {
+    fn bad(&self, what: &str) -> anyhow::Error {
+        bad(self.input, what)
+    }
+
+    fn path(&self, stored: &Stored) -> std::path::PathBuf {
+        let hex = stored.digest.strip_prefix("sha256:").unwrap_or_default();
+        self.root.path().join(BLOBS).join(hex)
+    }
+
+    fn member(&mut self, member: &Member, archive: &mut Archive) -> Result<()> {
+        let path = member.path.as_slice();
+        if !is_wanted(path) {
+            return Ok(());
+        }
+        if self.files.len() + self.links.len() >= FILES {
+            let what = format!("has more than {FILES} files that may be parts of an image");
+            return Err(self.bad(&what));
+        }
+        self.files.remove(path);
+        self.links.remove(path);
+        match &member.kind {
+            MemberKind::File => {
+                let stored = self.store(member, archive)?;
+                if let Some(hex) = path.strip_prefix(BLOBS.as_bytes()) {
+                    if stored.digest.as_bytes().strip_prefix(b"sha256:") != Some(hex) {
+                        let what = format!("{}: is not what its digest says", brief(path));
+                        return Err(self.bad(&what));
+                    }
+                }
+                self.files.insert(path.to_vec(), stored);
+            }
+            MemberKind::HardLink(target) => {
+                self.links.insert(path.to_vec(), target.clone());
+            }
+            MemberKind::Symlink(target) => {
+                if let Some(target) = relative(path, target) {
+                    self.links.insert(path.to_vec(), target);
+                }
+            }
+            _ => {}
+        }
+        Ok(())
+    }
+
+    /// Makes a blob of a file.
+    fn store(&self, member: &Member, archive: &mut Archive) -> Result<Stored> {
+        let blobs = self.root.path().join(BLOBS);
+        let file = tempfile::NamedTempFile::new_in(&blobs).context(WRITE)?;
+        let mut hasher = Sha256::new();
+        let mut out = BufWriter::new(file.as_file());
+        let mut size = 0;
+        archive.content(member, |offset, piece| {
+            if offset != size {
+                let name = brief(&member.path);
+                return Err(self.bad(&format!("{name}: is stored with holes")));
+            }
+            hasher.update(piece);
+            out.write_all(piece).context(WRITE)?;
+            size += to_u64(piece.len());
+            Ok(())
+        })?;
+        out.flush().context(WRITE)?;
+        drop(out);
+        if size != member.size {
+            let name = brief(&member.path);
+            return Err(self.bad(&format!("{name}: is stored with holes")));
+        }
+        let stored = Stored {
+            digest: sha256(hasher),
+            size,
+        };
+        let to = self.path(&stored);
+        file.persist(to)
+            .map_err(|error| error.error)
+            .context(WRITE)?;
+        Ok(stored)
+    }
+
+    /// The file that has a name in the archive.
+    fn find(&self, name: &str) -> Result<&Stored> {
+        let mut name = name.as_bytes();
+        for _ in 0..LINKS {
+            if let Some(stored) = self.files.get(name) {
+                return Ok(stored);
+            }
+            match self.links.get(name) {
+                Some(target) => name = target,
+                None => break,
+            }
+        }
+        let what = format!("{}, of which manifest.json tells, is missing", brief(name));
+        Err(self.bad(&what))
+    }
+
+    fn read(&self, name: &str) -> Result<(Vec<u8>, Stored)> {
+        let stored = self.find(name)?;
+        Ok((json::read(&self.path(stored))?, stored.clone()))
+    }
+
+    fn add(&self, bytes: &[u8], media_type: &str) -> Result<Descriptor> {
+        let descriptor = describe(media_type, bytes);
+        let stored = Stored {
+            digest: descriptor.digest.clone(),
+            size: descriptor.size,
+        };
+        std::fs::write(self.path(&stored), bytes).context(WRITE)?;
+        Ok(descriptor)
+    }
+
+    /// Makes manifests and an index of what `docker save` writes.
+    fn saved(&self) -> Result<()> {
+        let shown = |name: &str| format!("{}: {name}", self.input.display());
+        if !self.files.contains_key(b"manifest.json".as_slice()) {
+            return Err(self.bad(
+                "has layers of an image, but no manifest.json: load it in docker, and save it anew",
+            ));
+        }
+        let (bytes, _) = self.read("manifest.json")?;
+        let shown_name = shown("manifest.json");
+        let images: Vec<Saved> =
+            json::parse(&bytes, Path::new(&shown_name), "what `docker save' writes")?;
+        let mut manifests = Vec::new();
+        for image in images {
+            crate::interrupt::check()?;
+            let (bytes, stored) = self.read(&image.config)?;
+            let stem = image.config.rsplit('/').next().unwrap_or_default();
+            let stem = stem.strip_suffix(".json").unwrap_or(stem);
+            let own = stored.digest.strip_prefix("sha256:").unwrap_or_default();
+            if is_hex(stem.as_bytes()) && stem != own {
+                return Err(self.bad(&format!("{}: is not what its digest says", image.config)));
+            }
+            let shown_name = shown(&image.config);
+            let config: Config =
+                json::parse(&bytes, Path::new(&shown_name), "an image's description")?;
+            let described = |media_type: &str, stored: &Stored| Descriptor {
+                media_type: media_type.to_owned(),
+                digest: stored.digest.clone(),
+                size: stored.size,
+                ..Descriptor::default()
+            };
+            let layers = image.layers.iter();
+            let layers = layers.map(|name| Ok(described(DOCKER_TAR, self.find(name)?)));
+            let manifest = json!({
+                "schemaVersion": 2,
+                "mediaType": DOCKER_MANIFEST,
+                "config": described(DOCKER_CONFIG, &stored),
+                "layers": layers.collect::<Result<Vec<_>>>()?,
+            });
+            let mut manifest = self.add(&serde_json::to_vec(&manifest)?, DOCKER_MANIFEST)?;
+            manifest.platform = Some(Platform {
+                os: config.os,
+                architecture: config.architecture,
+                variant: config.variant,
+            });
+            let tags = image.repo_tags.unwrap_or_default();
+            for tag in &tags {
+                let mut named = manifest.clone();
+                named.annotations.insert(REF_NAME.to_owned(), tag.clone());
+                manifests.push(named);
+            }
+            if tags.is_empty() {
+                manifests.push(manifest);
+            }
+        }
+        let index = serde_json::to_vec(&json!({"schemaVersion": 2, "manifests": manifests}))?;
+        std::fs::write(self.root.path().join("index.json"), index).context(WRITE)
+    }
+}
+
+const DOCKER_MANIFEST: &str = MANIFEST_TYPES[1];
+const DOCKER_CONFIG: &str = CONFIG_TYPES[1];
+const DOCKER_TAR: &str = TAR_TYPES[1];
+
+/// What a symbolic link leads to, from the top of the archive; nothing where that leaves it.
+fn relative(path: &[u8], target: &[u8]) -> Option<Vec<u8>> {
+    let mut parts: Vec<&[u8]> = path.split(|&byte| byte == b'/').collect();
+    parts.pop();
+    if target.starts_with(b"/") {
+        return None;
+    }
+    for part in target.split(|&byte| byte == b'/') {
+        match part {
+            b"" | b"." => {}
+            b".." => {
+                parts.pop()?;
+            }
+            part => parts.push(part),
+        }
+    }
+    Some(parts.join(&b'/'))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::{is_wanted, relative};
+
+    #[test]
+    fn names() {
+        assert_eq!(
+            relative(b"a/layer.tar", b"../b/layer.tar"),
+            Some(b"b/layer.tar".to_vec())
+        );
+        assert_eq!(relative(b"a/layer.tar", b"../../b"), None);
+        assert_eq!(relative(b"a", b"/etc/passwd"), None);
+        let hex = "0123456789abcdef".repeat(4);
+        assert!(is_wanted(format!("blobs/sha256/{hex}").as_bytes()));
+        assert!(!is_wanted(b"blobs/sha256/0123"));
+        assert!(is_wanted(b"a/layer.tar") && is_wanted(b"manifest.json"));
+        assert!(!is_wanted(b"a/b/layer.tar") && !is_wanted(b"a/x.json"));
+    }
+}

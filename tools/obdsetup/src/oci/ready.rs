@@ -1,0 +1,136 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! Images whose layers are OverlayBD layers: these stay as they are, byte for byte.
+
+use std::fs::File;
+use std::io::Write;
+use std::path::Path;
+
+use anyhow::{Context, Result};
+use overlaybd::format::merge::MAX_LAYERS;
+use overlaybd::format::num::to_u64;
+use overlaybd::format::Blob;
+use overlaybd::{FileBlob, LayerReader, Stack};
+use sha2::{Digest, Sha256};
+
+use super::layout::{Found, Layout};
+use super::made::Made;
+use super::{sha256, Descriptor, Manifest};
+use crate::bar::Bar;
+use crate::chain::{Findings, Part};
+use crate::exit::{self, Failure};
+use crate::json::bad;
+use crate::layers::warn;
+use crate::output::sync;
+
+/// Names of annotations that only TurboOCI layers have.
+const TURBO: [&str; 2] = ["overlaybd/turbo-oci", "overlaybd/fastoci"];
+/// The beginning of names of annotations that only OverlayBD layers have.
+const ANNOTATION: &str = "containerd.io/snapshot/overlaybd/";
+
+/// Whether the layers are said to be OverlayBD layers, or the lowest one is.
+pub(super) fn is_ready(layout: &Layout, manifest: &Manifest) -> bool {
+    let is_said = |layer: &Descriptor| {
+        let mut names = layer.annotations.keys();
+        names.any(|name| {
+            name.starts_with(ANNOTATION) || TURBO.iter().any(|turbo| name.contains(turbo))
+        })
+    };
+    let is_one = |layer: &Descriptor| {
+        let blob = layout.blob(layer);
+        blob.is_ok_and(|(path, _)| LayerReader::open(&path, None).is_ok())
+    };
+    manifest.layers.iter().any(is_said) || manifest.layers.first().is_some_and(is_one)
+}
+
+/// Makes the directory: the layers' files, and what lists them.
+pub(super) fn convert(
+    layout: &Layout,
+    image: &Found,
+    manifest: Manifest,
+    mut made: Made,
+) -> Result<()> {
+    let stack = open(layout, &image.descriptor, &manifest.layers)?;
+    let files: Vec<&FileBlob> = stack
+        .layers()
+        .iter()
+        .map(|l| &**l.payload().file())
+        .collect();
+    let bar = Bar::new("copying", files.iter().map(|file| file.size()).sum());
+    for (layer, from) in manifest.layers.into_iter().zip(files) {
+        let to = made.next_layer();
+        copy(layout, from, &layer, &to, &bar)?;
+        made.add(layer.digest);
+    }
+    drop(bar);
+    if let Some(config) = manifest.config {
+        made.write("image.json", &layout.read(&config)?.0)?;
+    }
+    made.finish_config()
+}
+
+/// Opens the layers of an image, and checks that they are OverlayBD layers and make a stack: before
+/// gigabytes are copied.
+fn open(layout: &Layout, image: &Descriptor, layers: &[Descriptor]) -> Result<Stack> {
+    if layers.is_empty() || layers.len() > MAX_LAYERS {
+        let what = format!(
+            "image {}: has {} layers, expected 1 to {MAX_LAYERS}",
+            image.digest,
+            layers.len()
+        );
+        return Err(bad(layout.name(), &what));
+    }
+    let mut opened = Vec::new();
+    for (nth, layer) in layers.iter().enumerate() {
+        let is_turbo = |name: &String| TURBO.iter().any(|turbo| name.contains(turbo));
+        if layer.annotations.keys().any(is_turbo) {
+            return Err(Failure::usage(format!(
+                "layer {nth}, {}, is a TurboOCI layer, which cannot be read",
+                layer.digest
+            )));
+        }
+        opened.push(
+            LayerReader::open(&layout.blob(layer)?.0, None).map_err(|error| {
+                let kind = match layer.media_type.as_str() {
+                    "" => String::new(),
+                    kind => format!(" but {kind}"),
+                };
+                let message = format!(
+                    "layer {nth}, {}, is not an OverlayBD layer{kind}, but the image has or \
+                     promises such layers: {}",
+                    layer.digest,
+                    error.cause()
+                );
+                Failure::error(exit::code(&error.into()), message)
+            })?,
+        );
+    }
+    // They are copied as they are; what opens them refuses what cannot be right.
+    let found = Findings::of(&opened, Part::Whole);
+    warn(&found.errors);
+    warn(&found.warnings);
+    Ok(Stack::new(opened)?)
+}
+
+/// Copies a layer and checks its digest.
+fn copy(layout: &Layout, from: &FileBlob, layer: &Descriptor, to: &Path, bar: &Bar) -> Result<()> {
+    let context = || format!("{}: cannot write", to.display());
+    let mut output = File::create_new(to).with_context(context)?;
+    let mut hasher = Sha256::new();
+    let copied = from.stream(0, from.size(), &mut |piece| {
+        hasher.update(piece);
+        output.write_all(piece).map_err(|source| {
+            overlaybd::Error::Io {
+                what: "write",
+                source,
+            }
+            .in_file(to)
+        })?;
+        bar.advance(to_u64(piece.len()))
+    });
+    copied.map_err(|error| error.in_file(from.path()))?;
+    if sha256(hasher) != layer.digest {
+        return Err(layout.differs(&layout.blob(layer)?.1));
+    }
+    sync(&output).with_context(context)
+}

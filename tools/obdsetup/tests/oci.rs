@@ -1,0 +1,1343 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! `obdsetup convert` of container images, and `apply`: what the layers put together are, read with a
+//! reader of erofs of its own.
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::io::Write;
+use std::path::Path;
+
+use predicates::str::contains;
+use rustix::process::Signal;
+use sha2::{Digest, Sha256};
+
+use crate::common::tars::{header, member, pax, sign, tar};
+use crate::common::{names, noise, soon, stop, tests, Place};
+
+tests! {
+    whiteouts;
+    kinds_change;
+    hard_links_over_layers;
+    attributes_devices_and_holes;
+    fingerprints;
+    layers_are_small;
+    the_same_bytes;
+    forms_of_images;
+    for_a_registry;
+    apply;
+    damaged_file_systems;
+    hostile_images;
+    hostile_layouts;
+    much_work_of_few_bytes;
+    signals;
+}
+
+const OCI_TAR: &str = "application/vnd.oci.image.layer.v1.tar";
+const CONFIG: &str = "application/vnd.oci.image.config.v1+json";
+
+impl Place {
+    /// The names in a directory, hidden ones too.
+    fn names_in(&self, name: &str) -> Vec<String> {
+        names(&self.path(name))
+    }
+
+    /// Converts the image of `layers`, and returns its files.
+    fn files(&self, layers: &[Vec<u8>]) -> Files {
+        let _ = fs::remove_dir_all(self.path("app"));
+        image(&self.path("layout"), layers);
+        self.run("convert layout app").success().stdout("");
+        read(&self.dump("app/config.v1.json"))
+    }
+}
+
+fn digest(bytes: &[u8]) -> String {
+    format!("{:x}", Sha256::digest(bytes))
+}
+
+fn gzip(bytes: &[u8]) -> Vec<u8> {
+    let mut gzip = flate2::write::GzEncoder::new(Vec::new(), flate2::Compression::fast());
+    gzip.write_all(bytes).unwrap();
+    gzip.finish().unwrap()
+}
+
+/// An OCI image layout.
+struct Layout<'a> {
+    root: &'a Path,
+    manifests: Vec<String>,
+}
+
+impl<'a> Layout<'a> {
+    fn new(root: &'a Path) -> Self {
+        let _ = fs::remove_dir_all(root);
+        fs::create_dir_all(root.join("blobs/sha256")).unwrap();
+        fs::write(root.join("oci-layout"), r#"{"imageLayoutVersion":"1.0.0"}"#).unwrap();
+        Self {
+            root,
+            manifests: Vec::new(),
+        }
+    }
+
+    /// Adds a blob; gives its descriptor.
+    fn blob(&self, bytes: &[u8], kind: &str) -> String {
+        let hex = digest(bytes);
+        fs::write(self.root.join("blobs/sha256").join(&hex), bytes).unwrap();
+        let size = bytes.len();
+        format!(r#"{{"mediaType":"{kind}","digest":"sha256:{hex}","size":{size}}}"#)
+    }
+
+    /// Adds an image of these descriptors, and completes the layout.
+    fn image(&mut self, layers: &[String], diff_ids: &[String], more: &str) {
+        let config = self.blob(config(diff_ids).as_bytes(), CONFIG);
+        let layers = layers.join(",");
+        let manifest = format!(r#"{{"schemaVersion":2,"config":{config},"layers":[{layers}]}}"#);
+        let kind = "application/vnd.oci.image.manifest.v1+json";
+        let manifest = self.blob(manifest.as_bytes(), kind);
+        let manifest = format!("{}{more}}}", manifest.strip_suffix('}').unwrap());
+        self.manifests.push(manifest);
+        let index = self.manifests.join(",");
+        let index = format!(r#"{{"schemaVersion":2,"manifests":[{index}]}}"#);
+        fs::write(self.root.join("index.json"), index).unwrap();
+    }
+}
+
+/// The description of an image.
+fn config(diff_ids: &[String]) -> String {
+    let ids: Vec<String> = diff_ids
+        .iter()
+        .map(|id| format!(r#""sha256:{id}""#))
+        .collect();
+    let ids = ids.join(",");
+    format!(
+        r#"{{"architecture":"amd64","os":"linux","config":{{"Cmd":["/hello"],"Env":["A=b"]}},
+            "rootfs":{{"type":"layers","diff_ids":[{ids}]}}}}"#
+    )
+}
+
+/// Makes a layout of one image of these tars.
+fn image(root: &Path, tars: &[Vec<u8>]) {
+    let mut layout = Layout::new(root);
+    let layers: Vec<String> = tars.iter().map(|tar| layout.blob(tar, OCI_TAR)).collect();
+    let ids: Vec<String> = tars.iter().map(|tar| digest(tar)).collect();
+    layout.image(&layers, &ids, "");
+}
+
+/// A link: its kind is '1' or '2'.
+fn link(name: &str, kind: u8, target: &str) -> Vec<u8> {
+    let mut block = header(name, kind, 0);
+    block[157..157 + target.len()].copy_from_slice(target.as_bytes());
+    sign(&mut block);
+    block
+}
+
+fn device(name: &str, kind: u8, major: u32, minor: u32) -> Vec<u8> {
+    let mut block = header(name, kind, 0);
+    block[329..337].copy_from_slice(format!("{major:07o}\0").as_bytes());
+    block[337..345].copy_from_slice(format!("{minor:07o}\0").as_bytes());
+    sign(&mut block);
+    block
+}
+
+fn file(name: &str, content: &str) -> Vec<u8> {
+    member(name, b'0', content.as_bytes())
+}
+
+fn dir(name: &str) -> Vec<u8> {
+    member(name, b'5', b"")
+}
+
+/// What there is of a file.
+#[derive(Clone, Debug, PartialEq, Eq)]
+struct Node {
+    mode: u16,
+    links: u32,
+    /// Content, target of a link, or number of a device.
+    what: Vec<u8>,
+    /// Without the fingerprint.
+    xattrs: BTreeMap<Vec<u8>, Vec<u8>>,
+    fingerprint: Option<Vec<u8>>,
+    inode: u64,
+    blocks: Vec<u32>,
+}
+
+type Files = BTreeMap<String, Node>;
+
+struct Erofs<'a>(&'a [u8]);
+
+impl Erofs<'_> {
+    fn u16(&self, at: u64) -> u16 {
+        let at = usize::try_from(at).unwrap();
+        u16::from_le_bytes(self.0[at..at + 2].try_into().unwrap())
+    }
+
+    fn u32(&self, at: u64) -> u32 {
+        u32::from(self.u16(at)) | (u32::from(self.u16(at + 2)) << 16)
+    }
+
+    fn u64(&self, at: u64) -> u64 {
+        u64::from(self.u32(at)) | (u64::from(self.u32(at + 4)) << 32)
+    }
+
+    fn bytes(&self, at: u64, len: u64) -> Vec<u8> {
+        let (at, len) = (usize::try_from(at).unwrap(), usize::try_from(len).unwrap());
+        self.0[at..at + len].to_vec()
+    }
+
+    fn node(&self, nid: u64) -> Node {
+        let at = nid * 32;
+        let (format, mode, size) = (self.u16(at), self.u16(at + 4), self.u64(at + 8));
+        assert_eq!(format & 1, 1);
+        let what = self.u32(at + 16);
+        let count = u64::from(self.u16(at + 2));
+        let xattrs_len = if count == 0 { 0 } else { 12 + 4 * (count - 1) };
+        let tail = at + 64 + xattrs_len;
+        let mut blocks = Vec::new();
+        let content = match (mode & 0o170_000, format >> 1) {
+            (0o020_000 | 0o060_000, _) => what.to_le_bytes().to_vec(),
+            (0o010_000 | 0o140_000, _) => Vec::new(),
+            (_, 4) => {
+                let chunk = 4096u64 << (what & 31);
+                let mut content = Vec::new();
+                for nth in 0..size.div_ceil(chunk) {
+                    let len = chunk.min(size - nth * chunk);
+                    match self.u32(tail + nth * 4) {
+                        u32::MAX => content.resize(content.len() + len as usize, 0),
+                        block => {
+                            blocks.push(block);
+                            content.extend(self.bytes(u64::from(block) * 4096, len));
+                        }
+                    }
+                }
+                content
+            }
+            (_, layout @ (0 | 2)) => {
+                let beside = if layout == 2 { size % 4096 } else { 0 };
+                if size > beside {
+                    blocks.push(what);
+                }
+                let start = u64::from(what) * 4096;
+                if layout == 0 && mode & 0o170_000 == 0o040_000 {
+                    // The kernel takes what is there for a part of the last name.
+                    let behind = self.bytes(start + size, size.next_multiple_of(4096) - size);
+                    assert!(behind.iter().all(|&byte| byte == 0));
+                }
+                let mut content = self.bytes(start, size - beside);
+                content.extend(self.bytes(tail, beside));
+                content
+            }
+            other => unreachable!("{other:?}"),
+        };
+        let mut xattrs = BTreeMap::new();
+        let mut fingerprint = None;
+        let (mut entry, end) = (at + 64 + 12, tail);
+        while entry < end {
+            let [name_len, index] = self.u16(entry).to_le_bytes();
+            let (name_len, value_len) = (u64::from(name_len), u64::from(self.u16(entry + 2)));
+            if index == 0x80 {
+                assert_eq!(name_len, 0);
+                fingerprint = Some(self.bytes(entry + 4, value_len));
+                entry += (4 + value_len).next_multiple_of(4);
+                continue;
+            }
+            let prefix = [
+                "",
+                "user.",
+                "system.posix_acl_access",
+                "system.posix_acl_default",
+                "trusted.",
+                "",
+                "security.",
+            ][usize::from(index)];
+            let name = [prefix.as_bytes(), &self.bytes(entry + 4, name_len)].concat();
+            xattrs.insert(name, self.bytes(entry + 4 + name_len, value_len));
+            entry += (4 + name_len + value_len).next_multiple_of(4);
+        }
+        Node {
+            mode,
+            links: self.u32(at + 44),
+            what: content,
+            xattrs,
+            fingerprint,
+            inode: nid,
+            blocks,
+        }
+    }
+
+    fn walk(&self, path: &str, nid: u64, parent: u64, files: &mut Files) {
+        let node = self.node(nid);
+        if node.mode & 0o170_000 == 0o040_000 {
+            let mut subdirectories = 0;
+            let mut last = Vec::new();
+            for block in node.what.chunks(4096) {
+                let own = Erofs(block);
+                let count = u64::from(own.u16(8)) / 12;
+                for nth in 0..count {
+                    let start = u64::from(own.u16(nth * 12 + 8));
+                    let end = match nth + 1 < count {
+                        true => u64::from(own.u16(nth * 12 + 20)),
+                        false => block.len() as u64,
+                    };
+                    let name = own.bytes(start, end - start);
+                    let name = name.split(|&b| b == 0).next().unwrap().to_vec();
+                    // The kernel searches by halves.
+                    assert!(name > last, "{path}: {name:?} behind {last:?}");
+                    last = name.clone();
+                    let child = own.u64(nth * 12);
+                    let kind = own.0[nth as usize * 12 + 10];
+                    match name.as_slice() {
+                        b"." => assert_eq!(child, nid, "{path}"),
+                        b".." => assert_eq!(child, parent, "{path}"),
+                        name => {
+                            let name = format!("{path}/{}", String::from_utf8_lossy(name));
+                            self.walk(&name, child, nid, files);
+                            let wanted = match files[&name].mode >> 12 {
+                                8 => 1,
+                                4 => 2,
+                                2 => 3,
+                                6 => 4,
+                                1 => 5,
+                                12 => 6,
+                                _ => 7,
+                            };
+                            assert_eq!(kind, wanted, "{name}");
+                            subdirectories += u32::from(wanted == 2);
+                        }
+                    }
+                }
+            }
+            assert_eq!(node.links, subdirectories + 2, "{path}");
+        }
+        files.insert(path.to_owned(), node);
+    }
+}
+
+/// The files of an erofs, by their path; that of the root directory is empty.
+fn read(disk: &[u8]) -> Files {
+    let erofs = Erofs(disk);
+    assert_eq!(erofs.u32(1024), 0xe0f5_e1e2);
+    assert_eq!(u64::from(erofs.u32(1024 + 36)) * 4096, disk.len() as u64);
+    let mut block = disk[1024..4096].to_vec();
+    block[4..8].fill(0);
+    assert_eq!(erofs.u32(1028), !crc32c::crc32c(&block), "checksum");
+    let root = u64::from(erofs.u16(1024 + 14));
+    let mut files = Files::new();
+    erofs.walk("", root, root, &mut files);
+    // Each file with content has a fingerprint, and then there is a table for it. Layers below may
+    // have needed that, too.
+    let mut prints = false;
+    for (path, node) in &files {
+        let wanted = node.mode & 0o170_000 == 0o100_000 && !node.what.is_empty();
+        let wanted = wanted.then(|| [b"sha256:", &Sha256::digest(&node.what)[..]].concat());
+        assert_eq!(node.fingerprint, wanted, "{path}");
+        prints |= wanted.is_some();
+    }
+    // One prefix; its place, 1152, in units of 4 bytes.
+    let table = [1, 32, 1, 0, 0];
+    let has_table = erofs.u32(1024 + 8) == 0x33;
+    assert!(has_table || !prints && erofs.u32(1024 + 8) == 3);
+    let said = &disk[1024 + 91..][..5];
+    assert_eq!(said, if has_table { table } else { [0; 5] });
+    if has_table {
+        assert_eq!(&disk[1152..1157], b"\x03\0\0fp");
+    }
+    // Names of one inode, counted.
+    let mut names: BTreeMap<u64, u32> = BTreeMap::new();
+    for node in files.values() {
+        *names.entry(node.inode).or_default() += 1;
+    }
+    for (path, node) in &files {
+        if node.mode & 0o170_000 != 0o040_000 {
+            assert_eq!(node.links, names[&node.inode], "{path}");
+        }
+    }
+    assert_eq!(erofs.u64(1024 + 16), names.len() as u64, "inodes");
+    files
+}
+
+fn paths(files: &Files) -> Vec<&str> {
+    files
+        .keys()
+        .map(String::as_str)
+        .filter(|path| !path.is_empty())
+        .collect()
+}
+
+fn content<'a>(files: &'a Files, path: &str) -> &'a str {
+    std::str::from_utf8(&files[path].what).unwrap()
+}
+
+fn whiteouts() {
+    let place = Place::new();
+    let lower = tar(&[
+        dir("a"),
+        file("a/one", "1"),
+        file("a/two", "2"),
+        dir("a/sub"),
+        file("a/sub/x", "x"),
+        dir("b"),
+        file("b/one", "1"),
+        file("top", "t"),
+    ]);
+    // The whiteout in front, or behind what the layer has there: it hides what is below only.
+    for order in [0, 1] {
+        let mut members = vec![
+            file(".wh.a", ""),
+            dir("a"),
+            file("a/new", "n"),
+            file("a/one", "I"),
+        ];
+        members.rotate_left(order);
+        let files = place.files(&[lower.clone(), tar(&members)]);
+        assert_eq!(
+            paths(&files),
+            ["/a", "/a/new", "/a/one", "/b", "/b/one", "/top"],
+            "{order}"
+        );
+        assert_eq!(content(&files, "/a/one"), "I");
+    }
+    // The same where the layer names only what is inside.
+    for order in [0, 1] {
+        let mut members = vec![file(".wh.a", ""), file("a/sub/new", "n")];
+        members.rotate_left(order);
+        let files = place.files(&[lower.clone(), tar(&members)]);
+        assert_eq!(
+            paths(&files),
+            ["/a", "/a/sub", "/a/sub/new", "/b", "/b/one", "/top"]
+        );
+    }
+    // Opaque: all below is hidden, in front or behind, and what is deeper, too.
+    for order in [0, 1, 2] {
+        let mut members = vec![
+            file("a/.wh..wh..opq", ""),
+            file("a/sub/y", "y"),
+            file("a/two", "II"),
+        ];
+        members.rotate_left(order);
+        let files = place.files(&[lower.clone(), tar(&members)]);
+        assert_eq!(
+            paths(&files),
+            ["/a", "/a/sub", "/a/sub/y", "/a/two", "/b", "/b/one", "/top"]
+        );
+        assert_eq!(content(&files, "/a/two"), "II");
+    }
+    let files = place.files(&[
+        lower.clone(),
+        tar(&[file(".wh..wh..opq", ""), file("z", "z")]),
+    ]);
+    assert_eq!(paths(&files), ["/z"]);
+    // A name that is as long as can be.
+    let long = "n".repeat(255);
+    let hidden = [
+        pax(&[(b"path", format!("a/.wh.{long}").as_bytes())]),
+        file("x", ""),
+    ];
+    let shown = [
+        pax(&[(b"path", format!("a/{long}").as_bytes())]),
+        file("x", "x"),
+    ];
+    let files = place.files(&[tar(&shown), tar(&hidden)]);
+    assert_eq!(paths(&files), ["/a"]);
+    // Of nothing, of what is below a file, of what AUFS has; and back again in a third layer.
+    let files = place.files(&[
+        lower.clone(),
+        tar(&[
+            file(".wh.none", ""),
+            file("none/.wh.x", ""),
+            file("top/.wh.x", ""),
+            file(".wh..wh.plnk", ""),
+            file("none/.wh..wh..opq", ""),
+            file("a/.wh.two", ""),
+            file("b/.wh.one", ""),
+        ]),
+        tar(&[file("b/one", "again")]),
+    ]);
+    assert_eq!(
+        paths(&files),
+        ["/a", "/a/one", "/a/sub", "/a/sub/x", "/b", "/b/one", "/top"]
+    );
+    assert_eq!(content(&files, "/b/one"), "again");
+}
+
+fn kinds_change() {
+    let place = Place::new();
+    let lower = tar(&[
+        dir("dir"),
+        file("dir/a", "a"),
+        file("dir/b", "b"),
+        file("file", "f"),
+        link("link", b'2', "dir"),
+        file("other", "o"),
+    ]);
+    let files = place.files(&[
+        lower.clone(),
+        tar(&[
+            file("dir", "now a file"),
+            dir("file"),
+            file("file/in", "i"),
+            dir("link"),
+        ]),
+    ]);
+    assert_eq!(
+        paths(&files),
+        ["/dir", "/file", "/file/in", "/link", "/other"]
+    );
+    assert_eq!(content(&files, "/dir"), "now a file");
+    assert_eq!(files["/link"].mode, 0o040_755);
+    // A directory becomes a link: what comes behind it goes where it leads, and never out of the image.
+    let files = place.files(&[
+        lower.clone(),
+        tar(&[
+            dir("away"),
+            link("dir", b'2', "/../../away"),
+            file("dir/c", "c"),
+            link("up", b'2', "../.."),
+            file("up/up/top", "t"),
+        ]),
+    ]);
+    assert_eq!(
+        paths(&files),
+        ["/away", "/away/c", "/dir", "/file", "/link", "/other", "/top", "/up"]
+    );
+    assert_eq!(content(&files, "/dir"), "/../../away");
+    // Through a link of the layer below.
+    let files = place.files(&[lower, tar(&[file("link/c", "c"), file("link/.wh.a", "")])]);
+    assert_eq!(
+        paths(&files),
+        ["/dir", "/dir/b", "/dir/c", "/file", "/link", "/other"]
+    );
+}
+
+fn hard_links_over_layers() {
+    let place = Place::new();
+    let lower = tar(&[
+        dir("d"),
+        file("d/a", "content"),
+        link("d/b", b'1', "d/a"),
+        link("s", b'2', "target"),
+    ]);
+    let files = place.files(&[
+        lower.clone(),
+        tar(&[
+            link("d/c", b'1', "d/a"),
+            file("d/.wh.a", ""),
+            link("t", b'1', "s"),
+        ]),
+    ]);
+    assert_eq!(paths(&files), ["/d", "/d/b", "/d/c", "/s", "/t"]);
+    assert_eq!(files["/d/b"].inode, files["/d/c"].inode);
+    assert_eq!(
+        (files["/d/c"].links, content(&files, "/d/c")),
+        (2, "content")
+    );
+    assert_eq!(files["/s"].inode, files["/t"].inode);
+    // One of the names is replaced: the other keeps what it had.
+    let files = place.files(&[lower, tar(&[file("d/a", "new")])]);
+    assert_eq!((content(&files, "/d/a"), files["/d/a"].links), ("new", 1));
+    assert_eq!(
+        (content(&files, "/d/b"), files["/d/b"].links),
+        ("content", 1)
+    );
+}
+
+fn attributes_devices_and_holes() {
+    let place = Place::new();
+    let capability = b"\x01\0\0\x02\0\x04\0\0\0\0\0\0\0\0\0\0\0\0\0\0";
+    let xattrs = pax(&[
+        (b"SCHILY.xattr.security.capability", capability),
+        (b"SCHILY.xattr.user.a", b"line\nline"),
+        (b"SCHILY.xattr.trusted.overlay.opaque", b"y"),
+    ]);
+    let mut sparse = vec![0; 1 << 20];
+    sparse[500_000..500_100].fill(7);
+    let big = "0123456789abcdef".repeat(5000);
+    image(
+        &place.path("layout"),
+        &[
+            tar(&[dir("d"), file("d/plain", "p")]),
+            tar(&[
+                [xattrs.clone(), file("ping", "elf")].concat(),
+                [xattrs, dir("d")].concat(),
+                device("null", b'3', 1, 3),
+                device("disk", b'4', 259, 300),
+                device("pipe", b'6', 0, 0),
+                member("sparse", b'0', &sparse),
+                file("big", &big),
+                file("a\nnewline", "n"),
+            ]),
+        ],
+    );
+    place
+        .run("convert layout app")
+        .success()
+        .stderr(contains("extended attributes of overlayfs are left out: 2"));
+    let files = read(&place.dump("app/config.v1.json"));
+    for path in ["/ping", "/d"] {
+        assert_eq!(files[path].xattrs.len(), 2, "{path}");
+        assert_eq!(
+            files[path].xattrs[b"security.capability".as_slice()],
+            capability
+        );
+        assert_eq!(files[path].xattrs[b"user.a".as_slice()], b"line\nline");
+    }
+    assert_eq!(content(&files, "/d/plain"), "p");
+    assert_eq!(files["/null"].mode, 0o020_755);
+    assert_eq!(files["/null"].what, [3, 1, 0, 0]);
+    assert_eq!(files["/disk"].what, [44, 3, 17, 0]);
+    assert_eq!(files["/pipe"].mode, 0o010_755);
+    assert!(files["/sparse"].what == sparse && files["/sparse"].blocks.len() == 1);
+    assert!(content(&files, "/big") == big && content(&files, "/a\nnewline") == "n");
+}
+
+/// [`read`] checks each one.
+fn fingerprints() {
+    let place = Place::new();
+    let bare = tar(&[dir("d"), file("empty", "")]);
+    let one = tar(&[file("a", "the same"), file("other", "x")]);
+    let two = tar(&[file("b", "the same"), link("d/other", b'1', "other")]);
+    let files = place.files(std::slice::from_ref(&bare));
+    assert!(files.values().all(|node| node.fingerprint.is_none()));
+    // The table of prefixes comes with the first file that needs it, and stays.
+    let files = place.files(&[bare.clone(), one, two, bare]);
+    assert!(files["/a"].fingerprint.is_some());
+    assert_eq!(files["/a"].fingerprint, files["/b"].fingerprint);
+    assert_ne!(files["/a"].fingerprint, files["/other"].fingerprint);
+    assert!(files["/empty"].fingerprint.is_none());
+}
+
+/// A layer's size is that of what it changes, however much is below, and nothing else moves.
+fn layers_are_small() {
+    let place = Place::new();
+    let mut members = vec![dir("usr"), dir("usr/share")];
+    for nth in 0..400 {
+        let content = noise(10_000 + nth as usize, nth);
+        members.push(member(&format!("usr/share/file{nth:03}"), b'0', &content));
+    }
+    let base = tar(&members);
+    let before = place.files(&[base.clone()]);
+    let layers = [
+        base.clone(),
+        // In the middle of the order, replaced, deleted, and new in a new directory.
+        tar(&[
+            member("usr/share/file200a", b'0', &noise(9000, 1000)),
+            member("usr/share/file100", b'0', &noise(9000, 1001)),
+            file("usr/share/.wh.file300", ""),
+            dir("usr/new"),
+            member("usr/new/file", b'0', &noise(9000, 1002)),
+        ]),
+        tar(&[]),
+    ];
+    let after = place.files(&layers);
+    assert_eq!(after.len(), before.len() + 2);
+    for (path, node) in &after {
+        if path.starts_with("/usr/share/file") && path != "/usr/share/file100" {
+            let Some(old) = before.get(path) else {
+                continue;
+            };
+            assert_eq!(old, node, "{path}");
+        }
+    }
+    let size = |nth: usize| {
+        fs::metadata(place.path(&format!("app/layer{nth}.obd")))
+            .unwrap()
+            .len()
+    };
+    assert!(size(0) > 4_000_000, "{}", size(0));
+    // 27,000 bytes of files, and the directories: 400 names have some 10 KiB.
+    assert!((27_000..80_000).contains(&size(1)), "{}", size(1));
+    assert!(size(2) < 12_000, "{}", size(2));
+    // A directory of many names grows from layer to layer.
+    let mut many = layers.to_vec();
+    for layer in 0..8 {
+        let names = (0..60).map(|nth| file(&format!("usr/share/{layer}-{nth}"), "x"));
+        many.push(tar(&names.collect::<Vec<_>>()));
+    }
+    assert_eq!(place.files(&many).len(), after.len() + 480);
+    // One whose entries are in blocks gets fewer of them.
+    let files = place.files(&[
+        tar(&[
+            dir("d"),
+            file("a", "a"),
+            file("much-longer-than-the-other", "b"),
+            file("z-last", "c"),
+        ]),
+        tar(&[
+            file(".wh.z-last", ""),
+            file(".wh.much-longer-than-the-other", ""),
+        ]),
+    ]);
+    assert_eq!(paths(&files), ["/a", "/d"]);
+    // And one without names becomes one with many; the root directory, too.
+    let names = (0..300).map(|nth| file(&format!("name{nth}"), "x"));
+    let files = place.files(&[tar(&[]), tar(&names.collect::<Vec<_>>())]);
+    assert_eq!(files.len(), 301);
+}
+
+fn the_same_bytes() {
+    let place = Place::new();
+    let one = tar(&[dir("etc"), file("etc/a", "a")]);
+    let two = tar(&[file("etc/b", "b"), file("etc/.wh.a", "")]);
+    let three = tar(&[file("c", "c")]);
+    place.files(&[one.clone(), two.clone()]);
+    let read = |name: &str| fs::read(place.path(name)).unwrap();
+    let first = (read("app/layer0.obd"), read("app/layer1.obd"));
+    // Images that have layers in common have them in common then; the cache changes nothing.
+    for run in ["", "--cache cache", "--cache cache"] {
+        let _ = fs::remove_dir_all(place.path("other"));
+        image(
+            &place.path("layout2"),
+            &[one.clone(), two.clone(), three.clone()],
+        );
+        place
+            .run(&format!("convert layout2 other {run}"))
+            .success()
+            .stderr("");
+        assert!(
+            (read("other/layer0.obd"), read("other/layer1.obd")) == first,
+            "{run}"
+        );
+    }
+    assert_eq!(place.names_in("cache").len(), 3);
+    // Only what is new is made: one over layers of the cache is that over those just made.
+    let unused = place.path("layout2/blobs/sha256").join(digest(&one));
+    fs::write(unused, vec![0; one.len()]).unwrap();
+    let third = read("other/layer2.obd");
+    for name in place.names_in("cache") {
+        let path = place.path("cache").join(name);
+        if fs::read(&path).unwrap() == third {
+            fs::remove_file(path).unwrap();
+        }
+    }
+    fs::remove_dir_all(place.path("other")).unwrap();
+    place
+        .run("convert layout2 other --cache cache")
+        .success()
+        .stderr("");
+    assert!(read("other/layer2.obd") == third);
+    // Other options, other layers.
+    image(&place.path("layout2"), &[one, two, three]);
+    place
+        .run("convert layout2 zstd --cache cache --algorithm zstd")
+        .success();
+    assert_eq!(place.names_in("cache").len(), 6);
+    // A damaged one is made anew.
+    for name in place.names_in("cache") {
+        fs::write(place.path("cache").join(name), "damaged").unwrap();
+    }
+    fs::remove_dir_all(place.path("other")).unwrap();
+    place
+        .run("convert layout2 other --cache cache")
+        .success()
+        .stderr(contains("is not what its name says: made anew"));
+    assert!(read("other/layer2.obd") == third);
+}
+
+fn forms_of_images() {
+    let place = Place::new();
+    let tars = [
+        tar(&[dir("etc"), file("etc/a", "a")]),
+        tar(&[file("etc/b", "b")]),
+    ];
+    let wanted = place.files(&tars);
+    let description = fs::read(place.path("app/image.json")).unwrap();
+    assert!(String::from_utf8(description)
+        .unwrap()
+        .contains(r#""Cmd":["/hello"]"#));
+    assert_eq!(
+        place.names_in("app"),
+        ["config.v1.json", "image.json", "layer0.obd", "layer1.obd"]
+    );
+    let same = |name: &str| {
+        let _ = fs::remove_dir_all(place.path("out"));
+        place
+            .run(&format!("convert {name} out"))
+            .success()
+            .stdout("")
+            .stderr("");
+        assert!(read(&place.dump("out/config.v1.json")) == wanted, "{name}");
+    };
+    // Compressed layers. zstd comes with a program, where there is one.
+    let ids: Vec<String> = tars.iter().map(|tar| digest(tar)).collect();
+    let root = place.path("packed");
+    let mut layout = Layout::new(&root);
+    let zipped = [
+        layout.blob(
+            &gzip(&tars[0]),
+            "application/vnd.oci.image.layer.v1.tar+gzip",
+        ),
+        layout.blob(
+            &zstd::encode_all(tars[1].as_slice(), 1).unwrap(),
+            "application/vnd.oci.image.layer.v1.tar+zstd",
+        ),
+    ];
+    layout.image(&zipped, &ids, "");
+    same("packed");
+    // An archive of a layout, itself compressed or not.
+    let mut members = vec![file("oci-layout", "{}"), dir("blobs"), dir("blobs/sha256")];
+    for name in place.names_in("packed/blobs/sha256") {
+        let bytes = fs::read(root.join("blobs/sha256").join(&name)).unwrap();
+        members.push(member(&format!("blobs/sha256/{name}"), b'0', &bytes));
+    }
+    members.push(member(
+        "index.json",
+        b'0',
+        &fs::read(root.join("index.json")).unwrap(),
+    ));
+    fs::write(place.path("oci.tar"), tar(&members)).unwrap();
+    same("oci.tar");
+    fs::write(place.path("oci.tar.gz"), gzip(&tar(&members))).unwrap();
+    same("oci.tar.gz");
+    // What docker wrote until it wrote layouts; a layer is a link to another directory's.
+    let config = config(&ids);
+    let name = format!("{}.json", digest(config.as_bytes()));
+    let list = format!(
+        r#"[{{"Config":"{name}","RepoTags":["x:1","x:2"],"Layers":["0a/layer.tar","0b/layer.tar"]}}]"#
+    );
+    let saved = |name: &str, list: &str| {
+        tar(&[
+            dir("0a"),
+            member("0a/layer.tar", b'0', &tars[0]),
+            file("0a/VERSION", "1.0"),
+            dir("0b"),
+            link("0b/layer.tar", b'2', "../0c/layer.tar"),
+            dir("0c"),
+            member("0c/layer.tar", b'0', &tars[1]),
+            file(name, &config),
+            file("manifest.json", list),
+            file("repositories", "{}"),
+        ])
+    };
+    fs::write(place.path("saved.tar"), saved(&name, &list)).unwrap();
+    same("saved.tar");
+    let other = format!("{}.json", digest(b"other"));
+    fs::write(
+        place.path("bad.tar"),
+        saved(&other, &list.replace(&name, &other)),
+    )
+    .unwrap();
+    place
+        .run("convert bad.tar x")
+        .code(3)
+        .stderr(contains("is not what its digest says"));
+    fs::write(
+        place.path("bad.tar"),
+        saved(&name, &list.replace("0b/", "../0b/")),
+    )
+    .unwrap();
+    place
+        .run("convert bad.tar x")
+        .code(3)
+        .stderr(contains("is missing"));
+    // For one of several machines, by default this one.
+    let arch = match std::env::consts::ARCH {
+        "aarch64" => "arm64",
+        "x86_64" => "amd64",
+        other => other,
+    };
+    let mut layout = Layout::new(&root);
+    let on = |arch: &str| format!(r#","platform":{{"os":"linux","architecture":"{arch}"}}"#);
+    let other = tar(&[file("other", "")]);
+    let blob = layout.blob(&other, OCI_TAR);
+    layout.image(&[blob], &[digest(&other)], &on("mips64le"));
+    let blobs: Vec<String> = tars.iter().map(|tar| layout.blob(tar, OCI_TAR)).collect();
+    layout.image(&blobs, &ids, &on(arch));
+    same("packed");
+    fs::remove_dir_all(place.path("out")).unwrap();
+    place
+        .run("convert packed out --platform linux/mips64le")
+        .success();
+    assert_eq!(paths(&read(&place.dump("out/config.v1.json"))), ["/other"]);
+    place
+        .run("convert packed x --platform linux/s390x")
+        .code(1)
+        .stderr(contains("no such image"));
+    assert!(!place.path("x").exists());
+    assert!(place.names().iter().all(|name| !name.starts_with('.')));
+}
+
+fn for_a_registry() {
+    let place = Place::new();
+    let tars = [
+        tar(&[dir("etc"), file("etc/a", "a")]),
+        tar(&[file("etc/b", "b")]),
+    ];
+    let wanted = place.files(&tars);
+    place
+        .run("convert layout pushed --oci")
+        .success()
+        .stdout("")
+        .stderr("");
+    assert_eq!(
+        place.names_in("pushed"),
+        ["blobs", "index.json", "oci-layout"]
+    );
+    let blobs = place.names_in("pushed/blobs/sha256");
+    assert_eq!(blobs.len(), 4);
+    let blob = |digest: &str| {
+        let hex = digest.strip_prefix("sha256:").unwrap();
+        fs::read(place.path("pushed/blobs/sha256").join(hex)).unwrap()
+    };
+    for name in &blobs {
+        assert_eq!(&digest(&blob(&format!("sha256:{name}"))), name);
+    }
+    let json = |bytes: &[u8]| -> serde_json::Value { serde_json::from_slice(bytes).unwrap() };
+    let index = json(&fs::read(place.path("pushed/index.json")).unwrap());
+    let manifest = json(&blob(index["manifests"][0]["digest"].as_str().unwrap()));
+    let config = json(&blob(manifest["config"]["digest"].as_str().unwrap()));
+    assert_eq!(config["config"]["Cmd"][0], "/hello");
+    let chain = format!("sha256:{} sha256:{}", digest(&tars[0]), digest(&tars[1]));
+    let chains = [digest(&tars[0]), digest(chain.as_bytes())];
+    let uuid = |hex: &str| {
+        let hex = hex.to_uppercase();
+        let parts = [
+            &hex[..8],
+            &hex[8..12],
+            &hex[12..16],
+            &hex[16..20],
+            &hex[20..32],
+        ];
+        parts.join("-")
+    };
+    for (nth, chain) in chains.iter().enumerate() {
+        let layer = &manifest["layers"][nth];
+        assert_eq!(layer["mediaType"], OCI_TAR);
+        let notes = &layer["annotations"];
+        let note = |name: &str| &notes[format!("containerd.io/snapshot/overlaybd/{name}")];
+        assert_eq!(note("version"), "0.1.0");
+        assert_eq!(note("blob-digest"), &layer["digest"]);
+        assert_eq!(note("blob-size"), &layer["size"].to_string());
+        assert_eq!(note("blob-fs-type"), "erofs");
+        assert_eq!(config["rootfs"]["diff_ids"][nth], layer["digest"]);
+        let bytes = blob(layer["digest"].as_str().unwrap());
+        assert_eq!(&bytes[..13], b"overlaybd.pax");
+        let name = layer["digest"]
+            .as_str()
+            .unwrap()
+            .replace("sha256:", "pushed/blobs/sha256/");
+        let info = place.run(&format!("info --json {name}")).success();
+        let info = String::from_utf8(info.get_output().stdout.clone()).unwrap();
+        assert!(info.contains(&uuid(chain)), "{info}");
+    }
+    place.run("convert pushed back").success().stderr("");
+    assert!(read(&place.dump("back/config.v1.json")) == wanted);
+    place
+        .run("convert pushed x --oci")
+        .code(1)
+        .stderr(contains("OverlayBD layers, which stay"));
+    place
+        .run("convert pushed x --algorithm zstd")
+        .code(1)
+        .stderr(contains("which stay"));
+}
+
+fn apply() {
+    let place = Place::new();
+    let lower = tar(&[dir("etc"), file("etc/a", "a")]);
+    let upper = tar(&[file("etc/b", "b"), file("etc/.wh.a", "")]);
+    let wanted = place.files(&[lower.clone(), upper.clone()]);
+    fs::write(place.path("lower.tar"), &lower).unwrap();
+    fs::write(place.path("upper.tgz"), gzip(&upper)).unwrap();
+    place.run("convert lower.tar base.obd --fs erofs").success();
+    place
+        .run("apply upper.tgz --base base.obd next.obd")
+        .success()
+        .stdout("")
+        .stderr("");
+    let files = read(&place.dump("base.obd next.obd"));
+    assert_eq!(paths(&files), paths(&wanted));
+    assert_eq!(content(&files, "/etc/b"), "b");
+    place.run("verify base.obd next.obd").success();
+    place
+        .run("apply upper.tgz --base base.obd next.obd")
+        .code(5);
+    place
+        .run("apply upper.tgz --base app/config.v1.json onto.obd")
+        .success();
+    fs::write(place.path("raw"), vec![1; 1 << 20]).unwrap();
+    place.run("create --image raw raw.obd --raw").success();
+    place
+        .run("apply upper.tgz --base raw.obd x.obd")
+        .code(1)
+        .stderr(contains("there is no erofs in them"));
+    let cut = &upper[..upper.len() - 1024];
+    fs::write(place.path("cut.tar"), cut).unwrap();
+    place
+        .run("apply cut.tar --base base.obd x.obd")
+        .code(3)
+        .stderr(contains("no end marker"));
+    place
+        .run("apply upper.tgz x.obd")
+        .code(1)
+        .stderr(contains("--base"));
+    assert!(!place.path("x.obd").exists());
+}
+
+/// Each place of an erofs that is read is checked: nothing but an error comes of damage, or a layer.
+fn damaged_file_systems() {
+    let place = Place::new();
+    let tars = tar(&[
+        dir("etc"),
+        file("etc/a", "a"),
+        link("etc/l", b'2', "a"),
+        dir("etc/deep"),
+        file("etc/deep/x", ""),
+    ]);
+    fs::write(place.path("lower.tar"), &tars).unwrap();
+    fs::write(place.path("upper.tar"), tar(&[file("etc/b", "b")])).unwrap();
+    place
+        .run("convert lower.tar base.obd --fs erofs --algorithm none")
+        .success();
+    let good = place.dump("base.obd");
+    let mut refused = 0;
+    for at in (1024..1200).chain(1216..1700).step_by(5) {
+        let mut bad = good.clone();
+        bad[at] ^= 0x85;
+        fs::write(place.path("raw"), &bad).unwrap();
+        let _ = fs::remove_file(place.path("bad.obd"));
+        let _ = fs::remove_file(place.path("x.obd"));
+        place
+            .run("create --image raw --raw bad.obd --algorithm none")
+            .success();
+        let done = place.run("apply upper.tar --base bad.obd x.obd");
+        let output = done.get_output();
+        let said = String::from_utf8_lossy(&output.stderr);
+        match output.status.code() {
+            Some(1 | 3) if said.contains("the layers below: ") => refused += 1,
+            // Nothing can tell another name or time from damage.
+            Some(0) => {}
+            // The directory that the tar names became something else.
+            Some(3) if said.contains("./etc/b") => {}
+            _ => unreachable!("byte {at}: {:?} {said}", output.status),
+        }
+    }
+    assert!(refused > 30, "{refused}");
+}
+
+fn hostile_images() {
+    let place = Place::new();
+    let root = place.path("layout");
+    let good = tar(&[file("a", "a")]);
+    let refused = |code: i32, said: &str| {
+        place
+            .run("convert layout x")
+            .code(code)
+            .stderr(contains(said));
+        assert!(
+            !place.path("x").exists() && place.names().iter().all(|name| !name.starts_with('.'))
+        );
+    };
+    // One layer of each kind.
+    for (layer, code, said) in [
+        (tar(&[file("../a", "")]), 3, "\"..\" leads out"),
+        (tar(&[file("a/../../b", "")]), 3, "\"..\" leads out"),
+        (
+            tar(&[link("a", b'1', "none")]),
+            3,
+            "a hard link to ./none, which is no file",
+        ),
+        (
+            tar(&[link("a", b'1', "../../etc/passwd")]),
+            3,
+            "\"..\" leads out",
+        ),
+        (
+            tar(&[dir("d"), link("a", b'1', "d")]),
+            3,
+            "a hard link to ./d, which is no file",
+        ),
+        (
+            tar(&[file("d/.wh.", "")]),
+            3,
+            "a whiteout (.wh.NAME) of no name",
+        ),
+        (
+            tar(&[file("d/.wh...", "")]),
+            3,
+            "a whiteout (.wh.NAME) of no name",
+        ),
+        (tar(&[file(".wh.d/x", "")]), 3, "is below a whiteout"),
+        (
+            tar(&[file("f", ""), file("f/x", "")]),
+            3,
+            "which is no directory",
+        ),
+        (
+            tar(&[link("l", b'2', "m"), link("m", b'2', "l"), file("l/x", "")]),
+            3,
+            "goes through the symbolic link",
+        ),
+        (
+            tar(&[file(".wh.a", ""), link("b", b'1', "a")]),
+            3,
+            "a hard link to ./a, which is no file",
+        ),
+        (
+            tar(&[pax(&[(b"path", &[b'n'; 256])]), file("x", "")]),
+            3,
+            "a name of 256 bytes in the path, more than 255",
+        ),
+        (
+            tar(&[file("overlaybd.commit", "LSMT")]),
+            3,
+            "an OverlayBD layer, which was compressed",
+        ),
+        (b"no tar at all".to_vec(), 3, "cut off"),
+        (gzip(&good)[..30].to_vec(), 3, "ends early"),
+    ] {
+        image(&root, &[good.clone(), layer]);
+        refused(code, said);
+    }
+    // Descriptors that don't fit.
+    let id = digest(&good);
+    let with = |edit: &dyn Fn(String) -> String, ids: &[String]| {
+        let mut layout = Layout::new(&root);
+        let blob = layout.blob(&good, OCI_TAR);
+        layout.image(&[edit(blob)], ids, "");
+    };
+    let same = |blob: String| blob;
+    with(
+        &|blob| blob.replace("\"size\":", "\"size\":1"),
+        &[id.clone()],
+    );
+    refused(3, "is not what its digest and size say");
+    with(&same, &[id.clone()]);
+    let mut other = good.clone();
+    other[512] ^= 1;
+    fs::write(root.join("blobs/sha256").join(&id), &other).unwrap();
+    refused(3, "is not what its digest and size say");
+    fs::remove_file(root.join("blobs/sha256").join(&id)).unwrap();
+    refused(4, "cannot read");
+    with(&same, &[digest(b"another")]);
+    refused(3, "the DiffID in the image's description");
+    with(&same, &[]);
+    refused(3, "rootfs.diff_ids: 0 for 1 layers");
+    with(
+        &|blob| blob.replace(OCI_TAR, "application/zip"),
+        &[id.clone()],
+    );
+    refused(1, "expected a tar, alone or compressed with gzip or zstd");
+    let foreign = "application/vnd.docker.image.rootfs.foreign.diff.tar.gzip";
+    with(&|blob| blob.replace(OCI_TAR, foreign), &[id.clone()]);
+    fs::remove_file(root.join("blobs/sha256").join(&id)).unwrap();
+    refused(1, "a foreign layer");
+    // More layers than a stack has, and many that are fewer.
+    let empty = tar(&[]);
+    image(&root, &vec![empty.clone(); 256]);
+    refused(3, "has 256 layers, expected 1 to 255");
+    image(&root, &[]);
+    refused(3, "has 0 layers");
+    let mut many = vec![empty; 129];
+    many.push(good);
+    assert_eq!(paths(&place.files(&many)), ["/a"]);
+    // What is for other inputs.
+    for option in [
+        "--fs ext4",
+        "--size 1g",
+        "--force",
+        "--keep-whiteouts",
+        "--granularity 8k",
+        "--uuid 1-2",
+    ] {
+        place.run(&format!("convert layout y {option}")).code(1);
+    }
+    assert!(!place.path("y").exists());
+}
+
+/// What is in a layout is found by its digest: links and other files make no difference to what is read.
+fn hostile_layouts() {
+    let place = Place::new();
+    let root = place.path("layout");
+    let good = tar(&[file("a", "a")]);
+    image(&root, std::slice::from_ref(&good));
+    let blob = root.join("blobs/sha256").join(digest(&good));
+    let refused = |code: i32, said: &str| {
+        place
+            .run("convert layout x --from oci")
+            .code(code)
+            .stderr(contains(said));
+        assert_eq!(place.names(), ["layout", "other"]);
+    };
+    // A link to the same bytes is as good as these; one to others isn't.
+    fs::rename(&blob, place.path("other")).unwrap();
+    std::os::unix::fs::symlink(place.path("other"), &blob).unwrap();
+    place.ok("convert layout x");
+    fs::remove_dir_all(place.path("x")).unwrap();
+    place.write("other", &vec![0; good.len()]);
+    refused(3, "is not what its digest and size say");
+    for target in ["/dev/zero", "/proc/self/mem", "/", "none"] {
+        fs::remove_file(&blob).unwrap();
+        std::os::unix::fs::symlink(target, &blob).unwrap();
+        let done = place.run("convert layout x");
+        assert!(
+            matches!(done.get_output().status.code(), Some(3 | 4)),
+            "{done}"
+        );
+    }
+    // Nobody waits for a FIFO.
+    for name in [blob.as_path(), &root.join("index.json")] {
+        fs::remove_file(name).unwrap();
+        place.output_of("mkfifo", &[name.to_str().unwrap()]);
+        let done = place.run("convert layout x --from oci");
+        assert!(
+            matches!(done.get_output().status.code(), Some(1 | 3 | 4)),
+            "{done}"
+        );
+        assert_eq!(place.names(), ["layout", "other"]);
+    }
+    // An index of 200 images, 100 times: few bytes, and much to remember.
+    let mut layout = Layout::new(&root);
+    let layer = layout.blob(&good, OCI_TAR);
+    layout.image(&[layer], &[digest(&good)], "");
+    let of = |entry: &str, count: usize| {
+        let entries: Vec<String> = (0..count)
+            .map(|nth| {
+                entry.replace(
+                    '}',
+                    &format!(r#","annotations":{{"org.opencontainers.image.ref.name":"{nth}"}}}}"#),
+                )
+            })
+            .collect();
+        format!(
+            r#"{{"schemaVersion":2,"manifests":[{}]}}"#,
+            entries.join(",")
+        )
+    };
+    let many = of(&layout.manifests[0], 200);
+    let many = layout.blob(many.as_bytes(), "application/vnd.oci.image.index.v1+json");
+    fs::write(root.join("index.json"), of(&many, 10)).unwrap();
+    place.ok("convert layout x --ref 7");
+    fs::remove_dir_all(place.path("x")).unwrap();
+    fs::write(root.join("index.json"), of(&many, 100)).unwrap();
+    refused(3, "has more than 1000 indexes in indexes, or 10000 images");
+    // Where something is, a directory isn't made; what a link leads to is left alone.
+    image(&root, std::slice::from_ref(&good));
+    std::os::unix::fs::symlink("none", place.path("link")).unwrap();
+    place.run("convert layout link").code(5);
+    place
+        .run("convert layout x --cache other")
+        .code(5)
+        .stderr(contains("other: cannot make a directory"));
+    assert_eq!(place.names(), ["layout", "link", "other"]);
+}
+
+/// What takes few bytes doesn't take hours, or all memory.
+fn much_work_of_few_bytes() {
+    let place = Place::new();
+    const MANY: usize = 20_000;
+    let mut members: Vec<Vec<u8>> = (0..MANY).map(|nth| file(&format!("d/{nth}"), "")).collect();
+    for _ in 0..MANY {
+        members.push(file("d/.wh..wh..opq", ""));
+        members.push(file(".wh.d", ""));
+    }
+    let files = place.files(&[tar(&[dir("d"), file("d/old", "o")]), tar(&members)]);
+    assert_eq!(files.len(), MANY + 2);
+    assert!(!files.contains_key("/d/old"));
+
+    // An erofs whose directories all have the same names, each 128 KiB of them.
+    const DIRECTORIES: u64 = 240;
+    let put16 = |to: &mut [u8], at: usize, number: usize| {
+        to[at..at + 2].copy_from_slice(&u16::try_from(number).unwrap().to_le_bytes());
+    };
+    let entries = |names: &[(String, u64)], len: usize| {
+        let mut block = vec![0; names.len() * 12];
+        for (nth, (name, inode)) in names.iter().enumerate() {
+            let end = block.len();
+            block[nth * 12..nth * 12 + 8].copy_from_slice(&inode.to_le_bytes());
+            put16(&mut block, nth * 12 + 8, end);
+            block.extend(name.as_bytes());
+        }
+        block.resize(len.max(block.len()), 0);
+        block
+    };
+    let inode = |mode: usize, size: u64, block: u32, layout: usize| {
+        let mut inode = vec![0; 64];
+        put16(&mut inode, 0, 1 | (layout << 1));
+        put16(&mut inode, 4, mode);
+        inode[8..16].copy_from_slice(&size.to_le_bytes());
+        inode[16..20].copy_from_slice(&block.to_le_bytes());
+        inode
+    };
+    let base = tar(&[file("a", "")]);
+    place.files(&[base]);
+    let mut disk = place.dump("app/config.v1.json");
+    // Behind the superblock: the root directory, the file, then the directories, 128 bytes each.
+    let root = 1184_usize;
+    let place_of = |nth: u64| 4096 + nth * 128;
+    put16(&mut disk, 1024 + 14, root / 32);
+    let file_at = root as u64 + 64;
+    let mut names = vec![
+        (".".into(), root as u64 / 32),
+        ("..".into(), root as u64 / 32),
+    ];
+    names.extend((0..DIRECTORIES).map(|nth| (format!("d{nth:03}"), place_of(nth) / 32)));
+    let first = 16_u32;
+    let root_content = entries(&names, 4096);
+    let blocks = u64::try_from(root_content.len().div_ceil(4096)).unwrap();
+    assert_eq!(blocks, 1);
+    disk.resize(4096 * 17 + (128 << 10), 0);
+    disk[root..root + 64].copy_from_slice(&inode(0o040_755, 4096, first, 0));
+    disk[root + 64..root + 128].copy_from_slice(&inode(0o100_644, 0, 0, 0));
+    disk[4096 * 16..4096 * 17].copy_from_slice(&root_content);
+    for block in 0..32 {
+        let names: Vec<_> = (0..195)
+            .map(|nth| (format!("{block:03}-{nth:04}"), file_at / 32))
+            .collect();
+        let at = 4096 * (17 + block);
+        disk[at..at + 4096].copy_from_slice(&entries(&names, 4096));
+    }
+    for nth in 0..DIRECTORIES {
+        let at = usize::try_from(place_of(nth)).unwrap();
+        let dots = [
+            (".".into(), place_of(nth) / 32),
+            ("..".into(), root as u64 / 32),
+        ];
+        let tail = entries(&dots, 0);
+        let size = (128 << 10) + tail.len() as u64;
+        disk[at..at + 64].copy_from_slice(&inode(0o040_755, size, 17, 2));
+        disk[at + 64..at + 64 + tail.len()].copy_from_slice(&tail);
+    }
+    place.write("raw", &disk);
+    // A large disk, of which little is there.
+    let raw = fs::File::options().write(true).open(place.path("raw"));
+    raw.unwrap().set_len(64 << 20).unwrap();
+    place.write("one.tar", &tar(&[file("b", "")]));
+    place.ok("create --image raw --raw shared.obd --algorithm none");
+    place
+        .run("apply one.tar --base shared.obd out.obd")
+        .code(3)
+        .stderr(contains("shares its bytes with others"));
+}
+
+fn signals() {
+    let place = Place::new();
+    let layer = tar(&[member("noise", b'0', &noise(48 << 20, 3))]);
+    image(&place.path("layout"), std::slice::from_ref(&layer));
+    place.write("layer.tar", &layer);
+    place.files(&[tar(&[dir("etc")])]);
+    image(&place.path("layout"), &[layer]);
+    let before = place.names();
+    for line in [
+        "convert layout out",
+        "convert layout out --oci --cache cache",
+        "apply layer.tar --base app/config.v1.json out",
+    ] {
+        for signal in [Signal::INT, Signal::TERM] {
+            let more = "--threads 1 --algorithm zstd --level 22 --block-size 64k";
+            let mut child = place.start(&format!("{line} {more}"));
+            let hidden = |names: Vec<String>| names.iter().any(|name| name.starts_with(".obd"));
+            let begun = || match line.starts_with("apply") {
+                true => hidden(place.names()),
+                // The layer is about to be written.
+                false => place
+                    .names()
+                    .iter()
+                    .any(|name| name.starts_with(".obd") && !names(&place.path(name)).is_empty()),
+            };
+            assert!(soon(begun), "{line}: nothing was begun");
+            assert_eq!(stop(&mut child, signal), Some(130), "{line}");
+            let mut after = place.names();
+            after.retain(|name| name != "cache");
+            assert_eq!(after, before, "{line}");
+        }
+    }
+    assert!(place.names_in("cache").is_empty());
+}
