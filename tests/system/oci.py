@@ -1,0 +1,464 @@
+#!/usr/bin/env python3
+# SPDX-License-Identifier: GPL-2.0
+"""Images of containers become stacks: mounted, these are what the layers, put together by GNU tar and by umoci, are."""
+
+import gzip
+import hashlib
+import io
+import json
+import os
+import random
+import shutil
+import stat
+import subprocess
+import tarfile
+import tempfile
+import uuid
+
+from obdtest import golden, tree
+from obdtest.ktap import SLOW, Skip, add, check, defer, equal, main, note, test
+from obdtest.recipes import need, need_module, quietly, recipe, sh
+
+NAME = f"obdtest-{os.getpid()}-oci"
+DEVICE = f"/dev/mapper/{NAME}"
+LAYER = "application/vnd.oci.image.layer.v1.tar"
+PAX = ("--format=pax", "--xattrs", "--xattrs-include=*", "--acls", "--numeric-owner")
+
+
+def run(*command):
+    """Runs a command; what it prints."""
+    done = subprocess.run(command, capture_output=True, check=False, timeout=300 * SLOW)
+    if done.returncode:
+        raise OSError(f"{command}: status {done.returncode}: {done.stderr.decode(errors='replace').strip()}")
+    return done.stdout.decode(errors="replace")
+
+
+def workplace():
+    need("obdsetup")
+    need_module("erofs")
+    work = tempfile.mkdtemp(prefix="obdtest-")
+    defer(shutil.rmtree, work)
+    os.mkdir(f"{work}/mnt")
+    return work
+
+
+def mounted(work, stack):
+    """Opens and mounts a stack."""
+    run("obdsetup", "open", NAME, stack)
+    defer(quietly, "obdsetup", "close", NAME)
+    run("mount", "-t", "erofs", "-o", "ro", DEVICE, f"{work}/mnt")
+    defer(quietly, "umount", f"{work}/mnt")
+    return f"{work}/mnt"
+
+
+def down(work):
+    run("umount", f"{work}/mnt")
+    run("obdsetup", "close", NAME)
+
+
+class Layout:
+    """An OCI image layout of one image."""
+
+    def __init__(self, root, tars):
+        self.root = root
+        os.makedirs(f"{root}/blobs/sha256")
+        layers, ids = [], []
+        for nth, name in enumerate(tars):
+            with open(name, "rb") as file:
+                content = file.read()
+            ids.append(f"sha256:{hashlib.sha256(content).hexdigest()}")
+            # Each second one is compressed.
+            packed = nth % 2
+            layers.append(self.blob(gzip.compress(content, 1, mtime=0) if packed else content,
+                                    LAYER + ("+gzip" if packed else "")))
+        config = {"architecture": "amd64", "os": "linux", "config": {"Cmd": ["/bin/true"]},
+                  "rootfs": {"type": "layers", "diff_ids": ids}}
+        config = self.blob(json.dumps(config).encode(), "application/vnd.oci.image.config.v1+json")
+        manifest = {"schemaVersion": 2, "config": config, "layers": layers}
+        manifest = self.blob(json.dumps(manifest).encode(), "application/vnd.oci.image.manifest.v1+json")
+        manifest["annotations"] = {"org.opencontainers.image.ref.name": "latest"}
+        self.write("index.json", json.dumps({"schemaVersion": 2, "manifests": [manifest]}).encode())
+        self.write("oci-layout", b'{"imageLayoutVersion": "1.0.0"}')
+
+    def write(self, name, content):
+        with open(f"{self.root}/{name}", "wb") as file:
+            file.write(content)
+
+    def blob(self, content, kind):
+        digest = hashlib.sha256(content).hexdigest()
+        self.write(f"blobs/sha256/{digest}", content)
+        return {"mediaType": kind, "digest": f"sha256:{digest}", "size": len(content)}
+
+
+class Reference:
+    """The merged tree: GNU tar unpacks, what whiteouts hide is removed before that."""
+
+    def __init__(self, root):
+        self.root = root
+        os.mkdir(root)
+
+    def path(self, name):
+        return os.path.join(self.root, name)
+
+    def remove(self, name):
+        path = self.path(name)
+        if os.path.isdir(path) and not os.path.islink(path):
+            shutil.rmtree(path)
+        elif os.path.lexists(path):
+            os.unlink(path)
+
+    def apply(self, name):
+        """Puts the layer in the tar `name` over what is there."""
+        with tarfile.open(name, errors="surrogateescape") as tar:
+            members = tar.getmembers()
+        special, others = [], []
+        for member in members:
+            place, last = os.path.split(os.path.normpath(member.name))
+            if last == ".wh..wh..opq":
+                special += [os.path.join(place, name) for name in os.listdir(self.path(place))]
+            elif last.startswith(".wh."):
+                special.append(os.path.join(place, last.removeprefix(".wh.")))
+            else:
+                others.append(member)
+        for hidden in special:
+            self.remove(hidden)
+        for member in others:
+            path = self.path(os.path.normpath(member.name))
+            if not os.path.lexists(path):
+                continue
+            if member.isdir() != (os.path.isdir(path) and not os.path.islink(path)):
+                self.remove(member.name)
+            elif member.isdir():
+                for attribute in os.listxattr(path):
+                    os.removexattr(path, attribute)
+        run("tar", *PAX, "--same-owner", "--same-permissions", "--exclude=.wh.*", "-xf", name, "-C", self.root)
+
+
+class LayerMaker:
+    """A layer of random changes to what is in a reference."""
+
+    def __init__(self, reference, seed, number):
+        self.rng = random.Random(seed)
+        self.reference, self.number = reference, number
+        self.members = []
+        # The names that the layer has, and all that is below the one or other.
+        self.touched = set()
+
+    def free(self, path):
+        """Whether no other change is of a path above or below this one."""
+        parts = path.split("/")
+        above = {"/".join(parts[:end]) for end in range(1, len(parts) + 1)}
+        return not above & self.touched and not any(other.startswith(f"{path}/") for other in self.touched)
+
+    def choose(self, wanted):
+        """A path that nothing is done with so far."""
+        found = []
+        for place, directories, files in os.walk(self.reference.root):
+            for name in directories + files:
+                path = os.path.relpath(os.path.join(place, name), self.reference.root)
+                if path.isascii() and path.isprintable() and self.free(path) and wanted(self.reference.path(path)):
+                    found.append(path)
+        if not found:
+            return None
+        path = self.rng.choice(sorted(found))
+        self.touched.add(path)
+        return path
+
+    def add(self, name, kind=tarfile.REGTYPE, content=b"", **fields):
+        member = tarfile.TarInfo(name)
+        member.type, member.size, member.mtime = kind, len(content), 1700000000 + self.number
+        member.mode = 0o750 if kind == tarfile.DIRTYPE else 0o640
+        for field, value in fields.items():
+            setattr(member, field, value)
+        self.members.append((member, content))
+
+    def whiteout(self):
+        if path := self.choose(lambda path: True):
+            place, last = os.path.split(path)
+            self.add(os.path.join(place, f".wh.{last}"))
+            if self.rng.random() < 0.4:
+                # Another one in its place, before or behind the whiteout.
+                self.add(path, content=b"anew")
+
+    def opaque(self):
+        if path := self.choose(lambda path: os.path.isdir(path) and not os.path.islink(path)):
+            self.add(f"{path}/.wh..wh..opq")
+            self.add(f"{path}/only", content=b"only this")
+
+    def replace(self):
+        if path := self.choose(lambda path: True):
+            if self.rng.random() < 0.4:
+                self.add(path, tarfile.DIRTYPE, uid=1000)
+            elif self.rng.random() < 0.5:
+                self.add(path, tarfile.SYMTYPE, linkname="/no/where", mode=0o777)
+            else:
+                self.add(path, content=self.rng.randbytes(self.rng.choice((10, 5000, 100000))), gid=7)
+
+    def link(self):
+        if path := self.choose(lambda path: stat.S_ISREG(os.lstat(path).st_mode)):
+            self.add(f"linked{self.number}-{len(self.members)}", tarfile.LNKTYPE, linkname=path)
+
+    def make(self, name):
+        """Makes the tar: a random tree of its own, and changes in front of it or behind it."""
+        with tempfile.TemporaryDirectory(prefix="obdtest-") as stage:
+            own = f"{stage}/new{self.number}"
+            os.mkdir(own)
+            tree.Maker(own, self.rng.randrange(1 << 30)).make()
+            run("tar", *PAX, "--sparse", "-cf", f"{stage}/own.tar", "-C", stage, f"new{self.number}")
+            for _ in range(8 if self.number else 0):
+                self.rng.choice((self.whiteout, self.whiteout, self.opaque, self.replace, self.link))()
+            self.rng.shuffle(self.members)
+            front = self.rng.random() < 0.5
+            changes = io.BytesIO()
+            with tarfile.open(fileobj=changes, mode="w", format=tarfile.PAX_FORMAT) as tar:
+                for member, content in self.members:
+                    tar.addfile(member, io.BytesIO(content))
+                end = tar.offset
+            with open(f"{stage}/own.tar", "rb") as file:
+                random_tree = file.read()
+            parts = [changes.getvalue()[:end], random_tree]
+            # The end marker is that of the last part.
+            while not front and parts[1].endswith(bytes(512)):
+                parts[1] = parts[1][:-512]
+            if not front:
+                parts = [parts[1], parts[0] + bytes(1024)]
+            with open(name, "wb") as file:
+                file.write(b"".join(parts))
+
+
+def without_times_of_directories(manifest):
+    """Unpacking changes these where the layer says nothing of the directory."""
+    for seen in manifest.values():
+        if seen["mode"][0] == "d":
+            del seen["mtime"]
+            # Every file system counts those in its own way.
+            seen.pop("names", None)
+    return manifest
+
+
+# What tar writes for ACLs, umoci passes over; a record without a value is none to it.
+NOT_UMOCI = ("system.posix_acl_access", "system.posix_acl_default", "trusted.empty")
+
+
+def same_tree(got, wanted, umoci=False):
+    """Compares two manifests, the latter perhaps umoci's. Of the root directory nothing is said."""
+    equal(sorted(got), sorted(wanted), "names")
+    for path, seen in wanted.items():
+        for what, value in seen.items():
+            here = got[path].get(what)
+            if umoci and what == "xattrs":
+                here, value = ({name: of[name] for name in of if name not in NOT_UMOCI} for of in (here, value))
+            elif umoci and what == "mtime":
+                # It counts nanoseconds in 64 bits.
+                here = (here + (1 << 63)) % (1 << 64) - (1 << 63)
+            if path != b".":
+                equal(here, value, f"{path}: {what}")
+
+
+def umoci_tree(work, layout):
+    """The manifest of what umoci unpacks an image to, if it is there."""
+    if not shutil.which("umoci"):
+        return None
+    run("umoci", "unpack", "--image", f"{layout}:latest", f"{work}/umoci")
+    return without_times_of_directories(tree.manifest(f"{work}/umoci/rootfs"))
+
+
+def merged(seed):
+    work = workplace()
+    reference = Reference(f"{work}/reference")
+    tars = []
+    for number in range(4):
+        name = f"{work}/layer{number}.tar"
+        LayerMaker(reference, seed * 100 + number, number).make(name)
+        reference.apply(name)
+        tars.append(name)
+    wanted = without_times_of_directories(tree.manifest(reference.root))
+    Layout(f"{work}/layout", tars)
+    run("obdsetup", "convert", f"{work}/layout", f"{work}/app")
+    run("obdsetup", "verify", f"{work}/app/config.v1.json")
+    where = mounted(work, f"{work}/app/config.v1.json")
+    got = without_times_of_directories(tree.manifest(where))
+    note(f"seed {seed}: {len(wanted)} files in 4 layers")
+    same_tree(got, wanted)
+    if second := umoci_tree(work, f"{work}/layout"):
+        same_tree(got, second, umoci=True)
+    down(work)
+    if shutil.which("fsck.erofs"):
+        run("obdsetup", "export", "--output", f"{work}/disk", f"{work}/app/config.v1.json")
+        run("fsck.erofs", f"{work}/disk")
+    # The same for a registry, and back.
+    run("obdsetup", "convert", f"{work}/layout", f"{work}/pushed", "--oci", "--cache", f"{work}/cache")
+    run("obdsetup", "convert", f"{work}/pushed", f"{work}/back")
+    where = mounted(work, f"{work}/back/config.v1.json")
+    same_tree(without_times_of_directories(tree.manifest(where)), got)
+    down(work)
+
+
+@test("what skopeo makes of an image is taken, and gives the same layers; what is made for a registry, skopeo takes",
+      timeout=600)
+def skopeo():
+    need("skopeo")
+    work = workplace()
+    for name in ("one", "two"):
+        with tarfile.open(f"{work}/{name}.tar", "w") as tar:
+            member = tarfile.TarInfo(f"etc/{name}")
+            member.size = len(name)
+            tar.addfile(member, io.BytesIO(name.encode()))
+    Layout(f"{work}/layout", [f"{work}/one.tar", f"{work}/two.tar"])
+    run("obdsetup", "convert", f"{work}/layout", f"{work}/app")
+    for number, target in enumerate(("docker-archive:saved.tar:app:latest", "oci-archive:oci.tar", "oci:copied:latest")):
+        kind, place = target.split(":", 1)
+        run("skopeo", "--insecure-policy", "copy", "--quiet", f"oci:{work}/layout:latest", f"{kind}:{work}/{place}")
+        place = place.split(":")[0]
+        run("obdsetup", "convert", f"{work}/{place}", f"{work}/app{number}")
+        for layer in ("layer0.obd", "layer1.obd"):
+            run("cmp", f"{work}/app/{layer}", f"{work}/app{number}/{layer}")
+    run("obdsetup", "convert", f"{work}/layout", f"{work}/pushed", "--oci")
+    # It checks digests and sizes, and says what it doesn't know.
+    copy = ("skopeo", "--insecure-policy", "copy", "--quiet", f"oci:{work}/pushed:latest")
+    run(*copy, f"oci:{work}/packed:latest")
+    done = subprocess.run(["obdsetup", "convert", f"{work}/packed", f"{work}/x"], capture_output=True, check=False)
+    check(b"which was compressed: copy the image again" in done.stderr, f"refused: {done.stderr}")
+    run(*copy, "--preserve-digests", f"oci:{work}/pulled:latest")
+    told = json.loads(run("skopeo", "inspect", "--config", f"oci:{work}/pulled:latest"))
+    equal(told["config"]["Cmd"], ["/bin/true"], "command of the image")
+    run("obdsetup", "convert", f"{work}/pulled", f"{work}/back")
+    where = mounted(work, f"{work}/back/config.v1.json")
+    equal(sorted(os.listdir(f"{where}/etc")), ["one", "two"], "files")
+    down(work)
+
+
+@test("packages of Debian in three layers: as GNU tar and umoci have them, and their programs run", timeout=900)
+def debian():
+    need("dpkg", "umoci")
+    work = workplace()
+    reference = Reference(f"{work}/reference")
+    tars = []
+    for number, packages in enumerate((("base-files", "libc6"), ("dash", "libpcre2-8-0", "grep"), ("sed", "libselinux1",
+                                                                                                "libacl1"))):
+        files = run("dpkg", "-L", *packages).split("\n")
+        files = sorted({name.lstrip("/") for name in files if os.path.lexists(name) and name != "/."})
+        with open(f"{work}/names", "w", encoding="utf-8") as file:
+            file.write("\0".join(files))
+        tars.append(f"{work}/{number}.tar")
+        run("tar", *PAX, "--no-recursion", "--null", "-cf", tars[-1], "-C", "/", "-T", f"{work}/names")
+        reference.apply(tars[-1])
+    Layout(f"{work}/layout", tars)
+    run("obdsetup", "convert", f"{work}/layout", f"{work}/app")
+    where = mounted(work, f"{work}/app/config.v1.json")
+    got = without_times_of_directories(tree.manifest(where))
+    note(f"{len(got)} files in 3 layers")
+    same_tree(got, without_times_of_directories(tree.manifest(reference.root)))
+    same_tree(got, umoci_tree(work, f"{work}/layout"), umoci=True)
+    said = run("chroot", where, "/bin/sh", "-c", "echo one | sed s/one/two/ | grep two && grep ^ID= /etc/os-release")
+    equal(said, "two\nID=debian\n", "what its programs say")
+    down(work)
+
+
+@test("hello-world of docker: the program of its image runs", timeout=600)
+def hello():
+    work = workplace()
+    source = f"{golden.ROOT}/oci/hello-world"
+    if not os.path.exists(source):
+        raise Skip("no image of hello-world, see OBD_GOLDENS")
+    run("obdsetup", "convert", source, f"{work}/hello", "--ref", "amd64")
+    run("obdsetup", "convert", source, f"{work}/arm", "--ref", "nested-index", "--platform", "linux/arm64")
+    with open(f"{work}/hello/image.json", encoding="utf-8") as file:
+        equal(json.load(file)["config"]["Cmd"], ["/hello"], "command of the image")
+    where = mounted(work, f"{work}/hello/config.v1.json")
+    equal(os.listdir(where), ["hello"], "files")
+    said = run("chroot", where, "/hello")
+    check("Hello from Docker!" in said, said)
+    down(work)
+    where = mounted(work, f"{work}/arm/config.v1.json")
+    with open(f"{where}/hello", "rb") as file:
+        # The machine's number in an ELF file.
+        equal(int.from_bytes(file.read(20)[18:], "little"), 183, "machine")
+    down(work)
+
+
+@test("two images share the layers that they have in common, byte for byte; below overlayfs, both are writable",
+      timeout=600)
+def shared():
+    need_module("overlay")
+    work = workplace()
+    for name, text in (("base", "base"), ("one", "1"), ("two", "2")):
+        with tarfile.open(f"{work}/{name}.tar", "w") as tar:
+            member = tarfile.TarInfo(f"etc/{name}")
+            member.size = len(text)
+            tar.addfile(member, io.BytesIO(text.encode()))
+    for name in ("one", "two"):
+        Layout(f"{work}/layout-{name}", [f"{work}/base.tar", f"{work}/{name}.tar"])
+        run("obdsetup", "convert", f"{work}/layout-{name}", f"{work}/{name}", "--cache", f"{work}/cache")
+    run("cmp", f"{work}/one/layer0.obd", f"{work}/two/layer0.obd")
+    equal(len(os.listdir(f"{work}/cache")), 3, "layers in the cache")
+    for name in ("one", "two"):
+        where = mounted(work, f"{work}/{name}/config.v1.json")
+        equal(sorted(os.listdir(f"{where}/etc")), ["base", name], "files")
+        os.makedirs(f"{work}/top/{name}")
+        os.makedirs(f"{work}/top/merged", exist_ok=True)
+        run("mount", "-t", "tmpfs", "tmpfs", f"{work}/top/{name}")
+        defer(quietly, "umount", f"{work}/top/{name}")
+        for directory in ("upper", "work"):
+            os.mkdir(f"{work}/top/{name}/{directory}")
+        run("mount", "-t", "overlay", "overlay", "-o",
+            f"lowerdir={where},upperdir={work}/top/{name}/upper,workdir={work}/top/{name}/work", f"{work}/top/merged")
+        defer(quietly, "umount", f"{work}/top/merged")
+        os.unlink(f"{work}/top/merged/etc/base")
+        with open(f"{work}/top/merged/etc/new", "w", encoding="ascii") as file:
+            file.write("new")
+        equal(sorted(os.listdir(f"{work}/top/merged/etc")), sorted(["new", name]), "files of overlayfs")
+        run("umount", f"{work}/top/merged")
+        run("umount", f"{work}/top/{name}")
+        down(work)
+
+
+@test("Documentation/recipes.rst, a container: its program runs, and what it writes goes to the directory above",
+      timeout=600)
+def container():
+    if "OBD_VM" not in os.environ:
+        raise Skip("it changes the system: only in the test VM")
+    need("busybox", "unshare", "python3", "crun", "runc", "systemd-nspawn")
+    need_module("overlay")
+    work = workplace()
+    if not os.path.exists("/sys/fs/cgroup/cgroup.procs"):
+        run("mount", "-t", "cgroup2", "none", "/sys/fs/cgroup")
+        defer(quietly, "umount", "/sys/fs/cgroup")
+    # systemd-nspawn wants one, and in the VM the file is empty.
+    with open("/etc/machine-id", "a+", encoding="ascii") as file:
+        if not file.tell():
+            file.write(f"{uuid.uuid4().hex}\n")
+            defer(os.truncate, "/etc/machine-id", 0)
+    script = b"#!/bin/busybox sh\n/bin/busybox echo pid $$ >/written\n/bin/busybox cat /written /etc/name\n"
+    with open(shutil.which("busybox"), "rb") as file:
+        busybox = file.read()
+    with tarfile.open(f"{work}/base.tar", "w") as tar:
+        for name, content in (("bin/busybox", busybox), ("bin/true", script), ("etc/name", b"of the image\n")):
+            member = tarfile.TarInfo(name)
+            member.size, member.mode = len(content), 0o755
+            tar.addfile(member, io.BytesIO(content))
+        member = tarfile.TarInfo("usr")
+        member.type, member.mode = tarfile.DIRTYPE, 0o755
+        tar.addfile(member)
+    Layout(f"{work}/layout", [f"{work}/base.tar"])
+    defer(os.chdir, os.getcwd())
+    os.chdir(work)
+    make, command, unshare, nspawn, crun, down_again = recipe("A container of an image")
+    defer(quietly, "obdsetup", "close", "app")
+    defer(quietly, "umount", f"{work}/lower")
+    defer(quietly, "umount", f"{work}/root")
+    sh(make)
+    for script in (command + unshare, command + nspawn, crun, crun.replace("crun", "runc")):
+        quietly("rm", "-f", "config.json", "root/written")
+        equal(sh(script), "pid 1\nof the image\n", "what the container says")
+        check("written" in os.listdir("upper"), "what it wrote")
+        equal(sorted(os.listdir("lower")), ["bin", "etc", "usr"], "what is below")
+    sh(down_again)
+    check(not os.path.exists("/dev/mapper/app"), "the device is gone")
+
+
+for number in (1, 2, 3):
+    add(f"the layers of image {number}, put together: as GNU tar has them", merged, number, timeout=900)
+
+if __name__ == "__main__":
+    main()
