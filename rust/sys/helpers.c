@@ -104,12 +104,6 @@ bool obd_in_interrupt_off(void)
 	return in_hardirq() || irqs_disabled();
 }
 
-static bool obd_need_resched_lazy(void)
-{
-	return TIF_NEED_RESCHED_LAZY != TIF_NEED_RESCHED &&
-	       test_thread_flag(TIF_NEED_RESCHED_LAZY);
-}
-
 static unsigned int at_once_bytes = 16 << 10;
 module_param(at_once_bytes, uint, 0644);
 MODULE_PARM_DESC(at_once_bytes,
@@ -118,7 +112,8 @@ MODULE_PARM_DESC(at_once_bytes,
 bool obd_at_once(unsigned int bytes, u16 ioprio)
 {
 	return bytes <= READ_ONCE(at_once_bytes) && !obd_in_interrupt_off() &&
-	       !need_resched() && !obd_need_resched_lazy() &&
+	       !need_resched() &&
+	       !test_thread_flag(TIF_NEED_RESCHED_LAZY) &&
 	       IOPRIO_PRIO_CLASS(ioprio) != IOPRIO_CLASS_IDLE;
 }
 
