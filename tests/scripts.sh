@@ -103,7 +103,8 @@ cache_is_free() {
 # cache_interrupted SIGNAL: while something is being made.
 cache_interrupted() {
 	local pid
-	(cd "$odd" && XDG_CACHE_HOME=$work/cache exec bash -c '. scripts/lib.sh; . scripts/cache.sh
+	# Below nohup, HUP would be ignored.
+	(cd "$odd" && XDG_CACHE_HOME=$work/cache exec env --default-signal="$1" bash -c '. scripts/lib.sh; . scripts/cache.sh
 		trap - INT
 		cache_begin "thing-$1"; mkdir "$TMP"; : >"$0"; for i in {1..200}; do sleep 0.1; done' "$work/begun" "$1") &
 	pid=$!
@@ -118,7 +119,7 @@ cache_interrupted() {
 # step_interrupted SIGNAL: all that a step has started ends, also what runs in the root below another script.
 step_interrupted() {
 	local seconds=398.$RANDOM$RANDOM pid status=0
-	(cd "$odd" && exec bash -c '. scripts/lib.sh
+	(cd "$odd" && exec env --default-signal="$1" bash -c '. scripts/lib.sh
 		below_it() { bash -c "scripts/in-root.sh sleep $0; :"; }
 		steps 1
 		step "long one" below_it' "$seconds") &
