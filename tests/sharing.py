@@ -31,6 +31,8 @@ NAME = f"obdtest-{os.getpid()}"
 SIZE = 256 << 10
 LOCKS = "/run/obdsetup"
 LOOP_CHANGE_FD = 0x4C06
+# Each starts programs by the dozen.
+LONG = 300
 STORM = int(os.environ.get("OBD_SHARING_AT_ONCE", "50"))
 
 
@@ -167,7 +169,7 @@ def is_there(name):
     return False
 
 
-@test("A + B and A + B + C: one loop device and one zfile device for each file, until the last one closes")
+@test("A + B and A + B + C: one loop device and one zfile device for each file, until the last one closes", timeout=LONG)
 def one_each():
     layers = Layers()
     base, mid, top = [layers.make(f"{name}.obd") for name in "abc"]
@@ -196,7 +198,7 @@ def one_each():
     nothing_left()
 
 
-@test("status and list tell who shares what")
+@test("status and list tell who shares what", timeout=LONG)
 def told():
     layers = Layers()
     base, mid = layers.make("a.obd"), layers.make("b.obd")
@@ -223,7 +225,7 @@ def told():
     nothing_left()
 
 
-@test("--private, and other options: devices of their own, and open says so")
+@test("--private, and other options: devices of their own, and open says so", timeout=LONG)
 def private():
     layers = Layers()
     base = layers.make("a.obd")
@@ -247,7 +249,7 @@ def private():
     nothing_left()
 
 
-@test("files that aren't compressed, with and without a part of a sector, and in a tar")
+@test("files that aren't compressed, with and without a part of a sector, and in a tar", timeout=LONG)
 def wrappings():
     layers = Layers()
     kinds = {"plain": (bytes, False), "zodd": (image.zfile, True), "tar": (lambda raw: image.tar(image.zfile(raw)), False)}
@@ -267,7 +269,7 @@ def wrappings():
     nothing_left()
 
 
-@test("the same layer twice in one stack")
+@test("the same layer twice in one stack", timeout=LONG)
 def twice():
     layers = Layers()
     base, mid = layers.make("a.obd"), layers.make("b.obd")
@@ -279,7 +281,7 @@ def twice():
     nothing_left()
 
 
-@test("the file counts, not its name: links, another file of that name, one that was deleted or changed")
+@test("the file counts, not its name: links, another file of that name, one that was deleted or changed", timeout=LONG)
 def names_mean_nothing():
     layers = Layers()
     base = layers.make("here/a.obd")
@@ -322,7 +324,7 @@ def names_mean_nothing():
     nothing_left()
 
 
-@test("block devices: one zfile device for each, and another one for another length")
+@test("block devices: one zfile device for each, and another one for another length", timeout=LONG)
 def block_devices():
     layers = Layers()
     path = layers.make("a.obd", odd=True)
@@ -344,7 +346,7 @@ def block_devices():
     nothing_left(before)
 
 
-@test("close --deferred: layers stay as long as anybody uses them, and go with the last one")
+@test("close --deferred: layers stay as long as anybody uses them, and go with the last one", timeout=LONG)
 def deferred():
     layers = Layers()
     base, mid = layers.make("a.obd"), layers.make("b.obd")
@@ -369,7 +371,7 @@ def deferred():
         nothing_left()
 
 
-@test("what a kill has left: list tells, open uses it, and any close removes it")
+@test("what a kill has left: list tells, open uses it, and any close removes it", timeout=LONG)
 def left():
     layers = Layers()
     base, mid, other = [layers.make(f"{name}.obd") for name in "abc"]
@@ -389,7 +391,7 @@ def left():
     nothing_left()
 
 
-@test("half a shared device: open removes it, and makes a whole one")
+@test("half a shared device: open removes it, and makes a whole one", timeout=LONG)
 def half_built():
     layers = Layers()
     base = layers.make("a.obd")
@@ -403,7 +405,7 @@ def half_built():
     nothing_left()
 
 
-@test("a shared device that is suspended, of another size, or over another file is not used")
+@test("a shared device that is suspended, of another size, or over another file is not used", timeout=LONG)
 def not_used():
     layers = Layers()
     base, other = layers.make("a.obd"), f"{layers.work}/other"
@@ -446,7 +448,7 @@ def not_used():
 OTHER_RUN = ["unshare", "--mount", "sh", "-c", 'mount -t tmpfs $OPTIONS tmpfs /run && exec "$@"', "sh"]
 
 
-@test("a layer that takes long to open, opened at the same time with another /run")
+@test("a layer that takes long to open, opened at the same time with another /run", timeout=LONG)
 def two_runs():
     layers = Layers()
     base = layers.make("a.obd")
@@ -473,7 +475,7 @@ def two_runs():
     slow.remove()
 
 
-@test("where no place is for locks, close removes what is half built")
+@test("where no place is for locks, close removes what is half built", timeout=LONG)
 def no_locks():
     layers = Layers()
     base, other = layers.make("a.obd"), layers.make("b.obd")
@@ -488,7 +490,7 @@ def no_locks():
     nothing_left()
 
 
-@test("stacks that close while somebody looks at what they share leave nothing")
+@test("stacks that close while somebody looks at what they share leave nothing", timeout=LONG)
 def looked_at():
     layers = Layers()
     base = layers.make("a.obd")
@@ -512,7 +514,7 @@ def zfile(name):
     return device, {"reads": int(fields[5]), "decompressed": int(fields[7])}, fields[12]
 
 
-@test("the cache: from the second stack on, what one has read costs the others nothing, until it is alone again")
+@test("the cache: from the second stack on, what one has read costs the others nothing, until it is alone again", timeout=LONG)
 def cache():
     layers = Layers()
     base = layers.make("a.obd")
@@ -567,7 +569,7 @@ def cache():
     nothing_left()
 
 
-@test("the module is unloaded between opens, and while they run")
+@test("the module is unloaded between opens, and while they run", timeout=LONG)
 def unloaded():
     layers = Layers()
     base, mid = layers.make("a.obd"), layers.make("b.obd")
