@@ -615,13 +615,16 @@ pub(crate) fn remove(
             interrupt::check()?;
         }
         let now = control.states()?;
+        let before = left.len();
         left.retain(|name| now.iter().any(|state| state.name == *name));
         let Some(next) = left.first() else {
             return Ok(());
         };
-        // The next one only tells the kernel which are to go.
-        let is_last = how.deferred || left.iter().any(|name| !shared.contains(name));
-        if is_last && Instant::now() >= end {
+        // One that went by itself is an error for dmsetup, and those behind it were not looked at. Or the
+        // next attempt only tells the kernel which are to go.
+        let goes_on =
+            left.len() < before || !how.deferred && left.iter().all(|name| shared.contains(name));
+        if !goes_on && Instant::now() >= end {
             let in_use = |state: &State| state.name == *next && state.open_count > 0;
             return Err(match now.iter().any(in_use) {
                 true => Failure::error(exit::BUSY, format!("device {next} is in use")),
