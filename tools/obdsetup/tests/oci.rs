@@ -23,6 +23,7 @@ tests! {
     fingerprints;
     layers_are_small;
     the_same_bytes;
+    cached_layers_are_over_their_own;
     forms_of_images;
     for_a_registry;
     apply;
@@ -729,6 +730,38 @@ fn the_same_bytes() {
         .success()
         .stderr(contains("is not what its name says: made anew"));
     assert!(read("other/layer2.obd") == third);
+}
+
+/// A layer is the difference to the one below it: over another one it is of no use.
+fn cached_layers_are_over_their_own() {
+    let place = Place::new();
+    let one = tar(&[dir("etc"), file("etc/a", "a")]);
+    let other = tar(&[dir("usr"), file("usr/x", "x"), file("y", "y")]);
+    let two = tar(&[file("b", "b")]);
+    let convert = |tars: &[Vec<u8>]| {
+        let _ = fs::remove_dir_all(place.path("app"));
+        image(&place.path("layout"), tars);
+        place.ok("convert layout app --cache cache");
+    };
+    let cached = |bytes: &[u8]| {
+        let names = place.names_in("cache");
+        let is_it = |name: &&String| place.read(&format!("cache/{name}")) == bytes;
+        names.iter().find(is_it).unwrap().clone()
+    };
+    convert(std::slice::from_ref(&other));
+    let wrong = place.read("app/layer0.obd");
+    let wrong_name = cached(&wrong);
+    convert(&[one.clone(), two.clone()]);
+    let right_name = cached(&place.read("app/layer0.obd"));
+    // The lowest layer becomes another, as one that another version has made.
+    let (key, _) = right_name.split_once('-').unwrap();
+    let (_, hash) = wrong_name.split_once('-').unwrap();
+    fs::remove_file(place.path("cache").join(&right_name)).unwrap();
+    place.write(&format!("cache/{key}-{hash}"), &wrong);
+    convert(&[one, two]);
+    assert!(place.read("app/layer0.obd") == wrong);
+    let files = read(&place.dump("app/config.v1.json"));
+    assert_eq!(paths(&files), ["/b", "/usr", "/usr/x", "/y"]);
 }
 
 fn forms_of_images() {

@@ -18,6 +18,15 @@ use crate::output::{set_mode, sync, sync_directory, temp_file, umask};
 /// What names end with.
 const SUFFIX: &str = ".obd";
 
+/// What a layer is made of.
+pub(super) struct Key<'a> {
+    /// The chain ID of its tar and those below.
+    pub(super) chain: &'a str,
+    /// The digest of the layer below, over which alone it can be: another version of obdsetup, or other
+    /// options, may have made another one of the same tars.
+    pub(super) below: Option<&'a str>,
+}
+
 /// The directory.
 pub(super) struct Cache {
     place: PathBuf,
@@ -36,17 +45,21 @@ impl Cache {
         })
     }
 
-    /// The beginning of the name of the layer that `chain` is made into.
-    fn key(&self, chain: &str) -> String {
-        let text = format!("obdsetup image layer 1\n{chain}\n{}\n", self.options);
+    /// The beginning of the name of a layer.
+    fn key(&self, of: &Key<'_>) -> String {
+        let below = of.below.unwrap_or("nothing");
+        let text = format!(
+            "obdsetup image layer 2\n{}\n{below}\n{}\n",
+            of.chain, self.options
+        );
         format!("{:x}-", Sha256::digest(text))
     }
 
-    /// Copies the layer that `chain` is made into to the new file `to`. Returns its digest; `None`
-    /// where it is not there, or damaged.
-    pub(super) fn take(&self, chain: &str, to: &Path) -> Result<Option<String>> {
+    /// Copies a layer to the new file `to`. Returns its digest; `None` where it is not there, or
+    /// damaged.
+    pub(super) fn take(&self, of: &Key<'_>, to: &Path) -> Result<Option<String>> {
         let context = || format!("{}: cannot read", self.place.display());
-        let key = self.key(chain);
+        let key = self.key(of);
         for entry in fs::read_dir(&self.place).with_context(context)? {
             let entry = entry.with_context(context)?;
             let name = entry.file_name();
@@ -83,10 +96,10 @@ impl Cache {
         Ok(None)
     }
 
-    /// Keeps the layer in the file `from`, which `chain` was made into.
-    pub(super) fn keep(&self, chain: &str, from: &Path, digest: &str) -> Result<()> {
+    /// Keeps the layer in the file `from`.
+    pub(super) fn keep(&self, of: &Key<'_>, from: &Path, digest: &str) -> Result<()> {
         let hex = digest.strip_prefix("sha256:").unwrap_or_default();
-        let to = self.place.join(format!("{}{hex}{SUFFIX}", self.key(chain)));
+        let to = self.place.join(format!("{}{hex}{SUFFIX}", self.key(of)));
         let context = || format!("{}: cannot complete the file", to.display());
         let file = temp_file(&self.place)?;
         fs::copy(from, file.path()).with_context(context)?;

@@ -16,7 +16,7 @@ use serde::Deserialize;
 use serde_json::{json, Value};
 use sha2::{Digest, Sha256};
 
-use super::cache::Cache;
+use super::cache::{Cache, Key};
 use super::layout::{hash, is_hex, Found, Layout};
 use super::made::Made;
 use super::{
@@ -123,7 +123,7 @@ pub(super) fn convert(
         .map(|place| Cache::open(place, maker.options()))
         .transpose()?;
     let mut chains: Vec<String> = Vec::new();
-    let mut blobs = Vec::new();
+    let mut blobs: Vec<(String, u64)> = Vec::new();
     for (nth, (layer, diff_id)) in layers.iter().zip(&diff_ids).enumerate() {
         let chain = match chains.last() {
             Some(below) => format!(
@@ -133,8 +133,12 @@ pub(super) fn convert(
             None => diff_id.clone(),
         };
         let to = made.next_layer();
+        let key = Key {
+            chain: &chain,
+            below: blobs.last().map(|(digest, _)| digest.as_str()),
+        };
         let taken = match &cache {
-            Some(cache) => cache.take(&chain, &to)?,
+            Some(cache) => cache.take(&key, &to)?,
             None => None,
         };
         let digest = match taken {
@@ -146,7 +150,7 @@ pub(super) fn convert(
                 let bar = Bar::new("hashing", to.metadata()?.len());
                 let digest = hash(&to, &bar)?;
                 if let Some(cache) = &cache {
-                    cache.keep(&chain, &to, &digest)?;
+                    cache.keep(&key, &to, &digest)?;
                 }
                 digest
             }
