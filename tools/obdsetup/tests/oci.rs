@@ -997,6 +997,25 @@ fn apply() {
         .run("apply cut.tar --base base.obd x.obd")
         .code(3)
         .stderr(contains("no end marker"));
+    // What was made of images is no layer.
+    let list = r#"[{"Config":"c.json","Layers":["l/layer.tar"]}]"#;
+    let saved = tar(&[file("manifest.json", list), file("l/layer.tar", "")]);
+    let hex = digest(b"");
+    let blob = pax(&[(b"path", format!("blobs/sha256/{hex}").as_bytes())]);
+    let packed = tar(&[
+        file("oci-layout", "{}"),
+        file("index.json", "{}"),
+        [blob, file("x", "")].concat(),
+    ]);
+    for archive in [saved, packed] {
+        place.write("image.tar", &archive);
+        place
+            .run("apply image.tar --base base.obd x.obd")
+            .code(1)
+            .stderr(contains(
+                "an archive of an image, no layer of one: use `obdsetup convert'",
+            ));
+    }
     place
         .run("apply upper.tgz x.obd")
         .code(1)

@@ -8,8 +8,9 @@ use anyhow::Result;
 use overlaybd::identity::Below;
 use overlaybd::Stack;
 
-use crate::archive::{self, Archive};
+use crate::archive::{self, Archive, Package};
 use crate::chain::{ChainArgs, Part};
+use crate::exit::Failure;
 use crate::layer_args::NewLayerArgs;
 use crate::layer_out::{derive, LayerOut};
 use crate::layers::{expand, open_layers, paths, LayerArg};
@@ -62,7 +63,13 @@ pub(crate) fn run(args: &Args) -> Result<()> {
     let uuid = stack.layers().last().map(|top| top.ident().uuid.clone());
     let uuid = uuid.unwrap_or_default();
     // To its end, so that a damaged one is known before it is put in a file system.
-    archive::check(&args.input)?;
+    let package = archive::check(&args.input)?.package;
+    if let Some(Package::Docker | Package::Oci) = package {
+        return Err(Failure::usage(format!(
+            "{}: an archive of an image, no layer of one: use `obdsetup convert'",
+            args.input.display()
+        )));
+    }
     let mut archive = Archive::layer(&args.input, &args.input, false)?;
     let delta = mkfs::apply(
         &mut archive,
