@@ -50,7 +50,11 @@ bool obd_in_interrupt_off(void);
  * read of this I/O priority: see the parameter at_once_bytes.
  */
 bool obd_at_once(unsigned int bytes, u16 ioprio);
-void obd_bio_end_from_worker(struct bio *bio);
+/*
+ * bio_endio(), with bio_in_atomic() true in any context: what is above must not
+ * do in the callback what may wait.
+ */
+void obd_bio_endio_atomic(struct bio *bio);
 bool obd_fatal_signal_pending(void);
 void obd_cond_resched(void);
 void obd_cond_resched_tasks_rcu_qs(void);

@@ -9,7 +9,8 @@
 //!
 //! - A codec context. Its holder waits for nothing.
 //! - The end of an I/O, where what is above may do its own work. It is called as if from an interrupt
-//!   (`bio_in_atomic()`), so it does not wait: erofs, say, else decompresses right there.
+//!   (`bio_in_atomic()` is true), so it must not wait. Otherwise erofs would decompress in the call,
+//!   and wait for memory.
 //! - Submission of a lower read, for tags and memory of the lower device. Devices whose lower device
 //!   may lie on one of ours have queues of their own: see `Device::may_stack`.
 //! - The budget of the control group that a lower read is charged to, where the lower disk has

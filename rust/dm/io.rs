@@ -375,9 +375,9 @@ impl<T: Deferred> Io<T> {
         unsafe { sys::obd_flush_dcache_bio(bio.as_ptr()) };
         // SAFETY: The bio is valid.
         unsafe { (*bio.as_ptr()).bi_status = Status::raw(result) };
-        // What is above must not wait here, see `Workers`.
+        // What is above must not wait here: see the head of `block/workers.rs`.
         // SAFETY: By the type invariant it hasn't ended, and it is ours to end.
-        unsafe { sys::obd_bio_end_from_worker(bio.as_ptr()) };
+        unsafe { sys::obd_bio_endio_atomic(bio.as_ptr()) };
     }
 
     /// Gives the ownership away.

@@ -111,13 +111,14 @@ MODULE_PARM_DESC(at_once_bytes,
 
 bool obd_at_once(unsigned int bytes, u16 ioprio)
 {
+	/* With lazy preemption need_resched() is false until the next tick. */
 	return bytes <= READ_ONCE(at_once_bytes) && !obd_in_interrupt_off() &&
 	       !need_resched() &&
 	       !test_thread_flag(TIF_NEED_RESCHED_LAZY) &&
 	       IOPRIO_PRIO_CLASS(ioprio) != IOPRIO_CLASS_IDLE;
 }
 
-void obd_bio_end_from_worker(struct bio *bio)
+void obd_bio_endio_atomic(struct bio *bio)
 {
 	/* bio_in_atomic() is true here, with PREEMPT_RT, too. */
 	rcu_read_lock();

@@ -772,8 +772,8 @@ impl Cache {
         }
     }
 
-    /// The device that the hand is at, or the next one that has blocks to be taken out. Looks at some devices only;
-    /// where none of them has any, gives how many devices there are.
+    /// The device that the hand is at, or the next one that has blocks to be taken out. Looks at some
+    /// devices only; where none of them has any, gives how many devices there are.
     fn current(&self) -> Result<Arc<Index>, usize> {
         let mut devices = self.devices.lock();
         let Devices { all, hand } = &mut *devices;

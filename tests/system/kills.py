@@ -301,7 +301,7 @@ def signals():
         _, said = child.communicate()
         took = time.monotonic() - start
         equal(child.returncode, 130, f"status after {number.name} ({said.strip()})")
-        check(took < 20 * SLOW, f"{number.name}: ended after {took:.1f} s")
+        check(took < 10 * SLOW, f"{number.name}: ended after {took:.1f} s")
         equal(devices(), [], f"{number.name}: devices left")
         equal(processes(), [], f"{number.name}: processes left")
         equal(semaphores(), before, f"{number.name}: cookies")
