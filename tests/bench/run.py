@@ -13,7 +13,7 @@ sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), ".."
 
 # pylint: disable=wrong-import-position
 import load
-import sharing
+import shared_layers
 from obdtest import dm, image
 from obdtest.dm import line
 from obdtest.memory import kernel_memory
@@ -431,7 +431,7 @@ class Bench:
         """What images with layers in common cost."""
         device = f"/dev/ram{self.ram.used}"
         self.ram.used += 1
-        sharing.main(device, (2, 10) if self.short else (2, 10, 100), self.result.fact)
+        shared_layers.main(device, (2, 10) if self.short else (2, 10, 100), self.result.fact)
 
 
 def counters(zfile):

@@ -86,7 +86,8 @@ pub(crate) fn run(args: &Args) -> Result<()> {
     }
     let numbers = shared.iter().map(|state| state.number.clone()).collect();
     share::set_caches(&control, &numbers);
-    share::clear_left(&control)
+    share::clear_left(&control);
+    Ok(())
 }
 
 /// Removes the shared devices that nothing uses; those of `shared`, the upper ones first, as soon as
@@ -143,7 +144,7 @@ fn close_nothing(control: &Control, name: &str) -> Result<()> {
     let lock = Lock::take(name)?;
     if lock.was_left() {
         dm::clear_left(&lock);
-        share::clear_left(control)?;
+        share::clear_left(control);
         let left = share::left_for_long(control, &control.states()?)?;
         if !left.names.is_empty() {
             crate::tell(&format!(

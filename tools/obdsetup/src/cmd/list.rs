@@ -66,8 +66,8 @@ pub(crate) fn run(args: &Args) -> Result<()> {
         let left = share::left(&control.states()?).names;
         if !left.is_empty() {
             crate::tell(&format!(
-                "note: no stack uses {}, which an obdsetup that was killed has left: the next close of \
-                 any stack removes it",
+                "note: no stack uses {}: unless one is just being closed, an obdsetup that was killed has \
+                 left it, and the next close of any stack removes it",
                 left.join(", ")
             ));
         }

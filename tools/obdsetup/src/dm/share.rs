@@ -568,8 +568,9 @@ fn set_cache(control: &Control, number: &str, name: &str, uuid: &str) -> Result<
     Ok(())
 }
 
-/// Removes the locks that kills have left, and what was known of devices that are gone.
-pub(crate) fn clear_left(control: &Control) -> Result<()> {
+/// Removes the locks that kills have left, and what was known of devices that are gone. What goes wrong is
+/// told: it costs a few bytes in `/run`.
+pub(crate) fn clear_left(control: &Control) {
     Lock::clear_left(&format!(".{UUID_PREFIX}"));
     let marks: Vec<PathBuf> = fs::read_dir(lock::place())
         .into_iter()
@@ -579,15 +580,17 @@ pub(crate) fn clear_left(control: &Control) -> Result<()> {
         .filter(|path| marked(path).is_some())
         .collect();
     if marks.is_empty() {
-        return Ok(());
+        return;
     }
-    let all = control.states()?;
+    let all = match control.states() {
+        Ok(all) => all,
+        Err(error) => return crate::tell(&format!("warning: {}", crate::message(&error))),
+    };
     for path in marks {
         if !all.iter().any(|state| marked(&path) == Some(&state.uuid)) {
             let _ = fs::remove_file(path);
         }
     }
-    Ok(())
 }
 
 /// Returns the UUID of the device that the file `path` tells of.

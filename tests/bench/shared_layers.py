@@ -1,0 +1,281 @@
+# SPDX-License-Identifier: GPL-2.0
+"""Images with layers in common: what many of them cost.
+
+Each image is an erofs with the same 8 files, and 2 of its own. They are layers of one file each, by obdsetup with private
+devices, with shared ones, and with shared ones and shared inodes; or, as peers, one plain file of erofs or of squashfs for
+each image, on a loop device. All of it is on an ext4 on a mapped device of a RAM disk, whose reads are counted.
+"""
+
+import io
+import json
+import os
+import random
+import statistics
+import subprocess
+import tarfile
+import time
+
+from obdtest import dm, image
+from obdtest.memory import drop_caches, kernel_memory, meminfo
+
+KIB, MIB = 1 << 10, 1 << 20
+COMMON, OWN = 8, 2
+# Bytes of a file that all images have, and of one of an image's own.
+LARGE, SMALL = 512 * KIB, 64 * KIB
+NAME = "obdbench"
+# Milliseconds that each read of a slow disk takes.
+DELAY = 5
+
+
+def run(*args):
+    done = subprocess.run(args, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise RuntimeError(f"{' '.join(args)}: status {done.returncode}: {done.stderr.strip()}")
+    return done.stdout
+
+
+def timed(function, *args):
+    start = time.monotonic()
+    function(*args)
+    return time.monotonic() - start
+
+
+def page_cache():
+    """KiB, that of files and that of block devices."""
+    fields = meminfo()
+    return fields["Cached"] + fields["Buffers"]
+
+
+def content(path):
+    with open(path, "rb") as file:
+        while file.read(MIB):
+            pass
+
+
+def files(nth):
+    """What image nth is made of: names, and bytes."""
+    for number in range(COMMON):
+        yield f"common{number}", image.sample(LARGE, number)
+    for number in range(OWN):
+        yield f"own{nth}-{number}", image.sample(SMALL, 1000 + nth * OWN + number)
+
+
+def write(path, data):
+    with open(path, "wb") as file:
+        file.write(data)
+
+
+class Store:
+    """A file system on the RAM disk `ram`, with the files of all images. A read of it takes `delay` milliseconds more."""
+
+    def __init__(self, ram, delay=0):
+        with open(f"/sys/block/{os.path.basename(ram)}/size", encoding="ascii") as file:
+            sectors = int(file.read())
+        # RAM disks don't count what is read.
+        target = ("delay", ram, 0, delay, ram, 0, 0) if delay else ("linear", ram, 0)
+        self.disk, self.path = dm.create(dm.line(0, sectors, *target), readonly=False), f"/run/{NAME}"
+        try:
+            os.makedirs(self.path, exist_ok=True)
+            run("mkfs.ext4", "-q", "-F", self.disk.path)
+            run("mount", self.disk.path, self.path)
+        except RuntimeError:
+            self.disk.remove()
+            raise
+
+    def kib_read(self):
+        """KiB that were read of the disk."""
+        with open(f"/sys/block/{os.path.basename(self.disk.path)}/stat", encoding="ascii") as file:
+            return int(file.read().split()[2]) // 2
+
+    def layers(self, nth):
+        """Files of the layers of image nth, lowest first."""
+        paths = []
+        for name, data in files(nth):
+            path = f"{self.path}/{name}.obd"
+            if not os.path.exists(path):
+                self._layer(path, name, data, paths)
+            paths.append(path)
+        return paths
+
+    def _layer(self, path, name, data, below):
+        with tarfile.open(f"{path}.tar", "w") as tar:
+            member = tarfile.TarInfo(name)
+            member.size = len(data)
+            tar.addfile(member, io.BytesIO(data))
+        base = [word for layer in below for word in ("--base", layer)]
+        kind = ("apply",) if below else ("convert", "--fs", "erofs")
+        run("obdsetup", *kind, f"{path}.tar", *base, path)
+        os.unlink(f"{path}.tar")
+
+    def file(self, nth, kind):
+        """Image nth as one file, an erofs or a squashfs."""
+        path, tree = f"{self.path}/image{nth}.{kind}", f"{self.path}/tree"
+        if not os.path.exists(path):
+            os.makedirs(tree, exist_ok=True)
+            for name in os.listdir(tree):
+                os.unlink(f"{tree}/{name}")
+            for name, data in files(nth):
+                write(f"{tree}/{name}", data)
+            run(*{"erofs": ("mkfs.erofs", "--quiet", "-zlz4", path, tree),
+                  "squashfs": ("mksquashfs", tree, path, "-comp", "lz4", "-quiet", "-no-progress")}[kind])
+        return path
+
+    def close(self):
+        run("umount", self.path)
+        self.disk.remove()
+
+
+def place(nth):
+    return f"/run/{NAME}{nth}"
+
+
+def decompressed(word=""):
+    """Blocks that the zfile devices with `word` in their names have decompressed."""
+    rows = run("dmsetup", "status", "--noflush", "--target", "zfile").splitlines()
+    rows = [row for row in rows if " zfile " in row and word in row.split(":")[0]]
+    return sum(int(row.split(" zfile ")[1].split()[7]) for row in rows)
+
+
+class Stacks:
+    """Images of layers, mounted."""
+
+    def __init__(self, store, *options, mount=""):
+        self.store, self.options, self.mount = store, options, mount
+
+    def prepare(self, nth):
+        self.store.layers(nth)
+
+    def up(self, nth):
+        run("obdsetup", "open", *self.options, f"{NAME}{nth}", *self.store.layers(nth))
+        run("mount", "-t", "erofs", "-o", f"ro{self.mount}", f"/dev/mapper/{NAME}{nth}", place(nth))
+
+    def down(self, nth):
+        subprocess.run(["umount", place(nth)], capture_output=True, check=False)
+        run("obdsetup", "close", f"{NAME}{nth}")
+
+    def decompressed(self):
+        return {"blocks decompressed": decompressed()}
+
+
+class Files:
+    """Images of one plain file each, mounted."""
+
+    def __init__(self, store, kind):
+        self.store, self.kind = store, kind
+
+    def prepare(self, nth):
+        self.store.file(nth, self.kind)
+
+    def up(self, nth):
+        run("mount", "-t", self.kind, "-o", "ro,loop", self.store.file(nth, self.kind), place(nth))
+
+    def down(self, nth):
+        run("umount", place(nth))
+        os.unlink(self.store.file(nth, self.kind))
+
+    def decompressed(self):
+        """Not counted by the kernel."""
+        return {}
+
+
+def ways(store):
+    """The columns."""
+    return {"private": Stacks(store, "--private"), "shared": Stacks(store),
+            "inode_share": Stacks(store, mount=f",inode_share,domain_id={NAME}"),
+            "erofs": Files(store, "erofs"), "squashfs": Files(store, "squashfs")}
+
+
+def read(nth):
+    for entry in os.scandir(place(nth)):
+        content(entry.path)
+
+
+def block_devices():
+    """How many mapped devices and loop devices are in use."""
+    mapped = sum(name.startswith("dm-") for name in os.listdir("/sys/block"))
+    return {"mapped devices": mapped, "loop devices": len(run("losetup", "--noheadings", "--list").splitlines())}
+
+
+def around(times, nth):
+    """Of how long it took, the median of the three that end with the nth."""
+    return round(statistics.median(times[max(nth - 3, 0):nth]), 3)
+
+
+def measure(store, way, count):
+    """Opens so many images, and reads all of each, in random order."""
+    for nth in range(count):
+        os.makedirs(place(nth), exist_ok=True)
+        way.prepare(nth)
+    run("sync")
+    drop_caches()
+    up, times = 0, []
+    had, read_before, memory, cached = block_devices(), store.kib_read(), kernel_memory(), page_cache()
+    try:
+        for nth in range(count):
+            up = nth + 1
+            times.append(timed(way.up, nth))
+        figures = {"seconds to open all": round(sum(times), 2)}
+        if count >= 10:
+            figures |= {f"seconds to open number {nth}": around(times, nth) for nth in sorted({10, count})}
+        figures |= {what: number - had[what] for what, number in block_devices().items()}
+        figures["KiB of kernel memory, idle"] = kernel_memory() - memory
+        order = list(range(count))
+        random.Random(1).shuffle(order)
+        for nth in order:
+            read(nth)
+        return figures | {"KiB read below": store.kib_read() - read_before,
+                          "KiB of page cache": page_cache() - cached} | way.decompressed()
+    finally:
+        for nth in reversed(range(up)):
+            way.down(nth)
+
+
+def second(store, mode):
+    """What each of two images reads of the files that both have. With `mode`, the caches are set to it by hand."""
+    way, figures = Stacks(store), {}
+    for nth in range(2):
+        os.makedirs(place(nth), exist_ok=True)
+        way.prepare(nth)
+    up = 0
+    try:
+        for nth in range(2):
+            up = nth + 1
+            way.up(nth)
+        for row in run("dmsetup", "ls", "--target", "zfile").splitlines() if mode else ():
+            run("dmsetup", "message", row.split()[0], "0", "cache", mode)
+        drop_caches()
+        for nth, which in enumerate(("first", "second")):
+            # Where they are is in layers that each has of its own.
+            for number in range(COMMON):
+                os.stat(f"{place(nth)}/common{number}")
+            kib, blocks = store.kib_read(), decompressed("common")
+            took = sum(timed(content, f"{place(nth)}/common{number}") for number in range(COMMON))
+            figures |= {f"{which}: seconds": round(took, 3), f"{which}: KiB read below": store.kib_read() - kib,
+                        f"{which}: blocks of common layers decompressed": decompressed("common") - blocks}
+        return figures
+    finally:
+        for nth in reversed(range(up)):
+            way.down(nth)
+
+
+def main(ram, counts, fact):
+    """Measures on the RAM disk `ram`; fact() takes a figure."""
+    store = Store(ram)
+    try:
+        for count in counts:
+            for what, way in ways(store).items():
+                try:
+                    for name, value in measure(store, way, count).items():
+                        fact(f"sharing, {what}, {count} images, {name}", value)
+                except (RuntimeError, OSError) as error:
+                    fact(f"sharing, {what}, {count} images, failed", json.dumps(str(error)))
+    finally:
+        store.close()
+    for disk, delay in (("RAM disk", 0), (f"{DELAY} ms a read", DELAY)):
+        store = Store(ram, delay)
+        try:
+            for mode in ("", "none"):
+                for name, value in second(store, mode).items():
+                    fact(f"sharing, {disk}, cache {mode or 'as open sets it'}, {name}", value)
+        finally:
+            store.close()
