@@ -153,8 +153,10 @@ class Stacks:
         subprocess.run(["umount", place(nth)], capture_output=True, check=False)
         run("obdsetup", "close", f"{NAME}{nth}")
 
-    def decompressed(self):
-        return {"blocks decompressed": decompressed()}
+    def counted(self):
+        """By the module: blocks decompressed, and KiB of blocks kept."""
+        with open("/sys/module/dm_overlaybd/parameters/cache_bytes", encoding="ascii") as file:
+            return {"blocks decompressed": decompressed(), "KiB of the module's cache": int(file.read()) // KIB}
 
 
 class Files:
@@ -173,8 +175,8 @@ class Files:
         run("umount", place(nth))
         os.unlink(self.store.file(nth, self.kind))
 
-    def decompressed(self):
-        """Not counted by the kernel."""
+    def counted(self):
+        """Not by the kernel."""
         return {}
 
 
@@ -224,7 +226,7 @@ def measure(store, way, count):
         for nth in order:
             read(nth)
         return figures | {"KiB read below": store.kib_read() - read_before,
-                          "KiB of page cache": page_cache() - cached} | way.decompressed()
+                          "KiB of page cache": page_cache() - cached} | way.counted()
     finally:
         for nth in reversed(range(up)):
             way.down(nth)
