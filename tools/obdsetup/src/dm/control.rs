@@ -160,13 +160,6 @@ impl Control {
         Ok(text.lines().filter_map(State::parse).collect())
     }
 
-    /// Word `nth`, from 0, of the status of device `name`; nothing where there is none.
-    pub(super) fn status_word(&self, name: &str, nth: usize) -> Option<String> {
-        let text = self.run(&["status", "--noflush", name]).ok()?;
-        let line = Line::parse(text.lines().next()?)?;
-        line.params.split_whitespace().nth(nth).map(str::to_owned)
-    }
-
     /// Runs dmsetup with `args`, which let it wait for nothing; gives what it prints.
     pub(super) fn run(&self, args: &[&str]) -> Result<String> {
         self.run_program(dmsetup().args(args).despite_signals())

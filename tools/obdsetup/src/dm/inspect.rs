@@ -58,6 +58,18 @@ impl Control {
         });
         Ok(devices.collect())
     }
+
+    /// Returns word `nth`, from 0, of the status of each of the devices `names`, by name. Where one of them
+    /// is gone, or has no such word, it may be missing, and so may others.
+    pub(super) fn status_words(&self, names: &[&str], nth: usize) -> HashMap<String, String> {
+        let status = self.run(&[&["status", "--noflush"], names].concat());
+        let word = |(name, status): (String, Vec<Line>)| {
+            let mut words = status.first()?.params.split_whitespace();
+            Some((name, words.nth(nth)?.to_owned()))
+        };
+        let status = lines(names, &status.unwrap_or_default());
+        status.into_iter().filter_map(word).collect()
+    }
 }
 
 /// The lines that dmsetup prints for each of the devices `names`. Where it is asked for one device

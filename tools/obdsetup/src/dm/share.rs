@@ -498,45 +498,81 @@ impl Mark {
     }
 }
 
+/// A shared zfile device, for its cache.
+struct Cached {
+    number: String,
+    name: String,
+    uuid: String,
+}
+
+impl Cached {
+    /// Returns the device with the number `number`, where it is a zfile.
+    fn of(number: &str) -> Option<Self> {
+        let text = |name: &str| {
+            let text = fs::read_to_string(system(number).join("dm").join(name));
+            text.map(|text| text.trim_end().to_owned()).ok()
+        };
+        let (name, uuid) = (text("name")?, text("uuid")?);
+        let number = number.to_owned();
+        let is_zfile = parse(&uuid).is_some_and(|(kind, _)| kind == Kind::Zfile);
+        is_zfile.then_some(Self { number, name, uuid })
+    }
+
+    /// Whether several tables name it.
+    fn is_shared(&self) -> bool {
+        users(&self.number).len() > 1
+    }
+
+    /// Whether the mode of its cache, which is marked as `mark`, may be wrong.
+    fn is_wrong(&self, mark: Mark) -> bool {
+        match mark {
+            Mark::None => self.is_shared(),
+            Mark::Begun => true,
+            Mark::Set => !self.is_shared(),
+        }
+    }
+}
+
 /// Sets how the caches of the shared devices with the numbers `numbers` are used: those that several
 /// tables name keep all blocks, since what one stack has read others get from there; others keep what
 /// the page caches above don't, as their tables say. Where somebody else has set the mode, it stays.
 /// What goes wrong is told: the stacks work all the same.
 pub(crate) fn set_caches(control: &Control, numbers: &BTreeSet<String>) {
-    for number in numbers {
-        let text = |name: &str| {
-            let text = fs::read_to_string(system(number).join("dm").join(name));
-            text.map(|text| text.trim_end().to_owned())
-        };
-        let (Ok(name), Ok(uuid)) = (text("name"), text("uuid")) else {
-            continue;
-        };
-        if parse(&uuid).is_none_or(|(kind, _)| kind != Kind::Zfile) {
-            continue;
-        }
-        if let Err(error) = set_cache(control, number, &name, &uuid) {
+    let devices = numbers.iter().filter_map(|number| Cached::of(number));
+    let wrong: Vec<Cached> = devices
+        .filter(|device| device.is_wrong(Mark::of(&device.uuid)))
+        .collect();
+    if wrong.is_empty() {
+        return;
+    }
+    // With one dmsetup: each start of it costs.
+    let names: Vec<&str> = wrong.iter().map(|device| &*device.name).collect();
+    let mut modes = control.status_words(&names, CACHE_MODE);
+    for device in &wrong {
+        if let Err(error) = set_cache(control, device, modes.remove(&device.name)) {
             crate::tell(&format!("warning: {}", crate::message(&error)));
         }
     }
 }
 
-/// Sets how the cache of one device is used.
-fn set_cache(control: &Control, number: &str, name: &str, uuid: &str) -> Result<()> {
-    let shared = || users(number).len() > 1;
-    let is_right = |shared: bool| match Mark::of(uuid) {
-        Mark::None => !shared,
-        Mark::Begun => false,
-        Mark::Set => shared,
-    };
+/// Sets how the cache of one device is used. `mode` is what it was a moment ago, where that is known.
+fn set_cache(control: &Control, device: &Cached, mut mode: Option<String>) -> Result<()> {
+    let Cached { number, name, uuid } = device;
     // Others come and go meanwhile: the last one to look finds it right.
     for _ in 0..LOOKS {
-        if is_right(shared()) {
+        if !device.is_wrong(Mark::of(uuid)) {
             break;
         }
         let lock = lock_device(uuid)?;
-        let (shared, is) = (shared(), Mark::of(uuid));
-        // A module that is older than the message doesn't tell.
-        let Some(mode) = control.status_word(name, CACHE_MODE) else {
+        let (shared, is) = (device.is_shared(), Mark::of(uuid));
+        let now = || {
+            control
+                .status_words(&[name.as_str()], CACHE_MODE)
+                .remove(name)
+        };
+        // A module that is older than the message doesn't tell. Another obdsetup that has set the mode since
+        // it was read has left a mark.
+        let Some(mode) = mode.take().or_else(now) else {
             return Ok(());
         };
         let message = is.message(shared, &mode);
