@@ -1,25 +1,28 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! Blocks that were decompressed of late, of all devices.
+//! The cache of recently decompressed blocks, for all zfile devices.
 //!
-//! A read of a part of a block goes through the cache, so that a 64 KiB block under 4 KiB reads is
-//! read and decompressed once. Reads of one block that come together share the work: the first
-//! loads it, the others wait for that.
+//! A read of a part of a block goes through the cache, so that a 64 KiB block is read and
+//! decompressed once, and not once for each 4 KiB read. Concurrent reads of one block share the
+//! work: the first one loads the block, the others wait for it.
 //!
-//! There is one [`Cache`], with one limit and one shrinker. Each device has an [`Index`] in it: for
-//! each [`LEAF`] blocks that follow one another a [`Leaf`], which is there while one of them is. So a
-//! block's place follows from its number, a run of blocks is looked up at once, and a device that
-//! goes takes out its own blocks only.
+//! There is one [`Cache`], with one limit and one shrinker. Each device has an [`Index`] in it: an
+//! array with a place for each group of [`LEAF`] consecutive blocks. A [`Leaf`] exists while at
+//! least one block of its group is cached or being loaded. So the place of a block follows from its
+//! number, a run of blocks is looked up with one lock held, and a device that is removed evicts its
+//! own blocks only.
 //!
-//! What makes room is chosen by a clock: its hand goes through all leaves of a device, then through
-//! those of the next one. A block that was used since the hand came by last stays once more. A device
-//! that has more than its share makes room for its own blocks, with a hand that is its own.
+//! A clock chooses the blocks to evict. Its hand goes over all leaves of a device, then over those
+//! of the next device. If a block was used since the hand last passed, it stays until the next
+//! pass. Each device keeps the position of the hand in its own leaves; if it has used up its share,
+//! it evicts its own blocks, from there on.
 //!
-//! Memory is only ever asked for without waiting; without it, a read does without the cache. Nothing
-//! is allocated, copied or freed under a lock.
+//! The path of an I/O allocates memory without waiting. If there is none, the read does not use the
+//! cache. Nothing is allocated, copied or freed with a lock held.
 //!
-//! Lock order: all locks are taken alone: that of the list of devices, those of the leaves, of which
-//! each device has [`SHARDS`], and each block's. All are taken in any context.
+//! Lock order: no two of these locks are held at once: the lock of the list of devices, the
+//! [`SHARDS`] locks of each device's leaves, and the lock of each block. All may be taken in any
+//! context but NMI.
 
 use core::ops::Range;
 
@@ -33,31 +36,33 @@ use crate::block::{memory, quota, Data, Lock, Pool, Shrink, Tidy};
 use crate::dm::{self, Io, IoQueue};
 use crate::format::num::{to_u64, to_usize};
 
-/// Blocks of a leaf.
+/// Number of consecutive blocks in a leaf.
 const LEAF: usize = 64;
-/// Locks of a device.
+/// Shards of a device's index. Each has a lock.
 const SHARDS: usize = 8;
-/// Most blocks that are looked up at once.
+/// Largest number of blocks that one lookup returns.
 pub(super) const RUN: usize = 32;
-/// Most blocks that are taken out with a lock held.
+/// Largest number of blocks that are evicted with a lock held.
 const TAKE: usize = 16;
-/// Most places for leaves, or devices, that are looked at with a lock held.
+/// Largest number of places for leaves, or of devices, that are examined with a lock held.
 const SCAN: usize = 256;
-/// Places for leaves that are made between two pauses.
+/// Places for leaves that are initialised between two calls of `cond_resched`.
 const PAUSE: usize = 1 << 16;
-/// Most times that a read takes a lock to make room.
+/// Steps that a read may take in one attempt to make room. A step takes one lock or two, one after
+/// the other.
 const STEPS: usize = 64;
-/// Bytes that a block takes beside its data: itself, with a counter of references.
+/// Bytes of memory that a block takes in addition to its data: the [`Block`] and its reference
+/// count.
 const OVERHEAD: usize = size_of::<Block>() + size_of::<usize>();
-/// Bytes that a leaf takes.
+/// Bytes of memory that a leaf takes: `kmalloc` rounds up to a power of two.
 const LEAF_MEMORY: usize = size_of::<Leaf>().next_power_of_two();
 
-/// A block, or the place for it while it is being loaded.
+/// A block that is cached or being loaded.
 #[pin_data]
 pub(super) struct Block {
-    /// What it decompresses to, once it was loaded.
+    /// The decompressed bytes. Set once, when the block has been loaded.
     data: SetOnce<Data>,
-    /// Reads that wait; `None` when loading has ended, well or not.
+    /// Reads that wait for the block; `None` once loading has ended, with or without an error.
     #[pin]
     waiting: Lock<Option<IoQueue<Zfile>>>,
 }
@@ -74,7 +79,7 @@ impl Block {
         )
     }
 
-    /// Keeps `data` as the block's bytes.
+    /// Sets the block's decompressed bytes, and counts their memory in `cache_bytes`.
     pub(super) fn keep(&self, data: Data) {
         let bytes = data.memory() + OVERHEAD;
         if self.data.populate(data) {
@@ -82,17 +87,17 @@ impl Block {
         }
     }
 
-    /// The block's bytes, if it is loaded.
+    /// Returns the decompressed bytes, or `None` if the block isn't loaded.
     pub(super) fn data(&self) -> Option<&Data> {
         self.data.as_ref()
     }
 
-    /// Bytes that it counts for.
+    /// Returns the bytes of memory that are counted in `cache_bytes` for this block.
     fn memory(&self) -> usize {
         self.data().map_or(0, |data| data.memory() + OVERHEAD)
     }
 
-    /// Lets `io` wait until the block is loaded; gives it back where loading has ended.
+    /// Queues `io` until the block is loaded. Returns `io` if loading has already ended.
     pub(super) fn wait(&self, io: Io<Zfile>) -> Option<Io<Zfile>> {
         match &mut *self.waiting.lock() {
             Some(queue) => {
@@ -103,7 +108,7 @@ impl Block {
         }
     }
 
-    /// Takes the first read that waits. Where there is none, loading has ended.
+    /// Removes and returns the first waiting read. If no read waits, marks loading as ended.
     fn first_waiting(&self) -> Option<Io<Zfile>> {
         let mut waiting = self.waiting.lock();
         let first = (*waiting).as_mut().and_then(IoQueue::pop);
@@ -114,7 +119,7 @@ impl Block {
     }
 }
 
-/// Blocks that follow one another.
+/// Up to [`RUN`] consecutive blocks.
 #[derive(Default)]
 pub(super) struct Run {
     blocks: [Option<Arc<Block>>; RUN],
@@ -122,7 +127,7 @@ pub(super) struct Run {
 }
 
 impl Run {
-    /// Adds one; gives it back where there is no room.
+    /// Appends `block`. Returns it if the run is full.
     fn push(&mut self, block: Arc<Block>) -> Option<Arc<Block>> {
         let Some(slot) = self.blocks.get_mut(self.len) else {
             return Some(block);
@@ -131,38 +136,40 @@ impl Run {
         slot.replace(block)
     }
 
-    /// How many there are.
+    /// Returns the number of blocks.
     pub(super) fn len(&self) -> usize {
         self.len
     }
 
-    /// The blocks' bytes.
+    /// Returns the decompressed bytes of each block, in order.
     pub(super) fn data(&self) -> impl Iterator<Item = &Data> {
         let blocks = self.blocks.iter().flatten();
         blocks.filter_map(|block| block.data())
     }
 }
 
-/// Loads a range of blocks in order. Dropping it fails the reads that wait for blocks that are left.
+/// Loads a range of blocks in order. Dropping it fails the reads that wait for blocks not loaded
+/// yet.
 ///
 /// # Invariants
 ///
-/// Those of `blocks` that are in the cache are being loaded by this.
+/// Of `blocks`, those that have a place in the cache are being loaded by this loader only.
 pub(super) struct Loader {
     index: Arc<Index>,
     blocks: Range<u64>,
 }
 
 impl Loader {
-    /// The blocks that are left.
+    /// Returns the numbers of the blocks that aren't loaded yet.
     pub(super) fn blocks(&self) -> Range<u64> {
         self.blocks.clone()
     }
 
-    /// Keeps the blocks before `at`, and gives the others away.
+    /// Splits the range at block `at`. Keeps the blocks before it, and returns a loader for the
+    /// others.
     pub(super) fn split_off(&mut self, at: u64) -> Self {
         let at = at.clamp(self.blocks.start, self.blocks.end);
-        // INVARIANT: Each block belongs to one of the two.
+        // INVARIANT: Each block belongs to one of the two loaders.
         let rest = Self {
             index: self.index.clone(),
             blocks: at..self.blocks.end,
@@ -171,12 +178,15 @@ impl Loader {
         rest
     }
 
-    /// The next block.
+    /// Returns the next block to load; `None` if the cache doesn't have it. Must be called only
+    /// while blocks are left.
     pub(super) fn block(&self) -> Option<Arc<Block>> {
         self.index.find(self.blocks.start)
     }
 
-    /// Memory for the next block's data, of `len` bytes, for which others may have to make room.
+    /// Allocates memory for the decompressed bytes of the next block, `len` bytes, without waiting.
+    /// If the cache would exceed its limit, evicts blocks of any device. Returns `None` if that
+    /// does not make enough room, or if there is no memory.
     pub(super) fn room(&self, len: usize) -> Option<Data> {
         let cache = &self.index.cache;
         let over = (quota::used() + len + OVERHEAD).saturating_sub(quota::limit());
@@ -186,8 +196,8 @@ impl Loader {
         Data::try_new(&cache.pool, len)
     }
 
-    /// Ends loading of the next block, which is `block`; gives those that wait for it. A block
-    /// without data leaves the cache.
+    /// Ends loading of the next block, which is `block`, and returns the reads that wait for it. A
+    /// block without data is removed from the cache.
     pub(super) fn finish(&mut self, block: Option<Arc<Block>>) -> IoQueue<Zfile> {
         let Some(number) = self.blocks.next() else {
             return IoQueue::new();
@@ -200,8 +210,9 @@ impl Loader {
         waited.unwrap_or_default()
     }
 
-    /// Gives the next block up. The first read that waits for it has to load it now; it comes with
-    /// the loader for that. The others wait on. A block that no read waits for leaves the cache.
+    /// Stops loading the next block. The first read that waits for it has to load it instead:
+    /// returns that read, and a loader for the block. The other reads continue to wait. If no read
+    /// waits, the block is removed from the cache.
     pub(super) fn pass_on(&mut self) -> Option<(Io<Zfile>, Self)> {
         let block = self.block();
         let Some(io) = block.as_ref().and_then(|block| block.first_waiting()) else {
@@ -209,7 +220,7 @@ impl Loader {
             return None;
         };
         let number = self.blocks.next()?;
-        // INVARIANT: The block is still being loaded, by the new one alone.
+        // INVARIANT: The block is still being loaded, now by the new loader only.
         let loader = Self {
             index: self.index.clone(),
             blocks: number..number + 1,
@@ -227,27 +238,29 @@ impl Drop for Loader {
     }
 }
 
-/// What the cache knows of a block.
+/// Result of looking up a block.
 pub(super) enum Lookup {
-    /// It is there, or being loaded.
+    /// The block is cached or being loaded.
     Found(Arc<Block>),
-    /// It isn't there, and neither are the next ones: load them.
+    /// The cache has neither this block nor those after it that the loader is for. The caller must
+    /// load them.
     Missing(Loader),
-    /// There is no room or no memory for it.
+    /// The cache has no room or no memory for the block. The caller must read without the cache.
     Bypass,
 }
 
-/// [`LEAF`] blocks that follow one another: a bit or a place for each.
+/// The state of [`LEAF`] consecutive blocks: bit n of each mask, and element n of `blocks`, are for
+/// block n of the leaf.
 ///
 /// # Invariants
 ///
-/// A block has a place and a bit in `there`, or neither. `loaded` and `used` have bits of `there`
-/// only. A block in `loaded` has data. The leaf's own memory is counted.
+/// A bit in `there` is set if and only if `blocks` has that block. `loaded` and `used` are subsets
+/// of `there`. A block in `loaded` has data. The memory of the leaf is counted in `cache_bytes`.
 struct Leaf {
     there: u64,
-    /// Those that have been loaded, and may be taken out.
+    /// Blocks that have been loaded, and may be evicted.
     loaded: u64,
-    /// Those that were used since the hand of a clock came by.
+    /// Blocks that were used since the hand of the clock last passed.
     used: u64,
     blocks: [Option<Arc<Block>>; LEAF],
 }
@@ -269,7 +282,7 @@ impl Leaf {
         self.blocks.get(at)?.as_ref()
     }
 
-    /// Takes a block out.
+    /// Removes and returns the block at `at`.
     fn take(&mut self, at: usize) -> Option<Arc<Block>> {
         let keep = !(1 << at);
         self.there &= keep;
@@ -278,7 +291,7 @@ impl Leaf {
         self.blocks.get_mut(at)?.take()
     }
 
-    /// Puts a block in a place that is empty.
+    /// Puts `block` at `at`, which must be empty.
     fn put(&mut self, at: usize, block: Arc<Block>) {
         if let Some(slot) = self.blocks.get_mut(at) {
             *slot = Some(block);
@@ -293,12 +306,12 @@ impl Drop for Leaf {
     }
 }
 
-/// The leaves that a lock guards.
+/// The leaves that one lock protects: those whose number modulo [`SHARDS`] is the shard's.
 struct Shard {
     leaves: KVVec<Option<KBox<Leaf>>>,
 }
 
-/// What was taken out, or is to be.
+/// A number of blocks, and of bytes of their memory: evicted, or to be evicted.
 #[derive(Default)]
 struct Amount {
     blocks: usize,
@@ -309,20 +322,21 @@ struct Amount {
 #[pin_data]
 pub(crate) struct Index {
     cache: Arc<Cache>,
-    /// Blocks that are there, or being loaded.
+    /// Number of blocks that are cached or being loaded, and of places reserved for more.
     count: Atomic<usize>,
-    /// Those of them that have been loaded, and may be taken out.
+    /// Number of blocks that have been loaded, and may be evicted.
     loaded: Atomic<usize>,
-    /// Where the hand of the clock is: a block's place, counted through all shards.
+    /// Position of the hand of the clock: (shard · `places` + place of the leaf) · [`LEAF`] + bit.
     hand: Atomic<usize>,
-    /// Places for leaves in each shard.
+    /// Number of places for leaves in each shard.
     places: usize,
     #[pin]
     shards: [Lock<Shard>; SHARDS],
 }
 
 impl Index {
-    /// Where a block is: shard, place there, bit.
+    /// Returns the place of block `number`: its shard, the place of its leaf in the shard, and its
+    /// bit in the leaf.
     fn place(&self, number: u64) -> (Option<&Lock<Shard>>, usize, usize) {
         let (leaf, bit) = (
             to_usize(number / to_u64(LEAF)),
@@ -331,20 +345,22 @@ impl Index {
         (self.shards.get(leaf % SHARDS), leaf / SHARDS, bit)
     }
 
-    /// Blocks that are there, or being loaded.
+    /// Returns the number of blocks that are cached or being loaded, and of places reserved for
+    /// more.
     pub(super) fn len(&self) -> usize {
         self.count.load(Relaxed)
     }
 
-    /// Whether there are blocks that may be taken out.
+    /// Returns whether any block may be evicted.
     fn has_loaded(&self) -> bool {
         self.loaded.load(Relaxed) > 0
     }
 
-    /// Looks the first of `blocks` up. Where it is missing, it has a place now, and so have those
-    /// behind it that are missing. Of this device, `share` blocks are kept at most.
+    /// Looks up the first of `blocks`. If it is missing, adds it and the missing blocks directly
+    /// after it as blocks being loaded, and returns a loader for them. If the device would then
+    /// have more than `share` blocks, evicts some of its blocks first.
     pub(super) fn get(this: &Arc<Self>, blocks: Range<u64>, share: usize) -> Lookup {
-        // Twice, as others may change what is there while memory is asked for.
+        // Twice: another thread may change the leaf while this one allocates memory.
         for _ in 0..2 {
             let (missing, new_leaf) = match this.look_up(blocks.clone()) {
                 Ok(block) => return Lookup::Found(block),
@@ -354,7 +370,7 @@ impl Index {
             let placed = this.add(blocks.start, room, new_leaf);
             this.count.fetch_sub(room - placed, Relaxed);
             if placed > 0 {
-                // INVARIANT: They have just got their places.
+                // INVARIANT: `add` has just given them their places.
                 return Lookup::Missing(Loader {
                     index: this.clone(),
                     blocks: blocks.start..blocks.start + to_u64(placed),
@@ -367,8 +383,8 @@ impl Index {
         Lookup::Bypass
     }
 
-    /// Looks the first of `blocks` up. Where it is missing, gives how many are, and whether the leaf
-    /// for them is.
+    /// Looks up the first of `blocks`. If it is missing, returns as the error the number of missing
+    /// blocks from there on, and whether their leaf is missing, too.
     fn look_up(&self, blocks: Range<u64>) -> Result<Arc<Block>, (usize, bool)> {
         let (shard, place, first) = self.place(blocks.start);
         let most = to_usize(blocks.end - blocks.start)
@@ -386,8 +402,8 @@ impl Index {
         Ok(block)
     }
 
-    /// Those of `blocks` that are loaded, from the first on, and no more than are in one leaf and a
-    /// run.
+    /// Returns the loaded blocks at the start of `blocks`: up to the first one that isn't loaded,
+    /// the end of the leaf, or [`RUN`] blocks. Marks them as used.
     pub(super) fn run(&self, blocks: Range<u64>) -> Run {
         let mut run = Run::default();
         let (shard, place, first) = self.place(blocks.start);
@@ -399,7 +415,7 @@ impl Index {
             for at in (first..LEAF).take(there.min(most)) {
                 leaf.used |= 1 << at;
                 if let Some(block) = leaf.block(at) {
-                    // There is room, and nothing to drop.
+                    // Never full: `most` is at most `RUN`.
                     let _ = run.push(block.clone());
                 }
             }
@@ -407,7 +423,9 @@ impl Index {
         run
     }
 
-    /// Counts up to `wanted` blocks more, as many as there is room for.
+    /// Reserves places for up to `wanted` more blocks: adds them to the number of blocks. Evicts
+    /// blocks of the device if it would have more than `share`. Returns how many places it has
+    /// reserved.
     fn reserve(&self, wanted: usize, share: usize) -> usize {
         let now = self.count.fetch_add(wanted, Relaxed) + wanted;
         let over = now.saturating_sub(share);
@@ -416,7 +434,8 @@ impl Index {
         }
         let mut steps = STEPS;
         let mut left = over;
-        // The hand comes by once more where all were used, and it may have begun in the middle.
+        // Up to three passes: the first one may start in the middle, and if all blocks were used, a
+        // full pass only clears their used bits.
         for _ in 0..3 {
             let amount = Amount {
                 blocks: left,
@@ -432,7 +451,8 @@ impl Index {
         wanted - over
     }
 
-    /// Gives places to up to `count` blocks from `number` on, all in one leaf; gives to how many.
+    /// Adds up to `count` blocks to one leaf, from block `number` to the first one that has a place
+    /// already. Allocates the leaf if `new_leaf` is set. Returns the number of blocks added.
     fn add(&self, number: u64, count: usize, new_leaf: bool) -> usize {
         let mut run = Run::default();
         for _ in 0..count {
@@ -441,7 +461,7 @@ impl Index {
                 break;
             }
         }
-        // Without a block, nothing would take the leaf out again.
+        // A leaf without blocks would never be freed.
         let mut new_leaf = (new_leaf && run.len() > 0).then(Leaf::new).flatten();
         let (shard, place, first) = self.place(number);
         let Some(shard) = shard else { return 0 };
@@ -465,12 +485,12 @@ impl Index {
                 }
             }
         }
-        // What wasn't needed is freed here, without the lock.
+        // Free what wasn't used here, after unlocking.
         drop((run, new_leaf));
         placed
     }
 
-    /// A block that is there, or being loaded.
+    /// Returns block `number` if it is cached or being loaded.
     fn find(&self, number: u64) -> Option<Arc<Block>> {
         let (shard, place, at) = self.place(number);
         let mut shard = shard?.lock();
@@ -478,11 +498,11 @@ impl Index {
         leaf.block(at).cloned()
     }
 
-    /// Loading of `block` has ended. Without data, it is taken out.
+    /// Records that loading of `block` has ended. If it has no data, removes it.
     fn loaded(&self, number: u64, block: &Arc<Block>) {
         let (shard, place, at) = self.place(number);
         let Some(shard) = shard else { return };
-        // The caller has a reference to the block, so it isn't freed under the lock.
+        // The caller holds a reference to the block, so it isn't freed with the lock held.
         let mut empty = None;
         {
             let mut shard = shard.lock();
@@ -510,9 +530,10 @@ impl Index {
         self.count.fetch_sub(1, Relaxed);
     }
 
-    /// Takes out blocks that weren't used, from where the hand is, until they are as much as
-    /// `wanted` in blocks and bytes. Takes locks up to `steps` times, which it counts down. Gives
-    /// what was taken out, and whether the hand has come to the end.
+    /// Evicts blocks that weren't used, from the position of the hand on, until both numbers in
+    /// `wanted` are reached, the hand has reached the end, no block may be evicted, or no steps are
+    /// left. Decrements `steps` each time that it takes a lock. Returns what it has evicted, and
+    /// whether the hand has reached the end.
     fn evict(&self, wanted: &Amount, steps: &mut usize) -> (Amount, bool) {
         let mut taken = Amount::default();
         let mut end = false;
@@ -531,7 +552,7 @@ impl Index {
             let (next, mut blocks) =
                 self.sweep(hand, most, wanted.bytes.saturating_sub(taken.bytes));
             end = next >= self.places * LEAF * SHARDS;
-            // Several may do this at once: then some blocks are passed twice.
+            // Several threads may do this at once; then the hand passes some blocks twice.
             self.hand.store(if end { 0 } else { next }, Relaxed);
             for block in blocks.iter_mut().filter_map(Option::take) {
                 taken.blocks += 1;
@@ -544,8 +565,9 @@ impl Index {
         (taken, end)
     }
 
-    /// Looks at one leaf, the next one from `hand` on. Takes up to `most` blocks of it out, or fewer
-    /// if they have `bytes` bytes. Gives where to go on.
+    /// Passes the hand over the next leaf from `hand` on. Evicts up to `most` of its blocks; if
+    /// `bytes` isn't 0, stops when these have that many bytes. Returns the new position of the
+    /// hand, and the blocks, which the caller frees.
     fn sweep(&self, hand: usize, most: usize, bytes: usize) -> (usize, [Option<Arc<Block>>; TAKE]) {
         let mut blocks = [const { None }; TAKE];
         let leaf = hand / LEAF;
@@ -574,12 +596,12 @@ impl Index {
                 _ => (start + stop) * LEAF,
             }
         };
-        // The memory is freed here and by the caller, without the lock.
+        // The leaf is freed here, and the blocks by the caller, after unlocking.
         drop(empty);
         (next, blocks)
     }
 
-    /// Takes all blocks out, in process context. Nobody adds any.
+    /// Removes all blocks. Called in process context, when no more blocks are added. May sleep.
     fn clear(&self) {
         for shard in &self.shards {
             let mut place = 0;
@@ -608,8 +630,9 @@ impl Index {
 }
 
 impl Leaf {
-    /// What a hand does that comes by, from bit `from` on: takes up to `most` blocks, or `bytes`
-    /// bytes of them, that have been loaded and not used. Gives where it has stopped.
+    /// Passes the hand over this leaf, from bit `from` on: clears the used bits, and evicts up to
+    /// `most` loaded blocks that weren't used. If `bytes` isn't 0, stops when these have that many
+    /// bytes. Returns the bit at which the hand has stopped.
     fn sweep(
         &mut self,
         from: usize,
@@ -639,7 +662,7 @@ impl Leaf {
     }
 }
 
-/// A device's part of the cache, until it is dropped: then its blocks are out.
+/// Owner of a device's part of the cache. Dropping it removes the device's blocks from the cache.
 pub(crate) struct Part(Arc<Index>);
 
 impl core::ops::Deref for Part {
@@ -657,10 +680,10 @@ impl Drop for Part {
     }
 }
 
-/// The devices that have a part.
+/// The devices that have a part of the cache.
 struct Devices {
     all: KVVec<Arc<Index>>,
-    /// Where the hand of the clock is.
+    /// Position of the hand of the clock in `all`.
     hand: usize,
 }
 
@@ -673,7 +696,7 @@ pub(crate) struct Cache {
 }
 
 impl Cache {
-    /// A cache, with pages from `pool`.
+    /// Makes an empty cache that takes its pages from `pool`.
     ///
     /// # Errors
     ///
@@ -694,7 +717,7 @@ impl Cache {
         )
     }
 
-    /// A part for a device of so many blocks.
+    /// Makes a part of the cache for a device with `blocks` blocks. May sleep.
     ///
     /// # Errors
     ///
@@ -731,14 +754,14 @@ impl Cache {
         Ok(Part(index))
     }
 
-    /// Lists a device.
+    /// Adds a device to the list. May sleep.
     fn enter(&self, index: Arc<Index>) -> Result {
         let mut more = KVVec::new();
         loop {
             let wanted = {
                 let mut devices = self.devices.lock();
                 if devices.all.len() < devices.all.capacity() {
-                    // There is room, so this doesn't fail.
+                    // Doesn't fail: the capacity was checked.
                     let _ = devices.all.push_within_capacity(index);
                     return Ok(());
                 }
@@ -751,12 +774,12 @@ impl Cache {
                 }
                 devices.all.len() * 2 + 8
             };
-            // Without the lock.
+            // Allocated without the lock.
             more = KVVec::with_capacity(wanted, memory::LARGE)?;
         }
     }
 
-    /// Takes a device off the list.
+    /// Removes a device from the list.
     fn remove(&self, index: &Arc<Index>) {
         let mut devices = self.devices.lock();
         let all = &mut devices.all;
@@ -764,7 +787,7 @@ impl Cache {
         if let Some(last) = last {
             if !Arc::ptr_eq(&last, index) {
                 let own = all.iter_mut().find(|device| Arc::ptr_eq(device, index));
-                // The caller has a reference, so nothing is freed under the lock.
+                // The caller holds a reference, so nothing is freed with the lock held.
                 if let Some(own) = own {
                     *own = last;
                 }
@@ -772,8 +795,8 @@ impl Cache {
         }
     }
 
-    /// The device that the hand is at, or the next one that has blocks to be taken out. Looks at some
-    /// devices only; where none of them has any, gives how many devices there are.
+    /// Returns the device at the hand, or the next one that has blocks to evict. Examines at most
+    /// [`SCAN`] devices. If none of these has any, returns the number of all devices as the error.
     fn current(&self) -> Result<Arc<Index>, usize> {
         let mut devices = self.devices.lock();
         let Devices { all, hand } = &mut *devices;
@@ -789,8 +812,8 @@ impl Cache {
         Err(all.len())
     }
 
-    /// Takes out blocks of `wanted` bytes in all; gives what they had. Takes a lock of a device up to
-    /// `steps` times.
+    /// Evicts blocks of any device, `wanted` bytes in total, or fewer if `steps` steps are not
+    /// enough. Each step takes the lock of the list of devices or of a shard. Returns the bytes.
     fn evict(&self, wanted: usize, mut steps: usize) -> usize {
         let (mut bytes, mut without) = (0, 0);
         while bytes < wanted && steps > 0 {
@@ -830,7 +853,7 @@ impl Shrink for Cache {
         if freed < target {
             let wanted = (target - freed).saturating_mul(kernel::page::PAGE_SIZE);
             let bytes = self.evict(wanted, STEPS.saturating_add(target));
-            // Their pages are in the pool now, or free already.
+            // The pages of the evicted blocks are in the pool now, or already freed.
             self.pool.drain(bytes / kernel::page::PAGE_SIZE);
             freed += bytes / kernel::page::PAGE_SIZE;
         }
@@ -840,7 +863,7 @@ impl Shrink for Cache {
 
 impl Tidy for Cache {
     fn tidy(&self) -> bool {
-        // The limit may be lower than it was.
+        // The user may have lowered the limit.
         let over = quota::used().saturating_sub(quota::limit());
         let (mut left, mut turns) = (over, over / kernel::page::PAGE_SIZE / STEPS + 1);
         while left > 0 && turns > 0 {

@@ -1,13 +1,13 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! The path of a read: bio, blocks, one lower read of what is stored of them, decompression.
+//! The path of a read: the bio, its blocks, one lower read of their stored bytes, decompression.
 //!
 //! ```text
-//! map_read -> map_blocks -> launch -> [lower read] -> read_done -> [worker] decode -> end
-//!                                                          `----- small: at once ------^
-//!          -> map_cached -> in the cache ----------------------------------------------^
-//!                        -> being loaded: waits ----------------------------------.    |
-//!                        -> launch -> … -> read_done -> [worker] decode_shared ---^
+//! map_read -> map_blocks -> launch -> [lower read] -> read_done -> [worker] decode -----> end
+//!                                                          `----- small LZ4 read --------^
+//!          -> map_cached -> cached: copied ----------------------------------------------^
+//!                        -> being loaded: waits -----------------------------------.     |
+//!                        -> missing: launch -> … -> read_done -> [worker] decode_shared -^
 //! ```
 
 use core::ops::Range;
@@ -25,57 +25,58 @@ use crate::format::num::{to_u64, to_usize};
 use crate::format::zfile::{block_crc, Geometry};
 use crate::format::SECTOR_SIZE;
 
-/// Bytes of the image that one lower read is for: more than that is cut, so that several CPUs work
-/// on a large read.
+/// Largest number of bytes of the original file that one lower read is for, or one block if that is
+/// longer. Longer bios are cut, so that several CPUs work on a large read.
 pub(super) const MAX_REQUEST: u32 = 128 << 10;
 
-/// Most blocks of a device in the cache, if neither the table line says how many nor all reads go
-/// there.
+/// Share of a device: the largest number of its blocks in the cache, if the table line sets none
+/// and the mode isn't [`Mode::All`].
 const DEFAULT_SHARE: usize = 64;
 
-/// The only device.
+/// The target's only lower device.
 const DEVICE: DeviceId = DeviceId::nth(0);
 
-/// A part of a bio, and what must be read for it.
+/// The part of a bio that one [`Io`] reads, and the lower read for it.
 pub(crate) struct Request {
-    /// Blocks that hold it.
+    /// Blocks that have the bytes of this part.
     blocks: Range<u64>,
-    /// Bytes before it in the first block.
+    /// Bytes of the first block before this part.
     skip: usize,
-    /// First byte of the lower read, from the start of the device.
+    /// First byte of the lower read, from the start of the lower device.
     read_start: u64,
     /// Length of the lower read in bytes.
     read_len: usize,
-    /// Where the blocks are for the cache.
+    /// The loader of the blocks, if they go to the cache.
     loader: Option<Loader>,
-    /// Whether an earlier read of these blocks for the cache has failed.
+    /// Whether an earlier lower read of these blocks for the cache has failed.
     again: bool,
-    /// How the lower read has ended, where a worker goes on after an error.
+    /// Result of the lower read, for the worker that handles its error.
     status: Result<(), Status>,
 }
 
-/// Bytes that a spare buffer needs: those of one block, wherever it lies in the device's blocks.
+/// Returns the bytes that a spare buffer needs: enough for the stored bytes of one block, in whole
+/// logical blocks of the lower device. `device_block` is the length of these in bytes.
 pub(super) fn spare_len(geometry: &Geometry, device_block: u64) -> usize {
     to_usize(u64::from(geometry.stored_max()) + 2 * (device_block - 1))
 }
 
-/// Why a block can't be had.
+/// Why a block was not decompressed.
 enum Problem {
     Corrupt,
-    /// Decompression needs working memory.
+    /// Decompression needs working memory, which the caller did not pass.
     NeedsContext,
 }
 
-/// A block that was decompressed.
+/// The decompressed bytes of a block.
 #[derive(Clone, Copy)]
 enum Loaded<'a> {
     Kept(&'a Data),
-    /// There is no memory to keep it.
+    /// In the bounce buffer of a context: there is no memory to cache them.
     Bytes(&'a [u8]),
 }
 
 impl Loaded<'_> {
-    /// Copies what is behind its first `skip` bytes to `pages`; what doesn't fit is left out.
+    /// Copies the bytes after the first `skip` to `pages`, as many as fit.
     fn copy_to(self, skip: usize, pages: &mut Pages<'_>) {
         match self {
             Self::Kept(data) => data.parts(skip).for_each(|part| pages.copy_from(part)),
@@ -91,7 +92,8 @@ impl From<Corrupt> for Problem {
 }
 
 impl Zfile {
-    /// Starts a read.
+    /// Starts a read: cuts the bio to the part that [`Zfile::map_cached`] or [`Zfile::map_blocks`]
+    /// handles.
     pub(super) fn map_read<'a>(&self, bio: Bio<'a, Self>) -> Mapped<'a> {
         let start = bio.sector() * SECTOR_SIZE;
         let end = start + bio.sectors() * SECTOR_SIZE;
@@ -108,8 +110,9 @@ impl Zfile {
         self.map_blocks(bio, start, end)
     }
 
-    /// Starts a read of whole blocks, or of as many of them as there is memory for. Without cache,
-    /// parts of blocks come here, too.
+    /// Starts a read of whole blocks that bypasses the cache. If memory is short, cuts the bio to
+    /// as many blocks as there is memory for. Also called for parts of blocks, if the device has no
+    /// cache, or the cache no room.
     fn map_blocks<'a>(&self, mut bio: Bio<'a, Self>, start: u64, mut end: u64) -> Mapped<'a> {
         let block_size = u64::from(self.geometry.block_size());
         let cut = |end: u64, limit: u64| {
@@ -119,7 +122,7 @@ impl Zfile {
         end = cut(end, u64::from(MAX_REQUEST));
         let cached = self.part.is_some() && self.modes.get() != Mode::None;
         if cached && end < self.geometry.size() && end - start > block_size {
-            // The part of a block at the end goes through the cache.
+            // The rest of the bio, a part of the last block, goes through the cache.
             end -= end % block_size;
         }
         loop {
@@ -138,7 +141,8 @@ impl Zfile {
         }
     }
 
-    /// Starts a read that goes through the cache, or of as much of it as is in one state there.
+    /// Starts a read through the cache. If the first block is being loaded, cuts the bio to that
+    /// block; otherwise to the blocks from there on that are all cached, or all missing.
     fn map_cached<'a>(
         &self,
         mut bio: Bio<'a, Self>,
@@ -164,7 +168,7 @@ impl Zfile {
                 bio.accept_partial((end - start).div_ceil(SECTOR_SIZE));
                 let (io, mapped) = bio.begin(request);
                 if let Some(io) = block.wait(io) {
-                    // It came, or failed, in between.
+                    // Loading has ended since the lookup, with or without an error.
                     match block.data() {
                         Some(data) => {
                             Self::copy(&io, Loaded::Kept(data));
@@ -180,7 +184,8 @@ impl Zfile {
         }
     }
 
-    /// Starts a read of blocks that go to the cache, or of as many of them as there is memory for.
+    /// Starts a read that loads missing blocks into the cache. If memory is short, cuts the bio to
+    /// as many blocks as there is memory for.
     fn map_missing<'a>(
         &self,
         mut bio: Bio<'a, Self>,
@@ -211,8 +216,8 @@ impl Zfile {
         }
     }
 
-    /// Doesn't load blocks after all: of the reads that wait for a block, the first loads it.
-    /// `again` says that loading has failed.
+    /// Stops loading the blocks of `loader`: for each block, the first read that waits for it loads
+    /// it instead. `again` says that a lower read for these blocks has failed.
     fn pass_on(mut loader: Loader, again: bool) {
         for _ in loader.blocks() {
             if let Some((mut io, own)) = loader.pass_on() {
@@ -224,7 +229,7 @@ impl Zfile {
         }
     }
 
-    /// Ends all reads that wait for blocks which can't be loaded. In a worker.
+    /// Ends all reads that wait for the blocks of `loader` with `status`. Called in a worker.
     fn fail(mut loader: Loader, status: Result<(), Status>) {
         for _ in loader.blocks() {
             let block = loader.block();
@@ -236,7 +241,8 @@ impl Zfile {
         }
     }
 
-    /// Ends a read of what is in the cache: `block`, the first of `blocks`, and those behind it.
+    /// Copies `block`, which is the first of `blocks`, and the cached blocks directly after it to
+    /// the bio, and ends it. Cuts the bio to these.
     fn map_hits<'a>(
         &self,
         mut bio: Bio<'a, Self>,
@@ -266,27 +272,29 @@ impl Zfile {
         }
         self.stats.cache_hits.add(hit - blocks.start);
         let sectors = (end.min(hit << shift) - start).div_ceil(SECTOR_SIZE);
-        // What the last sector has behind the end of the image.
+        // Zeros for the bytes of the last sector after the end of the original file.
         let copied = before - pages.left();
         pages.zero(to_usize(sectors * SECTOR_SIZE).saturating_sub(copied));
         bio.accept_partial(sectors);
         bio.end()
     }
 
-    /// The blocks that have bytes `start` to `end` of the image; `None` where none is in it.
+    /// Returns the blocks that have bytes `start` to `end` of the original file; `None` if it has
+    /// none of these bytes.
     fn blocks(&self, start: u64, end: u64) -> Option<Range<u64>> {
         let shift = self.geometry.block_shift();
         let end = end.min(self.geometry.size());
         (start < end).then(|| start >> shift..((end - 1) >> shift) + 1)
     }
 
-    /// Finds out what to read for bytes `start` to `end` of the image; `None` where they aren't
-    /// all in it, but for the rest of the last sector.
+    /// Plans the lower read for bytes `start` to `end` of the original file: the stored bytes of
+    /// their blocks, in whole logical blocks of the lower device. Bytes after the end of the file
+    /// are left out: the rest of its last sector. Returns `None` if `start` isn't in the file.
     fn plan(&self, start: u64, end: u64) -> Option<Request> {
         let shift = self.geometry.block_shift();
         let blocks = self.blocks(start, end)?;
         let stored = self.table.range(blocks.clone())?;
-        // No overflow: construction has checked that the blocks are within the device.
+        // No overflow: the constructor has checked that all blocks are within the device.
         let (first, last) = (self.start + stored.start, self.start + stored.end);
         let read_start = first - first % self.device_block;
         let read_end = last.next_multiple_of(self.device_block);
@@ -301,7 +309,9 @@ impl Zfile {
         })
     }
 
-    /// Starts the lower read, with the spare buffer where there is no other memory.
+    /// Starts the lower read. Without `buffer`, allocates one. If there is no memory, the read
+    /// waits for the spare buffer; a read-ahead or a bio with `REQ_NOWAIT` ends with an error
+    /// instead.
     fn launch(mut io: Io<Self>, buffer: Option<Buffer>) {
         let len = io.request().read_len;
         io.target().shared.tidier.arm();
@@ -320,7 +330,8 @@ impl Zfile {
         }
     }
 
-    /// Reads what is stored of the blocks. May sleep.
+    /// Submits the lower read of the stored bytes of the blocks. May sleep, unless called in the
+    /// map function for a bio with `REQ_NOWAIT`.
     fn start(io: Io<Self>) {
         let (request, stats) = (io.request(), &io.target().stats);
         stats.reads.add(1);
@@ -330,9 +341,10 @@ impl Zfile {
         io.read(DEVICE, sector, shared, Self::read_done);
     }
 
-    /// The lower read has ended. In any context.
+    /// Completion of the lower read. Called in any context.
     fn read_done(mut io: Io<Self>, result: Result<(), Status>) {
-        // A read may take longer than it is waited for that the pool is used again.
+        // The tidier may have stopped during the read, when the pool was empty; the buffer returns
+        // there.
         io.target().shared.tidier.arm();
         if let Err(status) = result {
             if status != Status::AGAIN {
@@ -341,7 +353,7 @@ impl Zfile {
             if io.request().loader.is_none() {
                 return io.end(Err(status));
             }
-            // Many may wait, and this may be an interrupt.
+            // Many reads may wait for these blocks, and this may be an interrupt.
             io.request_mut().status = Err(status);
             return io.defer(Self::failed);
         }
@@ -362,12 +374,13 @@ impl Zfile {
         }
     }
 
-    /// The lower read of blocks for the cache has failed. In a worker.
+    /// Handles an error of a lower read for the cache. Called in a worker.
     fn failed(mut io: Io<Self>) {
         let status = io.request().status;
         let request = io.request_mut();
         if let Some(loader) = request.loader.take() {
-            // One of those that wait tries again, not each of them.
+            // After the first error, one of the waiting reads tries again for each block. After the
+            // second, all fail.
             if request.again {
                 Self::fail(loader, status);
             } else {
@@ -377,7 +390,8 @@ impl Zfile {
         io.end(status);
     }
 
-    /// Whether the blocks are better decompressed here and now than by a worker.
+    /// Returns whether the blocks should be decompressed in the completion, and not by a worker:
+    /// LZ4, from the start of a block, into contiguous memory, and [`Io::at_once`] agrees.
     fn decodes_at_once(&self, io: &Io<Self>) -> bool {
         let request = io.request();
         let bytes = (request.blocks.end - request.blocks.start) << self.geometry.block_shift();
@@ -388,7 +402,7 @@ impl Zfile {
             && io.at_once(bytes)
     }
 
-    /// Decompresses the blocks into the bio, in a worker.
+    /// Decompresses the blocks into the bio, and ends it. Called in a worker.
     fn decode(io: Io<Self>) {
         let this = io.target();
         let result = {
@@ -404,7 +418,8 @@ impl Zfile {
         io.end(result);
     }
 
-    /// Decompresses blocks for the cache, and ends all reads that wait for them. In a worker.
+    /// Decompresses blocks for the cache, and ends this read and all that wait for the blocks.
+    /// Called in a worker.
     fn decode_shared(mut io: Io<Self>) {
         let Some(mut loader) = io.request_mut().loader.take() else {
             return Self::decode(io);
@@ -414,7 +429,8 @@ impl Zfile {
         let mut skip = io.request().skip;
         for number in loader.blocks() {
             let (loaded, mut waited) = Self::share(&io, &mut loader, number, skip, &mut pages);
-            // Not with the context: what is above may work, or wait, where a read ends.
+            // No context is borrowed here: the layer above may do work, or wait, in the completion
+            // of a read.
             while let Some(other) = waited.pop() {
                 other.end(loaded);
                 dm::cond_resched();
@@ -424,12 +440,14 @@ impl Zfile {
         }
         pages.zero(pages.left());
         drop(loader);
-        // All that was borrowed is given back: with its last I/O the target may go.
+        // Nothing is borrowed from the target any more: once its last I/O has ended, it may be
+        // destroyed.
         io.end(result);
     }
 
-    /// Decompresses the next block of `loader` for the cache, for `pages` without its first `skip`
-    /// bytes, and for the reads that wait for it. Gives these back, to be ended with the result.
+    /// Decompresses block `number`, the next one of `loader`. Copies it to the cache, to `pages`
+    /// without its first `skip` bytes, and to the reads that wait for it. Returns the result, and
+    /// these reads; the caller must end them with that result.
     fn share(
         io: &Io<Self>,
         loader: &mut Loader,
@@ -444,7 +462,8 @@ impl Zfile {
         let mut kept = None;
         let loaded = match (Self::load(io, number, data, &mut context), &block) {
             (Ok(Ok(data)), Some(block)) => {
-                // Many may wait: others have use for it meanwhile.
+                // Many reads may wait for the block; other threads can use the context during the
+                // copies.
                 drop(context);
                 block.keep(data);
                 block.data().map(Loaded::Kept).ok_or(Status::IO_ERROR)
@@ -468,8 +487,8 @@ impl Zfile {
         (loaded.map(|_| ()), waited)
     }
 
-    /// Decompresses a block of `io` into `data`, and gives that; or its bytes, where there is no
-    /// memory to keep them.
+    /// Decompresses block `number` into `data`, and returns `data`. Without `data`, returns a slice
+    /// of the bounce buffer of `context`.
     fn load<'c>(
         io: &Io<Self>,
         number: u64,
@@ -498,14 +517,14 @@ impl Zfile {
         }
     }
 
-    /// Copies to `io` its part of a block.
+    /// Copies to the pages of `io` its part of `block`, and zeros to the rest.
     fn copy(io: &Io<Self>, block: Loaded<'_>) {
         let mut pages = io.pages();
         block.copy_to(io.request().skip, &mut pages);
         pages.zero(pages.left());
     }
 
-    /// Most blocks of the device that are in the cache.
+    /// Returns the share of the device: the largest number of its blocks in the cache.
     fn most_cached(&self) -> usize {
         self.cache_blocks.unwrap_or(match self.modes.get() {
             Mode::All => usize::MAX,
@@ -513,7 +532,8 @@ impl Zfile {
         })
     }
 
-    /// Fills `pages` from what was read; tells which block can't be had.
+    /// Decompresses the blocks of `request` into `pages`, and zeros the rest. The error has the
+    /// number of the block that failed. Without `context`, does only what needs no working memory.
     fn fill(
         &self,
         request: &Request,
@@ -534,12 +554,13 @@ impl Zfile {
         }
         let blocks = request.blocks.end - request.blocks.start;
         self.stats.blocks.add(blocks);
-        // What is left is behind the end of the image, in its last sector.
+        // The rest is after the end of the original file, in its last sector.
         pages.zero(pages.left());
         Ok(())
     }
 
-    /// Fills the next of `pages` from block `block`, without its first `skip` bytes.
+    /// Decompresses `stored`, the bytes of block `block`, and fills the next bytes of `pages`,
+    /// without the first `skip` bytes of the block.
     fn fill_block(
         &self,
         block: u64,
@@ -554,8 +575,9 @@ impl Zfile {
             if let Some(dest) = pages.take(len) {
                 return match decoder {
                     Some(decoder) => {
-                        // A decompressor may check what it has written, which a reader may have
-                        // changed meanwhile: that isn't corruption.
+                        // A decompressor may check its output, which the owner of the pages may
+                        // have changed meanwhile. That isn't corruption, so decompress to memory of
+                        // our own.
                         if decoder.decompress(stored, &dest).is_err() {
                             dest.copy_from(decoder.decompress_bounced(stored, len)?);
                         }
@@ -573,8 +595,9 @@ impl Zfile {
         Ok(())
     }
 
-    /// The stored bytes of block `block` in `buffer`, what was read for `request`; in `room` where
-    /// they aren't contiguous. Their CRC is right, where there is one.
+    /// Returns the compressed bytes of block `block` in `buffer`, which the lower read for
+    /// `request` has filled. Checks the CRC, if there is one. Copies the bytes to `room` if they
+    /// aren't contiguous.
     fn stored<'d>(
         &self,
         block: u64,
@@ -607,7 +630,7 @@ impl Zfile {
         Ok(stored)
     }
 
-    /// Counts a corrupt block, and tells of it.
+    /// Counts and reports a corrupt block. Returns the status for the reads that need it.
     #[cold]
     fn report(io: &Io<Self>, block: u64) -> Status {
         io.target().stats.corrupt.fetch_add(1, Relaxed);

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! The `zfile` target: a compressed file as a disk.
+//! The `zfile` target: a read-only device with the content of a compressed file.
 //!
 //! ```text
 //! <start> <len> zfile <dev> <blob bytes | -> [<#opt_params> <opt_params>…]
@@ -8,7 +8,7 @@
 //!
 //! - [`table`]: the table line and the status.
 //! - [`io`]: the path of a read.
-//! - [`cache`]: blocks that were decompressed of late.
+//! - [`cache`]: the cache of decompressed blocks.
 
 mod cache;
 mod io;
@@ -25,11 +25,11 @@ use crate::format::zfile::{Algorithm, Geometry, JumpTable};
 
 use cache::{Cache, Part};
 
-/// What all `zfile` targets share: the cache, and working memory, made with the first device that
-/// needs it.
+/// State that all `zfile` targets share: the cache, and the codec contexts of each algorithm, which
+/// are made with the first device that needs them.
 #[pin_data]
 pub(crate) struct Shared {
-    /// Given back before the cache is.
+    /// Declared before the cache, so that it is unregistered before the cache is freed.
     _shrinker: Shrinker<Cache>,
     tidier: Pin<KBox<Tidier<Cache>>>,
     cache: Arc<Cache>,
@@ -41,7 +41,7 @@ pub(crate) struct Shared {
 }
 
 impl Shared {
-    /// Has nothing in it yet.
+    /// Makes an empty cache and no contexts.
     ///
     /// # Errors
     ///
@@ -75,7 +75,8 @@ impl Shared {
             contexts.fill()?;
             return Ok(contexts);
         }
-        // Not under the lock: this may wait long for memory. Of two that are made at once, one stays.
+        // Made without the lock, since allocation may wait long. If two threads do this at once,
+        // one result is kept.
         let contexts = Contexts::new(algorithm)?;
         Ok(made.lock().get_or_insert(contexts).clone())
     }
@@ -84,30 +85,30 @@ impl Shared {
 /// Which reads go through the cache.
 #[derive(Clone, Copy, Default, PartialEq, Eq)]
 enum Mode {
-    /// Those of a part of a block.
+    /// Reads of a part of a block.
     #[default]
     Parts,
-    /// All.
+    /// All reads.
     All,
-    /// None.
+    /// No reads.
     None,
 }
 
 impl Mode {
-    /// All of them, with the words of the status and of messages.
+    /// All modes, with their words in the status and in messages.
     const WORDS: [(Self, &'static CStr); 3] = [
         (Self::Parts, c"parts"),
         (Self::All, c"all"),
         (Self::None, c"none"),
     ];
 
-    /// The mode that a word stands for.
+    /// Returns the mode with the word `word`.
     fn from_word(word: &CStr) -> Option<Self> {
         let found = Self::WORDS.iter().find(|(_, name)| *name == word);
         found.map(|&(mode, _)| mode)
     }
 
-    /// Its word.
+    /// Returns the word of the mode.
     fn word(self) -> &'static str {
         let found = Self::WORDS.iter().find(|&&(mode, _)| mode == self);
         found
@@ -116,9 +117,9 @@ impl Mode {
     }
 }
 
-/// The mode of a device, which a message changes while reads are mapped.
+/// The mode of a device. A message may change it while reads are mapped.
 struct Modes {
-    /// What the table line says.
+    /// The mode in the table line.
     own: Mode,
     now: Atomic<u32>,
 }
@@ -131,7 +132,7 @@ impl Modes {
         }
     }
 
-    /// The mode now.
+    /// Returns the current mode.
     fn get(&self) -> Mode {
         let now = self.now.load(Relaxed);
         let found = Mode::WORDS.iter().find(|&&(mode, _)| mode as u32 == now);
@@ -148,38 +149,38 @@ pub(crate) struct Zfile {
     contexts: Arc<Contexts>,
     geometry: Geometry,
     table: JumpTable<KVVec<u64>, KVVec<u16>>,
-    /// Where the ZFile starts on its device, in bytes: behind a tar header, or at 0.
+    /// Start of the ZFile on its lower device in bytes: after the tar header, or 0.
     start: u64,
-    /// Bytes in a block of its device.
+    /// Length of a logical block of the lower device in bytes.
     device_block: u64,
-    /// Bytes of the blob, where the table line tells.
+    /// Length of the blob in bytes, if the table line has it.
     blob_bytes: Option<u64>,
     shared: Arc<Shared>,
-    /// Its part of the cache, unless the table line says that there is none.
+    /// The device's part of the cache; `None` if the table line has `cache_blocks 0`.
     part: Option<Part>,
     /// Which reads go through the cache.
     modes: Modes,
-    /// Most blocks of it in the cache, where the table line tells.
+    /// The device's share of the cache in blocks, if the table line sets it.
     cache_blocks: Option<usize>,
-    /// Whether the kernel panics when a block is corrupt.
+    /// Whether to panic when a block is corrupt.
     panic_on_corruption: bool,
     spares: Pin<KBox<dm::Spares<Zfile>>>,
     stats: Stats,
 }
 
-/// What the status shows. What every read counts, each CPU counts for itself.
+/// The counters in the status. Those that every read changes are per-CPU counters.
 struct Stats {
-    /// Reads of the lower device.
+    /// Lower reads.
     reads: Counter,
-    /// Bytes that they asked for.
+    /// Bytes that these lower reads requested.
     read_bytes: Counter,
-    /// Blocks that were decompressed.
+    /// Decompressed blocks.
     blocks: Counter,
-    /// Blocks that reads found in the cache, or being loaded.
+    /// Blocks that reads found cached or being loaded.
     cache_hits: Counter,
-    /// Reads that the lower device failed.
+    /// Lower reads that failed, other than with `BLK_STS_AGAIN`.
     read_errors: Atomic<u64>,
-    /// Blocks that were found corrupt.
+    /// Corrupt blocks found; a block counts each time.
     corrupt: Atomic<u64>,
 }
 

@@ -15,10 +15,10 @@ use crate::format::num::to_usize;
 use crate::format::zfile::{Geometry, JumpTable};
 use crate::format::{merge, tar, Blob, Error as FormatError, Fault, Window};
 
-/// Most blocks that a device may have in the cache.
+/// Largest value of `cache_blocks`.
 const MAX_CACHE_BLOCKS: u64 = 1 << 24;
 
-/// The optional parameters.
+/// The optional parameters of a table line.
 #[derive(Default)]
 struct Options {
     cache_blocks: Option<usize>,
@@ -115,7 +115,8 @@ impl dm::Target for Zfile {
         if let Some(device) = devices.first() {
             dm::put_blob(out, device, self.blob_bytes);
         }
-        // That of a message, too: a line that is loaded again keeps what was set.
+        // The current mode, also if a message has set it: a table that is loaded again then keeps
+        // it.
         let mode = self.modes.get();
         let words = 2 * usize::from(self.cache_blocks.is_some())
             + usize::from(mode != Mode::Parts)
@@ -150,7 +151,8 @@ impl dm::Target for Zfile {
     }
 
     fn limits(&self, limits: &mut Limits<'_>) {
-        // Blocks are bounced where a read wants a part of one, so any sector will do.
+        // A read of a part of a block is decompressed to a bounce buffer, so reads may start at any
+        // sector.
         limits.set_logical_block_size(512);
         limits.set_preferred(self.geometry.block_size(), io::MAX_REQUEST);
         limits.clear_poll();
@@ -158,7 +160,8 @@ impl dm::Target for Zfile {
 }
 
 impl Zfile {
-    /// Handles `cache all|parts|none|default|auto`; the last two are what the table line says.
+    /// Handles the message `cache all|parts|none|default|auto`. The last two words set the mode of
+    /// the table line.
     fn handle_message(&self, mut args: Args<'_>) -> Result<(), Failure> {
         let mode = match (args.next(), args.next(), args.next()) {
             (Some(what), Some(word), None) if what == c"cache" => {
@@ -176,7 +179,8 @@ impl Zfile {
     }
 }
 
-/// Sets the mode of a table line, once.
+/// Sets the mode that an option of the table line asks for. Fails if another option has set another
+/// mode.
 fn set_mode(mode: &mut Mode, wanted: Mode) -> Result<(), Failure> {
     if *mode != Mode::Parts && *mode != wanted {
         return Err(Failure::new(
@@ -188,7 +192,7 @@ fn set_mode(mode: &mut Mode, wanted: Mode) -> Result<(), Failure> {
     Ok(())
 }
 
-/// Reads the optional parameters.
+/// Parses the optional parameters.
 fn parse_options(args: &mut Args<'_>) -> Result<Options, Failure> {
     dm::option_count(args)?;
     let mut options = Options::default();
