@@ -1,10 +1,10 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! Memory that a lower read fills.
+//! Buffers: memory for the stored bytes that a lower read fetches.
 //!
-//! A read gets pages from a [`Pool`], without waiting: up to four in one piece, more in pieces of up
-//! to eight. Where there are none it gets a device's spare buffer, which was allocated when the
-//! device was made.
+//! A read gets pages from a [`Pool`], without waiting: up to four pages in one piece if there is
+//! one, otherwise pieces of up to eight pages. If there are no pages, it gets the device's spare
+//! buffer, which was allocated when the device was made.
 //!
 //! C headers: `include/linux/bio.h`, `include/linux/vmalloc.h`.
 
@@ -20,16 +20,16 @@ use super::Pool;
 use crate::compat;
 use crate::sys;
 
-/// Up to so many pages are in one piece, if there is one, so that a small read needn't be copied to be
-/// decompressed. Three pages then take four.
+/// Largest number of pages that a buffer has in one piece, so that a small read is decompressed
+/// without a copy. Three pages then take a piece of four.
 const IN_ONE: usize = 4;
 
-/// Memory for one read.
+/// Memory for one lower read.
 ///
 /// # Invariants
 ///
-/// `len` is at most the capacity of the memory. Its first `filled` bytes are initialised, and
-/// `filled` is at most `len`.
+/// `len` is at most the size of the memory. Its first `filled` bytes are initialised, and `filled`
+/// is at most `len`. All in bytes.
 pub(crate) struct Buffer {
     memory: Memory,
     len: usize,
@@ -42,25 +42,25 @@ enum Memory {
     Spare(KBox<Spare>),
 }
 
-/// Pieces, and the vector with which a bio reads into them.
+/// Pieces, and the vector of the bio that reads into them.
 struct Many {
     pieces: KVec<Piece>,
     vecs: KVec<sys::bio_vec>,
 }
 
-// SAFETY: The vector only names pages of `pieces`, which may be sent.
+// SAFETY: The vector refers only to pages of `pieces`, which may be sent.
 unsafe impl Send for Many {}
 // SAFETY: Nothing is changed through a shared reference.
 unsafe impl Sync for Many {}
 
 impl Many {
-    /// Takes `pages` pages from `pool`.
+    /// Takes `pages` pages from `pool`, without waiting. Returns `None` if there are not enough.
     fn try_new(pool: &Pool, pages: usize) -> Option<KBox<Self>> {
         let mut pieces =
             KVec::with_capacity(pages.div_ceil(1 << MAX_ORDER) + 2, memory::OPTIONAL).ok()?;
         let whole = take_pieces(pool, pages, &mut pieces);
         let vecs = compat::zeroed(pieces.len(), memory::OPTIONAL).ok();
-        // Without memory for what lists them, the pages are freed.
+        // If there is no memory for the lists, the pieces are freed.
         match (whole, vecs) {
             (Some(()), Some(vecs)) => KBox::new(Self { pieces, vecs }, memory::OPTIONAL).ok(),
             _ => None,
@@ -68,8 +68,9 @@ impl Many {
     }
 }
 
-/// Takes pieces of `pages` pages in all from `pool`, the largest that there are. What was taken is
-/// in `pieces` also where there are not so many.
+/// Takes pieces with `pages` pages in total from `pool`, the largest that there are, and appends
+/// them to `pieces`. Returns `None` if there are not enough; then `pieces` has those that were
+/// found.
 pub(super) fn take_pieces(pool: &Pool, pages: usize, pieces: &mut KVec<Piece>) -> Option<()> {
     let (mut left, mut order) = (pages, MAX_ORDER);
     while left > 0 {
@@ -85,17 +86,18 @@ pub(super) fn take_pieces(pool: &Pool, pages: usize, pieces: &mut KVec<Piece>) -
     Some(())
 }
 
-/// Memory that isn't contiguous, and the vector with which a bio reads into it.
+/// Memory of a spare buffer, from vmalloc, and the vector of the bio that reads into it.
 struct Spare {
     memory: VVec<u8>,
     vecs: KVec<sys::bio_vec>,
 }
 
-// SAFETY: The vector only names pages of `memory`, which may be sent.
+// SAFETY: The vector refers only to pages of `memory`, which may be sent.
 unsafe impl Send for Spare {}
 
 impl Buffer {
-    /// Takes memory for `len` bytes from `pool`, without waiting; `None` where memory is short.
+    /// Makes a buffer of `len` bytes with pages from `pool`, without waiting. Returns `None` if
+    /// there is no memory.
     pub(crate) fn try_new(pool: &Pool, len: usize) -> Option<Self> {
         let pages = pages_for(len);
         let one = match pages {
@@ -107,7 +109,7 @@ impl Buffer {
             None if pages > 1 => Memory::Many(Many::try_new(pool, pages)?),
             None => return None,
         };
-        // INVARIANT: The capacity is at least `len`; nothing is filled.
+        // INVARIANT: The memory has at least `len` bytes; nothing is filled.
         Some(Self {
             memory,
             len,
@@ -115,7 +117,7 @@ impl Buffer {
         })
     }
 
-    /// Gives the memory back to `pool`.
+    /// Returns the pages to `pool`. Frees a spare buffer.
     pub(crate) fn recycle(self, pool: &Pool) {
         match self.memory {
             Memory::One(piece) => pool.put(piece),
@@ -129,7 +131,8 @@ impl Buffer {
         }
     }
 
-    /// Allocates a spare buffer of `len` bytes, in process context.
+    /// Allocates a spare buffer of `len` bytes, rounded up to whole pages. Reads of metadata use
+    /// such buffers, too. Called in process context.
     ///
     /// # Errors
     ///
@@ -139,7 +142,7 @@ impl Buffer {
         let memory = compat::zeroed(len, memory::LARGE)?;
         let vecs = compat::zeroed(len / PAGE_SIZE, GFP_KERNEL)?;
         let spare = KBox::new(Spare { memory, vecs }, GFP_KERNEL)?;
-        // INVARIANT: The capacity is `len`; nothing counts as filled.
+        // INVARIANT: The memory has `len` bytes; nothing counts as filled.
         Ok(Self {
             memory: Memory::Spare(spare),
             len,
@@ -147,21 +150,21 @@ impl Buffer {
         })
     }
 
-    /// Whether this is a device's spare buffer.
+    /// Returns whether this is a spare buffer: one that [`Buffer::new_spare`] has made.
     pub(crate) fn is_spare(&self) -> bool {
         matches!(self.memory, Memory::Spare(_))
     }
 
-    /// Whether it has no room at all.
+    /// Returns whether the length of the buffer is 0.
     pub(crate) fn is_empty(&self) -> bool {
         self.len == 0
     }
 
-    /// Makes the buffer empty, with room for `len` bytes.
+    /// Sets the length of the buffer to `len` bytes, none of them filled.
     ///
     /// # Errors
     ///
-    /// [`EINVAL`] where it is smaller.
+    /// [`EINVAL`] if the memory is smaller.
     pub(crate) fn reset(&mut self, len: usize) -> Result {
         let capacity = match &self.memory {
             Memory::One(piece) => piece.len(),
@@ -177,20 +180,21 @@ impl Buffer {
         Ok(())
     }
 
-    /// Bytes that the last read filled.
+    /// Returns the number of bytes that the last read has filled.
     pub(crate) fn filled(&self) -> usize {
         self.filled
     }
 
-    /// A part of what the last read filled; `None` where it isn't, or isn't contiguous. Then it may
-    /// be [copied](Self::copy).
+    /// Returns bytes `part` of those that the last read has filled; `None` if they aren't all
+    /// filled, or aren't contiguous. In the second case, [`Buffer::copy`] copies them.
     pub(crate) fn get(&self, part: Range<usize>) -> Option<&[u8]> {
         let len = part.end.checked_sub(part.start)?;
         let found = self.run(part.start)?;
         found.get(..len)
     }
 
-    /// Copies what the last read filled, from byte `from`, to all of `to`; gives `to`.
+    /// Copies filled bytes, from byte `from` on, to all of `to`, and returns `to`; `None` if too
+    /// few bytes are filled.
     pub(crate) fn copy<'a>(&self, mut from: usize, to: &'a mut [u8]) -> Option<&'a [u8]> {
         let mut rest = &mut *to;
         while !rest.is_empty() {
@@ -203,8 +207,8 @@ impl Buffer {
         Some(to)
     }
 
-    /// The longest contiguous part from byte `from` on of what was filled; `None` where there is
-    /// nothing.
+    /// Returns the longest contiguous part of the filled bytes from byte `from` on; `None` if there
+    /// are none.
     fn run(&self, from: usize) -> Option<&[u8]> {
         let left = self.filled.checked_sub(from).filter(|&left| left > 0)?;
         let (start, room) = match &self.memory {
@@ -220,47 +224,47 @@ impl Buffer {
                 let room = piece.len() - inside;
                 // SAFETY: `inside` is below the length of the piece.
                 let start = unsafe { piece.start().as_ptr().add(inside) };
-                // SAFETY: By the type invariant, what was filled is initialised; so much of it is
-                // in this piece.
+                // SAFETY: By the type invariant the filled bytes are initialised, and this piece
+                // has so many of them.
                 return Some(unsafe { core::slice::from_raw_parts(start, room.min(left)) });
             }
         };
         let room = room.checked_sub(from)?;
         // SAFETY: `from` is below `filled`, which is at most the length of the memory.
         let start = unsafe { start.add(from) };
-        // SAFETY: By the type invariant these bytes are there and initialised.
+        // SAFETY: By the type invariant the memory has these bytes, and they are initialised.
         Some(unsafe { core::slice::from_raw_parts(start, room.min(left)) })
     }
 
-    /// Marks the whole length as filled.
+    /// Marks all `len` bytes as filled.
     ///
     /// # Safety
     ///
-    /// A read of the length of the buffer into it has succeeded.
+    /// A read of `len` bytes into the buffer has succeeded.
     pub(crate) unsafe fn set_filled(&mut self) {
         if let Memory::Spare(spare) = &mut self.memory {
             let addr = spare.memory.as_mut_ptr().cast();
-            // SAFETY: The memory is from vmalloc, and `len` bytes of it are there. Lossless: a
-            // spare buffer holds a block or a chunk.
+            // SAFETY: The memory is from vmalloc and has at least `len` bytes. Lossless: a spare
+            // buffer is for one block of a ZFile, or for a chunk of metadata.
             unsafe { sys::obd_invalidate_kernel_vmap_range(addr, self.len as i32) };
         }
         // INVARIANT: By the safety requirement.
         self.filled = self.len;
     }
 
-    /// Initialises `bio` as a read from `bdev` that fills the buffer; it must be uninitialised
-    /// again, also after an error. With a device, the bio is charged to the control group of the
-    /// current task; without, it has neither device nor group yet.
+    /// Initialises `bio` as a read from `bdev` that fills the buffer. The caller must uninitialise
+    /// it again, also after an error. If `bdev` isn't null, the bio is charged to the control group
+    /// of the current task; if it is null, the bio has neither a device nor a group yet.
     ///
     /// # Errors
     ///
-    /// [`EINVAL`] where not all of the buffer is in the bio, which must not be submitted then.
+    /// [`EINVAL`] if the bio has no room for all of the buffer. It must not be submitted then.
     ///
     /// # Safety
     ///
-    /// - `bio` and `vec` are valid for writes and stay where they are until the bio was
-    ///   uninitialised; so does this buffer.
-    /// - `bdev` is an open block device, and stays so, or null.
+    /// - `bio` and `vec` are valid for writes. They and this buffer stay where they are until the
+    ///   bio is uninitialised.
+    /// - `bdev` is null, or a block device that stays open until then.
     pub(crate) unsafe fn init_read(
         &mut self,
         bio: NonNull<sys::bio>,
@@ -274,7 +278,7 @@ impl Buffer {
             Memory::One(piece) => {
                 // SAFETY: The caller promises that bio, vector and device are valid.
                 unsafe { sys::bio_init(bio.as_ptr(), bdev, vec.as_ptr(), 1, flags) };
-                // SAFETY: The bio has room for one contiguous run, and these pages are one, of at
+                // SAFETY: The bio has room for one contiguous range, and these pages are one, of at
                 // least `len` bytes.
                 unsafe { sys::__bio_add_page(bio.as_ptr(), piece.page(), self.len as u32, 0) };
             }
@@ -291,7 +295,8 @@ impl Buffer {
                         break;
                     }
                     left -= now;
-                    // SAFETY: The vector has an entry for each piece, and the piece `now` bytes.
+                    // SAFETY: The vector has an entry for each piece, and the piece has `now`
+                    // bytes.
                     unsafe { sys::__bio_add_page(bio.as_ptr(), piece.page(), now as u32, 0) };
                 }
             }

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! Counters for each CPU, so that CPUs that count don't wait for one another's cache lines.
+//! Counters with a number for each CPU, so that CPUs that count don't share a cache line.
 //!
 //! C header: `include/linux/percpu.h`.
 
@@ -10,21 +10,21 @@ use kernel::prelude::*;
 
 use crate::sys;
 
-/// A counter. Counting is cheap, and works in any context; reading adds up what all CPUs have
-/// counted.
+/// A counter. Adding is cheap, and may be done in any context. Reading adds up the numbers of all
+/// CPUs.
 ///
 /// # Invariants
 ///
-/// Is per-CPU memory for a number on each CPU, owned by this.
+/// The pointer is per-CPU memory for a `u64` on each CPU, owned by this.
 pub(crate) struct Counter(NonNull<u64>);
 
 // SAFETY: Per-CPU memory may be used and freed by any thread.
 unsafe impl Send for Counter {}
-// SAFETY: Each CPU writes to its own number only, and reading takes each with one load.
+// SAFETY: Each CPU writes only its own number, and reading loads each number once.
 unsafe impl Sync for Counter {}
 
 impl Counter {
-    /// A counter that is 0.
+    /// Makes a counter with the value 0. May sleep.
     ///
     /// # Errors
     ///
@@ -36,13 +36,13 @@ impl Counter {
         Ok(Self(NonNull::new(counter).ok_or(ENOMEM)?))
     }
 
-    /// Adds `n`.
+    /// Adds `n` to the number of this CPU.
     pub(crate) fn add(&self, n: u64) {
         // SAFETY: By the type invariant.
         unsafe { sys::obd_counter_add(self.0.as_ptr(), n) }
     }
 
-    /// What all CPUs have counted.
+    /// Returns the sum over all CPUs.
     pub(crate) fn sum(&self) -> u64 {
         // SAFETY: By the type invariant.
         unsafe { sys::obd_counter_sum(self.0.as_ptr()) }

@@ -11,11 +11,12 @@ use super::memory::{self, MAX_ORDER};
 use super::piece::{pages_for, Piece};
 use super::{Dest, Pool};
 
-/// Bytes in pages of a [`Pool`], which get back there, or in slab memory where that is smaller.
+/// The decompressed bytes of a cached block: in pages of a [`Pool`], to which they return, or in
+/// slab memory if they are half a page or less.
 ///
 /// # Invariants
 ///
-/// The first `filled` bytes are initialised.
+/// The first `filled` bytes of the memory are initialised.
 pub(crate) struct Data {
     memory: Memory,
     filled: usize,
@@ -30,7 +31,7 @@ enum Memory {
 }
 
 impl Data {
-    /// Memory for `len` bytes, without waiting.
+    /// Allocates memory for `len` bytes, without waiting. Returns `None` if there is none.
     pub(crate) fn try_new(pool: &Arc<Pool>, len: usize) -> Option<Self> {
         let pages = pages_for(len);
         let memory = if len <= PAGE_SIZE / 2 {
@@ -56,7 +57,7 @@ impl Data {
         })
     }
 
-    /// Bytes of memory that this takes.
+    /// Returns the size of the memory in bytes, at least the number of bytes that it is for.
     pub(crate) fn memory(&self) -> usize {
         match &self.memory {
             Memory::Small(bytes) => bytes.capacity(),
@@ -66,7 +67,8 @@ impl Data {
         }
     }
 
-    /// All of the memory, empty, where it is contiguous.
+    /// Marks the memory as empty, and returns all of it as the destination of a write; `None` if it
+    /// isn't contiguous.
     pub(crate) fn dest(&mut self) -> Option<Dest<'_>> {
         self.filled = 0;
         match &mut self.memory {
@@ -80,17 +82,17 @@ impl Data {
         }
     }
 
-    /// Says that the first `len` bytes are filled.
+    /// Marks the first `len` bytes as filled.
     ///
     /// # Safety
     ///
-    /// They are, by way of [`Data::dest`], which had at least so many.
+    /// The first `len` bytes of the memory that [`Data::dest`] returned have been written.
     pub(crate) unsafe fn set_filled(&mut self, len: usize) {
         // INVARIANT: By the safety requirement.
         self.filled = len;
     }
 
-    /// Fills it with `bytes`; `None` where there is less room.
+    /// Copies `bytes` to the memory. Returns `None` if they don't fit.
     pub(crate) fn fill(&mut self, bytes: &[u8]) -> Option<()> {
         if bytes.len() > self.memory() {
             return None;
@@ -108,12 +110,12 @@ impl Data {
             }
             _ => self.dest()?.copy_from(bytes),
         }
-        // INVARIANT: There was room for all of it.
+        // INVARIANT: All of `bytes` fitted, and was copied.
         self.filled = bytes.len();
         Some(())
     }
 
-    /// What is filled from byte `from` on, in contiguous parts.
+    /// Returns the filled bytes from byte `from` on, in contiguous parts.
     pub(crate) fn parts(&self, from: usize) -> impl Iterator<Item = &[u8]> {
         let mut at = from;
         core::iter::from_fn(move || {
@@ -123,7 +125,8 @@ impl Data {
         })
     }
 
-    /// The longest contiguous part from byte `from` on of what is filled; `None` at its end.
+    /// Returns the longest contiguous part of the filled bytes from byte `from` on; `None` if there
+    /// are none.
     fn run(&self, from: usize) -> Option<&[u8]> {
         let left = self.filled.checked_sub(from).filter(|&left| left > 0)?;
         let (start, inside, room) = match &self.memory {
@@ -143,8 +146,8 @@ impl Data {
         let room = room.checked_sub(inside)?;
         // SAFETY: `inside` is within this memory.
         let start = unsafe { start.add(inside) };
-        // SAFETY: By the type invariant the bytes up to `filled` are initialised; so many of them
-        // are in this memory.
+        // SAFETY: By the type invariant the bytes up to `filled` are initialised, and this memory
+        // has so many of them.
         Some(unsafe { core::slice::from_raw_parts(start, room.min(left)) })
     }
 }

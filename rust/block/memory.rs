@@ -1,22 +1,22 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! How memory is asked for: the flags of all allocations.
+//! The flags of all memory allocations.
 //!
-//! | For                                  | Flags          | Where there is none                      |
-//! |--------------------------------------|----------------|------------------------------------------|
-//! | a device or the module being made    | `GFP_KERNEL`   | making it fails                          |
-//! | the same, of any size                | [`LARGE`]      | making it fails, without a warning, and  |
-//! |                                      |                | nothing is killed for it                 |
-//! | a page for a lower read or the cache | [`PAGE`]       | a shorter read, then the spare buffer; a |
-//! |                                      |                | read without the cache                   |
-//! | pages in one piece, for the same     | [`PAGES`]      | smaller pieces                           |
-//! | what lists such pieces               | [`OPTIONAL`]   | as for a page                            |
-//! | a place in the cache, a small block  | [`CACHE`]      | a read without the cache                 |
+//! | Allocation                          | Flags        | If there is no memory                   |
+//! |-------------------------------------|--------------|-----------------------------------------|
+//! | with a device or the module         | `GFP_KERNEL` | making it fails                         |
+//! | the same, of any size               | [`LARGE`]    | making it fails, without a warning and  |
+//! |                                     |              | without the OOM killer                  |
+//! | page for a lower read or the cache  | [`PAGE`]     | a shorter read, then the spare buffer;  |
+//! |                                     |              | a read without the cache                |
+//! | contiguous pages for the same       | [`PAGES`]    | smaller pieces                          |
+//! | list of such pieces                 | [`OPTIONAL`] | as for a page                           |
+//! | place in the cache, small block     | [`CACHE`]    | a read without the cache                |
 //!
-//! What is on the path of an I/O neither waits nor retries, since there is a way without it, and
-//! leaves the kernel's reserves to those for whom there is none. So it may be asked for in any
-//! context. Pieces of several pages are of order [`MAX_ORDER`] at most, and nobody is woken to make
-//! them. Pages come from a [`Pool`] and go back there.
+//! Allocations on the path of an I/O neither wait nor retry, since the I/O can do without them.
+//! They leave the kernel's reserves to allocations that must succeed, and may be made in any
+//! context. Pieces of several pages have an order of [`MAX_ORDER`] at most; allocating them does
+//! not wake kswapd. Pages come from a [`Pool`] and return there.
 //!
 //! [`Pool`]: super::Pool
 //!
@@ -27,22 +27,22 @@ use kernel::alloc::Flags;
 use crate::compat::gfp;
 use crate::sys;
 
-/// The largest order of what an I/O asks for. Pages of this order and below are on the kernel's
-/// per-CPU lists, and count as ones that can be had.
+/// Largest order of the pages that an I/O allocates. The kernel has per-CPU lists for the orders up
+/// to this one, and does not regard them as costly (`PAGE_ALLOC_COSTLY_ORDER`).
 pub(crate) const MAX_ORDER: u32 = 3;
 
-/// For what is made with a device and may be large.
+/// For allocations that are made with a device and may be large.
 pub(crate) const LARGE: Flags = gfp(sys::OBD_GFP_LARGE);
 
-/// For one page. These flags are the C function's.
+/// For one page. Flags for `alloc_pages()`.
 pub(crate) const PAGE: sys::gfp_t = sys::OBD_GFP_PAGE;
 
-/// For pages in one piece. These flags are the C function's.
+/// For several contiguous pages. Flags for `alloc_pages()`.
 pub(crate) const PAGES: sys::gfp_t = sys::OBD_GFP_PAGES;
 
-/// For what is small and there for as long as an I/O.
+/// For small allocations that live as long as an I/O.
 pub(crate) const OPTIONAL: Flags = gfp(sys::OBD_GFP_OPTIONAL);
 
-/// For what is in the cache. The shrinker gives it back, so the kernel keeps it apart from memory
-/// that cannot be freed.
+/// For allocations of the cache. The shrinker frees them, so the kernel groups them apart from
+/// memory that cannot be freed (`__GFP_RECLAIMABLE`).
 pub(crate) const CACHE: Flags = gfp(sys::OBD_GFP_CACHE);

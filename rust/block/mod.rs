@@ -1,18 +1,20 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! Safe abstractions over bios, their pages and I/O buffers.
+//! Safe abstractions over the pages of bios, memory, counters, shrinkers and workqueues.
 //!
-//! - [`Status`]: how an I/O ended, `blk_status_t`.
-//! - [`Pages`], [`Dest`]: the memory that a read fills, which user space may see and change.
+//! - [`Status`]: the status of an I/O that has ended, `blk_status_t`.
+//! - [`Pages`], [`Dest`]: the memory that a read fills, which user space may read and change.
 //! - [`Buffer`]: memory for a lower read.
 //! - [`Data`]: memory of a cached block.
-//! - [`Pool`]: pages for both, which are used again.
-//! - [`memory`]: how memory is asked for.
+//! - [`Pool`]: free pages for buffers and cached blocks.
+//! - [`memory`]: the flags of memory allocations.
 //! - [`Lock`]: a spinlock that interrupt handlers may take, held with interrupts off.
-//! - [`Counter`]: a counter for each CPU.
-//! - [`Shrinker`]: a cache that the kernel can make smaller; [`quota`]: how large it may be.
-//! - [`Tidy`]: what is done from time to time.
-//! - [`Workers`]: workers of a device, on all CPUs; [`Queue`]: what those of many devices share.
+//! - [`Counter`]: a counter with a number for each CPU.
+//! - [`Shrinker`]: frees memory of a cache when the kernel is short of it; [`quota`]: the limit of
+//!   the cache.
+//! - [`Tidy`]: a function that runs every few seconds.
+//! - [`Workers`]: the workers of a device, one for each CPU; [`Queue`]: the workqueue on which
+//!   workers of many devices run.
 //!
 //! C headers: `include/linux/bio.h`, `include/linux/blk_types.h`.
 

@@ -1,10 +1,10 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! The memory that a read fills.
+//! The memory of a bio that a read fills.
 //!
 //! With `O_DIRECT` the pages of a bio are mapped in user space, which may write to them at any
-//! time. So no reference to them is ever made, and nothing is decided on what they hold. They are
-//! written to in C: in Rust that would be a data race, which is undefined.
+//! time. So Rust code never makes a reference to them, and never bases a decision on their content.
+//! C code writes to them: in Rust that would be a data race, which is undefined behaviour.
 //!
 //! C header: `include/linux/bvec.h`.
 
@@ -14,12 +14,12 @@ use core::ptr::NonNull;
 
 use crate::sys;
 
-/// A writable run of memory that others may read and change at any time.
+/// Contiguous writable memory that user space may read and change at any time.
 ///
 /// # Invariants
 ///
-/// `ptr` is valid for writes of `len` bytes for `'a`. Other than through volatile or C accesses
-/// nobody relies on what is there.
+/// `ptr` is valid for writes of `len` bytes for `'a`. Code relies on the content only through
+/// volatile or C accesses.
 pub(crate) struct Dest<'a> {
     ptr: NonNull<u8>,
     len: usize,
@@ -27,11 +27,11 @@ pub(crate) struct Dest<'a> {
 }
 
 impl<'a> Dest<'a> {
-    /// The `len` bytes at `ptr`.
+    /// Wraps the `len` bytes at `ptr`.
     ///
     /// # Safety
     ///
-    /// They are valid for writes for `'a`, and Rust has no reference to them.
+    /// These bytes are valid for writes for `'a`, and Rust has no reference to them.
     pub(super) unsafe fn new(ptr: NonNull<u8>, len: usize) -> Self {
         // INVARIANT: By the safety requirement.
         Self {
@@ -41,28 +41,28 @@ impl<'a> Dest<'a> {
         }
     }
 
-    /// Length in bytes.
+    /// Returns the length in bytes.
     pub(crate) fn len(&self) -> usize {
         self.len
     }
 
-    /// Where it starts; valid for writes of [`Dest::len`] bytes.
+    /// Returns the address of the first byte, which is valid for writes of [`Dest::len`] bytes.
     pub(crate) fn as_ptr(&self) -> *mut u8 {
         self.ptr.as_ptr()
     }
 
-    /// Its first `len` bytes; `None` where there are fewer.
+    /// Returns the first `len` bytes; `None` if there are fewer.
     pub(crate) fn up_to(self, len: usize) -> Option<Self> {
-        // INVARIANT: A part of it.
+        // INVARIANT: A part of `self`.
         (len <= self.len).then_some(Self { len, ..self })
     }
 
-    /// Fills it from the start with `bytes`, or with as many of them as there is room for.
+    /// Copies `bytes` to the start of the memory, as many as fit.
     pub(crate) fn copy_from(&self, bytes: &[u8]) {
         let len = bytes.len().min(self.len);
-        // SAFETY: By the type invariant, and the slice, both are valid for `len` bytes; nobody
-        // has a mutable reference to what a shared slice names, so they don't overlap. This is C,
-        // where others may change the destination meanwhile.
+        // SAFETY: By the type invariant, and since `bytes` is a slice, both are valid for `len`
+        // bytes. They don't overlap, as no mutable reference exists to the bytes of a shared slice.
+        // C code may write to memory that user space changes meanwhile.
         unsafe { sys::obd_memcpy(self.ptr.as_ptr().cast(), bytes.as_ptr().cast(), len) };
     }
 }
@@ -89,7 +89,7 @@ impl<'a> From<&'a mut [MaybeUninit<u8>]> for Dest<'a> {
     }
 }
 
-/// A cursor over what is left to fill of a bio's memory.
+/// A cursor over the memory of a bio that is left to fill.
 ///
 /// # Invariants
 ///
@@ -101,11 +101,11 @@ pub(crate) struct Pages<'a> {
 }
 
 impl<'a> Pages<'a> {
-    /// A cursor at the start of what `bio` has still to fill.
+    /// Makes a cursor at the start of the memory that `bio` has left to fill.
     ///
     /// # Safety
     ///
-    /// For `'a`, `bio` is a valid read that hasn't ended, and nobody changes its vector of pages.
+    /// For `'a`, `bio` is a valid read that hasn't ended, and its vector of pages doesn't change.
     pub(crate) unsafe fn new(bio: NonNull<sys::bio>) -> Self {
         // INVARIANT: By the safety requirement.
         Self {
@@ -116,17 +116,17 @@ impl<'a> Pages<'a> {
         }
     }
 
-    /// Bytes left to fill.
+    /// Returns the number of bytes left to fill.
     pub(crate) fn left(&self) -> usize {
         self.iter.bi_size as usize
     }
 
-    /// Length of the run from here that is contiguous in memory.
+    /// Returns the length in bytes of the contiguous memory at the cursor; 0 at the end.
     pub(crate) fn run_len(&mut self) -> usize {
         self.run().map_or(0, |run| run.len)
     }
 
-    /// Takes the next `len` bytes, if they are contiguous in memory.
+    /// Returns the next `len` bytes and advances the cursor; `None` if they aren't contiguous.
     pub(crate) fn take(&mut self, len: usize) -> Option<Dest<'a>> {
         let dest = self.run()?;
         if dest.len < len {
@@ -137,7 +137,7 @@ impl<'a> Pages<'a> {
         Some(Dest { len, ..dest })
     }
 
-    /// Copies `src` to the next bytes; what doesn't fit is left out.
+    /// Copies `src` to the next bytes, as many as fit, and advances the cursor.
     pub(crate) fn copy_from(&mut self, mut src: &[u8]) {
         while let Some(dest) = self.run() {
             let len = dest.len.min(src.len());
@@ -151,27 +151,28 @@ impl<'a> Pages<'a> {
         }
     }
 
-    /// Fills the next `len` bytes with zeros, or all that are left where there are fewer.
+    /// Fills the next `len` bytes with zeros, or all that are left if these are fewer. Advances the
+    /// cursor.
     pub(crate) fn zero(&mut self, mut len: usize) {
         while let Some(dest) = self.run() {
             let now = dest.len.min(len);
             if now == 0 {
                 return;
             }
-            // SAFETY: `dest` is valid for writes of `now` bytes. This is C, where others may change
-            // them meanwhile.
+            // SAFETY: `dest` is valid for writes of `now` bytes. C code may write to memory that
+            // user space changes meanwhile.
             unsafe { sys::obd_memset(dest.as_ptr().cast(), 0, now) };
             self.advance(now);
             len -= now;
         }
     }
 
-    /// The longest run from here that is contiguous in memory.
+    /// Returns the longest contiguous memory at the cursor; `None` at the end.
     fn run(&mut self) -> Option<Dest<'a>> {
         if self.iter.bi_size == 0 {
             return None;
         }
-        // SAFETY: By the type invariant the bio is valid, so its vector is.
+        // SAFETY: By the type invariant the bio is valid, and so is its vector.
         let vecs = unsafe { (*self.bio.as_ptr()).bi_io_vec };
         // SAFETY: Bytes are left, so by the type invariant the position is within the vector.
         let mut vec = unsafe { sys::obd_mp_bvec_iter_bvec(vecs, &mut self.iter) };
@@ -185,9 +186,9 @@ impl<'a> Pages<'a> {
         })
     }
 
-    /// Steps over `len` bytes, at most what [`Pages::run`] gives.
+    /// Advances the cursor by `len` bytes, at most the length that [`Pages::run`] has returned.
     fn advance(&mut self, len: usize) {
-        // Lossless: a run is at most `bi_size` long.
+        // Lossless: `len` is at most `bi_size`.
         let len = len as u32;
         // SAFETY: By the type invariant the bio is valid, and so many bytes are left.
         // INVARIANT: The position is in the vector, or nothing is left.

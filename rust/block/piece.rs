@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! Pages in one piece.
+//! Pieces: contiguous pages.
 //!
-//! It is pages and not slab memory, because lower devices may take references to them: the network
-//! does, below loop devices and others.
+//! They are pages and not slab memory, because lower devices may take references to them: the
+//! network does, below loop devices and others.
 //!
 //! C header: `include/linux/gfp.h`.
 
@@ -18,7 +18,7 @@ use crate::sys;
 ///
 /// # Invariants
 ///
-/// `page` is the first of `1 << order` pages in one piece, owned by this. The order is at most
+/// `page` is the first of `1 << order` contiguous pages, owned by this. The order is at most
 /// [`memory::MAX_ORDER`].
 pub(super) struct Piece {
     page: NonNull<sys::page>,
@@ -31,7 +31,8 @@ unsafe impl Send for Piece {}
 unsafe impl Sync for Piece {}
 
 impl Piece {
-    /// Allocates `1 << order` pages without waiting; `None` where the order is too large, too.
+    /// Allocates `1 << order` pages without waiting. Returns `None` if there is no memory, or if
+    /// the order is above [`memory::MAX_ORDER`].
     pub(super) fn try_new(order: u32) -> Option<Self> {
         let flags = match order {
             0 => memory::PAGE,
@@ -46,27 +47,28 @@ impl Piece {
         Some(Self { page, order })
     }
 
-    /// The order.
+    /// Returns the order: the binary logarithm of the number of pages.
     pub(super) fn order(&self) -> u32 {
         self.order
     }
 
-    /// How many pages it has.
+    /// Returns the number of pages.
     pub(super) fn pages(&self) -> usize {
         1 << self.order
     }
 
-    /// Length in bytes.
+    /// Returns the length in bytes.
     pub(super) fn len(&self) -> usize {
         PAGE_SIZE << self.order
     }
 
-    /// The first page.
+    /// Returns the first page.
     pub(super) fn page(&self) -> *mut sys::page {
         self.page.as_ptr()
     }
 
-    /// Where it starts; valid for reads and writes of [`Piece::len`] bytes.
+    /// Returns the address of the first byte, which is valid for reads and writes of [`Piece::len`]
+    /// bytes.
     pub(super) fn start(&self) -> NonNull<u8> {
         // SAFETY: By the type invariant the page is valid, and it isn't in high memory.
         let start = unsafe { sys::obd_page_address(self.page.as_ptr()) };
@@ -84,7 +86,7 @@ impl Drop for Piece {
     }
 }
 
-/// How many pages hold `len` bytes, at least one.
+/// Returns the number of pages that `len` bytes need, at least one.
 pub(super) fn pages_for(len: usize) -> usize {
     len.div_ceil(PAGE_SIZE).max(1)
 }

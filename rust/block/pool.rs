@@ -1,15 +1,16 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! Pages that are used again, instead of being freed and allocated for each I/O: many kernels clear
-//! what they allocate (`init_on_alloc`), which takes longer than all else that a read does with a
-//! page.
+//! A pool of free pages for buffers and cached blocks. Reusing pages is faster than freeing and
+//! allocating them for each I/O: many kernels clear the pages that they allocate (`init_on_alloc`),
+//! which takes longer than all other work of a read on a page.
 //!
-//! Each CPU has a shelf; what one has too much of goes to the common one, and from there to the CPUs
-//! that lack it: a read may end on another CPU than it began. All have bounds. What was not used for
-//! a while is freed ([`Pool::trim`]), and the kernel takes pages back when it is short of memory
-//! ([`Pool::drain`]).
+//! Each CPU has a shelf. When it is full, pages go to the common shelf, and from there to the CPUs
+//! whose shelves are empty: a read may end on another CPU than it began on. The size of each shelf
+//! is bounded. [`Pool::trim`] frees pages that were not used for a while, and [`Pool::drain`] frees
+//! pages when the kernel is short of memory.
 //!
-//! Lock order: each shelf's lock is taken alone, in any context.
+//! Lock order: no other lock is taken with the lock of a shelf held. It may be taken in any context
+//! but NMI.
 
 use kernel::cpu::CpuId;
 use kernel::page::PAGE_SIZE;
@@ -21,16 +22,17 @@ use super::memory::MAX_ORDER;
 use super::piece::Piece;
 use super::Lock;
 
-/// Orders of pieces.
+/// Number of the orders of pieces: 0 to [`MAX_ORDER`].
 const ORDERS: usize = MAX_ORDER as usize + 1;
-/// Pieces of each order that a CPU's shelf has at most: 896 KiB.
+/// Largest number of pieces of each order on a CPU's shelf: 896 KiB in total.
 const ON_CPU: [usize; ORDERS] = scaled([32, 16, 8, 16]);
-/// Pieces of each order that the common shelf has at most: 3.5 MiB.
+/// Largest number of pieces of each order on the common shelf: 3.5 MiB in total.
 const IN_COMMON: [usize; ORDERS] = scaled([128, 64, 32, 64]);
-/// Pieces that go from one shelf to another at once.
+/// Largest number of pieces that are moved or freed at once.
 const BATCH: usize = 8;
 
-/// Returns how many pieces have the memory that so many have where pages are of 4 KiB; at least one.
+/// Scales numbers of pieces for pages of 4 KiB to the size of pages of this kernel: as many as have
+/// the same number of bytes, at least one.
 const fn scaled(pieces: [usize; ORDERS]) -> [usize; ORDERS] {
     let [a, b, c, d] = pieces;
     let pages = PAGE_SIZE / 4096;
@@ -42,15 +44,15 @@ const fn scaled(pieces: [usize; ORDERS]) -> [usize; ORDERS] {
     ]
 }
 
-/// Pieces that are on their way; what is left is freed.
+/// Pieces between two shelves. Dropping it frees those that are left.
 #[derive(Default)]
 struct Batch([Option<Piece>; BATCH]);
 
-/// Pieces of one order.
+/// The pieces of one order on a shelf.
 struct Stack {
-    /// Never more than it has room for.
+    /// Never more than its capacity.
     pieces: KVec<Piece>,
-    /// The fewest that there were since the last trim: so many weren't used.
+    /// Smallest number of pieces since the last trim: so many were not used.
     least: usize,
 }
 
@@ -61,17 +63,17 @@ impl Stack {
         piece
     }
 
-    /// Puts `piece` there, or gives it back.
+    /// Puts `piece` on the stack. Returns it if the stack is full.
     fn push(&mut self, piece: Piece) -> Option<Piece> {
         if self.pieces.len() == self.pieces.capacity() {
             return Some(piece);
         }
-        // There is room, so this doesn't fail.
+        // Doesn't fail: the capacity was checked.
         let _ = self.pieces.push_within_capacity(piece);
         None
     }
 
-    /// Takes up to `most` pieces.
+    /// Removes and returns up to `most` pieces, at most [`BATCH`].
     fn take(&mut self, most: usize) -> Batch {
         let mut batch = Batch::default();
         for slot in batch.0.iter_mut().take(most) {
@@ -80,7 +82,7 @@ impl Stack {
         batch
     }
 
-    /// Puts as much of `batch` there as there is room for.
+    /// Moves pieces of `batch` to the stack, as many as fit.
     fn put(&mut self, batch: &mut Batch) {
         for slot in &mut batch.0 {
             if let Some(piece) = slot.take() {
@@ -90,12 +92,12 @@ impl Stack {
     }
 }
 
-/// Some pieces of each order.
+/// A store of pieces of each order.
 #[pin_data]
 struct Shelf {
     #[pin]
     stacks: Lock<[Stack; ORDERS]>,
-    /// Pages that are there. Changed with the lock held, read without.
+    /// Number of pages on the shelf. Written with the lock held, read without.
     pages: Atomic<usize>,
 }
 
@@ -117,7 +119,8 @@ impl Shelf {
         )
     }
 
-    /// Calls `change` with the stack of `order`, and `None` where there is no such order.
+    /// Locks the shelf, and calls `change` with the stack of `order`. Returns the result, or `None`
+    /// if there is no such order.
     fn with<R>(&self, order: u32, change: impl FnOnce(&mut Stack) -> R) -> Option<R> {
         let mut stacks = self.stacks.lock();
         let stack = stacks.get_mut(order as usize)?;
@@ -129,12 +132,13 @@ impl Shelf {
         Some(result)
     }
 
-    /// Frees up to `target` pages, and gives how many.
+    /// Frees about `target` pages, in batches of up to [`BATCH`] pieces. Returns the number of
+    /// pages freed.
     fn drain(&self, target: usize) -> usize {
         let mut freed = 0;
         for order in 0..=MAX_ORDER {
             while freed < target && self.pages.load(Relaxed) > 0 {
-                // Freed here, without the lock.
+                // The pieces are freed here, after unlocking.
                 let batch = self.with(order, |stack| stack.take(BATCH));
                 let pieces = batch.map_or(0, |batch| batch.0.iter().flatten().count());
                 if pieces == 0 {
@@ -146,13 +150,13 @@ impl Shelf {
         freed
     }
 
-    /// Frees what was not used since the last time.
+    /// Frees as many pieces as were not used since the last trim.
     fn trim(&self) {
         for order in 0..=MAX_ORDER {
             let mut left = self.with(order, |stack| stack.least).unwrap_or(0);
             while left > 0 {
                 let now = left.min(BATCH);
-                // Freed here, without the lock.
+                // The pieces are freed here, after unlocking.
                 drop(self.with(order, |stack| stack.take(now)));
                 left -= now;
             }
@@ -161,14 +165,14 @@ impl Shelf {
     }
 }
 
-/// Pages for all devices.
+/// A pool of pages for all devices.
 pub(crate) struct Pool {
     each: KVec<Pin<KBox<Shelf>>>,
     common: Pin<KBox<Shelf>>,
 }
 
 impl Pool {
-    /// Makes a pool, which is empty.
+    /// Makes an empty pool. May sleep.
     ///
     /// # Errors
     ///
@@ -183,13 +187,14 @@ impl Pool {
         Ok(Arc::new(Self { each, common }, GFP_KERNEL)?)
     }
 
-    /// This CPU's shelf. It doesn't matter if the thread moves on.
+    /// Returns this CPU's shelf. The thread may move to another CPU meanwhile: any shelf would do.
     fn here(&self) -> &Shelf {
         let here = self.each.get(CpuId::current().as_u32() as usize);
         here.unwrap_or(&self.common)
     }
 
-    /// Gives `1 << order` pages, without waiting.
+    /// Returns a piece of `1 << order` pages: from this CPU's shelf, the common shelf, or newly
+    /// allocated without waiting.
     pub(super) fn get(&self, order: u32) -> Option<Piece> {
         let here = self.here();
         if let Some(piece) = here.with(order, Stack::pop).flatten() {
@@ -206,7 +211,8 @@ impl Pool {
         Piece::try_new(order)
     }
 
-    /// Takes pages back.
+    /// Puts `piece` on this CPU's shelf. If that is full, first moves a batch from there to the
+    /// common shelf. Pieces that fit on neither are freed.
     pub(super) fn put(&self, piece: Piece) {
         let order = piece.order();
         let here = self.here();
@@ -217,7 +223,7 @@ impl Pool {
             return;
         };
         self.common.with(order, |stack| stack.put(&mut batch));
-        // What isn't taken is freed.
+        // Frees the piece if the shelf is full again.
         drop(here.with(order, |stack| stack.push(piece)));
     }
 
@@ -226,12 +232,13 @@ impl Pool {
         Iterator::chain(core::iter::once(&*self.common), each)
     }
 
-    /// Pages that are here.
+    /// Returns the number of pages in the pool.
     pub(crate) fn pages(&self) -> usize {
         self.shelves().map(|shelf| shelf.pages.load(Relaxed)).sum()
     }
 
-    /// Frees up to `target` pages, or a few more; gives how many.
+    /// Frees about `target` pages: up to a batch more, or fewer if the pool has fewer. Returns the
+    /// number of pages freed.
     pub(crate) fn drain(&self, target: usize) -> usize {
         let mut freed = 0;
         for shelf in self.shelves() {
@@ -243,7 +250,7 @@ impl Pool {
         freed
     }
 
-    /// Frees what nobody has used since the last time. In process context.
+    /// Frees pages that were not used since the last call. Called in process context.
     pub(crate) fn trim(&self) {
         for shelf in self.shelves() {
             shelf.trim();

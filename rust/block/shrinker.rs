@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! Giving memory back when the system is short of it.
+//! Shrinkers: the kernel calls them to free memory when it is short of it.
 //!
 //! C header: `include/linux/shrinker.h`.
 
@@ -12,20 +12,20 @@ use kernel::sync::Arc;
 
 use crate::sys;
 
-/// A cache that can be made smaller.
+/// A cache that can free memory.
 pub(crate) trait Shrink: Send + Sync + 'static {
-    /// How many pages could be freed.
+    /// Returns the number of pages that could be freed.
     fn count(&self) -> usize;
 
-    /// Frees about `target` pages without waiting; gives how many it freed.
+    /// Frees about `target` pages without waiting. Returns the number of pages freed.
     fn scan(&self, target: usize) -> usize;
 }
 
-/// A cache that the kernel asks for memory, until this is dropped.
+/// A registered shrinker for a cache. Dropping it unregisters the shrinker.
 ///
 /// # Invariants
 ///
-/// `raw` is a registered shrinker, owned by this, and its private pointer is that of `cache`.
+/// `raw` is a registered shrinker, owned by this, and its private pointer points to the cache.
 pub(crate) struct Shrinker<T: Shrink> {
     raw: NonNull<sys::shrinker>,
     _cache: Arc<T>,
@@ -33,11 +33,11 @@ pub(crate) struct Shrinker<T: Shrink> {
 
 // SAFETY: A shrinker may be freed from any thread, and the cache may be shared.
 unsafe impl<T: Shrink> Send for Shrinker<T> {}
-// SAFETY: Nothing is done through a shared reference.
+// SAFETY: There are no operations on a shared reference.
 unsafe impl<T: Shrink> Sync for Shrinker<T> {}
 
 impl<T: Shrink> Shrinker<T> {
-    /// Registers `cache`.
+    /// Registers a shrinker for `cache`.
     ///
     /// # Errors
     ///
@@ -46,12 +46,12 @@ impl<T: Shrink> Shrinker<T> {
         // SAFETY: The format is a C string without arguments.
         let raw = unsafe { sys::shrinker_alloc(0, c"dm-overlaybd".as_char_ptr()) };
         let raw = NonNull::new(raw).ok_or(ENOMEM)?;
-        // SAFETY: The shrinker is new, and nobody else has it.
+        // SAFETY: The shrinker is new, and only this function has a pointer to it.
         let fields = unsafe { &mut *raw.as_ptr() };
         fields.count_objects = Some(Self::count_objects);
         fields.scan_objects = Some(Self::scan_objects);
         fields.private_data = core::ptr::from_ref::<T>(&cache).cast_mut().cast();
-        // SAFETY: The shrinker is complete.
+        // SAFETY: All fields of the shrinker are set.
         unsafe { sys::shrinker_register(raw.as_ptr()) };
         // INVARIANT: Registered above, with the pointer of `cache`.
         Ok(Self { raw, _cache: cache })
@@ -59,16 +59,16 @@ impl<T: Shrink> Shrinker<T> {
 
     /// # Safety
     ///
-    /// `raw` is a shrinker of this type that is registered.
+    /// `raw` is a registered shrinker of this type.
     unsafe fn cache<'a>(raw: *mut sys::shrinker) -> &'a T {
-        // SAFETY: The type's invariant: the cache lives until the shrinker was freed, and that
-        // waits for callbacks.
+        // SAFETY: By the type invariant the pointer is that of the cache, which lives until the
+        // shrinker is freed. Freeing waits for callbacks.
         unsafe { &*(*raw).private_data.cast() }
     }
 
     /// # Safety
     ///
-    /// Called by the kernel for a shrinker of this type.
+    /// Only the kernel may call this, for a registered shrinker of this type.
     unsafe extern "C" fn count_objects(
         raw: *mut sys::shrinker,
         _control: *mut sys::shrink_control,
@@ -79,7 +79,7 @@ impl<T: Shrink> Shrinker<T> {
 
     /// # Safety
     ///
-    /// Called by the kernel for a shrinker of this type.
+    /// Only the kernel may call this, for a registered shrinker of this type.
     unsafe extern "C" fn scan_objects(
         raw: *mut sys::shrinker,
         control: *mut sys::shrink_control,

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! How an I/O ended.
+//! The status of an I/O that has ended.
 //!
 //! C header: `include/linux/blk_types.h`.
 
@@ -17,10 +17,10 @@ pub(crate) struct Status(sys::blk_status_t);
 impl Status {
     /// `BLK_STS_IOERR`.
     pub(crate) const IO_ERROR: Self = Self(sys::OBD_BLK_STS_IOERR);
-    /// `BLK_STS_AGAIN`: a read that must not wait would have to.
+    /// `BLK_STS_AGAIN`: a read with `REQ_NOWAIT` would have to wait.
     pub(crate) const AGAIN: Self = Self(sys::OBD_BLK_STS_AGAIN);
 
-    /// Takes the status of a finished bio; `Ok` for `BLK_STS_OK`.
+    /// Converts the status of a bio that has ended; `Ok` for `BLK_STS_OK`.
     pub(crate) fn check(raw: sys::blk_status_t) -> Result<(), Self> {
         match u32::from(raw) {
             sys::BLK_STS_OK => Ok(()),
@@ -29,7 +29,7 @@ impl Status {
         }
     }
 
-    /// The raw status for a result.
+    /// Returns the raw status for a result.
     pub(crate) fn raw(result: Result<(), Self>) -> sys::blk_status_t {
         match result {
             Ok(()) => sys::BLK_STS_OK as sys::blk_status_t,

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! Something that is done every few seconds, for as long as there is something to do.
+//! A function that runs every few seconds, as long as there is something for it to do.
 //!
 //! C header: `include/linux/workqueue.h`.
 
@@ -11,20 +11,20 @@ use kernel::types::Opaque;
 
 use crate::sys;
 
-/// Seconds between two times.
+/// Seconds from arming to a call, and between two calls.
 const SECONDS: u32 = 5;
 
-/// What wants tidying.
+/// An object that must be tidied from time to time.
 pub(crate) trait Tidy: Send + Sync + 'static {
-    /// Tidies up, in process context. Returns whether it is to be called again.
+    /// Tidies up. Called in process context. Returns whether it must be called again.
     fn tidy(&self) -> bool;
 }
 
-/// Calls [`Tidy::tidy`] from time to time, until this is dropped.
+/// Calls [`Tidy::tidy`] every few seconds while armed. Dropping it stops the calls.
 ///
 /// # Invariants
 ///
-/// `work` is initialised, and has [`Self::work_fn`] run with this.
+/// `work` is initialised, and its function is [`Self::work_fn`].
 #[repr(C)]
 #[pin_data(PinnedDrop)]
 pub(crate) struct Tidier<T: Tidy> {
@@ -34,13 +34,13 @@ pub(crate) struct Tidier<T: Tidy> {
     what: Arc<T>,
 }
 
-// SAFETY: Works are used from any thread, and so is `what`.
+// SAFETY: A work item may be used from any thread, and so may `what`.
 unsafe impl<T: Tidy> Send for Tidier<T> {}
 // SAFETY: As above.
 unsafe impl<T: Tidy> Sync for Tidier<T> {}
 
 impl<T: Tidy> Tidier<T> {
-    /// Makes what is going to tidy `what`, once it was [asked](Self::arm).
+    /// Makes a tidier for `what`, which isn't [armed](Self::arm) yet.
     ///
     /// # Errors
     ///
@@ -59,7 +59,9 @@ impl<T: Tidy> Tidier<T> {
         )
     }
 
-    /// Has it tidied in some seconds, and on. Cheap where it has been asked already; in any context.
+    /// Arms the tidier: it calls [`Tidy::tidy`] after [`SECONDS`] seconds, and again as long as
+    /// that returns true. Cheap if the tidier is armed already. May be called in any context but
+    /// NMI.
     pub(crate) fn arm(&self) {
         if !self.armed.load(Relaxed) {
             self.armed.store(true, Relaxed);
@@ -68,19 +70,19 @@ impl<T: Tidy> Tidier<T> {
     }
 
     fn schedule(&self) {
-        // SAFETY: By the type invariant the work is initialised; it is waited for before it goes.
+        // SAFETY: By the type invariant the work item is initialised. Dropping `self` waits for it.
         unsafe { sys::obd_schedule_delayed_work(self.work.get(), SECONDS) };
     }
 
-    /// Tidies.
+    /// The function of the work item.
     ///
     /// # Safety
     ///
-    /// `work` is that of a [`Tidier`], which waits for it before it goes.
+    /// `work` is that of a [`Tidier`]. Dropping the tidier waits for this function.
     unsafe extern "C" fn work_fn(work: *mut sys::work_struct) {
-        // SAFETY: The work is the first field of a delayed work, which is the first field.
+        // SAFETY: The work item is the first field of a delayed work, and that of the tidier.
         let this = unsafe { &*work.cast::<Self>() };
-        // Before it is looked whether there is something: who arms it meanwhile has it run again.
+        // Before `tidy`: if another thread arms the tidier while `tidy` runs, it runs again.
         this.armed.store(false, Relaxed);
         if this.what.tidy() {
             this.arm();
@@ -91,8 +93,8 @@ impl<T: Tidy> Tidier<T> {
 #[pinned_drop]
 impl<T: Tidy> PinnedDrop for Tidier<T> {
     fn drop(self: Pin<&mut Self>) {
-        // SAFETY: By the type invariant the work is initialised. This waits for it; it may queue
-        // itself meanwhile, which this prevents.
+        // SAFETY: By the type invariant the work item is initialised. This waits for it, and
+        // prevents that it queues itself again.
         unsafe { sys::cancel_delayed_work_sync(self.work.get()) };
     }
 }

@@ -1,30 +1,32 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! Workers of a device: one for each CPU. They take jobs from one list, and make progress without
-//! memory.
+//! Workers of a device: one for each CPU. They take jobs from one list, and need no memory to make
+//! progress.
 //!
-//! The workers of many devices share a [`Queue`]. Its thread in reserve runs them, one after the
-//! other, if there is no memory for other threads. So a worker must never wait for a worker of the
-//! same queue. What one may wait for:
+//! The workers of many devices share a [`Queue`], a workqueue. If there is no memory for more
+//! threads, its rescuer thread runs all of them, one after the other. So a worker must never wait
+//! for a worker of the same queue. A worker may wait for:
 //!
-//! - A codec context. Its holder waits for nothing.
-//! - The end of an I/O, where what is above may do its own work. It is called as if from an interrupt
-//!   (`bio_in_atomic()` is true), so it must not wait. Otherwise erofs would decompress in the call,
-//!   and wait for memory.
-//! - Submission of a lower read, for tags and memory of the lower device. Devices whose lower device
-//!   may lie on one of ours have queues of their own: see `Device::may_stack`.
-//! - The budget of the control group that a lower read is charged to, where the lower disk has
-//!   `io.cost` or `io.latency`: only reads that a worker submits, after memory was short or a shared
-//!   load failed. Other devices are held up for as long as there is no memory for threads either.
+//! - A codec context. The thread that has it waits for nothing.
+//! - Completions of the layer above. They are called as if from an interrupt (`bio_in_atomic()` is
+//!   true), so they must not wait. Otherwise erofs, for example, would decompress in its
+//!   completion, and wait for memory.
+//! - The submission of a lower read, which may wait for tags or memory of the lower device. A
+//!   device has its own queue if its lower device may be on another device of this module: see
+//!   `Device::may_stack`.
+//! - The budget of the control group that a lower read is charged to, if the lower disk has
+//!   `io.cost` or `io.latency`. This concerns only reads that a worker submits: after memory was
+//!   short, or after a lower read for the cache failed. If there is no memory for another thread,
+//!   other devices wait, too.
 //!
-//! If there is memory, a worker that waits holds up no other one, as each has a thread of its own.
+//! If there is memory, a worker that waits delays no other one, as each has its own thread.
 //!
-//! A job wakes the worker of the CPU that it comes from. If that one is busy, the job wakes the next
+//! A job wakes the worker of the CPU that queues it. If that worker is busy, the job wakes the next
 //! idle one, so that several CPUs work on the parts of a large read. A worker takes the next job of
-//! the list, whichever CPU it came from. CPUs that are offline or isolated (`isolcpus=`,
+//! the list, whichever CPU queued it. Workers of CPUs that are offline or isolated (`isolcpus=`,
 //! `nohz_full=`, isolated cpuset partitions) are not woken.
 //!
-//! Lock order: the list's lock, then the workqueue's own. Both are taken in any context.
+//! Lock order: the list's lock, then the workqueue's own. Both may be taken in any context but NMI.
 //!
 //! C headers: `include/linux/workqueue.h`, `include/linux/cpumask.h`,
 //! `include/linux/sched/isolation.h`.
@@ -40,17 +42,17 @@ use kernel::types::Opaque;
 use super::Lock;
 use crate::sys;
 
-/// Jobs that a worker does before others of its CPU have a turn.
+/// Jobs that a worker runs before it lets other work items run on its CPU.
 const BATCH: usize = 64;
 
-/// Something to do, in the memory of who wants it done.
+/// A step for a worker to run. It is embedded in another structure, such as the frame of an `Io`.
 pub(crate) struct Job {
     next: *mut Job,
     run: Option<unsafe fn(NonNull<Job>)>,
 }
 
 impl Job {
-    /// A job that isn't queued.
+    /// Makes a job that isn't queued.
     pub(crate) const fn new() -> Self {
         Self {
             next: core::ptr::null_mut(),
@@ -59,36 +61,36 @@ impl Job {
     }
 }
 
-/// Jobs, first in, first out, and which workers are idle.
+/// A FIFO list of jobs, and the set of idle workers.
 ///
 /// # Invariants
 ///
 /// `first` starts a list of queued jobs, linked by `next`; `last` is its end unless it is empty.
-/// All of them are valid, have a function that may be called with them, once and by any thread, and
-/// belong to the list. While there are any, `busy` isn't 0, or the holder of the lock is about to
-/// wake a worker: a worker looks at the list once more before it becomes idle.
+/// Each job is valid, belongs to the list, and has a function that any thread may call with it
+/// once. While there are jobs, `busy` isn't 0, or the holder of the lock is about to wake a worker:
+/// a worker checks the list once more before it becomes idle.
 ///
-/// `idle` has the CPUs whose worker is neither running nor queued; `busy` is the number of the other
-/// workers.
+/// `idle` has the CPUs whose worker is neither running nor queued; `busy` is the number of the
+/// other workers.
 struct List {
     first: *mut Job,
     last: *mut Job,
     idle: KBox<CpumaskVar>,
     busy: usize,
-    /// Memory to compute with.
+    /// A mask for [`List::wake`] to compute in.
     scratch: KBox<CpumaskVar>,
 }
 
-// SAFETY: By the type invariant, any thread may do the jobs; CPU masks are plain memory.
+// SAFETY: By the type invariant, any thread may run the jobs; CPU masks are plain memory.
 unsafe impl Send for List {}
 
 impl List {
-    /// Puts a job at the end.
+    /// Appends a job.
     ///
     /// # Safety
     ///
-    /// `job` is valid, has a function that may be called with it, once and by any thread, and
-    /// belongs to the list now. If nobody is at work, the caller wakes a worker under the lock.
+    /// `job` is valid, has a function that any thread may call with it once, and belongs to the
+    /// list from now on. If no worker is busy, the caller wakes one before it unlocks the list.
     unsafe fn push(&mut self, job: NonNull<Job>) {
         let job = job.as_ptr();
         // SAFETY: The caller's promise.
@@ -103,23 +105,25 @@ impl List {
         self.last = job;
     }
 
-    /// Chooses the worker to wake for a new job from CPU `here`: that of `here`, or the next idle one
-    /// of a CPU that is online and not isolated. `None` if there is none, as others are busy then.
+    /// Chooses the worker to wake for a new job from CPU `here`: that of `here`, or the next idle
+    /// one whose CPU is online and not isolated. Marks it as busy. Returns its CPU, or `None` if no
+    /// worker has to be woken, as others are busy.
     ///
-    /// Must be called with interrupts off on `here`, so that no CPU can leave the online ones.
+    /// Must be called on `here` with interrupts off, so that no CPU can go offline.
     fn wake(&mut self, here: CpuId) -> Option<CpuId> {
         let scratch = self.scratch.as_raw();
         // SAFETY: Both masks are valid, and no two references exist to the one that is written to.
         let cpu = unsafe { sys::obd_cpu_for_work(self.idle.as_raw(), scratch, here.as_u32()) };
         let cpu = CpuId::from_u32(cpu)
-            // All housekeeping CPUs are offline: one has to do the job.
+            // All housekeeping CPUs are offline: the worker of this CPU has to run the job.
             .or_else(|| (self.busy == 0).then_some(here))?;
         self.idle.clear(cpu);
         self.busy += 1;
         Some(cpu)
     }
 
-    /// Takes the first job, for the worker of `cpu`. If there is none, that worker becomes idle.
+    /// Removes and returns the first job, for the worker of `cpu`. If there is none, marks that
+    /// worker as idle.
     fn pop(&mut self, cpu: CpuId) -> Option<NonNull<Job>> {
         let Some(job) = NonNull::new(self.first) else {
             // INVARIANT: There are no jobs.
@@ -132,8 +136,8 @@ impl List {
         Some(job)
     }
 
-    /// Makes the worker of `cpu` idle, though there may be jobs. Chooses the worker to wake for them:
-    /// another one if that CPU has been isolated or has gone offline.
+    /// Marks the worker of `cpu` as idle, even if there are jobs. If there are, returns the CPU of
+    /// the worker to wake for them: another CPU if this one has been isolated or has gone offline.
     fn pass(&mut self, cpu: CpuId) -> Option<CpuId> {
         self.idle.set(cpu);
         self.busy -= 1;
@@ -144,20 +148,20 @@ impl List {
     }
 }
 
-/// A workqueue with a thread in reserve, for the workers of any number of devices.
+/// A workqueue with a rescuer thread, for the workers of any number of devices.
 ///
 /// # Invariants
 ///
-/// Is a valid workqueue, owned by this.
+/// The pointer is a valid workqueue, owned by this.
 pub(crate) struct Queue(NonNull<sys::workqueue_struct>);
 
-// SAFETY: Workqueues are used from any thread.
+// SAFETY: A workqueue may be used from any thread.
 unsafe impl Send for Queue {}
 // SAFETY: As above.
 unsafe impl Sync for Queue {}
 
 impl Queue {
-    /// Makes a workqueue, with a name that `ps` shows.
+    /// Makes a workqueue named `name`, which `ps` shows.
     ///
     /// # Errors
     ///
@@ -175,12 +179,12 @@ impl Queue {
 
 impl Drop for Queue {
     fn drop(&mut self) {
-        // SAFETY: By the type invariant it is valid and ours; no worker of it is left.
+        // SAFETY: By the type invariant it is valid and ours; no worker runs on it any more.
         unsafe { sys::destroy_workqueue(self.0.as_ptr()) };
     }
 }
 
-/// A CPU's worker.
+/// The worker of one CPU.
 #[repr(C)]
 struct Worker {
     work: Opaque<sys::work_struct>,
@@ -202,7 +206,7 @@ pub(crate) struct Workers {
     list: Lock<List>,
 }
 
-// SAFETY: Works are used from any thread.
+// SAFETY: A work item may be used from any thread.
 unsafe impl Send for Workers {}
 // SAFETY: As above; the list is behind a lock.
 unsafe impl Sync for Workers {}
@@ -214,7 +218,8 @@ impl Workers {
     ///
     /// [`ENOMEM`].
     pub(crate) fn new(queue: Arc<Queue>) -> Result<Pin<KBox<Self>>> {
-        // Without CONFIG_CPUMASK_OFFSTACK, a mask of its own must not be moved; in a box the list may be.
+        // Without CONFIG_CPUMASK_OFFSTACK, a `CpumaskVar` contains the mask, which must not move.
+        // The boxes keep it in place when the list is moved.
         let mask = || KBox::new(CpumaskVar::new_zero(GFP_KERNEL)?, GFP_KERNEL);
         let mut idle = mask()?;
         idle.setall();
@@ -237,7 +242,7 @@ impl Workers {
                         each.push(Worker { work, workers: this, cpu }, GFP_KERNEL)?;
                     }
                     for worker in &each {
-                        // SAFETY: There is memory for it, which doesn't move any more.
+                        // SAFETY: The work item has memory, which doesn't move any more.
                         unsafe { sys::obd_init_work(worker.work.get(), Some(Self::work_fn)) };
                     }
                     each
@@ -249,15 +254,16 @@ impl Workers {
         )
     }
 
-    /// Has a worker call `run` with `job`, in process context. May be called in any context but NMI.
+    /// Queues `job`: a worker calls `run` with it in process context. May be called in any context
+    /// but NMI.
     ///
-    /// Takes a pointer, since `this` may be gone when the call returns.
+    /// Takes a pointer and not a reference, since `this` may be freed before the call returns.
     ///
     /// # Safety
     ///
-    /// `job` is valid, isn't queued, and belongs to `this` until `run` is called. `run` may be
-    /// called with it, once and by any thread. `this` is valid at least until then; it is dropped by
-    /// none of its workers, which are waited for.
+    /// `job` is valid, isn't queued, and belongs to `this` until `run` is called. Any thread may
+    /// call `run` with it once. `this` is valid at least until then. It must not be dropped by one
+    /// of its workers, because dropping waits for them.
     pub(crate) unsafe fn push(
         this: NonNull<Self>,
         mut job: NonNull<Job>,
@@ -265,15 +271,15 @@ impl Workers {
     ) {
         // SAFETY: The caller's promise.
         unsafe { job.as_mut() }.run = Some(run);
-        // SAFETY: The caller's promise. No job can be taken, and so `this` stays, until the lock is
-        // released.
+        // SAFETY: The caller's promise. No worker can take a job, and so `this` stays valid, until
+        // the lock is released.
         let lock = unsafe { &(*this.as_ptr()).list };
         let mut list = lock.lock();
         // SAFETY: The caller's promise; the worker that `wake` chooses is queued below.
         unsafe { list.push(job) };
         let chosen = list.wake(CpuId::current());
         if let Some(cpu) = chosen {
-            // Under the lock, as `this` may be gone after it.
+            // With the lock held, as `this` may be freed once it is released.
             // SAFETY: As above.
             let this = unsafe { this.as_ref() };
             // INVARIANT: A worker that was idle isn't queued, so this always queues it.
@@ -281,7 +287,7 @@ impl Workers {
         }
     }
 
-    /// Queues the worker of `cpu`. If the CPU goes offline, the workqueue runs it elsewhere.
+    /// Queues the worker of `cpu`. If the CPU goes offline, the workqueue runs it on another one.
     fn queue_worker(&self, cpu: CpuId) {
         if let Some(worker) = self.each.get(cpu.as_u32() as usize) {
             let (queue, work) = (self.queue.0.as_ptr(), worker.work.get());
@@ -290,31 +296,33 @@ impl Workers {
         }
     }
 
-    /// What a worker runs: some jobs. If there are more, it queues a worker for them, usually itself,
-    /// behind whatever else the workqueue has to run on its CPU.
+    /// The function of a worker: runs up to [`BATCH`] jobs. If there are more, queues a worker for
+    /// them, usually itself, after the other work items of its CPU.
     ///
     /// # Safety
     ///
-    /// `work` is that of a [`Worker`], whose workers aren't dropped before this has returned.
+    /// `work` is that of a [`Worker`]. Its [`Workers`] isn't dropped before this function has
+    /// returned.
     unsafe extern "C" fn work_fn(work: *mut sys::work_struct) {
-        // SAFETY: The work is the first field of a worker.
+        // SAFETY: The work item is the first field of a worker.
         let worker = unsafe { &*work.cast::<Worker>() };
         // SAFETY: The caller's promise, and the type invariant.
         let this = unsafe { worker.workers.as_ref() };
         for _ in 0..BATCH {
             let job = this.list.lock().pop(worker.cpu);
             let Some(job) = job else { return };
-            // SAFETY: What was in the list is valid.
+            // SAFETY: By the type invariant of the list, its jobs are valid.
             if let Some(run) = unsafe { job.as_ref() }.run {
-                // SAFETY: The pusher of the job has promised that this may be called.
+                // SAFETY: The caller of `push` has promised that this may be called.
                 unsafe { run(job) };
             }
-            // SAFETY: This is process context, without locks.
+            // SAFETY: This is process context, and no lock is held.
             unsafe { sys::obd_cond_resched_tasks_rcu_qs() };
         }
         let mut list = this.list.lock();
-        // INVARIANT: A worker that was idle isn't queued, so this always queues it. This one may be:
-        // it counts as idle from here on, and is run once more after it has returned.
+        // INVARIANT: A worker that was idle isn't queued, so this always queues it. The chosen
+        // worker may be this one: it counts as idle from here on, and runs once more after it has
+        // returned.
         if let Some(cpu) = list.pass(worker.cpu) {
             this.queue_worker(cpu);
         }
@@ -324,7 +332,7 @@ impl Workers {
 #[pinned_drop]
 impl PinnedDrop for Workers {
     fn drop(self: Pin<&mut Self>) {
-        // No job is left, but a worker may be about to return, with a reference to this, or be
+        // No job is left. But a worker may be about to return, and still use `self`, or may be
         // queued once more.
         for worker in &self.each {
             // SAFETY: By the type invariant the work is initialised. This waits for it, and nothing
