@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! What decompression needs beside its source and its destination.
+//! Codec contexts: the working memory of decompression.
 //!
-//! A worker borrows its CPU's context for one I/O. Who has one never waits for I/O, so waiting for
-//! it is short, and needs no memory.
+//! A worker borrows the context of its CPU for one I/O. The thread that has a context never waits
+//! for I/O, so waiting for the context is short, and needs no memory.
 
 use kernel::cpu::CpuId;
 use kernel::prelude::*;
@@ -15,15 +15,16 @@ use crate::compat;
 use crate::format::zfile::{Algorithm, CRC_SIZE, MAX_BLOCK_SIZE};
 use crate::sys;
 
-/// Working memory of one worker.
+/// The working memory of one thread at a time.
 pub(crate) struct Context {
-    /// For decompression.
+    /// The decompressor and its memory.
     pub(crate) decoder: Decoder,
-    /// Room for what is stored of a block, where that has to be copied to be contiguous.
+    /// Room for the stored bytes of a block, which are copied here if the buffer has them in
+    /// several pieces.
     pub(crate) stored: VVec<u8>,
 }
 
-/// What decompresses.
+/// A decompressor, and a bounce buffer for one block.
 pub(crate) struct Decoder {
     codec: Codec,
     bounce: VVec<u8>,
@@ -59,20 +60,20 @@ impl Context {
 }
 
 impl Decoder {
-    /// Decompresses `stored`, which must fill `dest` exactly.
+    /// Decompresses `stored`, the compressed bytes of a block, which must fill `dest` exactly.
     ///
     /// # Errors
     ///
-    /// [`Corrupt`] where it is malformed, shorter or longer.
+    /// [`Corrupt`] if `stored` is malformed, or decompresses to another length.
     pub(crate) fn decompress(&mut self, stored: &[u8], dest: &Dest<'_>) -> Result<(), Corrupt> {
         self.codec.decompress(stored, dest)
     }
 
-    /// Decompresses a block of `len` bytes into `data`.
+    /// Decompresses `stored`, a block of `len` bytes, into `data`.
     ///
     /// # Errors
     ///
-    /// [`Corrupt`] as above, and where there is less room.
+    /// [`Corrupt`] as above, and if `data` has no room for `len` bytes.
     pub(crate) fn decompress_into(
         &mut self,
         stored: &[u8],
@@ -85,16 +86,17 @@ impl Decoder {
         };
         self.codec
             .decompress(stored, &dest.up_to(len).ok_or(Corrupt)?)?;
-        // SAFETY: There is room for `len` bytes, and decompression has filled all of them.
+        // SAFETY: There is room for `len` bytes, and decompression has written all of them.
         unsafe { data.set_filled(len) };
         Ok(())
     }
 
-    /// Decompresses a block of `len` bytes, and gives it.
+    /// Decompresses `stored`, a block of `len` bytes, into the bounce buffer, and returns the
+    /// bytes.
     ///
     /// # Errors
     ///
-    /// [`Corrupt`] as above, and where `len` is more than a block may have.
+    /// [`Corrupt`] as above, and if `len` is above [`MAX_BLOCK_SIZE`].
     pub(crate) fn decompress_bounced(
         &mut self,
         stored: &[u8],
@@ -106,20 +108,22 @@ impl Decoder {
     }
 }
 
-/// The contexts of one algorithm, shared by all devices: one for each CPU that was online when a
-/// device was made. A CPU that came later shares one until the next device is made.
+/// The contexts of one algorithm, shared by all devices: one for CPU 0, and one for each CPU that
+/// was online when a device was made. A CPU that has none yet uses that of another CPU until the
+/// next device is made.
 ///
-/// Lock order: under a context's mutex spinlocks may be taken. No I/O is waited for or ended there.
+/// Lock order: spinlocks may be taken with a context's mutex held. No I/O is waited for or ended
+/// with it held.
 pub(crate) struct Contexts {
     algorithm: Algorithm,
-    /// That of CPU 0.
+    /// The context of CPU 0.
     first: Pin<KBox<Mutex<Context>>>,
-    /// Those of CPU 1 and on.
+    /// The contexts of CPU 1 and the following ones.
     others: KVec<SetOnce<Pin<KBox<Mutex<Context>>>>>,
 }
 
 impl Contexts {
-    /// Allocates contexts for the CPUs that are online.
+    /// Allocates contexts for the CPUs that are online. May sleep.
     ///
     /// # Errors
     ///
@@ -144,7 +148,7 @@ impl Contexts {
         KBox::pin_init(new_mutex!(Context::new(algorithm)?), GFP_KERNEL)
     }
 
-    /// Allocates contexts for CPUs that have come online.
+    /// Allocates contexts for CPUs that have come online since the last call. May sleep.
     ///
     /// # Errors
     ///
@@ -153,15 +157,16 @@ impl Contexts {
         for (cpu, context) in (1..).zip(&self.others) {
             // SAFETY: By construction `cpu` is below `nr_cpu_ids`.
             if context.as_ref().is_none() && unsafe { sys::obd_cpu_online(cpu) } {
-                // Of two that are made at once, one stays.
+                // If two threads make one at the same time, the first one is kept.
                 context.populate(Self::context(self.algorithm)?);
             }
         }
         Ok(())
     }
 
-    /// Borrows the context of this CPU; waits for it in process context. Another thread may have
-    /// it, which then was here, too, or on a CPU that shares it.
+    /// Borrows the context of this CPU, or of the next lower one that has a context. Called in
+    /// process context. Waits if another thread has it: one that was on this CPU, or is on a CPU
+    /// that uses the same context.
     pub(crate) fn borrow(&self) -> MutexGuard<'_, Context> {
         let upto = self.others.get(..CpuId::current().as_u32() as usize);
         let context = upto.and_then(|upto| upto.iter().rev().find_map(SetOnce::as_ref));

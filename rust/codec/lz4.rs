@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! Raw LZ4 blocks.
+//! Decompression of raw LZ4 blocks.
 //!
 //! C header: `include/linux/lz4.h`.
 
@@ -8,17 +8,17 @@ use super::Corrupt;
 use crate::block::Dest;
 use crate::sys;
 
-/// Decompresses `stored`, which must fill `dest` exactly. Works in any context.
+/// Decompresses `stored`, which must fill `dest` exactly. May be called in any context.
 ///
 /// # Errors
 ///
-/// [`Corrupt`] where it is malformed, shorter or longer.
+/// [`Corrupt`] if `stored` is malformed, or decompresses to another length.
 pub(super) fn decompress(stored: &[u8], dest: &Dest<'_>) -> Result<(), Corrupt> {
     let stored_len = i32::try_from(stored.len()).map_err(|_| Corrupt)?;
     let dest_len = i32::try_from(dest.len()).map_err(|_| Corrupt)?;
     // SAFETY: The source is valid for reads and the destination for writes of their lengths. The
-    // function stays within both whatever the source holds, and takes no decision on what it reads
-    // back from the destination.
+    // function accesses nothing else, whatever the source contains. It reads back what it has
+    // written only to copy it, and makes no decision on it.
     let len = unsafe {
         sys::LZ4_decompress_safe(
             stored.as_ptr().cast(),

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! zstd frames.
+//! Decompression of zstd frames.
 //!
 //! C header: `include/linux/zstd.h`.
 
@@ -13,17 +13,17 @@ use crate::block::{memory, Dest};
 use crate::compat;
 use crate::sys;
 
-/// A decompression context.
+/// A zstd decompression context.
 ///
 /// # Invariants
 ///
-/// `dctx` is a context that lives in `workspace`.
+/// `dctx` is a context in the memory of `_workspace`.
 pub(super) struct Decompressor {
     dctx: NonNull<sys::zstd_dctx>,
     _workspace: VVec<u64>,
 }
 
-// SAFETY: A context may be used from any thread, one at a time.
+// SAFETY: A context may be used from any thread, by one at a time.
 unsafe impl Send for Decompressor {}
 
 impl Decompressor {
@@ -36,7 +36,7 @@ impl Decompressor {
         // SAFETY: Only computes a number.
         let size = unsafe { sys::zstd_dctx_workspace_bound() };
         let mut workspace: VVec<u64> = compat::zeroed(size.div_ceil(8), memory::LARGE)?;
-        // SAFETY: The workspace is aligned and as large as said; it lives as long as the context.
+        // SAFETY: The workspace is aligned and has `size` bytes. It lives as long as the context.
         let dctx = unsafe { sys::zstd_init_dctx(workspace.as_mut_ptr().cast(), size) };
         // INVARIANT: The context was made in `workspace`, whose memory doesn't move.
         Ok(Self {
@@ -49,11 +49,12 @@ impl Decompressor {
     ///
     /// # Errors
     ///
-    /// [`Corrupt`] where it is malformed, shorter or longer.
+    /// [`Corrupt`] if `stored` is malformed, or decompresses to another length.
     pub(super) fn decompress(&mut self, stored: &[u8], dest: &Dest<'_>) -> Result<(), Corrupt> {
         // SAFETY: By the type invariant the context is valid. Source and destination are valid for
-        // reads and writes of their lengths; the function stays within both whatever the source
-        // holds. Of the destination it reads back literals and matches only, which it copies.
+        // reads and writes of their lengths. The function accesses nothing else of them, whatever
+        // the source contains. Of the destination it reads back only literals and matches, to copy
+        // them.
         let len = unsafe {
             sys::zstd_decompress_dctx(
                 self.dctx.as_ptr(),
@@ -63,7 +64,7 @@ impl Decompressor {
                 stored.len(),
             )
         };
-        // An error is a number that no destination is as long as.
+        // Error codes are larger than the length of any destination.
         if len == dest.len() {
             Ok(())
         } else {
