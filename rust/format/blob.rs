@@ -1,29 +1,29 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! Where the bytes of an image come from.
+//! Blobs: the sources of the bytes of an image.
 
 use super::{Error, Fault};
 
-/// What takes a stream, piece by piece.
+/// A function that takes the bytes of a stream, piece by piece.
 pub type Sink<'a, E> = &'a mut dyn FnMut(&[u8]) -> Result<(), E>;
 
-/// A read-only run of bytes with a known length: a file, a block device, or a part of one.
+/// A read-only sequence of bytes with a known length: a file, a block device, or a part of one.
 pub trait Blob {
-    /// What a read may fail with. Format errors convert into it.
+    /// The error of a failed read. Format errors convert into it.
     type Error: From<Error>;
 
-    /// Length in bytes.
+    /// Returns the length in bytes.
     fn size(&self) -> u64;
 
-    /// Fills `buf` from byte `offset`.
+    /// Reads from byte `offset` to all of `buf`.
     ///
     /// # Errors
     ///
-    /// The lower layer's error, or [`Fault::Truncated`] where the range leaves the blob.
+    /// The error of the source, or [`Fault::Truncated`] if the range isn't within the blob.
     fn read_at(&self, offset: u64, buf: &mut [u8]) -> Result<(), Self::Error>;
 
-    /// Reads `len` bytes from byte `offset` in order, and hands them to `sink` in pieces of any
-    /// length.
+    /// Reads `len` bytes from byte `offset` on, and passes them to `sink` in order, in pieces of
+    /// any length.
     ///
     /// # Errors
     ///
@@ -32,7 +32,7 @@ pub trait Blob {
         -> Result<(), Self::Error>;
 }
 
-/// A part of another blob.
+/// A part of another blob, which is a blob itself.
 ///
 /// # Invariants
 ///
@@ -44,11 +44,11 @@ pub struct Window<'a, B> {
 }
 
 impl<'a, B: Blob> Window<'a, B> {
-    /// The `len` bytes of `blob` from byte `start`.
+    /// Makes a window on the `len` bytes of `blob` from byte `start` on.
     ///
     /// # Errors
     ///
-    /// [`Fault::Truncated`] where they leave the blob.
+    /// [`Fault::Truncated`] if they aren't all within the blob.
     pub fn new(blob: &'a B, start: u64, len: u64) -> Result<Self, Error> {
         check_range(blob.size(), start, len)?;
         // INVARIANT: Checked above.
@@ -81,11 +81,11 @@ impl<B: Blob> Blob for Window<'_, B> {
     }
 }
 
-/// Checks that `len` bytes from `offset` lie within `size` bytes.
+/// Checks that the `len` bytes from byte `offset` on are within a blob of `size` bytes.
 ///
 /// # Errors
 ///
-/// [`Fault::Truncated`] at `offset`.
+/// [`Fault::Truncated`], with `offset` and `len`.
 pub fn check_range(size: u64, offset: u64, len: u64) -> Result<(), Error> {
     match offset.checked_add(len) {
         Some(end) if end <= size => Ok(()),

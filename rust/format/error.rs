@@ -1,13 +1,13 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! What can be wrong with an image.
+//! The faults for which an image is refused.
 
 use core::ffi::CStr;
 
-/// Declares [`Fault`] with one phrase, field name and expectation for each cause.
+/// Declares [`Fault`]: for each fault, its phrase, field and expected value.
 macro_rules! faults {
     ($($(#[$doc:meta])* $name:ident: $phrase:literal, $field:literal, $expected:literal;)*) => {
-        /// The cause for which an image is refused.
+        /// The reason why an image is refused.
         #[derive(Clone, Copy, Debug, PartialEq, Eq)]
         pub enum Fault {
             $(#[doc = $expected] $(#[$doc])* $name,)*
@@ -17,21 +17,21 @@ macro_rules! faults {
             /// Every cause, in the order of declaration.
             pub const ALL: &'static [Fault] = &[$(Fault::$name,)*];
 
-            /// One short phrase, what `ti->error` says.
+            /// Returns a short phrase for the fault: the target's `ti->error`.
             pub const fn phrase(self) -> &'static CStr {
                 match self {
                     $(Fault::$name => $phrase,)*
                 }
             }
 
-            /// The on-disk field or structure at fault.
+            /// Returns the name of the on-disk field or structure that has the fault.
             pub const fn field(self) -> &'static str {
                 match self {
                     $(Fault::$name => $field,)*
                 }
             }
 
-            /// What a reader expects there.
+            /// Returns a description of the values that are accepted there.
             pub const fn expected(self) -> &'static str {
                 match self {
                     $(Fault::$name => $expected,)*
@@ -100,14 +100,14 @@ faults! {
     LsmtMergedCount: c"Too many segments in the merged index", "layers", "128000000 at most";
 }
 
-/// A fault, where it is and what was found there.
+/// A fault, its place, and the value that was found there.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Error {
-    /// The cause.
+    /// The fault.
     pub fault: Fault,
-    /// Byte offset of the field in the blob (tar, ZFile or LSMT file) that holds it.
+    /// Byte offset of the field, from the start of the tar, ZFile or LSMT file that contains it.
     pub offset: u64,
-    /// The value found there.
+    /// The value that was found there.
     pub found: u64,
 }
 

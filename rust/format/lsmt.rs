@@ -1,44 +1,44 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! LSMT: a layer, data and an index of the extents that it holds.
+//! LSMT: a layer: data, and an index of its segments.
 //!
 //! ```text
-//! header (4096) | data | index: 16-byte entries, ascending | padding | trailer (4096)
+//! header (4096 bytes) | data | index: 16-byte entries, ascending | padding | trailer (4096 bytes)
 //! ```
 //!
-//! Index position, index size and virtual size come from the trailer; the header only tells the
-//! type.
+//! The offset and size of the index and the virtual size are taken from the trailer. The header
+//! only shows the type of the file.
 //!
 //! Format description: `Documentation/formats/lsmt.rst`.
 
 use super::num::{bytes_at, le32, le64, to_u64, Records};
 use super::{zfile, Blob, Error, Fault, SECTOR_SIZE};
 
-/// Bytes in the header, and in the trailer.
+/// Length of the header, and of the trailer, in bytes.
 pub const HEADER_SIZE: u64 = 4096;
-/// What an LSMT file starts with.
+/// The first bytes of an LSMT file.
 pub const MAGIC: [u8; 24] = [
     0x4c, 0x53, 0x4d, 0x54, 0x00, 0x01, 0x02, 0x00, 0x65, 0x7e, 0x63, 0xd2, 0x94, 0x44, 0x08, 0x4c,
     0xa2, 0xd2, 0xc8, 0xec, 0x4f, 0xcf, 0xae, 0x8a,
 ];
-/// What the header's `size` field says.
+/// Value of the `size` field in bytes.
 pub const STRUCT_SIZE: u32 = 390;
-/// Bytes in an index entry.
+/// Length of an index entry in bytes.
 pub const ENTRY_SIZE: u64 = 16;
-/// Most index entries in a layer, padding included.
+/// Largest number of index entries in a layer, padding included.
 pub const MAX_ENTRIES: u64 = 1_000_000;
-/// Longest entry in sectors.
+/// Largest length of an entry in sectors.
 pub const MAX_LENGTH: u64 = (1 << 14) - 1;
-/// Where an entry may end at most, in sectors.
+/// Largest end of an entry: the first sector after it.
 pub const MAX_END: u64 = 1 << 50;
-/// First sector behind the header.
+/// First sector of an LSMT file after the header.
 pub const DATA_START: u64 = HEADER_SIZE / SECTOR_SIZE;
 
 /// Bits of the `flags` field.
 pub mod flag {
-    /// This is the header, not the trailer.
+    /// Set in the header, clear in the trailer.
     pub const HEADER: u32 = 1 << 0;
-    /// A data file, not an index file.
+    /// The file has data, and not only an index.
     pub const DATA_FILE: u32 = 1 << 1;
     /// The layer is complete.
     pub const SEALED: u32 = 1 << 2;
@@ -48,7 +48,7 @@ pub mod flag {
 
 /// Byte offsets of the fields in the header and in the trailer.
 pub mod field {
-    /// `u32` size of the structure, never checked.
+    /// `u32` size of the structure in bytes, never checked.
     pub const SIZE: usize = 24;
     /// `u32` flag bits.
     pub const FLAGS: usize = 28;
@@ -58,17 +58,17 @@ pub mod field {
     pub const INDEX_COUNT: usize = 40;
     /// `u64` size of the virtual disk in bytes.
     pub const VIRTUAL_SIZE: usize = 48;
-    /// 37 bytes: UUID as text, or empty.
+    /// 37 bytes: UUID of the layer as text, or empty.
     pub const UUID: usize = 56;
     /// 37 bytes: UUID of the layer below as text, or empty.
     pub const PARENT: usize = 93;
     /// `u8` version, `u8` sub-version: informative.
     pub const VERSION: usize = 132;
-    /// 256 bytes of the user's.
+    /// 256 bytes of text from the user.
     pub const USER_TAG: usize = 134;
 }
 
-/// The fields of a header or trailer as they stand on disk, none of them checked.
+/// The fields of a header or trailer, as they are on disk. None of them is checked.
 #[derive(Clone, Copy, Debug)]
 pub struct RawHeader {
     /// Flag bits.
@@ -79,7 +79,7 @@ pub struct RawHeader {
     pub index_count: u64,
     /// Size of the virtual disk in bytes.
     pub virtual_size: u64,
-    /// UUID as text.
+    /// UUID of the layer as text.
     pub uuid: [u8; 37],
     /// UUID of the layer below as text.
     pub parent: [u8; 37],
@@ -88,8 +88,7 @@ pub struct RawHeader {
 }
 
 impl RawHeader {
-    /// Takes the fields out of the first 512 bytes of a header or trailer; `None` where the magic
-    /// is missing.
+    /// Parses the first 512 bytes of a header or trailer. Returns `None` if the magic is missing.
     pub fn parse(bytes: &[u8; 512]) -> Option<Self> {
         if bytes_at(bytes, 0) != MAGIC {
             return None;
@@ -105,16 +104,16 @@ impl RawHeader {
         })
     }
 
-    /// Whether all of `bits` are set.
+    /// Returns whether all of the flag bits `bits` are set.
     pub const fn has(&self, bits: u32) -> bool {
         self.flags & bits == bits
     }
 }
 
-/// A run of sectors and where it comes from, packed as on disk.
+/// Consecutive sectors of the disk, and the place of their data, packed as on disk.
 ///
-/// First word: 50 bits of offset, 14 bits of length. Second word: 55 bits of `moffset`, a bit for
-/// zeroed, 8 bits of tag. All in sectors.
+/// First word, from the lowest bit: 50 bits of offset, 14 bits of length. Second word: 55 bits of
+/// `moffset`, the zeroed bit, 8 bits of tag. Offsets and lengths are in sectors of 512 bytes.
 ///
 /// # Invariants
 ///
@@ -133,7 +132,8 @@ impl Segment {
     const MOFFSET_MASK: u64 = (1 << Self::MOFFSET_BITS) - 1;
     const ZEROED: u64 = 1 << Self::MOFFSET_BITS;
 
-    /// Packs a segment of `length` sectors at `offset`; `None` where a part is out of range.
+    /// Packs a segment of `length` sectors at sector `offset` of the disk, with data at sector
+    /// `moffset` of the LSMT file. Returns `None` if a value is out of range.
     pub const fn new(
         offset: u64,
         length: u64,
@@ -156,43 +156,44 @@ impl Segment {
         })
     }
 
-    /// First sector in the virtual disk.
+    /// Returns the first sector on the virtual disk.
     #[inline]
     pub const fn offset(&self) -> u64 {
         self.place & Self::OFFSET_MASK
     }
 
-    /// Length in sectors.
+    /// Returns the length in sectors.
     #[inline]
     pub const fn length(&self) -> u64 {
         self.place >> Self::OFFSET_BITS
     }
 
-    /// First sector behind the segment in the virtual disk.
+    /// Returns the first sector after the segment on the virtual disk.
     #[inline]
     pub const fn end(&self) -> u64 {
         self.offset() + self.length()
     }
 
-    /// First sector of the data in the LSMT file.
+    /// Returns the first sector of the data in the LSMT file.
     #[inline]
     pub const fn moffset(&self) -> u64 {
         self.source & Self::MOFFSET_MASK
     }
 
-    /// Whether the segment reads as zeros and hides what is below.
+    /// Returns whether the segment reads as zeros and hides the layers below.
     #[inline]
     pub const fn zeroed(&self) -> bool {
         self.source & Self::ZEROED != 0
     }
 
-    /// In a merged index, the number of the layer, 0 the lowest.
+    /// Returns the tag: in a merged index, the number of the layer; the lowest is 0.
     #[inline]
     pub const fn tag(&self) -> u8 {
         (self.source >> (Self::MOFFSET_BITS + 1)) as u8
     }
 
-    /// The part from sector `from` to sector `to`, tagged with `tag`; `None` where it is empty.
+    /// Returns the part of the segment from sector `from` up to sector `to` of the disk, not
+    /// included, with the tag `tag`; `None` if it is empty.
     pub fn part(&self, from: u64, to: u64, tag: u8) -> Option<Self> {
         let from = from.max(self.offset());
         let length = to.min(self.end()).checked_sub(from)?;
@@ -210,7 +211,8 @@ impl Segment {
         )
     }
 
-    /// The segment with its data `sectors` sectors further on; `None` where that is out of range.
+    /// Returns the segment with its data `sectors` sectors further on in the file; `None` if that
+    /// is out of range.
     pub const fn shifted(&self, sectors: u64) -> Option<Self> {
         match self.moffset().checked_add(sectors) {
             Some(moffset) => Self::new(
@@ -224,7 +226,7 @@ impl Segment {
         }
     }
 
-    /// The on-disk entry.
+    /// Returns the on-disk entry.
     pub fn to_bytes(self) -> [u8; 16] {
         let mut entry = [0; 16];
         let (place, source) = entry.split_at_mut(8);
@@ -233,7 +235,7 @@ impl Segment {
         entry
     }
 
-    /// The entry that pads an index: no segment.
+    /// Returns an on-disk entry that is padding, and no segment.
     pub fn padding() -> [u8; 16] {
         let mut entry = [0; 16];
         entry[..8].copy_from_slice(&Self::OFFSET_MASK.to_le_bytes());
@@ -253,12 +255,12 @@ impl core::fmt::Debug for Segment {
     }
 }
 
-/// What a reader must know of a layer, checked.
+/// The values of a layer's trailer that a reader needs, checked.
 ///
 /// # Invariants
 ///
 /// - `virtual_size` is at most [`MAX_END`] sectors, and `entries` at most [`MAX_ENTRIES`].
-/// - The index, `index_offset + 16 * entries`, lies behind the header and before the trailer.
+/// - The index, `16 * entries` bytes at `index_offset`, is after the header and before the trailer.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Layer {
     virtual_size: u64,
@@ -267,11 +269,11 @@ pub struct Layer {
 }
 
 impl Layer {
-    /// Reads and checks header and trailer.
+    /// Reads and checks the header and the trailer.
     ///
     /// # Errors
     ///
-    /// One of the `Lsmt` faults or [`Fault::Truncated`], and what reading `blob` fails with.
+    /// One of the `Lsmt` faults or [`Fault::Truncated`], and the errors of reading `blob`.
     pub fn read<B: Blob>(blob: &B) -> Result<Self, B::Error> {
         let mut bytes = [0; 512];
         blob.read_at(0, &mut bytes)?;
@@ -327,28 +329,27 @@ impl Layer {
         })
     }
 
-    /// Size of the virtual disk in bytes; 0 where the layer doesn't tell.
+    /// Returns the size of the virtual disk in bytes; 0 if the layer has none.
     pub const fn virtual_size(&self) -> u64 {
         self.virtual_size
     }
 
-    /// Byte offset of the index.
+    /// Returns the byte offset of the index.
     pub const fn index_offset(&self) -> u64 {
         self.index_offset
     }
 
-    /// Number of index entries, padding included.
+    /// Returns the number of index entries, padding included.
     pub const fn entries(&self) -> u64 {
         self.entries
     }
 
-    /// Reads the index, checks every entry, and hands the segments to `sink` in ascending order,
-    /// padding left out.
+    /// Reads the index, checks every entry, and passes the segments to `sink` in ascending order,
+    /// without the padding.
     ///
     /// # Errors
     ///
-    /// One of the `LsmtEntry` faults, what reading `blob` fails with, and the first error of
-    /// `sink`.
+    /// One of the `LsmtEntry` faults, the errors of reading `blob`, and the first error of `sink`.
     pub fn read_index<B: Blob>(
         &self,
         blob: &B,
@@ -370,7 +371,8 @@ impl Layer {
         })
     }
 
-    /// Checks the entry at byte `at` against the end of the one before; `None` for padding.
+    /// Checks the entry at byte `at`, which must not begin before sector `previous_end`. Returns
+    /// `None` for padding.
     fn parse_entry(
         &self,
         entry: &[u8; 16],
@@ -391,10 +393,10 @@ impl Layer {
         if raw.offset() < previous_end {
             return error(Fault::LsmtEntryOrder, raw.offset());
         }
-        // What a zeroed entry maps is never read.
+        // The data of a zeroed entry is never read.
         let mapped = if raw.zeroed() { 0 } else { raw.length() };
         let index_start = self.index_offset / SECTOR_SIZE;
-        // No overflow: 55 bits and 14 bits.
+        // No overflow: the numbers have 55 and 14 bits.
         if raw.moffset() < DATA_START || raw.moffset() + mapped > index_start {
             return error(Fault::LsmtEntryMapping, raw.moffset());
         }

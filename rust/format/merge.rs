@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! Merging the indexes of a stack of layers into one.
+//! Merges the indexes of a stack of layers into one.
 //!
-//! Where layers overlap, the topmost one that has a segment wins; a zeroed segment hides what is
-//! below. What reads as zeros needs no segment in the result: only data is left in it.
+//! If layers overlap, the topmost one that has a segment wins; a zeroed segment hides the layers
+//! below. Sectors that read as zeros need no segment: the merged index has only segments with data.
 
 use core::num::NonZeroU64;
 use core::ops::{Deref, DerefMut};
@@ -12,19 +12,19 @@ use super::lsmt::{Segment, MAX_END};
 use super::num::{to_u64, to_usize};
 use super::{Error, Fault, SECTOR_SIZE};
 
-/// Most layers in a stack.
+/// Largest number of layers in a stack.
 pub const MAX_LAYERS: usize = 255;
-/// Most segments in a merged index.
+/// Largest number of segments in a merged index.
 pub const MAX_SEGMENTS: u64 = 128_000_000;
-/// Segments that are merged between two pauses.
+/// Number of segments that are processed between two calls of `pause`.
 pub const PAUSE: u32 = 1 << 16;
 
-/// Size in bytes of a stack of layers with the given virtual sizes, lowest first: that of the
-/// topmost one that has any.
+/// Returns the size in bytes of the disk of a stack of layers, whose virtual sizes in bytes are
+/// `sizes`, lowest first: that of the topmost layer whose virtual size isn't 0.
 ///
 /// # Errors
 ///
-/// [`Fault::LsmtVirtualSize`] where none has.
+/// [`Fault::LsmtVirtualSize`] if there is no such layer.
 pub fn virtual_size(sizes: impl DoubleEndedIterator<Item = u64>) -> Result<u64, Error> {
     sizes
         .rev()
@@ -32,15 +32,15 @@ pub fn virtual_size(sizes: impl DoubleEndedIterator<Item = u64>) -> Result<u64, 
         .ok_or(Error::new(Fault::LsmtVirtualSize, 0, 0))
 }
 
-/// Sectors that a disk of `bytes` bytes has, the last one perhaps only in part.
+/// Returns the number of sectors of a disk of `bytes` bytes. The last sector may be a partial one.
 pub const fn sectors(bytes: u64) -> u64 {
     bytes.div_ceil(SECTOR_SIZE)
 }
 
-/// An event: a segment of a layer begins or ends. Ordered by sector, then by layer.
+/// The begin or the end of a segment of a layer. Events are ordered by sector, then by layer.
 ///
-/// Packed in one word, so that comparing two is one instruction: the sector takes 51 bits, the
-/// layer 8.
+/// Packed in one word, so that one instruction compares two events: the layer in the lowest 8 bits,
+/// the sector in 51 bits above.
 #[derive(Clone, Copy, Default, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Event(u64);
 
@@ -60,7 +60,7 @@ impl Event {
     }
 }
 
-/// A set of layers.
+/// A set of layers, by their numbers.
 #[derive(Default)]
 struct LayerSet([u64; 4]);
 
@@ -84,13 +84,13 @@ impl LayerSet {
     }
 }
 
-/// Merges the segments of `layers`, lowest first, and hands those that hold data to `sink`, in
-/// ascending order and tagged with the number of their layer. Nothing at or above sector `limit`
-/// comes out.
+/// Merges the segments of `layers`, lowest first. Passes the resulting segments with data to
+/// `sink`, in ascending order, with the number of their layer as the tag. Segments end at or before
+/// sector `limit`.
 ///
-/// Each layer's segments are in ascending order and don't overlap. `heap` and `cursors` are
-/// working memory with a slot for each layer. Takes time n · log(layers); `pause` is called every
-/// [`PAUSE`] segments or so.
+/// The segments of each layer must be in ascending order and must not overlap. `heap` and `cursors`
+/// are working memory, with at least one element for each layer. Takes time n · log(layers) for n
+/// segments in total. Calls `pause` about every [`PAUSE`] segments.
 ///
 /// # Errors
 ///
@@ -122,7 +122,8 @@ where
 
     cursors.fill(0);
     let mut waiting = 0;
-    // The counter goes last: it is not asked for a number behind the last layer's.
+    // `zip` polls the layers first, so it never asks the counter for the number after the last
+    // layer's, which may overflow.
     for (_, layer) in layers.iter().zip(0u8..) {
         if let Some(first) = segment(layer, 0) {
             *heap.get_mut(waiting).ok_or(bad_count)? = Event::new(first.offset(), layer);
@@ -137,7 +138,7 @@ where
     }
 
     let mut open = LayerSet::default();
-    // The layer and the segment that show, and from where.
+    // The visible segment with its layer, and the sector from which on it is visible.
     let mut top: Option<(u8, Segment)> = None;
     let mut since = 0;
     let mut count = 0;
@@ -158,7 +159,7 @@ where
         open.toggle(layer);
         heap = replace_first(heap, next.map(|sector| Event::new(sector, layer)));
 
-        // What is below the layer that shows doesn't matter.
+        // Events of layers below the visible one change nothing.
         if top.is_some_and(|(shown, _)| layer < shown) {
             continue;
         }
@@ -184,7 +185,8 @@ where
     Ok(())
 }
 
-/// Puts `event` in the place of the first one of `heap`, or removes that, and gives the heap.
+/// Replaces the first event of `heap` by `event`, or removes it if `event` is `None`. Returns the
+/// heap.
 fn replace_first(heap: &mut [Event], event: Option<Event>) -> &mut [Event] {
     let (heap, event) = match (event, heap.split_last_mut()) {
         (Some(_), _) | (None, None) => (heap, event),
@@ -201,7 +203,7 @@ fn replace_first(heap: &mut [Event], event: Option<Event>) -> &mut [Event] {
     heap
 }
 
-/// Puts `event` at `at` of `heap` or below, where the smaller children are pulled up.
+/// Puts `event` at index `at` of `heap` or below it, and moves smaller children up.
 fn sift_down(heap: &mut [Event], mut at: usize, event: Event) {
     loop {
         let left = 2 * at + 1;
@@ -221,48 +223,50 @@ fn sift_down(heap: &mut [Event], mut at: usize, event: Event) {
     }
 }
 
-/// What a run of sectors of a merged disk reads.
+/// The result of looking up a sector: where it and the sectors after it are read from.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Extent {
-    /// `len` sectors of layer `layer`, from `sector` of its LSMT file.
+    /// The data of `len` sectors is in layer `layer`, from sector `sector` of its LSMT file on.
     Data {
-        /// Number of the layer, 0 the lowest.
+        /// Number of the layer; the lowest is 0.
         layer: u8,
         /// First sector in the LSMT file.
         sector: u64,
-        /// Sectors up to the end of the segment.
+        /// Number of sectors up to the end of the segment.
         len: u64,
     },
-    /// `len` sectors of zeros.
+    /// `len` sectors read as zeros.
     Zeros {
-        /// Sectors up to the next segment.
+        /// Number of sectors up to the next segment, or to [`MAX_END`] if there is none.
         len: u64,
     },
 }
 
-/// Segments, at least, that a run of sectors in an [`Index`] has on average.
+/// Smallest average number of segments in a run of an [`Index`] with more than [`FEW_SEGMENTS`].
 const RUN_SEGMENTS: u64 = 16;
 
-/// Segments, at most, of an index that has a run for each, so that there is next to nothing to
-/// search where they don't crowd: 4 bytes for each of so few don't matter.
+/// Up to this number of segments, an [`Index`] has up to one run for each segment. If the segments
+/// are spread evenly, almost nothing is left to search. This costs 4 bytes for each segment, which
+/// matters little for so few.
 const FEW_SEGMENTS: usize = 4096;
 
-/// A merged index that sectors can be looked up in.
+/// A merged index for lookups of sectors.
 ///
-/// A search in a large index is mostly waiting for memory. So the disk is divided into runs of
-/// sectors, one for some segments, and what is known of each run leaves few segments to search.
-/// Where segments crowd in some runs, a search takes log(segments) steps as it would without.
+/// A search in a large index mostly waits for memory. So the disk is divided into runs of sectors,
+/// each for several segments. The number of segments before each run leaves few segments to search.
+/// If most segments are in few runs, a search may take log(segments) steps, as it would without
+/// runs.
 pub struct Index<S, R> {
-    /// Data only, ascending and without overlap.
+    /// Segments with data, in ascending order and without overlap.
     segments: S,
-    /// For each run, the number of segments that begin before it.
+    /// For each run, and for the end of the last one, the number of segments that begin before it.
     runs: R,
-    /// A run is 2^`shift` sectors long; less than 64.
+    /// A run has 2^`shift` sectors; `shift` is less than 64.
     shift: u32,
 }
 
-/// Length of a run, as a power of two in sectors, and the number of runs with what is behind the
-/// last one, for an index of `segments`.
+/// Returns, for an index of `segments`, the binary logarithm of the length of a run in sectors, and
+/// the length of the array of runs: their number, and one for the end.
 fn run_shape(segments: &[Segment]) -> (u32, usize) {
     let last = segments.last().map_or(0, Segment::offset);
     let count = to_u64(segments.len());
@@ -271,7 +275,7 @@ fn run_shape(segments: &[Segment]) -> (u32, usize) {
         false => count / RUN_SEGMENTS,
     };
     let most = NonZeroU64::new(runs).unwrap_or(NonZeroU64::MIN);
-    // last < most * 2^shift
+    // So `last` is less than `most * 2^shift`.
     let shift = (last / most).checked_ilog2().map_or(0, |log| log + 1);
     (shift, to_usize(last.wrapping_shr(shift)) + 2)
 }
@@ -281,9 +285,9 @@ where
     S: Deref<Target = [Segment]>,
     R: Deref<Target = [u32]>,
 {
-    /// An index of `segments`, at most [`MAX_SEGMENTS`], in the order in which [`merge`] makes
-    /// them. `allocate` gives memory for as many runs as it is asked for, hardly more than there
-    /// are segments; `pause` is called every [`PAUSE`] segments.
+    /// Makes an index of `segments`, which [`merge`] has made; at most [`MAX_SEGMENTS`]. `allocate`
+    /// returns an array of as many elements as it is called with: at most the number of segments
+    /// plus 2. `pause` is called every [`PAUSE`] segments.
     ///
     /// # Errors
     ///
@@ -304,7 +308,8 @@ where
             if nth % PAUSE == 0 {
                 pause()?;
             }
-            // Up to the run that it begins in, nothing but what came before it does.
+            // For each run after that of the previous segment, up to the run of this one: `nth`
+            // segments begin before it.
             while filled <= segment.offset().wrapping_shr(shift) {
                 if let Some(slot) = slots.next() {
                     *slot = nth;
@@ -322,21 +327,21 @@ where
         })
     }
 
-    /// The segments.
+    /// Returns the segments.
     pub fn segments(&self) -> &S {
         &self.segments
     }
 
-    /// Bytes of memory that it takes.
+    /// Returns the memory of the index in bytes.
     pub fn memory(&self) -> usize {
         size_of_val(&*self.segments) + size_of_val(&*self.runs)
     }
 
-    /// Looks sector `sector` up.
+    /// Looks up sector `sector` of the disk.
     #[inline]
     pub fn lookup(&self, sector: u64) -> Extent {
         let run = to_usize(sector.wrapping_shr(self.shift));
-        // Without what is known of a run, all segments are searched.
+        // If a run is not in the array, the search has no bound on that side.
         let before = |run, unknown| {
             self.runs
                 .get(run)
@@ -363,10 +368,10 @@ where
     }
 }
 
-/// The number of `segments` that begin at or before `sector`.
+/// Returns the number of `segments` that begin at or before sector `sector`.
 ///
-/// With branches, unlike [`slice::partition_point`]: a CPU that guesses where it goes on has the
-/// next segment on its way while it waits for this one.
+/// Uses branches, unlike [`slice::partition_point`]: a CPU that predicts them fetches the next
+/// segment while it waits for this one.
 fn begun(segments: &[Segment], sector: u64) -> usize {
     let (mut start, mut end) = (0, segments.len());
     while start < end {

@@ -1,18 +1,18 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! The on-disk formats: tar wrapper, ZFile and LSMT, and the merge of layers.
+//! The on-disk formats (tar wrapper, ZFile and LSMT), and the merge of layers.
 //!
-//! Pure code: no kernel, no allocation, no `unsafe`. The same files are compiled into the kernel
-//! module and into the user-space library, which tests them. Nothing that comes from an image is
-//! used before it is bounded.
+//! This code makes no kernel calls, allocates nothing, and has no `unsafe`. The same files are
+//! compiled into the kernel module and into the user-space library, whose tests test them. Every
+//! value from an image is checked against its bounds before it is used.
 //!
-//! A blob is opened from the outside in:
+//! A blob is opened from the outside in; the parts in `[]?` are optional:
 //!
 //! ```text
 //! blob -> [tar::payload]? -> [zfile::Geometry::read]? -> lsmt::Layer::read
 //! ```
 //!
-//! Everything is little-endian. Byte offsets are `u64`; a sector is 512 bytes.
+//! Numbers on disk are little-endian, except in tar. Byte offsets are `u64`; a sector is 512 bytes.
 //!
 //! Format descriptions: `Documentation/formats/`.
 
@@ -29,9 +29,9 @@ pub mod zfile;
 pub use blob::{Blob, Window};
 pub use error::{Error, Fault};
 
-/// Bytes in a sector, the unit of LSMT offsets.
+/// Length of a sector in bytes. Offsets and lengths in LSMT entries are in sectors.
 pub const SECTOR_SIZE: u64 = 512;
 
-/// CRC-32C (reflected polynomial 0x82f63b78) continued from `seed`, without inversion at either
-/// end: the kernel's `crc32c()`.
+/// A function that returns the CRC-32C (reflected polynomial 0x82f63b78) of `data`, continued from
+/// `seed`, without inversion at either end, as the kernel's `crc32c()` does.
 pub type Crc32c = fn(seed: u32, data: &[u8]) -> u32;

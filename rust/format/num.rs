@@ -1,24 +1,24 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! Conversions that cannot lose bits, and bounded little-endian loads.
+//! Lossless conversions of integers, and loads of little-endian numbers with bounds checks.
 
 const _: () = assert!(usize::BITS == 64, "a 64-bit target is required");
 
-/// Widens a `usize` to `u64`. Lossless: the target is 64-bit.
+/// Converts a `usize` to `u64`. Lossless: the target is 64-bit.
 #[inline]
 pub const fn to_u64(n: usize) -> u64 {
     n as u64
 }
 
-/// Turns a `u64` into a `usize`. Lossless: the target is 64-bit.
+/// Converts a `u64` to `usize`. Lossless: the target is 64-bit.
 #[inline]
 pub const fn to_usize(n: u64) -> usize {
     n as usize
 }
 
-/// Loads `N` bytes at `at`; zeros where `buf` is too short.
+/// Returns the `N` bytes of `buf` at `at`; zeros if `buf` is too short.
 ///
-/// Callers pass offsets that are constants inside arrays of fixed size.
+/// Callers pass constant offsets, within arrays and chunks of constant size.
 #[inline]
 pub fn bytes_at<const N: usize>(buf: &[u8], at: usize) -> [u8; N] {
     let mut out = [0; N];
@@ -28,26 +28,26 @@ pub fn bytes_at<const N: usize>(buf: &[u8], at: usize) -> [u8; N] {
     out
 }
 
-/// Loads a little-endian `u32` at byte `at`.
+/// Returns the little-endian `u32` at byte `at` of `buf`; 0 if `buf` is too short.
 #[inline]
 pub fn le32(buf: &[u8], at: usize) -> u32 {
     u32::from_le_bytes(bytes_at(buf, at))
 }
 
-/// Loads a little-endian `u64` at byte `at`.
+/// Returns the little-endian `u64` at byte `at` of `buf`; 0 if `buf` is too short.
 #[inline]
 pub fn le64(buf: &[u8], at: usize) -> u64 {
     u64::from_le_bytes(bytes_at(buf, at))
 }
 
-/// Cuts a byte stream that arrives in pieces of any length into records of `N` bytes.
+/// Splits a stream of bytes, which arrives in pieces of any length, into records of `N` bytes.
 pub struct Records<const N: usize> {
     carry: [u8; N],
     held: usize,
 }
 
 impl<const N: usize> Records<N> {
-    /// An empty stream.
+    /// Starts a new stream.
     pub const fn new() -> Self {
         Self {
             carry: [0; N],
@@ -55,7 +55,8 @@ impl<const N: usize> Records<N> {
         }
     }
 
-    /// Feeds `piece`; calls `record` for every record that is complete now.
+    /// Takes the next piece of the stream, and calls `record` with every record that is complete
+    /// now.
     ///
     /// # Errors
     ///

@@ -1,20 +1,21 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! The tar wrapper around a layer: one regular file, perhaps with extended headers before it.
+//! The tar wrapper around a layer: one regular file, possibly with extended headers before it.
 //!
 //! Source: POSIX.1-2017 `pax`, "ustar Interchange Format" and "pax Interchange Format".
 
 use super::num::{bytes_at, to_u64};
 use super::{Blob, Error, Fault};
 
-/// Bytes in a tar block.
+/// Length of a tar block in bytes.
 const BLOCK: u64 = 512;
-/// Header blocks that are looked at before the file's own. Real files have one or two.
+/// Largest number of headers that are read to find the file, its own included. Real tars have one
+/// or two.
 const MAX_HEADERS: u32 = 64;
-/// Longest pax payload that is read.
+/// Length of the longest pax payload that is read, in bytes.
 const MAX_PAX: u64 = 1 << 20;
 
-/// Where a tar header keeps its fields.
+/// Byte offsets of the fields in a tar header.
 mod field {
     use core::ops::Range;
 
@@ -24,21 +25,21 @@ mod field {
     pub(super) const MAGIC: usize = 257;
 }
 
-/// A byte range in a blob.
+/// The bytes of a blob that are the content of the file.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Payload {
-    /// First byte.
+    /// Offset of the first byte in the blob.
     pub start: u64,
     /// Length in bytes.
     pub len: u64,
 }
 
-/// Finds the file in a tar wrapper; `None` where `blob` doesn't start with a tar header.
+/// Finds the file in a tar wrapper. Returns `None` if `blob` doesn't start with a tar header.
 ///
 /// # Errors
 ///
-/// [`Fault::TarHeader`], [`Fault::TarSize`], [`Fault::TarPax`] or [`Fault::TarMember`], and what
-/// reading `blob` fails with.
+/// [`Fault::TarHeader`], [`Fault::TarSize`], [`Fault::TarPax`] or [`Fault::TarMember`], and the
+/// errors of reading `blob`.
 pub fn payload<B: Blob>(blob: &B) -> Result<Option<Payload>, B::Error> {
     let mut block = [0; 512];
     if blob.size() < BLOCK {
@@ -57,11 +58,12 @@ pub fn payload<B: Blob>(blob: &B) -> Result<Option<Payload>, B::Error> {
             at + to_u64(field::SIZE.start),
             0,
         ))?;
-        // No overflow: the header was read, so it lies within the blob.
+        // No overflow: the header was read, so it is within the blob.
         let data = at + BLOCK;
         match block[field::TYPE] {
             b'x' => pax_size = read_pax(blob, data, size)?.or(pax_size),
-            // A global header, or a GNU long name or long link name: nothing there that we need.
+            // A global header, or a GNU long name or long link name: skipped, nothing in it is
+            // needed.
             b'g' | b'L' | b'K' => {}
             b'0' | b'\0' | b'7' => {
                 let len = pax_size.filter(|&n| n > 0).unwrap_or(size);
@@ -89,7 +91,7 @@ pub fn payload<B: Blob>(blob: &B) -> Result<Option<Payload>, B::Error> {
     Err(Error::new(Fault::TarHeader, at, MAX_HEADERS.into()).into())
 }
 
-/// Whether `block` is a ustar or GNU tar header with a right checksum.
+/// Returns whether `block` is a ustar or GNU tar header with the right checksum.
 fn is_header(block: &[u8; 512]) -> bool {
     match &bytes_at::<8>(block, field::MAGIC) {
         b"ustar  \0" => {}
@@ -99,7 +101,7 @@ fn is_header(block: &[u8; 512]) -> bool {
     let Some(wanted) = octal(&block[field::CHECKSUM]) else {
         return false;
     };
-    // Old writers summed signed characters.
+    // Old writers added up the bytes as signed numbers.
     let (mut unsigned, mut signed) = (0u64, 0i64);
     for (at, &byte) in block.iter().enumerate() {
         let byte = if field::CHECKSUM.contains(&at) {
@@ -113,7 +115,8 @@ fn is_header(block: &[u8; 512]) -> bool {
     wanted == unsigned || i64::try_from(wanted) == Ok(signed)
 }
 
-/// Reads a number: octal with blanks around it, or GNU's base-256 form. Blank is 0.
+/// Parses a number: octal digits, possibly after blanks and before a blank or NUL, or GNU's
+/// base-256 form. An empty field is 0. Returns `None` if the number is malformed or doesn't fit.
 fn octal(field: &[u8]) -> Option<u64> {
     if let Some((&0x80, digits)) = field.split_first() {
         return digits.iter().try_fold(0u64, |n, &byte| {
@@ -134,7 +137,8 @@ fn octal(field: &[u8]) -> Option<u64> {
         })
 }
 
-/// Reads a pax payload; gives the value of its last `size` record.
+/// Reads the pax payload of `len` bytes at byte `at`. Returns the value of its last `size` record,
+/// if it has one.
 fn read_pax<B: Blob>(blob: &B, at: u64, len: u64) -> Result<Option<u64>, B::Error> {
     if len > MAX_PAX {
         return Err(Error::new(Fault::TarPax, at, len).into());
@@ -154,21 +158,21 @@ fn read_pax<B: Blob>(blob: &B, at: u64, len: u64) -> Result<Option<u64>, B::Erro
     }
 }
 
-/// A reader of `LENGTH KEY=VALUE\n` records, a byte at a time.
+/// A parser of pax records, `LENGTH KEY=VALUE\n`, that takes one byte at a time.
 struct Pax {
     state: State,
-    /// Bytes of this record that are still to come, its newline included; while the length is
-    /// read, the bytes of it that were there.
+    /// Bytes of this record that are still to come, its newline included. In [`State::Length`], the
+    /// number of bytes of this record so far.
     left: u64,
-    /// The number read so far.
+    /// The number that has been parsed so far.
     number: u64,
-    /// Bytes of the key that were read.
+    /// Bytes of the key that have matched [`Pax::KEY`].
     key: usize,
-    /// The last size that was given.
+    /// The value of the last `size` record.
     size: Option<u64>,
 }
 
-/// What a [`Pax`] reader waits for.
+/// The part of a record that a [`Pax`] expects next.
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum State {
     Length,
@@ -190,7 +194,7 @@ impl Pax {
         }
     }
 
-    /// Takes the next byte; `None` where the record is malformed.
+    /// Takes the next byte. Returns `None` if the record is malformed.
     fn feed(&mut self, byte: u8) -> Option<()> {
         if self.state == State::Length {
             self.left += 1;

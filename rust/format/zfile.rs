@@ -3,11 +3,11 @@
 //! ZFile: a seekable compressed file.
 //!
 //! ```text
-//! header (512) | block | block | … | index: u32 stored length × blocks | trailer (512)
+//! header (512 bytes) | block | block | … | index: u32 stored length × blocks | trailer (512 bytes)
 //! ```
 //!
-//! Each block holds `block_size` bytes of the original file, the last one what is left, and may be
-//! followed by a CRC-32C of its stored bytes.
+//! Each block has `block_size` bytes of the original file, compressed; the last one has the rest of
+//! the file. A CRC-32C of the compressed bytes may follow each block.
 //!
 //! Format description: `Documentation/formats/zfile.rst`.
 
@@ -16,32 +16,33 @@ use core::ops::{Deref, Range};
 use super::num::{bytes_at, le32, le64, to_u64, to_usize, Records};
 use super::{Blob, Crc32c, Error, Fault};
 
-/// Bytes in the header, and in the trailer.
+/// Length of the header, and of the trailer, in bytes.
 pub const HEADER_SIZE: u64 = 512;
-/// What a ZFile starts with.
+/// The first bytes of a ZFile.
 pub const MAGIC: [u8; 24] = *b"ZFile\0\x01\0tuji.yyf@Alibaba";
-/// What the header's `size` field says.
+/// Value of the `size` field in bytes.
 pub const STRUCT_SIZE: u32 = 96;
 /// Smallest block size in bytes.
 pub const MIN_BLOCK_SIZE: u32 = 512;
 /// Largest block size in bytes.
 pub const MAX_BLOCK_SIZE: u32 = 65536;
-/// Most blocks in a file.
+/// Largest number of blocks in a file.
 pub const MAX_BLOCKS: u64 = 1_000_000_000;
-/// Seed of the CRC-32C behind each block.
+/// Seed of the CRC-32C after each block.
 pub const BLOCK_CRC_SEED: u32 = 100_007;
-/// Bytes of the CRC behind a block.
+/// Length of the CRC after a block in bytes.
 pub const CRC_SIZE: u32 = 4;
 
 /// Bits of the `flags` field.
 pub mod flag {
-    /// This is the header, not the trailer.
+    /// Set in the header, clear in the trailer.
     pub const HEADER: u64 = 1 << 0;
-    /// A data file, not an index file.
+    /// The file has data, and not only an index.
     pub const DATA_FILE: u64 = 1 << 1;
     /// The file is complete.
     pub const SEALED: u64 = 1 << 2;
-    /// The header was written again at the end: the trailer isn't needed.
+    /// In the header: it was overwritten when the file was complete, and has all fields. The
+    /// trailer isn't needed.
     pub const OVERWRITTEN: u64 = 1 << 3;
     /// `digest` and `index_crc` are valid.
     pub const DIGEST: u64 = 1 << 4;
@@ -51,45 +52,45 @@ pub mod flag {
 
 /// Byte offsets of the fields in the header and in the trailer.
 pub mod field {
-    /// `u32` size of the structure, never checked.
+    /// `u32` size of the structure in bytes, never checked.
     pub const SIZE: usize = 24;
-    /// `u32` CRC-32C over all 512 bytes, these four taken as 0.
+    /// `u32` CRC-32C of all 512 bytes, with these four as 0.
     pub const DIGEST: usize = 28;
     /// `u64` flag bits.
     pub const FLAGS: usize = 32;
     /// `u64` byte offset of the index.
     pub const INDEX_OFFSET: usize = 40;
-    /// `u64` number of index entries.
+    /// `u64` number of index entries, one for each block.
     pub const INDEX_COUNT: usize = 48;
     /// `u64` length of the original file in bytes.
     pub const ORIGINAL_SIZE: usize = 56;
-    /// `u32` CRC-32C over the index.
+    /// `u32` CRC-32C of the index.
     pub const INDEX_CRC: usize = 64;
-    /// `u32` bytes in a block.
+    /// `u32` block size in bytes.
     pub const BLOCK_SIZE: usize = 72;
-    /// `u8` algorithm.
+    /// `u8` number of the compression algorithm.
     pub const ALGORITHM: usize = 76;
-    /// `u8` level, informative.
+    /// `u8` compression level, informative.
     pub const LEVEL: usize = 77;
-    /// `u8` dictionary in use, informative.
+    /// `u8` whether a dictionary is used, informative.
     pub const USE_DICT: usize = 78;
-    /// `u32` bytes of dictionary.
+    /// `u32` size of the dictionary in bytes.
     pub const DICT_SIZE: usize = 84;
-    /// `u8`, not 0: a CRC follows each block.
+    /// `u8`: if not 0, a CRC follows each block.
     pub const VERIFY: usize = 88;
 }
 
-/// How the blocks are compressed.
+/// The compression algorithm of the blocks.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Algorithm {
-    /// Raw LZ4 blocks.
+    /// Each block is a raw LZ4 block.
     Lz4,
-    /// One zstd frame a block.
+    /// Each block is a zstd frame.
     Zstd,
 }
 
 impl Algorithm {
-    /// The algorithm with on-disk number `id`.
+    /// Returns the algorithm with the on-disk number `id`.
     pub const fn from_id(id: u8) -> Option<Self> {
         match id {
             1 => Some(Self::Lz4),
@@ -98,7 +99,7 @@ impl Algorithm {
         }
     }
 
-    /// The on-disk number.
+    /// Returns the on-disk number.
     pub const fn id(self) -> u8 {
         match self {
             Self::Lz4 => 1,
@@ -106,7 +107,7 @@ impl Algorithm {
         }
     }
 
-    /// The name that tables, status lines and tools use.
+    /// Returns the name in tables, status lines and tools.
     pub const fn name(self) -> &'static str {
         match self {
             Self::Lz4 => "lz4",
@@ -114,7 +115,7 @@ impl Algorithm {
         }
     }
 
-    /// Most bytes that a compressor makes of `n` bytes.
+    /// Returns the largest compressed length of `n` bytes, in bytes.
     pub const fn bound(self, n: u32) -> u32 {
         match self {
             Self::Lz4 => n + n / 255 + 16,
@@ -123,12 +124,12 @@ impl Algorithm {
     }
 }
 
-/// The fields of a header or trailer as they stand on disk, none of them checked.
+/// The fields of a header or trailer, as they are on disk. None of them is checked.
 #[derive(Clone, Copy, Debug)]
 pub struct RawHeader {
-    /// The CRC that is written there.
+    /// CRC-32C of the header or trailer.
     pub digest: u32,
-    /// Flag bits, garbage in old files.
+    /// Flag bits. Old files have garbage in some of them.
     pub flags: u64,
     /// Byte offset of the index.
     pub index_offset: u64,
@@ -136,9 +137,9 @@ pub struct RawHeader {
     pub index_count: u64,
     /// Length of the original file in bytes.
     pub original_size: u64,
-    /// CRC of the index.
+    /// CRC-32C of the index.
     pub index_crc: u32,
-    /// Bytes in a block.
+    /// Block size in bytes.
     pub block_size: u32,
     /// Algorithm number.
     pub algorithm: u8,
@@ -146,14 +147,14 @@ pub struct RawHeader {
     pub level: u8,
     /// Whether a dictionary is used, informative.
     pub use_dict: u8,
-    /// Bytes of dictionary.
+    /// Size of the dictionary in bytes.
     pub dict_size: u32,
-    /// Not 0: a CRC follows each block.
+    /// If not 0, a CRC follows each block.
     pub verify: u8,
 }
 
 impl RawHeader {
-    /// Takes the fields out of `bytes`; `None` where the magic is missing.
+    /// Parses a header or trailer. Returns `None` if the magic is missing.
     pub fn parse(bytes: &[u8; 512]) -> Option<Self> {
         if bytes_at(bytes, 0) != MAGIC {
             return None;
@@ -174,36 +175,36 @@ impl RawHeader {
         })
     }
 
-    /// Whether all of `bits` are set.
+    /// Returns whether all of the flag bits `bits` are set.
     pub const fn has(&self, bits: u64) -> bool {
         self.flags & bits == bits
     }
 
-    /// Whether the digest is absent or right.
+    /// Returns whether the digest of `bytes` is right, or absent.
     fn digest_ok(&self, bytes: &[u8; 512], crc32c: Crc32c) -> bool {
         !self.has(flag::DIGEST) || digest(bytes, crc32c) == self.digest
     }
 }
 
-/// Computes the digest of a header or trailer: the CRC over it with the digest taken as 0.
+/// Computes the digest of a header or trailer: its CRC-32C, with the four bytes of the digest as 0.
 pub fn digest(bytes: &[u8; 512], crc32c: Crc32c) -> u32 {
     let (head, rest) = bytes.split_at(field::DIGEST);
     let (_, tail) = rest.split_at(4);
     crc32c(crc32c(crc32c(0, head), &[0; 4]), tail)
 }
 
-/// Computes the CRC that follows a block with stored bytes `stored`.
+/// Computes the CRC-32C that follows a block with the compressed bytes `stored`.
 pub fn block_crc(stored: &[u8], crc32c: Crc32c) -> u32 {
     crc32c(BLOCK_CRC_SEED, stored)
 }
 
-/// What a reader must know of a ZFile, checked.
+/// The values of a ZFile's header or trailer that a reader needs, checked.
 ///
 /// # Invariants
 ///
 /// - `block_size` is a power of two from [`MIN_BLOCK_SIZE`] to [`MAX_BLOCK_SIZE`].
 /// - `blocks` is at most [`MAX_BLOCKS`] and equals `size / block_size`, rounded up.
-/// - The index, `index_offset + 4 * blocks`, ends within the blob.
+/// - The index, `4 * blocks` bytes at `index_offset`, ends within the blob.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Geometry {
     size: u64,
@@ -217,11 +218,12 @@ pub struct Geometry {
 }
 
 impl Geometry {
-    /// Reads and checks header and trailer; `None` where `blob` doesn't start as a ZFile does.
+    /// Reads and checks the header and the trailer. Returns `None` if `blob` doesn't start as a
+    /// ZFile does.
     ///
     /// # Errors
     ///
-    /// One of the `Zfile` faults, and what reading `blob` fails with.
+    /// One of the `Zfile` faults or [`Fault::Truncated`], and the errors of reading `blob`.
     pub fn read<B: Blob>(blob: &B, crc32c: Crc32c) -> Result<Option<Self>, B::Error> {
         let mut bytes = [0; 512];
         if blob.size() < HEADER_SIZE {
@@ -272,11 +274,12 @@ impl Geometry {
         }))
     }
 
-    /// Checks the fields of the header or trailer at byte `at`; the index must end by `limit`.
+    /// Checks the fields of the header or trailer at byte `at`. The index must end at or before
+    /// byte `limit`.
     fn check(raw: &RawHeader, at: u64, limit: u64) -> Result<Self, Error> {
         let error = |fault, field, found| Err(Error::new(fault, at + to_u64(field), found));
 
-        // Files from before the digest have garbage among their flags.
+        // Files from before the format had a digest have garbage in the other flags.
         let has_digest = raw.has(flag::DIGEST);
         if has_digest && raw.has(flag::COMPRESSED_INDEX) {
             return error(Fault::ZfileCompressedIndex, field::FLAGS, raw.flags);
@@ -323,7 +326,7 @@ impl Geometry {
         })
     }
 
-    /// Checks the digest of a trailer that isn't needed, where one stands behind the index.
+    /// Checks the digest of a trailer that isn't needed, if there is one after the index.
     fn check_spare_trailer<B: Blob>(&self, blob: &B, crc32c: Crc32c) -> Result<(), B::Error> {
         let at = self.index_offset + self.index_len();
         if blob.size() - at < HEADER_SIZE {
@@ -340,66 +343,67 @@ impl Geometry {
         }
     }
 
-    /// Length of the original file in bytes.
+    /// Returns the length of the original file in bytes.
     pub const fn size(&self) -> u64 {
         self.size
     }
 
-    /// Number of blocks.
+    /// Returns the number of blocks.
     pub const fn blocks(&self) -> u64 {
         self.blocks
     }
 
-    /// Bytes in a block.
+    /// Returns the block size in bytes.
     pub const fn block_size(&self) -> u32 {
         self.block_size
     }
 
-    /// Binary logarithm of the block size.
+    /// Returns the binary logarithm of the block size in bytes.
     pub const fn block_shift(&self) -> u32 {
         self.block_size.trailing_zeros()
     }
 
-    /// How blocks are compressed.
+    /// Returns the compression algorithm.
     pub const fn algorithm(&self) -> Algorithm {
         self.algorithm
     }
 
-    /// Whether a CRC follows each block.
+    /// Returns whether a CRC follows each block.
     pub const fn has_crc(&self) -> bool {
         self.crc
     }
 
-    /// Byte offset of the index.
+    /// Returns the byte offset of the index.
     pub const fn index_offset(&self) -> u64 {
         self.index_offset
     }
 
-    /// Length of the index in bytes.
+    /// Returns the length of the index in bytes.
     pub const fn index_len(&self) -> u64 {
         self.blocks * 4
     }
 
-    /// Whether the values come from the trailer.
+    /// Returns whether the values come from the trailer.
     pub const fn in_trailer(&self) -> bool {
         self.in_trailer
     }
 
-    /// Most bytes that a block takes in the file, its CRC included.
+    /// Returns the largest length of a block in the file in bytes, its CRC included.
     pub const fn stored_max(&self) -> u32 {
         self.algorithm.bound(self.block_size) + if self.crc { CRC_SIZE } else { 0 }
     }
 
-    /// Bytes of the original file in block `block`; 0 behind the last one.
+    /// Returns the number of bytes of the original file in block `block`; 0 after the last block.
     pub fn block_len(&self, block: u64) -> u32 {
         let start = block.checked_mul(self.block_size.into());
         let left = start.map_or(0, |start| self.size.saturating_sub(start));
         u32::try_from(left).map_or(self.block_size, |left| left.min(self.block_size))
     }
 
-    /// How much room the jump table of this file takes.
+    /// Returns the lengths of the arrays of this file's jump table.
     pub fn table_shape(&self) -> TableShape {
-        // Offsets inside a group must fit in 16 bits: as many blocks to a group as allow that.
+        // Distances within a group must fit in 16 bits. A group has as many blocks as that allows,
+        // rounded down to a power of two.
         let per_group = u32::from(u16::MAX) / self.stored_max() + 1;
         let group_shift = per_group.ilog2();
         TableShape {
@@ -413,13 +417,13 @@ impl Geometry {
         }
     }
 
-    /// Reads the index, checks every entry, and fills the jump table: `bases` and `deltas` have
-    /// the lengths of [`Geometry::table_shape`].
+    /// Reads the index, checks every entry and the CRC of the index, and fills the jump table.
+    /// `bases` and `deltas` have the lengths in [`Geometry::table_shape`].
     ///
     /// # Errors
     ///
-    /// [`Fault::ZfileEntry`], [`Fault::ZfileEntryRange`] or [`Fault::ZfileIndexCrc`], and what
-    /// reading `blob` fails with.
+    /// [`Fault::ZfileEntry`], [`Fault::ZfileEntryRange`] or [`Fault::ZfileIndexCrc`],
+    /// [`Fault::ZfileBlockCount`] if the arrays are too short, and the errors of reading `blob`.
     pub fn read_index<B: Blob>(
         &self,
         blob: &B,
@@ -449,15 +453,16 @@ impl Geometry {
 /// The lengths of the two arrays of a [`JumpTable`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct TableShape {
-    /// Binary logarithm of the blocks in a group.
+    /// Binary logarithm of the number of blocks in a group.
     group_shift: u32,
-    /// Length of the array of bases: the groups and the end.
+    /// Length of the array of bases in elements: one for each group, and one for the end.
     pub bases: usize,
-    /// Length of the array of deltas: the blocks, or 0 where every block is a group.
+    /// Length of the array of deltas in elements: one for each block, or 0 if each group has one
+    /// block.
     pub deltas: usize,
 }
 
-/// Fills a jump table, an entry at a time.
+/// Fills a jump table, one entry of the index at a time.
 struct Filler<'a> {
     geometry: &'a Geometry,
     shape: TableShape,
@@ -466,7 +471,7 @@ struct Filler<'a> {
     next: u64,
     /// Byte offset of block `next`.
     offset: u64,
-    /// Byte offset of the group that `next` is in.
+    /// Byte offset of the first block of the group of block `next`.
     base: u64,
 }
 
@@ -483,10 +488,10 @@ impl<'a> Filler<'a> {
         }
     }
 
-    /// Takes the stored length of the next block.
+    /// Adds the next block, which has `stored` bytes in the file.
     fn push(&mut self, stored: u32) -> Result<(), Error> {
         let geometry = self.geometry;
-        // No overflow: the index lies within the blob, and this entry within the index.
+        // No overflow: the index is within the blob, and this entry within the index.
         let at = geometry.index_offset + self.next * 4;
         let empty = if geometry.crc { CRC_SIZE } else { 0 };
         let bound = geometry.algorithm.bound(geometry.block_len(self.next)) + empty;
@@ -501,13 +506,14 @@ impl<'a> Filler<'a> {
             self.base = self.offset;
         }
         if self.shape.group_shift > 0 {
-            // Fits: the shape leaves room for all but the last block of a group at their longest.
+            // Fits: the last block of a group starts below 2^16 even if the others have their
+            // largest length.
             let delta = u16::try_from(self.offset - self.base).map_err(|_| misfit)?;
             *self.deltas.get_mut(to_usize(self.next)).ok_or(misfit)? = delta;
         }
 
         self.next += 1;
-        // No overflow: the offset doesn't exceed `index_offset`, which is within the blob.
+        // No overflow: the offset is at most `index_offset`, which is within the blob.
         self.offset += u64::from(stored);
         if self.offset > geometry.index_offset {
             return Err(Error::new(Fault::ZfileEntryRange, at, stored.into()));
@@ -515,7 +521,7 @@ impl<'a> Filler<'a> {
         Ok(())
     }
 
-    /// Writes the end of the last block.
+    /// Writes the end of the last block to the table.
     fn finish(self) -> Result<(), Error> {
         let misfit = self.misfit();
         if self.next != self.geometry.blocks {
@@ -525,7 +531,7 @@ impl<'a> Filler<'a> {
         Ok(())
     }
 
-    /// The arrays don't have the table's shape, or entries are missing.
+    /// Returns the error for arrays that are too short, and for missing entries.
     fn misfit(&self) -> Error {
         Error::new(
             Fault::ZfileBlockCount,
@@ -535,10 +541,11 @@ impl<'a> Filler<'a> {
     }
 }
 
-/// Where each block is stored.
+/// The byte offset of each block in the file.
 ///
-/// Blocks are in groups; a group has a 64-bit base, and each block of it a 16-bit distance from
-/// that. For 4 KiB blocks this is 2.5 bytes a block, for 64 KiB blocks 8 bytes.
+/// Consecutive blocks form groups. The table has the 64-bit offset of each group, its base, and the
+/// 16-bit distance of each block from its base. This takes 2.5 bytes for each block of 4 KiB, and 8
+/// bytes for each block of 64 KiB, where each group has one block.
 pub struct JumpTable<B, D> {
     group_shift: u32,
     blocks: u64,
@@ -547,7 +554,7 @@ pub struct JumpTable<B, D> {
 }
 
 impl<B: Deref<Target = [u64]>, D: Deref<Target = [u16]>> JumpTable<B, D> {
-    /// Wraps arrays that [`Geometry::read_index`] filled.
+    /// Makes a table of arrays that [`Geometry::read_index`] has filled.
     pub fn new(geometry: &Geometry, bases: B, deltas: D) -> Self {
         Self {
             group_shift: geometry.table_shape().group_shift,
@@ -557,8 +564,8 @@ impl<B: Deref<Target = [u64]>, D: Deref<Target = [u16]>> JumpTable<B, D> {
         }
     }
 
-    /// Byte offset where block `block` starts; for the number of blocks, where the last one ends.
-    /// `None` behind that.
+    /// Returns the byte offset of the start of block `block`, or of the end of the last block if
+    /// `block` is the number of blocks; `None` after that.
     #[inline]
     pub fn offset(&self, block: u64) -> Option<u64> {
         if block >= self.blocks {
@@ -575,13 +582,14 @@ impl<B: Deref<Target = [u64]>, D: Deref<Target = [u16]>> JumpTable<B, D> {
         Some(base + u64::from(delta))
     }
 
-    /// The bytes that blocks `blocks` take in the file; `None` where they aren't all there.
+    /// Returns the range of bytes of the blocks `blocks` in the file; `None` if the file doesn't
+    /// have all of them.
     #[inline]
     pub fn range(&self, blocks: Range<u64>) -> Option<Range<u64>> {
         Some(self.offset(blocks.start)?..self.offset(blocks.end)?)
     }
 
-    /// Bytes of memory that the table takes.
+    /// Returns the memory of the table in bytes.
     pub fn memory(&self) -> u64 {
         to_u64(self.bases.len()) * 8 + to_u64(self.deltas.len()) * 2
     }
