@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: GPL-2.0 */
 /*
- * What bindgen reads. Types that the kernel crate has bindings for come from
- * there; rust/sys/bindgen_parameters lists what is generated beside them.
+ * The input of bindgen. If the kernel crate has bindings for a type, these are
+ * used; rust/sys/bindgen_parameters lists the names to generate.
  */
 #ifndef _DM_OVERLAYBD_BINDINGS_H
 #define _DM_OVERLAYBD_BINDINGS_H
@@ -13,7 +13,7 @@
 
 #include "dm_overlaybd.h"
 
-/* Macros with casts, which bindgen cannot read. */
+/* bindgen cannot evaluate macros with casts. */
 static const blk_mode_t OBD_BLK_OPEN_READ = BLK_OPEN_READ;
 static const blk_mode_t OBD_BLK_OPEN_WRITE = BLK_OPEN_WRITE;
 static const blk_features_t OBD_BLK_FEAT_POLL = BLK_FEAT_POLL;
@@ -22,7 +22,7 @@ static const blk_status_t OBD_BLK_STS_IOERR = BLK_STS_IOERR;
 static const blk_status_t OBD_BLK_STS_AGAIN = BLK_STS_AGAIN;
 static const blk_opf_t OBD_REQ_OP_MASK = REQ_OP_MASK;
 static const blk_opf_t OBD_REQ_META = REQ_META;
-/* How memory is asked for: see rust/block/memory.rs. */
+/* Flags of memory allocations: see rust/block/memory.rs. */
 static const gfp_t OBD_GFP_LARGE = GFP_KERNEL | __GFP_RETRY_MAYFAIL |
 				   __GFP_NOWARN;
 static const gfp_t OBD_GFP_OPTIONAL = GFP_NOWAIT | __GFP_NORETRY |
@@ -34,14 +34,17 @@ static const gfp_t OBD_GFP_PAGE = GFP_NOWAIT | __GFP_NORETRY | __GFP_NOWARN |
 static const gfp_t OBD_GFP_PAGES = __GFP_NORETRY | __GFP_NOWARN |
 				   __GFP_NOMEMALLOC | __GFP_RECLAIMABLE |
 				   __GFP_COMP;
-/* What a read of ours takes over from the read that it is for. */
+/* Flags that a lower read inherits from the read that it is for. */
 static const blk_opf_t OBD_REQ_INHERITED = REQ_FAILFAST_MASK | REQ_SYNC |
 					   REQ_META | REQ_PRIO | REQ_RAHEAD |
 					   REQ_BACKGROUND | REQ_NOWAIT;
-/* But for these, if other reads wait for ours: it must not fail early. */
+/*
+ * Not inherited if other reads may wait for the lower read: it must not fail
+ * early.
+ */
 static const blk_opf_t OBD_REQ_FAILS_EARLY = REQ_FAILFAST_MASK | REQ_RAHEAD;
 static const blk_opf_t OBD_REQ_RAHEAD = REQ_RAHEAD;
-/* And for this, if a worker submits it: it may sleep. */
+/* Not inherited if a worker submits the lower read: a worker may sleep. */
 static const blk_opf_t OBD_REQ_NOWAIT = REQ_NOWAIT;
 
 #endif /* _DM_OVERLAYBD_BINDINGS_H */

@@ -1,8 +1,8 @@
 /* SPDX-License-Identifier: GPL-2.0 */
 /*
- * Shims for what Rust cannot call: inline functions and macros of the kernel.
- * Each does what the function or macro of its name without "obd_" does. Those
- * that have no such namesake say what they do.
+ * Shims for inline functions and macros of the kernel, which Rust cannot call.
+ * A shim without a comment does the same as the function or macro with its name
+ * without "obd_".
  */
 #ifndef _DM_OVERLAYBD_H
 #define _DM_OVERLAYBD_H
@@ -17,18 +17,22 @@
 /* Block devices. */
 sector_t obd_bdev_nr_sectors(struct block_device *bdev);
 unsigned int obd_bdev_logical_block_size(struct block_device *bdev);
-/* Whether its driver gets bios, as device-mapper does, and not requests. */
+/*
+ * Returns whether the device's driver gets bios, as device-mapper does, and not
+ * requests.
+ */
 bool obd_bdev_may_stack(struct block_device *bdev);
 
 /* Bios and pages. */
-/* As memcpy and memset, also for memory that others read and change meanwhile. */
+/* memcpy() and memset(), also for memory that user space changes meanwhile. */
 void obd_memcpy(void *to, const void *from, size_t len);
 void obd_memset(void *to, int byte, size_t len);
 void *obd_page_address(struct page *page);
 /*
- * Counts @pages pages from @page on, or so many less, as reclaimable: they are a
- * part of KReclaimable and MemAvailable in /proc/meminfo. The latter ones are
- * about to be freed: reclaim, where this is a part of it, is told of them.
+ * Adds @pages, the number of pages from @page on, to the reclaimable memory:
+ * KReclaimable and MemAvailable in /proc/meminfo. If @pages is negative, the
+ * pages are about to be freed: subtracts them, and reports them to reclaim if
+ * this is called in reclaim.
  */
 void obd_count_reclaimable(struct page *page, long pages);
 void obd_bio_set_dev(struct bio *bio, struct block_device *bdev);
@@ -37,22 +41,25 @@ struct bio_vec obd_mp_bvec_iter_bvec(struct bio_vec *vec,
 				     struct bvec_iter *iter);
 void obd_bio_advance_iter(struct bio *bio, struct bvec_iter *iter,
 			  unsigned int bytes);
+/* flush_dcache_page() for all pages of @bio, if the architecture needs it. */
 void obd_flush_dcache_bio(struct bio *bio);
 void obd_invalidate_kernel_vmap_range(void *addr, int size);
-/* Has the I/O charged to the root control group. */
+/* Charges the I/O of @bio to the root control group. */
 void obd_bio_associate_root(struct bio *bio);
 
 /* Execution context. */
-/* Whether interrupts are off, or this is one. */
+/* Returns whether interrupts are off, or this is a hard interrupt. */
 bool obd_in_interrupt_off(void);
 /*
- * Whether so many bytes are better decompressed here than by a worker, for a
- * read of this I/O priority: see the parameter at_once_bytes.
+ * Returns whether @bytes bytes should be decompressed in the current context,
+ * and not by a worker, for a read with the I/O priority @ioprio: at most
+ * at_once_bytes (a parameter) bytes, interrupts on, no reschedule pending, and
+ * not the idle class.
  */
 bool obd_at_once(unsigned int bytes, u16 ioprio);
 /*
- * bio_endio(), with bio_in_atomic() true in any context: what is above must not
- * do in the callback what may wait.
+ * bio_endio() with bio_in_atomic() true in any context, so that the completion
+ * of the layer above does nothing that may wait.
  */
 void obd_bio_endio_atomic(struct bio *bio);
 bool obd_fatal_signal_pending(void);
@@ -68,37 +75,43 @@ void obd_spin_unlock_irq_enable(spinlock_t *lock);
 #endif
 bool obd_cpu_online(u32 cpu);
 /*
- * Which CPU gets work from CPU @here: @here, or the next one of @idle that is
- * online and not isolated; nr_cpu_ids or more if there is none. Called with
- * interrupts off. @scratch is overwritten.
+ * Returns the CPU to run a job from CPU @here: @here, or the next CPU of @idle
+ * that is online and not isolated; nr_cpu_ids or more if there is none. Called
+ * on @here with interrupts off. Overwrites @scratch.
  */
 u32 obd_cpu_for_work(const struct cpumask *idle, struct cpumask *scratch,
 		     u32 here);
 void obd_init_work(struct work_struct *work, work_func_t func);
 bool obd_schedule_work(struct work_struct *work);
-/* The timer may be late where the CPU is idle. */
+/* INIT_DEFERRABLE_WORK(): the timer may be late if the CPU is idle. */
 void obd_init_delayed_work(struct delayed_work *work, work_func_t func);
+/* Queues on the power-efficient workqueue, @seconds seconds from now. */
 bool obd_schedule_delayed_work(struct delayed_work *work, unsigned int seconds);
+/* alloc_workqueue() with the name @name and WQ_MAX_ACTIVE. */
 struct workqueue_struct *obd_alloc_workqueue(const char *name,
 					     unsigned int flags);
 
-/* Counters for each CPU; a sum may miss what is added meanwhile. */
+/* Per-CPU counters. A sum may miss what other CPUs add meanwhile. */
 u64 __percpu *obd_counter_alloc(void);
 void obd_counter_add(u64 __percpu *counter, u64 n);
 u64 obd_counter_sum(u64 __percpu *counter);
 
 /*
- * The memory of the cache, in bytes: what it has (parameter cache_bytes) and may
- * have (cache_limit_bytes).
+ * The memory of the cache of all zfile devices in bytes: what it has (parameter
+ * cache_bytes) and its limit (cache_limit_bytes).
  */
+/* Sets the limit to its default if it is 0. */
 void obd_cache_init(void);
 u64 obd_cache_limit(void);
 u64 obd_cache_bytes(void);
+/* Adds @bytes, which may be negative, to the memory that the cache has. */
 void obd_cache_add(s64 bytes);
 
 /* Messages and events. */
 void obd_ratelimit_default_init(struct ratelimit_state *rs);
-/* Sends DM_ZFILE_CORRUPT_BLOCK=@block. May sleep. */
+/*
+ * Sends a change uevent of @disk with DM_ZFILE_CORRUPT_BLOCK=@block. May sleep.
+ */
 void obd_corrupt_uevent(struct gendisk *disk, u64 block);
 
 #endif /* _DM_OVERLAYBD_H */

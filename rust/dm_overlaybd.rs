@@ -2,12 +2,13 @@
 
 //! Device-mapper targets for OverlayBD images.
 //!
-//! Two read-only targets: `zfile` decompresses a ZFile, `lsmt` merges a stack of layers.
+//! There are two read-only targets: `zfile` decompresses a ZFile, `lsmt` merges a stack of layers.
 //!
 //! ```text
 //! zfile, lsmt                targets: table lines and the path of a bio; no unsafe code
-//! dm, block, codec, format   abstractions over the kernel, and the formats (pure, no unsafe code)
-//! sys                        the C boundary: bindgen output and shims; what differs between kernels
+//! dm, block, codec           abstractions over the kernel
+//! format                     the on-disk formats: no kernel calls, no unsafe code
+//! sys                        the C boundary: bindings, shims, and differences between kernels
 //! ```
 //!
 //! Design: `Documentation/design.rst`.
@@ -39,7 +40,7 @@ module! {
     alias: ["dm-zfile", "dm-lsmt", "dm-zfile_target", "dm-lsmt_target"],
 }
 
-/// The target types; the first two are the names that the 2023 prototype used.
+/// The registered target types. The first two have the names that the 2023 prototype used.
 #[pin_data]
 struct OverlayBd {
     #[pin]
@@ -50,7 +51,7 @@ struct OverlayBd {
     zfile: Registration<Zfile>,
     #[pin]
     lsmt: Registration<Lsmt>,
-    // The last field: dropped when no target type is known any more.
+    // The last field: dropped when no target type is registered any more.
     _last_out: dm::LastOut,
 }
 

@@ -1,14 +1,16 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! What the kernels that we build for have in different ways. All of that is here.
+//! Differences between the kernels that the module is built for. All of them are handled here.
 //!
-//! The oldest is 7.2. What a later one has is written once with what 7.2 has, if that does the
-//! same: then nothing has to ask for the kernel's version. Otherwise `Kbuild` sets a `cfg`.
+//! The oldest kernel is 7.2. If a later kernel has something that can be written with what 7.2 has,
+//! it is written so, once, for all kernels; then no code depends on the kernel's version. Otherwise
+//! `Kbuild` sets a `cfg`.
 //!
-//! - 7.3 has `Vec::zeroed`: [`zeroed`].
-//! - 7.3 has `SpinLockIrq` with a `lock()` that counts: [`SpinLockIrq`].
+//! - 7.3 has `Vec::zeroed`; here it is [`zeroed`].
+//! - 7.3 has a `SpinLockIrq` whose `lock()` counts the locks that a CPU holds; here it is
+//!   [`SpinLockIrq`].
 //!
-//! What no kernel has yet: names for all allocation flags ([`gfp`]).
+//! No kernel has names for all allocation flags yet: see [`gfp`].
 
 #[cfg(obd_spinlock_irq)]
 pub(crate) use kernel::sync::SpinLockIrq;
@@ -20,14 +22,14 @@ use kernel::alloc::flags::__GFP_ZERO;
 use kernel::alloc::{AllocError, Allocator, Flags, Vec};
 use kernel::prelude::*;
 
-/// Allocation flags that the kernel crate has no names for.
+/// Makes allocation flags that the kernel crate has no names for.
 pub(crate) const fn gfp(raw: super::gfp_t) -> Flags {
-    // SAFETY: `Flags` is a number of this type in a structure of its own, without limits on its
-    // value. Should its size differ, this does not compile.
+    // SAFETY: `Flags` is a structure with one number of this type, which may have any value. If its
+    // size differs, this does not compile.
     unsafe { core::mem::transmute(raw) }
 }
 
-/// A vector of `len` zeroes.
+/// Allocates a vector of `len` zeroed elements.
 ///
 /// # Errors
 ///
@@ -37,13 +39,13 @@ pub(crate) fn zeroed<T: Zeroable, A: Allocator>(
     flags: Flags,
 ) -> Result<Vec<T, A>, AllocError> {
     let mut vec = Vec::with_capacity(len, flags | __GFP_ZERO)?;
-    // SAFETY: The vector is empty and has room for `len` elements. They are zero bytes, which are
-    // valid values, because of `__GFP_ZERO` and `T: Zeroable`.
+    // SAFETY: The vector is empty and has room for `len` elements. Because of `__GFP_ZERO` their
+    // bytes are zero, which is a valid value because of `T: Zeroable`.
     unsafe { vec.inc_len(len) };
     Ok(vec)
 }
 
-/// The kernel crate's `SpinLockIrq` for kernels that lack it.
+/// The kernel crate's `SpinLockIrq`, for kernels that lack it.
 #[cfg(not(obd_spinlock_irq))]
 mod spinlock_irq {
     use kernel::bindings;
@@ -52,15 +54,15 @@ mod spinlock_irq {
 
     use crate::sys;
 
-    /// A spinlock that is held with interrupts off. Each CPU counts those that it holds, so guards
-    /// may be dropped in any order: the last one puts the state of interrupts back.
+    /// A spinlock that is held with interrupts off. Each CPU counts the locks that it holds, so
+    /// guards may be dropped in any order: unlocking the last one restores the interrupt state.
     pub(crate) type SpinLockIrq<T> = Lock<T, SpinLockIrqBackend>;
 
     /// The backend of a [`SpinLockIrq`].
     pub(crate) struct SpinLockIrqBackend;
 
-    // SAFETY: The `spinlock_t` gives mutual exclusion; `relock` is the default one, which locks in
-    // the same way.
+    // SAFETY: The `spinlock_t` gives mutual exclusion. `relock` is the default one, which calls
+    // `lock`.
     unsafe impl Backend for SpinLockIrqBackend {
         type State = bindings::spinlock_t;
         type GuardState = ();

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0
 /*
- * Shims for inline functions and macros, see include/dm_overlaybd.h.
+ * Shims for inline functions and macros: see include/dm_overlaybd.h.
  */
 #include <linux/blk-cgroup.h>
 #include <linux/cpumask.h>
@@ -34,7 +34,7 @@ bool obd_bdev_may_stack(struct block_device *bdev)
 void obd_count_reclaimable(struct page *page, long pages)
 {
 	mod_node_page_state(page_pgdat(page), NR_KERNEL_MISC_RECLAIMABLE, pages);
-	/* What the shrinker frees is progress, as it is for slab memory. */
+	/* Tell reclaim of pages that the shrinker frees, as slab does. */
 	if (pages < 0)
 		mm_account_reclaimed_pages(-pages);
 }
@@ -120,7 +120,7 @@ bool obd_at_once(unsigned int bytes, u16 ioprio)
 
 void obd_bio_endio_atomic(struct bio *bio)
 {
-	/* bio_in_atomic() is true here, with PREEMPT_RT, too. */
+	/* Under rcu_read_lock, bio_in_atomic() is true, also on PREEMPT_RT. */
 	rcu_read_lock();
 	bio_endio(bio);
 	rcu_read_unlock();
@@ -147,7 +147,10 @@ void obd_synchronize_rcu_tasks(void)
 }
 
 #ifndef OBD_SPINLOCK_IRQ
-/* The locks that a CPU holds, and its interrupts' state before the first. */
+/*
+ * Number of these locks that a CPU holds, and its interrupt state before it
+ * took the first one.
+ */
 static DEFINE_PER_CPU(unsigned int, obd_irq_depth);
 static DEFINE_PER_CPU(unsigned long, obd_irq_flags);
 
@@ -155,7 +158,7 @@ static void irq_disable(void)
 {
 	unsigned long flags;
 
-	/* Spinlocks of PREEMPT_RT sleep, and leave interrupts on. */
+	/* On PREEMPT_RT spinlocks may sleep, and leave interrupts on. */
 	if (IS_ENABLED(CONFIG_PREEMPT_RT))
 		return;
 	preempt_disable();
@@ -209,7 +212,7 @@ u32 obd_cpu_for_work(const struct cpumask *idle, struct cpumask *scratch,
 	if (!cpumask_test_cpu(here, idle) ||
 	    !housekeeping_cpu(here, HK_TYPE_DOMAIN) ||
 	    !housekeeping_cpu(here, HK_TYPE_WQ)) {
-		/* Whole words: thousands of CPUs may be offline or isolated. */
+		/* Masks, not a loop: thousands of CPUs may be offline or isolated. */
 		if (cpumask_and(scratch, idle, cpu_online_mask) &&
 		    cpumask_and(scratch, scratch,
 				housekeeping_cpumask(HK_TYPE_DOMAIN)))
@@ -268,7 +271,7 @@ bool obd_schedule_delayed_work(struct delayed_work *work, unsigned int seconds)
 	return queue_delayed_work(system_power_efficient_wq, work, seconds * HZ);
 }
 
-/* Of all memory, where the parameter is not given or 0. */
+/* Default limit of the cache, in percent of all memory. */
 #define CACHE_PERCENT	5
 
 static unsigned long cache_limit_bytes;
@@ -297,7 +300,10 @@ module_param_cb(cache_limit_bytes, &cache_limit_ops, &cache_limit_bytes, 0644);
 MODULE_PARM_DESC(cache_limit_bytes,
 		 "Most memory of the cache of all zfile devices; 0 for 5 % of all memory");
 
-/* The kernel calls this, without looking, for a value that the module is loaded with. */
+/*
+ * Needed in spite of mode 0444: the kernel calls it, without a check for NULL,
+ * if the module is loaded with a value for this parameter.
+ */
 static int cache_bytes_set(const char *val, const struct kernel_param *kp)
 {
 	return -EPERM;

@@ -1,10 +1,10 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! The C boundary: device-mapper, codecs and our shims, as bindgen gives them, beside the kernel
-//! crate's own bindings.
+//! The C boundary: bindings of device-mapper, the codecs and the shims, as bindgen makes them, and
+//! the kernel crate's own bindings.
 //!
-//! Only the abstractions in [`crate::dm`], [`crate::block`] and [`crate::codec`] use this module,
-//! but for [`compat`]: where kernels differ.
+//! Only the abstractions in [`crate::dm`], [`crate::block`] and [`crate::codec`] use this module.
+//! All code may use [`compat`], which handles the differences between kernels.
 //!
 //! C headers: `include/linux/device-mapper.h`, `include/dm_overlaybd.h`.
 
