@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! Blocks of a ZFile, well compressed or not at all, through the reader: reads of any range against
-//! the blocks one by one, and what was compressed against what comes out.
+//! Blocks of a ZFile, of data that compresses well or not at all. The target compares reads of any
+//! range with the blocks decompressed one by one, and decompressed blocks with the data before
+//! compression.
 
 #![no_main]
 #![allow(missing_docs, clippy::expect_used, clippy::panic)]
@@ -18,29 +19,30 @@ use overlaybd::{crc32c, Error, FileBlob, Part, ZfileReader};
 use overlaybd_fuzz::common::{self, put};
 use overlaybd_fuzz::{init, memory};
 
-/// Most blocks in a file.
+/// Largest number of blocks in a file.
 const MAX_BLOCKS: usize = 40;
 
 struct Case {
     options: Options,
-    /// Bytes in the last block.
+    /// Length of the last block in bytes.
     last: u32,
-    /// Stored bytes, without CRC, and the content where it is known.
+    /// The stored bytes of each block, without CRC, and its content if known.
     blocks: Vec<(Vec<u8>, Option<Vec<u8>>)>,
-    /// Block whose CRC is wrong.
+    /// Number of the block with a wrong CRC.
     wrong_crc: usize,
-    /// Two numbers for a range.
+    /// Two numbers that select a range.
     range: [u32; 2],
 }
 
-/// The first `len` bytes of `text`, again and again.
+/// Returns the first `len` bytes of `text`, repeated.
 fn over_and_over(text: &[u8], len: usize) -> Vec<u8> {
     let mut content = text.repeat(len / text.len() + 1);
     content.truncate(len);
     content
 }
 
-/// Flags, numbers; then for each block two bytes, kind and length, and that many bytes of it.
+/// Reads flags and numbers; then for each block its kind and length in two bytes, and that many
+/// bytes.
 fn read(data: &[u8]) -> Result<Case> {
     let mut input = Unstructured::new(data);
     let flags: u8 = input.arbitrary()?;
@@ -109,7 +111,7 @@ impl Case {
         (0..self.blocks.len()).map(|nth| self.len_of(nth)).sum()
     }
 
-    /// The ZFile: only entries that are out of range can be wrong with its index.
+    /// Returns the ZFile. Its index is valid except for entries that are out of range.
     fn file(&self) -> Vec<u8> {
         let mut bytes = common::zfile(&[], self.options);
         let trailer = bytes.split_off(512);
@@ -150,7 +152,8 @@ impl Case {
         bytes
     }
 
-    /// What each block holds, or whether its CRC is wrong.
+    /// Returns the content of each block; `Err` if it cannot be decompressed (`false`) or its CRC
+    /// is wrong (`true`).
     fn content(&self) -> Vec<std::result::Result<Vec<u8>, bool>> {
         let mut decoder = Decoder::default();
         let content = self
@@ -184,7 +187,7 @@ fn check(data: &[u8]) -> Result<()> {
         !stored.is_empty() && stored.len() <= algorithm.bound(case.len_of(nth) as u32) as usize
     });
     let (opened, used) = memory(|| ZfileReader::open(Part::whole(blob)));
-    // A piece of the index, and the table; then an error.
+    // A piece of the index, and the jump table; on failure, also the error.
     assert!(
         used <= 16 * (MAX_BLOCKS + 1) + 512 + usize::from(opened.is_err()) * 512,
         "{used}"
@@ -219,7 +222,7 @@ fn check(data: &[u8]) -> Result<()> {
     ] {
         let mut found = vec![0xdd; end - start];
         let (result, used) = memory(|| zfile.read_at(start as u64, &mut found));
-        // The stored bytes, one block that is wanted in part and one that is kept.
+        // The stored bytes, one block of which a part is wanted, and the recent block.
         let bound = bytes.len() + 2 * case.options.block_size as usize + 1024;
         assert!(used <= bound, "{used} bytes, at most {bound}");
         let blocks = start >> shift..if start == end {
@@ -276,7 +279,7 @@ fn seeds() -> Vec<Vec<u8>> {
         encoder
             .encode(&content, &mut stored)
             .expect("blocks can be compressed");
-        // One as it is stored, then three by their content.
+        // One block as stored, then three by their content.
         seed.extend([(stored.len() >> 8) as u8, stored.len() as u8]);
         seed.extend(stored);
         for text in [&b"abc"[..], &[7; 200], b""] {

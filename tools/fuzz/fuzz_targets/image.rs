@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! Whole images through the reader: layers in ZFiles and tars are made, then bytes of them are
-//! changed at any level, with checksums made right again or not. What nobody has changed reads as a
-//! model says; what was changed is refused, or reads the same in parts and as a whole.
+//! Whole images. The target makes layers, in ZFiles and tars or not, and then changes bytes at any
+//! level, with or without correcting the checksums. An unchanged image must read as a model says; a
+//! changed one must be refused, or read the same in parts and as a whole.
 
 #![no_main]
 #![allow(missing_docs, clippy::expect_used, clippy::panic)]
@@ -19,24 +19,24 @@ use overlaybd::{crc32c, LayerReader, Stack};
 use overlaybd_fuzz::common::{self, checksum, put};
 use overlaybd_fuzz::{init, memory};
 
-/// Sectors that the runs of a layer reach.
+/// Size limit of a layer's runs, in sectors.
 const SECTORS: u64 = 96;
-/// Most bytes of a disk that are read as a whole.
+/// Largest disk that is read as a whole, in bytes.
 const MAX_READ: u64 = 1 << 20;
-/// Most bytes of memory for opening layers, and for a read: a piece of an index, 1 MiB, and the
+/// Memory limit in bytes for opening layers and for each read: a piece of an index, 1 MiB, and the
 /// tables of files of some ten KiB.
 const MAX_MEMORY: usize = 4 << 20;
 
-/// A level of a layer, from the inside out.
+/// The levels of a layer, innermost first.
 const LSMT: u8 = 0;
 const ZFILE: u8 = 1;
 const FILE: u8 = 2;
 
-/// Bytes that are changed.
+/// A change of some bytes.
 struct Patch {
     layer: u8,
     level: u8,
-    /// From the start, or from the end where negative.
+    /// Byte offset from the start; if negative, from the end.
     at: i16,
     value: Vec<u8>,
 }
@@ -45,7 +45,7 @@ struct Layer {
     virtual_size: u64,
     runs: Vec<Run>,
     wrapping: Wrapping,
-    /// Whether checksums are made right after a change.
+    /// Whether checksums are corrected after a change.
     repair: bool,
 }
 
@@ -97,7 +97,7 @@ fn read_layer(input: &mut Unstructured<'_>) -> Result<Layer> {
     Ok(layer)
 }
 
-/// Counts of layers, patches and reads; then those.
+/// Reads the numbers of layers, patches and reads, then the layers, the reads and the patches.
 fn read(data: &[u8]) -> Result<Case> {
     let mut input = Unstructured::new(data);
     let [layers, patches, reads]: [u8; 3] = input.arbitrary()?;
@@ -132,12 +132,12 @@ fn read(data: &[u8]) -> Result<Case> {
     Ok(case)
 }
 
-/// What a byte of a sector of a layer is: neither 0 nor easy to compress.
+/// Returns the byte that fills a sector of a layer: never 0, and hard to compress.
 fn fill(layer: usize, sector: u64) -> u8 {
     (layer as u64 * 37 + sector * 11) as u8 | 1
 }
 
-/// Makes digests and index CRC of a ZFile right, where it still is one.
+/// Corrects the digests and the index CRC of a ZFile, if the bytes still are one.
 fn repair_zfile(bytes: &mut [u8]) -> Option<()> {
     let last = bytes.len().checked_sub(512)?;
     let header =
@@ -160,7 +160,7 @@ fn repair_zfile(bytes: &mut [u8]) -> Option<()> {
 }
 
 impl Case {
-    /// Applies the patches of a level; says whether there were any.
+    /// Applies the patches of a level. Returns whether there were any.
     fn patch(&self, layer: usize, level: u8, bytes: &mut [u8]) -> bool {
         let mut any = false;
         for patch in &self.patches {
@@ -179,7 +179,7 @@ impl Case {
         any
     }
 
-    /// The file of a layer, and whether anything in it was changed.
+    /// Returns the file of a layer, and whether any byte of it was changed.
     fn file(&self, nth: usize) -> (Vec<u8>, bool) {
         let layer = &self.layers[nth];
         let mut bytes = common::lsmt(layer.virtual_size, &layer.runs, |sector| fill(nth, sector));
@@ -207,7 +207,7 @@ impl Case {
         (bytes, changed)
     }
 
-    /// What the disk holds where nothing was changed; `None` where no layer has a size.
+    /// Returns the content of the disk without changes; `None` if no layer has a size.
     fn model(&self) -> Option<Vec<u8>> {
         let sizes = self.layers.iter().map(|layer| layer.virtual_size);
         let size = sizes.rev().find(|&size| size > 0)? as usize;
@@ -226,7 +226,7 @@ impl Case {
     }
 }
 
-/// The stack of `files`.
+/// Opens `files` as a stack.
 fn open(files: &[tempfile::NamedTempFile]) -> overlaybd::Result<Stack> {
     let layers = files
         .iter()
@@ -235,7 +235,7 @@ fn open(files: &[tempfile::NamedTempFile]) -> overlaybd::Result<Stack> {
     Stack::new(layers)
 }
 
-/// Reads in parts, against the whole where that can be read.
+/// Reads parts of the disk and compares them with `whole`, if that could be read.
 fn check_reads(stack: &Stack, reads: &[(u64, u16)], whole: Option<&[u8]>) {
     let size = stack.size();
     let mut buf = vec![0; 1 << 16];

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! LSMT header, trailer and index, and the arithmetic of segments, against models in wide integers.
+//! LSMT header, trailer and index, and the arithmetic of segments. The target compares them with
+//! models in wide integers.
 
 #![no_main]
 #![allow(missing_docs, clippy::expect_used, clippy::panic)]
@@ -37,7 +38,7 @@ fn trailer_at(blob: &Sparse) -> Option<u64> {
         .filter(|&at| at >= HEADER_SIZE)
 }
 
-/// Makes right what `fixes` asks for.
+/// Corrects the fields that `fixes` selects.
 fn repair(blob: &mut Sparse, fixes: u16, middle: u64, middle_len: usize) {
     let wants = |bit| fixes & bit != 0;
     let Some(at) = trailer_at(blob) else {
@@ -75,7 +76,7 @@ fn repair(blob: &mut Sparse, fixes: u16, middle: u64, middle_len: usize) {
             continue;
         }
         if wants(fix::ORDER) {
-            // Most gaps are short, some aren't.
+            // Most gaps are short.
             let gap = (place % (1 << 50)) >> (place % 50);
             let length = place >> 50;
             place = ((end + gap) % (1 << 50)) | (length << 50);
@@ -96,7 +97,7 @@ fn words(entry: &[u8]) -> (u64, u64) {
     (word(0), word(8))
 }
 
-/// The trailer, where the format allows this file, its index left aside.
+/// Returns the trailer if the format allows this file, apart from the index.
 fn allowed(blob: &Sparse) -> Option<RawHeader> {
     let first = header(blob, 0)?;
     let at = trailer_at(blob)?;
@@ -111,10 +112,10 @@ fn allowed(blob: &Sparse) -> Option<RawHeader> {
     holds.then_some(raw)
 }
 
-/// What an entry says: offset, length, moffset, zeroed, tag.
+/// The fields of an entry: offset, length, moffset, zeroed, tag.
 type Entry = (u128, u128, u128, bool, u8);
 
-/// The entries, padding left out, and what is wrong with the next one.
+/// Returns the entries up to the first fault, without padding, and that fault.
 fn model(raw: &RawHeader, blob: &Sparse) -> (Vec<Entry>, Option<Error>) {
     let mut entries = Vec::new();
     let mut previous = 0;
@@ -159,7 +160,7 @@ fn entry(segment: &Segment) -> Entry {
     )
 }
 
-/// Parts of a segment, and the segment further on.
+/// Checks parts of a segment, and the segment moved to higher offsets of its file.
 fn check_segment(segment: &Segment, number: u64) {
     let (offset, length, moffset, zeroed, tag) = entry(segment);
     let end = offset + length;
@@ -181,7 +182,7 @@ fn check_segment(segment: &Segment, number: u64) {
         let stop = end.min(to.into());
         let skipped = if zeroed { 0 } else { start - offset };
         let wanted = (start < stop).then(|| (start, stop - start, moffset + skipped, zeroed, 9));
-        // A segment that ends behind the last sector that there can be has no such part.
+        // A part whose data would start after the last possible sector doesn't exist.
         let wanted = wanted.filter(|part| part.2 < 1 << 55);
         assert_eq!(segment.part(from, to, 9).as_ref().map(entry), wanted);
     }
@@ -232,7 +233,7 @@ fn check(data: &[u8]) -> Result<()> {
         assert_eq!(packed, offset | (length << 50) | (moffset << 64) | bits);
     }
 
-    // The first error of the sink ends it.
+    // An error of the sink stops the reader.
     if !segments.is_empty() {
         let stop = Error::new(Fault::Truncated, number, 0);
         assert_eq!(layer.read_index(&blob, |_| Err(stop)), Err(stop));
@@ -266,7 +267,7 @@ fn seeds() -> Vec<Vec<u8>> {
             .map(|run| run.length)
             .sum();
         let mut parts = Parts::of(&image, 4096 + data as usize * 512, 4096);
-        // Most of it is padding.
+        // Most of the index is padding.
         parts.middle.truncate(16 * runs.len() + 32);
         parts.fixes = fix::INDEX_COUNT;
         seeds.push(parts.to_bytes());

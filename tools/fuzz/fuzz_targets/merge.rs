@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! The merge of layers, and lookups in what comes out, against a model that paints sectors.
+//! Merges layers and looks sectors up in the result. The target compares it with a model that
+//! assigns sectors one by one.
 
 #![no_main]
 #![allow(missing_docs, clippy::expect_used, clippy::panic)]
@@ -14,23 +15,24 @@ use overlaybd::format::merge::{merge, Event, Extent, Index, MAX_LAYERS};
 use overlaybd::format::{Error, Fault};
 use overlaybd_fuzz::{init, memory};
 
-/// Sectors that the model has.
+/// Number of sectors in the model.
 const SECTORS: u64 = 256;
-/// Sectors between the data of two segments, so that no two of them are neighbours there.
+/// Distance between the data of two segments, in sectors, so that no two are adjacent in a file.
 const STRIDE: u64 = 256;
 
 struct Case {
     layers: Vec<Vec<Segment>>,
-    /// What is to be added to the sectors of the model.
+    /// First sector of the model on the disk.
     base: u64,
     limit: u64,
-    /// Segment of the result that the sink refuses.
+    /// Number of the merged segment that the sink refuses.
     refused: usize,
-    /// Slots that are missing in the working memory.
+    /// Number of slots by which the working memory is too small.
     missing: usize,
 }
 
-/// Layers; then 3 bytes for each segment: layer, gap and zeroed, length.
+/// Reads the parameters; then three bytes for each segment: layer, gap with a bit for zeroed,
+/// length.
 fn read(data: &[u8]) -> Result<Case> {
     let mut input = Unstructured::new(data);
     let count = usize::from(input.arbitrary::<u8>()?) + usize::from(input.arbitrary::<bool>()?);
@@ -42,7 +44,7 @@ fn read(data: &[u8]) -> Result<Case> {
         missing: usize::from(input.arbitrary::<u8>()? == 1),
     };
     case.limit += case.base.saturating_sub(SECTORS / 2);
-    // The top of the range, for segments that map the end of the largest file.
+    // The largest possible offsets, for segments at the end of the largest file.
     let first = match input.arbitrary::<bool>()? {
         true => (1 << 55) - 1 - STRIDE * (data.len() as u64 / 3 + 1),
         false => 8,
@@ -67,7 +69,7 @@ fn read(data: &[u8]) -> Result<Case> {
     Ok(case)
 }
 
-/// What each sector reads: layer and sector of its file.
+/// Returns the layer and the sector of its file that each sector of the disk reads.
 fn model(case: &Case) -> Vec<Option<(u8, u64)>> {
     let mut disk = vec![None; SECTORS as usize];
     for (segments, layer) in case.layers.iter().zip(0..) {
@@ -158,7 +160,7 @@ fn check(data: &[u8]) -> Result<()> {
                 Some(found),
             ) => {
                 assert_eq!((layer, at), found);
-                // The end of a segment, that is where the next sector isn't its continuation.
+                // The segment ends where the next sector doesn't continue it.
                 let next = disk.get(nth + 1).copied().flatten();
                 if next != Some((layer, at + 1)) {
                     data_end = sector + 1;
@@ -170,7 +172,7 @@ fn check(data: &[u8]) -> Result<()> {
         }
     }
 
-    // What the sink says ends it.
+    // An error of the sink stops the merge.
     if case.refused < merged.len() {
         let mut begun = Vec::with_capacity(merged.len());
         let result = run(&case, case.refused, &mut begun);

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! The tar wrapper, against a reader that has the whole file and takes it apart as text.
+//! The tar wrapper. The target compares the reader with a model that has the whole file in memory
+//! and parses it as text.
 
 #![no_main]
 #![allow(missing_docs, clippy::expect_used, clippy::panic)]
@@ -13,10 +14,10 @@ use overlaybd::tar_writer;
 use overlaybd_fuzz::common::{checksum, put};
 use overlaybd_fuzz::{init, memory, Sparse};
 
-/// Longest pax payload that is allowed.
+/// Largest pax payload that is allowed, in bytes.
 const MAX_PAX: u128 = 1 << 20;
 
-/// A header block at `at`, zeros behind the end of the blob.
+/// Returns the header block at `at`, with zeros after the end of the blob.
 fn block(blob: &Sparse, at: u64) -> [u8; 512] {
     let mut block = [0; 512];
     let there = blob.size().saturating_sub(at).min(512) as usize;
@@ -48,7 +49,7 @@ impl StartsWithAt for [u8; 512] {
     }
 }
 
-/// A number field, where it fits in 64 bits.
+/// Parses a number field. Returns `None` if it is malformed or exceeds 64 bits.
 fn number(field: &[u8]) -> Option<u128> {
     let number = if field[0] == 0x80 {
         field[1..]
@@ -67,7 +68,7 @@ fn number(field: &[u8]) -> Option<u128> {
     (number < 1 << 64).then_some(number)
 }
 
-/// The last size in a pax payload; `None` where a record is malformed.
+/// Returns the last size in a pax payload; `None` if a record is malformed.
 fn pax(mut bytes: &[u8]) -> Option<Option<u128>> {
     let decimal = |text: &[u8]| -> Option<u128> {
         let digits = text.iter().all(u8::is_ascii_digit);
@@ -92,7 +93,7 @@ fn pax(mut bytes: &[u8]) -> Option<Option<u128>> {
         if let Some(value) = body.strip_prefix(b"size=") {
             size = Some(decimal(value)?);
         } else {
-            // A newline before it is clear that the key isn't `size`.
+            // A newline within the bytes that match `size=` so far is an error.
             let same = body
                 .iter()
                 .zip(b"size=")
@@ -107,7 +108,7 @@ fn pax(mut bytes: &[u8]) -> Option<Option<u128>> {
     Some(size)
 }
 
-/// What the wrapper holds, or what is wrong with it.
+/// Returns offset and length of the wrapper's content, or the fault.
 fn model(blob: &Sparse) -> std::result::Result<Option<(u128, u128)>, Fault> {
     let size = u128::from(blob.size());
     if size < 512 || !is_header(&block(blob, 0)) {
@@ -152,7 +153,8 @@ fn model(blob: &Sparse) -> std::result::Result<Option<(u128, u128)>, Fault> {
     Err(Fault::TarHeader)
 }
 
-/// Makes magic and checksum of every header right that the others lead to.
+/// Corrects the checksum, and with `magic` the magic number, of each header that can be reached
+/// from the first.
 fn repair(blob: &mut Sparse, magic: bool) {
     let mut at = 0;
     for _ in 0..70 {
@@ -207,7 +209,7 @@ fn seeds() -> Vec<Vec<u8>> {
         seed.extend(bytes);
         seed
     };
-    // With other records, and the size in the header itself.
+    // Other records, and the size in the header itself.
     let mut records = head.clone();
     let text = b"13 path=a b\n\n20 size=00000000077\n10 SCHILY\n7 a=bc\n";
     put(&mut records, 512, text);

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! ZFile header, trailer and index: what is accepted, and the jump table, against a model in wide
-//! integers.
+//! ZFile header, trailer and index. The target compares which files are accepted, and the jump
+//! table, with a model in wide integers.
 
 #![no_main]
 #![allow(missing_docs, clippy::expect_used, clippy::panic)]
@@ -31,7 +31,7 @@ mod fix {
     pub(super) const SPARE_DIGEST: u16 = 1 << 7;
 }
 
-/// Longest index that is read.
+/// Longest index that is read, in bytes.
 const MAX_INDEX: u64 = 1 << 20;
 
 fn header(blob: &Sparse, at: u64) -> Option<(RawHeader, [u8; 512])> {
@@ -40,14 +40,15 @@ fn header(blob: &Sparse, at: u64) -> Option<(RawHeader, [u8; 512])> {
     Some((RawHeader::parse(&bytes)?, bytes))
 }
 
-/// Where the trailer would be.
+/// Returns the offset of a possible trailer.
 fn trailer_at(blob: &Sparse) -> Option<u64> {
     blob.size()
         .checked_sub(HEADER_SIZE)
         .filter(|&at| at >= HEADER_SIZE)
 }
 
-/// Where the values come from that count, and where the index must end.
+/// Returns the header or trailer with the valid values, its offset, and the offset that the index
+/// must not exceed.
 fn authority(blob: &Sparse) -> Option<(RawHeader, u64, u64)> {
     let (raw, _) = header(blob, 0)?;
     if raw.has(flag::OVERWRITTEN) {
@@ -69,7 +70,7 @@ fn sign(blob: &mut Sparse, at: u64) {
     }
 }
 
-/// Makes right what `fixes` asks for.
+/// Corrects the fields that `fixes` selects.
 fn repair(blob: &mut Sparse, fixes: u16, middle: u64) {
     let wants = |bit| fixes & bit != 0;
     let places = [Some(0), trailer_at(blob)];
@@ -129,14 +130,14 @@ fn repair(blob: &mut Sparse, fixes: u16, middle: u64) {
     }
 }
 
-/// Whether the digest holds: computed in another way than the reader's.
+/// Returns whether the digest is correct. Computes it in another way than the reader.
 fn digest_holds(raw: &RawHeader, bytes: &[u8; 512]) -> bool {
     let mut bytes = *bytes;
     bytes[field::DIGEST..field::DIGEST + 4].fill(0);
     !raw.has(flag::DIGEST) || crc32c(0, &bytes) == raw.digest
 }
 
-/// Whether the format allows this file, its index left aside; `None` where it is no ZFile.
+/// Returns whether the format allows this file, apart from the index; `None` if it is no ZFile.
 fn allowed(blob: &Sparse) -> Option<bool> {
     let (first, bytes) = header(blob, 0)?;
     if !first.has(flag::HEADER) || !digest_holds(&first, &bytes) {
@@ -176,7 +177,7 @@ fn allowed(blob: &Sparse) -> Option<bool> {
     Some(fields && spare)
 }
 
-/// Bytes of the original file in block `block`.
+/// Returns the length of block `block` in the original file, in bytes.
 fn block_len(raw: &RawHeader, block: u64) -> u128 {
     let start = u128::from(block) * u128::from(raw.block_size);
     u128::from(raw.original_size)
@@ -184,7 +185,7 @@ fn block_len(raw: &RawHeader, block: u64) -> u128 {
         .min(raw.block_size.into())
 }
 
-/// Where each block starts, and where the last one ends; or what is wrong, and where.
+/// Returns the offset of each block and the end of the last one, or the fault of the index.
 fn offsets(
     geometry: &Geometry,
     raw: &RawHeader,
@@ -221,7 +222,7 @@ fn offsets(
     Ok(offsets)
 }
 
-/// Bytes of memory for the jump table, by what the documentation says.
+/// Returns the memory limit for the jump table in bytes, as documented.
 fn documented(raw: &RawHeader) -> u128 {
     let halves = match raw.block_size {
         ..=4096 => 5,
@@ -230,7 +231,7 @@ fn documented(raw: &RawHeader) -> u128 {
         32768 => 12,
         _ => 16,
     };
-    // Groups and the end are rounded up.
+    // The number of groups is rounded up, and the end takes an entry.
     u128::from(raw.index_count) * halves / 2 + 16
 }
 
@@ -304,7 +305,7 @@ fn check(data: &[u8]) -> Result<()> {
         .expect("blocks that are there");
     assert!(range.start <= range.end && range.start >= HEADER_SIZE);
 
-    // Arrays of another shape are refused.
+    // Arrays of the wrong size are refused.
     let mut short = vec![0; shape.bases - 1];
     let mut deltas = vec![0; shape.deltas];
     assert!(

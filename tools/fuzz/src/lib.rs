@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! What the fuzz targets share: sparse blobs, the memory that is used, seeds, images for tests.
+//! Shared by the fuzz targets: sparse blobs, measuring memory, seeds, test images.
 //!
-//! An input of a target is a few integers, little-endian, that say how to make the image, and then
-//! bytes of it. Checksums are made right on demand, so that they stop nobody.
+//! An input of a target is a few little-endian integers that say how to make the image, followed by
+//! bytes of the image. On request, checksums are corrected, so that inputs get past their checks.
 
 #![allow(clippy::expect_used)]
 
@@ -21,7 +21,8 @@ pub use parts::Parts;
 #[global_allocator]
 static ALLOCATOR: PeakAlloc = PeakAlloc;
 
-/// What `work` gives, and the most bytes of memory that it had at once. C libraries don't count.
+/// Runs `work`. Returns its result and its peak memory in bytes. Memory of C libraries doesn't
+/// count.
 pub fn memory<T>(work: impl FnOnce() -> T) -> (T, usize) {
     let before = ALLOCATOR.current_usage();
     ALLOCATOR.reset_peak_usage();
@@ -29,10 +30,11 @@ pub fn memory<T>(work: impl FnOnce() -> T) -> (T, usize) {
     (result, ALLOCATOR.peak_usage().saturating_sub(before))
 }
 
-/// To be called once, before anything else: keeps all work in this thread. Where the environment
-/// says `OBD_SEEDS=DIR`, writes the seeds of the target there; run it with `-runs=0` then.
+/// Restricts all work to this thread. Call it once, before anything else. With the environment
+/// variable `OBD_SEEDS=DIR`, it also writes the seeds of the target to DIR; run the target with
+/// `-runs=0` then.
 pub fn init(seeds: impl FnOnce() -> Vec<Vec<u8>>) {
-    // Overflow checks come with them.
+    // Debug builds have overflow checks, too.
     assert!(cfg!(debug_assertions), "build with debug assertions");
     rayon::ThreadPoolBuilder::new()
         .num_threads(1)

@@ -1,43 +1,43 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! An image with a header, an index and a trailer, far apart if need be.
+//! An image with header, index and trailer, possibly far apart.
 
 use libfuzzer_sys::arbitrary::{Result, Unstructured};
 
 use crate::Sparse;
 
-/// Bytes of header and trailer that are looked at.
+/// Length of the part of header and trailer that is parsed, in bytes.
 const HEAD: usize = 512;
 
-/// The input of the `zfile` and `lsmt` targets: header, middle and trailer, and where they lie.
+/// The input of the targets `zfile` and `lsmt`: header, middle and trailer, and their offsets.
 #[derive(Default)]
 pub struct Parts {
-    /// Bits that say what is to be made right; the target gives them a meaning.
+    /// Bits that select what is corrected. Each target defines them.
     pub fixes: u16,
-    /// Bytes in a piece of a stream, less one.
+    /// Length of the pieces of a stream in bytes, minus one.
     pub step: u8,
-    /// Bytes that are missing at the end.
+    /// Number of bytes cut off at the end.
     pub short: u8,
-    /// A number for the target.
+    /// A number for any use by the target.
     pub number: u64,
     /// Byte offset of the middle.
     pub at: u64,
-    /// Bytes between middle and trailer.
+    /// Number of bytes between middle and trailer.
     pub gap: u64,
     /// The first 512 bytes.
     pub head: Vec<u8>,
-    /// Index, and whatever is around it.
+    /// The index and the bytes around it.
     pub middle: Vec<u8>,
     /// The first 512 bytes of the trailer.
     pub tail: Vec<u8>,
 }
 
 impl Parts {
-    /// Takes the parts out of an input.
+    /// Parses an input.
     ///
     /// # Errors
     ///
-    /// None: what is missing is 0.
+    /// None: missing input counts as 0.
     pub fn read(data: &[u8]) -> Result<Self> {
         let mut input = Unstructured::new(data);
         let mut parts = Self {
@@ -57,7 +57,7 @@ impl Parts {
         Ok(parts)
     }
 
-    /// The input that [`Parts::read`] takes these parts out of.
+    /// Returns the input that [`Parts::read`] parses to these parts.
     pub fn to_bytes(&self) -> Vec<u8> {
         let mut bytes = self.fixes.to_le_bytes().to_vec();
         bytes.extend([self.step, self.short]);
@@ -70,8 +70,8 @@ impl Parts {
         bytes
     }
 
-    /// The parts of a valid image, with an index of `index_len` bytes at `index_offset` and a
-    /// trailer of `trailer_len` bytes.
+    /// Returns the parts of a valid image with its index at byte `index_offset` and a trailer of
+    /// `trailer_len` bytes.
     pub fn of(image: &[u8], index_offset: usize, trailer_len: usize) -> Self {
         let trailer = image.len() - trailer_len;
         Self {
@@ -84,7 +84,7 @@ impl Parts {
         }
     }
 
-    /// The blob that the parts make, with a trailer of `trailer_len` bytes.
+    /// Returns the blob made of the parts, with a trailer of `trailer_len` bytes.
     pub fn into_blob(self, trailer_len: u64) -> Sparse {
         let trailer = self
             .at

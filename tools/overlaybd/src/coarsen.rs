@@ -1,29 +1,30 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! How coarse a comparison must be so that the layer fits in an index.
+//! Computes how coarse a comparison must be for the layer's index to stay within its limit.
 
 use crate::format::num::to_u64;
 use crate::format::SECTOR_SIZE;
 use crate::lsmt_writer::{cut, padded, Run, Runs};
 
-/// Coarsest units of a comparison, in bytes.
+/// The coarsest granule of a comparison, in bytes.
 pub const MAX_GRANULE: u64 = 1 << 20;
 
-/// The smallest power of two from `granule` on, in bytes, in whose units the layer of `runs` has at
-/// most `max` index entries; `None` where even [`MAX_GRANULE`] is not coarse enough.
+/// Returns the smallest granule, a power of two of at least `granule` bytes, with which the layer of
+/// `runs` has at most `max` index entries. Returns `None` if even [`MAX_GRANULE`] gives more.
 ///
-/// It is exact where nothing is below. Over other layers, a unit that was zeroed in part may be
-/// data as a whole, which may join runs or cut them: compare anew, and ask again.
+/// The result is exact for a lowest layer. For a layer over others, a granule that was zeroed in
+/// part can become data as a whole, which can join or split runs: the caller compares again and
+/// calls this again.
 pub fn granule(runs: &[Run], granule: u64, max: u64) -> Option<u64> {
     let sizes = std::iter::successors(Some(granule), |size| size.checked_mul(2));
     let mut sizes = sizes.take_while(|&size| size <= MAX_GRANULE);
     sizes.find(|size| entries(runs, size / SECTOR_SIZE) <= max)
 }
 
-/// Index entries, padding included, of `runs` in units of `unit` sectors.
+/// Returns the number of index entries, padding included, of `runs` in units of `unit` sectors.
 fn entries(runs: &[Run], unit: u64) -> u64 {
     let mut coarse = Runs::default();
-    // First sector that no unit before it covers.
+    // First sector after the units counted so far.
     let mut end = 0;
     for run in runs {
         let start = (run.offset - run.offset % unit).max(end);
@@ -51,14 +52,14 @@ mod tests {
 
     #[test]
     fn as_coarse_as_needed() {
-        // 4 KiB of data and 4 KiB of zeros in turn.
+        // 4 KiB of data alternate with 4 KiB of zeros.
         let mut runs: Vec<Run> = (0..1000).map(|at| run(at * 16, 8)).collect();
         assert_eq!(granule(&runs, 4096, 1024), Some(4096));
         assert_eq!(granule(&runs, 4096, 1023), Some(8192));
-        // In larger units all is one run.
+        // In units of 8 KiB, everything is one run.
         assert_eq!(granule(&runs, 4096, 256), Some(8192));
         assert_eq!(granule(&runs, 4096, 255), None);
-        // One in each MiB: no unit joins them.
+        // One run in each MiB: no unit joins them.
         runs = (0..1000).map(|at| run(at * 4096, 8)).collect();
         assert_eq!(granule(&runs, 512, 1023), None);
         assert_eq!(granule(&[], 512, 0), Some(512));

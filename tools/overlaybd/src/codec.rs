@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! Compression of single blocks: raw LZ4 blocks, and zstd frames.
+//! Compresses and decompresses single blocks: raw LZ4 blocks and zstd frames.
 
 use std::io;
 
@@ -9,17 +9,17 @@ use lz4::block::CompressionMode;
 use crate::error::BlockFault;
 use crate::format::zfile::Algorithm;
 
-/// The level that zstd is used at where none is given.
+/// The zstd level if the caller gives none.
 pub const DEFAULT_ZSTD_LEVEL: i32 = 3;
 
-/// Decompresses blocks, one after another.
+/// Decompresses blocks, one at a time.
 #[derive(Default)]
 pub struct Decoder {
     zstd: Option<zstd::bulk::Decompressor<'static>>,
 }
 
 impl Decoder {
-    /// Decompresses `stored` into `out`, which must become exactly full.
+    /// Decompresses `stored` into `out`. The result must fill `out` exactly.
     ///
     /// # Errors
     ///
@@ -60,12 +60,12 @@ impl Decoder {
 pub struct Method {
     /// The algorithm.
     pub algorithm: Algorithm,
-    /// The level, or the one that upstream's tools use: LZ4 fast, zstd 3. LZ4 from level 2 is LZ4
-    /// HC.
+    /// The level; `None` for the level of upstream's tools: LZ4 fast, zstd 3. LZ4 from level 2 on
+    /// is LZ4 HC.
     pub level: Option<i32>,
 }
 
-/// Compresses blocks, one after another.
+/// Compresses blocks, one at a time.
 pub struct Encoder {
     kind: Kind,
 }
@@ -80,7 +80,7 @@ impl Encoder {
     ///
     /// # Errors
     ///
-    /// Where zstd doesn't know the level or has no memory.
+    /// If zstd doesn't know the level or cannot allocate memory.
     pub fn new(method: Method) -> io::Result<Self> {
         let kind = match (method.algorithm, method.level) {
             (Algorithm::Lz4, None | Some(..=1)) => Kind::Lz4(CompressionMode::DEFAULT),
@@ -92,11 +92,11 @@ impl Encoder {
         Ok(Self { kind })
     }
 
-    /// Appends the compressed form of `block` to `out`, and gives its length.
+    /// Appends the compressed form of `block` to `out`. Returns its length in bytes.
     ///
     /// # Errors
     ///
-    /// Where the codec fails, which it doesn't on good memory.
+    /// If the codec fails, which happens only if memory is faulty.
     pub fn encode(&mut self, block: &[u8], out: &mut Vec<u8>) -> io::Result<usize> {
         let too_long = || io::Error::from(io::ErrorKind::InvalidInput);
         let len = u32::try_from(block.len()).map_err(|_| too_long())?;

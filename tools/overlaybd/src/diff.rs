@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! What of a disk image must go in a layer: all that isn't a hole, or all that differs from the
-//! layers below.
+//! Finds the sectors of a disk image that a layer must have: all that aren't in a hole, or all that
+//! differ from the layers below.
 
 use std::ops::Range;
 
@@ -16,29 +16,30 @@ use crate::{FileBlob, Progress, Result, Stack};
 /// How to compare.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Options {
-    /// Bytes that go in a layer or stay out of it together: a power of two from 512 to 1 MiB.
+    /// Size in bytes of the unit that is compared and goes in the layer as a whole: a power of two
+    /// from 512 to 1 MiB.
     pub granule: u64,
-    /// Whether granules of zeros stay out where there is nothing below.
+    /// Whether the lowest layer leaves out granules of zeros.
     pub skip_zeros: bool,
 }
 
-/// What goes in a layer.
+/// What the layer has.
 #[derive(Debug, Default, PartialEq, Eq)]
 pub struct Diff {
-    /// The runs of sectors, ascending, joined where they touch.
+    /// The runs of sectors, ascending; adjacent runs of the same kind are joined.
     pub runs: Vec<Run>,
-    /// The hashes of their data.
+    /// The hashes of the data of the runs.
     pub pieces: Pieces,
 }
 
-/// Finds what a layer over `base` needs of `image`. What became zero is zeroed, and what reads the
-/// same stays out.
+/// Returns what a layer over `base` needs so that the stack reads like `image`. Granules that
+/// became zero are zeroed runs; granules that read the same are left out.
 ///
-/// `base` must have been merged with the size of `image`.
+/// The caller must have merged `base` with the size of `image`.
 ///
 /// # Errors
 ///
-/// What reading fails with, and what `progress` stops with; that is told the bytes of the image.
+/// Read errors, and the error that `progress` returns. `progress` counts bytes of the image.
 pub fn of(
     image: &FileBlob,
     base: Option<&Stack>,
@@ -51,7 +52,7 @@ pub fn of(
         base,
         options,
     };
-    // Enough for all threads, and few enough to keep what they find in memory.
+    // Enough pieces for all threads, few enough to keep their results in memory.
     let batch = 4 * rayon::current_num_threads();
     let mut runs = Runs::default();
     let mut hashes = Vec::new();
@@ -92,7 +93,7 @@ pub fn of(
     })
 }
 
-/// Memory for a piece of the image, and for what is below it.
+/// Buffers for one piece of the image and of the layers below.
 struct Buffers {
     new: Vec<u8>,
     old: Vec<u8>,
@@ -108,10 +109,10 @@ impl Default for Buffers {
     }
 }
 
-/// The runs of a piece, and the hash of their data.
+/// The runs of a piece, and the number of the piece with the hash of their data.
 type Found = (Vec<Run>, Option<(u64, [u8; 32])>);
 
-/// What is compared.
+/// The inputs of a comparison.
 struct Compare<'a> {
     image: &'a FileBlob,
     base: Option<&'a Stack>,
@@ -119,7 +120,8 @@ struct Compare<'a> {
 }
 
 impl Compare<'_> {
-    /// First byte at or behind `at` that isn't in a hole, or has something below.
+    /// Returns the first byte at or after `at` that isn't in a hole of the image, or for which a
+    /// layer below has data.
     fn next(&self, at: u64) -> Option<u64> {
         let data = self.image.next_data(at).map(|data| data.start);
         let below = self
@@ -128,18 +130,19 @@ impl Compare<'_> {
         data.into_iter().chain(below).min()
     }
 
-    /// Compares the bytes `piece` of the disk: a multiple of every granule, or the end.
+    /// Compares the bytes `piece` of the disk. They end at a multiple of every granule or at the
+    /// end of the image.
     fn piece(&self, piece: &Range<u64>, buffers: &mut Buffers) -> Result<Found> {
         let granule = self.options.granule;
         let mut runs = Runs::default();
         let mut hasher = Hasher::default();
         let mut at = piece.start;
         while let Some(next) = self.next(at).filter(|&next| next < piece.end) {
-            // Granules are never cut.
+            // A granule is compared as a whole.
             at = at.max(next - next % granule);
             let mut end = piece.end;
             if let (None, Some(data)) = (self.base, self.image.next_data(at)) {
-                // Behind the data is a hole.
+                // A hole follows the data.
                 end = end.min(data.end.next_multiple_of(granule));
             }
             let len = to_usize(end - at);
@@ -155,7 +158,7 @@ impl Compare<'_> {
             let granule = to_usize(granule);
             for (new, old) in new.chunks(granule).zip(old.chunks(granule)) {
                 let zero = || new.iter().all(|&byte| byte == 0);
-                // Whether it goes in the layer, and there as zeros.
+                // `None` leaves the granule out of the layer; `Some(true)` makes it zeroed.
                 let zeroed = match self.base {
                     Some(_) => (new != old).then(zero),
                     None => Some(false).filter(|_| !(self.options.skip_zeros && zero())),

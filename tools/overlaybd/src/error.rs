@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! What can go wrong, in words that say file, field, place, what was found and what belongs there.
+//! Errors. The messages name the file, the field and its place, the value found and the value
+//! expected.
 
 use std::fmt;
 use std::io;
@@ -8,19 +9,19 @@ use std::path::{Path, PathBuf};
 
 use crate::format::{self, lsmt, zfile, Fault};
 
-/// What the functions of this crate return.
+/// Result of this crate's functions.
 pub type Result<T, E = Error> = std::result::Result<T, E>;
 
-/// What can go wrong.
+/// An error of this crate.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
-    /// The image isn't as the format wants it.
+    /// The image violates the format.
     #[error("{}", Described { error: *.error, size: *.size })]
     Format {
-        /// The fault.
+        /// The violation.
         error: format::Error,
-        /// Bytes of the file, where it is the file itself that is at fault and not what is
-        /// compressed in it.
+        /// Size of the file in bytes, if the error is in the file itself and not in the
+        /// decompressed content.
         size: Option<u64>,
     },
 
@@ -33,25 +34,25 @@ pub enum Error {
     Read {
         /// Byte offset in the file.
         offset: u64,
-        /// Bytes wanted.
+        /// Number of bytes to read.
         len: u64,
-        /// What the system said.
+        /// The system's error.
         source: io::Error,
     },
 
     /// Another operation failed.
     #[error("cannot {what}: {source}")]
     Io {
-        /// The operation, to stand behind "cannot".
+        /// The operation, as it follows "cannot" in the message.
         what: &'static str,
-        /// What the system said.
+        /// The system's error.
         source: io::Error,
     },
 
-    /// The segments to be written don't fit in an index.
+    /// The layer's segments don't fit in an index.
     #[error("the layer would have {entries} index entries, more than {max}")]
     TooFragmented {
-        /// Entries, padding included.
+        /// Number of entries, padding included.
         entries: u64,
         /// The format's limit.
         max: u64,
@@ -65,18 +66,18 @@ pub enum Error {
     #[error("interrupted")]
     Interrupted,
 
-    /// What went wrong, and in which file.
+    /// An error, with the file it concerns.
     #[error("{}: {source}", path.display())]
     InFile {
         /// The file.
         path: PathBuf,
-        /// What went wrong.
+        /// The error.
         source: Box<Error>,
     },
 }
 
 impl Error {
-    /// Names the file that the error is about; an error that names one already stays as it is.
+    /// Adds the path of the file to the error. Keeps the path of an error that already has one.
     pub fn in_file(self, path: &Path) -> Self {
         match self {
             Self::InFile { .. } | Self::Interrupted => self,
@@ -87,7 +88,7 @@ impl Error {
         }
     }
 
-    /// Adds how many bytes the file has, which shows whether some are missing.
+    /// Adds the size of the file, which shows whether bytes are missing.
     pub(crate) fn with_size(self, bytes: u64) -> Self {
         match self {
             Self::Format { error, .. } => Self::Format {
@@ -102,7 +103,7 @@ impl Error {
         }
     }
 
-    /// The error without the name of the file.
+    /// Returns the error without the path of the file.
     pub fn cause(&self) -> &Self {
         match self {
             Self::InFile { source, .. } => source.cause(),
@@ -110,7 +111,7 @@ impl Error {
         }
     }
 
-    /// The format's fault, where it is one.
+    /// Returns the format's fault if this is a format error.
     pub fn fault(&self) -> Option<Fault> {
         match self.cause() {
             Self::Format { error, .. } => Some(error.fault),
@@ -118,12 +119,12 @@ impl Error {
         }
     }
 
-    /// Whether the image is to blame, not the system or the caller.
+    /// Returns whether the image causes the error, not the system or the caller.
     pub fn is_bad_image(&self) -> bool {
         matches!(self.cause(), Self::Format { .. } | Self::Block(_))
     }
 
-    /// What the system said, where it is to blame.
+    /// Returns the kind of the system's error, if the system causes the error.
     pub fn io_kind(&self) -> Option<io::ErrorKind> {
         match self.cause() {
             Self::Read { source, .. } | Self::Io { source, .. } => Some(source.kind()),
@@ -146,45 +147,45 @@ pub struct BlockError {
     pub block: u64,
     /// Byte offset of its stored bytes in the ZFile.
     pub offset: u64,
-    /// What is wrong with it.
+    /// The fault.
     pub fault: BlockFault,
 }
 
-/// What is wrong with a block of a ZFile.
+/// A fault of a block of a ZFile.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum BlockFault {
-    /// The CRC of the stored bytes isn't the one that follows them.
+    /// The CRC of the stored data differs from the CRC that follows the data.
     #[error("CRC: found {found:#010x}, expected {expected:#010x}")]
     Crc {
-        /// CRC of the bytes that are there.
+        /// CRC computed from the data.
         found: u32,
-        /// CRC that is stored behind them.
+        /// CRC stored after the data.
         expected: u32,
     },
-    /// The codec refuses the stored bytes.
+    /// The codec rejects the data.
     #[error("the compressed data is corrupt")]
     Data,
-    /// The block is shorter or longer than it must be.
+    /// The decompressed block has the wrong length.
     #[error("length: found {found} bytes, expected {expected}")]
     Length {
-        /// Bytes that came out.
+        /// Number of decompressed bytes.
         found: u32,
-        /// Bytes of the original file in this block.
+        /// Length of the block in the original file, in bytes.
         expected: u32,
     },
 }
 
-/// No image has as many bytes.
+/// Every image is smaller, in bytes.
 const MOST: u64 = 1 << 50;
 
-/// A format error in words.
+/// Displays a format error.
 struct Described {
     error: format::Error,
     size: Option<u64>,
 }
 
 impl Described {
-    /// What is wrong where bytes are missing, which is the most likely cause.
+    /// Describes missing bytes, if they are the likely cause of the error.
     fn short(&self) -> Option<String> {
         let (found, size) = (self.error.found, self.size?);
         let offset = self.error.offset;
@@ -212,8 +213,9 @@ impl Described {
             self.error.fault,
             Fault::ZfileIndexRange | Fault::LsmtIndexRange
         );
-        // An index is near the end, where it is cut. One that is far from there, or at a place that no
-        // file has, is a corrupt number.
+        // The index is near the end of a file, so a cut-off file has lost it. An index that is in
+        // the first half of the bytes, or at an offset that no file reaches, is a corrupt number
+        // instead.
         if is_index && found < size / 2 || found >= MOST {
             return None;
         }
@@ -229,7 +231,7 @@ impl fmt::Display for Described {
             return self.field(f);
         };
         f.write_str(&text)?;
-        // Of what is truncated, the text has it all.
+        // The text about a truncated or empty file is complete.
         if self.size == Some(0) || self.error.fault == Fault::Truncated {
             return Ok(());
         }
@@ -240,7 +242,7 @@ impl fmt::Display for Described {
 }
 
 impl Described {
-    /// Writes the field, its place, what was found and what is expected.
+    /// Writes the field, its offset, the value found and the value expected.
     fn field(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let format::Error {
             fault,

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! Bytes from files and block devices.
+//! Access to files and block devices.
 
 use std::fs::File;
 use std::io::{Seek, SeekFrom};
@@ -16,10 +16,10 @@ use crate::format::num::{to_u64, to_usize};
 use crate::format::Blob;
 use crate::{Error, Result};
 
-/// Most bytes that [`Blob::stream`] reads at once.
+/// Largest number of bytes that [`Blob::stream`] reads at once.
 const PIECE: u64 = 1 << 20;
 
-/// A file or block device, opened to read.
+/// A file or block device, open for reading.
 #[derive(Debug)]
 pub struct FileBlob {
     file: File,
@@ -28,12 +28,13 @@ pub struct FileBlob {
 }
 
 impl FileBlob {
-    /// Opens `path`. Of a block device, `size` says how many bytes from its start are meant.
+    /// Opens `path`. `size` limits the blob to that many bytes from the start, for a block device
+    /// that is larger than the blob.
     ///
     /// # Errors
     ///
-    /// [`Error::InFile`] with what the system said, where `size` is more than there is, or where
-    /// it is neither a file nor a block device.
+    /// [`Error::InFile`] with the system's error; also if `path` has fewer than `size` bytes, or is
+    /// neither a file nor a block device.
     pub fn open(path: &Path, size: Option<u64>) -> Result<Self> {
         Self::open_inner(path, size).map_err(|error| error.in_file(path))
     }
@@ -43,7 +44,7 @@ impl FileBlob {
             what: "open",
             source,
         };
-        // Before it is opened: that of a FIFO would wait for a writer.
+        // Check before opening: opening a FIFO would wait for a writer.
         let kind = path.metadata().map_err(error)?.file_type();
         if !kind.is_file() && !kind.is_block_device() {
             return Err(Error::Invalid(match kind.is_dir() {
@@ -68,13 +69,13 @@ impl FileBlob {
         })
     }
 
-    /// The path that it was opened by.
+    /// Returns the path given to [`FileBlob::open`].
     pub fn path(&self) -> &Path {
         &self.path
     }
 
-    /// The bytes from `offset` or behind it that aren't in a hole; `None` where only a hole is left.
-    /// Where the file system cannot tell, there are no holes.
+    /// Returns the first range of bytes at or after `offset` that isn't a hole; `None` if only a
+    /// hole is left. If the file system doesn't report holes, all bytes count as data.
     pub fn next_data(&self, offset: u64) -> Option<Range<u64>> {
         if offset >= self.size {
             return None;
@@ -88,7 +89,7 @@ impl FileBlob {
         Some(start..end.min(self.size)).filter(|data| data.start < self.size)
     }
 
-    /// The open file.
+    /// Returns the open file.
     pub fn file(&self) -> &File {
         &self.file
     }
@@ -123,7 +124,7 @@ impl Blob for FileBlob {
     }
 }
 
-/// A part of a file that it keeps open.
+/// A range of bytes of a file. It keeps the file open.
 #[derive(Clone, Debug)]
 pub struct Part {
     file: Arc<FileBlob>,
@@ -132,17 +133,17 @@ pub struct Part {
 }
 
 impl Part {
-    /// The `len` bytes of `file` from byte `start`.
+    /// Returns the `len` bytes of `file` from byte `start`.
     ///
     /// # Errors
     ///
-    /// [`Fault::Truncated`](crate::format::Fault::Truncated) where they leave the file.
+    /// [`Fault::Truncated`](crate::format::Fault::Truncated) if the range exceeds the file.
     pub fn new(file: Arc<FileBlob>, start: u64, len: u64) -> Result<Self> {
         check_range(file.size(), start, len)?;
         Ok(Self { file, start, len })
     }
 
-    /// All of `file`.
+    /// Returns the whole of `file`.
     pub fn whole(file: Arc<FileBlob>) -> Self {
         let len = file.size();
         Self {
@@ -152,12 +153,12 @@ impl Part {
         }
     }
 
-    /// The file that this is a part of.
+    /// Returns the file.
     pub fn file(&self) -> &Arc<FileBlob> {
         &self.file
     }
 
-    /// First byte in the file.
+    /// Returns the offset of the first byte in the file.
     pub fn start(&self) -> u64 {
         self.start
     }
@@ -186,7 +187,7 @@ impl Blob for Part {
     }
 }
 
-/// [`Blob::stream`] by way of [`Blob::read_at`].
+/// Implements [`Blob::stream`] by calling [`Blob::read_at`].
 pub(crate) fn stream_pieces<B: Blob<Error = Error>>(
     blob: &B,
     offset: u64,

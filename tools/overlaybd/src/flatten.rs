@@ -1,14 +1,15 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! What a stack of layers changes, as the runs of one layer that can stand in its place.
+//! Computes the runs of one layer that can replace several consecutive layers of a stack.
 
 use crate::format::lsmt::MAX_END;
 use crate::format::SECTOR_SIZE;
 use crate::lsmt_writer::{Run, Runs};
 use crate::{LayerReader, Result, Stack};
 
-/// Merges `layers`, lowest first, for [`runs`]: up to the last sector that a layer may have, as
-/// segments may lie behind the virtual size, and a layer above that is larger shows them.
+/// Merges `layers`, lowest first, for [`runs`]. The merged disk reaches to the last sector that a
+/// layer can have: segments can be beyond the virtual size, and a larger layer above makes them
+/// visible.
 ///
 /// # Errors
 ///
@@ -18,17 +19,19 @@ pub fn stack(layers: Vec<LayerReader>) -> Result<Stack> {
     Stack::with_size(layers, MAX_END * SECTOR_SIZE)
 }
 
-/// Virtual size in bytes of the layer: what it gives a stack that it is the topmost layer of, 0
-/// where none of the layers has a size.
+/// Returns the virtual size of the new layer in bytes: the size of a stack with this layer on top,
+/// or 0 if none of the layers has a size.
 pub fn virtual_size(stack: &Stack) -> u64 {
     let mut sizes = stack.layers().iter().map(|l| l.lsmt().virtual_size());
     sizes.rfind(|&size| size != 0).unwrap_or(0)
 }
 
-/// The runs of sectors, ascending and of any length, of a layer that reads as the layers of `stack`
-/// do. Without `zeroed`, it does so as the lowest layer only: nothing hides what would be below.
+/// Returns the runs of sectors, ascending and of any length, of a layer that replaces the layers of
+/// `stack`. Without `zeroed`, it can replace them only as the lowest layer, because it doesn't hide
+/// data of layers below.
 pub fn runs(stack: &Stack, zeroed: bool) -> Vec<Run> {
-    // What shows no data, but has a zeroed segment, shows that one: data above it would show.
+    // Sectors with a zeroed segment but no data in the merged index stay zeroed: in the merged
+    // index, data of a higher layer replaces the zeroed segment.
     let mut zeros: Vec<(u64, u64)> = Vec::new();
     if zeroed {
         let segments = stack.layers().iter().flat_map(LayerReader::segments);
@@ -44,7 +47,7 @@ pub fn runs(stack: &Stack, zeroed: bool) -> Vec<Run> {
     let mut at = 0;
     let data = stack.merged().iter().map(|s| (s.offset(), s.end()));
     for (start, end) in data.chain([(MAX_END, MAX_END)]) {
-        // The gap in front of the data.
+        // The gap before the data.
         while let Some(&(from, to)) = zeros.peek() {
             let from = from.max(at);
             if from >= start && to > at {

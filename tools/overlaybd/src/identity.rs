@@ -1,13 +1,13 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! UUIDs made of what a layer holds: the same content over the same layer has the same UUID,
-//! however it is wrapped.
+//! Computes UUIDs from the content of layers: layers with the same content and the same layer below
+//! have the same UUID, however they are wrapped.
 //!
-//! A UUID is a part of a SHA-256 over the virtual size, the UUID of the layer below, the runs of
-//! sectors, and a SHA-256 of the data in each MiB of the disk. So the pieces can be hashed in
-//! parallel, and the result doesn't depend on how many are.
+//! A UUID is part of a SHA-256 over the virtual size, the UUID of the layer below, the runs of
+//! sectors, and a SHA-256 of the data in each MiB of the disk. Threads hash these pieces in
+//! parallel; the result doesn't depend on the number of threads.
 //!
-//! Description: `Documentation/formats/identity.rst`.
+//! The format is described in `Documentation/formats/identity.rst`.
 
 use rayon::prelude::*;
 use sha2::{Digest, Sha256};
@@ -18,23 +18,24 @@ use crate::layer::Ident;
 use crate::lsmt_writer::Run;
 use crate::{Progress, Result};
 
-/// Bytes of the disk that are hashed together.
+/// Bytes of the disk in one piece: each piece has its own hash.
 pub const PIECE: u64 = 1 << 20;
-/// What the hash begins with. Another number, another UUID for the same layer.
+/// Start of the hashed bytes. A change of the number changes the UUID of every layer.
 const DOMAIN: &[u8] = b"dm-overlaybd layer identity 1\0";
-/// What UUIDs begin with that say more: the layer names the layer below, or there is none.
+/// First bytes of a UUID that also says: the layer names the layer below, or is the lowest.
 const PLACED: [u8; 4] = *b"obd1";
 
-/// The hashes of a layer's data, by the number of the piece of the disk, ascending.
+/// The hashes of a layer's data, with the number of each piece of the disk, ascending.
 #[derive(Debug, Default, PartialEq, Eq)]
 pub struct Pieces(Vec<(u64, [u8; 32])>);
 
 impl Pieces {
-    /// Hashes the data of `runs`, which are ascending. `read` reads the disk: byte offset, buffer.
+    /// Hashes the data of `runs`, which are ascending. `read` reads the disk at a byte offset into
+    /// a buffer.
     ///
     /// # Errors
     ///
-    /// The first error of `read` or `progress`, which is told the bytes of data.
+    /// The first error of `read` or `progress`. `progress` counts the bytes of data.
     pub fn of(
         runs: &[Run],
         read: impl Fn(u64, &mut [u8]) -> Result<()> + Sync,
@@ -59,13 +60,13 @@ impl Pieces {
         Ok(Self(pieces.into_iter().flatten().collect()))
     }
 
-    /// The pieces that several have found, ascending.
+    /// Collects pieces and their hashes, ascending.
     pub(crate) fn collect(found: impl IntoIterator<Item = (u64, [u8; 32])>) -> Self {
         Self(found.into_iter().collect())
     }
 }
 
-/// Bytes of data in one piece of the disk.
+/// A range of data within one piece of the disk, in bytes.
 struct Part {
     start: u64,
     len: u64,
@@ -77,7 +78,7 @@ impl Part {
     }
 }
 
-/// Cuts the data of `runs` at the bounds of pieces.
+/// Splits the data of `runs` at the boundaries of pieces.
 fn parts(runs: &[Run]) -> Vec<Part> {
     let mut parts = Vec::new();
     for run in runs.iter().filter(|run| !run.zeroed) {
@@ -96,7 +97,7 @@ fn parts(runs: &[Run]) -> Vec<Part> {
 pub(crate) struct Hasher(Option<Sha256>);
 
 impl Hasher {
-    /// Appends data. A sector that isn't whole ends with zeros.
+    /// Appends data. Zeros fill up the last sector.
     pub(crate) fn add(&mut self, data: &[u8]) {
         let hasher = self.0.get_or_insert_default();
         hasher.update(data);
@@ -105,25 +106,25 @@ impl Hasher {
         hasher.update(vec![0; to_usize(gap)]);
     }
 
-    /// The hash, with the number of its piece; `None` where there was no data.
+    /// Returns the number of the piece and its hash; `None` if it has no data.
     pub(crate) fn finish(self, piece: u64) -> Option<(u64, [u8; 32])> {
         self.0.map(|hasher| (piece, hasher.finalize().into()))
     }
 }
 
-/// What is below a layer, as far as its writer knows.
+/// What the writer of a layer knows about the layer below.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Below<'a> {
     /// Nothing: the layer is the lowest.
     Nothing,
     /// The layer with this UUID.
     Layer(&'a str),
-    /// Perhaps a layer, but it has no UUID.
+    /// The layer below is unknown or has no UUID.
     Unknown,
 }
 
 impl<'a> Below<'a> {
-    /// What `uuid` says: [`Below::Unknown`] where it says nothing.
+    /// Returns [`Below::Layer`] if `uuid` is one, else [`Below::Unknown`].
     pub fn of(uuid: &'a str) -> Self {
         match Ident::is_known(uuid) {
             true => Self::Layer(uuid),
@@ -132,7 +133,8 @@ impl<'a> Below<'a> {
     }
 }
 
-/// The UUID, as text, of a layer of `runs`, ascending and joined where they touch.
+/// Returns the UUID, as text, of a layer of `runs`. They must be ascending, and joined where they
+/// are adjacent and of the same kind.
 pub fn uuid(virtual_size: u64, below: Below<'_>, runs: &[Run], pieces: &Pieces) -> String {
     let mut hasher = Sha256::new_with_prefix(DOMAIN);
     let mut number = |number: u64| hasher.update(number.to_le_bytes());
@@ -160,14 +162,14 @@ pub fn uuid(virtual_size: u64, below: Below<'_>, runs: &[Run], pieces: &Pieces) 
         let [a, b, c, d, ..] = &mut bytes;
         [*a, *b, *c, *d] = PLACED;
     }
-    // Version 8 of RFC 9562: what is in it is ours to say.
+    // Version 8 of RFC 9562: the format of the other bits is up to us.
     let [_, _, _, _, _, _, version, _, variant, ..] = &mut bytes;
     *version = (*version & 0x0f) | 0x80;
     *variant = (*variant & 0x3f) | 0x80;
     text(&bytes)
 }
 
-/// Whether `uuid` says that its layer names the layer below it, or is the lowest.
+/// Returns whether `uuid` says that its layer names the layer below, or is the lowest.
 pub fn is_placed(uuid: &str) -> bool {
     let bytes = uuid.as_bytes();
     let mark = text(&PLACED);
@@ -178,7 +180,7 @@ pub fn is_placed(uuid: &str) -> bool {
         && matches!(bytes.get(19), Some(b'8' | b'9' | b'A' | b'B' | b'a' | b'b'))
 }
 
-/// The bytes of a UUID as upstream writes them: upper case, hyphens after 4, 6, 8 and 10 bytes.
+/// Formats the bytes of a UUID as upstream does: upper case, hyphens after 4, 6, 8 and 10 bytes.
 fn text(bytes: &[u8]) -> String {
     let mut text = String::new();
     for (nth, byte) in bytes.iter().enumerate() {

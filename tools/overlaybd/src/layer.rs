@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! A layer, whatever it is wrapped in.
+//! A layer, with or without tar wrapper and compression.
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -10,21 +10,21 @@ use crate::format::num::to_u64;
 use crate::format::{tar, Blob};
 use crate::{Error, FileBlob, Part, Result, ZfileReader};
 
-/// What a blob holds, with the tar wrapper and the compression peeled off.
+/// The content of a blob without the tar wrapper and the compression.
 pub enum Payload {
-    /// The bytes as they stand in the file.
+    /// The bytes of the file, unchanged.
     Plain(Part),
     /// The original file of a ZFile.
     Zfile(Box<ZfileReader>),
 }
 
 impl Payload {
-    /// Finds the tar wrapper and the ZFile in `file`. Most often what is inside is an LSMT file,
-    /// but that isn't looked at.
+    /// Finds the tar wrapper and the ZFile in `file`. The content usually is an LSMT file; this
+    /// function doesn't check it.
     ///
     /// # Errors
     ///
-    /// One of the `Tar` and `Zfile` faults, and what reading fails with.
+    /// One of the `Tar` and `Zfile` faults, and read errors.
     pub fn open(file: Arc<FileBlob>) -> Result<Self> {
         let path = file.path().to_owned();
         Self::open_inner(file).map_err(|error| error.in_file(&path))
@@ -45,12 +45,12 @@ impl Payload {
         })
     }
 
-    /// The file that it is in.
+    /// Returns the file of the blob.
     pub fn file(&self) -> &Arc<FileBlob> {
         self.blob().file()
     }
 
-    /// The ZFile, where there is one.
+    /// Returns the ZFile, or `None` if the content isn't compressed.
     pub fn zfile(&self) -> Option<&ZfileReader> {
         match self {
             Self::Plain(_) => None,
@@ -58,7 +58,7 @@ impl Payload {
         }
     }
 
-    /// What is in the tar wrapper, or the whole file where there is no wrapper.
+    /// Returns the content of the tar wrapper, or the whole file without a wrapper.
     pub fn blob(&self) -> &Part {
         match self {
             Self::Plain(part) => part,
@@ -66,9 +66,9 @@ impl Payload {
         }
     }
 
-    /// Whether there is a tar wrapper.
+    /// Returns whether the file has a tar wrapper.
     pub fn in_tar(&self) -> bool {
-        // Only behind a tar header does a payload start elsewhere.
+        // Only a tar header moves the content away from the start of the file.
         self.blob().start() > 0
     }
 }
@@ -104,7 +104,7 @@ impl Blob for Payload {
     }
 }
 
-/// A layer, opened: header, trailer and index checked.
+/// An open layer. Its header, trailer and index are checked.
 pub struct LayerReader {
     payload: Payload,
     lsmt: lsmt::Layer,
@@ -112,19 +112,19 @@ pub struct LayerReader {
     segments: Arc<Vec<Segment>>,
 }
 
-/// What a layer says of itself.
+/// The fields of a layer that identify it.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Ident {
-    /// UUID as text; empty where there is none.
+    /// UUID as text; empty if the layer has none.
     pub uuid: String,
-    /// UUID of the layer below as text; empty where there is none.
+    /// UUID of the layer below as text; empty if the layer has none.
     pub parent: String,
     /// The user's text, 256 bytes at most.
     pub user_tag: Vec<u8>,
 }
 
 impl Ident {
-    /// Takes the fields out of a trailer.
+    /// Reads the fields from a trailer.
     fn read(trailer: &[u8; 512]) -> Self {
         let text = |at: usize, len: usize| {
             let bytes = trailer.get(at..at + len).unwrap_or_default();
@@ -138,8 +138,8 @@ impl Ident {
         }
     }
 
-    /// Whether a text is a UUID, and not all zeros: 32 hexadecimal digits, with or without hyphens.
-    /// The field is of no use to a reader otherwise, so what else is there means none.
+    /// Returns whether a text is a UUID other than all zeros: 32 hexadecimal digits, with or
+    /// without hyphens. Readers treat any other text as no UUID.
     pub fn is_known(uuid: &str) -> bool {
         let is_text = |byte: u8| byte == b'-' || byte.is_ascii_hexdigit();
         uuid.bytes().all(is_text)
@@ -149,12 +149,12 @@ impl Ident {
 }
 
 impl LayerReader {
-    /// Opens the layer in the file or block device at `path`. Of a block device, `size` says how
-    /// many bytes from its start are the blob.
+    /// Opens the layer in the file or block device at `path`. `size` limits the blob to that many
+    /// bytes from the start, for a block device that is larger than the blob.
     ///
     /// # Errors
     ///
-    /// [`Error::InFile`] with the format fault or what reading fails with.
+    /// [`Error::InFile`] with the format fault or the read error.
     pub fn open(path: &Path, size: Option<u64>) -> Result<Self> {
         Self::from_file(Arc::new(FileBlob::open(path, size)?))
     }
@@ -199,46 +199,46 @@ impl LayerReader {
         })
     }
 
-    /// The path that it was opened by.
+    /// Returns the path that the layer was opened by.
     pub fn path(&self) -> PathBuf {
         self.payload.file().path().to_owned()
     }
 
-    /// The LSMT file and what it is wrapped in.
+    /// Returns the LSMT file, with its wrapping.
     pub fn payload(&self) -> &Payload {
         &self.payload
     }
 
-    /// The checked trailer.
+    /// Returns the checked trailer.
     pub fn lsmt(&self) -> &lsmt::Layer {
         &self.lsmt
     }
 
-    /// What the layer says of itself.
+    /// Returns the fields that identify the layer.
     pub fn ident(&self) -> &Ident {
         &self.ident
     }
 
-    /// The index, padding left out, ascending.
+    /// Returns the segments of the index, ascending, without padding.
     pub fn segments(&self) -> &[Segment] {
         &self.segments
     }
 
-    /// The index, for keeping.
+    /// Returns a reference to the segments that can outlive the reader.
     pub(crate) fn share_segments(&self) -> Arc<Vec<Segment>> {
         Arc::clone(&self.segments)
     }
 
-    /// Reads and checks all data: every block of the ZFile, or every segment where there is none.
-    /// Gives the blocks that are corrupt.
+    /// Reads all bytes of the layer. Checks every block if the layer is a ZFile, and returns the
+    /// corrupt blocks.
     ///
     /// # Errors
     ///
-    /// What reading fails with, and what `progress` stops with.
+    /// Read errors, and the error that `progress` returns.
     pub fn verify(&self, progress: crate::Progress<'_>) -> Result<Vec<crate::error::BlockError>> {
         match &self.payload {
             Payload::Zfile(zfile) => zfile.verify(progress),
-            // Nothing to check against; but all of it must be readable.
+            // Without a ZFile, nothing can be checked except that every byte is readable.
             Payload::Plain(part) => part
                 .stream(0, part.size(), &mut |piece| progress(to_u64(piece.len())))
                 .map(|()| Vec::new()),
@@ -246,7 +246,7 @@ impl LayerReader {
         .map_err(|error| error.in_file(self.payload.file().path()))
     }
 
-    /// How much [`LayerReader::verify`] will tell its `progress`, in bytes.
+    /// Returns the sum of what [`LayerReader::verify`] passes to `progress`, in bytes.
     pub fn verify_len(&self) -> u64 {
         self.payload.size()
     }

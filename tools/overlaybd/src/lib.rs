@@ -2,8 +2,8 @@
 
 //! Reads and writes OverlayBD images.
 //!
-//! The formats themselves are in [`format`]: the very files that the kernel module is built from.
-//! This crate adds what needs an allocator, files and codecs.
+//! The formats are in [`format`], the source files that the kernel module is built from. This crate
+//! adds what needs an allocator, files and codecs.
 //!
 //! ```text
 //! FileBlob -> [tar] -> Part -> [ZfileReader] -> LayerReader -> Stack
@@ -13,7 +13,7 @@
 
 #![forbid(unsafe_code)]
 
-// The kernel module needs less of these files than is there, and so does this crate.
+// Neither the kernel module nor this crate uses everything in these files.
 #[allow(missing_docs, unreachable_pub, clippy::all)]
 #[path = "../../../rust/format/mod.rs"]
 pub mod format;
@@ -41,7 +41,7 @@ pub use progress::Progress;
 pub use stack::Stack;
 pub use zfile_reader::ZfileReader;
 
-/// CRC-32C as the kernel computes it: no inversion at either end.
+/// Returns the CRC-32C as the kernel computes it: without inversion before or after.
 pub fn crc32c(seed: u32, data: &[u8]) -> u32 {
     !::crc32c::crc32c_append(!seed, data)
 }

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! Writing an LSMT layer as upstream's `overlaybd-commit` does: data dense and in index order, no
-//! dead blocks.
+//! Writes an LSMT layer as upstream's `overlaybd-commit` does: the data is contiguous and in the
+//! order of the index, without unused sectors.
 
 use crate::format::lsmt::{self, field, flag, Segment};
 use crate::format::num::{to_u64, to_usize};
@@ -10,17 +10,17 @@ use crate::layer::Ident;
 use crate::zfile_writer::put;
 use crate::{Error, Progress, Result};
 
-/// Neighbours are joined while they stay shorter than this, in sectors.
+/// Adjacent runs are joined if the result is shorter than this, in sectors.
 const JOIN_LIMIT: u64 = lsmt::MAX_LENGTH;
-/// Longest entry, in sectors, that a long run of data is cut into: 64 sectors, 32 KiB, divide it.
+/// Longest entry that a long run of data is split into, in sectors: a multiple of 64 (32 KiB).
 const DATA_PIECE: u64 = 16320;
-/// Longest entry, in sectors, that a long run of zeros is cut into.
+/// Longest entry that a long run of zeros is split into, in sectors.
 const ZEROED_PIECE: u64 = lsmt::MAX_LENGTH;
 /// The index is padded to a multiple of this many entries.
 const PAD_TO: u64 = 256;
-/// Bytes of data that are copied at once.
+/// Bytes of data copied at once.
 const COPY: u64 = 1 << 20;
-/// Bytes of a user tag.
+/// Longest user tag, in bytes.
 const USER_TAG_LEN: usize = 256;
 
 /// A run of sectors that the layer changes.
@@ -28,20 +28,20 @@ const USER_TAG_LEN: usize = 256;
 pub struct Run {
     /// First sector in the virtual disk.
     pub offset: u64,
-    /// Length in sectors, above 0.
+    /// Length in sectors, at least 1.
     pub length: u64,
-    /// Whether the run reads as zeros and has no data.
+    /// Whether the run is zeroed: it has no data and reads as zeros.
     pub zeroed: bool,
 }
 
 impl Run {
-    /// First sector behind the run.
+    /// Returns the first sector after the run.
     pub fn end(&self) -> u64 {
         self.offset + self.length
     }
 }
 
-/// Ascending runs, joined where they touch.
+/// Ascending runs. Adjacent runs of the same kind are joined.
 #[derive(Default)]
 pub(crate) struct Runs(Vec<Run>);
 
@@ -63,7 +63,7 @@ impl Runs {
     }
 }
 
-/// Joins ascending runs where they touch.
+/// Joins adjacent runs of the same kind. The runs must be ascending.
 pub fn join(runs: &[Run]) -> Vec<Run> {
     let mut joined = Runs::default();
     for run in runs {
@@ -72,7 +72,7 @@ pub fn join(runs: &[Run]) -> Vec<Run> {
     joined.into_vec()
 }
 
-/// Cuts runs of any length into pieces that fit in an index entry.
+/// Splits runs of any length into runs that fit in an index entry.
 pub fn cut(runs: impl IntoIterator<Item = Run>) -> impl Iterator<Item = Run> {
     runs.into_iter().flat_map(|run| {
         let piece = if run.zeroed { ZEROED_PIECE } else { DATA_PIECE };
@@ -86,27 +86,27 @@ pub fn cut(runs: impl IntoIterator<Item = Run>) -> impl Iterator<Item = Run> {
     })
 }
 
-/// Entries of an index that has room for `entries`.
+/// Returns the number of entries after padding.
 pub(crate) fn padded(entries: u64) -> u64 {
     entries.next_multiple_of(PAD_TO)
 }
 
-/// A layer that is about to be written.
+/// A layer to be written.
 pub struct LayerWriter {
     virtual_size: u64,
     ident: Ident,
     entries: Vec<Segment>,
-    /// Sectors of data.
+    /// Number of sectors of data.
     data: u64,
 }
 
 impl LayerWriter {
-    /// Plans a layer of `runs`, which are ascending, don't overlap, and each fit in an entry. Runs
-    /// that touch are joined as upstream does.
+    /// Plans a layer of `runs`. They must be ascending, must not overlap, and each must fit in an
+    /// entry. Adjacent runs are joined as upstream does.
     ///
     /// # Errors
     ///
-    /// [`Error::TooFragmented`]; [`Error::Invalid`] where a run or the user tag is too long.
+    /// [`Error::TooFragmented`]; [`Error::Invalid`] if a run or the user tag is too long.
     pub fn new(
         virtual_size: u64,
         ident: Ident,
@@ -135,7 +135,7 @@ impl LayerWriter {
         let mut data = 0;
         let mut entries = Vec::with_capacity(joined.len());
         for run in joined {
-            // A zeroed entry has no data; the running position stands there.
+            // A zeroed entry has no data; like upstream, it gets the position of the next data.
             let moffset = lsmt::DATA_START + data;
             let entry = Segment::new(run.offset, run.length, moffset, run.zeroed, 0);
             entries.push(entry.ok_or_else(|| {
@@ -163,23 +163,23 @@ impl LayerWriter {
         Ok(writer)
     }
 
-    /// Length of the LSMT file in bytes.
+    /// Returns the length of the LSMT file in bytes.
     pub fn len(&self) -> u64 {
         self.index_offset() + self.padded_entries() * lsmt::ENTRY_SIZE + lsmt::HEADER_SIZE
     }
 
-    /// Whether the layer changes nothing.
+    /// Returns whether the layer changes nothing.
     pub fn is_empty(&self) -> bool {
         self.entries.is_empty()
     }
 
-    /// The index entries, without padding.
+    /// Returns the index entries, without padding.
     pub fn entries(&self) -> &[Segment] {
         &self.entries
     }
 
-    /// Hands the bytes of the LSMT file to `sink`, in order. `read` reads the disk: byte offset,
-    /// buffer.
+    /// Passes the bytes of the LSMT file to `sink`, in order. `read` reads the disk at a byte
+    /// offset into a buffer.
     ///
     /// # Errors
     ///
@@ -215,7 +215,7 @@ impl LayerWriter {
         sink(&self.header(flag::DATA_FILE | flag::SEALED, self.index_offset(), count))
     }
 
-    /// Bytes of data, what `progress` is told in all.
+    /// Returns the length of the data in bytes, which is also the sum passed to `progress`.
     pub fn data_len(&self) -> u64 {
         self.data * SECTOR_SIZE
     }

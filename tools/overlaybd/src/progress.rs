@@ -1,14 +1,15 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! How long work tells how far it is, and how it is stopped.
+//! Progress of long operations, and how to stop them.
 
 use crate::Result;
 
-/// Called with the bytes done since the last call, perhaps from several threads. An error, say
-/// [`Error::Interrupted`](crate::Error::Interrupted), stops the work.
+/// Called with the number of bytes processed since the last call, possibly from several threads. If
+/// it returns an error, such as [`Error::Interrupted`](crate::Error::Interrupted), the operation
+/// stops.
 pub type Progress<'a> = &'a (dyn Fn(u64) -> Result<()> + Sync);
 
-/// Tells nobody and never stops.
+/// Ignores progress and never stops the operation.
 pub fn silent(_: u64) -> Result<()> {
     Ok(())
 }

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! A stack of layers: the disk that they make together.
+//! A stack of layers, and the disk that they make.
 
 use std::ops::Deref;
 use std::path::Path;
@@ -47,8 +47,8 @@ impl Stack {
         Self::with_size(layers, virtual_size)
     }
 
-    /// Merges `layers`, lowest first, into a disk of `virtual_size` bytes: what they are below a
-    /// layer of that size.
+    /// Merges `layers`, lowest first, into a disk of `virtual_size` bytes. A writer uses this for
+    /// the layers below a layer of that size.
     ///
     /// # Errors
     ///
@@ -81,27 +81,27 @@ impl Stack {
         })
     }
 
-    /// The layers, lowest first.
+    /// Returns the layers, lowest first.
     pub fn layers(&self) -> &[LayerReader] {
         &self.layers
     }
 
-    /// The merged index: only data is in it.
+    /// Returns the merged index, which has only segments with data.
     pub fn merged(&self) -> &[Segment] {
         self.merged.segments()
     }
 
-    /// Size of the disk in bytes, perhaps not a whole number of sectors.
+    /// Returns the virtual size in bytes, which needn't be a whole number of sectors.
     pub fn virtual_size(&self) -> u64 {
         self.virtual_size
     }
 
-    /// Sectors of the disk, the last one perhaps only in part within the virtual size.
+    /// Returns the number of sectors of the disk. The last one can exceed the virtual size.
     pub fn sectors(&self) -> u64 {
         merge::sectors(self.virtual_size)
     }
 
-    /// First byte at or behind `offset`, below `end`, that a layer has data for.
+    /// Returns the first byte from `offset` up to, not including, `end` for which a layer has data.
     pub fn next_data(&self, offset: u64, end: u64) -> Option<u64> {
         if offset >= end {
             return None;
@@ -110,14 +110,15 @@ impl Stack {
             Extent::Data { .. } => return Some(offset),
             Extent::Zeros { len } => offset / SECTOR_SIZE + len,
         };
-        // No overflow: a sector is at most `MAX_END`, 2^50.
+        // Doesn't overflow: a sector number is at most `MAX_END`, 2^50.
         Some(next)
             .filter(|&next| next < MAX_END)
             .map(|next| next * SECTOR_SIZE)
             .filter(|&next| next < end)
     }
 
-    /// Fills `data` with zeros or from the layer's file.
+    /// Fills `buf` with zeros, or with data of the layer from byte `within` of the extent's first
+    /// sector.
     fn read_extent(&self, extent: Extent, within: u64, buf: &mut [u8]) -> Result<()> {
         match extent {
             Extent::Zeros { .. } => {
@@ -140,7 +141,7 @@ impl Stack {
 impl Blob for Stack {
     type Error = Error;
 
-    /// Size of the device in bytes: a whole number of sectors.
+    /// Returns the size of the device in bytes: a whole number of sectors.
     fn size(&self) -> u64 {
         self.sectors() * SECTOR_SIZE
     }
@@ -149,7 +150,7 @@ impl Blob for Stack {
         check_range(self.size(), offset, to_u64(buf.len()))?;
         let inside = to_usize(self.virtual_size.saturating_sub(offset)).min(buf.len());
         let (mut rest, tail) = buf.split_at_mut(inside);
-        // Behind the virtual size, what is left of the last sector reads as zeros.
+        // The part of the last sector beyond the virtual size reads as zeros.
         tail.fill(0);
         let mut at = offset;
         while !rest.is_empty() {
@@ -175,7 +176,7 @@ impl Blob for Stack {
     }
 }
 
-/// Checks the number of layers before any is opened.
+/// Checks the number of layers before opening them.
 fn check_layers(layers: usize) -> Result<()> {
     if layers == 0 || layers > merge::MAX_LAYERS {
         return Err(FormatError::new(Fault::LsmtLayerCount, 0, to_u64(layers)).into());
@@ -183,7 +184,7 @@ fn check_layers(layers: usize) -> Result<()> {
     Ok(())
 }
 
-/// A layer's index as [`merge::merge`] takes it.
+/// A layer's index, in the form that [`merge::merge`] takes.
 struct Segments(Arc<Vec<Segment>>);
 
 impl Deref for Segments {

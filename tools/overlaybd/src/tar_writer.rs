@@ -1,14 +1,14 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! The tar wrapper as upstream's `overlaybd-commit -t` writes it: a pax header that holds the
-//! size, and a ustar header that says 0.
+//! The tar wrapper as upstream's `overlaybd-commit -t` writes it: a pax header with the size, and a
+//! ustar header with size 0.
 
 use crate::format::num::to_u64;
 
-/// Bytes before the payload.
+/// Length of the headers before the payload, in bytes.
 pub const HEAD_LEN: u64 = 1536;
 
-/// The three blocks before a payload of `len` bytes.
+/// Returns the three blocks before a payload of `len` bytes.
 pub fn head(len: u64) -> Vec<u8> {
     let record = pax_record("size", &len.to_string());
     let mut head = header("overlaybd.pax", b'x', None, to_u64(record.len()));
@@ -18,13 +18,14 @@ pub fn head(len: u64) -> Vec<u8> {
     head
 }
 
-/// What follows a payload of `len` bytes: padding to a block, and two blocks of zeros.
+/// Returns what follows a payload of `len` bytes: padding to a whole block, and two blocks of
+/// zeros.
 pub fn tail(len: u64) -> Vec<u8> {
     let pad = usize::try_from(len.next_multiple_of(512) - len).unwrap_or_default();
     vec![0; pad + 1024]
 }
 
-/// A pax record, which starts with its own length.
+/// Returns a pax record, which starts with its own length.
 fn pax_record(key: &str, value: &str) -> String {
     let body = format!(" {key}={value}\n");
     let mut len = body.len() + 1;
@@ -34,7 +35,8 @@ fn pax_record(key: &str, value: &str) -> String {
     format!("{len}{body}")
 }
 
-/// A header block; `owner` fills in what a plain file has and upstream's pax header hasn't.
+/// Returns a header block. `owner` adds the fields that upstream writes for a regular file but not
+/// for a pax header.
 fn header(name: &str, kind: u8, owner: Option<&str>, size: u64) -> Vec<u8> {
     let mut block = vec![0u8; 512];
     let mut put = |at: usize, text: &str| {

@@ -1,30 +1,30 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! Writing a blob: what a layer is wrapped in.
+//! Writes a blob: a layer with its wrapping.
 
 use std::io::{Seek, Write};
 
 use crate::zfile_writer::{seek, write_error, Options, ZfileWriter};
 use crate::{tar_writer, Result};
 
-/// What a new blob is wrapped in.
+/// The wrapping of a new blob.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Wrapping {
-    /// How it is compressed, if at all.
+    /// The options of the ZFile; `None` for no compression.
     pub zfile: Option<Options>,
-    /// Whether it is in a tar.
+    /// Whether the blob gets a tar wrapper.
     pub tar: bool,
 }
 
-/// Takes the next bytes of a file.
+/// Consumes the next bytes of a file.
 pub type Sink<'a> = &'a mut dyn FnMut(&[u8]) -> Result<()>;
 
-/// Writes a blob to `out`, which is empty, and gives its length in bytes. `produce` hands over the
-/// bytes of what is to be wrapped.
+/// Writes a blob to `out`, which must be empty. Returns its length in bytes. `produce` passes the
+/// bytes of the content to its sink.
 ///
 /// # Errors
 ///
-/// The error of `produce`, and what compressing or writing fails with.
+/// The error of `produce`, and errors of compressing or writing.
 pub fn write<W: Write + Seek>(
     mut out: W,
     wrapping: Wrapping,
@@ -56,7 +56,7 @@ pub fn write<W: Write + Seek>(
         let tail = tar_writer::tail(len);
         out.write_all(&tail).map_err(write_error)?;
         seek(&mut out, 0)?;
-        // The size of what is in it is known only now.
+        // The length of the payload is only known now.
         out.write_all(&tar_writer::head(len)).map_err(write_error)?;
         total += tar_writer::HEAD_LEN + crate::format::num::to_u64(tail.len());
     }

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! Reading the original file out of a ZFile.
+//! Reads the original file of a ZFile.
 
 use std::sync::{Mutex, PoisonError};
 
@@ -15,24 +15,26 @@ use crate::format::zfile::{self, Geometry, JumpTable};
 use crate::format::Blob;
 use crate::{crc32c, Error, Part, Progress, Result};
 
-/// About how many bytes of the original file are read and decompressed at once.
+/// Approximate number of bytes of the original file that are read and decompressed at once.
 const BATCH: u64 = 1 << 20;
 
-/// A ZFile, opened: a blob that holds the original file.
+/// An open ZFile: a blob with the content of the original file.
 pub struct ZfileReader {
     blob: Part,
     geometry: Geometry,
     table: JumpTable<Vec<u64>, Vec<u16>>,
-    /// The block that was read last in part, and its number: the next read may want the rest.
+    /// The number and content of the last block that was read in part: the next read often wants
+    /// the rest.
     recent: Mutex<Option<(u64, Vec<u8>)>>,
 }
 
 impl ZfileReader {
-    /// Opens the ZFile in `blob`, header, trailer and index checked; `None` where there is none.
+    /// Opens the ZFile in `blob` and checks header, trailer and index. Returns `None` if `blob` is
+    /// no ZFile.
     ///
     /// # Errors
     ///
-    /// One of the `Zfile` faults, and what reading fails with.
+    /// One of the `Zfile` faults, and read errors.
     pub fn open(blob: Part) -> Result<Option<Self>> {
         let Some(geometry) = Geometry::read(&blob, crc32c)? else {
             return Ok(None);
@@ -50,22 +52,22 @@ impl ZfileReader {
         }))
     }
 
-    /// The checked header.
+    /// Returns the checked header.
     pub fn geometry(&self) -> &Geometry {
         &self.geometry
     }
 
-    /// The compressed file.
+    /// Returns the compressed file.
     pub fn blob(&self) -> &Part {
         &self.blob
     }
 
-    /// Bytes of memory that the jump table takes.
+    /// Returns the memory of the jump table in bytes.
     pub fn table_memory(&self) -> u64 {
         self.table.memory()
     }
 
-    /// Bytes that the blocks take, without header and index.
+    /// Returns the length of all stored blocks in bytes, without header and index.
     pub fn stored_len(&self) -> u64 {
         let blocks = self.geometry.blocks();
         self.table
@@ -73,11 +75,11 @@ impl ZfileReader {
             .map_or(0, |range| range.end - range.start)
     }
 
-    /// Reads and checks every block, and gives the errors, by block.
+    /// Reads and checks every block. Returns the errors, in the order of the blocks.
     ///
     /// # Errors
     ///
-    /// What reading fails with, and what `progress` stops with.
+    /// Read errors, and the error that `progress` returns.
     pub fn verify(&self, progress: Progress<'_>) -> Result<Vec<BlockError>> {
         let step = self.batch_blocks();
         let batches = self.geometry.blocks().div_ceil(step);
@@ -104,12 +106,12 @@ impl ZfileReader {
         Ok(found.into_iter().flatten().collect())
     }
 
-    /// Blocks in a batch.
+    /// Returns the number of blocks in a batch.
     fn batch_blocks(&self) -> u64 {
         (BATCH >> self.geometry.block_shift()).max(1)
     }
 
-    /// Reads the stored bytes of blocks `first` up to `last`.
+    /// Reads the stored bytes of the blocks from `first` to `last - 1`.
     fn read_stored(&self, first: u64, last: u64) -> Result<Stored> {
         let range = self.table.range(first..last).ok_or(Error::Invalid(format!(
             "zfile blocks {first} to {last} do not exist"
@@ -122,7 +124,7 @@ impl ZfileReader {
         })
     }
 
-    /// Checks and decompresses block `block` into `out`, which is as long as the block.
+    /// Checks and decompresses block `block` into `out`, which must be as long as the block.
     fn decode(
         &self,
         decoder: &mut Decoder,
@@ -158,7 +160,8 @@ impl ZfileReader {
             .map_err(error)
     }
 
-    /// Fills `buf` from the recent block, where that is `block`; `within` is the byte in it.
+    /// Fills `buf` from byte `within` of the recent block, if that is `block`. Returns whether it
+    /// is.
     fn copy_recent(&self, block: u64, within: usize, buf: &mut [u8]) -> bool {
         let recent = self.recent.lock().unwrap_or_else(PoisonError::into_inner);
         let bytes = match &*recent {
@@ -168,7 +171,7 @@ impl ZfileReader {
         bytes.map(|bytes| buf.copy_from_slice(bytes)).is_some()
     }
 
-    /// Reads blocks `first` up to `last`, of which `buf` holds the bytes from `offset`.
+    /// Reads the blocks from `first` to `last - 1`. `buf` gets their bytes from `offset` on.
     fn read_batch(&self, first: u64, last: u64, offset: u64, buf: &mut [u8]) -> Result<()> {
         let mut decoder = Decoder::default();
         let stored = self.read_stored(first, last)?;
@@ -235,9 +238,9 @@ impl Blob for ZfileReader {
     }
 }
 
-/// The stored bytes of a run of blocks.
+/// The stored bytes of consecutive blocks.
 struct Stored {
-    /// Byte offset in the ZFile.
+    /// Byte offset of the first one in the ZFile.
     offset: u64,
     bytes: Vec<u8>,
 }

@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! Writing a ZFile, byte for byte as upstream's tools do with the same codecs, or padded so that a
+//! Writes a ZFile: byte for byte as upstream's tools do with the same codecs, or padded so that a
 //! loop device shows all of it.
 //!
-//! Blocks are compressed by many threads; what comes out doesn't depend on how many.
+//! Several threads compress the blocks; the output doesn't depend on their number.
 
 use std::io::{self, Seek, SeekFrom, Write};
 
@@ -15,26 +15,26 @@ use crate::format::zfile::{self, field, flag};
 use crate::format::SECTOR_SIZE;
 use crate::{crc32c, Error, Result};
 
-/// About how many bytes are compressed at once.
+/// Approximate number of bytes compressed at once.
 const BATCH: usize = 8 << 20;
 
-/// What a new ZFile looks like.
+/// The properties of a new ZFile.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Options {
     /// Algorithm and level.
     pub method: Method,
-    /// Bytes in a block: a power of two from 512 to 65536. Upstream's tools offer 4096 and more.
+    /// Bytes in a block: a power of two from 512 to 65536. Upstream's tools accept 4096 and more.
     pub block_size: u32,
     /// Whether a CRC follows each block.
     pub crc: bool,
     /// Whether the header is written again at the end, so that readers need no trailer.
     pub overwrite_header: bool,
-    /// Whether the ZFile ends on a sector: zeros fill up what is missing, between the blocks and the
-    /// index. Upstream's tools don't do that, but read such files.
+    /// Whether the ZFile is padded to whole sectors, with zeros between the blocks and the index.
+    /// Upstream's tools don't do that, but can read such files.
     pub whole_sectors: bool,
 }
 
-/// A ZFile being written.
+/// A ZFile that is being written.
 pub struct ZfileWriter<W> {
     out: W,
     options: Options,
@@ -42,20 +42,20 @@ pub struct ZfileWriter<W> {
     start: u64,
     /// Bytes that aren't compressed yet.
     pending: Vec<u8>,
-    /// The index as it stands on disk.
+    /// The index in its format on disk.
     index: Vec<u8>,
-    /// Byte offset in the ZFile of the next block, and at the end of the index.
+    /// Byte offset of the next block in the ZFile; after the last block, offset of the index.
     offset: u64,
-    /// Bytes of the original file so far.
+    /// Bytes written to the original file so far.
     size: u64,
 }
 
 impl<W: Write + Seek> ZfileWriter<W> {
-    /// Begins a ZFile where `out` stands.
+    /// Starts a ZFile at the current position of `out`.
     ///
     /// # Errors
     ///
-    /// [`Error::Invalid`] where the block size is out of range, and what writing fails with.
+    /// [`Error::Invalid`] if the block size is out of range, and write errors.
     pub fn new(mut out: W, options: Options) -> Result<Self> {
         let size = options.block_size;
         if !size.is_power_of_two()
@@ -86,28 +86,28 @@ impl<W: Write + Seek> ZfileWriter<W> {
     ///
     /// # Errors
     ///
-    /// What compressing or writing fails with.
+    /// Errors of compressing or writing.
     pub fn write(&mut self, data: &[u8]) -> Result<()> {
         self.pending.extend_from_slice(data);
         self.size += to_u64(data.len());
         if self.pending.len() >= BATCH {
-            // A multiple of every block size.
+            // A batch is a multiple of every block size.
             let whole = self.pending.len() / BATCH * BATCH;
             self.compress(whole)?;
         }
         Ok(())
     }
 
-    /// Writes what is left, index, trailer and header. Gives `out`, at the end of the ZFile, and
-    /// the length of that in bytes.
+    /// Writes the remaining blocks, the index, the trailer and the header. Returns `out`,
+    /// positioned at the end of the ZFile, and the length of the ZFile in bytes.
     ///
     /// # Errors
     ///
-    /// What compressing or writing fails with.
+    /// Errors of compressing or writing.
     pub fn finish(mut self) -> Result<(W, u64)> {
         self.compress(self.pending.len())?;
         if self.options.whole_sectors {
-            // The header and the trailer are a sector each.
+            // The header and the trailer have one sector each.
             let len = self.offset + to_u64(self.index.len());
             let gap = len.next_multiple_of(SECTOR_SIZE) - len;
             let zeros = vec![0; to_usize(gap)];
@@ -128,7 +128,7 @@ impl<W: Write + Seek> ZfileWriter<W> {
         Ok((self.out, len))
     }
 
-    /// Compresses and writes the first `len` bytes that are pending.
+    /// Compresses and writes the first `len` pending bytes.
     fn compress(&mut self, len: usize) -> Result<()> {
         let rest = self.pending.split_off(len);
         let data = std::mem::replace(&mut self.pending, rest);
@@ -170,7 +170,7 @@ impl<W: Write + Seek> ZfileWriter<W> {
         Ok(())
     }
 
-    /// A header or trailer; `complete` fills in what is known at the end only.
+    /// Returns a header or trailer. `complete` adds the fields that are only known at the end.
     fn header(&self, flags: u64, complete: bool) -> [u8; 512] {
         let Options { method, crc, .. } = self.options;
         let mut bytes = [0; 512];
@@ -195,7 +195,7 @@ impl<W: Write + Seek> ZfileWriter<W> {
     }
 }
 
-/// Copies `value` to byte `at` of `bytes`, as far as there is room.
+/// Copies `value` to byte `at` of `bytes`, up to the end of `bytes`.
 pub(crate) fn put(bytes: &mut [u8], at: usize, value: &[u8]) {
     for (byte, &source) in bytes.iter_mut().skip(at).zip(value) {
         *byte = source;

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! The arithmetic of the formats: every small value and every value at a limit, crossed, against
-//! models in wider integers. Tests are built with overflow checks.
+//! Tests the arithmetic of the formats with all combinations of small values and values at limits,
+//! against models in wider integers. Tests are built with overflow checks.
 
 #![allow(missing_docs, clippy::unwrap_used)]
 
@@ -21,7 +21,7 @@ use overlaybd::format::{tar, Blob, Error, Fault};
 use overlaybd::zfile_writer::Options;
 use overlaybd::{crc32c, tar_writer};
 
-/// The values around each power of two.
+/// Returns the values around each power of two.
 fn limits() -> Vec<u64> {
     let around = |shift: u32| (1u64 << shift).saturating_sub(2)..=(1u64 << shift) + 1;
     let mut limits: Vec<u64> = (0..64).flat_map(around).collect();
@@ -51,7 +51,7 @@ fn loads() {
     }
 }
 
-/// Every way to cut a short stream into pieces, empty ones included.
+/// Splits a short stream into pieces in every way, with an empty first piece as well.
 #[test]
 fn records() {
     fn check<const N: usize>() {
@@ -105,7 +105,7 @@ fn ranges() {
     }
 }
 
-/// No compressor makes more of a block than an index entry may say.
+/// The format's limit for the length of a stored block allows everything that compressors produce.
 #[test]
 fn bounds() {
     for n in 0..=65536u32 {
@@ -116,7 +116,7 @@ fn bounds() {
     }
 }
 
-/// Calls `check` with each kind of ZFile, and the header of one.
+/// Calls `check` for each kind of ZFile, with its options and a header.
 fn kinds(mut check: impl FnMut(Options, Vec<u8>)) {
     for algorithm in [Algorithm::Lz4, Algorithm::Zstd] {
         for shift in 9..=16 {
@@ -139,7 +139,7 @@ fn kinds(mut check: impl FnMut(Options, Vec<u8>)) {
     }
 }
 
-/// A ZFile of `size` bytes whose index stands at `index_offset`.
+/// Returns a ZFile of `size` bytes with its index at `index_offset`.
 fn geometry(header: &[u8], size: u64, index_offset: u64, index: Vec<u8>) -> (Sparse, Geometry) {
     let mut header = header.to_vec();
     let block_size = u64::from(le32(&header, field::BLOCK_SIZE));
@@ -165,7 +165,8 @@ fn geometry(header: &[u8], size: u64, index_offset: u64, index: Vec<u8>) -> (Spa
     (blob, geometry)
 }
 
-/// The last bytes of each number of blocks, up to the most there may be, and the table's shape.
+/// Checks the length of the last block for numbers of blocks up to the limit, and the sizes of the
+/// jump table.
 #[test]
 fn geometries() {
     kinds(|options, header| {
@@ -182,7 +183,8 @@ fn geometries() {
                     let wanted = len.min(block_size.into());
                     assert_eq!(u128::from(geometry.block_len(block)), wanted);
                 }
-                // As many blocks to a group as fit in 16 bits when they are as long as can be.
+                // A group has as many blocks as possible with offsets that fit in 16 bits if the
+                // blocks have the maximum length.
                 let most = u64::from(geometry.stored_max());
                 let group = (0..16)
                     .map(|shift| 1 << shift)
@@ -198,7 +200,8 @@ fn geometries() {
     });
 }
 
-/// Tables of blocks that are all as long as can be, or as short: no delta is cut off.
+/// Tests jump tables of blocks that are all as long or all as short as possible: no delta
+/// overflows.
 #[test]
 fn longest_blocks() {
     kinds(|options, header| {
@@ -208,7 +211,7 @@ fn longest_blocks() {
             let most = options.method.algorithm.bound(options.block_size) + empty;
             for stored in [empty + 1, most] {
                 let index = stored.to_le_bytes().repeat(count as usize);
-                // The last byte of the blocks is the last one before the index.
+                // The blocks end where the index starts.
                 let end = 512 + u64::from(stored) * count;
                 let (blob, geometry) = geometry(&header, size, end, index);
                 assert_eq!(geometry.stored_max(), most);
@@ -223,7 +226,7 @@ fn longest_blocks() {
                     assert_eq!(table.offset(block), Some(wanted));
                 }
             }
-            // One byte less or more than an entry may say.
+            // Lengths just below and above those that an entry allows, and the extremes.
             for stored in [0, empty, most + 1, u32::MAX] {
                 let index = stored.to_le_bytes().repeat(count as usize);
                 let (blob, geometry) = geometry(&header, size, 1 << 40, index);
@@ -298,7 +301,7 @@ fn segments() {
     }
 }
 
-/// A segment of these parts, its parts, and where it stands when it is moved.
+/// Checks a segment of these values, parts of it, and the segment moved to other places.
 fn segment(offset: u64, length: u64, moffset: u64, zeroed: bool, tag: u8) {
     let end = u128::from(offset) + u128::from(length);
     let fits = (1..=MAX_LENGTH).contains(&length) && end <= 1 << 50 && moffset < 1 << 55;
@@ -335,7 +338,7 @@ fn segment(offset: u64, length: u64, moffset: u64, zeroed: bool, tag: u8) {
     }
 }
 
-/// Every pair of small index entries, and those at the upper limits.
+/// Tests every pair of small index entries and entries at the upper limits.
 #[test]
 fn entries() {
     // Sectors 8 to 11 have data, and the index starts at sector 12.
@@ -352,7 +355,8 @@ fn entries() {
             }
         }
     }
-    // What is wrong with an entry behind one that ends at `previous`; else its end.
+    // Returns the end of an entry that follows one that ends at `previous`, or its fault and the
+    // value found.
     let model = |(place, source): (u64, u64), previous: u64| -> Result<u64, (Fault, u64)> {
         let (offset, length) = (place % (1 << 50), place >> 50);
         let (moffset, zeroed) = (source % (1 << 55), (source >> 55) & 1 == 1);
@@ -398,7 +402,7 @@ fn entries() {
     }
 }
 
-/// Numbers in tar headers, as octal digits and in base 256.
+/// Tests numbers in tar headers, as octal digits and in base 256.
 #[test]
 fn tar_sizes() {
     let read = |size: &[u8], blob_size| {
@@ -434,8 +438,8 @@ fn tar_sizes() {
     }
 }
 
-/// Every layer on a disk of `sectors` sectors from `base`: each sector is in no segment, in one of
-/// data or in a zeroed one, and that is a new one or goes on.
+/// Returns every layer on a disk of `sectors` sectors from `base`. Each sector has no segment, one
+/// of data or a zeroed one; each segment is new or continues that of the sector before.
 fn layers(sectors: u64, base: u64) -> Vec<Vec<Segment>> {
     let mut layers: Vec<Vec<(u64, u64, bool)>> = vec![Vec::new()];
     for sector in 0..sectors {
@@ -464,7 +468,8 @@ fn layers(sectors: u64, base: u64) -> Vec<Vec<Segment>> {
     layers.into_iter().map(pack).collect()
 }
 
-/// Every stack of `count` layers on a disk of `sectors` sectors from `base`, cut off at each sector.
+/// Tests every stack of `count` layers on a disk of `sectors` sectors from `base`, cut off at each
+/// sector.
 fn stacks(count: u32, sectors: u64, base: u64) {
     let all = layers(sectors, base);
     let mut merged = Vec::new();
@@ -516,7 +521,7 @@ fn stacks(count: u32, sectors: u64, base: u64) {
     }
 }
 
-/// Looks every sector up in an index of segments of two sectors that begin at `places`.
+/// Looks up every sector in an index of two-sector segments that start at `places`.
 fn look_everywhere(places: &[u64], sectors: impl Iterator<Item = u64>) {
     let segments: Vec<_> = (0..)
         .zip(places)
@@ -550,12 +555,12 @@ fn look_everywhere(places: &[u64], sectors: impl Iterator<Item = u64>) {
 
 #[test]
 fn every_length_of_index() {
-    // Those with a run for each segment, and those with one for sixteen.
+    // Some lengths have one run per segment, others one run per 16 segments.
     for count in (0..200u64).chain(4090..4130) {
         // Gaps of 0 and 3 sectors.
         let even: Vec<_> = (0..count).map(|nth| nth * 4 + nth % 3).collect();
         look_everywhere(&even, 0..count * 4 + 5);
-        // A crowd, and one far away: most runs are empty.
+        // Many segments close together and one far away: most runs are empty.
         for far in [0, 1, 1000, MAX_END - 20000] {
             let mut crowd = even.clone();
             crowd.push(count * 4 + far);

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! Every fault that a reader can name is named by a test: valid images, edited.
+//! Edits valid images so that each fault of the readers occurs in at least one test.
 
 #![allow(missing_docs, clippy::unwrap_used)]
 
@@ -16,15 +16,16 @@ use overlaybd::wrap::Wrapping;
 use overlaybd::zfile_writer::Options;
 use overlaybd::{LayerReader, Stack};
 
-/// Faults that this reader cannot come to.
+/// Faults that this reader cannot report.
 const UNREACHABLE: &[Fault] = &[
-    // What isn't a ZFile is taken for a plain file. The kernel's zfile target uses it.
+    // This reader takes anything but a ZFile as a plain file. Only the kernel's zfile target has
+    // this fault.
     Fault::ZfileMagic,
-    // Takes 2 GiB of segments.
+    // Needs 2 GiB of segments.
     Fault::LsmtMergedCount,
 ];
 
-/// A case: what it is, the fault, and the image.
+/// A case: its name, the fault, and the image.
 type Case = (&'static str, Fault, Vec<u8>);
 
 fn open(bytes: &[u8]) -> overlaybd::Result<Stack> {
@@ -40,7 +41,7 @@ fn layer() -> Vec<u8> {
     )
 }
 
-/// Random enough that no block is stored shorter than it is.
+/// Returns random bytes, so that no block is stored in fewer bytes than it has.
 fn noise(len: usize) -> Vec<u8> {
     let mut state = 1u32;
     (0..len)
@@ -51,7 +52,7 @@ fn noise(len: usize) -> Vec<u8> {
         .collect()
 }
 
-/// A ZFile whose header at byte 0 is edited, and its digest made right.
+/// Returns a ZFile with an edited header at byte 0 and a correct digest.
 fn header(edit: impl FnOnce(&mut [u8])) -> Vec<u8> {
     let mut bytes = zfile(&layer(), lz4());
     edit(&mut bytes);
@@ -59,7 +60,7 @@ fn header(edit: impl FnOnce(&mut [u8])) -> Vec<u8> {
     bytes
 }
 
-/// A ZFile that is read by its trailer, which is edited, and its digest made right.
+/// Returns a ZFile whose trailer is used, with an edited trailer and a correct digest.
 fn trailer(edit: impl FnOnce(&mut [u8])) -> Vec<u8> {
     let options = Options {
         overwrite_header: false,
@@ -72,7 +73,7 @@ fn trailer(edit: impl FnOnce(&mut [u8])) -> Vec<u8> {
     bytes
 }
 
-/// A plain layer with one part edited: header, index or trailer.
+/// Returns a plain layer of which one part is edited: header, index or trailer.
 fn plain(part: Part, edit: impl FnOnce(&mut [u8])) -> Vec<u8> {
     let mut bytes = layer();
     let at = match part {
@@ -146,7 +147,7 @@ fn zfile_cases() -> Vec<Case> {
         ))
         .unwrap()
     };
-    // Entries are checked before their CRC.
+    // Entries are checked before the CRC of the index.
     let entry = |bytes: &mut [u8], value: u32| {
         let at = index_at(bytes);
         put(bytes, at, &value.to_le_bytes());
@@ -272,7 +273,7 @@ fn zfile_cases() -> Vec<Case> {
         ),
         ("blocks reach into the index", Fault::ZfileEntryRange, {
             let mut bytes = zfile(&noise(4096), lz4());
-            // The block is all there is before the index.
+            // The ZFile has one block, which ends where the index starts.
             let at = index_at(&bytes);
             let stored = u32::from_le_bytes(bytes[at..at + 4].try_into().unwrap());
             entry(&mut bytes, stored + 1);
@@ -442,7 +443,7 @@ fn corrupt_blocks() {
         let layer = LayerReader::open(file.path(), None).unwrap();
         let bad = layer.verify(&silent).unwrap();
         assert_eq!(bad.len(), 1, "{bad:?}");
-        // A read of that block fails too, and no other.
+        // Only reads of that block fail.
         let stack = Stack::new(vec![layer]).unwrap();
         let mut buf = vec![0; 512];
         let failed = (0..100)
@@ -453,7 +454,7 @@ fn corrupt_blocks() {
         assert!((1..=8).contains(&failed), "{failed}");
         bad[0]
     };
-    // The second block: the first one is the LSMT header, read when the layer is opened.
+    // Corrupt the second block: opening the layer reads the first one, which has the LSMT header.
     let flip = |bytes: &mut Vec<u8>| {
         let index = usize::try_from(u64::from_le_bytes(bytes[40..48].try_into().unwrap())).unwrap();
         let first = u32::from_le_bytes(bytes[index..index + 4].try_into().unwrap());

@@ -1,11 +1,11 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! Reads every golden image: what upstream's tools wrote reads back as the manifest says, and
-//! what is malformed is refused.
+//! Reads every golden image. Images that upstream's tools wrote must read as the manifest says;
+//! malformed images must be refused.
 //!
-//! The images are in `$OBD_GOLDENS`; scripts/lib.sh says where they are else. Without them this
-//! prints `skipped: no golden images`, and the one test there is counts as ignored. Images above
-//! 4 GiB take minutes: they run with `--include-ignored`.
+//! The images are in `$OBD_GOLDENS`; scripts/lib.sh has the default. Without images, the test
+//! prints `skipped: no golden images`, and its only case counts as ignored. Images above 4 GiB take
+//! minutes and only run with `--include-ignored`.
 
 use std::collections::HashMap;
 use std::fmt::Write as _;
@@ -19,7 +19,7 @@ use sha2::{Digest, Sha256};
 
 type Outcome = Result<(), Failed>;
 
-/// Above this, reading an image takes longer than one wants to wait for each time.
+/// Larger images take too long to be read in every run.
 const LARGE: u64 = 4 << 30;
 
 fn main() {
@@ -35,7 +35,7 @@ fn main() {
     libtest_mimic::run(&args, trials).exit();
 }
 
-/// Where the golden images are.
+/// Returns the directory of the golden images.
 fn goldens() -> Option<PathBuf> {
     let dir = PathBuf::from(std::env::var_os("OBD_GOLDENS")?);
     dir.join("MANIFEST.tsv").is_file().then_some(dir)
@@ -99,7 +99,7 @@ fn trials(dir: &Path) -> Vec<Trial> {
     trials
 }
 
-/// The layers of a row of the manifest, lowest first.
+/// Returns the layers of a row of the manifest, lowest first.
 fn layers(dir: &Path, row: &Row) -> Vec<PathBuf> {
     row["layers_lowest_first"]
         .split(',')
@@ -107,7 +107,7 @@ fn layers(dir: &Path, row: &Row) -> Vec<PathBuf> {
         .collect()
 }
 
-/// SHA-256 of the first `len` bytes of `blob`, in hexadecimal.
+/// Returns the SHA-256 of the first `len` bytes of `blob`, in hexadecimal.
 fn sha256<B: Blob<Error = overlaybd::Error>>(blob: &B, len: u64) -> overlaybd::Result<String> {
     let mut hasher = Sha256::new();
     blob.stream(0, len, &mut |piece| {
@@ -135,7 +135,7 @@ fn read_stack(dir: &Path, row: &Row) -> Outcome {
     let stack = Stack::open(&layers(dir, row))?;
     let size = stack.virtual_size();
     same("virtual size", &size.to_string(), &row["virtual_size"])?;
-    // Of some layers that mean nothing alone, the content isn't recorded.
+    // The manifest has no content for layers that are useless alone.
     if row["sha256_raw"] != "-" {
         same("content", &sha256(&stack, size)?, &row["sha256_raw"])?;
     }
@@ -176,7 +176,7 @@ fn read_probes(dir: &Path) -> Outcome {
     Ok(())
 }
 
-/// Opens the layers as a stack and reads all of it; gives size and SHA-256.
+/// Opens the layers as a stack, verifies and reads all of it. Returns its size and SHA-256.
 fn read_all(paths: &[PathBuf]) -> overlaybd::Result<(u64, String)> {
     let stack = Stack::open(paths)?;
     for layer in stack.layers() {
@@ -191,7 +191,7 @@ fn read_all(paths: &[PathBuf]) -> overlaybd::Result<(u64, String)> {
 fn refused(paths: &[PathBuf]) -> Outcome {
     match read_all(paths) {
         Ok((size, sum)) => Err(format!("reads {size} bytes with sha256 {sum}").into()),
-        // The system isn't to blame.
+        // A system error is a failure, not a refusal.
         Err(error) if error.io_kind().is_some() => Err(error.into()),
         Err(error) => {
             println!("refused: {error}");
@@ -200,7 +200,7 @@ fn refused(paths: &[PathBuf]) -> Outcome {
     }
 }
 
-/// Judges a malformed image by column `wanted`.
+/// Checks the result for a malformed image against the column `wanted`.
 fn judge(dir: &Path, row: &Row) -> Outcome {
     let path = dir.join(&row["path"]);
     let wanted = row["wanted"].as_str();
@@ -215,7 +215,8 @@ fn judge(dir: &Path, row: &Row) -> Outcome {
         }
         Err(error) => return Err(error.into()),
     };
-    // What an accepting upstream gives: the good content, unless it says another.
+    // An upstream reader that accepts the image gives the good content, unless the row says
+    // another.
     let other = row["upstream_reader"].split("(size ").nth(1);
     let (good_size, good_sum) = match other {
         Some(text) => {

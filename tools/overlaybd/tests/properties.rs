@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! Random layers, files and pieces, against models that are too simple to be wrong.
+//! Tests random layers, files and pieces against simple models.
 
 #![allow(missing_docs, clippy::unwrap_used)]
 
@@ -21,10 +21,10 @@ use overlaybd::{crc32c, flatten, tar_writer, FileBlob, LayerReader, Payload, Sta
 use proptest::collection::vec;
 use proptest::prelude::*;
 
-/// Sectors that the disks of random stacks may reach.
+/// Size limit of random disks, in sectors.
 const SECTORS: u64 = 96;
 
-/// A random layer: virtual size in bytes, and its runs.
+/// Generates a random layer: virtual size in bytes, and runs.
 fn layer() -> impl Strategy<Value = (u64, Vec<Run>)> {
     let size = prop_oneof![
         1 => Just(0),
@@ -44,12 +44,12 @@ fn layer() -> impl Strategy<Value = (u64, Vec<Run>)> {
     (size, runs)
 }
 
-/// What sector `sector` of layer `layer` is filled with: never 0.
+/// Returns the byte that fills sector `sector` of layer `layer`: never 0.
 fn fill(layer: usize, sector: u64) -> u8 {
     (layer as u64 * 37 + sector * 11) as u8 | 1
 }
 
-/// What the stack reads, sector by sector.
+/// Returns the content of the stack, computed sector by sector.
 fn model(layers: &[(u64, Vec<Run>)]) -> Option<Vec<u8>> {
     let size = layers.iter().rev().map(|l| l.0).find(|&size| size != 0)?;
     let mut disk = vec![0; usize::try_from(size.next_multiple_of(512)).unwrap()];
@@ -105,7 +105,7 @@ proptest! {
             prop_assert_eq!(&found, &wanted[start..end]);
         }
         prop_assert!(stack.read_at(stack.size(), &mut [0]).is_err());
-        // Only data is in the merged index; it is ascending and within the disk.
+        // The merged index has only data, is ascending and within the disk.
         let mut end = 0;
         for segment in stack.merged() {
             prop_assert!(segment.offset() >= end && !segment.zeroed());
@@ -114,7 +114,7 @@ proptest! {
         prop_assert!(end <= stack.sectors());
     }
 
-    /// A part of a stack, made one layer, reads as it did: in its place, and alone.
+    /// Consecutive layers of a stack, merged into one, read the same in their place and alone.
     #[test]
     fn flattened(
         layers in vec(layer(), 1..7),
@@ -145,7 +145,7 @@ proptest! {
         };
         let stack = flatten::stack(readers(&files[from..to])).unwrap();
         let (merged, lowest) = (one(&stack, true)?, one(&stack, false)?);
-        // The model fills by the number of the layer.
+        // The fill byte depends on the number of the layer.
         let none = vec![(0, Vec::new()); from];
         if let Some(wanted) = model(&[none.as_slice(), &layers[from..to]].concat()) {
             for path in [merged.path(), lowest.path()] {
@@ -165,7 +165,7 @@ proptest! {
         prop_assert_eq!(&found, &wanted);
     }
 
-    /// Layers written anew from what a reader gives are the same.
+    /// A layer rewritten from a reader's segments has the same bytes.
     #[test]
     fn layers_survive((size, runs) in layer()) {
         let bytes = lsmt(size, &runs, |sector| fill(0, sector));
@@ -199,7 +199,7 @@ proptest! {
         prop_assert_eq!(found, wanted);
     }
 
-    /// A pax header with any records, long or short, in pieces of any length.
+    /// Parses a pax header with any records, short or long, streamed in pieces of any length.
     #[test]
     fn tar_headers(
         keys in vec(("[a-z.]{1,8}", "[ -~]{0,200}"), 0..20),
@@ -239,7 +239,7 @@ proptest! {
         prop_assert_eq!(tar::payload(&blob).unwrap(), Some(wanted));
     }
 
-    /// The jump table against plain sums.
+    /// Compares the jump table with sums of the lengths.
     #[test]
     fn jump_tables(
         shift in 9..=16u32,
@@ -299,7 +299,7 @@ proptest! {
     }
 }
 
-/// Half text, half noise: some blocks compress and some don't.
+/// Returns text and noise in turn: some blocks compress, others don't.
 fn content(len: usize) -> Vec<u8> {
     let mut state = 7u32;
     (0..len)
@@ -313,7 +313,8 @@ fn content(len: usize) -> Vec<u8> {
         .collect()
 }
 
-/// Every algorithm, block size, CRC, header, end and tar, and content of many lengths.
+/// Tests every algorithm, block size, CRC, header, padding and tar option, with contents of many
+/// lengths.
 #[test]
 fn round_trips() {
     for algorithm in [Algorithm::Lz4, Algorithm::Zstd] {
@@ -374,7 +375,7 @@ fn round_trip(options: Options, tar: bool) {
     }
 }
 
-/// How many threads compress doesn't matter.
+/// The output doesn't depend on the number of compressing threads.
 #[test]
 fn threads_do_not_matter() {
     let content = content(20 << 20);
@@ -385,7 +386,7 @@ fn threads_do_not_matter() {
     assert!(with(1) == with(4));
 }
 
-/// Pieces in any number, hashed by any number of threads.
+/// The hashes don't depend on the number of threads, and every input changes the UUID.
 #[test]
 fn identity_of_many_pieces() {
     use overlaybd::diff::{self, Options};
@@ -442,7 +443,7 @@ fn identity_of_many_pieces() {
     }
 }
 
-/// What differs from the layers below is all that goes in a layer.
+/// A layer gets exactly the sectors that differ from the layers below.
 #[test]
 fn differences() {
     use overlaybd::diff::{self, Options};
@@ -453,7 +454,7 @@ fn differences() {
     let layer = LayerReader::open(base.path(), None).unwrap();
     let mut image = vec![0; 80 * 512 + 100];
     image[..32 * 512].fill(1);
-    // A sector changed, one became zero, and there is one more at the end.
+    // Change a sector, zero a sector, and append one.
     image[3 * 512 + 5] = 9;
     image[5 * 512..6 * 512].fill(0);
     image[80 * 512..].fill(4);
@@ -473,14 +474,14 @@ fn differences() {
     ];
     assert_eq!(found.runs, wanted);
 
-    // What is hashed on the way is what is hashed alone.
+    // `diff::of` computes the same hashes as `Pieces::of`.
     let read = |offset: u64, buf: &mut [u8]| {
         let inside = (image.size() - offset).min(buf.len() as u64) as usize;
         buf[inside..].fill(0);
         image.read_at(offset, &mut buf[..inside])
     };
     assert_eq!(found.pieces, Pieces::of(&wanted, read, &silent).unwrap());
-    // Computed by the description alone.
+    // The expected UUID was computed from the format's description, without this code.
     let size = image.size();
     let of = |below| uuid(size, below, &found.runs, &found.pieces);
     assert_eq!(of(Below::Nothing), "6F626431-342C-800A-8964-B1472934FFD9");

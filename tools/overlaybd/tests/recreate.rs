@@ -1,8 +1,9 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! Writes golden images again from what is in them: the bytes are the same as upstream's.
+//! Writes golden images again from their content and compares with upstream's bytes.
 //!
-//! Another LZ4 may compress otherwise: this holds for the version in `Cargo.lock`.
+//! Other versions of LZ4 can compress differently: the test is valid for the version in
+//! `Cargo.lock`.
 
 #![allow(missing_docs, clippy::unwrap_used)]
 
@@ -50,7 +51,7 @@ fn golden(name: &str) -> PathBuf {
     PathBuf::from(std::env::var_os("OBD_GOLDENS").unwrap_or_default()).join(name)
 }
 
-/// Compresses what is in `from`: the bytes are those of `to`.
+/// Compresses the content of `from`. The result must equal `to`.
 fn rewrap(from: &str, to: &str, overwrite_header: bool) {
     let (from, to) = (golden(from), golden(to));
     let source = Payload::open(Arc::new(FileBlob::open(&from, None).unwrap())).unwrap();
@@ -84,7 +85,7 @@ fn same(path: &Path, found: &[u8], len: u64) {
     assert_eq!(found.len(), wanted.len(), "{}: length", path.display());
 }
 
-/// Writes a layer anew from its merged content.
+/// Writes a layer again from its merged content. The result must equal `to`.
 fn recommit(from: &str, to: &str) {
     let (from, to) = (golden(from), golden(to));
     let layer = LayerReader::open(&from, None).unwrap();
@@ -147,8 +148,8 @@ fn zstd_incompressible() {
     rewrap(name, name, false);
 }
 
-/// Another zstd compresses otherwise; but the frames are of the same kind, and the same is in
-/// them.
+/// Versions of zstd compress differently, but frames must be of the same kind and have the same
+/// content.
 fn zstd_frames() {
     for size in ["4k", "8k", "16k", "64k"] {
         let path = golden(&format!("zfile-lsmt/zstd-{size}.obd"));
@@ -182,7 +183,7 @@ fn zstd_frames() {
             payload.blob().read_at(512, &mut bytes).unwrap();
             bytes
         };
-        // Magic, descriptor and content size.
+        // Magic number, descriptor and content size of the first frame.
         assert_eq!(first(&found)[..7], first(&wanted)[..7], "{size}");
         let mut contents = [(); 2].map(|()| vec![0; usize::try_from(wanted.size()).unwrap()]);
         found.read_at(0, &mut contents[0]).unwrap();

@@ -19,7 +19,7 @@ use overlaybd::wrap::{self, Wrapping};
 use overlaybd::zfile_writer::Options;
 use tempfile::NamedTempFile;
 
-/// Bytes in memory, which `stream` hands over in pieces of `piece` bytes.
+/// A blob in memory. `stream` passes it on in pieces of `piece` bytes.
 pub struct Memory {
     pub bytes: Vec<u8>,
     pub piece: usize,
@@ -60,7 +60,7 @@ impl Blob for Memory {
     }
 }
 
-/// What upstream writes by default: LZ4, 4 KiB, CRC, header overwritten.
+/// Options that upstream uses by default: LZ4, 4 KiB blocks, CRC, header overwritten.
 pub fn lz4() -> Options {
     Options {
         method: Method {
@@ -74,11 +74,11 @@ pub fn lz4() -> Options {
     }
 }
 
-/// `content`, wrapped.
+/// Returns `content` with its wrapping.
 pub fn wrapped(content: &[u8], wrapping: Wrapping) -> Vec<u8> {
     let mut out = Cursor::new(Vec::new());
     let len = wrap::write(&mut out, wrapping, |sink| {
-        // Pieces that fit nothing.
+        // This size divides neither blocks nor sectors.
         content.chunks(1234).try_for_each(sink)
     })
     .unwrap();
@@ -87,7 +87,7 @@ pub fn wrapped(content: &[u8], wrapping: Wrapping) -> Vec<u8> {
     bytes
 }
 
-/// A ZFile of `content`.
+/// Returns a ZFile of `content`.
 pub fn zfile(content: &[u8], options: Options) -> Vec<u8> {
     wrapped(
         content,
@@ -98,7 +98,7 @@ pub fn zfile(content: &[u8], options: Options) -> Vec<u8> {
     )
 }
 
-/// An LSMT file; `fill` gives a byte for each sector.
+/// Returns an LSMT file. `fill` returns the byte that fills a sector.
 pub fn lsmt(virtual_size: u64, runs: &[Run], fill: impl Fn(u64) -> u8) -> Vec<u8> {
     let writer = LayerWriter::new(virtual_size, Ident::default(), runs.to_vec()).unwrap();
     let mut bytes = Vec::new();
@@ -129,14 +129,14 @@ pub fn run(offset: u64, length: u64, zeroed: bool) -> Run {
     }
 }
 
-/// A file with these bytes, gone when dropped.
+/// Returns a temporary file with these bytes. Dropping it deletes the file.
 pub fn file(bytes: &[u8]) -> NamedTempFile {
     let mut file = NamedTempFile::new().unwrap();
     file.write_all(bytes).unwrap();
     file
 }
 
-/// Makes the digest of the ZFile header or trailer at byte `at` right.
+/// Corrects the digest of the ZFile header or trailer at byte `at`.
 pub fn sign(bytes: &mut [u8], at: usize) {
     let mut header: [u8; 512] = bytes[at..at + 512].try_into().unwrap();
     let digest = zfile::digest(&header, overlaybd::crc32c);
@@ -144,7 +144,7 @@ pub fn sign(bytes: &mut [u8], at: usize) {
     bytes[at..at + 512].copy_from_slice(&header);
 }
 
-/// Makes the checksum of the tar header at byte `at` right.
+/// Corrects the checksum of the tar header at byte `at`.
 pub fn checksum(bytes: &mut [u8], at: usize) {
     let block = &mut bytes[at..at + 512];
     block[148..156].fill(b' ');

@@ -1,23 +1,23 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! A blob of any size, of which only some bytes are there.
+//! A blob of any size of which only some bytes take memory.
 
 use overlaybd::format::blob::{check_range, Sink};
 use overlaybd::format::{Blob, Error};
 
-/// Bytes at some places, zeros elsewhere.
+/// A blob with data in some places and zeros elsewhere.
 pub struct Sparse {
     size: u64,
     pieces: Vec<(u64, Vec<u8>)>,
-    /// Bytes that [`Blob::stream`] hands over at once.
+    /// Number of bytes that [`Blob::stream`] passes on at once.
     pub step: usize,
 }
 
 impl Sparse {
-    /// Most bytes that [`Blob::stream`] hands over at once.
+    /// Largest value of `step`.
     pub const MAX_STEP: usize = 256;
 
-    /// A blob of `size` bytes; what of `pieces` doesn't fit is cut off.
+    /// Returns a blob of `size` bytes. Data beyond that size is ignored.
     pub fn new(size: u64, pieces: Vec<(u64, Vec<u8>)>) -> Self {
         Self {
             size,
@@ -26,7 +26,7 @@ impl Sparse {
         }
     }
 
-    /// The `len` bytes from `offset`, where all of them lie in one piece.
+    /// Returns the `len` bytes from `offset`, if one piece has all of them.
     pub fn get_mut(&mut self, offset: u64, len: usize) -> Option<&mut [u8]> {
         self.pieces.iter_mut().find_map(|(start, bytes)| {
             let at = usize::try_from(offset.checked_sub(*start)?).ok()?;
@@ -34,7 +34,7 @@ impl Sparse {
         })
     }
 
-    /// Byte `offset`; 0 where there is none.
+    /// Returns byte `offset`; 0 if no piece has it.
     pub fn byte(&self, offset: u64) -> u8 {
         let mut byte = [0];
         self.fill(offset, &mut byte);
