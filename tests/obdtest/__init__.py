@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: GPL-2.0
-"""What the tests are made of: KTAP output, devices, images, reads."""
+"""Building blocks of the tests: KTAP output, devices, images, reads."""

@@ -11,7 +11,7 @@ _mounted = None
 
 
 def _hierarchy():
-    """Where the unified hierarchy is mounted, by us where it isn't yet."""
+    """Returns where the unified hierarchy is mounted; mounts it if it isn't."""
     with open("/proc/mounts", encoding="ascii") as mounts:
         for row in mounts:
             fields = row.split()
@@ -31,7 +31,7 @@ def _write(path, text):
 
 
 class Group:
-    """A control group, removed when the test is over."""
+    """A control group, removed at the end of the test."""
 
     def __init__(self):
         top = _hierarchy()
@@ -43,7 +43,7 @@ class Group:
         defer(self._remove)
 
     def _remove(self):
-        # A process that has ended is in its group until it was waited for, and a short time longer.
+        # A process leaves the group a short time after it was waited for.
         for _ in range(100):
             try:
                 os.rmdir(self.path)
@@ -53,7 +53,7 @@ class Group:
         raise Failure(f"{self.path} cannot be removed")
 
     def run(self, function, *args):
-        """Calls a function in a process of the group; fails where it raises."""
+        """Calls a function in a process of the group. Fails if the function raises."""
         child = os.fork()
         if not child:
             status = 1
@@ -67,7 +67,7 @@ class Group:
             raise Failure("the process in the control group has failed")
 
     def stat(self, device):
-        """Bytes and requests that the group has read of a device."""
+        """Returns the bytes and the number of requests that the group has read from a device."""
         with open(f"{self.path}/io.stat", encoding="ascii") as file:
             for row in file:
                 number, *fields = row.split()
@@ -77,7 +77,7 @@ class Group:
         return 0, 0
 
     def limit(self, device, bytes_per_second):
-        """Lets the group read so many bytes of a device in a second."""
+        """Limits the group's reads from a device, in bytes per second."""
         if not os.path.exists(f"{self.path}/io.max"):
             raise Skip("this kernel has no io.max")
         _write(f"{self.path}/io.max", f"{device.number} rbps={bytes_per_second}")

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0
-"""Reads of a block device in every way, compared with what they should give."""
+"""Reads a block device in every way and compares the data with the expected content."""
 
 import errno
 import fcntl
@@ -34,7 +34,7 @@ class Disk:
             os.close(self.direct)
 
     def flush(self):
-        """Forgets what the page cache has of it."""
+        """Drops the device's pages from the page cache."""
         fcntl.ioctl(self.buffered, _FLSBUF)
 
     def _buffer(self, length):
@@ -44,7 +44,7 @@ class Disk:
         return self.buffers[key]
 
     def read(self, offset, length):
-        """A direct read of whole sectors."""
+        """Reads whole sectors with direct I/O."""
         view = memoryview(self._buffer(length))[:length]
         done = 0
         while done < length:
@@ -55,7 +55,7 @@ class Disk:
         return bytes(view[:done])
 
     def read_pieces(self, offset, lengths, gap=512):
-        """One direct read into pieces of memory that aren't adjacent; lengths are whole sectors."""
+        """Reads with one direct read into separate pieces of memory. The lengths are whole sectors."""
         total = sum(lengths)
         area = memoryview(self._buffer(total + gap * (len(lengths) + 1)))
         pieces, at = [], gap
@@ -66,7 +66,7 @@ class Disk:
         return b"".join(bytes(piece) for piece in pieces)[:got]
 
     def read_buffered(self, offset, length):
-        """A read through the page cache, of any bytes."""
+        """Reads any bytes through the page cache."""
         out = b""
         while len(out) < length:
             got = os.pread(self.buffered, length - len(out), offset + len(out))
@@ -76,7 +76,7 @@ class Disk:
         return out
 
     def whole(self, chunk=1 << 20):
-        """All of it, by direct reads."""
+        """Reads the whole disk with direct I/O."""
         return b"".join(self.read(at, min(chunk, self.size - at)) for at in range(0, self.size, chunk))
 
 
@@ -91,7 +91,7 @@ def fails_with(error, function, *args):
 
 
 def read_or_none(disk, offset, length):
-    """A direct read; None where it fails with EIO."""
+    """Reads with direct I/O. Returns None if that fails with EIO."""
     try:
         return disk.read(offset, length)
     except OSError as error:
@@ -101,7 +101,7 @@ def read_or_none(disk, offset, length):
 
 
 def verify_sha256(device, sha256, size):
-    """Checks a whole disk of size bytes, and the zeros in its last sector; returns its content."""
+    """Checks a whole disk of size bytes, and the zeros in its last sector. Returns its content."""
     disk = Disk(device)
     data = disk.whole()
     disk.close()
@@ -112,8 +112,8 @@ def verify_sha256(device, sha256, size):
 
 
 def verify(device, wanted, seed=1, rounds=60, whole=True):
-    """Checks a whole disk: direct (unless that was done), buffered, sectors, odd sizes, random places
-    (fewer where the kernel is slow), several readers."""
+    """Checks a disk: the whole of it with direct reads (if whole is set) and buffered reads, then single sectors, odd
+    sizes and random places (fewer on slow kernels), also from several threads."""
     rounds = -(-rounds // SLOW)
     disk = Disk(device)
     equal(disk.size, len(wanted), "size of the device")

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: GPL-2.0
-"""Mapped devices and loop devices, through their ioctls.
+"""Mapped devices and loop devices, made with ioctls.
 
-No program has to be started for a device, which makes hundreds of them quick even in an emulated
-machine. Devices are removed when the test that made them is over.
+No program runs for a device, so that hundreds of them are quick to make even in an emulated machine. The devices are
+removed at the end of the test that made them.
 """
 
 import ctypes
@@ -30,7 +30,7 @@ _libc.ioctl.argtypes = [ctypes.c_int, ctypes.c_ulong, ctypes.c_void_p]
 
 
 def _ioctl(command, name, flags=0, data=b"", targets=0, event=0, room=16384):
-    """One ioctl of device-mapper; returns (flags, open count, targets, device number, data)."""
+    """Issues an ioctl of device-mapper. Returns (flags, open count, targets, device number, data)."""
     header = struct.calcsize(_HEADER)
     size = header + max(len(data), room)
     buf = bytearray(size)
@@ -38,8 +38,8 @@ def _ioctl(command, name, flags=0, data=b"", targets=0, event=0, room=16384):
                      name.encode(), b"")
     buf[header:header + len(data)] = data
     with open("/dev/mapper/control", "rb+", buffering=0) as control:
-        # fcntl.ioctl() would keep other threads from running until it is over. An array type for each size would be
-        # made and forgotten by several threads at once.
+        # fcntl.ioctl() would block the other threads for the whole call. An array type for each size is no
+        # alternative: several threads would create and drop such types at the same time.
         area = ctypes.c_char.from_buffer(buf)
         if _libc.ioctl(control.fileno(), (3 << 30) | (header << 16) | (0xFD << 8) | command, ctypes.addressof(area)):
             error = ctypes.get_errno()
@@ -50,7 +50,7 @@ def _ioctl(command, name, flags=0, data=b"", targets=0, event=0, room=16384):
 
 
 def line(start, length, target, *args):
-    """A line of a table."""
+    """Returns a line of a table."""
     return (start, length, target, " ".join(str(arg) for arg in args))
 
 
@@ -68,7 +68,7 @@ def _unpack(data, count):
     table, at = [], 0
     size = struct.calcsize(_SPEC)
     for _ in range(count):
-        # Device-mapper counts the targets before it looks at the table, which may be gone by then.
+        # Device-mapper counts the targets before it looks up the table, which may be gone by then.
         if not data:
             break
         start, length, _, following, target = struct.unpack_from(_SPEC, data, at)
@@ -91,11 +91,11 @@ class Device:
         defer(self.remove)
 
     def load(self, *table, readonly=True):
-        """Loads a table, which takes effect with resume()."""
+        """Loads a table. resume() makes it live."""
         _ioctl(_LOAD, self.name, READONLY if readonly else 0, _pack(table), len(table))
 
     def clear(self):
-        """Drops a loaded table."""
+        """Clears a loaded table."""
         _ioctl(_CLEAR, self.name)
 
     def resume(self):
@@ -105,7 +105,7 @@ class Device:
         _ioctl(_SUSPEND, self.name, SUSPEND | (NOFLUSH if noflush else 0))
 
     def status(self, kind=0, inactive=False):
-        """The lines of the status: kind is 0 for INFO, TABLE or IMA."""
+        """Returns the lines of the status. kind is 0 for INFO, TABLE or IMA."""
         flags = kind | (INACTIVE if inactive else 0)
         flags, _, targets, _, data = _ioctl(_TABLE_STATUS, self.name, flags)
         if flags & (1 << 8):
@@ -113,7 +113,7 @@ class Device:
         return _unpack(data, targets)
 
     def info(self):
-        """The INFO fields of the first target."""
+        """Returns the INFO fields of the first target."""
         return self.status()[0][3].split()
 
     def message(self, text, sector=0):
@@ -121,7 +121,7 @@ class Device:
         _ioctl(_TARGET_MSG, self.name, 0, struct.pack("=Q", sector) + text.encode() + b"\0")
 
     def deps(self):
-        """The numbers of the devices that it uses."""
+        """Returns the numbers of the devices below."""
         data = _ioctl(_DEPS, self.name)[4]
         count = struct.unpack_from("=I", data)[0]
         return sorted(f"{os.major(d)}:{os.minor(d)}" for d in struct.unpack_from(f"={count}Q", data, 8))
@@ -142,12 +142,12 @@ class Device:
             raise
 
     def try_remove(self, deferred=False):
-        """Removes it, once; raises OSError where that is refused."""
+        """Tries once to remove the device. Raises OSError if that fails."""
         _ioctl(_REMOVE, self.name, DEFERRED if deferred else 0)
         self.removed = True
 
     def remove(self):
-        """Removes it. A short while it may be held open by somebody who looks at new devices."""
+        """Removes the device. Retries for 5 s, as programs that look at new devices open it for a moment."""
         for _ in range(100):
             if self.removed:
                 return
@@ -163,7 +163,7 @@ class Device:
 
 
 def create(*table, readonly=True):
-    """A mapped device with a table in use."""
+    """Returns a mapped device with a live table."""
     device = Device()
     try:
         device.load(*table, readonly=readonly)
@@ -175,12 +175,12 @@ def create(*table, readonly=True):
 
 
 def linear(device, sectors, readonly=False):
-    """A device that is another, to be changed later."""
+    """Returns a linear device over another device. Tests can replace its table."""
     return create(line(0, sectors, "linear", device.path, 0), readonly=readonly)
 
 
 class Loop:
-    """A loop device on bytes in memory."""
+    """A loop device over bytes in memory."""
 
     def __init__(self, content, block=512, size=None, direct=False, readonly=True):
         self.fd = os.memfd_create("obdtest")
@@ -209,13 +209,13 @@ class Loop:
         self.size = os.fstat(self.fd).st_size
 
     def write(self, offset, content):
-        """Changes the bytes below, behind the back of all readers."""
+        """Changes bytes of the backing file and drops the loop device's pages, unnoticed by devices above."""
         write(self.fd, content, offset)
         with open(self.path, "rb", buffering=0) as loop:
             fcntl.ioctl(loop, 0x1261)
 
     def clear(self):
-        """Detaches it from its bytes, at once or when the last user is gone."""
+        """Detaches the device from its file, at once or when the last user closes it."""
         with open(self.path, "rb", buffering=0) as loop:
             fcntl.ioctl(loop, 0x4C01)
 
@@ -223,14 +223,14 @@ class Loop:
         try:
             self.clear()
         except OSError as error:
-            # Gone already.
+            # The device is already detached.
             if error.errno != errno.ENXIO:
                 raise
         os.close(self.fd)
 
 
 def write(fd, content, offset=0):
-    """Writes all of it."""
+    """Writes all of content."""
     view = memoryview(content)
     while view:
         done = os.pwrite(fd, view, offset)
@@ -238,7 +238,7 @@ def write(fd, content, offset=0):
 
 
 class KernelLog:
-    """What the kernel says from now on."""
+    """The messages of the kernel from now on."""
 
     LOOKS, LOOKED = " looks", " looked"
 
@@ -248,19 +248,19 @@ class KernelLog:
         defer(os.close, self.fd)
 
     def skip(self):
-        """Leaves out what was said up to now."""
+        """Skips the messages up to now."""
         os.lseek(self.fd, 0, os.SEEK_END)
 
     @staticmethod
     def mark(what=""):
-        """Tells run.sh that the log begins here, as far as it is left; LOOKS, that a test looks at what comes, and it
-        needn't; LOOKED, that this is over."""
+        """Writes run.sh's mark again, in case many messages push the first mark out of the log. After LOOKS, run.sh
+        ignores messages, because the test checks them itself; LOOKED ends that."""
         if "OBD_LOG_MARK" in os.environ:
             with open("/dev/kmsg", "w", encoding="ascii") as log:
                 log.write(os.environ["OBD_LOG_MARK"] + what)
 
     def lines(self):
-        """The messages since the last call."""
+        """Returns the messages since the last call."""
         out = []
         while True:
             try:
@@ -273,16 +273,16 @@ class KernelLog:
 
 
 def sectors(size):
-    """Sectors that hold size bytes."""
+    """Returns the number of sectors for size bytes."""
     return -(-size // 512)
 
 
 def zfile(device, blob_bytes, size, target="zfile"):
-    """A zfile device of size bytes on the first blob_bytes bytes (or -) of a device."""
+    """Returns a zfile device of size bytes on the first blob_bytes bytes (or -) of a device."""
     return create(line(0, max(sectors(size), 1), target, device.path, blob_bytes))
 
 
 def lsmt(size, *layers):
-    """An lsmt device of size bytes on layers (device, bytes or -), lowest first."""
+    """Returns an lsmt device of size bytes on layers (device, bytes or -), lowest first."""
     args = [arg for device, blob_bytes in layers for arg in (device.path, blob_bytes)]
     return create(line(0, sectors(size), "lsmt", len(layers), *args))

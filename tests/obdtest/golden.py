@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0
-"""The golden images: made by upstream's own tools, kept outside of the repository."""
+"""The golden images: made by upstream's tools, stored outside of the repository."""
 
 import csv
 import os
@@ -9,13 +9,13 @@ from .ktap import Skip
 _PLACES = [os.environ.get("OBD_GOLDENS"), "/mnt/goldens"]
 ROOT = next((place for place in _PLACES if place and os.path.exists(f"{place}/MANIFEST.tsv")), None)
 
-# Names of all that there are, so that those that are absent can be named.
+# The names of all golden images, to report missing ones.
 with open(f"{os.path.dirname(__file__)}/golden.names", encoding="ascii") as _file:
     NAMES = [name.strip() for name in _file if not name.startswith("#")]
 
 
 def rows(name):
-    """The rows of a table of theirs, by their first column; nothing where they are absent."""
+    """Returns the rows of a table of the golden images, by their first column; {} without golden images."""
     if not ROOT:
         return {}
     with open(f"{ROOT}/{name}", encoding="utf-8", newline="") as file:
@@ -24,7 +24,7 @@ def rows(name):
 
 
 def load(name):
-    """The bytes of an image."""
+    """Returns the bytes of an image."""
     if not ROOT:
         raise Skip("no golden images, see OBD_GOLDENS")
     try:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0
-"""Images: writers and readers of ZFile, LSMT and tar that share no code with what they test."""
+"""Images: writers and readers of ZFile, LSMT and tar that share no code with the tested programs."""
 
 import ctypes
 import random
@@ -30,7 +30,7 @@ INVALID = struct.pack("<QQ", (1 << 50) - 1, 0)
 
 
 def crc32c(seed, data):
-    """CRC-32C with no inversion."""
+    """Returns the CRC-32C without inversion."""
     return _crc(seed, data, len(data))
 
 
@@ -47,7 +47,7 @@ def compress(algorithm, data):
 
 
 def zstd_frame(data, checksum, content_size=True):
-    """A zstd frame with or without a checksum and the size of its content."""
+    """Returns a zstd frame with or without a checksum and the size of its content."""
     room = len(data) + len(data) // 128 + 1024
     out = ctypes.create_string_buffer(room)
     context = _zstd.ZSTD_createCCtx()
@@ -72,7 +72,7 @@ def decompress(algorithm, data, length):
 
 
 def sample(size, seed=1):
-    """Bytes as images have them: text, zeros, noise, in runs of any length."""
+    """Returns bytes like those of images: text, zeros and noise, in runs of any length."""
     rng = random.Random(seed)
     words = [rng.randbytes(rng.randrange(2, 12)) for _ in range(40)]
     out = bytearray()
@@ -92,7 +92,7 @@ def sample(size, seed=1):
 
 def zfile_struct(flags, index_offset=0, count=0, size=0, index_crc=0, block=4096, algorithm=LZ4, verify=1,
                  digest=True, **other):
-    """A header or trailer."""
+    """Returns a header or trailer."""
     raw = bytearray(512)
     flags |= 16 if digest else 0
     struct.pack_into("<24sIIQQQQIIIBBBxIIB", raw, 0, MAGIC, 96, 0, flags, index_offset, count, size, index_crc,
@@ -103,7 +103,7 @@ def zfile_struct(flags, index_offset=0, count=0, size=0, index_crc=0, block=4096
 
 
 def zfile(data, algorithm=LZ4, block=4096, crc=True, overwrite=True, digest=True, compressor=None):
-    """Data as a ZFile, its blocks compressed by a function that can do something special."""
+    """Returns data as a ZFile. A compressor, if given, compresses the blocks."""
     stored = []
     for at in range(0, len(data), block):
         piece = data[at:at + block]
@@ -115,7 +115,7 @@ def zfile(data, algorithm=LZ4, block=4096, crc=True, overwrite=True, digest=True
 
 
 def zfile_of(stored, size, algorithm=LZ4, block=4096, crc=True, overwrite=True, digest=True, **other):
-    """A ZFile of stored blocks."""
+    """Returns a ZFile of stored blocks."""
     index = struct.pack(f"<{len(stored)}I", *map(len, stored))
     blocks = b"".join(stored)
     options = {"block": block, "algorithm": algorithm, "verify": int(crc), "digest": digest, **other}
@@ -141,7 +141,7 @@ class Zfile:
         self._places = None
 
     def places(self):
-        """(offset, length) of what is stored of each block, with its CRC."""
+        """Returns (offset, length) of the stored bytes of each block."""
         if self._places is None:
             at, self._places = 512, []
             for length in struct.unpack_from(f"<{self.count}I", self.raw, self.index_offset):
@@ -155,7 +155,7 @@ class Zfile:
         return decompress(self.algorithm, payload, min(self.block, self.size - number * self.block))
 
     def read(self, start=0, length=None):
-        """Some of its bytes, or all."""
+        """Returns a range of the original file, or all of it."""
         end = self.size if length is None else min(start + length, self.size)
         if start >= end:
             return b""
@@ -171,7 +171,7 @@ def lsmt_entry(offset, length, moffset, zeroed=False, tag=0):
 
 
 def lsmt_struct(flags, virtual_size, index_offset=0, count=0):
-    """A header or trailer."""
+    """Returns a header or trailer."""
     raw = bytearray(4096)
     struct.pack_into("<24sIIQQQ", raw, 0, LSMT_MAGIC, 390, flags, index_offset, count, virtual_size)
     raw[132] = raw[133] = 1
@@ -179,7 +179,7 @@ def lsmt_struct(flags, virtual_size, index_offset=0, count=0):
 
 
 def lsmt_of(entries, data, virtual_size, pad=True):
-    """A layer of raw entries."""
+    """Returns a layer of raw entries."""
     entries = list(entries)
     if pad:
         entries += [INVALID] * (-len(entries) % 256)
@@ -189,7 +189,7 @@ def lsmt_of(entries, data, virtual_size, pad=True):
 
 
 def lsmt(virtual_size, extents, pad=True):
-    """A layer of extents (sector, bytes) and, for what is zeroed, (sector, number of sectors)."""
+    """Returns a layer of extents: (sector, bytes), or (sector, number of sectors) for zeroed ones."""
     entries, data = [], bytearray()
     for sector, what in sorted(extents, key=lambda extent: extent[0]):
         zeroed = isinstance(what, int)
@@ -218,19 +218,19 @@ class Lsmt:
                         for a, b in zip(words[::2], words[1::2]) if a & (1 << 50) - 1 != (1 << 50) - 1]
 
     def read(self, start, length):
-        """Bytes of the file."""
+        """Returns a range of the layer's file."""
         if isinstance(self.file, Zfile):
             return self.file.read(start, length)
         return self.file[start:start + length]
 
     def extents(self):
-        """(sector, bytes) of what is mapped, (sector, length) of what is zeroed."""
+        """Yields (sector, bytes) for extents with data, (sector, length) for zeroed ones."""
         for offset, length, moffset, zeroed in self.entries:
             yield (offset, length if zeroed else self.read(moffset * 512, length * 512))
 
 
 def merge(layers):
-    """What a stack maps, lowest first: sorted (sector, length, layer, sector in the layer or None)."""
+    """Merges layers, lowest first. Returns sorted (sector, length, layer, sector in the layer or None if zeroed)."""
     merged = []
     for layer in layers:
         upper = [(offset, length, layer, None if zeroed else moffset)
@@ -255,7 +255,7 @@ def merge(layers):
 
 
 def flatten(layers, size=None):
-    """What a stack of (in memory) layers reads as, lowest first; written in the plainest way."""
+    """Returns the disk of a stack of layers in memory, lowest first, computed in the simplest way."""
     if size is None:
         size = [layer.size for layer in layers if layer.size][-1]
     out = bytearray(-(-size // 512) * 512)
@@ -269,7 +269,7 @@ def flatten(layers, size=None):
 
 
 def random_layer(rng, virtual_size, count=60, longest=64, unit=1):
-    """Extents of a random layer, aligned to unit sectors."""
+    """Returns the extents of a random layer, aligned to unit sectors."""
     total = virtual_size // 512 // unit
     marks = sorted(rng.sample(range(total), min(2 * count, total) // 2 * 2))
     extents = []
@@ -306,7 +306,7 @@ def pax_record(key, value):
 
 
 def tar(data, pax=True, records=b"", magic=b"ustar\x0000"):
-    """Data in a tar: with a pax header as upstream's tool writes it, or in a plain ustar one."""
+    """Returns data in a tar: with a pax header as upstream's tool writes it, or plain ustar."""
     head = b""
     if pax:
         payload = pax_record("size", str(len(data))) + records
@@ -316,7 +316,7 @@ def tar(data, pax=True, records=b"", magic=b"ustar\x0000"):
 
 
 def peel_tar(raw):
-    """The (offset, size) of the file in a tar, or None for what is no tar."""
+    """Returns (offset, size) of the file in a tar; None if raw is no tar."""
     if raw[257:262] != b"ustar":
         return None
     total = sum(raw[:148]) + 8 * 32 + sum(raw[156:512])
@@ -336,6 +336,6 @@ def peel_tar(raw):
 
 
 def unwrap(raw):
-    """The blob without tar: its inner file."""
+    """Returns the blob without its tar wrapper."""
     inner = peel_tar(raw)
     return raw[inner[0]:inner[0] + inner[1]] if inner else raw

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: GPL-2.0
-"""Faults that the kernel makes on purpose: allocations and requests that fail.
+"""Fault injection by the kernel: allocations and requests fail.
 
-Needs a kernel with FAULT_INJECTION, as the debug kernel is; elsewhere the functions raise Skip.
-What they switch on is off again when the test is over.
+Needs a kernel with FAULT_INJECTION, such as the debug kernel; on others, the functions raise Skip. Faults are
+switched
+off at the end of the test.
 """
 
 import functools
@@ -37,18 +38,18 @@ def _read(path):
 
 
 def _stop(which):
-    """Ends it; gives how many faults there were."""
+    """Stops the faults. Returns how many there were."""
     left = int(_read(f"{_DEBUG}/{which}/times"))
     _set(which, probability=0, times=0)
     return _MANY - left if left else 0
 
 
 def _prepare(which, **settings):
-    """Makes ready without a word in the kernel's log; nothing fails yet."""
+    """Sets the faults up, without messages in the kernel's log. Nothing fails yet."""
     _set(which)
     settings |= {"task_filter": "N", "verbose": 0, "interval": 1, "space": 0}
     before = {name: _read(f"{_DEBUG}/{which}/{name.replace('_', '-')}") for name in settings}
-    # Undone last: while anything fails, it must not be everywhere.
+    # Undone last: without these filters, a fault that is still on would hit the whole system.
     defer(lambda: _set(which, **before))
     defer(_stop, which)
     _set(which, probability=0, times=_MANY, **settings)
@@ -56,7 +57,7 @@ def _prepare(which, **settings):
 
 @functools.lru_cache
 def _module_text(_loaded):
-    """Where the module's code lies: its lowest and behind its highest address, each time that it is loaded."""
+    """Returns the addresses of the module's code: its start, and its end at most. _loaded differs for each load."""
     inside, outside = [], []
     with open("/proc/kallsyms", encoding="utf-8") as file:
         for row in file:
@@ -80,12 +81,12 @@ def _prepare_allocators(module_only):
 
 
 def possible():
-    """Whether this kernel can do any of it."""
+    """Returns whether this kernel can inject all these faults."""
     return all(os.path.isdir(f"{_DEBUG}/{which}") for which in (*_ALLOCATORS, "fail_make_request"))
 
 
 def requests(*devices, probability):
-    """Lets so many percent of the requests of devices fail; gives the function that ends it."""
+    """Makes so many percent of the requests to devices fail. Returns the function that stops it."""
     which = "fail_make_request"
     _prepare(which)
     for device in devices:
@@ -97,10 +98,10 @@ def requests(*devices, probability):
 
 
 def allocations(probability):
-    """Lets so many percent of the allocations fail that the module makes, itself or by what it
-    calls; gives the function that ends it and tells how many have failed."""
+    """Makes so many percent of the allocations fail that the module causes. Returns the function that stops it and
+    returns the number of faults."""
     _prepare_allocators(module_only=True)
-    # Pages that reads use again aren't allocated.
+    # Drop the pages in the pool: reads that reuse them don't allocate.
     _write("/proc/sys/vm/drop_caches", 2)
     for which in _ALLOCATORS:
         _set(which, probability=probability)
@@ -108,8 +109,8 @@ def allocations(probability):
 
 
 def contiguous_pages(order=1):
-    """Lets all allocations of this order and above fail that the module makes, as where memory is fragmented; gives the
-    function that ends it and tells how many have failed."""
+    """Makes all allocations of this order and above fail that the module causes, as on fragmented memory. Returns the
+    function that stops it and returns the number of faults."""
     _prepare_allocators(module_only=True)
     _write("/proc/sys/vm/drop_caches", 2)
     _set("fail_page_alloc", min_order=order, probability=100)
@@ -117,8 +118,8 @@ def contiguous_pages(order=1):
 
 
 class Nth:
-    """Lets the nth allocation of this thread fail, once; of those that the module makes or that it
-    causes, or of all."""
+    """Makes the nth allocation of this thread fail, once. Counts all allocations, or only those that the module
+    causes."""
 
     def __init__(self, module_only=False):
         _prepare_allocators(module_only)
@@ -129,7 +130,7 @@ class Nth:
         os.pwrite(self.fd, b"%d" % number, 0)
 
     def disarm(self):
-        """Tells whether an allocation has failed."""
+        """Returns whether an allocation has failed."""
         left = int(os.pread(self.fd, 32, 0))
         os.pwrite(self.fd, b"0", 0)
         return left == 0

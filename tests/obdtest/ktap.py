@@ -1,12 +1,13 @@
 # SPDX-License-Identifier: GPL-2.0
 """Tests and their KTAP version 1 output.
 
-A script declares tests with @test or add(), and ends with main(). A test fails by raising, most
-often through check() and equal(); a test that checks nothing fails as well. What a test defers is
-undone after it, in reverse order, and counts as a part of it.
+A script declares tests with @test or add(), and ends with main(). A test fails by raising, usually through check()
+and
+equal(); a test that checks nothing fails as well. Deferred functions are called after the test, in reverse order, and
+count as part of it.
 
-Of tests that are alike, one for each of many images, say, OBD_SAMPLE=N runs every Nth: others on another day, or those
-from OBD_SAMPLE_FIRST on.
+Tests that are alike, such as one for each of many images, can be sampled: OBD_SAMPLE=N runs every Nth, different ones
+each day, or those from OBD_SAMPLE_FIRST on.
 """
 
 import os
@@ -20,23 +21,23 @@ _tests = []
 _deferred = []
 _checks = 0
 
-# How many times slower kernels with checkers (kmemleak and KASAN, KCSAN) are, about.
+# About how much slower kernels with checkers (kmemleak and KASAN, KCSAN) are.
 SLOW = 4 if any(os.path.exists(f"/sys/kernel/debug/{name}") for name in ("kmemleak", "kcsan")) else 1
 
-# Seconds after which a test has failed that says nothing else.
+# Seconds after which a test fails by default.
 TIMEOUT = 150
 
 
 class Failure(Exception):
-    """A check that did not hold."""
+    """A check that failed."""
 
 
 class Skip(Exception):
-    """A test that cannot run here; the argument says why."""
+    """A test that cannot run here. The argument is the reason."""
 
 
 def add(title, function, *args, timeout=TIMEOUT, alike=False):
-    """Declares a test; alike where it is one of many."""
+    """Declares a test. alike is set if it is one of many that are alike."""
     _tests.append((title, function, args, timeout, alike))
 
 
@@ -49,12 +50,12 @@ def test(title, timeout=TIMEOUT):
 
 
 def defer(function, *args):
-    """Calls function when the test is over."""
+    """Calls function at the end of the test."""
     _deferred.append((function, args))
 
 
 def check(condition, what):
-    """Fails the test with what unless condition holds."""
+    """Fails the test with the message what if condition is false."""
     global _checks
     _checks += 1
     if not condition:
@@ -62,12 +63,12 @@ def check(condition, what):
 
 
 def equal(got, wanted, what):
-    """Fails the test unless both are the same."""
+    """Fails the test if the values differ."""
     check(got == wanted, f"{what}: got {_short(got)}, wanted {_short(wanted)}")
 
 
 def same_bytes(got, wanted, what):
-    """Fails the test unless both hold the same bytes; says where they differ."""
+    """Fails the test if the bytes differ, and says where."""
     if len(got) == len(wanted) and got == wanted:
         check(True, what)
         return
@@ -83,7 +84,7 @@ def note(text):
 
 
 def skip_all(why):
-    """Ends the script: nothing of it can run."""
+    """Ends the script: none of its tests can run."""
     print(f"KTAP version 1\n1..0 # SKIP {why}", flush=True)
     sys.exit(4)
 
@@ -94,7 +95,7 @@ def _short(value):
 
 
 def alone(function, *args):
-    """Calls a part of a test, and undoes at once what that defers."""
+    """Calls a part of a test, then calls what it deferred."""
     level = len(_deferred)
     try:
         return function(*args)
@@ -105,7 +106,7 @@ def alone(function, *args):
 
 
 def _undo(level=0):
-    """Undoes what was deferred since level; returns the first error."""
+    """Calls what was deferred since level. Returns the first error."""
     first = None
     while len(_deferred) > level:
         function, args = _deferred.pop()
@@ -130,7 +131,7 @@ def _explain(error):
 
 
 def _run(function, args, timeout):
-    """Runs a test; returns what it raised."""
+    """Runs a test. Returns what it raised."""
     global _checks
     _checks = 0
     error = None
@@ -147,7 +148,7 @@ def _run(function, args, timeout):
     undo_error = _undo()
     if undo_error and isinstance(undo_error, Skip):
         undo_error = Failure(f"undoing the test: {undo_error}")
-    # What a thread has raised counts, and so does what remains; neither hides behind a skip.
+    # Errors in threads and in deferred functions count, and take precedence over a skip.
     if lost and (not error or isinstance(error, Skip)):
         error = lost[0]
     return undo_error if undo_error and (not error or isinstance(error, Skip)) else error
@@ -157,7 +158,7 @@ SAMPLE = int(os.environ.get("OBD_SAMPLE", "1"))
 
 
 def _sample(tests):
-    """The tests but for those that are alike and not in the sample; says which it is."""
+    """Returns the tests without those that are alike and not in the sample. Prints the sample's parameters."""
     alike = [t for t in tests if t[-1]]
     if SAMPLE == 1 or not alike:
         return tests
@@ -168,7 +169,7 @@ def _sample(tests):
 
 
 def main():
-    """Runs the tests, all or those whose titles contain a word of the command line."""
+    """Runs the tests: all, or those whose titles contain a word of the command line."""
     words = sys.argv[1:]
     tests = _sample([t for t in _tests if not words or any(word in t[0] for word in words)])
     signal.signal(signal.SIGALRM, _timeout)

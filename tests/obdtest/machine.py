@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: GPL-2.0
-"""The machine that the tests run in: disks that are plugged in and pulled out.
+"""The machine that the tests run in: plugging disks in and out.
 
-The test VM gives its guest QEMU's monitor at a virtio port; elsewhere plug() raises Skip.
+The test VM connects QEMU's monitor to a virtio port of the guest. Elsewhere, a Disk raises Skip.
 """
 
 import glob
@@ -14,7 +14,7 @@ from . import dm
 from .ktap import SLOW, Failure, Skip, defer
 
 _PORTS = "/sys/class/virtio-ports"
-# The guest's view of the directory in which QEMU runs.
+# The directory in which QEMU runs, as the guest sees it.
 _DIRECTORY = "/run/vm"
 
 
@@ -65,13 +65,13 @@ def _wait(condition, what):
 
 
 class Disk:
-    """A disk of the machine, NVMe or SCSI, that can be pulled out. Errors in some of its sectors
-    are what a disk says of a broken medium."""
+    """An NVMe or SCSI disk of the machine that can be pulled out. Reads of the bad sectors fail as on a broken
+    medium."""
 
     count = 0
 
     def __init__(self, kind, content, bad_sectors=()):
-        # A bus has 256 places: to look into all of them takes long in an emulated machine.
+        # Scan only what is needed: a bus has 256 places, and scanning all takes long in an emulated machine.
         for module, *options in {"nvme": [("nvme",)],
                                  "scsi": [("scsi_mod", "scan=manual"), ("virtio_scsi",), ("sd_mod",)]}[kind]:
             if subprocess.run(["modprobe", module, *options], capture_output=True, check=False).returncode:
@@ -122,7 +122,7 @@ class Disk:
             return False
 
     def pull(self):
-        """Pulls the disk out; comes back when the system has seen it."""
+        """Pulls the disk out. Returns when the system has noticed."""
         _call("device_del", id=self.devices.pop(0))
         _wait(lambda: not os.path.exists(f"/sys/block/{self.name}"), "the disk is gone")
 
@@ -142,6 +142,6 @@ class Disk:
 
 
 def linear(disk):
-    """A device that is a part of a disk, to see what it says by itself."""
+    """Returns a linear device over a disk, to compare its errors with those of the targets."""
     with open(f"/sys/block/{disk.name}/size", encoding="ascii") as file:
         return dm.linear(disk, int(file.read()), readonly=True)

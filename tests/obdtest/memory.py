@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0
-"""How much memory the kernel uses, to see that it comes back; and somebody who takes it all."""
+"""Measures the kernel's memory, to find leaks; and a process that uses up all memory."""
 
 import mmap
 import os
@@ -9,25 +9,26 @@ from .ktap import alone
 
 
 def meminfo():
-    """/proc/meminfo in KiB."""
+    """Returns /proc/meminfo in KiB."""
     with open("/proc/meminfo", encoding="ascii") as file:
         return {row.split(":")[0]: int(row.split()[1]) for row in file}
 
 
 def _on_cpu_lists():
-    """KiB that are free, but not counted so: each CPU keeps some, tens of MiB after much has been freed."""
+    """Returns the KiB of free memory that aren't in MemFree: each CPU keeps some, tens of MiB after much was
+    freed."""
     with open("/proc/zoneinfo", encoding="ascii") as file:
         return sum(int(row.split()[1]) for row in file if row.split()[:1] == ["count:"]) * 4
 
 
 def drop_caches():
-    """Has the kernel give back what it caches, pages that reads of zfile use again among it."""
+    """Makes the kernel drop its caches, including the pages that zfile keeps in its pool."""
     with open("/proc/sys/vm/drop_caches", "w", encoding="ascii") as file:
         file.write("3")
 
 
 def kernel_memory():
-    """KiB that are neither free nor anybody's data: slab, pages, vmalloc, per-CPU and all."""
+    """Returns the KiB of the kernel's own memory: slab, pages, vmalloc, per-CPU and so on."""
     drop_caches()
     fields = meminfo()
     used = fields["MemTotal"] - fields["MemFree"] - fields["AnonPages"] - fields["Cached"] - fields["Buffers"]
@@ -35,7 +36,8 @@ def kernel_memory():
 
 
 def grown_after(rounds, function, *args):
-    """KiB of kernel memory that so many rounds have taken, at least: others take and free some, too."""
+    """Returns the growth of kernel memory over so many rounds in KiB: the lowest of three tries, as others use
+    memory, too."""
     grown = []
     for _ in range(3):
         alone(function, *args)
@@ -49,12 +51,12 @@ def grown_after(rounds, function, *args):
 
 
 def hog(leave):
-    """A process that takes all memory but so many KiB until it is killed; gives its number."""
+    """Starts a process that takes all memory but so many KiB until it is killed. Returns its number."""
     child = os.fork()
     if child:
         return child
     try:
-        # What others have open, such as devices, is none of its business.
+        # Close inherited files, such as open devices.
         os.closerange(3, 1024)
         with open("/proc/self/oom_score_adj", "w", encoding="ascii") as file:
             file.write("1000")

@@ -13,13 +13,13 @@ _FINIT_MODULE = {"x86_64": 313, "aarch64": 273}
 
 
 def use_count():
-    """How many targets use it."""
+    """Returns how many targets use the module."""
     with open(f"{MODULE}/refcnt", encoding="ascii") as file:
         return int(file.read())
 
 
 def module_file():
-    """The file that it was loaded from, to load it again."""
+    """Returns the file that the module was loaded from, to load it again."""
     try:
         with open("/run/vm/env", encoding="utf-8") as file:
             path = next(row.partition("=")[2].strip() for row in file if row.startswith("VM_MODULE="))
@@ -32,7 +32,7 @@ def module_file():
 
 
 def finit_module(fd):
-    """Loads the module in an open file; gives 0 or the error's number."""
+    """Loads the module from an open file. Returns 0 or the errno."""
     if platform.machine() not in _FINIT_MODULE:
         raise Skip(f"the number of finit_module on {platform.machine()} is not known here")
     libc = ctypes.CDLL(None, use_errno=True)

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: GPL-2.0
-"""Malformed images: valid ones of every kind, each changed in one way. The same ones each time.
+"""Malformed images: valid ones of every kind, each changed in one way. Every run makes the same ones.
 
-A case is a name that says what was done, a target, and the blobs that make its disk. Where a digest or CRC covers what
-was changed there are two cases: one as it is, and one with the checksums made right, for the checks behind them.
+A case is a name that describes the change, a target, and the blobs of its disk. If a digest or CRC covers the change,
+there are two cases: one with wrong checksums, and one with correct checksums, which tests the checks that follow.
 """
 
 import random
@@ -26,7 +26,7 @@ TAR_FIELDS = (("name", 0, 100), ("mode", 100, 8), ("uid", 108, 8), ("size", 124,
 
 
 class Case(NamedTuple):
-    """A malformed image: its target is zfile or lsmt; blobs are layers, lowest first."""
+    """A malformed image. The target is zfile or lsmt; blobs are layers, lowest first."""
 
     name: str
     target: str
@@ -36,7 +36,7 @@ class Case(NamedTuple):
 # ---- values ----
 
 def _values(old, bits, others=()):
-    """(name, value) of what a field of some bits may become."""
+    """Yields (name, value) for a changed field of some bits."""
     top = (1 << bits) - 1
     wanted = [("0", 0), ("1", 1), ("max", top), ("max/2", top >> 1), ("sign", 1 << bits - 1), ("+1", old + 1),
               ("-1", old - 1), ("negated", -old)]
@@ -51,7 +51,7 @@ def _values(old, bits, others=()):
 
 
 def _bytes_values(old):
-    """(name, bytes) of what a field that is no number may become."""
+    """Yields (name, bytes) for a changed field that is no number."""
     for name, new in (("0", bytes(len(old))), ("max", b"\xff" * len(old)), ("swapped", old[::-1]),
                       ("first bit", bytes([old[0] ^ 1]) + old[1:]), ("last bit", old[:-1] + bytes([old[-1] ^ 0x80]))):
         if new != old:
@@ -63,7 +63,7 @@ def _put(raw, at, new):
 
 
 def _fields(raw, at, fields, others):
-    """(name, blob) with one field of a structure changed, or two of the same size swapped."""
+    """Yields (name, blob) with one field of a structure changed, or two of the same size swapped."""
     previous = None
     for name, offset, size in fields:
         old = raw[at + offset:at + offset + size]
@@ -82,7 +82,7 @@ def _fields(raw, at, fields, others):
 
 
 def _cuts(raw, edges):
-    """(name, blob) cut at the edges of structures, a byte before and a byte behind."""
+    """Yields (name, blob) cut at the edges of structures, and a byte before and after them."""
     seen = set()
     for name, edge in edges:
         for by in (-1, 0, 1):
@@ -98,7 +98,7 @@ def _longer(raw):
 
 
 def _flips(raw, rng, count):
-    """(name, blob) with random bits flipped."""
+    """Yields (name, blob) with random bits flipped."""
     for nth in range(count):
         new, places = bytearray(raw), []
         for _ in range(1 if nth % 2 else rng.randrange(2, 9)):
@@ -111,7 +111,7 @@ def _flips(raw, rng, count):
 # ---- ZFile ----
 
 class _Zfile:
-    """A ZFile to be changed."""
+    """A ZFile to change."""
 
     def __init__(self, data, **options):
         self.data, self.options = data, {"algorithm": image.LZ4, "block": 4096, "crc": True, "overwrite": True,
@@ -130,7 +130,7 @@ class _Zfile:
         self.stored = [self.raw[at:at + length] for at, length in self.places]
 
     def sign(self, raw):
-        """Makes the digests right, and the index CRC where there is an index."""
+        """Returns raw with correct digests, and a correct index CRC if there is an index."""
         if not self.digest:
             return raw
         index = raw[self.index_offset:self.index_offset + 4 * self.count]
@@ -141,16 +141,16 @@ class _Zfile:
         return raw
 
     def digest_of(self, raw, at):
-        """Makes a digest right."""
+        """Returns raw with a correct digest in the structure at byte at."""
         block = raw[at:at + 28] + bytes(4) + raw[at + 32:at + 512]
         return _put(raw, at + 28, struct.pack("<I", image.crc32c(0, block)))
 
     def of(self, stored, **other):
-        """The ZFile with other blocks."""
+        """Returns the ZFile with other blocks."""
         return image.zfile_of(stored, len(self.data), **{**self.options, **other})
 
     def seal(self, payload):
-        """A stored block, with its CRC."""
+        """Returns a stored block, with its CRC."""
         return payload + (struct.pack("<I", image.crc32c(image.BLOCK_SEED, payload)) if self.crc else b"")
 
     def with_index(self, lengths):
@@ -178,16 +178,16 @@ def _zfile_structs(zf):
                                      (1 << 64) - zf.block],
               "block_size": [256, 511, 513, 1 << 16, 1 << 17, zf.block * 4, zf.block - 512],
               "algo": [2, 3, 4], "verify": [2]}
-    # Of the one of header and trailer that isn't used, only the first fields count.
+    # Of the structure that readers don't use (header or trailer), only the first fields matter.
     for struct_name, at in (("header", 0), ("trailer", zf.end)):
         for name, raw in _fields(zf.raw, at, ZFILE_FIELDS if at == zf.main else ZFILE_FIELDS[:6], others):
             covered = zf.digest and not name.startswith("digest") and raw[at + 32] & 16
             if covered:
                 yield f"{struct_name}.{name}, digest fixed", zf.digest_of(raw, at)
-            # One digest finds all of them; a few of each field will do.
+            # The digest detects any change; test only some of each field.
             if not covered or name.endswith(("=0", "=1", "=max", "=+1", "swapped")):
                 yield f"{struct_name}.{name}", raw
-    # Fields that have to agree, changed together.
+    # Fields that must agree, changed together.
     main = zf.main
     for name, size in (("0", 0), ("1", 1), ("a sector less", len(zf.data) - 512), ("a byte more", len(zf.data) + 1),
                        ("10^9 blocks", 10 ** 9 * zf.block), ("2^64 - 1", (1 << 64) - 1)):
@@ -242,7 +242,7 @@ def _zfile_index(zf):
 
 
 def _lz4_blocks(length):
-    """(name, payload) of LZ4 blocks that aren't what they should be; some are for a decoder to decide."""
+    """Yields (name, payload) of invalid LZ4 blocks. Some are valid or not depending on the decoder."""
     tail = b"\x50abcde"
 
     def run(extra):
@@ -272,7 +272,7 @@ def _lz4_blocks(length):
                        head + b"B" * before + struct.pack("<H", offset) + run(left) +
                        bytes([tail_length << 4]) + b"C" * tail_length)
     if length > 64:
-        # Many matches of every length, all with offset 0.
+        # Many matches of all lengths, all with offset 0.
         payload, left = b"\x10A", length - 1
         first = True
         while left > 60:
@@ -286,7 +286,7 @@ def _lz4_blocks(length):
 
 
 def _zstd_frame(blocks, size=None, window=None, unused=0, checksum=b"", dictionary=b"", checked=None):
-    """A frame of blocks (type, length, bytes)."""
+    """Returns a zstd frame of blocks (type, length, bytes)."""
     code = {None: 0, 1: 0, 2: 1, 4: 2, 8: 3}
     width = None if size is None else size[0]
     single = window is None
@@ -301,7 +301,7 @@ def _zstd_frame(blocks, size=None, window=None, unused=0, checksum=b"", dictiona
 
 
 def _zstd_blocks(length):
-    """(name, payload) of zstd frames that aren't what they should be; some are for a decoder to decide."""
+    """Yields (name, payload) of invalid zstd frames. Some are valid or not depending on the decoder."""
     good = [(1, length, b"R")]
     width = (4, length)
     skip = struct.pack("<II", 0x184D2A50, 4) + b"skip"
@@ -414,7 +414,7 @@ def _zfile_all(zf, rng, flips, structs=True):
 # ---- LSMT ----
 
 class _Lsmt:
-    """A layer to be changed."""
+    """A layer to change."""
 
     def __init__(self, virtual_size, extents, pad=True):
         self.raw = image.lsmt(virtual_size, extents, pad)
@@ -425,7 +425,7 @@ class _Lsmt:
         self.used = len(extents)
 
     def with_entries(self, changed):
-        """The layer with entries {number: bytes}."""
+        """Returns the layer with entries {number: bytes} changed."""
         raw = self.raw
         for nth, entry in changed.items():
             raw = _put(raw, self.index_offset + 16 * nth, entry)
@@ -441,7 +441,7 @@ def _lsmt_structs(la):
               "index_size": [most, most + 1, la.used, la.used - 1, 10 ** 6, 10 ** 6 + 1, 1 << 60, (1 << 60) + la.count],
               "virtual_size": [511, 512, 513, la.virtual_size + 511, la.virtual_size + 512, la.virtual_size - 512,
                                la.virtual_size - 4096, 1 << 20, 1 << 41, 1 << 58, 1 << 59, (1 << 59) + 1]}
-    # Of the header, only the first fields count.
+    # Of the header, only the first fields matter.
     for struct_name, at, fields in (("header", 0, LSMT_FIELDS[:5]), ("trailer", la.end, LSMT_FIELDS)):
         for name, raw in _fields(la.raw, at, fields, others):
             yield f"{struct_name}.{name}", raw
@@ -452,7 +452,7 @@ def _lsmt_structs(la):
 
 
 def _lsmt_entries(la, full=True):
-    """Entries changed in every way; with full unset, one entry only."""
+    """Yields (name, blob) with entries changed in every way; with full unset, mostly those of one entry."""
     limit, index = 1 << 50, la.index_offset // 512
     for nth in sorted({0, 1, la.used // 2, la.used - 1} if full else {1}):
         word = int.from_bytes(la.entries[nth], "little")
@@ -547,13 +547,13 @@ def _tar_structs(raw, headers):
                 continue
             if not name.startswith("chksum"):
                 yield f"{struct_name}.{name}, checksum fixed", _checksum(new, at)
-            # One sum finds all of them; a few of each field will do.
+            # The checksum detects any change; test only some of each field.
             if name.startswith("chksum") or name.endswith(("=0", "=max", "swapped")):
                 yield f"{struct_name}.{name}", new
 
 
 def _tar_pax(data):
-    """Tars whose pax records are odd."""
+    """Yields (name, blob) of tars with unusual pax records."""
     size = len(data)
     record = image.pax_record
     huge = 10 ** 30
@@ -600,10 +600,10 @@ def _tar_pax(data):
     yield "a pax header behind the end", image._tar_header(b"x", 1 << 20, b"x") + bytes(4096)
 
 
-# ---- what there is ----
+# ---- kinds of images ----
 
 def _content(size, seed):
-    """Bytes of which each KiB is text, zeros, or, seldom, noise."""
+    """Returns bytes in which each KiB is repeated text, zeros or noise."""
     rng = random.Random(seed)
     out = b""
     while len(out) < size:
@@ -614,7 +614,7 @@ def _content(size, seed):
 
 
 def _extents(seed, zeroed=True):
-    """Extents in 64 KiB: data, holes and, between, zeros."""
+    """Returns extents in 64 KiB: data, holes and, if wanted, zeros."""
     data = _content(24 << 10, seed)
     extents = [(0, data[:4096]), (10, data[4096:5632]), (16, data[5632:12800]), (40, data[12800:13312]),
                (64, data[13312:21504]), (100, data[21504:])]
@@ -622,7 +622,7 @@ def _extents(seed, zeroed=True):
 
 
 def _kinds():
-    """(kind, target, made): made gives (name, blobs)."""
+    """Yields (kind, target, made). made yields (name, blobs)."""
     rng = random.Random(20240607)
     lz4, zstd = image.LZ4, image.ZSTD
 
@@ -685,7 +685,7 @@ def _tar_mutants(raw, headers, data, rng):
 
 
 def _zlsmt(layer, rng, structs=True, **options):
-    """Layers in a ZFile: what is wrong is inside, or it is the block that holds an important part."""
+    """Yields (name, blob) of layers in a ZFile: the layer is malformed, or a block is corrupt."""
     for name, raw in [*(_lsmt_structs(layer) if structs else ()), *_lsmt_entries(layer, full=structs)]:
         if not name.startswith(("header", "trailer.uuid", "trailer.parent", "trailer.user", "trailer.rest")):
             yield f"inside: {name}", image.zfile(raw, **options)
@@ -705,7 +705,7 @@ def _zlsmt(layer, rng, structs=True, **options):
 
 
 def cases():
-    """Every case, by kind: (kind, [Case])."""
+    """Yields every case, by kind: (kind, [Case])."""
     for kind, target, made in _kinds():
         seen, out = set(), []
         for what, blobs in made:

@@ -1,8 +1,10 @@
 # SPDX-License-Identifier: GPL-2.0
-"""A strict reader of blobs: what must be refused and with which phrase, which blocks are corrupt, what the rest reads.
+"""A strict reader of blobs: which images must be refused, and with which phrase; which blocks are corrupt; the
+content.
 
-It follows the descriptions in Documentation/formats and shares no code with the module and obdsetup, so that a
-check which those two have lost shows. Slow; for images of some KiB.
+It implements Documentation/formats and shares no code with the module and obdsetup, so that it finds checks that both
+of
+them lack. It is slow: use it for images of some KiB.
 """
 
 import re
@@ -20,11 +22,11 @@ _MAX_END = 1 << 50
 
 
 class Refused(Exception):
-    """A malformed image; the argument is the phrase."""
+    """A malformed image. The argument is the kernel's phrase."""
 
 
 class Corrupt(Exception):
-    """A block of a ZFile is corrupt; the argument is its number."""
+    """A corrupt block of a ZFile. The argument is its number."""
 
 
 def _require(condition, phrase):
@@ -33,7 +35,7 @@ def _require(condition, phrase):
 
 
 class Plain:
-    """Bytes as a file."""
+    """A file of bytes."""
 
     def __init__(self, raw):
         self.raw, self.size = raw, len(raw)
@@ -46,7 +48,7 @@ class Plain:
 # ---- tar ----
 
 def _octal(field):
-    """A number in a tar header, or None."""
+    """Returns the number in a field of a tar header, or None."""
     if field[0] == 0x80:
         number = int.from_bytes(field[1:], "big")
         return number if number < _U64 else None
@@ -63,7 +65,7 @@ def _is_tar_header(block):
 
 
 def _pax_size(payload):
-    """The last size in a pax payload, or None."""
+    """Returns the last size in a pax payload, or None."""
     phrase, size = "Invalid tar pax record", None
     while payload:
         length = re.match(rb"([0-9]+) ", payload)
@@ -77,14 +79,14 @@ def _pax_size(payload):
             _require(re.fullmatch(rb"size=[0-9]*", record) and int(record[5:] or b"0") < _U64, phrase)
             size = int(record[5:] or b"0")
         else:
-            # A line may not end before the key can be told from "size".
+            # The record must not end before its key differs from "size".
             common = next((i for i, (a, b) in enumerate(zip(record, b"size=")) if a != b), len(record))
             _require(record[common:common + 1] != b"\n", phrase)
     return size
 
 
 def tar_payload(raw):
-    """(start, length) of the file in a tar, or None for what is no tar."""
+    """Returns (start, length) of the file in a tar; None if raw is no tar."""
     if not _is_tar_header(raw[:512]):
         return None
     at, pax = 0, None
@@ -110,7 +112,7 @@ def tar_payload(raw):
 
 
 def unwrap(raw):
-    """A blob without its tar wrapper."""
+    """Returns a blob without its tar wrapper."""
     inner = tar_payload(raw)
     return raw[inner[0]:inner[0] + inner[1]] if inner else raw
 
@@ -118,7 +120,7 @@ def unwrap(raw):
 # ---- ZFile ----
 
 class Zfile:
-    """A ZFile, checked; read() raises Corrupt."""
+    """A checked ZFile. read() raises Corrupt."""
 
     def __init__(self, raw):
         _require(self.is_zfile(raw), NOT_ZFILE)
@@ -165,7 +167,7 @@ class Zfile:
         _require(512 <= self.index_offset <= limit - 4 * self.count, "ZFile index out of range")
 
     def block_length(self, number):
-        """Bytes of the original file in a block."""
+        """Returns the length of a block in the original file, in bytes."""
         return min(self.block, self.size - number * self.block)
 
     def _read_index(self):
@@ -182,7 +184,7 @@ class Zfile:
         _require(not self.has_digest or image.crc32c(0, index) == self.index_crc, "ZFile index CRC mismatch")
 
     def read_block(self, number):
-        """The content of a block."""
+        """Returns the content of a block."""
         if number not in self._blocks:
             self._blocks[number] = self._decode(number)
         if self._blocks[number] is None:
@@ -202,7 +204,7 @@ class Zfile:
             return None
 
     def corrupt_blocks(self):
-        """Numbers of the blocks that can't be read."""
+        """Yields the numbers of the corrupt blocks."""
         for number in range(self.count):
             try:
                 self.read_block(number)
@@ -219,7 +221,7 @@ class Zfile:
 # ---- LSMT ----
 
 class Layer:
-    """A layer in a blob, checked."""
+    """A checked layer in a blob."""
 
     def __init__(self, blob):
         inner = unwrap(blob)
@@ -255,9 +257,9 @@ class Layer:
 # ---- disks ----
 
 class Disk:
-    """What a device on blobs is: its size in bytes, and what a read of any sector gives.
+    """The device on blobs: its size in bytes, and the result of reading any sector.
 
-    Pieces are (first sector, sectors, bytes or None): None is a run of one corrupt block.
+    Pieces are (first sector, sectors, bytes or None). None means that the sectors are in one corrupt block.
     """
 
     WHOLE = 512
@@ -266,15 +268,15 @@ class Disk:
         return -(-self.size // 512)
 
     def sector(self, number):
-        """The bytes of a sector, or which block of what is corrupt."""
+        """Returns the bytes of a sector, or (layer, block) if that block is corrupt."""
         raise NotImplementedError
 
     def windows(self):
-        """Runs of sectors (start, end) that are worth a look: all of a small disk."""
+        """Returns ranges of sectors (start, end) to be tested: all of a small disk."""
         return [(0, self.sectors())] if self.size else []
 
     def pieces(self):
-        """The windows in pieces."""
+        """Yields the pieces of the windows."""
         for start, end in self.windows():
             run, bad = [], None
             for number in range(start, end):
@@ -345,5 +347,5 @@ class Stack(Disk):
         return bytes(512)
 
     def tail_is_corrupt(self):
-        """Whether the disk ends within a sector that can't be read."""
+        """Returns whether the disk ends within a sector that can't be read."""
         return bool(self.size % 512) and not isinstance(self.sector(self.sectors() - 1), bytes)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0
-"""The recipes of Documentation/recipes.rst: commands as they stand there, and what they are run with."""
+"""The recipes of Documentation/recipes.rst: their commands, and what the commands need."""
 
 import hashlib
 import os
@@ -16,14 +16,14 @@ from .ktap import SLOW, Skip, check, defer, equal, same_bytes, skip_all
 DOCUMENT = f"{os.path.dirname(os.path.abspath(__file__))}/../../Documentation/recipes.rst"
 SIZE = 8 << 20
 PIECE = 64 << 10
-# The devices that commands of the document make.
+# The devices that the recipes make.
 DEVICES = ("app-verified", "app", "base", "base-verified", "base-local", "app-local", "one", "two")
 DATA, TEXT = random.Random(91).randbytes(2 << 20), b"".join(b"%09d\n" % number for number in range(100000))
 APP = random.Random(92).randbytes(500 << 10)
 
 
 def recipe(title):
-    """The blocks of commands of a section: those that follow on a text; pictures stand alone."""
+    """Returns the command blocks of a section: those that follow text, which excludes diagrams."""
     with open(DOCUMENT, encoding="ascii") as file:
         text = file.read()
     start = re.search(rf"^{re.escape(title)}.*\n[=-]+$", text, re.MULTILINE)
@@ -33,8 +33,8 @@ def recipe(title):
 
 
 def sh(script, timeout=60):
-    """Runs commands as a shell has them; what they print."""
-    # Not pipes: a server that goes on in the background would hold them.
+    """Runs commands in a shell. Returns their output."""
+    # Files, not pipes: a server left in the background would keep pipes open.
     with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err:
         shell = ["timeout", str(timeout * SLOW), "bash", "-euxo", "pipefail", "-c", script]
         status = subprocess.run(shell, stdin=subprocess.DEVNULL, stdout=out, stderr=err, check=False).returncode
@@ -61,7 +61,7 @@ def need_module(*names):
 
 
 class Work:
-    """A directory with two layers, in which the commands run; what they should give."""
+    """A directory with two layers for the commands, and the expected content."""
 
     made = None
 
@@ -81,7 +81,7 @@ class Work:
 
     @staticmethod
     def _make():
-        """The layers and the disk they are made of."""
+        """Returns the layers and the disk that they are made from."""
         os.mkdir("tree")
         for name, content in (("data", DATA), ("text", TEXT)):
             with open(f"tree/{name}", "wb") as file:
@@ -102,29 +102,29 @@ class Work:
         return out
 
     def down(self):
-        """Takes down whatever a failed test has left."""
+        """Removes what a failed test has left."""
         quietly("umount", "/mnt")
-        # Names say nothing of what is above what.
+        # The names don't show which device is above which, so go over them twice.
         for name in DEVICES * 2:
             if os.path.exists(f"/dev/mapper/{name}"):
                 quietly("obdsetup", "close", name)
                 quietly("dmsetup", "remove", name)
 
     def same(self, name="app"):
-        """Every byte of a device is that of the source, and so are the files in it."""
+        """Checks that the device has the content of the source, and so have its files, if mounted."""
         same_bytes(whole(name), self.disk, f"content of {name}")
         if os.path.ismount("/mnt"):
             with open("/mnt/data", "rb") as data, open("/mnt/app", "rb") as app:
                 equal(digest(data.read() + app.read()), digest(DATA + APP), "files in it")
 
     def same_base(self):
-        """The same of a device that is the lower layer alone."""
+        """Does the same for a device of the lower layer alone."""
         same_bytes(whole("base"), image.flatten([image.Lsmt(image.Zfile(self.base))]), "content of base")
         with open("/mnt/data", "rb") as data, open("/mnt/text", "rb") as text:
             equal(digest(data.read() + text.read()), digest(DATA + TEXT), "files in it")
 
     def pieces(self, name="app"):
-        """How many pieces of a device can be read, and are right, and how many end with EIO; no third is allowed."""
+        """Returns how many pieces of a device read correctly and how many fail with EIO. Fails on wrong data."""
         disk = Disk(f"/dev/mapper/{name}")
         right = failed = 0
         for at in range(0, SIZE, PIECE):
@@ -138,8 +138,7 @@ class Work:
         return right, failed
 
     def corrupt(self):
-        """Changes a byte of a block in base.obd that has something to say, and sets the block's CRC right: only
-        a hash can notice."""
+        """Changes a byte of a block with data in base.obd and corrects the block's CRC: only a hash detects it."""
         with open("base.obd", "r+b") as file:
             raw = self.base
             places = image.Zfile(raw).places()
@@ -172,9 +171,9 @@ def nothing_left():
 
 
 def main_in_vm(main):
-    """Runs the tests where the names that the commands have are nobody else's."""
+    """Runs the tests in the VM, where nothing else uses the commands' names."""
     if "OBD_VM" not in os.environ:
         skip_all("the recipes' names of devices and hosts are free in the test VM only")
-    # Where cargo install puts programs.
+    # cargo install puts programs here.
     os.environ["PATH"] += ":/cargo/bin"
     main()

@@ -1,17 +1,17 @@
 # SPDX-License-Identifier: GPL-2.0
-"""Blobs as devices: what obdsetup open does, by hand."""
+"""Makes devices from blobs, as obdsetup open does."""
 
 from . import dm, image
 
 
 def layer(raw):
-    """The layer in a blob, to be read in memory."""
+    """Returns the layer in a blob, for reading in memory."""
     inner = image.unwrap(raw)
     return image.Lsmt(image.Zfile(inner) if inner[:24] == image.MAGIC else inner)
 
 
 def open_layer(raw, **options):
-    """A blob as (device, bytes): through a zfile device where it is a ZFile."""
+    """Returns a blob as (device, bytes). The device is a zfile device if the blob is a ZFile."""
     loop = dm.Loop(raw, **options)
     inner = image.unwrap(raw)
     if inner[:24] != image.MAGIC:
@@ -21,6 +21,6 @@ def open_layer(raw, **options):
 
 
 def open_stack(*raws, **options):
-    """An lsmt device on layer blobs, lowest first."""
+    """Returns an lsmt device on layer blobs, lowest first."""
     size = [layer(raw).size for raw in raws if layer(raw).size][-1]
     return dm.lsmt(size, *[open_layer(raw, **options) for raw in raws])

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0
-"""What the kernel's trace events tell, in a buffer of the test's own."""
+"""The kernel's trace events, in a trace instance for each test."""
 
 import os
 
@@ -14,7 +14,7 @@ def _write(path, text):
 
 
 class Trace:
-    """Events of the named kinds, from now on; each a pair of its kind and its filter."""
+    """Records events from now on. Each argument is a pair of an event and its filter."""
 
     count = 0
 
@@ -32,7 +32,7 @@ class Trace:
             defer(_write, f"{place}/enable", "0")
 
     def lines(self):
-        """What was traced up to now: what each event says behind its name, without what it says of the time."""
+        """Returns the events since the last call as [name, text], without time stamps."""
         with open(f"{self.path}/trace", encoding="utf-8", errors="replace") as file:
             rows = [row.rstrip("\n") for row in file if not row.startswith("#")]
         _write(f"{self.path}/trace", "")
@@ -40,6 +40,6 @@ class Trace:
 
 
 def device_filter(device):
-    """The filter for events of a block device."""
+    """Returns the filter for events of a block device."""
     major, minor = map(int, device.number.split(":"))
     return f"dev == {major << 20 | minor}"

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0
-"""Random trees of files with all that Linux can say about a file, and what a tree looks like to a reader."""
+"""Random trees of files with all metadata that Linux has for files, and what a reader sees of a tree."""
 
 import errno
 import hashlib
@@ -11,24 +11,24 @@ import struct
 
 BLOCK = 4096
 LAST_32 = (1 << 31) - 1
-# Odd names; %d makes them differ.
+# Unusual names; %d makes them unique.
 NAMES = (b"plain%d", b"with blank %d", b"-dash%d", b"new\nline%d", b"quote\"'%d", b"\xff\xfe%d", b"back\\slash%d",
          b"tab\t%d", "umlaut ä%d".encode(), b"<%d>", b"%d=equals", b"$(x)%d", b"trailing %d ", b"#%d", b".hidden%d")
 
 
 def acl(*entries):
-    """A POSIX ACL as the kernel has it: tag, permissions, id."""
+    """Returns a POSIX ACL in the kernel's format: tag, permissions, id."""
     return struct.pack("<I", 2) + b"".join(struct.pack("<HHI", *entry) for entry in entries)
 
 
 def access_acl(mode, uid):
-    """An access ACL that fits the mode of a file: a user besides, and a mask."""
+    """Returns an access ACL that agrees with the mode of a file: an additional user, and a mask."""
     none = 0xffffffff
     return acl((1, mode >> 6 & 7, none), (2, 5, uid), (4, 4, none), (16, mode >> 3 & 7, none), (32, mode & 7, none))
 
 
 def capability():
-    """security.capability, version 2: cap_net_raw, effective and permitted."""
+    """Returns security.capability, version 2: cap_net_raw, effective and permitted."""
     return struct.pack("<IIIII", 0x02000001, 1 << 13, 0, 0, 0)
 
 
@@ -63,13 +63,13 @@ class Maker:
         if self.sockets:
             makers.append(self.socket)
         for nth in range(entries):
-            # Each kind is there.
+            # Make one of each kind first.
             maker = makers[nth] if nth < len(makers) else self.rng.choice(makers)
             relative = os.path.join(self.rng.choice(self.directories), self.name())
             maker(relative)
         for relative in self.all + [b""]:
             self.meta(relative)
-        # Times of directories last: what happens in them changes those.
+        # Set the times of directories last: changes in a directory change its times.
         for relative in sorted(self.all + [b""], key=lambda path: -path.count(b"/") - bool(path)):
             when = self.time()
             os.utime(self.path(relative), ns=(when, when), follow_symlinks=False)
@@ -147,7 +147,7 @@ class Maker:
 
 
 def data_blocks(path, size):
-    """Blocks that a file has data in, as far as they are not zeros."""
+    """Returns the blocks in which a file has data, not holes."""
     blocks = []
     with open(path, "rb") as file:
         at = 0
@@ -167,14 +167,14 @@ def data_blocks(path, size):
 
 
 def non_zero_blocks(path):
-    """Blocks that are not zeros."""
+    """Returns the blocks that are not all zeros."""
     with open(path, "rb") as file:
         blocks = iter(lambda: file.read(BLOCK), b"")
         return [nth for nth, block in enumerate(blocks) if any(block)]
 
 
 def look(path):
-    """What a file is, but for its times and other names."""
+    """Returns the properties of a file, apart from other times than mtime and its other names."""
     status = os.lstat(path)
     names = os.listxattr(path, follow_symlinks=False)
     seen = {
@@ -193,7 +193,7 @@ def look(path):
 
 
 def manifest(root):
-    """All that is in a tree: a dictionary of what each path is. lost+found doesn't count."""
+    """Returns the properties of everything in a tree, by path, without lost+found."""
     root = os.fsencode(root)
     seen, inodes = {}, {}
     for place, directories, files in os.walk(root):

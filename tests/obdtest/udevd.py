@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: GPL-2.0
-"""systemd-udevd with the project's rules, as on any machine; the test VM runs without.
+"""systemd-udevd with the project's rules, as on other machines; the test VM runs without udevd.
 
-start() also takes back what the VM's set-up tells others since there is none: DM_DISABLE_UDEV for libdevmapper, and
-LVM's lvmlocal.conf. It ends, and all is as it was, when the script does.
+start() also reverts what the VM's set-up has configured for programs because udevd is missing: DM_DISABLE_UDEV for
+libdevmapper, and LVM's lvmlocal.conf. At the end of the script, udevd stops and the configuration is restored.
 """
 
 import atexit
@@ -25,7 +25,7 @@ _daemon = None
 
 
 def start():
-    """Starts udevd, with what block devices there are; ends the script where it can't."""
+    """Starts udevd and announces all block devices to it. Ends the script if udevd cannot run."""
     if "OBD_VM" not in os.environ:
         skip_all("udevd is started in the test VM only")
     if not os.path.exists(_UDEVD):
@@ -48,43 +48,42 @@ def start():
 
 
 def settle():
-    """Waits until udevd has dealt with all events."""
+    """Waits until udevd has processed all events."""
     subprocess.run(["udevadm", "settle", f"--timeout={60 * SLOW}"], check=True)
 
 
 def pause():
-    """Stops udevd where it is."""
+    """Suspends udevd."""
     _daemon.send_signal(signal.SIGSTOP)
 
 
 def go_on():
-    """Lets udevd go on."""
+    """Resumes udevd."""
     _daemon.send_signal(signal.SIGCONT)
 
 
 def properties(path):
-    """What udevd has in its database of a device."""
+    """Returns the properties of a device in udevd's database."""
     out = subprocess.run(["udevadm", "info", "--query=property", f"--name={path}"], capture_output=True, text=True,
                          check=True).stdout
     return dict(row.split("=", 1) for row in out.splitlines())
 
 
 def links(path):
-    """The links to a device below /dev, without that."""
+    """Returns the links to a device, relative to /dev."""
     return set(properties(path).get("DEVLINKS", "").replace("/dev/", "").split())
 
 
 def stop():
-    """Ends udevd; start() starts it again."""
+    """Stops udevd. start() starts it again."""
     if _daemon:
         _daemon.terminate()
         _daemon.wait()
-    # LVM starts this one to look after volumes.
-    # A stale file of its must not keep the rest from being done.
+    # LVM starts dmeventd to monitor volumes. Its pid file may be stale, which must not stop the rest.
     with contextlib.suppress(FileNotFoundError, ProcessLookupError, ValueError):
         with open("/run/dmeventd.pid", encoding="ascii") as file:
             os.kill(int(file.read()), signal.SIGTERM)
-    # libdevmapper goes by what is in there.
+    # libdevmapper checks whether this directory exists.
     shutil.rmtree("/run/udev", ignore_errors=True)
     for path in glob.glob("/run/lvm/*_online/*"):
         os.unlink(path)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0
-"""Reads through io_uring, one at a time, by its system calls."""
+"""Reads through io_uring, one at a time, with its system calls."""
 
 import ctypes
 import mmap
@@ -24,7 +24,7 @@ def _call(number, *args):
 
 
 class Ring:
-    """A ring of one entry, for reads into a buffer of its own."""
+    """A ring of one entry that reads into a buffer of its own."""
 
     def __init__(self, room):
         params = bytearray(120)
@@ -45,7 +45,7 @@ class Ring:
         return struct.unpack_from("=I", self.rings, offset)[0]
 
     def submit(self, fd, offset, length, flags=0):
-        """Starts a read; comes back at once where the kernel doesn't block."""
+        """Starts a read. Returns at once if the kernel doesn't block."""
         address = ctypes.addressof(ctypes.c_char.from_buffer(self.area))
         tail = self._get(self.tail)
         slot = tail & self._get(self.mask)
@@ -55,7 +55,7 @@ class Ring:
         _call(_ENTER, ctypes.c_uint(self.fd), ctypes.c_uint(1), ctypes.c_uint(0), ctypes.c_uint(0), None, ctypes.c_size_t(0))
 
     def wait(self):
-        """Waits for the read; gives what it read, or the negative number of the error."""
+        """Waits for the read. Returns the data, or the negative errno."""
         _call(_ENTER, ctypes.c_uint(self.fd), ctypes.c_uint(0), ctypes.c_uint(1), ctypes.c_uint(_GETEVENTS), None,
               ctypes.c_size_t(0))
         head = self._get(self.cq_head)

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: GPL-2.0
-"""Malformed images and what must come of them, made once and kept in files.
+"""Malformed images with the expected results, computed once and stored in files.
 
-What must come of a case is what the strict reader says, and obdsetup is run on each as a user would: the two have to
-agree. That takes thousands of processes, so scripts/vm.sh has it done before the emulated machine starts.
+The strict reader computes the expected result of a case. obdsetup then runs on it as a user would run it; both must
+agree. That takes thousands of processes, so scripts/vm.sh does it before the emulated machine starts.
 """
 
 import hashlib
@@ -21,7 +21,7 @@ from .ktap import Skip
 _HERE = os.path.dirname(os.path.abspath(__file__))
 BUILD = os.path.join(_HERE, "../../build")
 _BAD_IMAGE = 3
-# The field that obdsetup names where the kernel has a phrase.
+# The field that obdsetup names, for each phrase of the kernel.
 _FIELDS = {
     "Image is truncated": "size",
     "Invalid tar header": "tar header",
@@ -60,14 +60,14 @@ _FIELDS = {
 
 
 class Refused(NamedTuple):
-    """No device is made, and the kernel says this phrase; told is what obdsetup tells: field, place, expected."""
+    """The kernel makes no device and logs this phrase. told is what obdsetup prints: field, byte, expected."""
 
     phrase: str
     told: tuple
 
 
 class Disk(NamedTuple):
-    """A device of size bytes; pieces are (sector, sectors, bytes or None), in windows (start, end)."""
+    """A device of size bytes. pieces are (sector, sectors, bytes or None), in windows (start, end)."""
 
     size: int
     windows: list
@@ -76,7 +76,7 @@ class Disk(NamedTuple):
 
 
 class Verdict(NamedTuple):
-    """A case, sizes of those of its layers that are ZFiles, and what must come of it."""
+    """A case, the size of each layer that is a ZFile, the expected result, and how obdsetup differs from it."""
 
     case: mutate.Case
     zfiles: tuple
@@ -85,10 +85,10 @@ class Verdict(NamedTuple):
 
 
 def told(message):
-    """(field, byte, expected) of a message of obdsetup or the kernel about a fault, or None."""
+    """Returns (field, byte, expected) of a message about a fault by obdsetup or the kernel, or None."""
     special = {"image is truncated": r".*bytes wanted at byte (\d+) are", "bytes are wanted at": r".*wanted at byte (\d+)",
                "the file is empty": r"()", "a ZFile in a ZFile": None, "not an OverlayBD layer": None}
-    # Where obdsetup says first what that means.
+    # obdsetup can put an explanation first; the fault is in parentheses then.
     detail = re.search(r" \(((?:zfile|lsmt|tar) [^()]*)\)$", message)
     message = detail[1] if detail else message
     for start, place in special.items():
@@ -103,7 +103,7 @@ def told(message):
 # ---- obdsetup ----
 
 class _Tool:
-    """obdsetup on the blobs of a case, in files."""
+    """Runs obdsetup on the blobs of a case, in files."""
 
     def __init__(self, case, directory):
         self.command = ["obdsetup", "dump", "--whole-sectors"] + ["--zfile"] * (case.target == "zfile")
@@ -116,7 +116,7 @@ class _Tool:
         self.paths = [paths[blob] for blob in case.blobs]
 
     def run(self, *args):
-        """(status, output, message)."""
+        """Returns (status, output, message)."""
         done = subprocess.run([*self.command, *args, *self.paths], capture_output=True, timeout=60, check=False)
         return done.returncode, done.stdout, done.stderr.decode(errors="replace").strip()
 
@@ -156,7 +156,7 @@ def _quarrel_of_disk(disk, tool):
 
 
 def judge(case):
-    """The verdict on a case."""
+    """Returns the verdict on a case."""
     directory = tempfile.mkdtemp(prefix="obdtest", dir="/dev/shm")
     try:
         tool = _Tool(case, directory)
@@ -176,7 +176,7 @@ def judge(case):
 
 
 def _zfile_size(case, blob):
-    """The size of the ZFile in a blob, -1 where it is refused, None where there is none."""
+    """Returns the size of the ZFile in a blob; -1 if it is refused, None if there is none."""
     try:
         inner = reader.unwrap(blob)
     except reader.Refused:
@@ -192,7 +192,7 @@ def _zfile_size(case, blob):
 # ---- the files ----
 
 def _key():
-    """What the verdicts depend on."""
+    """Returns a hash of everything that the verdicts depend on."""
     key = hashlib.sha256()
     for name in ("image.py", "mutate.py", "reader.py", "verdicts.py"):
         with open(f"{_HERE}/{name}", "rb") as file:
@@ -210,7 +210,7 @@ def _obdsetup():
 
 
 class _Packed:
-    """The verdicts of a kind. Blobs and contents are kept as their difference from the first ones."""
+    """The verdicts of a kind. Blobs and contents are stored as differences from the first ones."""
 
     def __init__(self, verdicts):
         self.blobs = verdicts[0].case.blobs
@@ -220,7 +220,7 @@ class _Packed:
                                 wanted=self._each_piece(v.wanted, self._fold)) for v in verdicts]
 
     def verdicts(self):
-        """The verdicts as they were."""
+        """Returns the unpacked verdicts."""
         return [v._replace(case=v.case._replace(blobs=self._grow(v.case.blobs)),
                            wanted=self._each_piece(v.wanted, self._unfold)) for v in self.rows]
 
@@ -258,7 +258,7 @@ class _Packed:
 
 
 def kinds():
-    """The kinds of images; makes the verdicts where there are none, or none that are right."""
+    """Returns the kinds of images. Makes the verdicts if there are none for the present key."""
     directory = f"{BUILD}/verdicts-{_key()}"
     if not os.path.exists(directory):
         _make(directory)
@@ -267,7 +267,7 @@ def kinds():
 
 
 def load(kind):
-    """The verdicts of a kind."""
+    """Returns the verdicts of a kind."""
     with open(f"{BUILD}/verdicts-{_key()}/{kind}", "rb") as file:
         return pickle.load(file).verdicts()
 
