@@ -1,6 +1,6 @@
 #!/usr/bin/env python3
 # SPDX-License-Identifier: GPL-2.0
-"""Other targets on top of a stack, and below it."""
+"""Other targets above and below a stack."""
 
 import errno
 import mmap
@@ -19,7 +19,7 @@ PLAIN = image.flatten([image.Lsmt(LAYER), image.Lsmt(TOP)])
 
 
 def make():
-    """A stack of a ZFile and a bare layer."""
+    """Returns a stack of a ZFile and a layer that isn't compressed."""
     return stack.open_stack(image.zfile(LAYER, image.ZSTD, 16384), TOP)
 
 
@@ -30,7 +30,7 @@ def need(*modules):
 
 
 def write(path, offset, content):
-    """A direct write of whole pages."""
+    """Writes whole pages with direct I/O."""
     area = mmap.mmap(-1, len(content))
     area.write(content)
     fd = os.open(path, os.O_RDWR | os.O_DIRECT)
@@ -127,7 +127,7 @@ def verity():
                            fields["Root hash"], fields["Salt"]))
     device = dm.zfile(lower, len(raw), len(LAYER))
     verify(device, LAYER, rounds=20)
-    # The block's CRC is right again, verity's hash is not.
+    # Correct the block's CRC; verity's hash stays wrong.
     number = 40
     offset, length = image.Zfile(raw).places()[number]
     broken = bytearray(raw[offset:offset + length])

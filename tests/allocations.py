@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 # SPDX-License-Identifier: GPL-2.0
-"""How memory is asked for on the path of an I/O. Only pieces of several pages are looked at, which nobody else asks for
-in this way meanwhile."""
+"""How reads allocate memory. Only allocations of several pages are traced: nothing else allocates with these flags at
+the same time."""
 
 import random
 
@@ -12,14 +12,14 @@ from obdtest.ktap import add, check, equal, main, note
 from obdtest.memory import drop_caches
 from obdtest.tracing import Trace
 
-# Incompressible, so that what is read is as large as what comes out.
+# Incompressible, so that stored and decompressed data have the same size.
 DATA = random.Random(61).randbytes(16 * 65536)
-# What does neither wait nor take from the kernel's reserves, nor wakes those that make room; and may be given back.
+# Allocate without waiting, without using the kernel's reserves and without waking reclaim; the pages are reclaimable.
 PIECES = {"__GFP_NORETRY", "__GFP_NOWARN", "__GFP_NOMEMALLOC", "__GFP_COMP", "__GFP_RECLAIMABLE"}
 
 
 def pieces(trace):
-    """Flags of the allocations of several pages for reads and for the cache, by their order."""
+    """Returns the flags of the allocations of several pages for reads and for the cache, by their order."""
     found = {}
     for name, text in trace.lines():
         if "mm_page_alloc" in name:
@@ -31,11 +31,11 @@ def pieces(trace):
 
 
 def flags(algorithm, options, length):
-    """Reads parts of all blocks; looks at the allocations of several pages. The second time there are none."""
+    """Reads parts of all blocks and checks the allocations of several pages. The second time there are hardly any."""
     raw = image.zfile(DATA, algorithm, 65536)
     loop = dm.Loop(raw)
     disk = Disk(dm.create(line(0, len(DATA) // 512, "zfile", loop.path, len(raw), len(options), *options)))
-    # What others have used is gone.
+    # Empty the pool, which other devices have filled.
     drop_caches()
     trace = Trace(("kmem:mm_page_alloc", "order >= 2"))
     step = max(length, 65536)

@@ -1,6 +1,6 @@
 #!/usr/bin/env python3
 # SPDX-License-Identifier: GPL-2.0
-"""The cache of a zfile device: parts of blocks, and with cache_all whole ones, for all that read the device."""
+"""The cache of zfile devices: parts of blocks, with cache_all also whole blocks, for all readers of a device."""
 
 import errno
 import os
@@ -21,19 +21,19 @@ READS, READ_BYTES, BLOCKS, READ_ERRORS, CORRUPT, CACHED, HITS, MODE, MEMORY, LIM
 
 
 def parameter(name):
-    """What a parameter of the module is, in bytes."""
+    """Returns the value of a module parameter in bytes."""
     with open(f"/sys/module/dm_overlaybd/parameters/{name}", encoding="ascii") as file:
         return int(file.read())
 
 
 def set_limit(size):
-    """Sets the limit of the cache until the test is over."""
+    """Sets the limit of the cache for this test."""
     with open("/sys/module/dm_overlaybd/parameters/cache_limit_bytes", "w", encoding="ascii") as file:
         file.write(str(size))
 
 
 def until(condition, seconds=20):
-    """Whether condition holds after so many seconds at most."""
+    """Waits for condition, up to so many seconds. Returns whether it holds."""
     end = time.monotonic() + seconds * SLOW
     while not condition() and time.monotonic() < end:
         time.sleep(0.1)
@@ -58,7 +58,7 @@ def parts(algorithm, block):
         same_bytes(disk.read(at, 512), DATA[at:at + 512], f"512 bytes at {at}")
     got = counters(zfile)
     equal((got[READS], got[BLOCKS], got[CACHED], got[HITS]), (1, 1, 1, block // 512 - 1), "reads, blocks, cached, hits")
-    # Whole blocks neither come from there nor go there.
+    # Reads of whole blocks neither use nor fill the cache.
     disk.read(block, block)
     disk.read(0, block)
     got = counters(zfile)
@@ -66,7 +66,7 @@ def parts(algorithm, block):
 
 
 def everything(algorithm, block, crc):
-    """What was read once is neither read nor decompressed again, however it is read."""
+    """Blocks that were read once are neither read nor decompressed again, whatever the size of the reads."""
     raw = image.zfile(DATA, algorithm, block, crc)
     zfile = device(dm.Loop(raw), raw, "cache_all")
     blocks = -(-len(DATA) // block)
@@ -83,7 +83,7 @@ def everything(algorithm, block, crc):
 
 
 def small(places):
-    """A cache with less room than reads have blocks."""
+    """A cache that is too small for the blocks of a read."""
     for algorithm, block in ((image.LZ4, 512), (image.LZ4, 4096), (image.ZSTD, 65536)):
         raw = image.zfile(DATA, algorithm, block)
         zfile = device(dm.Loop(raw), raw, f"cache_blocks {places} cache_all")
@@ -114,7 +114,7 @@ def images():
 
 
 def late(below, sectors, milliseconds=20):
-    """A device on another one that takes its time for each read."""
+    """Returns a dm-delay device that delays each read."""
     if subprocess.run(["modprobe", "dm-delay"], capture_output=True, check=False).returncode:
         raise Skip("no kernel module dm-delay")
     return dm.create(line(0, sectors, "delay", below.path, 0, milliseconds))
@@ -142,7 +142,7 @@ def together():
     got = counters(zfile)
     equal(got[BLOCKS], blocks, "blocks decompressed")
     check(got[HITS] > 0, "nobody has waited")
-    # Sectors in which a read ends and the next one begins are read twice.
+    # A sector in which one lower read ends and the next one begins is read twice.
     most = len(raw) + got[READS] * 1024
     check(got[READ_BYTES] <= most, f"{got[READ_BYTES]} bytes read, {most} at most")
 
@@ -165,7 +165,7 @@ def corrupt():
 
 
 def start_together(count, function):
-    """So many threads that call function once all of them are there: starting one may take long."""
+    """Starts so many threads that call function at the same time: starting a thread may take long."""
     there = threading.Barrier(count)
 
     def run():
@@ -179,7 +179,7 @@ def start_together(count, function):
 
 
 def failing(options, length):
-    """When a read fails that others wait for, one of them tries again, and that is all."""
+    """If a read fails while others wait for its blocks, one of these reads again, once."""
     raw = image.zfile(DATA, image.ZSTD, 65536)
     loop = dm.Loop(raw)
     sectors = loop.size // 512
@@ -201,7 +201,7 @@ def failing(options, length):
 
 
 def mended(options, length):
-    """A read that fails fails no other one that waits for it, if it succeeds the second time."""
+    """A read that fails doesn't fail the reads that wait for its blocks, if the second lower read succeeds."""
     raw = image.zfile(DATA, image.ZSTD, 65536)
     loop = dm.Loop(raw)
     sectors = loop.size // 512
@@ -294,7 +294,7 @@ def message():
         else:
             check(False, f"{words} is taken")
     equal(counters(zfile)[MODE], "parts", "mode after what was refused")
-    # A line that is loaded again keeps it, and the next default is that.
+    # A reload keeps the mode, which becomes the default.
     zfile.message("cache all")
     zfile.load(zfile.status(dm.TABLE)[0])
     zfile.resume()
@@ -329,7 +329,7 @@ def limit():
     check(total * 0.045 < default < total * 0.055, f"limit {default} of {total} bytes")
     defer(set_limit, 0)
     start = parameter("cache_bytes")
-    # Room for about 60 of 171 blocks, and what two workers may have beyond that.
+    # Room for about 60 of 171 blocks, and how far two workers may exceed it.
     room, more = 256 << 10, 64 << 10
     set_limit(start + room)
     zfiles = [device(loop, raw, "cache_all") for _ in range(3)]

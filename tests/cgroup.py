@@ -1,6 +1,6 @@
 #!/usr/bin/env python3
 # SPDX-License-Identifier: GPL-2.0
-"""Whom reads of the lower device are charged to: the control group of the reader, however the read gets there."""
+"""The control group that lower reads are charged to: that of the reader, whatever path the read takes."""
 
 import subprocess
 import time
@@ -25,7 +25,7 @@ def zfile(lower, *options):
 
 
 def late(below, sectors):
-    """A device that sends reads on later, from a kernel thread."""
+    """Returns a dm-delay device, which passes reads on later, from a kernel thread."""
     if subprocess.run(["modprobe", "dm-delay"], capture_output=True, check=False).returncode:
         raise Skip("no kernel module dm-delay")
     return dm.create(line(0, sectors, "delay", below.path, 0, 10))
@@ -40,7 +40,7 @@ def read_all(device, step, length):
 
 
 def charged(options, delayed, step, length):
-    """A group pays for what is read of the lower device on its behalf, and for nothing else."""
+    """A group is charged for the lower reads of its own reads, and for no others."""
     group = Group()
     loop = dm.Loop(RAW)
     device = zfile(loop, options)
@@ -77,18 +77,18 @@ def stacked():
 
 
 def limited(options, length):
-    """A limit on the lower device holds for small reads and for large ones."""
+    """A limit on the lower device is effective for small and for large reads."""
     group = Group()
     loop = dm.Loop(RAW)
     device = zfile(loop, options)
-    # What the reads take of the lower device: all of it, at least.
+    # The reads fetch at least the whole lower device.
     seconds = 2
     group.limit(loop, len(RAW) // seconds)
     start = time.monotonic()
     group.run(read_all, device, BLOCK, length)
     took = time.monotonic() - start
     note(f"{took:.2f} s")
-    # The first slice of time is free.
+    # The first time slice isn't limited.
     check(took > seconds * 0.6, f"took {took:.2f} s with a limit, {seconds} were expected")
 
 

@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
 # SPDX-License-Identifier: GPL-2.0
-"""Which CPUs work: all that are online and not isolated, while others go offline and come back.
+"""Which CPUs run workers: all that are online and not isolated, also while CPUs go offline and online.
 
-Tells most where CPUs are offline and isolated from boot: scripts/check.sh runs it so, too.
+Most useful with CPUs that are offline or isolated from boot; scripts/check.sh runs it that way, too.
 """
 
 import glob
@@ -21,14 +21,14 @@ from obdtest.module import module_file
 SYSFS = "/sys/devices/system/cpu"
 TRACING = "/sys/kernel/tracing"
 SIZE = 2 << 20
-# Long to decompress, so that a worker is seen at it.
+# Slow to decompress, so that the workers can be observed.
 DATA = image.sample(SIZE, 81)
 RAW = image.zfile(DATA, image.ZSTD, 65536)
 WORKER = re.compile(r"kworker/(\d+):\d+([-+])overlaybd")
 
 
 def cpus(name):
-    """The CPUs in a list of sysfs."""
+    """Returns the CPUs in a CPU list of sysfs."""
     with open(f"{SYSFS}/{name}", encoding="ascii") as file:
         text = file.read().strip()
     out = set()
@@ -40,7 +40,7 @@ def cpus(name):
 
 
 def housekeeping():
-    """The CPUs that may work."""
+    """Returns the CPUs that may run workers."""
     isolated = cpus("isolated")
     if os.path.exists(f"{SYSFS}/nohz_full"):
         isolated |= cpus("nohz_full")
@@ -48,7 +48,7 @@ def housekeeping():
 
 
 def ram_disk(content):
-    """A disk whose reads end where they are submitted, so that the CPU of a reader chooses the worker."""
+    """Makes a RAM disk, which completes reads on the submitting CPU: the CPU of a reader then chooses the worker."""
     subprocess.run(["rmmod", "brd"], capture_output=True, check=False)
     if subprocess.run(["modprobe", "brd", "rd_nr=1", "rd_size=8192"], capture_output=True, check=False).returncode:
         raise Skip("no kernel module brd")
@@ -60,13 +60,13 @@ def ram_disk(content):
 
 def zfile():
     device = dm.create(dm.line(0, SIZE // 512, "zfile", ram_disk(RAW), len(RAW)))
-    # Contexts and all are there after the first read.
+    # The first read allocates the codec contexts and so on.
     same_bytes(Disk(device).read(0, 65536), DATA[:65536], "first block")
     return device
 
 
 def workers(states):
-    """The CPUs whose kernel threads do our work now (+), or did as the last thing (-)."""
+    """Returns the CPUs whose kernel threads run our workers now (+), or ran one last (-)."""
     found = set()
     for path in glob.glob("/proc/[0-9]*/comm"):
         try:
@@ -80,7 +80,7 @@ def workers(states):
 
 
 class Reader(threading.Thread):
-    """Reads from one CPU until it is told to stop, and compares."""
+    """Reads from one CPU and compares, until told to stop."""
 
     def __init__(self, device, cpu=None, seed=1):
         super().__init__()
@@ -111,14 +111,14 @@ class Reader(threading.Thread):
 
 
 def used(device, cpu, wanted):
-    """The CPUs that work for a reader on one, looked at until all wanted do, and for a while after."""
+    """Returns the CPUs that work for a reader on one CPU: waits until all wanted do, then watches for others."""
     reader = Reader(device, cpu)
     found = set()
     try:
         enough = time.monotonic() + 20 * SLOW
         while time.monotonic() < enough and not wanted <= found:
             found |= workers("+")
-        # Others show for long that they have worked once.
+        # After some work, a thread shows for a long time that it did it.
         for _ in range(5):
             found |= workers("+-") - wanted
             time.sleep(0.02)
@@ -139,13 +139,13 @@ def all_work():
 
 
 def removable():
-    """CPUs that can be taken away while one stays that may work."""
+    """Returns the CPUs that can go offline while at least one stays that may work."""
     found = sorted(cpu for cpu in cpus("online") if os.path.exists(f"{SYSFS}/cpu{cpu}/online"))
     return found if housekeeping() - set(found) else found[1:]
 
 
 def switch(cpu, on):
-    """Takes a CPU away, or brings it back."""
+    """Takes a CPU offline, or online."""
     with open(f"{SYSFS}/cpu{cpu}/online", "w", encoding="ascii") as file:
         file.write("1" if on else "0")
 
@@ -176,7 +176,7 @@ def hotplug():
             while any(reader.count == count and not reader.error for reader, count in zip(readers, counts)):
                 check(time.monotonic() < limit, f"reads hang without CPUs {found}, round {nth}")
                 time.sleep(0.01)
-            # What a CPU has counted stays when it is gone.
+            # The counts of a CPU stay when it goes offline.
             counts = [int(device.info()[nr]) for nr in (5, 6, 7)]
             check(all(now > then for now, then in zip(counts, counted)), f"counters went from {counted} to {counts}")
             counted = counts
@@ -194,14 +194,14 @@ def hotplug():
 
 
 def contexts():
-    """How many codec contexts there are: each has 64 KiB of its own, and a guard page, beside what its codec needs."""
+    """Returns the number of codec contexts: each has 64 KiB and a guard page, apart from what its codec needs."""
     with open("/proc/vmallocinfo", encoding="ascii") as file:
         return sum(row.split()[1] == "69632" for row in file)
 
 
 @test("a CPU that was offline from boot works once it is online")
 def comes_up():
-    """One more works when it is there, and has its own context from the next device on."""
+    """A CPU that comes online can run a worker, and gets its own context with the next device."""
     if not cpus("present") - cpus("online"):
         raise Skip("all CPUs were online at boot")
     module = module_file()
@@ -224,7 +224,7 @@ def comes_up():
 
 
 def in_reserve():
-    """How many threads there are that workqueues of ours have in reserve."""
+    """Returns the number of rescuer threads of our workqueues."""
     count = 0
     for path in glob.glob("/proc/[0-9]*/comm"):
         try:
@@ -266,7 +266,7 @@ def reserve():
 
 
 def traced():
-    """The directory of tracefs, if the kernel can trace functions."""
+    """Returns the directory of tracefs, or None if the kernel can't trace functions."""
     if not os.path.exists(f"{TRACING}/available_tracers"):
         subprocess.run(["mount", "-t", "tracefs", "nodev", TRACING], capture_output=True, check=False)
     try:
@@ -277,7 +277,7 @@ def traced():
 
 
 class Load:
-    """More reads of a device than its workers can do, for so many seconds."""
+    """Issues more reads of a device than its workers can do, for so many seconds."""
 
     def __init__(self, device, seconds):
         self.fio = subprocess.Popen(
@@ -296,8 +296,8 @@ class Load:
 
 @test("workers that are always busy hold up nobody who waits for Tasks RCU")
 def busy_workers():
-    """A tracer's end waits until each task was at a point that Tasks RCU knows of; a worker that has always something
-    to do must be at some, too."""
+    """Stopping a tracer waits until each task has passed a quiescent state of Tasks RCU. A worker that always has
+    work must pass some, too."""
     if not traced():
         raise Skip("this kernel has no tracing")
     instance = f"{TRACING}/instances/obdtest"
@@ -318,7 +318,7 @@ def busy_workers():
 
 
 def cpusets():
-    """A directory for control groups with CPU sets, if the kernel has them."""
+    """Returns the root of the control groups with cpusets, or None if the kernel has none."""
     root = "/sys/fs/cgroup"
     if not os.path.exists(f"{root}/cgroup.controllers"):
         if subprocess.run(["mount", "-t", "cgroup2", "nodev", root], capture_output=True, check=False).returncode:
@@ -330,7 +330,7 @@ def cpusets():
 
 @test("a CPU that a cpuset isolates gets no more work")
 def isolated_later():
-    """A cpuset partition takes a CPU whose worker is always busy."""
+    """A cpuset partition isolates a CPU whose worker is always busy."""
     root = cpusets()
     if not root:
         raise Skip("this kernel has no cpuset")

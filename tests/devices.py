@@ -16,12 +16,12 @@ VSIZE = 512 << 10
 LAYER = image.lsmt(VSIZE, [(0, image.sample(300 * 512, 52)), (400, 50), (600, image.sample(100 * 512, 53))])
 TOP = image.lsmt(VSIZE, [(5, image.sample(2560, 54)), (700, 100)])
 PLAIN = image.flatten([image.Lsmt(LAYER), image.Lsmt(TOP)])
-# The same with everything in units of 8 sectors.
+# The same disk with segments aligned to 8 sectors.
 LAYER_4K = image.lsmt(VSIZE, [(0, image.sample(304 * 512, 52)), (400, 48), (600, image.sample(104 * 512, 53))])
 
 
 def run(*command, **options):
-    """Runs a command; its output."""
+    """Runs a command. Returns its output."""
     done = subprocess.run(command, capture_output=True, text=True, check=False, **options)
     if done.returncode:
         raise OSError(f"{' '.join(command)}: {done.stderr.strip()}")
@@ -29,7 +29,7 @@ def run(*command, **options):
 
 
 class Path:
-    """A block device that is there already."""
+    """A block device that exists already."""
 
     def __init__(self, path):
         self.path = path
@@ -41,7 +41,8 @@ class Path:
 
 
 def every_kind(make):
-    """A ZFile, a bare layer, and a stack of both on devices of one kind: make(blob) gives one."""
+    """Tests a ZFile, an uncompressed layer and a stack of both. make(blob) returns a device of the kind under
+    test."""
     for overwrite in (True, False):
         raw = image.zfile(DATA, image.ZSTD, overwrite=overwrite)
         verify(dm.zfile(make(raw), len(raw), len(DATA)), PADDED, rounds=20)
@@ -93,7 +94,7 @@ def volumes():
         volume = Path(f"/dev/{group}/blob{count}")
         if not os.path.exists(volume.path):
             run("vgmknodes", group)
-        # What was there before lies behind the blob.
+        # The blob is followed by older data.
         volume.fill(b"\xee" * (2 << 20))
         volume.fill(raw)
         return volume
@@ -102,7 +103,7 @@ def volumes():
     raw = image.zfile(DATA)
     volume = make(raw)
     verify(dm.zfile(volume, "-", len(DATA)), PADDED, rounds=10)
-    # Its trailer would have to be at the end of the volume.
+    # This image needs the trailer, which would have to be at the end of the volume.
     volume.fill(image.zfile(DATA, overwrite=False))
     fails_with(errno.EINVAL, dm.zfile, volume, "-", len(DATA))
 
@@ -164,7 +165,7 @@ def large_blocks_lsmt():
     same_bytes(disk.whole(), wanted, "content")
     for sector in (0, 8, 304, 400, 600, 696):
         same_bytes(disk.read(sector * 512, 8192), wanted[sector * 512:sector * 512 + 8192], f"sector {sector}")
-    # The disk ends within the last sector of a block, which no read of a whole block reaches.
+    # The disk ends within the last sector of a logical block, which reads of whole logical blocks can't reach.
     end = VSIZE + 7 * 512 + 100
     odd = image.lsmt(end, [(0, image.sample(304 * 512, 52))])
     for size, *blobs in ((VSIZE, (LAYER, 4096)), (VSIZE, (LAYER_4K, 4096), (TOP, 512)), (VSIZE + 4096, (odd, 4096))):
@@ -177,7 +178,7 @@ def large_blocks_lsmt():
 
 @test("layers on devices of different block sizes, aligned to the larger")
 def different_blocks():
-    # What isn't aligned in the lower layer is hidden by the upper one.
+    # The upper layer hides the unaligned part of the lower one.
     for lower in (LAYER_4K, TOP):
         upper = image.lsmt(VSIZE, [(0, image.sample(304 * 512, 55)), (696, 104)])
         wanted = image.flatten([image.Lsmt(lower), image.Lsmt(upper)])

@@ -1,6 +1,6 @@
 #!/usr/bin/env python3
 # SPDX-License-Identifier: GPL-2.0
-"""Lower devices that fail: errors go up, nothing hangs, and it recovers."""
+"""Lower devices that fail: readers get errors, nothing hangs, and reads succeed again afterwards."""
 
 import errno
 import fcntl
@@ -22,13 +22,13 @@ PLAIN = image.flatten([image.Lsmt(LAYER)])
 
 
 def swap(device, *table):
-    """Puts another table into a device in use."""
+    """Replaces the live table of a device."""
     device.load(*table, readonly=True)
     device.resume()
 
 
 def on_linear(raw):
-    """A blob on a linear device, which can be swapped for one that fails."""
+    """Returns a blob on a linear device, which can be replaced by one that fails."""
     loop = dm.Loop(raw)
     total = loop.size // 512
     good = [line(0, total, "linear", loop.path, 0)]
@@ -98,7 +98,7 @@ def lsmt_errors():
 @test("errors while metadata is read: the table is refused, nothing is kept")
 def metadata_errors():
     raw = image.zfile(DATA)
-    # Bytes that are needed besides the first sector: a ZFile's index, a layer's index and a sector of the trailer.
+    # Bytes that are needed besides the first sector: a ZFile's index; a layer's index and a sector of the trailer.
     blocks = -(-len(DATA) // 4096)
     index = (len(raw) - 512 - 4 * blocks, len(raw) - 512)
     trailer = (struct.unpack_from("<Q", LAYER, len(LAYER) - 4096 + 32)[0], len(LAYER) - 4096 + 512)

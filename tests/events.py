@@ -1,6 +1,6 @@
 #!/usr/bin/env python3
 # SPDX-License-Identifier: GPL-2.0
-"""What tells of a corrupt block: an event of device-mapper, a uevent, and lines in the kernel's log."""
+"""Notifications of a corrupt block: an event of device-mapper, a uevent, and lines in the kernel's log."""
 
 import select
 import socket
@@ -17,7 +17,7 @@ NETLINK_KOBJECT_UEVENT = 15
 
 
 def corrupted(numbers, algorithm, block):
-    """A ZFile with corrupt blocks."""
+    """Returns a ZFile with corrupt blocks."""
     raw = bytearray(image.zfile(DATA, algorithm, block))
     places = image.Zfile(bytes(raw)).places()
     for number in numbers:
@@ -31,7 +31,7 @@ def device(raw, *options):
 
 
 def events(zfile):
-    """How many events the device has had."""
+    """Returns the device's number of events."""
     out = subprocess.run(["dmsetup", "info", "-c", "--noheadings", "-o", "events", zfile.name], capture_output=True,
                          text=True, check=True)
     return int(out.stdout)
@@ -47,7 +47,7 @@ class Uevents:
         self.minor = zfile.number.split(":")[1]
 
     def corrupt(self, seconds):
-        """The blocks that they name within so many seconds, or until there is one."""
+        """Returns the blocks that uevents name, waiting up to so many seconds for the first."""
         end, found = time.monotonic() + seconds, []
         while not found and select.select([self.socket], [], [], max(end - time.monotonic(), 0))[0]:
             fields = dict(field.split("=", 1) for field in self.socket.recv(65536).decode(errors="replace").split("\0")
@@ -59,7 +59,8 @@ class Uevents:
 
 
 def first(algorithm, block, length, *options):
-    """The first corrupt block gives one event and one uevent, and who waits for it goes on; no other one does."""
+    """The first corrupt block causes one event, which wakes a waiter, and one uevent. Further corrupt blocks cause
+    none."""
     zfile = device(corrupted((5, 7), algorithm, block), *options)
     uevents = Uevents(zfile)
     before = events(zfile)

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 # SPDX-License-Identifier: GPL-2.0
-"""Faults of lower devices, by the kernel's own means for making them: each read ends in time with the
-right bytes or the lower error, never with wrong bytes, and all is well when the fault is gone."""
+"""Faults of lower devices, made by the kernel's fault targets and fault injection. Each read ends in time, with the
+right bytes or the lower device's error, never with wrong bytes. Reads succeed when the fault is gone."""
 
 import errno
 import os
@@ -15,7 +15,7 @@ from obdtest.disk import Disk, same_bytes, verify
 from obdtest.dm import line
 from obdtest.ktap import SLOW, Skip, add, alone, check, equal, main, note, test
 
-# Seconds in which every read must have ended, in an emulated machine.
+# Time limit for each read in seconds, in an emulated machine.
 BOUND = 10 * SLOW
 
 DATA = image.sample(300000, 81)
@@ -26,7 +26,7 @@ PLAIN = image.flatten([image.Lsmt(LAYER)])
 
 
 class Lower:
-    """A blob on a linear device, whose table can be changed under those that use it."""
+    """A blob on a linear device whose table can be replaced while it is used."""
 
     def __init__(self, raw):
         self.loop = dm.Loop(raw)
@@ -75,7 +75,7 @@ def victims():
 
 
 class Readers:
-    """Threads that read at random places until they are stopped, and keep account."""
+    """Threads that read at random places until stopped, and count the results."""
 
     def __init__(self, device, wanted, count=4):
         self.wanted, self.stop = wanted, threading.Event()
@@ -99,7 +99,7 @@ class Readers:
                 data = error.errno
             took = time.monotonic() - start
             if isinstance(data, int):
-                # The kernel's log has a line for each, on a slow console.
+                # Each error writes a line to the kernel's log, which goes to a slow console.
                 time.sleep(0.02)
             with self.lock:
                 self.slowest = max(self.slowest, took)
@@ -123,14 +123,14 @@ class Readers:
 
 
 def for_seconds(device, wanted, seconds, count=4):
-    """Reads for a while; gives the account."""
+    """Reads for a while. Returns the stopped Readers."""
     readers = Readers(device, wanted, count)
     time.sleep(seconds)
     return readers.join()
 
 
 def soon(condition):
-    """Waits until something is so, but not for ever; tells whether it is."""
+    """Waits for a condition, with a time limit. Returns whether it holds."""
     for _ in range(100 * SLOW):
         if condition():
             return True
@@ -155,7 +155,7 @@ def comes_and_goes(victim, bad_line):
         failed = readers.failed
         check(soon(lambda failed=failed: readers.failed > failed + 3), "no read fails")
         lower.mend()
-        # Each reader may have had a read on its way.
+        # Each reader may have one more read in flight that fails.
         time.sleep(0.1)
         failed, good = readers.failed + len(readers.threads), readers.good
         check(soon(lambda good=good: readers.good > good + 10), "no read succeeds")
@@ -166,7 +166,7 @@ def comes_and_goes(victim, bad_line):
 
 
 def flakey(lower, *features):
-    """A line that is always in its down interval."""
+    """Returns a table line that is always in its down interval."""
     return line(0, lower.sectors, "flakey", lower.loop.path, 0, 0, 3600, len(features), *features)
 
 
@@ -180,14 +180,14 @@ def flakey_reads(victim):
 
 
 def flakey_corrupts(victim):
-    """Random bytes of what is read change: a ZFile with CRCs never gives them for right ones."""
+    """Random bytes of the lower data change: a ZFile with CRCs never returns them."""
     need("dm-flakey")
     (lower,), device = victim.open()
     lower.swap(flakey(lower, "random_read_corrupt", 500000000))
     readers = Readers(device, victim.wanted)
     soon(lambda: readers.failed > 20 and readers.good > 5)
     readers.join()
-    # What is cached can be read all the same.
+    # Cached blocks stay readable.
     check(readers.failed > 3, f"{readers.good} good, {readers.failed} failed reads")
     equal(readers.errors, {"EIO"}, "errors")
     lower.mend()
@@ -197,7 +197,7 @@ def flakey_corrupts(victim):
 # ---- dm-dust ----
 
 def needs_any(victim, start, end, sectors):
-    """Whether bytes start to end of a victim need one of its lower device's sectors."""
+    """Returns whether bytes start to end of a device under test need one of these sectors of its lower device."""
     raw, ranges = victim.raws[0], [(start, end)]
     if raw[:24] != image.MAGIC or "lsmt" in victim.title:
         layer = image.Lsmt(LAYER)
@@ -213,7 +213,7 @@ def needs_any(victim, start, end, sectors):
 
 
 def dust(victim):
-    """Single bad sectors fail what needs them, and only that; then they are mended."""
+    """Single bad sectors fail the reads that need them, and no others. After removal, all reads succeed."""
     need("dm-dust")
     (lower,), device = victim.open()
     lower.swap(line(0, lower.sectors, "dust", lower.loop.path, 0, 512))
@@ -243,7 +243,7 @@ def dust(victim):
 # ---- dm-delay ----
 
 def delay(victim):
-    """A slow device below makes reads slow, not wrong, and many wait at once."""
+    """A slow lower device makes reads slow, but not wrong, and many reads wait at the same time."""
     need("dm-delay")
     (lower,), device = victim.open()
     lower.swap(line(0, lower.sectors, "delay", lower.loop.path, 0, 40))
@@ -251,7 +251,7 @@ def delay(victim):
     equal((readers.failed, readers.errors), (0, set()), "failed reads")
     check(readers.slowest >= 0.04, f"no read took longer than {readers.slowest:.3f} s")
     check(readers.good > 12, f"{readers.good} reads in 1.5 s")
-    # Suspended and removed while reads are on their way.
+    # Suspend and resume while reads are in flight.
     readers = Readers(device, victim.wanted)
     for _ in range(5):
         device.suspend()
@@ -314,13 +314,13 @@ def detached():
             loop.clear()
             time.sleep(0.2)
             readers.join()
-            # Detaching waits for the last close, so reads go on.
+            # The loop device stays until its last close, so reads go on.
             equal(readers.failed, 0, f"{victim.title}: failed reads")
         alone(once)
 
 
 def errors_of(device, sector):
-    """Names of the errors that reads of one sector give, as a mapped device on it passes them on."""
+    """Returns the name of the error of a read of one sector, None if it succeeds."""
     disk = Disk(device)
     try:
         disk.read(sector * 512, 512)
@@ -352,7 +352,7 @@ def pulled(kind, victim):
 
 
 def medium_errors(kind):
-    """What a disk says of a bad sector goes up as it is."""
+    """The error for a bad sector is passed up unchanged."""
     raw = image.zfile(DATA)
     bad = 41
     disk = machine.Disk(kind, raw, bad_sectors=[bad])
@@ -382,7 +382,7 @@ for each in victims():
     add(f"{each.title}: dm-delay", delay, each)
     add(f"{each.title}: fail_make_request", failing_requests, each)
     add(f"nvme: {each.title}: the disk is pulled out under load", pulled, "nvme", each)
-# The last one again, by another driver.
+# Once more the last one, with another driver.
 add(f"scsi: {each.title}: the disk is pulled out under load", pulled, "scsi", each)
 for each_kind in ("nvme", "scsi"):
     add(f"{each_kind}: an error of the medium goes up as it is", medium_errors, each_kind)

@@ -1,6 +1,6 @@
 #!/usr/bin/env python3
 # SPDX-License-Identifier: GPL-2.0
-"""File systems on stacks that obdsetup makes and opens: every file is as it was."""
+"""File systems on stacks that obdsetup makes and opens: every file is unchanged."""
 
 import hashlib
 import os
@@ -18,7 +18,7 @@ WRAPPINGS = (["--algorithm", "lz4", "--tar"], ["--algorithm", "zstd", "--block-s
 
 
 def run(*command, **options):
-    """Runs a command; its output."""
+    """Runs a command. Returns its output."""
     done = subprocess.run(command, capture_output=True, text=True, check=False, **options)
     if done.returncode:
         raise OSError(f"{' '.join(command)}: status {done.returncode}: {done.stderr.strip() or done.stdout.strip()}")
@@ -26,7 +26,7 @@ def run(*command, **options):
 
 
 def make_tree(root):
-    """Files of many sizes, links, and directories."""
+    """Makes files of many sizes, links, and directories."""
     os.makedirs(f"{root}/dir/deep/deeper")
     for nth, size in enumerate((0, 1, 511, 4096, 4097, 70000, 300000)):
         with open(f"{root}/dir/file{nth}", "wb") as file:
@@ -43,7 +43,7 @@ def make_tree(root):
 
 
 def change_tree(root, turn):
-    """What a layer changes."""
+    """Makes the changes for a layer."""
     with open(f"{root}/dir/file3", "wb") as file:
         file.write(image.sample(5000, turn + 100))
     with open(f"{root}/dir/file6", "ab") as file:
@@ -56,7 +56,7 @@ def change_tree(root, turn):
 
 
 def manifest(root):
-    """All that is in a tree."""
+    """Returns the properties of everything in a tree."""
     out = {}
     for place, directories, files in os.walk(root):
         for name in directories + files:
@@ -120,7 +120,7 @@ def file_system(kind):
     for path, what in wanted.items():
         equal(got[path], what, path)
     umount(where)
-    # The program that needs no kernel module must read the same.
+    # obdsetup without the kernel module must read the same.
     run(OBDSETUP, "dump", *layers, "-o", f"{work}/dump", "--sparse")
     run("cmp", device, f"{work}/dump")
     run(OBDSETUP, "close", name)
@@ -128,7 +128,7 @@ def file_system(kind):
 
 
 def layers_by_mounting(kind, work, tree, where, raw, layers):
-    """A base and two layers of changes, made by mounting the disk and writing to it."""
+    """Makes a base and two layers of changes, by mounting the disk and writing to it."""
     run("truncate", "-s", KINDS[kind], raw)
     run(f"mkfs.{kind}", "-q", raw)
     more = []

@@ -1,6 +1,6 @@
 #!/usr/bin/env python3
 # SPDX-License-Identifier: GPL-2.0
-"""Every golden image and stack reads back as upstream's tools had it."""
+"""Every golden image and stack reads as recorded by upstream's tools."""
 
 import bisect
 import errno
@@ -11,7 +11,7 @@ from obdtest import dm, golden, image, stack
 from obdtest.disk import Disk, fails_with, verify, verify_sha256
 from obdtest.ktap import add, alone, check, equal, main, same_bytes
 
-# Disks above this size are not hashed whole, that would take too long: parts are compared.
+# Larger disks take too long to be read whole; parts of them are compared.
 WHOLE = 64 << 20
 PARTS = 32 << 20
 
@@ -19,7 +19,7 @@ MANIFEST = golden.rows("MANIFEST.tsv")
 
 
 def open_row(row):
-    """The device of a row."""
+    """Returns the device of a row."""
     raws = [golden.load(name) for name in row["layers_lowest_first"].split(",")]
     size = int(row["virtual_size"])
     if row["kind"] == "zfile":
@@ -31,7 +31,7 @@ def golden_image(name):
     row = MANIFEST.get(name) or golden.load(name)
     size = int(row["virtual_size"])
     if not size:
-        # Device-mapper has no devices of no sectors.
+        # Device-mapper has no devices without sectors.
         fails_with(errno.EINVAL, open_row, row)
         return
     device = open_row(row)
@@ -42,7 +42,7 @@ def golden_image(name):
 
 
 def golden_layers():
-    """Members of stacks, each as a disk of its own; of the 256 small ones some will do."""
+    """Tests members of stacks, each as a disk of its own; only some of the 256 small ones."""
     rows = [row for row in MANIFEST.values() if row["kind"] == "layer"]
     deep = [row for row in rows if row["path"].startswith("stack/deep/")]
     rows = [row for row in rows if row not in deep] + deep[::25]
@@ -65,7 +65,7 @@ def golden_layer(row):
 
 
 def check_sparse(device, row):
-    """Compares parts of a large disk with a reader of the tests' own: what is mapped, and around it."""
+    """Compares parts of a large disk with the tests' own reader: segments with data, and the sectors around them."""
     layers = [stack.layer(golden.load(name)) for name in row["layers_lowest_first"].split(",")]
     merged = image.merge(layers)
     disk = Disk(device)
@@ -97,7 +97,7 @@ def check_sparse(device, row):
 
 
 def probes():
-    """A disk of 4 TiB: places on both sides of 2 TiB."""
+    """Reads a disk of 4 TiB on both sides of 2 TiB."""
     raw = golden.load("special/big-4t.lsmt")
     device = stack.open_stack(raw)
     disk = Disk(device)
@@ -111,7 +111,7 @@ def refused(name, phrase):
     row = MANIFEST.get(name) or golden.load(name)
     layers = row["layers_lowest_first"].split("@")[0] or name
     names = layers.split(",")
-    # That there are too many is seen before one of them is looked at.
+    # The number of layers is checked before any layer is read.
     opened = [stack.open_layer(golden.load(layer)) for layer in names[:1]] * len(names)
     log = dm.KernelLog()
     fails_with(errno.EINVAL, dm.lsmt, int(row["virtual_size"]), *opened)
@@ -122,7 +122,7 @@ def refused(name, phrase):
 REFUSED = {
     "stack/s256": "Invalid number of layers",
     "special/idx-1000001.obd": "Too many LSMT index entries",
-    # Layers that need a table of their own, which tells of their target file.
+    # These layers need another target, with a file that their data is in.
     "turbo/warp-plain.obd": "LSMT entry maps outside of the data",
     "turbo/warp-lz4.obd": "LSMT entry maps outside of the data",
     "turbo/cli-warp.obd": "LSMT entry maps outside of the data",

@@ -1,6 +1,6 @@
 #!/usr/bin/env python3
 # SPDX-License-Identifier: GPL-2.0
-"""What obdsetup status and list tell an operator and a monitor: health, exit codes, names of files."""
+"""What obdsetup status and list report to operators and monitoring: health, exit codes, file names."""
 
 import itertools
 import json
@@ -25,7 +25,7 @@ NOBODY = 65534
 
 
 def obdsetup(*args, status=0, **more):
-    """Runs it; its standard output and error."""
+    """Runs obdsetup. Returns its standard output and error."""
     if not OBDSETUP:
         raise Skip("no obdsetup")
     done = subprocess.run([OBDSETUP, *args], capture_output=True, text=True, check=False, **more)
@@ -46,7 +46,7 @@ def remove(name):
 
 
 def open_stack(name=NAME, raws=tuple(RAWS)):
-    """A stack of files; their names, lowest first."""
+    """Opens a stack of files. Returns their names, lowest first."""
     work = tempfile.mkdtemp(prefix="obdtest-")
     defer(shutil.rmtree, work)
     layers = []
@@ -131,7 +131,7 @@ def many_layers():
 def corrupt_block():
     layers = open_stack()
     corrupt(layers[0], 20)
-    # Nobody has read it yet.
+    # The block hasn't been read yet.
     obdsetup("status", NAME)
     disk = Disk(f"/dev/mapper/{NAME}")
     for _ in range(2):
@@ -236,7 +236,7 @@ def others():
 
 
 def snippets():
-    """The programs in Documentation/monitoring.rst, by the first word of their comment."""
+    """Returns the programs in Documentation/monitoring.rst, by the first word of their comment."""
     path = os.path.join(os.path.dirname(__file__), "../Documentation/monitoring.rst")
     with open(path, encoding="utf-8") as file:
         blocks = file.read().split(".. code:: python\n\n")[1:]
@@ -283,7 +283,7 @@ def without():
     out, err = obdsetup("list")
     equal((out, err), ("", "obdsetup: no stack is set up\n"), "no stack")
     equal(obdsetup("list", "--json")[0], "[]\n", "no stack")
-    # Where an ordinary user may run it.
+    # A directory that ordinary users can access.
     work = tempfile.mkdtemp(prefix="obdtest-")
     defer(shutil.rmtree, work)
     os.chmod(work, 0o755)

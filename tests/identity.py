@@ -1,6 +1,6 @@
 #!/usr/bin/env python3
 # SPDX-License-Identifier: GPL-2.0
-"""obdsetup: layers that fit, one loop device each, and what is in use."""
+"""obdsetup: layers that belong together, one loop device for each file, and files that are in use."""
 
 import collections
 import hashlib
@@ -17,12 +17,12 @@ from obdtest.ktap import Skip, check, defer, equal, main, test
 OBDSETUP = shutil.which("obdsetup")
 SIZE = 4 << 20
 NAME = f"obdtest-{os.getpid()}"
-# A directory on the host, over 9p, which cannot rename so that nothing is replaced.
+# A directory on the host, over 9p, which doesn't support a rename that replaces nothing.
 SHARED = "/run/vm"
 
 
 def obdsetup(*args, status=0):
-    """Runs it; its standard error."""
+    """Runs obdsetup. Returns its standard error."""
     if not OBDSETUP:
         raise Skip("no obdsetup")
     done = subprocess.run([OBDSETUP, *args], capture_output=True, text=True, check=False)
@@ -57,13 +57,14 @@ def loops():
 
 
 def devices():
-    """How many devices of each type there are."""
+    """Returns how many devices of each type there are."""
     rows = run("dmsetup", "info", "-c", "--noheadings", "-o", "uuid").splitlines()
     return collections.Counter(row.split("-")[1] for row in rows if row.startswith("OVERLAYBD-"))
 
 
 def make_stack(work, count):
-    """Layers in every wrapping, whose disks have odd parts that don't compress; the last disk."""
+    """Makes layers with every wrapping, whose disks differ in incompressible parts. Returns the layers and the last
+    disk."""
     wrappings = ([], ["--tar"], ["--algorithm", "zstd", "--block-size", "64k"], ["--algorithm", "none"],
                  ["--algorithm", "zstd", "--tar"], ["--no-crc"])
     content, layers = bytearray(image.sample(SIZE, 91)), []
@@ -118,7 +119,7 @@ def mounted_disk():
     obdsetup("create", "--image", raw, f"{work}/before")
     loop = run("losetup", "--find", "--show", raw)
     defer(quietly, "losetup", "--detach", loop)
-    # Nobody uses it.
+    # The disk isn't in use.
     obdsetup("create", "--image", raw, f"{work}/idle")
     run("mount", loop, mnt)
     defer(quietly, "umount", mnt)
@@ -129,14 +130,14 @@ def mounted_disk():
         check(loop in said and ("mounted read-write" in said or "can be written to" in said), said)
         check("--allow-in-use" in said and not os.path.exists(f"{work}/out"), said)
     obdsetup("create", "--allow-in-use", "--image", loop, f"{work}/out")
-    # What was mounted read-only doesn't change.
+    # A disk that is mounted read-only doesn't change.
     run("umount", mnt)
     run("mount", "-o", "ro", loop, mnt)
     obdsetup("create", "--force", "--skip-zeros", "--image", raw, f"{work}/out")
     obdsetup("create", "--force", "--skip-zeros", "--image", loop, f"{work}/out2")
     run("umount", mnt)
     run("cmp", f"{work}/out", f"{work}/out2")
-    # A process that writes to the device.
+    # A process has the device open for writing.
     with open(loop, "r+b"):
         said = obdsetup("create", "--force", "--image", loop, f"{work}/out", status=5)
         check(f"process {os.getpid()}" in said, said)
@@ -163,7 +164,7 @@ def mounted_output():
             if options == "ro":
                 equal(hashlib.sha256(read_device(loop)).digest(), before, "the device")
         run("umount", mnt)
-    # Another device is over it.
+    # Another device is on it.
     run("dmsetup", "create", f"{NAME}-over", "--readonly", "--table", f"0 8 linear {loop} 0")
     defer(quietly, "dmsetup", "remove", f"{NAME}-over")
     said = obdsetup("dump", "--force", "-o", loop, layer, status=5)
@@ -180,7 +181,7 @@ def read_device(path):
 
 @test("open: a layer on a device that is mounted")
 def mounted_layer():
-    # Data of a layer begins at 4096, a btrfs at 65536; index and trailer are behind it.
+    # The data of the layer begins at 4096, a btrfs at 65536; index and trailer follow it.
     work = work_directory()
     mnt, size = f"{work}/mnt", 128 << 20
     os.mkdir(mnt)
@@ -220,14 +221,14 @@ def written_layer():
         obdsetup("open", "--allow-in-use", NAME, *layers)
         defer(quietly, OBDSETUP, "close", NAME)
     verify(f"/dev/mapper/{NAME}", content, rounds=5)
-    # What is open already is only read.
+    # Opening layers that are open already only reads them.
     obdsetup("open", f"{NAME}-x", *layers)
     obdsetup("close", f"{NAME}-x")
     obdsetup("close", NAME)
 
 
 def layout(work, layer):
-    """An OCI image layout of one layer."""
+    """Makes an OCI image layout of one layer."""
     def blob(content):
         digest = hashlib.sha256(content).hexdigest()
         write(f"{work}/layout/blobs/sha256/{digest}", content)

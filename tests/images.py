@@ -1,6 +1,6 @@
 #!/usr/bin/env python3
 # SPDX-License-Identifier: GPL-2.0
-"""Images of every kind that the format has, made by the tests' own writer."""
+"""Images of every kind in the format, made by the tests' own writer."""
 
 import random
 
@@ -12,7 +12,7 @@ BLOCKS = [512 << n for n in range(8)]
 
 
 def zfile_kinds(algorithm, block):
-    """One algorithm and block size: with and without CRC, header or trailer, tar, and odd sizes."""
+    """Tests an algorithm and block size: with and without CRC, header or trailer, tar, and odd sizes."""
     for nth, (size, crc, overwrite, digest, wrap) in enumerate((
             (70001, True, True, True, None), (131072, True, False, True, "pax"), (66048, False, True, True, "ustar"),
             (65535, False, False, False, None), (1, True, False, False, "pax"))):

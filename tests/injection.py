@@ -1,6 +1,6 @@
 #!/usr/bin/env python3
 # SPDX-License-Identifier: GPL-2.0
-"""Allocations that fail: in constructors one after the other, and all of them on the path of an I/O."""
+"""Failing allocations: one after the other in constructors, and all of them during reads."""
 
 import errno
 import os
@@ -26,7 +26,7 @@ PLAIN = image.flatten([image.Lsmt(layer) for layer in LAYERS])
 
 
 def walk(what, table, wanted):
-    """Lets each allocation of a constructor fail, one after the other, until all was well without."""
+    """Makes each allocation of a constructor fail in turn, until none is left to fail."""
     device = dm.Device()
     nth = inject.Nth(module_only=True)
     outcomes = {}
@@ -73,7 +73,7 @@ def lsmt_walk():
 
 
 def quiet_console():
-    """Keeps warnings from the console; the kernel's log has them."""
+    """Keeps warnings from the console; they are still in the kernel's log."""
     with open("/proc/sys/kernel/printk", "r+", encoding="ascii") as file:
         before = file.read().split()[0]
         file.seek(0)
@@ -112,7 +112,7 @@ def module_walk():
     equal(error, 0, "the error without a failure")
     note(f"{count - 1} allocations, outcomes {outcomes}")
     check(outcomes.get("ENOMEM", 0) > 20 and set(outcomes) <= {"ENOMEM", "success"}, f"outcomes {outcomes}")
-    # The kernel's module loader warns of its own allocations that fail; ours says nothing.
+    # The kernel's module loader warns about its own failing allocations; the module must not.
     worse = re.compile(r"\[dm_overlaybd\]|WARNING:|BUG:|INFO:|Oops|KASAN|UBSAN|lockdep")
     equal([row for row in log.lines() if worse.search(row)], [], "complaints")
     log.mark(log.LOOKED)
@@ -143,7 +143,7 @@ class Reads:
 
 
 def devices_of_all_kinds():
-    """(device, its bytes) of each kind of read: whole blocks, parts of them, cached or all or not, stacked."""
+    """Returns (device, its bytes) for each kind of read: whole blocks, parts of blocks, each cache mode, stacked."""
     found = []
     for algorithm in image.NAMES:
         for block in (4096, 65536):
@@ -161,8 +161,8 @@ def devices_of_all_kinds():
 
 
 def no_memory(start, *args):
-    """The module gets no memory at all, or now and then: reads go on, by the spare buffers, and are
-    right. This test fails without them."""
+    """None or only some of the module's allocations succeed: reads go on with the spare buffers, with correct data.
+    Without spare buffers, this test fails."""
     disks = [(Disk(device), wanted) for device, wanted in devices_of_all_kinds()]
     for disk, _ in disks:
         disk.flush()
@@ -176,7 +176,7 @@ def no_memory(start, *args):
 
 
 def in_pieces(order):
-    """Where pages in one piece can't be had, a large read is still one read of the device below."""
+    """Without contiguous pages of this order, a large read still causes one lower read."""
     for algorithm in image.NAMES:
         for block in (4096, 65536):
             raw = image.zfile(DATA, algorithm, block)
@@ -195,7 +195,7 @@ def in_pieces(order):
 
 
 def start_readers(disk, offsets, length=4096):
-    """A thread for each offset that reads there; gives them and the dictionary of what they read."""
+    """Starts a thread for each offset that reads there. Returns the threads and a dictionary of their data."""
     found = {}
     threads = [threading.Thread(target=lambda at=at: found.update({at: disk.read(at, length)})) for at in offsets]
     for thread in threads:
@@ -204,7 +204,7 @@ def start_readers(disk, offsets, length=4096):
 
 
 def on_slow(milliseconds, *options):
-    """A zfile device on one that takes so long for each read."""
+    """Returns a zfile device on a dm-delay device."""
     raw = image.zfile(DATA)
     loop = dm.Loop(raw)
     slow = dm.create(line(0, loop.size // 512, "delay", loop.path, 0, milliseconds))
@@ -219,7 +219,7 @@ def memory_is_back():
     offsets = [nth * 8192 for nth in range(count)]
     end = inject.allocations(100)
     threads, found = start_readers(disk, offsets)
-    # The first has the spare buffer, all others wait for it.
+    # The first read has the spare buffer, all others wait for it.
     time.sleep(2.5 * delay / 1000)
     waiting = count - len(found)
     check(end() > 0, "no allocation failed")
@@ -234,7 +234,7 @@ def memory_is_back():
 
 
 def no_read_ahead(*options):
-    """Without memory a read-ahead ends at once. It doesn't wait before the reads that somebody needs."""
+    """Without memory, a read-ahead fails at once; it doesn't wait in front of other reads."""
     delay = 500
     device = on_slow(delay, *options)
     disk = Disk(device)

@@ -1,6 +1,6 @@
 #!/usr/bin/env python3
 # SPDX-License-Identifier: GPL-2.0
-"""Devices come and go: suspend, reload, removal, leaks, and the module itself."""
+"""Life of devices: suspend, reload, removal, leaks, and the module itself."""
 
 import errno
 import os
@@ -22,12 +22,12 @@ LENGTH = dm.sectors(len(DATA))
 RAW = image.zfile(DATA)
 VSIZE = 256 << 10
 LAYER = image.lsmt(VSIZE, [(0, image.sample(200 * 512, 42)), (300, 20)])
-# Checkers keep what was freed for a while. What is lost they find by themselves, after the script: there it is only tried.
+# Kernels with checkers free memory late, and find leaks themselves after the script: test only a few rounds there.
 ROUNDS = 30 if SLOW == 1 else 2
 
 
 class Readers:
-    """Threads that read and compare until they are told to stop."""
+    """Threads that read and compare until told to stop."""
 
     def __init__(self, device, wanted, count=3):
         self.errors, self.reads, self.stop = [], 0, False
@@ -165,7 +165,7 @@ def unused_tables():
 
 @test("making and removing devices, and failing to, leaks no memory")
 def no_leak():
-    # One block again and again: the image is small, its table isn't.
+    # The same block many times: the image is small, its jump table isn't.
     payload = image.compress(image.LZ4, bytes(4096))
     raw = image.zfile_of([payload] * 200000, 200000 * 4096, crc=False)
     loop = dm.Loop(raw)

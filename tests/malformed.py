@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
 # SPDX-License-Identifier: GPL-2.0
-"""Malformed images from outside, with their verdicts, and one that changes: none may give wrong data.
+"""Malformed golden images, with their verdicts, and an image that changes: none may give wrong data.
 
-Those that are made here are in mutants.py.
+The malformed images that the tests make are in mutants.py.
 """
 
 import errno
@@ -13,16 +13,16 @@ from obdtest.disk import Disk, read_or_none
 from obdtest.ktap import add, check, equal, main, same_bytes, test
 
 VERDICTS = golden.rows("malformed/VERDICTS.tsv")
-# A layer whose mappings lie behind its virtual size: cut, not wrong.
+# A layer with segments beyond its virtual size: these are cut off; the rest is correct.
 OTHER_SIZE = {"l-past-vsize.lsmt": 65536}
 
 
 class Refused(Exception):
-    """A table was not loaded; the argument is the phrase."""
+    """A table was refused. The argument is the phrase."""
 
 
 def try_device(make, *args):
-    """Makes a device; raises Refused with what the kernel says."""
+    """Makes a device. Raises Refused with the kernel's phrase."""
     log = dm.KernelLog()
     try:
         return make(*args)
@@ -33,7 +33,7 @@ def try_device(make, *args):
 
 
 def claimed_size(raw, limit=1 << 40):
-    """The size that a ZFile claims, as a careless tool would take it."""
+    """Returns the size that a ZFile claims, without any check."""
     for at in (0, len(raw) - 512):
         size = struct.unpack_from("<Q", raw, at + 56)[0] if len(raw) >= 512 else 0
         if 0 < size < limit:
@@ -42,7 +42,7 @@ def claimed_size(raw, limit=1 << 40):
 
 
 def read_all(device, wanted):
-    """Reads in small pieces; returns how many failed. Those that don't must be right."""
+    """Reads in small pieces. Returns how many reads failed; the others must be correct."""
     disk = Disk(device)
     equal(disk.size, len(wanted), "size of the device")
     failed = 0
@@ -57,7 +57,7 @@ def read_all(device, wanted):
 
 
 def open_like_a_tool(raw, size):
-    """A blob as an lsmt device of size bytes; raises Refused."""
+    """Returns a blob as an lsmt device of size bytes. Raises Refused."""
     loop = dm.Loop(raw)
     layer = loop, len(raw)
     try:

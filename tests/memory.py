@@ -1,6 +1,6 @@
 #!/usr/bin/env python3
 # SPDX-License-Identifier: GPL-2.0
-"""Reads go on when memory is short, and what is cached is given back."""
+"""Reads go on when memory is short, and the cache is given back."""
 
 import os
 import random
@@ -15,7 +15,7 @@ SIZE = 16 << 20
 
 
 def compressible():
-    """16 MiB that compress well, each page its own."""
+    """Returns 16 MiB that compress well, with different pages."""
     return b"".join(number.to_bytes(8, "little") * 64 * 8 for number in range(SIZE // 4096))
 
 
@@ -49,19 +49,19 @@ def short_of_memory():
 
 
 def set_limit(size):
-    """Sets the limit of the cache until the test is over."""
+    """Sets the limit of the cache for this test."""
     with open("/sys/module/dm_overlaybd/parameters/cache_limit_bytes", "w", encoding="ascii") as file:
         file.write(str(size))
 
 
 def cache_bytes():
-    """Bytes in the cache of all devices."""
+    """Returns the size of the cache of all devices in bytes."""
     with open("/sys/module/dm_overlaybd/parameters/cache_bytes", encoding="ascii") as file:
         return int(file.read())
 
 
 def killed():
-    """How often the kernel has killed a process for its memory."""
+    """Returns how many processes the kernel's OOM killer has killed."""
     with open("/proc/vmstat", encoding="ascii") as file:
         return next(int(row.split()[1]) for row in file if row.startswith("oom_kill "))
 
@@ -126,13 +126,13 @@ def given_back():
         disk.close()
         device.remove()
     grown = kernel_memory() - before
-    # Checkers keep what was freed for a while, and find what is lost by themselves.
+    # Kernels with checkers free memory late, and find leaks themselves.
     check(grown < 12 << 10 or SLOW > 1, f"{grown} KiB more than before")
     equal(device.exists(), False, "the device")
 
 
 def kib_each(count, table):
-    """KiB of kernel memory that an idle device takes."""
+    """Returns the KiB of kernel memory that an idle device takes."""
     before = kernel_memory()
     devices = [dm.create(table) for _ in range(count)]
     grown = kernel_memory() - before
@@ -147,12 +147,12 @@ def idle():
     loop = dm.Loop(raw)
     linear = dm.line(0, 8, "linear", loop.path, 0)
     zfile = dm.line(0, 128, "zfile", loop.path, len(raw))
-    # What the first ones of all take isn't theirs.
+    # The first devices also allocate memory that all devices share.
     kib_each(20, linear), kib_each(20, zfile)
     alone, as_well = kib_each(120, zfile), kib_each(120, linear)
     more = alone - as_well
     note(f"{alone:.1f} KiB, {more:.1f} more than dm-linear")
-    # Checkers keep what was freed for a while, and add to each allocation.
+    # Kernels with checkers free memory late, and add to each allocation.
     check(more <= 48 or SLOW > 1, f"{more:.1f} KiB more")
 
 

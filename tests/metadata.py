@@ -1,6 +1,6 @@
 #!/usr/bin/env python3
 # SPDX-License-Identifier: GPL-2.0
-"""What obdsetup puts in file systems comes back as it was: random trees, from directories and tars."""
+"""File systems that obdsetup makes have all metadata of their source: random trees, from directories and tars."""
 
 import os
 import shutil
@@ -16,13 +16,13 @@ from obdtest.ktap import Skip, add, check, defer, equal, main, note
 OBDSETUP = shutil.which("obdsetup")
 FILE_SYSTEMS = ("ext2", "ext3", "ext4", "erofs", "btrfs", "squashfs")
 OPTIONS = {"btrfs": "ro,norecovery"}
-# Its program reads a tar, which has no sockets, and not all numbers of devices.
+# mksquashfs reads a tar, which can't have sockets or all device numbers.
 THROUGH_TAR = ("squashfs",)
 SEEDS = {"ext2": (11,), "ext3": ()}
 
 
 def run(*command, **options):
-    """Runs a command; its output and what it says."""
+    """Runs a command. Returns its output and its messages."""
     done = subprocess.run(command, capture_output=True, check=False, **options)
     if done.returncode:
         raise OSError(f"{command}: status {done.returncode}: {done.stderr.decode(errors='replace').strip()}")
@@ -62,7 +62,7 @@ def mounted(kind, layer, where):
 
 
 def fitted(kind, wanted, from_tar):
-    """What of a manifest the file system can hold."""
+    """Reduces a manifest to what the file system can store."""
     for path, seen in list(wanted.items()):
         if kind == "squashfs":
             whole = seen["mtime"] // 10**9
@@ -71,7 +71,7 @@ def fitted(kind, wanted, from_tar):
             if path == b".":
                 seen["xattrs"] = {name: value for name, value in seen["xattrs"].items() if value}
         if from_tar and seen["mode"][0] in "bcp":
-            # GNU tar writes each name as a file of its own.
+            # GNU tar writes each name of such a file as a file of its own.
             del seen["names"]
         large = seen.get("device", (0, 0))[1] >= 1 << 19
         if seen["mode"][0] == "s" and (from_tar or kind in THROUGH_TAR) or large and kind in THROUGH_TAR:
@@ -87,7 +87,7 @@ def compare(got, wanted):
 
 
 def holes(where, source):
-    """The file system has data where there is some, and nowhere else."""
+    """The file system has data where the source isn't zero, and holes elsewhere."""
     count = 0
     for path, seen in source.items():
         if "content" in seen:
@@ -110,7 +110,7 @@ def round_trip(kind, seed, from_tar):
     wanted = fitted(kind, tree.manifest(source), from_tar)
     loss = ["--allow-loss"] if kind in THROUGH_TAR else []
     if from_tar:
-        # Sockets are left out with a warning and no error.
+        # tar leaves sockets out, with a warning but no error.
         run("tar", "--format=pax", "--xattrs", "--xattrs-include=*", "--acls", "--sparse", "--numeric-owner",
             "-cf", f"{work}/source.tar", "-C", source, ".")
         _, said = run(OBDSETUP, "convert", f"{work}/source.tar", layer, "--fs", kind, *loss)
@@ -123,13 +123,13 @@ def round_trip(kind, seed, from_tar):
         equal(said, "", "warnings")
     mounted(kind, layer, where)
     compare(tree.manifest(where), wanted)
-    # squashfs has larger blocks; erofs doesn't tell where holes are.
+    # squashfs has larger blocks; erofs doesn't report holes.
     if kind not in ("erofs", "squashfs"):
         holes(where, wanted)
 
 
 def workplace():
-    """A directory with one to mount on."""
+    """Returns a directory with a mount point."""
     work = tempfile.mkdtemp(prefix="obdtest-")
     defer(shutil.rmtree, work)
     os.mkdir(f"{work}/mnt")
@@ -154,7 +154,7 @@ def unsaid(kind):
 
 
 def private(kind):
-    """A directory for nobody else, and its ACL."""
+    """A directory without access for others, and its ACL."""
     need(kind)
     work = workplace()
     os.mkdir(f"{work}/source")
@@ -188,7 +188,7 @@ def refused():
 
 
 def sparse(kind):
-    """A file of 500 GiB with two blocks."""
+    """A file of 500 GiB with two blocks of data."""
     need(kind)
     work = workplace()
     os.mkdir(f"{work}/source")

@@ -2,13 +2,13 @@
 # SPDX-License-Identifier: GPL-2.0
 """Thousands of malformed images, as zfile and lsmt devices: none may give wrong data.
 
-Each is a valid image that was changed in one way (obdtest/mutate.py). The kernel has to refuse it with the phrase that
-a strict reader (obdtest/reader.py) has, or to fail with EIO the reads of corrupt blocks and give the bytes of all others.
-obdsetup has to say the same. To look at one by hand:
+Each is a valid image that was changed in one way (obdtest/mutate.py). The kernel has to refuse it with the phrase
+of a strict reader (obdtest/reader.py); or to fail the reads of corrupt blocks with EIO and return the correct bytes of
+all others. obdsetup must agree. To examine a case by hand:
 
-    mutants.py --list [WORD]        names of the cases
-    mutants.py --write DIR NAME     its blobs, lowest layer first, as DIR/0, DIR/1, ...
-    mutants.py --verdicts           has what must come of each made, for runs to come
+ mutants.py --list [WORD]        prints the names of the cases
+ mutants.py --write DIR NAME     writes the blobs of a case, lowest layer first, as DIR/0, DIR/1, ...
+ mutants.py --verdicts           computes and stores the expected results for later runs
 """
 
 import collections
@@ -31,30 +31,30 @@ from obdtest.disk import Disk, read_or_none
 from obdtest.ktap import SAMPLE, Failure, Skip, add, alone, check, defer, equal, main, note, same_bytes, skip_all
 
 WORKERS = 2
-# Different layers in a case, at most.
+# Largest number of different layers in a case.
 LAYERS = 3
 LEAST = 3000 // SAMPLE // (2 if SAMPLE > 1 else 1)
-# Of how many cases one has new devices, which takes long, and one has them made by dmsetup(8), which takes longer. The
-# others put their tables on the devices of the case before.
+# One case in FRESH gets new devices, which is slow; one in BY_COMMAND gets devices made by dmsetup(8), which is
+# slower. The others load their tables into the devices of the case before.
 FRESH = 20
 BY_COMMAND = 200
-# Seconds that a case may take, on a slow, emulated, busy machine.
+# Time limit of a case in seconds, on a slow, emulated, busy machine.
 SLOW = 20
-# Seconds that all of a kind may take there.
+# Time limit of a kind in seconds, on such a machine.
 TIMEOUT = 900
 
 TOO_LARGE = "Device is larger than its image"
-# What the kernel may say while an image is refused or read.
+# Messages that the kernel may log while an image is refused or read.
 EXPECTED_LOG = re.compile(r"device-mapper: (table|ioctl): |dm_overlaybd: \d+:\d+: |loop\d+: detected capacity change|"
                           r".*: \d+ callbacks suppressed|obdtest: |clocksource: |hrtimer: interrupt took")
-# Bytes on the loop device behind a blob, which must not be taken for a part of it.
+# Bytes after a blob on its loop device, which must not be taken for a part of it.
 BEHIND = b"\x5a" * 8192
 
 counts = collections.Counter()
 
 
 class Bench:
-    """The devices of a process: loop devices that get the blobs of a case, and mapped ones that get its tables."""
+    """The devices of a process: loop devices for the blobs of a case, and mapped devices for its tables."""
 
     def __init__(self):
         self.loops = [dm.Loop(b"", size=512 << 10) for _ in range(LAYERS)]
@@ -62,7 +62,7 @@ class Bench:
         self.log, self.buffer = dm.KernelLog(), mmap.mmap(-1, 4 << 20)
 
     def put(self, blobs):
-        """Loop devices with the blobs on them; one for all that are the same."""
+        """Writes the blobs to loop devices, the same blob only once. Returns the devices."""
         places = {}
         for blob in blobs:
             if blob not in places:
@@ -71,7 +71,7 @@ class Bench:
         return [places[blob] for blob in blobs]
 
     def read(self, fd, sector, count):
-        """Sectors of a device, or None where the read fails with EIO."""
+        """Returns sectors of a device, or None if the read fails with EIO."""
         view = memoryview(self.buffer)[:count * 512]
         try:
             equal(os.preadv(fd, [view], sector * 512), count * 512, f"bytes read at sector {sector}")
@@ -81,17 +81,18 @@ class Bench:
         return view
 
     def load(self, device, table):
-        """Loads a table of one line, not yet in use; gives the (phrase, what was found) of its refusal, or None."""
+        """Loads a table of one line but doesn't resume. Returns the refusal as (phrase, fault), or None."""
         self.log.skip()
         try:
             device.load(table)
             return None
         except OSError as error:
-            # A kernel without names of errors has their numbers.
+            # Kernels without names of errors log their numbers.
             return self.said(device.number, (f" (-{errno.errorcode[error.errno]})", f" (-{error.errno})"))
 
     def said(self, number, codes):
-        """What the kernel has said of a refused table; it shows when what others say at that time is complete."""
+        """Waits for the kernel's messages about a refused table, among those about other devices. Returns (phrase,
+        fault)."""
         found = None
         for _ in range(1000):
             for line in self.log.lines():
@@ -105,7 +106,7 @@ class Bench:
 
 
 class Commanded:
-    """A mapped device that is made by dmsetup(8), all at once, when its table is loaded."""
+    """A mapped device that dmsetup(8) makes and resumes when its table is loaded."""
 
     numbers = itertools.count()
 
@@ -123,7 +124,7 @@ class Commanded:
         defer(self._dmsetup, "remove", "--retry", self.name)
 
     def resume(self):
-        """It is in use already."""
+        """The device is live already."""
 
     def status(self, **_):
         return [self._dmsetup("status", self.name).stdout.split(maxsplit=3)]
@@ -134,7 +135,7 @@ class Commanded:
 
 
 def set_up(bench, verdict, devices):
-    """The device of a case with its table loaded, and None; or None and the refusal."""
+    """Returns (device of the case with a loaded table, None), or (None, refusal)."""
     case = verdict.case
     loops = bench.put(case.blobs)
     layers, made = [], {}
@@ -168,22 +169,22 @@ def check_memory(device, size, field):
 
 
 def one_case(bench, verdict, make_device=None):
-    """Checks a case, on devices of its own or those that are there; returns what came of it."""
+    """Checks a case, on new devices or existing ones. Returns the outcome."""
     check(not verdict.quarrel, f"obdsetup disagrees: {verdict.quarrel}")
     layers = sum(size is not None for size in verdict.zfiles)
     devices = [make_device() for _ in range(layers + 1)] if make_device else bench.mapped
     device, refusal = set_up(bench, verdict, devices)
     wanted = verdict.wanted
     phrase, told = wanted if isinstance(wanted, verdicts.Refused) else (None, None)
-    # Legitimate differences to obdsetup: device-mapper has no disk of 0 sectors, and the kernel's lsmt target reads the
-    # sector that the disk ends in when the table is loaded.
+    # Valid differences from obdsetup: device-mapper has no disk of 0 sectors; and if the disk ends within a sector,
+    # the kernel's lsmt target reads that sector when the table is loaded.
     if 0 in verdict.zfiles or phrase is None and not wanted.size:
         phrase = TOO_LARGE
     elif phrase is None and wanted.tail_is_corrupt:
         phrase = reader.CANNOT_READ
     if refusal:
         equal(refusal[0], phrase, "refused with")
-        # Of a corrupt block below, only obdsetup tells more.
+        # For a corrupt block of the lower device, only obdsetup has details.
         if refusal[0] not in (reader.CANNOT_READ, reader.NOT_ZFILE, TOO_LARGE):
             equal(refusal[1], told, "field, place and expectation in the kernel log")
         return "refused"
@@ -199,7 +200,7 @@ def one_case(bench, verdict, make_device=None):
 
 
 def read_all(bench, fd, wanted):
-    """Reads windows as a whole, pieces, and parts of blocks; returns what came of it."""
+    """Reads whole windows, pieces, and parts of blocks. Returns the outcome."""
     corrupt = False
     for start, end in wanted.windows:
         pieces = [piece for piece in wanted.pieces if start <= piece[0] < end]
@@ -210,7 +211,7 @@ def read_all(bench, fd, wanted):
         if not bad:
             same(whole, b"".join(data for _, _, data in pieces), start)
         for sector, count, data in pieces:
-            # Whole, where that was not read yet, and a sector, which is a part of a block as a rule.
+            # The whole piece, unless the window was read, and one sector of it, usually a part of a block.
             for at, length in [(sector, count)] * bad + [(sector + (7 * sector + count) % count, 1)]:
                 got = bench.read(fd, at, length)
                 equal(got is None, data is None, f"{length} sectors at {at} fail")
@@ -224,10 +225,10 @@ def same(got, wanted, sector):
         same_bytes(bytes(got), wanted, f"{len(wanted)} bytes at sector {sector}")
 
 
-# ---- many at once ----
+# ---- many cases at the same time ----
 
 def in_processes(cases, log):
-    """Checks cases in processes; returns (number of the case, outcome, failure, seconds)."""
+    """Checks cases in processes. Returns (number of the case, outcome, failure, seconds)."""
     pids, pipes, results = [], [], []
     try:
         for nth in range(WORKERS):
@@ -256,7 +257,7 @@ def in_processes(cases, log):
 
 
 def look_at(log):
-    """Checks what the kernel has said. So much of it comes that what run.sh looks at in the end isn't all there."""
+    """Checks the kernel's messages now: by the time of run.sh's check, the log has lost the first of them."""
     for line in log.lines():
         check(EXPECTED_LOG.match(line), f"kernel log: {line}")
 
@@ -281,7 +282,7 @@ def work(cases, numbers, results):
 
 
 def tried(bench, case, make_device):
-    """Checks a case; returns outcome, failure and seconds."""
+    """Checks a case. Returns outcome, failure and seconds."""
     start, outcome, failure = time.monotonic(), None, None
     try:
         outcome = alone(one_case, bench, case, make_device)
@@ -296,7 +297,7 @@ def one_kind(kind):
     cases = verdicts.load(kind)
     log = dm.KernelLog()
     results = in_processes(cases, log)
-    # One after another, since the numbers of devices that dmsetup was refused are soon those of others.
+    # Sequentially: the device number of a device that dmsetup failed to make may be reused at once.
     bench = Bench()
     for number in range(1, len(cases), BY_COMMAND):
         results.append((number, *tried(bench, cases[number], Commanded)))
@@ -313,7 +314,7 @@ def one_kind(kind):
 
 
 def every_bit(algorithm, block):
-    """An image whose blocks are one block, in each copy with another bit flipped; every eighth is as it was."""
+    """An image of copies of one block, each with another bit flipped; every eighth copy is unchanged."""
     rng = random.Random(block)
     data = b"".join(rng.randbytes(20) + b"overlaybd " * (block // 60) for _ in range(9))[:block].ljust(block, b"\0")
     payload = image.compress(algorithm, data)

@@ -19,12 +19,12 @@ LAYER = image.lsmt(VSIZE, [(0, image.sample(1500 * 512, 61)), (1600, image.sampl
 PLAIN = image.flatten([image.Lsmt(LAYER)])
 OPTIONS = ("cache_blocks 0", "", "cache_all")
 READ_ERRORS, CACHED = 8, 10
-# Far from what lsmt reads when it is made, which is in the cache.
+# Far from the blocks that lsmt reads for its index, which are cached.
 FAR = 262144
 
 
 class Stack:
-    """A zfile device and lsmt on it, over a device that can be suspended."""
+    """A zfile device with lsmt on it, over a device that can be suspended."""
 
     def __init__(self, algorithm, block, options):
         raw = image.zfile(LAYER, algorithm, block)
@@ -47,7 +47,7 @@ def nowait(disk, offset, length):
 
 
 def succeeds(algorithm, block, options):
-    """Where nothing has to wait, each read gives the right bytes."""
+    """If nothing has to wait, each read returns the correct bytes."""
     for disk, wanted in Stack(algorithm, block, options).disks:
         for length in (512, 4096, 65536, 262144):
             for at in range(0, len(wanted) - length, 3 * 65536):
@@ -55,7 +55,7 @@ def succeeds(algorithm, block, options):
 
 
 def again(algorithm, block, options):
-    """While the lower device takes no reads, a read that must not wait fails, and leaves nothing behind."""
+    """While the lower device is suspended, a read that must not wait fails and has no lasting effect."""
     stack = Stack(algorithm, block, options)
     cached = stack.zfile.info()[CACHED]
     stack.below.suspend()
@@ -75,10 +75,10 @@ def again(algorithm, block, options):
 
 
 def uring(options):
-    """io_uring: a read with RWF_NOWAIT gets EAGAIN where it would have to wait; one without is submitted without
-    waiting all the same."""
+    """io_uring: a read with RWF_NOWAIT gets EAGAIN if it would have to wait. Submitting a read without it doesn't
+    block, either."""
     for nth in range(2):
-        # A stack for each disk: what one has read may be in the cache for the other.
+        # A stack for each disk: one disk's reads may be cached for the other.
         stack = Stack(image.LZ4, 4096, options)
         disk, wanted = stack.disks[nth]
         ring, later = Ring(65536), Ring(65536)
@@ -97,11 +97,11 @@ def uring(options):
 
 
 def no_memory(options):
-    """Without memory a read that must not wait fails, and one that may wait succeeds."""
+    """Without memory, a read that must not wait fails, and one that may wait succeeds."""
     stack = Stack(image.LZ4, 4096, options)
     end = inject.allocations(100)
     for disk, wanted in stack.disks:
-        # The one spare buffer is for those that wait.
+        # The spare buffer is for reads that may wait.
         fails_with(errno.EAGAIN, nowait, disk, FAR, 4096)
         same_bytes(disk.read(FAR, 4096), wanted[FAR:FAR + 4096], "a read that may wait")
     check(end() > 0, "no allocation failed")
@@ -110,7 +110,7 @@ def no_memory(options):
 
 
 def not_below():
-    """Over a device that can't do it, the read is refused as it is there."""
+    """On a lower device without support for such reads, they fail with that device's error."""
     if subprocess.run(["modprobe", "dm-delay"], capture_output=True, check=False).returncode:
         raise Skip("no kernel module dm-delay")
     stack = Stack(image.LZ4, 4096, "")

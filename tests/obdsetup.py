@@ -1,6 +1,6 @@
 #!/usr/bin/env python3
 # SPDX-License-Identifier: GPL-2.0
-"""obdsetup and the module: what one makes the other reads, and open and close leave nothing behind."""
+"""obdsetup and the module: each reads what the other makes, and close leaves nothing behind."""
 
 import json
 import os
@@ -20,7 +20,7 @@ DATA = image.sample(SIZE - 8192, 81) + bytes(8192)
 
 
 def obdsetup(*args, status=0):
-    """Runs it; its standard output and error."""
+    """Runs obdsetup. Returns its standard output and error."""
     if not OBDSETUP:
         raise Skip("no obdsetup")
     done = subprocess.run([OBDSETUP, *args], capture_output=True, text=True, check=False)
@@ -52,14 +52,14 @@ def close(name):
 
 
 def open_device(name, *layers):
-    """Opens a stack; the device."""
+    """Opens a stack. Returns the device."""
     obdsetup("open", name, *layers)
     defer(close, name)
     return os.path.realpath(f"/dev/mapper/{name}")
 
 
 def wrapping(algorithm, block, crc, tar):
-    """An image of one wrapping, read by the module, by the tests' own reader, and by the program."""
+    """An image with one wrapping, read by the module, by the tests' own reader, and by obdsetup."""
     work = work_directory()
     raw, layer = write(f"{work}/raw", DATA), f"{work}/layer"
     args = ["--algorithm", algorithm] + (["--block-size", block] if block else [])

@@ -1,6 +1,7 @@
 #!/usr/bin/env python3
 # SPDX-License-Identifier: GPL-2.0
-"""erofs images of obdsetup have fingerprints of their files, so that different images share the page cache of equal ones."""
+"""erofs images made by obdsetup have fingerprints of their files, so that equal files of different images share the
+page cache."""
 
 import errno
 import hashlib
@@ -17,7 +18,7 @@ from obdtest.ktap import Skip, check, defer, equal, main, note, same_bytes, test
 OBDSETUP = shutil.which("obdsetup")
 NAME = f"obdtest-{os.getpid()}"
 COMMON = random.Random(7).randbytes(6 << 20)
-# A file with a hole, one that is beside its inode, one in a block and a bit, an empty one.
+# A file with a hole, one stored in its inode, one of a block and a bit, an empty one.
 FILES = {"common": COMMON, "hole": COMMON[:9000] + bytes(70000) + COMMON[:5000], "small": b"small\n" * 9,
          "more": COMMON[:4096 + 100], "empty": b""}
 
@@ -33,14 +34,14 @@ def quietly(*args):
 
 
 class Image:
-    """An image of the common files, and one of its own; opened."""
+    """An open image with the common files, and a file of its own."""
 
     def __init__(self, work, name):
         self.name, self.work = f"{NAME}-{name}", work
         self.tree, self.mnt, self.layer = f"{work}/{name}", f"{work}/{name}.mnt", f"{work}/{name}.obd"
         os.mkdir(self.tree)
         os.mkdir(self.mnt)
-        # Places on the disk are to differ.
+        # Makes the common files start at different places on the disks.
         own = {"aaa-own": name.encode() * (10000 + 5000 * len(name))}
         for path, content in {**own, **FILES}.items():
             with open(f"{self.tree}/{path}", "wb") as file:
@@ -61,13 +62,13 @@ class Image:
         run("umount", self.mnt)
 
     def sectors(self):
-        """Sectors that were read of the disk."""
+        """Returns the number of sectors read from the disk."""
         rdev = os.stat(f"/dev/mapper/{self.name}").st_rdev
         with open(f"/sys/dev/block/{os.major(rdev)}:{os.minor(rdev)}/stat", encoding="ascii") as file:
             return int(file.read().split()[2])
 
     def read(self, path="common"):
-        """A file's content, and how many sectors of the disk that has taken."""
+        """Returns a file's content, and how many sectors were read from the disk for it."""
         with open(f"{self.mnt}/{path}", "rb") as file:
             before = self.sectors()
             return file.read(), self.sectors() - before
@@ -93,13 +94,14 @@ def forget():
 
 
 def cached():
-    """KiB of page cache."""
+    """Returns the KiB of page cache."""
     with open("/proc/meminfo", encoding="ascii") as file:
         return next(int(row.split()[1]) for row in file if row.startswith("Cached:"))
 
 
 def both(first, second, *options):
-    """Reads the common file in one, then in the other: sectors for the second, and KiB of page cache for each."""
+    """Reads the common file in the first image, then in the second. Returns the sectors read for the second, and the
+    KiB of page cache that each took."""
     forget()
     for image, more in zip((first, second), options):
         image.mount(*more)
@@ -126,7 +128,7 @@ def shared():
             same_bytes(image.read(path)[0], wanted, f"{path} in {image.name}")
     for image in (first, second):
         same_bytes(image.read("aaa-own")[0], open(f"{image.tree}/aaa-own", "rb").read(), f"what only {image.name} has")
-    # The first one goes; what it has read stays for the other.
+    # The first image is unmounted; the pages that it has read stay for the other.
     with open(f"{second.mnt}/common", "rb") as file, mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ) as area:
         first.umount()
         same_bytes(bytes(area), COMMON, "a mapping when the first is unmounted")

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 # SPDX-License-Identifier: GPL-2.0
-"""The kernel panics when a block is corrupt, where the table line asks for it. A guest does not survive that, so
-scripts/check.sh boots one for it, and looks at how it died."""
+"""The kernel panics on a corrupt block if the table line asks for it. The guest doesn't survive that, so
+scripts/check.sh boots one for this test and checks how it ended."""
 
 from obdtest import dm, image
 from obdtest.disk import Disk, same_bytes

@@ -1,6 +1,6 @@
 #!/usr/bin/env python3
 # SPDX-License-Identifier: GPL-2.0
-"""The module's parameters, those of the cache aside."""
+"""The module's parameters, except those of the cache."""
 
 import errno
 import os
@@ -44,7 +44,7 @@ def at_once():
                 same_bytes(disk.read(at, length), DATA[at:at + length], f"{length} bytes at {at}")
             works = sum(name.endswith("workqueue_queue_work") for name, _ in trace.lines())
             what = f"{works} works for {count} reads of {length} with {limit}, {image.NAMES[algorithm]}"
-            # Where something else wants the CPU, a worker does it.
+            # If another task wants the CPU, a worker decompresses.
             if few and algorithm == image.LZ4:
                 check(works <= count // 2, what)
             else:

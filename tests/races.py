@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 # SPDX-License-Identifier: GPL-2.0
-"""Races: everything that can be done with devices, at once and against readers, many times; and memory is
-back where it was when all of it is over."""
+"""Races: every operation on devices, concurrently and with readers, many times. Afterwards the kernel's memory is as
+it was before."""
 
 import ctypes
 import errno
@@ -21,7 +21,7 @@ from obdtest.ktap import SLOW, Failure, Skip, add, alone, check, defer, equal, m
 from obdtest.memory import kernel_memory
 from obdtest.module import MODULE, module_file, use_count
 
-# A fifth, or a tenth where the kernel is slow, unless OBD_FULL is set.
+# A fifth, or a tenth on slow kernels, unless OBD_FULL is set.
 LESS = 1 if os.environ.get("OBD_FULL") else 5 * min(SLOW, 2)
 CYCLES = 1000 // LESS
 DEVICES = 2000 // LESS
@@ -36,8 +36,7 @@ PLAIN = image.flatten([image.Lsmt(LAYER)])
 
 
 def together(*loops):
-    """Runs loops, functions that are told when to stop, in threads; the first that ends, or fails,
-    doesn't stop the others."""
+    """Runs functions in threads. One that ends or fails doesn't stop the others."""
     errors = []
 
     def run(loop):
@@ -55,8 +54,8 @@ def together(*loops):
 
 
 def every_operation(device, tables, wanted):
-    """Each operation on one device CYCLES times, all at once, with readers and with others' devices
-    on the same lower device."""
+    """Does each operation on a device CYCLES times, all concurrently, with readers and with other devices on the same
+    lower device."""
     done = {}
     busy = [5]
     lock = threading.Lock()
@@ -91,7 +90,7 @@ def every_operation(device, tables, wanted):
         other.remove()
 
     def reload(nth):
-        # Who suspends at the same time may have taken the table into use already.
+        # A concurrent suspend and resume may have made the table live already.
         device.load(tables[nth % len(tables)])
         allowed(device.resume, errors={errno.EINVAL})
 
@@ -147,7 +146,7 @@ def lsmt_operations():
 
 
 def comes_back(function):
-    """Runs a test, and checks that what the kernel took for it is free again."""
+    """Runs a test, and checks that the kernel memory for it is free again."""
     before = kernel_memory()
     alone(function)
     equal(use_count(), 0, "use count of the module")
@@ -157,7 +156,7 @@ def comes_back(function):
             break
         time.sleep(0.2)
     note(f"{grown} KiB more kernel memory than before")
-    # Checkers keep what was freed for a while; they find what is lost by themselves, at the end of the run.
+    # Kernels with checkers free memory late, and find leaks themselves at the end of the run.
     check(grown < (24 << 10) * SLOW, f"{grown} KiB are not free again")
 
 
@@ -200,7 +199,7 @@ def many_devices():
 
 
 def late(raw, milliseconds=100):
-    """A blob on a device that takes its time for each read once that is started."""
+    """Returns a blob on a device that delays each read once start() is called."""
     loop = dm.Loop(raw)
     total = loop.size // 512
     lower = dm.create(line(0, total, "linear", loop.path, 0))
@@ -230,7 +229,7 @@ def killed():
                 finally:
                     time.sleep(30)
                     os._exit(1)
-            # A lower read that has been started takes 100 ms.
+            # A lower read takes 100 ms.
             for _ in range(500 * SLOW):
                 if int(device.info()[5]) > 2:
                     break
@@ -254,7 +253,7 @@ def killed():
 @test("who makes a device is killed while its index is read")
 def maker_killed():
     subprocess.run(["modprobe", "dm-delay"], check=False)
-    # 16 MB, four reads of 128 KiB at a time: more than nine seconds.
+    # 16 MB in four reads of 128 KiB at a time take more than nine seconds.
     raw = image.lsmt_of([image.lsmt_entry(0, 8, 8)] + [image.INVALID] * 999000, image.sample(4096), 4096)
     lower, start = late(raw, 300)
     start()
@@ -328,7 +327,7 @@ def cpu_goes():
     def reader(seed):
         disk, rng = Disk(device), random.Random(seed)
         while not over.is_set():
-            # A MiB at a time: many workers.
+            # Reads of a MiB need many workers.
             at = rng.randrange(2048) * 512
             same_bytes(disk.read(at, 1 << 20), large[at:at + (1 << 20)], f"at {at}")
             reads[0] += 1
@@ -351,8 +350,8 @@ def cpu_goes():
 
 
 class Memory:
-    """Memory that is mapped twice: readers use one place, which comes and goes, others write to it
-    at the other place."""
+    """Memory that is mapped twice: readers use one mapping, which is removed and restored; others write through the
+    other one."""
 
     SIZE = 1 << 20
 
@@ -373,13 +372,13 @@ class Memory:
         defer(self.libc.munmap, self.address, self.SIZE)
 
     def read(self, disk, at, length, offset):
-        """Reads into the place that comes and goes; gives the number of bytes or of an error."""
+        """Reads into the mapping that comes and goes. Returns the number of bytes, or the negative errno."""
         got = self.libc.pread(disk.direct, self.address + at, length, offset)
         return got if got >= 0 else -ctypes.get_errno()
 
     def unmap(self):
-        """Takes the memory away and puts it back, between reads and in the middle of them."""
-        # Never a hole, which somebody else's memory might fall into.
+        """Removes the mapping and restores it, between reads and during reads."""
+        # Always keep a mapping there: other memory could be mapped into a hole.
         fixed = 0x10
         for access, how, fd in ((0, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS, -1), (3, mmap.MAP_SHARED, self.fd)):
             got = self.libc.mmap(self.address, self.SIZE, access, how | fixed, fd, 0)
@@ -387,7 +386,7 @@ class Memory:
 
 
 def scribbled(raw, cache):
-    """Memory that changes and goes away while it is read into: nobody else sees anything of it."""
+    """Memory changes and is unmapped while it is read into: other readers aren't affected."""
     options = cache.split()
     device = dm.create(line(0, LENGTH, "zfile", dm.Loop(raw).path, len(raw), len(options), *options))
     memory = Memory()
@@ -395,7 +394,7 @@ def scribbled(raw, cache):
     outcome = {"read": 0, "fault": 0}
 
     def over():
-        # Until enough has happened, however slow the machine is.
+        # Ends when enough has happened, even on a slow machine.
         spent = time.monotonic() - start
         return spent > 4 and (outcome["read"] > 20 and outcome["fault"] > 0 or spent > 100)
 
@@ -465,7 +464,7 @@ def unload_race():
             for _ in range(40 // min(SLOW, 2)):
                 run = subprocess.run(["rmmod", "dm_overlaybd"], capture_output=True, text=True, check=False)
                 if run.returncode:
-                    # Users before it has looked, and users that came since.
+                    # There were users before rmmod's check, or new ones came after it.
                     check(any(why in run.stderr for why in ("in use", "busy", "temporarily unavailable")),
                           f"rmmod: {run.stderr}")
                     time.sleep(0.01)
@@ -487,7 +486,7 @@ add(f"lsmt over zfile: {CYCLES} cycles of every operation at once, against reade
 add(f"{DEVICES} devices at once", comes_back, many_devices, timeout=900)
 for each_name, each_raw in (("LZ4 in 4 KiB", RAW), ("LZ4 in 64 KiB", image.zfile(DATA, image.LZ4, 65536)),
                             ("zstd in 64 KiB", image.zfile(DATA, image.ZSTD, 65536)),
-                            # A frame's checksum is taken over what was written, which has changed since.
+                            # A frame's checksum is computed from the output memory, which has changed by then.
                             ("zstd in 4 KiB with checksums",
                              image.zfile(DATA, image.ZSTD, compressor=lambda data: image.zstd_frame(data, True)))):
     for each_cache in ("cache_blocks 0", "cache_blocks 64", "cache_all"):

@@ -1,6 +1,6 @@
 #!/usr/bin/env python3
 # SPDX-License-Identifier: GPL-2.0
-"""Reads of any place, size and shape; writes and discards; queue limits."""
+"""Reads of any place, size and memory layout; writes and discards; queue limits."""
 
 import errno
 import fcntl
@@ -22,18 +22,18 @@ PLAIN = image.flatten([image.Lsmt(LAYER)])
 
 
 def zfile_disk(block=4096, algorithm=image.LZ4, **loop_options):
-    """A disk that is a ZFile, and what is on it."""
+    """Returns a ZFile as a disk, and its content."""
     raw = image.zfile(PLAIN, algorithm, block)
     return dm.zfile(dm.Loop(raw, **loop_options), len(raw), len(PLAIN)), PLAIN
 
 
 def lsmt_disk():
-    """A disk that is a layer."""
+    """Returns a layer as a disk, and its content."""
     return stack.open_stack(LAYER, readonly=False), PLAIN
 
 
 def stacked_disk():
-    """A disk that is a layer in a ZFile."""
+    """Returns a layer in a ZFile as a disk, and its content."""
     return stack.open_stack(image.zfile(LAYER, image.ZSTD, 16384)), PLAIN
 
 
@@ -42,7 +42,7 @@ DISKS = {"zfile lz4 512": lambda: zfile_disk(512), "zfile lz4 4096": zfile_disk,
 
 
 def every_size(make):
-    """Reads of 1, 2, 3… sectors from places around block boundaries."""
+    """Reads 1, 2, 3... sectors around block boundaries."""
     device, wanted = make()
     disk = Disk(device)
     for start in (0, 1, 7, 8, 15, 127, 128):
@@ -56,7 +56,7 @@ def every_size(make):
 
 
 def scattered(make):
-    """Single reads into many pieces of memory, each of its own size and alignment."""
+    """Single reads into many pieces of memory, each with its own size and alignment."""
     device, wanted = make()
     disk = Disk(device)
     rng = random.Random(5)
@@ -69,7 +69,7 @@ def scattered(make):
 
 
 def unaligned_memory(make):
-    """Direct reads to addresses that the queue's dma_alignment still allows."""
+    """Direct reads into memory that is aligned just as the queue's dma_alignment requires."""
     device, wanted = make()
     disk = Disk(device)
     with open(f"{device.sysfs}/queue/dma_alignment", encoding="ascii") as file:
@@ -89,7 +89,7 @@ def unaligned_memory(make):
 
 
 def many_readers(make):
-    """Eight readers at once, in the same places."""
+    """Eight concurrent readers in the same places."""
     device, wanted = make()
     disk = Disk(device)
     errors = []
@@ -109,7 +109,7 @@ def many_readers(make):
 
 
 def no_writes(make):
-    """Writes, discards, zeroing: all refused, nothing changes."""
+    """Writes, discards and zeroing are all refused, and nothing changes."""
     device, wanted = make()
     equal(device.readonly(), True, "read-only flag")
     with open(f"{device.sysfs}/ro", encoding="ascii") as file:
@@ -143,7 +143,7 @@ for disk_name, make_disk in DISKS.items():
 
 @test("a write that another target sends down fails, and changes nothing")
 def write_from_above():
-    # The read-only flag keeps user space away, but not a target above.
+    # The read-only flag stops user space, but not a target above.
     for device, wanted in (zfile_disk(readonly=False), lsmt_disk()):
         above = dm.linear(device, len(wanted) // 512)
         fd = os.open(above.path, os.O_RDWR | os.O_DIRECT)
@@ -157,7 +157,7 @@ def write_from_above():
 
 
 def asynchronous(engine):
-    """Many requests in flight, as fio makes them."""
+    """Many requests in flight, issued by fio."""
     device, wanted = zfile_disk(16384, image.ZSTD)
     run = subprocess.run(
         ["fio", "--name=obd", f"--filename={device.path}", "--readonly", "--rw=randread", "--direct=1",
@@ -174,7 +174,7 @@ for each_engine in ("libaio", "io_uring"):
 
 
 def must_not_wait(make):
-    """Reads that may not wait give the right bytes or say that they can't."""
+    """Reads that must not wait return the correct bytes or fail with EAGAIN or EOPNOTSUPP."""
     device, wanted = make()
     disk = Disk(device)
     area = mmap.mmap(-1, 65536)
@@ -217,7 +217,7 @@ def lsmt_limits():
 
 
 def queue(device):
-    """The numbers in a device's queue directory."""
+    """Returns the limits in a device's queue directory."""
     out = {}
     for name in ("logical_block_size", "physical_block_size", "minimum_io_size", "optimal_io_size",
                  "dma_alignment", "discard_max_bytes", "write_zeroes_max_bytes"):

@@ -1,6 +1,7 @@
 #!/usr/bin/env python3
 # SPDX-License-Identifier: GPL-2.0
-"""Documentation/scale.rst: its tables, computed. Nothing is measured here: a model with the parameters that stand there.
+"""Computes the tables of Documentation/scale.rst and compares. Nothing is measured: this is a model with the
+parameters in that document.
 
 With an argument, prints the tables.
 """
@@ -13,20 +14,20 @@ from obdtest.ktap import check, equal, main, test
 
 DOCUMENT = os.path.join(os.path.dirname(os.path.abspath(__file__)), "../Documentation/scale.rst")
 MB, GB = 10**6, 10**9
-# Bytes of an image as it is stored, the share of it that a start reads, and the share of it that is in layers that other
-# images have, too.
+# Stored size of an image in bytes; the share of it that a start reads; the share of it in layers that other images
+# have, too.
 STORED, START, COMMON = 156 * MB, 0.064, 0.8
-# Bytes in a second that a server sends, and how many seconds a start may wait for the network.
+# Bytes per second that a server sends; how many seconds a start may wait for the network.
 LINK, PATIENCE = 3 * GB, 10
 NODES = (10, 1000, 100000)
-# The fleet: bases, images on each, of which the nth is started 1/n times as often as the first; starts on a node; and
-# bytes that a node keeps.
+# The fleet: base images; images on each base, the nth started 1/n times as often as the first; starts per node; bytes
+# that a node keeps.
 BASES, IMAGES, STARTS, KEPT = 20, 10, 40, 2 * GB
 SEED = 14
 
 
 def amount(count):
-    """Bytes, in two digits."""
+    """Returns a number of bytes with two digits."""
     for unit, name in ((10**12, "TB"), (10**9, "GB"), (10**6, "MB")):
         if count >= unit:
             value = count / unit
@@ -35,7 +36,8 @@ def amount(count):
 
 
 def cold():
-    """Rows: nodes that start one image that none of them has; bytes and servers, of whole images and of what is read."""
+    """Returns rows for nodes that start one image that none of them has: bytes and servers, for whole images and for
+    what is read."""
     rows = []
     for nodes in NODES:
         whole, read = nodes * STORED, nodes * STORED * START
@@ -45,13 +47,13 @@ def cold():
 
 
 class Node:
-    """What a node has local, the least recently used first."""
+    """The data that a node has locally, least recently used first."""
 
     def __init__(self, shared, whole):
         self.shared, self.whole, self.kept, self.fetched = shared, whole, {}, 0
 
     def start(self, base, image):
-        """Starts an image: its base's part, which other images may have, and its own."""
+        """Starts an image: fetches its base's part, which other images may share, and its own part."""
         share = STORED if self.whole else STORED * START
         parts = {("own", base, image): share * (1 - COMMON),
                  ("base", base, None if self.shared else image): share * COMMON}
@@ -65,7 +67,7 @@ class Node:
 
 
 def fleet(nodes, shared, whole, seed=SEED):
-    """Bytes that a fleet gets over the network, and how many starts there were."""
+    """Returns the bytes that a fleet fetches over the network."""
     rng = random.Random(seed)
     images = [(nth % BASES, nth // BASES) for nth in range(BASES * IMAGES)]
     rng.shuffle(images)
@@ -80,7 +82,7 @@ def fleet(nodes, shared, whole, seed=SEED):
 
 
 def popular(nodes=1000):
-    """Rows: what is fetched, of private and of shared layers, for each start."""
+    """Returns rows of bytes fetched per start, with private and with shared layers."""
     starts = nodes * STARTS
     rows = []
     for what, whole in (("whole layers", True), ("what is read", False)):
@@ -90,7 +92,7 @@ def popular(nodes=1000):
 
 
 def rows_of(first):
-    """The rows of the table in the document whose first column's first cell is this."""
+    """Returns the rows of the document's table whose first cell is this."""
     with open(DOCUMENT, encoding="utf-8") as file:
         lines = file.read().splitlines()
     start = next(nth for nth, line in enumerate(lines) if line.startswith(first + "  "))
@@ -121,7 +123,7 @@ def many_images():
         check(shared < private, f"seed {seed}: {shared} of {private}")
         # Each node needs at least one image.
         check(shared > 20 * STORED * START, f"seed {seed}: {shared}")
-    # With one image there is nothing to share.
+    # With a single image, sharing changes nothing.
     node = [Node(shared, True) for shared in (False, True)]
     for one in node:
         for _ in range(3):

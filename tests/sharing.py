@@ -1,9 +1,9 @@
 #!/usr/bin/env python3
 # SPDX-License-Identifier: GPL-2.0
-"""Stacks with layers in common: one device for each file, nobody's taken away, and never a wrong byte.
+"""Stacks with layers in common: one device for each file, none removed while it is used, and never a wrong byte.
 
-OBD_SHARING is how many seconds the storm of opens, closes and kills lasts, OBD_SHARING_AT_ONCE how many there are at
-once; OBD_SEED says what they do: each run prints its own.
+OBD_SHARING is the duration of the storm of opens, closes and kills in seconds, OBD_SHARING_AT_ONCE the number of
+concurrent users. OBD_SEED determines what they do: each run prints its seed.
 """
 
 import contextlib
@@ -31,13 +31,13 @@ NAME = f"obdtest-{os.getpid()}"
 SIZE = 256 << 10
 LOCKS = "/run/obdsetup"
 LOOP_CHANGE_FD = 0x4C06
-# Each starts programs by the dozen.
+# Each test starts dozens of programs.
 LONG = 300
 STORM = int(os.environ.get("OBD_SHARING_AT_ONCE", "50"))
 
 
 def obdsetup(*args, status=0):
-    """Runs it; its standard output and error."""
+    """Runs obdsetup. Returns its standard output and error."""
     if not OBDSETUP:
         raise Skip("no obdsetup")
     done = subprocess.run([OBDSETUP, *args], capture_output=True, text=True, check=False)
@@ -58,14 +58,14 @@ def close(name):
 
 
 def devices(kind=""):
-    """The devices of obdsetup's, of one type or all: UUIDs, and names."""
+    """Returns the devices of obdsetup, of one type or all, as UUIDs with names."""
     rows = dmsetup("info", "-c", "--noheadings", "--separator", "|", "-o", "uuid,name").splitlines()
     rows = [row.split("|") for row in rows if row.startswith(f"OVERLAYBD-{kind}")]
     return dict(rows)
 
 
 def loops():
-    """The files of the loop devices."""
+    """Returns the files of the loop devices."""
     files = []
     for path in glob.glob("/sys/block/loop*/loop/backing_file"):
         with contextlib.suppress(OSError):
@@ -75,7 +75,7 @@ def loops():
 
 
 def eventually(what, holds, wanted):
-    """Waits until holds() gives what is wanted."""
+    """Waits until holds() returns wanted."""
     got = None
     for _ in range(100 * SLOW):
         got = holds()
@@ -96,7 +96,7 @@ def nothing_left(before=()):
 
 
 def clear():
-    """After a test that failed."""
+    """Removes what a failed test has left."""
     for _ in range(3):
         for name in devices().values():
             quietly("dmsetup", "remove", name)
@@ -106,7 +106,7 @@ def clear():
 
 
 class Layers:
-    """Files of layers, and what they make."""
+    """Files of layers, and their contents."""
 
     def __init__(self, seed=1):
         if not OBDSETUP:
@@ -118,12 +118,12 @@ class Layers:
         self.raws = {}
 
     def make(self, name, wrap=image.zfile, odd=False):
-        """A layer of random content; its path."""
+        """Makes a layer of random content. Returns its path."""
         while True:
             layer = image.lsmt(SIZE, image.random_layer(self.rng, SIZE, count=20))
             raw = wrap(layer)
             if not odd and len(raw) % 512:
-                # Padded, and as it was inside.
+                # The tar pads the file; the layer in it is unchanged.
                 raw = image.tar(raw)
             if odd == bool(len(raw) % 512):
                 break
@@ -140,7 +140,7 @@ class Layers:
 
 
 def content(*layers):
-    """The disk that LSMT files make."""
+    """Returns the disk of LSMT files."""
     whole = image.flatten([image.Lsmt(layer) for layer in layers])
     return whole + bytes(SIZE - len(whole))
 
@@ -150,7 +150,7 @@ def look(name, wanted, rounds=10):
 
 
 def below(name):
-    """The numbers of the devices right below one."""
+    """Returns the numbers of the devices directly below a device."""
     rdev = os.stat(f"/dev/mapper/{name}").st_rdev
     numbers = []
     for path in glob.glob(f"/sys/dev/block/{os.major(rdev)}:{os.minor(rdev)}/slaves/*/dev"):
@@ -160,7 +160,7 @@ def below(name):
 
 
 def is_there(name):
-    """Whether there is a device with that name; without udev, nodes of some stay."""
+    """Returns whether a device of that name exists. Without udev, some nodes in /dev/mapper stay."""
     for path in glob.glob("/sys/block/dm-*/dm/name"):
         with contextlib.suppress(OSError):
             with open(path, encoding="ascii") as file:
@@ -293,11 +293,11 @@ def names_mean_nothing():
         obdsetup("open", name, path)
     equal(len(loops()), 1, f"loop devices: {loops()}")
     first = layers.content(base)
-    # Another directory, the same name.
+    # The same name in another directory.
     same = layers.make("there/a.obd")
     obdsetup("open", f"{NAME}-same", same)
     equal(len(loops()), 2, f"loop devices: {loops()}")
-    # Another file in its place.
+    # Another file replaces it.
     layers.make("here/a.obd")
     obdsetup("open", f"{NAME}-new", base)
     equal(len(loops()), 3, f"loop devices: {loops()}")
@@ -310,7 +310,7 @@ def names_mean_nothing():
     newest = layers.make("here/a.obd")
     obdsetup("open", f"{NAME}-newest", newest)
     look(f"{NAME}-newest", layers.content(newest))
-    # Changed in its place: what was read before isn't what it has, so the device isn't used.
+    # Changed in place: data read earlier may differ from the file, so the device isn't reused.
     before = len(loops())
     with open(newest, "r+b") as file:
         byte = file.read(1)
@@ -431,7 +431,7 @@ def not_used():
         check(what in said and "--private" in said, f"by hand: {said}")
     obdsetup("open", two, base)
     look(two, layers.content(base))
-    # Its loop device gets another file, which a read-only one may.
+    # Give its loop device another file, which read-only loop devices allow.
     path, = glob.glob("/sys/dev/block/" + below(name)[0] + "/loop/..")
     with open(f"/dev/{os.path.basename(os.path.realpath(path))}", "rb") as disk, open(other, "rb+") as file:
         file.truncate(os.path.getsize(base))
@@ -444,7 +444,7 @@ def not_used():
     nothing_left()
 
 
-# Runs a program with a /run of its own, as a container does.
+# Runs a program with a /run of its own, as in a container.
 OTHER_RUN = ["unshare", "--mount", "sh", "-c", 'mount -t tmpfs $OPTIONS tmpfs /run && exec "$@"', "sh"]
 
 
@@ -506,7 +506,7 @@ def looked_at():
 
 
 def zfile(name):
-    """Counters of the device of a stack's only layer, and the mode of its cache."""
+    """Returns the zfile device of a stack's only layer, its counters, and its cache mode."""
     device = json.loads(obdsetup("status", "--json", name)[0])["layers"][0]["zfile"]
     fields = dmsetup("status", "--noflush", device).split()[3:]
     if len(fields) < 13:
@@ -541,7 +541,7 @@ def cache():
     equal(zfile(two)[2], "all", "mode when two of three are left")
     obdsetup("close", three)
     equal(zfile(two)[2], "parts", "mode when one is left")
-    # What somebody has set by hand stays.
+    # A mode set by hand stays.
     for mode in ("none", "all"):
         dmsetup("message", device, "0", "cache", mode)
         obdsetup("open", one, base)
@@ -555,7 +555,7 @@ def cache():
     equal(zfile(one)[2], "parts", "mode by hand, when the third comes")
     for name in (one, two, three):
         obdsetup("close", name)
-    # An open that fails at its end leaves the mode as it was.
+    # An open that fails at its end leaves the mode unchanged.
     obdsetup("open", one, base)
     with open("/dev/full", "wb") as full:
         check(subprocess.call([OBDSETUP, "open", two, base], stdout=full, stderr=subprocess.DEVNULL), "open to a full device")
@@ -608,7 +608,8 @@ def unloaded():
 
 
 class User(threading.Thread):
-    """Opens a stack again and again, of common layers and one of its own, reads, and closes it; is killed at times."""
+    """Opens a stack of common layers and one of its own again and again, reads it, and closes it; some of these are
+    killed."""
 
     def __init__(self, nth, common, layers, end):
         super().__init__()
@@ -620,7 +621,7 @@ class User(threading.Thread):
         self.done, self.kills, self.errors = 0, 0, []
 
     def _write(self):
-        """Another file under the same name."""
+        """Replaces the user's own layer. Returns its content."""
         layer = image.lsmt(SIZE, image.random_layer(self.rng, SIZE, count=5))
         raw = image.zfile(layer)
         with open(f"{self.path}.new", "wb") as file:
@@ -642,12 +643,12 @@ class User(threading.Thread):
     def _open(self, *paths):
         """Opens the stack, whatever is left of it."""
         while True:
-            # Looking at what all the others have open would take most of the time.
+            # Checking all that the others have open would take most of the time.
             status, said = self._run("open", "--allow-in-use", self.name_, *paths, kill=self.rng.random() < 0.2)
             if status == 0:
                 return
             if status == 5 and f"device {self.name_} exists already" in said:
-                # One that was killed too late.
+                # The kill came too late.
                 self._close()
             elif status != -signal.SIGKILL:
                 raise Failure(f"open {self.name_}: status {status}: {said}")
@@ -693,7 +694,7 @@ def storm():
     for name, wrap in (("a", image.zfile), ("b", image.zfile), ("c", bytes), ("d", image.zfile)):
         path = layers.make(f"{name}.obd", wrap, odd=name in "b")
         common[path] = layers.raws[path]
-    # One that has all of them, all the time; and a device that was made by hand, over one of the files.
+    # A stack of all common layers that stays open; and a device made by hand over one of the files.
     keeper = f"{NAME}-keeper"
     obdsetup("open", keeper, *common)
     loop = subprocess.check_output(["losetup", "--find", "--show", "--read-only", sorted(common)[0]], text=True).strip()
@@ -724,7 +725,7 @@ def storm():
     hand.remove()
     quietly("losetup", "--detach", loop)
     obdsetup("close", keeper)
-    # Names of stacks that were killed have locks.
+    # Killed users have left locks for their names.
     for user in users:
         quietly(OBDSETUP, "close", user.name_)
     nothing_left()

@@ -1,10 +1,10 @@
 #!/usr/bin/env python3
 # SPDX-License-Identifier: GPL-2.0
-"""A random mix of everything, for OBD_SOAK_MINUTES (1): episodes of some seconds, each with a stack of its
-own, readers who verify, and a choice of troubles: faults below, no memory, reloads, neighbours.
+"""A random mix of everything for OBD_SOAK_MINUTES (1): episodes of some seconds, each with a stack of its own,
+readers that verify, and a choice of troubles: faults of lower devices, no memory, reloads, other devices.
 
-A read may fail only while a fault is on or was on since it began. An episode is told by its seed:
-OBD_SOAK_SEED runs one again, as far as chance in time allows.
+A read may fail only if a fault is on, or was on since the read began. OBD_SOAK_SEED repeats an episode by its seed,
+apart from timing.
 """
 
 import collections
@@ -23,12 +23,12 @@ from obdtest.memory import hog, kernel_memory
 
 MINUTES = float(os.environ.get("OBD_SOAK_MINUTES", "1"))
 SECONDS = 12
-# Seconds in which everything must end when it is told to.
+# Time limit in seconds for everything to end when told to.
 BOUND = 30 * SLOW
 
 
 class Lower:
-    """A blob on a linear device, whose table can be changed under its users."""
+    """A blob on a linear device whose table can be replaced while it is used."""
 
     def __init__(self, raw):
         self.loop = dm.Loop(raw)
@@ -48,7 +48,7 @@ def describe(counts):
 
 
 def unless_late(function, *args):
-    """Suspends or resumes, which is refused where somebody else has just done it."""
+    """Suspends or resumes. That fails if another thread has just done it."""
     try:
         function(*args)
     except OSError as error:
@@ -57,7 +57,7 @@ def unless_late(function, *args):
 
 
 class Scene:
-    """A stack of random layers, and what it must read as."""
+    """A stack of random layers, and its expected content."""
 
     def __init__(self, rng):
         self.rng, self.stop = rng, threading.Event()
@@ -93,27 +93,27 @@ class Scene:
             self.counts[what] = self.counts.get(what, 0) + number
 
     def pause(self, rng, most=0.3):
-        """Waits a little; tells whether to go on."""
+        """Waits a little. Returns whether to go on."""
         return not self.stop.wait(rng.random() * most)
 
     def trouble(self, error, begin):
-        """Something begins or ends that may cause an error."""
+        """Records that a trouble begins or ends that may cause this error."""
         with self.lock:
             self.active[error] += 1 if begin else -1
             self.changes[error] += 1
 
     def now(self):
-        """How often troubles have begun or ended."""
+        """Returns how often troubles have begun or ended, by error."""
         with self.lock:
             return dict(self.changes)
 
     def excuse(self, error, since):
-        """Raises an error again unless its trouble is on or was on since then."""
+        """Raises an error again unless its trouble is on, or was on since then."""
         with self.lock:
             if not self.active.get(error.errno) and self.changes.get(error.errno) == since.get(error.errno):
                 raise error
 
-    # ---- who reads ----
+    # ---- readers ----
 
     def reader(self, rng):
         disk = Disk(self.device)
@@ -259,7 +259,7 @@ class Scene:
 
 
 def episode(seed, totals):
-    """One of them; everything is mended and right at its end."""
+    """Runs one episode; at its end all faults are gone and the content is right."""
     rng = random.Random(seed)
     scene = Scene(rng)
     note(f"seed {seed}: {scene.size >> 10} KiB in {len(scene.lowers)} layers, {len(scene.zfiles)} of them ZFiles")
@@ -269,7 +269,7 @@ def episode(seed, totals):
 
 
 def soak():
-    """Episodes until time is over, and what memory they have left."""
+    """Runs episodes until the time is over, and checks the memory afterwards."""
     for module in ("dm-flakey", "dm-delay"):
         if subprocess.run(["modprobe", module], capture_output=True, check=False).returncode:
             raise Skip(f"no kernel module {module}")

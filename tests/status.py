@@ -1,6 +1,6 @@
 #!/usr/bin/env python3
 # SPDX-License-Identifier: GPL-2.0
-"""What the targets tell: status of all kinds, counters, dependencies, IMA measurements."""
+"""What the targets report: all kinds of status, counters, dependencies, IMA measurements."""
 
 import os
 import subprocess
@@ -21,7 +21,7 @@ IMA = "/sys/kernel/security/ima"
 
 
 def numbers(device):
-    """The counters of a zfile device: reads, bytes, blocks, errors, corrupt."""
+    """Returns the counters of a zfile device: reads, bytes, blocks, errors, corrupt blocks."""
     return [int(field) for field in device.info()[5:10]]
 
 
@@ -181,7 +181,7 @@ def corrupt_block():
     lines = [text for text in log.lines() if "zfile: block 5 is corrupt" in text]
     equal(len(lines), 1, "lines in the kernel log")
     check(device.number in lines[0], f"{device.number} in {lines[0]!r}")
-    # Good blocks don't make up for it; a new table does.
+    # Reading good blocks doesn't reset the state; a new table does.
     same_bytes(disk.read(0, 4096), DATA[:4096], "block 0 again")
     equal(device.info()[0], "C", "state afterwards")
     loop.write(0, RAW)

@@ -1,6 +1,6 @@
 #!/usr/bin/env python3
 # SPDX-License-Identifier: GPL-2.0
-"""Table lines: what loads, and what is refused with which phrase."""
+"""Table lines: which ones load, and which are refused with which phrase."""
 
 import errno
 import os
@@ -22,7 +22,7 @@ PADDED = DATA + bytes(-len(DATA) % 512)
 
 
 def refused(target, phrase, error, length, *args, readonly=True):
-    """Loads a line in which ZDEV and LDEV stand for devices; checks why it is refused."""
+    """Loads a line in which ZDEV and LDEV stand for devices. Checks how it is refused."""
     devices = {"ZDEV": dm.Loop(ZFILE).path, "LDEV": dm.Loop(LAYER).path}
     for device in devices.values():
         with open(device, "rb"):
@@ -33,10 +33,10 @@ def refused(target, phrase, error, length, *args, readonly=True):
     fails_with(error, lambda: device.load(line(0, length, target, *args), readonly=readonly))
     lines = [text for text in log.lines() if text.startswith("device-mapper: table: ")]
     equal(len(lines), 1, f"lines of device-mapper in the kernel log, {lines}")
-    # Not every kernel has names of errors.
+    # Some kernels have no names of errors.
     endings = [f" {target}: {phrase} (-{text})" for text in (errno.errorcode[error], error)]
     check(lines[0].endswith(tuple(endings)), f"the kernel log says {lines[0]!r}, wanted {phrase!r}")
-    # What the failed constructor had opened is closed again.
+    # The failed constructor has closed its devices.
     for path in devices.values():
         os.close(os.open(path, os.O_RDONLY | os.O_EXCL))
 
@@ -97,7 +97,7 @@ def writable():
 
 @test("a failed constructor keeps no device open")
 def nothing_kept():
-    # Fails at the last layer, when others are open; the module must not be in use by it.
+    # The constructor fails at the last layer, with the others open; it must not leave the module in use.
     loops = [dm.Loop(LAYER) for _ in range(20)] + [dm.Loop(b"nothing" * 100)]
     for _ in range(5):
         fails_with(errno.EINVAL, dm.lsmt, VSIZE, *[(loop, LSIZE) for loop in loops[:-1]], (loops[-1], "-"))
@@ -108,7 +108,7 @@ def nothing_kept():
 
 @test("zfile: the whole device with '-', where the header holds everything")
 def whole_device():
-    # Garbage behind the blob, as in a logical volume.
+    # Garbage after the blob, as on a logical volume.
     loop = dm.Loop(ZFILE + b"garbage" * 2000)
     verify(dm.zfile(loop, "-", len(DATA)), PADDED)
 
@@ -172,7 +172,7 @@ def many_targets():
 
 @test("1, 2, 17 and 255 layers; the top one wins")
 def layer_counts():
-    # Seventeen images, used again and again: each loop device takes its time.
+    # Seventeen images, used repeatedly: making a loop device is slow.
     raws = [image.lsmt(VSIZE, [(nth * 5, bytes([nth + 1]) * 512 * 12), (105 + nth, 3)], pad=False)
             for nth in range(17)]
     loops = [(dm.Loop(raw), len(raw)) for raw in raws]
@@ -198,7 +198,7 @@ def virtual_sizes():
 
 @test("a size that is no multiple of 512: the tail of the last sector is zeros")
 def unaligned_size():
-    # The data behind the end is there, and must not be seen.
+    # There is data beyond the end, which must not be visible.
     for inside in (1, 100, 511):
         size = 8192 + inside
         for extents in ([(0, image.sample(16384, 3))], [(0, image.sample(4096, 3))], [(16, 1)]):
