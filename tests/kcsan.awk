@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: GPL-2.0
-# The kernel's log without KCSAN's reports of races that the module has no part in: a kernel has many of its own. A part
-# has who makes one of the accesses, or calls what does; not who was interrupted, nor who has handed on a bio or work.
+# Prints the kernel's log without KCSAN's reports of races that don't concern the module: a kernel has many of its
+# own. The module is concerned if it makes one of the accesses or calls the code that does; not if it was interrupted,
+# or passed on a bio or work item.
 
 /BUG: KCSAN/ { finish(); report = 1 }
 
-# What other CPUs say meanwhile.
+# Messages of other CPUs within a report.
 report && /WARNING:|BUG: [^K]|Oops|panic|INFO: task/ { print; next }
 
 report {

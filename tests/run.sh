@@ -1,10 +1,10 @@
 #!/bin/bash
 # SPDX-License-Identifier: GPL-2.0
-# Run the tests, all, those named, or all but those, on the running kernel with the module loaded:
+# Runs the tests on the running kernel with the module loaded: all, those named, or all but those named.
 # run.sh [[--but] NAME...]
-# Those in system/ run where they are named, one as system/NAME, all but system/nested as system: they need more of a
-# system than others.
-# Prints KTAP, a subtest for each script. Whatever a script leaves behind is a failure of it.
+# The tests in system/ need more of a system, and run only if named: one as system/NAME, or all but system/nested as
+# system.
+# Prints KTAP with a subtest for each script. A script fails if it leaves anything behind.
 set -u
 
 cd "$(dirname "$0")" || exit 1
@@ -17,10 +17,10 @@ KCSAN=/sys/kernel/debug/kcsan
 PAGE_OWNER=/sys/kernel/debug/page_owner_stacks/show_stacks
 COMPLAINTS="WARNING:|BUG:|Oops|Call Trace|INFO: task|lockdep|KASAN|UBSAN|refcount_t|pagealloc: |detected stall|soft lockup"
 FIRST=(golden malformed)
-# These run only where they are named.
+# These run only if named.
 NAMED=(panic soak system/nested)
 
-# scripts [DIR/]: names of all, the most telling first.
+# scripts [DIR/]: print the names of all scripts, the most revealing first.
 scripts() {
 	local file
 	[ $# != 0 ] || printf '%s\n' "${FIRST[@]}"
@@ -29,7 +29,7 @@ scripts() {
 	done
 }
 
-# state: mapped devices, loop devices, mounts of tests, and users of the module, a line each.
+# state: print mapped devices, loop devices, mounts of tests, and users of the module, a line each.
 state() {
 	local path
 	for path in /sys/block/dm-*; do
@@ -46,7 +46,7 @@ state() {
 	fi
 }
 
-# left_behind BEFORE: what there is now and wasn't before, once it had two seconds to go.
+# left_behind BEFORE: print what is in the state now but not in BEFORE, after up to two seconds for it to go.
 left_behind() {
 	local now i
 	for ((i = 0; i < 40; i++)); do
@@ -57,7 +57,7 @@ left_behind() {
 	echo "$now"
 }
 
-# tidy: remove what a failed test has left, so that the next ones aren't hurt by it.
+# tidy: remove what a failed test has left, so that it doesn't affect the next ones.
 tidy() {
 	local path name _
 	grep -o ' /tmp/obdtest[^ ]*' /proc/mounts | xargs -r umount
@@ -72,7 +72,7 @@ tidy() {
 	done >/dev/null 2>&1
 }
 
-# complaints MARK: what the kernel had to complain of since a line of its log, but for what a test says it looks at.
+# complaints MARK: print the kernel's complaints since the mark in its log, except those that a test checks itself.
 complaints() {
 	dmesg | awk -v mark="$1" '
 		index($0, mark) { seen = 1; looks = / looks$/ }
@@ -81,7 +81,7 @@ complaints() {
 		awk -f kcsan.awk | grep -E "$COMPLAINTS"
 }
 
-# run_one NAME: status 0 passed, 1 failed, 4 skipped.
+# run_one NAME: run a script. Status 0: passed, 1: failed, 4: skipped.
 run_one() {
 	local mark="obdtest: $1 $RANDOM" status=0 before left
 	before=$(state)
@@ -101,13 +101,13 @@ run_one() {
 	return "$status"
 }
 
-# scan_leaks: have kmemleak look for lost memory, twice, since it takes some time for it to be sure.
+# scan_leaks: have kmemleak scan twice, after a pause: it reports a block only some time after it was lost.
 scan_leaks() {
 	sleep 6
 	echo scan >"$KMEMLEAK" && echo scan >"$KMEMLEAK"
 }
 
-# leaks: what kmemleak has found, one test; nothing that was there before the tests counts.
+# leaks NR: one test, of what kmemleak has found since the tests began.
 leaks() {
 	if [ ! -w "$KMEMLEAK" ]; then
 		echo "ok $1 no leaked memory # SKIP this kernel has no kmemleak"
@@ -126,9 +126,9 @@ leaks() {
 	fi
 }
 
-# lost_pages: stacks of those who took pages and haven't given them back, as far as the module has taken them itself. What
-# allocators below it and checkers keep isn't its own, and working memory of the codecs stays. Pages that are kept to be
-# used again are given back before.
+# lost_pages: print the stacks that allocated pages which weren't freed, if the module allocated them itself. What
+# allocators and checkers keep is not the module's; the codecs' working memory stays allocated. Pages in the pool are
+# freed first.
 lost_pages() {
 	[ -r "$PAGE_OWNER" ] || return 0
 	echo 2 >/proc/sys/vm/drop_caches
@@ -136,7 +136,7 @@ lost_pages() {
 		"$PAGE_OWNER"
 }
 
-# pages: whether the kernel can tell of lost pages, one test. They are looked for after each script.
+# pages NR: one test, of whether the kernel records owners of pages. Lost pages are checked after each script.
 pages() {
 	if [ ! -r "$PAGE_OWNER" ]; then
 		echo "ok $1 owners of pages are known # SKIP this kernel has no page owners"
@@ -148,7 +148,7 @@ pages() {
 	fi
 }
 
-# checkers: whether lockdep and KCSAN were at work to the end, where the kernel has them, one test.
+# checkers NR: one test, of whether lockdep and KCSAN, if the kernel has them, were active to the end.
 checkers() {
 	local stopped=()
 	[ ! -r /proc/lockdep_stats ] || grep -Eq 'debug_locks: +1' /proc/lockdep_stats || stopped+=(lockdep)

@@ -1,15 +1,15 @@
 #!/bin/bash
 # SPDX-License-Identifier: GPL-2.0
 # shellcheck disable=SC2317,SC2016 # test calls them; what is in quotes is for another shell
-# Tests of the scripts themselves, in some seconds: odd places and surroundings, locks, interrupts, what is counted. Prints
-# KTAP. Needs the tool-chain root, which 'make setup' makes.
+# Tests of the scripts, in some seconds: unusual paths and environments, locks, interrupts, counting of results.
+# Prints KTAP. Needs the tool-chain root, which 'make setup' makes.
 set -u
 
 cd "$(dirname "$0")/.." || exit
 clone=$PWD
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
-# Of the clone what these tests need, at a place that the kernel's build and QEMU would not take.
+# The part of the clone that these tests need, at a path that the kernel's build and QEMU would not accept.
 odd="$work/it's a:b,c%20\$d/my clone"
 mkdir -p "$odd"
 cp -r Makefile scripts "$odd/"
@@ -34,7 +34,7 @@ equal() {
 	[ "$1" = "$2" ] || { diff <(echo "$2") <(echo "$1") && false; }
 }
 
-# soon CMD...: it succeeds within half a minute; a busy machine is slow.
+# soon CMD...: wait until it succeeds, up to half a minute, since a machine may be busy.
 soon() {
 	local _
 	for _ in {1..300}; do
@@ -69,7 +69,7 @@ by_link() {
 	equal "$(cd "$work/link" && scripts/in-root.sh sh -c 'pwd; ls -d Makefile')" $'/clone\nMakefile'
 }
 
-# tools_of_the_machine: for a kernel's tree on this machine, the clone is at a place without blanks.
+# tools_of_the_machine: to build with a kernel tree of this machine, the clone is mounted at a path without blanks.
 tools_of_the_machine() {
 	equal "$(cd "$odd" && bash -c '. scripts/lib.sh; . scripts/kdir.sh; KDIR_IN_ROOT= KDIR_USED=/usr; kdir_place
 		echo "$KDIR_CLONE"; kdir_run sh -c "cat $KDIR_CLONE/Makefile; id -u"')" "/mnt"$'\n'"$(cat Makefile; id -u)"
@@ -77,7 +77,7 @@ tools_of_the_machine() {
 	! (cd "$odd" && bash -c '. scripts/lib.sh; . scripts/kdir.sh; KDIR_IN_ROOT= KDIR_USED="/a b"; kdir_place') || return
 }
 
-# lock_of_a_step: what a step locks, the next one can have.
+# lock_of_a_step: a lock that a step takes ends with the step.
 lock_of_a_step() {
 	(cd "$odd" && timeout 20 bash -c '. scripts/lib.sh
 		take() { lock "$BUILD/some.lock" "test"; }
@@ -85,7 +85,7 @@ lock_of_a_step() {
 		step first take && step second flock -n "$BUILD/some.lock" true')
 }
 
-# two_at_once: in one clone the second waits for the first, and what that calls does not.
+# two_at_once: a second run in a clone waits for the first, but what the first calls doesn't wait.
 two_at_once() {
 	local order=$work/order run='. scripts/lib.sh; alone; echo "$0 begins" >>"$1"; bash -c ". scripts/lib.sh; alone"; sleep 0.7
 		echo "$0 ends" >>"$1"'
@@ -93,14 +93,14 @@ two_at_once() {
 	equal "$(cat "$order")" $'a begins\na ends\nb begins\nb ends'
 }
 
-# cache_is_free: nothing half made, and nobody holds the lock.
+# cache_is_free: no unfinished set-up is left, and the locks are free.
 cache_is_free() {
 	local lock
 	for lock in "$work"/cache/dm-overlaybd/lock-*; do flock -n "$lock" true || return; done
 	! ls -d "$work"/cache/dm-overlaybd/tmp-*
 }
 
-# cache_interrupted SIGNAL: while something is being made.
+# cache_interrupted SIGNAL: interrupt a set-up.
 cache_interrupted() {
 	local pid
 	# Below nohup, HUP would be ignored.
@@ -110,13 +110,14 @@ cache_interrupted() {
 	pid=$!
 	soon [ -e "$work/begun" ] || return
 	rm "$work/begun"
-	# A shell that is in the background does not see INT.
+	# A shell in the background ignores INT.
 	kill "-$1" "$pid"
 	wait "$pid"
 	[ "$?" -gt 128 ] && soon cache_is_free
 }
 
-# step_interrupted SIGNAL: all that a step has started ends, also what runs in the root below another script.
+# step_interrupted SIGNAL: everything that a step has started ends, also a command in the root that another script
+# runs.
 step_interrupted() {
 	local seconds=398.$RANDOM$RANDOM pid status=0
 	(cd "$odd" && exec env --default-signal="$1" bash -c '. scripts/lib.sh
@@ -138,7 +139,7 @@ cache_twice() {
 		done') && soon cache_is_free && [ -d "$work/cache/dm-overlaybd/thing-1" ]
 }
 
-# running SECONDS: a sleep of so many does.
+# running SECONDS: whether a sleep of so many seconds runs.
 running() {
 	grep -slzx "$1" /proc/[0-9]*/cmdline | while read -r file; do
 		cat "${file%/*}/comm"
@@ -146,7 +147,7 @@ running() {
 }
 gone() { ! running "$1"; }
 
-# ends_with_caller SIGNAL: what runs in the root does.
+# ends_with_caller SIGNAL: a command in the root ends with its caller.
 ends_with_caller() {
 	local seconds=397.$RANDOM$RANDOM pid
 	bash -c 'scripts/in-root.sh sleep "$0"; :' "$seconds" &
@@ -162,7 +163,7 @@ ktap() {
 		"  ok 3 z # SKIP no thing" "  not ok 4 u" "not ok 1 a" "  # Subtest: b" "  KTAP version 1" "  1..0 # SKIP no other thing" \
 		"ok 2 b # SKIP all of it" "  KTAP version 1" "  1..2" "  ok 1 v # SKIP no thing" "  ok 2 w # SKIP no other thing" \
 		"ok 3 c # SKIP all of it" "ok 4 d" "  1..2" "  ok 1 t" "ok 5 e" >"$work/ktap"
-	# Of e's plan of two, one is there.
+	# One of the two results that e's plan announces is missing.
 	equal "$(awk -f scripts/ktap.awk "$work/ktap" | sort)" $'2 no other thing\n3 2\n3 no thing' || return
 	equal "$(awk -f scripts/ktap.awk "$work/ktap" "$work/ktap" | sort)" $'4 no other thing\n6 4\n6 no thing'
 }
@@ -176,8 +177,8 @@ cargo() {
 		$'1 ignored unless cargo test is asked for it\n1 no machine\n2 no golden images, see OBD_GOLDENS\n3 1'
 }
 
-# stubbed_check PART...: check.sh in a copy where what it calls does nothing, and VMs print KTAP with a failure, and with tests
-# skipped for one cause.
+# stubbed_check PART...: run check.sh in a copy with stubs of what it calls. VMs print KTAP with a failure and with
+# tests skipped for one cause.
 stubbed_check() {
 	local copy=$work/stubbed name
 	mkdir -p "$copy/tests"
@@ -222,7 +223,7 @@ sums() {
 15 passed, 3 failed, 1 skipped'
 }
 
-# pictures: each is there and of its source, and what isn't is told.
+# pictures: each picture exists and matches its source; a mismatch is reported.
 pictures() {
 	local copy=$work/pictures said none=$work/none
 	scripts/pictures.sh --check || return
@@ -237,7 +238,7 @@ pictures() {
 	equal "$said" "error: dot is missing: install Graphviz (Debian: apt install graphviz)"
 }
 
-# document_links FILE: what a document names by its place, seen from there.
+# document_links FILE: print the relative links in a document.
 document_links() {
 	case $1 in
 	*.md) grep -oE '\]\([^)]+\)|src="[^"]+"' "$1" | sed -E 's/^(\]\(|src=")//; s/[)"]$//' ;;
@@ -248,7 +249,7 @@ document_links() {
 	esac | sed 's/#.*//' | grep -vE '^$|^[a-z]+:' | sort -u
 }
 
-# documents: what they link to is there, and the index has all.
+# documents: links lead to existing files, and the index has all documents.
 documents() {
 	local document link bad=0
 	for document in ./*.md Documentation/*.rst Documentation/*/*.rst; do
@@ -264,7 +265,7 @@ documents() {
 	return "$bad"
 }
 
-# versions: of the packages, obdsetup and the documents, that of dkms.conf, which the module has, too.
+# versions: the packages, obdsetup and the documents have the version of dkms.conf, which the module has, too.
 versions() {
 	local version bad=0
 	version=$(sed -n 's/^PACKAGE_VERSION="\(.*\)"$/\1/p' dkms.conf)

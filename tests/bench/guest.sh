@@ -1,6 +1,7 @@
 #!/bin/bash
 # SPDX-License-Identifier: GPL-2.0
-# In the guest: load what the benchmark needs, and run it: guest.sh ARGUMENTS..., with the images in the VM's share.
+# Runs in the guest: loads what the benchmark needs and runs it, with the images in the VM's share. guest.sh
+# ARGUMENTS...
 set -eu
 
 cd "$(dirname "$0")/../.."

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0
-"""Load from obd_bench.ko, and the plans that say what it reads."""
+"""Load from obd_bench.ko, and the plans that define its reads."""
 
 import os
 import random
@@ -11,7 +11,7 @@ _DIRECTORY = tempfile.mkdtemp(prefix="obd-bench-")
 
 
 class Plan:
-    """Ranges (offset in bytes, length, extra) in a file that the load generator reads."""
+    """Ranges (offset in bytes, length, extra) of a file for the load generator to read."""
 
     _count = 0
 
@@ -44,12 +44,12 @@ def bios(path, plan, depth=1, threads=1):
 
 
 def codec(path, plan, algorithm, crc=False):
-    """Decompresses the ranges, whose extra is what they decompress to."""
+    """Decompresses the ranges. The extra of each is its decompressed size."""
     return _run("codec", path, plan.path, algorithm, int(crc))
 
 
 def files(names, plan, at_once=128 << 10, threads=1, keep=False):
-    """Reads ranges of files, whose extra is the number of the file; keep opens all of them first."""
+    """Reads ranges of files. The extra of each is the number of the file. With keep, opens all files first."""
     path = f"{_DIRECTORY}/names"
     with open(path, "w", encoding="utf-8") as file:
         file.writelines(f"{name}\n" for name in names)
@@ -57,22 +57,22 @@ def files(names, plan, at_once=128 << 10, threads=1, keep=False):
 
 
 def drop_caches():
-    """Forgets what files and block devices have in memory."""
+    """Drops the caches of files and block devices."""
     os.sync()
     with open("/proc/sys/vm/drop_caches", "w", encoding="ascii") as file:
         file.write("3")
 
 
 class Layer:
-    """An image's layer as it lies in a ZFile and as it is merged: where its data is in both."""
+    """A layer of the image, in ZFiles and merged: where its data is in the file and on the disk."""
 
     def __init__(self, path, algorithms):
         self.segments = _segments(path)
         self.zfiles = {name: Zfile(blob) for name, blob in algorithms.items()}
 
     def places(self, count, length, align, seed=1):
-        """Random places of data, each of so many bytes in one segment: (offset in the file, on the disk).
-        Each starts at a multiple of align in the file."""
+        """Returns random places with length bytes of data in one segment, as (offset in the file, on the disk). Each
+        starts at a multiple of align in the file."""
         rng = random.Random(seed)
         pieces = [segment for segment in self.segments if segment[2] >= length + align]
         weights = [segment[2] for segment in pieces]
@@ -85,7 +85,7 @@ class Layer:
         return out
 
     def run(self, total, length):
-        """Places one behind the other, total bytes of them."""
+        """Returns consecutive places with total bytes together."""
         out = []
         for disk, file, size in sorted(self.segments, key=lambda segment: segment[1]):
             for at in range(0, size - length + 1, length):
@@ -96,7 +96,7 @@ class Layer:
 
 
 def _segments(path):
-    """(byte on the disk, byte in the file, bytes) of a plain layer's data."""
+    """Returns (byte on the disk, byte in the file, bytes) for the data of an uncompressed layer."""
     with open(path, "rb") as file:
         file.seek(-4096, os.SEEK_END)
         index, count = struct.unpack_from("<QQ", file.read(4096), 32)
@@ -115,7 +115,7 @@ def _segments(path):
 
 
 class Zfile:
-    """Where a ZFile has its blocks."""
+    """The places of a ZFile's blocks."""
 
     def __init__(self, path):
         with open(path, "rb") as file:
@@ -133,20 +133,20 @@ class Zfile:
         return range(start // self.block, (start + length - 1) // self.block + 1)
 
     def lower(self, places, length):
-        """The reads of the blob that places need: one each, of whole sectors."""
+        """Yields the read of the blob that each place needs, in whole sectors."""
         for start, _ in places:
             blocks = self.blocks(start, length)
             first = self.starts[blocks.start] // 512 * 512
             yield first, -(-self.starts[blocks.stop] // 512) * 512 - first, 0
 
     def stored(self, places, length):
-        """The blocks that places need: each of them as it is stored, and its size."""
+        """Yields the stored bytes and the size of each block that places need."""
         for start, _ in places:
             for nth in self.blocks(start, length):
                 size = min(self.block, self.size - nth * self.block)
                 yield self.starts[nth], self.starts[nth + 1] - self.starts[nth], size
 
     def needed(self, places, length):
-        """Bytes that are stored of what places need."""
+        """Returns the number of stored bytes that places need."""
         return sum(self.starts[b.stop] - self.starts[b.start]
                    for b in (self.blocks(start, length) for start, _ in places))

@@ -1,21 +1,21 @@
 // SPDX-License-Identifier: GPL-2.0
 /*
- * Load for benchmarks, made in the kernel: a system call costs more than a
- * small read where the kernel is a process itself (User-Mode Linux).
+ * Generates load for benchmarks in the kernel: on User-Mode Linux, where the
+ * kernel is a process, a system call costs more than a small read.
  *
- * A command is written to debugfs, obd_bench/run, and takes effect at once; its
- * figures can be read there when the write has returned, "name value" each:
+ * A command is written to obd_bench/run in debugfs. The write returns when the
+ * command has ended; the file then has its figures, one "name value" per line:
  *
  *   bio DEV PLAN DEPTH THREADS
- *	reads the ranges of PLAN, each thread a part of them, DEPTH at a time
+ *	reads the ranges of PLAN, split among threads, DEPTH at a time
  *   codec DEV PLAN ALGORITHM CRC
- *	decompresses the ranges of PLAN from memory, CRC of them as well if 1
+ *	decompresses the ranges of PLAN from memory; computes CRCs if CRC is 1
  *   file LIST PLAN BYTES THREADS KEEP
- *	reads files named in LIST, a line each, BYTES at a time; opens each
- *	of them once and first, if KEEP is 1, and else for each range
+ *	reads files named in LIST, one per line, BYTES at a time; opens all
+ *	of them once at the start if KEEP is 1, else one for each range
  *
- * PLAN is a file of struct piece; all of it is in memory before time is taken.
- * A command is repeated by who gives it, and so is what it takes away.
+ * PLAN is a file of struct piece. It is read before the measurement starts.
+ * Callers repeat commands, and drop caches between them, themselves.
  */
 #include <linux/bio.h>
 #include <linux/blkdev.h>
@@ -33,7 +33,7 @@
 #include <linux/vmalloc.h>
 #include <linux/zstd.h>
 
-/* Memory of a read is in pieces of so many pages, as page cache has it. */
+/* A read's memory is in pieces of this order, as in the page cache. */
 #define CHUNK_ORDER 4
 #define CHUNK_BYTES (PAGE_SIZE << CHUNK_ORDER)
 #define MAX_BYTES SZ_1M
@@ -57,7 +57,7 @@ struct plan {
 	u32 max_extra;
 };
 
-/* What a command came to. */
+/* The figures of the last command. */
 static char result[512];
 static size_t result_len;
 static DEFINE_MUTEX(run_lock);
@@ -95,7 +95,7 @@ static int compare_u32(const void *a, const void *b)
 	return x < y ? -1 : x > y;
 }
 
-/* Says what it took; @times, of each request in ns, are sorted for that. */
+/* Writes the result. Sorts @times, in ns for each request, for that. */
 static void report(size_t count, u64 bytes, u64 ns, u32 *times)
 {
 	result_len = scnprintf(result, sizeof(result),
@@ -111,7 +111,7 @@ static void report(size_t count, u64 bytes, u64 ns, u32 *times)
 				times[count - 1]);
 }
 
-/* Threads: each does a part of the plan. */
+/* Threads. Each does a part of the plan. */
 
 struct job;
 
@@ -153,7 +153,7 @@ static int worker_run(void *data)
 	return 0;
 }
 
-/* Runs @job's work in its threads, and reports; one thread is the caller's. */
+/* Runs @job's work in its threads and reports. One thread is the caller. */
 static int job_run(struct job *job)
 {
 	size_t count = job->plan.count;
@@ -227,7 +227,7 @@ static void slot_done(struct bio *bio)
 	if (bio->bi_status)
 		WRITE_ONCE(*slot->error, -EIO);
 	bio_uninit(bio);
-	/* A waiter that saw it before may have freed it and be gone. */
+	/* Once the slot is on the list, the waiter may free it and exit. */
 	get_task_struct(waiter);
 	llist_add(&slot->free, slot->list);
 	wake_up_process(waiter);
@@ -294,7 +294,7 @@ static struct slot *slots_alloc(struct job *job, struct llist_head *list,
 	return slots;
 }
 
-/* The next slot that is free; waits for one. */
+/* Returns the next free slot. Waits for one if necessary. */
 static struct slot *slot_get(struct llist_node **nodes,
 			     struct llist_head *list)
 {
@@ -384,7 +384,7 @@ static int decompress(struct codec *codec, const struct piece *piece,
 	u32 stored = piece->len;
 
 	if (codec->crc) {
-		/* It lies behind the block. */
+		/* The CRC follows the block. */
 		stored -= sizeof(u32);
 		codec->sink += crc32c(~0, src, stored);
 	}
@@ -397,8 +397,8 @@ static int decompress(struct codec *codec, const struct piece *piece,
 }
 
 /*
- * What decompression takes. Blocks are copied first, some at a time, and no
- * time is taken of that: they are in the CPU's caches as after a read.
+ * Measures decompression. Some blocks at a time are copied first, which isn't
+ * measured, so that they are in the CPU's caches as after a read.
  */
 static int codec_work(struct codec *codec, const struct plan *plan)
 {
@@ -431,7 +431,7 @@ static int codec_work(struct codec *codec, const struct plan *plan)
 	return 0;
 }
 
-/* What the pieces of a plan hold, one behind the other. */
+/* Returns the content of a plan's pieces, concatenated. */
 static char *blob_read(const char *dev, const struct plan *plan)
 {
 	struct file *file = filp_open(dev, O_RDONLY | O_LARGEFILE, 0);
@@ -660,8 +660,8 @@ static ssize_t run_write(struct file *file, const char __user *data,
 	mutex_lock(&run_lock);
 	result_len = 0;
 	/*
-	 * What vfree() left to a worker, which has a system call for each page
-	 * in User-Mode Linux, would come to be done while this measures.
+	 * Otherwise a worker would do what vfree() has postponed, with a system
+	 * call for each page on User-Mode Linux, during the measurement.
 	 */
 	vm_unmap_aliases();
 	error = run(line);

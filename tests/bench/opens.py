@@ -1,12 +1,13 @@
 #!/usr/bin/env python3
 # SPDX-License-Identifier: GPL-2.0
-"""How long obdsetup takes to open and close stacks, with udevd and without, beside veritysetup with one device.
+"""Measures how long obdsetup takes to open and close stacks, with and without udevd, and veritysetup with one device.
 
-    RUN='tests/bench/opens.py [NAME=PROGRAM]... [LAYERS]...' scripts/vm.sh
+ RUN='tests/bench/opens.py [NAME=PROGRAM]... [LAYERS]...' scripts/vm.sh
 
-PROGRAM is an obdsetup; without any, the one in PATH. LAYERS is how many layers, all of 1 16 64 255 unless given. Each
-figure is the median of OBD_ROUNDS rounds (3), in seconds. The files of the layers end in the middle of a sector, so
-that a layer takes two loop devices and two mapped devices.
+PROGRAM is an obdsetup; by default, the one in PATH. LAYERS is a number of layers; by default, 1 16 64 255. Each
+figure
+is the median of OBD_ROUNDS rounds (3), in seconds. The files of the layers end within a sector, so that a layer needs
+two loop devices and two mapped devices.
 """
 
 import os
@@ -27,7 +28,7 @@ NAME = "obdbench"
 
 
 def run(*args):
-    """Runs a program; how long it took."""
+    """Runs a program. Returns how long it took, in seconds."""
     start = time.monotonic()
     done = subprocess.run(args, capture_output=True, text=True, check=False)
     took = time.monotonic() - start
@@ -49,7 +50,7 @@ def make_layers(work, count):
 
 
 def measure(up, down):
-    """Medians of how long two commands take in turn."""
+    """Returns the median times of two commands that run in turn."""
     times = [(run(*up), run(*down)) for _ in range(ROUNDS)]
     return [statistics.median(column) for column in zip(*times)]
 
@@ -68,7 +69,7 @@ def rows(programs, layers, counts, verity):
 
 
 def make_verity(work):
-    """A dm-verity device's data, hash tree and root hash; nothing where there is no veritysetup."""
+    """Makes a dm-verity device's data and hash tree. Returns them with the root hash; None without veritysetup."""
     if not shutil.which("veritysetup"):
         return None
     data, tree = f"{work}/verity.data", f"{work}/verity.tree"

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0
-"""Plots as SVG: bars and lines, light or dark as who looks wants them."""
+"""Plots as SVG: bars and lines, light or dark as the viewer prefers."""
 
 import math
 from xml.sax.saxutils import escape
@@ -20,7 +20,7 @@ def _text(x, y, what, attributes=""):
 
 
 def bars(path, title, rows, mark=None):
-    """Horizontal bars for (name, value, least, most), with a line at mark."""
+    """Draws horizontal bars for (name, value, least, most), with a line at mark."""
     left, width, step = 330, 760, 22
     top = max(most for _, _, _, most in rows)
     top = max(top, mark or 0) * 1.1
@@ -39,7 +39,7 @@ def bars(path, title, rows, mark=None):
 
 
 def lines(path, title, series, x_name, y_name):
-    """Lines through (x, y) for each name, both axes logarithmic."""
+    """Draws lines through the (x, y) of each name. Both axes are logarithmic."""
     width, height, left, right, top, bottom = 760, 420, 70, 230, 40, 50
     xs = sorted({x for points in series.values() for x, _ in points})
     ys = [y for points in series.values() for _, y in points]

@@ -1,7 +1,8 @@
 #!/usr/bin/env python3
 # SPDX-License-Identifier: GPL-2.0
-"""What benchmarks came to: report.py DIRECTORY [OLD]. Reads the figures of each kernel (KERNEL.json), writes result.json
-with all of them, result.md and plots, and says which goals are reached and, given an older result.json, what is new."""
+"""Reports benchmark results: report.py DIRECTORY [OLD]. Reads the figures of each kernel (KERNEL.json), writes
+result.json with all of them, result.md and plots. Prints which goals are reached and, given an older result.json,
+which figures changed."""
 
 import json
 import os
@@ -10,7 +11,7 @@ import sys
 
 import plot
 
-# Beyond this a changed figure is more than noise, if the ranges don't overlap either.
+# A smaller change can be noise. Nor is a change reported if the ranges overlap.
 CHANGED = 0.05
 
 
@@ -23,15 +24,15 @@ class Run:
         self.facts = data["facts"]
 
     def all(self, row, device):
-        """Nanoseconds per request, of each round."""
+        """Returns the nanoseconds per request of each round."""
         return [one["ns"] / one["requests"] for one in self.rows[row][device]]
 
     def ns(self, row, device):
-        """Nanoseconds per request."""
+        """Returns the nanoseconds per request: the median."""
         return statistics.median(self.all(row, device))
 
     def rate(self, row, device):
-        """MB/s: median, least and most."""
+        """Returns the MB/s: median, least and most."""
         rates = sorted(one["bytes"] * 1000 / max(one["ns"], 1) for one in self.rows[row][device])
         return statistics.median(rates), rates[0], rates[-1]
 
@@ -39,19 +40,19 @@ class Run:
         return statistics.median(one[name] for one in self.rows[row][device])
 
     def limit(self, row, kind):
-        """Nanoseconds that a request takes at least: its lower read and decompression."""
+        """Returns the least time of a request in nanoseconds: its lower read and decompression."""
         base = row if f"codec {kind}" in self.rows[row] else LIKE[row]
         return self.ns(base, f"codec {kind}") + self.ns(row, f"lower {kind}")
 
 
-# Rows whose decompression is that of another: the same blocks, in another order or by another thread.
+# Rows that decompress the same blocks as another row, in another order or by another thread.
 LIKE = {"4k random, 32 deep": "4k random, 1 deep", "4k random, 2 x 16 deep": "4k random, 1 deep",
         "128k sequential, 8 deep": "128k sequential", "128k sequential, 2 readers": "128k sequential",
         "1m sequential, 2 readers": "1m sequential"}
 
 
 class Goals:
-    """Goals, and whether they are reached. What wasn't measured has none."""
+    """Goals, and whether they are reached. There are none for what wasn't measured."""
 
     def __init__(self):
         self.lines = []
@@ -63,7 +64,7 @@ class Goals:
 
 
 def block_goals(run, goals):
-    """Reads of block devices, with one CPU."""
+    """Adds goals for reads of block devices with one CPU."""
     if "4k random, 1 deep" not in run.rows:
         return
     for row, least in (("4k random, 1 deep", 0.85), ("4k random, 32 deep", 0.85), ("128k sequential", 0.9),
@@ -79,7 +80,7 @@ def block_goals(run, goals):
 
 
 def growth_goals(run, goals):
-    """Throughput as depth and readers grow: the least that is left of what there was with less."""
+    """Adds goals for throughput with more depth and readers: the least fraction of the throughput with fewer."""
     if "4k random, 1 deep" not in run.rows:
         return
     for name, rows in (("4k random, depth 32 / 1", ("4k random, 1 deep", "4k random, 32 deep")),
@@ -92,7 +93,7 @@ def growth_goals(run, goals):
 
 
 def file_goals(run, goals, squashfs_only=False):
-    """Reads of files."""
+    """Adds goals for reads of files."""
     rows = ("sequential, cold", "random 4k, cold", "small files, cold")
     if rows[0] not in run.rows:
         return
@@ -107,7 +108,7 @@ def file_goals(run, goals, squashfs_only=False):
 
 
 def other_goals(run, goals):
-    """Caches, latency, indexes, memory."""
+    """Adds goals for caches, latency, indexes and memory."""
     rows, facts = run.rows, run.facts
     row = "hot 4k random, zstd-64k"
     if row in rows:
@@ -145,7 +146,8 @@ def other_goals(run, goals):
 
 
 def scaling_goals(one, two, goals):
-    """One reader with one CPU and with two. They are different kernels: as shares of their own limits."""
+    """Adds goals for one reader with two CPUs instead of one. The kernels differ, so each is compared with its own
+    limit."""
     row = "1m sequential"
     if row in one.rows and row in two.rows:
         def share(run):
@@ -154,7 +156,7 @@ def scaling_goals(one, two, goals):
 
 
 def plots(directory, runs):
-    """What can be seen at a glance."""
+    """Draws the plots."""
     run = runs.get("uml")
     if not run:
         return
@@ -188,7 +190,7 @@ def plots(directory, runs):
 
 
 def table(run, rows, devices, out):
-    """A Markdown table of MB/s."""
+    """Appends a Markdown table of MB/s."""
     out.append("| | " + " | ".join(rows) + " |")
     out.append("|---" * (len(rows) + 1) + "|")
     for device in devices:
@@ -217,7 +219,7 @@ def markdown(runs):
 
 
 def compare(runs, old):
-    """Says which figures have changed."""
+    """Prints which figures have changed."""
     changed = 0
     for name, run in runs.items():
         before = Run(old[name]) if name in old else None
@@ -256,7 +258,7 @@ def main():
         if "uml" in runs:
             scaling_goals(runs["uml"], runs["uml-smp"], goals)
         growth_goals(runs["uml-smp"], goals)
-        # erofs and small blocks of squashfs lose their time to this kernel's remapping of memory.
+        # erofs and squashfs with small blocks lose time in this kernel's remapping of memory.
         two = Goals()
         file_goals(runs["uml-smp"], two, squashfs_only=True)
         goals.lines += [line.replace("goal: ", "goal: two CPUs, ") for line in two.lines]

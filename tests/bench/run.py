@@ -1,6 +1,6 @@
 #!/usr/bin/env python3
 # SPDX-License-Identifier: GPL-2.0
-"""The benchmark, in the guest: run.py DIRECTORY RESULT [short] [PART...]. DIRECTORY holds the images."""
+"""Runs the benchmark in the guest: run.py DIRECTORY RESULT [short] [PART...]. DIRECTORY has the images."""
 
 import fcntl
 import json
@@ -31,12 +31,12 @@ class Ram:
         self.used = 0
 
     def fill(self, path):
-        """A RAM disk with a file's content."""
+        """Returns a RAM disk with the content of a file."""
         with open(path, "rb") as source:
             return self._fill(iter(lambda: source.read(MIB), b""))
 
     def fill_with(self, content):
-        """A RAM disk with these bytes."""
+        """Returns a RAM disk with these bytes."""
         return self._fill(content[at:at + MIB] for at in range(0, len(content), MIB))
 
     def _fill(self, pieces):
@@ -48,13 +48,13 @@ class Ram:
                 dm.write(disk.fileno(), piece, size)
                 size += len(piece)
             os.fsync(disk.fileno())
-            # What the page cache has of it would be there twice.
+            # Drop the disk's page cache, a second copy of the data.
             fcntl.ioctl(disk, 0x1261)
         return Disk(device, size)
 
 
 class Disk:
-    """A block device that is somewhere else."""
+    """An existing block device."""
 
     def __init__(self, path, size):
         self.path, self.size = path, size
@@ -80,7 +80,7 @@ class Result:
 
 
 def virtual_size(path):
-    """Bytes of the disk that an LSMT layer is a part of."""
+    """Returns the virtual size of an LSMT layer in bytes."""
     with open(path, "rb") as file:
         file.seek(-4096 + 48, os.SEEK_END)
         return int.from_bytes(file.read(8), "little")
@@ -91,11 +91,11 @@ def say(text):
 
 
 class Bench:
-    """All devices, and what is measured on them."""
+    """The devices, and the measurements on them."""
 
     def __init__(self, images, result, short):
         self.images, self.result = images, result
-        # An emulated CPU is an order of magnitude slower.
+        # An emulated CPU is ten times slower.
         self.less = 16 if short else 1
         self.rounds = 3 if short else 5
         self.short = short
@@ -129,7 +129,7 @@ class Bench:
         return dm.create(line(0, (size or self.virtual_size) // 512, "lsmt", len(layers), *args))
 
     def erofs(self, kind):
-        """An image of erofs that isn't compressed but by zfile."""
+        """Returns an erofs image without its own compression, on a zfile device."""
         path = f"{self.images}/erofs-{kind}.obd"
         blob, size = self.ram.fill(path), load.Zfile(path).size
         zfile = dm.create(line(0, dm.sectors(size), "zfile", blob.path, blob.size))
@@ -137,7 +137,7 @@ class Bench:
         return self.lsmt(zfile, size=virtual_size(f"{self.images}/erofs.lsmt"))
 
     def repeat(self, title, jobs):
-        """Runs jobs, functions that give figures by (row, device), again and again in turn."""
+        """Runs jobs in turn, for several rounds. A job is a function that returns figures, by (row, device)."""
         say(title)
         start = time.monotonic()
         for _ in range(self.rounds):
@@ -146,10 +146,10 @@ class Bench:
         say(f"  {len(jobs)} figures, {time.monotonic() - start:.0f} s")
         self.result.save()
 
-    # Block devices.
+    # ---- block devices ----
 
     def block(self):
-        """Reads of block devices, and what their limit consists of."""
+        """Measures reads of block devices, and the lower reads and decompression that limit them."""
         jobs = {}
         many, few, total = 16384 // self.less, 2048 // self.less, 64 * MIB // self.less
         rows = [("4k random, 1 deep", "random", 4 * KIB, 1, 1), ("4k random, 32 deep", "random", 4 * KIB, 32, 1),
@@ -185,7 +185,7 @@ class Bench:
                 stored = load.Plan(zfile.stored(part, length))
                 jobs[row, f"lower {kind}"] = (lambda d=self.lower[kind], p=below, n=depth, t=threads:
                                               load.bios(d.path, p, n, t))
-                # It computes, and does so on one CPU: how reads come makes no difference.
+                # Decompression runs on one CPU: the order of reads and their number in flight make no difference.
                 if depth == 1 and threads == 1:
                     jobs[row, f"codec {kind}"] = self.codec_job(kind, stored, len(part))
         self.repeat("block devices", jobs)
@@ -197,10 +197,10 @@ class Bench:
             return figures
         return job
 
-    # File systems.
+    # ---- file systems ----
 
     def file(self):
-        """Reads of files."""
+        """Measures reads of files."""
         with open(f"{self.images}/files", encoding="utf-8") as file:
             found = [row.split(" ", 1) for row in file.read().splitlines()]
         names = [(name[2:], int(size)) for size, name in found]
@@ -235,7 +235,7 @@ class Bench:
                     return load.files(names, plan, at_once, keep=keep)
                 return job
 
-            # What is warm is what the row before has read.
+            # The warm row reads what the row before has read.
             jobs["small files, cold", name] = read(small_names, each)
             jobs["random 4k, cold", name] = read(large_names, random, 4 * KIB, keep=True)
             jobs["sequential, cold", name] = read(large_names, sequential)
@@ -253,10 +253,10 @@ class Bench:
         return at
 
 
-    # What caches do.
+    # ---- caches ----
 
     def cache(self):
-        """Small reads of large blocks, and images that share layers."""
+        """Measures small reads of large blocks, and images that share layers."""
         hot = self.zfile("zstd-64k")
         off = self.zfile("zstd-64k", 2, "cache_blocks", 0)
         rng = load.random.Random(4)
@@ -283,8 +283,8 @@ class Bench:
         self.result.save()
 
     def share(self, name, milliseconds, total, top):
-        """Two images that share all but the top layer, on RAM disks or on slow ones: the second after the first, and
-        by itself; and two readers of one at once."""
+        """Measures two images that share all layers but the top one, on RAM disks or on slow ones: the second image
+        after the first, and alone; and two readers of one image at the same time."""
         length = 128 * KIB
         ranges = [(at, length, 0) for at in range(0, total, length)]
         plan, twice = load.Plan(ranges), load.Plan(ranges + ranges)
@@ -341,10 +341,10 @@ class Bench:
     def delay(disk, milliseconds):
         return dm.create(line(0, dm.sectors(disk.size), "delay", disk.path, 0, milliseconds))
 
-    # Latency.
+    # ---- latency ----
 
     def latency(self):
-        """One read at a time on a slow device: each costs one read there."""
+        """Measures one read at a time on a slow device: each costs one lower read."""
         slow = self.delay(self.blobs["lz4-4k"], 1)
         size = self.layer.zfiles["lz4-4k"].size
         zfile = dm.create(line(0, dm.sectors(size), "zfile", slow.path, self.blobs["lz4-4k"].size))
@@ -362,17 +362,17 @@ class Bench:
         needed = self.layer.zfiles["lz4-4k"].needed(many, 4 * KIB)
         self.result.fact("bytes read beyond those stored, per 4k request", (counters(fresh)[1] - needed) / len(many))
 
-    # Indexes.
+    # ---- indexes ----
 
     def lookup(self):
-        """What looking a sector up costs, by segments and layers."""
+        """Measures the lookup of a sector, by number of segments and layers."""
         data = 64 * MIB
         with open(f"{self.images}/raw.lsmt", "rb") as file:
             content = file.read(data)
         jobs = {}
         rng = load.random.Random(5)
         plain = self.linear(self.ram.fill_with(content))
-        # A layer has a million segments at most, in whole 4 KiB blocks.
+        # A layer has at most a million segments, here in whole 4 KiB blocks.
         for layers, segments in ((1, 1000), (1, 10000), (1, 100000), (1, 999936), (16, 1000000), (255, 1000),
                                  (255, 100000), (255, 1000000)):
             made = Synthetic(layers, segments, content)
@@ -390,12 +390,12 @@ class Bench:
                 self.result.fact("bytes of memory per segment", int(device.info()[3]) / int(device.info()[1]))
             picked = [(rng.randrange(segments), rng.randrange(made.length // 4096) * 4096) for _ in range(16384)]
             plan = load.Plan((made.where[nth] * 512 + at, 4096, 0) for nth, at in picked)
-            # The same data by another way.
+            # The same data through dm-linear.
             other = load.Plan((made.what[nth] + at, 4096, 0) for nth, at in picked)
             jobs["4k random, by segments", name] = lambda d=device, p=plan: load.bios(d.path, p)
             jobs["4k random, by segments", f"linear as {name}"] = lambda p=other: load.bios(plain.path, p)
             if layers > 1:
-                # And from the same disks, so that what these cost can be told from the lookup.
+                # The same data from the same disks, to tell their cost from that of the lookup.
                 each = made.size // 512
                 lines = [line(nth * each, each, "linear", disk.path, 8) for nth, disk in enumerate(disks)]
                 spread = dm.create(*lines)
@@ -403,7 +403,7 @@ class Bench:
         self.repeat("lookup", jobs)
 
     def cost(self):
-        """Memory and time that devices take."""
+        """Measures memory and set-up time of devices."""
         for gib in (1, 4, 16, 64):
             blob = self.ram.fill_with(hollow_zfile(gib << 30))
             blocks = (gib << 30) // 4096
@@ -428,27 +428,28 @@ class Bench:
                 device.remove()
 
     def sharing(self):
-        """What images with layers in common cost."""
+        """Measures the cost of images that share layers."""
         device = f"/dev/ram{self.ram.used}"
         self.ram.used += 1
         shared_layers.main(device, (2, 10) if self.short else (2, 10, 100), self.result.fact)
 
 
 def counters(zfile):
-    """Lower reads, their bytes, and blocks decompressed, from a zfile's status."""
+    """Returns the number of lower reads, their bytes, and the number of blocks decompressed, from a zfile device's
+    status."""
     return [int(word) for word in zfile.info()[5:8]]
 
 
 class Synthetic:
-    """Layers with so many segments in all that take turns on the disk. Each has its share of the data, or 4 KiB of it
-    where there are more."""
+    """Layers whose segments, so many in all, take turns on the disk. Each layer has its share of the data; each
+    segment has a part of it, at least 4 KiB."""
 
     def __init__(self, layers, segments, content):
         rng = load.random.Random(6)
         self.layers, self.content = layers, content
         self.size = len(content) // layers // 4096 * 4096
         self.length = max(len(content) // segments // 4096, 1) * 4096
-        # Where each segment is on the disk, in sectors, and its data in all of content, in bytes.
+        # The place of each segment on the disk in sectors, and of its data in content in bytes.
         self.where, self.what = [], []
         at = 0
         for nth in range(segments):
@@ -470,7 +471,7 @@ class Synthetic:
 
 
 def hollow_zfile(size):
-    """A ZFile with an index for so many bytes. Its blocks are one byte each, and hold nothing."""
+    """Returns a ZFile with an index for so many bytes. Each block is one byte, and not valid data."""
     count = size // 4096
     options = {"block": 4096, "algorithm": image.LZ4, "verify": 0, "digest": False}
     filled = {"index_offset": 512 + count, "count": count, "size": size, "index_crc": 0, **options}
@@ -479,7 +480,7 @@ def hollow_zfile(size):
 
 
 def read_time(disks, index_bytes):
-    """Seconds that it takes to read so many bytes at the end of each disk."""
+    """Returns the seconds that it takes to read so many bytes at the end of each disk."""
     total = 0
     for disk in disks:
         start = max(disk.size - index_bytes, 0) // 4096 * 4096

@@ -1,13 +1,13 @@
 #!/bin/bash
 # SPDX-License-Identifier: GPL-2.0
-# In a Debian root with what is to be tested installed: make the disk and the initramfs of both boots in /srv, where
-# `stage' is what was installed. The root as it was is at /mnt: build.sh RELEASE.
+# Runs in a Debian root with the packages under test installed: makes the disk and the initramfs of both boots in
+# /srv, where `stage' has the installed files. The unchanged root is at /mnt. build.sh RELEASE
 set -euo pipefail
 
 release=$1
 cd /srv
 
-# debugfs_of DIR: commands that put what is in the directory into an ext4 file system.
+# debugfs_of DIR: print commands that copy the directory into an ext4 file system.
 debugfs_of() {
 	local path mode
 	(cd "$1" && find . -mindepth 1 -printf '%P\n' | sort) | while read -r path; do
@@ -22,8 +22,8 @@ debugfs_of() {
 	done
 }
 
-# Layer 1: the root as it is. Layer 2: what was installed, and a file that tells it from the first. Wrapped in tar, a
-# layer may lie at the start of a partition of any size.
+# Layer 1 is the unchanged root. Layer 2 has the installed files, and a file that shows that it is used. In a tar
+# wrapper, a layer can be at the start of a larger partition.
 obdsetup create --tar --directory /mnt --fs ext4 --size 600m base.obd
 obdsetup export --output disk.raw base.obd
 debugfs_of /srv/stage >commands
@@ -32,13 +32,13 @@ e2fsck -fn disk.raw
 obdsetup create --tar --base base.obd --image disk.raw app.obd
 rm disk.raw
 
-# What /etc/overlaybdtab of layer 2 names: see install in check-boot.sh.
+# The layers that /etc/overlaybdtab of layer 2 names: see stage in check-boot.sh.
 mkdir store
 ln base.obd app.obd store/
 mke2fs -q -t ext4 -d store store.img 250m
 truncate -s 64m cow.img
 
-# part NAME FILE: a partition with what is in the file.
+# part NAME FILE: add a partition with the content of the file.
 parts=()
 part() {
 	parts+=("$2")
@@ -53,7 +53,7 @@ truncate -s 1g disk.img
 	part store store.img
 	part cow cow.img
 } >parts
-# Not in a pipe: part sets a variable.
+# Not in a pipe, because part sets a variable.
 sfdisk --quiet disk.img <parts
 nth=0
 sfdisk --dump disk.img | sed -n 's/.*start= *\([0-9]*\),.*/\1/p' | while read -r start; do
@@ -61,15 +61,15 @@ sfdisk --dump disk.img | sed -n 's/.*start= *\([0-9]*\),.*/\1/p' | while read -r
 	nth=$((nth + 1))
 done
 
-# Only what this virtual machine needs: an emulated CPU unpacks it.
+# Only what this virtual machine needs, because an emulated CPU unpacks it.
 depmod "$release"
 printf 'MODULES=list\nCOMPRESS=zstd\nCOMPRESSLEVEL=1\n' >/etc/initramfs-tools/conf.d/boot-test
 printf '%s\n' virtio_pci virtio_blk >/etc/initramfs-tools/modules
 
-# has FILE: whether the initramfs of initramfs-tools has what sets images up.
+# has FILE: whether the initramfs of initramfs-tools has obdsetup or the module.
 has() { lsinitramfs "$1" | grep -E '(^|/)usr/sbin/obdsetup$|dm_overlaybd'; }
 
-# dracut_wants: whether its module is for dracut to take. Below it is named, and so taken anyway.
+# dracut_wants: whether our dracut module asks to be included. dracut is told to include it below in any case.
 dracut_wants() (
 	require_binaries() { type -P "$@" >/dev/null; }
 	# shellcheck source=tools/initramfs/dracut/95overlaybd/module-setup.sh
@@ -77,7 +77,8 @@ dracut_wants() (
 	check
 )
 
-# Both leave it out where nothing asks for it. The initramfs that are booted have it for the line of the table.
+# initramfs-tools and dracut leave obdsetup out if nothing needs it. The initramfs to boot need it for a line of the
+# table.
 mv /etc/overlaybdtab /tmp/
 mkinitramfs -o /tmp/initrd "$release"
 ! has /tmp/initrd || exit

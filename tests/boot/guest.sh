@@ -1,12 +1,12 @@
 #!/bin/bash
 # SPDX-License-Identifier: GPL-2.0
-# In the guest, by boot-test.service, when the system is up: say what is as it should be, and power off. The kernel's
-# command line tells what the root file system lies on: boot-test=TYPE,STACK.
+# Runs in the guest, from boot-test.service, when the system is up: checks the system, prints the results, and powers
+# off. The kernel's command line says what is above the stack (overlay or snapshot): boot-test=TYPE,STACK.
 
 here=/usr/share/boot-test
 IFS=, read -r type stack <<<"$(sed 's/.*boot-test=\([^ ]*\).*/\1/' /proc/cmdline)"
 
-# check TITLE CMD...: one test.
+# check TITLE CMD...: run one test.
 check() {
 	local title=$1 said
 	shift
@@ -26,7 +26,7 @@ root_is() {
 	[ "$found" = "$1" ]
 }
 
-# stack_is NAME TARGETS: the stack has these targets, top first, which have read nothing wrong.
+# stack_is NAME TARGETS: the stack has these targets, topmost first, and none has seen corruption.
 stack_is() {
 	local found
 	obdsetup status "$1"
@@ -35,7 +35,7 @@ stack_is() {
 	[ "$found" = "$2" ] && ! obdsetup status --json "$1" | grep '"state": "C"'
 }
 
-# takes_writes: a new file, and one of the lower layer that goes.
+# takes_writes: a new file stays, and a deleted file of the lower layer stays deleted.
 takes_writes() {
 	local text file=/etc/issue.net
 	text=$(date +%N)
@@ -43,7 +43,7 @@ takes_writes() {
 		echo 3 >/proc/sys/vm/drop_caches && [ "$(cat /root/new)" = "$text" ] && [ ! -e "$file" ]
 }
 
-# entry_is NAME: the unit for the line is active, its device mounted, and the file system has what it should have.
+# entry_is NAME: the unit of the line is active, its device is mounted, and the files are right.
 entry_is() {
 	systemctl status "systemd-overlaybdsetup@$(systemd-escape "$1").service"
 	systemctl is-active "systemd-overlaybdsetup@$(systemd-escape "$1").service" &&
@@ -51,7 +51,7 @@ entry_is() {
 		(cd "/data/$1" && sha256sum --check --quiet "$here/data.sums")
 }
 
-# goes NAME: with its unit, the device goes, and comes back for who mounts it.
+# goes NAME: stopping the unit removes the device; mounting it again brings it back.
 goes() {
 	local unit
 	unit=systemd-overlaybdsetup@$(systemd-escape "$1").service
@@ -60,18 +60,18 @@ goes() {
 		systemctl start "data-$(systemd-escape "$1").mount" && entry_is "$1"
 }
 
-# initrd_entry_stays: what the initramfs has set up is left alone.
+# initrd_entry_stays: the unit leaves alone what the initramfs has set up.
 initrd_entry_stays() {
 	local state unit=systemd-overlaybdsetup@system.service
 	for state in LoadState=loaded ActiveState=inactive ConditionResult=no; do
 		systemctl show -p "${state%=*}" "$unit"
 		[ "$(systemctl show -p "${state%=*}" "$unit")" = "$state" ] || return
 	done
-	# The condition was looked at.
+	# The condition was checked.
 	[ "$(systemctl show -P ConditionTimestampMonotonic "$unit")" != 0 ] && obdsetup status system
 }
 
-# cow_is_taken: the device that keeps the root file system's changes takes none of another image; nor is it said twice.
+# cow_is_taken: a device with the changes to the root file system isn't used for another image. This is said once.
 cow_is_taken() (
 	# shellcheck source=tools/initramfs/overlaybd.sh
 	. /usr/lib/overlaybd/initramfs.sh
@@ -85,7 +85,8 @@ cow_is_taken() (
 		[ ! -e /dev/mapper/extra-rw ]
 )
 
-# overlay_on_device: rd.overlaybd.overlay=DEVICE, of which one boot can have no second; here not in the initramfs.
+# overlay_on_device: rd.overlaybd.overlay=DEVICE. A boot can have only one overlay, so this one is not in the
+# initramfs.
 overlay_on_device() (
 	# shellcheck source=tools/initramfs/overlaybd.sh
 	. /usr/lib/overlaybd/initramfs.sh
@@ -127,7 +128,7 @@ esac
 	check "a unit stops and starts" goes on-part
 	case $type in
 	overlay)
-		# What the initramfs had set up, the unit would have left alone.
+		# If the initramfs had set it up, the unit would have left it alone.
 		check "rd.overlaybdtab=no" systemctl is-active systemd-overlaybdsetup@system.service
 		check "an overlayfs on a device" overlay_on_device
 		;;
