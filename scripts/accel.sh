@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: GPL-2.0
 # shellcheck shell=bash
-# How QEMU runs a CPU here. Sourced after cache.sh.
+# Chooses how QEMU runs a CPU on this machine. Sourced after cache.sh.
 
-# accel: set VM_ACCEL to KVM only where a boot with it was seen to succeed on this machine. $VM_RUN is for its log.
+# accel: set VM_ACCEL to KVM if a boot with it has succeeded on this machine, else to TCG. The log goes to $VM_RUN.
 accel() {
 	local seen
 	[ -z "${VM_ACCEL:-}" ] || return 0

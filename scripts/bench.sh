@@ -1,7 +1,8 @@
 #!/bin/bash
 # SPDX-License-Identifier: GPL-2.0
-# Measure, and compare with the goals: bench.sh. VM=uml (the default) runs everything as fast as this machine does, with
-# one CPU and with two; VM=qemu runs a part of it with the stock kernel. COMPARE=FILE shows what has changed since that.
+# Measures, and compares with the goals: bench.sh. VM=uml (the default) runs everything at the machine's speed, with
+# one CPU and with two; VM=qemu runs a part of it with the stock kernel. COMPARE=FILE prints what changed since that
+# result.
 . "$(dirname "$0")/lib.sh"
 . "$SCRIPTS/cache.sh"
 . "$SCRIPTS/kernel.sh"
@@ -14,12 +15,12 @@ qemu) kernels=(stock) ;;
 esac
 [ -z "${COMPARE:-}" ] || [ -s "$COMPARE" ] || die "COMPARE=$COMPARE: no such file"
 out=$BUILD/bench
-# Made anew when the recipe changes, or what obdsetup runs mkfs with.
+# Made again when the recipe changes, or the source of what obdsetup runs mkfs with.
 images=$CACHE/bench-$({ cat "$SCRIPTS/bench/images.sh" && root_key &&
 	find "$CLONE/tools/obdsetup/src" -path '*/mkfs*' -type f -print0 | sort -z | xargs -0r cat; } | short_hash)
 export OBD_RAM_DISKS=900 OBD_RAM_KIB=$((512 << 10))
 
-# Within step, which looks at the status, the shell does not end at an error by itself: hence the && in what follows.
+# A function called by step doesn't stop at an error, because step checks its status: hence the && below.
 
 # shellcheck disable=SC2317 # step calls it
 make_images() {
@@ -37,7 +38,7 @@ modules() {
 }
 
 # shellcheck disable=SC2317
-# measure ARGUMENTS...: in the VM with $KERNEL.
+# measure ARGUMENTS...: run the benchmark in the VM with $KERNEL.
 measure() {
 	kernel_look_up
 	rm -f "$images/result-$K_RELEASE.json"

@@ -1,7 +1,7 @@
 #!/bin/bash
 # SPDX-License-Identifier: GPL-2.0
-# Build the module into build/RELEASE/: build-module.sh [build | bench | clippy | install]. KDIR=, KERNEL=, V= as for make.
-# bench is the load generator of the benchmark.
+# Builds the module into build/RELEASE/: build-module.sh [build | bench | clippy | install]. KDIR=, KERNEL=, V= as for
+# make. bench builds the load generator of the benchmark.
 . "$(dirname "$0")/lib.sh"
 . "$SCRIPTS/kdir.sh"
 
@@ -17,7 +17,7 @@ args=(-C "$KDIR_USED" "M=$KDIR_CLONE${source#"$CLONE"}" "MO=$KDIR_CLONE${obj#"$C
 [ -z "${QUIET:-}" ] || args+=(-s)
 [ -z "${V:-}" ] || args+=("V=$V")
 
-# Objects made against another tree of the same release are of no use to this one.
+# Objects built with another tree of the same release are useless.
 start_afresh() {
 	[ "$(cat "$obj/.kdir" 2>/dev/null)" = "$KDIR_ID" ] && return
 	rm -rf "$obj"
@@ -25,7 +25,7 @@ start_afresh() {
 	say "$KDIR_ID" >"$obj/.kdir"
 }
 
-# install_module: where there is a DESTDIR, through a directory below the clone, since its path may be anything.
+# install_module: with a DESTDIR, install through a directory below the clone, since DESTDIR may be any path.
 install_module() {
 	local staging=$obj/install
 	if [ -z "${DESTDIR:-}" ]; then
@@ -34,7 +34,7 @@ install_module() {
 		kdir_run make "${args[@]}" modules_install
 		return
 	fi
-	# Debian keeps the key to itself.
+	# We don't have Debian's signing key.
 	[ -z "$KDIR_IN_ROOT" ] || args+=(CONFIG_MODULE_SIG_ALL=)
 	rm -rf "$staging"
 	mkdir -p "$staging"

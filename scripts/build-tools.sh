@@ -1,6 +1,7 @@
 #!/bin/bash
 # SPDX-License-Identifier: GPL-2.0
-# Build or test user space with cargo, in the root: build-tools.sh [build | test | clippy | fmt] (CARGO=: with that, on the host).
+# Builds or tests user space with cargo, in the root: build-tools.sh [build | test | clippy | fmt]. With CARGO=, on
+# the host.
 . "$(dirname "$0")/lib.sh"
 
 what=${1:-build}
@@ -15,8 +16,8 @@ esac
 
 [ -z "${QUIET:-}" ] || args=("${args[0]}" --quiet "${args[@]:1}")
 
-# generate DIR SEEN OBDSETUP...: what obdsetup tells of itself, manual pages and completions, to be installed. SEEN is
-# DIR's path for that obdsetup.
+# generate DIR SEEN OBDSETUP...: have obdsetup write its manual pages and completions, for installation. SEEN is the
+# path of DIR as that obdsetup sees it.
 generate() {
 	local dir=$1/generated seen=$2/generated
 	shift 2
@@ -31,7 +32,7 @@ if [ -n "${CARGO:-}" ]; then
 	[ "$what" != build ] || generate "$target-host/release" "$target-host/release" "$target-host/release/obdsetup"
 else
 	"$SCRIPTS/setup.sh"
-	# At a place that the root has.
+	# Bind them to a directory that the root has.
 	binds=()
 	[ ! -d "$GOLDENS" ] || binds=(-b "$(realpath "$GOLDENS"):/srv")
 	"$SCRIPTS/in-root.sh" "${binds[@]}" env -C tools OBD_GOLDENS="${binds:+/srv}" cargo "${args[@]}"

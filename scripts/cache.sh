@@ -1,21 +1,22 @@
 # SPDX-License-Identifier: GPL-2.0
 # shellcheck shell=bash disable=SC2034 # variables are for those who source this
-# Where the cached tool-chain roots lie, and how things get into the cache whole or not at all. Sourced.
+# The cached tool-chain roots, and functions that put things into the cache completely or not at all. Sourced.
 
-# A root is keyed by its packages and by the functions that make it.
+# A root's key is made of its packages and of the functions that make it.
 # shellcheck source=scripts/root-recipe.sh
 . "$SCRIPTS/root-recipe.sh"
 
 root_key() { { root_packages && declare -f root_sources build_root; } | short_hash; }
 ROOT=$CACHE/root-$(root_key)
 
-# root_mirror: where that came from.
+# root_mirror: print the mirror that the root came from.
 root_mirror() { sed -n "s/^deb \([^ ]*\) $SUITE main\$/\1/p" "$ROOT/etc/apt/sources.list"; }
 
-# A thing is made in a directory of its own, CACHE_TMP, and renamed when whole. Each has its lock: kernels take long.
+# A thing is made in a directory of its own, CACHE_TMP, and renamed when complete. Each thing has its own lock,
+# because making a kernel takes long.
 
-# cache_begin NAME: lock it, drop what interrupted set-ups left, set TMP to a new directory.
-# Returns 1 when $CACHE/NAME has appeared meanwhile.
+# cache_begin NAME: lock NAME, remove what interrupted set-ups have left, set TMP to a new directory. Returns 1 if
+# $CACHE/NAME exists by now.
 cache_begin() {
 	CACHE_TMP=$CACHE/tmp-$1
 	mkdir -p "$CACHE"
@@ -31,10 +32,10 @@ cache_begin() {
 	TMP=$CACHE_TMP/$1
 }
 
-# cache_drop: nothing half made stays.
+# cache_drop: remove what is incomplete.
 cache_drop() { "${SUDO[@]}" rm -rf "$CACHE_TMP"; }
 
-# cache_sweep NAME: what killed set-ups left, of NAME, whose lock is ours, and of others.
+# cache_sweep NAME: remove what killed set-ups have left: of NAME, which we have locked, and of others.
 cache_sweep() {
 	local old name
 	for old in "$CACHE"/tmp-*/; do
@@ -45,7 +46,7 @@ cache_sweep() {
 	done
 }
 
-# cache_commit NAME: what is in $TMP is whole.
+# cache_commit NAME: move the complete $TMP into the cache.
 cache_commit() {
 	sync -f "$CACHE"
 	"${SUDO[@]}" mv -T "$TMP" "$CACHE/$1"
@@ -54,8 +55,8 @@ cache_commit() {
 	unlock
 }
 
-# cache_prune NAME: before something new of a kind (the name up to its first dash) is made, remove
-# those of its kind that nobody used for two weeks.
+# cache_prune NAME: before a new thing of a kind (the name up to its first dash) is made, remove those of the kind
+# that weren't used for two weeks.
 cache_prune() {
 	local old
 	for old in "$CACHE/${1%%-*}"-*/; do
@@ -67,5 +68,5 @@ cache_prune() {
 	done
 }
 
-# cache_used NAME: somebody uses it today.
+# cache_used NAME: record that it is used today.
 cache_used() { touch "$CACHE/used-$1"; }

@@ -1,7 +1,7 @@
 #!/bin/bash
 # SPDX-License-Identifier: GPL-2.0
-# Run what CI does not, one after the other: check-all.sh. PARTS='NAME...' are those to run. Ends with a line for each and with
-# what was left out. As much as two hours, and 40 GB of cache, where nothing is there yet.
+# Runs the checks that CI does not run, one after the other: check-all.sh. PARTS='NAME...' selects some. Ends with a
+# line for each part and a list of what was left out. Takes up to two hours, and 40 GB of cache if it is empty.
 . "$(dirname "$0")/lib.sh"
 
 ALL=(forky kcsan boot deb soak kills fuzz bench)
@@ -16,7 +16,7 @@ run_kills() { "$SCRIPTS/check.sh" kills; }
 run_fuzz() { "$SCRIPTS/fuzz.sh" "$FUZZ_SECONDS"; }
 run_bench() { VM=uml PARTS=latency COMPARE='' "$SCRIPTS/bench.sh"; }
 
-# left_out PART: what it does not do, or what does it in full.
+# left_out PART: print what a part leaves out, and the command that runs it in full.
 left_out() {
 	case $1 in
 	forky | kcsan | boot | deb | kills) ;;
@@ -27,7 +27,7 @@ left_out() {
 }
 
 parts=("${ALL[@]}")
-# bench's own PARTS are not meant.
+# This PARTS is not that of bench.
 [ -z "${PARTS:-}" ] || read -ra parts <<<"$PARTS"
 unset PARTS KERNEL KDIR
 for part in "${parts[@]}"; do

@@ -1,7 +1,7 @@
 #!/bin/bash
 # SPDX-License-Identifier: GPL-2.0
-# Test what sets images up at boot: check-boot.sh. A Debian 13 made of two layers boots under systemd, with Debian's kernel,
-# with initramfs-tools and an overlayfs on top, and with dracut and a dm-snapshot on top. The last line sums it all up.
+# Tests setting images up at boot: check-boot.sh. A Debian 13 of two layers boots with systemd and Debian's kernel:
+# with initramfs-tools and an overlayfs above the image, and with dracut and a dm-snapshot. The last line sums up.
 . "$(dirname "$0")/lib.sh"
 . "$SCRIPTS/cache.sh"
 . "$SCRIPTS/kernel.sh"
@@ -10,7 +10,7 @@
 WORK=$BUILD/boot
 HERE=/usr/share/boot-test
 
-# build_debian DIR: a minimal Debian with systemd and with both that make an initramfs. Mirror and settings are those of
+# build_debian DIR: make a minimal Debian with systemd, initramfs-tools and dracut. It gets the mirror and settings of
 # the tool-chain root.
 build_debian() {
 	local dir=$1 mirror
@@ -39,7 +39,7 @@ make_debian() {
 	cache_used "$DEBIAN"
 }
 
-# stage: what layer 2 has: the module, obdsetup and all that goes with it, and the test.
+# stage: collect the content of layer 2: the module, obdsetup with everything that is installed with it, and the test.
 stage() {
 	local stage=$WORK/srv/stage
 	"${SUDO[@]}" rm -rf "$WORK"
@@ -76,22 +76,22 @@ stage() {
 	END
 	ln -s ../boot-test.service "$stage/etc/systemd/system/multi-user.target.wants/"
 
-	# Of a part of the files, since an emulated CPU takes long; not of those that layer 2 has anew.
+	# Only some of the files, since an emulated CPU is slow; not those that layer 2 replaces.
 	(cd "$CACHE/$DEBIAN" && find usr/bin usr/sbin etc -type f -perm -004) | while read -r file; do
 		[ -e "$stage/$file" ] || printf '%s\0' "$file"
 	done | (cd "$CACHE/$DEBIAN" && xargs -0 sha256sum) | sed 's,  ,  /,' >"$stage$HERE/root.sums"
 }
 
-# build: the layers, the disk, the initramfs of both.
+# build: make the layers, the disk, and both initramfs.
 build() {
 	stage
 	attend "${LONG_SUDO[@]}" unshare --mount --propagation private --pid --fork --kill-child \
 		"$0" --in-debian "$(realpath "$CACHE/$DEBIAN")" "$WORK" "$K_DIR" "$K_RELEASE" "$CLONE" "$(id -u):$(id -g)"
-	# Root's files; what was mounted there is gone with the name space.
+	# These are root's files. Mounts in them are gone with the name space.
 	"${SUDO[@]}" rm -rf --one-file-system "$WORK/tree"
 }
 
-# in_debian: second half of build, as root in name spaces of its own.
+# in_debian: the second half of build, as root in name spaces of its own.
 in_debian() {
 	local debian=$1 work=$2 kernel=$3 release=$4 clone=$5 user=$6 tree=$2/tree
 	cp -a --reflink=auto "$debian" "$tree"
@@ -107,12 +107,12 @@ in_debian() {
 	chown -R "$user" "$work/srv"
 }
 
-# boot TITLE INITRD ARGS: boot the disk; the guest's own words are the result.
+# boot TITLE INITRD ARGS: boot the disk and print the results that the guest prints.
 boot() {
 	local dir=$WORK/$2
 	mkdir -p "$dir"
 	VM_RUN=$dir accel
-	# Writes are forgotten.
+	# The disk discards writes.
 	timeout "${TIMEOUT:-580}" "$SCRIPTS/in-root.sh" -k "$K_DIR" qemu-system-x86_64 -machine pc -accel "$VM_ACCEL" -cpu max,la57=off \
 		-smp "${QEMU_SMP:-2}" -m "${QEMU_MEM:-1024}" -nodefaults -no-reboot -display none \
 		-drive "file=build/boot/srv/disk.img,if=virtio,format=raw,snapshot=on" \
@@ -131,7 +131,7 @@ systemd.default_device_timeout_sec=400 systemd.default_timeout_start_sec=400 $3"
 	else
 		say "not ok - it powers off"
 	fi
-	# Nor what is stopped or unmounted at the end, which the guest cannot see.
+	# Failures of stopping and unmounting at the end, which the guest cannot see.
 	if grep FAILED "$LOGS/console-boot-$2.log" | sed 's/^/# /' | grep .; then
 		say "not ok - nothing failed, says systemd on the console"
 	else
@@ -167,7 +167,7 @@ esac
 
 passed=0 failed=0
 
-# results TITLE FUNCTION: a step that prints lines "ok" and "not ok", one for each test.
+# results TITLE FUNCTION: run a step that prints a line "ok" or "not ok" for each test.
 results() {
 	local status=0 p f
 	step "$1" "$0" "--$2" || status=$?

@@ -1,7 +1,8 @@
 #!/bin/bash
 # SPDX-License-Identifier: GPL-2.0
-# Test the Debian packages: check-deb.sh. They are made, installed in a Debian 13 that has Debian's 7.3 kernel, where DKMS
-# builds the module, and purged; a VM with that kernel loads that module by its aliases. The last line sums it all up.
+# Tests the Debian packages: check-deb.sh. Makes them, installs them in a Debian 13 with Debian's 7.3 kernel, where
+# DKMS builds the module, and purges them; a VM with that kernel loads the module by its aliases. The last line sums
+# up.
 . "$(dirname "$0")/lib.sh"
 . "$SCRIPTS/cache.sh"
 . "$SCRIPTS/kernel.sh"
@@ -9,8 +10,8 @@
 DEB=$BUILD/deb
 WORK=$BUILD/deb-test
 
-# build_debian DIR RELEASE VERSION DEPENDS: a Debian 13 with that kernel, installed as Documentation/install.rst says, and
-# with what our packages depend on. Mirror and settings are those of the tool-chain root.
+# build_debian DIR RELEASE VERSION DEPENDS: make a Debian 13 with that kernel, installed as Documentation/install.rst
+# says, and with what our packages depend on. It gets the mirror and settings of the tool-chain root.
 # shellcheck disable=SC2016 # mmdebstrap's hooks get the root as their $1
 build_debian() {
 	local dir=$1 release=$2 version=$3 depends=$4 mirror series
@@ -31,13 +32,13 @@ build_debian() {
 		"deb $mirror $SUITE-backports main"
 }
 
-# depends: what the packages depend on, as apt-get satisfy takes it.
+# depends: print what the packages depend on, in the form for apt-get satisfy.
 depends() {
 	local package
 	for package in "$DEB"/*.deb; do "$SCRIPTS/in-root.sh" dpkg-deb -f "build/deb/${package##*/}" Depends; done | paste -sd,
 }
 
-# make_debian: set DEBIAN to the cached root, made anew for other packages or another kernel.
+# make_debian: set DEBIAN to the cached root, which is made again for other dependencies or another kernel.
 make_debian() {
 	local name depends
 	depends=$(depends)
@@ -51,7 +52,7 @@ make_debian() {
 	ln -sfn "$CACHE/$name" "$BUILD/deb-root"
 }
 
-# in_debian: install, test and purge there. What that writes goes to $WORK.
+# in_debian: install, test and purge the packages there. Output goes to $WORK.
 in_debian() {
 	"${SUDO[@]}" rm -rf "$WORK"
 	mkdir -p "$WORK/share"
@@ -59,7 +60,7 @@ in_debian() {
 		"$CLONE/packaging/deb/test.sh" "$(realpath "$BUILD/deb-root")" "$WORK" "$DEB" "$K_RELEASE" "$(id -u):$(id -g)"
 }
 
-# in_vm: the module that DKMS has built, and depmod's files with it, in the VM.
+# in_vm: test the module that DKMS has built, with depmod's files, in the VM.
 in_vm() {
 	RUN=packaging/deb/test-vm.sh SHARE=$WORK/share TIMEOUT=${TIMEOUT:-600} VM_LOG=$LOGS/kernel-deb.log "$SCRIPTS/vm.sh"
 }
@@ -76,7 +77,7 @@ esac
 
 passed=0 failed=0 skipped=0
 
-# results TITLE FUNCTION: a step that prints lines "ok", "not ok" and "skipped", one for each test.
+# results TITLE FUNCTION: run a step that prints a line "ok", "not ok" or "skipped" for each test.
 results() {
 	local status=0 p f
 	step "$1" "$0" "--$2" || status=$?

@@ -1,23 +1,23 @@
 #!/bin/bash
 # SPDX-License-Identifier: GPL-2.0
-# Everything a change has to pass: check.sh [PART...]. The last line sums it all up.
+# Runs everything that a change has to pass: check.sh [PART...]. The last line sums up.
 #   stock   lints, builds, tests in user space and, with Debian's kernel, in the VM (the default)
-#   system  with Debian's kernel, in the VM, tests of what an administrator puts together: tests/system
-#   both    stock and system at once
-#   cpus    with Debian's kernel, in a VM with CPUs that are offline or isolated from boot: which CPUs work; and in another
-#           that panic_on_corruption panics
+#   system  with Debian's kernel, in the VM: tests that combine parts of a system, in tests/system
+#   both    stock and system at the same time
+#   cpus    with Debian's kernel, in a VM with CPUs that are offline or isolated from boot: which CPUs run workers;
+#           and in another VM: panic_on_corruption panics
 #   forky   lint and build of the module, and the tests in the VM, with the kernel and the tool chain of Debian forky
-#   debug   the tests in the VM with the debug kernel; of tests that are alike, a third, each day another
-#   kcsan   those that have several things at once, with the KCSAN kernel
-#   kills   with Debian's kernel, in the VM, obdsetup killed $OBD_KILLS (50) times in each way
+#   debug   the tests in the VM with the debug kernel; a third of the tests that are alike, different ones each day
+#   kcsan   the tests with concurrency, with the KCSAN kernel
+#   kills   with Debian's kernel, in the VM: obdsetup killed $OBD_KILLS (50) times in each way
 #   soak    a random mix of everything for $MINUTES (30), with the debug kernel
 . "$(dirname "$0")/lib.sh"
 
 passed=0 failed=0
-# How many tests were skipped for a cause.
+# Number of skipped tests by cause.
 declare -A causes=()
 
-# show_causes: of an array of causes that has this name.
+# show_causes NAME: print the array of causes of that name.
 show_causes() {
 	local -n of=$1
 	local cause tests
@@ -28,7 +28,7 @@ show_causes() {
 	done | sort
 }
 
-# finish: a cause counts once, however many tests were skipped for it.
+# finish: print the sums and exit. A cause counts once, however many tests were skipped for it.
 finish() {
 	show_causes causes
 	say "$passed passed, $failed failed, ${#causes[@]} skipped"
@@ -36,14 +36,14 @@ finish() {
 	exit
 }
 
-# must TITLE CMD...: a step without which the rest makes no sense.
+# must TITLE CMD...: run a step that everything after it needs.
 must() {
 	step "$@" && return
 	failed=$((failed + 1))
 	finish
 }
 
-# counts TITLE CMD...: a step that is one test.
+# counts TITLE CMD...: run a step that counts as one test.
 counts() {
 	if step "$@"; then
 		passed=$((passed + 1))
@@ -52,7 +52,8 @@ counts() {
 	fi
 }
 
-# add STATUS: what a step's tests came to, as ktap.awk prints it; a failure that none of them shows is one more.
+# add STATUS: add the results of a step's tests, in ktap.awk's format. A failed step without a failed test counts as
+# one failure.
 add() {
 	local status=$1 p f tests cause
 	local -A now=()
@@ -70,7 +71,7 @@ add() {
 	fi
 }
 
-# cargo_results LOG: as ktap.awk does. The cause is in the name of a test, or in its attribute.
+# cargo_results LOG: print cargo's results in ktap.awk's format. The cause is in a test's name, or in its attribute.
 cargo_results() {
 	awk '
 		/^test result:/ { p += $4; f += $6 }
@@ -85,7 +86,7 @@ cargo_results() {
 		END { print p + 0, f + 0; for (cause in causes) print causes[cause], cause }' "$1"
 }
 
-# failures FILE...: the failed results in KTAP logs, each with what it says of itself.
+# failures FILE...: print the failed results in KTAP logs with their diagnostic lines.
 failures() {
 	awk '
 		/^ *#/ { if (lines++ < 40) text = text $0 "\n"; next }
@@ -93,7 +94,7 @@ failures() {
 		{ text = ""; lines = 0 }' "$@" | sed 's/^/    /'
 }
 
-# there FILE...: fail if one is missing or empty.
+# there FILE...: fail if a file is missing or empty.
 there() {
 	local file
 	for file; do
@@ -101,15 +102,15 @@ there() {
 	done
 }
 
-# kernel_log_clean FILE...: fail, and show it, when a guest's kernel complained.
+# kernel_log_clean FILE...: fail, and print the lines, if a guest's kernel complained.
 kernel_log_clean() {
 	local log
 	there "$@" && log=$(awk -f "$CLONE/tests/kcsan.awk" "$@") || return
 	! grep -nE 'WARNING:|BUG:|Oops|Call Trace|KASAN|UBSAN|KCSAN|kmemleak: [0-9]+ new|unreferenced object|general protection|possible (circular|recursive)|inconsistent lock|suspicious RCU|pagealloc: |INFO: task .* blocked|detected stall|soft lockup|refcount_t:|Kernel panic|printk messages dropped' <<<"$log"
 }
 
-# nothing_skipped KERNEL FILE...: fail, and show it, when the output of tests says that some were left out. All can run
-# where the kernel is made for it, but for what would take long to build, and images that may lack.
+# nothing_skipped KERNEL FILE...: fail, and print the lines, if tests were skipped. With a kernel made for the tests
+# all can run, except those that need what takes long to build, or images that are missing.
 nothing_skipped() {
 	local lacks='btrfs|xfs|IMA|io.max|tracing|cpuset'
 	[ "$1" != kcsan ] || lacks+='|kmemleak|page owners'
@@ -118,14 +119,14 @@ nothing_skipped() {
 	! grep -h '# SKIP' "$@" | grep -vE "# SKIP (no golden image|all of it|all CPUs were online at boot|this kernel has no ($lacks)\$)"
 }
 
-# instrumented KERNEL: fail unless the checker of that kernel looks at the module's Rust code.
+# instrumented KERNEL: fail unless the kernel's checker instruments the module's Rust code.
 instrumented() {
 	local calls=__asan_
 	[ "$1" != kcsan ] || calls=__tsan_
 	grep -q "$calls" "$BUILD"/*-"$1"/obj/rust/dm_overlaybd.o
 }
 
-# panics KERNEL: fail unless a corrupt block makes a guest panic where it has to, and only there.
+# panics KERNEL: fail unless a corrupt block makes a guest panic when the table asks for it, and only then.
 panics() {
 	local out=$LOGS/panic-$1.log log=$LOGS/panic-kernel-$1.log status=0
 	KERNEL=$1 RUN="tests/run.sh panic" TIMEOUT=300 VM_LOG=$log "$SCRIPTS/vm.sh" >"$out" 2>&1 || status=$?
@@ -158,13 +159,13 @@ case ${1:-} in
 	;;
 esac
 
-# set_up: what all parts need.
+# set_up: run the steps that all parts need.
 set_up() {
 	must "tool-chain root" "$SCRIPTS/make-root.sh"
 	must "kernel and its Rust tree" "$SCRIPTS/make-kernel.sh"
 }
 
-# user_space: the lints, obdsetup, and tests that need no VM.
+# user_space: run the lints, build obdsetup, and run the tests that need no VM.
 user_space() {
 	local lint status=0
 	for lint in "${lints[@]}"; do
@@ -180,7 +181,7 @@ user_space() {
 }
 
 # shellcheck disable=SC2317 # step calls it
-# side_by_side TESTS...: the VM for each list of tests, all at once; each one's output is in a file, too.
+# side_by_side TESTS...: run a VM for each list of tests, all in parallel. The output of each also goes to a file.
 side_by_side() {
 	local nth status=0 pids=()
 	for ((nth = 1; nth <= $#; nth++)); do
@@ -194,12 +195,12 @@ side_by_side() {
 	return "$status"
 }
 
-# rublk: a ublk server, for a recipe of the system tests; Debian has none. Once it is there this is quick.
+# rublk: build a ublk server for a recipe in the system tests, since Debian has none. Quick if it is built already.
 rublk() {
 	counts "rublk" "$SCRIPTS/in-root.sh" env -u CARGO_TARGET_DIR cargo install --locked rublk@0.2.13
 }
 
-# in_vm KERNEL TITLE TESTS...: tests with that kernel, a VM for each list of them.
+# in_vm KERNEL TITLE TESTS...: run tests with that kernel, in a VM for each list.
 in_vm() {
 	local title=$2 status=0 checks=y results
 	export KERNEL=$1
@@ -223,10 +224,10 @@ in_vm() {
 
 read -ra lints <<<"$("$SCRIPTS/lint.sh" --list)"
 export USE_ROOT=1 KDIR='' CARGO='' NOBUILD=1
-# Each in a VM of its own, as what is in none of them: with the debug kernel they take about as long as one another.
+# Each in a VM of its own, and a third VM for the rest: with the debug kernel the three take about the same time.
 thirds=("mutants memory" "injection golden faults")
 rest="--but ${thirds[*]}"
-# These look at obdsetup more than at the module: with a kernel that is slow they are left out.
+# These mainly test obdsetup: they are left out with a slow kernel.
 rest_of_module="$rest metadata health identity sharing pagecache"
 parts=("$@")
 [ $# != 0 ] || parts=(stock)
@@ -275,7 +276,8 @@ for part in "${parts[@]}"; do
 	forky) in_vm forky tests "${thirds[@]}" "$rest" ;;
 	debug) OBD_SAMPLE=3 in_vm debug tests "${thirds[@]}" "$rest_of_module" ;;
 	kcsan)
-		# Not while it boots: run.sh switches the checker on. It looks at more accesses, for longer: the CPUs are slow.
+		# The checker is off at boot: run.sh switches it on. It watches more accesses, for longer, because the CPUs are
+		# slow.
 		KERNEL_ARGS="kcsan.early_enable=0 kcsan.skip_watch=500 kcsan.udelay_task=1000 kcsan.udelay_interrupt=200" \
 			in_vm kcsan "concurrent tests" "reads errors lifecycle cache" "faults races"
 		;;

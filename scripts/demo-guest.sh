@@ -1,6 +1,6 @@
 #!/bin/bash
 # SPDX-License-Identifier: GPL-2.0
-# What make demo shows, run in the test VM: an image of three layers is made, opened, read, and closed.
+# The demonstration of make demo, in the test VM: an image of three layers is made, opened, read, and closed.
 # shellcheck disable=SC2016 # commands are shown as they are, and expanded when they run
 set -euo pipefail
 
@@ -8,7 +8,7 @@ SOURCES=$PWD
 WORK=/tmp/demo
 step=0
 
-# step TEXT: say what comes next, and why.
+# step TEXT: print the next step and the reason for it.
 step() {
 	step=$((step + 1))
 	printf '\n%d. %s\n' "$step" "$1"
@@ -31,8 +31,8 @@ finish() {
 }
 trap finish EXIT
 
-# free_memory [WANTED]: MiB that are free when all caches are dropped. The kernel frees some memory later than it is asked to;
-# how much is free is looked at until it is WANTED, for some seconds.
+# free_memory [WANTED]: print the MiB that are free after dropping all caches. The kernel frees some memory late, so
+# this retries for some seconds until WANTED are free.
 free_memory() {
 	local free _
 	for _ in {1..20}; do
@@ -45,7 +45,7 @@ free_memory() {
 	echo "$free"
 }
 
-# edit COMMAND...: change what is mounted at mnt, and do the same to the tree \`expected'.
+# edit COMMAND...: change what is mounted at mnt, and do the same to the tree `expected'.
 edit() {
 	local command
 	for command; do

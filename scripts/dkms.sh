@@ -1,9 +1,10 @@
 #!/bin/bash
 # SPDX-License-Identifier: GPL-2.0
-# What DKMS calls, from its own copy of the source: dkms.sh check|build RELEASE [KDIR]. Where a Rust module cannot be built
-# for that kernel, it says why in one line. Where headers have no Rust metadata, build makes a tree that has, once.
+# DKMS calls this from its own copy of the source: dkms.sh check|build RELEASE [KDIR]. If no Rust module can be built
+# for that kernel, it prints the reason in one line. If headers have no Rust metadata, build makes a tree with
+# metadata, once.
 
-# Of what DKMS was called with, nothing must reach the build: RUSTC, ARCH, KCFLAGS, MAKEFLAGS and so on.
+# Variables that DKMS was called with must not affect the build: RUSTC, ARCH, KCFLAGS, MAKEFLAGS and so on.
 for name in $(compgen -e); do
 	case $name in
 	PATH | TERM | TMPDIR) ;;
@@ -15,7 +16,7 @@ export HOME=/root LANG=C.UTF-8
 . "$SCRIPTS/kdir-check.sh"
 . "$SCRIPTS/kernel-tree.sh"
 
-# The distribution's rustc before root's own.
+# Use the distribution's rustc, not one that root has installed.
 PATH=/usr/sbin:/usr/bin:/sbin:/bin:$PATH
 
 TREES=/var/cache/dm-overlaybd
@@ -30,22 +31,22 @@ impossible() {
 	exit 1
 }
 
-# version PACKAGE: of the source that a Debian package was built from, nothing if it is not installed.
+# version PACKAGE: print the version of the source that an installed package was built from, else nothing.
 version() { dpkg-query -W -f '${source:Version}' "$1" 2>/dev/null || :; }
 
-# made_with: what a tree must have been made with to fit kernel and compilers.
+# made_with: print the packages that a tree must have been made with to fit the kernel and the compilers.
 made_with() { dpkg-query -W "linux-headers-$release" rustc rust-src bindgen 2>/dev/null || :; }
 
 recipe() { declare -f debian_tree thin | short_hash; }
 
-# tree_is_there: whole, and of today's recipe. The file is written last.
+# tree_is_there: whether the tree is complete and of the present recipe. The file made-of is written last.
 tree_is_there() { [ "$(cat "$tree/made-of" 2>/dev/null)" = "$(made_with && recipe)" ]; }
 
-# tree_fits: whole, perhaps of another recipe.
+# tree_fits: whether the tree is complete, perhaps of another recipe.
 tree_fits() { [ -s "$tree/made-of" ] && [ "$(sed '$d' "$tree/made-of")" = "$(made_with)" ]; }
 
-# find_source: set SOURCE to the archive that a tree is made from, of the same version as the headers. Its LACK says why
-# there is none.
+# find_source: set SOURCE to the archive that a tree is made from, which must have the version of the headers. If
+# there is none, LACK is the reason.
 find_source() {
 	local package want have newer=
 	want=$(version "linux-headers-$release")
@@ -65,10 +66,11 @@ find_source() {
 	return 1
 }
 
-# find_tree: have a tree or what makes it. One of an older recipe will do where the source is another kernel's by now.
+# find_tree: check that there is a tree or its source. A tree of an older recipe is good enough if the source now is
+# that of another kernel.
 find_tree() { tree_is_there || find_source || tree_fits || impossible "$LACK"; }
 
-# thin DIR: leave what modules are built with.
+# thin DIR: keep only what modules are built with.
 thin() {
 	local arch
 	find "$1" -mindepth 1 -maxdepth 1 ! -name .config ! -name Makefile ! -name Module.symvers ! -name arch \
@@ -78,7 +80,7 @@ thin() {
 	find "$1"/{arch,rust,tools} -type f \( -name '*.[coS]' -o -name '*.a' \) -delete
 }
 
-# make_tree: and remove those of kernels that are gone.
+# make_tree: make the tree, and remove those of removed kernels.
 make_tree() {
 	local old
 	lock "$TREES/lock" "set-up in $TREES"

@@ -1,11 +1,11 @@
 #!/usr/bin/python3
 # SPDX-License-Identifier: GPL-2.0
-"""Find the `unsafe` token in Rust files that must not have it; comments and literals do not count."""
+"""Finds the token `unsafe` in Rust files that must not have it. Comments and literals don't count."""
 
 import re
 import sys
 
-# What is not code, longest forms first; a lifetime such as 'a is no character literal.
+# What is not code, longest forms first. A lifetime such as 'a is no character literal.
 NOT_CODE = re.compile(
     r"""//[^\n]*
       | /\*
@@ -18,12 +18,12 @@ NOT_CODE = re.compile(
 
 
 def blank(text: str) -> str:
-    """As many lines as in text, and nothing else."""
+    """Returns the line breaks of text, or a blank."""
     return "\n" * text.count("\n") or " "
 
 
 def block_comment_end(text: str, start: int) -> int:
-    """Block comments nest."""
+    """Returns the end of a block comment. Block comments nest."""
     depth = 0
     for mark in re.finditer(r"/\*|\*/", text[start:]):
         depth += 1 if mark.group() == "/*" else -1
@@ -33,7 +33,7 @@ def block_comment_end(text: str, start: int) -> int:
 
 
 def code_of(text: str) -> str:
-    """The text without comments and literals, line for line."""
+    """Returns the code without comments and literals, with the same lines."""
     parts = []
     at = 0
     while match := NOT_CODE.search(text, at):

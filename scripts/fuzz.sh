@@ -1,21 +1,21 @@
 #!/bin/bash
 # SPDX-License-Identifier: GPL-2.0
-# Run the fuzz targets for some seconds each, as many at once as there are CPUs: fuzz.sh [-b] [SECONDS [TARGET...]]
-# (-b: build only). The last lines say what came out; RECORD=FILE gets a line for each target, too.
+# Runs the fuzz targets for some seconds each, as many in parallel as there are CPUs: fuzz.sh [-b] [SECONDS
+# [TARGET...]] (-b: build only). The last lines are the results; RECORD=FILE gets a line for each target, too.
 . "$(dirname "$0")/lib.sh"
 . "$SCRIPTS/cache.sh"
 
 CARGO_FUZZ=0.13.1
 TARGETS=(image codec merge lsmt zfile tar)
-# Beyond what the targets check themselves: for one input, seconds; for the process, MiB.
+# Limits besides the targets' own checks: seconds for one input, MiB for the process.
 LIMITS=(-timeout=10 -rss_limit_mb=512 -max_len=8192)
 
 RECORD=${RECORD:+$(realpath -m "$RECORD")}
-# As the root sees them; this directory is the clone in both.
+# Paths as the root sees them; this directory is the clone in both.
 cd "$CLONE"
 out=build/fuzz
 bin=$out/x86_64-unknown-linux-gnu/release
-# Inputs that reach something new are kept for the next run.
+# Inputs that reach new code are kept for the next run.
 corpus=$CACHE/fuzz
 
 build() {
@@ -23,13 +23,13 @@ build() {
 		"$SCRIPTS/in-root.sh" env -u CARGO_TARGET_DIR cargo install --quiet --locked --debug \
 			--root "/cargo/cargo-fuzz-$CARGO_FUZZ" --version "$CARGO_FUZZ" cargo-fuzz
 	mkdir -p "$out"
-	# Debian's compiler comes without sanitizers; our code is without unsafe.
+	# Debian's compiler has no sanitizers; our code has no unsafe.
 	"$SCRIPTS/in-root.sh" env -C tools "CARGO_TARGET_DIR=$IN_ROOT/$out" \
 		"PATH=/cargo/cargo-fuzz-$CARGO_FUZZ/bin:/usr/bin:/bin" \
 		cargo fuzz build --sanitizer none
 }
 
-# run TARGET: its output to a log; libFuzzer's status.
+# run TARGET: run a target, with its output to a log. Returns libFuzzer's status.
 run() {
 	local target=$1 log=$LOGS/fuzz-$1.log
 	mkdir -p "$corpus/$target" "$out/seeds/$target" "$out/findings"
@@ -39,10 +39,10 @@ run() {
 		-artifact_prefix="$out/findings/$target-" /srv "$out/seeds/$target" >>"$log" 2>&1
 }
 
-# stat_of NAME LOG: a number of libFuzzer's final statistics.
+# stat_of NAME LOG: print a number of libFuzzer's final statistics.
 stat_of() { awk -v name="stat::$1:" '$1 == name { n = $2 } END { print n + 0 }' "$2"; }
 
-# report TARGET STATUS SECONDS: a line, and the record.
+# report TARGET STATUS SECONDS: print a line, and add one to the record.
 report() {
 	local target=$1 log=$LOGS/fuzz-$1.log findings=0 verdict="no finding" runs peak inputs cov
 	[ "$2" = 0 ] || findings=1 verdict=FAILED

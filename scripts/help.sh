@@ -1,6 +1,6 @@
 #!/bin/bash
 # SPDX-License-Identifier: GPL-2.0
-# Say what make can do.
+# Prints what make can do.
 cat <<'END'
 make                  build the module: build/RELEASE/dm_overlaybd.ko
 make KDIR=DIR         ... for the kernel tree DIR (7.2 or later, with Rust); without KDIR for the running

@@ -1,7 +1,7 @@
 #!/bin/bash
 # SPDX-License-Identifier: GPL-2.0
-# As root, with mounts of its own: the clone at a place without blanks for a build with the tools of this machine, where the
-# command runs as its user: host-enter.sh CLONE PLACE UID GID CMD...
+# Runs as root with mounts of its own: mounts the clone at a path without blanks, for a build with the tools of this
+# machine, and runs the command there as its user: host-enter.sh CLONE PLACE UID GID CMD...
 set -euo pipefail
 
 mount --bind "$1" "$2"

@@ -1,9 +1,9 @@
 #!/bin/bash
 # SPDX-License-Identifier: GPL-2.0
-# Run a command in the tool-chain root as the calling user, in the clone:
+# Runs a command in the tool-chain root as the calling user, in the clone:
 # in-root.sh [-r OTHER_ROOT] [-k KERNEL_DIR] [-b SRC:DST]... CMD...
-# The clone is at /clone, which is the current directory, the kernel directory at /kernel; all mounts go away with the
-# command. The clone's own path leads there, too, where it can be made.
+# The clone is at /clone, which is the current directory, and the kernel directory is at /kernel. All mounts end with
+# the command. The clone's own path leads to /clone, too, if it can be created.
 . "$(dirname "$0")/lib.sh"
 . "$SCRIPTS/cache.sh"
 
@@ -23,7 +23,7 @@ need_root
 [ -d "$ROOT" ] || die "no tool-chain root yet; 'make setup' makes it"
 mkdir -p "$CACHE/cargo" "$BUILD"
 
-# The environment is ours, but for what the user means for the commands.
+# The environment is ours, except variables that the user sets for the commands.
 env=(PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin HOME=/root LANG=C.UTF-8
 	"TERM=${TERM:-dumb}" CARGO_HOME=/cargo "CARGO_TARGET_DIR=$IN_ROOT/build/cargo"
 	CARGO_HTTP_CAINFO=/etc/ssl/certs/ca-certificates.crt)

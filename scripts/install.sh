@@ -1,15 +1,15 @@
 #!/bin/bash
 # SPDX-License-Identifier: GPL-2.0
-# Install what was built: the module, obdsetup, its udev rules, what sets images up at boot, the manual pages, completions;
-# install.sh tools: all but the module. DESTDIR=, PREFIX= (/usr/local), KDIR= as for make.
-# What isn't built yet is built.
+# Installs what was built: the module, obdsetup, its udev rules, what sets images up at boot, the manual pages,
+# completions. install.sh tools: all except the module. DESTDIR=, PREFIX= (/usr/local), KDIR= as for make. Builds what
+# isn't built yet.
 . "$(dirname "$0")/lib.sh"
 
 [ -z "${DESTDIR:-}" ] || DESTDIR=$(realpath -m "$DESTDIR")
 [[ ${PREFIX:-/} == /* ]] || die "PREFIX=$PREFIX: must begin with /"
 prefix=${DESTDIR:-}${PREFIX:-/usr/local}
 
-# obdsetup as this machine's cargo built it, or as the tool-chain root did where that runs here too.
+# obdsetup as built by this machine's cargo, or in the tool-chain root if that one runs here, too.
 obdsetup=${OBDSETUP:-$BUILD/cargo-host/release/obdsetup}
 [ -x "$obdsetup" ] || obdsetup=$BUILD/cargo/release/obdsetup
 if [ ! -x "$obdsetup" ]; then
@@ -19,12 +19,13 @@ fi
 "$obdsetup" --version >/dev/null 2>&1 || [ -n "${DESTDIR:-}" ] ||
 	die "obdsetup from the tool-chain root does not run here; build it with your cargo: make tools CARGO=cargo"
 
-# Packages have the module as source: install.sh tools.
+# Packages have the module's source: they call install.sh tools.
 [ "${1:-}" = tools ] || "$SCRIPTS/build-module.sh" install
 install -D -m 755 "$obdsetup" "$prefix/sbin/obdsetup"
 install -D -m 644 -t "${DESTDIR:-}/usr/lib/udev/rules.d" "$CLONE"/tools/udev/*.rules
 
-# At boot: systemd and what makes an initramfs look in these places only. The generator is obdsetup by another name.
+# Boot: systemd and the initramfs generators look only in these directories. The generator is obdsetup with another
+# name.
 lib=${DESTDIR:-}/usr/lib
 install -D -m 644 -t "$lib/systemd/system" "$CLONE/tools/systemd/overlaybdsetup.target"
 mkdir -p "$lib/systemd/system/sysinit.target.wants" "$lib/systemd/system-generators"

@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: GPL-2.0
 # shellcheck shell=bash disable=SC2034 # variables are for those who source this
-# Whether a kernel tree and this machine can build a module in Rust, and with which compiler. Sourced.
+# Checks whether a kernel tree and this machine can build a Rust module, and with which compiler. Sourced.
 
-# config_value DIR NAME: the value of CONFIG_NAME in a kernel tree.
+# config_value DIR NAME: print the value of CONFIG_NAME in a kernel tree.
 config_value() { sed -n "s/^CONFIG_$2=\"\\?\\([^\"]*\\)\"\\?\$/\\1/p" "$1/include/config/auto.conf" 2>/dev/null || :; }
 
-# kdir_compiler DIR: set KDIR_ARGS to the make arguments that choose the compiler the kernel was built with.
+# kdir_compiler DIR: set KDIR_ARGS to the make arguments for the compiler that the kernel was built with.
 kdir_compiler() {
 	local cc
 	KDIR_ARGS=()
@@ -20,7 +20,7 @@ kdir_compiler() {
 
 KDIR_NO_METADATA='no Rust metadata in it (rust/libkernel.rmeta, rust/libmacros.so)'
 
-# kdir_problems DIR: print, on one line, what keeps a Rust module from being built against it here; nothing if nothing.
+# kdir_problems DIR: print, on one line, why no Rust module can be built with this tree here; nothing if it can.
 kdir_problems() {
 	local dir=$1 missing=() release want have cc
 	if [ ! -f "$dir/Makefile" ]; then

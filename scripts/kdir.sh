@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: GPL-2.0
 # shellcheck shell=bash disable=SC2034 # variables are for those who source this
-# Which kernel tree a module is built against. Sourced.
+# Chooses the kernel tree that a module is built with. Sourced.
 
 # shellcheck source=scripts/cache.sh
 . "$SCRIPTS/cache.sh"
@@ -9,8 +9,8 @@
 # shellcheck source=scripts/kdir-check.sh
 . "$SCRIPTS/kdir-check.sh"
 
-# kdir_choose: the user's KDIR; else the running kernel's tree if it is usable; else the stock kernel's, in the root.
-# Sets KDIR_USED, KDIR_RELEASE, KDIR_ARGS, KDIR_IN_ROOT, KDIR_CLONE and KDIR_ID, which changes when the tree is another.
+# kdir_choose: use the user's KDIR; else the running kernel's tree if that is usable; else the stock kernel's, in the
+# root. Sets KDIR_USED, KDIR_RELEASE, KDIR_ARGS, KDIR_IN_ROOT, KDIR_CLONE and KDIR_ID, which identifies the tree.
 kdir_choose() {
 	kdir_choose_tree
 	kdir_place
@@ -49,7 +49,7 @@ kdir_choose_tree() {
 	[ -n "${USE_ROOT:-}" ] || say "Building for $K_RELEASE in the tool-chain root; KDIR= names another kernel's tree"
 }
 
-# kdir_place: set KDIR_CLONE to where the kernel's build finds the clone: it takes no blank, colon and so on in a path.
+# kdir_place: set KDIR_CLONE to the clone's path for the kernel's build, which accepts no blank, colon and so on.
 kdir_place() {
 	local odd='[^A-Za-z0-9._/+@-]'
 	KDIR_CLONE=$CLONE
@@ -63,7 +63,7 @@ kdir_place() {
 	fi
 }
 
-# kdir_run CMD...: run where the tree can be used.
+# kdir_run CMD...: run the command where the tree can be used.
 kdir_run() {
 	if [ -n "$KDIR_IN_ROOT" ]; then
 		"$SCRIPTS/in-root.sh" -r "$K_ROOT" -k "$K_DIR" "$@"

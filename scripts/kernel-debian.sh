@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: GPL-2.0
 # shellcheck shell=bash
-# The recipe of a kernel directory from Debian's own packages. The functions run in the root, where /srv
-# keeps apt's lists and /kernel is the directory to fill. Sourced; a change makes a new directory.
+# Makes a kernel directory from Debian's packages. The functions run in the root, where /srv is for apt's lists and
+# /kernel is the directory to fill. Sourced; a change makes a new directory.
 
 set -euo pipefail
 
-# newest_debian_kernel SERIES [SOURCES]: print "RELEASE VERSION GCC RUSTC" of the newest of a series, a regular expression,
-# that has image, headers and source: the package of its compiler, and the version of the archive's rustc. SOURCES are
-# lines for apt instead of the root's.
+# newest_debian_kernel SERIES [SOURCES]: print "RELEASE VERSION GCC RUSTC" of the newest kernel of a series (a regular
+# expression) for which image, headers and source are available. GCC is the package of its compiler, RUSTC the version
+# of the archive's rustc. SOURCES are lines for apt instead of the root's.
 newest_debian_kernel() {
 	local series=$1 sources=${2:-} releases release version
 	mkdir -p /srv/lists/partial /srv/cache
@@ -33,8 +33,7 @@ newest_debian_kernel() {
 	done
 }
 
-# build_kernel_debian RELEASE VERSION: image and modules as they are packaged, and a tree for modules from
-# the source package.
+# build_kernel_debian RELEASE VERSION: unpack image and modules, and make a tree for modules from the source package.
 build_kernel_debian() {
 	local release=$1 version=$2 series packages=() p
 	series=$(echo "$release" | cut -d. -f1,2)

@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: GPL-2.0
 # shellcheck shell=bash
-# The recipe of kernels for tests: Debian's source, a small configuration, and checkers. Built with
-# clang, which KASAN together with Rust needs. Sourced; a change makes a new directory.
+# Makes kernels for tests: Debian's source, a small configuration, and checkers. Built with clang, which KASAN needs
+# in combination with Rust. Sourced; a change makes a new directory.
 
 set -euo pipefail
 
-# build_kernel_test RELEASE VERSION CONFIG...: as build_kernel_debian, with the configuration of files.
+# build_kernel_test RELEASE VERSION CONFIG...: like build_kernel_debian, with the configuration in the files.
 build_kernel_test() {
 	local release=$1 version=$2 series line missing=0
 	shift 2
@@ -31,7 +31,7 @@ build_kernel_test() {
 	done < <(grep CONFIG_ /kernel/wanted)
 	[ "$missing" = 0 ]
 	if grep -qx CONFIG_KCSAN=y .config; then
-		# The runtime is the same for all languages, but the kernel doesn't offer it to Rust yet.
+		# All languages use the same runtime, but the kernel doesn't enable it for Rust yet.
 		sed -i 's/"supported-sanitizers", \["kcfi", /&"thread", /' scripts/generate_rust_target.rs
 		grep -q '"kcfi", "thread"' scripts/generate_rust_target.rs
 		echo "-Zsanitizer=thread -Cllvm-args=-tsan-distinguish-volatile=1" \
@@ -49,7 +49,7 @@ build_kernel_test() {
 	depmod -b /kernel "$release"
 	cp .config /kernel/config
 
-	# Modules are built with headers, scripts and metadata only.
+	# Building modules only needs headers, scripts and metadata.
 	find . \( -name '*.o' -o -name '*.a' -o -name '*.ko' -o -name 'vmlinux*' -o -name '.tmp_*' -o -name '.*.cmd' \) \
 		! -path './scripts/*' ! -path './tools/*' -type f -delete
 	find drivers sound fs net mm -name '*.c' -delete

@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: GPL-2.0
 # shellcheck shell=bash
-# The recipe of kernels for benchmarks: User-Mode Linux from Debian's source. It is a process, so it computes as fast as
-# the machine does, with or without virtualization. Sourced; a change makes a new directory.
+# Makes kernels for benchmarks: User-Mode Linux from Debian's source. It is a process, so it computes as fast as the
+# machine, with or without virtualization. Sourced; a change makes a new directory.
 
 set -euo pipefail
 
-# build_kernel_uml RELEASE VERSION CONFIG...: as build_kernel_debian, the default configuration changed by files.
+# build_kernel_uml RELEASE VERSION CONFIG...: like build_kernel_debian, with the default configuration and the files'
+# changes.
 build_kernel_uml() {
 	local release=$1 version=$2 series line missing=0
 	shift 2
@@ -40,12 +41,12 @@ build_kernel_uml() {
 	rm -f /kernel/lib/modules/"$release"/build
 	depmod -b /kernel "$release"
 	cp .config /kernel/config
-	# Its loader of modules knows few kinds of relocations.
+	# Its module loader knows only a few kinds of relocations.
 	printf '%s\n' ARCH=um "KCFLAGS=-fno-pie -mcmodel=large" >/kernel/makeargs
 	echo "-Crelocation-model=static -Ccode-model=large" >/kernel/rustflags
 	echo 3072 >/kernel/memory
 
-	# Modules are built with headers, scripts and metadata only.
+	# Building modules only needs headers, scripts and metadata.
 	find . \( -name '*.o' -o -name '*.a' -o -name '*.ko' -o -name 'vmlinux*' -o -name linux -o -name '.tmp_*' -o \
 		-name '.*.cmd' \) ! -path './scripts/*' ! -path './tools/*' -type f -delete
 	find drivers sound fs net mm -name '*.c' -delete

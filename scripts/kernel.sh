@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: GPL-2.0
 # shellcheck shell=bash
-# Which kernel: KERNEL=stock (the default) is Debian's newest 7.3 from backports. KERNEL=forky is the one of Debian forky,
-# with the tool chain of forky. KERNEL=debug and KERNEL=kcsan are small kernels with checkers, from the source of stock;
-# KERNEL=uml and KERNEL=uml-smp are User-Mode Linux, for benchmarks. Sourced after cache.sh.
-# Another kernel is another kernel_look_up_NAME and, if made in another way, another build_kernel_RECIPE.
+# Chooses the kernel: KERNEL=stock (the default) is Debian's newest 7.3 from backports. KERNEL=forky is that of Debian
+# forky, with forky's tool chain. KERNEL=debug and KERNEL=kcsan are small kernels with checkers, from the source of
+# stock; KERNEL=uml and KERNEL=uml-smp are User-Mode Linux, for benchmarks. Sourced after cache.sh.
+# A new kernel needs a kernel_look_up_NAME and, if it is made in another way, a build_kernel_RECIPE.
 #
 # A kernel directory in the cache, whatever it was made from, holds
 #   vmlinuz, lib/modules/RELEASE/   the kernel as it boots; for User-Mode Linux, the program
@@ -23,14 +23,15 @@
 
 KERNEL=${KERNEL:-stock}
 
-# kernel_recipe: the functions that make it.
+# kernel_recipe: print the functions that make the kernel.
 kernel_recipe() {
 	declare -f "build_kernel_$K_RECIPE"
 	[ "$K_RECIPE" != debian ] || declare -f debian_tree
 }
 
-# kernel_look_up: set K_RELEASE, K_VERSION (of the packages), K_RECIPE, K_CONFIG (its files), K_APT (where apt keeps its lists),
-# K_ROOT (where it and modules for it are built), K_TOOLS (what of that makes a difference) and K_DIR.
+# kernel_look_up: set K_RELEASE, K_VERSION (of the packages), K_RECIPE, K_CONFIG (its files), K_APT (directory of
+# apt's lists), K_ROOT (the root that the kernel and its modules are built in), K_TOOLS (what of that root affects the
+# result) and K_DIR.
 kernel_look_up() {
 	K_CONFIG=()
 	K_ROOT=$ROOT
@@ -43,18 +44,18 @@ kernel_look_up() {
 	K_DIR=$CACHE/kernel-$K_RELEASE-$key
 }
 
-# kernel_select: look it up, and say how to get it if it has not been made.
+# kernel_select: look the kernel up; if it has not been made, fail and say how to make it.
 kernel_select() {
 	kernel_look_up
 	{ [ -d "$K_DIR" ] && [ -d "$K_ROOT" ]; } || die "kernel $K_RELEASE is not set up; 'make setup' does that"
 }
 
-# ask_archive NAME SERIES [SOURCES]: print what newest_debian_kernel finds. The archive is asked at most once a day, and what
-# was there last will do when it does not answer.
+# ask_archive NAME SERIES [SOURCES]: print what newest_debian_kernel prints. Asks the archive at most once a day, and
+# uses the last answer if the archive can't be reached.
 ask_archive() {
 	local latest=$CACHE/kernel.$1
 	if [ -z "$(find "$latest" -mtime -1 2>/dev/null)" ]; then
-		# Two first runs at once.
+		# Two first runs may be here at the same time.
 		lock "$K_APT.lock" "question to the Debian archive"
 		mkdir -p "$K_APT"
 		if [ -n "$(find "$latest" -mtime -1 2>/dev/null)" ]; then
@@ -83,7 +84,7 @@ kernel_look_up_stock() {
 	read -r K_RELEASE K_VERSION _ <<<"$found"
 }
 
-# Whatever series forky has today. A newer rustc makes a new root and a new kernel directory.
+# Uses the series that forky has today. A newer rustc makes a new root and a new kernel directory.
 kernel_look_up_forky() {
 	K_RECIPE=debian
 	K_SUITE=forky
@@ -95,7 +96,7 @@ kernel_look_up_forky() {
 		say "$K_TOOLS"; } | short_hash)
 }
 
-# kernel_of_ours NAME RECIPE CONFIG...: it has whatever version the stock kernel has.
+# kernel_of_ours NAME RECIPE CONFIG...: look up a kernel of the stock kernel's version.
 kernel_of_ours() {
 	kernel_look_up_stock
 	K_RELEASE=${K_RELEASE%%[+-]*}-$1

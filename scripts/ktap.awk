@@ -1,14 +1,14 @@
 # SPDX-License-Identifier: GPL-2.0
-# Count the results of KTAP logs: prints "passed failed", and a line "tests cause" for each cause that tests were skipped for.
-# Only leaves count: a result that closes subtests (indented by two blanks more) counts only when it failed and none of
-# them did. A plan that was not kept counts as a failure.
+# Counts the results in KTAP logs: prints "passed failed", and a line "tests cause" for each cause of skipped tests.
+# Only leaves count: the result of a test with subtests (which are indented by two more blanks) counts only if it
+# failed and no subtest did. A plan that doesn't match counts as a failure.
 
 function level(line) {
 	match(line, /^ */)
 	return int(RLENGTH / 2)
 }
 
-# close_subtests L: forget what lies deeper than level L; a plan there that was not kept is a failure.
+# close_subtests L: forget levels deeper than L; a plan there that doesn't match is a failure.
 function close_subtests(l,   d) {
 	for (d in seen)
 		if (d + 0 > l) {
@@ -19,7 +19,7 @@ function close_subtests(l,   d) {
 		}
 }
 
-# skip LINE: its cause is what follows the word.
+# skip LINE: count the cause, the text after SKIP.
 function skip(line) {
 	sub(/.*# *[Ss][Kk][Ii][Pp][A-Za-z]*[: ]*/, "", line)
 	causes[line == "" ? "no cause given" : line]++
@@ -32,7 +32,7 @@ function check_plan(d) {
 	}
 }
 
-# Each file is a run of its own.
+# Each file is a separate run.
 FNR == 1 {
 	for (d in seen)
 		check_plan(d)

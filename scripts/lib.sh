@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: GPL-2.0
 # shellcheck shell=bash disable=SC2034 # variables are for those who source this
-# Common functions of the scripts: places, messages, timed steps, locks. Sourced, not run.
+# Common functions of the scripts: paths, messages, timed steps, locks. Sourced, not run.
 
 set -euo pipefail
 
-# Whatever the caller has set up for itself, the same happens.
+# Make the scripts independent of the caller's settings.
 unset CDPATH BASH_ENV ENV GREP_OPTIONS POSIXLY_CORRECT LANGUAGE
 export LC_ALL=C.UTF-8
 umask 022
@@ -14,20 +14,20 @@ HOME=${HOME:-$(getent passwd "$(id -u)" | cut -d: -f6)}
 CLONE=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd -P)
 SCRIPTS=$CLONE/scripts
 BUILD=$CLONE/build
-# Where the clone is in the tool-chain root and in the VM, whatever its path is: the kernel's build, QEMU and others take
-# no blank, colon or comma in it.
+# The path of the clone in the tool-chain root and in the VM, whatever its own path is: the kernel's build, QEMU and
+# others accept no blank, colon or comma in it.
 IN_ROOT=/clone
 [[ ${XDG_CACHE_HOME:-} == /* ]] || XDG_CACHE_HOME=${HOME:?HOME is not set}/.cache
 CACHE=$XDG_CACHE_HOME/dm-overlaybd
 LOGS=$BUILD/log
-# Images made by other tools, which tests compare with where they are there: a directory goldens near the clone.
+# Images made by other tools, which tests compare with if available: a directory goldens near the clone.
 near=("$CLONE"/../*/goldens)
 GOLDENS=${OBD_GOLDENS:-${near[0]}}
 
-# How to become root: nothing when we are, sudo otherwise.
+# The command to become root: none if we are root, else sudo.
 SUDO=()
 [ "$(id -u)" = 0 ] || SUDO=(sudo)
-# For what takes long: it ends with this process.
+# For commands that take long: ends them with this process.
 LONG_SUDO=("${SUDO[@]}" "$SCRIPTS/with-caller.sh" "$$")
 
 say() { printf '%s\n' "$*"; }
@@ -37,7 +37,7 @@ die() {
 	exit 1
 }
 
-# need_root: make sure that we can become root, before a step hides that somebody is asked for a password.
+# need_root: check that we can become root, before a step hides sudo's question for a password.
 need_root() {
 	[ "${#SUDO[@]}" != 0 ] || return 0
 	command -v sudo >/dev/null || die "root is needed for mounts and name spaces: install sudo, or run this as root"
@@ -46,13 +46,13 @@ need_root() {
 	sudo -v || die "root is needed for mounts and name spaces: run this as root, or as a user whom sudo lets run everything"
 }
 
-# not_by_sudo: what root builds in a user's clone is in that user's way.
+# not_by_sudo: refuse to build as root in a user's clone: the user could not change those files.
 not_by_sudo() {
 	[ "$(id -u)" != 0 ] || [ "$(stat -c %u "$CLONE")" = 0 ] ||
 		die "nothing is built yet: run 'make' and 'make tools' as $(stat -c %U "$CLONE") first, then this as root"
 }
 
-# need_places: make sure that we can write where we build, before a step fails of it.
+# need_places: check that we can write where we build, before a step fails.
 need_places() {
 	local dir
 	[ -d "$BUILD" ] || [ -w "$CLONE" ] || die "$CLONE cannot be written: build in a clone of your own"
@@ -62,11 +62,11 @@ need_places() {
 	done
 }
 
-# in_root PATH: the path, in the root, of something in the clone.
+# in_root PATH: print the path, in the root, of something in the clone.
 in_root() { say "$IN_ROOT${1#"$CLONE"}"; }
 
-# attend CMD...: run a command that takes long. An interrupt ends it and all that it has started: a shell would wait for what
-# is in the foreground, sudo and unshare don't pass an interrupt on, and make ends its own child only.
+# attend CMD...: run a command that takes long. An interrupt ends it and everything that it has started. A shell would
+# wait for a command in the foreground, sudo and unshare don't pass an interrupt on, and make only ends its own child.
 attend() {
 	local status=0
 	"$@" <&0 &
@@ -79,7 +79,7 @@ attend() {
 	return "$status"
 }
 
-# attend_end SIGNAL: then end as one does that was not attending to anything.
+# attend_end SIGNAL: end the command, then this process with the same signal.
 attend_end() {
 	local pids me=$BASHPID
 	trap '' INT TERM HUP
@@ -92,7 +92,7 @@ attend_end() {
 	kill "-$1" "$me"
 }
 
-# below PID: its descendants, the topmost first.
+# below PID: print its descendants, the topmost first.
 below() {
 	{ sed 's/^\([0-9]*\) (.*) . \([0-9]*\) .*/\1 \2/' /proc/[0-9]*/stat 2>/dev/null || :; } |
 		awk -v top="$1" '
@@ -102,10 +102,10 @@ below() {
 			END { for (pid in parent) if (is_below(pid)) print depth(pid), pid }' | sort -n | cut -d' ' -f2
 }
 
-# short_hash: the first 12 digits of the SHA-256 of standard input.
+# short_hash: print the first 12 digits of the SHA-256 of standard input.
 short_hash() { sha256sum | cut -c1-12; }
 
-# lock FILE WHAT: take an exclusive lock until unlock, or until this process and its children end.
+# lock FILE WHAT: take an exclusive lock, until unlock or the end of this process and its children.
 lock() {
 	mkdir -p "$(dirname "$1")"
 	exec {LOCK_FD}>>"$1"
@@ -116,8 +116,8 @@ lock() {
 
 unlock() { exec {LOCK_FD}>&-; }
 
-# alone: wait until nothing else in this clone that is made of steps runs: logs and results have one place. What it calls may
-# call it again.
+# alone: wait until no other script with steps runs in this clone, since they share logs and results. Scripts called
+# after this may call it again.
 alone() {
 	[ "${ALONE_IN:-}" != "$BUILD" ] || return 0
 	need_places
@@ -131,7 +131,7 @@ STEP_NR=0
 STEP_TOTAL=0
 STEP_LOG=
 
-# steps N: N calls of step follow.
+# steps N: announce N calls of step.
 steps() {
 	STEP_NR=0
 	STEP_TOTAL=$1
@@ -139,18 +139,18 @@ steps() {
 	need_root
 }
 
-# last_line FILE: its last line with something on it, cut to fit behind a step's title.
+# last_line FILE [WIDTH]: print its last line that isn't empty, cut to fit after a step's title.
 last_line() {
 	tail -c 400 "$1" 2>/dev/null | tr '\r' '\n' | tr -cd '[:print:]\n' |
 		awk -v max="${2:-60}" 'NF { l = $0 } END { print substr(l, 1, max) }'
 }
 
-# step_ticker HEAD LOG: show that the step is alive, until killed or orphaned.
+# step_ticker HEAD LOG: show that the step is still running, until killed or orphaned.
 step_ticker() {
 	local head=$1 log=$2 start=$SECONDS parent=$$
 	while sleep 1 && kill -0 "$parent" 2>/dev/null; do
 		local now=$((SECONDS - start))
-		# So that sudo doesn't ask again.
+		# Keep sudo from asking again.
 		[ "${#SUDO[@]}" = 0 ] || [ $((now % 60)) != 0 ] || sudo -n true >/dev/null 2>&1 </dev/null || :
 		if [ -t 1 ]; then
 			printf '\r\033[K%s ... %d s  %s' "$head" "$now" "$(last_line "$log" 50)"
@@ -160,8 +160,8 @@ step_ticker() {
 	done
 }
 
-# step TITLE CMD [ARGS]: run a command as the next step; its status is step's. The command has a process of its own, so that
-# a lock that it takes ends with it. If it is a function, it doesn't end at an error by itself.
+# step TITLE CMD [ARGS]: run a command as the next step, and return its status. The command runs in a process of its
+# own, so that a lock that it takes ends with it. A function run this way doesn't stop at an error.
 step() {
 	local title=$1 head status=0 start=$SECONDS
 	shift

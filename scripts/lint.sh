@@ -1,6 +1,6 @@
 #!/bin/bash
 # SPDX-License-Identifier: GPL-2.0
-# Static checks: all of them as steps, or one by its name: lint.sh [--list | NAME]
+# Static checks: all of them as steps, or one by name: lint.sh [--list | NAME]
 . "$(dirname "$0")/lib.sh"
 . "$SCRIPTS/cache.sh"
 . "$SCRIPTS/kernel.sh"
@@ -12,7 +12,7 @@ with_kernel() {
 	"$SCRIPTS/in-root.sh" -k "$K_DIR" "$@"
 }
 
-# sources PATTERN...: files of the clone by name, one a line, without what was built.
+# sources PATTERN...: print the clone's files by name, one per line, without build results.
 sources() {
 	local names=() pattern
 	for pattern; do names+=(-o -name "$pattern"); done
@@ -20,7 +20,7 @@ sources() {
 		sed 's,^\./,,' | sort
 }
 
-# shell_sources: whatever a shell reads, by its name or its first line.
+# shell_sources: print the files that a shell reads, recognised by name or first line.
 shell_sources() {
 	local file first
 	sources '*' | while read -r file; do
@@ -37,7 +37,7 @@ lint_rustfmt() {
 	with_kernel rustfmt --check --edition 2021 --config-path /kernel/kdir/.rustfmt.toml "${files[@]}"
 }
 
-# In an object directory of its own, so that the module is not built anew after it.
+# Uses an object directory of its own, so that the module isn't rebuilt afterwards.
 lint_clippy_module() { USE_ROOT=1 KDIR='' "$SCRIPTS/build-module.sh" clippy; }
 
 lint_clippy_tools() { CARGO='' "$SCRIPTS/build-tools.sh" clippy; }

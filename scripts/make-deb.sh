@@ -1,7 +1,7 @@
 #!/bin/bash
 # SPDX-License-Identifier: GPL-2.0
-# Make the Debian packages, in build/deb: make-deb.sh. With the cargo of this machine if it is a Debian 13 that has all it
-# takes, or with CARGO=; else in the tool-chain root.
+# Makes the Debian packages in build/deb: make-deb.sh. Uses this machine's cargo if this is a Debian 13 with all that
+# it needs, or with CARGO=; else the tool-chain root.
 . "$(dirname "$0")/lib.sh"
 
 DEB=$BUILD/deb
@@ -9,15 +9,15 @@ FILES=$BUILD/deb-files
 VERSION=$(sed -n 's/^version = "\(.*\)"/\1/p' "$CLONE/tools/Cargo.toml")
 grep -qxF "PACKAGE_VERSION=\"$VERSION\"" "$CLONE/dkms.conf" || die "dkms.conf: not version $VERSION, as tools/Cargo.toml has it"
 
-# With Debian's revision, which grows when the same version is packaged anew.
+# With Debian's revision, which is increased when the same version is packaged again.
 REVISION=$(sed -n "1s/^dm-overlaybd (\(${VERSION//./\\.}-[0-9.]*\)) .*/\1/p" "$CLONE/packaging/deb/changelog")
 [ -n "$REVISION" ] || die "packaging/deb/changelog: not version $VERSION, as tools/Cargo.toml has it"
 
-# What DKMS builds from.
+# The files that DKMS builds from.
 DKMS_SOURCES=(COPYING Kbuild dkms.conf include rust scripts/{dkms,kdir-check,kernel-tree,lib}.sh)
 
-# notices: what of others' is linked into obdsetup, in the form of Debian's copyright files, with the notices that must
-# come with it. Of licences to choose from it is the MIT licence: Apache-2.0 does not go with GPL-2.0.
+# notices: print the licences and notices of the crates that are linked into obdsetup, in the form of Debian's
+# copyright files. Of licences to choose from, use the MIT licence: Apache-2.0 is incompatible with GPL-2.0.
 notices() {
 	local crates name version dir files license
 	crates=$("${CARGO:-cargo}" tree --manifest-path "$CLONE/tools/Cargo.toml" --offline --locked -p obdsetup -e normal \
@@ -46,7 +46,7 @@ notices() {
 		"Rust's standard library. The text of the licence is that of the crate libc above."
 }
 
-# pack_one PACKAGE ARCH SHLIBS: make the package of what is in its directory.
+# pack_one PACKAGE ARCH SHLIBS: make the package from its directory.
 pack_one() {
 	local package=$1 arch=$2 shlibs=$3 tree=$DEB/$1 script file=$DEB/$1_${REVISION}_$2.deb
 	install -D -m 644 "$CLONE/packaging/deb/copyright" "$tree/usr/share/doc/$package/copyright"
@@ -69,7 +69,7 @@ pack_one() {
 	rm -r "$tree"
 }
 
-# pack OBDSETUP: both packages, where that program was built.
+# pack OBDSETUP: make both packages, where that program was built.
 pack() {
 	local source=$DEB/dm-overlaybd-dkms/usr/src/dm-overlaybd-$VERSION shlibs
 	rm -rf "$DEB"
@@ -79,7 +79,7 @@ pack() {
 	pack_one dm-overlaybd-dkms all ''
 
 	DESTDIR=$DEB/obdsetup PREFIX=/usr OBDSETUP=$1 "$SCRIPTS/install.sh" tools
-	# Debian's zsh looks for those of packages elsewhere.
+	# Debian's zsh looks for the completions of packages elsewhere.
 	[ ! -d "$DEB/obdsetup/usr/share/zsh/site-functions" ] ||
 		mv "$DEB"/obdsetup/usr/share/zsh/{site-functions,vendor-completions}
 	strip "$DEB/obdsetup/usr/sbin/obdsetup"
@@ -101,7 +101,7 @@ debian_13() {
 	ldconfig -p | grep libclang >/dev/null
 }
 
-# list_files: those that DKMS builds from, as git has them; of a release's archive, all.
+# list_files: print the files that DKMS builds from: those in git, or all in a release's archive.
 list_files() {
 	cd "$CLONE"
 	if [ -e .git ] && command -v git >/dev/null; then
@@ -118,7 +118,7 @@ fi
 alone
 [ -n "${CARGO:-}" ] || ! debian_13 || CARGO=cargo
 export CARGO="${CARGO:-}"
-# Times in the packages are those of the commit.
+# The files in the packages have the time of the commit.
 export SOURCE_DATE_EPOCH="${SOURCE_DATE_EPOCH:-$(git -c safe.directory="*" -C "$CLONE" log -1 --format=%ct 2>/dev/null || date +%s)}"
 [ -n "$CARGO" ] || "$SCRIPTS/setup.sh"
 mkdir -p "$BUILD"

@@ -1,11 +1,11 @@
 #!/bin/bash
 # SPDX-License-Identifier: GPL-2.0
-# Make the selected kernel's directory in the cache: image, modules and a tree to build modules against.
+# Makes the selected kernel's directory in the cache: image, modules and a tree to build modules with.
 . "$(dirname "$0")/lib.sh"
 . "$SCRIPTS/cache.sh"
 . "$SCRIPTS/kernel.sh"
 
-# The root that it and modules for it are built in, if that is another.
+# The root that the kernel and its modules are built in, if it is another one.
 "$SCRIPTS/make-root.sh" kernel
 kernel_look_up
 [ -d "$K_DIR" ] && cache_used "${K_DIR##*/}" && exit
@@ -15,7 +15,7 @@ mkdir -p "$TMP"
 "$SCRIPTS/in-root.sh" -r "$K_ROOT" -k "$TMP" -b "$K_APT:/srv" \
 	bash -c "$(kernel_recipe); set -euo pipefail; build_kernel_$K_RECIPE \"\$@\"" - "$K_RELEASE" "$K_VERSION" "${K_CONFIG[@]}"
 
-# For some days, a suite may have another rustc than its kernel was built with.
+# For some days, a suite may have a newer rustc than the one that built its kernel.
 want=$(grep ^CONFIG_RUSTC_VERSION_TEXT= "$TMP/config")
 have=$(grep ^CONFIG_RUSTC_VERSION_TEXT= "$TMP/kdir/.config")
 [ "$have" = "$want" ] || die "another rustc than the kernel's: ${have#*=}, not ${want#*=}"

@@ -1,11 +1,11 @@
 #!/bin/bash
 # SPDX-License-Identifier: GPL-2.0
-# Make the tool-chain root in the cache, unless it is there: make-root.sh [kernel]. With "kernel" the one that modules for
-# the selected kernel are built in, if that is another.
+# Makes the tool-chain root in the cache, unless it exists: make-root.sh [kernel]. With "kernel", the root that
+# modules for the selected kernel are built in, if that is another one.
 . "$(dirname "$0")/lib.sh"
 . "$SCRIPTS/cache.sh"
 
-# A directory of this machine is none of the new root.
+# A directory of this machine doesn't exist in the new root.
 unset TMPDIR
 root=$ROOT suite=$SUITE
 include=$(root_packages)
@@ -16,12 +16,12 @@ if [ "${1:-}" = kernel ]; then
 fi
 [ -d "$root" ] && cache_used "${root##*/}" && exit
 
-# host_apt_conf FILE: the host's own proxy and clock settings, for a root that is behind the same network.
+# host_apt_conf FILE: write the host's proxy and clock settings for apt, for a root on the same network.
 host_apt_conf() {
 	apt-config dump 2>/dev/null | grep -E '^Acquire::(https?::([^ ]*::)?Proxy|Check-(Valid-Until|Date)) ' >"$1" || :
 }
 
-# host_mirror: the Debian mirror of this machine if it carries what we need, else Debian's own.
+# host_mirror: print the Debian mirror of this machine if it has what we need, else Debian's own.
 host_mirror() {
 	local uri probe=$CACHE_TMP/probe
 	# shellcheck disable=SC2016 # apt's own $
@@ -58,7 +58,7 @@ mirror=${mirror:-http://deb.debian.org/debian}
 say "== Debian $suite from $mirror"
 host_apt_conf "$CACHE_TMP/apt.conf"
 short=("${SUDO[@]}")
-# What the recipe does as root takes long.
+# The recipe's commands for root take long.
 attend_root() { SUDO=("${short[@]}") && attend "${LONG_SUDO[@]}" "$@"; }
 SUDO=(attend_root)
 build_root "$TMP" "$suite" "$mirror" "$include" "$CACHE_TMP/apt.conf"

@@ -1,12 +1,12 @@
 #!/bin/bash
 # SPDX-License-Identifier: GPL-2.0
-# Second half of in-root.sh, in name spaces of its own: put the mounts together and run the command.
+# The second half of in-root.sh, in name spaces of its own: makes the mounts and runs the command.
 set -euo pipefail
 
 root=$1 clone=$2 in_root=$3 cargo=$4 kernel=$5 user=$6 nbinds=$7
 shift 7
 
-# bind SRC DST: SRC (a directory or a file) appears at DST of the new root.
+# bind SRC DST: mount SRC (a directory or a file) at DST of the new root.
 bind() {
 	if [ -d "$1" ]; then
 		mkdir -p "$new$2"
@@ -17,7 +17,7 @@ bind() {
 	mount --bind "$1" "$new$2"
 }
 
-# link_clone: what names a file of the clone by its path finds it, but where the path is one of the root's own.
+# link_clone: make the clone's own path work in the root, unless the root has a file of its own there.
 link_clone() {
 	local top=${clone#/}
 	top=/${top%%/*}
@@ -29,7 +29,8 @@ link_clone() {
 	ln -s "$in_root" "$new$clone"
 }
 
-# The new root is a tmpfs with the cached root's directories in it, so that nothing is written to that.
+# The new root is a tmpfs with the cached root's directories mounted in it, so that nothing is written to the cached
+# root.
 ca=$(readlink -f "${SSL_CERT_FILE:-/etc/ssl/certs/ca-certificates.crt}" || :)
 new=$root/mnt
 mount -t tmpfs -o mode=755 tmpfs "$new"
@@ -60,8 +61,8 @@ for ((i = 0; i < nbinds; i++)); do
 	shift
 done
 
-# Not exec: this shell is process 1 here, and a command that is process 1 ignores signals. A group is read whole before it
-# runs: this file may change while the command does.
+# Not exec: the command would be process 1 here, which ignores signals that it doesn't handle. bash reads the whole group
+# before running it: this file may change while the command runs.
 {
 	status=0
 	chroot --userspec="$user" --groups= "$new" /usr/bin/env -C "$in_root" "$@" || status=$?

@@ -1,6 +1,6 @@
 #!/bin/bash
 # SPDX-License-Identifier: GPL-2.0
-# Set up what everything else needs, in two steps; says nothing when all is there: setup.sh
+# Sets up what everything else needs, in two steps; prints nothing if everything is there: setup.sh
 . "$(dirname "$0")/lib.sh"
 . "$SCRIPTS/cache.sh"
 . "$SCRIPTS/kernel.sh"

@@ -1,7 +1,7 @@
 #!/bin/bash
 # SPDX-License-Identifier: GPL-2.0
-# Boot the test VM for a shell, or for the one command in RUN, whose status is ours. It is QEMU's, or User-Mode Linux.
-# 124: not over after TIMEOUT seconds; 125: the VM died (see its kernel log); 126: it did not start.
+# Boots the test VM for a shell, or for the one command in RUN, and returns its status. The VM is QEMU or User-Mode
+# Linux. Status 124: not over after TIMEOUT seconds; 125: the VM died (see its kernel log); 126: it did not start.
 . "$(dirname "$0")/lib.sh"
 . "$SCRIPTS/cache.sh"
 . "$SCRIPTS/kernel.sh"
@@ -10,7 +10,7 @@
 "$SCRIPTS/setup.sh"
 kernel_select
 
-# The run directory, the guest's /run/vm; what dead runs left is removed.
+# The run directory, which is the guest's /run/vm. Directories of ended runs are removed.
 for old in "$BUILD"/vm/run.*; do
 	kill -0 "${old##*.}" 2>/dev/null || rm -rf "$old"
 done
@@ -18,8 +18,8 @@ VM_RUN=$BUILD/vm/run.$$
 mkdir -p "$VM_RUN"
 kernel_log=${VM_LOG:-$BUILD/vm/kernel.log}
 
-# boot_files: set VM_BOOT to the directory with what QEMU boots, made when kernel or recipe are new. What no VM has booted
-# from for a day is removed.
+# boot_files: set VM_BOOT to the directory with what QEMU boots. It is made when the kernel or the recipe changes;
+# directories that weren't used for a day are removed.
 boot_files() {
 	local key
 	key=$({ cat "$SCRIPTS"/vm/{init,boot-files.sh} && say "${K_DIR##*/} ${ROOT##*/}"; } | short_hash)
@@ -32,7 +32,7 @@ boot_files() {
 	touch "$VM_BOOT"
 }
 
-# guest_env: what the guest's first script reads.
+# guest_env: print variables for the guest's first script.
 guest_env() {
 	local size module=$BUILD/$K_RELEASE/dm_overlaybd.ko virtio=y end=reboot
 	[ "$monitor" = qemu ] || virtio='' end=poweroff
@@ -47,8 +47,8 @@ guest_env() {
 	done
 }
 
-# watch PID: when time is over, or the guest has not begun its command after START_TIMEOUT seconds, have the kernel say
-# where it is, then end it.
+# watch PID: when TIMEOUT is over, or the guest hasn't started its command after START_TIMEOUT seconds, have the
+# kernel print where it is, then end the VM.
 watch() {
 	local i over=timeout
 	for ((i = 0; i < ${TIMEOUT:-1800}; i++)); do
@@ -76,7 +76,7 @@ save_log() {
 	[ ! -f "$VM_RUN/console" ] || tr -d '\r' <"$VM_RUN/console" >"$kernel_log"
 }
 
-# verdict QEMU_STATUS: set status to what to exit with.
+# verdict QEMU_STATUS: set status to our exit status.
 verdict() {
 	if [ -s "$VM_RUN/status" ]; then
 		status=$(cat "$VM_RUN/status")
@@ -97,7 +97,7 @@ verdict() {
 	[ ! -f "$kernel_log" ] || trouble "$kernel_log" | sed 's/^/    /' >&2
 }
 
-# trouble LOG: from the first sign of it on, or just the end.
+# trouble LOG: print the log from the first sign of trouble, or its end.
 trouble() {
 	local line
 	line=$(grep -m1 -nE 'Kernel panic|BUG:|Oops|general protection|WARNING:|blocked for more than' "$1" | cut -d: -f1) || :
@@ -128,7 +128,8 @@ if [ -n "${SHARE:-}" ]; then
 fi
 [ ! -d "$GOLDENS" ] || binds+=(-b "$(realpath "$GOLDENS"):/mnt/goldens")
 
-# What must come of malformed images, found out here since the guest would take long. Nothing, if that is known.
+# Compute the expected results for malformed images here, since that is slow in the guest. Does nothing if they are
+# known.
 case ${RUN:-} in
 *--but*mutants*) ;;
 *tests/run.sh | *mutants*)
@@ -140,7 +141,7 @@ esac
 stdin=/dev/null
 [ -n "${RUN:-}" ] || stdin=/dev/stdin
 [ "$monitor" = qemu ] || binds+=(-b "$VM_RUN:/run/vm")
-# boot: start the guest in the background; sets vm and, for a command, watcher.
+# boot: start the guest in the background; set vm and, for a command, watcher.
 boot() {
 	rm -f "$VM_RUN"/{monitor.in,monitor.out,in,qmp,console,hung,started}
 	"$SCRIPTS/in-root.sh" -k "$K_DIR" "${binds[@]}" env VM_RUN="$(in_root "$VM_RUN")" \
@@ -161,7 +162,7 @@ trap 'end_vm $vm; save_log; rm -rf "$VM_RUN"; exit 130' INT TERM HUP
 status=0
 wait "$vm" || status=$?
 if [ -e "$VM_RUN/hung" ]; then
-	# The module was not loaded yet: the emulation, or a machine that is far too busy. Once may happen.
+	# The module was not loaded yet, so this is the emulation, or a very busy machine. Boot again once.
 	save_log
 	mv "$kernel_log" "$kernel_log.hung"
 	warn "vm: the guest did not begin its command within ${START_TIMEOUT:-300} s (see $kernel_log.hung); booting it again"

@@ -1,14 +1,14 @@
 #!/bin/bash
 # SPDX-License-Identifier: GPL-2.0
-# Run a command until it ends, or until one of the processes CALLERS is gone: with-caller.sh CALLER[,CALLER] CMD... As root by
-# sudo, which does not end with its caller: what it runs would go on without the caller's lock. Without sudo, a caller may
-# be gone already.
+# Runs a command until it ends, or until one of the processes CALLERS ends: with-caller.sh CALLER[,CALLER] CMD... sudo
+# runs this as root, because sudo doesn't end with its caller: the command would go on without the caller's lock.
+# Without sudo, a caller may have ended already.
 set -u
 
 IFS=, read -ra callers <<<"$1"
 shift
 
-# started PID: when it was; a number that is used again has another.
+# started PID: print its start time, which differs if the number was reused.
 started() { sed 's/.*) //' "/proc/$1/stat" 2>/dev/null | cut -d' ' -f20; }
 
 began=()
@@ -17,7 +17,7 @@ for caller in "${callers[@]}"; do
 	[ -n "${began[-1]}" ] || exit
 done
 
-# all_there: callers and command.
+# all_there: whether the callers and the command still run.
 all_there() {
 	local i
 	[ -e "/proc/$$" ] || return
@@ -27,7 +27,7 @@ all_there() {
 }
 
 (
-	# Nobody waits for a lock or a pipe that this one has.
+	# Close inherited locks and pipes, so that nothing waits for this process.
 	for fd in "/proc/$BASHPID/fd"/*; do
 		fd=${fd##*/}
 		[ "$fd" -le 2 ] || [ "$fd" = 255 ] || eval "exec $fd>&-"

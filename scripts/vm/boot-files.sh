@@ -1,6 +1,7 @@
 #!/bin/bash
 # SPDX-License-Identifier: GPL-2.0
-# In the root: make what the VM boots from the kernel at /kernel: boot-files.sh INIT DIR, which gets kernel and initrd.
+# Runs in the root: makes what the VM boots from the kernel at /kernel: boot-files.sh INIT DIR. DIR gets kernel and
+# initrd.
 set -euo pipefail
 
 init=$1 output=$2
@@ -16,7 +17,7 @@ for applet in sh cat ifconfig insmod ln mkdir mount reboot switch_root umount; d
 done
 install -m 755 "$init" "$tree/init"
 
-# The modules up to the root file system, in order and unpacked; what is built in needs none.
+# The modules for the root file system, in order and unpacked. Built-in ones are skipped.
 for name in 9pnet_virtio 9p overlay dm-mod dm-bufio; do
 	modprobe -S "$release" --show-depends "$name" 2>/dev/null || :
 done | sed -n 's/^insmod \([^ ]*\).*/\1/p' | awk '!seen[$0]++' | while read -r file; do
@@ -33,7 +34,7 @@ mv "$tree/order" "$tree/modules/"
 
 (cd "$tree" && find . | cpio --quiet -o -H newc) >"$output/initrd"
 
-# QEMU can start the unpacked kernel itself (PVH), which saves two seconds of unpacking by an emulated CPU.
+# QEMU can start the unpacked kernel itself (PVH), which saves an emulated CPU two seconds of unpacking.
 if grep -qx CONFIG_PVH=y /kernel/config; then
 	bash /kernel/kdir/scripts/extract-vmlinux /kernel/vmlinuz >"$output/kernel" 2>/dev/null || rm -f "$output/kernel"
 fi

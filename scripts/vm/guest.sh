@@ -1,7 +1,7 @@
 #!/bin/bash
 # SPDX-License-Identifier: GPL-2.0
-# The VM's process 1 in the root: loads the module, runs the command or a shell, powers off.
-# /run/vm is the host's run directory: in it are env and cmd (if any), and status is left there.
+# Process 1 of the VM in the root: loads the module, runs the command or a shell, powers off. /run/vm is the host's
+# run directory: it has env and cmd (if any), and gets status.
 
 # shellcheck disable=SC1091 # written by scripts/vm.sh for each run
 . /run/vm/env
@@ -10,7 +10,7 @@ export PATH="$VM_CLONE/build/cargo/release:/usr/local/sbin:/usr/local/bin:/usr/s
 
 trap 'busybox "$VM_END" -f' EXIT
 
-# load_module: what it depends on, then ours.
+# load_module: load the module's dependencies, then the module.
 load_module() {
 	local dep
 	for dep in $(modinfo -F depends "$VM_MODULE" | tr ',' ' '); do
@@ -19,7 +19,7 @@ load_module() {
 	insmod "$VM_MODULE"
 }
 
-# out_port: the device that the command's output goes to: a virtio port, or the console of User-Mode Linux.
+# out_port: print the device for the command's output: a virtio port, or the console of User-Mode Linux.
 out_port() {
 	local port name
 	if [ -z "$VM_VIRTIO" ]; then
@@ -33,10 +33,10 @@ out_port() {
 	done
 }
 
-# The host waits for this: until here it may boot the guest again.
+# The host waits for this file: before it exists, the host may boot the guest again.
 : >/run/vm/started
 
-# What udev would load on first use.
+# Modules that udev would load on first use.
 modprobe -qa loop dm-mod
 
 cd "$VM_CLONE" || exit
@@ -50,7 +50,7 @@ if [ -e /run/vm/cmd ]; then
 	cat=$!
 	setsid bash /run/vm/cmd </dev/null >/run/out 2>&1
 	status=$?
-	# A process left behind may hold the pipe; what it says later is not waited for.
+	# A process left behind may hold the pipe; don't wait for its output.
 	for ((i = 0; i < 20; i++)); do
 		kill -0 "$cat" 2>/dev/null || break
 		sleep 0.05

@@ -1,10 +1,10 @@
 #!/bin/bash
 # SPDX-License-Identifier: GPL-2.0
-# In the root: run the User-Mode Linux at /kernel with the run directory $VM_RUN, until it ends. This root is the guest's
-# as well; what is written to it is gone with the name space it lives in.
+# Runs in the root: runs the User-Mode Linux at /kernel with the run directory $VM_RUN, until it ends. The guest uses
+# this root, too; what it writes is gone with the name space.
 set -euo pipefail
 
-# Its memory is a file there, that must be executable.
+# Its memory is a file there, which must be executable.
 export TMPDIR=/dev/shm
 [ -w "$TMPDIR" ] || export TMPDIR=/tmp
 

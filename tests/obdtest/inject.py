@@ -2,8 +2,7 @@
 """Fault injection by the kernel: allocations and requests fail.
 
 Needs a kernel with FAULT_INJECTION, such as the debug kernel; on others, the functions raise Skip. Faults are
-switched
-off at the end of the test.
+switched off at the end of the test.
 """
 
 import functools

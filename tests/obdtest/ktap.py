@@ -2,9 +2,8 @@
 """Tests and their KTAP version 1 output.
 
 A script declares tests with @test or add(), and ends with main(). A test fails by raising, usually through check()
-and
-equal(); a test that checks nothing fails as well. Deferred functions are called after the test, in reverse order, and
-count as part of it.
+and equal(); a test that checks nothing fails as well. Deferred functions are called after the test, in reverse order,
+and count as part of it.
 
 Tests that are alike, such as one for each of many images, can be sampled: OBD_SAMPLE=N runs every Nth, different ones
 each day, or those from OBD_SAMPLE_FIRST on.

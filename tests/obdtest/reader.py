@@ -1,10 +1,8 @@
 # SPDX-License-Identifier: GPL-2.0
-"""A strict reader of blobs: which images must be refused, and with which phrase; which blocks are corrupt; the
-content.
+"""A strict reader of blobs: which images must be refused, and with which phrase; which blocks are corrupt; the data.
 
 It implements Documentation/formats and shares no code with the module and obdsetup, so that it finds checks that both
-of
-them lack. It is slow: use it for images of some KiB.
+of them lack. It is slow: use it for images of some KiB.
 """
 
 import re
