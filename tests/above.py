@@ -40,7 +40,7 @@ def write(path, offset, content):
         os.close(fd)
 
 
-@test("dm-snapshot on top takes writes; the image stays as it was")
+@test("dm-snapshot above takes writes; the image is unchanged")
 def snapshot():
     need("dm-snapshot")
     origin = make()
@@ -75,7 +75,7 @@ def thin():
     pool.remove()
 
 
-@test("linear pieces on top, in another order")
+@test("linear pieces above, in another order")
 def pieces():
     origin = make()
     device = dm.create(line(0, 101, "linear", origin.path, 900), line(101, 3, "linear", origin.path, 7),
@@ -84,7 +84,7 @@ def pieces():
     verify(device, wanted, rounds=60)
 
 
-@test("images in images: a ZFile in a layer, and a stack on a stack's pieces")
+@test("images in images: a ZFile in a layer of another stack")
 def nested():
     inner = image.zfile(PLAIN, image.LZ4, 8192)
     outer_size = -(-len(inner) // 512) * 512
@@ -93,7 +93,7 @@ def nested():
     verify(dm.zfile(lower, len(inner), VSIZE), PLAIN, rounds=40)
 
 
-@test("striped and delayed devices below: reads that are split and late")
+@test("striped and delayed devices below: lower reads are split and late")
 def striped():
     need("dm-delay")
     raw = image.zfile(LAYER)
@@ -113,7 +113,7 @@ def striped():
     verify(device, wanted, rounds=12)
 
 
-@test("dm-verity below: it reads, and what verity finds is an I/O error")
+@test("dm-verity below: reads succeed, and corruption that verity finds is an I/O error")
 def verity():
     if subprocess.run(["which", "veritysetup"], capture_output=True, check=False).returncode:
         raise Skip("no veritysetup")

@@ -53,9 +53,10 @@ def flags(algorithm, options, length):
     check(sum(map(len, again.values())) <= 2, f"allocations for the same reads once more: {again}")
 
 
-add("buffers of lower reads neither wait nor take from reserves, and are used again", flags, image.LZ4, ("cache_blocks", 0),
-    131072)
-add("blocks in the cache do so, too, and what made room is used again", flags, image.ZSTD, ("cache_blocks", 4), 4096)
+add("buffers of lower reads: allocations don't wait or use reserves, and buffers are reused", flags, image.LZ4,
+    ("cache_blocks", 0), 131072)
+add("cached blocks: allocations don't wait or use reserves, and pages of evicted blocks are reused", flags, image.ZSTD,
+    ("cache_blocks", 4), 4096)
 
 
 if __name__ == "__main__":

@@ -92,7 +92,7 @@ def small(places):
         check(0 < cached <= places, f"{cached} blocks cached")
 
 
-@test("cache_all: images with layers in common read those once")
+@test("cache_all: images that share layers read those once")
 def images():
     vsize = 1 << 20
     layers = [image.lsmt(vsize, [(0, image.sample(1500 * 512, 62)), (1600, 50)]),
@@ -120,7 +120,7 @@ def late(below, sectors, milliseconds=20):
     return dm.create(line(0, sectors, "delay", below.path, 0, milliseconds))
 
 
-@test("cache_all: readers that come together cause the reads of one")
+@test("cache_all: concurrent readers cause the lower reads of one reader")
 def together():
     raw = image.zfile(DATA)
     loop = dm.Loop(raw)
@@ -147,7 +147,7 @@ def together():
     check(got[READ_BYTES] <= most, f"{got[READ_BYTES]} bytes read, {most} at most")
 
 
-@test("cache_all: a corrupt block fails by itself")
+@test("cache_all: a corrupt block fails no other block")
 def corrupt():
     places = image.Zfile(image.zfile(DATA)).places()
     raw = bytearray(image.zfile(DATA))
@@ -224,7 +224,7 @@ def mended(options, length):
     equal((got[CACHED], got[READS], got[READ_ERRORS], got[BLOCKS]), (1, 2, 1, 1), "cached, reads, failed, decompressed")
 
 
-@test("reads for the cache aren't read-ahead to the device below, since others may wait for them")
+@test("lower reads for the cache aren't marked as read-ahead, since other readers may wait for them")
 def not_ahead():
     raw = image.zfile(DATA, image.ZSTD, 65536)
     loop = dm.Loop(raw)
@@ -241,7 +241,7 @@ def not_ahead():
         equal(any("A" in kind for kind in kinds), ahead, f"read-ahead below {options}, of {kinds}")
 
 
-@test("cache_all: memory goes back when the kernel wants it")
+@test("cache_all: the cache is freed when the kernel needs memory")
 def goes_back():
     raw = image.zfile(DATA)
     zfile = device(dm.Loop(raw), raw, "cache_all")
@@ -304,7 +304,7 @@ def message():
     equal(counters(zfile)[MODE], "all", "default after a reload")
 
 
-@test("what lists blocks that are far from each other counts")
+@test("leaves of blocks far from each other count as memory of the cache")
 def far():
     raw = image.zfile(DATA)
     start = parameter("cache_bytes")
@@ -320,7 +320,7 @@ def far():
     equal(parameter("cache_bytes"), start, "bytes in the cache once the device is gone")
 
 
-@test("one limit holds for the blocks of all devices, and may change")
+@test("the blocks of all devices have one limit, which can be changed")
 def limit():
     raw = image.zfile(DATA)
     loop = dm.Loop(raw)
@@ -361,7 +361,7 @@ def limit():
     equal(parameter("cache_limit_bytes"), default, "the default")
 
 
-@test("a device that has its share makes room for its own blocks only")
+@test("a device at its share evicts its own blocks only")
 def share():
     raw = image.zfile(DATA)
     loop = dm.Loop(raw)
@@ -373,7 +373,7 @@ def share():
     equal(counters(other)[CACHED], -(-len(DATA) // 4096), "blocks of the other")
 
 
-@test("what is used again stays")
+@test("blocks that are used again stay cached")
 def used_again():
     raw = image.zfile(DATA)
     zfile = device(dm.Loop(raw), raw, "cache_all cache_blocks 16")
@@ -386,7 +386,7 @@ def used_again():
     equal(got[HITS] + got[BLOCKS], 2 * 119, "hits and misses")
 
 
-@test("the table line gives options back")
+@test("the table status has the options")
 def options():
     raw = image.zfile(DATA)
     loop = dm.Loop(raw)
@@ -419,10 +419,12 @@ for each_algorithm, each_name in image.NAMES.items():
                 everything, each_algorithm, each_block, each_crc)
 for each_options, each_length in (((), 4096), (("cache_all",), 4096), (("cache_all",), 65536)):
     each_title = f"{' '.join(each_options) or 'default'}, reads of {each_length}"
-    add(f"{each_title}: when a read fails that others wait for, one of them reads again", failing, each_options, each_length)
-    add(f"{each_title}: those that wait for a read that fails get what the next one reads", mended, each_options, each_length)
+    add(f"{each_title}: if a read fails while others wait, one of these reads again", failing, each_options,
+        each_length)
+    add(f"{each_title}: if a read fails and the next one succeeds, waiting readers get its data", mended, each_options,
+        each_length)
 for each_places in (1, 16, 40):
-    add(f"cache_all with {each_places} places", small, each_places)
+    add(f"cache_all with room for {each_places} blocks", small, each_places)
 
 
 if __name__ == "__main__":

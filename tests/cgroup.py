@@ -131,7 +131,7 @@ for each_options in ("cache_blocks 0", "cache_blocks 64", "cache_all"):
         for each_length in (4096, 65536):
             add(f"{each_options}, reads of {each_length}{', delayed' if each_delayed else ''}: the reader's group is charged",
                 charged, each_options, each_delayed, BLOCK, each_length)
-    add(f"{each_options}: a limit of the group holds for reads of 4096", limited, each_options, 4096)
+    add(f"{each_options}: the group's limit is effective for reads of 4096", limited, each_options, 4096)
 
 
 if __name__ == "__main__":

@@ -127,7 +127,7 @@ def used(device, cpu, wanted):
     return found
 
 
-@test("a reader on any CPU has all CPUs work that are online and not isolated, and no others")
+@test("a reader on any CPU uses all CPUs that are online and not isolated, and no others")
 def all_work():
     device = zfile()
     wanted = housekeeping()
@@ -156,7 +156,7 @@ def brought_back(found):
             switch(cpu, True)
 
 
-@test("CPUs are taken away and come back under load")
+@test("CPUs go offline and online under load")
 def hotplug():
     found = removable()
     if not found:
@@ -199,7 +199,7 @@ def contexts():
         return sum(row.split()[1] == "69632" for row in file)
 
 
-@test("a CPU that was offline from boot works once it is online")
+@test("a CPU that was offline from boot runs workers once it is online")
 def comes_up():
     """A CPU that comes online can run a worker, and gets its own context with the next device."""
     if not cpus("present") - cpus("online"):
@@ -242,7 +242,7 @@ def has(device, what):
     disk.close()
 
 
-@test("devices share one thread in reserve, but those on a mapped device have their own")
+@test("devices share one rescuer thread, but those on a mapped device have their own")
 def reserve():
     loop = dm.Loop(RAW)
     equal(in_reserve(), 1, "threads without a device")
@@ -294,7 +294,7 @@ class Load:
         self.fio.wait()
 
 
-@test("workers that are always busy hold up nobody who waits for Tasks RCU")
+@test("workers that are always busy don't block Tasks RCU")
 def busy_workers():
     """Stopping a tracer waits until each task has passed a quiescent state of Tasks RCU. A worker that always has
     work must pass some, too."""
@@ -328,7 +328,7 @@ def cpusets():
         return root if "cpuset" in file.read().split() else None
 
 
-@test("a CPU that a cpuset isolates gets no more work")
+@test("a CPU that a cpuset isolates runs no more workers")
 def isolated_later():
     """A cpuset partition isolates a CPU whose worker is always busy."""
     root = cpusets()

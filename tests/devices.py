@@ -123,7 +123,7 @@ def partitions():
     verify(dm.zfile(part, len(raw), len(DATA)), PADDED, rounds=20)
 
 
-@test("blocks of 4096 bytes below: zfile reads single sectors all the same")
+@test("lower device with blocks of 4096 bytes: zfile reads single sectors")
 def large_blocks_zfile():
     for algorithm, block, wrap in ((image.LZ4, 512, False), (image.LZ4, 4096, True), (image.ZSTD, 65536, True)):
         raw = image.zfile(DATA, algorithm, block, overwrite=wrap)
@@ -137,7 +137,7 @@ def large_blocks_zfile():
     verify(dm.lsmt(VSIZE, (lower, len(LAYER)), (dm.Loop(TOP), len(TOP))), PLAIN, rounds=60)
 
 
-@test("stripes below: zfile takes over nothing of where they begin and end")
+@test("striped lower device: zfile doesn't inherit its chunks")
 def stripes():
     raw = image.zfile(DATA, image.LZ4, 65536, overwrite=True)
     raw += bytes(-len(raw) % 16384)
@@ -155,7 +155,7 @@ def stripes():
     check(not lines, f"kernel log: {lines}")
 
 
-@test("blocks of 4096 bytes below: an aligned layer reads, one that isn't is refused")
+@test("lower device with blocks of 4096 bytes: aligned layers read, others are refused")
 def large_blocks_lsmt():
     device = dm.lsmt(VSIZE, (dm.Loop(LAYER_4K, block=4096), len(LAYER_4K)))
     with open(f"{device.sysfs}/queue/logical_block_size", encoding="ascii") as file:
@@ -186,7 +186,7 @@ def different_blocks():
         same_bytes(Disk(device).whole(), wanted, "content")
 
 
-@test("loop devices with direct I/O where the golden images are: 9p in the test VM, which takes references to pages")
+@test("loop devices with direct I/O on the golden images' file system: in the test VM 9p, which references pages")
 def network_file():
     raw = golden.load("zfile-lsmt/ext4-lz4-4k-tar.obd")
     path = run("losetup", "--read-only", "--direct-io=on", "--find", "--show",
@@ -214,7 +214,7 @@ def deep_stack():
     verify(device, wanted, rounds=20)
 
 
-@test("one image, many devices: all read right at the same time")
+@test("one image, many devices: concurrent reads of all are right")
 def shared():
     raw = image.zfile(LAYER)
     lower = dm.zfile(dm.Loop(raw), len(raw), len(LAYER))

@@ -35,7 +35,7 @@ def on_linear(raw):
     return dm.create(*good), good, total
 
 
-@test("zfile: read errors below are EIO, are counted, and end with the cause")
+@test("zfile: errors of lower reads are EIO, are counted, and end with their cause")
 def zfile_errors():
     raw = image.zfile(DATA)
     lower, good, total = on_linear(raw)
@@ -55,7 +55,7 @@ def zfile_errors():
     equal(device.info()[8], info[8], "lower read errors afterwards")
 
 
-@test("zfile: one bad sector below fails the blocks in it, and no others")
+@test("zfile: a bad sector fails the blocks in it, and no others")
 def one_bad_sector():
     raw = image.zfile(DATA)
     lower, good, total = on_linear(raw)
@@ -79,7 +79,7 @@ def one_bad_sector():
     verify(device, PADDED)
 
 
-@test("lsmt: read errors below are EIO, holes and other layers still read")
+@test("lsmt: errors of a layer are EIO, holes and other layers still read")
 def lsmt_errors():
     lower, good, total = on_linear(LAYER)
     top = image.lsmt(VSIZE, [(10, image.sample(5120, 34))])
@@ -95,7 +95,7 @@ def lsmt_errors():
     verify(device, wanted)
 
 
-@test("errors while metadata is read: the table is refused, nothing is kept")
+@test("errors while metadata is read: the table is refused, no device stays open")
 def metadata_errors():
     raw = image.zfile(DATA)
     # Bytes that are needed besides the first sector: a ZFile's index; a layer's index and a sector of the trailer.
@@ -160,7 +160,7 @@ def flaky():
     verify(device, PADDED)
 
 
-@test("a device below that shrinks to nothing: errors, no crash")
+@test("a lower device that shrinks to nothing: errors, no crash")
 def shrinks():
     raw = image.zfile(DATA)
     loop = dm.Loop(raw)

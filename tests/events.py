@@ -80,7 +80,7 @@ def first(algorithm, block, length, *options):
     disk.close()
 
 
-@test("a table that was loaded again tells again")
+@test("after a reload, the first corrupt block is reported again")
 def again():
     raw = corrupted((5,), image.LZ4, 4096)
     zfile = device(raw)

@@ -278,7 +278,7 @@ def failing_requests(victim):
 
 # ---- one layer of several ----
 
-@test("lsmt: a layer that fails takes no other layer's sectors with it")
+@test("lsmt: a layer that fails doesn't fail sectors of other layers")
 def one_layer():
     below = image.lsmt(VSIZE, [(0, image.sample(VSIZE, 84))])
     above = image.lsmt(VSIZE, [(100, image.sample(64 * 512, 85)), (300, image.sample(64 * 512, 86))])
@@ -304,7 +304,7 @@ def one_layer():
 
 # ---- devices that disappear ----
 
-@test("a loop device that is detached while in use goes with its last user")
+@test("a loop device that is detached while in use stays until its last close")
 def detached():
     for victim in victims():
         def once(victim=victim):
@@ -377,7 +377,7 @@ for each in victims():
     add(f"{each.title}: dm-error comes and goes", error_target, each)
     add(f"{each.title}: dm-flakey, reads fail", flakey_reads, each)
     if "zfile" in each.title:
-        add(f"{each.title}: dm-flakey, what is read is corrupted", flakey_corrupts, each)
+        add(f"{each.title}: dm-flakey, data is corrupted", flakey_corrupts, each)
     add(f"{each.title}: dm-dust, bad sectors", dust, each)
     add(f"{each.title}: dm-delay", delay, each)
     add(f"{each.title}: fail_make_request", failing_requests, each)
@@ -385,7 +385,7 @@ for each in victims():
 # Once more the last one, with another driver.
 add(f"scsi: {each.title}: the disk is pulled out under load", pulled, "scsi", each)
 for each_kind in ("nvme", "scsi"):
-    add(f"{each_kind}: an error of the medium goes up as it is", medium_errors, each_kind)
+    add(f"{each_kind}: a medium error is passed up unchanged", medium_errors, each_kind)
 
 
 if __name__ == "__main__":

@@ -137,7 +137,7 @@ for image_name in golden.NAMES:
         add(f"{image_name}, probes on both sides of 2 TiB", probes)
     else:
         add(image_name, golden_image, image_name, alike=True)
-add("layers of stack/*, each alone", golden_layers)
+add("layers of stack/*, each as a disk", golden_layers)
 
 if __name__ == "__main__":
     main()

@@ -119,7 +119,7 @@ def documented():
     equal(names - set(re.findall(r"\w+", section)), set(), "names that are missing")
 
 
-@test("64 layers: a line each")
+@test("64 layers: one line for each")
 def many_layers():
     open_stack(raws=RAWS * 32)
     text = obdsetup("status", NAME)[0].splitlines()
@@ -127,7 +127,7 @@ def many_layers():
     equal(json.loads(obdsetup("list", "--json")[0])[0]["layers"], 64, "layers")
 
 
-@test("a corrupt block: exit code 3, and the file that it is in")
+@test("a corrupt block: exit code 3, and the name of its file")
 def corrupt_block():
     layers = open_stack()
     corrupt(layers[0], 20)
@@ -155,7 +155,7 @@ def corrupt_block():
     check("1 of " in out, f"verify, which the message names: {out!r}")
 
 
-@test("a layer that is cut: exit code 4 before anybody reads, and read errors when they do")
+@test("a layer that is cut short: exit code 4 before a read, and read errors after one")
 def cut_layer():
     layers = open_stack()
     os.truncate(layers[1], 1000)
@@ -220,7 +220,7 @@ def renamed():
         dmsetup("rename", f"{NAME}-new", NAME)
 
 
-@test("what stacks share, and devices of others")
+@test("devices that stacks share, and devices of other programs")
 def others():
     layers = open_stack()
     other = f"{NAME}b"

@@ -77,7 +77,7 @@ def make_stack(work, count):
     return layers, bytes(content)
 
 
-@test("open of N layers of ours: N loop devices, and one device for each")
+@test("open of N layers made by obdsetup: N loop devices, and one device for each layer")
 def one_loop_each():
     work = work_directory()
     layers, content = make_stack(work, 12)
@@ -91,7 +91,7 @@ def one_loop_each():
     equal((sorted(loops()), devices()), (sorted(before), {}), "what is left")
 
 
-@test("open: a wrong stack leaves nothing, and is an option away")
+@test("open: a wrong stack is refused and leaves nothing; an option opens it")
 def wrong_stack():
     work = work_directory()
     (first, second, third), content = make_stack(work, 3)
@@ -109,7 +109,7 @@ def wrong_stack():
     obdsetup("close", NAME)
 
 
-@test("create and convert: a disk that is mounted, or under a loop device that is")
+@test("create and convert: a mounted disk, or one under a mounted loop device")
 def mounted_disk():
     work = work_directory()
     raw, mnt = f"{work}/raw", f"{work}/mnt"
@@ -210,7 +210,7 @@ def mounted_layer():
     obdsetup("close", NAME)
 
 
-@test("open: a layer that somebody writes to")
+@test("open: a layer that is open for writing")
 def written_layer():
     work = work_directory()
     layers, content = make_stack(work, 2)
@@ -240,7 +240,7 @@ def layout(work, layer):
     return f"{work}/layout"
 
 
-@test("9p: files and directories are made, and replace nothing")
+@test("9p: files and directories are created, and replace nothing")
 def network_file_system():
     if not os.path.ismount(SHARED):
         raise Skip(f"{SHARED} is not a 9p file system")

@@ -102,10 +102,10 @@ def random_stack(seed):
 
 
 for number in range(8):
-    add(f"random layers {number}, against a naive model", random_stack, number)
+    add(f"random layers {number}, against a simple model", random_stack, number)
 
 
-@test("layers with no data: empty, and all discarded")
+@test("layers without data: empty, and all zeroed")
 def no_data():
     empty = image.lsmt(65536, [])
     gone = image.lsmt(65536, [(0, 128)])
@@ -115,7 +115,7 @@ def no_data():
         verify(stack.open_stack(*raws), wanted, rounds=10)
 
 
-@test("longest segments: 16383 sectors, and more than one of them in a row")
+@test("longest segments: 16383 sectors, and several of them in a row")
 def long_segments():
     size = 24 << 20
     lower = image.lsmt(size, [(5, b"\xa5" * 512 * 20000), (30000, b"\x5a" * 512 * 16383)])

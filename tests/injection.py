@@ -86,7 +86,7 @@ def quiet_console():
     defer(restore)
 
 
-@test("each allocation of the module's own start fails in turn")
+@test("each allocation while the module is loaded fails in turn")
 def module_walk():
     path = module_file()
     nth = inject.Nth()
@@ -211,7 +211,7 @@ def on_slow(milliseconds, *options):
     return dm.create(line(0, dm.sectors(len(DATA)), "zfile", slow.path, len(raw), len(options), *options))
 
 
-@test("reads that wait for memory go on together when it is back")
+@test("reads that wait for memory all go on when there is memory again")
 def memory_is_back():
     delay, count = 1000, 24
     device = on_slow(delay, "cache_blocks", 0)
@@ -261,11 +261,11 @@ for each, each_block, each_cache in ((image.LZ4, 4096, 0), (image.ZSTD, 65536, 6
         zfile_walk, each, each_block, each_cache)
 for each_options in (("cache_blocks", 0), ("cache_all",)):
     add(f"a read-ahead doesn't wait for memory ({' '.join(map(str, each_options))})", no_read_ahead, *each_options)
-add("all allocations on the path of an I/O fail: reads go on", no_memory, inject.allocations, 100)
-add("some allocations on the path of an I/O fail", no_memory, inject.allocations, 30)
-add("memory is fragmented, there are single pages only: reads go on", no_memory, inject.contiguous_pages)
+add("all allocations during reads fail: reads go on", no_memory, inject.allocations, 100)
+add("some allocations during reads fail", no_memory, inject.allocations, 30)
+add("memory is fragmented into single pages: reads go on", no_memory, inject.contiguous_pages)
 for each_order in (1, 3):
-    add(f"there are no pages of order {each_order} and above: large reads are still one read", in_pieces, each_order)
+    add(f"no pages of order {each_order} and above: a large read is still one lower read", in_pieces, each_order)
 
 
 if __name__ == "__main__":

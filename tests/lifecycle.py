@@ -82,7 +82,7 @@ def suspended_read():
     same_bytes(got[0], DATA[4096:12288], "content")
 
 
-@test("reload under load: other options of the same image, again and again")
+@test("reload under load: other options for the same image, many times")
 def reload():
     blobs = [dm.Loop(image.zfile(DATA, algorithm, block)) for algorithm in image.NAMES for block in (512, 4096, 65536)]
     tables = [line(0, LENGTH, "zfile", blob.path, "-") for blob in blobs]
@@ -149,7 +149,7 @@ def deferred():
     check(not device.exists(), "it is still there")
 
 
-@test("removal with a table that was never used, and of a device that was never resumed")
+@test("removal of a device with an inactive table, and of one that was never resumed")
 def unused_tables():
     loop = dm.Loop(RAW)
     for resumed in (False, True):
@@ -163,7 +163,7 @@ def unused_tables():
     equal(use_count(), 0, "use count of the module")
 
 
-@test("making and removing devices, and failing to, leaks no memory")
+@test("creating devices, failed attempts, and removing devices leak no memory")
 def no_leak():
     # The same block many times: the image is small, its jump table isn't.
     payload = image.compress(image.LZ4, bytes(4096))
@@ -193,7 +193,7 @@ def no_leak():
     equal(use_count(), 0, "use count of the module")
 
 
-@test("devices are made and removed from four threads at once")
+@test("four threads create and remove devices concurrently")
 def parallel():
     errors = []
 
@@ -217,7 +217,7 @@ def parallel():
     check(not errors, f"{errors[:1]}")
 
 
-@test("the module can't be unloaded while a device is there; then it can, and comes back")
+@test("the module can't be unloaded while a device exists; afterwards it can be unloaded and loaded")
 def module():
     device = dm.zfile(dm.Loop(RAW), len(RAW), len(DATA))
     check(use_count() > 0, "the module isn't in use")

@@ -66,7 +66,7 @@ def killed():
         return next(int(row.split()[1]) for row in file if row.startswith("oom_kill "))
 
 
-@test("500 devices give the cache back under pressure, before anything is killed, and go on")
+@test("500 devices free the cache under memory pressure, before a process is killed, and go on")
 def many_devices():
     if meminfo()["MemTotal"] > 6 << 20:
         raise Skip("this machine has too much memory to take it all")
@@ -109,7 +109,7 @@ def many_devices():
     check(longest < 10 * SLOW, f"a read took {longest:.1f} s")
 
 
-@test("memory that a device has taken is free when it is gone")
+@test("a device's memory is free after its removal")
 def given_back():
     data = compressible()
     raw = image.zfile(data, image.LZ4, 65536)
@@ -141,7 +141,7 @@ def kib_each(count, table):
     return grown / count
 
 
-@test("an idle device takes little more memory than dm-linear")
+@test("an idle device needs little more memory than dm-linear")
 def idle():
     raw = image.zfile(image.sample(65536))
     loop = dm.Loop(raw)

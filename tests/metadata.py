@@ -209,11 +209,11 @@ def sparse(kind):
 
 
 for fs in FILE_SYSTEMS:
-    add(f"{fs}: a tar that says nothing of directories", unsaid, fs)
+    add(f"{fs}: a tar without directories", unsaid, fs)
     add(f"{fs}: a private root directory", private, fs)
 add("squashfs: ACLs are refused", refused)
 for fs in ("ext4", "erofs", "btrfs"):
-    add(f"{fs}: holes cost nothing", sparse, fs)
+    add(f"{fs}: holes take no space", sparse, fs)
 for fs in FILE_SYSTEMS:
     for number in SEEDS.get(fs, (1, 2)):
         add(f"{fs}: a directory, tree {number}", round_trip, fs, number, False)

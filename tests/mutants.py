@@ -371,7 +371,7 @@ def declare():
     """Declares the tests."""
     for kind in verdicts.kinds():
         add(f"malformed images: {kind}", one_kind, kind, timeout=TIMEOUT, alike=True)
-    add(f"at least {LEAST} malformed images were tried, and there is every outcome", enough)
+    add(f"at least {LEAST} malformed images were tested, with every kind of outcome", enough)
     for algorithm, name in image.NAMES.items():
         for block in (512, 4096, 16384):
             add(f"each single bit of a block of {block} bytes flipped, {name}", every_bit, algorithm, block, alike=True)

@@ -125,11 +125,11 @@ def not_below():
 for each_options in OPTIONS:
     for each_algorithm, each_block in ((image.LZ4, 4096), (image.ZSTD, 65536)):
         each_title = f"{image.NAMES[each_algorithm]} in {each_block}, {each_options or 'default cache'}"
-        add(f"{each_title}: reads that needn't wait succeed", succeeds, each_algorithm, each_block, each_options)
+        add(f"{each_title}: reads that don't have to wait succeed", succeeds, each_algorithm, each_block, each_options)
         add(f"{each_title}: reads that would have to wait fail with EAGAIN", again, each_algorithm, each_block, each_options)
     add(f"io_uring, {each_options or 'default cache'}: EAGAIN, and submission doesn't wait", uring, each_options)
     add(f"no memory, {each_options or 'default cache'}: reads fail with EAGAIN", no_memory, each_options)
-add("a lower device that always may wait", not_below)
+add("a lower device without support for such reads", not_below)
 
 
 if __name__ == "__main__":

@@ -101,7 +101,7 @@ def difference():
     same_bytes(read(f"{work}/dump"), bytes(content), "dump")
 
 
-@test("commit: wraps a layer anew, and unwraps it again")
+@test("commit: wraps a layer, and unwraps it again")
 def commit():
     work = work_directory()
     layer = image.lsmt(SIZE, [(0, DATA[:100 * 512]), (300, 40), (350, DATA[20480:40960])])
@@ -116,7 +116,7 @@ def commit():
         verify(device, wanted, rounds=10)
 
 
-@test("merge: two layers of three, in their place")
+@test("merge: replaces two of three layers")
 def merge():
     work = work_directory()
     raws = [image.lsmt(SIZE, [(0, DATA[:100 * 512])]), image.lsmt(SIZE, [(10, 30), (200, DATA[20480:40960])]),
@@ -223,7 +223,7 @@ def open_zfile():
     obdsetup("close", name)
 
 
-@test("open gives what dump gives, on golden stacks")
+@test("open and dump read the same, on golden stacks")
 def golden_stacks():
     rows = golden.rows("MANIFEST.tsv")
     for stack_name in ("stack/s2", "stack/s3", "stack/v-grow", "stack/t-all"):

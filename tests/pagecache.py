@@ -116,7 +116,7 @@ def both(first, second, *options):
     return sectors, grown
 
 
-@test("in one domain, the second image reads a common file from nowhere, and it is cached once")
+@test("in one domain, the second image reads no data for a common file, and it is cached once")
 def shared():
     first, second = images()
     option = ("inode_share", "domain_id=obdtest")
@@ -137,7 +137,7 @@ def shared():
     fails_with(errno.EINVAL, os.open, f"{second.mnt}/common", os.O_RDONLY | os.O_DIRECT)
 
 
-@test("without the option, or with another domain, each image reads it, and has it in its own page cache")
+@test("without the option, or with another domain, each image reads it, and caches it separately")
 def not_shared():
     first, second = images()
     for options in (((), ()), (("inode_share", "domain_id=a"), ("inode_share", "domain_id=b"))):
@@ -148,7 +148,7 @@ def not_shared():
         second.umount()
 
 
-@test("fingerprints are of the content, and nobody sees them")
+@test("fingerprints are those of the content, and users don't see them")
 def fingerprints():
     first, _ = images()
     run(OBDSETUP, "export", "-o", f"{first.work}/disk", first.layer)

@@ -51,7 +51,7 @@ def at_once():
                 check(works > count // 2, what)
 
 
-@test("what is no number is refused")
+@test("values that are no number are refused")
 def refused():
     for name in ("at_once_bytes", "cache_limit_bytes"):
         before = get(name)
@@ -65,7 +65,7 @@ def refused():
         equal(get(name), before, name)
 
 
-@test("what can only be read is refused when the module is loaded")
+@test("read-only parameters are refused when the module is loaded")
 def read_only():
     path = module_file()
     defer(lambda: os.path.exists(MODULE) or subprocess.run(["insmod", path], check=True))

@@ -250,7 +250,7 @@ def killed():
         alone(once)
 
 
-@test("who makes a device is killed while its index is read")
+@test("a process that creates a device is killed while the index is read")
 def maker_killed():
     subprocess.run(["modprobe", "dm-delay"], check=False)
     # 16 MB in four reads of 128 KiB at a time take more than nine seconds.
@@ -277,7 +277,7 @@ def maker_killed():
     equal(device.status(inactive=True), [], "a loaded table")
 
 
-@test("another table takes the place of one with I/O in flight")
+@test("a table with I/O in flight is replaced")
 def replaced():
     subprocess.run(["modprobe", "dm-delay"], check=False)
     lower, start = late(RAW)
@@ -308,7 +308,7 @@ def replaced():
     check(set(results) <= {True, "EIO"}, f"{set(results)}")
 
 
-@test("a CPU goes away and comes back while it is at work on reads")
+@test("a CPU goes offline and online while it works on reads")
 def cpu_goes():
     switch = "/sys/devices/system/cpu/cpu1/online"
     if not os.path.exists(switch):
@@ -480,10 +480,10 @@ def unload_race():
     check(outcome["made"] > 2 and outcome["unloaded"] > 2, f"{outcome}")
 
 
-add(f"zfile: {CYCLES} cycles of every operation at once, against readers", comes_back, zfile_operations, timeout=900)
-add(f"lsmt over zfile: {CYCLES} cycles of every operation at once, against readers", comes_back, lsmt_operations,
+add(f"zfile: {CYCLES} cycles of every operation concurrently, with readers", comes_back, zfile_operations, timeout=900)
+add(f"lsmt over zfile: {CYCLES} cycles of every operation concurrently, with readers", comes_back, lsmt_operations,
     timeout=900)
-add(f"{DEVICES} devices at once", comes_back, many_devices, timeout=900)
+add(f"{DEVICES} devices at the same time", comes_back, many_devices, timeout=900)
 for each_name, each_raw in (("LZ4 in 4 KiB", RAW), ("LZ4 in 64 KiB", image.zfile(DATA, image.LZ4, 65536)),
                             ("zstd in 64 KiB", image.zfile(DATA, image.ZSTD, 65536)),
                             # A frame's checksum is computed from the output memory, which has changed by then.

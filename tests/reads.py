@@ -141,7 +141,7 @@ for disk_name, make_disk in DISKS.items():
     add(f"{disk_name}: no writes", no_writes, make_disk)
 
 
-@test("a write that another target sends down fails, and changes nothing")
+@test("a write from a target above fails, and changes nothing")
 def write_from_above():
     # The read-only flag stops user space, but not a target above.
     for device, wanted in (zfile_disk(readonly=False), lsmt_disk()):
@@ -207,7 +207,7 @@ def zfile_limits():
         equal(limits["write_zeroes_max_bytes"], 0, "write zeroes")
 
 
-@test("queue limits: lsmt has those of what is below")
+@test("queue limits: lsmt has those of its lower devices")
 def lsmt_limits():
     device, _ = stacked_disk()
     limits = queue(device)

@@ -114,7 +114,7 @@ def one_image():
     equal(cells(rows_of(rows[0][0])), rows, "rows")
 
 
-@test("many images on many nodes: the document's table, and what must hold whatever is drawn")
+@test("many images on many nodes: the document's table, and properties that hold for any random numbers")
 def many_images():
     rows = popular()
     equal(cells(rows_of(rows[0][0])), rows, "rows")

@@ -198,7 +198,7 @@ def one_each():
     nothing_left()
 
 
-@test("status and list tell who shares what", timeout=LONG)
+@test("status and list report what stacks share", timeout=LONG)
 def told():
     layers = Layers()
     base, mid = layers.make("a.obd"), layers.make("b.obd")
@@ -249,7 +249,7 @@ def private():
     nothing_left()
 
 
-@test("files that aren't compressed, with and without a part of a sector, and in a tar", timeout=LONG)
+@test("uncompressed files, with and without a partial sector at the end, and in a tar", timeout=LONG)
 def wrappings():
     layers = Layers()
     kinds = {"plain": (bytes, False), "zodd": (image.zfile, True), "tar": (lambda raw: image.tar(image.zfile(raw)), False)}
@@ -346,7 +346,7 @@ def block_devices():
     nothing_left(before)
 
 
-@test("close --deferred: layers stay as long as anybody uses them, and go with the last one", timeout=LONG)
+@test("close --deferred: layers stay until their last user has closed them", timeout=LONG)
 def deferred():
     layers = Layers()
     base, mid = layers.make("a.obd"), layers.make("b.obd")
@@ -371,7 +371,7 @@ def deferred():
         nothing_left()
 
 
-@test("what a kill has left: list tells, open uses it, and any close removes it", timeout=LONG)
+@test("devices left by a kill: list reports them, open uses them, and any close removes them", timeout=LONG)
 def left():
     layers = Layers()
     base, mid, other = [layers.make(f"{name}.obd") for name in "abc"]
@@ -475,7 +475,7 @@ def two_runs():
     slow.remove()
 
 
-@test("where no place is for locks, close removes what is half built", timeout=LONG)
+@test("without a directory for locks, close removes a half-built stack", timeout=LONG)
 def no_locks():
     layers = Layers()
     base, other = layers.make("a.obd"), layers.make("b.obd")
@@ -490,7 +490,7 @@ def no_locks():
     nothing_left()
 
 
-@test("stacks that close while somebody looks at what they share leave nothing", timeout=LONG)
+@test("stacks that close while their shared devices are inspected leave nothing", timeout=LONG)
 def looked_at():
     layers = Layers()
     base = layers.make("a.obd")
@@ -514,7 +514,7 @@ def zfile(name):
     return device, {"reads": int(fields[5]), "decompressed": int(fields[7])}, fields[12]
 
 
-@test("the cache: from the second stack on, what one has read costs the others nothing, until it is alone again", timeout=LONG)
+@test("the cache: with two stacks or more, data that one has read is cached for the others", timeout=LONG)
 def cache():
     layers = Layers()
     base = layers.make("a.obd")
@@ -686,7 +686,8 @@ class User(threading.Thread):
             self.errors.append(error)
 
 
-@test("a storm: 50 at once open, read, close, are killed, and have their files replaced", timeout=600 + 20 * SECONDS)
+@test("a storm: 50 users open, read, close, are killed, and have their files replaced, all concurrently",
+      timeout=600 + 20 * SECONDS)
 def storm():
     note(f"OBD_SEED={SEED}")
     layers = Layers(SEED)

@@ -74,7 +74,7 @@ def lsmt_info():
     check(int(info[3]) >= 16 * int(info[1]), f"bytes of the index: {info[3]}")
 
 
-@test("TABLE reloads exactly: every form of line gives itself, and the same disk")
+@test("TABLE reloads exactly: every form of line returns the same line, and the same disk")
 def table_reloads():
     loop, layers = dm.Loop(RAW), [dm.Loop(raw) for raw in LAYERS]
     wrapped = dm.Loop(RAW + bytes(8192))
@@ -92,7 +92,7 @@ def table_reloads():
         same_bytes(Disk(again).whole(), content, "content of the second device")
 
 
-@test("TABLE names devices by number, and says what dmsetup says")
+@test("TABLE names devices by number, as dmsetup prints them")
 def table_dmsetup():
     loop = dm.Loop(RAW)
     device = dm.create(line(0, LENGTH, "zfile", loop.path, len(RAW), 0))
@@ -111,7 +111,7 @@ def long_table():
     equal(device.info()[0], "255", "layers")
 
 
-@test("dependencies: dmsetup deps and holders show every device below")
+@test("dependencies: dmsetup deps and holders show every lower device")
 def dependencies():
     loops = [dm.Loop(raw) for raw in LAYERS]
     zloop = dm.Loop(image.zfile(LAYERS[0]))
@@ -126,7 +126,7 @@ def dependencies():
     equal(out.strip(), "1 dependencies\t: ({}, {})".format(*zloop.number.split(":")), "dmsetup deps")
 
 
-@test("IMA status: name, version, devices and what matters of the image")
+@test("IMA status: name, version, devices and the image's parameters")
 def ima_status():
     loop = dm.Loop(RAW)
     device = dm.zfile(loop, len(RAW), len(DATA))

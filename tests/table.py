@@ -106,14 +106,14 @@ def nothing_kept():
         check(not os.listdir(f"/sys/block/{os.path.basename(loop.path)}/holders"), f"{loop.path} has a holder")
 
 
-@test("zfile: the whole device with '-', where the header holds everything")
+@test("zfile: '-' for the whole device, with all values in the header")
 def whole_device():
     # Garbage after the blob, as on a logical volume.
     loop = dm.Loop(ZFILE + b"garbage" * 2000)
     verify(dm.zfile(loop, "-", len(DATA)), PADDED)
 
 
-@test("zfile: '-' with the trailer at the end of the device")
+@test("zfile: '-' for the whole device, with the trailer at its end")
 def whole_device_trailer():
     raw = image.zfile(DATA, overwrite=False)
     padded = image.tar(raw, pax=True)
@@ -121,7 +121,7 @@ def whole_device_trailer():
     fails_with(errno.EINVAL, dm.zfile, dm.Loop(raw + bytes(4096)), "-", len(DATA))
 
 
-@test("lsmt: '-' takes the trailer from the end of the device")
+@test("lsmt: '-' for the whole device, with the trailer at its end")
 def lsmt_whole_device():
     gap = -len(LAYER) % 4096
     raw = LAYER[:-4096] + bytes(gap)
@@ -170,7 +170,7 @@ def many_targets():
     verify(dm.create(*table), DATA[:512] * 128, rounds=30)
 
 
-@test("1, 2, 17 and 255 layers; the top one wins")
+@test("1, 2, 17 and 255 layers; the topmost one has precedence")
 def layer_counts():
     # Seventeen images, used repeatedly: making a loop device is slow.
     raws = [image.lsmt(VSIZE, [(nth * 5, bytes([nth + 1]) * 512 * 12), (105 + nth, 3)], pad=False)
@@ -183,7 +183,7 @@ def layer_counts():
         verify(device, image.flatten([image.Lsmt(raws[nth]) for nth in order]), rounds=20)
 
 
-@test("layers of different sizes: the topmost that has one decides")
+@test("layers of different sizes: the topmost one with a size decides")
 def virtual_sizes():
     def layer(size, seed):
         return image.lsmt(size, [(8, image.sample(4096, seed)), (40, 8)])
