@@ -1,7 +1,7 @@
 #!/bin/bash
 # SPDX-License-Identifier: GPL-2.0
-# Runs a command until it ends, or until one of the processes CALLERS ends: with-caller.sh CALLER[,CALLER] CMD... sudo
-# runs this as root, because sudo doesn't end with its caller: the command would go on without the caller's lock.
+# Runs a command until it ends, or until one of the processes CALLERS ends: with-caller.sh CALLER[,CALLER] CMD...
+# It is run by sudo, as root. sudo doesn't end with its caller: the command would go on without the caller's lock.
 # Without sudo, a caller may have ended already.
 set -u
 

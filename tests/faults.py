@@ -382,7 +382,7 @@ for each in victims():
     add(f"{each.title}: dm-delay", delay, each)
     add(f"{each.title}: fail_make_request", failing_requests, each)
     add(f"nvme: {each.title}: the disk is pulled out under load", pulled, "nvme", each)
-# Once more the last one, with another driver.
+# The last one again, with another driver.
 add(f"scsi: {each.title}: the disk is pulled out under load", pulled, "scsi", each)
 for each_kind in ("nvme", "scsi"):
     add(f"{each_kind}: a medium error is passed up unchanged", medium_errors, each_kind)

@@ -86,7 +86,7 @@ def quiet_console():
     defer(restore)
 
 
-@test("each allocation while the module is loaded fails in turn")
+@test("each allocation during the loading of the module fails in turn")
 def module_walk():
     path = module_file()
     nth = inject.Nth()

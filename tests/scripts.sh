@@ -279,19 +279,19 @@ versions() {
 
 echo "1..20"
 test "help in a read-only clone" help
-test "surroundings of the caller change nothing" surroundings
-test "a clone with blanks and worse in its path" odd_place
+test "the caller's environment has no effect" surroundings
+test "a clone with unusual characters in its path" odd_place
 test "a clone through a symbolic link" by_link
 test "the tools of this machine, in such a clone" tools_of_the_machine
 test "a step's lock ends with it" lock_of_a_step
-test "two at once in a clone" two_at_once
+test "two runs at the same time in a clone" two_at_once
 test "an interrupted set-up leaves nothing: TERM" cache_interrupted TERM
 test "an interrupted set-up leaves nothing: HUP" cache_interrupted HUP
-test "an interrupted step ends all that it has started: TERM" step_interrupted TERM
-test "an interrupted step ends all that it has started: HUP" step_interrupted HUP
+test "an interrupted step ends everything that it has started: TERM" step_interrupted TERM
+test "an interrupted step ends everything that it has started: HUP" step_interrupted HUP
 test "one process makes several things in the cache" cache_twice
-test "what runs in the root ends with its caller: TERM" ends_with_caller TERM
-test "what runs in the root ends with its caller: KILL" ends_with_caller KILL
+test "a command in the root ends with its caller: TERM" ends_with_caller TERM
+test "a command in the root ends with its caller: KILL" ends_with_caller KILL
 test "causes of skipped tests: KTAP" ktap
 test "causes of skipped tests: cargo" cargo
 test "sums of make check" sums

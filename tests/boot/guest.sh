@@ -121,7 +121,7 @@ esac
 	check "root file system: $root" root_is "$root"
 	check "its stack has two compressed layers" stack_is "$stack" "lsmt zfile zfile"
 	check "the upper layer is there" grep -x upper /etc/boot-test-layer
-	check "checksums of what the lower layer has" sha256sum --check --quiet "$here/root.sums"
+	check "checksums of files of the lower layer" sha256sum --check --quiet "$here/root.sums"
 	check "it takes writes" takes_writes
 	check "overlaybdtab: files on the root file system" entry_is files
 	check "overlaybdtab: device, noauto, pulled in by fstab" entry_is on-part
@@ -139,7 +139,7 @@ esac
 		;;
 	esac
 	check "no unit failed" none_failed
-	check "no ordering cycle, nothing wrong for the generator" no_cycle
+	check "no ordering cycle, no error of the generator" no_cycle
 	echo "end"
 } >/dev/ttyS1
 systemctl poweroff

@@ -255,12 +255,12 @@ def _lz4_blocks(length):
     yield "a bomb that fits", b"\x1fA\x01\x00" + run(length - 1 - 19 - 5) + tail
     yield "a bomb that fits, short of one byte", b"\x1fA\x01\x00" + run(length - 1 - 19 - 5 - 1) + tail
     yield "a bomb of literals", b"\xf0" + b"\xff" * min(250, length - 20) + b"\0abc"
-    yield "literals behind the end", b"\xf0\xc8abc"
+    yield "literals beyond the end", b"\xf0\xc8abc"
     yield "a match cut in its offset", b"\x10A\x01"
     yield "a match cut in its length", b"\x1fA\x01\x00\xff"
     yield "length bytes without end", b"\x1fA\x01\x00" + b"\xff" * (length // 2)
     yield "a match to the very end", b"\x1fA\x01\x00" + run(length - 1 - 19)
-    yield "bytes behind the end", b"\x1fA\x01\x00" + run(length - 1 - 19 - 5) + tail + b"\0\0\0"
+    yield "bytes after the end", b"\x1fA\x01\x00" + run(length - 1 - 19 - 5) + tail + b"\0\0\0"
     for offset in (0, 2, 3, 0x8000, 0xffff):
         for before in (1, 9, 300):
             head = bytes([before << 4 | 15]) if before < 15 else b"\xff" + run(before - 15)
@@ -325,7 +325,7 @@ def _zstd_blocks(length):
     for name, by in (("short", -1), ("long", 1)):
         yield f"a run {name} of a byte", _zstd_frame([(1, length + by, b"R")], width)
         yield f"a run {name} of a byte, no content size", _zstd_frame([(1, length + by, b"R")], window=0x30)
-    yield "stored bytes behind the end", _zstd_frame([(0, length, b"abc")], width)
+    yield "stored bytes beyond the end", _zstd_frame([(0, length, b"abc")], width)
     yield "a compressed block of nothing", _zstd_frame([(2, 0, b"")], width)
     yield "a compressed block of noise", _zstd_frame([(2, 40, bytes(range(7, 47)))], width)
     yield "a block of the reserved type", _zstd_frame([(3, length, b"R")], width)
@@ -341,10 +341,10 @@ def _zstd_blocks(length):
     yield "two frames", _zstd_frame([(1, length - 9, b"R")], (4, length - 9)) + _zstd_frame([(1, 9, b"S")], (4, 9))
     yield "two frames that are too long", _zstd_frame(good, width) + _zstd_frame(good, width)
     yield "a skippable frame first", skip + _zstd_frame(good, width)
-    yield "a skippable frame behind", _zstd_frame(good, width) + skip
+    yield "a skippable frame last", _zstd_frame(good, width) + skip
     yield "a skippable frame only", skip
     yield "a skippable frame that ends late", struct.pack("<II", 0x184D2A50, 0xfffffff0) + _zstd_frame(good, width)
-    yield "a byte behind the end", _zstd_frame(good, width) + b"\0"
+    yield "a byte after the end", _zstd_frame(good, width) + b"\0"
     for old in range(0x22, 0x28):
         yield f"magic of version 0.{old - 0x20}", struct.pack("<I", 0xFD2FB500 | old) + _zstd_frame(good, width)[4:]
 
@@ -369,7 +369,7 @@ def _zfile_blocks(zf, rng):
                  ("the other algorithm", image.compress(other, plain)), ("not compressed", plain),
                  ("zeros", bytes(len(payload))), ("ones", b"\xff" * len(payload)),
                  ("noise", rng.randbytes(len(payload))), ("cut by a byte", payload[:-1]),
-                 ("cut in half", payload[:len(payload) // 2]), ("a byte of noise behind", payload + b"\x5a")]
+                 ("cut in half", payload[:len(payload) // 2]), ("a byte of noise added", payload + b"\x5a")]
         room = zf.bound(nth) - len(zf.stored[nth])
         made += [("as long as can be", payload + b"\x5a" * room), ("a byte longer", payload + b"\x5a" * (room + 1))]
         if nth == 0 or nth == zf.count - 1 and zf.block <= 4096:
@@ -493,18 +493,18 @@ def _lsmt_entries(la, full=True):
     yield "entries of ones", la.with_entries({nth: b"\xff" * 16 for nth in range(la.used)})
     last = la.used - 1
     yield "last entry ends at 2^50", la.with_entries({last: entry(limit - 8, 8, 8)})
-    yield "last entry ends behind 2^50", la.with_entries({last: entry(limit - 8, 9, 8)})
+    yield "last entry ends beyond 2^50", la.with_entries({last: entry(limit - 8, 9, 8)})
     yield "last entry wraps", la.with_entries({last: entry(limit - 2, 16383, 8, True)})
     yield "last entry ends at 2^50, zeroed", la.with_entries({last: entry(limit - 16383, 16383, 8, True)})
     yield "last entry crosses the end", la.with_entries({last: entry(la.virtual_size // 512 - 1, 8, 8)})
-    yield "last entry behind the end", la.with_entries({last: entry(la.virtual_size // 512, 8, 8)})
+    yield "last entry beyond the end", la.with_entries({last: entry(la.virtual_size // 512, 8, 8)})
     yield "mapping up to the index", la.with_entries({0: entry(offset, length, index - length)})
     yield "mapping into the index", la.with_entries({0: entry(offset, length, index - length + 1)})
     yield "mapping from the header", la.with_entries({0: entry(offset, length, 7)})
     yield "mapping of the trailer", la.with_entries({0: entry(offset, 1, la.end // 512)})
     yield "mapping that wraps", la.with_entries({0: entry(offset, length, (1 << 55) - length)})
     yield "zeroed, mapping the index", la.with_entries({0: entry(offset, length, index, True)})
-    yield "zeroed, mapping behind the index", la.with_entries({0: entry(offset, length, index + 1, True)})
+    yield "zeroed, mapping beyond the index", la.with_entries({0: entry(offset, length, index + 1, True)})
     yield "zeroed, mapping nothing", la.with_entries({0: entry(offset, length, 0, True)})
     yield "zeroed, the longest", la.with_entries({last: entry(la.virtual_size // 512 - 1, 16383, 8, True)})
     yield "a tag", la.with_entries({0: entry(offset, length, moffset, False, 255)})
@@ -580,7 +580,7 @@ def _tar_pax(data):
             ("a tab", b"9\tsize=1\n"), ("no newline", good[:-1]), ("a newline too many", good + b"\n"),
             ("a newline in the key", b"11 si\nze=1\n"), ("a newline in the value", b"12 size=1\n1\n" + good),
             ("a newline in another value", record("comment", "a\nb") + good), ("no equals sign", b"7 size\n" + good),
-            ("NUL bytes behind", good + bytes(100)), ("zeros before the length", b"000" + good),
+            ("NUL bytes at the end", good + bytes(100)), ("zeros before the length", b"000" + good),
             ("two blocks", record("comment", "c" * 600) + good), ("binary", record("comment", "\x01" * 30) + good)):
         yield f"pax: {name}", made(payload)
         if name in ("nothing", "no size", "size 0", "size a byte less"):
@@ -597,7 +597,7 @@ def _tar_pax(data):
     yield "empty", image.tar(b"")
     long = image._tar_header(b"x", (1 << 20) + 1, b"x") + bytes(4096)
     yield "a pax header of more than 1 MiB", long
-    yield "a pax header behind the end", image._tar_header(b"x", 1 << 20, b"x") + bytes(4096)
+    yield "a pax header beyond the end", image._tar_header(b"x", 1 << 20, b"x") + bytes(4096)
 
 
 # ---- kinds of images ----

@@ -106,12 +106,12 @@ fn tar(edit: impl FnOnce(&mut Vec<u8>)) -> Vec<u8> {
 fn tar_cases() -> Vec<Case> {
     vec![
         (
-            "no header behind the pax header",
+            "no header after the pax header",
             Fault::TarHeader,
             tar(|b| b[1024] ^= 1),
         ),
         (
-            "pax size behind the end",
+            "pax size beyond the end",
             Fault::TarSize,
             tar(|b| b.truncate(4096)),
         ),
@@ -242,7 +242,7 @@ fn zfile_cases() -> Vec<Case> {
             header(|b| put(b, ORIGINAL_SIZE, &[0xff; 8])),
         ),
         (
-            "index behind the end",
+            "index beyond the end",
             Fault::ZfileIndexRange,
             header(|b| put(b, INDEX_OFFSET, &(1u64 << 40).to_le_bytes())),
         ),
