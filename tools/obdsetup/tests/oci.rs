@@ -25,6 +25,7 @@ tests! {
     the_same_bytes;
     cached_layers_are_over_their_own;
     forms_of_images;
+    platforms_in_descriptions;
     for_a_registry;
     apply;
     damaged_file_systems;
@@ -89,7 +90,13 @@ impl<'a> Layout<'a> {
 
     /// Adds an image of these descriptors, and completes the layout.
     fn image(&mut self, layers: &[String], diff_ids: &[String], more: &str) {
-        let config = self.blob(config(diff_ids).as_bytes(), CONFIG);
+        self.image_for("amd64", layers, diff_ids, more);
+    }
+
+    /// The same, for another machine than others are.
+    fn image_for(&mut self, arch: &str, layers: &[String], diff_ids: &[String], more: &str) {
+        let config = config(diff_ids).replace("amd64", arch);
+        let config = self.blob(config.as_bytes(), CONFIG);
         let layers = layers.join(",");
         let manifest = format!(r#"{{"schemaVersion":2,"config":{config},"layers":[{layers}]}}"#);
         let kind = "application/vnd.oci.image.manifest.v1+json";
@@ -870,9 +877,9 @@ fn forms_of_images() {
     let on = |arch: &str| format!(r#","platform":{{"os":"linux","architecture":"{arch}"}}"#);
     let other = tar(&[file("other", "")]);
     let blob = layout.blob(&other, OCI_TAR);
-    layout.image(&[blob], &[digest(&other)], &on("mips64le"));
+    layout.image_for("mips64le", &[blob], &[digest(&other)], &on("mips64le"));
     let blobs: Vec<String> = tars.iter().map(|tar| layout.blob(tar, OCI_TAR)).collect();
-    layout.image(&blobs, &ids, &on(arch));
+    layout.image_for(arch, &blobs, &ids, &on(arch));
     same("packed");
     fs::remove_dir_all(place.path("out")).unwrap();
     place
@@ -885,6 +892,55 @@ fn forms_of_images() {
         .stderr(contains("no such image"));
     assert!(!place.path("x").exists());
     assert!(place.names().iter().all(|name| !name.starts_with('.')));
+}
+
+/// Indexes need not say what machine an image is for: its description does.
+fn platforms_in_descriptions() {
+    let place = Place::new();
+    let root = place.path("layout");
+    let add = |layout: &mut Layout<'_>, arch: &str, more: &str| {
+        let own = tar(&[file(arch, "")]);
+        let blob = layout.blob(&own, OCI_TAR);
+        layout.image_for(arch, &[blob], &[digest(&own)], more);
+    };
+    let mut layout = Layout::new(&root);
+    let here = match std::env::consts::ARCH {
+        "aarch64" => "arm64",
+        "x86_64" => "amd64",
+        other => other,
+    };
+    let all = [here, "mips64le", "ppc64le"];
+    for arch in all {
+        add(&mut layout, arch, "");
+    }
+    for arch in all {
+        place.ok(&format!("convert layout {arch} --platform linux/{arch}"));
+        let files = read(&place.dump(&format!("{arch}/config.v1.json")));
+        assert_eq!(paths(&files), [format!("/{arch}")]);
+    }
+    place.ok("convert layout this");
+    let files = read(&place.dump("this/config.v1.json"));
+    assert_eq!(paths(&files), [format!("/{here}")]);
+    place
+        .run("convert layout x --platform linux/s390x")
+        .code(1)
+        .stderr(contains("no such image; there are: "))
+        .stderr(contains("linux/mips64le sha256:"));
+    // An index that says something else than the description.
+    let on = |arch: &str| format!(r#","platform":{{"os":"linux","architecture":{arch}}}"#);
+    let mut layout = Layout::new(&root);
+    add(&mut layout, "amd64", &on(r#""arm64""#));
+    place
+        .run("convert layout x --platform linux/arm64")
+        .code(3)
+        .stderr(contains(
+            "is for linux/arm64 as the index has it, and for linux/amd64 as its own description has it",
+        ));
+    assert!(!place.path("x").exists());
+    // Descriptions often leave out the variant.
+    let mut layout = Layout::new(&root);
+    add(&mut layout, "arm", &on(r#""arm","variant":"v7""#));
+    place.ok("convert layout arm --platform linux/arm/v7");
 }
 
 fn for_a_registry() {

@@ -3,7 +3,7 @@
 //! OCI image layouts: an index, and blobs by their digests. Nothing in one is used before its size and
 //! digest are checked.
 
-use std::collections::HashSet;
+use std::collections::{HashMap, HashSet};
 use std::fmt;
 use std::fs::File;
 use std::io::Read;
@@ -22,6 +22,8 @@ use crate::json::{self, bad};
 
 /// What an index is called in messages.
 const INDEX: &str = "an image index";
+/// What a manifest is called there.
+const MANIFEST: &str = "an image's manifest";
 /// Most indexes that are read.
 const INDEXES: usize = 1000;
 /// Most images and indexes that they may name.
@@ -73,31 +75,32 @@ impl Layout {
 
     /// The one image that is meant: what the index says of it, and its manifest.
     pub(super) fn choose(&self, choice: &Choice) -> Result<(Found, Manifest)> {
-        let all = self.collect()?;
-        let mut fitting: Vec<&Found> = all.iter().filter(|found| found.fits(choice)).collect();
-        let one = |fitting: &[&Found]| match fitting {
-            // An image may have several names.
-            [first, others @ ..] => {
-                let same = |other: &&Found| other.descriptor.digest == first.descriptor.digest;
-                others.iter().all(same)
-            }
-            [] => false,
-        };
+        let mut all = self.collect()?;
+        let called: Vec<&Found> = all.iter().filter(|found| found.is_called(choice)).collect();
+        if choice.platform.is_some() || !is_one(&called) {
+            self.complete(&mut all, choice)?;
+            all.retain(|found| !found.is_attestation());
+        }
+        let fits = |found: &&Found| found.is_called(choice) && found.is_for(choice);
+        let mut fitting: Vec<&Found> = all.iter().filter(fits).collect();
         // Of one image for several machines, that for this one is meant.
         let same_name = fitting.iter().all(|found| {
             let first = fitting.first();
             first.is_some_and(|first| first.name == found.name)
         });
-        if !one(&fitting) && same_name && choice.platform.is_none() {
+        if !is_one(&fitting) && same_name && choice.platform.is_none() {
             let here = fitting.iter().filter(|found| found.is_for_this_machine());
             let here: Vec<&Found> = here.copied().collect();
-            if one(&here) {
+            if is_one(&here) {
                 fitting = here;
             }
         }
         let what = match fitting.first() {
-            Some(first) if one(&fitting) => {
-                let manifest = self.read_json(&first.descriptor, "an image's manifest")?;
+            Some(first) if is_one(&fitting) => {
+                let manifest = self.read_json(&first.descriptor, MANIFEST)?;
+                if choice.platform.is_some() {
+                    self.check_platform(first, &manifest)?;
+                }
                 return Ok(((*first).clone(), manifest));
             }
             Some(_) => "several images; --ref and --platform choose one",
@@ -148,13 +151,68 @@ impl Layout {
                     }
                     continue;
                 }
-                // Attestations stand among the images as those of an unknown system.
-                if descriptor.platform.as_ref().map(|p| p.os.as_str()) != Some("unknown") {
-                    found.push(Found { name, descriptor });
+                let image = Found { name, descriptor };
+                if !image.is_attestation() {
+                    found.push(image);
                 }
             }
         }
         Ok(found)
+    }
+
+    /// Completes those that are called as is chosen, and of which the index doesn't say what machine
+    /// they are for: their descriptions do.
+    fn complete(&self, all: &mut [Found], choice: &Choice) -> Result<()> {
+        // Each file is read once: many entries may be of the same image.
+        let mut known: HashMap<String, Option<Platform>> = HashMap::new();
+        for found in all.iter_mut().filter(|found| found.is_called(choice)) {
+            if found.descriptor.platform.is_some() {
+                continue;
+            }
+            crate::interrupt::check()?;
+            let descriptor = &found.descriptor;
+            let platform = match known.get(&descriptor.digest) {
+                Some(platform) => platform.clone(),
+                None => {
+                    // What is wrong with one is told of where it is the one that is meant.
+                    let manifest: Option<Manifest> = self.read_json(descriptor, MANIFEST).ok();
+                    let config = manifest.and_then(|manifest| manifest.config);
+                    config.and_then(|config| {
+                        let own = known.entry(config.digest.clone());
+                        own.or_insert_with(|| self.described(&config)).clone()
+                    })
+                }
+            };
+            known.insert(descriptor.digest.clone(), platform.clone());
+            found.descriptor.platform = platform;
+        }
+        Ok(())
+    }
+
+    /// What machine an image is for, as its description has it.
+    fn described(&self, config: &Descriptor) -> Option<Platform> {
+        let (bytes, _) = self.read(config).ok()?;
+        let platform: Platform = serde_json::from_slice(&bytes).ok()?;
+        let is_said = !platform.os.is_empty() && !platform.architecture.is_empty();
+        Some(platform).filter(|_| is_said)
+    }
+
+    /// Checks that the description of an image says the same of its machine as the index does. It
+    /// may leave out the variant.
+    fn check_platform(&self, image: &Found, manifest: &Manifest) -> Result<()> {
+        let config = manifest.config.as_ref();
+        let own = config.and_then(|config| self.described(config));
+        let (Some(own), Some(said)) = (own, &image.descriptor.platform) else {
+            return Ok(());
+        };
+        if (&own.os, &own.architecture) == (&said.os, &said.architecture) {
+            return Ok(());
+        }
+        let what = format!(
+            "image {}: is for {said} as the index has it, and for {own} as its own description has it",
+            image.descriptor.digest
+        );
+        Err(bad(self.name(), &what))
     }
 
     /// The file of what `descriptor` describes, which is as long as that says, and its name.
@@ -215,6 +273,17 @@ impl Layout {
     }
 }
 
+/// Whether it is one image, perhaps with several names.
+fn is_one(images: &[&Found]) -> bool {
+    match images {
+        [first, others @ ..] => {
+            let same = |other: &&Found| other.descriptor.digest == first.descriptor.digest;
+            others.iter().all(same)
+        }
+        [] => false,
+    }
+}
+
 /// The digest of a file.
 pub(super) fn hash(path: &Path, bar: &Bar) -> Result<String> {
     let mut file = File::open(path)?;
@@ -244,15 +313,27 @@ pub(super) struct Found {
 }
 
 impl Found {
-    fn fits(&self, choice: &Choice) -> bool {
+    /// Whether it has the name or digest that is chosen.
+    fn is_called(&self, choice: &Choice) -> bool {
         let digest = &self.descriptor.digest;
         let named = choice.name.as_ref();
-        let platform = self.platform().unwrap_or_default();
         named.is_none_or(|name| Some(name) == self.name.as_ref() || name == digest)
-            && choice.platform.as_ref().is_none_or(|wanted| {
-                let variant = platform.strip_prefix(wanted.as_str());
-                variant.is_some_and(|rest| rest.is_empty() || rest.starts_with('/'))
-            })
+    }
+
+    /// Whether it is for the machine that is chosen.
+    fn is_for(&self, choice: &Choice) -> bool {
+        let platform = self.descriptor.platform.as_ref().map(ToString::to_string);
+        let platform = platform.unwrap_or_default();
+        choice.platform.as_ref().is_none_or(|wanted| {
+            let variant = platform.strip_prefix(wanted.as_str());
+            variant.is_some_and(|rest| rest.is_empty() || rest.starts_with('/'))
+        })
+    }
+
+    /// Attestations stand among the images as those of an unknown system.
+    fn is_attestation(&self) -> bool {
+        let platform = self.descriptor.platform.as_ref();
+        platform.is_some_and(|platform| platform.os == "unknown")
     }
 
     /// Whether it is said to run here.
@@ -271,22 +352,15 @@ impl Found {
             |platform: &Platform| platform.os == "linux" && platform.architecture == architecture;
         platform.is_some_and(here)
     }
-
-    fn platform(&self) -> Option<String> {
-        let platform = self.descriptor.platform.as_ref()?;
-        let variant = platform.variant.iter().map(|variant| format!("/{variant}"));
-        let variant: String = variant.collect();
-        Some(format!(
-            "{}/{}{variant}",
-            platform.os, platform.architecture
-        ))
-    }
 }
 
 impl fmt::Display for Found {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        for word in self.name.iter().chain(&self.platform()) {
-            write!(f, "{word} ")?;
+        if let Some(name) = &self.name {
+            write!(f, "{name} ")?;
+        }
+        if let Some(platform) = &self.descriptor.platform {
+            write!(f, "{platform} ")?;
         }
         f.write_str(&self.descriptor.digest)
     }

@@ -16,6 +16,7 @@ mod packed;
 mod ready;
 
 use std::collections::BTreeMap;
+use std::fmt;
 use std::path::{Path, PathBuf};
 
 use anyhow::Result;
@@ -67,10 +68,22 @@ struct Descriptor {
 
 #[derive(Clone, Debug, Default, PartialEq, Eq, Deserialize, Serialize)]
 struct Platform {
+    #[serde(default)]
     os: String,
+    #[serde(default)]
     architecture: String,
     #[serde(skip_serializing_if = "Option::is_none")]
     variant: Option<String>,
+}
+
+impl fmt::Display for Platform {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}/{}", self.os, self.architecture)?;
+        match &self.variant {
+            Some(variant) => write!(f, "/{variant}"),
+            None => Ok(()),
+        }
+    }
 }
 
 #[derive(Deserialize)]
