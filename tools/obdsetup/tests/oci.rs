@@ -26,6 +26,7 @@ tests! {
     cached_layers_are_over_their_own;
     forms_of_images;
     platforms_in_descriptions;
+    long_and_short_names;
     for_a_registry;
     apply;
     damaged_file_systems;
@@ -941,6 +942,45 @@ fn platforms_in_descriptions() {
     let mut layout = Layout::new(&root);
     add(&mut layout, "arm", &on(r#""arm","variant":"v7""#));
     place.ok("convert layout arm --platform linux/arm/v7");
+}
+
+/// Newer versions of docker, and containerd, have the whole name in one annotation, and the tag in
+/// that where it used to be.
+fn long_and_short_names() {
+    let place = Place::new();
+    let root = place.path("layout");
+    let mut layout = Layout::new(&root);
+    for (name, tag) in [("a", "1"), ("b", "1"), ("b", "2")] {
+        let own = tar(&[file(&format!("{name}{tag}"), "")]);
+        let blob = layout.blob(&own, OCI_TAR);
+        let more = format!(
+            r#","annotations":{{"io.containerd.image.name":"docker.io/library/{name}:{tag}",
+                "org.opencontainers.image.ref.name":"{tag}"}}"#
+        );
+        layout.image(&[blob], &[digest(&own)], &more);
+    }
+    for (name, wanted) in [
+        ("docker.io/library/a:1", "/a1"),
+        ("docker.io/library/b:1", "/b1"),
+        ("2", "/b2"),
+    ] {
+        let _ = fs::remove_dir_all(place.path("app"));
+        place.ok(&format!("convert layout app --ref {name}"));
+        let files = read(&place.dump("app/config.v1.json"));
+        assert_eq!(paths(&files), [wanted]);
+    }
+    for choice in ["", "--ref 1"] {
+        place
+            .run(&format!("convert layout x {choice}"))
+            .code(1)
+            .stderr(contains("several images"))
+            .stderr(contains("docker.io/library/a:1 linux/amd64 sha256:"));
+    }
+    // What is made of one has both again.
+    place.ok("convert layout pushed --oci --ref docker.io/library/a:1");
+    let index = String::from_utf8(place.read("pushed/index.json")).unwrap();
+    assert!(index.contains(r#""io.containerd.image.name":"docker.io/library/a:1""#));
+    assert!(index.contains(r#""org.opencontainers.image.ref.name":"1""#));
 }
 
 fn for_a_registry() {

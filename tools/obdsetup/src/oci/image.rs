@@ -20,8 +20,7 @@ use super::cache::{Cache, Key};
 use super::layout::{hash, is_hex, Found, Layout};
 use super::made::Made;
 use super::{
-    describe, Descriptor, Job, Manifest, Platform, CONFIG_TYPES, MANIFEST_TYPES, REF_NAME,
-    TAR_TYPES,
+    describe, Descriptor, Job, Manifest, Platform, CONFIG_TYPES, MANIFEST_TYPES, NAMES, TAR_TYPES,
 };
 use crate::archive::{Archive, Compression};
 use crate::bar::Bar;
@@ -400,8 +399,10 @@ fn layout_of(
     }
     let mut entry = write(manifest_type, &value)?;
     entry.platform = Some(platform).filter(|platform| !platform.os.is_empty());
-    if let Some(name) = &image.name {
-        entry.annotations.insert(REF_NAME.to_owned(), name.clone());
+    for (key, name) in NAMES.iter().zip(&image.names) {
+        if let Some(name) = name {
+            entry.annotations.insert((*key).to_owned(), name.clone());
+        }
     }
     let index = json!({
         "schemaVersion": 2,

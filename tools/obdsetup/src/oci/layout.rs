@@ -15,7 +15,7 @@ use serde::de::DeserializeOwned;
 use sha2::{Digest, Sha256};
 use tempfile::TempDir;
 
-use super::{sha256, Choice, Descriptor, Index, Manifest, Platform, INDEX_TYPES, REF_NAME};
+use super::{sha256, Choice, Descriptor, Index, Manifest, Platform, INDEX_TYPES, NAMES};
 use crate::bar::Bar;
 use crate::exit::Failure;
 use crate::json::{self, bad};
@@ -86,7 +86,7 @@ impl Layout {
         // Of one image for several machines, that for this one is meant.
         let same_name = fitting.iter().all(|found| {
             let first = fitting.first();
-            first.is_some_and(|first| first.name == found.name)
+            first.is_some_and(|first| first.names == found.names)
         });
         if !is_one(&fitting) && same_name && choice.platform.is_none() {
             let here = fitting.iter().filter(|found| found.is_for_this_machine());
@@ -127,17 +127,23 @@ impl Layout {
         let index = json::read(&path)?;
         let index: Index = json::parse(&index, &self.shown("index.json"), INDEX)?;
         let mut entries = index.manifests.len();
-        let mut open = vec![(None, index)];
+        let mut open = vec![(Vec::new(), index)];
         let mut found = Vec::new();
         // Each index is read once for each name, and not endlessly: in indexes of the same index, few
         // bytes would be endless work.
         let mut seen = HashSet::new();
-        while let Some((name, index)) = open.pop() {
+        while let Some((names, index)) = open.pop() {
             for descriptor in index.manifests {
-                let own = descriptor.annotations.get(REF_NAME).or(name.as_ref());
-                let name = own.cloned();
+                let own = NAMES
+                    .iter()
+                    .map(|key| descriptor.annotations.get(*key).cloned());
+                let own: Vec<Option<String>> = own.collect();
+                let names = match own.iter().any(Option::is_some) {
+                    true => own,
+                    false => names.clone(),
+                };
                 if INDEX_TYPES.contains(&descriptor.media_type.as_str()) {
-                    if seen.insert((name.clone(), descriptor.digest.clone())) {
+                    if seen.insert((names.clone(), descriptor.digest.clone())) {
                         crate::interrupt::check()?;
                         let index: Index = self.read_json(&descriptor, INDEX)?;
                         entries += index.manifests.len();
@@ -147,11 +153,11 @@ impl Layout {
                             );
                             return Err(bad(self.name(), &what));
                         }
-                        open.push((name, index));
+                        open.push((names, index));
                     }
                     continue;
                 }
-                let image = Found { name, descriptor };
+                let image = Found { names, descriptor };
                 if !image.is_attestation() {
                     found.push(image);
                 }
@@ -305,19 +311,25 @@ pub(super) fn is_hex(text: &[u8]) -> bool {
     text.len() == 64 && text.iter().all(is_digit)
 }
 
-/// An image of a layout, and its name.
+/// An image of a layout, and its names.
 #[derive(Clone)]
 pub(super) struct Found {
-    pub(super) name: Option<String>,
+    /// What the annotations [`NAMES`] say.
+    pub(super) names: Vec<Option<String>>,
     pub(super) descriptor: Descriptor,
 }
 
 impl Found {
+    /// Its names, the longest first.
+    fn names(&self) -> impl Iterator<Item = &String> {
+        self.names.iter().flatten()
+    }
+
     /// Whether it has the name or digest that is chosen.
     fn is_called(&self, choice: &Choice) -> bool {
         let digest = &self.descriptor.digest;
         let named = choice.name.as_ref();
-        named.is_none_or(|name| Some(name) == self.name.as_ref() || name == digest)
+        named.is_none_or(|name| self.names().any(|own| own == name) || name == digest)
     }
 
     /// Whether it is for the machine that is chosen.
@@ -356,7 +368,7 @@ impl Found {
 
 impl fmt::Display for Found {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        if let Some(name) = &self.name {
+        if let Some(name) = self.names().next() {
             write!(f, "{name} ")?;
         }
         if let Some(platform) = &self.descriptor.platform {

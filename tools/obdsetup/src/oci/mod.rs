@@ -49,7 +49,9 @@ const TAR_TYPES: [&str; 2] = [
     "application/vnd.oci.image.layer.v1.tar",
     "application/vnd.docker.image.rootfs.diff.tar",
 ];
-/// Where an index has the name of an image.
+/// Where an index has the name of an image. Some tools have the whole name in one annotation, and only
+/// the tag in the other.
+const NAMES: [&str; 2] = ["io.containerd.image.name", REF_NAME];
 const REF_NAME: &str = "org.opencontainers.image.ref.name";
 
 /// Says where something is, and what.
