@@ -29,6 +29,7 @@ tests! {
     long_and_short_names;
     for_a_registry;
     apply;
+    many_sparse_files;
     damaged_file_systems;
     hostile_images;
     hostile_layouts;
@@ -129,6 +130,16 @@ fn image(root: &Path, tars: &[Vec<u8>]) {
     let layers: Vec<String> = tars.iter().map(|tar| layout.blob(tar, OCI_TAR)).collect();
     let ids: Vec<String> = tars.iter().map(|tar| digest(tar)).collect();
     layout.image(&layers, &ids, "");
+}
+
+/// A file of nothing but a hole.
+fn hole(name: &str, size: u64) -> Vec<u8> {
+    let size = size.to_string();
+    let records: [(&[u8], &[u8]); 2] = [
+        (b"GNU.sparse.size", size.as_bytes()),
+        (b"GNU.sparse.map", b"0,0"),
+    ];
+    [pax(&records), file(name, "")].concat()
 }
 
 /// A link: its kind is '1' or '2'.
@@ -1117,6 +1128,20 @@ fn apply() {
         .code(1)
         .stderr(contains("--base"));
     assert!(!place.path("x.obd").exists());
+}
+
+/// Where the parts of a sparse file are isn't read, and has no limit.
+fn many_sparse_files() {
+    let place = Place::new();
+    let mut members: Vec<Vec<u8>> = (0..600)
+        .map(|nth| hole(&format!("{nth}"), 2 << 30))
+        .collect();
+    members.push(file("a", "a"));
+    image(
+        &place.path("layout"),
+        &[tar(&members), tar(&[file("b", "b")])],
+    );
+    place.ok("convert layout app");
 }
 
 /// Each place of an erofs that is read is checked: nothing but an error comes of damage, or a layer.
