@@ -30,6 +30,7 @@ tests! {
     for_a_registry;
     apply;
     many_sparse_files;
+    holes_of_a_tree;
     damaged_file_systems;
     hostile_images;
     hostile_layouts;
@@ -1142,6 +1143,21 @@ fn many_sparse_files() {
         &[tar(&members), tar(&[file("b", "b")])],
     );
     place.ok("convert layout app");
+}
+
+/// Holes are hashed, too: of all files together, no more than 1 GiB beyond what data there is.
+fn holes_of_a_tree() {
+    let place = Place::new();
+    let members = [
+        hole("a", 700 << 20),
+        hole("b", 700 << 20),
+        hole("c", 200 << 20),
+    ];
+    image(&place.path("layout"), &[tar(&members)]);
+    place.ok("convert layout app");
+    let whole = place.dump("app/config.v1.json");
+    let prints = whole.windows(7).filter(|bytes| bytes == b"sha256:");
+    assert_eq!(prints.count(), 2);
 }
 
 /// Each place of an erofs that is read is checked: nothing but an error comes of damage, or a layer.

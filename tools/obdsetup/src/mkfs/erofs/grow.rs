@@ -21,8 +21,8 @@ use uuid::Uuid;
 use super::disk::Disk;
 use super::read::{Placed, State};
 use super::write::{
-    blocks, can_be_at, check_end, layout, place_inode, plan, subdirectories, Out, Plan, Relations,
-    Summary, Writer, BLOCK, INODE, INODES_AT, SLOT,
+    blocks, can_be_at, check_end, layout, place_inode, subdirectories, Out, Plan, Planner,
+    Relations, Summary, Writer, BLOCK, INODE, INODES_AT, SLOT,
 };
 use crate::bar::Bar;
 use crate::exit::Failure;
@@ -43,6 +43,7 @@ pub(super) fn write(state: &State, disk: &Disk, stamp: (Uuid, u32)) -> Result<u6
     let firsts = names.iter().filter(|name| name.first);
     order.extend(firsts.map(|name| (name.id, name.path.as_slice())));
 
+    let mut planner = Planner::new(tree, order.iter().map(|&(id, _)| id))?;
     let mut plans: HashMap<Id, Plan> = HashMap::new();
     let mut to_write = Vec::new();
     let mut end = match disk.blocks() {
@@ -61,7 +62,7 @@ pub(super) fn write(state: &State, disk: &Disk, stamp: (Uuid, u32)) -> Result<u6
             Some(there) if !directory => Plan::in_place(there.at, links),
             _ => {
                 to_write.push(id);
-                let mut plan = plan(tree, id, path)?;
+                let mut plan = planner.plan(id, path)?;
                 plan.links = links;
                 let room = match id {
                     ROOT => {

@@ -62,7 +62,8 @@ const FIRST_PREFIX: u8 = 0x80;
 /// What a fingerprint begins with; SHA-256 follows.
 const DIGEST: &[u8] = b"sha256:";
 const DIGEST_LEN: usize = 32;
-/// Most bytes of holes in a file that gets a fingerprint: they are hashed, too.
+/// Bytes of holes in all files with fingerprints, beyond the bytes of data: they are hashed, too, and few
+/// bytes of a tar make any number of them.
 const HASHED_HOLES: u64 = 1 << 30;
 pub(super) const WRITE: &str = "cannot write the file system";
 
@@ -174,10 +175,11 @@ pub(super) fn make(tree: &Tree, stamp: &Stamp, place: &Path) -> Result<NamedTemp
             .map(|name| (name.id, name.path.as_slice())),
     );
     let Relations { links, parents } = Relations::of(&names);
+    let mut planner = Planner::new(tree, order.iter().map(|&(id, _)| id))?;
     let mut plans: HashMap<Id, Plan> = HashMap::new();
     let mut end = INODES_AT;
     for &(id, path) in &order {
-        let mut plan = plan(tree, id, path)?;
+        let mut plan = planner.plan(id, path)?;
         plan.links = match tree.node(id)?.kind {
             Kind::Directory(_) => 2 + subdirectories(tree, id)?,
             _ => links.get(&id).copied().unwrap_or(1),
@@ -270,7 +272,46 @@ pub(super) fn subdirectories(tree: &Tree, id: Id) -> Result<u32> {
     Ok(count)
 }
 
-pub(super) fn plan(tree: &Tree, id: Id, path: &[u8]) -> Result<Plan> {
+/// Plans one node after the other.
+pub(super) struct Planner<'a> {
+    tree: &'a Tree,
+    /// Bytes of holes that may still be hashed.
+    holes: u64,
+}
+
+impl<'a> Planner<'a> {
+    /// For the nodes `all` of a tree; what is in place already isn't hashed again.
+    pub(super) fn new(tree: &'a Tree, all: impl Iterator<Item = Id>) -> Result<Self> {
+        let mut holes = HASHED_HOLES;
+        for id in all {
+            if let Kind::File(content) = &tree.node(id)?.kind {
+                holes = holes.saturating_add(content.data_len());
+            }
+        }
+        Ok(Self { tree, holes })
+    }
+
+    /// Whether so many bytes of holes may be hashed; then there are fewer for other files.
+    fn takes(&mut self, holes: u64) -> bool {
+        let left = self.holes.checked_sub(holes);
+        self.holes = left.unwrap_or(self.holes);
+        left.is_some()
+    }
+
+    /// Plans a node, called `path`. Files get their fingerprints in the order of these calls.
+    pub(super) fn plan(&mut self, id: Id, path: &[u8]) -> Result<Plan> {
+        let node = self.tree.node(id)?;
+        let with_digest = match &node.kind {
+            Kind::File(content) => {
+                content.size > 0 && self.takes(content.size - content.data_len())
+            }
+            _ => false,
+        };
+        plan(self.tree, id, path, with_digest)
+    }
+}
+
+fn plan(tree: &Tree, id: Id, path: &[u8], with_digest: bool) -> Result<Plan> {
     let node = tree.node(id)?;
     let size = match &node.kind {
         Kind::Directory(_) => directory_size(&entries(tree, id, ROOT)),
@@ -288,10 +329,6 @@ pub(super) fn plan(tree: &Tree, id: Id, path: &[u8]) -> Result<Plan> {
         }
         _ if (1..=INLINE).contains(&(size % BLOCK)) => layout::INLINE,
         _ => layout::PLAIN,
-    };
-    let with_digest = match &node.kind {
-        Kind::File(content) => size > 0 && size - content.data_len() <= HASHED_HOLES,
-        _ => false,
     };
     let (xattrs, digest) = xattrs(&node.meta.xattrs, with_digest, path)?;
     Ok(Plan {
