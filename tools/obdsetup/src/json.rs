@@ -13,7 +13,7 @@ use serde::de::DeserializeOwned;
 use crate::exit::{self, Failure};
 
 /// Most bytes of a file: what registries take of a manifest.
-const MAX: u64 = 4 << 20;
+pub(crate) const MAX: u64 = 4 << 20;
 
 /// Reads a file.
 pub(crate) fn read(path: &Path) -> Result<Vec<u8>> {

@@ -25,6 +25,7 @@ tests! {
     the_same_bytes;
     cached_layers_are_over_their_own;
     forms_of_images;
+    archives_of_builders;
     platforms_in_descriptions;
     long_and_short_names;
     for_a_registry;
@@ -905,6 +906,80 @@ fn forms_of_images() {
         .stderr(contains("no such image"));
     assert!(!place.path("x").exists());
     assert!(place.names().iter().all(|name| !name.starts_with('.')));
+}
+
+/// What crane, ko, kaniko and jib write: as `docker save`, but with layers that are compressed, and
+/// names made of digests.
+fn archives_of_builders() {
+    let place = Place::new();
+    let tars = [
+        tar(&[dir("etc"), file("etc/a", "a")]),
+        tar(&[file("etc/b", "b")]),
+    ];
+    let wanted = place.files(&tars);
+    let ids: Vec<String> = tars.iter().map(|tar| digest(tar)).collect();
+    let config = config(&ids);
+    let config_digest = digest(config.as_bytes());
+    let zipped: Vec<Vec<u8>> = tars.iter().map(|tar| gzip(tar)).collect();
+    for (config_name, before, after) in [
+        (format!("sha256:{config_digest}"), "", ".tar.gz"),
+        ("config.json".to_owned(), "", ".tar.gz"),
+        (
+            format!("blobs/sha256/{config_digest}"),
+            "blobs/sha256/",
+            ".tar.gz",
+        ),
+        // Names that say nothing.
+        (format!("sha256:{config_digest}"), "parts/of/it/", ""),
+    ] {
+        let names: Vec<String> = zipped
+            .iter()
+            .map(|layer| format!("{before}{}{after}", digest(layer)))
+            .collect();
+        let list = format!(
+            r#"[{{"Config":"{config_name}","RepoTags":["x:1"],"Layers":["{}","{}"]}}]"#,
+            names[0], names[1]
+        );
+        let long = |name: &str| pax(&[(b"path", name.as_bytes())]);
+        let members = [
+            [long(&config_name), file("x", &config)].concat(),
+            [long(&names[0]), member("x", b'0', &zipped[0])].concat(),
+            [long(&names[1]), member("x", b'0', &zipped[1])].concat(),
+            file("manifest.json", &list),
+        ];
+        place.write("saved.tar", &tar(&members));
+        let _ = fs::remove_dir_all(place.path("out"));
+        place
+            .run("convert saved.tar out --ref x:1")
+            .success()
+            .stderr("");
+        assert!(
+            read(&place.dump("out/config.v1.json")) == wanted,
+            "{config_name}"
+        );
+        let mut bad = members.clone();
+        bad[0] = [long(&config_name), file("x", &format!("{config} "))].concat();
+        place.write("bad.tar", &tar(&bad));
+        if config_name.contains("sha256") {
+            place
+                .run("convert bad.tar x")
+                .code(3)
+                .stderr(contains("is not what its digest says"));
+        }
+        assert!(!place.path("x").exists());
+    }
+    // Files of these names alone are files.
+    let hex = digest(b"");
+    let plain = tar(&[file("manifest.json", "{}"), file("a.tar.gz", "")]);
+    place.write("plain.tar", &plain);
+    place.ok("convert plain.tar plain.obd --fs erofs");
+    let plain = tar(&[[
+        pax(&[(b"path", format!("{hex}.tar.gz").as_bytes())]),
+        file("x", ""),
+    ]
+    .concat()]);
+    place.write("plain.tar", &plain);
+    place.ok("convert plain.tar plain2.obd --fs erofs");
 }
 
 /// Indexes need not say what machine an image is for: its description does.

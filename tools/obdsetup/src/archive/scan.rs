@@ -47,6 +47,7 @@ pub(crate) struct Scan {
     findings: Findings,
     members: u64,
     manifest: bool,
+    /// Whether something is there that a manifest would name.
     layers: bool,
     layout: bool,
     index: bool,
@@ -64,7 +65,7 @@ impl Scan {
             return;
         }
         let tar = path.ends_with(b".tar") && path.iter().filter(|&&byte| byte == b'/').count() < 2;
-        self.layers |= tar || path.starts_with(b"blobs/sha256/");
+        self.layers |= tar || path.starts_with(b"blobs/sha256/") || is_of_builder(path);
         match path {
             b"manifest.json" | b"repositories" => self.manifest = true,
             b"oci-layout" => self.layout = true,
@@ -86,6 +87,14 @@ impl Scan {
         }
         findings
     }
+}
+
+/// Whether it has the name of a layer or description as tools that build images without docker write them
+/// beside a `manifest.json`: `<SHA-256>.tar.gz`, and `sha256:<SHA-256>`.
+fn is_of_builder(path: &[u8]) -> bool {
+    let hex = path.strip_suffix(b".tar.gz");
+    let hex = hex.or_else(|| path.strip_prefix(b"sha256:"));
+    hex.is_some_and(|hex| hex.len() == 64 && hex.iter().all(u8::is_ascii_hexdigit))
 }
 
 /// Reads the tar at `path` to its end.

@@ -434,6 +434,16 @@ fn what_it_is_for() {
     );
     assert_eq!(package(&["vm.ovf", "disk1.vmdk"]), Some(Package::Ova));
     assert_eq!(package(&["manifest.json", "etc/passwd"]), None);
+    let hex = "0123456789abcdef".repeat(4);
+    let layer = format!("{hex}.tar.gz");
+    let config = format!("sha256:{hex}");
+    for own in [layer.as_str(), &config] {
+        assert_eq!(package(&[own, "manifest.json"]), Some(Package::Docker));
+        assert_eq!(package(&[own, "x.json"]), None);
+    }
+    for other in ["a.tar.gz", &format!("d/{layer}"), &layer[1..]] {
+        assert_eq!(package(&[other, "manifest.json"]), None);
+    }
     assert_eq!(package(&["usr/x.ovf", "etc/passwd"]), None);
     fs::write(&path, end(member("etc/.wh.passwd", b'0', b""))).unwrap();
     assert_eq!(

@@ -3,7 +3,7 @@
 //! Archives of images: an OCI image layout in a tar, and what `docker save` writes. What matters of one
 //! is put in a layout of our own; no name in the archive ever becomes a path.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashSet};
 use std::io::{BufWriter, Write};
 use std::path::Path;
 
@@ -77,9 +77,12 @@ pub(super) fn unpack(input: &Path, place: &Path) -> Result<Layout> {
         files: BTreeMap::new(),
         links: BTreeMap::new(),
     };
+    let named = named(input)?;
     let mut archive = Archive::again(input)?;
     while let Some(member) = archive.next()? {
-        unpack.member(&member, &mut archive)?;
+        if named.contains(&member.path) || is_wanted(&member.path) {
+            unpack.member(&member, &mut archive)?;
+        }
     }
     // Newer versions of docker write both, and the layout says more.
     let index = unpack.files.get(b"index.json".as_slice()).cloned();
@@ -92,6 +95,31 @@ pub(super) fn unpack(input: &Path, place: &Path) -> Result<Layout> {
         None => unpack.saved()?,
     }
     Ok(Layout::of_archive(input, unpack.root))
+}
+
+/// The names that `manifest.json` has: tools choose any for layers. None where there is none that can
+/// be read; where that is a fault, it is told of later. It is mostly at the end, and is looked for
+/// beforehand.
+fn named(input: &Path) -> Result<HashSet<Vec<u8>>> {
+    let mut archive = Archive::again(input)?;
+    while let Some(member) = archive.next()? {
+        let is_file = matches!(member.kind, MemberKind::File);
+        if member.path != b"manifest.json" || !is_file || member.size > json::MAX {
+            continue;
+        }
+        let mut bytes = Vec::new();
+        archive.content(&member, |_, piece| {
+            bytes.extend_from_slice(piece);
+            Ok(())
+        })?;
+        let images: Vec<Saved> = serde_json::from_slice(&bytes).unwrap_or_default();
+        let names = images.into_iter().flat_map(|image| {
+            let layers = image.layers.into_iter();
+            layers.chain([image.config]).map(String::into_bytes)
+        });
+        return Ok(names.collect());
+    }
+    Ok(HashSet::new())
 }
 
 /// Whether a file may be a part of an image.
@@ -119,9 +147,6 @@ impl Unpack<'_> {
 
     fn member(&mut self, member: &Member, archive: &mut Archive) -> Result<()> {
         let path = member.path.as_slice();
-        if !is_wanted(path) {
-            return Ok(());
-        }
         if self.files.len() + self.links.len() >= FILES {
             let what = format!("has more than {FILES} files that may be parts of an image");
             return Err(self.bad(&what));
@@ -131,7 +156,8 @@ impl Unpack<'_> {
         match &member.kind {
             MemberKind::File => {
                 let stored = self.store(member, archive)?;
-                if let Some(hex) = path.strip_prefix(BLOBS.as_bytes()) {
+                let hex = path.strip_prefix(BLOBS.as_bytes());
+                if let Some(hex) = hex.filter(|hex| is_hex(hex)) {
                     if stored.digest.as_bytes().strip_prefix(b"sha256:") != Some(hex) {
                         let what = format!("{}: is not what its digest says", brief(path));
                         return Err(self.bad(&what));
@@ -235,6 +261,7 @@ impl Unpack<'_> {
             let (bytes, stored) = self.read(&image.config)?;
             let stem = image.config.rsplit('/').next().unwrap_or_default();
             let stem = stem.strip_suffix(".json").unwrap_or(stem);
+            let stem = stem.strip_prefix("sha256:").unwrap_or(stem);
             let own = stored.digest.strip_prefix("sha256:").unwrap_or_default();
             if is_hex(stem.as_bytes()) && stem != own {
                 return Err(self.bad(&format!("{}: is not what its digest says", image.config)));
