@@ -76,9 +76,11 @@ impl<'a> Special<'a> {
 pub(super) struct Own {
     /// The names that it has set, each in its directory.
     names: HashMap<Id, HashSet<Vec<u8>>>,
-    /// What it has hidden: the directory, and a name there or all. A second time there is nothing to
-    /// hide, and many times would be endless work.
-    hidden: HashSet<(Id, Option<Vec<u8>>)>,
+    /// The names that it has hidden, each in its directory. A second time there is nothing to hide, and
+    /// many times would be endless work.
+    hidden: HashSet<(Id, Vec<u8>)>,
+    /// Directories of which all is hidden that the layers below have, as deep as it goes.
+    emptied: HashSet<Id>,
 }
 
 impl Own {
@@ -99,7 +101,7 @@ impl Own {
     pub(super) fn hide(&mut self, tree: &mut Tree, directory: Id, name: &[u8]) -> Result<Vec<Id>> {
         let mut stay = Vec::new();
         if let Some(id) = tree.child(directory, name) {
-            if self.hidden.insert((directory, Some(name.to_vec()))) {
+            if self.hidden.insert((directory, name.to_vec())) {
                 self.hide_one(tree, directory, name, id, &mut stay)?;
             }
         }
@@ -109,14 +111,16 @@ impl Own {
     /// Hides all names in a directory, as [`Self::hide`] does.
     pub(super) fn hide_all(&mut self, tree: &mut Tree, directory: Id) -> Result<Vec<Id>> {
         let mut stay = Vec::new();
-        if self.hidden.insert((directory, None)) {
-            self.hide_inside(tree, directory, &mut stay)?;
-        }
+        self.hide_inside(tree, directory, &mut stay)?;
         Ok(stay)
     }
 
-    /// Calls itself as deep as directories are: paths are checked, and have 4095 bytes at most.
-    fn hide_inside(&self, tree: &mut Tree, directory: Id, stay: &mut Vec<Id>) -> Result<()> {
+    /// Does nothing where that was done before: what came since is the layer's own. Calls itself as deep as
+    /// directories are: paths are checked, and have 4095 bytes at most.
+    fn hide_inside(&mut self, tree: &mut Tree, directory: Id, stay: &mut Vec<Id>) -> Result<()> {
+        if !self.emptied.insert(directory) {
+            return Ok(());
+        }
         let children: Vec<(Vec<u8>, Id)> = tree
             .children(directory)
             .map(|(name, id)| (name.to_vec(), id))
@@ -128,7 +132,7 @@ impl Own {
     }
 
     fn hide_one(
-        &self,
+        &mut self,
         tree: &mut Tree,
         directory: Id,
         name: &[u8],
@@ -152,7 +156,48 @@ impl Own {
 
 #[cfg(test)]
 mod tests {
-    use super::Special;
+    use super::{Own, Special};
+    use crate::mkfs::from_tar;
+    use crate::mkfs::tree::{Kind, Meta, Node, Tree, ROOT};
+
+    /// Directories at any depth may be opaque: the work is that of what is in them, once.
+    #[test]
+    fn hidden_once() -> anyhow::Result<()> {
+        const DEPTH: usize = 300;
+        let mut tree: Tree = from_tar::empty();
+        let meta: Meta = tree.node(ROOT)?.meta.clone();
+        let mut own = Own::default();
+        let mut chain = vec![ROOT];
+        for depth in 0..DEPTH {
+            let above = *chain.last().unwrap_or(&ROOT);
+            for name in [b"d".as_slice(), b"other"] {
+                let id = tree.add(Node {
+                    meta: meta.clone(),
+                    kind: Kind::Directory(std::collections::BTreeMap::new()),
+                });
+                tree.link(above, name.to_vec(), id)?;
+                if name == b"d" {
+                    chain.push(id);
+                }
+                // The last one is the layer's own, for which all others stay.
+                if depth + 1 == DEPTH && name == b"d" {
+                    own.add(above, name);
+                }
+            }
+        }
+        let mut stay = Vec::new();
+        for &directory in chain.iter().rev() {
+            stay.extend(own.hide_all(&mut tree, directory)?);
+        }
+        stay.sort_unstable();
+        let between = chain.get(1..DEPTH).unwrap_or_default();
+        assert_eq!(stay, between);
+        for (&directory, &below) in chain.iter().zip(chain.iter().skip(1)) {
+            let left: Vec<_> = tree.children(directory).collect();
+            assert_eq!(left, [(b"d".as_slice(), below)]);
+        }
+        Ok(())
+    }
 
     #[test]
     fn names() {
