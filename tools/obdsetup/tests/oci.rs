@@ -30,6 +30,7 @@ tests! {
     long_and_short_names;
     for_a_registry;
     apply;
+    the_root_gets_attributes;
     many_sparse_files;
     holes_of_a_tree;
     damaged_file_systems;
@@ -1204,6 +1205,18 @@ fn apply() {
         .code(1)
         .stderr(contains("--base"));
     assert!(!place.path("x.obd").exists());
+}
+
+/// The root directory cannot move, and gets more in a later layer all the same.
+fn the_root_gets_attributes() {
+    let place = Place::new();
+    let lower = tar(&[dir("etc"), file("etc/a", "a")]);
+    let value = [b'v'; 2000];
+    let label = pax(&[(b"SCHILY.xattr.security.label", &value)]);
+    let upper = tar(&[[label, dir("./")].concat(), file("b", "b")]);
+    let files = place.files(&[lower, upper]);
+    assert_eq!(paths(&files), ["/b", "/etc", "/etc/a"]);
+    assert_eq!(files[""].xattrs[b"security.label".as_slice()], value);
 }
 
 /// Where the parts of a sparse file are isn't read, and has no limit.

@@ -8,7 +8,8 @@
 //! - A directory stays where it is while its inode fits there. Entries that don't fit beside it
 //!   any more go in blocks behind the end.
 //! - The superblock says the place of the root directory in 16 bits, so that can't move: its entries
-//!   are always in blocks.
+//!   are always in blocks, and in a new file system the next inode is in the next block, so that its
+//!   extended attributes may become more.
 //!
 //! The result depends on nothing but the disk below and the tree.
 
@@ -82,6 +83,9 @@ pub(super) fn write(state: &State, disk: &Disk, stamp: (Uuid, u32)) -> Result<u6
                     None => {
                         let at = place_inode(end, &plan);
                         end = at + INODE + to_u64(plan.xattrs.len()) + plan.beside();
+                        if id == ROOT {
+                            end = end.next_multiple_of(BLOCK);
+                        }
                         at
                     }
                 };
