@@ -1302,6 +1302,14 @@ fn hostile_images() {
             !place.path("x").exists() && place.names().iter().all(|name| !name.starts_with('.'))
         );
     };
+    let names: Vec<String> = (0..5)
+        .map(|nth| format!("SCHILY.xattr.user.{nth}"))
+        .collect();
+    let value = vec![b'v'; 60_000];
+    let many: Vec<(&[u8], &[u8])> = names
+        .iter()
+        .map(|name| (name.as_bytes(), value.as_slice()))
+        .collect();
     // One layer of each kind.
     for (layer, code, said) in [
         (tar(&[file("../a", "")]), 3, "\"..\" leads out"),
@@ -1355,7 +1363,27 @@ fn hostile_images() {
         (
             tar(&[file("overlaybd.commit", "LSMT")]),
             3,
+            "an OverlayBD layer, no tar of files",
+        ),
+        (
+            gzip(&tar(&[file("overlaybd.commit", "LSMT")])),
+            3,
             "an OverlayBD layer, which was compressed",
+        ),
+        (
+            tar(&[
+                pax(&[(b"SCHILY.xattr.other.name", b"x")]),
+                file("x", ""),
+            ]),
+            1,
+            "cannot hold extended attributes other than user, trusted and security: 1 file loses them: \
+             ./x: --allow-loss makes the layer without them",
+        ),
+        (
+            tar(&[pax(&many), file("x", "")]),
+            1,
+            "more extended attributes than erofs can hold: make one layer of the image's files, with --fs \
+             squashfs",
         ),
         (b"no tar at all".to_vec(), 3, "cut off"),
         (gzip(&good)[..30].to_vec(), 3, "ends early"),

@@ -96,8 +96,8 @@ struct Places {
 const NAMED: usize = 3;
 
 /// Takes out of `tree` what the file system cannot hold, and says so. Fails where that is data,
-/// unless the options allow it.
-pub(super) fn fit(tree: &mut Tree, options: &Options<'_>) -> Result<()> {
+/// unless the options allow it; `instead` is what to do then.
+pub(super) fn fit(tree: &mut Tree, options: &Options<'_>, instead: &str) -> Result<()> {
     let (fs, allow) = (options.fs, options.allow_loss);
     // Their programs read a tar.
     let through_tar = match fs {
@@ -168,10 +168,7 @@ pub(super) fn fit(tree: &mut Tree, options: &Options<'_>) -> Result<()> {
     if refused.is_empty() {
         return Ok(());
     }
-    Err(Failure::usage(format!(
-        "{}: use another file system, or --allow-loss to make the layer without them",
-        refused.join("; ")
-    )))
+    Err(Failure::usage(format!("{}: {instead}", refused.join("; "))))
 }
 
 fn fit_meta(meta: &mut Meta, fs: FileSystem, through_tar: bool, mut note: impl FnMut(Loss)) {

@@ -186,8 +186,16 @@ impl Reader<'_> {
                 Err(what) => return Err(self.bad(member, what)),
             }
             if member.path == PACKED {
-                let what = "an OverlayBD layer, which was compressed: copy the image again, with \
-                            `skopeo copy --preserve-digests'";
+                let what = match archive.compression() {
+                    Some(_) => {
+                        "an OverlayBD layer, which was compressed: copy the image again, with \
+                         `skopeo copy --preserve-digests'"
+                    }
+                    None => {
+                        "an OverlayBD layer, no tar of files: it is a layer as it is, and all below \
+                         it must be such layers, too"
+                    }
+                };
                 return Err(self.bad(member, what));
             }
         }

@@ -124,7 +124,8 @@ pub(crate) fn make(files: Files<'_>, options: &Options<'_>, place: &Path) -> Res
         Files::Tar(_) => (from_tar::read(&from, place)?, None),
     };
     stamp::clamp(&mut tree)?;
-    fit::fit(&mut tree, options)?;
+    let instead = "use another file system, or --allow-loss to make the layer without them";
+    fit::fit(&mut tree, options, instead)?;
     let size = match (options.size, fs.overhead()) {
         (None, Some(overhead)) => Some(Usage::of(&tree)?.with_room(overhead)),
         (given, _) => given,
@@ -209,7 +210,8 @@ pub(crate) fn apply(
         args: &[],
         allow_loss,
     };
-    fit::fit(growing.tree(), &options).with_context(|| name.display().to_string())?;
+    let instead = "--allow-loss makes the layer without them";
+    fit::fit(growing.tree(), &options, instead).with_context(|| name.display().to_string())?;
     let hash: [u8; 32] = Sha256::new()
         .chain_update(seed)
         .chain_update(archive.diff_id())

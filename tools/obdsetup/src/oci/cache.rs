@@ -74,10 +74,17 @@ impl Cache {
                 true => fs::copy(&from, to).and_then(|_| fs::File::open(to)),
                 false => Err(ErrorKind::InvalidInput.into()),
             };
-            let Ok(copied) = copied else {
-                warn(&[format!("{}: cannot read it: made anew", from.display())]);
-                let _ = fs::remove_file(to);
-                continue;
+            let copied = match copied {
+                Ok(copied) => copied,
+                // What can be read to its end cannot be written.
+                Err(error) if is_file && is_readable(&from)? => {
+                    return Err(error).with_context(|| format!("{}: cannot write", to.display()));
+                }
+                Err(_) => {
+                    warn(&[format!("{}: cannot read it: made anew", from.display())]);
+                    let _ = fs::remove_file(to);
+                    continue;
+                }
             };
             let bar = Bar::new("checking", copied.metadata()?.len());
             let digest = hash(to, &bar)?;
@@ -108,5 +115,42 @@ impl Cache {
             .map_err(|error| error.error)
             .with_context(context)?;
         sync_directory(&self.place).with_context(context)
+    }
+}
+
+/// Whether a file can be read to its end.
+///
+/// # Errors
+///
+/// Where a signal ends the program.
+fn is_readable(path: &Path) -> Result<bool> {
+    let len = path.metadata().map_or(0, |meta| meta.len());
+    let read = hash(path, &Bar::new("checking", len));
+    crate::interrupt::check()?;
+    Ok(read.is_ok())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::{Cache, Key};
+
+    /// A full disk is no fault of the cache.
+    #[test]
+    fn where_nothing_can_be_written() -> anyhow::Result<()> {
+        let dir = tempfile::tempdir()?;
+        let cache = Cache::open(&dir.path().join("cache"), String::new())?;
+        let key = Key {
+            chain: "",
+            below: None,
+        };
+        let layer = dir.path().join("layer");
+        std::fs::write(&layer, b"content")?;
+        let hex = "0".repeat(64);
+        cache.keep(&key, &layer, &format!("sha256:{hex}"))?;
+        let full = dir.path().join("full");
+        std::os::unix::fs::symlink("/dev/full", &full)?;
+        let error = cache.take(&key, &full).map_err(|error| error.to_string());
+        assert_eq!(error, Err(format!("{}: cannot write", full.display())));
+        Ok(())
     }
 }

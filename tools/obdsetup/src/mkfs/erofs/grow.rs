@@ -22,8 +22,8 @@ use uuid::Uuid;
 use super::disk::Disk;
 use super::read::{Placed, State};
 use super::write::{
-    blocks, can_be_at, check_end, layout, place_inode, subdirectories, Out, Plan, Planner,
-    Relations, Summary, Writer, BLOCK, INODE, INODES_AT, SLOT,
+    blocks, can_be_at, check_end, layout, place_inode, subdirectories, too_long, Out, Plan,
+    Planner, Relations, Summary, Writer, BLOCK, INODE, INODES_AT, SLOT,
 };
 use crate::bar::Bar;
 use crate::exit::Failure;
@@ -31,6 +31,8 @@ use crate::mkfs::tree::{Id, Kind, ROOT};
 
 /// What to do where it would be too large.
 const FULL: &str = "make one layer of the image's files, with --fs btrfs";
+/// What to do where a file has too many extended attributes.
+const TOO_LONG: &str = "make one layer of the image's files, with --fs squashfs";
 /// Where an inode has the count of its names.
 const LINKS_AT: u64 = 44;
 
@@ -63,7 +65,8 @@ pub(super) fn write(state: &State, disk: &Disk, stamp: (Uuid, u32)) -> Result<u6
             Some(there) if !directory => Plan::in_place(there.at, links),
             _ => {
                 to_write.push(id);
-                let mut plan = planner.plan(id, path)?;
+                let plan = planner.plan(id)?;
+                let mut plan = plan.ok_or_else(|| too_long(path, TOO_LONG))?;
                 plan.links = links;
                 let room = match id {
                     ROOT => {

@@ -179,7 +179,8 @@ pub(super) fn make(tree: &Tree, stamp: &Stamp, place: &Path) -> Result<NamedTemp
     let mut plans: HashMap<Id, Plan> = HashMap::new();
     let mut end = INODES_AT;
     for &(id, path) in &order {
-        let mut plan = planner.plan(id, path)?;
+        let plan = planner.plan(id)?;
+        let mut plan = plan.ok_or_else(|| too_long(path, "use --fs squashfs"))?;
         plan.links = match tree.node(id)?.kind {
             Kind::Directory(_) => 2 + subdirectories(tree, id)?,
             _ => links.get(&id).copied().unwrap_or(1),
@@ -298,8 +299,9 @@ impl<'a> Planner<'a> {
         left.is_some()
     }
 
-    /// Plans a node, called `path`. Files get their fingerprints in the order of these calls.
-    pub(super) fn plan(&mut self, id: Id, path: &[u8]) -> Result<Plan> {
+    /// Plans a node; `None` where it has too many extended attributes. Files get their fingerprints in the
+    /// order of these calls.
+    pub(super) fn plan(&mut self, id: Id) -> Result<Option<Plan>> {
         let node = self.tree.node(id)?;
         let with_digest = match &node.kind {
             Kind::File(content) => {
@@ -307,11 +309,11 @@ impl<'a> Planner<'a> {
             }
             _ => false,
         };
-        plan(self.tree, id, path, with_digest)
+        plan(self.tree, id, with_digest)
     }
 }
 
-fn plan(tree: &Tree, id: Id, path: &[u8], with_digest: bool) -> Result<Plan> {
+fn plan(tree: &Tree, id: Id, with_digest: bool) -> Result<Option<Plan>> {
     let node = tree.node(id)?;
     let size = match &node.kind {
         Kind::Directory(_) => directory_size(&entries(tree, id, ROOT)),
@@ -330,8 +332,8 @@ fn plan(tree: &Tree, id: Id, path: &[u8], with_digest: bool) -> Result<Plan> {
         _ if (1..=INLINE).contains(&(size % BLOCK)) => layout::INLINE,
         _ => layout::PLAIN,
     };
-    let (xattrs, digest) = xattrs(&node.meta.xattrs, with_digest, path)?;
-    Ok(Plan {
+    let xattrs = xattrs(&node.meta.xattrs, with_digest)?;
+    Ok(xattrs.map(|(xattrs, digest)| Plan {
         size,
         layout,
         chunk_bits,
@@ -340,7 +342,7 @@ fn plan(tree: &Tree, id: Id, path: &[u8], with_digest: bool) -> Result<Plan> {
         at: 0,
         block: 0,
         links: 0,
-    })
+    }))
 }
 
 fn has_holes(content: &Content) -> bool {
@@ -396,14 +398,14 @@ fn stored_chunks(content: &Content, plan: &Plan) -> BTreeMap<u64, (u64, u64)> {
     chunks
 }
 
-/// The extended attributes of an inode, and where among them the digest of its content is to be.
+/// The extended attributes of an inode, and where among them the digest of its content is to be; `None`
+/// where they are too many.
 fn xattrs(
     all: &BTreeMap<Vec<u8>, Vec<u8>>,
     with_digest: bool,
-    path: &[u8],
-) -> Result<(Vec<u8>, Option<usize>)> {
+) -> Result<Option<(Vec<u8>, Option<usize>)>> {
     if all.is_empty() && !with_digest {
-        return Ok((Vec::new(), None));
+        return Ok(Some((Vec::new(), None)));
     }
     let mut bytes = vec![0; XATTR_HEADER];
     let mut digest = None;
@@ -420,7 +422,7 @@ fn xattrs(
         let rest = name.get(prefix.len()..).unwrap_or_default();
         let (Ok(name_len), Ok(value_len)) = (u8::try_from(rest.len()), u16::try_from(value.len()))
         else {
-            return Err(too_long(path));
+            return Ok(None);
         };
         bytes.extend([name_len, index]);
         bytes.extend(value_len.to_le_bytes());
@@ -429,17 +431,18 @@ fn xattrs(
         bytes.resize(bytes.len().next_multiple_of(4), 0);
     }
     match xattr_count(bytes.len()) {
-        Some(_) => Ok((bytes, digest)),
+        Some(_) => Ok(Some((bytes, digest))),
         // It has none rather than that the file cannot be there.
-        None if with_digest => xattrs(all, false, path),
-        None => Err(too_long(path)),
+        None if with_digest => xattrs(all, false),
+        None => Ok(None),
     }
 }
 
-fn too_long(path: &[u8]) -> anyhow::Error {
+/// A file has too many extended attributes. `instead` is what to do.
+pub(super) fn too_long(path: &[u8], instead: &str) -> anyhow::Error {
     let path = show(path);
     Failure::usage(format!(
-        "{path}: more extended attributes than erofs can hold: use --fs squashfs"
+        "{path}: more extended attributes than erofs can hold: {instead}"
     ))
 }
 
