@@ -1537,6 +1537,18 @@ fn much_work_of_few_bytes() {
     assert_eq!(files.len(), MANY + 2);
     assert!(!files.contains_key("/d/old"));
 
+    // A header for all members gives each one the same 60 KB.
+    let value = vec![b'v'; 60_000];
+    let mut all = pax(&[(b"SCHILY.xattr.user.a", &value)]);
+    all[156] = b'g';
+    sign(&mut all);
+    let members = (0..4600).map(|nth| file(&format!("{nth}"), ""));
+    let members: Vec<Vec<u8>> = [all].into_iter().chain(members).collect();
+    image(&place.path("layout"), &[tar(&members)]);
+    place.run("convert layout x").code(3).stderr(contains(
+        "those of the members before it have more than 268435456 bytes",
+    ));
+
     // An erofs whose directories all have the same names, each 128 KiB of them.
     const DIRECTORIES: u64 = 240;
     let put16 = |to: &mut [u8], at: usize, number: usize| {

@@ -32,6 +32,9 @@ use crate::layers::warn;
 const ACL: &[u8] = b"system.posix_acl_access";
 /// The one member of the tar that an OverlayBD layer may be in.
 const PACKED: &[u8] = b"overlaybd.commit";
+/// Bytes of names and values of extended attributes of all members: a header for all of them has the same
+/// ones for each, in no more bytes of the tar.
+const XATTRS: usize = 256 << 20;
 /// Symbolic links that are followed for one name.
 const LINKS: u32 = 40;
 /// Keys of unknown records of which it is told.
@@ -118,6 +121,8 @@ struct Reader<'a> {
     end: u64,
     /// Keys of pax records that say what obdsetup doesn't know, and the first members that have them.
     unknown: BTreeMap<String, String>,
+    /// Bytes of extended attributes.
+    xattrs: usize,
     /// Where the tar is a layer of an image.
     layer: Option<Layer>,
 }
@@ -135,6 +140,7 @@ impl<'a> Reader<'a> {
             file: spool,
             end: 0,
             unknown: BTreeMap::new(),
+            xattrs: 0,
             layer: None,
         })
     }
@@ -504,6 +510,17 @@ impl Reader<'_> {
         };
         if permissions.is_some() {
             xattrs.remove(ACL);
+        }
+        let bytes: usize = xattrs
+            .iter()
+            .map(|(name, value)| name.len() + value.len())
+            .sum();
+        self.xattrs = self.xattrs.saturating_add(bytes);
+        if self.xattrs > XATTRS {
+            let what = format!(
+                "its extended attributes and those of the members before it have more than {XATTRS} bytes"
+            );
+            return Err(self.bad(member, &what));
         }
         Ok(Meta {
             mode,
