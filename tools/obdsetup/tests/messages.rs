@@ -244,7 +244,6 @@ const NO_MESSAGES: &[(&str, &str, &str)] = &[
     ("mkfs/ext/mod.rs", "no such name", "as above"),
     ("mkfs/from_tar.rs", "a directory was not made", "as above"),
     ("mkfs/pax.rs", "a tar cannot hold sockets", "as above"),
-    ("mkfs/stage.rs", "no such node", "as above"),
     ("mkfs/stamp.rs", "hash too short", "as above"),
     ("mkfs/tree.rs", "no such node", "as above"),
     ("mkfs/tree.rs", "node {id} is no directory", "as above"),

@@ -122,7 +122,8 @@ pub(super) fn fit(tree: &mut Tree, options: &Options<'_>, instead: &str) -> Resu
         note(Loss::XattrEmpty, b"");
     }
     let mut left_out: Vec<(Id, Vec<u8>)> = Vec::new();
-    for name in tree.names() {
+    let names = tree.names();
+    for name in names.iter() {
         let node = tree.node_mut(name.id)?;
         let loss = match node.kind {
             Kind::Socket if through_tar => Some(Loss::Sockets),
@@ -134,11 +135,11 @@ pub(super) fn fit(tree: &mut Tree, options: &Options<'_>, instead: &str) -> Resu
             _ => None,
         };
         if let Some(loss) = loss {
-            note(loss, &name.path);
+            note(loss, &names.path(name));
             left_out.push((name.parent, name.last().to_vec()));
         } else if name.first {
             fit_meta(&mut node.meta, fs, through_tar, |loss| {
-                note(loss, &name.path)
+                note(loss, &names.path(name));
             });
         }
     }

@@ -33,14 +33,19 @@ pub(super) fn write(tree: &Tree, reader: Reader, mut out: impl Write + Seek) -> 
     if reader == Reader::MkfsErofs {
         tar.member(b"./", tree.node(ROOT)?)?;
     }
-    let mut firsts: BTreeMap<Id, Vec<u8>> = BTreeMap::new();
-    for name in tree.names() {
+    let names = tree.names();
+    let mut firsts: BTreeMap<Id, &Name> = BTreeMap::new();
+    for name in names.iter() {
         let node = tree.node(name.id)?;
+        let path = names.path(name);
         match firsts.get(&name.id) {
-            Some(first) => tar.header(&name.path, node, b'1', 0, &[record("linkpath", first)])?,
+            Some(first) => {
+                let first = record("linkpath", &names.path(first));
+                tar.header(&path, node, b'1', 0, &[first])?;
+            }
             None => {
-                tar.named(&name, node)?;
-                firsts.insert(name.id, name.path);
+                tar.named(&path, node)?;
+                firsts.insert(name.id, name);
             }
         }
     }
@@ -57,10 +62,10 @@ struct Pax<W> {
 }
 
 impl<W: Write + Seek> Pax<W> {
-    fn named(&mut self, name: &Name, node: &Node) -> Result<()> {
+    fn named(&mut self, path: &[u8], node: &Node) -> Result<()> {
         match node.kind {
-            Kind::Directory(_) => self.member(&[&name.path, b"/".as_slice()].concat(), node),
-            _ => self.member(&name.path, node),
+            Kind::Directory(_) => self.member(&[path, b"/"].concat(), node),
+            _ => self.member(path, node),
         }
     }
 

@@ -3,17 +3,18 @@
 //! A tree as files in a directory, for a mkfs that reads nothing else. Only names, kinds and
 //! content are right there: the rest is set in the file system, and so any user can do it.
 
+use std::collections::HashMap;
 use std::ffi::OsStr;
 use std::fs::{self, File};
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::{symlink, FileExt, OpenOptionsExt};
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 use anyhow::{Context, Result};
 use rustix::fs::{mknodat, FileType, Mode, CWD};
 use tempfile::TempDir;
 
-use super::tree::{Content, Kind, Node, Tree};
+use super::tree::{Content, Id, Kind, Name, Node, Tree};
 
 /// The directory, gone when dropped.
 pub(super) struct Stage(TempDir);
@@ -27,20 +28,18 @@ impl Stage {
         let directory =
             directory.with_context(|| format!("{}: cannot make a directory", place.display()))?;
         let stage = Self(directory);
-        let mut made: Vec<Option<PathBuf>> = Vec::new();
-        for name in tree.names() {
+        let names = tree.names();
+        let mut made: HashMap<Id, &Name> = HashMap::new();
+        let path_of = |name: &Name| stage.0.path().join(OsStr::from_bytes(&names.path(name)));
+        for name in names.iter() {
             crate::interrupt::check()?;
-            let path = stage.0.path().join(OsStr::from_bytes(&name.path));
-            if made.len() <= name.id {
-                made.resize(name.id + 1, None);
-            }
-            let first = made.get_mut(name.id).context("no such node")?;
-            let done = match first {
-                Some(first) => fs::hard_link(first, &path),
+            let path = path_of(name);
+            let done = match made.get(&name.id) {
+                Some(first) => fs::hard_link(path_of(first), &path),
                 None => make(&path, tree.node(name.id)?),
             };
             done.with_context(|| format!("{}: cannot make it", path.display()))?;
-            first.get_or_insert(path);
+            made.entry(name.id).or_insert(name);
         }
         Ok(stage)
     }

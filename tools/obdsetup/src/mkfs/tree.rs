@@ -227,8 +227,9 @@ impl ContentMaker {
 
 /// A name in a tree.
 pub(super) struct Name {
-    /// From the root directory, without a slash at either end.
-    pub(super) path: Vec<u8>,
+    last: Vec<u8>,
+    /// Which of all names that of its directory is; none of the root directory.
+    above: Option<usize>,
     pub(super) parent: Id,
     pub(super) id: Id,
     /// Whether it is the first name of its node.
@@ -238,9 +239,33 @@ pub(super) struct Name {
 impl Name {
     /// The last part of the path.
     pub(super) fn last(&self) -> &[u8] {
-        let slash = self.path.iter().rposition(|&byte| byte == b'/');
-        let start = slash.map_or(0, |slash| slash + 1);
-        self.path.get(start..).unwrap_or_default()
+        &self.last
+    }
+}
+
+/// All names of a tree. Paths are made when they are needed: they may be 4095 bytes long, however few
+/// a name has.
+pub(super) struct Names(Vec<Name>);
+
+impl Names {
+    /// The path of a name, from the root directory, without a slash at either end.
+    pub(super) fn path(&self, name: &Name) -> Vec<u8> {
+        let mut parts = vec![name.last()];
+        let mut above = name.above;
+        while let Some(directory) = above.and_then(|nth| self.0.get(nth)) {
+            parts.push(directory.last());
+            above = directory.above;
+        }
+        parts.reverse();
+        parts.join(&b'/')
+    }
+}
+
+impl std::ops::Deref for Names {
+    type Target = [Name];
+
+    fn deref(&self) -> &[Name] {
+        &self.0
     }
 }
 
@@ -322,39 +347,34 @@ impl Tree {
 
     /// All names but that of the root directory: sorted by their bytes, a directory before what is
     /// in it.
-    pub(super) fn names(&self) -> Vec<Name> {
-        let mut names = Vec::new();
+    pub(super) fn names(&self) -> Names {
+        let mut names: Vec<Name> = Vec::new();
         let mut seen = vec![false; self.nodes.len()];
         // What is still to be visited, the next one last.
-        let mut left: Vec<(Id, Vec<u8>, Id)> = Vec::new();
-        let push = |left: &mut Vec<_>, parent: Id, prefix: &[u8]| {
+        let mut left: Vec<(Id, Option<usize>, &[u8], Id)> = Vec::new();
+        let push = |left: &mut Vec<_>, parent: Id, above: Option<usize>| {
             let at = left.len();
-            left.extend(self.children(parent).map(|(name, id)| {
-                let mut path = prefix.to_vec();
-                if !path.is_empty() {
-                    path.push(b'/');
-                }
-                path.extend_from_slice(name);
-                (parent, path, id)
-            }));
+            let children = self.children(parent);
+            left.extend(children.map(|(name, id)| (parent, above, name, id)));
             if let Some(new) = left.get_mut(at..) {
                 new.reverse();
             }
         };
-        push(&mut left, ROOT, b"");
-        while let Some((parent, path, id)) = left.pop() {
-            push(&mut left, id, &path);
+        push(&mut left, ROOT, None);
+        while let Some((parent, above, last, id)) = left.pop() {
+            push(&mut left, id, Some(names.len()));
             let first = seen
                 .get_mut(id)
                 .is_some_and(|seen| !std::mem::replace(seen, true));
             names.push(Name {
-                path,
+                last: last.to_vec(),
+                above,
                 parent,
                 id,
                 first,
             });
         }
-        names
+        Names(names)
     }
 
     /// A hash of all that is in the tree, and of `more`.
@@ -365,8 +385,9 @@ impl Tree {
         }
         let mut firsts: BTreeMap<Id, u64> = BTreeMap::new();
         hash_node(&mut hash, self.node(ROOT)?);
-        for (nth, name) in self.names().iter().enumerate() {
-            part(&mut hash, &name.path);
+        let names = self.names();
+        for (nth, name) in names.iter().enumerate() {
+            part(&mut hash, &names.path(name));
             if name.first {
                 firsts.insert(name.id, to_u64(nth));
                 hash_node(&mut hash, self.node(name.id)?);
@@ -404,5 +425,46 @@ fn hash_node(hash: &mut Sha256, node: &Node) {
             hash.update(device.minor.to_le_bytes());
         }
         Kind::Directory(_) | Kind::Fifo | Kind::Socket => {}
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeMap;
+
+    use super::{Kind, Node, ROOT};
+    use crate::mkfs::from_tar;
+
+    #[test]
+    fn names_and_paths() -> anyhow::Result<()> {
+        let mut tree = from_tar::empty();
+        let meta = tree.node(ROOT)?.meta.clone();
+        let node = |kind| Node {
+            meta: meta.clone(),
+            kind,
+        };
+        let file = tree.add(node(Kind::Fifo));
+        let mut at = ROOT;
+        for _ in 0..1000 {
+            let next = tree.add(node(Kind::Directory(BTreeMap::new())));
+            tree.link(at, b"d".to_vec(), next)?;
+            tree.link(at, b"d.x".to_vec(), file)?;
+            at = next;
+        }
+        let names = tree.names();
+        assert_eq!(names.len(), 2000);
+        // What is kept of a name is that name alone.
+        let kept: usize = names.iter().map(|name| name.last.capacity()).sum();
+        assert!(kept <= 2000 * 3);
+        let mut firsts = names.iter().filter(|name| name.first && name.id == file);
+        let first = firsts.next().map(|name| names.path(name));
+        assert_eq!(first, Some([b"d/".repeat(999), b"d.x".to_vec()].concat()));
+        assert!(firsts.next().is_none());
+        let paths: Vec<Vec<u8>> = names.iter().map(|name| names.path(name)).collect();
+        let parts = |path: &[u8]| path.split(|&byte| byte == b'/').count();
+        let depths: Vec<usize> = paths.iter().map(|path| parts(path)).collect();
+        let wanted: Vec<usize> = (1..=1000).chain((1..=1000).rev()).collect();
+        assert_eq!(depths, wanted);
+        Ok(())
     }
 }

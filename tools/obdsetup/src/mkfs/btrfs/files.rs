@@ -78,7 +78,7 @@ pub(super) fn build(tree: &Tree, data: &[Chunk]) -> Result<Files> {
             used: 0,
         },
     };
-    for name in &names {
+    for name in names.iter() {
         *builder.links.entry(name.id).or_default() += 1;
         let next = root::FIRST + to_u64(builder.inodes.len());
         builder.inodes.entry(name.id).or_insert(next);
@@ -89,13 +89,13 @@ pub(super) fn build(tree: &Tree, data: &[Chunk]) -> Result<Files> {
         &format::inode_ref(0, b".."),
     );
     let mut indices: HashMap<Id, u64> = HashMap::new();
-    for name in &names {
+    for name in names.iter() {
         crate::interrupt::check()?;
         let index = indices.entry(name.parent).or_insert(FIRST_INDEX);
         builder.name(name, *index)?;
         *index += 1;
         if name.first {
-            builder.node(name.id, &name.path)?;
+            builder.node(name.id, &names.path(name))?;
         }
     }
     Ok(builder.files)

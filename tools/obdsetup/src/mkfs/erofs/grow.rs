@@ -42,9 +42,9 @@ pub(super) fn write(state: &State, disk: &Disk, stamp: (Uuid, u32)) -> Result<u6
     let (tree, placed) = (&state.tree, &state.placed);
     let names = tree.names();
     let Relations { links, parents } = Relations::of(&names);
-    let mut order = vec![(ROOT, b"".as_slice())];
+    let mut order = vec![(ROOT, None)];
     let firsts = names.iter().filter(|name| name.first);
-    order.extend(firsts.map(|name| (name.id, name.path.as_slice())));
+    order.extend(firsts.map(|name| (name.id, Some(name))));
 
     let mut planner = Planner::new(tree, order.iter().map(|&(id, _)| id))?;
     let mut plans: HashMap<Id, Plan> = HashMap::new();
@@ -54,7 +54,7 @@ pub(super) fn write(state: &State, disk: &Disk, stamp: (Uuid, u32)) -> Result<u6
         blocks => blocks * BLOCK,
     };
     let root_room = root_room(placed);
-    for &(id, path) in &order {
+    for &(id, name) in &order {
         let directory = matches!(tree.node(id)?.kind, Kind::Directory(_));
         let links = match directory {
             true => 2 + subdirectories(tree, id)?,
@@ -66,7 +66,7 @@ pub(super) fn write(state: &State, disk: &Disk, stamp: (Uuid, u32)) -> Result<u6
             _ => {
                 to_write.push(id);
                 let plan = planner.plan(id)?;
-                let mut plan = plan.ok_or_else(|| too_long(path, TOO_LONG))?;
+                let mut plan = plan.ok_or_else(|| too_long(&names, name, TOO_LONG))?;
                 plan.links = links;
                 let room = match id {
                     ROOT => {

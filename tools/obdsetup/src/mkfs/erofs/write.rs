@@ -23,7 +23,7 @@ use uuid::Uuid;
 
 use crate::bar::Bar;
 use crate::exit::Failure;
-use crate::mkfs::tree::{show, Content, Id, Kind, Name, Node, Tree, ROOT};
+use crate::mkfs::tree::{show, Content, Id, Kind, Name, Names, Node, Tree, ROOT};
 use crate::mkfs::Stamp;
 use crate::output::temp_file;
 
@@ -167,20 +167,16 @@ impl Plan {
 /// Makes the file system of `tree` in a file in `place`.
 pub(super) fn make(tree: &Tree, stamp: &Stamp, place: &Path) -> Result<NamedTempFile> {
     let names = tree.names();
-    let mut order = vec![(ROOT, b"".as_slice())];
-    order.extend(
-        names
-            .iter()
-            .filter(|name| name.first)
-            .map(|name| (name.id, name.path.as_slice())),
-    );
+    let mut order = vec![(ROOT, None)];
+    let firsts = names.iter().filter(|name| name.first);
+    order.extend(firsts.map(|name| (name.id, Some(name))));
     let Relations { links, parents } = Relations::of(&names);
     let mut planner = Planner::new(tree, order.iter().map(|&(id, _)| id))?;
     let mut plans: HashMap<Id, Plan> = HashMap::new();
     let mut end = INODES_AT;
-    for &(id, path) in &order {
+    for &(id, name) in &order {
         let plan = planner.plan(id)?;
-        let mut plan = plan.ok_or_else(|| too_long(path, "use --fs squashfs"))?;
+        let mut plan = plan.ok_or_else(|| too_long(&names, name, "use --fs squashfs"))?;
         plan.links = match tree.node(id)?.kind {
             Kind::Directory(_) => 2 + subdirectories(tree, id)?,
             _ => links.get(&id).copied().unwrap_or(1),
@@ -438,9 +434,9 @@ fn xattrs(
     }
 }
 
-/// A file has too many extended attributes. `instead` is what to do.
-pub(super) fn too_long(path: &[u8], instead: &str) -> anyhow::Error {
-    let path = show(path);
+/// A file, the root directory where it has no name, has too many extended attributes. `instead` is what to do.
+pub(super) fn too_long(names: &Names, name: Option<&Name>, instead: &str) -> anyhow::Error {
+    let path = show(&name.map(|name| names.path(name)).unwrap_or_default());
     Failure::usage(format!(
         "{path}: more extended attributes than erofs can hold: {instead}"
     ))

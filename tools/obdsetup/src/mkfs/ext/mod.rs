@@ -19,7 +19,7 @@ use tempfile::{NamedTempFile, TempDir};
 use self::entries::{Entry, Geometry};
 use self::script::Script;
 use super::stage::Stage;
-use super::tree::{show, Id, Kind, Name, Tree, ROOT};
+use super::tree::{show, Id, Kind, Names, Tree, ROOT};
 use super::{Options, Stamp};
 use crate::exit::Failure;
 use crate::layers::warn;
@@ -144,7 +144,7 @@ impl Mke2fs<'_> {
 /// Sets by debugfs what mke2fs doesn't.
 struct Mend<'a> {
     tree: &'a Tree,
-    names: Vec<Name>,
+    names: Names,
     /// The inode of a node.
     inodes: HashMap<Id, u32>,
     /// Further inodes that were made of a node with several names: the index of the name, and inode.
@@ -204,8 +204,12 @@ impl Mend<'_> {
                 }
             }
         }
-        match found.iter().zip(&self.names).find(|(&found, _)| !found) {
-            Some((_, name)) => bail!("{}: mke2fs did not make it", show(&name.path)),
+        match found
+            .iter()
+            .zip(self.names.iter())
+            .find(|(&found, _)| !found)
+        {
+            Some((_, name)) => bail!("{}: mke2fs did not make it", show(&self.names.path(name))),
             None => Ok(()),
         }
     }
@@ -227,7 +231,7 @@ impl Mend<'_> {
             let Some(name) = self.names.get(nth).filter(|name| name.first) else {
                 continue;
             };
-            let (id, path) = (name.id, name.path.clone());
+            let (id, path) = (name.id, self.names.path(name));
             coarse |= self.node(&mut script, id, &path, large)?;
         }
         if coarse {
@@ -263,19 +267,20 @@ impl Mend<'_> {
         if !error.contains("ea_set") {
             return Ok(());
         }
-        let root = std::iter::once((ROOT, b"".as_slice()));
+        let root = std::iter::once((ROOT, None));
         let names = self.names.iter();
-        for (id, path) in root.chain(names.map(|name| (name.id, name.path.as_slice()))) {
+        for (id, name) in root.chain(names.map(|name| (name.id, Some(name)))) {
             let xattrs = &self.tree.node(id)?.meta.xattrs;
             let size = |(name, value): (&Vec<u8>, &Vec<u8>)| name.len() + value.len();
             let largest = xattrs.iter().max_by_key(|(_, value)| value.len());
             let sum: usize = xattrs.iter().map(size).sum();
-            if let Some((name, _)) = largest.filter(|_| sum > XATTRS) {
+            if let Some((xattr, _)) = largest.filter(|_| sum > XATTRS) {
+                let path = name.map(|name| self.names.path(name)).unwrap_or_default();
                 return Err(Failure::usage(format!(
                     "{}: extended attribute {}: with the others of the file, {sum} bytes are more \
                      than ext4 can hold: use --fs erofs",
-                    show(path),
-                    String::from_utf8_lossy(name)
+                    show(&path),
+                    String::from_utf8_lossy(xattr)
                 )));
             }
         }
