@@ -19,18 +19,19 @@ pub(super) const NO_MODULE: &str = "; the kernel module dm_overlaybd is not load
 /// Checks that commands can be given.
 pub(super) fn check() -> Result<()> {
     let opened = File::options().read(true).write(true).open(CONTROL);
-    match opened.err().and_then(|error| explain(&error)) {
+    let is_root = rustix::process::geteuid().is_root();
+    match opened.err().and_then(|error| explain(&error, is_root)) {
         Some((code, message)) => Err(Failure::error(code, format!("{CONTROL}: {message}"))),
         None => Ok(()),
     }
 }
 
-/// The exit code and message for what opening it failed with.
-fn explain(error: &Error) -> Option<(u8, String)> {
+/// The exit code and message for what opening it failed with, by root or by others.
+fn explain(error: &Error, is_root: bool) -> Option<(u8, String)> {
     let what = match error.kind() {
         // dmsetup makes the node, if it can.
-        ErrorKind::NotFound => return None,
-        ErrorKind::PermissionDenied => {
+        ErrorKind::NotFound if is_root => return None,
+        ErrorKind::NotFound | ErrorKind::PermissionDenied => {
             return Some((
                 exit::PERMISSION,
                 "permission denied: must be root, and in a container must be given this device"
@@ -58,7 +59,7 @@ mod tests {
     fn what_to_do() {
         let said = |errno| {
             let error = Error::from_raw_os_error(errno);
-            explain(&error).unwrap_or((0, "dmsetup".to_owned()))
+            explain(&error, true).unwrap_or((0, "dmsetup".to_owned()))
         };
         let (code, text) = said(13);
         assert!(code == 2 && text.contains("must be root"), "{text}");
@@ -66,5 +67,8 @@ mod tests {
         assert!(code == 4 && text.contains("modprobe dm_mod"), "{text}");
         assert_eq!(said(2).1, "dmsetup");
         assert_eq!(said(5).0, 4);
+        // Who isn't root need not know that the node is missing.
+        let missing = Error::from_raw_os_error(2);
+        assert_eq!(explain(&missing, false), Some(said(13)));
     }
 }
