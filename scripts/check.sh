@@ -222,6 +222,9 @@ in_vm() {
 	counts "log of the $KERNEL kernel" "$0" --kernel-log "$LOGS/kernel-$KERNEL"-*.log
 }
 
+# debian_image: an image of Debian for a test of the system tests, which is skipped where no mirror can be reached.
+debian_image() { step "image of Debian" "$SCRIPTS/debian-image.sh" || :; }
+
 read -ra lints <<<"$("$SCRIPTS/lint.sh" --list)"
 export USE_ROOT=1 KDIR='' CARGO='' NOBUILD=1
 # Each in a VM of its own, and a third VM for the rest: with the debug kernel the three take about the same time.
@@ -236,9 +239,9 @@ total=2
 for part in "${parts[@]}"; do
 	case $part in
 	stock) total=$((total + ${#lints[@]} + 7)) ;;
-	system) total=$((total + 5)) ;;
+	system) total=$((total + 6)) ;;
 	kills) total=$((total + 4)) ;;
-	both) total=$((total + ${#lints[@]} + 8)) ;;
+	both) total=$((total + ${#lints[@]} + 9)) ;;
 	cpus) total=$((total + 5)) ;;
 	forky) total=$((total + 6)) ;;
 	debug | kcsan | soak) total=$((total + 7)) ;;
@@ -257,11 +260,13 @@ for part in "${parts[@]}"; do
 		;;
 	system)
 		rublk
+		debian_image
 		in_vm stock "system tests" system
 		;;
 	both)
 		user_space
 		rublk
+		debian_image
 		in_vm stock "all tests" "${thirds[0]}" "${thirds[1]} system" "$rest"
 		;;
 	cpus)

@@ -127,6 +127,7 @@ if [ -n "${SHARE:-}" ]; then
 	binds+=(-b "$SHARE:/srv")
 fi
 [ ! -d "$GOLDENS" ] || binds+=(-b "$(realpath "$GOLDENS"):/mnt/goldens")
+[ ! -d "$DEBIAN_IMAGE" ] || binds+=(-b "$DEBIAN_IMAGE:/mnt/debian-image")
 
 # Compute the expected results for malformed images here, since that is slow in the guest. Does nothing if they are
 # known.

@@ -21,13 +21,15 @@ from obdtest.recipes import need, need_module, quietly, recipe, sh
 
 NAME = f"obdtest-{os.getpid()}-oci"
 DEVICE = f"/dev/mapper/{NAME}"
+# What scripts/debian-image.sh has made, in the VM.
+DEBIAN = "/mnt/debian-image"
 LAYER = "application/vnd.oci.image.layer.v1.tar"
 PAX = ("--format=pax", "--xattrs", "--xattrs-include=*", "--acls", "--numeric-owner")
 
 
-def run(*command):
+def run(*command, timeout=300):
     """Runs a command; what it prints."""
-    done = subprocess.run(command, capture_output=True, check=False, timeout=300 * SLOW)
+    done = subprocess.run(command, capture_output=True, check=False, timeout=timeout * SLOW)
     if done.returncode:
         raise OSError(f"{command}: status {done.returncode}: {done.stderr.decode(errors='replace').strip()}")
     return done.stdout.decode(errors="replace")
@@ -255,11 +257,11 @@ def same_tree(got, wanted, umoci=False):
                 equal(here, value, f"{path}: {what}")
 
 
-def umoci_tree(work, layout):
+def umoci_tree(work, layout, timeout=300):
     """The manifest of what umoci unpacks an image to, if it is there."""
     if not shutil.which("umoci"):
         return None
-    run("umoci", "unpack", "--image", f"{layout}:latest", f"{work}/umoci")
+    run("umoci", "unpack", "--image", f"{layout}:latest", f"{work}/umoci", timeout=timeout)
     return without_times_of_directories(tree.manifest(f"{work}/umoci/rootfs"))
 
 
@@ -352,6 +354,31 @@ def debian():
     same_tree(got, umoci_tree(work, f"{work}/layout"), umoci=True)
     said = run("chroot", where, "/bin/sh", "-c", "echo one | sed s/one/two/ | grep two && grep ^ID= /etc/os-release")
     equal(said, "two\nID=debian\n", "what its programs say")
+    down(work)
+
+
+@test("Debian of mmdebstrap, of which umoci made three layers: as umoci and GNU tar have it, and its programs run",
+      timeout=3600)
+def debian_image():
+    need("umoci")
+    if not os.path.exists(f"{DEBIAN}/tree.tar"):
+        raise Skip("no image of Debian; with a mirror, scripts/debian-image.sh makes it")
+    work = workplace()
+    run("obdsetup", "convert", f"{DEBIAN}/layout", f"{work}/app", timeout=1200)
+    equal(len([name for name in os.listdir(f"{work}/app") if name.endswith(".obd")]), 3, "layers")
+    run("obdsetup", "verify", f"{work}/app/config.v1.json", timeout=1200)
+    where = mounted(work, f"{work}/app/config.v1.json")
+    got = without_times_of_directories(tree.manifest(where))
+    note(f"{len(got)} files in 3 layers")
+    same_tree(got, umoci_tree(work, f"{DEBIAN}/layout", timeout=1200), umoci=True)
+    shutil.rmtree(f"{work}/umoci")
+    os.mkdir(f"{work}/tree")
+    run("tar", *PAX, "--same-owner", "--same-permissions", "-xf", f"{DEBIAN}/tree.tar", "-C", f"{work}/tree",
+        timeout=1200)
+    same_tree(got, without_times_of_directories(tree.manifest(f"{work}/tree")))
+    said = run("chroot", where, "/bin/sh", "-c",
+               "cat /etc/hostname; dpkg-query -W -f '${Package} ${db:Status-Status}\\n' dash; dpkg-query -W less || echo gone")
+    equal(said, "another machine\ndash installed\ngone\n", "what its programs say")
     down(work)
 
 
