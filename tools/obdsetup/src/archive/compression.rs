@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! The compressions that are undone here, and how each begins.
+//! The compressions that obdsetup can undo, and how to recognise them.
 
-/// How a file is compressed as a whole.
+/// The compression of a whole file.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Compression {
     Gzip,
@@ -17,7 +17,7 @@ pub(crate) enum Compression {
     Lz4Legacy,
 }
 
-/// What compressed files begin with.
+/// The first bytes of compressed files.
 const MAGIC: &[(&[u8], Compression)] = &[
     (b"\x1f\x8b\x08", Compression::Gzip),
     (b"\xfd7zXZ\0", Compression::Xz),
@@ -26,14 +26,14 @@ const MAGIC: &[(&[u8], Compression)] = &[
     (b"\x04\x22\x4d\x18", Compression::Lz4),
     (b"\x02\x21\x4c\x18", Compression::Lz4Legacy),
 ];
-/// Bytes of the header of an `.lzma` file.
+/// Length of the header of an `.lzma` file in bytes.
 const LZMA_HEADER: usize = 13;
 
 impl Compression {
-    /// Bytes at the beginning of a file that [`Self::of`] looks at.
+    /// Number of bytes from the start of a file that [`Self::of`] needs.
     pub(crate) const LOOKS_AT: usize = 16;
 
-    /// The compression of a file that begins with `head`.
+    /// Returns the compression of a file that begins with `head`.
     pub(crate) fn of(head: &[u8]) -> Option<Self> {
         let known = MAGIC.iter().find(|(magic, _)| head.starts_with(magic));
         match known {
@@ -45,7 +45,7 @@ impl Compression {
         }
     }
 
-    /// The name for people.
+    /// Returns the name for messages.
     pub(crate) fn name(self) -> &'static str {
         match self {
             Self::Gzip => "gzip",
@@ -60,7 +60,7 @@ impl Compression {
 }
 
 fn is_bzip2(head: &[u8]) -> bool {
-    // The magic is followed by that of the first block, or of the end where there is none.
+    // The magic is followed by that of the first block, or by that of the end if there is no block.
     let first = head.get(4..10);
     head.starts_with(b"BZh")
         && matches!(head.get(3), Some(b'1'..=b'9'))
@@ -68,13 +68,14 @@ fn is_bzip2(head: &[u8]) -> bool {
             || first == Some(b"\x17\x72\x45\x38\x50\x90"))
 }
 
-/// Whether it is a frame that decoders of zstd and LZ4 skip, as pzstd and others write in front.
+/// Returns whether `head` is a frame that decoders of zstd and LZ4 skip; pzstd and others start
+/// with one.
 fn is_skippable(head: &[u8]) -> bool {
     matches!(head, [0x50..=0x5f, 0x2a, 0x4d, 0x18, ..])
 }
 
-/// What xz looks at: properties, a size of the dictionary that encoders choose, and a length below
-/// 256 GiB or none.
+/// Returns whether `head` is a header that xz accepts: properties, a dictionary size that encoders
+/// choose, and a length below 256 GiB or none.
 fn is_lzma(head: &[u8]) -> bool {
     let Some(&[properties, d0, d1, d2, d3, ref length @ ..]) = head.first_chunk::<LZMA_HEADER>()
     else {

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! What the headers of a member say, put together and checked.
+//! Combines and checks the headers of a member.
 
 use anyhow::Result;
 use overlaybd::format::num::to_u64;
@@ -10,10 +10,10 @@ use super::pax::{BadRecord, Records};
 use super::reader::{pad, Archive};
 use super::{member, Device, Member, MemberKind, Time};
 
-/// Bytes of all headers for all members. git writes one of 52 bytes.
+/// Size limit for all headers that apply to all members. git writes one of 52 bytes.
 const MAX_GLOBAL: u64 = 64 << 10;
 
-/// What headers before a member say about it.
+/// The extended headers before a member.
 #[derive(Default)]
 pub(super) struct Extended {
     pax: Records,
@@ -22,7 +22,7 @@ pub(super) struct Extended {
 }
 
 impl Archive {
-    /// Takes in a header for the member behind it, or for all.
+    /// Adds an extended header, for the next member (`to`) or for all.
     pub(super) fn extend(
         &mut self,
         kind: u8,
@@ -62,7 +62,7 @@ impl Archive {
         })
     }
 
-    /// Puts together what the headers say about a member.
+    /// Returns the member that the headers describe.
     pub(super) fn member(
         &mut self,
         start: u64,
@@ -99,7 +99,7 @@ impl Archive {
         let link = link.or(extended.link).unwrap_or_else(|| header.link());
         let device = || -> Result<Device> {
             let number = |key, number| {
-                // Where it doesn't fit in the header.
+                // A record has numbers that don't fit in the header.
                 let number = match pax.number(key).map_err(record)? {
                     Some(number) => number,
                     None => field(number)?,
@@ -111,13 +111,13 @@ impl Archive {
                 minor: number("SCHILY.devminor", header.minor())?,
             })
         };
-        // Bytes that follow the header.
+        // Number of bytes after the header.
         let mut stored = size;
         let kind = match header.kind() {
             b'0' | b'\0' | b'7' if is_directory => MemberKind::Directory,
             b'0' | b'\0' | b'7' | b'S' => MemberKind::File,
             b'1' => {
-                // GNU tar: links never have content.
+                // As in GNU tar, links never have content.
                 stored = 0;
                 MemberKind::HardLink(self.checked_name(at, &link)?)
             }
@@ -143,7 +143,7 @@ impl Archive {
                 None => field(number)?,
             };
             let number = match number {
-                // -2 is what NFS calls nobody.
+                // NFS uses -2 for nobody.
                 -0x8000_0000..=-2 => number + (1 << 32),
                 number => number,
             };
@@ -185,7 +185,7 @@ impl Archive {
         })
     }
 
-    /// The name of a member, or of what a hard link leads to.
+    /// Returns the normalized name of a member, or of the target of a hard link.
     pub(super) fn checked_name(&self, at: u64, name: &[u8]) -> Result<Vec<u8>> {
         let here = |text: &str| {
             let name = member::brief(name);

@@ -6,10 +6,10 @@
 
 use std::ops::Range;
 
-/// Bytes of a block.
+/// Size of a block in bytes.
 pub(crate) const BLOCK: usize = 512;
 
-/// Where the fields are.
+/// Offsets of the fields.
 mod field {
     use std::ops::Range;
 
@@ -26,25 +26,25 @@ mod field {
     pub(super) const MAJOR: Range<usize> = 329..337;
     pub(super) const MINOR: Range<usize> = 337..345;
     pub(super) const PREFIX: Range<usize> = 345..500;
-    /// GNU: offset and length of four extents of a sparse file.
+    /// GNU: offset and length of the first four extents of a sparse file.
     pub(super) const SPARSE: Range<usize> = 386..482;
     pub(super) const EXTENDED: usize = 482;
     pub(super) const REAL_SIZE: Range<usize> = 483..495;
 }
 
-/// Bytes of an entry of a map of a sparse file.
+/// Length of an entry in the map of a sparse file, in bytes.
 pub(super) const MAP_ENTRY: usize = 24;
-/// Where a block that continues a map says whether another one follows.
+/// Offset of the byte that says whether another block continues the map.
 const CONTINUED: usize = 504;
 
-/// A number that cannot be read: which field, and the byte of the header where it is.
+/// A number that cannot be parsed: the name of the field and its offset in the header.
 pub(super) struct BadField(pub(super) &'static str, pub(super) usize);
 
 /// A header block.
 pub(super) struct Header<'a>(&'a [u8; BLOCK]);
 
 impl<'a> Header<'a> {
-    /// The header in a block whose checksum is right.
+    /// Returns the header in a block if its checksum is right.
     pub(super) fn new(block: &'a [u8; BLOCK]) -> Option<Self> {
         is_header(block).then_some(Self(block))
     }
@@ -63,22 +63,23 @@ impl<'a> Header<'a> {
         number(self.field(range)).ok_or(BadField(name, start))
     }
 
-    /// Whether it is one of POSIX, which may have the beginning of a long name in a field of its own.
+    /// Returns whether this is a POSIX header, which can have the start of a long name in another
+    /// field.
     fn is_ustar(&self) -> bool {
         self.field(field::MAGIC).starts_with(b"ustar\0")
     }
 
-    /// Whether it is one of GNU tar.
+    /// Returns whether this is a header of GNU tar.
     pub(super) fn is_gnu(&self) -> bool {
         self.field(field::MAGIC) == b"ustar  \0"
     }
 
-    /// What the member is.
+    /// Returns the type of the member.
     pub(super) fn kind(&self) -> u8 {
         self.0.get(field::TYPE).copied().unwrap_or_default()
     }
 
-    /// The name as it stands there.
+    /// Returns the name in the header.
     pub(super) fn name(&self) -> Vec<u8> {
         let name = self.text(field::NAME);
         match self.text(field::PREFIX) {
@@ -119,30 +120,30 @@ impl<'a> Header<'a> {
         self.number(field::MINOR, "device minor number")
     }
 
-    /// GNU: bytes of a sparse file, holes included.
+    /// GNU: returns the size of a sparse file in bytes, holes included.
     pub(super) fn real_size(&self) -> Result<i128, BadField> {
         self.number(field::REAL_SIZE, "real size")
     }
 
-    /// GNU: the beginning of the map of a sparse file, and whether blocks that continue it follow.
+    /// GNU: returns the start of a sparse file's map, and whether blocks follow that continue it.
     pub(super) fn sparse(&self) -> (&'a [u8], bool) {
         let more = self.0.get(field::EXTENDED).is_some_and(|&more| more != 0);
         (self.field(field::SPARSE), more)
     }
 }
 
-/// The part of a map in a block that continues it, and whether another one follows.
+/// Returns the part of a map in a block that continues it, and whether another block follows.
 pub(super) fn sparse_continued(block: &[u8; BLOCK]) -> (&[u8], bool) {
     let (map, rest) = block.split_at(CONTINUED);
     (map, rest.first().is_some_and(|&more| more != 0))
 }
 
-/// Whether `block` has the checksum of a header.
+/// Returns whether `block` has the checksum of a header.
 pub(crate) fn is_header(block: &[u8; BLOCK]) -> bool {
     let Some(wanted) = block.get(field::CHECKSUM).and_then(number) else {
         return false;
     };
-    // Old writers summed signed characters.
+    // Old writers add up signed characters.
     let (mut unsigned, mut signed) = (0i128, 0i128);
     for (at, &byte) in block.iter().enumerate() {
         let byte = match field::CHECKSUM.contains(&at) {
@@ -155,10 +156,10 @@ pub(crate) fn is_header(block: &[u8; BLOCK]) -> bool {
     wanted == unsigned || wanted == signed
 }
 
-/// Reads a number: octal with blanks around it, or GNU's base-256 form, which has a sign. Blank is 0.
+/// Parses a number: octal with blanks around it, or GNU's signed base-256 form. Only blanks mean 0.
 pub(super) fn number(field: &[u8]) -> Option<i128> {
     if let Some((&first @ 0x80.., rest)) = field.split_first() {
-        // Two's complement in all bits but the first, which marks the form.
+        // The first bit marks the form; the others are a two's complement number.
         let high = match first & 0x40 {
             0 => i128::from(first & 0x3f),
             _ => i128::from(first & 0x3f) - 0x40,

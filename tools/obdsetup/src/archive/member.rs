@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! What a tar says about one of its members.
+//! A member of a tar.
 
-/// Bytes of a name that messages show.
+/// Longest part of a name in messages, in bytes.
 const LONG: usize = 500;
 
 /// A point in time: seconds since 1970, which may be negative, and nanoseconds after that.
@@ -12,20 +12,20 @@ pub(crate) struct Time {
     pub(crate) nanoseconds: u32,
 }
 
-/// Number of a device.
+/// A device number.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Device {
     pub(crate) major: u32,
     pub(crate) minor: u32,
 }
 
-/// What a member is.
+/// The kind of a member.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) enum MemberKind {
     File,
-    /// Another name of a member before it. The name is as in [`Member::path`].
+    /// Another name of an earlier member, in the form of [`Member::path`].
     HardLink(Vec<u8>),
-    /// What the link says, unchanged.
+    /// The target, unchanged.
     Symlink(Vec<u8>),
     CharDevice(Device),
     BlockDevice(Device),
@@ -33,20 +33,20 @@ pub(crate) enum MemberKind {
     Fifo,
 }
 
-/// A part of a file that has data.
+/// A range of a file that has data, in bytes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Extent {
     pub(crate) offset: u64,
     pub(crate) len: u64,
 }
 
-/// A file, directory or other thing in a tar, with all that the tar says about it.
+/// A file, directory or other object in a tar, with all its metadata.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct Member {
-    /// The byte of the tar, decompressed, where its first header begins.
+    /// Offset of its first header in the decompressed tar.
     pub(crate) at: u64,
-    /// The name without `/` at either end and without `.` and empty parts; never with `..`. Empty
-    /// for the root directory.
+    /// The name without `/` at either end, and without `.` and empty parts. It never has `..`.
+    /// Empty for the root directory.
     pub(crate) path: Vec<u8>,
     pub(crate) kind: MemberKind,
     /// Permissions, setuid, setgid and sticky: 07777 at most.
@@ -54,9 +54,9 @@ pub(crate) struct Member {
     pub(crate) uid: u32,
     pub(crate) gid: u32,
     pub(crate) mtime: Time,
-    /// Bytes of content of a file, holes included; 0 for all else.
+    /// Size of a file in bytes, holes included; 0 for other kinds.
     pub(crate) size: u64,
-    /// The parts of a file that are stored, ascending; the rest is holes.
+    /// The ranges of a file that have data, ascending; the rest are holes.
     pub(crate) extents: Vec<Extent>,
     /// Names and values of extended attributes, in the order of the tar.
     pub(crate) xattrs: Vec<(Vec<u8>, Vec<u8>)>,
@@ -66,20 +66,20 @@ pub(crate) struct Member {
 }
 
 impl Member {
-    /// The last part of the name.
+    /// Returns the last part of the name.
     pub(crate) fn file_name(&self) -> &[u8] {
         let slash = self.path.iter().rposition(|&byte| byte == b'/');
         let start = slash.map_or(0, |slash| slash + 1);
         self.path.get(start..).unwrap_or_default()
     }
 
-    /// Whether it lies in the root directory.
+    /// Returns whether the member is in the root directory.
     pub(crate) fn is_top_level(&self) -> bool {
         !self.path.is_empty() && !self.path.contains(&b'/')
     }
 }
 
-/// A name for messages: of a very long one, its beginning and how long it is.
+/// Returns a name for messages. A very long name is cut off, and its length added.
 pub(crate) fn brief(name: &[u8]) -> String {
     match name.get(..LONG) {
         Some(start) if name.len() > LONG => {
@@ -90,7 +90,7 @@ pub(crate) fn brief(name: &[u8]) -> String {
     }
 }
 
-/// The parts of a name that count: `..` is refused with `None`.
+/// Removes `.` and empty parts of a name. Returns `None` if it has `..`.
 pub(super) fn normal(name: &[u8]) -> Option<Vec<u8>> {
     let mut path = Vec::with_capacity(name.len());
     for part in name.split(|&byte| byte == b'/') {

@@ -2,15 +2,15 @@
 
 //! Tar archives, compressed or not, as a stream of members.
 //!
-//! [`Archive`] reads each byte once, checks all that can be checked, and names the byte in its
-//! errors. The crate `tar` cannot do for it: it takes a newline in an extended attribute for the end
-//! of a record, knows no sparse files of pax archives, no times before 1970, and not where it is; it
-//! reads names of any length into memory, and ends where a header is missing.
+//! [`Archive`] reads each byte once, checks all that it can, and has byte offsets in its errors.
+//! The crate `tar` cannot replace it: it ends a record at a newline in an extended attribute,
+//! doesn't support sparse files of pax archives or times before 1970, and doesn't know its offset;
+//! it reads names of any length into memory, and ends where a header is missing.
 //!
-//! It follows GNU tar run by root, but where that drops or changes something with no more than a
-//! warning, here it is an error:
+//! It behaves like GNU tar run by root. Where GNU tar drops or changes something with at most a
+//! warning, [`Archive`] returns an error:
 //!
-//! - names with `..`, types that nobody knows, sizes that don't fit;
+//! - names with `..`, unknown types, sizes that don't fit;
 //! - an archive that is not compressed and ends without an end marker, a block of zeros: it may
 //!   have been cut off just between two members. A compressed one says itself where it ends.
 //!

@@ -9,24 +9,24 @@ use std::collections::HashSet;
 
 use super::member::{Extent, Time};
 
-/// What an extended attribute's key begins with.
+/// Prefix of keys of extended attributes.
 const XATTR: &[u8] = b"SCHILY.xattr.";
 
-/// Records in the order in which they came. Of several with the same key, the last counts.
+/// Records in their order in the tar. If several have the same key, the last one is valid.
 #[derive(Clone, Debug, Default)]
 pub(super) struct Records(List);
 
 /// Names and values.
 type List = Vec<(Vec<u8>, Vec<u8>)>;
 
-/// A record with a value that isn't one.
+/// A record with an invalid value. Has the key.
 pub(super) struct BadRecord(pub(super) &'static str);
 
 impl Records {
-    /// Appends those in the payload of a header; `None` where it is malformed.
+    /// Appends the records in the payload of a header. Returns `None` if it is malformed.
     pub(super) fn parse(&mut self, mut bytes: &[u8]) -> Option<()> {
         while !bytes.is_empty() {
-            // Some writers fill up with zeros.
+            // Some writers pad with zeros.
             if bytes.iter().all(|&byte| byte == 0) {
                 break;
             }
@@ -42,12 +42,12 @@ impl Records {
         Some(())
     }
 
-    /// Those of a header for all members, and those for one after them.
+    /// Returns the records of the global headers, followed by these.
     pub(super) fn over(&self, global: &Self) -> Self {
         Self(global.0.iter().chain(&self.0).cloned().collect())
     }
 
-    /// The value of `key`; an empty one takes back what a header before it said.
+    /// Returns the value of `key`. An empty value cancels an earlier one.
     pub(super) fn get(&self, key: &[u8]) -> Option<&[u8]> {
         let found = self.0.iter().rev().find(|(name, _)| name == key);
         found
@@ -55,21 +55,21 @@ impl Records {
             .filter(|value| !value.is_empty())
     }
 
-    /// The number that `key` has.
+    /// Returns the value of `key` as a number.
     pub(super) fn number(&self, key: &'static str) -> Result<Option<i128>, BadRecord> {
         self.get(key.as_bytes())
             .map(|value| decimal(value).ok_or(BadRecord(key)))
             .transpose()
     }
 
-    /// The time that `key` has.
+    /// Returns the value of `key` as a time.
     pub(super) fn time(&self, key: &'static str) -> Result<Option<Time>, BadRecord> {
         self.get(key.as_bytes())
             .map(|value| time(value).ok_or(BadRecord(key)))
             .transpose()
     }
 
-    /// The map of a sparse file in the formats that have it in records, 0.0 and 0.1.
+    /// Returns the map of a sparse file in the formats that store it in records, 0.0 and 0.1.
     pub(super) fn map(&self) -> Result<Option<Vec<Extent>>, BadRecord> {
         let bad = BadRecord("GNU.sparse.map");
         let mut numbers = Vec::new();
@@ -84,7 +84,7 @@ impl Records {
                 .iter()
                 .filter(|(key, _)| keys.contains(&key.as_slice()));
             for (at, (key, value)) in records.enumerate() {
-                // They take turns.
+                // The two keys alternate.
                 if Some(&key.as_slice()) != keys.get(at % 2) {
                     return Err(bad);
                 }
@@ -105,7 +105,7 @@ impl Records {
         extents.collect::<Option<_>>().map(Some).ok_or(bad)
     }
 
-    /// Names and values of extended attributes, and all records that nothing here understands.
+    /// Returns the extended attributes, and all records that this module doesn't interpret.
     pub(super) fn rest(self) -> (List, List) {
         const KNOWN: [&[u8]; 9] = [
             b"path",
@@ -138,7 +138,7 @@ impl Records {
     }
 }
 
-/// Undoes what GNU tar does to `=` and `%` in the name of an extended attribute.
+/// Undoes GNU tar's escaping of `=` and `%` in names of extended attributes.
 fn unescape(name: &[u8]) -> Vec<u8> {
     let mut plain = Vec::with_capacity(name.len());
     let mut rest = name;
@@ -154,16 +154,16 @@ fn unescape(name: &[u8]) -> Vec<u8> {
     plain
 }
 
-/// A decimal number, perhaps negative.
+/// Parses a decimal number, which may be negative.
 pub(super) fn decimal(text: &[u8]) -> Option<i128> {
-    // No "+", which parse() would take.
+    // parse() would accept "+".
     let digits = text.strip_prefix(b"-").unwrap_or(text);
     let all = !digits.is_empty() && digits.iter().all(u8::is_ascii_digit);
     let text = std::str::from_utf8(text).ok().filter(|_| all)?;
     text.parse().ok()
 }
 
-/// Seconds, perhaps with a fraction, of which nine digits count.
+/// Parses seconds with an optional fraction, of which nine digits are used.
 fn time(text: &[u8]) -> Option<Time> {
     let mut parts = text.splitn(2, |&byte| byte == b'.');
     let (whole, fraction) = (parts.next()?, parts.next().unwrap_or_default());
@@ -175,7 +175,7 @@ fn time(text: &[u8]) -> Option<Time> {
     let digits = fraction.iter().chain(std::iter::repeat(&b'0')).take(9);
     let nanoseconds = digits.fold(0u32, |n, &digit| n * 10 + u32::from(digit - b'0'));
     Some(match (negative, nanoseconds) {
-        // A little before that second.
+        // A negative time with a fraction is before that second.
         (true, 1..) => Time {
             seconds: seconds.checked_sub(1)?,
             nanoseconds: 1_000_000_000 - nanoseconds,

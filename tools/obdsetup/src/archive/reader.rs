@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! Reads a tar: its blocks, one after the other.
+//! Reads a tar, block by block.
 
 use std::fs::File;
 use std::io::{ErrorKind, Read};
@@ -18,9 +18,9 @@ use super::header::{is_header, Header, BLOCK};
 use super::pax::Records;
 use super::{Compression, Member, Unpack};
 
-/// Bytes of all names and extended headers before a member.
+/// Size limit for all names and extended headers before a member.
 const MAX_HEADER: u64 = 8 << 20;
-/// Bytes of content that are handed over at once.
+/// Number of bytes of content passed on at once.
 const PIECE: usize = 256 << 10;
 
 /// A tar that is being read.
@@ -28,9 +28,9 @@ pub(crate) struct Archive {
     path: PathBuf,
     pub(super) compression: Option<Compression>,
     input: Unpack,
-    /// Bytes of the tar that were read.
+    /// Number of bytes read so far, decompressed.
     at: u64,
-    /// Bytes of content of the last member that were not read, and what fills up its last block.
+    /// Bytes of the last member's content that weren't read, and the padding after them.
     pub(super) left: u64,
     pub(super) padding: u64,
     pub(super) global: Records,
@@ -38,20 +38,20 @@ pub(crate) struct Archive {
     /// The name of the last member, for errors.
     pub(super) name: String,
     ended: bool,
-    /// Whether nobody heard the warnings yet.
+    /// Whether to print warnings: not if an earlier pass has printed them.
     warns: bool,
-    /// Whether an end marker must be there, since nothing else says that the archive is whole.
+    /// Whether an end marker is required, because nothing else shows that the archive is complete.
     needs_marker: bool,
-    /// Hashes all bytes of the tar, decompressed.
+    /// Hashes all bytes of the decompressed tar.
     hasher: Option<Sha256>,
 }
 
 impl Archive {
-    /// Opens the tar at `path`, whatever it is compressed with.
+    /// Opens the tar at `path`, with any compression.
     ///
     /// # Errors
     ///
-    /// Where it cannot be opened or read.
+    /// If the file cannot be opened or read.
     pub(crate) fn open(path: &Path) -> Result<Self> {
         let cannot = || format!("{}: cannot read", path.display());
         let mut file = File::open(path).with_context(cannot)?;
@@ -81,8 +81,8 @@ impl Archive {
         })
     }
 
-    /// Opens the layer of an image in the file `path`. Its digest, which the caller checked, says
-    /// that it is whole. Messages call it `name`; `warns` is whether nobody heard the warnings yet.
+    /// Opens an image's layer in the file `path`. The caller has checked its digest, which shows
+    /// that it is complete. Messages use `name`; `warns` is whether to print warnings.
     ///
     /// # Errors
     ///
@@ -97,19 +97,19 @@ impl Archive {
         })
     }
 
-    /// How the file is compressed.
+    /// Returns the compression of the file.
     pub(crate) fn compression(&self) -> Option<Compression> {
         self.compression
     }
 
-    /// The SHA-256, in hexadecimal digits, of all bytes of a [`Self::layer`] up to here. At the end,
-    /// it is what OCI calls the DiffID.
+    /// Returns the SHA-256 of all bytes of a [`Self::layer`] read so far, in hexadecimal. At the
+    /// end, it is OCI's DiffID.
     pub(crate) fn diff_id(&self) -> String {
         let hasher = self.hasher.clone().unwrap_or_default();
         format!("{:x}", hasher.finalize())
     }
 
-    /// Opens a tar that was read to its end before, and gives no warning a second time.
+    /// Opens a tar that was read to its end before, without printing warnings again.
     ///
     /// # Errors
     ///
@@ -121,12 +121,12 @@ impl Archive {
         })
     }
 
-    /// The next member; `None` at the end. What was not read of the content of the last one is
-    /// skipped, but checked: it is all there, and its compression is sound.
+    /// Returns the next member; `None` at the end. Unread content of the last member is skipped,
+    /// but checked: it must be complete and decompress without errors.
     ///
     /// # Errors
     ///
-    /// Where the archive is damaged or says what cannot be, and where reading fails.
+    /// If the archive is damaged or has impossible values, and read errors.
     pub(crate) fn next(&mut self) -> Result<Option<Member>> {
         if self.ended {
             return Ok(None);
@@ -166,7 +166,7 @@ impl Archive {
                     }
                 }
                 b'V' => {
-                    // A label: no member, and nothing belongs to it.
+                    // A volume label is no member, and extended headers don't apply to it.
                     self.left = size;
                     self.padding = pad(size);
                     self.skip()?;
@@ -183,12 +183,12 @@ impl Archive {
         }
     }
 
-    /// Hands over the content of the last member: where it belongs in the file, and the bytes. No
-    /// holes.
+    /// Passes the content of the last member to `sink`: offset in the file, and the bytes. Leaves
+    /// out holes.
     ///
     /// # Errors
     ///
-    /// That of `sink`, and as [`Self::next`].
+    /// The error of `sink`, and the errors of [`Self::next`].
     pub(crate) fn content(
         &mut self,
         member: &Member,
@@ -209,8 +209,8 @@ impl Archive {
         Ok(())
     }
 
-    /// Reads what is behind the last member, `marked` by a block of zeros. Warns where that is no
-    /// part of the archive.
+    /// Reads what follows the last member; `marked` is whether that began with a block of zeros.
+    /// Warns about other data there.
     fn end(&mut self, marked: bool) -> Result<()> {
         self.ended = true;
         let end = self.at;
@@ -220,7 +220,7 @@ impl Archive {
                  --size=+1024 FILE` adds it",
             ));
         }
-        // To the end of the file: only there the compression tells whether all was right.
+        // Read to the end of the file: only there does the decompressor report some errors.
         let mut piece = vec![0; PIECE];
         let mut other = false;
         loop {
@@ -252,7 +252,7 @@ impl Archive {
         Ok(())
     }
 
-    /// Reads what follows an extended header, for which there may be `room`.
+    /// Reads the payload of an extended header, and takes its size from `room`.
     fn payload(&mut self, at: u64, size: u64, room: &mut u64) -> Result<Vec<u8>> {
         *room = room.checked_sub(size).ok_or_else(|| {
             self.bad(&format!(
@@ -268,7 +268,7 @@ impl Archive {
         Ok(payload)
     }
 
-    /// Reads the next bytes of content, which must be there.
+    /// Reads the next bytes of content. Fails if there are fewer.
     pub(super) fn read_content(&mut self, buf: &mut [u8]) -> Result<()> {
         let wanted = to_u64(buf.len());
         if wanted > self.left {
@@ -282,7 +282,7 @@ impl Archive {
         }
     }
 
-    /// Skips what is left of the last member.
+    /// Skips the rest of the last member.
     fn skip(&mut self) -> Result<()> {
         let rest = self.left.checked_add(self.padding);
         let Some(mut rest) = rest else {
@@ -304,7 +304,7 @@ impl Archive {
         Ok(())
     }
 
-    /// Fills `buf` as far as the archive goes.
+    /// Fills `buf` up to the end of the archive. Returns the number of bytes.
     pub(super) fn fill(&mut self, buf: &mut [u8]) -> Result<usize> {
         let mut done = 0;
         while let Some(rest) = buf.get_mut(done..).filter(|rest| !rest.is_empty()) {
@@ -326,7 +326,7 @@ impl Archive {
         Ok(done)
     }
 
-    /// An error of the file, or of its compression.
+    /// Returns an error of the file, or of its compression.
     fn unreadable(&self, error: std::io::Error) -> anyhow::Error {
         let path = self.path.display();
         if error.raw_os_error().is_some() {
@@ -361,7 +361,8 @@ impl Archive {
     }
 }
 
-/// What went wrong in the compression of a file, `at` being the byte of the file as it is stored.
+/// Returns the error for a file that cannot be decompressed. `at` is the offset in the compressed
+/// file.
 pub(crate) fn unpack_error(
     path: &Path,
     compression: Option<Compression>,
@@ -380,7 +381,7 @@ pub(crate) fn unpack_error(
     Failure::error(exit::BAD_IMAGE, text)
 }
 
-/// What fills up the last block of `size` bytes.
+/// Returns the length of the padding after `size` bytes.
 pub(super) fn pad(size: u64) -> u64 {
     size.wrapping_neg() % to_u64(BLOCK)
 }

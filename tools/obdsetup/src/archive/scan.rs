@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! What a tar is for, seen from the names in it, and whether it is whole.
+//! Finds out from its names what kind of archive a tar is, and checks that it is complete.
 
 use std::path::Path;
 
@@ -8,13 +8,13 @@ use anyhow::Result;
 
 use super::{brief, Archive, Member, MemberKind};
 
-/// What a layer of an image has in place of a file that the layers below have.
+/// Prefix of names in a layer of an image that hide files of the layers below.
 const WHITEOUT: &[u8] = b".wh.";
 
-/// A package of something, which is not a tree of files.
+/// An archive with another purpose than a tree of files.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Package {
-    /// What `docker save` writes.
+    /// The output of `docker save`.
     Docker,
     /// An OCI image layout in a tar.
     Oci,
@@ -23,7 +23,7 @@ pub(crate) enum Package {
 }
 
 impl Package {
-    /// Why the virtual machine `path` is not converted, and what to do.
+    /// Returns the message that the virtual machine `path` is not converted, with what to do.
     pub(crate) fn refusal(path: &Path) -> String {
         let file = path.display();
         format!(
@@ -33,7 +33,7 @@ impl Package {
     }
 }
 
-/// What the members of a tar show.
+/// The findings about a tar.
 #[derive(Clone, Debug, Default)]
 pub(crate) struct Findings {
     pub(crate) package: Option<Package>,
@@ -41,7 +41,7 @@ pub(crate) struct Findings {
     pub(crate) whiteout: Option<String>,
 }
 
-/// Looks at one member after the other.
+/// Collects findings, one member after the other.
 #[derive(Default)]
 pub(crate) struct Scan {
     findings: Findings,
@@ -54,7 +54,7 @@ pub(crate) struct Scan {
 }
 
 impl Scan {
-    /// Looks at a member.
+    /// Adds a member.
     pub(crate) fn see(&mut self, member: &Member) {
         self.members += 1;
         let path = member.path.as_slice();
@@ -77,7 +77,7 @@ impl Scan {
         }
     }
 
-    /// What all of them together show.
+    /// Returns the findings about all members.
     pub(crate) fn finish(self) -> Findings {
         let mut findings = self.findings;
         if self.manifest && self.layers {
@@ -97,11 +97,11 @@ fn is_of_builder(path: &[u8]) -> bool {
     hex.is_some_and(|hex| hex.len() == 64 && hex.iter().all(u8::is_ascii_hexdigit))
 }
 
-/// Reads the tar at `path` to its end.
+/// Reads the tar at `path` to its end. Returns the findings.
 ///
 /// # Errors
 ///
-/// Where it is damaged, and where reading fails.
+/// If it is damaged, and read errors.
 pub(crate) fn check(path: &Path) -> Result<Findings> {
     let mut archive = Archive::open(path)?;
     let mut scan = Scan::default();

@@ -1,13 +1,13 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! A file that is read once from its beginning to its end, and how far that is.
+//! A file that is read once from start to end, with its position.
 
 use std::fs::File;
 use std::io::{self, BufRead, BufReader, Read};
 
 use overlaybd::format::num::to_u64;
 
-/// Bytes that are read at once.
+/// Number of bytes read at once.
 const BUFFER: usize = 128 << 10;
 
 /// A buffered file with its position.
@@ -17,7 +17,7 @@ pub(super) struct Source {
 }
 
 impl Source {
-    /// Reads `file` from where it stands, which is its beginning.
+    /// Reads `file` from its present position, which must be its start.
     pub(super) fn new(file: File) -> Self {
         Self {
             file: BufReader::with_capacity(BUFFER, file),
@@ -25,7 +25,7 @@ impl Source {
         }
     }
 
-    /// The byte that is read next.
+    /// Returns the offset of the next byte.
     pub(super) fn position(&self) -> u64 {
         self.at
     }

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! Sparse files in a tar: where their data belongs. There are four formats.
+//! Sparse files in a tar: the places of their data. There are four formats.
 //!
 //! Source: GNU tar's manual, "Storing Sparse Files".
 
@@ -12,11 +12,12 @@ use super::pax::{self, BadRecord, Records};
 use super::reader::Archive;
 use super::Extent;
 
-/// Most extents of a sparse file.
+/// Largest number of extents of a sparse file.
 const MAX_EXTENTS: usize = 1 << 22;
 
 impl Archive {
-    /// The size of a file, holes included, and the parts that are stored; it may read their map.
+    /// Returns the size of a file with holes, and its extents with data. Reads the map if there is
+    /// one.
     pub(super) fn extents(
         &mut self,
         at: u64,
@@ -61,7 +62,7 @@ impl Archive {
                 [all].into_iter().filter(|all| all.len > 0).collect(),
             ));
         };
-        // An extent of length 0 at the end stands for a hole there.
+        // An extent of length 0 at the end marks a hole at the end.
         let extents: Vec<Extent> = extents
             .into_iter()
             .filter(|extent| extent.len > 0)
@@ -84,7 +85,8 @@ impl Archive {
         Ok((size, extents))
     }
 
-    /// The map of a sparse file as old GNU tar writes it: in the header, and in blocks behind it.
+    /// Reads the map of a sparse file in old GNU tar's format: in the header, and in blocks after
+    /// it.
     pub(super) fn old_map(&mut self, at: u64, header: &Header<'_>) -> Result<Vec<Extent>> {
         let mut extents = Vec::new();
         let (map, mut more) = header.sparse();
@@ -104,7 +106,7 @@ impl Archive {
     pub(super) fn map_entries(&self, at: u64, map: &[u8], to: &mut Vec<Extent>) -> Result<()> {
         for entry in map.chunks_exact(MAP_ENTRY) {
             let (offset, len) = entry.split_at(MAP_ENTRY / 2);
-            // The map ends where nothing is in a field.
+            // An empty field ends the map.
             if len.iter().all(|&byte| byte == 0) {
                 break;
             }
@@ -132,8 +134,8 @@ impl Archive {
         }
     }
 
-    /// The map of a sparse file in format 1.0: lines of decimal numbers in front of its data, filled
-    /// up to whole blocks.
+    /// Reads the map of a sparse file in format 1.0: lines of decimal numbers before its data,
+    /// padded to whole blocks.
     pub(super) fn map_in_content(&mut self, at: u64) -> Result<Vec<Extent>> {
         let wrong = format!(
             "member {:?} at byte {at}: the map of a sparse file is wrong",
@@ -167,7 +169,7 @@ impl Archive {
                     break;
                 }
             }
-            // No number is that long.
+            // No valid number is that long.
             if digits.len() > BLOCK {
                 return Err(self.bad(&wrong));
             }

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! The reader over archives of GNU tar, and over ones that are damaged or mean harm.
+//! Tests the reader with archives of GNU tar, and with damaged and malicious ones.
 
 use std::fs;
 use std::io::Write;
@@ -27,12 +27,12 @@ fn end(members: Vec<u8>) -> Vec<u8> {
     tars::tar(&[members])
 }
 
-/// Members and their content, which is as long as the file.
+/// Returns members with their content, which is as long as the file.
 fn read(path: &Path) -> anyhow::Result<Vec<(Member, Vec<u8>)>> {
     let mut archive = Archive::open(path)?;
     let mut all = Vec::new();
     while let Some(member) = archive.next()? {
-        // Nothing here makes a large one on purpose.
+        // No valid file here is larger.
         let mut content = vec![0; usize::try_from(member.size.min(64 << 20))?];
         archive.content(&member, |offset, bytes| {
             let at = usize::try_from(offset)?;
@@ -52,7 +52,7 @@ fn read_bytes(bytes: &[u8]) -> anyhow::Result<Vec<(Member, Vec<u8>)>> {
     read(file.path())
 }
 
-/// The error that the archive is refused with.
+/// Returns the error that the archive is refused with.
 fn refused(bytes: &[u8]) -> String {
     match read_bytes(bytes) {
         Ok(members) => panic!("{members:?}"),
@@ -140,7 +140,7 @@ fn archives_of_gnu_tar() {
     std::os::unix::fs::symlink("t".repeat(150), tree.join("symlink")).unwrap();
     fs::write(tree.join("plain"), vec![7; 100_000]).unwrap();
     fs::hard_link(tree.join("plain"), tree.join("plain2")).unwrap();
-    // Enough parts that old maps need more blocks, and a hole at the end.
+    // Enough extents to need further blocks in old maps, and a hole at the end.
     let mut sparse = vec![0; 2 << 20];
     let file = fs::File::create(tree.join("sparse")).unwrap();
     for part in 0..60 {
@@ -197,7 +197,7 @@ fn archives_of_gnu_tar() {
             assert_eq!(i64::from(find("plain").0.mtime.nanoseconds), nanoseconds);
         }
         let whole = fs::read(dir.path().join("a.tar")).unwrap();
-        // Cut anywhere, no end marker is there.
+        // A cut-off archive has no end marker.
         let data = whole.iter().rposition(|&byte| byte != 0).unwrap() + 1;
         for at in (512..=data)
             .step_by(7919)
@@ -209,7 +209,7 @@ fn archives_of_gnu_tar() {
     }
 }
 
-/// A tar of some length, compressed with each compression.
+/// Returns `tar` in each compression.
 fn compressed(tar: &[u8]) -> Vec<(Compression, Vec<u8>)> {
     let mut gzip = flate2::write::GzEncoder::new(Vec::new(), flate2::Compression::fast());
     gzip.write_all(tar).unwrap();
@@ -245,7 +245,7 @@ fn compressed(tar: &[u8]) -> Vec<(Compression, Vec<u8>)> {
     ]
 }
 
-/// Bytes that compress a little.
+/// Returns bytes that compress a little.
 fn text(len: usize) -> Vec<u8> {
     let mut state = 1u32;
     let mut next = || {
@@ -274,7 +274,7 @@ fn compressions() {
         assert_eq!(all.len(), 2, "{compression:?}");
         assert!(all[0].1 == text(300_000), "{compression:?}");
 
-        // Several in a row; one alone for the compression that has no magic.
+        // Several in a row; but only one for the compression without a magic number.
         if *compression != Compression::Lzma {
             fs::write(&path, [two.as_slice(), &rest].concat()).unwrap();
             assert_eq!(read(&path).unwrap().len(), 2, "{compression:?}");
@@ -288,7 +288,7 @@ fn compressions() {
                 "{compression:?}: {error}"
             );
         }
-        // Cut off near the end of the file, the tar itself may be whole.
+        // If the cut is near the end of the file, the tar itself can be complete.
         for cut in [1, 5, 9, 100, whole.len() / 2] {
             let error = refused(&whole[..whole.len() - cut]);
             assert!(
@@ -296,7 +296,7 @@ fn compressions() {
                 "{compression:?} {cut}: {error}"
             );
         }
-        // These two have no checksum.
+        // These have no checksum here.
         if !matches!(
             compression,
             Compression::Lzma | Compression::Lz4Legacy | Compression::Lz4
@@ -372,7 +372,7 @@ fn what_is_refused() {
 #[test]
 fn what_is_tolerated() {
     let one = member("/abs//a/", b'0', b"");
-    // One block of zeros, or what tapes fill up with.
+    // One block of zeros, or the padding of tapes.
     for zeros in [512, 1024, 10_240, 100_000] {
         let mut tar = one.clone();
         tar.resize(tar.len() + zeros, 0);
@@ -380,7 +380,7 @@ fn what_is_tolerated() {
         assert_eq!(all[0].0.path, b"abs/a");
         assert_eq!(all[0].0.kind, MemberKind::Directory);
     }
-    // Complete by what the compression says.
+    // The compression shows that the archive is complete.
     let gzip = compressed(&one).remove(0).1;
     assert_eq!(read_bytes(&gzip).unwrap().len(), 1);
     // v7: no magic, and a sum of signed characters.
@@ -392,7 +392,7 @@ fn what_is_tolerated() {
     old.extend_from_slice(b"old");
     old.resize(1024, 0);
     assert_eq!(read_bytes(&end(old)).unwrap()[0].1, b"old");
-    // An archive without members, as git makes of an empty tree.
+    // An archive without members, as git makes from an empty tree.
     let global = member("pax_global_header", b'g', b"20 comment=01234567\n");
     assert!(read_bytes(&end(global.clone())).unwrap().is_empty());
     let both = read_bytes(&end([global, member("a", b'0', b"a")].concat())).unwrap();
@@ -400,7 +400,7 @@ fn what_is_tolerated() {
         both[0].0.records,
         [(b"comment".to_vec(), b"01234567".to_vec())]
     );
-    // An owner as NFS has it, in base 256.
+    // An owner as NFS writes it, in base 256.
     let mut nobody = header("n", b'0', 0);
     nobody[108..116].copy_from_slice(b"\xff\xff\xff\xff\xff\xff\xff\xfe");
     sign(&mut nobody);
@@ -454,7 +454,7 @@ fn what_it_is_for() {
 
 #[test]
 fn bombs_stay_small() {
-    // Many zeros in a small gzip: they are read, but never held.
+    // Many zeros in a small gzip: they are read but not kept in memory.
     let mut gzip = flate2::write::GzEncoder::new(Vec::new(), flate2::Compression::best());
     gzip.write_all(&header("zeros", b'0', 1 << 27)).unwrap();
     let zeros = vec![0; 1 << 20];
@@ -467,7 +467,7 @@ fn bombs_stay_small() {
     let mut archive = Archive::open(file.path()).unwrap();
     assert_eq!(archive.next().unwrap().unwrap().size, 1 << 27);
     assert!(archive.next().unwrap().is_none());
-    // Decoders that would need more memory than anybody expects.
+    // Data whose decoders would need an unusual amount of memory.
     let mut huge = zstd::Encoder::new(Vec::new(), 1).unwrap();
     huge.window_log(30).unwrap();
     huge.include_contentsize(false).unwrap();
@@ -476,7 +476,7 @@ fn bombs_stay_small() {
     refused(&huge.finish().unwrap());
 }
 
-/// An archive with a bit of everything.
+/// Returns an archive with members of many kinds.
 fn sample() -> Vec<u8> {
     let map = b"2\n0\n512\n1024\n512\n".to_vec();
     let mut data = map;
@@ -507,7 +507,7 @@ fn sample() -> Vec<u8> {
 proptest! {
     #![proptest_config(ProptestConfig { cases: 300, ..ProptestConfig::default() })]
 
-    /// Nothing panics or goes on for ever, whatever comes.
+    /// No input causes a panic or an endless loop.
     #[test]
     fn mutations(
         which in 0..8usize,
@@ -524,7 +524,7 @@ proptest! {
         for (at, byte) in &changes {
             let at = at.index(bytes.len());
             bytes[at] = *byte;
-            // Else the checksum hides what is behind it.
+            // Otherwise the checksum would stop the reader before the change.
             if fix && which == 0 && bytes[at / 512 * 512..].len() >= 512 {
                 sign(&mut bytes[at / 512 * 512..]);
             }

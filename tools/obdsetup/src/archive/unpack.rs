@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! Undoes the compression of a file. Checksums are checked, several compressed files in a row are
-//! one, and a file that ends early or has something else behind it is an error.
+//! Decompresses a file and checks its checksums. Several compressed files in a row count as one. A
+//! file that ends early or is followed by other data is an error.
 
 use std::fs::File;
 use std::io::{self, BufRead, ErrorKind, Read};
@@ -12,12 +12,12 @@ use overlaybd::format::num::to_usize;
 use super::compression::Compression;
 use super::source::Source;
 
-/// Memory that a decoder of xz, lzma or lzip may take. `xz -9` needs 65 MiB.
+/// Memory limit of a decoder of xz, lzma or lzip, in bytes. `xz -9` needs 65 MiB.
 const XZ_MEMORY: u64 = 256 << 20;
-/// Longest block of the old LZ4 format.
+/// Longest block of the old LZ4 format, in bytes.
 const LEGACY_BLOCK: usize = 8 << 20;
 
-/// A file as it was before it was compressed.
+/// The decompressed content of a file.
 pub(crate) struct Unpack {
     compression: Option<Compression>,
     state: State,
@@ -26,7 +26,7 @@ pub(crate) struct Unpack {
 enum State {
     /// Not compressed.
     Plain(Source),
-    /// Between compressed files, `true` where one must follow.
+    /// Between two compressed files. `true` if one must follow.
     Between(Source, bool),
     Gzip(Box<flate2::bufread::GzDecoder<Source>>),
     Bzip2(bzip2::bufread::BzDecoder<Source>),
@@ -35,12 +35,12 @@ enum State {
     Zstd(zstd::stream::read::Decoder<'static, Source>),
     Lz4(lz4::Decoder<Source>),
     Lz4Legacy(Legacy),
-    /// At the end, or an error was reported; the byte where that was.
+    /// At the end or after an error, with the offset.
     Done(u64),
 }
 
 impl Unpack {
-    /// Undoes `compression` of `file`, which is at its beginning.
+    /// Decompresses `file`, which must be at its start.
     pub(crate) fn new(file: File, compression: Option<Compression>) -> Self {
         let source = Source::new(file);
         let state = match compression {
@@ -50,7 +50,7 @@ impl Unpack {
         Self { compression, state }
     }
 
-    /// The byte of the file, as it is stored, that the decoder has come to.
+    /// Returns the decoder's offset in the compressed file.
     pub(crate) fn position(&self) -> u64 {
         match &self.state {
             State::Plain(source) | State::Between(source, _) => source.position(),
@@ -64,7 +64,7 @@ impl Unpack {
         }
     }
 
-    /// Begins with the compressed file that is next; `None` at the end.
+    /// Starts the next compressed file. At the end, returns [`State::Done`].
     fn begin(&self, mut source: Source, must: bool) -> io::Result<State> {
         let Some(compression) = self.compression else {
             return Ok(State::Plain(source));
@@ -74,11 +74,11 @@ impl Unpack {
             return Ok(State::Done(source.position()));
         }
         if !must && matches!(head, [0, ..]) {
-            // Tapes and downloads fill up with zeros, and so does xz between its files.
+            // Tapes and downloads are padded with zeros, and so are files of xz.
             skip_zeros(&mut source)?;
             return self.begin(source, false);
         }
-        // The buffer may end just here.
+        // The buffer may end within the magic.
         let head: Vec<u8> = head.iter().copied().take(Compression::LOOKS_AT).collect();
         let continues = head.len() < Compression::LOOKS_AT
             || Compression::of(&head).is_some_and(|found| compression.may_be_followed_by(found));
@@ -147,7 +147,7 @@ impl Read for Unpack {
         }
         let read = self.read_some(buf);
         if read.is_err() {
-            // No decoder goes on after an error.
+            // Decoders cannot continue after an error.
             self.state = State::Done(self.position());
         }
         read
@@ -155,7 +155,7 @@ impl Read for Unpack {
 }
 
 impl Compression {
-    /// Whether a file of it may go on with one of `next`.
+    /// Returns whether data of this compression may be followed by data of `next`.
     fn may_be_followed_by(self, next: Self) -> bool {
         let skippable = |one| matches!(one, Self::Zstd | Self::Lz4);
         self == next || skippable(self) && next == Self::Zstd
@@ -182,12 +182,12 @@ fn skip_zeros(source: &mut Source) -> io::Result<()> {
     }
 }
 
-/// The old LZ4 format: a magic, then blocks with their length in front, to the end of the file or
-/// the next magic. It has no checksum.
+/// The old LZ4 format: a magic number, then blocks with their lengths, up to the end of the file or
+/// the next magic number. It has no checksum.
 struct Legacy {
     source: Source,
     block: Vec<u8>,
-    /// Bytes of `block` that were handed over.
+    /// Number of bytes of `block` already returned.
     taken: usize,
 }
 
@@ -202,7 +202,7 @@ impl Legacy {
         })
     }
 
-    /// Decodes the next block; `false` at the end.
+    /// Decodes the next block. Returns `false` at the end.
     fn next_block(&mut self) -> io::Result<bool> {
         let corrupt = || io::Error::new(ErrorKind::InvalidData, "corrupt block");
         let head = self.source.fill_buf()?;
@@ -212,7 +212,7 @@ impl Legacy {
         let mut len = [0; 4];
         self.source.read_exact(&mut len)?;
         let len = to_usize(u32::from_le_bytes(len).into());
-        // Noise becomes longer by a part in 255.
+        // Incompressible data grows by one part in 255.
         if len == 0 || len > LEGACY_BLOCK + LEGACY_BLOCK / 255 + 16 {
             return Err(corrupt());
         }

@@ -1,12 +1,11 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! How to tell that something is a disk: a partition table, a file system, or another user of block
-//! devices.
+//! Recognises disks: by a partition table, a file system, or another user of block devices.
 
-/// Bytes at the beginning of a disk that are looked at.
+/// Number of bytes from the start of a disk that are examined.
 pub(super) const HEAD: usize = 72 << 10;
 
-/// What disks have at some byte. Each is at least four bytes long.
+/// Offsets and magic numbers, each at least four bytes long.
 const MAGIC: &[(usize, &[u8])] = &[
     // Partition tables: GPT with sectors of 512 and 4096 bytes, Apple, BSD.
     (512, b"EFI PART"),
@@ -61,14 +60,15 @@ const MAGIC: &[(usize, &[u8])] = &[
     (65_526, b"SWAPSPACE2"),
 ];
 
-/// Whether it is a disk for sure.
+/// Returns whether `head` certainly is the start of a disk.
 pub(super) fn is_disk(head: &[u8]) -> bool {
     let there =
         |&(at, magic): &(usize, &[u8])| head.get(at..).is_some_and(|rest| rest.starts_with(magic));
     MAGIC.iter().any(there) || is_ext(head) || has_boot_sector(head)
 }
 
-/// ext2, ext3 and ext4, whose magic has two bytes: the fields near it must make sense, too.
+/// Returns whether this is ext2, ext3 or ext4. Their magic number has two bytes, so that the fields
+/// near it must be valid, too.
 fn is_ext(head: &[u8]) -> bool {
     let Some(superblock) = head.get(1024..1024 + 88) else {
         return false;
@@ -85,8 +85,9 @@ fn is_ext(head: &[u8]) -> bool {
         && revision <= 1
 }
 
-/// A master boot record, or the boot sector of FAT: its signature has two bytes, and so there must
-/// be a jump at its beginning, or a table whose partitions are each active or not.
+/// Returns whether this is a master boot record or a boot sector of FAT. Their signature has two
+/// bytes, so that there must also be a jump at the start, or a table whose partitions are all
+/// marked active or inactive.
 fn has_boot_sector(head: &[u8]) -> bool {
     let signed = head.get(510..512) == Some(b"\x55\xaa");
     let jump = matches!(head, [0xeb, _, 0x90, ..] | [0xe9, ..]);

@@ -1,13 +1,13 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! What files begin with that are not what an image is made of, or not yet.
+//! Magic numbers of formats that need a conversion first, or aren't supported.
 
 use super::Kind;
 
-/// Bytes at some offset.
+/// An offset and the bytes there.
 type Magic = (usize, &'static [u8]);
 
-/// What qemu-img reads.
+/// Formats that qemu-img reads.
 const MACHINES: &[(Magic, Kind)] = &[
     ((0, b"QFI\xfb\0\0\0\x02"), Kind::Qcow2),
     ((0, b"QFI\xfb\0\0\0\x03"), Kind::Qcow2),
@@ -22,7 +22,7 @@ const MACHINES: &[(Magic, Kind)] = &[
     ((0, b"WithouFreSpacExt"), Kind::Parallels),
 ];
 
-/// What cannot be converted: its name, and what to do, where `FILE` stands for the file.
+/// A format that cannot be converted: its name, and what to do. `FILE` stands for the file.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Stranger {
     pub(super) name: &'static str,
@@ -32,7 +32,7 @@ pub(super) struct Stranger {
 const UNPACK: &str = "unpack it, then `obdsetup convert DIRECTORY`";
 const DECOMPRESS: &str = "decompress it first";
 
-/// Others' formats. Where several match, the first counts.
+/// Formats that cannot be converted. If several match, the first one is valid.
 const STRANGERS: &[(Magic, &str, &str)] = &[
     ((0, b"PK\x03\x04"), "a zip archive", UNPACK),
     ((0, b"PK\x05\x06"), "an empty zip archive", UNPACK),
@@ -121,16 +121,17 @@ const CPIO: &str =
 const NO_DISK: &str = "it is no disk; --from raw takes it as it is";
 const PAGE: &str = "the download went wrong";
 
-/// What the last 512 bytes begin with: a VHD of fixed size has the disk itself in front of them.
+/// First bytes of the last 512 bytes: a VHD of fixed size has the disk itself before them.
 const VHD_FOOTER: &[u8] = b"conectix";
-/// The same of an image of macOS.
+/// The same for a disk image of macOS.
 const DMG_FOOTER: &[u8] = b"koly\0\0\0\x04";
 
 fn matches(bytes: &[u8], &(at, magic): &Magic) -> bool {
     bytes.get(at..).is_some_and(|rest| rest.starts_with(magic))
 }
 
-/// A virtual machine's disk that begins with `head`, `tail` being the last 512 bytes.
+/// Returns the format of a virtual machine's disk that begins with `head` and has `tail` as its
+/// last 512 bytes.
 pub(super) fn machine(head: &[u8], tail: &[u8]) -> Option<Kind> {
     if tail.starts_with(VHD_FOOTER) {
         return Some(Kind::Vpc);
@@ -139,7 +140,8 @@ pub(super) fn machine(head: &[u8], tail: &[u8]) -> Option<Kind> {
     found.map(|&(_, kind)| kind)
 }
 
-/// What cannot be converted and begins with `head`, `tail` being the last 512 bytes.
+/// Returns the unsupported format of a file that begins with `head` and has `tail` as its last 512
+/// bytes.
 pub(super) fn stranger(head: &[u8], tail: &[u8]) -> Option<Stranger> {
     if tail.starts_with(DMG_FOOTER) {
         return Some(Stranger {
@@ -157,8 +159,8 @@ pub(super) fn stranger(head: &[u8], tail: &[u8]) -> Option<Stranger> {
     found.map(|&(_, name, advice)| Stranger { name, advice })
 }
 
-/// Whether it is a cpio archive with binary headers, of either byte order. Its magic has two bytes
-/// only, so the name behind the header must be one, too.
+/// Returns whether this is a cpio archive with binary headers, of either byte order. The magic
+/// number has only two bytes, so that the name after the header must be valid, too.
 fn is_old_cpio(head: &[u8]) -> bool {
     let number = |at: usize| {
         let pair = head.get(at..at + 2)?.first_chunk()?;

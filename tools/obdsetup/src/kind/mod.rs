@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! What a layer can be made of, and how to tell: by content, never by name.
+//! The inputs that a layer can be made of, recognised by content, not by name.
 //!
 //! - [`magic`]: what files of other formats begin with.
 //! - [`disk`]: how disks look.
@@ -53,7 +53,7 @@ pub(crate) enum Kind {
 }
 
 impl Kind {
-    /// The name that qemu-img has for it, where that is what reads it.
+    /// Returns qemu-img's name of the format, if qemu-img reads it.
     pub(crate) fn for_qemu(self) -> Option<&'static str> {
         match self {
             Self::Qcow2 => Some("qcow2"),
@@ -68,32 +68,31 @@ impl Kind {
     }
 }
 
-/// Something that a layer can be made of.
+/// An input that a layer can be made of.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Input {
     pub(crate) kind: Kind,
-    /// How it is compressed as a whole.
+    /// The compression of the whole file.
     pub(crate) compression: Option<Compression>,
 }
 
-/// What a file turns out to be.
+/// The result of examining a file.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) enum Seen {
-    /// Something that a layer can be made of.
+    /// An input that a layer can be made of.
     Known(Input),
-    /// Something else, with the reason and the advice for the user.
+    /// Anything else, with a message that has the reason and advice.
     Refused(String),
-    /// It may be a disk, but nothing shows it. The text says so.
+    /// Possibly a disk, but not certainly. The message says so.
     Unknown(String),
 }
 
 impl Input {
-    /// What is at `path`, by its content.
+    /// Returns the input at `path`, recognised by its content.
     ///
     /// # Errors
     ///
-    /// Where it cannot be read, and where a layer cannot be made of it, or nothing shows that it
-    /// can.
+    /// If it cannot be read, if no layer can be made of it, or if that isn't certain.
     pub(crate) fn of(path: &Path) -> Result<Self> {
         match look(path)? {
             Seen::Known(input) => Ok(input),
@@ -102,11 +101,11 @@ impl Input {
         }
     }
 
-    /// What is at `path`, which is a `kind`.
+    /// Returns the input at `path`, which the user has said is a `kind`.
     ///
     /// # Errors
     ///
-    /// Where it cannot be read.
+    /// If it cannot be read.
     pub(crate) fn told(path: &Path, kind: Kind) -> Result<Self> {
         let compression = match kind {
             Kind::Raw | Kind::Directory | Kind::Oci => None,
@@ -129,11 +128,11 @@ fn is_block_device(path: &Path) -> bool {
         .is_ok_and(|meta| meta.file_type().is_block_device())
 }
 
-/// Makes sure that the file `path`, which is to be taken for a disk, is nothing else for sure.
+/// Checks that the file `path`, which is used as a disk, isn't certainly anything else.
 ///
 /// # Errors
 ///
-/// Where it is something else, and where it cannot be read.
+/// If it is anything else, or cannot be read.
 pub(crate) fn check_disk(path: &Path) -> Result<()> {
     let text = match look(path)? {
         Seen::Unknown(_) => return Ok(()),
@@ -155,11 +154,11 @@ pub(crate) fn check_disk(path: &Path) -> Result<()> {
     Err(Failure::usage(text))
 }
 
-/// Looks at what is at `path`.
+/// Examines what is at `path`.
 ///
 /// # Errors
 ///
-/// Where it cannot be read, or its compression is damaged.
+/// If it cannot be read, or its compressed data is damaged.
 pub(crate) fn look(path: &Path) -> Result<Seen> {
     let known = |kind| {
         Ok(Seen::Known(Input {
@@ -180,7 +179,7 @@ pub(crate) fn look(path: &Path) -> Result<Seen> {
         }
         return known(Kind::Directory);
     }
-    // It says what is no file, and a FIFO doesn't make it wait.
+    // Fails for what is neither a file nor a block device, without waiting for a FIFO.
     let blob = Arc::new(FileBlob::open(path, None)?);
     let size = blob.size();
     if LayerReader::from_file(blob).is_ok() {
@@ -219,8 +218,8 @@ pub(crate) fn look(path: &Path) -> Result<Seen> {
     }
 }
 
-/// What is in a compressed file. That of `.lzma` has no magic: where it can't be decompressed, or
-/// nothing known is in it, the file is `otherwise`.
+/// Examines the content of a compressed file. `.lzma` files have no magic number: if decompression
+/// fails, or the content isn't recognised, the result is `otherwise`.
 fn compressed(
     path: &Path,
     compression: Compression,
@@ -265,7 +264,7 @@ fn compressed(
     })
 }
 
-/// What begins with `head` and ends with `tail`, where it isn't compressed.
+/// Examines an uncompressed file by its start and end.
 fn content(path: &Path, head: &[u8], tail: &[u8]) -> Seen {
     let name = path.display();
     let known = |kind| {
@@ -274,7 +273,7 @@ fn content(path: &Path, head: &[u8], tail: &[u8]) -> Seen {
             compression: None,
         })
     };
-    // A tar begins with a name, which may be the magic of something else.
+    // A tar begins with a name, which may look like the magic number of another format.
     let start = match is_signed(head) {
         true => &[],
         false => head,
@@ -305,19 +304,21 @@ fn content(path: &Path, head: &[u8], tail: &[u8]) -> Seen {
     })
 }
 
-/// Whether it is a tar: each header has a checksum, and all but those of v7 have a magic.
+/// Returns whether this is a tar: each header has a checksum, and all except those of v7 a magic
+/// number.
 fn is_tar(head: &[u8]) -> bool {
     head.get(257..262) == Some(b"ustar") || is_signed(head)
 }
 
-/// Whether it begins with the header of a member, whose checksum is right.
+/// Returns whether `head` begins with the header of a member whose checksum is right.
 fn is_signed(head: &[u8]) -> bool {
-    // The name comes first; a disk with nothing but the checksum has none.
+    // The name comes first. A disk may match the checksum by chance, but then has no name.
     let named = head.first().is_some_and(|&byte| byte != 0);
     named && head.first_chunk::<BLOCK>().is_some_and(is_header)
 }
 
-/// How a file that begins with `head` is compressed. A tar may begin with a name that looks so.
+/// Returns the compression of a file that begins with `head`. A tar can begin with a name that
+/// looks like it.
 fn compression(head: &[u8]) -> Option<Compression> {
     match is_tar(head) {
         true => None,
@@ -325,7 +326,7 @@ fn compression(head: &[u8]) -> Option<Compression> {
     }
 }
 
-/// The beginning of a file, and its last 512 bytes.
+/// Returns the start of a file, and its last 512 bytes.
 fn ends(path: &Path) -> Result<(Vec<u8>, Vec<u8>)> {
     let read = || -> std::io::Result<_> {
         let mut file = File::open(path)?;
@@ -334,7 +335,7 @@ fn ends(path: &Path) -> Result<(Vec<u8>, Vec<u8>)> {
             .take(to_u64(disk::HEAD))
             .read_to_end(&mut head)?;
         let mut tail = Vec::new();
-        // Too short for a footer is no error.
+        // A file that is too short for a footer is no error.
         if file.seek(SeekFrom::End(-512)).is_ok() {
             file.take(512).read_to_end(&mut tail)?;
         }

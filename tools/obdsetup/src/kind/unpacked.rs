@@ -17,15 +17,15 @@ use crate::exit::{self, Failure};
 use crate::interrupt;
 use crate::output::temp_file;
 
-/// Bytes that are written at once, or not at all where all are zero.
+/// Number of bytes written at once, or not at all if all are zero.
 const PIECE: usize = 64 << 10;
 
-/// Decompresses the disk at `path` into a file in directory `place`, with holes for zeros. The file
-/// is deleted when dropped. With `sectors`, its size must be a whole number of sectors.
+/// Decompresses the disk at `path` into a temporary file in the directory `place`, with holes for
+/// zeros. Dropping the file deletes it. With `sectors`, the size must be a whole number of sectors.
 ///
 /// # Errors
 ///
-/// Where the file is damaged or ends early, and where reading or writing fails.
+/// If the file is damaged or ends early, and errors of reading or writing.
 pub(crate) fn unpack(
     path: &Path,
     compression: Compression,
@@ -78,7 +78,7 @@ pub(crate) fn unpack(
     Ok(output)
 }
 
-/// Fills `buf` as far as `input` goes.
+/// Fills `buf` up to the end of `input`. Returns the number of bytes.
 fn fill(input: &mut Unpack, buf: &mut [u8]) -> std::io::Result<usize> {
     let mut done = 0;
     while let Some(rest) = buf.get_mut(done..).filter(|rest| !rest.is_empty()) {

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! The status of targets by the names of its fields, in the order that the targets have.
+//! The fields of the targets' status with their names, in the targets' order.
 
 use serde::{Serialize, Serializer};
 use serde_json::Value;
@@ -33,7 +33,7 @@ const LSMT: &[&str] = &["layers", "segments", "size", "index_memory"];
 pub(crate) struct Fields(Vec<(String, Value)>);
 
 impl Fields {
-    /// All, in order.
+    /// Returns all fields, in order.
     pub(crate) fn iter(&self) -> impl Iterator<Item = &(String, Value)> {
         self.0.iter()
     }
@@ -43,12 +43,12 @@ impl Fields {
         fields.find_map(|(field, value)| (field == name).then_some(value))
     }
 
-    /// A number; 0 where it is missing.
+    /// Returns a field as a number; 0 if it is missing.
     pub(crate) fn number(&self, name: &str) -> u64 {
         self.get(name).and_then(Value::as_u64).unwrap_or(0)
     }
 
-    /// A text.
+    /// Returns a field that is a text.
     pub(crate) fn text(&self, name: &str) -> Option<&str> {
         self.get(name).and_then(Value::as_str)
     }
@@ -60,7 +60,8 @@ impl Serialize for Fields {
     }
 }
 
-/// Names the fields of an INFO line. What a newer module adds is `field_N`, counted from 0.
+/// Names the fields of an INFO line. Fields that a newer module adds are called `field_N`, counted
+/// from 0.
 pub(crate) fn named(line: &Line) -> Fields {
     let names = match line.target.as_str() {
         "zfile" | "zfile_target" => ZFILE,

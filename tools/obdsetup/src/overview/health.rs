@@ -1,34 +1,34 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! Whether all is well with a stack: one word, one line, and an exit code.
+//! The health of a stack: one word, one line, and an exit code.
 
 use serde::Serialize;
 
 use super::{Layer, Stack};
 use crate::exit;
 
-/// How a stack or a layer is; of several, the first one counts.
+/// The health of a stack or layer. If several apply, the first one is used.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize)]
 #[serde(rename_all = "kebab-case")]
 pub(crate) enum Health {
-    /// A device has found a corrupt block.
+    /// A device has read a corrupt block.
     Corrupt,
-    /// The file of a layer is shorter than it was.
+    /// The file of a layer is shorter than when it was opened.
     Cut,
-    /// Reads of what is below have failed.
+    /// Reads of a lower device have failed.
     ReadErrors,
-    /// Some of the devices are missing.
+    /// Some of the stack's devices are missing.
     HalfBuilt,
-    /// They are, since an obdsetup is at work on the stack.
+    /// Some devices are missing because an obdsetup is working on the stack.
     Busy,
-    /// Reads wait.
+    /// A device is suspended, so reads wait.
     Suspended,
-    /// Nothing is known to be wrong.
+    /// No problem is known.
     Ok,
 }
 
 impl Health {
-    /// One word.
+    /// Returns the health in one word.
     pub(crate) fn word(self) -> &'static str {
         match self {
             Self::Corrupt => "CORRUPT",
@@ -41,7 +41,7 @@ impl Health {
         }
     }
 
-    /// The exit code.
+    /// Returns the exit code.
     pub(crate) fn code(self) -> u8 {
         match self {
             Self::Ok | Self::Busy => exit::SUCCESS,
@@ -50,7 +50,7 @@ impl Health {
         }
     }
 
-    /// How a layer is.
+    /// Returns the health of a layer.
     pub(crate) fn of_layer(layer: &Layer) -> Self {
         match layer {
             Layer {
@@ -65,7 +65,7 @@ impl Health {
         }
     }
 
-    /// How a stack is.
+    /// Returns the health of a stack.
     pub(crate) fn of(stack: &Stack) -> Self {
         let layers = stack.layers.iter().map(Self::of_layer).min();
         let layers = layers.unwrap_or(Self::Ok);
@@ -85,7 +85,7 @@ impl Health {
     }
 }
 
-/// One line on a stack, with what to do.
+/// Returns one line about a stack's health, with what to do.
 pub(crate) fn line(stack: &Stack) -> String {
     let health = Health::of(stack);
     let word = health.word();
@@ -139,7 +139,7 @@ pub(crate) fn line(stack: &Stack) -> String {
     }
 }
 
-/// How often, where it is more than once.
+/// Returns " N times" if N is above 1.
 fn times(n: u64) -> String {
     match n {
         0 | 1 => String::new(),
@@ -147,7 +147,7 @@ fn times(n: u64) -> String {
     }
 }
 
-/// What to know of a stack besides its health.
+/// Returns notes about a stack that don't concern its health.
 pub(crate) fn notes(stack: &Stack) -> Vec<String> {
     let mut notes = Vec::new();
     let Some(top) = stack.top() else {

@@ -1,10 +1,10 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! The stacks that are set up, their layers, and whether all is well with them.
+//! The open stacks, their layers, and their health.
 //!
-//! - [`sysfs`]: what every user may see.
-//! - [`health`]: what is wrong, in one line, and the exit code.
-//! - [`fields`]: the targets' status by the names of its fields.
+//! - [`sysfs`]: information that every user can read.
+//! - [`health`]: problems in one line, and the exit code.
+//! - [`fields`]: the targets' status with the names of its fields.
 
 pub(crate) mod fields;
 pub(crate) mod health;
@@ -24,47 +24,47 @@ use crate::dm::share::{self, Kind};
 use crate::dm::stack::{part, Rank};
 use crate::dm::Control;
 
-/// Most devices from a layer down to its file.
+/// Largest number of devices between a layer and its file.
 const DEPTH: usize = 4;
 
 /// A stack.
 #[derive(Debug)]
 pub(crate) struct Stack {
-    /// The name that was given to `open`.
+    /// The name given to `open`.
     pub(crate) name: String,
-    /// Its devices, top first, and what they are.
+    /// Its devices with their ranks, topmost first.
     pub(crate) devices: Vec<(Rank, Device)>,
     /// Lowest first.
     pub(crate) layers: Vec<Layer>,
-    /// Stacks that have a file or device below in common with this one.
+    /// Stacks that share a file or an inner device with this one.
     pub(crate) shared_with: Vec<String>,
-    /// Whether it is not all there, and an obdsetup is at work on it.
+    /// Whether it is incomplete because an obdsetup is working on it.
     pub(crate) busy: bool,
 }
 
 /// A layer.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub(crate) struct Layer {
-    /// The device that decompresses it, by name.
+    /// Name of its zfile device.
     pub(crate) zfile: Option<String>,
-    /// The file or block device that it is on.
+    /// Path of its file or block device.
     pub(crate) file: String,
-    /// How often a corrupt block was found.
+    /// Number of corrupt blocks that were read.
     pub(crate) corrupt_blocks: u64,
-    /// How many reads of what is below have failed.
+    /// Number of failed reads of the lower device.
     pub(crate) read_errors: u64,
-    /// Where the file is shorter now: how many bytes it has, and how many its loop device has.
+    /// If the file was cut short: its size in bytes, and the size that its loop device had.
     pub(crate) cut: Option<(u64, u64)>,
-    /// Which reads go through the cache of the device that decompresses it, where that is known.
+    /// Which reads of its zfile device go through the cache, if known.
     pub(crate) cache: Option<String>,
-    /// The number of its topmost device.
+    /// Device number of its topmost device.
     number: String,
-    /// Other stacks that use this very device.
+    /// Other stacks that use that device.
     pub(crate) shared_with: Vec<String>,
 }
 
 impl Stack {
-    /// The disk, where it is there.
+    /// Returns the disk, if it exists.
     pub(crate) fn top(&self) -> Option<&Device> {
         match self.devices.first() {
             Some((Rank::Top, device)) => Some(device),
@@ -72,19 +72,19 @@ impl Stack {
         }
     }
 
-    /// Whether a device is missing, or has no table.
+    /// Returns whether a device is missing, or has no table.
     pub(crate) fn is_half_built(&self) -> bool {
         self.top().is_none() || self.devices.iter().any(|(_, device)| !device.state.live)
     }
 
-    /// Bytes of the disk.
+    /// Returns the size of the disk in bytes.
     pub(crate) fn size(&self) -> Option<u64> {
         let last = self.top()?.table.last()?;
         Some(last.start.saturating_add(last.len).saturating_mul(512))
     }
 }
 
-/// All stacks, by name.
+/// Returns all stacks, by name.
 pub(crate) fn stacks(control: &Control, sys: &Path) -> Result<Vec<Stack>> {
     let ours = |uuid: &str| part(uuid).is_some() || share::is_shared(uuid);
     let mut stacks = group(control.inspect(&ours)?, sys);
@@ -94,8 +94,8 @@ pub(crate) fn stacks(control: &Control, sys: &Path) -> Result<Vec<Stack>> {
     Ok(stacks)
 }
 
-/// The stack that `name` means: the name of its device, or, where that was renamed, the one that was
-/// given to `open`.
+/// Returns the stack that `name` means: by the name of its disk, or, if that was renamed, by the
+/// name given to `open`.
 pub(crate) fn find(stacks: Vec<Stack>, name: &str) -> Option<Stack> {
     let by_device = |stack: &Stack| stack.top().is_some_and(|top| top.state.name == name);
     let place = stacks.iter().position(by_device);
@@ -103,7 +103,7 @@ pub(crate) fn find(stacks: Vec<Stack>, name: &str) -> Option<Stack> {
     place.and_then(|place| stacks.into_iter().nth(place))
 }
 
-/// The stacks that `devices` make.
+/// Groups `devices` into stacks.
 fn group(devices: Vec<Device>, sys: &Path) -> Vec<Stack> {
     let mut groups: BTreeMap<String, Vec<(Rank, Device)>> = BTreeMap::new();
     let by_number: BTreeMap<String, Device> = devices
@@ -142,7 +142,8 @@ fn group(devices: Vec<Device>, sys: &Path) -> Vec<Stack> {
     stacks
 }
 
-/// Adds to the devices of a stack the shared ones of layer `nth`, whose topmost has `number`.
+/// Adds the shared devices of layer `nth` to the devices of a stack. `number` is that of the
+/// topmost one.
 fn add_shared(
     devices: &mut Vec<(Rank, Device)>,
     nth: usize,
@@ -174,8 +175,8 @@ fn add_shared(
     }
 }
 
-/// The numbers of the devices of the layers, lowest first; as far as they are there, in a stack
-/// without its disk.
+/// Returns the numbers of the topmost devices of the layers, lowest layer first. In a stack without
+/// its disk, only those that exist.
 fn starts(devices: &[(Rank, Device)]) -> Vec<String> {
     let disk = match devices.first() {
         Some((Rank::Top, device)) => device.table.first().map(|line| (device, line)),
@@ -188,7 +189,7 @@ fn starts(devices: &[(Rank, Device)]) -> Vec<String> {
         };
     }
     let mut layers: BTreeMap<usize, &Device> = BTreeMap::new();
-    // The decompressed layer is above the blob, and comes first.
+    // The zfile device is above the blob device, and comes first.
     for (rank, device) in devices {
         if let Rank::Zfile(nth) | Rank::Blob(nth) = rank {
             layers.entry(*nth).or_insert(device);
@@ -198,7 +199,7 @@ fn starts(devices: &[(Rank, Device)]) -> Vec<String> {
     numbers.collect()
 }
 
-/// The device numbers, `MAJOR:MINOR`, that a line of a table names.
+/// Returns the device numbers, `MAJOR:MINOR`, in a table line.
 pub(crate) fn numbers(line: &Line) -> Vec<String> {
     let is_number = |word: &&str| {
         let digits = |part: &str| !part.is_empty() && part.bytes().all(|b| b.is_ascii_digit());
@@ -206,7 +207,7 @@ pub(crate) fn numbers(line: &Line) -> Vec<String> {
             .is_some_and(|(major, minor)| digits(major) && digits(minor))
     };
     let mut words = line.params.split_whitespace();
-    // What follows them may look like a number.
+    // Later words may look like device numbers.
     let words: Vec<&str> = match line.target.as_str() {
         "lsmt" => {
             let count = words.next().and_then(|word| word.parse().ok());
@@ -219,7 +220,7 @@ pub(crate) fn numbers(line: &Line) -> Vec<String> {
     numbers.map(str::to_owned).collect()
 }
 
-/// The layer whose topmost device has `number`.
+/// Returns the layer whose topmost device has `number`.
 fn layer(number: &str, devices: &BTreeMap<String, Device>, sys: &Path) -> Layer {
     let mut layer = Layer {
         number: number.to_owned(),
@@ -236,7 +237,7 @@ fn layer(number: &str, devices: &BTreeMap<String, Device>, sys: &Path) -> Layer 
             layer.corrupt_blocks = fields.number("corrupt_blocks");
             layer.read_errors = fields.number("read_errors");
             layer.cache = fields.text("cache_mode").map(str::to_owned);
-            // The state says it even where a later module counts otherwise.
+            // The state shows corruption even if a later module counts differently.
             if layer.corrupt_blocks == 0 && fields.text("state") == Some("C") {
                 layer.corrupt_blocks = 1;
             }
@@ -256,7 +257,7 @@ fn layer(number: &str, devices: &BTreeMap<String, Device>, sys: &Path) -> Layer 
     layer
 }
 
-/// Finds the stacks that have files in common, and those that have devices in common.
+/// Finds out which stacks share files, and which share devices.
 fn share(stacks: &mut [Stack]) {
     let mut by_file: BTreeMap<String, BTreeSet<String>> = BTreeMap::new();
     let mut by_device = by_file.clone();

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! What sysfs says of devices, which needs neither root nor dmsetup.
+//! Information about devices from sysfs, which needs neither root nor dmsetup.
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -13,24 +13,24 @@ use crate::dm::backing::loop_file;
 use crate::dm::node;
 use crate::dm::stack::{part, Rank};
 
-/// What the kernel puts behind the name of a file that was deleted.
+/// The kernel's suffix for the name of a deleted file.
 const DELETED: &str = " (deleted)";
 
-/// A stack, as far as it shows here.
+/// What sysfs shows of a stack.
 #[derive(Debug, Default, PartialEq, Eq)]
 pub(crate) struct Seen {
-    /// Bytes of the disk, where it is there.
+    /// Size of the disk in bytes, if it exists.
     pub(crate) size: Option<u64>,
-    /// Devices below the disk.
+    /// Number of devices below the disk.
     pub(crate) below: usize,
 }
 
-/// The stacks, by name. `sys` is where sysfs is mounted.
+/// Returns the stacks, by name. `sys` is where sysfs is mounted.
 pub(crate) fn stacks(sys: &Path) -> Result<BTreeMap<String, Seen>> {
     let mut stacks: BTreeMap<String, Seen> = BTreeMap::new();
     let block = sys.join("block");
     let entries = match fs::read_dir(&block) {
-        // A kernel without any block device.
+        // The kernel has no block device.
         Err(error) if error.kind() == ErrorKind::NotFound && sys.join("kernel").exists() => {
             return Ok(stacks)
         }
@@ -52,8 +52,8 @@ pub(crate) fn stacks(sys: &Path) -> Result<BTreeMap<String, Seen>> {
     Ok(stacks)
 }
 
-/// What the device with number `MAJOR:MINOR` is called: the file of a loop device, or the node of
-/// another.
+/// Returns the name of the device with number `MAJOR:MINOR`: the file of a loop device, or the
+/// device node.
 pub(crate) fn name(sys: &Path, number: &str) -> String {
     if let Some(file) = loop_file(sys, number) {
         return file;
@@ -69,9 +69,9 @@ pub(crate) fn name(sys: &Path, number: &str) -> String {
     }
 }
 
-/// Where the file of a loop device is shorter than the device: its bytes, and those that were there
-/// when the device was made. `is_over` tells whether the device is over a file: the name of its file
-/// may be another one's here, in another mount namespace or under another mount.
+/// Returns, if the file of a loop device is shorter than the device, the file's size in bytes and
+/// the size when the device was made. `is_over` returns whether the device is over a file: in
+/// another mount namespace or below another mount, the same name can be another file.
 pub(crate) fn cut(
     sys: &Path,
     number: &str,
@@ -85,7 +85,7 @@ pub(crate) fn cut(
     is_cut.then_some((there.len(), size))
 }
 
-/// The bytes of its file that a loop device takes.
+/// Returns how many bytes of its file a loop device covers, from the start of the file.
 fn number_of_bytes(device: &Path) -> Option<u64> {
     let offset = number(&device.join("loop/offset")).unwrap_or(0);
     let sectors = number(&device.join("size"))?;

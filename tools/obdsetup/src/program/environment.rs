@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! Where a program is found, and the environment that it runs in.
+//! Finds programs, and sets their environment.
 //!
 //! The user's environment could change what a program does: `TAR_OPTIONS`, `MKE2FS_CONFIG`, `GZIP`,
 //! `ZSTD_CLEVEL`, `SOURCE_DATE_EPOCH`. A program gets only what is named here, and what the caller

@@ -2,9 +2,9 @@
 
 //! Makes a program die when this process does, however that ends.
 //!
-//! Only a process itself can ask the kernel for that (`PR_SET_PDEATHSIG`). So this program runs once
-//! more, under the name [`NAME`]: it asks for it, and becomes the program. The kernel goes by the
-//! thread that started the process, so the thread that starts a program has to wait for it, too.
+//! Only a process itself can ask the kernel for that (`PR_SET_PDEATHSIG`). So this program runs
+//! again under the name [`NAME`], asks for it, and executes the other program. The kernel watches
+//! the thread that started the process, so the thread that starts a program must also wait for it.
 
 use std::ffi::OsString;
 use std::os::unix::process::{parent_id, CommandExt};
@@ -13,12 +13,12 @@ use std::process::Command;
 
 use rustix::process::{set_parent_process_death_signal, Signal};
 
-/// The name under which this program becomes another.
+/// The name under which this program executes another one.
 pub(crate) const NAME: &str = "obdsetup-program";
 
-/// Returns the command that runs the program at `path`; arguments for it can be added.
+/// Returns a command that runs the program at `path`. Arguments can be added.
 pub(super) fn command(path: &Path) -> Command {
-    // The unit tests' program is not obdsetup.
+    // The unit tests run in another program.
     if cfg!(test) || !Path::new(SELF).exists() {
         return Command::new(path);
     }
@@ -30,14 +30,13 @@ pub(super) fn command(path: &Path) -> Command {
 
 const SELF: &str = "/proc/self/exe";
 
-/// Returns the command that runs the program at `path` to its end, also where this process is gone by
-/// then.
+/// Returns a command that runs the program at `path` to its end, even if this process ends before.
 pub(super) fn outliving(path: &Path) -> Command {
     Command::new(path)
 }
 
-/// Becomes the program that `args` name, as [`command`] gives them: the number of the parent, the
-/// program's path, its arguments. Returns why it cannot.
+/// Executes the program that `args` name, as set by [`command`]: the number of the parent, the
+/// program's path, its arguments. Returns the error.
 pub(crate) fn run(args: &[OsString]) -> String {
     let [parent, path, args @ ..] = args else {
         return format!("{NAME}: for obdsetup's own use only");
@@ -46,7 +45,7 @@ pub(crate) fn run(args: &[OsString]) -> String {
     if let Err(error) = set_parent_process_death_signal(Some(Signal::KILL)) {
         return format!("cannot tie {shown} to obdsetup: {error}");
     }
-    // The parent may have died before that.
+    // The parent may have ended before that.
     if parent.to_str() != Some(&parent_id().to_string()) {
         return "obdsetup is gone".to_owned();
     }

@@ -1,27 +1,28 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! What a program prints on standard error, as lines: each different one once, and not too many.
+//! The lines that a program prints on standard error. Repeated lines are kept once, and only so
+//! many.
 
 use std::io::{self, Read};
 
-/// How many different lines are kept.
+/// Largest number of different lines that are kept.
 const MOST: usize = 64;
-/// How many bytes of a line are kept.
+/// Largest number of bytes of a line that are kept.
 const LONGEST: usize = 4096;
 
-/// Lines, in the order in which they first came.
+/// Lines, in the order of their first occurrence.
 #[derive(Debug, Default)]
 pub(super) struct Lines {
-    /// A line and how often it came.
+    /// A line and its number of occurrences.
     lines: Vec<(String, u64)>,
-    /// Lines that came when there were too many already.
+    /// Number of lines dropped because there were too many already.
     dropped: u64,
-    /// A line whose end is still to come.
+    /// A line that isn't complete yet.
     open: Vec<u8>,
 }
 
 impl Lines {
-    /// Reads to the end of `input`, if there is one.
+    /// Reads all `input` to its end.
     pub(super) fn read<R: Read>(&mut self, input: impl Iterator<Item = R>) -> io::Result<()> {
         let mut piece = [0; 4096];
         for mut input in input {
@@ -38,7 +39,7 @@ impl Lines {
         Ok(())
     }
 
-    /// Returns the lines, and as the last one how many were dropped.
+    /// Returns the lines. The last one is the number of dropped lines, if any.
     pub(super) fn into_vec(self) -> Vec<String> {
         let shown = self.lines.into_iter().map(|(line, times)| match times {
             1 => line,

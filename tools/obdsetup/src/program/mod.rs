@@ -1,12 +1,12 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! Other programs that do a part of the work: dmsetup, mkfs, tar, qemu-img. All of them start here.
+//! Other programs that obdsetup runs: dmsetup, mkfs, tar, qemu-img. All of them are started here.
 //!
 //! A program gets an environment of its own ([`environment`]), dies when this process does
 //! ([`guard`]), and runs in a process group of its own, so that the terminal's signals reach only
-//! this process: a signal ends the wait, and then the program. One that makes no progress is ended,
-//! too ([`progress`]). What it prints on standard error is kept ([`lines`]): the caller shows the
-//! warnings of a program that succeeds, and a failure quotes them.
+//! this process: a signal ends the wait, and then the program. A program without progress is ended,
+//! too ([`progress`]). Its standard error is kept ([`lines`]): the caller shows it as warnings if
+//! the program succeeds, and quotes it if it fails.
 
 mod environment;
 pub(crate) mod guard;
@@ -32,17 +32,17 @@ use crate::interrupt;
 use lines::Lines;
 pub(crate) use progress::Patience;
 
-/// Shortest and longest time between two looks at a program that runs.
+/// Shortest and longest time between two checks of a running program.
 const POLL: (Duration, Duration) = (Duration::from_millis(1), Duration::from_millis(16));
 
-/// Returns the absolute name of a file that exists: no program takes that for an option, nor for a
+/// Returns the absolute path of an existing file. No program mistakes that for an option, or for a
 /// protocol such as `nbd:`.
 pub(crate) fn path(path: &Path) -> Result<PathBuf> {
     let absolute = path.canonicalize();
     absolute.with_context(|| format!("{}: cannot read", path.display()))
 }
 
-/// A program to be run.
+/// A program to run.
 pub(crate) struct Program {
     name: String,
     need: String,
@@ -51,18 +51,19 @@ pub(crate) struct Program {
     patience: Patience,
     heeds_signals: bool,
     input: Option<File>,
-    /// Where standard output goes; then the program ends its work though this process is killed.
+    /// Gets standard output. With this, the program finishes its work even if this process is
+    /// killed.
     note: Option<File>,
     version: Option<Version>,
 }
 
-/// The version of a program that is needed, and the argument that has it tell its own.
+/// The version of a program that is needed, and the argument that makes it print its version.
 struct Version {
     arg: &'static str,
     needed: (u32, u32),
 }
 
-/// How a program ended, and what it said.
+/// How a program ended, and what it printed.
 pub(crate) struct Ended {
     pub(crate) status: ExitStatus,
     pub(crate) said: Said,
@@ -76,13 +77,13 @@ pub(crate) struct Said {
 }
 
 impl Said {
-    /// Returns the lines: each once, the first of them where there are very many.
+    /// Returns the lines: each once, and only the first ones if there are very many.
     pub(crate) fn lines(&self) -> &[String] {
         &self.lines
     }
 
-    /// Shows the lines to the user as warnings. What a program says each time that it runs is shown
-    /// once.
+    /// Shows the lines to the user as warnings. A line that a program prints in several runs is
+    /// shown once.
     pub(crate) fn tell(&self) {
         static TOLD: Mutex<BTreeSet<String>> = Mutex::new(BTreeSet::new());
         for line in &self.lines {
@@ -121,7 +122,7 @@ impl fmt::Display for ProgramFailure {
 impl std::error::Error for ProgramFailure {}
 
 impl Program {
-    /// Prepares to run the program `name`, which is needed for `need`.
+    /// Prepares to run the program `name`. `need` says what it is needed for.
     pub(crate) fn new(name: impl Into<String>, need: impl Into<String>) -> Self {
         Self {
             name: name.into(),
@@ -149,49 +150,50 @@ impl Program {
         self
     }
 
-    /// Sets a variable of the program's environment, which has few others.
+    /// Sets a variable in the program's environment, which has only a few others.
     pub(crate) fn env(&mut self, name: &'static str, value: impl AsRef<OsStr>) -> &mut Self {
         self.env.insert(name, value.as_ref().to_owned());
         self
     }
 
-    /// Names a file that the program writes: while that grows, the program makes progress.
+    /// Names a file that the program writes. Growth of the file counts as progress.
     pub(crate) fn writes(&mut self, path: &Path) -> &mut Self {
         self.patience.add_output(path);
         self
     }
 
-    /// Sets what counts as progress, and how long the program is waited for without.
+    /// Sets what counts as progress, and how long to wait without progress.
     pub(crate) fn patience(&mut self, patience: Patience) -> &mut Self {
         self.patience = patience;
         self
     }
 
-    /// Has the program read `file` as its standard input, from where that stands.
+    /// Makes the program read `file`, from its present position, as standard input.
     pub(crate) fn input(&mut self, file: File) -> &mut Self {
         self.input = Some(file);
         self
     }
 
-    /// Has the program write its standard output to `file`, and end its work though this process is
-    /// killed: what it has made is known from that file. For what takes no time.
+    /// Makes the program write its standard output to `file`, and finish its work even if this
+    /// process is killed: `file` then shows what it has made. For programs that end quickly.
     pub(crate) fn leaves_note(&mut self, file: File) -> &mut Self {
         self.note = Some(file);
         self
     }
 
-    /// Says which version is needed. Where the program fails, `arg` has it tell its own, and an older
-    /// one is told of: what it says of options that it doesn't know helps nobody.
+    /// Sets the needed version. If the program fails, it is run with `arg` to get its version. If
+    /// that is older, the error says so, because a message about unknown options wouldn't help the
+    /// user.
     pub(crate) fn needs_version(&mut self, arg: &'static str, needed: (u32, u32)) -> &mut Self {
         self.version = Some(Version { arg, needed });
         self
     }
 
-    /// Why the program is too old; `None` where it isn't, or nobody knows.
+    /// Returns the error if the program is too old; `None` if it isn't, or the version is unknown.
     fn too_old(&self) -> Option<String> {
         let version = self.version.as_ref()?;
         let mut found = None;
-        // Some tell it and fail.
+        // Some programs print the version and fail.
         let _ = Self::new(&self.name, &self.need)
             .arg(version.arg)
             .end(|line| {
@@ -206,19 +208,18 @@ impl Program {
         ))
     }
 
-    /// Lets the program end its work when a signal has come, say to take down what was made.
+    /// Lets the program finish its work after a signal, for example to clean up.
     pub(crate) fn despite_signals(&mut self) -> &mut Self {
         self.heeds_signals = false;
         self
     }
 
-    /// Runs the program to its end; it fails where the program does. What it prints on standard
-    /// output is dropped.
+    /// Runs the program to its end. Fails if the program does. Drops its standard output.
     pub(crate) fn run(&mut self) -> Result<Said> {
         self.each_line(|_| ())
     }
 
-    /// Runs the program as [`Self::run`] does, and calls `each` with each line of standard output.
+    /// Runs the program like [`Self::run`], and calls `each` with each line of standard output.
     pub(crate) fn each_line(&mut self, each: impl FnMut(&str) + Send) -> Result<Said> {
         let Ended { status, said } = self.end(each)?;
         if status.success() {
@@ -235,14 +236,14 @@ impl Program {
         })
     }
 
-    /// Runs the program to its end, whatever its status. It fails where the program cannot be
-    /// started, is ended for lack of progress, or a signal asks to stop.
+    /// Runs the program to its end, with any status. Fails if the program cannot be started, is
+    /// ended for lack of progress, or a signal asks to stop.
     pub(crate) fn end(&mut self, mut each: impl FnMut(&str) + Send) -> Result<Ended> {
         let mut child = self.spawn()?;
         let (out, errors) = (child.0.stdout.take(), child.0.stderr.take());
         let mut lines = Lines::default();
         let (status, read) = std::thread::scope(|scope| {
-            // Both end when the program and its children do, which wait() sees to.
+            // Both end when the program and its children do, which wait() ensures.
             let keeper = scope.spawn(|| lines.read(errors.into_iter()));
             let reader = scope.spawn(|| -> io::Result<()> {
                 for line in out
@@ -295,7 +296,7 @@ impl Program {
             None => Stdio::piped(),
         });
         command.stderr(Stdio::piped());
-        // The terminal's signals are for this process.
+        // The terminal's signals are for this process only.
         command.process_group(0);
         let child = command.spawn();
         child
@@ -303,7 +304,7 @@ impl Program {
             .with_context(|| format!("cannot run {}", path.display()))
     }
 
-    /// Waits for the end of the program, which comes at once where a signal asks to stop.
+    /// Waits for the end of the program. If a signal asks to stop, returns at once.
     fn wait(&self, mut child: Running) -> Result<Wait> {
         let mut watch = self.patience.watch(child.group());
         let mut poll = POLL.0;
@@ -323,7 +324,7 @@ impl Program {
     }
 }
 
-/// The first version in a line: two numbers with a dot between them.
+/// Returns the first version in a line: two numbers with a dot between them.
 fn version_in(line: &str) -> Option<(u32, u32)> {
     line.split_whitespace().find_map(|word| {
         let (major, rest) = word.trim_start_matches('v').split_once('.')?;
@@ -332,13 +333,13 @@ fn version_in(line: &str) -> Option<(u32, u32)> {
     })
 }
 
-/// What ended a wait.
+/// The reason for the end of a wait.
 enum Wait {
     Ended(ExitStatus),
     Stalled,
 }
 
-/// A program that runs. Dropping it ends the program and its children.
+/// A running program. Dropping it ends the program and its children.
 struct Running(Child);
 
 impl Running {
@@ -346,15 +347,15 @@ impl Running {
         Pid::from_child(&self.0)
     }
 
-    /// Returns whether the program has ended. Its process number stays its own until `finish`.
+    /// Returns whether the program has ended. Its process number isn't reused until `finish`.
     fn has_ended(&self) -> Result<bool> {
         let options = WaitIdOptions::EXITED | WaitIdOptions::NOHANG | WaitIdOptions::NOWAIT;
         Ok(waitid(WaitId::Pid(self.group()), options)?.is_some())
     }
 
-    /// Ends what is left of the process group, and returns the program's status.
+    /// Ends the rest of the process group, and returns the program's status.
     fn finish(&mut self) -> io::Result<ExitStatus> {
-        // Fails only where nothing is left.
+        // Fails only if no process is left.
         let _ = kill_process_group(self.group(), Signal::KILL);
         self.0.wait()
     }
@@ -362,7 +363,7 @@ impl Running {
 
 impl Drop for Running {
     fn drop(&mut self) {
-        // After finish(), the number may be another's.
+        // After finish(), another process may have the number.
         if matches!(self.0.try_wait(), Ok(None)) {
             let _ = self.finish();
         }
@@ -385,7 +386,7 @@ mod tests {
         program
     }
 
-    /// What the error says.
+    /// Returns the text of the error.
     fn error<T>(result: Result<T>) -> String {
         match result {
             Ok(_) => unreachable!("the program did not fail"),
@@ -394,7 +395,7 @@ mod tests {
     }
 
     fn exists(pid: &str) -> bool {
-        // One that nobody waited for is not running.
+        // A zombie isn't running.
         let stat = fs::read_to_string(Path::new("/proc").join(pid.trim()).join("stat"));
         stat.is_ok_and(|stat| !stat.contains(") Z "))
     }
@@ -454,7 +455,7 @@ mod tests {
     fn no_progress_ends_a_program_and_its_children() -> Result<()> {
         let dir = tempfile::tempdir()?;
         let pid = dir.path().join("pid");
-        // The child has our pipes, too: nothing must wait for it.
+        // The child has our pipes, too, but nothing may wait for it.
         let script = format!(
             "sleep 1000 & echo $! >{}; echo odd >&2; while :; do :; done",
             pid.display()

@@ -1,13 +1,13 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! Whether a program makes progress. One that makes none is ended, since nobody would wait for it in
-//! a script or at boot.
+//! Detects whether a program makes progress. A program without progress is ended, since nobody
+//! would wait for it in a script or at boot.
 //!
-//! Signs of progress are bytes that it read or wrote (`/proc/PID/io`), and the size of a file that it
-//! writes. CPU time is none: a program that loops uses that, too. A thread that waits for a disk
-//! (state D), and a program that somebody stopped (state T), are not at fault.
+//! Signs of progress are bytes that it read or wrote (`/proc/PID/io`), and the size of a file that
+//! it writes. CPU time isn't, since an endless loop uses that, too. A thread that waits for a disk
+//! (state D) and a stopped program (state T) don't count as stalled.
 //!
-//! The bound is generous: a compressor reads or writes within seconds, even an emulated one.
+//! The limit is generous: even an emulated compressor reads or writes within seconds.
 
 use std::fs;
 use std::os::unix::fs::MetadataExt;
@@ -18,22 +18,22 @@ use rustix::process::Pid;
 
 use crate::exit::{self, Failure};
 
-/// How long a program may go without a sign of progress.
+/// How long a program may make no progress.
 const BOUND: Duration = Duration::from_secs(600);
-/// How often signs are looked for.
+/// How often progress is checked.
 const LOOK: Duration = Duration::from_secs(1);
 
-/// How long a program is waited for while it makes no progress, and what its progress is.
+/// How long to wait for a program without progress, and what counts as progress.
 pub(crate) struct Patience {
     bound: Duration,
     outputs: Vec<PathBuf>,
     other: Option<Other>,
 }
 
-/// Signs of progress of something else that the program waits for.
+/// Progress of something else that the program waits for.
 struct Other {
     look: Box<dyn Fn() -> String>,
-    /// What to tell the user where nothing changes.
+    /// The error if nothing changes.
     message: String,
 }
 
@@ -48,8 +48,8 @@ impl Default for Patience {
 }
 
 impl Patience {
-    /// The program waits for something else, whose progress changes what `look` returns. Where that
-    /// stays the same for `bound`, the program is ended, and `message` is the error.
+    /// The program waits for something else; progress of that changes what `look` returns. If the
+    /// value stays the same for `bound`, the program is ended with the error `message`.
     pub(crate) fn with(
         bound: Duration,
         look: impl Fn() -> String + 'static,
@@ -63,7 +63,7 @@ impl Patience {
         }
     }
 
-    /// Sets how long a program may go without a sign of progress.
+    /// Sets how long a program may make no progress.
     #[cfg(test)]
     pub(super) fn set_bound(&mut self, bound: Duration) {
         self.bound = bound;
@@ -88,7 +88,7 @@ impl Patience {
         Failure::error(exit::USAGE, message)
     }
 
-    /// Begins to watch the program `pid`.
+    /// Starts to watch the program `pid`.
     pub(super) fn watch(&self, pid: Pid) -> Watch<'_> {
         Watch {
             patience: self,
@@ -101,7 +101,7 @@ impl Patience {
     }
 }
 
-/// The signs of progress of a program, as far as they were seen.
+/// The last signs of progress of a program.
 pub(super) struct Watch<'a> {
     patience: &'a Patience,
     pid: Pid,
@@ -113,7 +113,7 @@ pub(super) struct Watch<'a> {
 }
 
 impl Watch<'_> {
-    /// Returns whether the program has gone without progress for too long.
+    /// Returns whether the program has made no progress for too long.
     pub(super) fn has_stalled(&mut self, now: Instant) -> bool {
         if now.duration_since(self.last_look) < self.look {
             return false;
@@ -125,13 +125,13 @@ impl Watch<'_> {
             self.signs = signs;
             return false;
         }
-        // Looks are counted, not the time: this process may have been stopped in between.
+        // Add up checks instead of taking the time: this process may have been stopped in between.
         self.stalled += self.look;
         self.stalled >= self.patience.bound
     }
 
-    /// Returns what changes with progress; `None` where that cannot be seen, or the program waits
-    /// through no fault of its own.
+    /// Returns values that change with progress; `None` if they are unavailable, or the program
+    /// waits for a reason beyond its control.
     fn signs(&self) -> Option<Vec<String>> {
         if let Some(other) = &self.patience.other {
             return Some(vec![(other.look)()]);
@@ -158,7 +158,7 @@ impl Watch<'_> {
 /// Returns the state of a thread, a letter.
 fn state(thread: &Path) -> Option<char> {
     let stat = fs::read_to_string(thread.join("stat")).ok()?;
-    // The name is in parentheses, and may have any characters.
+    // The name is in parentheses, and can have any characters.
     let (_, rest) = stat.rsplit_once(')')?;
     rest.trim_start().chars().next()
 }
