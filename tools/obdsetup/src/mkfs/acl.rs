@@ -1,19 +1,19 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! POSIX ACLs, from the text that tars have to the bytes of the extended attribute.
+//! Converts POSIX ACLs from the text in tars to the bytes of the extended attribute.
 //!
 //! Source: acl(5), Linux `include/uapi/linux/posix_acl_xattr.h`.
 
 use crate::archive::brief;
 
-/// Version of the bytes.
+/// Version of the binary format.
 const VERSION: u32 = 2;
-/// Id of entries that have none.
+/// Id in entries that have no id.
 const NONE: u32 = u32::MAX;
 
-/// The bytes of an ACL such as `user::rwx,user:1000:r-x,group::r-x,mask::r-x,other::---`. libarchive
-/// and star put a fourth part behind names, the number. `None` where there is only a name: it may be
-/// another number on each machine.
+/// Returns the bytes of an ACL such as `user::rwx,user:1000:r-x,group::r-x,mask::r-x,other::---`.
+/// libarchive and star add a fourth part after names, the number. Returns `None` if an entry has
+/// only a name: it can have another number on each machine.
 pub(super) fn from_text(text: &[u8]) -> Result<Option<Vec<u8>>, String> {
     let text = std::str::from_utf8(text).map_err(|_| "not text".to_owned())?;
     let lines = text
@@ -24,7 +24,7 @@ pub(super) fn from_text(text: &[u8]) -> Result<Option<Vec<u8>>, String> {
     let Some(mut entries) = entries.into_iter().collect::<Option<Vec<_>>>() else {
         return Ok(None);
     };
-    // The kernel wants this order.
+    // The kernel requires this order.
     entries.sort_unstable_by_key(|&(tag, _, id)| (tag, id));
     let mut bytes = VERSION.to_le_bytes().to_vec();
     for (tag, rights, id) in entries {
@@ -35,8 +35,8 @@ pub(super) fn from_text(text: &[u8]) -> Result<Option<Vec<u8>>, String> {
     Ok(Some(bytes))
 }
 
-/// The permissions that an access ACL says, where it says no more: the kernel makes that the mode, and
-/// keeps no ACL. GNU tar stores such a one for a directory that has a default ACL.
+/// Returns the permissions of an access ACL if it has nothing else: the kernel makes them the mode,
+/// and stores no ACL. GNU tar stores such an ACL for a directory with a default ACL.
 pub(super) fn as_mode(acl: &[u8]) -> Option<u32> {
     let entries = acl.strip_prefix(&VERSION.to_le_bytes())?;
     let mut mode = None;
@@ -55,7 +55,7 @@ pub(super) fn as_mode(acl: &[u8]) -> Option<u32> {
     mode
 }
 
-/// Tag, rights and id of an entry; `None` without an id.
+/// Returns tag, permissions and id of an entry; `None` if it has no id.
 fn entry(line: &str) -> Result<Option<(u16, u16, u32)>, String> {
     let bad = || format!("{:?} is no entry", brief(line.as_bytes()));
     let parts: Vec<&str> = line.split(':').map(str::trim).collect();

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! What a file system cannot hold. Data that would be lost is an error unless the user allows it;
-//! what is only less exact is a warning. Nothing is lost without a word.
+//! Handles what a file system cannot store. Losing data is an error unless the user allows it;
+//! losing precision is a warning. Every loss is reported.
 
 use std::collections::BTreeMap;
 
@@ -12,15 +12,15 @@ use super::{FileSystem, Options};
 use crate::exit::Failure;
 use crate::layers::warn;
 
-/// Names of the POSIX ACLs.
+/// Prefix of the names of POSIX ACLs.
 const ACL: &[u8] = b"system.posix_acl_";
-/// Kinds of extended attributes that all file systems here hold.
+/// Prefixes of extended attributes that all these file systems store.
 const KINDS: [&[u8]; 3] = [b"user.", b"trusted.", b"security."];
 
-/// Where mkfs's reader of tars takes a minor number for a negative one.
+/// From this number on, mkfs's tar readers take a minor number for a negative one.
 const MINORS: u32 = 1 << 19;
 
-/// What is lost, in the order in which it is told.
+/// The kinds of losses, in the order of the messages.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 enum Loss {
     Acl,
@@ -37,7 +37,7 @@ enum Loss {
 }
 
 impl Loss {
-    /// What the file system cannot hold.
+    /// Returns the name of what the file system cannot store.
     fn what(self, fs: FileSystem) -> String {
         match self {
             Self::Acl => "POSIX ACLs".to_owned(),
@@ -59,7 +59,7 @@ impl Loss {
         }
     }
 
-    /// What becomes of the files.
+    /// Returns what happens to the files.
     fn becomes(self, one: bool) -> &'static str {
         match self {
             Self::Devices | Self::Sockets => "left out",
@@ -70,7 +70,7 @@ impl Loss {
         }
     }
 
-    /// Whether it needs leave.
+    /// Returns whether the loss needs the user's permission.
     fn is_data(self) -> bool {
         matches!(
             self,
@@ -85,21 +85,21 @@ impl Loss {
     }
 }
 
-/// Where something is lost: how often, and the first places.
+/// The files with a loss: their number, and the first of them.
 #[derive(Default)]
 struct Places {
     count: u64,
     first: Vec<String>,
 }
 
-/// Paths that are named.
+/// Largest number of paths in a message.
 const NAMED: usize = 3;
 
 /// Takes out of `tree` what the file system cannot hold, and says so. Fails where that is data,
 /// unless the options allow it; `instead` is what to do then.
 pub(super) fn fit(tree: &mut Tree, options: &Options<'_>, instead: &str) -> Result<()> {
     let (fs, allow) = (options.fs, options.allow_loss);
-    // Their programs read a tar.
+    // Their mkfs reads a tar.
     let through_tar = match fs {
         FileSystem::Erofs => !options.args.is_empty(),
         fs => fs == FileSystem::Squashfs,
@@ -114,7 +114,8 @@ pub(super) fn fit(tree: &mut Tree, options: &Options<'_>, instead: &str) -> Resu
     };
     let root = &mut tree.node_mut(ROOT)?.meta;
     fit_meta(root, fs, through_tar, |loss| note(loss, b""));
-    // mksquashfs gets the root directory's on its command line, where an empty value is an error.
+    // mksquashfs gets the root directory's attributes on its command line, where an empty value is
+    // an error.
     let count = root.xattrs.len();
     root.xattrs
         .retain(|_, value| fs != FileSystem::Squashfs || !value.is_empty());
@@ -186,7 +187,7 @@ fn fit_meta(meta: &mut Meta, fs: FileSystem, through_tar: bool, mut note: impl F
                 (fs != FileSystem::Btrfs).then_some(Loss::Properties)
             }
             () if !KINDS.iter().any(|kind| name.starts_with(kind)) => Some(Loss::Xattr),
-            // It goes through a tar, where it ends the name.
+            // The attribute goes through a tar, where `=` ends the name.
             () if through_tar && name.contains(&b'=') => Some(Loss::XattrName),
             () => None,
         };

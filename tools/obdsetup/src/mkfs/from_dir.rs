@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! Reads a directory with all that is in it.
+//! Reads a directory tree.
 
 use std::collections::{BTreeMap, HashMap};
 use std::ffi::OsString;
@@ -24,7 +24,7 @@ use crate::bar::Bar;
 use crate::exit::Failure;
 use crate::interrupt;
 
-/// Bytes that are read at once, whole blocks.
+/// Number of bytes read at once, in whole blocks.
 const PIECE: u64 = 1 << 20;
 
 /// Reads the directory `root`.
@@ -77,12 +77,12 @@ pub(super) fn read(root: &Path) -> Result<Tree> {
     Ok(tree)
 }
 
-/// An error that names the file which cannot be.
+/// Returns an error with the path of the file that exceeds a limit.
 fn possible(path: &Path, result: Result<(), String>) -> Result<()> {
     result.map_err(|what| anyhow!("{}: {what}", path.display()))
 }
 
-/// What the system says about a file.
+/// Returns the metadata of a file.
 fn look(path: &Path) -> Result<(Metadata, Meta)> {
     let status = path.symlink_metadata();
     let status = status.map_err(|error| unseen(path, error))?;
@@ -102,7 +102,7 @@ fn look(path: &Path) -> Result<(Metadata, Meta)> {
     Ok((status, meta))
 }
 
-/// Why the system says nothing about a file.
+/// Returns the error for a file whose metadata cannot be read.
 fn unseen(path: &Path, error: io::Error) -> anyhow::Error {
     let bytes = path.as_os_str().as_bytes();
     match bytes.len() > limits::PATH {
@@ -125,7 +125,7 @@ fn kind(path: &Path, status: &Metadata) -> Result<Kind> {
     };
     Ok(match file_type {
         kind if kind.is_dir() => Kind::Directory(BTreeMap::new()),
-        // Read later.
+        // The content is read later.
         kind if kind.is_file() => {
             Kind::File(ContentMaker::new().finish(0, Source::Path(path.to_owned())))
         }
@@ -145,7 +145,7 @@ fn kind(path: &Path, status: &Metadata) -> Result<Kind> {
     })
 }
 
-/// Calls `get` with larger buffers until the answer fits.
+/// Calls `get` with larger buffers until the result fits.
 fn grow(get: impl Fn(&mut [u8]) -> rustix::io::Result<usize>) -> rustix::io::Result<Vec<u8>> {
     let mut buffer = vec![0; 256];
     loop {
@@ -172,7 +172,7 @@ fn xattrs(path: &Path) -> io::Result<BTreeMap<Vec<u8>, Vec<u8>>> {
     {
         let key = OsString::from_vec(name.to_vec());
         match grow(|buffer| rustix::fs::lgetxattr(path, key.as_bytes(), buffer)) {
-            // Removed meanwhile, or one that is listed and cannot be read, as some of network file
+            // Removed since it was listed; or listed but unreadable, as on some network file
             // systems.
             Err(Errno::NODATA | Errno::NOTSUP) => {}
             value => {
@@ -213,7 +213,7 @@ fn content(path: PathBuf, status: &Metadata, bar: &Bar) -> Result<Content> {
     Ok(maker.finish(size, Source::Path(path)))
 }
 
-/// Start and end of the data at or behind `at`, in whole blocks, before `size`.
+/// Returns start and end of the next data at or after `at`, in whole blocks, before `size`.
 fn next_data(file: &File, at: u64, size: u64) -> io::Result<Option<(u64, u64)>> {
     if at >= size {
         return Ok(None);
@@ -221,13 +221,13 @@ fn next_data(file: &File, at: u64, size: u64) -> io::Result<Option<(u64, u64)>> 
     let start = match rustix::fs::seek(file, SeekFrom::Data(at)) {
         Ok(start) => start,
         Err(Errno::NXIO) => return Ok(None),
-        // A file system that doesn't know holes.
+        // The file system doesn't report holes.
         Err(Errno::INVAL | Errno::NOTSUP) => return Ok(Some((at, size))),
         Err(error) => return Err(error.into()),
     };
     let end = rustix::fs::seek(file, SeekFrom::Hole(start))?;
     let start = start - start % BLOCK;
     let end = end.next_multiple_of(BLOCK).min(size);
-    // The block before may have been the end of the data before.
+    // The last data may have ended within this block.
     Ok((start.max(at) < end).then_some((start.max(at), end)))
 }

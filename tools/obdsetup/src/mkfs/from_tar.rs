@@ -1,10 +1,10 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! Reads a tar as a tree, as it would be if GNU tar had unpacked it as root: later members replace
-//! earlier ones, and relative symbolic links to directories are followed. What the tar doesn't say is
-//! owned by root with mode 0755.
+//! Reads a tar as a tree, with the result that GNU tar run by root would have: later members
+//! replace earlier ones, and relative symbolic links to directories are followed. Directories that
+//! the tar doesn't have are owned by root and have mode 0755.
 //!
-//! A layer of an image is put over the tree of those below: see [`apply`].
+//! [`apply`] puts a layer of an image over the tree of the layers below.
 
 use std::collections::{BTreeMap, HashSet, VecDeque};
 use std::fs::File;
@@ -28,19 +28,19 @@ use crate::archive::{self, Archive, Member, MemberKind};
 use crate::exit::{self, Failure};
 use crate::layers::warn;
 
-/// The extended attribute that is the access ACL of a file.
+/// Name of the extended attribute with the access ACL of a file.
 const ACL: &[u8] = b"system.posix_acl_access";
-/// The one member of the tar that an OverlayBD layer may be in.
+/// The name of the only member of a tar with an OverlayBD layer.
 const PACKED: &[u8] = b"overlaybd.commit";
 /// Bytes of names and values of extended attributes of all members: a header for all of them has the same
 /// ones for each, in no more bytes of the tar.
 const XATTRS: usize = 256 << 20;
 /// Symbolic links that are followed for one name.
 const LINKS: u32 = 40;
-/// Keys of unknown records of which it is told.
+/// Largest number of unknown record keys that are reported.
 const UNKNOWN: usize = 20;
 
-/// Reads the tar at `path`. Content goes to a temporary file in `place`, without the holes.
+/// Reads the tar at `path`. Content goes to a temporary file in `place`, without holes.
 pub(super) fn read(path: &Path, place: &Path) -> Result<Tree> {
     let mut tree = empty();
     let unsaid = HashSet::from([ROOT]);
@@ -49,15 +49,16 @@ pub(super) fn read(path: &Path, place: &Path) -> Result<Tree> {
     Ok(tree)
 }
 
-/// Puts a layer of an image over `tree`, as the OCI image specification has it:
+/// Puts a layer of an image over `tree`, following the OCI image specification:
 ///
-/// - Whiteouts, wherever they are in the tar, hide what the layers below have, and never what the
-///   layer itself has.
-/// - What is there is replaced by what is no directory, whatever it was.
-/// - Paths go through symbolic links as in a root directory of their own: nothing leads out of it.
+/// - Whiteouts, in any place of the tar, hide names of the layers below, and never names of the
+///   layer itself.
+/// - A member that is no directory replaces whatever has its name.
+/// - Paths follow symbolic links as if the tree were the root directory: nothing leads out of it.
 ///
-/// `is_new` is whether nothing is below, and so nothing has said what the root directory is like.
-/// Messages call the tar `name`. Content goes to a temporary file in `place`, without the holes.
+/// `is_new` is whether there is no layer below, so that no layer has set the root directory's
+/// metadata. Messages call the tar `name`. Content goes to a temporary file in `place`, without
+/// holes.
 pub(super) fn apply(
     archive: &mut Archive,
     name: &Path,
@@ -71,14 +72,14 @@ pub(super) fn apply(
     reader.all(archive)
 }
 
-/// A tree with nothing but a root directory that nothing is known of.
+/// Returns a tree with only a root directory that has default metadata.
 pub(super) fn empty() -> Tree {
     Tree::new(unsaid())
 }
 
 const SPOOL: &str = "cannot write a temporary file with the content of the tar";
 
-/// What a directory has of which the tar says nothing; the time is set at the end.
+/// Returns the metadata of a directory that the tar doesn't have. The time is set at the end.
 fn unsaid() -> Meta {
     Meta {
         mode: 0o755,
@@ -97,29 +98,29 @@ fn time(member: &Member) -> Time {
     }
 }
 
-/// What is known of a layer besides its files.
+/// Data about a layer besides its files.
 #[derive(Default)]
 struct Layer {
-    /// The names that it has set.
+    /// The names that the layer has set.
     own: Own,
-    /// Extended attributes that were left out, and the first file that has one.
+    /// Number of extended attributes that were left out, and the first file with one.
     overlay: Option<(u64, String)>,
 }
 
-/// Names of extended attributes with which overlayfs keeps its own notes: an image below one must
-/// not bring such notes.
+/// Prefixes of extended attributes that overlayfs uses internally: a lower image must not have
+/// them.
 const OVERLAY: [&[u8]; 2] = [b"trusted.overlay.", b"user.overlay."];
 
 struct Reader<'a> {
     path: &'a Path,
     tree: &'a mut Tree,
-    /// Directories of which the tar said nothing yet.
+    /// Directories that the tar hasn't had yet.
     unsaid: HashSet<Id>,
     spool: BufWriter<Arc<File>>,
     file: Arc<File>,
-    /// Bytes in the spool.
+    /// Length of the spool in bytes.
     end: u64,
-    /// Keys of pax records that say what obdsetup doesn't know, and the first members that have them.
+    /// Keys of pax records that obdsetup doesn't know, and the first members with them.
     unknown: BTreeMap<String, String>,
     /// Bytes of extended attributes.
     xattrs: usize,
@@ -145,7 +146,7 @@ impl<'a> Reader<'a> {
         })
     }
 
-    /// Takes in all members.
+    /// Reads all members.
     fn all(mut self, archive: &mut Archive) -> Result<()> {
         let mut newest = None;
         while let Some(member) = archive.next()? {
@@ -185,7 +186,7 @@ impl Reader<'_> {
             match Special::of(&member.path) {
                 Ok(None) => {}
                 Ok(Some(special)) => {
-                    // The name of a whiteout is longer than what it hides.
+                    // The name of a whiteout is longer than the name that it hides.
                     possible(limits::path(&special.path()))?;
                     return self.special(&special, member);
                 }
@@ -278,9 +279,9 @@ impl Reader<'_> {
         Ok(())
     }
 
-    /// Checks that what has a name may lose it.
+    /// Checks that the node of a name may be replaced.
     fn clear(&self, there: Option<Id>, member: &Member) -> Result<()> {
-        // In an image, that is how a directory is replaced.
+        // In an image, directories are replaced this way.
         if self.layer.is_some() {
             return Ok(());
         }
@@ -295,7 +296,7 @@ impl Reader<'_> {
         self.tree.child(parent, name)
     }
 
-    /// What a hard link leads to.
+    /// Returns the node that a hard link leads to.
     fn linked(&mut self, target: &[u8], member: &Member) -> Result<Id> {
         let (parent, name) = match target.iter().rposition(|&byte| byte == b'/') {
             Some(slash) => {
@@ -319,14 +320,14 @@ impl Reader<'_> {
         }
     }
 
-    /// The directory `path`, made where it is missing, for what is called `last` there.
+    /// Returns the directory `path` for a member named `last`. Creates missing directories.
     fn directory(&mut self, path: &[u8], last: &[u8], member: &Member) -> Result<Id> {
         let walked = self.walk(path, last, member, true)?;
         walked.context("a directory was not made")
     }
 
-    /// The directory `path`; where a part of it is missing, that is made or there is none. `last` is
-    /// what is to be there.
+    /// Returns the directory `path`. If a part is missing, creates it or returns `None`, depending
+    /// on `make`. `last` is the name of the member there.
     fn walk(
         &mut self,
         path: &[u8],
@@ -335,13 +336,15 @@ impl Reader<'_> {
         make: bool,
     ) -> Result<Option<Id>> {
         let mut left: VecDeque<Vec<u8>> = parts(path);
-        // The directories from the root on, and the bytes of the path to each, with links followed.
+        // The directories from the root, each with the length of its path in bytes, with links
+        // followed.
         let mut way = vec![(ROOT, 0)];
         let mut followed = 0;
         while let Some(name) = left.pop_front() {
             let &(at, len) = way.last().unwrap_or(&(ROOT, 0));
             if name == b".." {
-                // Only links have them, and only those of layers get here. Above the root is nothing.
+                // Only targets of links have `..`, and only layers' links get here. The root is its
+                // own parent.
                 if way.len() > 1 {
                     way.pop();
                 }
@@ -394,7 +397,7 @@ impl Reader<'_> {
                         left.push_front(part);
                     }
                 }
-                // A whiteout of nothing.
+                // A whiteout for a missing name.
                 _ if !make => return Ok(None),
                 _ => {
                     let what = format!("is below {}, which is no directory", show(&name));
@@ -405,7 +408,7 @@ impl Reader<'_> {
         Ok(way.last().map(|&(id, _)| id))
     }
 
-    /// Hides what a whiteout says.
+    /// Hides the names that a whiteout hides.
     fn special(&mut self, special: &Special<'_>, member: &Member) -> Result<()> {
         let (directory, name) = match *special {
             Special::Nothing => return Ok(()),
@@ -420,7 +423,7 @@ impl Reader<'_> {
             Some(name) => layer.own.hide(self.tree, directory, name)?,
             None => layer.own.hide_all(self.tree, directory)?,
         };
-        // Of these, the layer has something inside, and says nothing of themselves.
+        // The layer has members in these directories, but not the directories themselves.
         for id in reset {
             self.tree.node_mut(id)?.meta = unsaid();
             self.unsaid.insert(id);
@@ -428,7 +431,7 @@ impl Reader<'_> {
         Ok(())
     }
 
-    /// Warns of what was left out.
+    /// Warns about what was left out.
     fn tell(&self) {
         let path = self.path.display();
         for (key, member) in &self.unknown {
@@ -503,7 +506,7 @@ impl Reader<'_> {
         }
         let permissions = xattrs.get(ACL).and_then(|list| acl::as_mode(list));
         let mode = match (&member.kind, permissions) {
-            // Nobody looks at it, and some writers have another one.
+            // This mode has no effect, and some writers store another one.
             (MemberKind::Symlink(_), _) => 0o777,
             (_, Some(permissions)) => (member.mode & !0o777) | permissions,
             (_, None) => member.mode,
@@ -575,7 +578,7 @@ impl Reader<'_> {
     }
 }
 
-/// The parts of a path.
+/// Returns the parts of a path.
 fn parts(path: &[u8]) -> VecDeque<Vec<u8>> {
     let parts = path.split(|&byte| byte == b'/');
     let parts = parts.filter(|part| !part.is_empty() && *part != b".");

@@ -1,23 +1,23 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! What no file in Linux can have. A tar may say anything; what is checked here fits in the fields of
-//! all file systems, and in what their programs read.
+//! Limits of files in Linux. A tar can exceed them; what passes these checks fits in the fields of
+//! all file systems, and in the input of their mkfs.
 
 use super::tree::{Kind, Meta, Node};
 use crate::archive::brief;
 
-/// Bytes of a name, of a file or of an extended attribute.
+/// Longest name of a file or extended attribute, in bytes.
 pub(super) const NAME: usize = 255;
-/// Bytes of a path or of the target of a symbolic link.
+/// Longest path, or target of a symbolic link, in bytes.
 pub(super) const PATH: usize = 4095;
-/// Bytes of the value of an extended attribute.
+/// Longest value of an extended attribute, in bytes.
 const VALUE: usize = 65_536;
-/// Major and minor numbers of devices.
+/// Largest major and minor numbers of devices.
 const DEVICE: (u32, u32) = (4095, 1_048_575);
-/// What names of extended attributes begin with.
+/// Prefixes of names of extended attributes.
 const PREFIXES: [&[u8]; 5] = [b"user.", b"trusted.", b"security.", b"system.", b"btrfs."];
 
-/// Why no file can have this path, which is one from the root directory of the tree.
+/// Checks a path relative to the root directory of the tree. Returns the violation.
 pub(super) fn path(path: &[u8]) -> Result<(), String> {
     if path.len() > PATH {
         let len = path.len();
@@ -33,7 +33,7 @@ pub(super) fn path(path: &[u8]) -> Result<(), String> {
     }
 }
 
-/// Why no file can have all that this one has.
+/// Checks the metadata and content of a file. Returns the violation.
 pub(super) fn node(node: &Node) -> Result<(), String> {
     xattrs(&node.meta)?;
     match &node.kind {
@@ -67,7 +67,7 @@ fn link(target: &[u8]) -> Result<(), String> {
     }
 }
 
-/// Why no file can have these extended attributes.
+/// Checks extended attributes. Returns the violation.
 pub(super) fn xattrs(meta: &Meta) -> Result<(), String> {
     for (name, value) in &meta.xattrs {
         let bad = |what: String| Err(format!("extended attribute {:?}: {what}", brief(name)));

@@ -1,12 +1,12 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! File systems that hold the files of a directory or a tar.
+//! Makes file systems of the files in a directory or a tar.
 //!
 //! - [`tree`]: the files in memory, read by [`from_dir`] and [`from_tar`].
-//! - [`fit`]: what a file system cannot hold; [`stamp`]: identity and time of it.
-//! - [`ext`], [`erofs`], [`btrfs`], [`squashfs`]: how each is made. [`pax`] and [`stage`] are what their programs
-//!   read.
-//! - [`apply`]: a layer of an image over those below it, for which [`whiteouts`] hide files.
+//! - [`fit`]: handles what a file system cannot store; [`stamp`]: its identity and time.
+//! - [`ext`], [`erofs`], [`btrfs`], [`squashfs`]: make each file system. [`pax`] and [`stage`]
+//!   write the input of their mkfs.
+//! - [`apply`]: puts a layer of an image over the layers below, in which [`whiteouts`] hide files.
 
 mod acl;
 mod btrfs;
@@ -49,7 +49,7 @@ use crate::layer_out::LayerOut;
 use crate::layers::warn;
 use crate::program;
 
-/// A file system that has a mkfs which fills it.
+/// A file system that obdsetup can make and fill.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub(crate) enum FileSystem {
     Ext2,
@@ -61,7 +61,8 @@ pub(crate) enum FileSystem {
 }
 
 impl FileSystem {
-    /// Bytes that are needed besides the files, where the size of the file system must be given.
+    /// Returns the bytes needed in addition to the files, if the size of the file system must be
+    /// given.
     fn overhead(self) -> Option<u64> {
         match self {
             Self::Ext2 | Self::Ext3 | Self::Ext4 => Some(32 << 20),
@@ -82,26 +83,26 @@ impl FileSystem {
     }
 }
 
-/// The file system to be made.
+/// Options of a new file system.
 pub(crate) struct Options<'a> {
     pub(crate) fs: FileSystem,
-    /// Bytes; estimated where not given.
+    /// Size in bytes; estimated if not given.
     pub(crate) size: Option<u64>,
-    /// Further arguments for mkfs.
+    /// Additional arguments for mkfs.
     pub(crate) args: &'a [OsString],
-    /// Whether data that the file system cannot hold may be left out.
+    /// Whether data that the file system cannot store may be left out.
     pub(crate) allow_loss: bool,
 }
 
-/// Files to be put in a file system.
+/// The files for a file system.
 #[derive(Clone, Copy)]
 pub(crate) enum Files<'a> {
     Directory(&'a Path),
-    /// A tar, compressed or not, that [`crate::archive::check`] looked through.
+    /// A tar, compressed or not, that [`crate::archive::check`] has checked.
     Tar(&'a Path),
 }
 
-/// Makes a file system that holds `files`, in a file in directory `place`.
+/// Makes a file system with `files`, in a temporary file in the directory `place`.
 pub(crate) fn make(files: Files<'_>, options: &Options<'_>, place: &Path) -> Result<NamedTempFile> {
     let fs = options.fs;
     let from = match files {
@@ -159,13 +160,13 @@ pub(crate) fn make(files: Files<'_>, options: &Options<'_>, place: &Path) -> Res
     })
 }
 
-/// What a layer of an image has: the difference to the disk of the layers below.
+/// A layer of an image: its difference to the disk of the layers below.
 pub(crate) struct Delta {
-    /// Bytes of the disk with it.
+    /// Size of the disk with this layer, in bytes.
     pub(crate) size: u64,
-    /// What it writes, at its place on the disk.
+    /// The written data, at its offsets on the disk.
     pub(crate) file: File,
-    /// Which sectors it writes, ascending and apart.
+    /// The written sectors, ascending and disjoint.
     pub(crate) runs: Vec<Run>,
 }
 
@@ -187,11 +188,12 @@ impl Delta {
     }
 }
 
-/// Puts a tar that is a layer of an image over the erofs on the disk of the layers `below`, or makes
-/// one where there are none. `name` is the tar for messages; the identity of the file system is made
-/// of `seed`, which says what is below, and the tar. Temporary files go to `place`.
+/// Applies a tar, which is a layer of an image, to the erofs on the disk of the layers `below`;
+/// makes an erofs if there are none. `name` is the tar's name in messages. The identity of the file
+/// system is made of `seed`, which identifies the layers below, and the tar. Temporary files go to
+/// `place`.
 ///
-/// The archive is read to its end; what digest it has is for the caller to check.
+/// Reads the archive to its end. The caller checks its digest.
 pub(crate) fn apply(
     archive: &mut Archive,
     name: &Path,
@@ -222,10 +224,10 @@ pub(crate) fn apply(
     growing.finish((uuid, stamp::time()?))
 }
 
-/// Holes of which is told before they are read as zeros: a few seconds.
+/// Bytes of holes that take a few seconds to read as zeros: more of them cause a warning.
 const LONG_HOLES: u64 = 4 << 30;
 
-/// Warns where a program that doesn't know holes has much to read; `cost` is what that takes.
+/// Warns if a program that doesn't support holes must read many; `cost` is what that takes.
 fn tell_of_holes(tree: &Tree, fs: FileSystem, cost: &str) -> Result<()> {
     let mut holes = 0;
     for name in tree.names().iter().filter(|name| name.first) {

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! Writes a tree as a tar, in the pax format: for programs that make a file system of one. All is
-//! in extended headers, whose values have no limits.
+//! Writes a tree as a tar in the pax format, as input for mkfs programs. All metadata is in
+//! extended headers, whose values have no limits.
 //!
 //! Source: POSIX.1-2017 `pax`.
 
@@ -13,18 +13,18 @@ use overlaybd::format::num::to_u64;
 
 use super::tree::{Content, Id, Kind, Name, Node, Tree, ROOT};
 
-/// Bytes of a block of a tar.
+/// Size of a block of a tar in bytes.
 const BLOCK: u64 = 512;
 
-/// What reads the tar.
+/// The program that reads the tar.
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub(super) enum Reader {
     MkfsErofs,
-    /// It gets the root directory in another way.
+    /// mksquashfs gets the root directory's metadata on its command line.
     Mksquashfs,
 }
 
-/// Writes `tree` to `out`: the root directory first, then all names in their order.
+/// Writes `tree` to `out`: the root directory first, then all names in order.
 pub(super) fn write(tree: &Tree, reader: Reader, mut out: impl Write + Seek) -> Result<()> {
     let mut tar = Pax {
         out: &mut out,
@@ -57,7 +57,7 @@ const WRITE: &str = "cannot write the tar for mkfs";
 
 struct Pax<W> {
     out: W,
-    /// Bytes written.
+    /// Number of bytes written.
     at: u64,
 }
 
@@ -83,8 +83,8 @@ impl<W: Write + Seek> Pax<W> {
         }
     }
 
-    // Not in a form for sparse files: mkfs.erofs knows none, and mksquashfs 4.6.1 calls a tar with
-    // GNU's form 1.0 corrupt. The tar itself has the holes.
+    // Not as a sparse member: mkfs.erofs doesn't support those, and mksquashfs 4.6.1 rejects a tar
+    // with GNU's form 1.0 as corrupt. The tar file itself has holes instead.
     fn file(&mut self, path: &[u8], node: &Node, content: &Content) -> Result<()> {
         self.header(path, node, b'0', content.size, &[])?;
         let mut at = 0;
@@ -97,7 +97,7 @@ impl<W: Write + Seek> Pax<W> {
         self.pad()
     }
 
-    /// Writes the headers of a member that has `size` bytes.
+    /// Writes the headers of a member of `size` bytes.
     fn header(
         &mut self,
         path: &[u8],
@@ -130,7 +130,7 @@ impl<W: Write + Seek> Pax<W> {
         self.block(kind, meta.mode, size, device)
     }
 
-    /// Writes a header block, whose name and long numbers are in the extended header before it.
+    /// Writes a header block. The extended header before it has the name and long numbers.
     fn block(&mut self, kind: u8, mode: u32, size: u64, device: Option<(u32, u32)>) -> Result<()> {
         let size = size.min(0o777_7777_7777);
         let (major, minor) = device.unwrap_or_default();
@@ -158,7 +158,7 @@ impl<W: Write + Seek> Pax<W> {
         self.out.write_all(bytes).context(WRITE)
     }
 
-    /// Leaves a hole.
+    /// Leaves a hole of `len` bytes.
     fn zeros(&mut self, len: u64) -> Result<()> {
         self.at += len;
         let len = i64::try_from(len).context(WRITE)?;
@@ -166,13 +166,14 @@ impl<W: Write + Seek> Pax<W> {
         Ok(())
     }
 
-    /// Fills up the block.
+    /// Pads to a whole block.
     fn pad(&mut self) -> Result<()> {
         self.zeros(self.at.next_multiple_of(BLOCK) - self.at)
     }
 }
 
-/// Seconds with nine digits of fraction, since mkfs.erofs takes them for a number. Rounded down.
+/// Returns seconds with a fraction of nine digits, because mkfs.erofs reads the fraction as a
+/// number. Rounded down.
 fn mtime(node: &Node) -> String {
     let time = node.meta.mtime;
     format!("{}.{:09}", time.seconds, time.nanoseconds)
@@ -182,7 +183,7 @@ fn record(key: &str, value: &[u8]) -> Vec<u8> {
     record_of(key.as_bytes(), value)
 }
 
-/// A record: its own length in decimal, a blank, key, `=`, value, and a newline.
+/// Returns a record: its own length in decimal, a blank, key, `=`, value, and a newline.
 fn record_of(key: &[u8], value: &[u8]) -> Vec<u8> {
     let rest = key.len() + value.len() + 3;
     let mut len = rest + 1;

@@ -1,11 +1,11 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! What rarer records of pax headers mean.
+//! Interprets less common records of pax headers.
 //!
 //! Source: star(5); libarchive, tar(5), "Pax Interchange Format".
 
-/// Records that say nothing about what the file system holds: times and names beside those that are
-/// taken, and what was true of the file system that the tar was made of.
+/// Records that don't affect the new file system: times and names that aren't used, and properties
+/// of the file system that the tar was made from.
 const NOTHING: [&[u8]; 19] = [
     b"comment",
     b"charset",
@@ -28,17 +28,17 @@ const NOTHING: [&[u8]; 19] = [
     b"LIBARCHIVE.symlinktype",
 ];
 
-/// What a record means.
+/// The meaning of a record.
 #[derive(Debug, PartialEq, Eq)]
 pub(super) enum Meaning {
     Nothing,
     Xattr(Vec<u8>, Vec<u8>),
-    /// The value isn't one.
+    /// The value is invalid.
     Bad,
     Unknown,
 }
 
-/// What the record `key` with `value` means.
+/// Returns the meaning of the record `key` with `value`.
 pub(super) fn meaning(key: &[u8], value: &[u8]) -> Meaning {
     if let Some(name) = key.strip_prefix(b"LIBARCHIVE.xattr.") {
         return match base64(value) {
@@ -52,7 +52,7 @@ pub(super) fn meaning(key: &[u8], value: &[u8]) -> Meaning {
     }
 }
 
-/// Undoes `%HH`.
+/// Decodes `%HH`.
 fn unquote(name: &[u8]) -> Vec<u8> {
     let mut plain = Vec::with_capacity(name.len());
     let mut rest = name;
@@ -75,7 +75,7 @@ fn hex(digit: u8) -> Option<u8> {
     u8::try_from(digit).ok()
 }
 
-/// The bytes of base64, with or without what fills it up.
+/// Decodes base64, with or without padding.
 fn base64(text: &[u8]) -> Option<Vec<u8>> {
     let end = text.iter().rposition(|&byte| byte != b'=');
     let digits = text.get(..end.map_or(0, |end| end + 1))?;

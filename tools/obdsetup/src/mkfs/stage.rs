@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! A tree as files in a directory, for a mkfs that reads nothing else. Only names, kinds and
-//! content are right there: the rest is set in the file system, and so any user can do it.
+//! Writes a tree as files in a directory, for a mkfs that reads nothing else. Only names, kinds and
+//! content are right there: the other metadata is set in the file system, so that any user can do
+//! this.
 
 use std::collections::HashMap;
 use std::ffi::OsStr;
@@ -16,11 +17,12 @@ use tempfile::TempDir;
 
 use super::tree::{Content, Id, Kind, Name, Node, Tree};
 
-/// The directory, gone when dropped.
+/// The directory. Dropping it deletes it.
 pub(super) struct Stage(TempDir);
 
 impl Stage {
-    /// Makes it in `place`. What this user cannot make, and all devices, are fifos there.
+    /// Makes the directory in `place`. Files that this user cannot make, and all devices, become
+    /// fifos.
     pub(super) fn new(tree: &Tree, place: &Path) -> Result<Self> {
         let directory = tempfile::Builder::new()
             .prefix(".obdsetup-")

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! What a file system says of itself, besides its files: identity and time. Both come from the files,
-//! so that the same files make the same bytes, whenever and wherever that is.
+//! Identity and time of a file system. Both depend only on the files, so that the same files always
+//! make the same bytes.
 
 use anyhow::{Context, Result};
 use sha2::{Digest, Sha256};
@@ -15,15 +15,16 @@ use crate::program::Program;
 /// Identity and time of a file system.
 pub(super) struct Stamp {
     pub(super) uuid: Uuid,
-    /// For whatever needs a second one.
+    /// For a second identity, if one is needed.
     pub(super) seed: Uuid,
-    /// When it was made, as it says: `SOURCE_DATE_EPOCH`, or 1970. The newest time of the files may
-    /// be in the future, which alarms checkers; and 0 means that nothing is known.
+    /// The time of creation in the file system: `SOURCE_DATE_EPOCH`, or 1970. The newest time of
+    /// the files might be in the future, for which checkers report errors; 0 means unknown.
     pub(super) time: u32,
 }
 
 impl Stamp {
-    /// The stamp of a file system that holds `tree`; `more` is what it depends on besides.
+    /// Returns the stamp of a file system with `tree`. `more` is other data that the file system
+    /// depends on.
     pub(super) fn of(tree: &Tree, more: &[&[u8]]) -> Result<Self> {
         let hash = tree.hash(more)?;
         let half = |at: usize| {
@@ -37,7 +38,7 @@ impl Stamp {
         })
     }
 
-    /// A further identity.
+    /// Returns another identity, for `what`.
     pub(super) fn derived(&self, what: &str) -> Uuid {
         let hash = Sha256::new()
             .chain_update(self.seed.as_bytes())
@@ -50,21 +51,21 @@ impl Stamp {
         Builder::from_custom_bytes(bytes).into_uuid()
     }
 
-    /// Has a program of e2fsprogs take this time for now, and its built-in configuration for that of
-    /// the machine.
+    /// Makes a program of e2fsprogs use this time as the present time, and its built-in
+    /// configuration instead of the machine's.
     pub(super) fn give_to_e2fsprogs(&self, command: &mut Program, work: &TempDir) {
         command.env("E2FSPROGS_FAKE_TIME", self.time.to_string());
         command.env("MKE2FS_CONFIG", work.path().join("none"));
     }
 }
 
-/// When a file system was made, as it says: see [`Stamp::time`].
+/// Returns the time of creation for a file system: see [`Stamp::time`].
 pub(super) fn time() -> Result<u32> {
     let time = source_date_epoch()?.unwrap_or_default();
     Ok(u32::try_from(time.max(1)).unwrap_or(u32::MAX))
 }
 
-/// The time that nothing in a file system may be newer than, where the user gave one.
+/// Returns the limit for all times in a file system, if the user gave one.
 pub(super) fn source_date_epoch() -> Result<Option<i64>> {
     const NAME: &str = "SOURCE_DATE_EPOCH";
     let Some(text) = std::env::var_os(NAME) else {
@@ -80,7 +81,7 @@ pub(super) fn source_date_epoch() -> Result<Option<i64>> {
     }
 }
 
-/// Sets times that are newer than `SOURCE_DATE_EPOCH` to that.
+/// Sets times that are newer than `SOURCE_DATE_EPOCH` to that time.
 pub(super) fn clamp(tree: &mut Tree) -> Result<()> {
     let Some(seconds) = source_date_epoch()? else {
         return Ok(());

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! A tree of files in memory, without the content of the files: what a file system is made of. The
-//! same tree always has the same order, whatever it was read from.
+//! A tree of files in memory, without their content, from which a file system is made. The order
+//! depends only on the tree, not on its source.
 
 use std::collections::BTreeMap;
 use std::fs::File;
@@ -13,7 +13,7 @@ use anyhow::{Context, Result};
 use overlaybd::format::num::{to_u64, to_usize};
 use sha2::{Digest, Sha256};
 
-/// Bytes of a block of content. Blocks of zeros are holes.
+/// Size of a block of content in bytes. Blocks of zeros are holes.
 pub(super) const BLOCK: u64 = 4096;
 
 /// Index of a node.
@@ -26,23 +26,23 @@ pub(super) struct Time {
     pub(super) nanoseconds: u32,
 }
 
-/// Number of a device.
+/// A device number.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Device {
     pub(super) major: u32,
     pub(super) minor: u32,
 }
 
-/// What the source says of a file, and no tree can hold.
+/// Metadata of the source that the tree cannot store.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Unread {
-    /// POSIX ACLs with names in place of numbers.
+    /// POSIX ACLs with names instead of numbers.
     AclNames,
     /// ACLs of NFS.
     NfsAcl,
 }
 
-/// What every kind of file has.
+/// Metadata of all kinds of files.
 #[derive(Clone, Debug)]
 pub(super) struct Meta {
     /// Permissions, setuid, setgid and sticky.
@@ -50,12 +50,12 @@ pub(super) struct Meta {
     pub(super) uid: u32,
     pub(super) gid: u32,
     pub(super) mtime: Time,
-    /// Names, as `user.name`, and values of the extended attributes.
+    /// Names, such as `user.name`, and values of the extended attributes.
     pub(super) xattrs: BTreeMap<Vec<u8>, Vec<u8>>,
     pub(super) unread: Vec<Unread>,
 }
 
-/// What a file is.
+/// The kind of a file.
 #[derive(Clone, Debug)]
 pub(super) enum Kind {
     Directory(BTreeMap<Vec<u8>, Id>),
@@ -67,7 +67,7 @@ pub(super) enum Kind {
     Socket,
 }
 
-/// A file of any kind; several names may lead to it.
+/// A file of any kind, which can have several names.
 #[derive(Clone, Debug)]
 pub(super) struct Node {
     pub(super) meta: Meta,
@@ -75,7 +75,7 @@ pub(super) struct Node {
 }
 
 impl Node {
-    /// The bits of `st_mode`.
+    /// Returns the bits of `st_mode`.
     pub(super) fn st_mode(&self) -> u32 {
         let kind = match self.kind {
             Kind::Directory(_) => 0o040_000,
@@ -89,7 +89,7 @@ impl Node {
         kind | self.meta.mode
     }
 
-    /// The number of a device.
+    /// Returns the number of a device.
     pub(super) fn device(&self) -> Option<Device> {
         match self.kind {
             Kind::CharDevice(device) | Kind::BlockDevice(device) => Some(device),
@@ -98,23 +98,23 @@ impl Node {
     }
 }
 
-/// A part of a file that has data: whole blocks, the last one up to the end of the file.
+/// A range of a file that has data, in whole blocks up to the end of the file.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Extent {
     pub(super) offset: u64,
     pub(super) len: u64,
-    /// Where the data is in the source.
+    /// Offset of the data in the source.
     from: u64,
 }
 
-/// Where content is read from.
+/// The source of content.
 #[derive(Clone, Debug)]
 pub(super) enum Source {
     /// A file of its own.
     Path(PathBuf),
-    /// A file with the content of many.
+    /// A file with the content of several files.
     Shared(Arc<File>),
-    /// It is in the file system already, and nobody reads it.
+    /// The content is in the file system already and isn't read.
     InPlace,
 }
 
@@ -122,15 +122,15 @@ pub(super) enum Source {
 #[derive(Clone, Debug)]
 pub(super) struct Content {
     pub(super) size: u64,
-    /// Ascending, not empty, apart; nothing but zeros is between them.
+    /// Ascending, not empty, disjoint. The file has only zeros between them.
     pub(super) extents: Vec<Extent>,
     source: Source,
-    /// Hash of size, places and data.
+    /// Hash of size, offsets and data.
     hash: [u8; 32],
 }
 
 impl Content {
-    /// The content of a file that is in the file system already.
+    /// Returns the content of a file that is in the file system already.
     pub(super) fn in_place(size: u64) -> Self {
         Self {
             size,
@@ -140,12 +140,12 @@ impl Content {
         }
     }
 
-    /// Bytes of data.
+    /// Returns the number of bytes of data.
     pub(super) fn data_len(&self) -> u64 {
         self.extents.iter().map(|extent| extent.len).sum()
     }
 
-    /// Hands over the data, at most 1 MiB of an extent at a time, with its place in the file.
+    /// Passes on the data with its offset in the file, at most 1 MiB of an extent at a time.
     pub(super) fn read(&self, mut each: impl FnMut(u64, &[u8]) -> Result<()>) -> Result<()> {
         let opened;
         let file = match &self.source {
@@ -181,8 +181,8 @@ impl Content {
     }
 }
 
-/// Collects the content of a file, in the order of its bytes. The extents depend on nothing but the
-/// content: where the source has holes doesn't matter.
+/// Collects the content of a file in order. The extents depend only on the content, not on the
+/// holes of the source.
 pub(super) struct ContentMaker {
     extents: Vec<Extent>,
     hash: Sha256,
@@ -196,7 +196,7 @@ impl ContentMaker {
         }
     }
 
-    /// Takes the block at `offset`, which is a multiple of a block; only the last one may be
+    /// Adds the block at `offset`, a multiple of the block size; only the last block may be
     /// shorter. Its data is at `from` in the source. Returns whether it has data.
     pub(super) fn block(&mut self, offset: u64, data: &[u8], from: u64) -> bool {
         if data.iter().all(|&byte| byte == 0) {
@@ -232,12 +232,12 @@ pub(super) struct Name {
     above: Option<usize>,
     pub(super) parent: Id,
     pub(super) id: Id,
-    /// Whether it is the first name of its node.
+    /// Whether this is the first name of its node.
     pub(super) first: bool,
 }
 
 impl Name {
-    /// The last part of the path.
+    /// Returns the last part of the path.
     pub(super) fn last(&self) -> &[u8] {
         &self.last
     }
@@ -269,14 +269,14 @@ impl std::ops::Deref for Names {
     }
 }
 
-/// A path as it is shown to people.
+/// Returns a path for messages.
 pub(super) fn show(path: &[u8]) -> String {
     format!("./{}", crate::archive::brief(path))
 }
 
 /// A tree of files.
 pub(super) struct Tree {
-    /// The root directory, and all else in any order; some may be without a name.
+    /// The root directory first, the others in any order. Some may have no name.
     nodes: Vec<Node>,
 }
 
@@ -284,7 +284,7 @@ pub(super) struct Tree {
 pub(super) const ROOT: Id = 0;
 
 impl Tree {
-    /// A tree with nothing but a root directory.
+    /// Returns a tree with only a root directory.
     pub(super) fn new(root: Meta) -> Self {
         Self {
             nodes: vec![Node {
@@ -294,13 +294,13 @@ impl Tree {
         }
     }
 
-    /// Takes a node in, which has no name yet.
+    /// Adds a node that has no name yet.
     pub(super) fn add(&mut self, node: Node) -> Id {
         self.nodes.push(node);
         self.nodes.len() - 1
     }
 
-    /// Names `id` in the directory `parent`. What had that name loses it.
+    /// Gives `id` a name in the directory `parent`. A node with that name loses it.
     pub(super) fn link(&mut self, parent: Id, name: Vec<u8>, id: Id) -> Result<()> {
         self.children_mut(parent)?.insert(name, id);
         Ok(())
@@ -327,7 +327,7 @@ impl Tree {
         self.nodes.get_mut(id).context("no such node")
     }
 
-    /// Names and nodes of what is in the directory `id`; none for anything else.
+    /// Returns the names and nodes in the directory `id`; none if it is no directory.
     pub(super) fn children(&self, id: Id) -> impl Iterator<Item = (&[u8], Id)> {
         let children = match self.nodes.get(id).map(|node| &node.kind) {
             Some(Kind::Directory(children)) => Some(children),
@@ -337,7 +337,7 @@ impl Tree {
         children.map(|(name, &id)| (name.as_slice(), id))
     }
 
-    /// What has the name `name` in the directory `parent`.
+    /// Returns the node with the name `name` in the directory `parent`.
     pub(super) fn child(&self, parent: Id, name: &[u8]) -> Option<Id> {
         match self.nodes.get(parent).map(|node| &node.kind) {
             Some(Kind::Directory(children)) => children.get(name).copied(),
@@ -377,7 +377,7 @@ impl Tree {
         Names(names)
     }
 
-    /// A hash of all that is in the tree, and of `more`.
+    /// Returns a hash of everything in the tree, and of `more`.
     pub(super) fn hash(&self, more: &[&[u8]]) -> Result<[u8; 32]> {
         let mut hash = Sha256::new();
         for bytes in more {
@@ -400,7 +400,7 @@ impl Tree {
     }
 }
 
-/// Adds bytes and their length.
+/// Adds bytes with their length to the hash.
 fn part(hash: &mut Sha256, bytes: &[u8]) {
     hash.update(to_u64(bytes.len()).to_le_bytes());
     hash.update(bytes);

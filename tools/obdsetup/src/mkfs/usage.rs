@@ -1,26 +1,26 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! How much the files of a tree take, so that a file system can be made large enough.
+//! Estimates the space for the files of a tree, to choose the size of the file system.
 
 use anyhow::Result;
 use overlaybd::format::num::to_u64;
 
 use super::tree::{Kind, Node, Tree, ROOT};
 
-/// Bytes of a block of a file system.
+/// Size of a block of a file system in bytes.
 const BLOCK: u64 = 4096;
 
-/// What files take.
+/// Space for files.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(super) struct Usage {
-    /// Files, directories and all else that has an inode.
+    /// Number of files, directories and others with an inode.
     entries: u64,
-    /// Bytes of data, in whole blocks. Holes are none.
+    /// Bytes of data in whole blocks, without holes.
     bytes: u64,
 }
 
 impl Usage {
-    /// Of what is in `tree`. A file with several names counts once.
+    /// Returns the space for the files in `tree`. A file with several names counts once.
     pub(super) fn of(tree: &Tree) -> Result<Self> {
         let mut usage = Self::default();
         usage.add(tree.node(ROOT)?);
@@ -32,7 +32,7 @@ impl Usage {
 
     fn add(&mut self, node: &Node) {
         let (data, map) = match &node.kind {
-            // Many short extents need a map of their own.
+            // Many short extents need a map.
             Kind::File(content) => (content.data_len(), to_u64(content.extents.len()) * 16),
             Kind::Symlink(target) => (to_u64(target.len()), 0),
             Kind::Directory(children) => {
@@ -49,14 +49,14 @@ impl Usage {
         }
     }
 
-    /// Bytes that a file system with inodes and free space needs. Generous: a layer holds only what
-    /// mkfs writes, so that free space costs next to nothing.
+    /// Returns the size in bytes of a file system with inodes and free space. It is generous: a
+    /// layer only has what mkfs writes, so that free space costs almost nothing.
     pub(super) fn with_room(self, fixed: u64) -> u64 {
-        // mke2fs has an inode for each 16 KiB, or 4 KiB below 512 MiB.
+        // mke2fs makes an inode for each 16 KiB, or for each 4 KiB below 512 MiB.
         let inodes = self.entries.saturating_mul(16 << 10);
         let sum = self.bytes.saturating_add(self.bytes / 4);
         let sum = sum.saturating_add(inodes).saturating_add(fixed);
-        // Beyond what any file system has, where the sizes in a tar are nonsense.
+        // If a tar has absurd sizes, a size that no file system has.
         sum.min(1 << 60).next_multiple_of(1 << 20)
     }
 }

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! Names in a layer of an image that stand for no file, but hide what the layers below have.
+//! Whiteouts: names in a layer of an image that hide names of the layers below.
 //!
 //! Source: OCI image specification, `layer.md`.
 
@@ -10,26 +10,26 @@ use anyhow::Result;
 
 use super::tree::{Id, Kind, Tree};
 
-/// What such names begin with.
+/// Prefix of whiteouts.
 const PREFIX: &[u8] = b".wh.";
-/// What names begin with that AUFS has for itself.
+/// Prefix of names that AUFS reserves.
 const META: &[u8] = b".wh..wh.";
-/// The name that hides all that is in a directory.
+/// The whiteout that hides everything in its directory.
 const OPAQUE: &[u8] = b".wh..wh..opq";
 
 /// A member of a layer that is no file.
 #[derive(Debug, PartialEq, Eq)]
 pub(super) enum Special<'a> {
-    /// It hides a name in a directory.
+    /// Hides a name in a directory.
     Whiteout(&'a [u8], &'a [u8]),
-    /// It hides all in a directory.
+    /// Hides everything in a directory.
     Opaque(&'a [u8]),
-    /// It hides nothing, and is left out.
+    /// Hides nothing, and is left out.
     Nothing,
 }
 
 impl<'a> Special<'a> {
-    /// What the member `path` is, if it is no file.
+    /// Returns what the member `path` is if it is no file.
     pub(super) fn of(path: &'a [u8]) -> Result<Option<Self>, &'static str> {
         let slash = path.iter().rposition(|&byte| byte == b'/');
         let (directory, name) = match slash {
@@ -60,7 +60,7 @@ impl<'a> Special<'a> {
         }
     }
 
-    /// The path of what it hides, or of the directory in which it hides all.
+    /// Returns the path that is hidden, or of the directory in which everything is hidden.
     pub(super) fn path(&self) -> Vec<u8> {
         match *self {
             Self::Whiteout(b"", name) => name.to_vec(),
@@ -71,10 +71,10 @@ impl<'a> Special<'a> {
     }
 }
 
-/// What a layer has done so far.
+/// What a layer has set and hidden so far.
 #[derive(Default)]
 pub(super) struct Own {
-    /// The names that it has set, each in its directory.
+    /// The names that it has set, by directory.
     names: HashMap<Id, HashSet<Vec<u8>>>,
     /// The names that it has hidden, each in its directory. A second time there is nothing to hide, and
     /// many times would be endless work.
@@ -96,8 +96,8 @@ impl Own {
         names.is_some_and(|names| names.contains(name))
     }
 
-    /// Hides a name, and what is below it, where the layers below have set them. Returns directories
-    /// that stay only because the layer has something in them.
+    /// Hides a name, and everything below it, if layers below have set it. Returns directories that
+    /// stay only because the layer has set names in them.
     pub(super) fn hide(&mut self, tree: &mut Tree, directory: Id, name: &[u8]) -> Result<Vec<Id>> {
         let mut stay = Vec::new();
         if let Some(id) = tree.child(directory, name) {
@@ -108,7 +108,7 @@ impl Own {
         Ok(stay)
     }
 
-    /// Hides all names in a directory, as [`Self::hide`] does.
+    /// Hides all names in a directory, like [`Self::hide`].
     pub(super) fn hide_all(&mut self, tree: &mut Tree, directory: Id) -> Result<Vec<Id>> {
         let mut stay = Vec::new();
         self.hide_inside(tree, directory, &mut stay)?;

@@ -1,28 +1,28 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! Where things are in the device: chunks for the tree of chunks, for data, and for metadata. None
-//! covers a copy of the superblock.
+//! Places the chunks on the device: for the chunk tree, data, and metadata. No chunk covers a copy
+//! of the superblock.
 
 use super::format::NODE;
 
-/// What a chunk is for.
+/// The purpose of a chunk.
 pub(super) mod kind {
     pub(in super::super) const DATA: u64 = 1;
     pub(in super::super) const SYSTEM: u64 = 2;
     pub(in super::super) const METADATA: u64 = 4;
 }
 
-/// Chunks begin and end at multiples of this.
+/// Chunks start and end at multiples of this.
 const UNIT: u64 = 1 << 20;
-/// The first MiB belongs to boot loaders and the superblock.
+/// The first MiB is for boot loaders and the superblock.
 const FIRST: u64 = UNIT;
 const SYSTEM_LEN: u64 = 4 << 20;
-/// Longest chunk, as the kernel makes them.
+/// Longest chunk, as in the kernel.
 const LONGEST: u64 = 1 << 30;
-/// Where copies of the superblock are; they need a MiB here, which is 64 KiB in truth.
+/// Places of the superblock's copies. Each has 64 KiB; a whole MiB is left out here.
 const COPIES: [u64; 2] = [64 << 20, 256 << 30];
 
-/// A part of the device for one purpose.
+/// A range of the device with one purpose.
 #[derive(Clone, Debug)]
 pub(super) struct Chunk {
     pub(super) start: u64,
@@ -36,7 +36,7 @@ impl Chunk {
     }
 }
 
-/// Chunks for `len` bytes from `start` on.
+/// Returns chunks for `len` bytes from `start` on.
 fn place(mut start: u64, len: u64, kind: u64) -> Vec<Chunk> {
     let mut chunks = Vec::new();
     let mut left = len.next_multiple_of(UNIT);
@@ -54,7 +54,7 @@ fn place(mut start: u64, len: u64, kind: u64) -> Vec<Chunk> {
     chunks
 }
 
-/// Chunks for `len` bytes of data. They are behind that for the tree of chunks.
+/// Returns chunks for `len` bytes of data. They follow the chunk of the chunk tree.
 pub(super) fn for_data(len: u64) -> Vec<Chunk> {
     place(FIRST + SYSTEM_LEN, len, kind::DATA)
 }
@@ -67,7 +67,7 @@ pub(super) struct Layout {
 }
 
 impl Layout {
-    /// Chunks for `blocks` blocks of metadata besides those for data.
+    /// Adds chunks for `blocks` blocks of metadata to those for data.
     pub(super) fn new(data: Vec<Chunk>, blocks: u64) -> Self {
         let system = Chunk {
             start: FIRST,
@@ -75,7 +75,7 @@ impl Layout {
             kind: kind::SYSTEM,
         };
         let start = data.last().unwrap_or(&system).end();
-        // Some room, so that a little may be changed without further chunks.
+        // Some free space, so that small changes need no new chunks.
         let len = blocks * NODE;
         let metadata = place(start, len + len / 4 + (8 << 20), kind::METADATA);
         Self {
@@ -89,7 +89,7 @@ impl Layout {
         self.system.clone()
     }
 
-    /// All chunks in their order.
+    /// Returns all chunks in order.
     pub(super) fn chunks(&self) -> impl Iterator<Item = &Chunk> {
         [&self.system]
             .into_iter()
@@ -97,22 +97,22 @@ impl Layout {
             .chain(&self.metadata)
     }
 
-    /// Bytes of all chunks.
+    /// Returns the length of all chunks in bytes.
     pub(super) fn allocated(&self) -> u64 {
         self.chunks().map(|chunk| chunk.len).sum()
     }
 
-    /// Where the last one ends.
+    /// Returns the end of the last chunk.
     pub(super) fn end(&self) -> u64 {
         self.chunks().map(Chunk::end).max().unwrap_or_default()
     }
 
-    /// Addresses for blocks of the tree of chunks.
+    /// Returns addresses for blocks of the chunk tree.
     pub(super) fn system_blocks(&self) -> impl Iterator<Item = u64> {
         blocks(&self.system)
     }
 
-    /// Addresses for blocks of all other trees.
+    /// Returns addresses for blocks of all other trees.
     pub(super) fn metadata_blocks(&self) -> impl Iterator<Item = u64> + '_ {
         self.metadata.iter().flat_map(blocks)
     }

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! The tree of files: inodes, names, extended attributes, and where content is.
+//! The tree of files: inodes, names, extended attributes, and the places of content.
 
 use std::collections::HashMap;
 
@@ -12,43 +12,43 @@ use super::format::{self, file_type, key, kind, root, Inode, Items, ITEM_HEADER,
 use crate::exit::Failure;
 use crate::mkfs::tree::{show, Content, Id, Kind, Name, Node, Tree, ROOT};
 
-/// Content up to this is in the tree, as the kernel has it by default.
+/// Longest content stored in the tree, as by default in the kernel.
 const INLINE: u64 = 2048;
 /// Longest extent.
 const LONGEST: u64 = 128 << 20;
-/// Bytes of names in one item; further ones have items of their own.
+/// Largest size of the names in one item. Further names get their own items.
 const REFS: usize = 4096;
 /// The first index in a directory.
 const FIRST_INDEX: u64 = 2;
-/// Longest name and value of an extended attribute: an item with a header fills a block.
+/// Longest name and value of an extended attribute together: an item with its header fills a block.
 const XATTR: usize = ROOM - ITEM_HEADER - 30;
 
-/// A part of a file.
+/// A range of a file.
 pub(super) struct Extent {
     pub(super) id: Id,
     pub(super) inode: u64,
-    /// Where it is in the file.
+    /// Offset in the file.
     pub(super) offset: u64,
-    /// Where it is in the device.
+    /// Address on the device.
     pub(super) address: u64,
-    /// Whole blocks.
+    /// Length, in whole blocks.
     pub(super) len: u64,
 }
 
-/// The items, and the places of all content that isn't in them.
+/// The items, and the extents of all content outside of them.
 pub(super) struct Files {
     pub(super) items: Items,
-    /// File by file, each in its order.
+    /// By file, each in order.
     pub(super) extents: Vec<Extent>,
 }
 
-/// Whether content is in the tree of files.
+/// Returns whether content is stored in the tree.
 fn is_inline(content: &Content) -> bool {
     content.size <= INLINE && content.data_len() == content.size
 }
 
 impl Tree {
-    /// Bytes of all content that needs places, in whole blocks of `sector`.
+    /// Returns the length of all content outside of the tree, in whole blocks of `sector` bytes.
     pub(super) fn data_len(&self, sector: u64) -> Result<u64> {
         let mut sum = 0;
         for name in self.names().iter().filter(|name| name.first) {
@@ -62,7 +62,7 @@ impl Tree {
     }
 }
 
-/// Builds the tree of files; content is in the chunks `data`.
+/// Builds the tree of files. The content is in the chunks `data`.
 pub(super) fn build(tree: &Tree, data: &[Chunk]) -> Result<Files> {
     let names = tree.names();
     let mut builder = Builder {
@@ -104,14 +104,14 @@ pub(super) fn build(tree: &Tree, data: &[Chunk]) -> Result<Files> {
 struct Builder<'a> {
     tree: &'a Tree,
     files: Files,
-    /// How many names a node has.
+    /// Number of names of each node.
     links: HashMap<Id, u32>,
     inodes: HashMap<Id, u64>,
     space: Space<'a>,
 }
 
 impl Builder<'_> {
-    /// Adds an item. One that is there with that key becomes longer.
+    /// Adds an item. Appends to an existing item with that key.
     fn add(&mut self, key: format::Key, bytes: &[u8]) {
         let item = self.files.items.entry(key).or_default();
         item.extend_from_slice(bytes);
@@ -151,7 +151,7 @@ impl Builder<'_> {
         Ok(())
     }
 
-    /// Adds a node, its extended attributes and content.
+    /// Adds a node with its extended attributes and content.
     fn node(&mut self, id: Id, path: &[u8]) -> Result<()> {
         let node = self.tree.node(id)?;
         let inode = self.inode(id)?;
@@ -193,12 +193,12 @@ impl Builder<'_> {
         Ok(())
     }
 
-    /// Adds what a node holds. Returns its size, and how many bytes that takes.
+    /// Adds the content of a node. Returns its size, and the bytes that it occupies.
     fn content(&mut self, id: Id, inode: u64, node: &Node) -> Result<(u64, u64)> {
         let at = |offset| key(inode, kind::EXTENT_DATA, offset);
         match &node.kind {
             Kind::Directory(children) => {
-                // Each name counts in two places.
+                // Each name counts twice.
                 let names = children.keys().map(|name| to_u64(name.len()));
                 Ok((names.sum::<u64>() * 2, 0))
             }
@@ -244,15 +244,15 @@ impl Builder<'_> {
     }
 }
 
-/// The chunks for data, filled from the beginning.
+/// The chunks for data, filled from the start.
 struct Space<'a> {
     chunks: &'a [Chunk],
-    /// Bytes of the first one that are taken.
+    /// Number of used bytes in the first one.
     used: u64,
 }
 
 impl Space<'_> {
-    /// Takes at most `len` bytes. Returns where they are and how many.
+    /// Allocates at most `len` bytes. Returns their address and number.
     fn take(&mut self, len: u64) -> Result<(u64, u64)> {
         while let Some((first, rest)) = self.chunks.split_first() {
             if self.used < first.len {

@@ -10,28 +10,28 @@ use uuid::Uuid;
 
 use super::chunks::Chunk;
 
-/// Bytes of a structure.
+/// The bytes of a structure.
 pub(super) type Bytes = Vec<u8>;
 /// Key of an item: object, kind, offset.
 pub(super) type Key = (u64, u8, u64);
 /// The items of a tree.
 pub(super) type Items = BTreeMap<Key, Bytes>;
 
-/// Bytes of a block of data.
+/// Size of a block of data in bytes.
 pub(super) const SECTOR: u64 = 4096;
-/// Bytes of a block of a tree.
+/// Size of a block of a tree in bytes.
 pub(super) const NODE: u64 = 16384;
-/// Bytes of the header of a block of a tree.
+/// Length of the header of a block of a tree.
 const HEADER: usize = 101;
-/// Bytes of a block of a tree for items.
+/// Space for items in a block of a tree.
 pub(super) const ROOM: usize = 16384 - HEADER;
-/// Bytes that an item takes besides its data.
+/// Length of an item without its data.
 pub(super) const ITEM_HEADER: usize = 25;
-/// Pointers to lower blocks in a block.
+/// Largest number of pointers to lower blocks in a block.
 pub(super) const POINTERS: usize = ROOM / 33;
-/// All is of the first transaction.
+/// Everything belongs to the first transaction.
 const GENERATION: u64 = 1;
-/// Bytes of stripes, of which a chunk is made.
+/// Length of the stripes in a chunk.
 const STRIPE: u64 = 64 << 10;
 
 /// Numbers of trees and other objects.
@@ -47,7 +47,8 @@ pub(super) mod root {
     pub(in super::super) const DATA_RELOCATION: u64 = u64::MAX - 8;
     pub(in super::super) const EXTENT_CSUM: u64 = u64::MAX - 9;
     pub(in super::super) const DEV_ITEMS: u64 = 1;
-    /// The first object of a user: the root directory of a subvolume; and that of all chunks.
+    /// The first object for users: the root directory of a subvolume; also the object of all
+    /// chunks.
     pub(in super::super) const FIRST: u64 = 256;
 }
 
@@ -86,17 +87,17 @@ pub(super) mod file_type {
     pub(in super::super) const XATTR: u8 = 8;
 }
 
-/// Features that a reader must know: mixed back references, large metadata, extended references of
-/// inodes, skinny metadata, no holes.
+/// Features that readers must support: mixed back references, large metadata, extended inode
+/// references, skinny metadata, no holes.
 const INCOMPATIBLE: u64 = 1 | (1 << 5) | (1 << 6) | (1 << 8) | (1 << 9);
-/// Features that a writer must know: the tree of free space, and that it is valid.
+/// Features that writers must support: the free space tree, and that it is valid.
 const COMPATIBLE_READ_ONLY: u64 = 1 | (1 << 1);
 
 pub(super) fn key(object: u64, kind: u8, offset: u64) -> Key {
     (object, kind, offset)
 }
 
-/// Puts numbers and bytes one after the other.
+/// Appends numbers and bytes.
 #[derive(Default)]
 struct Put(Bytes);
 
@@ -140,30 +141,30 @@ impl Put {
         self
     }
 
-    /// Fills up with zeros to `len` bytes.
+    /// Pads with zeros to `len` bytes.
     fn up_to(mut self, len: usize) -> Self {
         self.0.resize(len, 0);
         self
     }
 }
 
-/// The kernel's `crc32c()`, which inverts neither what it begins with nor the result.
+/// The kernel's `crc32c()`, without inversion before or after.
 fn raw_crc32c(seed: u32, bytes: &[u8]) -> u32 {
     !crc32c::crc32c_append(!seed, bytes)
 }
 
-/// Where a name is in a directory.
+/// Returns the offset in the key of a name in a directory.
 pub(super) fn name_hash(name: &[u8]) -> u64 {
     raw_crc32c(!1, name).into()
 }
 
-/// Where an extended reference to a name in the directory `parent` is.
+/// Returns the offset in the key of an extended reference to a name in the directory `parent`.
 pub(super) fn extref_hash(parent: u64, name: &[u8]) -> u64 {
     let [a, b, c, d, ..] = parent.to_le_bytes();
     raw_crc32c(u32::from_le_bytes([a, b, c, d]), name).into()
 }
 
-/// A length that the format has 16 bits for; what is longer was refused before.
+/// Returns a length as 16 bits. Longer ones were refused before.
 fn len16(bytes: &[u8]) -> u16 {
     u16::try_from(bytes.len()).unwrap_or(u16::MAX)
 }
@@ -211,33 +212,33 @@ pub(super) fn inode_extref(parent: u64, index: u64, name: &[u8]) -> Bytes {
     put.u16(len16(name)).bytes(name).0
 }
 
-/// An entry of a directory, or an extended attribute.
+/// Returns an entry of a directory, or an extended attribute.
 pub(super) fn dir_item(to: &Key, kind: u8, name: &[u8], value: &[u8]) -> Bytes {
     let put = Put::default().key(to).u64(GENERATION);
     let put = put.u16(len16(value)).u16(len16(name)).u8(kind);
     put.bytes(name).bytes(value).0
 }
 
-/// Content in a tree.
+/// Returns an extent with content in the tree.
 pub(super) fn inline_extent(data: &[u8]) -> Bytes {
     let put = Put::default().u64(GENERATION).u64(to_u64(data.len()));
     put.u32(0).u8(0).bytes(data).0
 }
 
-/// Content at `address`.
+/// Returns an extent with content at `address`.
 pub(super) fn file_extent(address: u64, len: u64) -> Bytes {
     let put = Put::default().u64(GENERATION).u64(len).u32(0).u8(1);
     put.u64(address).u64(len).u64(0).u64(len).0
 }
 
-/// Data that belongs to a file.
+/// Returns the item of a data extent that belongs to a file.
 pub(super) fn data_extent(inode: u64, offset: u64) -> Bytes {
     let put = Put::default().u64(1).u64(GENERATION).u64(1);
     let put = put.u8(kind::EXTENT_DATA_REF).u64(root::FS);
     put.u64(inode).u64(offset).u32(1).0
 }
 
-/// A block that belongs to a tree.
+/// Returns the item of a block that belongs to a tree.
 pub(super) fn metadata_extent(owner: u64) -> Bytes {
     let put = Put::default().u64(1).u64(GENERATION).u64(2);
     put.u8(kind::TREE_BLOCK_REF).u64(owner).0
@@ -270,13 +271,13 @@ pub(super) fn device_extent(chunk: &Chunk, chunk_tree: Uuid) -> Bytes {
     put.u64(chunk.start).u64(chunk.len).uuid(chunk_tree).0
 }
 
-/// What leads to a tree.
+/// The reference to a tree.
 pub(super) struct Root {
     pub(super) address: u64,
     pub(super) level: u8,
-    /// Identity of a subvolume.
+    /// The UUID of a subvolume.
     pub(super) subvolume: Option<Uuid>,
-    /// The root directory, where there is one.
+    /// The root directory, if the tree has one.
     pub(super) directory: u64,
     pub(super) time: u32,
 }
@@ -288,7 +289,7 @@ impl Root {
             nbytes: NODE,
             nlink: 1,
             mode: 0o040_755,
-            // What is not in the first transaction's form is initialized.
+            // Fields that the original format doesn't have are initialized.
             flags: 1 << 31,
             ..Default::default()
         };
@@ -298,10 +299,10 @@ impl Root {
         };
         let put = Put::default().bytes(&inode.bytes()).u64(GENERATION);
         let put = put.u64(self.directory).u64(self.address).u64(0).u64(NODE);
-        // Last snapshot and flags; references; progress of dropping it.
+        // Last snapshot and flags; references; progress of its deletion.
         let put = put.zeros(8 + 8).u32(1).zeros(17 + 1).u8(self.level);
         let put = put.u64(GENERATION).uuid(self.subvolume.unwrap_or_default());
-        // Parent's and received UUID, four transactions; the times of change and birth.
+        // Parent's and received UUID, four transactions; times of change and creation.
         put.zeros(16 + 16 + 32).time(time).time(time).up_to(439).0
     }
 }
@@ -321,7 +322,7 @@ pub(super) struct Superblock {
 }
 
 impl Superblock {
-    /// The bytes of that at `address`.
+    /// Returns the bytes of the superblock at `address`.
     pub(super) fn bytes(&self, address: u64) -> Bytes {
         let put = Put::default().zeros(32).uuid(self.fs).u64(address).u64(1);
         let put = put.bytes(b"_BHRfS_M").u64(GENERATION);
@@ -344,7 +345,7 @@ impl Superblock {
     }
 }
 
-/// Sets the checksum, which is in front of all that it covers.
+/// Sets the checksum, which is before everything that it covers.
 fn seal(mut block: Bytes) -> Bytes {
     let (sum, rest) = block.split_at_mut(32);
     let crc = crc32c::crc32c(rest);
@@ -354,7 +355,7 @@ fn seal(mut block: Bytes) -> Bytes {
     block
 }
 
-/// What is in a block of a tree.
+/// The content of a block of a tree.
 pub(super) struct Body {
     owner: u64,
     level: u8,
@@ -363,7 +364,7 @@ pub(super) struct Body {
 }
 
 impl Body {
-    /// A leaf: headers of the items from the front, their data from the back.
+    /// Returns a leaf: headers of the items from the front, their data from the back.
     pub(super) fn leaf(owner: u64, items: &[(Key, Bytes)]) -> Result<Self> {
         let mut bytes = vec![0; ROOM];
         let mut end = ROOM;
@@ -389,7 +390,7 @@ impl Body {
         })
     }
 
-    /// A node over the blocks at these addresses, with the first key in each.
+    /// Returns a node above the blocks at these addresses, with the first key of each.
     pub(super) fn node(owner: u64, level: u8, pointers: &[(Key, u64)]) -> Result<Self> {
         let put = pointers.iter().fold(Put::default(), |put, (key, address)| {
             put.key(key).u64(*address).u64(GENERATION)
@@ -416,7 +417,7 @@ fn fill(bytes: &mut [u8], at: usize, from: &[u8]) {
     }
 }
 
-/// The block of a tree at `address`.
+/// Returns the block of a tree at `address`.
 pub(super) fn block(address: u64, body: &Body, fs: Uuid, chunk_tree: Uuid) -> Bytes {
     // Written, with mixed back references.
     let flags = 1 | (1 << 56);
@@ -457,7 +458,7 @@ mod tests {
 
     #[test]
     fn hashes() {
-        // What every btrfs has for its default subvolume.
+        // The hash in every btrfs for its default subvolume.
         assert_eq!(name_hash(b"default"), 2_378_154_706);
     }
 }

@@ -1,16 +1,17 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! btrfs, written here. mkfs.btrfs fills a file system in the order in which a directory happens to
-//! be read, has random UUIDs and the time of day in many places, and loses numbers of devices and
+//! Writes btrfs. mkfs.btrfs isn't used: it fills a file system in the order in which a directory is
+//! read, writes random UUIDs and the time of day in many places, and loses device numbers and
 //! fractions of seconds; no option changes that.
 //!
-//! What is made has one device and one copy of all, blocks of 4 KiB, nodes of 16 KiB and the features
-//! that mkfs.btrfs sets by default. Addresses in the file system are those in the device.
+//! The result has one device and one copy of everything, blocks of 4 KiB, nodes of 16 KiB and the
+//! default features of mkfs.btrfs. Addresses in the file system equal those on the device.
 //!
-//! - [`format`]: bytes of single structures. [`files`]: the tree of files. [`pack`]: trees as blocks.
-//! - [`chunks`]: where things are in the device.
+//! - [`format`]: bytes of single structures. [`files`]: the tree of files. [`pack`]: trees as
+//!   blocks.
+//! - [`chunks`]: places on the device.
 //!
-//! Source: Linux, `include/uapi/linux/btrfs_tree.h`, and what `fs/btrfs/tree-checker.c` checks.
+//! Source: Linux, `include/uapi/linux/btrfs_tree.h`, and the checks in `fs/btrfs/tree-checker.c`.
 
 mod chunks;
 mod files;
@@ -36,12 +37,12 @@ use crate::bar::Bar;
 use crate::exit::Failure;
 use crate::output::temp_file;
 
-/// Checksums in one item.
+/// Largest number of checksums in one item.
 const CSUMS: usize = 2048;
-/// Copies of the superblock.
+/// Addresses of the superblock and its copies.
 const SUPERBLOCKS: [u64; 3] = [64 << 10, 64 << 20, 256 << 30];
 
-/// Identities in the file system.
+/// UUIDs in the file system.
 struct Ids {
     fs: Uuid,
     device: Uuid,
@@ -99,7 +100,7 @@ pub(in crate::mkfs) fn make(
     Ok(image)
 }
 
-/// Writes the content of all files, and returns its checksums.
+/// Writes the content of all files. Returns its checksums.
 fn write_data(tree: &Tree, extents: &[Extent], file: &File) -> Result<Items> {
     let mut sums: Vec<(u64, u32)> = Vec::new();
     let bar = Bar::new("writing", extents.iter().map(|extent| extent.len).sum());
@@ -150,7 +151,7 @@ fn write_data(tree: &Tree, extents: &[Extent], file: &File) -> Result<Items> {
     Ok(items)
 }
 
-/// What the kernel needs to move data.
+/// Returns the tree that the kernel needs to move data.
 fn relocation_tree() -> Items {
     let mut items = Items::new();
     let directory = format::Inode {
@@ -167,7 +168,7 @@ fn relocation_tree() -> Items {
     items
 }
 
-/// What the trees are made of.
+/// The input for the trees.
 struct Maker<'a> {
     ids: &'a Ids,
     time: u32,
@@ -178,7 +179,7 @@ struct Maker<'a> {
     relocation: Packed,
 }
 
-/// All trees, and where they are.
+/// All trees, and their places.
 struct Done {
     layout: Layout,
     device: Packed,
@@ -192,7 +193,7 @@ struct Done {
 }
 
 impl Maker<'_> {
-    /// Builds the trees that tell where everything is, themselves too.
+    /// Builds the trees that record the places of all blocks, including their own.
     fn trees(&self, data: Vec<Chunk>) -> Result<Done> {
         // More blocks need more items in the trees, which need more blocks.
         let mut blocks = 1;
@@ -213,7 +214,7 @@ impl Maker<'_> {
     fn trees_in(&self, layout: Layout) -> Result<Done> {
         let device = Packed::new(root::DEVICE, self.device_tree(&layout));
         let chunk = Packed::new(root::CHUNK, self.chunk_tree(&layout));
-        // Only the lengths of these items count until the places of all blocks are known.
+        // Until the places of all blocks are known, only the lengths of these items are right.
         let mut done = Done {
             layout,
             device,
@@ -224,7 +225,7 @@ impl Maker<'_> {
             places: Vec::new(),
             used: 0,
         };
-        // Twice at most: first their own blocks are missing.
+        // At most twice: in the first pass, their own blocks are missing.
         let mut own = (0, 0, 0);
         loop {
             done.place(self)?;
@@ -270,7 +271,7 @@ impl Maker<'_> {
 }
 
 impl Done {
-    /// All trees; that of the chunks is the last one and has a chunk of its own.
+    /// Returns all trees except the chunk tree, which has its own chunk.
     fn packed<'a>(&'a self, maker: &'a Maker<'_>) -> [&'a Packed; 7] {
         [
             &maker.fs,
@@ -283,7 +284,7 @@ impl Done {
         ]
     }
 
-    /// Gives a place to each block of each tree.
+    /// Assigns a place to each block of each tree.
     fn place(&mut self, maker: &Maker<'_>) -> Result<()> {
         let mut free = self.layout.metadata_blocks();
         let mut places = Vec::new();
@@ -300,14 +301,14 @@ impl Done {
         Ok(())
     }
 
-    /// The address of the root of the tree that is at `nth` in [`Self::packed`].
+    /// Returns the address of the root of the tree at `nth` in [`Self::packed`].
     fn root_of(&self, nth: usize) -> Result<u64> {
         let last = self.places.get(nth).and_then(|blocks| blocks.last());
-        // There is none yet in the first turn.
+        // In the first pass there is none yet.
         Ok(last.copied().unwrap_or_default())
     }
 
-    /// Bytes used in a chunk: they are at its beginning.
+    /// Returns the number of used bytes in a chunk: they are at its start.
     fn used_in(&self, chunk: &Chunk, maker: &Maker<'_>) -> u64 {
         let inside = |address: u64| (chunk.start..chunk.end()).contains(&address);
         let blocks = self.places.iter().flatten();
@@ -367,7 +368,7 @@ impl Done {
 
     fn root_tree(&self, maker: &Maker<'_>) -> Result<Items> {
         let mut items = Items::new();
-        // All but the root tree itself and that of the chunks, which the superblock leads to.
+        // All except the root tree itself and the chunk tree, to which the superblock points.
         for (nth, packed) in self.packed(maker).into_iter().enumerate().take(6) {
             let tree = format::Root {
                 address: self.root_of(nth)?,
@@ -381,7 +382,7 @@ impl Done {
             };
             items.insert(key(packed.owner(), kind::ROOT_ITEM, 0), tree.bytes());
         }
-        // The default subvolume has its name in a directory there.
+        // A directory there has the name of the default subvolume.
         let directory = format::Inode {
             size: 0,
             nbytes: NODE,
@@ -415,7 +416,7 @@ impl Done {
         Ok(items)
     }
 
-    /// Writes all blocks of all trees, and then the superblocks.
+    /// Writes all blocks of all trees, then the superblocks.
     fn write(&self, maker: &Maker<'_>, file: &File) -> Result<()> {
         let context = "cannot write the file system";
         let trees = self.packed(maker).into_iter().chain([&self.chunk]);

@@ -1,15 +1,15 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! The items of a tree in blocks: leaves with the items, and above them nodes that lead to blocks
-//! below, up to one root.
+//! Packs the items of a tree into blocks: leaves with the items, and nodes above with pointers to
+//! lower blocks, up to one root.
 
 use anyhow::{Context, Result};
 use overlaybd::format::num::to_u64;
 
 use super::format::{Body, Bytes, Items, Key, ITEM_HEADER, POINTERS, ROOM};
 
-/// A tree, and how its items are spread over blocks. The blocks are in this order: the leaves, what
-/// leads to them, and so on; the root is the last one.
+/// A tree, and the distribution of its items over blocks. The blocks are in this order: the leaves,
+/// the nodes above, and so on; the root is last.
 pub(super) struct Packed {
     owner: u64,
     items: Vec<(Key, Bytes)>,
@@ -41,7 +41,7 @@ impl Packed {
         self.owner
     }
 
-    /// Blocks in each level, the leaves first.
+    /// Returns the number of blocks in each level, the leaves first.
     fn in_levels(&self) -> Vec<usize> {
         let mut levels = vec![self.leaves.len()];
         while let Some(&below @ 2..) = levels.last() {
@@ -54,18 +54,18 @@ impl Packed {
         to_u64(self.in_levels().iter().sum())
     }
 
-    /// The level of the root.
+    /// Returns the level of the root.
     pub(super) fn level(&self) -> u8 {
         u8::try_from(self.in_levels().len() - 1).unwrap_or(u8::MAX)
     }
 
-    /// The level of each block.
+    /// Returns the level of each block.
     pub(super) fn levels(&self) -> impl Iterator<Item = u8> {
         let levels = (0u8..).zip(self.in_levels());
         levels.flat_map(|(level, count)| std::iter::repeat_n(level, count))
     }
 
-    /// Hands over all blocks with their addresses, which are `places`.
+    /// Passes on all blocks with their addresses, which are `places`.
     pub(super) fn write(
         &self,
         places: &[u64],

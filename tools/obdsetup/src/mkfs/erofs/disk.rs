@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! A disk that is changed: what was written goes to a file, and the rest is read from the layers
+//! A disk that can be changed: written blocks go to a file, the others are read from the layers
 //! below.
 
 use std::cell::RefCell;
@@ -16,26 +16,27 @@ use overlaybd::Stack;
 
 use super::write::{Out, BLOCK, WRITE};
 
-/// Bytes of what is below that are read at once: inodes stand close together, and layers may be
-/// compressed in blocks as large as this.
+/// Number of bytes read at once from the layers below: inodes are close together, and layers may be
+/// compressed in blocks of this size.
 const WINDOW: u64 = 64 << 10;
-/// How many of these are kept.
+/// Number of windows that are cached.
 const WINDOWS: usize = 64;
 
 /// The disk.
 pub(super) struct Disk {
     below: Option<Stack>,
-    /// Blocks of what is below.
+    /// Number of blocks in the layers below.
     blocks: u64,
-    /// The blocks that were written, at their places.
+    /// The written blocks, at their offsets.
     file: File,
     written: RefCell<Blocks>,
-    /// Parts of what is below, by the byte where they begin.
+    /// Cached windows of the layers below, by their offset.
     windows: RefCell<HashMap<u64, Vec<u8>>>,
 }
 
 impl Disk {
-    /// The disk of the layers `below`, or an empty one. `file` is an empty one, for what is written.
+    /// Returns the disk of the layers `below`, or an empty one. `file` must be empty, and gets
+    /// written blocks.
     pub(super) fn new(below: Option<Stack>, file: File) -> Self {
         let blocks = below
             .as_ref()
@@ -49,18 +50,18 @@ impl Disk {
         }
     }
 
-    /// Blocks of what is below.
+    /// Returns the number of blocks in the layers below.
     pub(super) fn blocks(&self) -> u64 {
         self.blocks
     }
 
-    /// Bytes of the files of what is below.
+    /// Returns the size of the files of the layers below, in bytes.
     pub(super) fn stored(&self) -> u64 {
         let layers = self.below.iter().flat_map(Stack::layers);
         layers.map(|layer| layer.payload().file().size()).sum()
     }
 
-    /// What was written: the file with it, and which sectors are, ascending and apart.
+    /// Returns the file with the written blocks, and the written sectors, ascending and disjoint.
     pub(super) fn into_written(self) -> (File, Vec<Run>) {
         let written = self.written.into_inner();
         let sectors = BLOCK / SECTOR_SIZE;
@@ -75,7 +76,7 @@ impl Disk {
     /// Reads a part of a block.
     fn read_in_block(&self, bytes: &mut [u8], at: u64) -> Result<()> {
         if self.written.borrow().contains(at / BLOCK) {
-            // A file that ends within the block has zeros behind its end.
+            // If the file ends within the block, the rest is zeros.
             let mut done = 0;
             while let Some(rest) = bytes.get_mut(done..).filter(|rest| !rest.is_empty()) {
                 match self.file.read_at(rest, at + to_u64(done)).context(WRITE)? {
@@ -98,14 +99,14 @@ impl Disk {
         }
         let window = windows.get(&start).map(Vec::as_slice).unwrap_or_default();
         let from = window.get(to_usize(at - start)..).unwrap_or_default();
-        // A block is in one window.
+        // A window has whole blocks.
         for (to, from) in bytes.iter_mut().zip(from) {
             *to = *from;
         }
         Ok(())
     }
 
-    /// Reads a window of what is below, and zeros where there is nothing.
+    /// Reads a window of the layers below, with zeros after their end.
     fn read_below(&self, start: u64) -> Result<Vec<u8>> {
         let mut window = vec![0; to_usize(WINDOW)];
         if let Some(below) = &self.below {
@@ -118,7 +119,7 @@ impl Disk {
         Ok(window)
     }
 
-    /// Writes a part of a block that is below: the rest of it stays.
+    /// Writes a part of a block of the layers below; the rest of the block stays.
     fn write_in_block(&self, bytes: &[u8], at: u64) -> Result<()> {
         let mut old = vec![0; bytes.len()];
         self.read_in_block(&mut old, at)?;
@@ -139,7 +140,7 @@ impl Disk {
 }
 
 impl Out for Disk {
-    /// Writes what differs from what is there.
+    /// Writes the bytes that differ from the present ones.
     fn write(&self, mut bytes: &[u8], mut at: u64) -> Result<()> {
         while !bytes.is_empty() && at / BLOCK < self.blocks {
             let room = to_usize(BLOCK - at % BLOCK).min(bytes.len());
@@ -169,7 +170,7 @@ impl Out for Disk {
     }
 }
 
-/// Numbers of blocks: the beginning of each range, and its end.
+/// Ranges of block numbers: start of each range, and its end.
 #[derive(Debug, Default)]
 struct Blocks(BTreeMap<u64, u64>);
 
@@ -179,7 +180,7 @@ impl Blocks {
         before.is_some_and(|(_, &end)| block < end)
     }
 
-    /// Adds the blocks from `start` up to `end`, which is not one of them.
+    /// Adds the blocks from `start` up to, not including, `end`.
     fn insert(&mut self, mut start: u64, mut end: u64) {
         if let Some((&before, &before_end)) = self.0.range(..=start).next_back() {
             if before_end >= end {

@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! Puts a layer of an image over an erofs: what stays keeps its place, what is new goes behind the end.
-//! So the difference of the two disks is what the layer has, and the inodes and directories that it
-//! changes.
+//! Puts a layer of an image over an erofs. Existing data keeps its place, new data is written after
+//! the end. So the layer is the difference between the two disks: its content, and the inodes and
+//! directories that it changes.
 //!
 //! - Files, links and devices never change: a layer replaces them. Only the count of their names may.
 //! - A directory stays where it is while its inode fits there. Entries that don't fit beside it
@@ -11,7 +11,7 @@
 //!   are always in blocks, and in a new file system the next inode is in the next block, so that its
 //!   extended attributes may become more.
 //!
-//! The result depends on nothing but the disk below and the tree.
+//! The result depends only on the disk below and the tree.
 
 use std::collections::HashMap;
 
@@ -29,15 +29,15 @@ use crate::bar::Bar;
 use crate::exit::Failure;
 use crate::mkfs::tree::{Id, Kind, ROOT};
 
-/// What to do where it would be too large.
+/// What the user can do if the file system becomes too large.
 const FULL: &str = "make one layer of the image's files, with --fs btrfs";
 /// What to do where a file has too many extended attributes.
 const TOO_LONG: &str = "make one layer of the image's files, with --fs squashfs";
 /// Where an inode has the count of its names.
 const LINKS_AT: u64 = 44;
 
-/// Writes the tree of `state`, some of which is on `disk` already. Returns the blocks that the file
-/// system has then.
+/// Writes the tree of `state`, parts of which are on `disk` already. Returns the new number of
+/// blocks of the file system.
 pub(super) fn write(state: &State, disk: &Disk, stamp: (Uuid, u32)) -> Result<u64> {
     let (tree, placed) = (&state.tree, &state.placed);
     let names = tree.names();
@@ -132,7 +132,7 @@ pub(super) fn write(state: &State, disk: &Disk, stamp: (Uuid, u32)) -> Result<u6
         writer.node(id, u32::from_le_bytes([a, b, c, d]), &bar)?;
     }
     for (id, there) in placed {
-        // What has no name any more has no plan; what has moved was written.
+        // Nodes without a name have no plan; moved nodes have been written.
         let plan = writer.plans.get(id).filter(|plan| plan.at == there.at);
         if let Some(plan) = plan.filter(|plan| plan.links != there.links) {
             disk.write(&plan.links.to_le_bytes(), there.at + LINKS_AT)?;
@@ -148,8 +148,8 @@ pub(super) fn write(state: &State, disk: &Disk, stamp: (Uuid, u32)) -> Result<u6
     Ok(next)
 }
 
-/// Whether the inode of a directory can stay at `at`, where it has `room`; its entries may go in
-/// blocks for that.
+/// Returns whether the inode of a directory can stay at `at`, where it has `room`. Moves its
+/// entries to blocks if necessary.
 fn stays(plan: &mut Plan, at: u64, room: Option<u64>) -> bool {
     let room = room.unwrap_or_default();
     let needed = |plan: &Plan| INODE + to_u64(plan.xattrs.len()) + plan.beside();
@@ -159,8 +159,8 @@ fn stays(plan: &mut Plan, at: u64, room: Option<u64>) -> bool {
     needed(plan) <= room
 }
 
-/// Bytes that the inode of the root directory may have where it is: up to the next inode, or the end
-/// of the block. Data is in later blocks.
+/// Returns the space for the inode of the root directory at its place: up to the next inode, or the
+/// end of the block. Data is in later blocks.
 fn root_room(placed: &HashMap<Id, Placed>) -> Option<u64> {
     let root = placed.get(&ROOT)?;
     let others = placed.values().map(|other| other.at);

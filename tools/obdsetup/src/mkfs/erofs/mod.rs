@@ -1,11 +1,11 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! erofs. Without compression it is simple enough to be written here ([`write`]): mkfs.erofs stores
-//! holes as zeros, and takes the order of a directory from the source, or loses sockets and some
-//! numbers of devices. With options for it, say to compress, it does the work ([`program`]).
+//! Makes erofs. Without compression, obdsetup writes it itself ([`write`]): mkfs.erofs stores holes
+//! as zeros, and uses the source's order of a directory, or loses sockets and some device numbers.
+//! With options for mkfs.erofs, such as compression, mkfs.erofs is used ([`program`]).
 //!
-//! A layer of an image over others is made of what is on their disk ([`read`]), so that little of that
-//! changes ([`grow`], [`disk`]).
+//! A layer of an image is added to the file system on the disk of the layers below ([`read`]), so
+//! that little of it changes ([`grow`], [`disk`]).
 
 mod disk;
 mod grow;
@@ -40,15 +40,15 @@ pub(super) fn make(
     }
 }
 
-/// A file system, on the disk of layers, that gets another layer.
+/// A file system on the disk of layers, to which a layer is added.
 pub(super) struct Growing {
     disk: Disk,
     state: State,
 }
 
 impl Growing {
-    /// Reads the file system on the disk of `below`, or begins with an empty one. What is new goes to
-    /// a temporary file in `place`.
+    /// Reads the file system on the disk of `below`, or starts an empty one. New data goes to a
+    /// temporary file in `place`.
     pub(super) fn open(below: Option<Stack>, empty: Tree, place: &Path) -> Result<Self> {
         let file = tempfile::tempfile_in(place);
         let file = file.with_context(|| format!("{}: cannot make a file", place.display()))?;
@@ -66,16 +66,16 @@ impl Growing {
         Ok(Self { disk, state })
     }
 
-    /// The tree, to be changed.
+    /// Returns the tree, to change it.
     pub(super) fn tree(&mut self) -> &mut Tree {
         &mut self.state.tree
     }
 
-    /// Writes what is new.
+    /// Writes the changes.
     pub(super) fn finish(self, stamp: (Uuid, u32)) -> Result<Delta> {
         let blocks = grow::write(&self.state, &self.disk, stamp)?;
         let (file, runs) = self.disk.into_written();
-        // The last block may have no bytes at its end.
+        // The file may end before the last block does.
         file.set_len(blocks * BLOCK).context(write::WRITE)?;
         Ok(Delta {
             size: blocks * BLOCK,

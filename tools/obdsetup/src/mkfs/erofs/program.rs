@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! erofs, made by mkfs.erofs of a tar: only there does the order depend on us, and any user can say who
-//! owns what.
+//! Makes erofs with mkfs.erofs from a tar: with a tar, obdsetup determines the order, and any user
+//! can set owners.
 
 use std::path::Path;
 

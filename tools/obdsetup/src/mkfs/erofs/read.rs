@@ -1,11 +1,11 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! Reads the tree of an erofs as [`super::write`] and [`super::grow`] make it, to put another layer over
-//! it: names, directories with all that they have, and where each inode is. The content of files
-//! stays where it is.
+//! Reads the tree of an erofs made by [`super::write`] and [`super::grow`], to add a layer: names,
+//! directories with their metadata, and the place of each inode. The content of files stays in
+//! place.
 //!
-//! Nothing that is read is trusted: each place is checked, and memory is bounded by what the files of the
-//! layers have.
+//! The file system isn't trusted: each place is checked, and memory is limited in proportion to the
+//! size of the layers' files.
 
 use std::collections::{BTreeMap, HashMap, VecDeque};
 
@@ -21,34 +21,34 @@ use crate::exit::{self, Failure};
 use crate::mkfs::limits;
 use crate::mkfs::tree::{Content, Device, Id, Kind, Meta, Node, Time, Tree, ROOT};
 
-/// Bytes of the largest directory: beyond what any file system has.
+/// Size limit of a directory in bytes: no real one is as large.
 const DIRECTORY: u64 = 1 << 30;
 /// Bytes of inodes, directories and links that may be there whatever the layers have, and for each byte of
 /// their files. Layers may be compressed, and have the same bytes at many places. Maps of chunks, which
 /// compress best of all, are not read, and not counted.
 const METADATA: (u64, u64) = (4 << 20, 64);
-/// Bytes of the fixed part of a directory's entry.
+/// Length of the fixed part of a directory entry.
 const ENTRY: usize = 12;
 
-/// Where a node is.
+/// The place of a node.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Placed {
-    /// The byte where its inode begins.
+    /// Offset of its inode.
     pub(super) at: u64,
-    /// Bytes there of the inode and what is beside it.
+    /// Bytes there for the inode and the data beside it.
     pub(super) room: u64,
-    /// First block of data of a directory, and how many.
+    /// First block of a directory's data, and number of blocks.
     pub(super) block: u64,
     pub(super) blocks: u64,
-    /// How many names it has, as the inode says.
+    /// Link count in the inode.
     pub(super) links: u32,
 }
 
-/// What is in a file system.
+/// The content of a file system.
 pub(super) struct State {
     pub(super) tree: Tree,
     pub(super) placed: HashMap<Id, Placed>,
-    /// Whether files may be in chunks.
+    /// Whether files may be stored in chunks.
     pub(super) chunks: bool,
     /// Whether files may have fingerprints.
     pub(super) prints: bool,
@@ -58,8 +58,7 @@ pub(super) struct State {
 ///
 /// # Errors
 ///
-/// Where there is none, or one that was made by something else or is damaged, and where reading
-/// fails.
+/// If there is none, it was made by another program, or is damaged; and read errors.
 pub(super) fn read(disk: &Disk) -> Result<State> {
     let mut superblock = vec![0; to_usize(SUPERBLOCK.1)];
     disk.read(&mut superblock, SUPERBLOCK.0)?;
@@ -144,7 +143,7 @@ fn bad(at: u64, what: &str) -> anyhow::Error {
     Failure::error(exit::BAD_IMAGE, text)
 }
 
-/// Little-endian numbers in bytes; 0 where they end.
+/// Little-endian numbers in bytes; 0 after their end.
 struct Fields<'a>(&'a [u8]);
 
 impl Fields<'_> {
@@ -174,11 +173,11 @@ impl Fields<'_> {
 struct Inode {
     at: u64,
     layout: u16,
-    /// Bytes of extended attributes.
+    /// Length of the extended attributes in bytes.
     xattrs: u64,
     mode: u32,
     size: u64,
-    /// First block, chunk format or number of a device.
+    /// First block, chunk format or device number.
     what: u32,
     uid: u32,
     gid: u32,
@@ -195,7 +194,7 @@ impl Inode {
         self.mode & 0o170_000 == 0o100_000
     }
 
-    /// Bytes behind inode and extended attributes.
+    /// Returns the number of bytes after inode and extended attributes.
     fn beside(&self) -> u64 {
         match self.layout {
             layout::INLINE => self.size % BLOCK,
@@ -219,7 +218,7 @@ impl Inode {
         self.at + INODE + self.xattrs
     }
 
-    /// Blocks of data, where that is in one place.
+    /// Returns the number of consecutive blocks of data.
     fn blocks(&self) -> u64 {
         match self.layout {
             layout::INLINE => self.size / BLOCK,
@@ -231,16 +230,16 @@ impl Inode {
 struct Reader<'a> {
     disk: &'a Disk,
     state: State,
-    /// The nodes of inodes, by their place.
+    /// Nodes by the offsets of their inodes.
     known: HashMap<u64, Id>,
-    /// Bytes of inodes, directories and what is beside them that may still be read.
+    /// Remaining bytes of inodes, directories and data beside them that may be read.
     metadata: u64,
-    /// Directories of which the entries are to be read: parent, and bytes of the path.
+    /// Directories whose entries are still to be read: id, parent, and length of the path in bytes.
     left: VecDeque<(Id, Id, usize, Inode)>,
 }
 
 impl Reader<'_> {
-    /// Counts what is read into memory. No two inodes share any of it.
+    /// Counts bytes read into memory. Inodes don't share such bytes.
     fn count(&mut self, at: u64, bytes: u64) -> Result<()> {
         let left = self.metadata.checked_sub(bytes);
         self.metadata = left.ok_or_else(|| bad(at, "shares its bytes with others"))?;
@@ -293,7 +292,7 @@ impl Reader<'_> {
         Ok(inode)
     }
 
-    /// Takes in what a directory has besides its entries.
+    /// Reads the metadata of a directory, except its entries.
     fn directory_of(&mut self, id: Id, inode: &Inode) -> Result<()> {
         let xattrs = self.xattrs(inode)?;
         let meta = &mut self.state.tree.node_mut(id)?.meta;
@@ -330,7 +329,7 @@ impl Reader<'_> {
         let mut bytes = vec![0; to_usize(inode.xattrs)];
         self.disk.read(&mut bytes, inode.at + INODE)?;
         let header = bytes.get(..XATTR_HEADER).unwrap_or_default();
-        // Shared ones: none are written.
+        // Shared attributes: none are written.
         if header.iter().any(|&byte| byte != 0) {
             return Err(wrong());
         }
@@ -352,7 +351,7 @@ impl Reader<'_> {
         Ok(found)
     }
 
-    /// The content of a directory or link.
+    /// Returns the content of a directory or link.
     fn content(&mut self, inode: &Inode) -> Result<Vec<u8>> {
         let in_blocks = match inode.layout {
             layout::INLINE => inode.size - inode.size % BLOCK,
@@ -370,7 +369,7 @@ impl Reader<'_> {
         Ok(bytes)
     }
 
-    /// Reads the entries of the directory `id` in `parent`; its path has `len` bytes.
+    /// Reads the entries of the directory `id` in `parent`. `len` is the length of its path.
     fn children(&mut self, id: Id, parent: Id, len: usize, inode: &Inode) -> Result<()> {
         let content = self.content(inode)?;
         let (mut own, mut above) = (None, None);
@@ -453,7 +452,7 @@ fn device(number: u32) -> Device {
     }
 }
 
-/// Names, and the places of their inodes, in a block of a directory.
+/// Returns the names in a block of a directory, and the offsets of their inodes.
 fn entries(block: &[u8]) -> Option<Vec<(&[u8], u64)>> {
     let first = usize::from(Fields(block).u16(8));
     if first == 0 || first % ENTRY != 0 || first > block.len() {
@@ -470,7 +469,7 @@ fn entries(block: &[u8]) -> Option<Vec<(&[u8], u64)>> {
             None => block.get(start..)?,
         };
         if nth + 1 == starts.len() {
-            // The last one of a block that isn't full ends with a NUL.
+            // The last name in a block that isn't full ends with a NUL.
             name = name.split(|&byte| byte == 0).next()?;
         }
         found.push((name, Fields(head).u64(0).checked_mul(SLOT)?));

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! What is below is hostile: whatever its bytes are, there is an error, or another layer.
+//! The layers below are hostile: any bytes must lead to an error or to a layer.
 
 use std::path::{Path, PathBuf};
 use std::sync::OnceLock;
@@ -21,7 +21,7 @@ use crate::layer_out::LayerOut;
 use crate::mkfs::from_tar;
 use crate::tars::{self, member, pax, tar};
 
-/// Puts the tar of `members` over the layers below, and makes a layer of it.
+/// Puts the tar of `members` over the layers below, and writes the layer.
 fn apply(below: &[PathBuf], members: &[Vec<u8>], to: &Path) -> Result<()> {
     let place = TempDir::new()?;
     let path = place.path().join("tar");
@@ -35,7 +35,7 @@ fn apply(below: &[PathBuf], members: &[Vec<u8>], to: &Path) -> Result<()> {
     delta.write(Ident::default(), LayerOut::with(to, Wrapping::default())?)
 }
 
-/// Layers with files of each kind, some with several names, and directories whose entries are in
+/// Returns layers with files of each kind, some with several names, and directories with entries in
 /// blocks.
 fn layers() -> &'static [PathBuf] {
     static MADE: OnceLock<(TempDir, Vec<PathBuf>)> = OnceLock::new();
@@ -69,8 +69,7 @@ fn layers() -> &'static [PathBuf] {
     layers
 }
 
-/// Puts something over the disk with these bytes changed. Returns what is wrong with the disk, if
-/// anything is.
+/// Adds a layer to the disk with these bytes changed. Returns the error about the disk, if any.
 fn changed(changes: &[(u64, Vec<u8>)]) -> Option<String> {
     let stack = Stack::open(layers()).unwrap();
     let size = stack.size();
@@ -92,7 +91,7 @@ fn changed(changes: &[(u64, Vec<u8>)]) -> Option<String> {
     ];
     std::fs::write(&path, tar(&members)).unwrap();
     let mut archive = Archive::layer(&path, &path, false).unwrap();
-    // Names of directories may be names of others now.
+    // Directories may have other names now.
     from_tar::apply(&mut archive, &path, growing.tree(), false, place.path()).ok()?;
     match grow::write(&growing.state, &growing.disk, (uuid::Uuid::nil(), 1)) {
         Ok(blocks) => assert!(blocks * BLOCK >= size),
@@ -104,13 +103,13 @@ fn changed(changes: &[(u64, Vec<u8>)]) -> Option<String> {
 #[test]
 fn nothing_changed() {
     assert_eq!(changed(&[]), None);
-    // The magic, and the root directory's inode.
+    // The magic number, and the root directory's inode.
     assert!(changed(&[(1024, vec![0])]).is_some_and(|said| said.contains("no erofs")));
     let root = changed(&[(1024 + 14, vec![0xff, 0xff])]);
     assert!(root.is_some_and(|said| said.contains("inode at byte")));
 }
 
-/// Values that are likely to be wrong at the edge of something.
+/// Generates values that are likely to exceed a limit.
 fn bytes() -> impl Strategy<Value = Vec<u8>> {
     prop_oneof![
         any::<[u8; 1]>().prop_map(|bytes| bytes.to_vec()),

@@ -1,12 +1,12 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! Writes an erofs without compression: the superblock, all inodes with what is small enough to be
-//! beside them, then blocks of data. Blocks have 4 KiB, all inodes the extended form.
+//! Writes an erofs without compression: the superblock, all inodes with small data beside them,
+//! then blocks of data. Blocks have 4 KiB, all inodes the extended form.
 //!
-//! Files have fingerprints of their content, as mkfs.erofs gives them with `--xattr-inode-digest`:
-//! with mount option `inode_share`, images share the page cache of what has the same ones. A
-//! fingerprint is an extended attribute whose name begins with nothing that Linux shows, so nobody sees
-//! it. The feature is one of those that a kernel need not know.
+//! Files have fingerprints of their content, as mkfs.erofs makes them with `--xattr-inode-digest`:
+//! with the mount option `inode_share`, images share the page cache of files with the same
+//! fingerprint. A fingerprint is an extended attribute with a prefix that Linux doesn't show, so
+//! users don't see it. Kernels without support for the feature can read the file system.
 //!
 //! Source: Linux, `fs/erofs/erofs_fs.h` and `Documentation/filesystems/erofs.rst`.
 
@@ -28,38 +28,39 @@ use crate::mkfs::Stamp;
 use crate::output::temp_file;
 
 pub(super) const BLOCK: u64 = 4096;
-/// Where the superblock is, and its length.
+/// Offset and length of the superblock.
 pub(super) const SUPERBLOCK: (u64, u64) = (1024, 128);
-/// Places of inodes are counted in this.
+/// The unit of inode numbers, in bytes.
 pub(super) const SLOT: u64 = 32;
-/// Bytes of an inode.
+/// Length of an inode.
 pub(super) const INODE: u64 = 64;
-/// Longest end of a file, directory or link that is beside its inode.
+/// Longest end of a file, directory or link that is stored beside its inode.
 const INLINE: u64 = 2048;
-/// Most chunks in a file with holes.
+/// Largest number of chunks in a file with holes.
 const CHUNKS: u64 = 1 << 16;
-/// log2 of blocks in the largest chunk: the field has five bits. The largest files have more than
-/// [`CHUNKS`] then.
+/// log2 of the number of blocks in the largest chunk: the field has five bits. The largest files
+/// have more than [`CHUNKS`] chunks then.
 const CHUNK_BITS: u16 = 31;
 /// The address of a chunk that is a hole.
 const HOLE: u32 = u32::MAX;
-/// Bytes of the header of extended attributes.
+/// Length of the header of extended attributes.
 pub(super) const XATTR_HEADER: usize = 12;
-/// The table of prefixes of extended attributes, of one: the length, that of no known kind, the rest.
+/// The table of attribute prefixes, with one prefix: its length, the number of no known prefix, the
+/// rest.
 pub(super) const PREFIXES: [u8; 5] = [3, 0, 0, b'f', b'p'];
-/// Where it is, or may be.
+/// Offset of the table, if there is one.
 pub(super) const PREFIXES_AT: u64 = SUPERBLOCK.0 + SUPERBLOCK.1;
-/// Where inodes may begin: behind the table.
+/// First offset for inodes: after the table.
 pub(super) const INODES_AT: u64 = PREFIXES_AT + 5;
-/// What the superblock says of the table, at byte 91: how many prefixes, and where in units of 4
-/// bytes; the first is that of fingerprints.
+/// The superblock's fields about the table, at byte 91: number of prefixes, and offset in units of
+/// 4 bytes; the first prefix is that of fingerprints.
 pub(super) const PREFIXES_SAID: (usize, [u8; 5]) = {
     let [a, b, c, d, ..] = (PREFIXES_AT / 4).to_le_bytes();
     (91, [1, a, b, c, d])
 };
-/// An extended attribute whose whole name is the first prefix.
+/// Prefix number of an extended attribute whose whole name is the first prefix.
 const FIRST_PREFIX: u8 = 0x80;
-/// What a fingerprint begins with; SHA-256 follows.
+/// Start of a fingerprint; SHA-256 follows.
 const DIGEST: &[u8] = b"sha256:";
 const DIGEST_LEN: usize = 32;
 /// Bytes of holes in all files with fingerprints, beyond the bytes of data: they are hashed, too, and few
@@ -67,15 +68,15 @@ const DIGEST_LEN: usize = 32;
 const HASHED_HOLES: u64 = 1 << 30;
 pub(super) const WRITE: &str = "cannot write the file system";
 
-/// The magic of the superblock.
+/// The magic number of the superblock.
 pub(super) const MAGIC: u32 = 0xe0f5_e1e2;
-/// Bits of features that a reader may not know: a checksum, and times of modification.
+/// Features that a reader need not support: a checksum, and times of modification.
 pub(super) const COMPATIBLE: u32 = 3;
-/// Further ones: fingerprints, and a table of prefixes at a place of its own.
+/// More of these: fingerprints, and a table of prefixes with its own offset.
 pub(super) const PRINTS: u32 = 0x30;
-/// The bit of files in chunks.
+/// The feature of files in chunks.
 pub(super) const CHUNKED_FILES: u32 = 4;
-/// What names of extended attributes begin with, as numbers.
+/// Prefixes of extended attributes, and their numbers.
 pub(super) const KINDS: [(&[u8], u8); 5] = [
     (b"user.", 1),
     (b"system.posix_acl_access", 2),
@@ -84,18 +85,18 @@ pub(super) const KINDS: [(&[u8], u8); 5] = [
     (b"security.", 6),
 ];
 
-/// How data is laid out: all in blocks, the end beside the inode, or in chunks that may be holes.
+/// Layouts of data: all in blocks, the end beside the inode, or in chunks that may be holes.
 pub(super) mod layout {
     pub(in super::super) const PLAIN: u16 = 0;
     pub(in super::super) const INLINE: u16 = 2;
     pub(in super::super) const CHUNKS: u16 = 4;
 }
 
-/// Where a file system is written to.
+/// The output of a file system.
 pub(super) trait Out {
     /// Writes `bytes` at byte `at`.
     fn write(&self, bytes: &[u8], at: u64) -> Result<()>;
-    /// Fills `bytes` with what is at byte `at`.
+    /// Fills `bytes` from byte `at`.
     fn read(&self, bytes: &mut [u8], at: u64) -> Result<()>;
 }
 
@@ -109,17 +110,17 @@ impl Out for File {
     }
 }
 
-/// What is known of a node before any address is.
+/// Properties of a node that are known before any address.
 pub(super) struct Plan {
-    /// Bytes of content.
+    /// Size of the content in bytes.
     pub(super) size: u64,
     pub(super) layout: u16,
-    /// log2 of blocks in a chunk.
+    /// log2 of the number of blocks in a chunk.
     chunk_bits: u16,
     pub(super) xattrs: Vec<u8>,
-    /// Where in `xattrs` the SHA-256 of the content is to be.
+    /// Offset in `xattrs` for the SHA-256 of the content.
     digest: Option<usize>,
-    /// Where the inode is.
+    /// Offset of the inode.
     pub(super) at: u64,
     /// The first block of data.
     pub(super) block: u64,
@@ -127,7 +128,7 @@ pub(super) struct Plan {
 }
 
 impl Plan {
-    /// The plan of what is there already, and stays as it is.
+    /// Returns the plan of a node that exists already and isn't changed.
     pub(super) fn in_place(at: u64, links: u32) -> Self {
         Self {
             size: 0,
@@ -141,7 +142,7 @@ impl Plan {
         }
     }
 
-    /// Bytes behind inode and extended attributes.
+    /// Returns the number of bytes after inode and extended attributes.
     pub(super) fn beside(&self) -> u64 {
         match self.layout {
             layout::INLINE => self.size % BLOCK,
@@ -158,7 +159,7 @@ impl Plan {
         self.size.div_ceil(self.chunk())
     }
 
-    /// Where what is behind inode and extended attributes is.
+    /// Returns the offset after inode and extended attributes.
     pub(super) fn tail(&self) -> u64 {
         self.at + INODE + to_u64(self.xattrs.len())
     }
@@ -221,9 +222,9 @@ pub(super) fn make(tree: &Tree, stamp: &Stamp, place: &Path) -> Result<NamedTemp
     Ok(image)
 }
 
-/// What the superblock says.
+/// The values in the superblock.
 pub(super) struct Summary {
-    /// UUID, and when the file system was made.
+    /// UUID and time of creation.
     pub(super) stamp: (Uuid, u32),
     pub(super) inodes: u64,
     pub(super) blocks: u64,
@@ -233,7 +234,7 @@ pub(super) struct Summary {
     pub(super) prints: bool,
 }
 
-/// How often each node has a name, and the directory that it is in.
+/// The link count of each node, and the directory that it is in.
 pub(super) struct Relations {
     pub(super) links: HashMap<Id, u32>,
     pub(super) parents: HashMap<Id, Id>,
@@ -251,7 +252,7 @@ impl Relations {
     }
 }
 
-/// Checks that a file system may have `blocks`. `instead` is what to do where it may not.
+/// Checks that a file system can have `blocks`. `instead` is what the user can do if it cannot.
 pub(super) fn check_end(blocks: u64, instead: &str) -> Result<()> {
     match u32::try_from(blocks) {
         Ok(blocks) if blocks < HOLE => Ok(()),
@@ -345,7 +346,7 @@ fn has_holes(content: &Content) -> bool {
     content.data_len() < content.size
 }
 
-/// Where an inode can be at or behind `end`.
+/// Returns the first possible offset for an inode at or after `end`.
 pub(super) fn place_inode(end: u64, plan: &Plan) -> u64 {
     let mut at = end.next_multiple_of(SLOT);
     while !can_be_at(at, plan) {
@@ -354,7 +355,8 @@ pub(super) fn place_inode(end: u64, plan: &Plan) -> u64 {
     at
 }
 
-/// Whether an inode can be at `at`: neither it nor its end beside it is in two blocks.
+/// Returns whether an inode can be at `at`: neither the inode nor the data beside it crosses a
+/// block.
 pub(super) fn can_be_at(at: u64, plan: &Plan) -> bool {
     let crosses = |start: u64, len: u64| start % BLOCK + len > BLOCK;
     let tail = at + INODE + to_u64(plan.xattrs.len());
@@ -362,7 +364,7 @@ pub(super) fn can_be_at(at: u64, plan: &Plan) -> bool {
     !(crosses(at, INODE) || inline && crosses(tail, plan.beside()))
 }
 
-/// Blocks of data of a node.
+/// Returns the number of blocks of a node's data.
 pub(super) fn blocks(node: &Node, plan: &Plan) -> u64 {
     match (plan.layout, &node.kind) {
         (layout::INLINE, _) => plan.size / BLOCK,
@@ -374,8 +376,8 @@ pub(super) fn blocks(node: &Node, plan: &Plan) -> u64 {
     }
 }
 
-/// The chunks of a file that have data: their first block, counted from that of the file, and how
-/// many they have.
+/// Returns the chunks of a file that have data: the first block, relative to the file's first
+/// block, and the number of blocks.
 fn stored_chunks(content: &Content, plan: &Plan) -> BTreeMap<u64, (u64, u64)> {
     let mut chunks = BTreeMap::new();
     let mut next = 0;
@@ -442,7 +444,7 @@ pub(super) fn too_long(names: &Names, name: Option<&Name>, instead: &str) -> any
     ))
 }
 
-/// The length of extended attributes as an inode has it.
+/// Returns the length of extended attributes in an inode's format.
 fn xattr_count(len: usize) -> Option<u16> {
     match len.checked_sub(XATTR_HEADER) {
         None => Some(0),
@@ -450,10 +452,10 @@ fn xattr_count(len: usize) -> Option<u16> {
     }
 }
 
-/// A name in a directory, and the node that it is of.
+/// A name in a directory, and its node.
 type DirEntry<'a> = (&'a [u8], Id);
 
-/// Names and nodes of a directory, sorted.
+/// Returns the names and nodes of a directory, sorted.
 fn entries(tree: &Tree, id: Id, parent: Id) -> Vec<DirEntry<'_>> {
     let dots = [(b".".as_slice(), id), (b"..".as_slice(), parent)];
     let mut entries: Vec<_> = tree.children(id).chain(dots).collect();
@@ -461,7 +463,7 @@ fn entries(tree: &Tree, id: Id, parent: Id) -> Vec<DirEntry<'_>> {
     entries
 }
 
-/// Which entries are in each block, and how many bytes that takes.
+/// Returns the entries of each block, and the length of each in bytes.
 fn directory_blocks<'a>(entries: &'a [DirEntry<'a>]) -> Vec<(&'a [DirEntry<'a>], u64)> {
     let mut blocks = Vec::new();
     let (mut start, mut used) = (0, 0);
@@ -483,10 +485,10 @@ fn directory_size(entries: &[(&[u8], Id)]) -> u64 {
     to_u64(blocks.len().saturating_sub(1)) * BLOCK + last
 }
 
-/// The SHA-256 of what is in a file, holes, too.
+/// The SHA-256 of a file's content, including holes.
 struct Hash {
     sha: Sha256,
-    /// What is in it: all before this.
+    /// The hash includes all bytes before this offset.
     end: u64,
     is_wanted: bool,
 }
@@ -534,18 +536,18 @@ impl Writer<'_> {
         self.out.write(bytes, at)
     }
 
-    /// Whether a file is in chunks.
+    /// Returns whether any file is in chunks.
     pub(super) fn has_chunks(&self) -> bool {
         let mut plans = self.plans.values();
         plans.any(|plan| plan.layout == layout::CHUNKS)
     }
 
-    /// Whether a file has a fingerprint.
+    /// Returns whether any file has a fingerprint.
     pub(super) fn has_prints(&self) -> bool {
         self.plans.values().any(|plan| plan.digest.is_some())
     }
 
-    /// Writes the inode of a node and all that it holds.
+    /// Writes the inode of a node and its content.
     pub(super) fn node(&self, id: Id, number: u32, bar: &Bar) -> Result<()> {
         let node = self.tree.node(id)?;
         let plan = self.plan(id)?;
@@ -577,8 +579,8 @@ impl Writer<'_> {
             Kind::Directory(_) => {
                 let mut content = self.directory(id)?;
                 if plan.layout == layout::PLAIN {
-                    // The kernel takes the last name to end at a NUL or with the block, and something
-                    // longer may have been there before.
+                    // The kernel takes the last name to end at a NUL or at the end of the block,
+                    // and a longer name may have been there before.
                     let len = content.len().next_multiple_of(to_usize(BLOCK));
                     content.resize(len, 0);
                 }
@@ -598,7 +600,7 @@ impl Writer<'_> {
         self.write(&inode, plan.at)
     }
 
-    /// Writes the content of a file, and returns its SHA-256 where the file is to have one.
+    /// Writes the content of a file. Returns its SHA-256 if the file gets a fingerprint.
     fn file(&self, plan: &Plan, content: &Content, bar: &Bar) -> Result<[u8; DIGEST_LEN]> {
         let mut hash = Hash {
             sha: Sha256::new(),
@@ -620,7 +622,7 @@ impl Writer<'_> {
         Ok(hash.finish(plan.size))
     }
 
-    /// Writes a part of the content of a node.
+    /// Writes a part of a node's content.
     fn data(&self, plan: &Plan, offset: u64, bytes: &[u8]) -> Result<()> {
         let in_blocks = match plan.layout {
             layout::INLINE => plan.size - plan.size % BLOCK,
@@ -636,7 +638,7 @@ impl Writer<'_> {
         self.write(beside, plan.tail() + start)
     }
 
-    /// Writes where the chunks of a file are.
+    /// Writes the map of a file's chunks. Returns the chunks that have data.
     fn chunk_map(&self, plan: &Plan, content: &Content) -> Result<BTreeMap<u64, (u64, u64)>> {
         let chunks = stored_chunks(content, plan);
         let mut map = Vec::new();
@@ -672,7 +674,7 @@ impl Writer<'_> {
         Ok(())
     }
 
-    /// The content of a directory.
+    /// Returns the content of a directory.
     fn directory(&self, id: Id) -> Result<Vec<u8>> {
         let parent = self.parents.get(&id).copied().unwrap_or(ROOT);
         let entries = entries(self.tree, id, parent);
@@ -703,7 +705,7 @@ impl Writer<'_> {
         Ok(bytes)
     }
 
-    /// Writes the superblock, and the table of prefixes where files have fingerprints.
+    /// Writes the superblock, and the table of prefixes if files have fingerprints.
     pub(super) fn superblock(&self, summary: &Summary) -> Result<()> {
         let (uuid, time) = summary.stamp;
         let root = self.plan(ROOT)?.at / SLOT;
@@ -718,7 +720,7 @@ impl Writer<'_> {
         bytes.extend(u64::from(time).to_le_bytes());
         bytes.extend(0_u32.to_le_bytes());
         bytes.extend(u32::try_from(summary.blocks)?.to_le_bytes());
-        // Inodes are counted from the beginning; no shared extended attributes.
+        // Inode numbers start at 0; no shared extended attributes.
         bytes.extend([0; 8]);
         bytes.extend_from_slice(uuid.as_bytes());
         bytes.extend([0; 16]);
@@ -732,7 +734,7 @@ impl Writer<'_> {
         }
         bytes.resize(to_usize(SUPERBLOCK.1), 0);
         self.write(&bytes, SUPERBLOCK.0)?;
-        // It covers all of the block from the superblock on.
+        // The checksum covers the block from the superblock on.
         let mut covered = vec![0; to_usize(BLOCK - SUPERBLOCK.0)];
         self.out.read(&mut covered, SUPERBLOCK.0)?;
         let sum = !crc32c::crc32c(&covered);

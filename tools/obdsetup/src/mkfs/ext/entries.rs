@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! Entries of directories of an ext2, ext3 or ext4, changed in place: what inode a name leads to, and
-//! the kind of that. debugfs could remove a name and write it anew, but has no way to say a newline.
+//! Changes directory entries of ext2, ext3 or ext4 in place: the inode that a name leads to, and
+//! its kind. debugfs could remove a name and write it again, but cannot handle a newline in it.
 //!
 //! Source: Linux, `Documentation/filesystems/ext4/directory.rst` and `checksums.rst`.
 
@@ -12,12 +12,12 @@ use std::os::unix::fs::FileExt;
 use anyhow::{bail, Context, Result};
 use overlaybd::format::num::to_usize;
 
-/// Where the superblock is, and how long.
+/// Offset and length of the superblock in bytes.
 const SUPERBLOCK: (u64, usize) = (1024, 1024);
-/// Bytes of the entry at the end of a block that has its checksum.
+/// Length of the entry with the checksum, at the end of a block.
 const TAIL: usize = 12;
 
-/// What an entry is to say.
+/// The new content of an entry.
 #[derive(Clone, Copy)]
 pub(super) struct Entry {
     pub(super) inode: u32,
@@ -40,13 +40,13 @@ impl Entry {
     }
 }
 
-/// What of the superblock counts here.
+/// Fields of the superblock that are needed here.
 pub(super) struct Geometry {
     block: u64,
     inode_size: u16,
-    /// Whether entries say the kind of their inode.
+    /// Whether entries have the kind of their inode.
     kinds: bool,
-    /// What checksums begin with, where there are any.
+    /// The start value of checksums, if there are any.
     seed: Option<u32>,
 }
 
@@ -79,7 +79,8 @@ impl Geometry {
         self.inode_size
     }
 
-    /// Changes entries of the directory `inode`, whose blocks are `blocks`: what each name is to say.
+    /// Changes the entries of the directory `inode`, whose blocks are `blocks`, to those in
+    /// `names`.
     pub(super) fn change(
         &self,
         image: &File,
@@ -149,7 +150,7 @@ impl Geometry {
     }
 }
 
-/// The checksum of a block of the directory `inode`, whose generation is 0 as mke2fs makes it.
+/// Returns the checksum of a block of the directory `inode`. mke2fs makes inodes of generation 0.
 fn checksum(seed: u32, inode: u32, block: &[u8]) -> u32 {
     let seed = raw_crc32c(seed, &inode.to_le_bytes());
     let seed = raw_crc32c(seed, &[0; 4]);
@@ -157,7 +158,7 @@ fn checksum(seed: u32, inode: u32, block: &[u8]) -> u32 {
     raw_crc32c(seed, block.get(..covered).unwrap_or_default())
 }
 
-/// CRC-32C that inverts neither what it begins with nor the result.
+/// Returns the CRC-32C without inversion before or after.
 fn raw_crc32c(seed: u32, bytes: &[u8]) -> u32 {
     !crc32c::crc32c_append(!seed, bytes)
 }

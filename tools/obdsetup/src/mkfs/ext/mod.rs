@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! ext2, ext3 and ext4, made by mke2fs. That loses much: what the root directory has, times beyond
-//! seconds and 32 bits, hard links of symbolic links; and its order of extended attributes is that of
-//! the source. So it gets names and content only, and debugfs sets all else.
+//! Makes ext2, ext3 and ext4 with mke2fs. mke2fs loses much: metadata of the root directory, times
+//! beyond seconds and 32 bits, hard links to symbolic links; and its order of extended attributes
+//! is that of the source. So it gets names and content only, and debugfs sets everything else.
 
 mod entries;
 mod script;
@@ -26,19 +26,19 @@ use crate::layers::warn;
 use crate::output::temp_file;
 use crate::program::Program;
 
-/// Bytes that an ext3 or ext4 of 4 KiB blocks must have for a journal: 2048 blocks.
+/// Smallest size for a journal in ext3 and ext4 with 4 KiB blocks: 2048 blocks.
 const EXT_JOURNAL: u64 = 8 << 20;
-/// What its programs are needed for.
+/// What the programs are needed for.
 const NEED: &str = "ext2, ext3 and ext4 file systems";
-/// Bytes of names and values of extended attributes that may not fit in an inode and a block.
+/// Names and values of extended attributes longer than this may not fit in an inode and a block.
 const XATTRS: usize = 3800;
 /// Inode of the root directory.
 const ROOT_INODE: u32 = 2;
-/// Longest value that fits in a line for debugfs, each byte as `\ooo`.
+/// Longest value that fits in a line for debugfs, with each byte as `\ooo`.
 const LONG_VALUE: usize = 500;
 
-/// Makes the file system of `tree` in a file of `size` bytes in `place`. `directory` is where `tree`
-/// was read from.
+/// Makes the file system of `tree` in a file of `size` bytes in `place`. `directory` is the source
+/// of `tree`, if that is a directory.
 pub(super) fn make(
     tree: &Tree,
     directory: Option<&Path>,
@@ -59,7 +59,7 @@ pub(super) fn make(
         image: image.path(),
         work: &work,
     };
-    // Before 1.47.1 it always copied extended attributes.
+    // Before 1.47.1, mke2fs always copied extended attributes.
     let direct = match directory {
         Some(directory) => mke2fs.run(directory, true)?,
         None => false,
@@ -96,7 +96,7 @@ struct Mke2fs<'a> {
 }
 
 impl Mke2fs<'_> {
-    /// Runs it over `directory`. `false` where it should have left extended attributes alone and
+    /// Runs mke2fs on `directory`. Returns `false` if it should ignore extended attributes but
     /// cannot.
     fn run(&self, directory: &Path, no_xattrs: bool) -> Result<bool> {
         let file = std::fs::File::create(self.image)?;
@@ -110,14 +110,14 @@ impl Mke2fs<'_> {
         if no_xattrs {
             extended.push("no_copy_xattrs".into());
         }
-        // Below 512 MiB the default is 1 KiB; a page of a file is in up to four places then,
-        // and in as many compressed blocks or more.
+        // Below 512 MiB the default is 1 KiB: a page of a file is then in up to four places, and in
+        // at least as many compressed blocks.
         if self.size >= EXT_JOURNAL {
             command.args(["-b", "4096"]);
         }
-        // Times of 34 bits and nanoseconds need more than the 128 bytes that there were once.
+        // Times with 34 bits and nanoseconds need more than the original 128 bytes.
         command.args(["-I", "256"]);
-        // Of several -E, only the last one counts.
+        // mke2fs only uses the last of several -E.
         let mut args = self.options.args.iter();
         while let Some(arg) = args.next() {
             match arg.as_bytes().strip_prefix(b"-E") {
@@ -141,22 +141,22 @@ impl Mke2fs<'_> {
     }
 }
 
-/// Sets by debugfs what mke2fs doesn't.
+/// Sets with debugfs what mke2fs doesn't.
 struct Mend<'a> {
     tree: &'a Tree,
     names: Names,
     /// The inode of a node.
     inodes: HashMap<Id, u32>,
-    /// Further inodes that were made of a node with several names: the index of the name, and inode.
+    /// Additional inodes made for a node with several names: index of the name, and inode.
     others: Vec<(usize, u32)>,
     work: &'a TempDir,
-    /// Values of extended attributes in files.
+    /// Number of files with values of extended attributes.
     values: usize,
     stamp: &'a Stamp,
 }
 
 impl Mend<'_> {
-    /// Finds the inodes of all nodes, a level of directories at a time.
+    /// Finds the inodes of all nodes, one level of directories at a time.
     fn find_inodes(&mut self, image: &Path) -> Result<()> {
         let mut by_name: HashMap<(Id, &[u8]), usize> = HashMap::new();
         for (nth, name) in self.names.iter().enumerate() {
@@ -222,7 +222,7 @@ impl Mend<'_> {
         Script::new(&self.script_path())
     }
 
-    /// Writes the commands that set all, and has debugfs do them.
+    /// Writes the commands that set everything, and runs debugfs with them.
     fn all(&mut self, image: &Path, large: bool) -> Result<()> {
         let mut script = self.script()?;
         self.kinds(&mut script)?;
@@ -262,7 +262,7 @@ impl Mend<'_> {
         }
     }
 
-    /// Fails where debugfs had no room for extended attributes, and names a file with too many.
+    /// Fails if debugfs had no room for extended attributes, and names a file with too many.
     fn fits(&self, error: &str) -> Result<()> {
         if !error.contains("ea_set") {
             return Ok(());
@@ -287,7 +287,7 @@ impl Mend<'_> {
         Ok(())
     }
 
-    /// Commands for further inodes that mke2fs made of a file with several names, and for devices.
+    /// Writes commands for the additional inodes of files with several names, and for devices.
     fn kinds(&self, script: &mut Script) -> Result<()> {
         for &(nth, inode) in &self.others {
             let name = self.names.get(nth).context("no such name")?;
@@ -308,8 +308,7 @@ impl Mend<'_> {
         Ok(())
     }
 
-    /// Changes entries of directories that don't lead to the right inode, or say another kind than
-    /// it has now.
+    /// Changes directory entries that lead to the wrong inode, or have the wrong kind.
     fn entries(&self, image: &NamedTempFile, geometry: &Geometry) -> Result<()> {
         let mut wanted: BTreeMap<u32, HashMap<&[u8], Entry>> = BTreeMap::new();
         let others = self.others.iter().map(|&(nth, _)| nth);
@@ -357,7 +356,8 @@ impl Mend<'_> {
         inode.context("a file has no inode")
     }
 
-    /// Commands for one node. Returns whether its time doesn't fit in an inode that isn't `large`.
+    /// Writes commands for one node. Returns whether its time needs a `large` inode and it has
+    /// none.
     fn node(&mut self, script: &mut Script, id: Id, path: &[u8], large: bool) -> Result<bool> {
         let inode = self.inode(id)?;
         let node = self.tree.node(id)?;
@@ -383,7 +383,7 @@ impl Mend<'_> {
         script.line(format!("sif <{inode}> uid {}", meta.uid).as_bytes())?;
         script.line(format!("sif <{inode}> gid {}", meta.gid).as_bytes())?;
         let seconds = meta.mtime.seconds;
-        // The low half has a sign; the high one says how often it went around.
+        // The low half is signed; the high one counts its overflows.
         let low = i32::from_le_bytes(low_half(seconds));
         let around = (seconds - i64::from(low)) >> 32;
         let extra = (i64::from(meta.mtime.nanoseconds) << 2) | (around & 3);
@@ -405,7 +405,8 @@ fn low_half(seconds: i64) -> [u8; 4] {
     [a, b, c, d]
 }
 
-/// The two words of an inode of a device: the old form for small numbers, the new one for others.
+/// Returns the two words for a device in an inode: the old form for small numbers, else the new
+/// form.
 fn device_words(device: super::tree::Device) -> (u32, u32) {
     let super::tree::Device { major, minor } = device;
     match major < 256 && minor < 256 {
@@ -414,8 +415,8 @@ fn device_words(device: super::tree::Device) -> (u32, u32) {
     }
 }
 
-/// Name and inode in a line of `ls -l`: inode, mode, kind, owner, group, size, date, time, and after
-/// one blank the name, in which what isn't ASCII is `\xHH`.
+/// Parses name and inode in a line of `ls -l`: inode, mode, kind, owner, group, size, date, time,
+/// and after one blank the name, in which bytes outside ASCII are `\xHH`.
 fn entry(line: &str) -> Option<(Vec<u8>, u32)> {
     let mut rest = line;
     let mut inode = None;
@@ -434,7 +435,7 @@ fn entry(line: &str) -> Option<(Vec<u8>, u32)> {
     Some((bytes, inode?.parse().ok()?))
 }
 
-/// A word for debugfs, which has no way to say a newline.
+/// Quotes a word for debugfs, which cannot handle a newline.
 fn quote(bytes: &[u8]) -> Result<Vec<u8>> {
     if bytes.iter().any(|byte| matches!(byte, b'\n' | b'\r' | 0)) {
         return Err(Failure::usage(
@@ -452,7 +453,7 @@ fn quote(bytes: &[u8]) -> Result<Vec<u8>> {
     Ok(quoted)
 }
 
-/// A value for debugfs: each byte as `\ooo`.
+/// Returns a value for debugfs: each byte as `\ooo`.
 fn escape(value: &[u8]) -> String {
     let mut text = String::with_capacity(value.len() * 4 + 2);
     text.push('"');

@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! Writes what debugfs reads with `-f`: a command in each line. debugfs takes what is beyond its buffer
-//! of 8 KiB as the next command, and a command that begins with `!` is one for the shell. So no line
-//! gets anywhere near that, whatever names and paths are in it.
+//! Writes the input of debugfs -f: a command in each line. debugfs takes what exceeds its buffer of
+//! 8 KiB as the next command, and runs a command that begins with `!` in the shell. So all lines
+//! are much shorter, whatever names and paths they have.
 
 use std::fs::File;
 use std::io::{BufWriter, Write};
@@ -12,7 +12,7 @@ use anyhow::{Context, Result};
 
 use crate::exit::Failure;
 
-/// Bytes of the longest line.
+/// Longest line in bytes.
 const LONGEST: usize = 4000;
 const WRITE: &str = "cannot write a temporary file";
 
@@ -20,13 +20,13 @@ const WRITE: &str = "cannot write a temporary file";
 pub(super) struct Script(BufWriter<File>);
 
 impl Script {
-    /// Makes the file `path` anew.
+    /// Creates the file `path`.
     pub(super) fn new(path: &Path) -> Result<Self> {
         let file = File::create(path).context(WRITE)?;
         Ok(Self(BufWriter::new(file)))
     }
 
-    /// Writes one command, whose names were quoted.
+    /// Writes one command. Its names must be quoted.
     pub(super) fn line(&mut self, command: &[u8]) -> Result<()> {
         if command.len() > LONGEST {
             return Err(Failure::usage(format!(
