@@ -1,6 +1,7 @@
 #!/bin/bash
 # SPDX-License-Identifier: GPL-2.0
-# The demonstration of make demo, in the test VM: an image of three layers is made, opened, read, and closed.
+# The demonstration that scripts/demo.sh ("make demo") runs in the test VM: it makes an image of three layers, opens it,
+# reads it, and closes it.
 # shellcheck disable=SC2016 # commands are shown as they are, and expanded when they run
 set -euo pipefail
 
@@ -8,7 +9,7 @@ SOURCES=$PWD
 WORK=/tmp/demo
 step=0
 
-# step TEXT: print the next step and the reason for it.
+# step TEXT [LINE]...: print the number of the next step, what it is, and the reason for it.
 step() {
 	step=$((step + 1))
 	printf '\n%d. %s\n' "$step" "$1"
@@ -17,7 +18,7 @@ step() {
 	echo
 }
 
-# run COMMAND: show a command, run it, and show what it prints.
+# run COMMAND: show a command, run it in a subshell, and show what it prints, 150 characters of each line at most.
 run() {
 	printf '   $ %s\n' "$1"
 	eval "$1" 2>&1 | cut -c1-150 | sed 's/^/   /'
@@ -31,8 +32,8 @@ finish() {
 }
 trap finish EXIT
 
-# free_memory [WANTED]: print the MiB that are free after dropping all caches. The kernel frees some memory late, so
-# this retries for some seconds until WANTED are free.
+# free_memory [WANTED]: drop all caches, and print the MiB that are available then (MemAvailable). The kernel frees some
+# memory late, so with WANTED, try again for some seconds until at least WANTED are available.
 free_memory() {
 	local free _
 	for _ in {1..20}; do
@@ -45,7 +46,7 @@ free_memory() {
 	echo "$free"
 }
 
-# edit COMMAND...: change what is mounted at mnt, and do the same to the tree `expected'.
+# edit COMMAND...: run each command, which changes files in mnt, and run it again with "expected" in the place of "mnt".
 edit() {
 	local command
 	for command; do
@@ -65,16 +66,16 @@ before=$(free_memory)
 cat <<-END
 
 	An OverlayBD image is a disk in layers, as container images have them: each layer
-	holds the blocks that it changes, compressed. The kernel module dm_overlaybd makes
-	such an image a read-only disk, with no daemon. This is a virtual machine with an
-	unmodified kernel, $(uname -r), and the module; \`tree' is a directory with
-	$(find tree -type f | wc -l) files, the module's own sources.
+	holds the sectors that it changes, usually compressed. The kernel module
+	dm_overlaybd makes such an image a read-only disk, with no daemon. This is a virtual
+	machine with an unmodified kernel, $(uname -r), and the module; \`tree' is a
+	directory with $(find tree -type f | wc -l) files, the module's own sources.
 END
 
 step "Layer 1: the directory, as an ext4 file system, compressed with LZ4."
 run 'obdsetup create --directory tree --fs ext4 --size 32m layer1.obd'
 
-step "Layer 2: what changes in it. The disk is written out, mounted and edited;" \
+step "Layer 2: changes to that file system. The disk is written out, mounted and edited;" \
 	"the difference becomes a layer, compressed with zstd, in a tar as registries have it."
 run 'obdsetup dump layer1.obd -o disk.raw --sparse'
 run 'mount -o loop disk.raw mnt'
@@ -83,7 +84,7 @@ edit 'mkdir mnt/new' 'seq 200000 >mnt/new/numbers' "echo 'of layer 2' >mnt/new/s
 run 'umount mnt'
 run 'obdsetup create --base layer1.obd --image disk.raw --algorithm zstd --tar layer2.obd'
 
-step "Layer 3: it deletes files and gives back their space, and overwrites one; not compressed."
+step "Layer 3: it deletes files, discards their blocks, and overwrites a file; not compressed."
 run 'mount -o loop disk.raw mnt'
 edit 'rm -r mnt/scripts/vm mnt/Kbuild' "echo 'of layer 3' >mnt/Makefile" \
 	'mv mnt/new/second.txt mnt/new/renamed.txt'
@@ -113,7 +114,7 @@ run 'cat mnt/Makefile mnt/new/renamed.txt'
 step "Every file equals its source: \`expected' is the tree with the same edits."
 run '(cd expected && find . -type f -print0 | sort -z | xargs -0 sha256sum) >sums'
 run '(cd mnt && sha256sum --check --quiet "$OLDPWD/sums") && echo "$(wc -l <sums) checksums agree"'
-run 'diff <(cd expected && find . | sort) <(cd mnt && find . | grep -v lost+found | sort) && echo "no file too many"'
+run 'diff <(cd expected && find . | sort) <(cd mnt && find . | grep -v lost+found | sort) && echo "the same files"'
 run 'umount mnt'
 
 step "The disk is read-only. A snapshot on top takes writes, and the layers stay as they are."

@@ -1,10 +1,11 @@
 #!/bin/bash
 # SPDX-License-Identifier: GPL-2.0
-# DKMS calls this from its own copy of the source: dkms.sh check|build RELEASE [KDIR]. If no Rust module can be built
-# for that kernel, it prints the reason in one line. If headers have no Rust metadata, build makes a tree with
-# metadata, once.
+# DKMS runs this from its own copy of the source, in /usr/src: dkms.sh check|build RELEASE [KDIR]. If no Rust module can
+# be built for that kernel, it prints the reason in one line. If the headers have no Rust metadata, "build" first makes
+# a kernel tree that has it, in TREES, once for each kernel.
 
-# Variables that DKMS was called with must not affect the build: RUSTC, ARCH, KCFLAGS, MAKEFLAGS and so on.
+# Unset all variables but PATH, TERM and TMPDIR: those that DKMS was called with, such as RUSTC, ARCH, KCFLAGS and
+# MAKEFLAGS, must not affect the build.
 for name in $(compgen -e); do
 	case $name in
 	PATH | TERM | TMPDIR) ;;
@@ -16,7 +17,7 @@ export HOME=/root LANG=C.UTF-8
 . "$SCRIPTS/kdir-check.sh"
 . "$SCRIPTS/kernel-tree.sh"
 
-# Use the distribution's rustc, not one that root has installed.
+# Use the distribution's rustc, not one that the user root has installed, such as ~/.cargo/bin/rustc.
 PATH=/usr/sbin:/usr/bin:/sbin:/bin:$PATH
 
 TREES=/var/cache/dm-overlaybd
@@ -31,22 +32,25 @@ impossible() {
 	exit 1
 }
 
-# version PACKAGE: print the version of the source that an installed package was built from, else nothing.
+# version PACKAGE: print the version of the source package that an installed package was built from; nothing if PACKAGE
+# is not installed.
 version() { dpkg-query -W -f '${source:Version}' "$1" 2>/dev/null || :; }
 
-# made_with: print the packages that a tree must have been made with to fit the kernel and the compilers.
+# made_with: print names and versions of the packages that a tree depends on. If one changes, the tree no longer fits.
 made_with() { dpkg-query -W "linux-headers-$release" rustc rust-src bindgen 2>/dev/null || :; }
 
+# recipe: print a hash of the functions that make a tree.
 recipe() { declare -f debian_tree thin | short_hash; }
 
-# tree_is_there: whether the tree is complete and of the present recipe. The file made-of is written last.
+# tree_is_there: whether there is a complete tree, made by these functions with these packages. The file made-of has
+# both, and is written last.
 tree_is_there() { [ "$(cat "$tree/made-of" 2>/dev/null)" = "$(made_with && recipe)" ]; }
 
-# tree_fits: whether the tree is complete, perhaps of another recipe.
+# tree_fits: whether there is a complete tree, made with these packages, perhaps by an older version of the functions.
 tree_fits() { [ -s "$tree/made-of" ] && [ "$(sed '$d' "$tree/made-of")" = "$(made_with)" ]; }
 
-# find_source: set SOURCE to the archive that a tree is made from, which must have the version of the headers. If
-# there is none, LACK is the reason.
+# find_source: set SOURCE to the archive that a tree is made from, which must have the version of the headers. If there
+# is none, as always on Ubuntu, fail, with the reason in LACK.
 find_source() {
 	local package want have newer=
 	want=$(version "linux-headers-$release")
@@ -60,17 +64,18 @@ find_source() {
 	SOURCE=/usr/src/$package.tar.xz
 	have=$([ ! -f "$SOURCE" ] || version "$package")
 	[ "$have" != "$want" ] || return 0
+	# If the source is newer, that of this kernel may no longer be there to install.
 	[ -z "$have" ] || ! dpkg --compare-versions "$have" gt "$want" || newer=", or boot the newer kernel"
 	LACK="Debian's headers have no Rust metadata, it is made from the source${have:+, which is $have here}:"
 	LACK+=" apt install $package=$want$newer"
 	return 1
 }
 
-# find_tree: check that there is a tree or its source. A tree of an older recipe is good enough if the source now is
-# that of another kernel.
+# find_tree: check that there is a tree, or the source to make one. If the source is that of another kernel by now, a
+# tree of an older recipe will do. Otherwise, print the reason and exit.
 find_tree() { tree_is_there || find_source || tree_fits || impossible "$LACK"; }
 
-# thin DIR: keep only what modules are built with.
+# thin DIR: delete everything that is not needed to build modules.
 thin() {
 	local arch
 	find "$1" -mindepth 1 -maxdepth 1 ! -name .config ! -name Makefile ! -name Module.symvers ! -name arch \
@@ -80,7 +85,7 @@ thin() {
 	find "$1"/{arch,rust,tools} -type f \( -name '*.[coS]' -o -name '*.a' \) -delete
 }
 
-# make_tree: make the tree, and remove those of removed kernels.
+# make_tree: make the tree unless there is one that will do, and remove the trees of kernels whose headers are gone.
 make_tree() {
 	local old
 	lock "$TREES/lock" "set-up in $TREES"

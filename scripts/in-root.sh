@@ -1,9 +1,9 @@
 #!/bin/bash
 # SPDX-License-Identifier: GPL-2.0
-# Runs a command in the tool-chain root as the calling user, in the clone:
+# Runs a command as the calling user in the tool-chain root, a directory with a Debian, by chroot:
 # in-root.sh [-r OTHER_ROOT] [-k KERNEL_DIR] [-b SRC:DST]... CMD...
-# The clone is at /clone, which is the current directory, and the kernel directory is at /kernel. All mounts end with
-# the command. The clone's own path leads to /clone, too, if it can be created.
+# This git clone is at /clone, which is the current directory. If possible, its path on the host is a link to /clone.
+# -k: a kernel's directory in the cache, at /kernel. -b: SRC, at DST. -r: another root. All mounts end with the command.
 . "$(dirname "$0")/lib.sh"
 . "$SCRIPTS/cache.sh"
 
@@ -23,7 +23,7 @@ need_root
 [ -d "$ROOT" ] || die "no tool-chain root yet; 'make setup' makes it"
 mkdir -p "$CACHE/cargo" "$BUILD"
 
-# The environment is ours, except variables that the user sets for the commands.
+# The environment is a fixed one, plus those variables of the caller that are listed here.
 env=(PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin HOME=/root LANG=C.UTF-8
 	"TERM=${TERM:-dumb}" CARGO_HOME=/cargo "CARGO_TARGET_DIR=$IN_ROOT/build/cargo"
 	CARGO_HTTP_CAINFO=/etc/ssl/certs/ca-certificates.crt)
@@ -34,6 +34,7 @@ while IFS='=' read -r -d '' name value; do
 	esac
 done < <(env -0)
 
+# The command ends if this process or its caller does: with-caller.sh.
 attend "${SUDO[@]}" "$SCRIPTS/with-caller.sh" "$PPID,$$" unshare --mount --propagation private --pid --fork --kill-child \
 	"$SCRIPTS/root-enter.sh" "$ROOT" "$CLONE" "$IN_ROOT" "$CACHE/cargo" "$kernel" "$(id -u):$(id -g)" \
 	"${#binds[@]}" "${binds[@]}" env -i "${env[@]}" "$@"

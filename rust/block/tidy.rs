@@ -11,12 +11,14 @@ use kernel::types::Opaque;
 
 use crate::sys;
 
-/// Seconds from arming to a call, and between two calls.
+/// Least number of seconds from arming to a call, and between two calls. The timer is deferrable: a
+/// call may come later if the CPU is idle.
 const SECONDS: u32 = 5;
 
 /// An object that must be tidied from time to time.
 pub(crate) trait Tidy: Send + Sync + 'static {
-    /// Tidies up. Called in process context. Returns whether it must be called again.
+    /// Frees what is no longer needed. Called in process context. Returns whether there must be
+    /// another call, after [`SECONDS`].
     fn tidy(&self) -> bool;
 }
 
@@ -40,7 +42,7 @@ unsafe impl<T: Tidy> Send for Tidier<T> {}
 unsafe impl<T: Tidy> Sync for Tidier<T> {}
 
 impl<T: Tidy> Tidier<T> {
-    /// Makes a tidier for `what`, which isn't [armed](Self::arm) yet.
+    /// Makes a tidier for `what`. The tidier isn't [armed](Self::arm) yet.
     ///
     /// # Errors
     ///
@@ -59,10 +61,11 @@ impl<T: Tidy> Tidier<T> {
         )
     }
 
-    /// Arms the tidier: it calls [`Tidy::tidy`] after [`SECONDS`] seconds, and again as long as
-    /// that returns true. Cheap if the tidier is armed already. May be called in any context but
-    /// NMI.
+    /// Arms the tidier: it calls [`Tidy::tidy`] after at least [`SECONDS`] seconds, and again as
+    /// long as that returns true. Cheap if the tidier is armed already; the call then comes at the
+    /// time that was set first. May be called in any context but NMI.
     pub(crate) fn arm(&self) {
+        // Two threads may both get here: queueing work that is already queued does nothing.
         if !self.armed.load(Relaxed) {
             self.armed.store(true, Relaxed);
             self.schedule();
@@ -70,7 +73,8 @@ impl<T: Tidy> Tidier<T> {
     }
 
     fn schedule(&self) {
-        // SAFETY: By the type invariant the work item is initialised. Dropping `self` waits for it.
+        // SAFETY: By the type invariant the work item is initialised. Dropping `self` cancels it,
+        // and waits for its function if that runs.
         unsafe { sys::obd_schedule_delayed_work(self.work.get(), SECONDS) };
     }
 
@@ -78,11 +82,13 @@ impl<T: Tidy> Tidier<T> {
     ///
     /// # Safety
     ///
-    /// `work` is that of a [`Tidier`]. Dropping the tidier waits for this function.
+    /// `work` is the work item in a [`Tidier`], which isn't dropped while this runs.
     unsafe extern "C" fn work_fn(work: *mut sys::work_struct) {
-        // SAFETY: The work item is the first field of a delayed work, and that of the tidier.
+        // SAFETY: The work item is the first field of the delayed work, which is the first field of
+        // the tidier. The tidier is valid: dropping it waits for this function.
         let this = unsafe { &*work.cast::<Self>() };
-        // Before `tidy`: if another thread arms the tidier while `tidy` runs, it runs again.
+        // Cleared before the call, so that a thread that arms the tidier from now on causes another
+        // call. A thread that saw it armed before has only this call.
         this.armed.store(false, Relaxed);
         if this.what.tidy() {
             this.arm();
@@ -93,8 +99,8 @@ impl<T: Tidy> Tidier<T> {
 #[pinned_drop]
 impl<T: Tidy> PinnedDrop for Tidier<T> {
     fn drop(self: Pin<&mut Self>) {
-        // SAFETY: By the type invariant the work item is initialised. This waits for it, and
-        // prevents that it queues itself again.
+        // SAFETY: By the type invariant the work item is initialised. This cancels it, waits for
+        // its function if that runs, and prevents that it queues itself again.
         unsafe { sys::cancel_delayed_work_sync(self.work.get()) };
     }
 }

@@ -2,8 +2,9 @@
 
 //! Codec contexts: the working memory of decompression.
 //!
-//! A worker borrows the context of its CPU for one I/O. The thread that has a context never waits
-//! for I/O, so waiting for the context is short, and needs no memory.
+//! A worker borrows the context of its CPU while it decompresses: one block for the cache, or all
+//! blocks of a read that doesn't go through it. The thread that has a context doesn't wait for I/O
+//! or for free memory, so others wait for the context only briefly.
 
 use kernel::cpu::CpuId;
 use kernel::prelude::*;
@@ -15,16 +16,16 @@ use crate::compat;
 use crate::format::zfile::{Algorithm, CRC_SIZE, MAX_BLOCK_SIZE};
 use crate::sys;
 
-/// The working memory of one thread at a time.
+/// Working memory for decompression. One thread at a time uses it.
 pub(crate) struct Context {
     /// The decompressor and its memory.
     pub(crate) decoder: Decoder,
-    /// Room for the stored bytes of a block, which are copied here if the buffer has them in
-    /// several pieces.
+    /// Room for the stored bytes of a block, with its CRC. They are copied here if the buffer of
+    /// the lower read has them in several pieces.
     pub(crate) stored: VVec<u8>,
 }
 
-/// A decompressor, and a bounce buffer for one block.
+/// A decompressor, and a bounce buffer for one decompressed block.
 pub(crate) struct Decoder {
     codec: Codec,
     bounce: VVec<u8>,
@@ -60,7 +61,8 @@ impl Context {
 }
 
 impl Decoder {
-    /// Decompresses `stored`, the compressed bytes of a block, which must fill `dest` exactly.
+    /// Decompresses `stored`, the stored bytes of a block without its CRC. The result must fill
+    /// `dest` exactly.
     ///
     /// # Errors
     ///
@@ -69,11 +71,13 @@ impl Decoder {
         self.codec.decompress(stored, dest)
     }
 
-    /// Decompresses `stored`, a block of `len` bytes, into `data`.
+    /// Decompresses `stored`, the stored bytes of a block without its CRC, into `data`. The
+    /// result must have `len` bytes.
     ///
     /// # Errors
     ///
-    /// [`Corrupt`] as above, and if `data` has no room for `len` bytes.
+    /// [`Corrupt`] if `stored` is malformed or decompresses to another length, if `data` has no
+    /// room for `len` bytes, or if `data` is in several pieces and `len` above [`MAX_BLOCK_SIZE`].
     pub(crate) fn decompress_into(
         &mut self,
         stored: &[u8],
@@ -91,12 +95,13 @@ impl Decoder {
         Ok(())
     }
 
-    /// Decompresses `stored`, a block of `len` bytes, into the bounce buffer, and returns the
-    /// bytes.
+    /// Decompresses `stored`, the stored bytes of a block without its CRC, into the bounce buffer,
+    /// and returns the decompressed bytes, which must be `len`.
     ///
     /// # Errors
     ///
-    /// [`Corrupt`] as above, and if `len` is above [`MAX_BLOCK_SIZE`].
+    /// [`Corrupt`] if `stored` is malformed or decompresses to another length, or if `len` is above
+    /// [`MAX_BLOCK_SIZE`].
     pub(crate) fn decompress_bounced(
         &mut self,
         stored: &[u8],
@@ -108,12 +113,12 @@ impl Decoder {
     }
 }
 
-/// The contexts of one algorithm, shared by all devices: one for CPU 0, and one for each CPU that
-/// was online when a device was made. A CPU that has none yet uses that of another CPU until the
-/// next device is made.
+/// The contexts of one algorithm, shared by all devices that use it: one for CPU 0, and one for
+/// each CPU that was online when such a device was made. Until the next one is made, a CPU without
+/// a context uses that of the next lower CPU that has one.
 ///
-/// Lock order: spinlocks may be taken with a context's mutex held. No I/O is waited for or ended
-/// with it held.
+/// Lock order: spinlocks may be taken with a context's mutex held. The thread that holds it must
+/// not wait for I/O, and must not end a bio.
 pub(crate) struct Contexts {
     algorithm: Algorithm,
     /// The context of CPU 0.
@@ -123,7 +128,7 @@ pub(crate) struct Contexts {
 }
 
 impl Contexts {
-    /// Allocates contexts for the CPUs that are online. May sleep.
+    /// Allocates contexts for CPU 0 and for the other CPUs that are online. May sleep.
     ///
     /// # Errors
     ///
@@ -148,7 +153,7 @@ impl Contexts {
         KBox::pin_init(new_mutex!(Context::new(algorithm)?), GFP_KERNEL)
     }
 
-    /// Allocates contexts for CPUs that have come online since the last call. May sleep.
+    /// Allocates a context for each online CPU that has none. May sleep.
     ///
     /// # Errors
     ///
@@ -157,16 +162,16 @@ impl Contexts {
         for (cpu, context) in (1..).zip(&self.others) {
             // SAFETY: By construction `cpu` is below `nr_cpu_ids`.
             if context.as_ref().is_none() && unsafe { sys::obd_cpu_online(cpu) } {
-                // If two threads make one at the same time, the first one is kept.
+                // If two threads make one at the same time, one of the two is freed again.
                 context.populate(Self::context(self.algorithm)?);
             }
         }
         Ok(())
     }
 
-    /// Borrows the context of this CPU, or of the next lower one that has a context. Called in
-    /// process context. Waits if another thread has it: one that was on this CPU, or is on a CPU
-    /// that uses the same context.
+    /// Borrows the context of this CPU, or of the next lower CPU that has one. Called in process
+    /// context. Waits while another thread has it: a thread that borrowed it on this CPU and was
+    /// preempted or moved, or one on another CPU that uses the same context.
     pub(crate) fn borrow(&self) -> MutexGuard<'_, Context> {
         let upto = self.others.get(..CpuId::current().as_u32() as usize);
         let context = upto.and_then(|upto| upto.iter().rev().find_map(SetOnce::as_ref));

@@ -12,25 +12,26 @@ use super::{Deferred, DeviceId, Io, Target};
 use crate::block::{Pages, Status};
 use crate::sys;
 
-/// A read within one target that hasn't ended, in its map function. Nothing but reads is mapped:
-/// targets are read-only.
+/// A read that hasn't ended, while the map function of its target has it. It lies within one
+/// target. Nothing but reads is mapped: targets are read-only.
 ///
 /// # Invariants
 ///
-/// `bio` is a valid read that device-mapper cloned for this target, and owned by this.
+/// `bio` is a valid read that device-mapper cloned for this target. This object owns it.
 pub(crate) struct Bio<'a, T: Target> {
     bio: NonNull<sys::bio>,
     live: &'a Live<T>,
 }
 
-/// What became of a [`Bio`]: what a map function returns.
+/// The result of mapping a [`Bio`]: what a map function returns.
 pub(crate) struct Mapped<'a> {
     code: u32,
+    /// Ties the result to its call of the map function: it can't be kept or sent.
     _bio: PhantomData<*mut &'a ()>,
 }
 
 impl Mapped<'_> {
-    /// Device-mapper ends the bio with an error.
+    /// Device-mapper ends the bio with `BLK_STS_IOERR`.
     pub(super) const KILL: Self = Self::new(sys::DM_MAPIO_KILL);
 
     const fn new(code: u32) -> Self {
@@ -40,14 +41,14 @@ impl Mapped<'_> {
         }
     }
 
-    /// The value that the C function returns.
+    /// Returns the value that the map function returns to device-mapper.
     pub(super) fn code(self) -> kernel::ffi::c_int {
         self.code as kernel::ffi::c_int
     }
 }
 
 impl<'a, T: Target> Bio<'a, T> {
-    /// Wraps a bio; `None` where it isn't a read.
+    /// Wraps a bio. Returns `None` if it isn't a read.
     ///
     /// # Safety
     ///
@@ -66,30 +67,33 @@ impl<'a, T: Target> Bio<'a, T> {
         unsafe { self.bio.as_ref() }
     }
 
-    /// First sector, from the start of the target.
+    /// Returns the first sector, from the start of the target.
     pub(crate) fn sector(&self) -> u64 {
+        // Doesn't wrap: device-mapper gives a target no sector before its begin.
         self.fields()
             .bi_iter
             .bi_sector
             .wrapping_sub(self.live.begin())
     }
 
-    /// Length in sectors.
+    /// Returns the length in sectors.
     pub(crate) fn sectors(&self) -> u64 {
         u64::from(self.fields().bi_iter.bi_size >> 9)
     }
 
-    /// Cuts the bio to its first `sectors` sectors, at least one. Device-mapper maps the rest again.
+    /// Cuts the bio to its first `sectors` sectors. Device-mapper calls the map function again for
+    /// the rest. Does nothing if `sectors` is 0, or not less than the length of the bio.
     pub(crate) fn accept_partial(&mut self, sectors: u64) {
         if sectors == 0 || sectors >= self.sectors() {
             return;
         }
-        // SAFETY: The bio is a read within its map function, and longer than this. Lossless: a bio
-        // has fewer than 2^23 sectors.
+        // SAFETY: The bio is a read within its map function, and longer than `sectors`. The cast
+        // loses nothing: a bio has fewer than 2^23 sectors.
         unsafe { sys::dm_accept_partial_bio(self.bio.as_ptr(), sectors as u32) };
     }
 
-    /// Sends the bio to sector `sector` of a device.
+    /// Redirects the bio to sector `sector` of a device: device-mapper submits it after the map
+    /// function has returned. Refuses the bio if the target has no such device.
     pub(crate) fn remap(self, device: DeviceId, sector: u64) -> Mapped<'a> {
         let Some(device) = self.live.device(device) else {
             return self.refuse();
@@ -108,14 +112,14 @@ impl<'a, T: Target> Bio<'a, T> {
         self.end()
     }
 
-    /// The memory to fill.
+    /// Returns the memory to fill.
     pub(crate) fn pages(&self) -> Pages<'_> {
         // SAFETY: By the type invariant the bio is a read that hasn't ended, nor will it while
         // `self` is borrowed.
         unsafe { Pages::new(self.bio) }
     }
 
-    /// Ends the bio, which is filled.
+    /// Ends the bio with success. The caller has filled its memory.
     pub(crate) fn end(self) -> Mapped<'a> {
         // SAFETY: By the type invariant the bio is ours.
         unsafe { sys::obd_flush_dcache_bio(self.bio.as_ptr()) };
@@ -126,19 +130,20 @@ impl<'a, T: Target> Bio<'a, T> {
         Mapped::new(sys::DM_MAPIO_SUBMITTED)
     }
 
-    /// Lets device-mapper end the bio with an error.
+    /// Lets device-mapper end the bio with `BLK_STS_IOERR`.
     pub(crate) fn refuse(self) -> Mapped<'a> {
         Mapped::KILL
     }
 }
 
 impl<'a, T: Deferred> Bio<'a, T> {
-    /// Begins to work on the bio, with `request` as the target's own state of it.
+    /// Takes the bio over from device-mapper as an [`Io`], which must be ended later. `request` is
+    /// the target's own data for it, kept in the frame.
     pub(crate) fn begin(self, request: T::Request) -> (Io<T>, Mapped<'a>) {
         const { assert!(T::PER_BIO_DATA == super::frame_size::<T>()) };
         // SAFETY: By the type invariant the bio is ours and of this target, whose per-bio data has
-        // the size of a frame, as was just checked; what is returned tells device-mapper that we
-        // keep the bio.
+        // the size of a `Frame`, as was just checked. The value returned tells device-mapper that
+        // we keep the bio.
         let io = unsafe { Io::new(self.bio, NonNull::from(self.live), request) };
         (io, Mapped::new(sys::DM_MAPIO_SUBMITTED))
     }

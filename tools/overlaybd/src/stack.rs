@@ -39,7 +39,8 @@ impl Stack {
     ///
     /// # Errors
     ///
-    /// [`Fault::LsmtLayerCount`], [`Fault::LsmtVirtualSize`], [`Fault::LsmtMergedCount`].
+    /// [`Fault::LsmtLayerCount`] if there are none or too many, [`Fault::LsmtVirtualSize`] if none
+    /// has a virtual size, [`Fault::LsmtMergedCount`] if the merged index has too many segments.
     pub fn new(layers: Vec<LayerReader>) -> Result<Self> {
         check_layers(layers.len())?;
         let sizes = layers.iter().map(|layer| layer.lsmt().virtual_size());
@@ -47,12 +48,12 @@ impl Stack {
         Self::with_size(layers, virtual_size)
     }
 
-    /// Merges `layers`, lowest first, into a disk of `virtual_size` bytes. A writer uses this for
-    /// the layers below a layer of that size.
+    /// Merges `layers`, lowest first, into a disk of `virtual_size` bytes, as if a layer of that
+    /// size and without entries were on top. A writer uses this for the layers below a new one.
     ///
     /// # Errors
     ///
-    /// As [`Stack::new`].
+    /// [`Fault::LsmtLayerCount`] and [`Fault::LsmtMergedCount`], as [`Stack::new`].
     pub fn with_size(layers: Vec<LayerReader>, virtual_size: u64) -> Result<Self> {
         check_layers(layers.len())?;
         let indexes: Vec<Segments> = layers
@@ -96,12 +97,14 @@ impl Stack {
         self.virtual_size
     }
 
-    /// Returns the number of sectors of the disk. The last one can exceed the virtual size.
+    /// Returns the number of sectors of the disk, rounded up: the virtual size can end within the
+    /// last one.
     pub fn sectors(&self) -> u64 {
         merge::sectors(self.virtual_size)
     }
 
-    /// Returns the first byte from `offset` up to, not including, `end` for which a layer has data.
+    /// Returns the offset of the first byte from `offset` up to, not including, `end` for which a
+    /// layer has data.
     pub fn next_data(&self, offset: u64, end: u64) -> Option<u64> {
         if offset >= end {
             return None;
@@ -110,9 +113,9 @@ impl Stack {
             Extent::Data { .. } => return Some(offset),
             Extent::Zeros { len } => offset / SECTOR_SIZE + len,
         };
-        // Doesn't overflow: a sector number is at most `MAX_END`, 2^50.
         Some(next)
             .filter(|&next| next < MAX_END)
+            // Doesn't overflow: a sector number is below `MAX_END`, 2^50.
             .map(|next| next * SECTOR_SIZE)
             .filter(|&next| next < end)
     }
@@ -141,7 +144,7 @@ impl Stack {
 impl Blob for Stack {
     type Error = Error;
 
-    /// Returns the size of the device in bytes: a whole number of sectors.
+    /// Returns the size of the disk in bytes, rounded up to a whole number of sectors.
     fn size(&self) -> u64 {
         self.sectors() * SECTOR_SIZE
     }
@@ -176,7 +179,7 @@ impl Blob for Stack {
     }
 }
 
-/// Checks the number of layers before opening them.
+/// Checks the number of layers.
 fn check_layers(layers: usize) -> Result<()> {
     if layers == 0 || layers > merge::MAX_LAYERS {
         return Err(FormatError::new(Fault::LsmtLayerCount, 0, to_u64(layers)).into());
