@@ -16,7 +16,7 @@ import subprocess
 import tempfile
 import time
 
-from obdtest import dm, image, udevd
+from obdtest import dm, image, programs, udevd
 from obdtest.ktap import SLOW, add, check, defer, equal, main, note, same_bytes, test
 
 KILLS = int(os.environ.get("OBD_KILLS", "1"))
@@ -82,19 +82,6 @@ class Way:
         if self.name == "stopped":
             udevd.go_on()
             udevd.settle()
-
-
-def processes():
-    """Command lines of what obdsetup starts, but for what udevd starts."""
-    found = []
-    for path in glob.glob("/proc/[0-9]*/cmdline"):
-        with contextlib.suppress(OSError):
-            with open(path, "rb") as file:
-                words = file.read().split(b"\0")
-            name = os.path.basename(words[0])
-            if name in (b"dmsetup", b"obdsetup", b"obdsetup-program", b"ipcrm") and b"udevcomplete" not in words:
-                found.append(b" ".join(words).decode())
-    return found
 
 
 def eventually(what, holds):
@@ -190,7 +177,7 @@ def kills(way, command):
         time.sleep(rng.random() * lasts)
         child.kill()
         _, said = child.communicate()
-        eventually(f"kill {nth}: processes left", processes)
+        eventually(f"kill {nth}: processes left", programs.running)
         way.go_on()
         if child.returncode != -signal.SIGKILL:
             # It was over before the kill, which doesn't count.
@@ -237,7 +224,7 @@ def killed_then_closed():
             pass
         child.kill()
         child.communicate()
-        eventually("processes left", processes)
+        eventually("processes left", programs.running)
         if not devices():
             continue
         way.run("close", NAME)
@@ -295,7 +282,7 @@ def signals():
         way.stop()
         before = semaphores()
         child = way.start("open", NAME, *layers)
-        eventually("no wait begins", lambda: not any("udevreleasecookie" in line for line in processes()))
+        eventually("no wait begins", lambda: not any("udevreleasecookie" in line for line in programs.running()))
         child.send_signal(number)
         start = time.monotonic()
         _, said = child.communicate()
@@ -303,7 +290,7 @@ def signals():
         equal(child.returncode, 130, f"status after {number.name} ({said.strip()})")
         check(took < 10 * SLOW, f"{number.name}: ended after {took:.1f} s")
         equal(devices(), [], f"{number.name}: devices left")
-        equal(processes(), [], f"{number.name}: processes left")
+        equal(programs.running(), [], f"{number.name}: processes left")
         equal(semaphores(), before, f"{number.name}: cookies")
         way.go_on()
         nothing_left(layers)
