@@ -3,6 +3,7 @@
 //! What all tests share: a directory of its own for each, `obdsetup` run in it, and what a test needs
 //! that may be missing.
 
+pub(crate) mod erofs;
 pub(crate) mod needs;
 pub(crate) mod tars;
 

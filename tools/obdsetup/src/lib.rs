@@ -1,0 +1,166 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! `obdsetup`: sets up OverlayBD images as block devices; makes, checks and dumps them. A library only for
+//! the fuzz targets.
+//!
+//! - [`cmd`]: a file for each subcommand, its arguments and what it does.
+//! - [`dm`]: device-mapper and loop devices.
+//! - The other files: what several subcommands need.
+
+#![forbid(unsafe_code)]
+
+mod archive;
+mod bar;
+mod chain;
+mod cmd;
+mod config;
+mod dm;
+mod exit;
+mod generator;
+mod image_layer;
+mod in_use;
+mod interrupt;
+mod journal;
+mod json;
+mod kind;
+mod layer_args;
+mod layer_name;
+mod layer_out;
+mod layers;
+mod mkfs;
+mod oci;
+mod output;
+mod overview;
+mod program;
+mod raw_out;
+mod size;
+mod tab;
+
+use std::ffi::OsString;
+use std::io::{self, Write};
+use std::path::Path;
+use std::process::ExitCode;
+
+use clap::{CommandFactory, Parser};
+
+/// What to do with what is no layer.
+const NO_LAYER: &str = "`obdsetup convert' makes layers of disk images, tars and directories";
+
+/// Set up, make, convert and check OverlayBD images.
+#[derive(Parser)]
+#[command(name = "obdsetup", version, after_help = exit::HELP, max_term_width = 100)]
+struct Cli {
+    #[command(subcommand)]
+    command: cmd::Command,
+}
+
+/// The command as it is on the command line, for what is made of that.
+fn command() -> clap::Command {
+    Cli::command()
+}
+
+/// The command `obdsetup`: does what the command line says, and tells what went wrong.
+pub fn main() -> ExitCode {
+    let args: Vec<OsString> = std::env::args_os().collect();
+    if let [program, args @ ..] = args.as_slice() {
+        if program == program::guard::NAME {
+            tell(&program::guard::run(args));
+            return ExitCode::from(exit::USAGE);
+        }
+        if Path::new(program).ends_with(generator::NAME) {
+            let code = match generator::run(args) {
+                true => exit::SUCCESS,
+                false => exit::USAGE,
+            };
+            return ExitCode::from(code);
+        }
+    }
+    let cli = match Cli::try_parse_from(args) {
+        Ok(cli) => cli,
+        Err(error) => {
+            let code = if error.use_stderr() {
+                exit::USAGE
+            } else {
+                exit::SUCCESS
+            };
+            return ExitCode::from(match error.print() {
+                Err(error) if code == exit::SUCCESS => exit::io(error.kind()),
+                // Where standard error is gone, nobody is left to tell.
+                _ => code,
+            });
+        }
+    };
+    match interrupt::watch().and_then(|()| cli.command.run()) {
+        Ok(()) => ExitCode::from(exit::SUCCESS),
+        Err(error) => {
+            let code = exit::code(&error);
+            // A reader that has seen enough, say head(1), closed standard output: no need to tell.
+            if code != exit::PIPE {
+                tell(&message(&error));
+            }
+            ExitCode::from(code)
+        }
+    }
+}
+
+/// Does what the command line `args` says, of which the first is the name of the command. Signals are
+/// left to the caller.
+///
+/// # Errors
+///
+/// The exit code and the message, where the arguments are wrong or the command fails.
+pub fn run(args: impl IntoIterator<Item = OsString>) -> Result<(), (u8, String)> {
+    let cli = Cli::try_parse_from(args).map_err(|error| (exit::USAGE, error.to_string()))?;
+    let done = cli.command.run();
+    done.map_err(|error| (exit::code(&error), plain(&message(&error))))
+}
+
+/// Tells something on standard error.
+fn tell(message: &str) {
+    let text = format!("obdsetup: {}\n", plain(message));
+    // Where standard error is gone, nobody is left to tell.
+    let _ = io::stderr().write_all(text.as_bytes());
+}
+
+/// Text for people, of which parts may come from an image: nothing of that is for the terminal to
+/// obey.
+fn plain(text: &str) -> String {
+    let mut plain = String::with_capacity(text.len());
+    for c in text.chars() {
+        match c.is_control() && !matches!(c, '\n' | '\t') {
+            true => plain.extend(c.escape_default()),
+            false => plain.push(c),
+        }
+    }
+    plain
+}
+
+/// An error and its causes. The library's errors tell theirs themselves.
+fn message(error: &anyhow::Error) -> String {
+    let mut parts = Vec::new();
+    for cause in error.chain() {
+        parts.push(cause.to_string());
+        if let Some(error) = cause.downcast_ref::<overlaybd::Error>() {
+            if error.fault() == Some(overlaybd::format::Fault::LsmtMagic) {
+                parts.push(NO_LAYER.to_owned());
+            }
+            break;
+        }
+    }
+    without_numbers(&parts.join(": "))
+}
+
+/// Leaves out the numbers that std puts behind the words of the system's errors.
+fn without_numbers(text: &str) -> String {
+    let mut parts = text.split(" (os error ");
+    let mut out = parts.next().unwrap_or_default().to_owned();
+    for part in parts {
+        let after = part.trim_start_matches(|c: char| c.is_ascii_digit());
+        out.push_str(after.strip_prefix(')').unwrap_or(after));
+    }
+    out
+}
+
+#[cfg(test)]
+#[path = "../tests/common/tars.rs"]
+mod tars;
