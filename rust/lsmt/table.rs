@@ -8,8 +8,7 @@ use super::{Lsmt, Tail};
 use crate::block::memory;
 use crate::compat;
 use crate::dm::{
-    self, Args, Bio, Claim, Claims, Device, DeviceId, Emit, Failure, Find, Limits, Mapped, Setup,
-    PAGE_SECTORS,
+    self, Args, Bio, Claims, Dax, Device, DeviceId, Emit, Failure, Limits, Mapped, Setup, PAGE_SECTORS,
 };
 use crate::format::dax::{self, Place};
 use crate::format::lsmt::{Layer, Segment};
@@ -39,7 +38,14 @@ impl<const DAX: bool> dm::Target for Lsmt<DAX> {
 
     const VERSION: [u32; 3] = [1, 0, 0];
     const NOWAIT: bool = true;
-    const DAX: Option<Find<Self>> = if DAX { Some(Self::find_memory) } else { None };
+    const DAX: Option<Dax<Self>> = if DAX {
+        Some(Dax {
+            find: Self::find_memory,
+            claims: |context| context,
+        })
+    } else {
+        None
+    };
 
     fn new(setup: &mut Setup<'_, Claims>, mut args: Args<'_>) -> Result<Self, Failure> {
         setup.require_read_only()?;
@@ -81,12 +87,9 @@ impl<const DAX: bool> dm::Target for Lsmt<DAX> {
         }
         let segments = merge_layers(&layers, setup.len())?;
         check_alignment(setup, &segments, count, size)?;
-        let claim = if DAX {
+        if DAX {
             check_pages(setup, &segments, size)?;
-            Some(Claim::new(setup, setup.context())?)
-        } else {
-            None
-        };
+        }
         let runs = |len| Ok(compat::zeroed(len, memory::LARGE)?);
         let index = Index::new(segments, runs, pause)?;
         Ok(Self {
@@ -95,7 +98,6 @@ impl<const DAX: bool> dm::Target for Lsmt<DAX> {
             size,
             blob_bytes,
             legacy,
-            _claim: claim,
         })
     }
 
@@ -234,7 +236,7 @@ fn alignment(segments: &[Segment]) -> Result<u64, Failure> {
 /// Checks that each page of the disk is a page of a layer, or in a hole.
 fn check_pages(setup: &Setup<'_, Claims>, segments: &[Segment], size: u64) -> Result<(), Failure> {
     let mask = PAGE_SECTORS - 1;
-    if (setup.begin() | setup.len()) & mask != 0 || size % (PAGE_SECTORS * SECTOR_SIZE) != 0 {
+    if setup.len() & mask != 0 || size % (PAGE_SECTORS * SECTOR_SIZE) != 0 {
         return Err(Failure::new(c"Disk is not aligned to pages", EINVAL));
     }
     if alignment(segments)? & mask != 0 {
