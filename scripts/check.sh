@@ -1,6 +1,7 @@
 #!/bin/bash
 # SPDX-License-Identifier: GPL-2.0
-# Runs everything that a change has to pass: check.sh [PART...]. The last line sums up.
+# Runs everything that a change has to pass: check.sh [--within SECONDS] [PART...]. The last line sums up.
+# A part that cannot begin within that time counts as skipped.
 #   stock   lints, builds, tests in user space and, with Debian's kernel, in the VM (the default)
 #   system  with Debian's kernel, in the VM: tests that combine parts of a system, in tests/system
 #   both    stock and system at the same time
@@ -222,6 +223,14 @@ in_vm() {
 	counts "log of the $KERNEL kernel" "$0" --kernel-log "$LOGS/kernel-$KERNEL"-*.log
 }
 
+# time_for PART: fail if it is too late to begin it, and count it as skipped.
+time_for() {
+	[ -n "$within" ] && [ "$SECONDS" -ge "$within" ] || return 0
+	say "left out: $1: not begun within $within s"
+	causes["no time left for the part $1"]=1
+	return 1
+}
+
 # debian_image: an image of Debian for a test of the system tests, which is skipped where no mirror can be reached.
 debian_image() { step "image of Debian" "$SCRIPTS/debian-image.sh" || :; }
 
@@ -232,6 +241,12 @@ thirds=("mutants memory" "injection golden faults")
 rest="--but ${thirds[*]}"
 # These mainly test obdsetup: they are left out with a slow kernel.
 rest_of_module="$rest metadata health identity sharing pagecache"
+within=
+if [ "${1:-}" = --within ]; then
+	within=${2:-}
+	[[ $within =~ ^[0-9]+$ ]] || die "--within $within: must be a whole number of seconds"
+	shift 2
+fi
 parts=("$@")
 [ $# != 0 ] || parts=(stock)
 
@@ -245,13 +260,14 @@ for part in "${parts[@]}"; do
 	cpus) total=$((total + 5)) ;;
 	forky) total=$((total + 6)) ;;
 	debug | kcsan | soak) total=$((total + 7)) ;;
-	*) die "usage: check.sh [stock | system | both | cpus | forky | debug | kcsan | kills | soak]..." ;;
+	*) die "usage: check.sh [--within SECONDS] [stock | system | both | cpus | forky | debug | kcsan | kills | soak]..." ;;
 	esac
 done
 alone
 steps "$total"
 set_up
 for part in "${parts[@]}"; do
+	time_for "$part" || continue
 	[[ $part == @(stock|both) ]] || must "obdsetup" "$SCRIPTS/build-tools.sh"
 	case $part in
 	stock)

@@ -19,8 +19,8 @@ make check-debug      run the VM's tests with a kernel that has KASAN, lockdep, 
                       (OBD_FULL=1: all cycles of races)
 make check-kcsan      run those that have several things at once with a kernel that finds data races
 make soak             a random mix of everything for MINUTES=30, with the kernel of check-debug
-make check-all        run what CI (.ci/run: check, check-system, check-debug) does not: the four checks that are left,
-                      short runs of soak, fuzz and bench; says what it has left out (PARTS='NAME...')
+make check-all        run what CI (.ci/run: check, check-system, and check-debug if there is time) does not: the checks
+                      that are left, short runs of soak, fuzz and bench; says what it has left out (PARTS='NAME...')
 make lint             the static checks only
 make fuzz             run the fuzz targets (SECONDS=60 each, TARGET='NAME...', RECORD=FILE)
 make bench            measure, and compare with goals and with others: in User-Mode Linux, as fast as this machine is

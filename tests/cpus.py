@@ -80,18 +80,16 @@ def workers(states):
 
 
 class Reader(threading.Thread):
-    """Reads from one CPU and compares, until told to stop."""
+    """Reads and compares, until told to stop."""
 
-    def __init__(self, device, cpu=None, seed=1):
+    def __init__(self, device, seed):
         super().__init__()
-        self.device, self.cpu, self.seed = device, cpu, seed
+        self.device, self.seed = device, seed
         self.over, self.count, self.error = False, 0, None
         self.start()
 
     def run(self):
         try:
-            if self.cpu is not None:
-                os.sched_setaffinity(0, {self.cpu})
             disk = Disk(self.device)
             rng = random.Random(self.seed)
             while not self.over:
@@ -106,24 +104,45 @@ class Reader(threading.Thread):
     def stop(self):
         self.over = True
         self.join()
-        check(self.error is None, f"reader on CPU {self.cpu}: {self.error}")
-        check(self.count > 0, f"reader on CPU {self.cpu} has read nothing")
+        check(self.error is None, f"reader {self.seed}: {self.error}")
+        check(self.count > 0, f"reader {self.seed} has read nothing")
+
+
+class Load:
+    """Issues more reads of a device than its workers can do, for so many seconds, from any CPU or from one. A process
+    of its own, so that it does not wait for this one's interpreter."""
+
+    def __init__(self, device, seconds, cpu=None):
+        where = [] if cpu is None else [f"--cpus_allowed={cpu}"]
+        self.fio = subprocess.Popen(
+            ["fio", "--name=obd", f"--filename={device.path}", "--readonly", "--rw=randread", "--direct=1",
+             "--ioengine=libaio", "--iodepth=32", "--bs=1m", "--numjobs=2", "--time_based", f"--runtime={seconds}",
+             "--thread", "--minimal", *where], stdout=subprocess.DEVNULL)
+        defer(self.stop)
+
+    def runs(self):
+        return self.fio.poll() is None
+
+    def stop(self):
+        self.fio.kill()
+        self.fio.wait()
 
 
 def used(device, cpu, wanted):
     """Returns the CPUs that work for a reader on one CPU: waits until all wanted do, then watches for others."""
-    reader = Reader(device, cpu)
+    load = Load(device, 3600, cpu)
     found = set()
     try:
-        enough = time.monotonic() + 20 * SLOW
+        enough = time.monotonic() + 60 * SLOW
         while time.monotonic() < enough and not wanted <= found:
             found |= workers("+")
         # After some work, a thread shows for a long time that it did it.
         for _ in range(5):
             found |= workers("+-") - wanted
             time.sleep(0.02)
+        check(load.runs(), "the reader has ended")
     finally:
-        reader.stop()
+        load.stop()
     return found
 
 
@@ -165,7 +184,7 @@ def hotplug():
     before = cpus("online")
     counted = [0, 0, 0]
     defer(brought_back, found)
-    readers = [Reader(device, None, seed) for seed in range(3)]
+    readers = [Reader(device, seed) for seed in range(3)]
     try:
         for nth in range(4):
             for cpu in found:
@@ -274,24 +293,6 @@ def traced():
             return TRACING if "function" in file.read().split() else None
     except OSError:
         return None
-
-
-class Load:
-    """Issues more reads of a device than its workers can do, for so many seconds."""
-
-    def __init__(self, device, seconds):
-        self.fio = subprocess.Popen(
-            ["fio", "--name=obd", f"--filename={device.path}", "--readonly", "--rw=randread", "--direct=1",
-             "--ioengine=libaio", "--iodepth=32", "--bs=1m", "--numjobs=2", "--time_based", f"--runtime={seconds}",
-             "--thread", "--minimal"], stdout=subprocess.DEVNULL)
-        defer(self.stop)
-
-    def runs(self):
-        return self.fio.poll() is None
-
-    def stop(self):
-        self.fio.kill()
-        self.fio.wait()
 
 
 @test("workers that are always busy don't block Tasks RCU")

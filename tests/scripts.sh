@@ -223,6 +223,22 @@ sums() {
 15 passed, 3 failed, 1 skipped'
 }
 
+# too_late: a part that cannot begin in time is not run, and counts as skipped; one that can is run.
+too_late() {
+	local said status=0
+	said=$(stubbed_check --within 0 kills debug) || status=$?
+	equal "$status" 0 || return
+	equal "$(tail -n 5 <<<"$said" | grep -v '^\[')" 'left out: kills: not begun within 0 s
+left out: debug: not begun within 0 s
+      skipped: no time left for the part debug: 1 test
+      skipped: no time left for the part kills: 1 test
+0 passed, 0 failed, 2 skipped' || return
+	said=$(stubbed_check --within 3000 kills) && return 1
+	grep -q '50 kills with the stock kernel' <<<"$said" || return
+	said=$(stubbed_check --within soon kills 2>&1) && return 1
+	equal "$said" "error: --within soon: must be a whole number of seconds"
+}
+
 # pictures: each picture exists and matches its source; a mismatch is reported.
 pictures() {
 	local copy=$work/pictures said none=$work/none
@@ -295,6 +311,7 @@ test "a command in the root ends with its caller: KILL" ends_with_caller KILL
 test "causes of skipped tests: KTAP" ktap
 test "causes of skipped tests: cargo" cargo
 test "sums of make check" sums
+test "a part of make check that is too late" too_late
 test "pictures are up to date" pictures
 test "links between documents" documents
 test "one version" versions

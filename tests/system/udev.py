@@ -247,7 +247,7 @@ def zfile():
     run("obdsetup", "close", name)
 
 
-@test("open and close while udev is busy")
+@test("open and close while udev is busy", timeout=400)
 def busy():
     layers = make_layers()
     for nth in range(4):
