@@ -41,7 +41,8 @@ for entry in "$root"/*; do
 	*) if [ -L "$entry" ]; then cp -P "$entry" "$new/$name"; else mkdir -p "$new/$name"; fi ;;
 	esac
 done
-chmod 1777 "$new/tmp" "$new/root"
+# User-Mode Linux has this root as its own, and runs as the calling user: its guest makes directories in /run and /mnt.
+chmod 1777 "$new"/{tmp,root,run,mnt}
 mount -t tmpfs -o mode=1777 tmpfs "$new/tmp"
 mount -t proc proc "$new/proc"
 mount --rbind /dev "$new/dev"
