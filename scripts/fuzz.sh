@@ -6,7 +6,7 @@
 . "$SCRIPTS/cache.sh"
 
 CARGO_FUZZ=0.13.1
-TARGETS=(image codec merge lsmt zfile tar)
+TARGETS=(image codec merge lsmt zfile tar changes)
 # Limits besides the targets' own checks: seconds for one input, MiB for the process.
 LIMITS=(-timeout=10 -rss_limit_mb=512 -max_len=8192)
 
@@ -50,7 +50,7 @@ report() {
 	peak=$(stat_of peak_rss_mb "$log")
 	cov=$(sed -n 's/.* cov: \([0-9]*\) .*/\1/p' "$log" | tail -n 1)
 	inputs=$(sed -n 's/.* corp: \([0-9]*\).*/\1/p' "$log" | tail -n 1)
-	printf '%-6s %11d runs in %d s, %d/s; corpus %d, coverage %d; %d MiB; %s\n' "$target" "$runs" "$3" \
+	printf '%-7s %11d runs in %d s, %d/s; corpus %d, coverage %d; %d MiB; %s\n' "$target" "$runs" "$3" \
 		"$((runs / ($3 > 0 ? $3 : 1)))" "${inputs:-0}" "${cov:-0}" "$peak" "$verdict"
 	if [ -n "${RECORD:-}" ]; then
 		[ -s "$RECORD" ] || printf '# date\tcommit\ttarget\truns\tseconds\tpeak MiB\tfindings\n' >"$RECORD"

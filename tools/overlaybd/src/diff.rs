@@ -4,6 +4,7 @@
 //! differ from the layers below.
 
 use std::ops::Range;
+use std::path::Path;
 
 use rayon::prelude::*;
 
@@ -11,7 +12,7 @@ use crate::format::num::{to_u64, to_usize};
 use crate::format::{Blob, SECTOR_SIZE};
 use crate::identity::{Hasher, Pieces, PIECE};
 use crate::lsmt_writer::{Run, Runs};
-use crate::{FileBlob, Progress, Result, Stack};
+use crate::{Error, FileBlob, Progress, Result, Stack};
 
 /// How to compare.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -32,6 +33,33 @@ pub struct Diff {
     pub pieces: Pieces,
 }
 
+/// A disk to make a layer of.
+pub trait Image: Blob<Error = Error> + Sync {
+    /// Returns bytes at or after `offset` that aren't in a hole: the first ones, perhaps not all that are
+    /// adjacent. `None` if a hole reaches to the end.
+    fn next_data(&self, offset: u64) -> Option<Range<u64>>;
+
+    /// Returns whether holes read like the layers below. Otherwise they read as zeros.
+    fn shows_below(&self) -> bool;
+
+    /// Returns the file that read errors name.
+    fn path(&self) -> &Path;
+}
+
+impl Image for FileBlob {
+    fn next_data(&self, offset: u64) -> Option<Range<u64>> {
+        Self::next_data(self, offset)
+    }
+
+    fn shows_below(&self) -> bool {
+        false
+    }
+
+    fn path(&self) -> &Path {
+        Self::path(self)
+    }
+}
+
 /// Returns what a layer over `base` needs so that the stack reads like `image`. Granules that
 /// became zero are zeroed runs; granules that read the same are left out.
 ///
@@ -41,7 +69,7 @@ pub struct Diff {
 ///
 /// Read errors, and the error that `progress` returns. `progress` counts bytes of the image.
 pub fn of(
-    image: &FileBlob,
+    image: &dyn Image,
     base: Option<&Stack>,
     options: Options,
     progress: Progress<'_>,
@@ -114,7 +142,7 @@ type Found = (Vec<Run>, Option<(u64, [u8; 32])>);
 
 /// The inputs of a comparison.
 struct Compare<'a> {
-    image: &'a FileBlob,
+    image: &'a dyn Image,
     base: Option<&'a Stack>,
     options: Options,
 }
@@ -126,6 +154,7 @@ impl Compare<'_> {
         let data = self.image.next_data(at).map(|data| data.start);
         let below = self
             .base
+            .filter(|_| !self.image.shows_below())
             .and_then(|base| base.next_data(at, self.image.size()));
         data.into_iter().chain(below).min()
     }
@@ -141,9 +170,10 @@ impl Compare<'_> {
             // A granule is compared as a whole.
             at = at.max(next - next % granule);
             let mut end = piece.end;
-            if let (None, Some(data)) = (self.base, self.image.next_data(at)) {
+            if self.base.is_none() || self.image.shows_below() {
                 // A hole follows the data.
-                end = end.min(data.end.next_multiple_of(granule));
+                let data = self.image.next_data(at).map(|data| data.end);
+                end = data.map_or(end, |data| end.min(data.next_multiple_of(granule)));
             }
             let len = to_usize(end - at);
             let new = buffers.new.get_mut(..len).unwrap_or_default();

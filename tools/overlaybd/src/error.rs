@@ -7,6 +7,7 @@ use std::fmt;
 use std::io;
 use std::path::{Path, PathBuf};
 
+use crate::changes;
 use crate::format::{self, lsmt, zfile, Fault};
 
 /// Result of this crate's functions.
@@ -28,6 +29,10 @@ pub enum Error {
     /// A block of a ZFile is corrupt.
     #[error(transparent)]
     Block(#[from] BlockError),
+
+    /// A store of changes has a fault.
+    #[error(transparent)]
+    Changes(#[from] changes::Fault),
 
     /// A read failed.
     #[error("cannot read {len} bytes at byte {offset}: {source}")]
@@ -121,7 +126,10 @@ impl Error {
 
     /// Returns whether the image causes the error, not the system or the caller.
     pub fn is_bad_image(&self) -> bool {
-        matches!(self.cause(), Self::Format { .. } | Self::Block(_))
+        matches!(
+            self.cause(),
+            Self::Format { .. } | Self::Block(_) | Self::Changes(_)
+        )
     }
 
     /// Returns the kind of the system's error, if the system causes the error.

@@ -18,6 +18,7 @@
 #[path = "../../../rust/format/mod.rs"]
 pub mod format;
 
+pub mod changes;
 pub mod coarsen;
 pub mod codec;
 pub mod diff;

@@ -4,6 +4,7 @@
 
 #![allow(dead_code, missing_docs, unreachable_pub, clippy::unwrap_used)]
 
+pub mod changes;
 pub mod sparse;
 
 use std::io::{Cursor, Write};
