@@ -213,6 +213,10 @@ def thin():
     same_files(host.files)
     lvm_is_content()
     write("first\n")
+    defer(quiet, "rm -f work.xml new.obd slow.obd")
+    recipe.step()
+    # The same as of the whole disk.
+    script("obdsetup create --image /dev/mapper/work --base base.obd --base app.obd slow.obd; cmp new.obd slow.obd")
     down = recipe.blocks[0]
     recipe.step()
     equal(sha256("/dev/mapper/app"), host.sum, "the image after writes")
@@ -223,7 +227,7 @@ def thin():
     with open("/mnt/new", encoding="ascii") as file:
         equal(file.read(), "first\n", "what was written before")
     equal(float(script("lvs --noheadings --options data_percent vg/pool")) > 0, True, "use of the pool")
-    script(down)
+    script(f"umount /mnt; {down}")
     recipe.step()
     script("lvremove --yes vg/pool; obdsetup close app")
     gone(before)

@@ -128,8 +128,10 @@ Conflicts=umount.target
         text.push_str("Before=overlaybdsetup.target\n");
     }
     let mut files = false;
-    for layer in &entry.layers {
-        let path = blob(layer)?;
+    let layers = entry.layers.iter().map(|layer| blob(layer));
+    let store = entry.store().map(|store| Ok(store.to_owned()));
+    for path in layers.chain(store) {
+        let path = path?;
         if path.components().any(|part| part == Component::ParentDir) {
             return Err(Failure::usage(format!("{path:?}: `..' in a name")));
         }
@@ -326,6 +328,19 @@ ExecStop="/usr/sbin/obdsetup" close my-app
             unit.contains("\nRequiresMountsFor=\"/dev/shm/a.obd\"\n"),
             "{unit}"
         );
+        Ok(())
+    }
+
+    #[test]
+    fn stores() -> Result<()> {
+        let (units, wrong) =
+            units(b"a /a writable=/srv/a.store\nb /b writable=/dev/vdb\nc /c writable=/../x\n")?;
+        assert_eq!(wrong, 1);
+        let has = |name: &str, text: &str| {
+            units[&format!("systemd-overlaybdsetup@{name}.service")].contains(text)
+        };
+        assert!(has("a", "\nRequiresMountsFor=\"/srv/a.store\"\n"));
+        assert!(has("b", "\nBindsTo=dev-vdb.device\n"));
         Ok(())
     }
 

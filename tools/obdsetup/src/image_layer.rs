@@ -5,6 +5,7 @@
 use std::path::Path;
 
 use anyhow::{Context, Result};
+use overlaybd::diff::Image;
 use overlaybd::format::lsmt;
 use overlaybd::format::num::{to_u64, to_usize};
 use overlaybd::format::Blob;
@@ -64,12 +65,22 @@ pub(crate) fn write(
         true => None,
         false => Some(Stack::with_size(base, image.size())?),
     };
-    let mut options = options;
+    write_image(&image, base.as_ref(), options, names, output)
+}
+
+/// Writes the layer of `image` over the disk `base`.
+pub(crate) fn write_image(
+    image: &dyn Image,
+    base: Option<&Stack>,
+    mut options: diff::Options,
+    names: &IdentArgs,
+    output: LayerOut,
+) -> Result<()> {
     let diff = loop {
         let bar = Bar::new("comparing", image.size());
         let progress = |bytes| bar.advance(bytes);
-        let diff = diff::of(&image, base.as_ref(), options, &progress)
-            .map_err(|error| error.in_file(path))?;
+        let diff = diff::of(image, base, options, &progress)
+            .map_err(|error| error.in_file(image.path()))?;
         match coarsen::granule(&diff.runs, options.granule, lsmt::MAX_ENTRIES) {
             Some(granule) if granule > options.granule => {
                 drop(bar);
@@ -87,7 +98,7 @@ pub(crate) fn write(
             _ => break diff,
         }
     };
-    let top = base.as_ref().and_then(|base| base.layers().last());
+    let top = base.and_then(|base| base.layers().last());
     let below = top.map_or(Below::Nothing, |top| Below::of(&top.ident().uuid));
     let ident = names.ident(below, |below| {
         let uuid = identity::uuid(image.size(), below, &diff.runs, &diff.pieces);
@@ -102,7 +113,7 @@ pub(crate) fn write(
         tail.fill(0);
         image
             .read_at(offset, data)
-            .map_err(|error| error.in_file(path))
+            .map_err(|error| error.in_file(image.path()))
     };
     output.write(&writer, "writing", read)
 }

@@ -112,15 +112,17 @@ fn find_user(targets: &[Target], claim: Claim) -> Result<Option<String>> {
 }
 
 /// A loop device that can be written to.
-struct Loop {
+pub(crate) struct Loop {
     node: PathBuf,
+    /// `MAJOR:MINOR`.
+    pub(crate) number: String,
     /// The file below, by the name that the kernel has for it.
-    file: PathBuf,
+    pub(crate) file: PathBuf,
 }
 
-/// Returns the loop devices that can be written to. Those of obdsetup cannot, and are many. `sys` is
-/// where sysfs is mounted.
-fn writable_loops(sys: &Path) -> Vec<Loop> {
+/// Returns the loop devices that can be written to. Those over layers cannot, and are many. `sys` is where
+/// sysfs is mounted.
+pub(crate) fn writable_loops(sys: &Path) -> Vec<Loop> {
     let block = sys.join("block");
     let loops = names(&block).into_iter().filter_map(|name| {
         let system = block.join(&name);
@@ -129,8 +131,10 @@ fn writable_loops(sys: &Path) -> Vec<Loop> {
         }
         let text = fs::read(system.join("loop/backing_file")).ok()?;
         let file = std::ffi::OsStr::from_bytes(text.trim_ascii_end());
+        let number = fs::read_to_string(system.join("dev")).unwrap_or_default();
         Some(Loop {
             node: Path::new("/dev").join(&name),
+            number: number.trim_end().to_owned(),
             file: file.into(),
         })
     });

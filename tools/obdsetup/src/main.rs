@@ -33,6 +33,7 @@ mod overview;
 mod program;
 mod raw_out;
 mod size;
+mod store;
 mod tab;
 
 use std::ffi::OsString;

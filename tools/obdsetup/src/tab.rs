@@ -119,10 +119,24 @@ impl Entry {
                     ))
                 }
                 option if option.starts_with(b"x-") => {}
-                option => entry.options.push(unescape(option)),
+                option => {
+                    entry.options.push(unescape(option));
+                    if entry.store().is_some_and(|store| !store.starts_with("/")) {
+                        return Err(Failure::usage(
+                            "option `writable=': expected an absolute name",
+                        ));
+                    }
+                }
             }
         }
         Ok(Some(entry))
+    }
+
+    /// The store of what is written.
+    pub(crate) fn store(&self) -> Option<&Path> {
+        let mut options = self.options.iter();
+        let store = options.find_map(|option| option.as_bytes().strip_prefix(b"writable="));
+        store.map(|store| Path::new(OsStr::from_bytes(store)))
     }
 
     /// The line as arguments of `open`, whose name comes first.
@@ -197,6 +211,10 @@ mod tests {
                 "/a b,c"
             ]
         );
+        assert_eq!(entry.store(), None);
+        let entry = parse(r"app /a buffered,writable=/b\040c")?.unwrap_or_default();
+        assert_eq!(entry.store(), Some(Path::new("/b c")));
+        assert!(parse("app /a writable=b").is_err());
         Ok(())
     }
 

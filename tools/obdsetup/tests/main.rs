@@ -6,6 +6,7 @@
 #![allow(missing_docs, clippy::unwrap_used, clippy::expect_used)]
 
 mod archives;
+mod changes;
 mod cli;
 mod common;
 mod hostile;
@@ -27,6 +28,7 @@ fn main() {
     let files = [
         archives::trials(),
         archives::trials_of_programs(),
+        changes::trials(),
         cli::trials(),
         hostile::trials(),
         identity::trials(),

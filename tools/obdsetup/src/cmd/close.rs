@@ -17,6 +17,7 @@ use crate::dm::udev::Udev;
 use crate::dm::{self, Control, Stack};
 use crate::exit::{self, Failure};
 use crate::interrupt;
+use crate::store::closing::Closing;
 
 /// How long somebody may have a device open who only looks at what is new.
 const PATIENCE: Duration = Duration::from_secs(2);
@@ -28,7 +29,7 @@ const PATIENCE: Duration = Duration::from_secs(2);
   obdsetup close --deferred app      as soon as nobody uses it
 
 Takes the devices below down, too, but for those that other stacks use; their loop devices go with
-them.")]
+them. The store of a disk that takes writes stays, with all that was written.")]
 pub(crate) struct Args {
     /// Name that was given to `open`
     name: String,
@@ -70,7 +71,7 @@ pub(crate) fn run(args: &Args) -> Result<()> {
     let mut names = match (stack.top(), args.deferred) {
         // All go when nobody has them open, whoever is the last one.
         (_, true) => shared.iter().map(|state| state.name.clone()).collect(),
-        (Some(top), false) => unused(Some(&top.number), &shared),
+        (Some(_), false) => unused(&stack.devices, &shared),
         (None, false) => Vec::new(),
     };
     names.extend(left.names);
@@ -79,8 +80,16 @@ pub(crate) fn run(args: &Args) -> Result<()> {
         despite_signals: false,
     };
     let own = stack.names();
+    let store = Closing::of(&control, &stack).unwrap_or_else(|error| {
+        // The stack has to go all the same.
+        crate::tell(&format!("warning: {}", crate::message(&error)));
+        None
+    });
     setup::remove(&control, &lock, &own, &names, removal, Udev::find())?;
     drop(left.locks);
+    if let Some(store) = store {
+        store.end()?;
+    }
     if shared.iter().any(|state| !names.contains(&state.name)) {
         remove_unused(&control, &lock, &shared)?;
     }
@@ -103,7 +112,7 @@ fn remove_unused(control: &Control, lock: &Lock, shared: &[&State]) -> Result<()
         };
         let mine: Vec<&State> = shared.iter().filter(is_there).copied().collect();
         let left = share::left(&all);
-        let mut names = unused(None, &mine);
+        let mut names = unused(&[], &mine);
         for name in &left.names {
             if !names.contains(name) {
                 names.push(name.clone());
@@ -124,10 +133,10 @@ fn remove_unused(control: &Control, lock: &Lock, shared: &[&State]) -> Result<()
     }
 }
 
-/// Returns the names of the devices of `shared`, the upper ones first, that are in no table but that of
-/// the device with number `top`, if any, and in those of each other.
-fn unused(top: Option<&str>, shared: &[&State]) -> Vec<String> {
-    let mut gone: BTreeSet<String> = top.map(str::to_owned).into_iter().collect();
+/// Returns the names of the devices of `shared`, the upper ones first, that are in no table but those of
+/// the devices `own` and of each other.
+fn unused(own: &[State], shared: &[&State]) -> Vec<String> {
+    let mut gone: BTreeSet<String> = own.iter().map(|state| state.number.clone()).collect();
     let mut names = Vec::new();
     for state in shared {
         if share::users(&state.number).is_subset(&gone) {

@@ -7,8 +7,9 @@ use std::ffi::OsString;
 use std::path::{Path, PathBuf};
 
 use anyhow::{bail, Result};
+use overlaybd::changes::Mapped;
 use overlaybd::format::{merge, Blob};
-use overlaybd::{FileBlob, LayerReader};
+use overlaybd::{FileBlob, LayerReader, Stack};
 use tempfile::NamedTempFile;
 
 use crate::chain::{ChainArgs, Part};
@@ -22,6 +23,8 @@ use crate::layers::{expand, open_layers, paths, LayerArg};
 use crate::mkfs::{self, FileSystem, Files};
 use crate::output::directory;
 use crate::size;
+use crate::store::reading::Closed;
+use crate::store::thin;
 
 /// Arguments of `create`.
 #[derive(clap::Args)]
@@ -31,9 +34,12 @@ use crate::size;
   obdsetup create --directory rootfs --fs ext4 --size 1g base.obd     with room to grow
   obdsetup create --directory rootfs --fs erofs --algorithm none base.lsmt
   obdsetup create --base base.obd --image changed.raw app.obd     the difference only
+  obdsetup create --changes app.changes --base base.obd app.obd     what was written to a disk
 
 Holes of an image stay out of the layer; --skip-zeros keeps zeros out too. With --base, what
-changed is data, and what became zero is marked as zeros (a discard). An image that is no disk for
+changed is data, and what became zero is marked as zeros (a discard). Of a store of changes, which
+`open --writable' makes, only what was written is read and compared; the layer is the one that the
+whole disk would give. An image that is no disk for
 sure, such as an archive or a qcow2, is refused; --raw takes it as it is. For qcow2, vmdk, tars and
 OCI images, see `convert`.")]
 pub(crate) struct Args {
@@ -45,14 +51,24 @@ pub(crate) struct Args {
     #[arg(
         long,
         value_name = "FILE",
-        required_unless_present = "directory",
-        conflicts_with = "directory"
+        required_unless_present_any = ["directory", "changes"],
+        conflicts_with_all = ["directory", "changes"]
     )]
     image: Option<PathBuf>,
 
     /// Take the image as it is, even if it is an archive or in another format
     #[arg(long, requires = "image")]
     raw: bool,
+
+    /// A store that `open --writable' has filled, and that was closed; --base gives the layers that it was
+    /// opened with
+    #[arg(long, value_name = "STORE", requires = "base", conflicts_with_all = ["directory", "grow"])]
+    changes: Option<PathBuf>,
+
+    /// The store is a thin volume whose external origin is the disk below; this is what thin_dump(8)
+    /// has written of it, or thin_delta(8)
+    #[arg(long, value_name = "XML", requires = "changes")]
+    thin_map: Option<PathBuf>,
 
     /// A directory, to be put in a file system
     #[arg(long, value_name = "DIR", requires = "fs")]
@@ -108,11 +124,15 @@ pub(crate) struct Args {
 pub(crate) fn run(args: &Args) -> Result<()> {
     let below = expand(&args.base)?;
     let layers = paths(&[&args.base, &below]);
-    let inputs = layers.into_iter().chain(args.image.as_deref());
+    let read = args.image.as_deref().or(args.changes.as_deref());
+    let inputs = layers.into_iter().chain(read);
     if let Some(image) = args.image.as_deref().filter(|_| !args.raw) {
         kind::check_disk(image)?;
     }
     let output = LayerOut::create(&args.output, &args.new, inputs)?;
+    if let Some(store) = &args.changes {
+        return of_changes(args, store, &below, output);
+    }
     args.in_use.check(args.image.as_deref())?;
 
     // Deleted when dropped.
@@ -131,6 +151,40 @@ pub(crate) fn run(args: &Args) -> Result<()> {
     args.chain.check(&base, Part::Whole)?;
     check_size(path, &base, args.grow)?;
     image_layer::write(path, base, options, &args.new.ident, output)
+}
+
+/// Makes a layer of what a store has, or a thin volume, over the layers `below`.
+fn of_changes(args: &Args, store: &Path, below: &[LayerArg], output: LayerOut) -> Result<()> {
+    if let Some(map) = &args.thin_map {
+        return of_thin(args, store, map, below, output);
+    }
+    let store = Closed::open(store)?;
+    let base = open_layers(below)?;
+    args.chain.check(&base, Part::Whole)?;
+    let base = Stack::new(base)?;
+    let disk = store.over(&base)?;
+    let options = args.compare.options(false);
+    image_layer::write_image(&disk, Some(&base), options, &args.new.ident, output)
+}
+
+/// Makes a layer of what a thin volume has mapped, over the layers `below`, which are its origin.
+fn of_thin(
+    args: &Args,
+    volume: &Path,
+    map: &Path,
+    below: &[LayerArg],
+    output: LayerOut,
+) -> Result<()> {
+    args.in_use.check([volume])?;
+    let ranges = thin::ranges(map)?;
+    let base = open_layers(below)?;
+    args.chain.check(&base, Part::Whole)?;
+    check_size(volume, &base, false)?;
+    let volume = FileBlob::open(volume, None)?;
+    let base = Stack::with_size(base, volume.size())?;
+    let disk = Mapped::new(&volume, ranges);
+    let options = args.compare.options(false);
+    image_layer::write_image(&disk, Some(&base), options, &args.new.ident, output)
 }
 
 /// Checks that the image at `path` is as large as what is below it; one that isn't is most likely an

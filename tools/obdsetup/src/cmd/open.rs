@@ -5,6 +5,7 @@
 use std::borrow::Cow;
 use std::collections::BTreeMap;
 use std::os::unix::fs::FileTypeExt;
+use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
@@ -26,7 +27,8 @@ use crate::dm::{self, Control, Plan};
 use crate::exit::{self, Failure};
 use crate::in_use::InUseArgs;
 use crate::layers::{expand, open_stack, LayerArg};
-use crate::{interrupt, journal, tab};
+use crate::store::opening;
+use crate::{interrupt, journal, size, tab};
 
 /// How long it is waited for that nothing happens to half a stack any more.
 const PATIENCE: Duration = Duration::from_secs(20);
@@ -44,13 +46,18 @@ const FILES: u64 = 64;
   obdsetup open app config.v1.json               what containerd set up, if its layers are here
   obdsetup open app                              what /etc/overlaybdtab has under that name
   obdsetup open --zfile data data.zf             the content of a plain ZFile
+  obdsetup open --writable app.changes app base.obd     what is written goes to app.changes
 
 A file system that was not unmounted cleanly needs an option to be mounted without replaying its
 journal: noload (ext4), norecovery (xfs), rescue=nologreplay (btrfs).
 
 Files get read-only loop devices, which vanish with the device. Stacks that have a layer's file in
 common use one device for it, if they ask for the same options. If any step fails, what was set up
-before it is taken down. Needs dmsetup(8).")]
+before it is taken down. Needs dmsetup(8).
+
+With --writable, the disk takes writes, which go to a store beside the layers and are there again when
+the disk is opened with it the next time. A store belongs to the layers that it was made with. `create
+--changes' makes a layer of what is in it.")]
 pub(crate) struct Args {
     /// Name of the device, /dev/mapper/NAME
     name: String,
@@ -62,6 +69,16 @@ pub(crate) struct Args {
     /// Make devices of its own for each layer, which no other stack uses
     #[arg(long)]
     private: bool,
+
+    /// Take writes, and keep them in FILE, a store of changes, which is made where it is not there; or on
+    /// a block device, which is empty or such a store
+    #[arg(long, value_name = "FILE", conflicts_with = "zfile")]
+    writable: Option<PathBuf>,
+
+    /// Bytes of a store that is made, or that one becomes larger to (a file has room for all of the disk
+    /// if not given, and takes room on its file system as it is filled; a device has all of it)
+    #[arg(long, value_name = "SIZE", value_parser = size::parse, requires = "writable")]
+    store_size: Option<u64>,
 
     #[command(flatten)]
     pub(crate) layers: LayersArgs,
@@ -165,12 +182,30 @@ impl Args {
         let mine = &self.layers;
         args.buffered |= self.buffered;
         args.private |= self.private;
+        args.writable = self.writable.clone().or(args.writable);
+        args.store_size = self.store_size.or(args.store_size);
         args.layers.zfile |= mine.zfile;
         args.layers.chain |= &mine.chain;
         args.layers.in_use |= &mine.in_use;
         args.layers.lsmt_opt.extend(mine.lsmt_opt.iter().cloned());
         args.layers.zfile_opt.extend(mine.zfile_opt.iter().cloned());
         Ok(Cow::Owned(args))
+    }
+}
+
+impl Args {
+    /// Looks at the store that keeps what is written.
+    fn store(&self, opened: &Opened) -> Result<Option<opening::Found>> {
+        match (&self.writable, opened) {
+            (None, _) => Ok(None),
+            (Some(path), Opened::Stack(stack)) => {
+                opening::Found::new(path, stack, self.store_size).map(Some)
+            }
+            // The table may have both.
+            (Some(_), Opened::Zfile(_)) => {
+                Err(Failure::usage("--writable is for layers, not for --zfile"))
+            }
+        }
     }
 }
 
@@ -181,6 +216,8 @@ impl LayersArgs {
             name: name.to_owned(),
             buffered: false,
             private: true,
+            writable: None,
+            store_size: None,
             layers: self.clone(),
         };
         args.or_tab()?.layers.plan(name, None)
@@ -253,18 +290,30 @@ pub(crate) fn run(args: &Args) -> Result<()> {
     let Planned {
         layers: named,
         opened,
-        plan,
+        mut plan,
     } = args
         .layers
         .plan(&args.name, (!args.private).then_some(args.buffered))?;
     let paths = named.iter().map(|layer| layer.path.as_path());
     args.layers.in_use.check_below(paths)?;
     let control = Control::open()?;
+    if args.writable.is_some() {
+        plan.make_writable(&args.name);
+    }
     let (lock, states) = make_way(&control, &args.name, &plan)?;
     allow_files(named.len());
 
+    // What a kill has left may have had it open.
+    let store = match args.store(&opened)? {
+        Some(found) => {
+            plan.set_store(found.sectors());
+            Some(found.begin()?)
+        }
+        None => None,
+    };
     let mut below = Backings {
         payloads: opened.payloads(),
+        store: store.as_ref(),
         buffered: args.buffered,
         lock: &lock,
         backings: BTreeMap::new(),
@@ -273,58 +322,61 @@ pub(crate) fn run(args: &Args) -> Result<()> {
     interrupt::check()?;
     let node = dm::node(&args.name).display().to_string();
     print(&format!("{node}\n"))?;
-    if let Some(note) = opened.journal_note(&node) {
+    // One that takes writes replays it.
+    if let Some(note) = opened.journal_note(&node).filter(|_| store.is_none()) {
         crate::tell(&note);
     }
     let adopted = set_up.adopted();
     set_up.keep();
+    if let Some(store) = store {
+        store.keep();
+    }
     share::set_caches(&control, &adopted);
     Ok(())
 }
 
-/// The files and devices of the layers, as far as tables name them.
+/// The files and devices of the layers and of the store, as far as tables name them.
 struct Backings<'a> {
     payloads: Vec<&'a Payload>,
+    store: Option<&'a opening::Opened>,
     buffered: bool,
     lock: &'a Lock,
-    /// By layer, and whether it is the last bytes of it.
-    backings: BTreeMap<(usize, bool), Backing>,
-}
-
-impl Backings<'_> {
-    fn place(lower: Lower) -> Option<(usize, bool)> {
-        match lower {
-            Lower::Layer(nth) => Some((nth, false)),
-            Lower::Tail(nth) => Some((nth, true)),
-            Lower::Device(_) => None,
-        }
-    }
+    backings: BTreeMap<Lower, Backing>,
 }
 
 impl Below for Backings<'_> {
     fn provide(&mut self, lower: Lower) -> Result<()> {
         interrupt::check()?;
-        let place = Self::place(lower).filter(|place| !self.backings.contains_key(place));
-        let Some((nth, is_tail)) = place else {
+        if self.backings.contains_key(&lower) {
             return Ok(());
+        }
+        let payload = |nth: usize| {
+            let payload = self.payloads.get(nth).copied();
+            payload.context("a layer without a file")
         };
-        let payload = self.payloads.get(nth).context("a layer without a file")?;
-        // Its name may lead to another by now.
-        let file = payload.file().file();
-        let meta = file.metadata()?;
-        let backing = if is_tail {
-            Backing::bytes(&plan::tail(payload)?, self.lock)?
-        } else if meta.file_type().is_block_device() {
-            Backing::device(&meta)
-        } else {
-            Backing::file(file, !self.buffered, self.lock)?
+        let backing = match lower {
+            Lower::Device(_) => return Ok(()),
+            Lower::Tail(nth) => Backing::bytes(&plan::tail(payload(nth)?)?, self.lock)?,
+            Lower::Layer(nth) => {
+                // Its name may lead to another by now.
+                let file = payload(nth)?.file().file();
+                let meta = file.metadata()?;
+                match meta.file_type().is_block_device() {
+                    true => Backing::device(&meta),
+                    false => Backing::file(file, !self.buffered, self.lock)?,
+                }
+            }
+            Lower::Store => {
+                let store = self.store.context("a plan with a store, and none")?;
+                store.backing(!self.buffered, self.lock)?
+            }
         };
-        self.backings.insert((nth, is_tail), backing);
+        self.backings.insert(lower, backing);
         Ok(())
     }
 
     fn number(&self, lower: Lower) -> Option<String> {
-        let backing = self.backings.get(&Self::place(lower)?);
+        let backing = self.backings.get(&lower);
         backing.map(|backing| backing.number.clone())
     }
 }

@@ -16,6 +16,7 @@ use crate::dm::inspect;
 use crate::dm::plan::check_name;
 use crate::dm::{node, Control};
 use crate::exit::Failure;
+use crate::overview::changes::Changes;
 use crate::overview::fields::{named, Fields};
 use crate::overview::health::{self, Health};
 use crate::overview::{find, numbers, stacks, Stack};
@@ -33,7 +34,8 @@ const SYS: &str = "/sys";
 
 The first line says whether all is well; a line for each layer follows, lowest first. The exit code
 is 0 only then: 3 if a corrupt block was read, 4 if reads failed, if the file of a layer is shorter
-than it was, or if the stack is half built or suspended.")]
+than it was, if the store of what is written is full to 90 %, or if the stack is half built or
+suspended.")]
 pub(crate) struct Args {
     /// Name that was given to `open`
     name: String,
@@ -59,6 +61,7 @@ struct Report {
     read_errors: u64,
     shared_with: Vec<String>,
     layers: Vec<Layer>,
+    changes: Option<Changes>,
     devices: Vec<Device>,
 }
 
@@ -155,6 +158,7 @@ fn report(stack: Stack) -> Report {
         corrupt_blocks: sum(|layer| layer.corrupt_blocks, &layers),
         read_errors: sum(|layer| layer.read_errors, &layers),
         layers,
+        changes: stack.changes,
         name: stack.name,
         shared_with: stack.shared_with,
         devices: stack
@@ -246,6 +250,16 @@ fn summary(report: &Report) -> String {
             text,
             "{nth:>5}  {:<11}  {file}{shared}",
             layer.health.word()
+        );
+    }
+    if let Some(changes) = &report.changes {
+        let _ = writeln!(
+            text,
+            "writes go to {}: {} of {} used, {} % of what it can hold",
+            changes.file.escape_debug(),
+            indicatif::BinaryBytes(changes.used),
+            indicatif::BinaryBytes(changes.size),
+            changes.percent()
         );
     }
     text

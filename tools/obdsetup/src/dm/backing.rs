@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! Files as read-only loop devices, which vanish when device-mapper lets go of them.
+//! Files as loop devices, which vanish when device-mapper lets go of them. But for the store of a disk that
+//! takes writes, they are read-only.
 //!
 //! A loop device must not vanish before device-mapper has it: the number would be one that nobody can
 //! attach, though the kernel offers it again and again as a free one. So the programs that are started
@@ -18,7 +19,7 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{bail, Context, Result};
 use loopdev::{LoopControl, LoopDevice};
-use rustix::fs::{FileType, MemfdFlags, Mode};
+use rustix::fs::{FileType, MemfdFlags};
 use rustix::io::FdFlags;
 
 use super::lock::Lock;
@@ -31,6 +32,23 @@ const NUMBERS: u32 = 1 << 20;
 const CONTROL: &str = "/dev/loop-control";
 /// What the note of a loop device begins with that is about to get its file.
 const NOTE: &str = "loop";
+
+/// Whether a loop device takes writes; its file was opened accordingly.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Mode {
+    ReadOnly,
+    Writable,
+}
+
+impl Mode {
+    /// What losetup(8) shows in its column `RO`.
+    fn column(self) -> &'static str {
+        match self {
+            Self::ReadOnly => "1",
+            Self::Writable => "0",
+        }
+    }
+}
 
 /// A block device that a table may name. A loop device is gone when this is dropped and nobody
 /// else has it open.
@@ -53,7 +71,16 @@ impl Backing {
     /// A loop device over `file`. With `direct`, past the page cache where its file system can do
     /// that: what is above caches what it decompressed.
     pub(crate) fn file(file: &File, direct: bool, lock: &Lock) -> Result<Self> {
-        let device = Attached::new(file, lock)?;
+        Self::over(file, Mode::ReadOnly, direct, lock)
+    }
+
+    /// The same for a file that is written to.
+    pub(crate) fn writable(file: &File, direct: bool, lock: &Lock) -> Result<Self> {
+        Self::over(file, Mode::Writable, direct, lock)
+    }
+
+    fn over(file: &File, mode: Mode, direct: bool, lock: &Lock) -> Result<Self> {
+        let device = Attached::new(file, mode, lock)?;
         if direct {
             // Not every file system can.
             let _ = device.0.set_direct_io(true);
@@ -71,7 +98,7 @@ impl Backing {
         // A loop device is as read-only as the file that it is made of.
         let path = format!("/proc/self/fd/{}", file.as_raw_fd());
         let file = File::open(path).context("cannot open a file in memory")?;
-        Self::of_loop(&Attached::new(&file, lock)?)
+        Self::of_loop(&Attached::new(&file, Mode::ReadOnly, lock)?)
     }
 
     fn of_loop(device: &Attached) -> Result<Self> {
@@ -153,20 +180,34 @@ fn words(line: &str) -> Vec<String> {
 pub(super) fn clear_left(lock: &Lock) {
     let note = lock.note().unwrap_or_default();
     let words: Vec<&str> = note.split_whitespace().collect();
-    let [NOTE, number, ino, dev] = words[..] else {
+    let [NOTE, number, ino, dev, read_only] = words[..] else {
         return;
     };
     if let Ok(number) = number.parse() {
         let path = node(number);
         // Another device that has this number by now is over another file. Only one that was attached
-        // to the same file after the kill, read-only and without the flag, could be taken for it.
+        // to the same file after the kill, in the same mode and without the flag, could be taken for it.
         let left = columns(Path::new(&path), "BACK-INO,BACK-MAJ:MIN,AUTOCLEAR,RO");
-        if left.is_some_and(|words| words == [ino, dev, "0", "1"]) {
+        if left.is_some_and(|words| words == [ino, dev, "0", read_only]) {
             // Where somebody has it open by now, it goes when nobody has any more.
             let _ = open(number).map(|device| device.detach());
         }
     }
     lock.set_note("");
+}
+
+/// Opens the block device `number`, `MAJOR:MINOR`, to write to it; its node is made where it is missing.
+pub(crate) fn open_by_number(number: &str) -> Result<File> {
+    let device = super::share::system(number);
+    let device = device
+        .canonicalize()
+        .with_context(|| device.display().to_string())?;
+    let path = Path::new("/dev").join(device.file_name().unwrap_or_default());
+    if !path.exists() {
+        make_block_node(&path, number)?;
+    }
+    let file = File::options().read(true).write(true).open(&path);
+    file.with_context(|| path.display().to_string())
 }
 
 /// Makes the node at `path` of the block device `number`, `MAJOR:MINOR`, where it is missing.
@@ -179,18 +220,18 @@ struct Attached(LoopDevice, PathBuf);
 
 impl Attached {
     /// Attaches `file` to a free loop device.
-    fn new(file: &File, lock: &Lock) -> Result<Self> {
+    fn new(file: &File, mode: Mode, lock: &Lock) -> Result<Self> {
         let control = control()?;
         let mut last = None;
         for _ in 0..TRIES {
             let (device, number) = free(&control)?;
-            if let Some(attached) = Self::attach(device, number, file, lock)? {
+            if let Some(attached) = Self::attach(device, number, file, mode, lock)? {
                 return Ok(attached);
             }
             if last == Some(number) {
                 // It is free only as far as the kernel's list goes: another device is about to use
                 // it. Any other will do.
-                return Self::above(&control, number, file, lock);
+                return Self::above(&control, number, file, mode, lock);
             }
             last = Some(number);
         }
@@ -198,7 +239,13 @@ impl Attached {
     }
 
     /// Attaches `file` to a free loop device with a higher number than `taken`.
-    fn above(control: &LoopControl, taken: u32, file: &File, lock: &Lock) -> Result<Self> {
+    fn above(
+        control: &LoopControl,
+        taken: u32,
+        file: &File,
+        mode: Mode,
+        lock: &Lock,
+    ) -> Result<Self> {
         let mut tries = 0;
         for number in taken + 1..NUMBERS {
             if Path::new(SYS).join(format!("loop{number}/loop")).exists() {
@@ -211,7 +258,7 @@ impl Attached {
                 }
                 Ok(device) => device,
             };
-            if let Some(attached) = Self::attach(device, number, file, lock)? {
+            if let Some(attached) = Self::attach(device, number, file, mode, lock)? {
                 return Ok(attached);
             }
             tries += 1;
@@ -226,10 +273,18 @@ impl Attached {
     }
 
     /// Attaches `file`; nothing where another has the device.
-    fn attach(device: LoopDevice, number: u32, file: &File, lock: &Lock) -> Result<Option<Self>> {
-        let with = device.with().read_only(true).autoclear(true);
+    fn attach(
+        device: LoopDevice,
+        number: u32,
+        file: &File,
+        mode: Mode,
+        lock: &Lock,
+    ) -> Result<Option<Self>> {
+        let with = device.with().read_only(mode == Mode::ReadOnly);
+        let with = with.autoclear(true);
         let is = FileId::of(&file.metadata()?);
-        lock.set_note(&format!("{NOTE} {number} {} {}", is.ino, is.dev));
+        let column = mode.column();
+        lock.set_note(&format!("{NOTE} {number} {} {} {column}", is.ino, is.dev));
         let attached = with.attach_fd(file.as_fd().as_raw_fd());
         lock.set_note("");
         match attached {
@@ -319,7 +374,7 @@ fn make_node(path: &str, kind: FileType, number: &str) -> Result<()> {
         rustix::fs::CWD,
         path,
         kind,
-        Mode::from_raw_mode(0o660),
+        rustix::fs::Mode::from_raw_mode(0o660),
         device,
     );
     match made {

@@ -61,7 +61,7 @@ impl Control {
 
     /// Returns word `nth`, from 0, of the status of each of the devices `names`, by name. Where one of them
     /// is gone, or has no such word, it may be missing, and so may others.
-    pub(super) fn status_words(&self, names: &[&str], nth: usize) -> HashMap<String, String> {
+    pub(crate) fn status_words(&self, names: &[&str], nth: usize) -> HashMap<String, String> {
         let status = self.run(&[&["status", "--noflush"], names].concat());
         let word = |(name, status): (String, Vec<Line>)| {
             let mut words = status.first()?.params.split_whitespace();

@@ -12,6 +12,13 @@
 //! it, padded to a sector, is a second loop device, over a file in memory; `NAME-blobN` joins the
 //! two.
 //!
+//! A disk that takes writes has a snapshot on top, which keeps them in a store:
+//!
+//! ```text
+//! store file -> loop -> NAME-store ─┐
+//!                       NAME-image ─┴─> NAME
+//! ```
+//!
 //! In a plan that shares, the devices below the disk are those of the layers' files, whichever stack
 //! has them ([`share`](super::share)): each file has one of `zfile`, or one of `linear` where it is
 //! not compressed.
@@ -19,6 +26,7 @@
 use std::fmt::Write;
 
 use anyhow::Result;
+use overlaybd::changes::head;
 use overlaybd::format::merge::sectors;
 use overlaybd::format::{Blob, SECTOR_SIZE};
 use overlaybd::{LayerReader, Payload, Stack};
@@ -30,17 +38,20 @@ use crate::exit::{self, Failure};
 const MAX_NAME: usize = 100;
 
 /// What the UUIDs of all our devices start with. The type follows, then the name of the stack:
-/// `LSMT` and `ZFILE` are disks, `LAYER` and `BLOB`, with the number of their layer behind the name,
-/// are for other devices of the stack only. udev's rules go by the type.
+/// `LSMT`, `ZFILE` and `WRITABLE` are disks; `IMAGE` and `STORE`, below a disk that takes writes, and
+/// `LAYER` and `BLOB`, with the number of their layer behind the name, are for other devices of the stack
+/// only. udev's rules go by the type.
 pub(crate) const UUID_PREFIX: &str = "OVERLAYBD-";
 
 /// Where a target gets its sectors from.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub(crate) enum Lower {
     /// The file or device of layer `.0`.
     Layer(usize),
     /// The last bytes of the file of layer `.0`, padded to a sector.
     Tail(usize),
+    /// The file or device that keeps what is written.
+    Store,
     /// Device `.0` of the plan.
     Device(usize),
 }
@@ -94,6 +105,8 @@ pub(crate) struct Device {
     pub(crate) name: String,
     pub(crate) uuid: String,
     pub(crate) table: Vec<Target>,
+    /// Whether it takes writes.
+    pub(crate) writable: bool,
     /// For a device that other stacks may use: what it is over.
     pub(crate) shared: Option<Source>,
 }
@@ -180,9 +193,55 @@ impl Plan {
                 name: "lsmt",
                 params,
             }],
+            writable: false,
             shared: None,
         });
         Ok(plan)
+    }
+
+    /// Puts a snapshot on top of the disk `name`, which keeps what is written in a store;
+    /// [`Self::set_store`] tells its size.
+    pub(crate) fn make_writable(&mut self, name: &str) {
+        let Some(image) = self.devices.last_mut() else {
+            return;
+        };
+        image.name = format!("{name}-image");
+        image.uuid = format!("{UUID_PREFIX}IMAGE-{name}");
+        let len = image.sectors();
+        let image = Lower::Device(self.devices.len() - 1);
+        let store = self.add(Device {
+            name: format!("{name}-store"),
+            uuid: format!("{UUID_PREFIX}STORE-{name}"),
+            table: Vec::new(),
+            writable: true,
+            shared: None,
+        });
+        // P: it survives. O: when it is full, what was written before can still be read.
+        let words = ["PO".to_owned(), head::CHUNK.to_string()];
+        let mut params = vec![Word::Lower(image), Word::Lower(store)];
+        params.extend(words.map(Word::Text));
+        self.add(Device {
+            name: name.to_owned(),
+            uuid: format!("{UUID_PREFIX}WRITABLE-{name}"),
+            table: vec![Target {
+                start: 0,
+                len,
+                name: "snapshot",
+                params,
+            }],
+            writable: true,
+            shared: None,
+        });
+    }
+
+    /// Makes the device of the store one of the `sectors` behind its head.
+    pub(crate) fn set_store(&mut self, sectors: u64) {
+        let mut devices = self.devices.iter_mut();
+        // The snapshot is behind it.
+        if let Some(store) = devices.nth_back(1) {
+            let head = head::SIZE / SECTOR_SIZE;
+            store.table = vec![linear(0, sectors, Lower::Store, head)];
+        }
     }
 
     /// The devices for the content of a ZFile.
@@ -224,21 +283,16 @@ impl Plan {
             let lower = Lower::Layer(nth);
             return BlobWords { lower, bytes };
         }
-        let linear = |start, len, lower| Target {
-            start,
-            len,
-            name: "linear",
-            params: vec![Word::Lower(lower), Word::Text("0".to_owned())],
-        };
-        let mut table = vec![linear(0, whole, Lower::Layer(nth))];
+        let mut table = vec![linear(0, whole, Lower::Layer(nth), 0)];
         if is_odd {
-            table.push(linear(whole, 1, Lower::Tail(nth)));
+            table.push(linear(whole, 1, Lower::Tail(nth), 0));
         }
         let (name, uuid) = called;
         let lower = self.add(Device {
             name,
             uuid,
             table,
+            writable: false,
             shared,
         });
         BlobWords { lower, bytes }
@@ -282,6 +336,7 @@ impl Plan {
                 name: "zfile",
                 params,
             }],
+            writable: false,
             shared,
         });
         Ok(BlobWords {
@@ -289,6 +344,16 @@ impl Plan {
             // The device is longer than that where the file doesn't end with a sector.
             bytes: size.to_string(),
         })
+    }
+}
+
+/// Returns a line of a table: `len` sectors of `lower` from its sector `from` on.
+fn linear(start: u64, len: u64, lower: Lower, from: u64) -> Target {
+    Target {
+        start,
+        len,
+        name: "linear",
+        params: vec![Word::Lower(lower), Word::Text(from.to_string())],
     }
 }
 

@@ -687,7 +687,11 @@ fn concise(device: &Device, minor: Option<u32>, table: &[Line]) -> String {
     let lines: Vec<String> = table.iter().map(|line| escape(&line.to_string())).collect();
     let (name, uuid) = (escape(&device.name), escape(&device.uuid));
     let minor = minor.map_or_else(String::new, |minor| minor.to_string());
-    format!("{name},{uuid},{minor},ro,{};", lines.join(","))
+    let mode = match device.writable {
+        true => "rw",
+        false => "ro",
+    };
+    format!("{name},{uuid},{minor},{mode},{};", lines.join(","))
 }
 
 /// Returns `text` with a backslash before what has a meaning.
@@ -738,6 +742,7 @@ mod tests {
             name: name.to_owned(),
             uuid: format!("OVERLAYBD-{name}"),
             table: Vec::new(),
+            writable: false,
             shared: None,
         };
         let state = |name: &str, uuid: &str, number: &str| State {
@@ -792,6 +797,7 @@ mod tests {
                     ],
                 },
             ],
+            writable: false,
             shared: None,
         };
         let lines = table(&device, &["254:5".to_owned()], &Loop);

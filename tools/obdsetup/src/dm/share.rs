@@ -373,7 +373,8 @@ pub(crate) fn number_of_uuid(uuid: &str) -> Option<String> {
     Some(number.trim_end().to_owned())
 }
 
-fn system(number: &str) -> PathBuf {
+/// Returns the directory of the device with number `MAJOR:MINOR`.
+pub(crate) fn system(number: &str) -> PathBuf {
     Path::new(SYS).join(number)
 }
 
@@ -391,12 +392,17 @@ pub(crate) fn users(number: &str) -> BTreeSet<String> {
     numbers_in(&system(number).join("holders"))
 }
 
+/// Returns the numbers of the devices that the table of device `number` names.
+pub(crate) fn lower(number: &str) -> BTreeSet<String> {
+    numbers_in(&system(number).join("slaves"))
+}
+
 /// Returns the numbers of all devices below device `number`.
 pub(crate) fn below(number: &str) -> BTreeSet<String> {
     let mut found = BTreeSet::new();
     let mut next = vec![number.to_owned()];
     while let Some(number) = next.pop() {
-        for lower in numbers_in(&system(&number).join("slaves")) {
+        for lower in lower(&number) {
             if found.insert(lower.clone()) {
                 next.push(lower);
             }

@@ -56,6 +56,12 @@ impl Stack {
         self.devices.first().filter(|_| self.has_top)
     }
 
+    /// Returns the device that keeps what is written, where the disk takes writes.
+    pub(crate) fn store(&self) -> Option<&State> {
+        let mut devices = self.devices.iter();
+        devices.find(|state| matches!(part(&state.uuid), Some((Rank::Store, _))))
+    }
+
     /// Returns the shared devices below the disk, the upper ones first, among all devices.
     pub(crate) fn shared<'b>(&self, all: &'b [State]) -> Vec<&'b State> {
         let below = self.top().map(|top| share::below(&top.number));
@@ -89,6 +95,10 @@ impl Stack {
 pub(crate) enum Rank {
     /// The disk.
     Top,
+    /// What is below a disk that takes writes: the disk of the layers.
+    Image,
+    /// What keeps the writes.
+    Store,
     /// The decompressed layer `.0`.
     Zfile(usize),
     /// The file of layer `.0`, joined of two loop devices.
@@ -108,7 +118,9 @@ pub(crate) fn part(uuid: &str) -> Option<(Rank, &str)> {
         Some((name, nth.parse().ok()?))
     };
     match kind {
-        "LSMT" | "ZFILE" => Some((Rank::Top, name)),
+        "LSMT" | "ZFILE" | "WRITABLE" => Some((Rank::Top, name)),
+        "IMAGE" => Some((Rank::Image, name)),
+        "STORE" => Some((Rank::Store, name)),
         "LAYER" => layer().map(|(name, nth)| (Rank::Zfile(nth), name)),
         "BLOB" => layer().map(|(name, nth)| (Rank::Blob(nth), name)),
         _ => None,
@@ -153,6 +165,9 @@ mod tests {
             assert_eq!(part(none), None, "{none}");
         }
         assert!(Rank::Top < Rank::Zfile(0) && Rank::Zfile(9) < Rank::Blob(0));
+        assert_eq!(part("OVERLAYBD-WRITABLE-a"), Some((Rank::Top, "a")));
+        assert_eq!(part("OVERLAYBD-STORE-a-b"), Some((Rank::Store, "a-b")));
+        assert!(Rank::Top < Rank::Image && Rank::Store < Rank::Zfile(0));
     }
 
     #[test]
@@ -181,6 +196,15 @@ mod tests {
         all.remove(2);
         assert!(Stack::among(&all, "new").is_none());
         assert!(half(&all, "a"));
+        let mut all = vec![
+            state("w-store", "OVERLAYBD-STORE-w"),
+            state("w-image", "OVERLAYBD-IMAGE-w"),
+        ];
+        assert!(half(&all, "w"));
+        all.push(state("w", "OVERLAYBD-WRITABLE-w"));
+        let stack = Stack::among(&all, "w").unwrap_or_else(|| unreachable!());
+        assert_eq!(stack.names(), ["w", "w-image", "w-store"]);
+        assert_eq!(stack.store(), all.first());
         // The name that is seen goes before the one in a UUID.
         let all = [
             state("a", "OVERLAYBD-LSMT-b"),

@@ -28,6 +28,10 @@ const ZFILE: &[&str] = &[
 /// Names of the fields of `lsmt`'s INFO line, in order.
 const LSMT: &[&str] = &["layers", "segments", "size", "index_memory"];
 
+/// Names of the fields of `snapshot`'s INFO line, in order: used and all sectors of the store, and those
+/// used for other things than data.
+const SNAPSHOT: &[&str] = &["usage", "metadata_sectors"];
+
 /// Fields with their names.
 #[derive(Debug, Default, PartialEq, Eq)]
 pub(crate) struct Fields(Vec<(String, Value)>);
@@ -66,6 +70,7 @@ pub(crate) fn named(line: &Line) -> Fields {
     let names = match line.target.as_str() {
         "zfile" | "zfile_target" => ZFILE,
         "lsmt" | "lsmt_target" => LSMT,
+        "snapshot" => SNAPSHOT,
         _ => &[],
     };
     let words = line.params.split_whitespace().enumerate();

@@ -4,6 +4,7 @@
 
 use serde::Serialize;
 
+use super::changes::Changes;
 use super::{Layer, Stack};
 use crate::exit;
 
@@ -13,16 +14,22 @@ use crate::exit;
 pub(crate) enum Health {
     /// A device has read a corrupt block.
     Corrupt,
+    /// What was written to the disk is lost.
+    Lost,
     /// The file of a layer is shorter than when it was opened.
     Cut,
     /// Reads of a lower device have failed.
     ReadErrors,
+    /// The store has no room for what is written to the disk.
+    Full,
     /// Some of the stack's devices are missing.
     HalfBuilt,
     /// Some devices are missing because an obdsetup is working on the stack.
     Busy,
     /// A device is suspended, so reads wait.
     Suspended,
+    /// The store will soon have no room.
+    NearlyFull,
     /// No problem is known.
     Ok,
 }
@@ -32,11 +39,14 @@ impl Health {
     pub(crate) fn word(self) -> &'static str {
         match self {
             Self::Corrupt => "CORRUPT",
+            Self::Lost => "LOST",
             Self::Cut => "CUT SHORT",
             Self::ReadErrors => "READ ERRORS",
+            Self::Full => "FULL",
             Self::HalfBuilt => "HALF BUILT",
             Self::Busy => "busy",
             Self::Suspended => "SUSPENDED",
+            Self::NearlyFull => "NEARLY FULL",
             Self::Ok => "ok",
         }
     }
@@ -46,7 +56,13 @@ impl Health {
         match self {
             Self::Ok | Self::Busy => exit::SUCCESS,
             Self::Corrupt => exit::BAD_IMAGE,
-            Self::Cut | Self::ReadErrors | Self::HalfBuilt | Self::Suspended => exit::DEVICE,
+            Self::Lost
+            | Self::Cut
+            | Self::ReadErrors
+            | Self::Full
+            | Self::HalfBuilt
+            | Self::Suspended
+            | Self::NearlyFull => exit::DEVICE,
         }
     }
 
@@ -69,16 +85,29 @@ impl Health {
     pub(crate) fn of(stack: &Stack) -> Self {
         let layers = stack.layers.iter().map(Self::of_layer).min();
         let layers = layers.unwrap_or(Self::Ok);
+        let changes = stack.changes.as_ref().map_or(Self::Ok, Self::of_changes);
         let devices = || stack.devices.iter().map(|(_, device)| device);
-        if layers != Self::Ok {
-            layers
-        } else if stack.is_half_built() {
+        let devices = if stack.is_half_built() {
             match stack.busy {
                 true => Self::Busy,
                 false => Self::HalfBuilt,
             }
         } else if devices().any(|device| device.state.suspended) {
             Self::Suspended
+        } else {
+            Self::Ok
+        };
+        layers.min(changes).min(devices)
+    }
+
+    /// How a store is.
+    fn of_changes(changes: &Changes) -> Self {
+        if changes.lost {
+            Self::Lost
+        } else if changes.overflowed {
+            Self::Full
+        } else if changes.is_nearly_full() {
+            Self::NearlyFull
         } else {
             Self::Ok
         }
@@ -101,8 +130,25 @@ pub(crate) fn line(stack: &Stack) -> String {
     };
     let sum = |of: fn(&Layer) -> u64| layers().map(of).fold(0, u64::saturating_add);
     let name = &stack.name;
+    let changes = stack.changes.as_ref();
+    let store = changes.map_or("", |changes| changes.file.as_str());
     match health {
         Health::Ok => word.to_owned(),
+        Health::Lost => format!(
+            "{word}: a write to {store} failed, and with it all that was written to the disk is lost; dmesg \
+             says what is wrong with the storage below"
+        ),
+        Health::Full => format!(
+            "{word}: {store} has no room for what is written to the disk, and writes fail; close the stack, \
+             open it with a larger --store-size, and check the file system"
+        ),
+        Health::NearlyFull => {
+            let percent = changes.map_or(0, Changes::percent);
+            format!(
+                "{word}: {percent} % of what {store} can hold is used, and writes fail when it is full; make \
+                 room on its file system, or close the stack and open it with a larger --store-size"
+            )
+        }
         Health::Corrupt => {
             let times = times(sum(|layer| layer.corrupt_blocks));
             format!(
@@ -194,9 +240,32 @@ mod tests {
             name: "app".to_owned(),
             devices: Vec::new(),
             layers: vec![layer("/d")],
+            changes: None,
             shared_with: Vec::new(),
             busy: true,
         };
+        let store = |used, overflowed, lost| {
+            Some(Changes {
+                file: "/store".to_owned(),
+                used,
+                size: 100,
+                free: None,
+                overflowed,
+                lost,
+            })
+        };
+        stack.changes = store(95, false, false);
+        assert_eq!(Health::of(&stack), Health::Busy);
+        stack.changes = store(95, true, false);
+        let text = line(&stack);
+        assert!(text.starts_with("FULL: /store has no room "), "{text}");
+        stack.changes = store(95, true, true);
+        let text = line(&stack);
+        assert!(text.starts_with("LOST: a write to /store failed"), "{text}");
+        assert_eq!(Health::of(&stack).code(), 4);
+        let nearly = store(95, false, false).map(|changes| Health::of_changes(&changes));
+        assert_eq!(nearly.map(Health::code), Some(4));
+        stack.changes = None;
         assert_eq!(Health::of(&stack).code(), 0);
         assert_eq!(line(&stack), "busy: being set up or taken down");
         stack.busy = false;

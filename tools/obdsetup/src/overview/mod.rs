@@ -3,9 +3,11 @@
 //! The open stacks, their layers, and their health.
 //!
 //! - [`sysfs`]: information that every user can read.
+//! - [`changes`]: how full the store of a writable disk is.
 //! - [`health`]: problems in one line, and the exit code.
 //! - [`fields`]: the targets' status with the names of its fields.
 
+pub(crate) mod changes;
 pub(crate) mod fields;
 pub(crate) mod health;
 pub(crate) mod sysfs;
@@ -16,6 +18,7 @@ use std::path::Path;
 
 use anyhow::Result;
 
+use self::changes::Changes;
 use crate::dm::backing::{is_over, FileId};
 use crate::dm::control::Line;
 use crate::dm::inspect::Device;
@@ -36,6 +39,8 @@ pub(crate) struct Stack {
     pub(crate) devices: Vec<(Rank, Device)>,
     /// Lowest first.
     pub(crate) layers: Vec<Layer>,
+    /// The store of what is written, if the disk takes writes.
+    pub(crate) changes: Option<Changes>,
     /// Stacks that share a file or an inner device with this one.
     pub(crate) shared_with: Vec<String>,
     /// Whether it is incomplete because an obdsetup is working on it.
@@ -129,10 +134,19 @@ fn group(devices: Vec<Device>, sys: &Path) -> Vec<Stack> {
                 add_shared(&mut devices, nth, number, &by_number);
             }
             devices.sort_by_key(|(rank, _)| *rank);
+            let of = |wanted: Rank| {
+                let mut found = devices.iter().filter(|(rank, _)| *rank == wanted);
+                found.next().map(|(_, device)| device)
+            };
+            let changes = match (of(Rank::Top), of(Rank::Store)) {
+                (Some(top), Some(store)) => Changes::of(top, store, sys),
+                _ => None,
+            };
             Stack {
                 name,
                 devices,
                 layers,
+                changes,
                 shared_with: Vec::new(),
                 busy: false,
             }
@@ -178,8 +192,10 @@ fn add_shared(
 /// Returns the numbers of the topmost devices of the layers, lowest layer first. In a stack without
 /// its disk, only those that exist.
 fn starts(devices: &[(Rank, Device)]) -> Vec<String> {
-    let disk = match devices.first() {
-        Some((Rank::Top, device)) => device.table.first().map(|line| (device, line)),
+    // Of a disk that takes writes, the one below.
+    let image = devices.iter().find(|(rank, _)| *rank == Rank::Image);
+    let disk = match image.or_else(|| devices.first()) {
+        Some((Rank::Top | Rank::Image, device)) => device.table.first().map(|line| (device, line)),
         _ => None,
     };
     if let Some((device, line)) = disk {
@@ -350,6 +366,38 @@ mod tests {
             assert_eq!(stack.layers[0].file, "7:1");
         }
         assert_eq!(stacks[1].layers[1].shared_with, [""; 0]);
+    }
+
+    #[test]
+    fn disks_that_take_writes() {
+        let devices = vec![
+            device(
+                "w",
+                "OVERLAYBD-WRITABLE-w",
+                4,
+                "snapshot 254:2 254:3 PO 8",
+                "snapshot 24/16 16",
+            ),
+            device("w-store", "OVERLAYBD-STORE-w", 3, "linear 7:3 8", "linear "),
+            device(
+                "w-image",
+                "OVERLAYBD-IMAGE-w",
+                2,
+                "lsmt 2 7:1 8 7:2 -",
+                "lsmt 2",
+            ),
+        ];
+        let stacks = group(devices, Path::new("/nonexistent"));
+        assert_eq!(stacks.len(), 1);
+        let stack = &stacks[0];
+        let files: Vec<&str> = stack.layers.iter().map(|layer| &*layer.file).collect();
+        assert_eq!(files, ["7:1", "7:2"]);
+        assert_eq!((stack.size(), stack.is_half_built()), (Some(8192), false));
+        let changes = stack
+            .changes
+            .as_ref()
+            .map(|c| (&*c.file, c.used, c.size, c.overflowed));
+        assert_eq!(changes, Some(("7:3", 24 * 512, 8192, false)));
     }
 
     #[test]

@@ -3,6 +3,8 @@
 //! What all tests share: a directory of its own for each, `obdsetup` run in it, and what a test needs
 //! that may be missing.
 
+#[path = "../../../overlaybd/tests/common/changes.rs"]
+pub(crate) mod changes;
 pub(crate) mod needs;
 pub(crate) mod tars;
 

@@ -1,0 +1,50 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! What `create --changes` reads: a store that was closed.
+
+use std::path::Path;
+
+use anyhow::Result;
+use overlaybd::changes::{Changed, Exceptions, Head, Origin, State};
+use overlaybd::{FileBlob, Stack};
+use rustix::fs::FlockOperation;
+
+use super::{check_origin, open, users};
+use crate::exit::{self, Failure};
+
+/// A store, locked, whose changes can be read.
+pub(crate) struct Closed {
+    blob: FileBlob,
+    head: Head,
+}
+
+impl Closed {
+    /// Opens the store at `path`.
+    pub(crate) fn open(path: &Path) -> Result<Self> {
+        let blob = open(path, FlockOperation::NonBlockingLockShared)?;
+        users::check(path, &blob.file().metadata()?)?;
+        let head = Head::read(&blob).map_err(|error| error.in_file(path))?;
+        let what = match head.state {
+            State::Closed => return Ok(Self { blob, head }),
+            State::Open => {
+                "was not closed when it was open last: `obdsetup open --writable' it, let its file system \
+                 recover (mount and umount), and `obdsetup close' it"
+            }
+            State::Overflowed => {
+                "was full, and writes to the disk failed: `obdsetup open --writable' it with a larger \
+                 --store-size, check the file system, and `obdsetup close' it"
+            }
+        };
+        let message = format!("{}: {what}", path.display());
+        Err(Failure::error(exit::BAD_IMAGE, message))
+    }
+
+    /// The disk `below` with the changes, which must belong to it.
+    pub(crate) fn over<'a>(&'a self, below: &'a Stack) -> Result<Changed<'a>> {
+        let Self { blob, head } = self;
+        let path = blob.path();
+        check_origin(path, head, &Origin::of(below), below.sectors())?;
+        let exceptions = Exceptions::read(blob, head).map_err(|error| error.in_file(path))?;
+        Ok(Changed::new(blob, exceptions, below))
+    }
+}

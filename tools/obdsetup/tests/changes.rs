@@ -1,0 +1,286 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! `obdsetup create --changes`: the layer of a store is the one that the whole disk gives, and other
+//! stores are refused by name.
+
+use std::fs::File;
+use std::os::unix::fs::FileExt;
+
+use overlaybd::changes::head::full_size;
+use overlaybd::changes::{Head, Origin, State};
+use overlaybd::Stack;
+use predicates::str::contains;
+
+use crate::common::changes::{entry, head, pieces, Chunk};
+use crate::common::{noise, tests, Place};
+
+tests! {
+    same_layer_as_of_the_whole_disk;
+    a_large_disk;
+    stores_that_are_refused;
+    what_is_no_store;
+    bases_that_are_wrong;
+    thin_volumes;
+}
+
+const CREATE: &str = "create --changes store --base a --base b";
+
+/// A store, open in no disk, and the disk that it makes.
+struct Changes {
+    head: Head,
+    chunks: Vec<Chunk>,
+}
+
+impl Place {
+    /// One with two layers, `a` and `b`, of a disk of `size` bytes.
+    fn with_two_layers(size: u64) -> Self {
+        let place = Self::new();
+        File::create(place.path("disk"))
+            .unwrap()
+            .set_len(size)
+            .unwrap();
+        place.edit("disk", 0, &noise(300_000, 1));
+        place.ok("create --image disk a");
+        place.edit("disk", 100_000, &noise(50_000, 2));
+        place.edit("disk", size - 9_000, &noise(9_000, 3));
+        place.ok("create --base a --image disk b");
+        place
+    }
+
+    /// Writes to a file, and closes it: one that is open for writing is refused.
+    fn edit(&self, name: &str, at: u64, bytes: &[u8]) {
+        let file = File::options().write(true).open(self.path(name));
+        file.unwrap().write_all_at(bytes, at).unwrap();
+    }
+
+    /// What the layers are known by, and the sectors of the disk.
+    fn origin(&self, layers: &[&str]) -> (Origin, u64) {
+        let paths: Vec<_> = layers.iter().map(|layer| self.path(layer)).collect();
+        let stack = Stack::open(&paths).unwrap();
+        (Origin::of(&stack), stack.sectors())
+    }
+
+    /// Writes `chunks` to a store, `store`, and to `disk`.
+    fn change(&self, chunks: Vec<Chunk>) -> Changes {
+        let (origin, sectors) = self.origin(&["a", "b"]);
+        let head = head(sectors, full_size(sectors) / 8, origin);
+        for (at, bytes) in &chunks {
+            let end = (sectors * 512 - at * 4096).min(4096) as usize;
+            self.edit("disk", at * 4096, &bytes[..end]);
+        }
+        let changes = Changes { head, chunks };
+        self.store(&changes, |_| {});
+        changes
+    }
+
+    /// Writes the store, with another head.
+    fn store(&self, changes: &Changes, edit: impl FnOnce(&mut Head)) {
+        let mut head = changes.head.clone();
+        edit(&mut head);
+        let file = File::create(self.path("store")).unwrap();
+        file.set_len(4096 + head.store * 512).unwrap();
+        for (at, bytes) in pieces(&head, &changes.chunks) {
+            file.write_all_at(&bytes, at).unwrap();
+        }
+    }
+}
+
+/// Some chunks: changed in part, written as they were, zeroed, and the last one.
+fn some(place: &Place, size: u64) -> Vec<Chunk> {
+    let disk = place.read("disk");
+    let old = |at: usize| {
+        let mut bytes = disk[at * 4096..].to_vec();
+        bytes.resize(4096, 0xee);
+        bytes
+    };
+    let mut part = old(70);
+    part[9] ^= 1;
+    let last = (size - 1) / 4096;
+    vec![
+        (70, part),
+        (3, noise(4096, 7)),
+        (4, noise(4096, 8)),
+        (30, old(30)),
+        (2, vec![0; 4096]),
+        // Nothing is below.
+        (200, vec![0; 4096]),
+        (201, noise(4096, 9)),
+        (last, noise(4096, 10)),
+    ]
+}
+
+fn same_layer_as_of_the_whole_disk() {
+    for size in [3 << 20, (3 << 20) + 1536] {
+        let place = Place::with_two_layers(size);
+        place.change(some(&place, size));
+        for options in [
+            "",
+            "--algorithm none",
+            "--algorithm zstd --block-size 64k --tar",
+            "--granularity 512",
+            "--granularity 1m",
+            "--uuid 00000000-0000-0000-0000-000000000000 --user-tag mine",
+        ] {
+            place.ok(&format!("{CREATE} fast --force {options}"));
+            place.ok(&format!(
+                "create --image disk --base a --base b slow --force {options}"
+            ));
+            assert!(place.read("fast") == place.read("slow"), "{size} {options}");
+        }
+        place.ok("create --image disk --base a --base b slow --force");
+        place.ok(&format!("{CREATE} fast --force"));
+        place.ok("export a b fast -o out");
+        assert!(place.read("out") == place.read("disk"));
+    }
+    // Nothing was written.
+    let place = Place::with_two_layers(3 << 20);
+    place.change(Vec::new());
+    place.ok(&format!("{CREATE} fast"));
+    place.ok("create --image disk --base a --base b slow");
+    assert!(place.read("fast") == place.read("slow"));
+}
+
+/// 10 MiB of 100 GiB, all over the disk.
+fn a_large_disk() {
+    let size = 100 << 30;
+    let place = Place::with_two_layers(size);
+    let step = size / 4096 / 2560;
+    let chunk = |nth: u64| (nth * 997 % 2560 * step, noise(4096, nth as u32));
+    place.change((0..2560).map(chunk).collect());
+    let start = std::time::Instant::now();
+    place.ok(&format!("{CREATE} fast"));
+    let took = start.elapsed();
+    place.ok("create --image disk --base a --base b slow");
+    assert!(place.read("fast") == place.read("slow"));
+    // Much less than reading it takes.
+    assert!(took.as_secs() < 60, "{took:?}");
+}
+
+fn stores_that_are_refused() {
+    let size = 3 << 20;
+    let place = Place::with_two_layers(size);
+    let changes = place.change(some(&place, size));
+    let refused = |said: &str| {
+        let done = place.run(&format!("{CREATE} out")).code(3);
+        done.stderr(contains("store: ")).stderr(contains(said));
+        assert!(!place.path("out").exists());
+    };
+    place.store(&changes, |head| head.state = State::Open);
+    refused("was not closed when it was open last: `obdsetup open --writable' it");
+    place.store(&changes, |head| head.state = State::Overflowed);
+    refused("was full, and writes to the disk failed");
+    place.store(&changes, |head| head.origin.digest[0] ^= 1);
+    refused("has the changes of another disk");
+    place.store(&changes, |head| head.disk += 8);
+    refused("has the changes of another disk");
+
+    let edit = |at: u64, bytes: &[u8]| {
+        place.store(&changes, |_| {});
+        place.edit("store", at, bytes);
+    };
+    edit(4096 + 4, &[0]);
+    refused("the changes are lost");
+    edit(4096, b"snAP");
+    refused("snapshot magic at byte 4096");
+    edit(entry(&changes.head, 2), &[0xff; 8]);
+    refused("exception 2 of the store at byte 8224");
+    edit(entry(&changes.head, 2), &70u64.to_le_bytes());
+    refused("disk chunk 70 is there twice");
+    edit(20, &[7]);
+    refused("head CRC at byte 508");
+    let len = 4096 + changes.head.store * 512 - 1;
+    place.store(&changes, |_| {});
+    let file = File::options().write(true).open(place.path("store"));
+    file.unwrap().set_len(len).unwrap();
+    refused("the store of changes is cut short");
+}
+
+fn what_is_no_store() {
+    let place = Place::with_two_layers(3 << 20);
+    place.write("empty", b"");
+    for (name, said) in [
+        ("a", "not a store of changes: begins with"),
+        ("disk", "not a store of changes"),
+        ("empty", "not a store of changes"),
+    ] {
+        let done = place.run(&format!("create --changes {name} --base a --base b out"));
+        done.code(3).stderr(contains(said));
+    }
+    let done = place.run("create --changes none --base a out");
+    done.code(4).stderr(contains("none: cannot open"));
+    place.run("create --changes a out").code(1);
+    place
+        .run("create --changes a --image b --base a out")
+        .code(1);
+    place.run("open --writable a --zfile x a").code(1);
+    place.run("open --store-size 1g x a").code(1);
+    assert!(!place.path("out").exists());
+}
+
+fn bases_that_are_wrong() {
+    let size = 3 << 20;
+    let place = Place::with_two_layers(size);
+    place.change(some(&place, size));
+    let other = "has the changes of another disk: one of 3145728 bytes (3.00 MiB) whose topmost layer has UUID";
+    for base in ["--base a", "--base c"] {
+        place.ok("merge --lowest a b -o c --uuid 00000000-0000-0000-0000-000000000000 --force");
+        let done = place
+            .run(&format!("create --changes store {base} out"))
+            .code(3);
+        done.stderr(contains(other));
+    }
+    // Wrapped in another way, it is the same disk.
+    place.ok("commit --algorithm none b d");
+    place.ok("create --changes store --base a --base d out");
+    // And so it is as one layer that has the UUID of the topmost.
+    place.ok("merge a b -o both");
+    place.ok("create --changes store --base both out2");
+    assert!(place.read("out") == place.read("out2"));
+}
+
+/// A file stands for the volume: all that tells it from another is the list of its blocks.
+fn thin_volumes() {
+    let size = 3 << 20;
+    let place = Place::with_two_layers(size);
+    let before = place.read("disk");
+    place.change(some(&place, size));
+    let after = place.read("disk");
+    // Blocks of 64 KiB.
+    let changed = |nth: &usize| before[nth << 16..][..1 << 16] != after[nth << 16..][..1 << 16];
+    let mappings: String = (0..48)
+        .filter(changed)
+        .map(|nth| format!("<single_mapping origin_block=\"{nth}\" data_block=\"9\" time=\"0\"/>"))
+        .collect();
+    let map = |mappings: &str| {
+        let text = format!(
+            "<superblock data_block_size=\"128\">\n<device dev_id=\"0\">{mappings}</device></superblock>"
+        );
+        place.write("map", text.as_bytes());
+    };
+    map(&mappings);
+    let create = "create --changes disk --thin-map map --base a --base b";
+    place.ok(&format!("{create} fast"));
+    place.ok("create --image disk --base a --base b slow");
+    assert!(place.read("fast") == place.read("slow"));
+    // What is not mapped is not looked at.
+    map("<range_mapping origin_begin=\"0\" data_begin=\"0\" length=\"1\" time=\"0\"/>");
+    place.ok(&format!("{create} first"));
+    place.ok("export a b first -o out");
+    let out = place.read("out");
+    assert!(out[..1 << 16] == after[..1 << 16] && out[1 << 16..] == before[1 << 16..]);
+
+    map("<single_mapping/>");
+    let done = place.run(&format!("{create} out2")).code(3);
+    done.stderr(contains("map: byte "))
+        .stderr(contains("give what thin_dump or thin_delta has written"));
+    let done = place.run("create --changes a --thin-map map --base a --base b out2");
+    done.code(3);
+    place
+        .run("create --image disk --thin-map map --base a out2")
+        .code(1);
+    map("");
+    let done = place.run("create --changes a --thin-map map --base a --base b out2");
+    done.code(1)
+        .stderr(contains("but the layers below are a disk of"));
+    assert!(!place.path("out2").exists());
+}
