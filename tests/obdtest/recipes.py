@@ -17,7 +17,8 @@ DOCUMENT = f"{os.path.dirname(os.path.abspath(__file__))}/../../Documentation/re
 SIZE = 8 << 20
 PIECE = 64 << 10
 # The devices that the recipes make.
-DEVICES = ("app-verified", "app", "base", "base-verified", "base-local", "app-local", "one", "two")
+DEVICES = ("app-verified", "app", "base", "base-verified", "base-local", "app-local", "one", "two",
+           "work", "work-image", "work-store")
 DATA, TEXT = random.Random(91).randbytes(2 << 20), b"".join(b"%09d\n" % number for number in range(100000))
 APP = random.Random(92).randbytes(500 << 10)
 

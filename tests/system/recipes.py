@@ -166,6 +166,30 @@ def several_times():
     nothing_left()
 
 
+@test("open --writable: a third layer of what was written, in six commands")
+def third_layer():
+    need_module("dm-snapshot")
+    Work()
+    os.mkdir("new")
+    for name, more in (("new/more", APP[:70000]), ("new/text", b"another")):
+        with open(name, "wb") as file:
+            file.write(more)
+    make, use, down = recipe("A new layer of what is written")
+    equal(len([line for line in make.splitlines() if line.strip()]), 6, "commands")
+    sh(make)
+    nothing_left()
+    sh(use)
+    same_bytes(content("/mnt/data") + content("/mnt/app"), DATA + APP, "what was there")
+    same_bytes(content("/mnt/more") + content("/mnt/text"), APP[:70000] + b"another", "what was written")
+    sh(down)
+    nothing_left()
+    # The same as by way of the whole disk.
+    sh("""obdsetup open --writable new.changes work base.obd app.obd
+        obdsetup create --base base.obd --base app.obd --image /dev/mapper/work --tar slow.tar
+        obdsetup close work""")
+    same_bytes(content("new.tar"), content("slow.tar"), "the layer")
+
+
 @test("erofs with inode_share: two images, and what they have in common is cached once")
 def one_page_cache():
     need_module("erofs")

@@ -1,0 +1,463 @@
+#!/usr/bin/env python3
+# SPDX-License-Identifier: GPL-2.0
+"""obdsetup open --writable and create --changes: what is written survives and becomes a layer, a store is filled for its
+own layers only, and a kill, a crash and a store without room hurt nobody.
+
+OBD_KILLS is the number of kills, and OBD_SEED says when they come.
+"""
+
+import contextlib
+import glob
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import tempfile
+import time
+
+from obdtest import image, udevd
+from obdtest.ktap import SLOW, check, defer, equal, main, note, same_bytes, skip_all, test
+
+KILLS = int(os.environ.get("OBD_KILLS", "4"))
+SEED = os.environ.get("OBD_SEED") or str(random.SystemRandom().randrange(1 << 32))
+NAME = f"obdtest-{os.getpid()}"
+DISK = f"/dev/mapper/{NAME}"
+SIZE = 8 << 20
+RNG = random.Random(101)
+
+
+def obdsetup(*args, status=0):
+    """Runs it; its standard output and error."""
+    done = subprocess.run(["obdsetup", *args], stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False)
+    equal(done.returncode, status, f"status of obdsetup {' '.join(args)} ({done.stderr.strip()})")
+    return done.stdout, done.stderr
+
+
+def refused(status, said, *args):
+    """It is refused with these words."""
+    _, err = obdsetup(*args, status=status)
+    check(said in err, f"obdsetup {' '.join(args)} said: {err.strip()}")
+
+
+def run(*command):
+    done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False)
+    equal(done.returncode, 0, f"status of {' '.join(command)} ({done.stderr.strip()})")
+    return done.stdout
+
+
+def quietly(*command):
+    subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, check=False)
+
+
+def read(path):
+    with open(path, "rb") as file:
+        return file.read()
+
+
+def write(path, content):
+    with open(path, "wb") as file:
+        file.write(content)
+
+
+def write_disk(at, content, path=DISK):
+    """Writes to the disk, and waits until it is there."""
+    fd = os.open(path, os.O_WRONLY)
+    try:
+        equal(os.pwrite(fd, content, at), len(content), "bytes written")
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def devices():
+    rows = run("dmsetup", "info", "-c", "--noheadings", "--separator", "|", "-o", "name,uuid").splitlines()
+    return [row for row in rows if "|OVERLAYBD-" in row]
+
+
+def loops():
+    """Loop devices over files of this test."""
+    found = []
+    for path in glob.glob("/sys/block/loop*/loop/backing_file"):
+        with contextlib.suppress(OSError):
+            name = read(path).decode().strip()
+            if name.startswith(os.getcwd()) or "obdsetup" in name:
+                found.append(name)
+    return found
+
+
+def nothing_left():
+    for what, found in (("devices", devices), ("loop devices", loops),
+                        ("locks", lambda: glob.glob("/run/obdsetup/*") + glob.glob("/run/obdsetup/.OVERLAYBD-*"))):
+        for _ in range(100 * SLOW):
+            left = found()
+            if not left:
+                break
+            time.sleep(0.05)
+        equal(left, [], f"{what} that are left")
+
+
+def clear():
+    """Takes down what a failed test has left."""
+    quietly("umount", "mnt")
+    for name in (NAME, f"{NAME}2"):
+        if os.path.exists(f"/dev/mapper/{name}"):
+            quietly("obdsetup", "close", name)
+    for _ in range(3):
+        for row in devices():
+            quietly("dmsetup", "remove", "--retry", row.split("|")[0])
+
+
+def work():
+    """A directory of its own, with the layers base.obd and app.obd of a disk."""
+    path = tempfile.mkdtemp(prefix="obdtest-")
+    defer(shutil.rmtree, path)
+    defer(os.chdir, os.getcwd())
+    os.chdir(path)
+    defer(clear)
+    os.mkdir("mnt")
+    content = bytearray(image.sample(SIZE - (1 << 20), 101) + bytes(1 << 20))
+    write("disk.raw", content)
+    obdsetup("create", "--image", "disk.raw", "base.obd")
+    content[4 << 20:(4 << 20) + 9000] = RNG.randbytes(9000)
+    write("disk.raw", content)
+    obdsetup("create", "--base", "base.obd", "--image", "disk.raw", "app.obd")
+    return content
+
+
+LAYERS = ("base.obd", "app.obd")
+# Seconds for a test, on a machine that does other things, too.
+LONG = 600
+BASES = ("--base", "base.obd", "--base", "app.obd")
+
+
+def open_writable(*args, layers=LAYERS, name=NAME):
+    return obdsetup("open", "--writable", "store", *args, name, *layers)[1]
+
+
+def changes(name=NAME, status=0):
+    """What status says of the store."""
+    out, _ = obdsetup("status", "--json", name, status=status)
+    report = json.loads(out)
+    return report["health"], report["changes"]
+
+
+@test("from a directory: what is written survives a close, and the third layer is that of the whole disk", timeout=LONG)
+def loop_of_layers():
+    work()
+    for name in LAYERS:
+        os.unlink(name)
+    os.mkdir("tree")
+    write("tree/old", RNG.randbytes(300_000))
+    obdsetup("create", "--directory", "tree", "--fs", "ext4", "--size", "16m", "base.obd")
+    for nth, (layer, layers) in enumerate((("app.obd", LAYERS[:1]), ("third.obd", LAYERS))):
+        bases = [word for name in layers for word in ("--base", name)]
+        said = open_writable(layers=layers)
+        equal(said, "", "what open says")
+        run("mount", DISK, "mnt")
+        more = RNG.randbytes(200_000)
+        write(f"mnt/new{nth}", more)
+        os.unlink("mnt/old" if nth == 0 else "mnt/new0")
+        refused(5, "is in use", "close", NAME)
+        refused(5, f"stack {NAME} has it open: run `obdsetup close {NAME}' first",
+                "create", "--changes", "store", *bases, "none")
+        refused(5, f"stack {NAME} has it open", "open", "--writable", "store", f"{NAME}2", *layers)
+        run("umount", "mnt")
+        obdsetup("close", NAME)
+        nothing_left()
+        equal(os.stat("store").st_mode & 0o777, 0o600, "mode of the store")
+        check(os.stat("store").st_blocks * 512 < 4 << 20, "the store takes room for what was written only")
+        # As after a reboot.
+        equal(open_writable(layers=layers), "", "what open says the second time")
+        run("mount", DISK, "mnt")
+        same_bytes(read(f"mnt/new{nth}"), more, "what was written")
+        check(not os.path.exists("mnt/old"), "what was removed is there no more")
+        run("umount", "mnt")
+        disk = read(DISK)
+        health, store = changes()
+        equal((health, store["file"]), ("ok", f"{os.getcwd()}/store"), "status")
+        check(200_000 < store["used"] < 4 << 20 < store["size"], f"store: {store}")
+        text, _ = obdsetup("status", NAME)
+        check("writes go to " in text and " % of what it can hold" in text, text)
+        check(NAME in obdsetup("list")[0], "list shows the disk")
+        obdsetup("create", *bases, "--image", DISK, "slow.obd", "--force")
+        obdsetup("close", NAME)
+        obdsetup("create", "--changes", "store", *bases, layer)
+        same_bytes(read(layer), read("slow.obd"), "the layer")
+        obdsetup("open", NAME, *layers, layer)
+        same_bytes(read(DISK), disk, "the disk of all layers")
+        equal(run("blockdev", "--getro", DISK).strip(), "1", "read-only")
+        obdsetup("close", NAME)
+        os.unlink("store")
+    nothing_left()
+
+
+@test("the store of another disk is refused, and so is what is no store; nothing is written to either", timeout=LONG)
+def others():
+    work()
+    open_writable()
+    write_disk(0, b"written")
+    obdsetup("close", NAME)
+    before = read("store")
+    for layers in (("base.obd",), ("app.obd", "base.obd")):
+        obdsetup("open", "--writable", "store", NAME, *layers, status=3)
+    refused(3, "store: has the changes of another disk: ", "open", "--writable", "store", NAME, "base.obd")
+    same_bytes(read("store"), before, "the store")
+    refused(3, "disk.raw: not a store of changes: begins with ", "open", "--writable", "disk.raw", NAME, *LAYERS)
+    refused(1, "a directory, not a file", "open", "--writable", "mnt", NAME, *LAYERS)
+    refused(1, "a store cannot become smaller", "open", "--writable", "store", "--store-size", "1m", NAME, *LAYERS)
+    disk = read("disk.raw")
+    device = run("losetup", "--find", "--show", "disk.raw").strip()
+    defer(quietly, "losetup", "--detach", device)
+    refused(5, f"{device}: is no store of changes, and not empty", "open", "--writable", device, NAME, *LAYERS)
+    same_bytes(read("disk.raw"), disk, "what was on the device")
+    run("losetup", "--detach", device)
+    os.truncate("store", len(before) - 512)
+    refused(3, "store: the store of changes is cut short", "open", "--writable", "store", NAME, *LAYERS)
+    nothing_left()
+
+
+@test("a store on a block device", timeout=LONG)
+def device_store():
+    content = work()
+    with open("volume", "wb") as file:
+        file.truncate(SIZE)
+    device = run("losetup", "--find", "--show", "--direct-io=on", "volume").strip()
+    defer(quietly, "losetup", "--detach", device)
+    for nth in range(2):
+        obdsetup("open", "--writable", device, NAME, *LAYERS)
+        same_bytes(read(DISK), bytes(content), f"content, open {nth}")
+        more = RNG.randbytes(70_000)
+        content[(nth + 1) * 1_000_000:(nth + 1) * 1_000_000 + 70_000] = more
+        write_disk((nth + 1) * 1_000_000, more)
+        refused(5, f"stack {NAME} has it open", "create", "--changes", device, *BASES, "none")
+        obdsetup("close", NAME)
+        obdsetup("create", "--changes", device, *BASES, "fast.obd", "--force")
+        write("disk.raw", content)
+        obdsetup("create", "--image", "disk.raw", *BASES, "slow.obd", "--force")
+        same_bytes(read("fast.obd"), read("slow.obd"), "the layer")
+    equal(devices(), [], "devices that are left")
+
+
+def fill():
+    """Writes to the disk until it refuses; the bytes that it took."""
+    done = 0
+    try:
+        for at in range(0, SIZE, 64 << 10):
+            write_disk(at, RNG.randbytes(64 << 10))
+            done += 64 << 10
+    except OSError as error:
+        note(f"{done} bytes written, then: {error}")
+    return done
+
+
+@test("a store that gets full: status tells before and after, and a larger one goes on", timeout=LONG)
+def full():
+    work()
+    open_writable("--store-size", "2m")
+    for nth in range(30):
+        write_disk(nth << 16, RNG.randbytes(64 << 10))
+    health, store = changes(status=4)
+    equal((health, store["overflowed"]), ("nearly-full", False), "status of a store that is nearly full")
+    _, err = obdsetup("status", NAME, status=4)
+    check("NEARLY FULL: 9" in err, err)
+    refused(4, "NEARLY FULL", "list", "--check")
+    first = read(DISK)[:30 << 16]
+    check(fill() < SIZE, "writes fail")
+    health, store = changes(status=4)
+    equal((health, store["overflowed"], store["lost"]), ("full", True, False), "status of a full store")
+    equal(len(read(DISK)), SIZE, "bytes that can be read still")
+    obdsetup("close", NAME)
+    words = "store: was full, and writes to the disk failed"
+    refused(3, words, "create", "--changes", "store", *BASES, "none")
+    refused(3, words, "open", "--writable", "store", NAME, *LAYERS)
+    said = open_writable("--store-size", "16m")
+    check("note: store: was full, and writes to the disk failed: check the file system" in said, said)
+    check(len(first) == 30 << 16 and fill() == SIZE, "now there is room for all")
+    disk = read(DISK)
+    obdsetup("close", NAME)
+    obdsetup("create", "--changes", "store", *BASES, "third.obd")
+    obdsetup("export", *LAYERS, "third.obd", "-o", "out.raw")
+    same_bytes(read("out.raw"), disk, "the disk of all layers")
+    nothing_left()
+
+
+@test("a store whose file system gets full: the changes are lost, and this is said", timeout=LONG)
+def lost():
+    work()
+    run("mount", "-t", "tmpfs", "-o", "size=3m", "tmpfs", "mnt")
+    defer(quietly, "umount", "mnt")
+    obdsetup("open", "--writable", "mnt/store", NAME, *LAYERS)
+    fill()
+    health, store = changes(status=4)
+    equal((health, store["lost"]), ("lost", True), "status")
+    obdsetup("close", NAME)
+    words = "store: the changes are lost"
+    refused(3, words, "create", "--changes", "mnt/store", *BASES, "none")
+    refused(3, words, "open", "--writable", "mnt/store", NAME, *LAYERS)
+    nothing_left()
+
+
+@test("a crash: the store is not closed, can be opened, and makes no layer before it was closed", timeout=LONG)
+def crash():
+    content = work()
+    open_writable()
+    more = RNG.randbytes(100_000)
+    write_disk(50_000, more)
+    content[50_000:150_000] = more
+    for name in (NAME, f"{NAME}-image", f"{NAME}-store"):
+        run("dmsetup", "remove", "--retry", name)
+    # The devices of the layers.
+    obdsetup("open", NAME, *LAYERS)
+    obdsetup("close", NAME)
+    nothing_left()
+    refused(3, "store: was not closed when it was open last", "create", "--changes", "store", *BASES, "none")
+    said = open_writable()
+    check("note: store: was not closed when it was open last" in said, said)
+    same_bytes(read(DISK), bytes(content), "content")
+    obdsetup("close", NAME)
+    obdsetup("create", "--changes", "store", *BASES, "third.obd")
+    # In use, it goes later, and nobody closes the store.
+    open_writable()
+    with open(DISK, "rb"):
+        _, said = obdsetup("close", "--deferred", NAME)
+        check("its store counts as not closed until it is opened and closed again" in said, said)
+    nothing_left()
+    refused(3, "store: was not closed when it was open last", "create", "--changes", "store", *BASES, "none")
+    open_writable()
+    obdsetup("close", NAME)
+    nothing_left()
+
+
+def processes():
+    found = []
+    for path in glob.glob("/proc/[0-9]*/cmdline"):
+        with contextlib.suppress(OSError):
+            words = read(path).split(b"\0")
+            if os.path.basename(words[0]) in (b"dmsetup", b"obdsetup", b"obdsetup-program"):
+                if b"udevcomplete" not in words:
+                    found.append(words)
+    return found
+
+
+def kill(rng, lasts, *args):
+    """Runs obdsetup and kills it within that time; whether it was not over before."""
+    child = subprocess.Popen(["obdsetup", *args], stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
+                             stderr=subprocess.DEVNULL)
+    time.sleep(rng.random() * lasts)
+    child.kill()
+    child.wait()
+    for _ in range(100 * SLOW):
+        if not processes():
+            break
+        time.sleep(0.05)
+    equal(processes(), [], "processes that are left")
+    return child.returncode == -signal.SIGKILL
+
+
+@test("open and close are killed: the next one clears what is left, and the store has what was written",
+      timeout=LONG + 100 * KILLS)
+def kills():
+    content = work()
+    note(f"OBD_SEED={SEED}")
+    rng = random.Random(SEED)
+    lasts = {}
+    for command in ("open", "close", "open", "close"):
+        start = time.monotonic()
+        if command == "open":
+            open_writable()
+        else:
+            obdsetup("close", NAME)
+        lasts[command] = time.monotonic() - start
+    half = 0
+    for nth in range(KILLS):
+        killed = kill(rng, lasts["open"], "open", "--writable", "store", NAME, *LAYERS)
+        left = devices()
+        if f"{NAME}|OVERLAYBD-WRITABLE-{NAME}" in left:
+            obdsetup("close", NAME)
+        elif left:
+            half += killed
+        open_writable()
+        same_bytes(read(DISK), bytes(content), f"content after kill {nth} of open, which left {left}")
+        at, more = nth * 100_000, RNG.randbytes(5000)
+        write_disk(at, more)
+        content[at:at + len(more)] = more
+        kill(rng, lasts["close"], "close", NAME)
+        left = devices()
+        if f"{NAME}|OVERLAYBD-WRITABLE-{NAME}" in left:
+            obdsetup("close", NAME)
+        open_writable()
+        same_bytes(read(DISK), bytes(content), f"content after kill {nth} of close, which left {left}")
+        obdsetup("close", NAME)
+        nothing_left()
+    note(f"{half} of {KILLS} kills of open left half a disk")
+    obdsetup("create", "--changes", "store", *BASES, "fast.obd")
+    write("disk.raw", content)
+    obdsetup("create", "--image", "disk.raw", *BASES, "slow.obd")
+    same_bytes(read("fast.obd"), read("slow.obd"), "the layer")
+    # A new store is there, or it isn't, and open makes it.
+    os.unlink("store")
+    for _ in range(KILLS):
+        kill(rng, lasts["open"], "open", "--writable", "store", NAME, *LAYERS)
+        if f"{NAME}|OVERLAYBD-WRITABLE-{NAME}" not in devices():
+            open_writable()
+        obdsetup("close", NAME)
+        os.unlink("store")
+    nothing_left()
+
+
+@test("an open that fails leaves neither devices nor a new store, and an old one as it was", timeout=LONG)
+def failed_open():
+    work()
+    run("dmsetup", "create", f"{NAME}-store", "--notable")
+    defer(quietly, "dmsetup", "remove", f"{NAME}-store")
+    refused(5, f"device {NAME}-store exists already", "open", "--writable", "store", NAME, *LAYERS)
+    check(not os.path.exists("store"), "no store")
+    obdsetup("open", "--writable", "store", "--lsmt-opt", "no_such_option", NAME, *LAYERS, status=5)
+    quietly("dmsetup", "remove", f"{NAME}-store")
+    obdsetup("open", "--writable", "store", "--lsmt-opt", "no_such_option", NAME, *LAYERS, status=4)
+    check(not os.path.exists("store"), "no store")
+    open_writable()
+    write_disk(0, b"written")
+    obdsetup("close", NAME)
+    before = read("store")
+    obdsetup("open", "--writable", "store", "--lsmt-opt", "no_such_option", NAME, *LAYERS, status=4)
+    same_bytes(read("store"), before, "the store")
+    nothing_left()
+
+
+@test("udev takes the disk for one, and leaves those below it alone", timeout=LONG)
+def udev():
+    work()
+    run("mkfs.ext4", "-q", "-F", "disk.raw")
+    obdsetup("create", "--image", "disk.raw", "base.obd", "--force")
+    open_writable(layers=("base.obd", ))
+    uuid = run("blkid", "-p", "-s", "UUID", "-o", "value", DISK).strip()
+    equal(os.path.realpath(f"/dev/disk/by-uuid/{uuid}"), os.path.realpath(DISK), "what the file system is on")
+    links = glob.glob(f"/dev/disk/by-id/*{NAME}-*")
+    equal(links, [], "links to the devices below")
+    obdsetup("close", NAME)
+    nothing_left()
+
+
+@test("overlaybdtab has the store", timeout=LONG)
+def tab():
+    work()
+    write("tab", f"{NAME} {os.getcwd()}/base.obd,{os.getcwd()}/app.obd writable={os.getcwd()}/store,noauto\n".encode())
+    os.environ["OVERLAYBDTAB"] = f"{os.getcwd()}/tab"
+    defer(os.environ.pop, "OVERLAYBDTAB")
+    obdsetup("open", NAME)
+    write_disk(0, b"written")
+    obdsetup("close", NAME)
+    obdsetup("create", "--changes", "store", *BASES, "third.obd")
+    nothing_left()
+
+
+if __name__ == "__main__":
+    if not shutil.which("obdsetup"):
+        skip_all("no obdsetup")
+    if subprocess.run(["modprobe", "dm-snapshot"], capture_output=True, check=False).returncode:
+        skip_all("no kernel module dm-snapshot")
+    udevd.start()
+    main()
