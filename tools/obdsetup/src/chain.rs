@@ -94,6 +94,11 @@ impl Findings {
         found
     }
 
+    /// Whether nothing was found.
+    pub(crate) fn is_empty(&self) -> bool {
+        self.errors.is_empty() && self.warnings.is_empty()
+    }
+
     /// The errors as one; `None` where there are none.
     pub(crate) fn into_error(self) -> Option<anyhow::Error> {
         let first = self.errors.first()?;

@@ -2,7 +2,7 @@
 
 //! Access to files and block devices.
 
-use std::fs::File;
+use std::fs::{File, OpenOptions};
 use std::io::{Seek, SeekFrom};
 use std::ops::Range;
 use std::os::unix::fs::{FileExt, FileTypeExt};
@@ -19,7 +19,7 @@ use crate::{Error, Result};
 /// Largest number of bytes that [`Blob::stream`] reads at once.
 const PIECE: u64 = 1 << 20;
 
-/// A file or block device, open for reading.
+/// A file or block device, open for reading, and perhaps for writing.
 #[derive(Debug)]
 pub struct FileBlob {
     file: File,
@@ -36,10 +36,30 @@ impl FileBlob {
     /// [`Error::InFile`] with the system's error; also if `path` has fewer than `size` bytes, or is
     /// neither a file nor a block device.
     pub fn open(path: &Path, size: Option<u64>) -> Result<Self> {
-        Self::open_inner(path, size).map_err(|error| error.in_file(path))
+        Self::open_inner(path, File::options().read(true), size)
+            .map_err(|error| error.in_file(path))
     }
 
-    fn open_inner(path: &Path, size: Option<u64>) -> Result<Self> {
+    /// Opens `path` to read it and to write to it by way of [`FileBlob::file`].
+    ///
+    /// # Errors
+    ///
+    /// As [`FileBlob::open`].
+    pub fn open_to_write(path: &Path) -> Result<Self> {
+        Self::open_inner(path, File::options().read(true).write(true), None)
+            .map_err(|error| error.in_file(path))
+    }
+
+    /// Returns the blob of `file`, which is open for reading. `path` is its name in messages.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::InFile`] with the system's error if the size can't be found.
+    pub fn from_file(file: File, path: &Path) -> Result<Self> {
+        Self::new(file, path, None).map_err(|error| error.in_file(path))
+    }
+
+    fn open_inner(path: &Path, options: &OpenOptions, size: Option<u64>) -> Result<Self> {
         let error = |source| Error::Io {
             what: "open",
             source,
@@ -52,7 +72,10 @@ impl FileBlob {
                 false => "not a file or block device".to_owned(),
             }));
         }
-        let mut file = File::open(path).map_err(error)?;
+        Self::new(options.open(path).map_err(error)?, path, size)
+    }
+
+    fn new(mut file: File, path: &Path, size: Option<u64>) -> Result<Self> {
         let there = file.seek(SeekFrom::End(0)).map_err(|source| Error::Io {
             what: "find the size",
             source,

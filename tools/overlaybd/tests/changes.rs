@@ -11,7 +11,7 @@ use std::collections::BTreeMap;
 use common::changes::{entry, head, per_area, place, store, Chunk};
 use common::{file, lsmt, put, run, Memory};
 use overlaybd::changes::head::{full_size, usable, SIZE};
-use overlaybd::changes::{Changed, Exceptions, Fault, Head, Origin, State};
+use overlaybd::changes::{Changed, Exceptions, Fault, Head, Host, Origin, State};
 use overlaybd::diff;
 use overlaybd::format::Blob;
 use overlaybd::progress::silent;
@@ -72,7 +72,7 @@ proptest! {
         let runs: Vec<_> = runs.iter().map(|(&at, &length)| run(at, length, false)).collect();
         let layer = file(&lsmt(sectors * 512, &runs, |sector| (sector % 3) as u8));
         let base = Stack::open(&[layer.path()]).unwrap();
-        let head = head(sectors, 900, Origin::of(&base));
+        let head = head(sectors, 900, Origin::of(&base, true).unwrap());
         let mut disk = vec![0; base.size() as usize];
         base.read_at(0, &mut disk).unwrap();
         // In another order than on the disk.
@@ -146,12 +146,21 @@ proptest! {
 fn heads() {
     let (head, bytes) = small(3);
     assert_eq!(fault(&bytes), None);
-    for state in [State::Closed, State::Open, State::Overflowed] {
+    for state in [
+        State::Closed,
+        State::Open,
+        State::Overflowed,
+        State::Failed,
+    ] {
         let head = Head {
             state,
             origin: Origin {
                 digest: [7; 32],
                 uuid: "6F626431-0000-8000-8000-000000000001".to_owned(),
+            },
+            host: Host {
+                machine: [8; 16],
+                boot: [9; 16],
             },
             ..head.clone()
         };
@@ -164,7 +173,7 @@ fn heads() {
         assert!(right, "{field}: {found:?}");
     };
     field("head version", &[2], 16);
-    field("head state", &[3], 20);
+    field("head state", &[4], 20);
     field("head disk size", &[0; 8], 24);
     field("head disk size", &[0, 0, 0, 0, 0, 0, 5, 0], 24);
     field("head store size", &[0; 8], 32);
@@ -277,7 +286,8 @@ fn more_exceptions_than_chunks() {
 
 #[test]
 fn sizes() {
-    for disk in [1, 8, 9, 2047, 2048, 2049, 8 * 256 * 3, 8 * 256 * 3 + 1] {
+    // With 255 chunks, an area would begin behind the chunk that stays free.
+    for disk in [1, 8, 9, 8 * 255, 2047, 2048, 2049, 8 * 511, 8 * 256 * 3, 8 * 256 * 3 + 1] {
         let store = full_size(disk);
         let chunks = disk.div_ceil(8);
         let head = Head {
@@ -311,14 +321,44 @@ fn sizes() {
 }
 
 #[test]
+fn hosts() {
+    let host = |machine, boot| Host {
+        machine: [machine; 16],
+        boot: [boot; 16],
+    };
+    let here = host(1, 1);
+    // The same machine, before it went down; a container on it; nobody knows.
+    for other in [here, host(1, 2), host(2, 1), host(0, 2), host(0, 0)] {
+        assert!(!here.is_other(&other) && !other.is_other(&here), "{other:?}");
+    }
+    for other in [host(2, 2), host(2, 0)] {
+        assert!(here.is_other(&other) && other.is_other(&here), "{other:?}");
+    }
+    assert!(host(1, 0).is_other(&host(2, 0)));
+}
+
+#[test]
 fn origins() {
     let uuid = "6F626431-AAAA-8AAA-8AAA-AAAAAAAAAAAA";
     let layer = |size: u64, runs: &[_]| file(&lsmt(size, runs, |_| 1));
-    let of = |file: &tempfile::NamedTempFile| Origin::of(&Stack::open(&[file.path()]).unwrap());
+    let stack = |file: &tempfile::NamedTempFile| Stack::open(&[file.path()]).unwrap();
+    let of = |file: &tempfile::NamedTempFile| Origin::of(&stack(file), true).unwrap();
     let a = of(&layer(4096, &[run(0, 1, false)]));
     assert_eq!(a, of(&layer(4096, &[run(0, 1, false)])));
     assert_ne!(a, of(&layer(4608, &[run(0, 1, false)])));
     assert_ne!(a, of(&layer(4096, &[run(1, 1, false)])));
+    // Rebuilt without UUID: the index is the same, the data isn't, somewhere.
+    let long = |fill: u8| file(&lsmt(1 << 20, &[run(0, 2048, false)], |_| fill));
+    assert_ne!(of(&long(1)), of(&long(2)));
+    let end = |fill: u8| {
+        let runs = [run(0, 2048, false)];
+        file(&lsmt(1 << 20, &runs, |sector| match sector > 2040 {
+            true => fill,
+            false => 1,
+        }))
+    };
+    assert_eq!(of(&end(2)), of(&end(2)));
+    assert_ne!(of(&end(1)), of(&end(2)));
     assert_eq!(a.uuid, "");
     // A UUID that says all: no matter what else is known.
     let placed = |size: u64, runs: &[overlaybd::lsmt_writer::Run]| {
@@ -337,4 +377,10 @@ fn origins() {
     assert_eq!(b, of(&placed(4096, &[run(1, 1, false)])));
     assert_ne!(b, of(&placed(4608, &[run(0, 1, false)])));
     assert_eq!(b.uuid, uuid);
+    // Nobody has checked that what is below is what the UUID was made of.
+    let unchecked = |file| Origin::of(&stack(&file), false).unwrap();
+    let c = unchecked(placed(4096, &[run(0, 1, false)]));
+    assert_ne!(b, c);
+    assert_ne!(c, unchecked(placed(4096, &[run(1, 1, false)])));
+    assert_eq!(c.uuid, uuid);
 }

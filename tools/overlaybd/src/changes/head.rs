@@ -35,18 +35,23 @@ mod field {
     pub(super) const CHUNK: usize = 40;
     pub(super) const DIGEST: usize = 48;
     pub(super) const UUID: usize = 80;
+    pub(super) const MACHINE: usize = 116;
+    pub(super) const BOOT: usize = 132;
     pub(super) const CRC: usize = 508;
 }
 
 /// State of a store.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum State {
-    /// Closed: it has everything that was written.
+    /// Closed: it has every chunk that was written. A later write to a chunk that the store has already may
+    /// have failed; who wrote it was told.
     Closed,
     /// Open, or not closed because the machine went down or a close was killed.
     Open,
-    /// Writes have failed because the store was full.
+    /// Writes have failed because the store was full, or may have: it has no room.
     Overflowed,
+    /// A write to the store has failed, and what came after it may be missing.
+    Failed,
 }
 
 impl State {
@@ -55,7 +60,29 @@ impl State {
             Self::Closed => 0,
             Self::Open => 1,
             Self::Overflowed => 2,
+            Self::Failed => 3,
         }
+    }
+}
+
+/// A machine, and one time that it runs.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Host {
+    /// machine-id(5); zeros if not known.
+    pub machine: [u8; 16],
+    /// ID that the kernel has from boot to shutdown; zeros if not known.
+    pub boot: [u8; 16],
+}
+
+impl Host {
+    /// Returns whether `other` is a different machine for sure. Containers have IDs of their own, but the
+    /// kernel of their host.
+    pub fn is_other(&self, other: &Self) -> bool {
+        let unknown = [0; 16];
+        self.machine != other.machine
+            && self.machine != unknown
+            && other.machine != unknown
+            && (self.boot != other.boot || self.boot == unknown)
     }
 }
 
@@ -72,6 +99,8 @@ pub struct Head {
     pub chunk: u32,
     /// The disk that the changes belong to.
     pub origin: Origin,
+    /// Where the store was opened last.
+    pub host: Host,
 }
 
 impl Head {
@@ -135,7 +164,8 @@ impl Head {
             0 => State::Closed,
             1 => State::Open,
             2 => State::Overflowed,
-            found => return Err(wrong("head state", field::STATE, found, "0 to 2")),
+            3 => State::Failed,
+            found => return Err(wrong("head state", field::STATE, found, "0 to 3")),
         };
         let sectors = |field, at| {
             let found = le64(bytes, at);
@@ -165,6 +195,10 @@ impl Head {
                 digest: bytes_at(bytes, field::DIGEST),
                 uuid: uuid.copied().map(char::from).collect(),
             },
+            host: Host {
+                machine: bytes_at(bytes, field::MACHINE),
+                boot: bytes_at(bytes, field::BOOT),
+            },
         })
     }
 
@@ -180,6 +214,8 @@ impl Head {
         put(&mut bytes, field::DIGEST, &self.origin.digest);
         let uuid: Vec<u8> = self.origin.uuid.bytes().take(UUID_LEN).collect();
         put(&mut bytes, field::UUID, &uuid);
+        put(&mut bytes, field::MACHINE, &self.host.machine);
+        put(&mut bytes, field::BOOT, &self.host.boot);
         let crc = Self::crc(&bytes);
         put(&mut bytes, field::CRC, &crc.to_le_bytes());
         bytes
@@ -213,7 +249,8 @@ pub fn full_size(disk: u64) -> u64 {
     // The header, the areas (dm-snapshot makes the next one when one is full), and a chunk that stays
     // free.
     let areas = chunks / super::exceptions::per_area(CHUNK) + 1;
-    (1 + areas + chunks + 1) * chunk
+    let all = 1 + areas + chunks + 1;
+    (all + u64::from(ends_at_area(all))) * chunk
 }
 
 /// Returns the size in sectors of the exception store in `sectors` sectors: whole chunks, and no end where
@@ -222,7 +259,11 @@ pub fn full_size(disk: u64) -> u64 {
 pub fn usable(sectors: u64) -> u64 {
     let chunk = u64::from(CHUNK);
     let chunks = sectors / chunk;
+    (chunks - u64::from(ends_at_area(chunks))) * chunk
+}
+
+/// Returns whether an area would begin at the end of a store of `chunks` chunks.
+fn ends_at_area(chunks: u64) -> bool {
     let step = super::exceptions::per_area(CHUNK) + 1;
-    let last = chunks % step == 1 && chunks > 1;
-    (chunks - u64::from(last)) * chunk
+    chunks % step == 1 && chunks > 1
 }

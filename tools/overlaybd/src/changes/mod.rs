@@ -29,6 +29,6 @@ pub mod origin;
 pub use disk::Changed;
 pub use exceptions::Exceptions;
 pub use fault::Fault;
-pub use head::{Head, State};
+pub use head::{Head, Host, State};
 pub use mapped::Mapped;
 pub use origin::Origin;

@@ -4,13 +4,21 @@
 
 use sha2::{Digest, Sha256};
 
+use crate::format::lsmt::HEADER_SIZE;
+use crate::format::num::to_usize;
+use crate::format::Blob;
 use crate::identity::is_placed;
 use crate::layer::Ident;
-use crate::Stack;
+use crate::{LayerReader, Result, Stack};
 
 /// Prefixes of the hashed bytes: for a top layer whose UUID covers the layers below, and for all layers.
 const TOP: &[u8] = b"dm-overlaybd origin 1: top\0";
 const ALL: &[u8] = b"dm-overlaybd origin 1: all\0";
+
+/// Bytes that are hashed of the data of a layer without UUID: the first ones, and pieces all over the rest.
+const FIRST: u64 = 64 << 10;
+const PIECE: u64 = 4096;
+const PIECES: u64 = 64;
 
 /// Identity of a disk.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -23,8 +31,13 @@ pub struct Origin {
 
 impl Origin {
     /// Returns the identity of the disk of `stack`. It is made from the UUID of the topmost layer if that is
-    /// made from the content of all layers; otherwise from the UUIDs, sizes and indexes of all layers.
-    pub fn of(stack: &Stack) -> Self {
+    /// made from the content of all layers, and `fits` says that these are the ones; otherwise from the UUIDs,
+    /// sizes and indexes of all layers, and samples of the data of those without UUID.
+    ///
+    /// # Errors
+    ///
+    /// Read errors, and corrupt blocks.
+    pub fn of(stack: &Stack, fits: bool) -> Result<Self> {
         let ident = stack.layers().last().map(|layer| layer.ident());
         let uuid = ident.map_or("", |ident| ident.uuid.as_str());
         let uuid = match Ident::is_known(uuid) {
@@ -32,7 +45,7 @@ impl Origin {
             false => String::new(),
         };
         let mut hasher = Sha256::new();
-        match is_placed(&uuid) {
+        match fits && is_placed(&uuid) {
             true => {
                 hasher.update(TOP);
                 hasher.update(&uuid);
@@ -46,13 +59,32 @@ impl Origin {
                     for segment in layer.segments() {
                         hasher.update(segment.to_bytes());
                     }
+                    if !Ident::is_known(&layer.ident().uuid) {
+                        sample(layer, &mut hasher)?;
+                    }
                 }
             }
         }
         hasher.update(stack.sectors().to_le_bytes());
-        Self {
+        Ok(Self {
             digest: hasher.finalize().into(),
             uuid,
-        }
+        })
     }
+}
+
+/// Hashes samples of the data of `layer`.
+fn sample(layer: &LayerReader, hasher: &mut Sha256) -> Result<()> {
+    let len = layer.lsmt().index_offset().saturating_sub(HEADER_SIZE);
+    let mut buffer = vec![0; to_usize(FIRST.min(len))];
+    layer.payload().read_at(HEADER_SIZE, &mut buffer)?;
+    hasher.update(&buffer);
+    buffer.truncate(to_usize(PIECE));
+    let step = (len - PIECE.min(len)) / PIECES;
+    for nth in 1..=PIECES {
+        let at = HEADER_SIZE + nth * step;
+        layer.payload().read_at(at, &mut buffer)?;
+        hasher.update(&buffer);
+    }
+    Ok(())
 }

@@ -5,7 +5,7 @@
 #![allow(dead_code, missing_docs, unreachable_pub)]
 
 use overlaybd::changes::head::SIZE;
-use overlaybd::changes::{Head, Origin, State};
+use overlaybd::changes::{Head, Host, Origin, State};
 
 /// A chunk of the disk, and what is in it.
 pub type Chunk = (u64, Vec<u8>);
@@ -18,6 +18,7 @@ pub fn head(sectors: u64, chunks: u64, origin: Origin) -> Head {
         store: chunks * 8,
         chunk: 8,
         origin,
+        host: Host::default(),
     }
 }
 
