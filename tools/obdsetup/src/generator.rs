@@ -135,8 +135,8 @@ Conflicts=umount.target
         if path.components().any(|part| part == Component::ParentDir) {
             return Err(Failure::usage(format!("{path:?}: `..' in a name")));
         }
-        // Files, of which systemd has no device units, are in /dev/shm.
-        match path.starts_with("/dev") && !path.starts_with("/dev/shm") {
+        // systemd has units of devices.
+        match tab::is_device(&path) {
             true => {
                 let device = format!("{}.device", escape_path(&path));
                 writeln!(text, "BindsTo={device}\nAfter={device}")?;
@@ -334,8 +334,8 @@ ExecStop="/usr/sbin/obdsetup" close my-app
     #[test]
     fn stores() -> Result<()> {
         let (units, wrong) =
-            units(b"a /a writable=/srv/a.store\nb /b writable=/dev/vdb\nc /c writable=/../x\n")?;
-        assert_eq!(wrong, 1);
+            units(b"a /a writable=/srv/a.store\nb /b writable=/dev/vdb\nc /c writable=/../x\nd /d writable=/x,create\ne /e writable=/x,take-over\n")?;
+        assert_eq!(wrong, 3);
         let has = |name: &str, text: &str| {
             units[&format!("systemd-overlaybdsetup@{name}.service")].contains(text)
         };

@@ -34,6 +34,17 @@ impl Output {
         force: bool,
         inputs: impl IntoIterator<Item = &'a Path>,
     ) -> Result<Self> {
+        // What the umask leaves of this is what a file made by any other tool has.
+        Self::with_mode(path, force, inputs, 0o666 & !umask())
+    }
+
+    /// As [`Self::create`]. One that isn't there gets this mode, and never had another.
+    pub(crate) fn with_mode<'a>(
+        path: &Path,
+        force: bool,
+        inputs: impl IntoIterator<Item = &'a Path>,
+        mode: u32,
+    ) -> Result<Self> {
         let place = |path: &Path| path.metadata().ok().map(|meta| (meta.dev(), meta.ino()));
         let there = place(path);
         let mut inputs = inputs.into_iter();
@@ -52,8 +63,7 @@ impl Output {
         let file = temp_file(directory(&path))?;
         let done = match path.metadata() {
             Ok(old) => keep_attributes(file.as_file(), &path, &old),
-            // What the umask leaves of this is what a file made by any other tool has.
-            Err(_) => set_mode(file.as_file(), 0o666 & !umask()),
+            Err(_) => set_mode(file.as_file(), mode),
         };
         done.with_context(|| format!("{}: cannot set permissions", path.display()))?;
         Ok(Self { file, path, force })
@@ -71,6 +81,11 @@ impl Output {
 
     /// Makes the file complete: on disk first, then in its place.
     pub(crate) fn commit(self) -> Result<()> {
+        self.complete().map(drop)
+    }
+
+    /// As [`Self::commit`], and returns the file.
+    pub(crate) fn complete(self) -> Result<File> {
         let Self { file, path, force } = self;
         let context = || format!("{}: cannot complete the file", path.display());
         crate::interrupt::check()?;
@@ -79,13 +94,14 @@ impl Output {
             true => file.persist(&path),
             false => persist_new(file, &path),
         };
-        kept.map_err(|error| match error.error.kind() {
+        let file = kept.map_err(|error| match error.error.kind() {
             io::ErrorKind::AlreadyExists => exists(&path),
             _ => anyhow::Error::from(error.error).context(context()),
         })?;
         let directory = directory(&path);
         sync_directory(directory)
-            .with_context(|| format!("{}: cannot sync the directory", directory.display()))
+            .with_context(|| format!("{}: cannot sync the directory", directory.display()))?;
+        Ok(file)
     }
 }
 

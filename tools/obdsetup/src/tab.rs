@@ -129,6 +129,11 @@ impl Entry {
                 }
             }
         }
+        if entry.initrd && entry.store().is_some_and(|store| !is_device(store)) {
+            return Err(Failure::usage(
+                "option `writable=': in the initramfs, the store must be a block device",
+            ));
+        }
         Ok(Some(entry))
     }
 
@@ -151,6 +156,11 @@ impl Entry {
         arguments.extend(self.layers.iter().cloned());
         arguments
     }
+}
+
+/// Whether a name is that of a device. Files are in `/dev/shm`.
+pub(crate) fn is_device(path: &Path) -> bool {
+    path.starts_with("/dev") && !path.starts_with("/dev/shm")
 }
 
 /// What a field means: `\` and three octal digits are a byte, as in fstab(5).
@@ -215,6 +225,10 @@ mod tests {
         let entry = parse(r"app /a buffered,writable=/b\040c")?.unwrap_or_default();
         assert_eq!(entry.store(), Some(Path::new("/b c")));
         assert!(parse("app /a writable=b").is_err());
+        // What is written there is gone with the initramfs.
+        assert!(parse("app /a x-initrd.attach,writable=/b").is_err());
+        assert!(parse("app /a writable=/dev/shm/b,x-initrd.attach").is_err());
+        assert!(parse("app /a x-initrd.attach,writable=/dev/vdb").is_ok());
         Ok(())
     }
 

@@ -46,7 +46,7 @@ const FILES: u64 = 64;
   obdsetup open app config.v1.json               what containerd set up, if its layers are here
   obdsetup open app                              what /etc/overlaybdtab has under that name
   obdsetup open --zfile data data.zf             the content of a plain ZFile
-  obdsetup open --writable app.changes app base.obd     what is written goes to app.changes
+  obdsetup open --create --writable app.changes app base.obd     what is written goes to app.changes
 
 A file system that was not unmounted cleanly needs an option to be mounted without replaying its
 journal: noload (ext4), norecovery (xfs), rescue=nologreplay (btrfs).
@@ -70,8 +70,7 @@ pub(crate) struct Args {
     #[arg(long)]
     private: bool,
 
-    /// Take writes, and keep them in FILE, a store of changes, which is made where it is not there; or on
-    /// a block device, which is empty or such a store
+    /// Take writes, and keep them in FILE, a store of changes; it may be a block device
     #[arg(long, value_name = "FILE", conflicts_with = "zfile")]
     writable: Option<PathBuf>,
 
@@ -79,6 +78,18 @@ pub(crate) struct Args {
     /// if not given, and takes room on its file system as it is filled; a device has all of it)
     #[arg(long, value_name = "SIZE", value_parser = size::parse, requires = "writable")]
     store_size: Option<u64>,
+
+    /// Whether the size is that of the table, which is a minimum.
+    #[arg(skip)]
+    size_of_tab: bool,
+
+    /// Make the store where it is not there, or the device is empty
+    #[arg(long)]
+    create: bool,
+
+    /// Open a store that was not closed on another machine, which has it open no more
+    #[arg(long)]
+    take_over: bool,
 
     #[command(flatten)]
     pub(crate) layers: LayersArgs,
@@ -166,6 +177,16 @@ pub(crate) fn parse(entry: &tab::Entry) -> Result<Args> {
         let text = text.lines().next().unwrap_or_default();
         Failure::usage(text.trim_start_matches("error: "))
     })?;
+    // Each boot would do it again, with a file system that isn't mounted, or another disk.
+    for (option, is_there) in [
+        ("create", line.args.create),
+        ("take-over", line.args.take_over),
+    ] {
+        if is_there {
+            let message = format!("option `{option}' is for the command line only");
+            return Err(Failure::usage(message));
+        }
+    }
     Ok(line.args)
 }
 
@@ -183,7 +204,10 @@ impl Args {
         args.buffered |= self.buffered;
         args.private |= self.private;
         args.writable = self.writable.clone().or(args.writable);
+        args.size_of_tab = self.store_size.is_none();
         args.store_size = self.store_size.or(args.store_size);
+        args.create = self.create;
+        args.take_over = self.take_over;
         args.layers.zfile |= mine.zfile;
         args.layers.chain |= &mine.chain;
         args.layers.in_use |= &mine.in_use;
@@ -197,9 +221,18 @@ impl Args {
     /// Looks at the store that keeps what is written.
     fn store(&self, opened: &Opened) -> Result<Option<opening::Found>> {
         match (&self.writable, opened) {
+            (None, _) if self.create || self.take_over => Err(Failure::usage(
+                "--create and --take-over are for --writable",
+            )),
             (None, _) => Ok(None),
             (Some(path), Opened::Stack(stack)) => {
-                opening::Found::new(path, stack, self.store_size).map(Some)
+                let wish = opening::Wish {
+                    bytes: self.store_size,
+                    at_least: self.size_of_tab,
+                    create: self.create,
+                    take_over: self.take_over,
+                };
+                opening::Found::new(path, stack, &wish).map(Some)
             }
             // The table may have both.
             (Some(_), Opened::Zfile(_)) => {
@@ -218,6 +251,9 @@ impl LayersArgs {
             private: true,
             writable: None,
             store_size: None,
+            size_of_tab: false,
+            create: false,
+            take_over: false,
             layers: self.clone(),
         };
         args.or_tab()?.layers.plan(name, None)
@@ -307,7 +343,7 @@ pub(crate) fn run(args: &Args) -> Result<()> {
     let store = match args.store(&opened)? {
         Some(found) => {
             plan.set_store(found.sectors());
-            Some(found.begin()?)
+            Some(found.begin(&args.name)?)
         }
         None => None,
     };

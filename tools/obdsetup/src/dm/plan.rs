@@ -208,10 +208,11 @@ impl Plan {
         image.name = format!("{name}-image");
         image.uuid = format!("{UUID_PREFIX}IMAGE-{name}");
         let len = image.sectors();
+        let [top_uuid, store_uuid] = writable_uuids(name);
         let image = Lower::Device(self.devices.len() - 1);
         let store = self.add(Device {
             name: format!("{name}-store"),
-            uuid: format!("{UUID_PREFIX}STORE-{name}"),
+            uuid: store_uuid,
             table: Vec::new(),
             writable: true,
             shared: None,
@@ -222,7 +223,7 @@ impl Plan {
         params.extend(words.map(Word::Text));
         self.add(Device {
             name: name.to_owned(),
-            uuid: format!("{UUID_PREFIX}WRITABLE-{name}"),
+            uuid: top_uuid,
             table: vec![Target {
                 start: 0,
                 len,
@@ -345,6 +346,11 @@ impl Plan {
             bytes: size.to_string(),
         })
     }
+}
+
+/// Returns the UUIDs of the disk `name` that takes writes, and of the device of its store.
+pub(crate) fn writable_uuids(name: &str) -> [String; 2] {
+    ["WRITABLE", "STORE"].map(|kind| format!("{UUID_PREFIX}{kind}-{name}"))
 }
 
 /// Returns a line of a table: `len` sectors of `lower` from its sector `from` on.

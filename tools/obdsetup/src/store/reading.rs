@@ -5,11 +5,11 @@
 use std::path::Path;
 
 use anyhow::Result;
-use overlaybd::changes::{Changed, Exceptions, Head, Origin, State};
+use overlaybd::changes::{Changed, Exceptions, Head, State};
 use overlaybd::{FileBlob, Stack};
-use rustix::fs::FlockOperation;
 
-use super::{check_origin, open, users};
+use super::users::{self, Signals};
+use super::{check_origin, open, origin, Access};
 use crate::exit::{self, Failure};
 
 /// A store, locked, whose changes can be read.
@@ -21,8 +21,8 @@ pub(crate) struct Closed {
 impl Closed {
     /// Opens the store at `path`.
     pub(crate) fn open(path: &Path) -> Result<Self> {
-        let blob = open(path, FlockOperation::NonBlockingLockShared)?;
-        users::check(path, &blob.file().metadata()?)?;
+        let blob = open(path, Access::Read)?;
+        users::check(path, &blob.file().metadata()?, Signals::End)?;
         let head = Head::read(&blob).map_err(|error| error.in_file(path))?;
         let what = match head.state {
             State::Closed => return Ok(Self { blob, head }),
@@ -34,6 +34,12 @@ impl Closed {
                 "was full, and writes to the disk failed: `obdsetup open --writable' it with a larger \
                  --store-size, check the file system, and `obdsetup close' it"
             }
+            State::Failed => {
+                // All may be lost.
+                Exceptions::read(&blob, &head).map_err(|error| error.in_file(path))?;
+                "a write to it failed when it was open last: `obdsetup open --writable' it, check the file \
+                 system, and `obdsetup close' it"
+            }
         };
         let message = format!("{}: {what}", path.display());
         Err(Failure::error(exit::BAD_IMAGE, message))
@@ -43,7 +49,7 @@ impl Closed {
     pub(crate) fn over<'a>(&'a self, below: &'a Stack) -> Result<Changed<'a>> {
         let Self { blob, head } = self;
         let path = blob.path();
-        check_origin(path, head, &Origin::of(below), below.sectors())?;
+        check_origin(path, head, &origin(below)?, below.sectors())?;
         let exceptions = Exceptions::read(blob, head).map_err(|error| error.in_file(path))?;
         Ok(Changed::new(blob, exceptions, below))
     }

@@ -5,34 +5,69 @@
 use std::fs;
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::path::Path;
+use std::thread::sleep;
+use std::time::Instant;
 
 use anyhow::Result;
 use rustix::fs::{major, minor};
 
-use crate::dm::backing::{is_over, FileId};
+use super::{PATIENCE, POLL};
+use crate::dm::backing::{is_over, loop_file, FileId};
 use crate::dm::share;
 use crate::dm::stack::part;
 use crate::exit::{self, Failure};
-use crate::in_use;
+use crate::{in_use, interrupt};
 
 /// Where sysfs is mounted.
 const SYS: &str = "/sys";
 
+/// What a signal does while it is waited that a loop device goes.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(super) enum Signals {
+    End,
+    /// It is what is done after a signal.
+    Ignore,
+}
+
 /// Fails where a device is over the store at `path`, a file or block device that is described by `meta`.
-pub(super) fn check(path: &Path, meta: &fs::Metadata) -> Result<()> {
-    let numbers = match meta.file_type().is_block_device() {
-        true => vec![format!("{}:{}", major(meta.rdev()), minor(meta.rdev()))],
-        false => loops(meta),
-    };
-    let what = match numbers.iter().find_map(|number| user(number)) {
-        Some(name) => format!("stack {name} has it open: run `obdsetup close {name}' first"),
-        None if meta.file_type().is_file() && !numbers.is_empty() => {
-            format!("is in use: loop device {} is over it", numbers.join(", "))
-        }
-        None => return Ok(()),
-    };
-    let message = format!("{}: {what}", path.display());
-    Err(Failure::error(exit::BUSY, message))
+pub(super) fn check(path: &Path, meta: &fs::Metadata, signals: Signals) -> Result<()> {
+    let end = Instant::now() + PATIENCE;
+    loop {
+        let is_device = meta.file_type().is_block_device();
+        let numbers = match is_device {
+            true => [vec![number(meta)], loops_beside(&number(meta))].concat(),
+            false => loops(meta),
+        };
+        let what = match numbers.iter().find_map(|number| user(number)) {
+            Some(name) => format!("stack {name} has it open: run `obdsetup close {name}' first"),
+            None if !is_device && !numbers.is_empty() => {
+                // The last stack is closed, and udev looks at its loop device.
+                if Instant::now() < end {
+                    if signals == Signals::End {
+                        interrupt::check()?;
+                    }
+                    sleep(POLL);
+                    continue;
+                }
+                format!("is in use: loop device {} is over it", numbers.join(", "))
+            }
+            None => return Ok(()),
+        };
+        let message = format!("{}: {what}", path.display());
+        return Err(Failure::error(exit::BUSY, message));
+    }
+}
+
+/// Returns the number of a block device, `MAJOR:MINOR`.
+fn number(meta: &fs::Metadata) -> String {
+    format!("{}:{}", major(meta.rdev()), minor(meta.rdev()))
+}
+
+/// Returns the numbers of the loop devices over the file that loop device `number` is over, if it is one.
+fn loops_beside(number: &str) -> Vec<String> {
+    let file = loop_file(Path::new(SYS), number);
+    let meta = file.and_then(|file| fs::metadata(file).ok());
+    meta.map_or_else(Vec::new, |meta| loops(&meta))
 }
 
 /// Returns the numbers of the loop devices over a file that can be written to.
@@ -43,7 +78,9 @@ fn loops(meta: &fs::Metadata) -> Vec<String> {
     let mut found = in_use::writable_loops(sys);
     // The name may be that of another file by now, or in another mount namespace.
     found.retain(|device| {
-        device.file.metadata().is_ok_and(is_same) || is_over(sys, &device.number, &id) == Some(true)
+        let named = device.file.metadata();
+        let leads_nowhere = named.is_err();
+        named.is_ok_and(is_same) || is_over(sys, &device.number, &id).unwrap_or(leads_nowhere)
     });
     found.into_iter().map(|device| device.number).collect()
 }
