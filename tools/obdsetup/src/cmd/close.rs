@@ -87,16 +87,15 @@ pub(crate) fn run(args: &Args) -> Result<()> {
     });
     setup::remove(&control, &lock, &own, &names, removal, Udev::find())?;
     drop(left.locks);
-    if let Some(store) = store {
-        store.end()?;
-    }
+    // The rest has to go all the same: the stack isn't found by its name any more.
+    let ended = store.map_or(Ok(()), Closing::end);
     if shared.iter().any(|state| !names.contains(&state.name)) {
         remove_unused(&control, &lock, &shared)?;
     }
     let numbers = shared.iter().map(|state| state.number.clone()).collect();
     share::set_caches(&control, &numbers);
     share::clear_left(&control);
-    Ok(())
+    ended
 }
 
 /// Removes the shared devices that nothing uses; those of `shared`, the upper ones first, as soon as
