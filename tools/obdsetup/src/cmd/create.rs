@@ -176,13 +176,14 @@ fn of_thin(
     output: LayerOut,
 ) -> Result<()> {
     args.in_use.check([volume])?;
-    let ranges = thin::ranges(map)?;
+    let map = thin::Map::read(map)?;
+    map.check(volume)?;
     let base = open_layers(below)?;
     args.chain.check(&base, Part::Whole)?;
     check_size(volume, &base, false)?;
     let volume = FileBlob::open(volume, None)?;
     let base = Stack::with_size(base, volume.size())?;
-    let disk = Mapped::new(&volume, ranges);
+    let disk = Mapped::new(&volume, map.ranges);
     let options = args.compare.options(false);
     image_layer::write_image(&disk, Some(&base), options, &args.new.ident, output)
 }

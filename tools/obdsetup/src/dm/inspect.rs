@@ -70,6 +70,20 @@ impl Control {
         let status = lines(names, &status.unwrap_or_default());
         status.into_iter().filter_map(word).collect()
     }
+
+    /// Returns the ID in its pool of the thin volume `name`, and the number of sectors that are mapped;
+    /// nothing where it is none, or dmsetup does not tell.
+    pub(crate) fn thin_volume(&self, name: &str) -> Option<(u64, u64)> {
+        let word = |command: &[&str], nth: usize| {
+            let text = self.run(&[command, &[name]].concat()).ok()?;
+            let line = lines(&[name], &text).remove(name)?.into_iter().next()?;
+            let is_thin = line.target == "thin";
+            let word = line.params.split_whitespace().nth(nth)?.parse().ok();
+            word.filter(|_| is_thin)
+        };
+        // The pool comes before the ID.
+        Some((word(&["table"], 1)?, word(&["status"], 0)?))
+    }
 }
 
 /// The lines that dmsetup prints for each of the devices `names`. Where it is asked for one device

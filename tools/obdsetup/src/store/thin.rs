@@ -4,7 +4,10 @@
 //!
 //! With an external origin, a block of the volume that is not mapped is one of the origin.
 
+use std::fs::File;
+use std::io::{BufRead, BufReader};
 use std::ops::Range;
+use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::path::Path;
 
 use anyhow::{Context, Result};
@@ -12,46 +15,96 @@ use overlaybd::format::lsmt::MAX_END;
 use overlaybd::format::SECTOR_SIZE;
 use quick_xml::events::{BytesStart, Event};
 use quick_xml::Reader;
+use rustix::fs::{major, minor};
 
+use crate::dm::{share, Control};
 use crate::exit::{self, Failure};
 
-/// Most bytes of XML: ten million mappings.
-const MAX_XML: u64 = 1 << 30;
+/// What the XML says of a thin volume.
+#[derive(Debug, Default, PartialEq, Eq)]
+pub(crate) struct Map {
+    /// The bytes of the volume that have mappings: ascending, without overlaps.
+    pub(crate) ranges: Vec<Range<u64>>,
+    /// For a volume of thin_dump: its ID in the pool, and the sectors that are mapped.
+    volume: Option<(u64, u64)>,
+}
 
-/// Reads the bytes of the volume that the XML at `path` has mappings of.
-pub(crate) fn ranges(path: &Path) -> Result<Vec<Range<u64>>> {
-    let size = path
-        .metadata()
-        .with_context(|| path.display().to_string())?;
-    if !size.is_file() || size.len() > MAX_XML {
-        let message = format!("{}: not a file of thin_dump or thin_delta", path.display());
-        return Err(Failure::usage(message));
+impl Map {
+    /// Reads the XML at `path`.
+    pub(crate) fn read(path: &Path) -> Result<Self> {
+        let context = || format!("{}: cannot read", path.display());
+        if !path.metadata().with_context(context)?.is_file() {
+            let message = format!("{}: not a file of thin_dump or thin_delta", path.display());
+            return Err(Failure::usage(message));
+        }
+        let file = File::open(path).with_context(context)?;
+        parse(BufReader::new(file)).map_err(|what| {
+            let message = format!(
+                "{}: {what}: give what thin_dump or thin_delta has written",
+                path.display()
+            );
+            Failure::error(exit::BAD_IMAGE, message)
+        })
     }
-    let text = std::fs::read(path).with_context(|| format!("{}: cannot read", path.display()))?;
-    parse(&text).map_err(|what| {
-        let message = format!(
-            "{}: {what}: give what thin_dump or thin_delta has written",
-            path.display()
-        );
-        Failure::error(exit::BAD_IMAGE, message)
-    })
+
+    /// Checks that this is of the volume at `path` as it is now, where that is a thin volume of
+    /// device-mapper.
+    pub(crate) fn check(&self, path: &Path) -> Result<()> {
+        let meta = path
+            .metadata()
+            .with_context(|| path.display().to_string())?;
+        if !meta.file_type().is_block_device() {
+            return Ok(());
+        }
+        let number = format!("{}:{}", major(meta.rdev()), minor(meta.rdev()));
+        let name = std::fs::read_to_string(share::system(&number).join("dm/name"));
+        let (Ok(name), Some(volume)) = (name, self.volume) else {
+            return Ok(());
+        };
+        match Control::open()?.thin_volume(name.trim_end()) {
+            Some(now) if now != volume => {
+                let message = format!(
+                    "{}: has ID {} in its pool and {} sectors that are mapped, and --thin-map is of one with \
+                     ID {} and {} sectors: write it anew",
+                    path.display(),
+                    now.0,
+                    now.1,
+                    volume.0,
+                    volume.1
+                );
+                Err(Failure::error(exit::BAD_IMAGE, message))
+            }
+            _ => Ok(()),
+        }
+    }
 }
 
 /// Reads XML; an error says what is wrong, and where.
-fn parse(text: &[u8]) -> Result<Vec<Range<u64>>, String> {
+fn parse(text: impl BufRead) -> Result<Map, String> {
     let mut reader = Reader::from_reader(text);
+    let mut buffer = Vec::new();
     let mut block = None;
     let mut volumes = 0;
+    // ID and mapped blocks.
+    let mut volume = None;
     let mut ranges = Vec::new();
+    // Tags that are open.
+    let mut depth = 0_u64;
     loop {
         let at = reader.buffer_position();
-        let event = reader.read_event();
+        buffer.clear();
+        let event = reader.read_event_into(&mut buffer);
         let event = event.map_err(|error| format!("byte {at}: {error}"))?;
+        match event {
+            Event::Start(_) => depth += 1,
+            // The reader has checked that it is the tag that is open.
+            Event::End(_) => depth = depth.saturating_sub(1),
+            Event::Eof if depth > 0 => return Err(format!("byte {at}: is cut off")),
+            Event::Eof => break,
+            _ => {}
+        }
         let (Event::Start(tag) | Event::Empty(tag)) = event else {
-            match event {
-                Event::Eof => break,
-                _ => continue,
-            }
+            continue;
         };
         let number =
             |name: &str| number(&tag, name).ok_or_else(|| format!("byte {at}: no number `{name}'"));
@@ -61,7 +114,12 @@ fn parse(text: &[u8]) -> Result<Vec<Range<u64>>, String> {
                 block = Some(sectors).filter(|sectors| (1..MAX_END).contains(sectors));
                 continue;
             }
-            b"device" | b"diff" => {
+            b"device" => {
+                volumes += 1;
+                volume = Some((number("dev_id")?, number("mapped_blocks")?));
+                continue;
+            }
+            b"diff" => {
                 volumes += 1;
                 continue;
             }
@@ -71,24 +129,49 @@ fn parse(text: &[u8]) -> Result<Vec<Range<u64>>, String> {
             _ => continue,
         };
         let block = block.ok_or("no size of blocks before the first mapping")?;
-        let bytes = |blocks: u64| {
-            let sectors = blocks
-                .checked_mul(block)
-                .filter(|&sectors| sectors <= MAX_END);
-            sectors.map(|sectors| sectors * SECTOR_SIZE)
-        };
-        let end = begin.checked_add(length).and_then(bytes);
-        let range = bytes(begin).zip(end);
+        let end = begin.checked_add(length).and_then(|end| bytes(end, block));
+        let range = bytes(begin, block).zip(end);
         let (start, end) = range.ok_or_else(|| format!("byte {at}: behind the end of any disk"))?;
         ranges.push(start..end);
     }
-    match volumes {
-        1 => Ok(ranges),
-        // The mappings of others would be taken for its own.
-        n => Err(format!(
-            "has {n} volumes, and one is wanted (thin_dump --dev-id)"
-        )),
+    // The mappings of others would be taken for its own.
+    if volumes != 1 {
+        return Err(format!(
+            "has {volumes} volumes, and one is wanted (thin_dump --dev-id)"
+        ));
     }
+    ranges.retain(|range| !range.is_empty());
+    ranges.sort_unstable_by_key(|range| range.start);
+    let mut end = 0;
+    // No overflow: there are no overlaps below 2^59.
+    let mut sum = 0;
+    for range in &ranges {
+        if range.start < end {
+            return Err(format!("has a mapping of byte {} twice", range.start));
+        }
+        end = range.end;
+        sum += (range.end - range.start) / SECTOR_SIZE;
+    }
+    let volume = match volume {
+        None => None,
+        Some((id, blocks)) => {
+            let wanted = blocks.checked_mul(block.unwrap_or(0));
+            if wanted != Some(sum) {
+                return Err(format!(
+                    "has mappings of {sum} sectors, and should have them of {blocks} blocks"
+                ));
+            }
+            Some((id, sum))
+        }
+    };
+    Ok(Map { ranges, volume })
+}
+
+/// The bytes of `blocks` of `sectors` sectors each; nothing behind the end of any disk.
+fn bytes(blocks: u64, sectors: u64) -> Option<u64> {
+    let sectors = blocks.checked_mul(sectors);
+    let sectors = sectors.filter(|&sectors| sectors <= MAX_END);
+    sectors.map(|sectors| sectors * SECTOR_SIZE)
 }
 
 /// The number that an attribute is.
@@ -101,7 +184,7 @@ fn number(tag: &BytesStart<'_>, name: &str) -> Option<u64> {
 mod tests {
     use proptest::prelude::*;
 
-    use super::parse;
+    use super::{parse, Map};
 
     const DUMP: &str = r#"<superblock uuid="" time="0" transaction="1" version="2" data_block_size="128" nr_data_blocks="0">
   <device dev_id="0" mapped_blocks="3" transaction="0" creation_time="0" snap_time="0">
@@ -112,15 +195,16 @@ mod tests {
 
     #[test]
     fn what_the_tools_write() {
-        assert_eq!(
-            parse(DUMP.as_bytes()),
-            Ok(vec![4 << 16..6 << 16, 1 << 16..2 << 16])
-        );
+        let map = Map {
+            ranges: vec![1 << 16..2 << 16, 4 << 16..6 << 16],
+            volume: Some((0, 3 * 128)),
+        };
+        assert_eq!(parse(DUMP.as_bytes()), Ok(map));
         let delta = r#"<superblock uuid="" time="1" transaction="1" data_block_size="8" nr_data_blocks="9">
           <diff left="1" right="2"><same begin="0" length="16"/><different begin="16" length="1"/>
           <left_only begin="20" length="2"/><right_only begin="30" length="3"/></diff></superblock>"#;
         assert_eq!(
-            parse(delta.as_bytes()),
+            parse(delta.as_bytes()).map(|map| map.ranges),
             Ok(vec![
                 16 << 12..17 << 12,
                 20 << 12..22 << 12,
@@ -132,11 +216,19 @@ mod tests {
     #[test]
     fn what_is_wrong() {
         for (from, to, said) in [
-            ("<device", "<device/><device", "has 2 volumes"),
+            (
+                "<device",
+                "<device dev_id=\"1\" mapped_blocks=\"0\"/><device",
+                "has 2 volumes",
+            ),
             ("device", "volume", "has 0 volumes"),
             ("\"128\"", "\"0\"", "no size of blocks"),
             ("\"128\"", "\"x\"", "no number `data_block_size'"),
             ("length=\"2\"", "length=\"-2\"", "no number `length'"),
+            ("\"3\"", "\"4\"", "should have them of 4 blocks"),
+            ("mapped_blocks", "blocks", "no number `mapped_blocks'"),
+            ("\"3\"", "\"18446744073709551615\"", "should have them of"),
+            ("origin_block=\"1\"", "origin_block=\"5\"", "a mapping of byte 327680 twice"),
             ("length=\"2\"", "", "no number `length'"),
             (
                 "\"4\"",
@@ -153,14 +245,27 @@ mod tests {
         }
     }
 
+    /// Not one place at which it may be cut is taken for the end.
+    #[test]
+    fn cut_off() {
+        for at in 0..DUMP.len() {
+            let found = parse(&DUMP.as_bytes()[..at]);
+            assert!(found.is_err(), "{at}: {found:?}");
+        }
+        let found = parse(&DUMP.as_bytes()[..DUMP.len() - "</superblock>".len()]);
+        assert!(found.is_err_and(|what| what.ends_with("is cut off")));
+    }
+
     proptest! {
         #[test]
         fn any_text(at in 0..DUMP.len(), len in 0..40usize, bytes in proptest::collection::vec(any::<u8>(), 0..40)) {
             let mut text = DUMP.as_bytes().to_vec();
             let end = (at + len).min(text.len());
             text.splice(at..end, bytes);
-            for range in parse(&text).unwrap_or_default() {
-                prop_assert!(range.start <= range.end && range.end <= 1 << 59);
+            let mut last = 0;
+            for range in parse(&text[..]).unwrap_or_default().ranges {
+                prop_assert!(last <= range.start && range.start < range.end && range.end <= 1 << 59);
+                last = range.end;
             }
         }
     }
