@@ -2,8 +2,10 @@
 
 //! How full the store is of a disk that takes writes.
 
+use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 
+use overlaybd::changes::head::full_size;
 use serde::Serialize;
 
 use super::{numbers, sysfs};
@@ -22,8 +24,12 @@ pub(crate) struct Changes {
     pub(crate) used: u64,
     /// Bytes that it has.
     pub(crate) size: u64,
-    /// Bytes that the file system of the file has free; nothing for a device.
+    /// Bytes that the file system of the file has free; nothing for a device, or where it isn't known.
     pub(crate) free: Option<u64>,
+    /// Bytes of the file that have a place on its file system; nothing as for `free`.
+    pub(crate) allocated: Option<u64>,
+    /// Whether it has room for all of the disk.
+    pub(crate) holds_all: bool,
     /// Whether writes came for which there was no room.
     pub(crate) overflowed: bool,
     /// Whether a write to it has failed: what was written before is lost, too.
@@ -40,6 +46,8 @@ impl Changes {
         let word = status.params.split_whitespace().next()?;
         let lower = store.table.first().map(numbers)?.into_iter().next()?;
         let size = store.table.last()?.len.saturating_mul(512);
+        let disk = top.table.last().map_or(0, |line| line.len);
+        let file = loop_file(sys, &lower).and_then(|file| file_system(Path::new(&file), size));
         let used = word.split_once('/').and_then(|(used, _)| used.parse().ok());
         let overflowed = word == "Overflow";
         Some(Self {
@@ -50,7 +58,9 @@ impl Changes {
                 (None, false) => 0,
             },
             size,
-            free: loop_file(sys, &lower).and_then(|file| free(Path::new(&file))),
+            free: file.map(|(free, _)| free),
+            allocated: file.map(|(_, allocated)| allocated),
+            holds_all: size >= full_size(disk).saturating_mul(512),
             overflowed,
             lost: word == "Invalid",
         })
@@ -58,24 +68,44 @@ impl Changes {
 
     /// How much is used of what it can hold as its file system is now, in per cent, rounded down.
     pub(crate) fn percent(&self) -> u64 {
-        let room = self.size.saturating_sub(self.used);
-        let room = self.free.map_or(room, |free| free.min(room));
+        let room = self.room();
         // No overflow: a device has fewer than 2^63 bytes, and 2^64 times 100 fits in 128 bits.
         let percent =
             u128::from(self.used) * 100 / (u128::from(self.used) + u128::from(room)).max(1);
         u64::try_from(percent).unwrap_or(100)
     }
 
-    /// Whether it is nearly full.
+    /// Bytes that can still be written.
+    fn room(&self) -> u64 {
+        self.limit().map_or(self.left(), |limit| limit.min(self.left()))
+    }
+
+    /// Bytes of it that are not used.
+    fn left(&self) -> u64 {
+        self.size.saturating_sub(self.used)
+    }
+
+    /// Bytes that its file system has for it; nothing where all that it needs is there already.
+    fn limit(&self) -> Option<u64> {
+        let (free, allocated) = self.free.zip(self.allocated)?;
+        let ready = allocated.saturating_sub(self.used);
+        (allocated < self.size).then(|| free.saturating_add(ready))
+    }
+
+    /// Whether it is nearly full. One with room for all of the disk gets full only with its file system.
     pub(crate) fn is_nearly_full(&self) -> bool {
-        self.percent() >= NEARLY
+        let gets_full = !self.holds_all || self.limit().is_some_and(|limit| limit < self.left());
+        gets_full && self.percent() >= NEARLY
     }
 }
 
-/// Bytes that the file system of a file has free.
-fn free(file: &Path) -> Option<u64> {
+/// Bytes that the file system of a store's file has free, and those of the file that have a place on it.
+/// Nothing where another file, or none, has the name by now: one that is smaller than the store.
+fn file_system(file: &Path, size: u64) -> Option<(u64, u64)> {
+    let meta = file.metadata().ok().filter(|meta| meta.len() > size)?;
     let stat = rustix::fs::statvfs(file).ok()?;
-    Some(stat.f_bavail.saturating_mul(stat.f_frsize))
+    let free = stat.f_bavail.saturating_mul(stat.f_frsize);
+    Some((free, meta.blocks().saturating_mul(512)))
 }
 
 #[cfg(test)]
@@ -89,6 +119,8 @@ mod tests {
             used,
             size,
             free,
+            allocated: free.map(|_| used),
+            holds_all: false,
             overflowed: false,
             lost: false,
         };
@@ -100,5 +132,22 @@ mod tests {
         assert_eq!(changes(90, 1000, Some(10)).percent(), 90);
         assert_eq!(changes(90, 1000, Some(5000)).percent(), 9);
         assert_eq!(changes(u64::MAX, u64::MAX, Some(0)).percent(), 100);
+        // It has room for the disk, and its file system for it.
+        let all = |used, free, allocated| Changes {
+            holds_all: true,
+            allocated,
+            ..changes(used, 1000, free)
+        };
+        for (used, free, allocated) in [
+            (950, None, None),
+            (990, Some(5000), Some(990)),
+            // Nothing is free, and nothing is needed.
+            (990, Some(0), Some(1000)),
+            (500, Some(0), Some(1000)),
+        ] {
+            assert!(!all(used, free, allocated).is_nearly_full(), "{used}");
+        }
+        assert!(all(500, Some(10), Some(500)).is_nearly_full());
+        assert_eq!(all(500, Some(0), Some(1000)).percent(), 50);
     }
 }

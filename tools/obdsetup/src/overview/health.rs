@@ -250,6 +250,8 @@ mod tests {
                 used,
                 size: 100,
                 free: None,
+                allocated: None,
+                holds_all: false,
                 overflowed,
                 lost,
             })
