@@ -57,7 +57,7 @@ impl Place {
     fn origin(&self, layers: &[&str]) -> (Origin, u64) {
         let paths: Vec<_> = layers.iter().map(|layer| self.path(layer)).collect();
         let stack = Stack::open(&paths).unwrap();
-        (Origin::of(&stack), stack.sectors())
+        (Origin::of(&stack, true).unwrap(), stack.sectors())
     }
 
     /// Writes `chunks` to a store, `store`, and to `disk`.
@@ -169,6 +169,8 @@ fn stores_that_are_refused() {
     refused("was not closed when it was open last: `obdsetup open --writable' it");
     place.store(&changes, |head| head.state = State::Overflowed);
     refused("was full, and writes to the disk failed");
+    place.store(&changes, |head| head.state = State::Failed);
+    refused("a write to it failed when it was open last");
     place.store(&changes, |head| head.origin.digest[0] ^= 1);
     refused("has the changes of another disk");
     place.store(&changes, |head| head.disk += 8);
@@ -229,6 +231,11 @@ fn bases_that_are_wrong() {
             .code(3);
         done.stderr(contains(other));
     }
+    // Whose UUID says what is below it, which is something else: the same UUID does not help.
+    place.edit("disk", 0, &noise(4096, 77));
+    place.ok("create --image disk e");
+    let done = place.run("create --changes store --base e --base b --ignore-identity out");
+    done.code(3).stderr(contains("has the changes of another disk"));
     // Wrapped in another way, it is the same disk.
     place.ok("commit --algorithm none b d");
     place.ok("create --changes store --base a --base d out");
@@ -247,29 +254,47 @@ fn thin_volumes() {
     let after = place.read("disk");
     // Blocks of 64 KiB.
     let changed = |nth: &usize| before[nth << 16..][..1 << 16] != after[nth << 16..][..1 << 16];
-    let mappings: String = (0..48)
-        .filter(changed)
+    let changed: Vec<usize> = (0..48).filter(changed).collect();
+    let mappings: String = changed
+        .iter()
         .map(|nth| format!("<single_mapping origin_block=\"{nth}\" data_block=\"9\" time=\"0\"/>"))
         .collect();
-    let map = |mappings: &str| {
+    let map = |blocks: usize, mappings: &str| {
         let text = format!(
-            "<superblock data_block_size=\"128\">\n<device dev_id=\"0\">{mappings}</device></superblock>"
+            "<superblock data_block_size=\"128\">\n\
+             <device dev_id=\"0\" mapped_blocks=\"{blocks}\">{mappings}</device></superblock>"
         );
         place.write("map", text.as_bytes());
     };
-    map(&mappings);
+    map(changed.len(), &mappings);
     let create = "create --changes disk --thin-map map --base a --base b";
     place.ok(&format!("{create} fast"));
     place.ok("create --image disk --base a --base b slow");
     assert!(place.read("fast") == place.read("slow"));
     // What is not mapped is not looked at.
-    map("<range_mapping origin_begin=\"0\" data_begin=\"0\" length=\"1\" time=\"0\"/>");
+    map(1, "<range_mapping origin_begin=\"0\" data_begin=\"0\" length=\"1\" time=\"0\"/>");
     place.ok(&format!("{create} first"));
     place.ok("export a b first -o out");
     let out = place.read("out");
     assert!(out[..1 << 16] == after[..1 << 16] && out[1 << 16..] == before[1 << 16..]);
 
-    map("<single_mapping/>");
+    // As of a thin_dump that was killed, or of another time.
+    for (blocks, end) in [(changed.len(), "cut"), (changed.len() + 1, "")] {
+        map(blocks, &mappings);
+        let text = place.read("map");
+        let len = match end {
+            "cut" => text.len() - "</device></superblock>".len(),
+            _ => text.len(),
+        };
+        place.write("map", &text[..len]);
+        let said = match end {
+            "cut" => "is cut off: give what thin_dump",
+            _ => "and should have them of ",
+        };
+        let done = place.run(&format!("{create} out2")).code(3);
+        done.stderr(contains(said));
+    }
+    map(1, "<single_mapping/>");
     let done = place.run(&format!("{create} out2")).code(3);
     done.stderr(contains("map: byte "))
         .stderr(contains("give what thin_dump or thin_delta has written"));
@@ -278,7 +303,7 @@ fn thin_volumes() {
     place
         .run("create --image disk --thin-map map --base a out2")
         .code(1);
-    map("");
+    map(0, "");
     let done = place.run("create --changes a --thin-map map --base a --base b out2");
     done.code(1)
         .stderr(contains("but the layers below are a disk of"));
