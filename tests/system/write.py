@@ -17,7 +17,7 @@ import subprocess
 import tempfile
 import time
 
-from obdtest import image, udevd
+from obdtest import image, programs, udevd
 from obdtest.ktap import SLOW, check, defer, equal, main, note, same_bytes, skip_all, test
 
 KILLS = int(os.environ.get("OBD_KILLS", "4"))
@@ -132,8 +132,17 @@ LONG = 600
 BASES = ("--base", "base.obd", "--base", "app.obd")
 
 
+MADE = "note: store: made a new store of changes, of up to "
+
+
 def open_writable(*args, layers=LAYERS, name=NAME):
-    return obdsetup("open", "--writable", "store", *args, name, *layers)[1]
+    """Opens the disk; the store is made where it isn't there. What it says besides that."""
+    is_there = os.path.exists("store")
+    new = [] if is_there else ["--create"]
+    said = obdsetup("open", *new, "--writable", "store", *args, name, *layers)[1]
+    first, _, rest = said.partition("\n")
+    check(is_there or MADE in first, f"open said: {said}")
+    return said if is_there else rest
 
 
 def changes(name=NAME, status=0):
@@ -225,8 +234,12 @@ def device_store():
         file.truncate(SIZE)
     device = run("losetup", "--find", "--show", "--direct-io=on", "volume").strip()
     defer(quietly, "losetup", "--detach", device)
+    refused(4, f"{device}: the device is empty, and no store", "open", "--writable", device, NAME, *LAYERS)
+    obdsetup("open", "--create", "--writable", device, "--lsmt-opt", "no_such_option", NAME, *LAYERS, status=4)
+    check(not any(read("volume")), "the device is empty again")
     for nth in range(2):
-        obdsetup("open", "--writable", device, NAME, *LAYERS)
+        new = [] if nth else ["--create"]
+        obdsetup("open", *new, "--writable", device, NAME, *LAYERS)
         same_bytes(read(DISK), bytes(content), f"content, open {nth}")
         more = RNG.randbytes(70_000)
         content[(nth + 1) * 1_000_000:(nth + 1) * 1_000_000 + 70_000] = more
@@ -237,6 +250,18 @@ def device_store():
         write("disk.raw", content)
         obdsetup("create", "--image", "disk.raw", *BASES, "slow.obd", "--force")
         same_bytes(read("fast.obd"), read("slow.obd"), "the layer")
+    # Another has it, as a mount does.
+    before = read("volume")[:4096]
+    fd = os.open(device, os.O_RDONLY | os.O_EXCL)
+    obdsetup("open", "--writable", device, NAME, *LAYERS, status=5)
+    os.close(fd)
+    same_bytes(read("volume")[:4096], before, "the head")
+    # By way of another loop device, it is the same store.
+    obdsetup("open", "--writable", device, NAME, *LAYERS)
+    other = run("losetup", "--find", "--show", "volume").strip()
+    defer(quietly, "losetup", "--detach", other)
+    refused(5, f"stack {NAME} has it open", "open", "--writable", other, f"{NAME}2", *LAYERS)
+    obdsetup("close", NAME)
     equal(devices(), [], "devices that are left")
 
 
@@ -288,7 +313,7 @@ def lost():
     work()
     run("mount", "-t", "tmpfs", "-o", "size=3m", "tmpfs", "mnt")
     defer(quietly, "umount", "mnt")
-    obdsetup("open", "--writable", "mnt/store", NAME, *LAYERS)
+    obdsetup("open", "--create", "--writable", "mnt/store", NAME, *LAYERS)
     fill()
     health, store = changes(status=4)
     equal((health, store["lost"]), ("lost", True), "status")
@@ -330,17 +355,6 @@ def crash():
     nothing_left()
 
 
-def processes():
-    found = []
-    for path in glob.glob("/proc/[0-9]*/cmdline"):
-        with contextlib.suppress(OSError):
-            words = read(path).split(b"\0")
-            if os.path.basename(words[0]) in (b"dmsetup", b"obdsetup", b"obdsetup-program"):
-                if b"udevcomplete" not in words:
-                    found.append(words)
-    return found
-
-
 def kill(rng, lasts, *args):
     """Runs obdsetup and kills it within that time; whether it was not over before."""
     child = subprocess.Popen(["obdsetup", *args], stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
@@ -349,10 +363,10 @@ def kill(rng, lasts, *args):
     child.kill()
     child.wait()
     for _ in range(100 * SLOW):
-        if not processes():
+        if not programs.running():
             break
         time.sleep(0.05)
-    equal(processes(), [], "processes that are left")
+    equal(programs.running(), [], "processes that are left")
     return child.returncode == -signal.SIGKILL
 
 
@@ -399,7 +413,7 @@ def kills():
     # A new store is there, or it isn't, and open makes it.
     os.unlink("store")
     for _ in range(KILLS):
-        kill(rng, lasts["open"], "open", "--writable", "store", NAME, *LAYERS)
+        kill(rng, lasts["open"], "open", "--create", "--writable", "store", NAME, *LAYERS)
         if f"{NAME}|OVERLAYBD-WRITABLE-{NAME}" not in devices():
             open_writable()
         obdsetup("close", NAME)
@@ -412,11 +426,18 @@ def failed_open():
     work()
     run("dmsetup", "create", f"{NAME}-store", "--notable")
     defer(quietly, "dmsetup", "remove", f"{NAME}-store")
-    refused(5, f"device {NAME}-store exists already", "open", "--writable", "store", NAME, *LAYERS)
+    new = ("open", "--create", "--writable", "store")
+    refused(5, f"device {NAME}-store exists already", *new, NAME, *LAYERS)
     check(not os.path.exists("store"), "no store")
-    obdsetup("open", "--writable", "store", "--lsmt-opt", "no_such_option", NAME, *LAYERS, status=5)
+    obdsetup(*new, "--lsmt-opt", "no_such_option", NAME, *LAYERS, status=5)
     quietly("dmsetup", "remove", f"{NAME}-store")
-    obdsetup("open", "--writable", "store", "--lsmt-opt", "no_such_option", NAME, *LAYERS, status=4)
+    obdsetup(*new, "--lsmt-opt", "no_such_option", NAME, *LAYERS, status=4)
+    check(not os.path.exists("store"), "no store")
+    # The disk was there already.
+    with open("/dev/full", "wb") as full:
+        done = subprocess.run(["obdsetup", *new, NAME, *LAYERS], stdout=full, stderr=subprocess.PIPE, check=False)
+    check(done.returncode != 0 and not os.path.exists("store"), f"no store: {done}")
+    refused(1, "a store of ", *new, "--store-size", "1048576t", NAME, *LAYERS)
     check(not os.path.exists("store"), "no store")
     open_writable()
     write_disk(0, b"written")
@@ -425,6 +446,180 @@ def failed_open():
     obdsetup("open", "--writable", "store", "--lsmt-opt", "no_such_option", NAME, *LAYERS, status=4)
     same_bytes(read("store"), before, "the store")
     nothing_left()
+
+
+def open_and_hold(*args):
+    """Opens the disk so that `open` fails in the end, and somebody has written to it by then, and has it in use; what
+    it says.
+    """
+    with open("/dev/full", "wb") as full:
+        child = subprocess.Popen(["obdsetup", "open", *args, "--writable", "store", NAME, *LAYERS], stdout=full,
+                                 stderr=subprocess.PIPE, text=True)
+    fd = None
+    while fd is None and child.poll() is None:
+        with contextlib.suppress(OSError):
+            fd = os.open(DISK, os.O_RDWR)
+    if fd is None:
+        return child.communicate()[1], False
+    os.pwrite(fd, HELD, 0)
+    os.fsync(fd)
+    said = child.communicate()[1]
+    os.close(fd)
+    check(child.returncode != 0, f"open fails: {said}")
+    return said, True
+
+
+HELD = b"written meanwhile" * 100
+
+
+@test("an open that fails while the disk is in use: the store stays, and has what was written", timeout=LONG)
+def failed_in_use():
+    work()
+    for args in (["--create"], [], ["--store-size", "64m"]):
+        for _ in range(20):
+            said, held = open_and_hold(*args)
+            if held:
+                break
+        check(held, "the disk is in use while open fails")
+        check("note: store: stays, and counts as not closed: " in said, said)
+        refused(5, f"stack {NAME} has it open", "create", "--changes", "store", *BASES, "none")
+        same_bytes(read(DISK)[:len(HELD)], HELD, "what was written")
+        obdsetup("close", NAME)
+        obdsetup("create", "--changes", "store", *BASES, "third.obd", "--force")
+        open_writable()
+        same_bytes(read(DISK)[:len(HELD)], HELD, "what was written")
+        obdsetup("close", NAME)
+        nothing_left()
+
+
+@test("two opens of one store at the same time: one has it", timeout=LONG)
+def two_at_once():
+    work()
+    names = (NAME, f"{NAME}2")
+    for nth in range(8):
+        new = [] if nth % 2 else ["--create"]
+        both = [subprocess.Popen(["obdsetup", "open", *new, "--writable", "store", name, *LAYERS],
+                                 stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) for name in names]
+        said = [child.communicate()[1] for child in both]
+        codes = [child.returncode for child in both]
+        equal(sorted(codes), [0, 5], f"exit codes; they said {said}")
+        obdsetup("close", names[codes.index(0)])
+        nothing_left()
+        if nth % 2:
+            os.unlink("store")
+
+
+@test("a store that no write reaches for a while is no closed one, though its header says nothing", timeout=LONG)
+def failed_writes():
+    work()
+    with open("volume", "wb") as file:
+        file.truncate(SIZE)
+    loop = run("losetup", "--find", "--show", "volume").strip()
+    defer(quietly, "losetup", "--detach", loop)
+    lower, sectors = f"{NAME}-lower", SIZE // 512
+    linear = f"0 {sectors} linear {loop} 0"
+    run("dmsetup", "create", lower, "--table", linear)
+    defer(quietly, "dmsetup", "remove", "--retry", lower)
+    store = f"/dev/mapper/{lower}"
+
+    def swap(table):
+        run("dmsetup", "suspend", "--noflush", "--nolockfs", lower)
+        run("dmsetup", "load", lower, "--table", table)
+        run("dmsetup", "resume", lower)
+
+    obdsetup("open", "--create", "--writable", store, NAME, *LAYERS)
+    write_disk(0, RNG.randbytes(8192))
+    swap(f"0 {sectors} error")
+    with contextlib.suppress(OSError):
+        write_disk(1 << 20, RNG.randbytes(8192))
+    swap(linear)
+    run("blockdev", "--flushbufs", store)
+    equal(read(store)[4100:4104], b"\1\0\0\0", "the store is valid, as its header says")
+    obdsetup("close", NAME)
+    refused(3, "a write to it failed when it was open last", "create", "--changes", store, *BASES, "none")
+    _, said = obdsetup("open", "--writable", store, NAME, *LAYERS)
+    check("a write to it failed when it was open last" in said, said)
+    obdsetup("close", NAME)
+    obdsetup("create", "--changes", store, *BASES, "third.obd")
+
+
+@test("a store that another machine has open is refused", timeout=LONG)
+def other_machine():
+    if not os.path.exists("/etc/machine-id"):
+        note("no /etc/machine-id to put another one over")
+        return
+    work()
+
+    def on_machine(machine, boot, *args, status=0):
+        write("machine", f"{machine * 32}\n".encode())
+        write("boot", f"{boot * 32}\n".encode())
+        script = ("mount --bind machine /etc/machine-id && mount --bind boot /proc/sys/kernel/random/boot_id && "
+                  'exec obdsetup "$@"')
+        done = subprocess.run(["unshare", "--mount", "sh", "-c", script, "sh", *args], capture_output=True, text=True,
+                              check=False)
+        equal(done.returncode, status, f"status of obdsetup {args} there ({done.stderr.strip()})")
+        return done.stderr
+
+    reopen = ("open", "--writable", "store", NAME, *LAYERS)
+    on_machine("1", "1", "open", "--create", "--writable", "store", NAME, *LAYERS)
+    for name in (NAME, f"{NAME}-image", f"{NAME}-store"):
+        run("dmsetup", "remove", "--retry", name)
+    said = on_machine("2", "2", *reopen, status=5)
+    check(f"is open on another machine, or was not closed there; its machine-id is {'1' * 32}" in said, said)
+    # A container on the same machine, and that machine after it went down.
+    for machine, boot in (("2", "1"), ("1", "2")):
+        on_machine(machine, boot, *reopen)
+        obdsetup("close", NAME)
+        on_machine("1", "1", *reopen)
+        for name in (NAME, f"{NAME}-image", f"{NAME}-store"):
+            run("dmsetup", "remove", "--retry", name)
+    on_machine("2", "2", "open", "--take-over", *reopen[1:])
+    obdsetup("close", NAME)
+    # Closed, it is anybody's.
+    on_machine("3", "3", *reopen)
+    obdsetup("close", NAME)
+    nothing_left()
+
+
+@test("killed before or after devices are made, and before or after they are removed", timeout=LONG)
+def kill_points():
+    content = work()
+    open_writable()
+    obdsetup("close", NAME)
+    os.mkdir("bin")
+    for command in ("create", "remove"):
+        for first in (f"[ $1 != {command} ] || kill -9 $PPID", ":"):
+            # A child: dmsetup dies with obdsetup, and so would this.
+            last = "kill -9 $PPID" if first == ":" else ":"
+            write("bin/dmsetup", f"""#!/bin/sh
+{first}
+{shutil.which("dmsetup")} "$@"
+code=$?
+[ $1 != {command} ] || {last}
+exit $code
+""".encode())
+            os.chmod("bin/dmsetup", 0o755)
+            if command == "remove":
+                open_writable()
+            args = ("close", NAME) if command == "remove" else ("open", "--writable", "store", NAME, *LAYERS)
+            env = dict(os.environ, PATH=f"{os.getcwd()}/bin:{os.environ['PATH']}")
+            done = subprocess.run(["obdsetup", *args], env=env, capture_output=True, check=False)
+            equal(done.returncode, -signal.SIGKILL, f"status of obdsetup {args}: {done.stderr}")
+            left = devices()
+            note(f"{command}, {first}: left {left}")
+            if f"{NAME}|OVERLAYBD-WRITABLE-{NAME}" not in left:
+                refused(3, "store: was not closed when it was open last", "create", "--changes", "store", *BASES, "none")
+                open_writable()
+            same_bytes(read(DISK), bytes(content), "content")
+            at = RNG.randrange(SIZE - 5000)
+            more = RNG.randbytes(5000)
+            write_disk(at, more)
+            content[at:at + 5000] = more
+            obdsetup("close", NAME)
+            nothing_left()
+    obdsetup("create", "--changes", "store", *BASES, "fast.obd")
+    obdsetup("export", *LAYERS, "fast.obd", "-o", "out.raw")
+    same_bytes(read("out.raw"), bytes(content), "the disk of all layers")
 
 
 @test("udev takes the disk for one, and leaves those below it alone", timeout=LONG)
@@ -447,10 +642,23 @@ def tab():
     write("tab", f"{NAME} {os.getcwd()}/base.obd,{os.getcwd()}/app.obd writable={os.getcwd()}/store,noauto\n".encode())
     os.environ["OVERLAYBDTAB"] = f"{os.getcwd()}/tab"
     defer(os.environ.pop, "OVERLAYBDTAB")
-    obdsetup("open", NAME)
+    # As where its file system isn't mounted.
+    refused(4, "store: there is no store of changes; `open --create' makes it", "open", NAME)
+    check(not os.path.exists("store"), "no store")
+    obdsetup("open", "--create", NAME)
     write_disk(0, b"written")
     obdsetup("close", NAME)
     obdsetup("create", "--changes", "store", *BASES, "third.obd")
+    # Larger than the table says: by hand, and at each boot after that.
+    text = read("tab").decode().replace(",noauto", ",noauto,store-size=2m")
+    write("tab", text.encode())
+    obdsetup("open", "--store-size", "32m", NAME)
+    obdsetup("close", NAME)
+    obdsetup("open", NAME)
+    obdsetup("close", NAME)
+    refused(1, "a store cannot become smaller", "open", "--store-size", "4m", NAME)
+    write("tab", text.replace("store-size=2m", "create").encode())
+    refused(1, "option `create' is for the command line only", "open", NAME)
     nothing_left()
 
 
