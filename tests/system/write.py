@@ -588,8 +588,7 @@ def kill_points():
     obdsetup("close", NAME)
     os.mkdir("bin")
     for command in ("create", "remove"):
-        for first in (f"[ $1 != {command} ] || kill -9 $PPID", ":"):
-            # A child: dmsetup dies with obdsetup, and so would this.
+        for first in (f"[ $1 != {command} ] || {{ kill -9 $PPID; exit 1; }}", ":"):
             last = "kill -9 $PPID" if first == ":" else ":"
             write("bin/dmsetup", f"""#!/bin/sh
 {first}
