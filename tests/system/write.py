@@ -308,6 +308,29 @@ def full():
     nothing_left()
 
 
+@test("a store that is full to the last chunk, and one that has a chunk left", timeout=LONG)
+def last_chunk():
+    work()
+    # Of 511 chunks, one is the header, and two are areas.
+    for chunks in (507, 508):
+        open_writable("--store-size", "2m")
+        for nth in range(chunks):
+            write_disk(nth << 12, RNG.randbytes(4096))
+        _, store = changes(status=4)
+        equal((store["overflowed"], store["lost"]), (False, False), "nothing has failed")
+        obdsetup("close", NAME)
+        if chunks == 507:
+            obdsetup("create", "--changes", "store", *BASES, "third.obd")
+        else:
+            # A write could have come after the last look.
+            refused(3, "store: was full", "create", "--changes", "store", *BASES, "none")
+            open_writable("--store-size", "4m")
+            obdsetup("close", NAME)
+            obdsetup("create", "--changes", "store", *BASES, "third.obd", "--force")
+        os.unlink("store")
+    nothing_left()
+
+
 @test("a store whose file system gets full: the changes are lost, and this is said", timeout=LONG)
 def lost():
     work()

@@ -123,13 +123,18 @@ proptest! {
         edits in vec((any::<prop::sample::Index>(), any::<bool>(), prop_oneof![0..1200u64, any::<u64>()]), 0..6),
     ) {
         let (head, mut bytes) = small(count);
+        let is_edited = !edits.is_empty();
         for (nth, is_new, value) in edits {
             let at = entry(&head, nth.index(390) as u64) + 8 * u64::from(is_new);
             put(&mut bytes, at as usize, &value.to_le_bytes());
         }
         let blob = Memory::new(bytes);
-        let Ok(found) = Exceptions::read(&blob, &head) else {
-            return Ok(());
+        let found = match Exceptions::read(&blob, &head) {
+            Ok(found) => found,
+            Err(error) => {
+                prop_assert!(is_edited && matches!(error, Error::Changes(_)), "{error}");
+                return Ok(());
+            }
         };
         prop_assert!(found.len() <= 400);
         let (mut at, mut chunks) = (0, 0);
