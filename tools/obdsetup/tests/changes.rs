@@ -235,7 +235,8 @@ fn bases_that_are_wrong() {
     place.edit("disk", 0, &noise(4096, 77));
     place.ok("create --image disk e");
     let done = place.run("create --changes store --base e --base b --ignore-identity out");
-    done.code(3).stderr(contains("has the changes of another disk"));
+    done.code(3)
+        .stderr(contains("has the changes of another disk"));
     // Wrapped in another way, it is the same disk.
     place.ok("commit --algorithm none b d");
     place.ok("create --changes store --base a --base d out");
@@ -272,7 +273,10 @@ fn thin_volumes() {
     place.ok("create --image disk --base a --base b slow");
     assert!(place.read("fast") == place.read("slow"));
     // What is not mapped is not looked at.
-    map(1, "<range_mapping origin_begin=\"0\" data_begin=\"0\" length=\"1\" time=\"0\"/>");
+    map(
+        1,
+        "<range_mapping origin_begin=\"0\" data_begin=\"0\" length=\"1\" time=\"0\"/>",
+    );
     place.ok(&format!("{create} first"));
     place.ok("export a b first -o out");
     let out = place.read("out");

@@ -151,12 +151,7 @@ proptest! {
 fn heads() {
     let (head, bytes) = small(3);
     assert_eq!(fault(&bytes), None);
-    for state in [
-        State::Closed,
-        State::Open,
-        State::Overflowed,
-        State::Failed,
-    ] {
+    for state in [State::Closed, State::Open, State::Overflowed, State::Failed] {
         let head = Head {
             state,
             origin: Origin {
@@ -292,7 +287,18 @@ fn more_exceptions_than_chunks() {
 #[test]
 fn sizes() {
     // With 255 chunks, an area would begin behind the chunk that stays free.
-    for disk in [1, 8, 9, 8 * 255, 2047, 2048, 2049, 8 * 511, 8 * 256 * 3, 8 * 256 * 3 + 1] {
+    for disk in [
+        1,
+        8,
+        9,
+        8 * 255,
+        2047,
+        2048,
+        2049,
+        8 * 511,
+        8 * 256 * 3,
+        8 * 256 * 3 + 1,
+    ] {
         let store = full_size(disk);
         let chunks = disk.div_ceil(8);
         let head = Head {
@@ -334,7 +340,10 @@ fn hosts() {
     let here = host(1, 1);
     // The same machine, before it went down; a container on it; nobody knows.
     for other in [here, host(1, 2), host(2, 1), host(0, 2), host(0, 0)] {
-        assert!(!here.is_other(&other) && !other.is_other(&here), "{other:?}");
+        assert!(
+            !here.is_other(&other) && !other.is_other(&here),
+            "{other:?}"
+        );
     }
     for other in [host(2, 2), host(2, 0)] {
         assert!(here.is_other(&other) && other.is_other(&here), "{other:?}");

@@ -77,7 +77,8 @@ impl Changes {
 
     /// Bytes that can still be written.
     fn room(&self) -> u64 {
-        self.limit().map_or(self.left(), |limit| limit.min(self.left()))
+        self.limit()
+            .map_or(self.left(), |limit| limit.min(self.left()))
     }
 
     /// Bytes of it that are not used.

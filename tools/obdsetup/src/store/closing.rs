@@ -120,7 +120,10 @@ impl Closing {
 fn read(file: &File, name: &str) -> Result<Head> {
     let context = || format!("cannot read the store of device {name}");
     drop_cache(file).with_context(context)?;
-    let blob = FileBlob::from_file(file.try_clone().with_context(context)?, &PathBuf::from(name));
+    let blob = FileBlob::from_file(
+        file.try_clone().with_context(context)?,
+        &PathBuf::from(name),
+    );
     Head::read(&blob.with_context(context)?).with_context(context)
 }
 

@@ -47,7 +47,12 @@ mod tests {
         assert_eq!(parse(&format!("{text}\n")).map(show).as_deref(), Some(text));
         let uuid = "01234567-89ab-cdef-0123-456789abcdef\n";
         assert_eq!(parse(uuid).map(show).as_deref(), Some(text));
-        for wrong in ["", "uninitialized\n", &text[1..], "+123456789abcdef0123456789abcdef"] {
+        for wrong in [
+            "",
+            "uninitialized\n",
+            &text[1..],
+            "+123456789abcdef0123456789abcdef",
+        ] {
             assert_eq!(parse(wrong), None, "{wrong}");
         }
     }

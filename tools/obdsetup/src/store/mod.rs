@@ -78,9 +78,7 @@ fn lock(file: &File, operation: FlockOperation, what: &str) -> Result<()> {
         match rustix::fs::flock(file, operation) {
             Ok(()) => return Ok(()),
             Err(rustix::io::Errno::WOULDBLOCK | rustix::io::Errno::INTR) => {}
-            Err(error) => {
-                return Err(std::io::Error::from(error)).with_context(|| what.to_owned())
-            }
+            Err(error) => return Err(std::io::Error::from(error)).with_context(|| what.to_owned()),
         }
         interrupt::check()?;
         if Instant::now() >= end {

@@ -215,9 +215,7 @@ impl Opened {
         }
         self.undo = Some(before);
         if !is_device(blob.file())? && blob.size() < end(&self.head) {
-            blob.file()
-                .set_len(end(&self.head))
-                .with_context(context)?;
+            blob.file().set_len(end(&self.head)).with_context(context)?;
         }
         write_head(blob.file(), &self.head).with_context(context)
     }

@@ -228,7 +228,11 @@ mod tests {
             ("\"3\"", "\"4\"", "should have them of 4 blocks"),
             ("mapped_blocks", "blocks", "no number `mapped_blocks'"),
             ("\"3\"", "\"18446744073709551615\"", "should have them of"),
-            ("origin_block=\"1\"", "origin_block=\"5\"", "a mapping of byte 327680 twice"),
+            (
+                "origin_block=\"1\"",
+                "origin_block=\"5\"",
+                "a mapping of byte 327680 twice",
+            ),
             ("length=\"2\"", "", "no number `length'"),
             (
                 "\"4\"",
