@@ -265,6 +265,35 @@ def device_store():
     equal(devices(), [], "devices that are left")
 
 
+@test("a store on a device with sectors of 4096 bytes", timeout=LONG)
+def large_sectors():
+    content = work()
+    with open("volume", "wb") as file:
+        file.truncate(SIZE)
+    device = run("losetup", "--find", "--show", "--sector-size", "4096", "volume").strip()
+    defer(quietly, "losetup", "--detach", device)
+    write("odd.raw", bytes(content) + bytes(512))
+    obdsetup("create", "--image", "odd.raw", "odd.obd")
+    new = ("open", "--create", "--writable", device, NAME)
+    refused(4, f"{device}: has sectors of 4096 bytes, and the disk, of {SIZE + 512} bytes, does not end with one",
+            *new, "odd.obd")
+    check(not any(read("volume")), "the device is empty still")
+    _, said = obdsetup(*new, *LAYERS)
+    check(f"note: {device}: has sectors of 4096 bytes, and so has the disk with it" in said, said)
+    equal(run("blockdev", "--getss", DISK).strip(), "4096", "sectors of the disk")
+    content[5 << 20:(5 << 20) + 8192] = RNG.randbytes(8192)
+    write_disk(5 << 20, content[5 << 20:(5 << 20) + 8192])
+    obdsetup("close", NAME)
+    equal(obdsetup("open", "--writable", device, NAME, *LAYERS)[1], "", "what open says the second time")
+    same_bytes(read(DISK), bytes(content), "content")
+    obdsetup("close", NAME)
+    write("disk.raw", content)
+    obdsetup("create", "--changes", device, *BASES, "fast.obd")
+    obdsetup("create", "--image", "disk.raw", *BASES, "slow.obd")
+    same_bytes(read("fast.obd"), read("slow.obd"), "the layer")
+    equal(devices(), [], "devices that are left")
+
+
 def fill():
     """Writes to the disk until it refuses; the bytes that it took."""
     done = 0

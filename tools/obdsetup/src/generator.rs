@@ -334,8 +334,8 @@ ExecStop="/usr/sbin/obdsetup" close my-app
     #[test]
     fn stores() -> Result<()> {
         let (units, wrong) =
-            units(b"a /a writable=/srv/a.store\nb /b writable=/dev/vdb\nc /c writable=/../x\nd /d writable=/x,create\ne /e writable=/x,take-over\n")?;
-        assert_eq!(wrong, 3);
+            units(b"a /a writable=/srv/a.store\nb /b writable=/dev/vdb\nc /c writable=/../x\nd /d writable=/x,create\ne /e writable=/x,take-over\nf /f store-size=1g\n")?;
+        assert_eq!(wrong, 4);
         let has = |name: &str, text: &str| {
             units[&format!("systemd-overlaybdsetup@{name}.service")].contains(text)
         };

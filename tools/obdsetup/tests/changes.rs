@@ -215,7 +215,10 @@ fn what_is_no_store() {
         .run("create --changes a --image b --base a out")
         .code(1);
     place.run("open --writable a --zfile x a").code(1);
-    place.run("open --store-size 1g x a").code(1);
+    for option in ["--store-size 1g", "--create", "--take-over"] {
+        let done = place.run(&format!("open {option} x a")).code(1);
+        done.stderr(contains("are for --writable"));
+    }
     assert!(!place.path("out").exists());
 }
 

@@ -76,7 +76,7 @@ pub(crate) struct Args {
 
     /// Bytes of a store that is made, or that one becomes larger to (a file has room for all of the disk
     /// if not given, and takes room on its file system as it is filled; a device has all of it)
-    #[arg(long, value_name = "SIZE", value_parser = size::parse, requires = "writable")]
+    #[arg(long, value_name = "SIZE", value_parser = size::parse)]
     store_size: Option<u64>,
 
     /// Whether the size is that of the table, which is a minimum.
@@ -187,10 +187,22 @@ pub(crate) fn parse(entry: &tab::Entry) -> Result<Args> {
             return Err(Failure::usage(message));
         }
     }
+    line.args.check()?;
     Ok(line.args)
 }
 
 impl Args {
+    /// Checks that the options fit each other, wherever each is from.
+    fn check(&self) -> Result<()> {
+        let is_for_store = self.create || self.take_over || self.store_size.is_some();
+        let message = match &self.writable {
+            None if is_for_store => "--create, --store-size and --take-over are for --writable",
+            Some(_) if self.layers.zfile => "--writable is for layers, not for --zfile",
+            _ => return Ok(()),
+        };
+        Err(Failure::usage(message))
+    }
+
     /// These arguments, or, where no layer is among them, with what the table has for this name.
     fn or_tab(&self) -> Result<Cow<'_, Self>> {
         if !self.layers.layers.is_empty() {
@@ -221,10 +233,7 @@ impl Args {
     /// Looks at the store that keeps what is written.
     fn store(&self, opened: &Opened) -> Result<Option<opening::Found>> {
         match (&self.writable, opened) {
-            (None, _) if self.create || self.take_over => Err(Failure::usage(
-                "--create and --take-over are for --writable",
-            )),
-            (None, _) => Ok(None),
+            (None, _) | (_, Opened::Zfile(_)) => Ok(None),
             (Some(path), Opened::Stack(stack)) => {
                 let wish = opening::Wish {
                     bytes: self.store_size,
@@ -233,10 +242,6 @@ impl Args {
                     take_over: self.take_over,
                 };
                 opening::Found::new(path, stack, &wish).map(Some)
-            }
-            // The table may have both.
-            (Some(_), Opened::Zfile(_)) => {
-                Err(Failure::usage("--writable is for layers, not for --zfile"))
             }
         }
     }
@@ -323,6 +328,7 @@ impl LayersArgs {
 /// Runs `open`.
 pub(crate) fn run(args: &Args) -> Result<()> {
     let args = args.or_tab()?;
+    args.check()?;
     let Planned {
         layers: named,
         opened,

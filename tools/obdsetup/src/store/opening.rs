@@ -134,6 +134,7 @@ impl Found {
             );
             return Err(Failure::usage(message));
         }
+        check_sectors(&blob, disk, &before)?;
         Ok(Self {
             path: path.to_owned(),
             head: valid(path, head)?,
@@ -422,6 +423,31 @@ fn check_state(blob: &FileBlob, old: &Head, new: &Head, wish: &Wish) -> Result<u
     };
     crate::tell(&format!("note: {}: {note}", path.display()));
     Ok(exceptions.len())
+}
+
+/// Checks that a disk of `disk` sectors ends with a sector of the device. Says what large ones mean, where it
+/// becomes a store.
+fn check_sectors(device: &FileBlob, disk: u64, before: &Before) -> Result<()> {
+    let len = users::sector(&device.file().metadata()?).unwrap_or(SECTOR_SIZE);
+    if len <= SECTOR_SIZE {
+        return Ok(());
+    }
+    let path = device.path().display();
+    let bytes = disk.saturating_mul(SECTOR_SIZE);
+    if bytes % len != 0 {
+        let message = format!(
+            "{path}: has sectors of {len} bytes, and the disk, of {bytes} bytes, does not end with one: give a \
+             file, or a device with smaller sectors"
+        );
+        return Err(Failure::error(exit::DEVICE, message));
+    }
+    if matches!(before, Before::Blank) {
+        crate::tell(&format!(
+            "note: {path}: has sectors of {len} bytes, and so has the disk with it: a file system that has \
+             smaller blocks cannot be mounted"
+        ));
+    }
+    Ok(())
 }
 
 /// Checks that a device has nothing on it, as far as that can be seen.

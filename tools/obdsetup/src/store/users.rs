@@ -63,6 +63,18 @@ fn number(meta: &fs::Metadata) -> String {
     format!("{}:{}", major(meta.rdev()), minor(meta.rdev()))
 }
 
+/// Returns the bytes of a sector of a block device.
+pub(super) fn sector(meta: &fs::Metadata) -> Option<u64> {
+    let system = share::system(&number(meta));
+    // That of a partition is one of its disk.
+    let mut of = ["queue", "../queue"].into_iter().map(|queue| {
+        let size = system.join(queue).join("logical_block_size");
+        fs::read_to_string(size).ok()?.trim_end().parse().ok()
+    });
+    of.find_map(|size| size)
+        .filter(|_| meta.file_type().is_block_device())
+}
+
 /// Returns the numbers of the loop devices over the file that loop device `number` is over, if it is one.
 fn loops_beside(number: &str) -> Vec<String> {
     let file = loop_file(Path::new(SYS), number);
