@@ -20,6 +20,7 @@ tests! {
     stores_that_are_refused;
     what_is_no_store;
     bases_that_are_wrong;
+    options_of_other_inputs;
     thin_volumes;
 }
 
@@ -247,6 +248,30 @@ fn bases_that_are_wrong() {
     place.ok("merge a b -o both");
     place.ok("create --changes store --base both out2");
     assert!(place.read("out") == place.read("out2"));
+}
+
+/// None is taken and left out of account.
+fn options_of_other_inputs() {
+    let place = Place::with_two_layers(3 << 20);
+    std::fs::create_dir(place.path("dir")).unwrap();
+    place.write("map", b"");
+    let of_directory = ["--fs ext4", "--size 9m", "--mkfs-arg=-q", "--allow-loss"];
+    for (input, options) in [
+        ("--image disk", &of_directory[..]),
+        ("--image disk", &["--thin-map map"]),
+        ("--changes a --base a", &of_directory),
+        ("--changes a --base a", &["--raw", "--grow"]),
+        (
+            "--directory dir --fs ext4",
+            &["--raw", "--grow", "--thin-map map"],
+        ),
+    ] {
+        for option in options {
+            let done = place.run(&format!("create {input} {option} out")).code(1);
+            done.stderr(contains("cannot be used with"));
+            assert!(!place.path("out").exists(), "{input} {option}");
+        }
+    }
 }
 
 /// A file stands for the volume: all that tells it from another is the list of its blocks.

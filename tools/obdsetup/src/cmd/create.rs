@@ -26,6 +26,8 @@ use crate::size;
 use crate::store::reading::Closed;
 use crate::store::thin;
 
+// An option that requires one of the inputs has a conflict with the others, too: clap drops a requirement where
+// what is required has a conflict with what is given.
 /// Arguments of `create`.
 #[derive(clap::Args)]
 #[command(after_help = "Examples:
@@ -57,7 +59,7 @@ pub(crate) struct Args {
     image: Option<PathBuf>,
 
     /// Take the image as it is, even if it is an archive or in another format
-    #[arg(long, requires = "image")]
+    #[arg(long, requires = "image", conflicts_with_all = ["directory", "changes"])]
     raw: bool,
 
     /// A store that `open --writable' has filled, and that was closed; --base gives the layers that it was
@@ -67,7 +69,7 @@ pub(crate) struct Args {
 
     /// The store is a thin volume whose external origin is the disk below; this is what thin_dump(8)
     /// has written of it, or thin_delta(8)
-    #[arg(long, value_name = "XML", requires = "changes")]
+    #[arg(long, value_name = "XML", requires = "changes", conflicts_with_all = ["image", "directory"])]
     thin_map: Option<PathBuf>,
 
     /// A directory, to be put in a file system
@@ -75,11 +77,17 @@ pub(crate) struct Args {
     directory: Option<PathBuf>,
 
     /// The file system for --directory
-    #[arg(long, value_enum, requires = "directory")]
+    #[arg(long, value_enum, requires = "directory", conflicts_with_all = ["image", "changes"])]
     fs: Option<FileSystem>,
 
     /// Size of the file system: ext2, ext3, ext4 and btrfs have one (estimated if not given)
-    #[arg(long, value_name = "SIZE", value_parser = size::parse, requires = "directory")]
+    #[arg(
+        long,
+        value_name = "SIZE",
+        value_parser = size::parse,
+        requires = "directory",
+        conflicts_with_all = ["image", "changes"]
+    )]
     size: Option<u64>,
 
     /// An option for mkfs (may be given more than once)
@@ -87,12 +95,13 @@ pub(crate) struct Args {
         long,
         value_name = "ARG",
         requires = "directory",
+        conflicts_with_all = ["image", "changes"],
         allow_hyphen_values = true
     )]
     mkfs_arg: Vec<OsString>,
 
     /// Leave out what the file system cannot hold, such as ACLs, and only warn
-    #[arg(long, requires = "directory")]
+    #[arg(long, requires = "directory", conflicts_with_all = ["image", "changes"])]
     allow_loss: bool,
 
     /// Layers below, lowest first (one after each --base), or a config.v1.json that lists them
@@ -100,7 +109,7 @@ pub(crate) struct Args {
     base: Vec<LayerArg>,
 
     /// Take an image that is larger than what is below: the disk grows
-    #[arg(long, requires = "base")]
+    #[arg(long, requires = "base", conflicts_with = "directory")]
     grow: bool,
 
     /// Leave zeros out where nothing is below
