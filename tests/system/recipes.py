@@ -12,7 +12,7 @@ import time
 from obdtest import dm
 from obdtest.disk import Disk, read_or_none
 from obdtest.ktap import Failure, Skip, check, defer, equal, main, note, same_bytes, test
-from obdtest.recipes import (DATA, PIECE, SIZE, Work, main_in_vm, need, need_module, nothing_left,
+from obdtest.recipes import (APP, DATA, PIECE, SIZE, Work, main_in_vm, need, need_module, nothing_left,
                              quietly, recipe, sh, target_status, whole)
 
 

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 # SPDX-License-Identifier: GPL-2.0
-"""obdsetup open --writable and create --changes: what is written survives and becomes a layer, a store is filled for its
-own layers only, and a kill, a crash and a store without room hurt nobody.
+"""obdsetup open --writable and create --changes: what is written survives and becomes a layer, a store is filled for
+its own layers only, and a kill, a crash and a store without room hurt nobody.
 
 OBD_KILLS is the number of kills, and OBD_SEED says when they come.
 """
@@ -659,7 +659,8 @@ exit $code
             left = devices()
             note(f"{command}, {first}: left {left}")
             if f"{NAME}|OVERLAYBD-WRITABLE-{NAME}" not in left:
-                refused(3, "store: was not closed when it was open last", "create", "--changes", "store", *BASES, "none")
+                refused(3, "store: was not closed when it was open last",
+                        "create", "--changes", "store", *BASES, "none")
                 open_writable()
             same_bytes(read(DISK), bytes(content), "content")
             at = RNG.randrange(SIZE - 5000)
