@@ -55,7 +55,7 @@ fn model(blob: &Sparse, head: &Head) -> std::result::Result<Found, Wrong> {
         return Ok((found, 0));
     }
     let right = first as u32 == 0x7041_6e53 && first >> 32 != 0;
-    if !right || second != 1 | u64::from(head.chunk) << 32 {
+    if !right || second != 1 | (u64::from(head.chunk) << 32) {
         return Err(Wrong::Header);
     }
     let per_area = chunk / 16;

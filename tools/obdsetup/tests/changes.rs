@@ -284,10 +284,10 @@ fn thin_volumes() {
     // Blocks of 64 KiB.
     let changed = |nth: &usize| before[nth << 16..][..1 << 16] != after[nth << 16..][..1 << 16];
     let changed: Vec<usize> = (0..48).filter(changed).collect();
-    let mappings: String = changed
-        .iter()
-        .map(|nth| format!("<single_mapping origin_block=\"{nth}\" data_block=\"9\" time=\"0\"/>"))
-        .collect();
+    let mapping = |nth: &usize| {
+        format!("<single_mapping origin_block=\"{nth}\" data_block=\"9\" time=\"0\"/>")
+    };
+    let mappings = changed.iter().map(mapping).collect::<Vec<_>>().concat();
     let map = |blocks: usize, mappings: &str| {
         let text = format!(
             "<superblock data_block_size=\"128\">\n\
