@@ -20,6 +20,8 @@ static const blk_features_t OBD_BLK_FEAT_POLL = BLK_FEAT_POLL;
 static const blk_flags_t OBD_BLK_FLAG_MISALIGNED = BLK_FLAG_MISALIGNED;
 static const blk_status_t OBD_BLK_STS_IOERR = BLK_STS_IOERR;
 static const blk_status_t OBD_BLK_STS_AGAIN = BLK_STS_AGAIN;
+static const blk_status_t OBD_BLK_STS_DM_REQUEUE = BLK_STS_DM_REQUEUE;
+static const size_t OBD_DM_NAME_LEN = DM_NAME_LEN;
 static const blk_opf_t OBD_REQ_OP_MASK = REQ_OP_MASK;
 static const blk_opf_t OBD_REQ_META = REQ_META;
 /* Flags of memory allocations: see rust/block/memory.rs. */

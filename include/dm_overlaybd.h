@@ -112,6 +112,6 @@ void obd_ratelimit_default_init(struct ratelimit_state *rs);
 /*
  * Sends a change uevent of @disk with DM_ZFILE_CORRUPT_BLOCK=@block. May sleep.
  */
-void obd_corrupt_uevent(struct gendisk *disk, u64 block);
+void obd_alert_uevent(struct gendisk *disk, const char *variable, u64 value);
 
 #endif /* _DM_OVERLAYBD_H */

@@ -1,7 +1,9 @@
 #!/usr/bin/env python3
 # SPDX-License-Identifier: GPL-2.0
-"""Notifications of a corrupt block: an event of device-mapper, a uevent, and lines in the kernel's log."""
+"""Notifications of a corrupt block or a failed read: an event of device-mapper, a uevent, and lines in the kernel's log."""
 
+import errno
+import os
 import select
 import socket
 import subprocess
@@ -38,23 +40,24 @@ def events(zfile):
 
 
 class Uevents:
-    """The uevents of a device from now on."""
+    """The uevents of a device from now on that have a variable."""
 
-    def __init__(self, zfile):
+    def __init__(self, zfile, variable="DM_ZFILE_CORRUPT_BLOCK"):
+        self.variable = variable
         self.socket = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, NETLINK_KOBJECT_UEVENT)
         defer(self.socket.close)
         self.socket.bind((0, 1))
         self.minor = zfile.number.split(":")[1]
 
-    def corrupt(self, seconds):
-        """Returns the blocks that uevents name, waiting up to so many seconds for the first."""
+    def values(self, seconds):
+        """Returns the variable's values in uevents, waiting up to so many seconds for the first."""
         end, found = time.monotonic() + seconds, []
         while not found and select.select([self.socket], [], [], max(end - time.monotonic(), 0))[0]:
             fields = dict(field.split("=", 1) for field in self.socket.recv(65536).decode(errors="replace").split("\0")
                           if "=" in field)
-            if fields.get("MINOR") == self.minor and "DM_ZFILE_CORRUPT_BLOCK" in fields:
+            if fields.get("MINOR") == self.minor and self.variable in fields:
                 equal((fields["ACTION"], fields["SUBSYSTEM"]), ("change", "block"), "kind of uevent")
-                found.append(int(fields["DM_ZFILE_CORRUPT_BLOCK"]))
+                found.append(int(fields[self.variable]))
         return found
 
 
@@ -62,21 +65,23 @@ def first(algorithm, block, length, *options):
     """The first corrupt block causes one event, which wakes a waiter, and one uevent. Further corrupt blocks cause
     none."""
     zfile = device(corrupted((5, 7), algorithm, block), *options)
-    uevents = Uevents(zfile)
+    uevents, log = Uevents(zfile), dm.KernelLog()
     before = events(zfile)
     disk = Disk(zfile)
     same_bytes(disk.read(0, length), DATA[:length], "a sound block")
     with subprocess.Popen(["dmsetup", "wait", "--noflush", zfile.name, str(before)], stdout=subprocess.DEVNULL) as waiter:
         defer(waiter.kill)
         time.sleep(0.3 * SLOW)
-        equal((waiter.poll(), events(zfile), uevents.corrupt(0)), (None, before, []), "wait, events before")
+        equal((waiter.poll(), events(zfile), uevents.values(0)), (None, before, []), "wait, events before")
         equal(read_or_none(disk, 5 * block, length), None, "a corrupt block")
         equal(waiter.wait(20 * SLOW), 0, "status of dmsetup wait")
-    equal(uevents.corrupt(5 * SLOW), [5], "blocks that uevents name")
+    equal(uevents.values(5 * SLOW), [5], "blocks that uevents name")
     equal(events(zfile), before + 1, "events")
+    said = f"{zfile.number}: the first fault of device {zfile.name}"
+    equal(sum(said in row for row in log.lines()), 1, "lines with the device's name")
     for number in (7, 5, 7):
         equal(read_or_none(disk, number * block, length), None, f"corrupt block {number}")
-    equal((uevents.corrupt(0.5), events(zfile)), ([], before + 1), "uevents, events later")
+    equal((uevents.values(0.5), events(zfile)), ([], before + 1), "uevents, events later")
     disk.close()
 
 
@@ -90,11 +95,71 @@ def again():
         disk = Disk(zfile)
         equal(read_or_none(disk, 5 * 4096, 4096), None, "a corrupt block")
         disk.close()
-        equal(uevents.corrupt(5 * SLOW), [5], "blocks that uevents name")
+        equal(uevents.values(5 * SLOW), [5], "blocks that uevents name")
         check(events(zfile) > before, "no event")
         zfile.load(line(0, dm.sectors(len(DATA)), "zfile", loop.path, len(raw)))
         zfile.suspend()
         zfile.resume()
+
+
+def fail(lower, content):
+    """Replaces the table of a device with one that fails all reads."""
+    lower.load(line(0, dm.sectors(len(content)), "error"))
+    lower.resume()
+
+
+def failed_reads(device):
+    """Returns the number of failed reads in an lsmt device's status."""
+    return int(device.info()[4])
+
+
+@test("lsmt: the first failed read gives one event and one uevent; all are counted")
+def lsmt():
+    layer = image.lsmt(len(DATA), [(0, DATA)])
+    lower = dm.linear(dm.Loop(layer), dm.sectors(len(layer)), readonly=True)
+    stack = dm.lsmt(len(DATA), (lower, len(layer)))
+    before, uevents = events(stack), Uevents(stack, "DM_LSMT_READ_ERROR")
+    disk = Disk(stack)
+    same_bytes(disk.read(0, 65536), DATA[:65536], "a good read")
+    equal((failed_reads(stack), events(stack), uevents.values(0)), (0, before, []), "before")
+    fail(lower, layer)
+    for nth in range(3):
+        equal(read_or_none(disk, nth * 4096, 4096), None, f"failed read {nth}")
+    equal(uevents.values(5 * SLOW), [errno.EIO], "errors that uevents name")
+    equal(uevents.values(0.5), [], "later uevents")
+    equal((failed_reads(stack), events(stack)), (3, before + 1), "failed reads, events")
+    disk.close()
+
+
+@test("lsmt: a corrupt block of a layer gives an event of the disk, too")
+def lsmt_on_zfile():
+    layer = image.lsmt(len(DATA), [(0, DATA)])
+    raw = bytearray(image.zfile(layer, image.LZ4, 4096))
+    raw[image.Zfile(bytes(raw)).places()[6][0] + 3] ^= 1  # the layer's header is a block
+    zfile = dm.zfile(dm.Loop(bytes(raw)), len(raw), len(layer))
+    stack = dm.lsmt(len(DATA), (zfile, len(layer)))
+    lower, upper = Uevents(zfile), Uevents(stack, "DM_LSMT_READ_ERROR")
+    disk = Disk(stack)
+    equal(read_or_none(disk, 5 * 4096, 4096), None, "a corrupt block")
+    disk.close()
+    equal((lower.values(5 * SLOW), upper.values(5 * SLOW)), ([6], [errno.EIO]), "uevents of the layer, of the disk")
+    equal(failed_reads(stack), 1, "failed reads")
+
+
+@test("lsmt: failed read-ahead is no failed read")
+def lsmt_optional():
+    layer = image.lsmt(len(DATA), [(0, DATA)])
+    lower = dm.linear(dm.Loop(layer), dm.sectors(len(layer)), readonly=True)
+    stack = dm.lsmt(len(DATA), (lower, len(layer)))
+    fail(lower, layer)
+    with open(stack.path, "rb") as file:
+        os.posix_fadvise(file.fileno(), 65536, 65536, os.POSIX_FADV_WILLNEED)
+        time.sleep(SLOW)
+    equal(failed_reads(stack), 0, "failed reads after read-ahead")
+    disk = Disk(stack)
+    equal(read_or_none(disk, 0, 4096), None, "a failed read")
+    disk.close()
+    equal(failed_reads(stack), 1, "failed reads")
 
 
 @test("a device that is removed at once after its first corrupt block")

@@ -175,6 +175,24 @@ def cut_layer():
     obdsetup("list", "--check", status=4)
 
 
+@test("read errors of a layer without a zfile device: exit code 4")
+def plain_layer():
+    raw = image.lsmt(SIZE, [(0, DATA[:400 * 512])])
+    layers = open_stack(raws=[raw])
+    os.truncate(layers[0], 4096)
+    disk = Disk(f"/dev/mapper/{NAME}")
+    equal(read_or_none(disk, 100 * 1024, 4096), None, "read")
+    disk.close()
+    equal(report(4)["health"], "cut", "health")
+    with open(layers[0], "wb") as file:
+        file.write(raw)
+    found = report(4)
+    equal(found["health"], "read-errors", "health when the file is back")
+    check(found["read_errors"] > 0, f"sums: {found}")
+    check(found["message"].startswith("READ ERRORS: a read of the disk failed"), found["message"])
+    obdsetup("list", "--check", status=4)
+
+
 @test("a half-built stack: exit code 4, and the command that clears it")
 def half_built():
     def made(name, uuid):

@@ -36,4 +36,19 @@ impl Status {
             Err(status) => status.0,
         }
     }
+
+    /// Returns whether whoever issued the read repeats it, as it was not tried to the end.
+    pub(crate) fn is_repeated(self) -> bool {
+        matches!(
+            self.0,
+            sys::OBD_BLK_STS_AGAIN | sys::OBD_BLK_STS_DM_REQUEUE
+        )
+    }
+
+    /// Returns the error number, above 0.
+    pub(crate) fn errno(self) -> u64 {
+        // SAFETY: Any status may be passed.
+        let errno = unsafe { sys::blk_status_to_errno(self.0) };
+        u64::from(errno.unsigned_abs())
+    }
 }

@@ -1,10 +1,10 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! Reports corrupt blocks in the kernel's log, as far as a rate limit allows. The first corrupt
-//! block of a target also causes a device-mapper event, for which `dmsetup wait` waits, and a
-//! uevent.
+//! Reports corrupt blocks in the kernel's log, as far as a rate limit allows. The first fault of a
+//! target, a corrupt block or a failed read, also causes a device-mapper event, for which
+//! `dmsetup wait` waits, and a uevent.
 //!
-//! A block may be found corrupt in any context, but events are sent in process context. A work item
+//! A fault may be found in any context, but events are sent in process context. A work item
 //! on the system's workqueue sends them, not a worker of the target: sending takes a mutex of
 //! device-mapper and allocates memory, and the target's workers must not wait for either.
 //!
@@ -19,10 +19,10 @@ use kernel::types::Opaque;
 use super::DeviceName;
 use crate::sys;
 
-/// Value of [`Alerts::first`] before the first corrupt block.
+/// Value of [`Alerts::first`] before the first fault.
 const NONE: u64 = u64::MAX;
 
-/// Reports the corrupt blocks of a target. `limit` is the rate limit of the log.
+/// Reports the faults of a target. `limit` is the rate limit of the log.
 ///
 /// # Invariants
 ///
@@ -36,6 +36,7 @@ pub(crate) struct Alerts {
     limit: Opaque<sys::ratelimit_state>,
     target: NonNull<sys::dm_target>,
     name: DeviceName,
+    variable: &'static CStr,
     first: Atomic<u64>,
 }
 
@@ -46,7 +47,8 @@ unsafe impl Send for Alerts {}
 unsafe impl Sync for Alerts {}
 
 impl Alerts {
-    /// Makes the object that reports the corrupt blocks of `target`.
+    /// Makes the object that reports the faults of `target`. The uevent of the first one has a
+    /// variable of this name.
     ///
     /// # Errors
     ///
@@ -55,7 +57,10 @@ impl Alerts {
     /// # Safety
     ///
     /// `target` is valid until the returned object is dropped.
-    pub(super) unsafe fn new(target: NonNull<sys::dm_target>) -> Result<Pin<KBox<Self>>> {
+    pub(super) unsafe fn new(
+        target: NonNull<sys::dm_target>,
+        variable: &'static CStr,
+    ) -> Result<Pin<KBox<Self>>> {
         // SAFETY: The caller's promise.
         let name = unsafe { DeviceName::of(target.as_ptr()) };
         // INVARIANT: Both are initialised here; the target is valid by the safety requirement.
@@ -69,6 +74,7 @@ impl Alerts {
                 limit <- Opaque::ffi_init(|slot| unsafe { sys::obd_ratelimit_default_init(slot) }),
                 target,
                 name,
+                variable,
                 first: Atomic::new(NONE),
             }),
             GFP_KERNEL,
@@ -88,7 +94,13 @@ impl Alerts {
                 target_type.to_str().unwrap_or("-")
             );
         }
-        if self.first.load(Relaxed) == NONE && self.first.cmpxchg(NONE, block, Relaxed).is_ok() {
+        self.raise(block);
+    }
+
+    /// Causes the events if this is the target's first fault. `value` is that of the uevent's
+    /// variable, less than `u64::MAX`. May be called in any context.
+    pub(super) fn raise(&self, value: u64) {
+        if self.first.load(Relaxed) == NONE && self.first.cmpxchg(NONE, value, Relaxed).is_ok() {
             // SAFETY: By the type invariant the work is initialised. It isn't freed while it is
             // queued or runs: `drop` cancels it, and waits for it.
             unsafe { sys::obd_schedule_work(self.work.get()) };
@@ -102,8 +114,24 @@ impl Alerts {
         unsafe { sys::panic(c"dm_overlaybd: %s: corrupt block".as_char_ptr(), name) }
     }
 
-    /// The function of the work item: sends the uevent and the device-mapper event of the first
-    /// corrupt block. Called in process context.
+    /// Logs the name of the device, which may change: users know it rather than the number. Called
+    /// in process context; `device` is valid.
+    fn log_name(&self, device: *mut sys::mapped_device) {
+        let mut name = [0u8; sys::OBD_DM_NAME_LEN];
+        let text = name.as_mut_ptr().cast();
+        // SAFETY: The device is valid, and the array has room for a name. This is process context,
+        // without locks.
+        if unsafe { sys::dm_copy_name_and_uuid(device, text, core::ptr::null_mut()) } != 0 {
+            return;
+        }
+        if let Ok(name) = CStr::from_bytes_until_nul(&name) {
+            // Bytes that can't be printed are escaped.
+            pr_err!("{}: the first fault of device {name}\n", self.name.as_str());
+        }
+    }
+
+    /// The function of the work item: logs the name of the device, and sends the uevent and the
+    /// device-mapper event of the first fault. Called in process context.
     ///
     /// # Safety
     ///
@@ -114,10 +142,15 @@ impl Alerts {
         let this = unsafe { &*work.cast::<Self>() };
         // SAFETY: By the type invariant the target is valid, and so is its table.
         let table = unsafe { (*this.target.as_ptr()).table };
-        // SAFETY: A table's device is valid as long as the table is.
-        let disk = unsafe { sys::dm_disk(sys::dm_table_get_md(table)) };
-        // SAFETY: A mapped device has a disk, which is valid as long as the mapped device is.
-        unsafe { sys::obd_corrupt_uevent(disk, this.first.load(Relaxed)) };
+        // SAFETY: The table is valid, and so is its device as long as the table is.
+        let device = unsafe { sys::dm_table_get_md(table) };
+        this.log_name(device);
+        // SAFETY: The device is valid.
+        let disk = unsafe { sys::dm_disk(device) };
+        let variable = this.variable.as_char_ptr();
+        // SAFETY: A mapped device has a disk, which is valid as long as the mapped device is. The
+        // variable is a C string.
+        unsafe { sys::obd_alert_uevent(disk, variable, this.first.load(Relaxed)) };
         // SAFETY: The table is valid. This is process context.
         unsafe { sys::dm_table_event(table) };
     }

@@ -129,11 +129,10 @@ impl<T: Deferred> Io<T> {
 
     /// Tells of a corrupt block of the target, in any context. With `panic`, the kernel panics.
     pub(crate) fn tell_corrupt(&self, block: u64, panic: bool) {
-        if let Some(alerts) = self.live().alerts() {
-            alerts.corrupt(block);
-            if panic {
-                alerts.panic();
-            }
+        let alerts = self.live().alerts();
+        alerts.corrupt(block);
+        if panic {
+            alerts.panic();
         }
     }
 

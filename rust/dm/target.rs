@@ -16,7 +16,7 @@ use kernel::types::Opaque;
 use super::alert::Alerts;
 use super::setup::{type_name, DeviceName};
 use super::{Args, Bio, Device, DeviceId, Emit, Failure, Mapped, Setup, Spares};
-use crate::block::{Pool, Queue, Workers};
+use crate::block::{Pool, Queue, Status, Workers};
 use crate::sys;
 
 /// What handles a message: its words, the first of which says what it is. Fails with why it is
@@ -39,6 +39,13 @@ pub(crate) trait Target: Send + Sync + Sized + 'static {
     /// Handles a message (`dmsetup message`), in process context, while bios are mapped; `None` for
     /// a target that takes no messages.
     const MESSAGE: Option<Message<Self>> = None;
+    /// Called when a read that the target has sent on ends with an error, in any context, on
+    /// several CPUs at once; `None` for a target that sends no reads on. Not called for read-ahead,
+    /// which is optional, nor where the read is repeated.
+    const READ_FAILED: Option<fn(&Self)> = None;
+    /// Name of the variable that tells of the first fault in a uevent: the number of a corrupt
+    /// block, or the error number of a failed read.
+    const ALERT: &'static CStr;
 
     /// Makes a target from the arguments of its table line.
     ///
@@ -108,13 +115,13 @@ impl Limits<'_> {
 ///
 /// # Invariants
 ///
-/// `devices` are in the order in which they were opened, that of their [`DeviceId`]s. `workers` and
-/// `alerts` are there for targets with per-bio data.
+/// `devices` are in the order in which they were opened, that of their [`DeviceId`]s. `workers` are
+/// there for targets with per-bio data.
 pub(super) struct Live<T> {
     // Dropped first: waits for workers that have ended their I/O and are about to return.
     workers: Option<Pin<KBox<Workers>>>,
     // Waits for an event that is being sent.
-    alerts: Option<Pin<KBox<Alerts>>>,
+    alerts: Pin<KBox<Alerts>>,
     target: T,
     devices: KVec<Device>,
     begin: u64,
@@ -134,9 +141,9 @@ impl<T: Target> Live<T> {
         self.workers.as_deref().map(NonNull::from)
     }
 
-    /// What tells of its corrupt blocks.
-    pub(super) fn alerts(&self) -> Option<&Alerts> {
-        self.alerts.as_deref()
+    /// What reports its faults.
+    pub(super) fn alerts(&self) -> &Alerts {
+        &self.alerts
     }
 
     /// First sector of the target in its device.
@@ -205,6 +212,10 @@ impl<T: Target> Registration<T> {
             ctr: Some(Self::ctr),
             dtr: Some(Self::dtr),
             map: Some(Self::map),
+            end_io: match T::READ_FAILED {
+                Some(_) => Some(Self::end_io),
+                None => None,
+            },
             status: Some(Self::status),
             message: match T::MESSAGE {
                 Some(_) => Some(Self::message),
@@ -259,14 +270,12 @@ impl<T: Target> Registration<T> {
         // SAFETY: The caller's promise.
         let args = unsafe { Args::new(argc, argv) };
         let target = T::new(&mut setup, args)?;
-        let (workers, alerts) = match &registration.queue {
-            None => (None, None),
-            Some(queue) => (
-                Some(Workers::new(setup.queue(queue)?)?),
-                // SAFETY: The target outlives what it has, which is dropped by `dtr`.
-                Some(unsafe { Alerts::new(setup.target) }?),
-            ),
+        let workers = match &registration.queue {
+            None => None,
+            Some(queue) => Some(Workers::new(setup.queue(queue)?)?),
         };
+        // SAFETY: The target outlives what it has, which is dropped by `dtr`.
+        let alerts = unsafe { Alerts::new(setup.target, T::ALERT) }?;
         // SAFETY: The target is valid.
         let begin = unsafe { (*ti).begin };
         // INVARIANT: `setup` opened the devices in this order.
@@ -318,6 +327,30 @@ impl<T: Target> Registration<T> {
         // SAFETY: The caller's promise; the bio is ours until it is given back.
         let bio = unsafe { Bio::new(bio, live) };
         bio.map_or(Mapped::KILL, |bio| live.target.map(bio)).code()
+    }
+
+    /// # Safety
+    ///
+    /// Called by device-mapper for a target that `ctr` made, with a clone of a bio that has ended,
+    /// and its status.
+    unsafe extern "C" fn end_io(
+        ti: *mut sys::dm_target,
+        bio: *mut sys::bio,
+        error: *mut sys::blk_status_t,
+    ) -> ffi::c_int {
+        // SAFETY: The caller's promise.
+        let status = Status::check(unsafe { *error });
+        if let (Err(status), Some(failed)) = (status, T::READ_FAILED) {
+            // SAFETY: The bio is valid until this function has returned.
+            let ahead = unsafe { (*bio).bi_opf } & sys::OBD_REQ_RAHEAD != 0;
+            if !ahead && !status.is_repeated() {
+                // SAFETY: The caller's promise: a table outlives its I/O.
+                let live = unsafe { Self::live(ti) };
+                failed(&live.target);
+                live.alerts.raise(status.errno());
+            }
+        }
+        sys::DM_ENDIO_DONE as ffi::c_int
     }
 
     /// # Safety

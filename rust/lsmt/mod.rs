@@ -12,6 +12,7 @@
 mod table;
 
 use kernel::prelude::*;
+use kernel::sync::atomic::{Atomic, Relaxed};
 
 use crate::dm::{Bio, DeviceId, Mapped};
 use crate::format::lsmt::Segment;
@@ -35,6 +36,8 @@ pub(crate) struct Lsmt {
     blob_bytes: KVec<Option<u64>>,
     /// Whether the line is in the form of `lsmt_target`.
     legacy: bool,
+    /// Number of reads that have failed.
+    failed: Atomic<u64>,
 }
 
 /// A sector that is only in part within the disk; the rest reads as zeros.
@@ -44,6 +47,11 @@ struct Tail {
 }
 
 impl Lsmt {
+    /// Counts a read that has failed.
+    fn read_failed(&self) {
+        self.failed.fetch_add(1, Relaxed);
+    }
+
     /// Sends a read on.
     fn map_read<'a>(&self, mut bio: Bio<'a, Self>) -> Mapped<'a> {
         let sector = bio.sector();

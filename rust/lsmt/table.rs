@@ -3,6 +3,7 @@
 //! The table line of an `lsmt` target, and its status.
 
 use kernel::prelude::*;
+use kernel::sync::atomic::{Atomic, Relaxed};
 
 use super::{Lsmt, Tail};
 use crate::block::memory;
@@ -33,8 +34,10 @@ impl core::ops::Deref for Opened {
 impl dm::Target for Lsmt {
     type Context = ();
 
-    const VERSION: [u32; 3] = [1, 0, 0];
+    const VERSION: [u32; 3] = [1, 1, 0];
     const NOWAIT: bool = true;
+    const READ_FAILED: Option<fn(&Self)> = Some(Lsmt::read_failed);
+    const ALERT: &'static CStr = c"DM_LSMT_READ_ERROR";
 
     fn new(setup: &mut Setup<'_, ()>, mut args: Args<'_>) -> Result<Self, Failure> {
         setup.require_read_only()?;
@@ -77,6 +80,7 @@ impl dm::Target for Lsmt {
             size,
             blob_bytes,
             legacy,
+            failed: Atomic::new(0),
         })
     }
 
@@ -86,11 +90,12 @@ impl dm::Target for Lsmt {
 
     fn info(&self, out: &mut Emit<'_>) {
         out.put(fmt!(
-            "{} {} {} {}",
+            "{} {} {} {} {}",
             self.blob_bytes.len(),
             self.index.segments().len(),
             self.size,
             self.index.memory(),
+            self.failed.load(Relaxed),
         ));
     }
 

@@ -347,12 +347,12 @@ void obd_ratelimit_default_init(struct ratelimit_state *rs)
 	ratelimit_default_init(rs);
 }
 
-void obd_corrupt_uevent(struct gendisk *disk, u64 block)
+void obd_alert_uevent(struct gendisk *disk, const char *variable, u64 value)
 {
-	char variable[sizeof("DM_ZFILE_CORRUPT_BLOCK=") + 20];
-	char *env[2] = { variable };
+	char assignment[64];
+	char *env[2] = { assignment };
 
-	snprintf(variable, sizeof(variable), "DM_ZFILE_CORRUPT_BLOCK=%llu", block);
+	snprintf(assignment, sizeof(assignment), "%s=%llu", variable, value);
 	kobject_uevent_env(&disk_to_dev(disk)->kobj, KOBJ_CHANGE, env);
 }
 

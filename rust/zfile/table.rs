@@ -31,6 +31,7 @@ impl dm::Target for Zfile {
 
     const VERSION: [u32; 3] = [1, 1, 0];
     const NOWAIT: bool = true;
+    const ALERT: &'static CStr = c"DM_ZFILE_CORRUPT_BLOCK";
     const PER_BIO_DATA: usize = dm::frame_size::<Self>();
     const MESSAGE: Option<dm::Message<Self>> = Some(Zfile::handle_message);
 

@@ -107,10 +107,6 @@ pub(crate) fn run(args: &Args) -> Result<()> {
 }
 
 fn row(stack: &Stack) -> Row {
-    let sum = |of: fn(&crate::overview::Layer) -> u64| {
-        let counts = stack.layers.iter().map(of);
-        counts.fold(0, u64::saturating_add)
-    };
     Row {
         name: stack.name.clone(),
         size: stack.size(),
@@ -118,8 +114,8 @@ fn row(stack: &Stack) -> Row {
         health: Some(Health::of(stack)),
         message: health::line(stack),
         open_count: stack.top().map(|top| top.state.open_count),
-        corrupt_blocks: sum(|layer| layer.corrupt_blocks),
-        read_errors: sum(|layer| layer.read_errors),
+        corrupt_blocks: stack.corrupt_blocks(),
+        read_errors: stack.read_errors(),
         shared_with: stack.shared_with.clone(),
     }
 }

@@ -133,9 +133,6 @@ pub(crate) fn run(args: &Args) -> Result<()> {
 }
 
 fn report(stack: Stack) -> Report {
-    let sum = |of: fn(&Layer) -> u64, layers: &[Layer]| {
-        layers.iter().map(of).fold(0, u64::saturating_add)
-    };
     let layers: Vec<Layer> = stack
         .layers
         .iter()
@@ -155,8 +152,8 @@ fn report(stack: Stack) -> Report {
         notes: health::notes(&stack),
         size: stack.size(),
         open_count: stack.top().map(|top| top.state.open_count),
-        corrupt_blocks: sum(|layer| layer.corrupt_blocks, &layers),
-        read_errors: sum(|layer| layer.read_errors, &layers),
+        corrupt_blocks: stack.corrupt_blocks(),
+        read_errors: stack.read_errors(),
         layers,
         changes: stack.changes,
         name: stack.name,

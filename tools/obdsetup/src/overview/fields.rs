@@ -26,7 +26,7 @@ const ZFILE: &[&str] = &[
     "cache_limit",
 ];
 /// Names of the fields of `lsmt`'s INFO line, in order.
-const LSMT: &[&str] = &["layers", "segments", "size", "index_memory"];
+const LSMT: &[&str] = &["layers", "segments", "size", "index_memory", "failed_reads"];
 
 /// Names of the fields of `snapshot`'s INFO line, in order: used and all sectors of the store, and those
 /// used for other things than data.
@@ -114,6 +114,9 @@ mod tests {
         );
         let lsmt = line("lsmt", "2 100 8388608 1600");
         assert_eq!(lsmt.number("index_memory"), 1600);
+        assert_eq!(lsmt.number("failed_reads"), 0);
+        let lsmt = line("lsmt", "2 100 8388608 1600 3");
+        assert_eq!(lsmt.number("failed_reads"), 3);
         assert_eq!(line("linear", "").iter().count(), 0);
     }
 }

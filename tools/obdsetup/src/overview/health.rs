@@ -18,7 +18,7 @@ pub(crate) enum Health {
     Lost,
     /// The file of a layer is shorter than when it was opened.
     Cut,
-    /// Reads of a lower device have failed.
+    /// Reads of a lower device, or of the disk, have failed.
     ReadErrors,
     /// The store has no room for what is written to the disk.
     Full,
@@ -87,7 +87,9 @@ impl Health {
         let layers = layers.unwrap_or(Self::Ok);
         let changes = stack.changes.as_ref().map_or(Self::Ok, Self::of_changes);
         let devices = || stack.devices.iter().map(|(_, device)| device);
-        let devices = if stack.is_half_built() {
+        let devices = if stack.failed_reads() > 0 {
+            Self::ReadErrors
+        } else if stack.is_half_built() {
             match stack.busy {
                 true => Self::Busy,
                 false => Self::HalfBuilt,
@@ -161,6 +163,13 @@ pub(crate) fn line(stack: &Stack) -> String {
             format!(
                 "{word}: {file} has {there} bytes now, and had {size} when it was opened{more}; \
                  close the stack, restore the file, open again"
+            )
+        }
+        Health::ReadErrors if first.is_none() => {
+            let times = times(stack.failed_reads());
+            format!(
+                "{word}: a read of the disk failed{times}, in a layer that counts no errors; dmesg \
+                 says which device has failed"
             )
         }
         Health::ReadErrors => {

@@ -82,6 +82,31 @@ impl Stack {
         self.top().is_none() || self.devices.iter().any(|(_, device)| !device.state.live)
     }
 
+    /// Returns how many reads of the disk have failed, if no layer has counted a fault: layers
+    /// without a zfile device count none.
+    pub(crate) fn failed_reads(&self) -> u64 {
+        let counted = |layer: &Layer| layer.corrupt_blocks > 0 || layer.read_errors > 0;
+        if self.layers.iter().any(counted) {
+            return 0;
+        }
+        let lines = self.devices.iter().flat_map(|(_, device)| &device.status);
+        lines
+            .map(|line| fields::named(line).number("failed_reads"))
+            .fold(0, u64::saturating_add)
+    }
+
+    /// Returns the number of corrupt blocks that were read.
+    pub(crate) fn corrupt_blocks(&self) -> u64 {
+        let counts = self.layers.iter().map(|layer| layer.corrupt_blocks);
+        counts.fold(0, u64::saturating_add)
+    }
+
+    /// Returns the number of failed reads, of the lower devices or of the disk.
+    pub(crate) fn read_errors(&self) -> u64 {
+        let counts = self.layers.iter().map(|layer| layer.read_errors);
+        counts.fold(self.failed_reads(), u64::saturating_add)
+    }
+
     /// Returns the size of the disk in bytes.
     pub(crate) fn size(&self) -> Option<u64> {
         let last = self.top()?.table.last()?;
