@@ -39,10 +39,7 @@ impl Status {
 
     /// Returns whether whoever issued the read repeats it, as it was not tried to the end.
     pub(crate) fn is_repeated(self) -> bool {
-        matches!(
-            self.0,
-            sys::OBD_BLK_STS_AGAIN | sys::OBD_BLK_STS_DM_REQUEUE
-        )
+        matches!(self.0, sys::OBD_BLK_STS_AGAIN | sys::OBD_BLK_STS_DM_REQUEUE)
     }
 
     /// Returns the error number, above 0.
