@@ -8,6 +8,7 @@
 use core::num::NonZeroU64;
 use core::ops::{Deref, DerefMut};
 
+use super::heap;
 use super::lsmt::{Segment, MAX_END};
 use super::num::{to_u64, to_usize};
 use super::{Error, Fault, SECTOR_SIZE};
@@ -131,11 +132,7 @@ where
         }
     }
     let mut heap = heap.get_mut(..waiting).ok_or(bad_count)?;
-    for at in (0..waiting / 2).rev() {
-        if let Some(&event) = heap.get(at) {
-            sift_down(heap, at, event);
-        }
-    }
+    heap::make(heap);
 
     let mut open = LayerSet::default();
     // The visible segment with its layer, and the sector from which on it is visible.
@@ -157,7 +154,7 @@ where
             segment(layer, *cursor).map(|this| this.end())
         };
         open.toggle(layer);
-        heap = replace_first(heap, next.map(|sector| Event::new(sector, layer)));
+        heap = heap::replace_first(heap, next.map(|sector| Event::new(sector, layer)));
 
         // Events of layers below the visible one change nothing.
         if top.is_some_and(|(shown, _)| layer < shown) {
@@ -183,44 +180,6 @@ where
         });
     }
     Ok(())
-}
-
-/// Replaces the first event of `heap` by `event`, or removes it if `event` is `None`. Returns the
-/// heap.
-fn replace_first(heap: &mut [Event], event: Option<Event>) -> &mut [Event] {
-    let (heap, event) = match (event, heap.split_last_mut()) {
-        (Some(_), _) | (None, None) => (heap, event),
-        (None, Some(_)) => {
-            let last = heap.len() - 1;
-            let (rest, removed) = heap.split_at_mut(last);
-            (rest, removed.first().copied())
-        }
-    };
-    let Some(event) = event else {
-        return heap;
-    };
-    sift_down(heap, 0, event);
-    heap
-}
-
-/// Puts `event` at index `at` of `heap` or below it, and moves smaller children up.
-fn sift_down(heap: &mut [Event], mut at: usize, event: Event) {
-    loop {
-        let left = 2 * at + 1;
-        let (child, &smaller) = match (heap.get(left), heap.get(left + 1)) {
-            (Some(a), Some(b)) if b < a => (left + 1, b),
-            (Some(a), _) => (left, a),
-            (None, _) => break,
-        };
-        match heap.get_mut(at) {
-            Some(slot) if smaller < event => *slot = smaller,
-            _ => break,
-        }
-        at = child;
-    }
-    if let Some(slot) = heap.get_mut(at) {
-        *slot = event;
-    }
 }
 
 /// The result of looking up a sector: where it and the sectors after it are read from.

@@ -19,7 +19,9 @@
 #![forbid(unsafe_code)]
 
 pub mod blob;
+pub mod dax;
 pub mod error;
+pub mod heap;
 pub mod lsmt;
 pub mod merge;
 pub mod num;

@@ -51,6 +51,52 @@ fn loads() {
     }
 }
 
+/// Places of data, up to four of them, in every order: what has a sector in common is found.
+#[test]
+fn overlaps() {
+    use overlaybd::format::dax::{overlap, Place};
+
+    let common = |a: &Place, b: &Place| a.start < b.end && b.start < a.end;
+    let all: Vec<Place> = (0..4)
+        .flat_map(|start| (1..=3).map(move |len| (start, start + len)))
+        .map(|(start, end)| Place { start, end })
+        .collect();
+    let mut lists: Vec<Vec<Place>> = vec![Vec::new()];
+    for _ in 0..4 {
+        let longer = lists.iter().flat_map(|list| {
+            all.iter()
+                .map(move |&place| list.iter().copied().chain([place]).collect())
+        });
+        let longer: Vec<Vec<Place>> = longer.collect();
+        for list in &longer {
+            let wanted = (0..list.len())
+                .any(|nth| list[..nth].iter().any(|other| common(other, &list[nth])));
+            let mut changed = list.clone();
+            match overlap(&mut changed, || Ok::<_, Infallible>(())).unwrap() {
+                None => assert!(!wanted, "{list:?}"),
+                Some([a, b]) => assert!(wanted && common(&a, &b), "{list:?}: {a:?} {b:?}"),
+            }
+        }
+        lists = longer;
+    }
+    // It can be stopped.
+    let mut many: Vec<Place> = (0..1 << 17)
+        .map(|start| Place {
+            start,
+            end: start + 1,
+        })
+        .collect();
+    let mut left = 1;
+    let stopped = overlap(&mut many, || {
+        left -= 1;
+        if left < 0 {
+            return Err("stopped");
+        }
+        Ok(())
+    });
+    assert_eq!(stopped, Err("stopped"));
+}
+
 /// Splits a short stream into pieces in every way, with an empty first piece as well.
 #[test]
 fn records() {
