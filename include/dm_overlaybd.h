@@ -9,6 +9,7 @@
 
 #include <linux/bio.h>
 #include <linux/blkdev.h>
+#include <linux/dax.h>
 #include <linux/percpu.h>
 #include <linux/ratelimit.h>
 #include <linux/spinlock.h>
@@ -22,6 +23,16 @@ unsigned int obd_bdev_logical_block_size(struct block_device *bdev);
  * requests.
  */
 bool obd_bdev_may_stack(struct block_device *bdev);
+sector_t obd_get_start_sect(struct block_device *bdev);
+sector_t obd_get_capacity(struct gendisk *disk);
+unsigned int obd_disk_openers(struct gendisk *disk);
+
+/* DAX. */
+/* With DAX_ACCESS; -EOPNOTSUPP in a kernel without DAX. */
+long obd_dax_direct_access(struct dax_device *dax_dev, pgoff_t pgoff,
+			   long nr_pages, void **kaddr, unsigned long *pfn);
+/* The address of ZERO_PAGE(). */
+void *obd_zero_page(void);
 
 /* Bios and pages. */
 /* memcpy() and memset(), also for memory that user space changes meanwhile. */

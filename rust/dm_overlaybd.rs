@@ -2,7 +2,8 @@
 
 //! Device-mapper targets for OverlayBD images.
 //!
-//! There are two read-only targets: `zfile` decompresses a ZFile, `lsmt` merges a stack of layers.
+//! The targets are read-only: `zfile` decompresses a ZFile, `lsmt` merges a stack of layers, and
+//! `lsmt-dax` does the same with DAX.
 //!
 //! ```text
 //! zfile, lsmt                targets: table lines and the path of a bio; no unsafe code
@@ -37,7 +38,7 @@ module! {
     authors: ["The dm-overlaybd developers"],
     description: "Device-mapper targets for OverlayBD images",
     license: "GPL",
-    alias: ["dm-zfile", "dm-lsmt", "dm-zfile_target", "dm-lsmt_target"],
+    alias: ["dm-zfile", "dm-lsmt", "dm-zfile_target", "dm-lsmt_target", "dm-lsmt-dax"],
 }
 
 /// The registered target types. The first two have the names that the 2023 prototype used.
@@ -46,11 +47,13 @@ struct OverlayBd {
     #[pin]
     zfile_target: Registration<Zfile>,
     #[pin]
-    lsmt_target: Registration<Lsmt>,
+    lsmt_target: Registration<Lsmt<false>>,
     #[pin]
     zfile: Registration<Zfile>,
     #[pin]
-    lsmt: Registration<Lsmt>,
+    lsmt: Registration<Lsmt<false>>,
+    #[pin]
+    lsmt_dax: Registration<Lsmt<true>>,
     // The last field: dropped when no target type is registered any more.
     _last_out: dm::LastOut,
 }
@@ -59,13 +62,14 @@ impl kernel::InPlaceModule for OverlayBd {
     fn init(module: &'static ThisModule) -> impl PinInit<Self, Error> {
         pin_init::pin_init_scope(move || {
             let shared = zfile::Shared::new()?;
-            let nothing = Arc::new((), GFP_KERNEL)?;
+            let claims = Arc::pin_init(dm::Claims::new(), GFP_KERNEL)?;
             let queue = Some(Queue::new(c"overlaybd")?);
             Ok(try_pin_init!(Self {
                 zfile_target <- Registration::new(c"zfile_target", module, shared.clone(), queue.clone()),
-                lsmt_target <- Registration::new(lsmt::LEGACY_NAME, module, nothing.clone(), None),
+                lsmt_target <- Registration::new(lsmt::LEGACY_NAME, module, claims.clone(), None),
                 zfile <- Registration::new(c"zfile", module, shared, queue),
-                lsmt <- Registration::new(c"lsmt", module, nothing, None),
+                lsmt <- Registration::new(c"lsmt", module, claims.clone(), None),
+                lsmt_dax <- Registration::new(c"lsmt-dax", module, claims, None),
                 _last_out: dm::LastOut,
             }? Error))
         })

@@ -196,6 +196,11 @@ side_by_side() {
 	return "$status"
 }
 
+# with_pmem COMMAND...: run it with VMs that have two pmem devices, for the test dax, and as much other memory.
+with_pmem() {
+	KERNEL_ARGS=$PMEM QEMU_MEM=${QEMU_MEM:-2304} "$@"
+}
+
 # rublk: build a ublk server for a recipe in the system tests, since Debian has none. Quick if it is built already.
 rublk() {
 	counts "rublk" "$SCRIPTS/in-root.sh" env -u CARGO_TARGET_DIR cargo install --locked rublk@0.2.13
@@ -238,7 +243,9 @@ read -ra lints <<<"$("$SCRIPTS/lint.sh" --list)"
 export USE_ROOT=1 KDIR='' CARGO='' NOBUILD=1
 # Each in a VM of its own, and a third VM for the rest: with the debug kernel the three take about the same time.
 thirds=("mutants memory" "injection golden faults")
-rest="--but ${thirds[*]}"
+# The test dax has a part of the VM's memory as pmem devices; the other tests do not use them.
+PMEM="memmap=128M!1G memmap=128M!1280M"
+rest="--but dax ${thirds[*]}"
 # These mainly test obdsetup: they are left out with a slow kernel.
 rest_of_module="$rest metadata health identity sharing pagecache"
 within=
@@ -272,18 +279,18 @@ for part in "${parts[@]}"; do
 	case $part in
 	stock)
 		user_space
-		in_vm stock tests "${thirds[@]}" "$rest"
+		with_pmem in_vm stock tests "${thirds[0]}" "${thirds[1]} dax" "$rest"
 		;;
 	system)
 		rublk
 		debian_image
-		in_vm stock "system tests" system
+		with_pmem in_vm stock "system tests" "system dax"
 		;;
 	both)
 		user_space
 		rublk
 		debian_image
-		in_vm stock "all tests" "${thirds[0]}" "${thirds[1]} system" "$rest"
+		with_pmem in_vm stock "all tests" "${thirds[0]}" "${thirds[1]} system dax" "$rest"
 		;;
 	cpus)
 		QEMU_SMP=12 KERNEL_ARGS="maxcpus=4 isolcpus=2 nohz_full=3" \

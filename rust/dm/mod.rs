@@ -11,6 +11,7 @@
 //!                 Bio::zero, refuse              ended
 //!                 Bio::begin -> Io               the target works on it:
 //!                   Io::attach -> read -> defer -> … -> Io::end
+//! page       -> Target::DAX -> Memory            never blocks; for file systems that map it
 //! ```
 //!
 //! Who has a [`Bio`] or an [`Io`] owns an I/O that hasn't ended. Each of their final methods takes
@@ -30,6 +31,7 @@ use kernel::prelude::*;
 mod alert;
 mod args;
 mod bio;
+mod dax;
 mod device;
 mod io;
 mod meta;
@@ -39,6 +41,7 @@ mod target;
 
 pub(crate) use args::{blob_bytes, number, option_count, put_blob, Args, UNKNOWN_OPTION};
 pub(crate) use bio::{Bio, Mapped};
+pub(crate) use dax::{Claim, Claims, Find, Memory, PAGE_SECTORS};
 pub(crate) use device::{Device, DeviceId};
 pub(crate) use io::{frame_size, Io, IoQueue, Spares};
 pub(crate) use meta::MetaReader;

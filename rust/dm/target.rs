@@ -14,8 +14,9 @@ use kernel::sync::Arc;
 use kernel::types::Opaque;
 
 use super::alert::Alerts;
+use super::dax::{self, Access};
 use super::setup::{type_name, DeviceName};
-use super::{Args, Bio, Device, DeviceId, Emit, Failure, Mapped, Setup, Spares};
+use super::{Args, Bio, Device, DeviceId, Emit, Failure, Find, Mapped, Setup, Spares};
 use crate::block::{Pool, Queue, Status, Workers};
 use crate::sys;
 
@@ -46,6 +47,11 @@ pub(crate) trait Target: Send + Sync + Sized + 'static {
     /// Name of the variable that tells of the first fault in a uevent: the number of a corrupt
     /// block, or the error number of a failed read.
     const ALERT: &'static CStr;
+    /// Looks up the memory of a sector for file systems that map it; `None` for a target without DAX.
+    /// A target with DAX claims its devices ([`Claim`]), and has each page of them at one place only.
+    ///
+    /// [`Claim`]: super::Claim
+    const DAX: Option<Find<Self>> = None;
 
     /// Makes a target from the arguments of its table line.
     ///
@@ -116,12 +122,13 @@ impl Limits<'_> {
 /// # Invariants
 ///
 /// `devices` are in the order in which they were opened, that of their [`DeviceId`]s. `workers` are
-/// there for targets with per-bio data.
+/// there for targets with per-bio data, `access` for those with DAX.
 pub(super) struct Live<T> {
     // Dropped first: waits for workers that have ended their I/O and are about to return.
     workers: Option<Pin<KBox<Workers>>>,
     // Waits for an event that is being sent.
     alerts: Pin<KBox<Alerts>>,
+    access: Option<Access>,
     target: T,
     devices: KVec<Device>,
     begin: u64,
@@ -221,8 +228,20 @@ impl<T: Target> Registration<T> {
                 Some(_) => Some(Self::message),
                 None => None,
             },
+            preresume: match T::DAX {
+                Some(_) => Some(Self::preresume),
+                None => None,
+            },
             iterate_devices: Some(Self::iterate_devices),
             io_hints: Some(Self::io_hints),
+            direct_access: match T::DAX {
+                Some(_) => Some(Self::direct_access),
+                None => None,
+            },
+            dax_zero_page_range: match T::DAX {
+                Some(_) => Some(Self::dax_zero_page_range),
+                None => None,
+            },
             ..Default::default()
         }
     }
@@ -269,6 +288,10 @@ impl<T: Target> Registration<T> {
         };
         // SAFETY: The caller's promise.
         let args = unsafe { Args::new(argc, argv) };
+        let access = match T::DAX {
+            Some(_) => Some(Access::new(&setup)?),
+            None => None,
+        };
         let target = T::new(&mut setup, args)?;
         let workers = match &registration.queue {
             None => None,
@@ -282,6 +305,7 @@ impl<T: Target> Registration<T> {
         let live = Live {
             workers,
             alerts,
+            access,
             target,
             devices: setup.devices,
             begin,
@@ -440,6 +464,59 @@ impl<T: Target> Registration<T> {
             }
         }
         0
+    }
+
+    /// # Safety
+    ///
+    /// Called by device-mapper for a target that `ctr` made, before the device is resumed.
+    unsafe extern "C" fn preresume(ti: *mut sys::dm_target) -> ffi::c_int {
+        // SAFETY: The caller's promise.
+        let live = unsafe { Self::live(ti) };
+        let (Some(access), Some(ti)) = (&live.access, NonNull::new(ti)) else {
+            return 0;
+        };
+        // SAFETY: The caller's promise.
+        match unsafe { access.begin(ti) } {
+            Ok(()) => 0,
+            Err(error) => error.to_errno(),
+        }
+    }
+
+    /// # Safety
+    ///
+    /// Called by device-mapper for a target that `ctr` made, with pointers that are null or valid
+    /// for a write. The table is in use for the whole call.
+    unsafe extern "C" fn direct_access(
+        ti: *mut sys::dm_target,
+        page: ffi::c_ulong,
+        pages: ffi::c_long,
+        mode: sys::dax_access_mode,
+        kaddr: *mut *mut ffi::c_void,
+        pfn: *mut ffi::c_ulong,
+    ) -> ffi::c_long {
+        // SAFETY: The caller's promise.
+        let live = unsafe { Self::live(ti) };
+        let begun = live.access.as_ref().is_some_and(Access::has_begun);
+        // The other mode is for writes.
+        if !begun || mode != sys::dax_access_mode_DAX_ACCESS {
+            return EIO.to_errno() as ffi::c_long;
+        }
+        // SAFETY: The caller's promise.
+        match unsafe { dax::direct_access(live, page as u64, pages, kaddr, pfn) } {
+            Ok(found) => found,
+            Err(error) => error.to_errno() as ffi::c_long,
+        }
+    }
+
+    /// # Safety
+    ///
+    /// Called by device-mapper.
+    unsafe extern "C" fn dax_zero_page_range(
+        _ti: *mut sys::dm_target,
+        _page: ffi::c_ulong,
+        _pages: usize,
+    ) -> ffi::c_int {
+        EIO.to_errno()
     }
 
     /// # Safety

@@ -1,20 +1,20 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! The `lsmt` target: a stack of layers as one disk.
+//! The `lsmt` target: a stack of layers as one disk. The `lsmt-dax` target: the same, with DAX.
 //!
 //! ```text
-//! <start> <len> lsmt <#layers> {<dev> <blob bytes | ->}… [<#opt_params> <opt_params>…]
+//! <start> <len> lsmt[-dax] <#layers> {<dev> <blob bytes | ->}… [<#opt_params> <opt_params>…]
 //! ```
 //!
 //! The indexes of the layers are merged when the device is made. A read is looked up in the result
-//! and sent on; no lock, no memory and no worker is needed.
+//! and sent on; no lock, no memory and no worker is needed. So is a page that a file system maps.
 
 mod table;
 
 use kernel::prelude::*;
 use kernel::sync::atomic::{Atomic, Relaxed};
 
-use crate::dm::{Bio, DeviceId, Mapped};
+use crate::dm::{Bio, Claim, DeviceId, Mapped, Memory};
 use crate::format::lsmt::Segment;
 use crate::format::merge::{Extent, Index};
 
@@ -24,8 +24,8 @@ pub(crate) const LEGACY_NAME: &CStr = c"lsmt_target";
 /// Sectors that are filled with zeros at once, at most.
 const MAX_ZERO: u64 = 2048;
 
-/// An `lsmt` target.
-pub(crate) struct Lsmt {
+/// An `lsmt` target, or with `DAX` an `lsmt-dax` target.
+pub(crate) struct Lsmt<const DAX: bool> {
     /// The merged index; `moffset` counts from the start of the device.
     index: Index<KVVec<Segment>, KVVec<u32>>,
     /// Size of the virtual disk in bytes.
@@ -38,6 +38,8 @@ pub(crate) struct Lsmt {
     legacy: bool,
     /// Number of reads that have failed.
     failed: Atomic<u64>,
+    /// The claim on the devices of an `lsmt-dax` target.
+    _claim: Option<Claim>,
 }
 
 /// A sector that is only in part within the disk; the rest reads as zeros.
@@ -46,7 +48,7 @@ struct Tail {
     bytes: [u8; 512],
 }
 
-impl Lsmt {
+impl<const DAX: bool> Lsmt<DAX> {
     /// Counts a read that has failed.
     fn read_failed(&self) {
         self.failed.fetch_add(1, Relaxed);
@@ -73,6 +75,30 @@ impl Lsmt {
                 bio.accept_partial(len.min(MAX_ZERO));
                 bio.zero()
             }
+        }
+    }
+
+    /// Returns the memory of sector `sector`, with that of the sectors after it as far as it is
+    /// contiguous, at most `most` sectors in all, or up to the end of a segment.
+    fn find_memory(&self, sector: u64, most: u64) -> Memory {
+        let (layer, first, mut sectors) = match self.index.lookup(sector) {
+            Extent::Data { layer, sector, len } => (layer, sector, len),
+            Extent::Zeros { .. } => return Memory::Zeros,
+        };
+        while sectors < most {
+            match self.index.lookup(sector + sectors) {
+                Extent::Data {
+                    layer: next,
+                    sector,
+                    len,
+                } if next == layer && sector == first + sectors => sectors += len,
+                _ => break,
+            }
+        }
+        Memory::Device {
+            device: DeviceId::nth(layer),
+            sector: first,
+            sectors,
         }
     }
 }

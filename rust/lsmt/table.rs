@@ -8,7 +8,11 @@ use kernel::sync::atomic::{Atomic, Relaxed};
 use super::{Lsmt, Tail};
 use crate::block::memory;
 use crate::compat;
-use crate::dm::{self, Args, Bio, Device, DeviceId, Emit, Failure, Limits, Mapped, Setup};
+use crate::dm::{
+    self, Args, Bio, Claim, Claims, Device, DeviceId, Emit, Failure, Find, Limits, Mapped, Setup,
+    PAGE_SECTORS,
+};
+use crate::format::dax::{self, Place};
 use crate::format::lsmt::{Layer, Segment};
 use crate::format::merge::{self, Event, Extent, Index, MAX_LAYERS};
 use crate::format::num::{to_u64, to_usize};
@@ -31,15 +35,16 @@ impl core::ops::Deref for Opened {
     }
 }
 
-impl dm::Target for Lsmt {
-    type Context = ();
+impl<const DAX: bool> dm::Target for Lsmt<DAX> {
+    type Context = Claims;
 
     const VERSION: [u32; 3] = [1, 1, 0];
     const NOWAIT: bool = true;
-    const READ_FAILED: Option<fn(&Self)> = Some(Lsmt::read_failed);
+    const READ_FAILED: Option<fn(&Self)> = Some(Self::read_failed);
     const ALERT: &'static CStr = c"DM_LSMT_READ_ERROR";
+    const DAX: Option<Find<Self>> = if DAX { Some(Self::find_memory) } else { None };
 
-    fn new(setup: &mut Setup<'_, ()>, mut args: Args<'_>) -> Result<Self, Failure> {
+    fn new(setup: &mut Setup<'_, Claims>, mut args: Args<'_>) -> Result<Self, Failure> {
         setup.require_read_only()?;
         let legacy = setup.type_name() == super::LEGACY_NAME;
         let count = if legacy {
@@ -58,8 +63,15 @@ impl dm::Target for Lsmt {
             let path = args.required(c"Missing device")?;
             let bytes = dm::blob_bytes(&mut args)?;
             let device = setup.open(path)?;
+            if DAX {
+                setup.require_dax(device)?;
+            }
             blob_bytes.push(bytes, GFP_KERNEL)?;
-            layers.push(open_layer(setup, device, bytes)?, GFP_KERNEL)?;
+            let layer = open_layer(setup, device, bytes)?;
+            if DAX {
+                check_overlap(&layer)?;
+            }
+            layers.push(layer, GFP_KERNEL)?;
         }
         dm::option_count(&mut args)?;
         if args.len() > 0 {
@@ -72,6 +84,12 @@ impl dm::Target for Lsmt {
         }
         let segments = merge_layers(&layers, setup.len())?;
         check_alignment(setup, &segments, count, size)?;
+        let claim = if DAX {
+            check_pages(setup, &segments, size)?;
+            Some(Claim::new(setup, setup.context())?)
+        } else {
+            None
+        };
         let runs = |len| Ok(compat::zeroed(len, memory::LARGE)?);
         let index = Index::new(segments, runs, pause)?;
         Ok(Self {
@@ -81,6 +99,7 @@ impl dm::Target for Lsmt {
             blob_bytes,
             legacy,
             failed: Atomic::new(0),
+            _claim: claim,
         })
     }
 
@@ -129,7 +148,7 @@ impl dm::Target for Lsmt {
 
 /// Reads a layer's index. Its `moffset`s come out as sectors of the device.
 fn open_layer(
-    setup: &mut Setup<'_, ()>,
+    setup: &mut Setup<'_, Claims>,
     device: DeviceId,
     bytes: Option<u64>,
 ) -> Result<Opened, Failure> {
@@ -181,7 +200,7 @@ fn merge_layers(layers: &[Opened], limit: u64) -> Result<KVVec<Segment>, Failure
 
 /// Checks that reads of whole blocks stay reads of whole blocks when they are sent on.
 fn check_alignment(
-    setup: &Setup<'_, ()>,
+    setup: &Setup<'_, Claims>,
     segments: &[Segment],
     layers: usize,
     size: u64,
@@ -192,13 +211,7 @@ fn check_alignment(
         block = block.max(setup.device(id)?.logical_block_size().into());
     }
     let mask = block / SECTOR_SIZE - 1;
-    let mut all = 0;
-    for part in segments.chunks(1 << 16) {
-        pause()?;
-        all = part.iter().fold(all, |all, segment| {
-            all | segment.offset() | segment.length() | segment.moffset()
-        });
-    }
+    let mut all = alignment(segments)?;
     // Where the disk ends within a sector, that one is kept, and reads end before it.
     let end = size / SECTOR_SIZE;
     if size % SECTOR_SIZE != 0 && setup.len() > end {
@@ -213,9 +226,47 @@ fn check_alignment(
     Ok(())
 }
 
+/// As [`dax::alignment`], with pauses.
+fn alignment(segments: &[Segment]) -> Result<u64, Failure> {
+    let mut all = 0;
+    for part in segments.chunks(1 << 16) {
+        pause()?;
+        all |= dax::alignment(part);
+    }
+    Ok(all)
+}
+
+/// Checks that each page of the disk is a page of a layer, or in a hole.
+fn check_pages(setup: &Setup<'_, Claims>, segments: &[Segment], size: u64) -> Result<(), Failure> {
+    let mask = PAGE_SECTORS - 1;
+    if (setup.begin() | setup.len()) & mask != 0 || size % (PAGE_SECTORS * SECTOR_SIZE) != 0 {
+        return Err(Failure::new(c"Disk is not aligned to pages", EINVAL));
+    }
+    if alignment(segments)? & mask != 0 {
+        return Err(Failure::new(c"Layers are not aligned to pages", EINVAL));
+    }
+    Ok(())
+}
+
+/// Checks that no two segments of a layer have data in common. Segments that other layers hide count,
+/// too: so no copy of the merged index has to be sorted.
+fn check_overlap(layer: &Opened) -> Result<(), Failure> {
+    let mut places = KVVec::with_capacity(layer.segments.len(), memory::LARGE)?;
+    for place in layer.segments.iter().filter_map(Place::of) {
+        places.push(place, GFP_KERNEL)?;
+    }
+    match dax::overlap(&mut places, pause)? {
+        None => Ok(()),
+        Some(_) => Err(Failure::new(
+            c"Extents of a layer have the same data",
+            EINVAL,
+        )),
+    }
+}
+
 /// Reads the last sector, where the disk of `size` bytes ends within it.
 fn read_tail(
-    setup: &Setup<'_, ()>,
+    setup: &Setup<'_, Claims>,
     index: &Index<KVVec<Segment>, KVVec<u32>>,
     size: u64,
 ) -> Result<Option<Tail>, Failure> {

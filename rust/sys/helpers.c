@@ -31,6 +31,37 @@ bool obd_bdev_may_stack(struct block_device *bdev)
 	return bdev->bd_disk->fops->submit_bio;
 }
 
+sector_t obd_get_start_sect(struct block_device *bdev)
+{
+	return get_start_sect(bdev);
+}
+
+sector_t obd_get_capacity(struct gendisk *disk)
+{
+	return get_capacity(disk);
+}
+
+unsigned int obd_disk_openers(struct gendisk *disk)
+{
+	return disk_openers(disk);
+}
+
+long obd_dax_direct_access(struct dax_device *dax_dev, pgoff_t pgoff,
+			   long nr_pages, void **kaddr, unsigned long *pfn)
+{
+#if IS_ENABLED(CONFIG_FS_DAX)
+	return dax_direct_access(dax_dev, pgoff, nr_pages, DAX_ACCESS, kaddr,
+				 pfn);
+#else
+	return -EOPNOTSUPP;
+#endif
+}
+
+void *obd_zero_page(void)
+{
+	return page_address(ZERO_PAGE(0));
+}
+
 void obd_count_reclaimable(struct page *page, long pages)
 {
 	mod_node_page_state(page_pgdat(page), NR_KERNEL_MISC_RECLAIMABLE, pages);

@@ -1,0 +1,528 @@
+#!/usr/bin/env python3
+# SPDX-License-Identifier: GPL-2.0
+"""DAX: file systems on lsmt-dax map the memory of pmem devices, and no page gets two owners.
+
+Needs two pmem devices of 128 MiB, see PMEM in scripts/check.sh.
+"""
+
+import contextlib
+import ctypes
+import errno
+import fcntl
+import hashlib
+import mmap
+import os
+import random
+import shutil
+import signal
+import stat
+import struct
+import subprocess
+import tempfile
+
+from obdtest import dm, image
+from obdtest.disk import Disk
+from obdtest.ktap import Skip, check, defer, equal, main, same_bytes, skip_all, test
+from obdtest.tracing import Trace
+
+PMEM = ("/dev/pmem0", "/dev/pmem1")
+PAGE = os.sysconf("SC_PAGE_SIZE")
+HUGE = 2 << 20
+MIB = 1 << 20
+# Longest entry of a layer, in sectors: whole pages.
+LONGEST = 16320
+
+subprocess.run(["modprobe", "-qa", "nd_e820", "nd_pmem"], check=False)
+if not all(stat.S_ISBLK(os.stat(path).st_mode) for path in PMEM if os.path.exists(path)) or \
+        not all(map(os.path.exists, PMEM)):
+    skip_all("no pmem: boot with QEMU_MEM=2304 KERNEL_ARGS='memmap=128M!1G memmap=128M!1280M'")
+
+_libc = ctypes.CDLL(None, use_errno=True)
+
+
+class Pmem:
+    """A pmem device, or a partition of one, with bytes at its start."""
+
+    def __init__(self, content, path=PMEM[0]):
+        self.path, self.length = path, len(content)
+        dev = os.stat(path).st_rdev
+        self.number = f"{os.major(dev)}:{os.minor(dev)}"
+        with open(path, "r+b", buffering=0) as device:
+            dm.write(device.fileno(), content)
+            os.fsync(device.fileno())
+
+
+def table(size, *layers, target="lsmt-dax", start=0):
+    """A line of a table on layers, lowest first."""
+    return dm.line(start, size // 512, target, len(layers),
+                   *[word for layer in layers for word in (layer.path, layer.length)])
+
+
+def lsmt_dax(size, *layers):
+    return dm.create(table(size, *layers))
+
+
+def layer(size, extents, huge=False):
+    """A layer of extents (sector, bytes) and (sector, sectors that are zeroed); huge: at places with the remainder that
+    they have on the disk, for the largest pages."""
+    entries, data = [], bytearray()
+    for sector, what in extents:
+        zeroed = isinstance(what, int)
+        if huge and not zeroed and len(what) >= HUGE:
+            data += bytes((sector * 512 - 4096 - len(data)) % HUGE)
+        left = what if zeroed else len(what) // 512
+        while left:
+            length = min(left, LONGEST)
+            entries.append(image.lsmt_entry(sector, length, 8 + len(data) // 512, zeroed))
+            if not zeroed:
+                data += what[len(what) - left * 512:][:length * 512]
+            sector, left = sector + length, left - length
+    return image.lsmt_of(entries, bytes(data), size)
+
+
+def changes(raw, base=b""):
+    """Extents of the pages in which a disk differs from the one below it, or from zeros."""
+    extents, zeros = [], bytes(PAGE)
+    for at in range(0, len(raw), PAGE):
+        page = raw[at:at + PAGE]
+        if page == (base[at:at + PAGE] or zeros):
+            continue
+        if page == zeros:
+            extents.append((at // 512, PAGE // 512))
+        elif extents and not isinstance(extents[-1][1], int) and extents[-1][0] * 512 + len(extents[-1][1]) == at:
+            extents[-1][1].extend(page)
+        else:
+            extents.append((at // 512, bytearray(page)))
+    return extents
+
+
+def refused(phrase, error, *lines):
+    """Fails unless a table is refused, for this reason."""
+    log = dm.KernelLog()
+    try:
+        dm.create(*lines)
+        got = None
+    except OSError as caught:
+        got = caught.errno
+    equal(got, error, phrase)
+    said = [text for text in log.lines() if "device-mapper: table" in text]
+    check(any(phrase in text for text in said), f"no log line has {phrase!r}: {said}")
+
+
+def noise(size, seed):
+    """Bytes, no page of which is zero."""
+    return random.Random(seed).randbytes(size)
+
+
+# ---- tables ----
+
+SIZE = 4 * MIB
+
+
+def simple(seed=1, size=SIZE):
+    """A disk, and a layer that has all of it."""
+    raw = noise(size, seed)
+    return raw, layer(size, [(0, raw)])
+
+
+@test("reads by bios are those of lsmt")
+def bios():
+    rng = random.Random(7)
+    layers = []
+    for path, seed in zip(PMEM, (3, 4)):
+        extents = sorted(image.random_layer(rng, SIZE, unit=PAGE // 512), key=lambda extent: extent[0])
+        layers.append(Pmem(layer(SIZE, extents), path))
+        with open(path, "rb") as file:
+            layers[-1].lsmt = image.Lsmt(file.read(layers[-1].length))
+    device = lsmt_dax(SIZE, *layers)
+    same_bytes(Disk(device).whole(), image.flatten([one.lsmt for one in layers]), "the disk")
+    equal(device.status()[0][2], "lsmt-dax", "target")
+    with open(f"{device.sysfs}/queue/dax", encoding="ascii") as file:
+        equal(file.read().strip(), "1", "queue/dax")
+    plain = dm.create(table(SIZE, *layers, target="lsmt"))
+    with open(f"{plain.sysfs}/queue/dax", encoding="ascii") as file:
+        equal(file.read().strip(), "0", "queue/dax of lsmt")
+
+
+@test("what isn't aligned to pages is refused")
+def misaligned():
+    data = noise(4 * PAGE, 5)
+    unit = PAGE // 512
+    layers = {
+        "offset": image.lsmt_of([image.lsmt_entry(1, unit, 8)], data, SIZE),
+        "length": image.lsmt_of([image.lsmt_entry(0, unit + 1, 8)], data, SIZE),
+        "place": image.lsmt_of([image.lsmt_entry(0, unit, 9)], data, SIZE),
+        "tar": image.tar(simple()[1]),
+    }
+    for what, content in layers.items():
+        pmem = Pmem(content)
+        refused("Layers are not aligned to pages", errno.EINVAL, table(SIZE, pmem))
+        # Without DAX it is a disk.
+        check(dm.create(table(SIZE, pmem, target="lsmt")), what)
+    pmem = Pmem(simple()[1])
+    refused("Disk is not aligned to pages", errno.EINVAL, table(SIZE - 512, pmem))
+    filler = dm.line(0, 1, "error")
+    refused("Disk is not aligned to pages", errno.EINVAL, filler, table(SIZE, pmem, start=1))
+    odd = Pmem(layer(SIZE + 512, [(0, noise(SIZE, 1))]))
+    refused("Disk is not aligned to pages", errno.EINVAL, table(SIZE, odd))
+
+
+@test("extents with the same data are refused")
+def overlaps():
+    data = noise(16 * PAGE, 6)
+    unit = PAGE // 512
+
+    def of(*entries):
+        return Pmem(image.lsmt_of([image.lsmt_entry(*entry) for entry in entries], data, SIZE))
+
+    phrase = "Extents of a layer have the same data"
+    first = 8
+    for entries in (
+            [(0, unit, first), (4 * unit, unit, first)],
+            [(0, 2 * unit, first), (4 * unit, unit, first + unit)],
+            [(0, unit, first + 3 * unit), (unit, unit, first), (2 * unit, 4 * unit, first)],
+            [(0, 4 * unit, first), (8 * unit, unit, first + unit), (16 * unit, unit, first + 8 * unit)],
+    ):
+        refused(phrase, errno.EINVAL, table(SIZE, of(*entries)))
+    # Neighbours are none, in any order, nor are zeroed extents.
+    device = lsmt_dax(SIZE, of((0, unit, first + unit), (unit, unit, first), (4 * unit, unit, first, True)))
+    same_bytes(Disk(device).read(0, 2 * PAGE), data[PAGE:2 * PAGE] + data[:PAGE], "pages that change places")
+
+
+@test("a device without DAX, and a mapped one, are refused")
+def no_dax():
+    _, content = simple()
+    loop = dm.Loop(content)
+    loop.length = len(content)
+    refused("Device has no DAX", errno.EINVAL, table(SIZE, loop))
+    pmem = Pmem(content)
+    linear = dm.linear(pmem, 64 * MIB // 512, readonly=True)
+    linear.length = len(content)
+    refused("DAX layers must not be on mapped devices", errno.EINVAL, table(SIZE, linear))
+    upper = lsmt_dax(SIZE, pmem)
+    upper.length = len(content)
+    refused("DAX layers must not be on mapped devices", errno.EINVAL, table(SIZE, upper))
+
+
+@test("a device is in one DAX table")
+def one_table():
+    raw, content = simple()
+    first, second = Pmem(content), Pmem(content, PMEM[1])
+    phrase = "Device is in a DAX table already"
+    refused(phrase, errno.EBUSY, table(SIZE, first, first))
+    refused(phrase, errno.EBUSY, table(SIZE, first), table(SIZE, first, start=SIZE // 512))
+    device = lsmt_dax(SIZE, first)
+    refused(phrase, errno.EBUSY, table(SIZE, first))
+    # What was claimed before the failure is free again.
+    refused(phrase, errno.EBUSY, table(SIZE, second, first))
+    other = lsmt_dax(SIZE, second)
+    # Without DAX there may be any number.
+    plain = dm.create(table(SIZE, first, target="lsmt"))
+    disk = Disk(plain)
+    same_bytes(disk.read(0, MIB), raw[:MIB], "the disk without DAX")
+    disk.close()
+    plain.remove()
+    # A table that isn't live has its devices, too.
+    waiting = dm.Device()
+    device.remove()
+    waiting.load(table(SIZE, first))
+    refused(phrase, errno.EBUSY, table(SIZE, first))
+    waiting.clear()
+    check(lsmt_dax(SIZE, first), "the device is free again")
+    other.remove()
+
+
+class Partition(Pmem):
+    """A partition of a pmem device."""
+
+    def __init__(self, content, number, start, length):
+        self.disk, self.partition = os.open(PMEM[0], os.O_RDWR), number
+        defer(os.close, self.disk)
+        self._change(1, start, length)
+        defer(self._change, 2, 0, 0)
+        super().__init__(content, f"{PMEM[0]}p{number}")
+
+    def _change(self, what, start, length):
+        part = ctypes.create_string_buffer(struct.pack("=qqi128x4x", start, length, self.partition))
+        arg = struct.pack("@iiiP", what, 0, len(part) - 1, ctypes.addressof(part))
+        fcntl.ioctl(self.disk, 0x1269, arg)
+
+
+@test("partitions are devices of their own")
+def partitions():
+    raws = [noise(SIZE, seed) for seed in (11, 12)]
+    parts = [Partition(layer(SIZE, [(0, raw)]), nth + 1, (1 + 16 * nth) * MIB, 16 * MIB)
+             for nth, raw in enumerate(raws)]
+    devices = [lsmt_dax(SIZE, part) for part in parts]
+    refused("Device is in a DAX table already", errno.EBUSY, table(SIZE, parts[1]))
+    for device, raw in zip(devices, raws):
+        same_bytes(Disk(device).read(0, SIZE), raw, "a partition")
+
+
+@test("a table is not replaced while the device is open")
+def reload():
+    (raw, content), (raw2, content2) = simple(1), simple(2)
+    first, second = Pmem(content), Pmem(content2, PMEM[1])
+    device = lsmt_dax(SIZE, first)
+    disk = Disk(device)
+    for lines in (table(SIZE, second), table(SIZE, first)):
+        with contextlib.suppress(OSError):
+            device.load(lines)
+            check(False, "a table was loaded while the device was open")
+    # The same table may be suspended and resumed.
+    device.suspend()
+    device.resume()
+    same_bytes(disk.read(0, MIB), raw[:MIB], "the disk as before")
+    disk.close()
+    device.load(table(SIZE, second))
+    device.resume()
+    disk = Disk(device)
+    same_bytes(disk.read(0, MIB), raw2[:MIB], "the disk of the new table")
+    disk.close()
+    # Opened between load and resume.
+    device.load(table(SIZE, first))
+    with open(device.path, "rb", buffering=0):
+        try:
+            device.resume()
+            got = None
+        except OSError as error:
+            got = error.errno
+        equal(got, errno.EBUSY, "resume of an open device with a new table")
+    device.resume()
+    same_bytes(Disk(device).read(0, MIB), raw[:MIB], "the disk after a second resume")
+
+
+# ---- file systems ----
+
+def run(*command, **options):
+    """Runs a command; its output."""
+    done = subprocess.run(command, capture_output=True, text=True, check=False, **options)
+    if done.returncode:
+        raise OSError(f"{' '.join(command)}: status {done.returncode}: {done.stderr.strip() or done.stdout.strip()}")
+    return done.stdout
+
+
+def workdir():
+    path = tempfile.mkdtemp(prefix="obdtest-")
+    defer(shutil.rmtree, path)
+    return path
+
+
+def umount(where):
+    if os.path.ismount(where):
+        run("umount", where)
+
+
+def mount(device, where, options):
+    os.makedirs(where, exist_ok=True)
+    run("mount", "-o", options, device, where)
+    defer(umount, where)
+
+
+def make_tree(root, seed=0):
+    os.makedirs(f"{root}/dir", exist_ok=True)
+    for nth, size in enumerate((1, 4095, 4096, 70000, 3 * MIB, 16 * MIB)):
+        with open(f"{root}/dir/file{nth}", "wb") as file:
+            file.write(noise(size, seed + nth))
+    shutil.copy(shutil.which("busybox"), f"{root}/busybox")
+
+
+def digests(root, mapped=False):
+    """The SHA-256 of each file, read or mapped."""
+    out = {}
+    for place, _, files in os.walk(root):
+        for name in files:
+            path = os.path.join(place, name)
+            with open(path, "rb", buffering=0) as file:
+                if mapped and os.path.getsize(path):
+                    with mmap.mmap(file.fileno(), 0, mmap.MAP_SHARED, mmap.PROT_READ) as area:
+                        got = hashlib.sha256(area).hexdigest()
+                else:
+                    digest = hashlib.sha256()
+                    while chunk := file.read(MIB):
+                        digest.update(chunk)
+                    got = digest.hexdigest()
+            out[os.path.relpath(path, root)] = got
+    return out
+
+
+def is_dax(path):
+    """Whether statx() says that a file is mapped without a page cache."""
+    buffer = ctypes.create_string_buffer(256)
+    if _libc.statx(-100, path.encode(), 0, 0x7FF, buffer):
+        raise OSError(ctypes.get_errno(), "statx")
+    attributes, = struct.unpack_from("=Q", buffer.raw, 8)
+    return bool(attributes & 1 << 21)
+
+
+def cached():
+    """Kilobytes of page cache."""
+    with open("/proc/meminfo", encoding="ascii") as file:
+        return next(int(row.split()[1]) for row in file if row.startswith("Cached:"))
+
+
+KINDS = {
+    # Large files begin at 2 MiB.
+    "ext4": (96 * MIB, ["mkfs.ext4", "-q", "-b", str(PAGE), "-E", f"stride={HUGE // PAGE},stripe_width={HUGE // PAGE}"],
+             "ro,noload,dax=always"),
+    "xfs": (96 * MIB, ["mkfs.xfs", "-q", "-m", "reflink=0"], "ro,norecovery,dax=always"),
+}
+
+
+def disks(kind, work):
+    """A disk with a file system, and that with changes: two images and the tree."""
+    if not shutil.which(f"mkfs.{kind}") or subprocess.run(["modprobe", "-q", kind], check=False).returncode:
+        raise Skip(f"this kernel has no {kind}")
+    tree, raw = f"{work}/tree", f"{work}/raw"
+    make_tree(tree)
+    images = []
+    if kind == "erofs":
+        for seed in (0, 100):
+            with open(f"{tree}/dir/file3", "wb") as file:
+                file.write(noise(70000, seed))
+            run("mkfs.erofs", "-b", str(PAGE), "-T0", "-U", "00000000-0000-0000-0000-000000000001", raw, tree)
+            with open(raw, "rb") as file:
+                content = file.read()
+            os.unlink(raw)
+            images.append(content + bytes(-len(content) % PAGE))
+        size = max(map(len, images))
+        return [one + bytes(size - len(one)) for one in images], tree, "ro,dax=always"
+    size, mkfs, options = KINDS[kind]
+    with open(raw, "wb") as file:
+        file.truncate(size)
+    # mkfs.xfs makes small ones for xfstests only.
+    run(*mkfs, raw, env={**os.environ, "TEST_DIR": "x", "TEST_DEV": "x", "QA_CHECK_FS": "x"})
+    for turn in range(2):
+        if turn:
+            os.unlink(f"{tree}/dir/file2")
+            with open(f"{tree}/dir/file3", "wb") as file:
+                file.write(noise(70000, 100))
+        mount(raw, f"{work}/rw", "loop,discard")
+        if turn:
+            # What does not change stays where it is.
+            os.unlink(f"{work}/rw/dir/file2")
+            shutil.copy(f"{tree}/dir/file3", f"{work}/rw/dir/file3")
+        else:
+            run("cp", "-a", f"{tree}/.", f"{work}/rw")
+        umount(f"{work}/rw")
+        with open(raw, "rb") as file:
+            images.append(file.read())
+    return images, tree, options
+
+
+def opened(kind):
+    """A mounted file system on two layers: (device, where, tree)."""
+    work = workdir()
+    (base, changed), tree, options = disks(kind, work)
+    layers = [Pmem(layer(len(base), changes(base), huge=True), PMEM[0]),
+              Pmem(layer(len(base), changes(changed, base)), PMEM[1])]
+    device = lsmt_dax(len(base), *layers)
+    mount(device.path, f"{work}/mnt", options)
+    return device, f"{work}/mnt", tree
+
+
+def file_system(kind):
+    device, where, tree = opened(kind)
+    wanted = digests(tree)
+    before = cached()
+    check(is_dax(f"{where}/dir/file5"), "statx() does not say DAX")
+    got = digests(where, mapped=True)
+    got.pop("lost+found", None)
+    equal(got, wanted, "files that are mapped")
+    equal(digests(where), wanted, "files that are read")
+    equal(run(f"{where}/busybox", "echo", "it runs").strip(), "it runs", "a program")
+    # 19 MiB were read twice. The page cache has what else runs in the VM, and the file system's own structures.
+    check(cached() - before < 4096, f"{cached() - before} KiB more of page cache")
+    # It is mounted.
+    for change in (lambda: device.try_remove(), lambda: device.load(dm.line(0, 8, "lsmt-dax", 1, PMEM[0], "-"))):
+        try:
+            change()
+            error = None
+        except OSError as caught:
+            error = caught.errno
+        equal(error, errno.EBUSY, "a change of a mounted device")
+    equal(digests(where, mapped=True), wanted, "files that are mapped, after that")
+
+
+@test("ext4", timeout=400)
+def ext4():
+    file_system("ext4")
+
+
+@test("xfs", timeout=400)
+def xfs():
+    file_system("xfs")
+
+
+@test("erofs", timeout=400)
+def erofs():
+    file_system("erofs")
+
+
+@test("the largest pages are mapped where a layer allows it", timeout=400)
+def huge_pages():
+    _, where, _ = opened("ext4")
+    path = f"{where}/dir/file5"
+    trace = Trace(("fs_dax:dax_pmd_fault_done", "ino > 0"))
+    with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, mmap.MAP_SHARED, mmap.PROT_READ) as area:
+        for at in range(0, len(area), HUGE):
+            check(area[at:at + 1] is not None, "a byte of each")
+    said = [row[-1] for row in trace.lines()]
+    check(any("NOPAGE" in row for row in said), f"no fault mapped 2 MiB of {run('filefrag', '-v', path)}")
+
+
+def killed_by(function):
+    """The signal that ends a process that calls the function, 0 for none."""
+    child = os.fork()
+    if not child:
+        try:
+            function()
+        finally:
+            os._exit(0)
+    status = os.waitpid(child, 0)[1]
+    return os.WTERMSIG(status) if os.WIFSIGNALED(status) else 0
+
+
+@test("holes read as zeros, and are not mapped")
+def holes():
+    work = workdir()
+    raw = f"{work}/raw"
+    with open(raw, "wb") as file:
+        file.truncate(16 * MIB)
+    run("mkfs.ext4", "-q", "-b", str(PAGE), raw)
+    mount(raw, f"{work}/rw", "loop")
+    with open(f"{work}/rw/zeros", "wb") as file:
+        file.write(bytes(8 * PAGE))
+        file.write(noise(PAGE, 1))
+    with open(f"{work}/rw/sparse", "wb") as file:
+        file.truncate(4 * PAGE)
+    umount(f"{work}/rw")
+    with open(raw, "rb") as file:
+        content = file.read()
+    # The zeros that the file has blocks for are left out of the layer.
+    device = lsmt_dax(len(content), Pmem(layer(len(content), changes(content))))
+    mount(device.path, f"{work}/mnt", "ro,noload,dax=always")
+    with open(f"{work}/mnt/zeros", "rb", buffering=0) as file:
+        same_bytes(file.read(9 * PAGE), bytes(8 * PAGE) + noise(PAGE, 1), "the file, read")
+        shared = mmap.mmap(file.fileno(), 9 * PAGE, mmap.MAP_SHARED, mmap.PROT_READ)
+        private = mmap.mmap(file.fileno(), 9 * PAGE, mmap.MAP_PRIVATE, mmap.PROT_READ | mmap.PROT_WRITE)
+        defer(shared.close)
+        defer(private.close)
+    same_bytes(shared[8 * PAGE:], noise(PAGE, 1), "a page with data, mapped")
+    equal(killed_by(lambda: shared[0]), signal.SIGBUS, "signal of a process that maps a hole")
+
+    def change():
+        private[5] = 1
+        os._exit(0 if private[:PAGE] == bytes(5) + b"\1" + bytes(PAGE - 6) else 1)
+
+    equal(killed_by(change), 0, "signal of a process that changes its own copy of a hole")
+    with open(f"{work}/mnt/zeros", "rb", buffering=0) as file:
+        same_bytes(file.read(PAGE), bytes(PAGE), "the hole after that")
+    # A hole of the file is the file system's.
+    with open(f"{work}/mnt/sparse", "rb") as file, \
+            mmap.mmap(file.fileno(), 0, mmap.MAP_SHARED, mmap.PROT_READ) as area:
+        same_bytes(area[:], bytes(4 * PAGE), "a hole of a file, mapped")
+
+
+if __name__ == "__main__":
+    main()
