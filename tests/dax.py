@@ -524,5 +524,27 @@ def holes():
         same_bytes(area[:], bytes(4 * PAGE), "a hole of a file, mapped")
 
 
+@test("obdsetup makes layers for DAX, and opens them", timeout=400)
+def by_obdsetup():
+    obdsetup = shutil.which("obdsetup")
+    if not obdsetup:
+        raise Skip("no obdsetup")
+    work = workdir()
+    make_tree(f"{work}/tree")
+    run(obdsetup, "create", "--directory", f"{work}/tree", "--fs", "ext4", "--dax", f"{work}/layer")
+    run(obdsetup, "verify", "--dax", f"{work}/layer")
+    with open(f"{work}/layer", "rb") as file:
+        pmem = Pmem(file.read())
+    name = f"obdtest-{os.getpid()}-dax"
+    run(obdsetup, "open", "--dax", name, f"{pmem.path}:size={pmem.length}")
+    defer(subprocess.run, [obdsetup, "close", name])
+    mount(f"/dev/mapper/{name}", f"{work}/mnt", "ro,noload,dax=always")
+    check(is_dax(f"{work}/mnt/dir/file5"), "statx() does not say DAX")
+    got = digests(f"{work}/mnt", mapped=True)
+    equal(got, digests(f"{work}/tree"), "files that are mapped")
+    equal(run("dmsetup", "table", name).split()[2], "lsmt-dax", "target")
+    umount(f"{work}/mnt")
+
+
 if __name__ == "__main__":
     main()

@@ -10,7 +10,7 @@ use clap::Args;
 use overlaybd::format::merge::sectors;
 use overlaybd::identity::is_placed;
 use overlaybd::layer::Ident;
-use overlaybd::LayerReader;
+use overlaybd::{dax, LayerReader};
 
 use crate::exit::{self, Failure};
 use crate::layers::warn;
@@ -154,6 +154,15 @@ impl Findings {
                  {below_path}, has UUID {uuid}: {hint}"
             ));
         }
+    }
+
+    /// Adds what keeps file systems from mapping the pages of each layer.
+    pub(crate) fn add_dax(&mut self, layers: &[LayerReader]) {
+        let misfits = layers.iter().filter_map(|layer| {
+            let misfit = dax::page_size(layer).err()?;
+            Some(format!("{}: {misfit}", layer.path().display()))
+        });
+        self.errors.extend(misfits);
     }
 
     /// A layer may be larger than those below; a smaller one cuts data off.

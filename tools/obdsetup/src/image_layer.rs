@@ -11,11 +11,11 @@ use overlaybd::format::num::{to_u64, to_usize};
 use overlaybd::format::Blob;
 use overlaybd::identity::{self, Below};
 use overlaybd::lsmt_writer::{cut, LayerWriter};
-use overlaybd::{coarsen, diff, FileBlob, LayerReader, Stack};
+use overlaybd::{coarsen, dax, diff, FileBlob, LayerReader, Stack};
 
 use crate::bar::Bar;
 use crate::exit::Failure;
-use crate::layer_args::IdentArgs;
+use crate::layer_args::{IdentArgs, NewLayerArgs};
 use crate::layer_out::LayerOut;
 use crate::layers::warn;
 use crate::size;
@@ -30,12 +30,21 @@ pub(crate) struct CompareArgs {
 }
 
 impl CompareArgs {
-    /// The options, `skip_zeros` being whether zeros stay out of the layer.
-    pub(crate) fn options(&self, skip_zeros: bool) -> diff::Options {
-        diff::Options {
-            granule: self.granularity.unwrap_or(4096),
-            skip_zeros,
+    /// The options, `skip_zeros` being whether zeros stay out of the layer, unless it is for DAX.
+    pub(crate) fn options(&self, skip_zeros: bool, new: &NewLayerArgs) -> Result<diff::Options> {
+        let [page, ..] = dax::PAGE_SIZES;
+        let granule = self.granularity.unwrap_or(page);
+        let keep_zeros = new.wrap.dax;
+        if keep_zeros && granule < page {
+            return Err(Failure::usage(format!(
+                "--granularity {granule}: a layer for DAX is made of pages of {page} bytes"
+            )));
         }
+        Ok(diff::Options {
+            granule,
+            skip_zeros: skip_zeros && !keep_zeros,
+            keep_zeros,
+        })
     }
 }
 
@@ -106,6 +115,9 @@ pub(crate) fn write_image(
     })?;
     let writer = LayerWriter::new(image.size(), ident, cut(diff.runs))
         .with_context(|| format!("{}: cannot make the layer", output.path().display()))?;
+    if options.keep_zeros {
+        output.check_dax(&writer)?;
+    }
     let read = |offset: u64, buf: &mut [u8]| {
         // Behind the end of the image, its last sector is filled up with zeros.
         let inside = image.size().saturating_sub(offset).min(to_u64(buf.len()));

@@ -71,6 +71,10 @@ pub(crate) struct WrapArgs {
     #[arg(long)]
     tar: bool,
 
+    /// Make a layer for `open --dax': plain, in whole pages, with zeros where the disk has blocks
+    #[arg(long, conflicts_with = "tar")]
+    pub(crate) dax: bool,
+
     /// Threads that compress (all CPUs if not given); the result does not depend on it
     #[arg(long, value_name = "N", value_parser = RangedU64ValueParser::<usize>::new().range(1..=MAX_THREADS))]
     threads: Option<usize>,
@@ -88,6 +92,10 @@ impl WrapArgs {
     /// The wrapping that was asked for.
     pub(crate) fn wrapping(&self) -> Result<Wrapping> {
         let zfile = match self.algorithm {
+            Some(Algorithm::Lz4 | Algorithm::Zstd) if self.dax => {
+                return Err(Failure::usage("--dax: a compressed layer cannot be mapped"));
+            }
+            None if self.dax => None,
             None | Some(Algorithm::Lz4) => Some(self.zfile(zfile::Algorithm::Lz4, 12)?),
             Some(Algorithm::Zstd) => Some(self.zfile(zfile::Algorithm::Zstd, 22)?),
             Some(Algorithm::None)

@@ -5,12 +5,14 @@
 use std::path::Path;
 
 use anyhow::Result;
+use overlaybd::dax;
 use overlaybd::format::SECTOR_SIZE;
 use overlaybd::identity::{self, Below, Pieces};
 use overlaybd::lsmt_writer::{LayerWriter, Run};
 use overlaybd::wrap::{self, Sink, Wrapping};
 
 use crate::bar::Bar;
+use crate::exit::Failure;
 use crate::layer_args::NewLayerArgs;
 use crate::output::Output;
 
@@ -39,6 +41,14 @@ impl LayerOut {
             wrapping,
             output: Output::create(path, false, [])?,
         })
+    }
+
+    /// Checks that file systems can map the pages of the layer.
+    pub(crate) fn check_dax(&self, writer: &LayerWriter) -> Result<()> {
+        let [page, ..] = dax::PAGE_SIZES;
+        let misfit = dax::misfit(writer.entries(), writer.virtual_size(), page);
+        let fail = |misfit| Failure::usage(format!("{}: {misfit}", self.path().display()));
+        misfit.map_or(Ok(()), |misfit| Err(fail(misfit)))
     }
 
     /// Where the file is to be.

@@ -18,6 +18,7 @@ use crate::common::{image, names, needs, noise, soon, stop, tests, Place};
 tests! {
     create_and_dump;
     differences;
+    layers_for_dax;
     create_from_a_directory needs needs::e2fsprogs();
     commit;
     merge;
@@ -49,6 +50,73 @@ tests! {
     overlaybdtab;
     generator;
     a_disk_is_not_for_a_terminal needs needs::program("script");
+}
+
+fn layers_for_dax() {
+    let place = Place::new();
+    // Two pages of data, one of zeros, and a hole.
+    let mut disk = noise(8192, 1);
+    disk.resize(12288, 0);
+    place.write("disk.raw", &disk);
+    let file = fs::OpenOptions::new()
+        .write(true)
+        .open(place.path("disk.raw"));
+    file.unwrap().set_len(65536).unwrap();
+    disk.resize(65536, 0);
+    place.ok("create --image disk.raw --dax a");
+    assert!(place.dump("a") == disk);
+    let info = place.json("info --json a");
+    assert_eq!(info[0]["lsmt"]["data_size"], 12288);
+    assert_eq!(info[0]["lsmt"]["dax_page_size"], 4096);
+    assert!(info[0]["lsmt"]["dax_misfit"].is_null());
+    place.ok("verify --dax a");
+    place.run("info a").stdout(contains("in pages of up to 4"));
+
+    // Zeros that become a part of a file are data, too.
+    disk[20480..24576].fill(7);
+    let mut upper = disk.clone();
+    upper[0..4096].fill(0);
+    place.write("upper.raw", &upper);
+    place.ok("create --image upper.raw --base a --dax b");
+    assert!(place.dump("a b") == upper);
+    assert_eq!(place.json("info --json b")[0]["lsmt"]["zeroed_size"], 0);
+
+    // What is wrapped does not fit, and commit unwraps it.
+    place.ok("create --image disk.raw --tar wrapped");
+    place
+        .run("verify --dax wrapped")
+        .code(3)
+        .stderr(contains("is compressed"));
+    place.ok("commit --dax wrapped plain");
+    place.ok("verify --dax plain");
+    place.ok("commit --algorithm none --tar plain tar");
+    place
+        .run("verify --dax tar")
+        .code(3)
+        .stderr(contains("is in a tar"));
+
+    place.write("odd.raw", &disk[..8192 + 512]);
+    place
+        .run("create --image odd.raw --dax x")
+        .code(1)
+        .stderr(contains("ends within a page"));
+    for (command, message) in [
+        (
+            "create --image disk.raw --dax --algorithm zstd x",
+            "cannot be mapped",
+        ),
+        (
+            "create --image disk.raw --dax --granularity 512 x",
+            "pages of 4096",
+        ),
+        (
+            "create --image disk.raw --dax --skip-zeros x",
+            "cannot be used with",
+        ),
+        ("open app a --dax", "is a file"),
+    ] {
+        place.run(command).code(1).stderr(contains(message));
+    }
 }
 
 fn create_and_dump() {

@@ -22,7 +22,13 @@ pub struct Options {
     pub granule: u64,
     /// Whether the lowest layer leaves out granules of zeros.
     pub skip_zeros: bool,
+    /// Whether zeros that are in no hole of the image are data, even where the layers below have none
+    /// and read the same: file systems can map them then.
+    pub keep_zeros: bool,
 }
+
+/// Size in bytes of the units for [`Options::keep_zeros`].
+const PAGE: u64 = 4096;
 
 /// What the layer has.
 #[derive(Debug, Default, PartialEq, Eq)]
@@ -159,6 +165,13 @@ impl Compare<'_> {
         data.into_iter().chain(below).min()
     }
 
+    /// Whether the image has data at byte `at`, and no hole.
+    fn has_data(&self, at: u64) -> bool {
+        self.image
+            .next_data(at)
+            .is_some_and(|data| data.start == at)
+    }
+
     /// Compares the bytes `piece` of the disk. They end at a multiple of every granule or at the
     /// end of the image.
     fn piece(&self, piece: &Range<u64>, buffers: &mut Buffers) -> Result<Found> {
@@ -190,6 +203,14 @@ impl Compare<'_> {
                 let zero = || new.iter().all(|&byte| byte == 0);
                 // `None` leaves the granule out of the layer; `Some(true)` makes it zeroed.
                 let zeroed = match self.base {
+                    Some(base) if self.options.keep_zeros => {
+                        let end = at + to_u64(new.len());
+                        let mut pages = (at..end).step_by(to_usize(PAGE));
+                        match pages.any(|page| self.has_data(page) && !base.has_data(page)) {
+                            true => Some(false),
+                            false => (new != old).then(|| zero() && !self.has_data(at)),
+                        }
+                    }
                     Some(_) => (new != old).then(zero),
                     None => Some(false).filter(|_| !(self.options.skip_zeros && zero())),
                 };

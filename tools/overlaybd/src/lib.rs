@@ -21,6 +21,7 @@ pub mod format;
 pub mod changes;
 pub mod coarsen;
 pub mod codec;
+pub mod dax;
 pub mod diff;
 pub mod error;
 pub mod file;

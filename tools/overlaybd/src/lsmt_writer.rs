@@ -173,6 +173,11 @@ impl LayerWriter {
         self.entries.is_empty()
     }
 
+    /// Size in bytes of the virtual disk.
+    pub fn virtual_size(&self) -> u64 {
+        self.virtual_size
+    }
+
     /// Returns the index entries, without padding.
     pub fn entries(&self) -> &[Segment] {
         &self.entries

@@ -120,6 +120,14 @@ impl Stack {
             .filter(|&next| next < end)
     }
 
+    /// Whether a layer has data at byte `offset`, and not only zeros are there.
+    pub fn has_data(&self, offset: u64) -> bool {
+        matches!(
+            self.merged.lookup(offset / SECTOR_SIZE),
+            Extent::Data { .. }
+        )
+    }
+
     /// Fills `buf` with zeros, or with data of the layer from byte `within` of the extent's first
     /// sector.
     fn read_extent(&self, extent: Extent, within: u64, buf: &mut [u8]) -> Result<()> {

@@ -401,6 +401,7 @@ fn identity_of_many_pieces() {
     let options = Options {
         granule: 4096,
         skip_zeros: true,
+        keep_zeros: false,
     };
     let with = |threads| {
         let pool = rayon::ThreadPoolBuilder::new().num_threads(threads);
@@ -464,6 +465,7 @@ fn differences() {
     let options = Options {
         granule: 512,
         skip_zeros: false,
+        keep_zeros: false,
     };
     let found = diff::of(&image, Some(&stack), options, &silent).unwrap();
     let wanted = [
@@ -473,6 +475,13 @@ fn differences() {
         run(80, 1, false),
     ];
     assert_eq!(found.runs, wanted);
+
+    // Zeros that are no holes are data where the layer below has none, or other data.
+    let mut zeros = options;
+    (zeros.keep_zeros, zeros.granule) = (true, 4096);
+    let found_zeros = diff::of(&image, Some(&stack), zeros, &silent).unwrap();
+    let wanted_zeros = [run(0, 8, false), run(32, 49, false)];
+    assert_eq!(found_zeros.runs, wanted_zeros);
 
     // `diff::of` computes the same hashes as `Pieces::of`.
     let read = |offset: u64, buf: &mut [u8]| {

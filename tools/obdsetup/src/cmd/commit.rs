@@ -5,6 +5,7 @@
 use std::path::PathBuf;
 
 use anyhow::Result;
+use overlaybd::dax;
 use overlaybd::format::num::to_u64;
 use overlaybd::format::Blob;
 use overlaybd::identity::{is_placed, Below};
@@ -14,6 +15,7 @@ use overlaybd::{flatten, LayerReader};
 use uuid::Uuid;
 
 use crate::bar::Bar;
+use crate::exit::Failure;
 use crate::layer_args::{uuid_text, IdentArgs, NewLayerArgs};
 use crate::layer_out::{derive, LayerOut};
 use crate::layers::LayerArg;
@@ -51,7 +53,14 @@ pub(crate) fn run(args: &Args) -> Result<()> {
     let layer = args.input.open_layer()?;
     let output = LayerOut::create(&args.output, &args.new, [args.input.path.as_path()])?;
     if args.compact || args.new.ident != IdentArgs::default() {
-        return compact(&args.new.ident, layer, output);
+        return compact(args, layer, output);
+    }
+    if args.new.wrap.dax {
+        let [page, ..] = dax::PAGE_SIZES;
+        let size = layer.lsmt().virtual_size();
+        if let Some(misfit) = dax::misfit(layer.segments(), size, page) {
+            return Err(Failure::usage(format!("{}: {misfit}", args.input)));
+        }
     }
     let payload = layer.payload();
     let bar = Bar::new("committing", payload.size());
@@ -66,7 +75,8 @@ pub(crate) fn run(args: &Args) -> Result<()> {
 }
 
 /// Writes the layer anew.
-fn compact(new: &IdentArgs, layer: LayerReader, output: LayerOut) -> Result<()> {
+fn compact(args: &Args, layer: LayerReader, output: LayerOut) -> Result<()> {
+    let new = &args.new.ident;
     let size = layer.lsmt().virtual_size();
     let old = layer.ident().clone();
     let input = layer.path().to_owned();
@@ -108,6 +118,9 @@ fn compact(new: &IdentArgs, layer: LayerReader, output: LayerOut) -> Result<()> 
         ident.user_tag = old.user_tag;
     }
     let writer = LayerWriter::new(size, ident, segments)?;
+    if args.new.wrap.dax {
+        output.check_dax(&writer)?;
+    }
     output.write(&writer, "committing", read)
 }
 

@@ -161,7 +161,7 @@ pub(crate) fn run(args: &Args) -> Result<()> {
         (_, Some(format)) => Some(read_with_qemu(disk, format, place)?),
         (_, None) => None,
     };
-    let options = args.compare.options(true);
+    let options = args.compare.options(true, &args.new)?;
     let path = path_of(made.as_ref(), disk);
     image_layer::write(path, Vec::new(), options, &args.new.ident, output)
 }
@@ -205,6 +205,9 @@ fn convert_image(args: &Args) -> Result<()> {
             "its layers become an erofs, in which what a layer leaves alone stays where it is: no other \
              --fs, no --size, no --mkfs-arg and no --keep-whiteouts is for it",
         );
+    }
+    if args.new.wrap.dax {
+        return refuse("--dax is not for it, since its layers leave zeros out: unpack it and convert the directory");
     }
     if args.new.force
         || args.new.ident != IdentArgs::default()

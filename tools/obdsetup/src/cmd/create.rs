@@ -113,7 +113,7 @@ pub(crate) struct Args {
     grow: bool,
 
     /// Leave zeros out where nothing is below
-    #[arg(long, conflicts_with = "base")]
+    #[arg(long, conflicts_with_all = ["base", "dax"])]
     skip_zeros: bool,
 
     #[command(flatten)]
@@ -155,7 +155,9 @@ pub(crate) fn run(args: &Args) -> Result<()> {
         (None, None) => bail!("neither --image nor --directory"),
     };
     // Nothing is in a new file system but what mkfs wrote.
-    let options = args.compare.options(args.skip_zeros || made.is_some());
+    let options = args
+        .compare
+        .options(args.skip_zeros || made.is_some(), &args.new)?;
     let base = open_layers(&below)?;
     args.chain.check(&base, Part::Whole)?;
     check_size(path, &base, args.grow)?;

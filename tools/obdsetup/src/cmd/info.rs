@@ -5,6 +5,7 @@
 use std::fmt::Write;
 
 use anyhow::Result;
+use overlaybd::dax;
 use overlaybd::format::{lsmt, num::to_u64, zfile, Blob, Fault};
 use overlaybd::identity::is_placed;
 use overlaybd::layer::Ident;
@@ -79,6 +80,9 @@ struct Lsmt {
     uuid: String,
     parent_uuid: String,
     user_tag: String,
+    /// The largest pages that can be mapped, in bytes.
+    dax_page_size: Option<u64>,
+    dax_misfit: Option<String>,
 }
 
 /// Runs `info`.
@@ -169,6 +173,7 @@ fn lsmt_info(layer: &LayerReader) -> Result<Lsmt> {
         lengths.map(|s| s.length() * 512).sum()
     };
     let ident = layer.ident();
+    let dax = dax::page_size(layer);
     Ok(Lsmt {
         virtual_size: layer.lsmt().virtual_size(),
         index_offset: layer.lsmt().index_offset(),
@@ -182,6 +187,8 @@ fn lsmt_info(layer: &LayerReader) -> Result<Lsmt> {
         uuid: ident.uuid.clone(),
         parent_uuid: ident.parent.clone(),
         user_tag: String::from_utf8_lossy(&ident.user_tag).into_owned(),
+        dax_page_size: dax.ok(),
+        dax_misfit: dax.err().map(|misfit| misfit.to_string()),
     })
 }
 
@@ -239,6 +246,13 @@ fn describe(info: &Info) -> String {
         line("lsmt parent UUID", &or_none(&lsmt.parent_uuid));
         line("lsmt place", &place(lsmt));
         line("lsmt user tag", &or_none(&lsmt.user_tag));
+        let dax = lsmt
+            .dax_misfit
+            .as_ref()
+            .map(|misfit| format!("no, {misfit}"));
+        let pages = size::show(lsmt.dax_page_size.unwrap_or(0));
+        let fits = || format!("in pages of up to {pages}");
+        line("lsmt DAX", &dax.unwrap_or_else(fits));
     }
     text
 }

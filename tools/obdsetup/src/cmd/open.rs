@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result};
 use clap::error::{ContextKind, ErrorKind};
 use clap::Parser;
-use overlaybd::{Payload, Stack};
+use overlaybd::{dax, Payload, Stack};
 use rustix::process::{getrlimit, setrlimit, Resource, Rlimit};
 
 use super::print;
@@ -106,6 +106,10 @@ pub(crate) struct LayersArgs {
     /// The one LAYER is a ZFile, and its content is the disk
     #[arg(long)]
     zfile: bool,
+
+    /// Let file systems map the layers, which are on pmem devices: see `mount -o dax'
+    #[arg(long, conflicts_with = "zfile")]
+    dax: bool,
 
     /// An optional parameter for the lsmt target, passed on as it is
     #[arg(long, value_name = "OPTION", conflicts_with = "zfile")]
@@ -221,6 +225,7 @@ impl Args {
         args.create = self.create;
         args.take_over = self.take_over;
         args.layers.zfile |= mine.zfile;
+        args.layers.dax |= mine.dax;
         args.layers.chain |= &mine.chain;
         args.layers.in_use |= &mine.in_use;
         args.layers.lsmt_opt.extend(mine.lsmt_opt.iter().cloned());
@@ -283,10 +288,15 @@ impl LayersArgs {
         let options = TargetOptions {
             zfile: self.zfile_opt.clone(),
             lsmt: self.lsmt_opt.clone(),
+            dax: self.dax,
         };
         if !self.zfile {
             let stack = open_stack(&layers, &self.chain)?;
-            let identities = match shared {
+            if self.dax {
+                check_dax(&stack, &places)?;
+            }
+            // A pmem device has one user.
+            let identities = match shared.filter(|_| !self.dax) {
                 Some(buffered) => {
                     let payloads = plan::payloads(stack.layers());
                     let layers = payloads.iter().zip(&places);
@@ -323,6 +333,24 @@ impl LayersArgs {
             plan,
         })
     }
+}
+
+/// Checks that file systems can map the layers of `stack`, which are on `places`.
+fn check_dax(stack: &Stack, places: &[Place]) -> Result<()> {
+    for (layer, &place) in stack.layers().iter().zip(places) {
+        let path = layer.path();
+        let path = path.display();
+        if place == Place::File {
+            return Err(Failure::usage(format!(
+                "{path}: is a file: --dax needs a pmem device for each layer"
+            )));
+        }
+        if let Err(misfit) = dax::page_size(layer) {
+            let text = format!("{path}: {misfit}");
+            return Err(Failure::error(exit::BAD_IMAGE, text));
+        }
+    }
+    Ok(())
 }
 
 /// Runs `open`.

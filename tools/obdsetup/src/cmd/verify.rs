@@ -36,6 +36,10 @@ pub(crate) struct Args {
     #[arg(long)]
     json: bool,
 
+    /// Check that `open --dax' can use each layer, too
+    #[arg(long)]
+    dax: bool,
+
     #[command(flatten)]
     chain: ChainArgs,
 }
@@ -66,6 +70,9 @@ pub(crate) fn run(args: &Args) -> Result<()> {
         several => Findings::of(several, Part::Whole),
     };
     args.chain.apply(&mut found);
+    if args.dax {
+        found.add_dax(&opened);
+    }
     let stack = Stack::new(opened)?;
     let layers = check(&stack)?;
     let report = Report {

@@ -136,6 +136,8 @@ pub(crate) struct TargetOptions {
     pub(crate) zfile: Vec<String>,
     /// For the `lsmt` target.
     pub(crate) lsmt: Vec<String>,
+    /// Whether the disk is to have DAX.
+    pub(crate) dax: bool,
 }
 
 /// The blob of a layer as a target sees it.
@@ -190,7 +192,7 @@ impl Plan {
             table: vec![Target {
                 start: 0,
                 len: stack.sectors(),
-                name: "lsmt",
+                name: if options.dax { "lsmt-dax" } else { "lsmt" },
                 params,
             }],
             writable: false,

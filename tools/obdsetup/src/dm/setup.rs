@@ -470,7 +470,7 @@ impl<'a> SetUp<'a> {
         }
         let ours = lines
             .iter()
-            .any(|line| matches!(line.target.as_str(), "zfile" | "lsmt"));
+            .any(|line| matches!(line.target.as_str(), "zfile" | "lsmt" | "lsmt-dax"));
         let hint = match Path::new("/sys/module/dm_overlaybd").exists() {
             false if ours => super::access::NO_MODULE,
             // Only there a target says why it says no.

@@ -69,7 +69,7 @@ impl Serialize for Fields {
 pub(crate) fn named(line: &Line) -> Fields {
     let names = match line.target.as_str() {
         "zfile" | "zfile_target" => ZFILE,
-        "lsmt" | "lsmt_target" => LSMT,
+        "lsmt" | "lsmt-dax" | "lsmt_target" => LSMT,
         "snapshot" => SNAPSHOT,
         _ => &[],
     };

@@ -250,7 +250,7 @@ pub(crate) fn numbers(line: &Line) -> Vec<String> {
     let mut words = line.params.split_whitespace();
     // Later words may look like device numbers.
     let words: Vec<&str> = match line.target.as_str() {
-        "lsmt" => {
+        "lsmt" | "lsmt-dax" => {
             let count = words.next().and_then(|word| word.parse().ok());
             words.step_by(2).take(count.unwrap_or(0)).collect()
         }
