@@ -26,13 +26,21 @@ bool obd_bdev_may_stack(struct block_device *bdev);
 sector_t obd_get_start_sect(struct block_device *bdev);
 sector_t obd_get_capacity(struct gendisk *disk);
 unsigned int obd_disk_openers(struct gendisk *disk);
+/* Keeps the memory of @disk, also when the disk is gone. */
+void obd_get_disk(struct gendisk *disk);
+/* May sleep. */
+void obd_put_disk(struct gendisk *disk);
 
 /* DAX. */
 /* With DAX_ACCESS; -EOPNOTSUPP in a kernel without DAX. */
 long obd_dax_direct_access(struct dax_device *dax_dev, pgoff_t pgoff,
 			   long nr_pages, void **kaddr, unsigned long *pfn);
-/* The address of ZERO_PAGE(). */
-void *obd_zero_page(void);
+void *obd_dax_holder(struct dax_device *dax_dev);
+
+/* This module. */
+/* Must be called by code that runs with a reference to the module. */
+void obd_module_get(void);
+void obd_module_put(void);
 
 /* Bios and pages. */
 /* memcpy() and memset(), also for memory that user space changes meanwhile. */

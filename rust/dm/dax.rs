@@ -3,9 +3,23 @@
 //! DAX: file systems that map the memory of the devices below a target.
 //!
 //! The kernel stores in the `struct page` of a mapped page which page of which file it is, see
-//! `Documentation/dax.rst`. So a page must be at one place of one disk only, and the table of a disk
-//! must not change while the disk is open. The target ensures the first for its disk, a [`Claim`]
-//! for several disks, and [`Access`] the second.
+//! `Documentation/dax.rst`. So a page must be at one place of one disk only, and pages stay mapped
+//! until the disk is closed, whatever happens to its table. The target ensures the first for its own
+//! disk; a [`Claim`] ensures it for several disks and several tables of one disk.
+//!
+//! # Locks
+//!
+//! The mutex of [`Claims`] covers both the search for other claims and the change that depends on
+//! it. It is the innermost lock: the holder takes no other one, and allocates memory only for the
+//! list. It is taken by
+//!
+//! - constructors, after the devices were opened (`dm_get_device` takes device-mapper's
+//!   `table_devices_lock`, and gives it back),
+//! - `preresume`, below device-mapper's `suspend_lock`,
+//! - destructors.
+//!
+//! References to disks and to the module are put without it. `map` and `direct_access` do not take
+//! it.
 //!
 //! C headers: `include/linux/dax.h`, `include/linux/device-mapper.h`.
 
@@ -25,138 +39,387 @@ use crate::sys;
 /// Sectors in a page of memory.
 pub(crate) const PAGE_SECTORS: u64 = PAGE_SIZE as u64 / 512;
 
-/// Most pages that a target is asked for at once. The largest mapping, a PMD, has so many with
-/// pages of 16 KiB.
-const MOST_PAGES: u64 = 2048;
+/// Most pages that a call of `direct_access` looks up: 2 MiB with pages of 4 KiB, the largest
+/// mapping. The kernel asks for all of a `read()`, and has no bound of its own.
+const MOST_PAGES: u64 = 512;
 
-/// Where the memory of a sector is.
-pub(crate) enum Memory {
-    /// It is a contiguous range of a device.
-    Device {
-        /// The device.
-        device: DeviceId,
-        /// First sector.
-        sector: u64,
-        /// Number of sectors.
-        sectors: u64,
-    },
-    /// There is none: the sector reads as zeros.
-    Zeros,
+/// A contiguous range of the memory of a device.
+pub(crate) struct Memory {
+    /// The device.
+    pub(crate) device: DeviceId,
+    /// First sector.
+    pub(crate) sector: u64,
+    /// Number of sectors.
+    pub(crate) sectors: u64,
 }
 
 /// Returns the memory of sector `sector` of a target, with that of the sectors after it as far as it
-/// is contiguous, at most `most` sectors in all. Must not sleep.
-pub(crate) type Find<T> = fn(&T, sector: u64, most: u64) -> Memory;
+/// is contiguous and in the target; `None` if the sector has no memory. At most `most` sectors are
+/// wanted. Must not sleep.
+pub(crate) type Find<T> = fn(&T, sector: u64, most: u64) -> Option<Memory>;
 
-/// Returns the mapped device of a target.
-///
-/// # Safety
-///
-/// `ti` is valid.
-unsafe fn mapped_device(ti: NonNull<sys::dm_target>) -> *mut sys::mapped_device {
-    // SAFETY: The caller's promise.
-    let table = unsafe { (*ti.as_ptr()).table };
-    // SAFETY: A target's table is valid.
-    unsafe { sys::dm_table_get_md(table) }
+/// What a target type with DAX has.
+pub(crate) struct Dax<T: Target> {
+    /// Looks up memory.
+    pub(crate) find: Find<T>,
+    /// Returns the claims of all targets with DAX, which are in what they share.
+    pub(crate) claims: fn(Arc<T::Context>) -> Arc<Claims>,
 }
 
-/// Returns the disk of the mapped device of a target.
+/// A reference to the disk of a mapped device. The disk may be gone, its memory is not.
 ///
-/// # Safety
+/// # Invariants
 ///
-/// `ti` is valid.
-unsafe fn disk(ti: NonNull<sys::dm_target>) -> *mut sys::gendisk {
-    // SAFETY: The caller's promise.
-    let md = unsafe { mapped_device(ti) };
-    // SAFETY: The mapped device of a target is valid.
-    unsafe { sys::dm_disk(md) }
-}
+/// The reference to the disk's device is this object's.
+struct Disk(NonNull<sys::gendisk>);
 
-/// Returns how often the mapped device of a target is open.
-///
-/// # Safety
-///
-/// `ti` is valid.
-unsafe fn openers(ti: NonNull<sys::dm_target>) -> u32 {
-    // SAFETY: The caller's promise.
-    let disk = unsafe { disk(ti) };
-    // SAFETY: The disk of a mapped device is valid.
-    unsafe { sys::obd_disk_openers(disk) }
-}
+// SAFETY: A reference to a device may be used and put from any thread.
+unsafe impl Send for Disk {}
 
-/// Whether the memory below a target may be mapped.
-///
-/// Pages that were mapped with the previous table stay mapped while the device is open. So pages may
-/// be mapped from the first resume on at which the device isn't open, or for the first table of a
-/// device from the first resume on.
-pub(super) struct Access {
-    /// Whether the table replaces another one.
-    reload: bool,
-    /// Whether pages may be mapped.
-    begun: Atomic<bool>,
-}
-
-impl Access {
-    /// Makes the state of a new table. Fails if the device has a live table and is open.
-    ///
-    /// # Errors
-    ///
-    /// [`EBUSY`].
-    pub(super) fn new<C>(setup: &Setup<'_, C>) -> Result<Self, Failure> {
-        // SAFETY: By the type invariant of `setup` the target is valid.
-        let disk = unsafe { disk(setup.target) };
-        // SAFETY: The disk of a mapped device is valid.
-        let reload = unsafe { sys::obd_get_capacity(disk) } != 0;
-        // SAFETY: By the type invariant of `setup` the target is valid.
-        if reload && unsafe { openers(setup.target) } != 0 {
-            return Err(Failure::new(
-                c"Device is open, so its DAX table cannot change",
-                EBUSY,
-            ));
-        }
-        Ok(Self {
-            reload,
-            begun: Atomic::new(false),
-        })
+impl Disk {
+    /// Gets the disk of the mapped device for which `setup` makes a target.
+    fn of<C>(setup: &Setup<'_, C>) -> Result<Self> {
+        let disk = NonNull::new(setup.disk()).ok_or(ENODEV)?;
+        // SAFETY: The disk of a mapped device is valid while a constructor runs.
+        unsafe { sys::obd_get_disk(disk.as_ptr()) };
+        // INVARIANT: The reference was just got.
+        Ok(Self(disk))
     }
 
-    /// Allows mappings. Fails if the device may have pages of the previous table mapped.
-    ///
-    /// # Errors
-    ///
-    /// [`EBUSY`].
+    /// Returns how often the disk is open. An open that is in progress may not be counted yet. It
+    /// gets only pages of the table that is live, or will be.
+    fn openers(&self) -> u32 {
+        // SAFETY: By the type invariant the disk is valid.
+        unsafe { sys::obd_disk_openers(self.0.as_ptr()) }
+    }
+}
+
+impl PartialEq for Disk {
+    fn eq(&self, other: &Self) -> bool {
+        self.0 == other.0
+    }
+}
+
+impl Drop for Disk {
+    fn drop(&mut self) {
+        // SAFETY: By the type invariant the reference is ours. Nothing that is dropped here is
+        // dropped in atomic context.
+        unsafe { sys::obd_put_disk(self.0.as_ptr()) };
+    }
+}
+
+/// A reference to this module, which cannot be unloaded meanwhile.
+///
+/// # Invariants
+///
+/// The reference is this object's.
+struct ModuleReference(());
+
+impl ModuleReference {
+    /// Gets a reference.
     ///
     /// # Safety
     ///
-    /// Called by device-mapper for the target `ti`, before it resumes the device.
-    pub(super) unsafe fn begin(&self, ti: NonNull<sys::dm_target>) -> Result {
+    /// The caller runs with a reference to the module.
+    unsafe fn new() -> Self {
         // SAFETY: The caller's promise.
-        if !self.has_begun() && self.reload && unsafe { openers(ti) } != 0 {
-            // SAFETY: The caller's promise.
-            let name = unsafe { DeviceName::of(ti.as_ptr()) };
-            pr_err!(
-                "{}: was opened after a DAX table was loaded: close it, then resume it\n",
-                name.as_str()
-            );
-            return Err(EBUSY);
+        unsafe { sys::obd_module_get() };
+        // INVARIANT: The reference was just got.
+        Self(())
+    }
+}
+
+impl Drop for ModuleReference {
+    fn drop(&mut self) {
+        // SAFETY: By the type invariant the reference is ours. It is not the last one: who drops it
+        // is a target, and device-mapper has a reference for the target's type.
+        unsafe { sys::obd_module_put() };
+    }
+}
+
+/// Sectors of a DAX device that a target uses, counted from the start of the whole disk.
+///
+/// Recorded when the table is made: a partition may be resized while it is open.
+#[derive(Clone, Copy)]
+struct Range {
+    /// Address of the DAX device, only compared. Those of tables exist. That of a parked claim may be
+    /// gone, and its address in use again: then a table is refused without need, until the disk of
+    /// the claim is closed.
+    dax: usize,
+    first: u64,
+    end: u64,
+}
+
+impl Range {
+    /// Returns the sectors of all of `device`.
+    fn of(device: &Device) -> Result<Self, Failure> {
+        let dax = device.dax().ok_or(NOT_DAX)?;
+        let first = device.first_sector();
+        let end = first.checked_add(device.sectors()).ok_or(EINVAL)?;
+        Ok(Self {
+            dax: dax.as_ptr().addr(),
+            first,
+            end,
+        })
+    }
+
+    /// Returns whether both have a sector in common.
+    fn overlaps(&self, other: &Self) -> bool {
+        self.dax == other.dax && self.first < other.end && other.first < self.end
+    }
+}
+
+/// What a claim is for.
+enum State {
+    /// A table that has not been live.
+    Made,
+    /// A table of which pages may be mapped.
+    Live,
+    /// Pages that were mapped of a table that is destroyed.
+    Parked {
+        // The list must stay as long as the pages are mapped.
+        _module: ModuleReference,
+    },
+}
+
+/// A claim in the list.
+struct Entry {
+    id: u64,
+    disk: Disk,
+    ranges: Arc<KVec<Range>>,
+    state: State,
+}
+
+impl Entry {
+    /// Returns whether pages of it may be mapped.
+    fn may_be_mapped(&self) -> bool {
+        !matches!(self.state, State::Made)
+    }
+
+    /// Returns whether a new table for `disk` cannot have `ranges` because of this claim. Two tables
+    /// of one device may have the same ones while neither has been live: only one of both will be.
+    fn excludes(&self, disk: &Disk, ranges: &[Range]) -> bool {
+        let overlap = |range| self.ranges.iter().any(|other| other.overlaps(range));
+        (self.disk != *disk || self.may_be_mapped()) && ranges.iter().any(overlap)
+    }
+}
+
+/// The list itself.
+struct List {
+    entries: KVec<Entry>,
+    next: u64,
+}
+
+/// The sectors of DAX devices that are in tables, or of which pages may be mapped.
+#[pin_data]
+pub(crate) struct Claims {
+    #[pin]
+    list: Mutex<List>,
+}
+
+impl Claims {
+    /// Makes an empty list.
+    pub(crate) fn new() -> impl PinInit<Self> {
+        let list = List {
+            entries: KVec::new(),
+            next: 0,
+        };
+        pin_init!(Self {
+            list <- new_mutex!(list),
+        })
+    }
+
+    /// Drops the parked claims of disks that are closed.
+    fn sweep(&self) {
+        loop {
+            let closed = {
+                let mut list = self.list.lock();
+                let closed = |entry: &Entry| {
+                    matches!(entry.state, State::Parked { .. }) && entry.disk.openers() == 0
+                };
+                match list.entries.iter().position(closed) {
+                    Some(nth) => list.entries.remove(nth),
+                    None => return,
+                }
+            };
+            // Not under the lock.
+            drop(closed);
         }
-        self.begun.store(true, Relaxed);
+    }
+}
+
+/// The claim of a target on its devices. No other table may have them while this exists, and after
+/// that until the disk of the mapped device is closed, if pages may have been mapped.
+pub(super) struct Claim {
+    claims: Arc<Claims>,
+    id: u64,
+    name: DeviceName,
+    /// In the order of the [`DeviceId`]s.
+    ranges: Arc<KVec<Range>>,
+    /// Whether pages may be mapped.
+    begun: Atomic<bool>,
+    /// Whether the log has the first hole.
+    told: Atomic<bool>,
+}
+
+impl Claim {
+    /// Fails if the mapped device has a live table: files may have pages of that one mapped.
+    ///
+    /// # Errors
+    ///
+    /// [`EBUSY`].
+    pub(super) fn require_first_table<C>(setup: &Setup<'_, C>) -> Result<(), Failure> {
+        // SAFETY: The disk of a mapped device is valid. Only device-mapper sets its capacity, when a
+        // table becomes live, and no table is empty.
+        if unsafe { sys::obd_get_capacity(setup.disk()) } != 0 {
+            return Err(Failure::new(
+                c"Device has a table, which lsmt-dax cannot replace: remove the device, and make it again",
+                EBUSY,
+            ));
+        }
         Ok(())
     }
 
+    /// Claims all devices that `setup` has opened.
+    ///
+    /// # Errors
+    ///
+    /// [`EBUSY`] if a device is claimed already or was opened twice, [`EINVAL`] if one has no DAX, and
+    /// [`ENOMEM`].
+    pub(super) fn new<C>(setup: &Setup<'_, C>, claims: Arc<Claims>) -> Result<Self, Failure> {
+        let mut ranges: KVec<Range> = KVec::with_capacity(setup.devices.len(), GFP_KERNEL)?;
+        for device in &setup.devices {
+            let range = Range::of(device)?;
+            if ranges.iter().any(|other| range.overlaps(other)) {
+                return Err(CLAIMED);
+            }
+            ranges.push(range, GFP_KERNEL)?;
+        }
+        let ranges = Arc::new(ranges, GFP_KERNEL)?;
+        let disk = Disk::of(setup)?;
+        claims.sweep();
+        let id = {
+            let mut list = claims.list.lock();
+            let excludes = |entry: &Entry| entry.excludes(&disk, &ranges);
+            if list.entries.iter().any(excludes) {
+                return Err(CLAIMED);
+            }
+            list.entries.reserve(1, GFP_KERNEL)?;
+            let id = list.next;
+            let entry = Entry {
+                id,
+                disk,
+                ranges: ranges.clone(),
+                state: State::Made,
+            };
+            list.entries.push(entry, GFP_KERNEL)?;
+            // No overflow: one for each table that is made.
+            list.next = id.wrapping_add(1);
+            id
+        };
+        Ok(Self {
+            claims,
+            id,
+            name: setup.device_name(),
+            ranges,
+            begun: Atomic::new(false),
+            told: Atomic::new(false),
+        })
+    }
+
+    /// Allows mappings, unless pages of another table of the mapped device may be mapped: that table
+    /// was loaded when this one was, and became live first. Then bios work, but mappings fail, until
+    /// the device is resumed once more while it is closed.
+    ///
+    /// Called before device-mapper resumes the device.
+    pub(super) fn begin(&self) {
+        if self.has_begun() {
+            return;
+        }
+        self.claims.sweep();
+        let begun = {
+            let mut list = self.claims.list.lock();
+            let entries = &mut list.entries;
+            let is_mine = |entry: &Entry| entry.id == self.id;
+            let Some(nth) = entries.iter().position(is_mine) else {
+                return;
+            };
+            let before = |mine: &Entry| {
+                let other = |other: &Entry| {
+                    other.id != mine.id && other.disk == mine.disk && other.may_be_mapped()
+                };
+                entries.iter().any(other)
+            };
+            let begun = !entries.get(nth).is_some_and(before);
+            if let (true, Some(mine)) = (begun, entries.get_mut(nth)) {
+                mine.state = State::Live;
+            }
+            begun
+        };
+        if !begun {
+            pr_warn!(
+                "{}: has no DAX, since it had another DAX table: close it, then suspend and resume it\n",
+                self.name.as_str()
+            );
+        }
+        self.begun.store(begun, Relaxed);
+    }
+
     /// Returns whether pages may be mapped.
-    pub(super) fn has_begun(&self) -> bool {
+    fn has_begun(&self) -> bool {
         self.begun.load(Relaxed)
+    }
+
+    /// Says once in the log that page `page` is in a hole. CPUs that find the first one at the same
+    /// time all say it.
+    fn tell_hole(&self, page: u64) {
+        if !self.told.load(Relaxed) {
+            self.told.store(true, Relaxed);
+            pr_warn!(
+                "{}: page {page} is in no layer, so it cannot be mapped: was the image made with --dax?\n",
+                self.name.as_str()
+            );
+        }
+    }
+}
+
+impl Drop for Claim {
+    fn drop(&mut self) {
+        let removed = {
+            let mut list = self.claims.list.lock();
+            let entries = &mut list.entries;
+            let is_mine = |entry: &Entry| entry.id == self.id;
+            let Some(nth) = entries.iter().position(is_mine) else {
+                return;
+            };
+            match entries.get_mut(nth) {
+                Some(mine) if mine.may_be_mapped() && mine.disk.openers() != 0 => {
+                    mine.state = State::Parked {
+                        // SAFETY: This is called by a target, and device-mapper has a reference for
+                        // the target's type.
+                        _module: unsafe { ModuleReference::new() },
+                    };
+                    None
+                }
+                _ => entries.remove(nth).ok(),
+            }
+        };
+        if removed.is_none() {
+            pr_warn!(
+                "{}: lost its DAX table while it is open: its layers stay claimed until it is closed\n",
+                self.name.as_str()
+            );
+        }
     }
 }
 
 /// Looks up page `page` of a mapped device for the `direct_access` function of a target: stores its
 /// address in `kaddr`, its page frame number in `pfn`, and returns the number of contiguous pages
-/// from it on, `pages` at most.
+/// from it on, at most `pages`.
 ///
 /// # Errors
 ///
-/// [`EIO`] if `pfn` isn't null and there is no page, and the errors of the device below.
+/// [`EIO`] if there is no page, or if pages must not be mapped; and the errors of the device below.
 ///
 /// # Safety
 ///
@@ -169,42 +432,28 @@ pub(super) unsafe fn direct_access<T: Target>(
     kaddr: *mut *mut ffi::c_void,
     pfn: *mut ffi::c_ulong,
 ) -> Result<ffi::c_long> {
-    let find = T::DAX.ok_or(EOPNOTSUPP)?;
-    let pages = u64::try_from(pages)?.min(MOST_PAGES);
-    let sector = page
-        .checked_mul(PAGE_SECTORS)
-        .and_then(|sector| sector.checked_sub(live.begin()))
-        .ok_or(EIO)?;
-    let most = pages * PAGE_SECTORS;
-    let (device, first, sectors) = match find(live.target(), sector, most) {
-        Memory::Device {
-            device,
-            sector,
-            sectors,
-        } => (live.device(device).ok_or(EIO)?, sector, sectors.min(most)),
-        // The kernel's zero page may be read, but must not be mapped: fs/dax.c would write to its
-        // struct page.
-        Memory::Zeros if pfn.is_null() => {
-            // SAFETY: The zero page has an address, and is never freed.
-            let zeros = unsafe { sys::obd_zero_page() };
-            if !kaddr.is_null() {
-                // SAFETY: The caller's promise.
-                unsafe { *kaddr = zeros };
-            }
-            return Ok(1);
-        }
-        Memory::Zeros => return Err(EIO),
+    let find = T::DAX.ok_or(EOPNOTSUPP)?.find;
+    let claim = live.claim().filter(|claim| claim.has_begun()).ok_or(EIO)?;
+    // A target with DAX is alone in its table: it begins where the disk does.
+    let sector = page.checked_mul(PAGE_SECTORS).ok_or(EIO)?;
+    let most = u64::try_from(pages)?.min(MOST_PAGES) * PAGE_SECTORS;
+    let Some(memory) = find(live.target(), sector, most) else {
+        claim.tell_hole(page);
+        return Err(EIO);
     };
-    let inside = first
+    let device = live.device(memory.device).ok_or(EIO)?;
+    let range = claim.ranges.get(usize::from(memory.device.0)).ok_or(EIO)?;
+    let sectors = memory.sectors.min(most);
+    let start = range.first.checked_add(memory.sector).ok_or(EIO)?;
+    let inside = start
         .checked_add(sectors)
-        .is_some_and(|end| end <= device.sectors());
-    let start = device.first_sector().checked_add(first).ok_or(EIO)?;
+        .is_some_and(|end| end <= range.end);
     if !inside || start % PAGE_SECTORS != 0 || sectors < PAGE_SECTORS {
         return Err(EIO);
     }
     let dax = device.dax().ok_or(EOPNOTSUPP)?;
-    // SAFETY: The device is open, so the DAX device is valid; the pages are within the device, as
-    // was just checked. The caller's promise for the pointers.
+    // SAFETY: The device is open, so the DAX device is valid; the pages are within what the device
+    // had when it was opened, as was just checked. The caller's promise for the pointers.
     let found = unsafe {
         sys::obd_dax_direct_access(
             dax.as_ptr(),
@@ -220,125 +469,49 @@ pub(super) unsafe fn direct_access<T: Target>(
     Ok(found)
 }
 
-/// Sectors of a DAX device, counted from the start of the whole disk, that a target uses.
-///
-/// The addresses identify objects that exist at least as long as this. They are only compared.
-struct Taken {
-    dax: usize,
-    first: u64,
-    end: u64,
-    target: usize,
-    table: usize,
-    mapped: usize,
-}
-
-impl Taken {
-    /// Returns whether both have a page in common, unless one is of a table that replaces the
-    /// other's.
-    fn collides(&self, other: &Self) -> bool {
-        let overlap = self.dax == other.dax && self.first < other.end && other.first < self.end;
-        overlap && (self.mapped != other.mapped || self.table == other.table)
-    }
-}
-
-/// The sectors of DAX devices that are in tables.
-#[pin_data]
-pub(crate) struct Claims {
-    #[pin]
-    taken: Mutex<KVec<Taken>>,
-}
-
-impl Claims {
-    /// Makes an empty list.
-    pub(crate) fn new() -> impl PinInit<Self> {
-        pin_init!(Self {
-            taken <- new_mutex!(KVec::new()),
-        })
-    }
-}
-
-/// The claim of a target on its devices, until this is dropped: no other table may use them, except
-/// one that replaces the target's.
-pub(crate) struct Claim {
-    claims: Arc<Claims>,
-    target: usize,
-}
-
-impl Claim {
-    /// Claims all devices that `setup` has opened.
-    ///
-    /// # Errors
-    ///
-    /// [`EBUSY`] if a device is claimed already or was opened twice, [`EINVAL`] if one has no DAX, and
-    /// [`ENOMEM`].
-    pub(crate) fn new<C>(setup: &Setup<'_, C>, claims: Arc<Claims>) -> Result<Self, Failure> {
-        let ti = setup.target;
-        // SAFETY: By the type invariant of `setup` the target is valid.
-        let table = unsafe { (*ti.as_ptr()).table };
-        // SAFETY: As above.
-        let mapped = unsafe { mapped_device(ti) };
-        // Dropped if a device fails: releases those before it.
-        let claim = Self {
-            claims,
-            target: ti.as_ptr().addr(),
-        };
-        for device in &setup.devices {
-            let dax = device.dax().ok_or(NOT_DAX)?;
-            let first = device.first_sector();
-            let wanted = Taken {
-                dax: dax.as_ptr().addr(),
-                first,
-                // No overflow: a partition ends where the disk does, at most.
-                end: first + device.sectors(),
-                target: claim.target,
-                table: table.addr(),
-                mapped: mapped.addr(),
-            };
-            let mut taken = claim.claims.taken.lock();
-            if taken.iter().any(|other| other.collides(&wanted)) {
-                return Err(Failure::new(c"Device is in a DAX table already", EBUSY));
-            }
-            taken.push(wanted, GFP_KERNEL)?;
-        }
-        Ok(claim)
-    }
-}
-
-impl Drop for Claim {
-    fn drop(&mut self) {
-        let mut taken = self.claims.taken.lock();
-        taken.retain(|taken| taken.target != self.target);
-    }
-}
-
 /// The failure of a device without DAX.
 const NOT_DAX: Failure = Failure::new(c"Device has no DAX", EINVAL);
 
+/// The failure of a device that is claimed.
+const CLAIMED: Failure = Failure::new(c"Device is in a DAX table already", EBUSY);
+
 impl<C> Setup<'_, C> {
+    /// Returns the disk of the mapped device.
+    fn disk(&self) -> *mut sys::gendisk {
+        // SAFETY: By the type invariant the target is valid.
+        let table = unsafe { (*self.target.as_ptr()).table };
+        // SAFETY: A target's table is valid.
+        let md = unsafe { sys::dm_table_get_md(table) };
+        // SAFETY: The mapped device of a target is valid.
+        unsafe { sys::dm_disk(md) }
+    }
+
     /// Checks that a device has DAX, and memory of its own.
     ///
     /// # Errors
     ///
     /// [`EINVAL`] for a device without DAX, and for a mapped device: two of them may have the same
-    /// memory.
+    /// memory. [`EBUSY`] if a file system handles the failures of the memory.
     pub(crate) fn require_dax(&self, id: DeviceId) -> Result<(), Failure> {
         let device = self.device(id)?;
-        // SAFETY: By the type invariant the target is valid.
-        let disk = unsafe { disk(self.target) };
         // SAFETY: The disk of a mapped device is valid.
-        if device.major() == unsafe { (*disk).major } {
-            return Err(Failure::new(
-                c"DAX layers must not be on mapped devices",
-                EINVAL,
-            ));
-        }
-        device.dax().map(|_| ()).ok_or(NOT_DAX)
-    }
-
-    /// Returns the first sector of the target in its mapped device.
-    pub(crate) fn begin(&self) -> u64 {
-        // SAFETY: By the type invariant the target is valid.
-        unsafe { (*self.target.as_ptr()).begin }
+        let failure = if device.major() == unsafe { (*self.disk()).major } {
+            Failure::new(c"DAX layers must not be on mapped devices", EINVAL)
+        } else if let Some(dax) = device.dax() {
+            // SAFETY: The device is open, so the DAX device is valid.
+            if unsafe { sys::obd_dax_holder(dax.as_ptr()) }.is_null() {
+                return Ok(());
+            }
+            Failure::new(c"DAX memory of the device has a holder", EBUSY)
+        } else {
+            NOT_DAX
+        };
+        pr_err!(
+            "{}: cannot have {} as a layer\n",
+            self.device_name().as_str(),
+            device.name()
+        );
+        Err(failure)
     }
 }
 
@@ -349,7 +522,7 @@ impl Device {
         NonNull::new(unsafe { (*self.as_ptr()).dax_dev })
     }
 
-    /// Returns its first sector on the whole disk.
+    /// Returns its first sector on the whole disk, which doesn't change while it is open.
     fn first_sector(&self) -> u64 {
         // SAFETY: By the type invariant the device is open.
         unsafe { sys::obd_get_start_sect(self.bdev()) }

@@ -41,7 +41,7 @@ mod target;
 
 pub(crate) use args::{blob_bytes, number, option_count, put_blob, Args, UNKNOWN_OPTION};
 pub(crate) use bio::{Bio, Mapped};
-pub(crate) use dax::{Claim, Claims, Find, Memory, PAGE_SECTORS};
+pub(crate) use dax::{Claims, Dax, Memory, PAGE_SECTORS};
 pub(crate) use device::{Device, DeviceId};
 pub(crate) use io::{frame_size, Io, IoQueue, Spares};
 pub(crate) use meta::MetaReader;

@@ -14,9 +14,9 @@ use kernel::sync::Arc;
 use kernel::types::Opaque;
 
 use super::alert::Alerts;
-use super::dax::{self, Access};
+use super::dax::{self, Claim};
 use super::setup::{type_name, DeviceName};
-use super::{Args, Bio, Device, DeviceId, Emit, Failure, Find, Mapped, Setup, Spares};
+use super::{Args, Bio, Dax, Device, DeviceId, Emit, Failure, Mapped, Setup, Spares};
 use crate::block::{Pool, Queue, Status, Workers};
 use crate::sys;
 
@@ -47,11 +47,10 @@ pub(crate) trait Target: Send + Sync + Sized + 'static {
     /// Name of the variable that tells of the first fault in a uevent: the number of a corrupt
     /// block, or the error number of a failed read.
     const ALERT: &'static CStr;
-    /// Looks up the memory of a sector for file systems that map it; `None` for a target without DAX.
-    /// A target with DAX claims its devices ([`Claim`]), and has each page of them at one place only.
-    ///
-    /// [`Claim`]: super::Claim
-    const DAX: Option<Find<Self>> = None;
+    /// How file systems map the memory below; `None` for a target without DAX. A target with DAX is
+    /// alone in its table, has all of its devices for itself, and has each page of them at one place
+    /// only.
+    const DAX: Option<Dax<Self>> = None;
 
     /// Makes a target from the arguments of its table line.
     ///
@@ -122,13 +121,14 @@ impl Limits<'_> {
 /// # Invariants
 ///
 /// `devices` are in the order in which they were opened, that of their [`DeviceId`]s. `workers` are
-/// there for targets with per-bio data, `access` for those with DAX.
+/// there for targets with per-bio data, `claim` for those with DAX.
 pub(super) struct Live<T> {
     // Dropped first: waits for workers that have ended their I/O and are about to return.
     workers: Option<Pin<KBox<Workers>>>,
     // Waits for an event that is being sent.
     alerts: Pin<KBox<Alerts>>,
-    access: Option<Access>,
+    // Before the devices that it is for.
+    claim: Option<Claim>,
     target: T,
     devices: KVec<Device>,
     begin: u64,
@@ -151,6 +151,11 @@ impl<T: Target> Live<T> {
     /// What reports its faults.
     pub(super) fn alerts(&self) -> &Alerts {
         &self.alerts
+    }
+
+    /// Its claim on its devices.
+    pub(super) fn claim(&self) -> Option<&Claim> {
+        self.claim.as_ref()
     }
 
     /// First sector of the target in its device.
@@ -207,12 +212,15 @@ impl<T: Target> Registration<T> {
     }
 
     fn target_type(name: &'static CStr, module: &'static ThisModule) -> sys::target_type {
+        let mut features = 0;
+        if T::NOWAIT {
+            features |= sys::DM_TARGET_NOWAIT;
+        }
+        if T::DAX.is_some() {
+            features |= sys::DM_TARGET_SINGLETON;
+        }
         sys::target_type {
-            features: if T::NOWAIT {
-                u64::from(sys::DM_TARGET_NOWAIT)
-            } else {
-                0
-            },
+            features: u64::from(features),
             name: name.as_char_ptr(),
             module: module.as_ptr(),
             version: T::VERSION,
@@ -288,11 +296,14 @@ impl<T: Target> Registration<T> {
         };
         // SAFETY: The caller's promise.
         let args = unsafe { Args::new(argc, argv) };
-        let access = match T::DAX {
-            Some(_) => Some(Access::new(&setup)?),
+        if T::DAX.is_some() {
+            Claim::require_first_table(&setup)?;
+        }
+        let target = T::new(&mut setup, args)?;
+        let claim = match T::DAX {
+            Some(dax) => Some(Claim::new(&setup, (dax.claims)(setup.context()))?),
             None => None,
         };
-        let target = T::new(&mut setup, args)?;
         let workers = match &registration.queue {
             None => None,
             Some(queue) => Some(Workers::new(setup.queue(queue)?)?),
@@ -305,7 +316,7 @@ impl<T: Target> Registration<T> {
         let live = Live {
             workers,
             alerts,
-            access,
+            claim,
             target,
             devices: setup.devices,
             begin,
@@ -472,14 +483,11 @@ impl<T: Target> Registration<T> {
     unsafe extern "C" fn preresume(ti: *mut sys::dm_target) -> ffi::c_int {
         // SAFETY: The caller's promise.
         let live = unsafe { Self::live(ti) };
-        let (Some(access), Some(ti)) = (&live.access, NonNull::new(ti)) else {
-            return 0;
-        };
-        // SAFETY: The caller's promise.
-        match unsafe { access.begin(ti) } {
-            Ok(()) => 0,
-            Err(error) => error.to_errno(),
+        // Never fails: the old table is gone, and a device that stays suspended cannot be unmounted.
+        if let Some(claim) = live.claim() {
+            claim.begin();
         }
+        0
     }
 
     /// # Safety
@@ -496,9 +504,8 @@ impl<T: Target> Registration<T> {
     ) -> ffi::c_long {
         // SAFETY: The caller's promise.
         let live = unsafe { Self::live(ti) };
-        let begun = live.access.as_ref().is_some_and(Access::has_begun);
         // The other mode is for writes.
-        if !begun || mode != sys::dax_access_mode_DAX_ACCESS {
+        if mode != sys::dax_access_mode_DAX_ACCESS {
             return EIO.to_errno() as ffi::c_long;
         }
         // SAFETY: The caller's promise.

@@ -14,7 +14,7 @@ mod table;
 use kernel::prelude::*;
 use kernel::sync::atomic::{Atomic, Relaxed};
 
-use crate::dm::{Bio, Claim, DeviceId, Mapped, Memory};
+use crate::dm::{Bio, DeviceId, Mapped, Memory};
 use crate::format::lsmt::Segment;
 use crate::format::merge::{Extent, Index};
 
@@ -38,8 +38,6 @@ pub(crate) struct Lsmt<const DAX: bool> {
     legacy: bool,
     /// Number of reads that have failed.
     failed: Atomic<u64>,
-    /// The claim on the devices of an `lsmt-dax` target.
-    _claim: Option<Claim>,
 }
 
 /// A sector that is only in part within the disk; the rest reads as zeros.
@@ -79,11 +77,14 @@ impl<const DAX: bool> Lsmt<DAX> {
     }
 
     /// Returns the memory of sector `sector`, with that of the sectors after it as far as it is
-    /// contiguous, at most `most` sectors in all, or up to the end of a segment.
-    fn find_memory(&self, sector: u64, most: u64) -> Memory {
+    /// contiguous, up to the end of the segment that has the last of `most` sectors; `None` in a hole.
+    ///
+    /// The index ends where the target does, so what is returned does so, too. Each round but the last
+    /// finds a page at least.
+    fn find_memory(&self, sector: u64, most: u64) -> Option<Memory> {
         let (layer, first, mut sectors) = match self.index.lookup(sector) {
             Extent::Data { layer, sector, len } => (layer, sector, len),
-            Extent::Zeros { .. } => return Memory::Zeros,
+            Extent::Zeros { .. } => return None,
         };
         while sectors < most {
             match self.index.lookup(sector + sectors) {
@@ -95,10 +96,10 @@ impl<const DAX: bool> Lsmt<DAX> {
                 _ => break,
             }
         }
-        Memory::Device {
+        Some(Memory {
             device: DeviceId::nth(layer),
             sector: first,
             sectors,
-        }
+        })
     }
 }

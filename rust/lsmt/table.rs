@@ -9,8 +9,7 @@ use super::{Lsmt, Tail};
 use crate::block::memory;
 use crate::compat;
 use crate::dm::{
-    self, Args, Bio, Claim, Claims, Device, DeviceId, Emit, Failure, Find, Limits, Mapped, Setup,
-    PAGE_SECTORS,
+    self, Args, Bio, Claims, Dax, Device, DeviceId, Emit, Failure, Limits, Mapped, Setup, PAGE_SECTORS,
 };
 use crate::format::dax::{self, Place};
 use crate::format::lsmt::{Layer, Segment};
@@ -42,7 +41,14 @@ impl<const DAX: bool> dm::Target for Lsmt<DAX> {
     const NOWAIT: bool = true;
     const READ_FAILED: Option<fn(&Self)> = Some(Self::read_failed);
     const ALERT: &'static CStr = c"DM_LSMT_READ_ERROR";
-    const DAX: Option<Find<Self>> = if DAX { Some(Self::find_memory) } else { None };
+    const DAX: Option<Dax<Self>> = if DAX {
+        Some(Dax {
+            find: Self::find_memory,
+            claims: |context| context,
+        })
+    } else {
+        None
+    };
 
     fn new(setup: &mut Setup<'_, Claims>, mut args: Args<'_>) -> Result<Self, Failure> {
         setup.require_read_only()?;
@@ -84,12 +90,9 @@ impl<const DAX: bool> dm::Target for Lsmt<DAX> {
         }
         let segments = merge_layers(&layers, setup.len())?;
         check_alignment(setup, &segments, count, size)?;
-        let claim = if DAX {
+        if DAX {
             check_pages(setup, &segments, size)?;
-            Some(Claim::new(setup, setup.context())?)
-        } else {
-            None
-        };
+        }
         let runs = |len| Ok(compat::zeroed(len, memory::LARGE)?);
         let index = Index::new(segments, runs, pause)?;
         Ok(Self {
@@ -99,7 +102,6 @@ impl<const DAX: bool> dm::Target for Lsmt<DAX> {
             blob_bytes,
             legacy,
             failed: Atomic::new(0),
-            _claim: claim,
         })
     }
 
@@ -239,7 +241,7 @@ fn alignment(segments: &[Segment]) -> Result<u64, Failure> {
 /// Checks that each page of the disk is a page of a layer, or in a hole.
 fn check_pages(setup: &Setup<'_, Claims>, segments: &[Segment], size: u64) -> Result<(), Failure> {
     let mask = PAGE_SECTORS - 1;
-    if (setup.begin() | setup.len()) & mask != 0 || size % (PAGE_SECTORS * SECTOR_SIZE) != 0 {
+    if setup.len() & mask != 0 || size % (PAGE_SECTORS * SECTOR_SIZE) != 0 {
         return Err(Failure::new(c"Disk is not aligned to pages", EINVAL));
     }
     if alignment(segments)? & mask != 0 {

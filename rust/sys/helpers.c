@@ -57,9 +57,29 @@ long obd_dax_direct_access(struct dax_device *dax_dev, pgoff_t pgoff,
 #endif
 }
 
-void *obd_zero_page(void)
+void *obd_dax_holder(struct dax_device *dax_dev)
 {
-	return page_address(ZERO_PAGE(0));
+	return dax_holder(dax_dev);
+}
+
+void obd_get_disk(struct gendisk *disk)
+{
+	get_device(disk_to_dev(disk));
+}
+
+void obd_put_disk(struct gendisk *disk)
+{
+	put_device(disk_to_dev(disk));
+}
+
+void obd_module_get(void)
+{
+	__module_get(THIS_MODULE);
+}
+
+void obd_module_put(void)
+{
+	module_put(THIS_MODULE);
 }
 
 void obd_count_reclaimable(struct page *page, long pages)
