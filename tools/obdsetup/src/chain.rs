@@ -157,12 +157,14 @@ impl Findings {
     }
 
     /// Adds what keeps file systems from mapping the pages of each layer.
-    pub(crate) fn add_dax(&mut self, layers: &[LayerReader]) {
-        let misfits = layers.iter().filter_map(|layer| {
-            let misfit = dax::page_size(layer).err()?;
-            Some(format!("{}: {misfit}", layer.path().display()))
-        });
-        self.errors.extend(misfits);
+    pub(crate) fn add_dax(&mut self, layers: &[LayerReader]) -> overlaybd::Result<()> {
+        for layer in layers {
+            if let Err(misfit) = dax::page_size(layer)? {
+                let text = format!("{}: {misfit}", layer.path().display());
+                self.errors.push(text);
+            }
+        }
+        Ok(())
     }
 
     /// A layer may be larger than those below; a smaller one cuts data off.

@@ -115,9 +115,6 @@ pub(crate) fn write_image(
     })?;
     let writer = LayerWriter::new(image.size(), ident, cut(diff.runs))
         .with_context(|| format!("{}: cannot make the layer", output.path().display()))?;
-    if options.keep_zeros {
-        output.check_dax(&writer)?;
-    }
     let read = |offset: u64, buf: &mut [u8]| {
         // Behind the end of the image, its last sector is filled up with zeros.
         let inside = image.size().saturating_sub(offset).min(to_u64(buf.len()));
@@ -127,5 +124,5 @@ pub(crate) fn write_image(
             .read_at(offset, data)
             .map_err(|error| error.in_file(image.path()))
     };
-    output.write(&writer, "writing", read)
+    output.write(writer, "writing", read)
 }

@@ -20,6 +20,8 @@ use crate::output::Output;
 pub(crate) struct LayerOut {
     output: Output,
     wrapping: Wrapping,
+    /// Whether file systems are to map the layer.
+    dax: bool,
 }
 
 impl LayerOut {
@@ -31,6 +33,7 @@ impl LayerOut {
     ) -> Result<Self> {
         Ok(Self {
             wrapping: args.wrap.wrapping()?,
+            dax: args.wrap.dax,
             output: Output::create(path, args.force, inputs)?,
         })
     }
@@ -39,16 +42,22 @@ impl LayerOut {
     pub(crate) fn with(path: &Path, wrapping: Wrapping) -> Result<Self> {
         Ok(Self {
             wrapping,
+            dax: false,
             output: Output::create(path, false, [])?,
         })
     }
 
-    /// Checks that file systems can map the pages of the layer.
-    pub(crate) fn check_dax(&self, writer: &LayerWriter) -> Result<()> {
+    /// Makes `writer` write a layer that file systems can map.
+    fn for_dax(&self, writer: LayerWriter) -> Result<LayerWriter> {
         let [page, ..] = dax::PAGE_SIZES;
-        let misfit = dax::misfit(writer.entries(), writer.virtual_size(), page);
-        let fail = |misfit| Failure::usage(format!("{}: {misfit}", self.path().display()));
-        misfit.map_or(Ok(()), |misfit| Err(fail(misfit)))
+        let writer = writer.with_data_at(dax::DATA_START)?;
+        match dax::misfit(writer.entries(), writer.virtual_size(), page) {
+            None => Ok(writer),
+            Some(misfit) => {
+                let text = format!("{}: {misfit}", self.path().display());
+                Err(Failure::usage(text))
+            }
+        }
     }
 
     /// Where the file is to be.
@@ -59,10 +68,13 @@ impl LayerOut {
     /// Writes a layer and completes the file. `read` reads the disk: byte offset, buffer.
     pub(crate) fn write(
         self,
-        writer: &LayerWriter,
+        mut writer: LayerWriter,
         what: &'static str,
         read: impl FnMut(u64, &mut [u8]) -> overlaybd::Result<()>,
     ) -> Result<()> {
+        if self.dax {
+            writer = self.for_dax(writer)?;
+        }
         let bar = Bar::new(what, writer.data_len());
         self.wrap(|sink| writer.write(read, sink, &|bytes| bar.advance(bytes)))
     }

@@ -71,6 +71,10 @@ fn layers_for_dax() {
     assert!(info[0]["lsmt"]["dax_misfit"].is_null());
     place.ok("verify --dax a");
     place.run("info a").stdout(contains("in pages of up to 4"));
+    // Nothing of the disk is where the kernel looks for info blocks.
+    let layer = fs::read(place.path("a")).unwrap();
+    assert!(layer[4096..2 << 20].iter().all(|&byte| byte == 0));
+    assert!(layer[2 << 20..].starts_with(&disk[..12288]));
 
     // Zeros that become a part of a file are data, too.
     disk[20480..24576].fill(7);
@@ -94,6 +98,29 @@ fn layers_for_dax() {
         .run("verify --dax tar")
         .code(3)
         .stderr(contains("is in a tar"));
+
+    // What the kernel takes for an info block of the pmem device.
+    for signature in ["NVDIMM_PFN_INFO", "NVDIMM_DAX_INFO", "BTT_ARENA_INFO"] {
+        let mut hostile = disk.clone();
+        hostile[..16].fill(0);
+        hostile[..signature.len()].copy_from_slice(signature.as_bytes());
+        place.write("hostile.raw", &hostile);
+        place.ok("create --force --image hostile.raw --algorithm none hostile");
+        place
+            .run("verify --dax hostile")
+            .code(3)
+            .stderr(contains("byte 4096 begins an info block"));
+        let info = place.json("info --json hostile");
+        assert!(info[0]["lsmt"]["dax_page_size"].is_null());
+        place.ok("commit --force --dax hostile harmless");
+        place.ok("verify --dax harmless");
+        assert!(place.dump("harmless") == hostile);
+    }
+
+    // Whatever makes a layer makes one for DAX.
+    place.ok("merge --lowest --dax a b merged");
+    place.ok("verify --dax merged");
+    assert!(place.dump("merged") == upper);
 
     place.write("odd.raw", &disk[..8192 + 512]);
     place

@@ -7,11 +7,26 @@ use std::fmt;
 
 use crate::format::dax::{alignment, overlap, Place};
 use crate::format::lsmt::Segment;
-use crate::format::SECTOR_SIZE;
-use crate::LayerReader;
+use crate::format::{Blob, SECTOR_SIZE};
+use crate::{LayerReader, Result};
 
 /// The page sizes that kernels have, in bytes, ascending.
 pub const PAGE_SIZES: [u64; 3] = [4 << 10, 16 << 10, 64 << 10];
+
+/// Where data of a new layer begins, in bytes: the largest mapping, and behind all places at which the
+/// kernel looks for an info block.
+pub const DATA_START: u64 = 2 << 20;
+
+/// Where the kernel's pmem driver looks for an info block, in bytes (`nd_btt_version`,
+/// `nd_pfn_validate`).
+const INFO_BLOCKS: [u64; 2] = [0, 4096];
+
+/// How info blocks begin (`drivers/nvdimm/btt.h`, `drivers/nvdimm/pfn.h`).
+const SIGNATURES: [[u8; 16]; 3] = [
+    *b"BTT_ARENA_INFO\0\0",
+    *b"NVDIMM_PFN_INFO\0",
+    *b"NVDIMM_DAX_INFO\0",
+];
 
 /// Why the pages of a layer cannot be mapped.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -26,6 +41,8 @@ pub enum Misfit {
     Alignment(Segment),
     /// Two segments have data in common.
     Overlap([Place; 2]),
+    /// At this byte it has what the kernel takes for an info block of the pmem device.
+    InfoBlock(u64),
 }
 
 impl fmt::Display for Misfit {
@@ -48,11 +65,16 @@ impl fmt::Display for Misfit {
             Self::Overlap([first, second]) => write!(
                 f,
                 "two extents have data in common, sectors {} to {} and {} to {} of the layer: `commit \
-                 --dax --compact' writes a layer that has it twice",
+                 --dax' writes a layer that has it twice",
                 first.start,
                 first.end - 1,
                 second.start,
                 second.end - 1
+            ),
+            Self::InfoBlock(at) => write!(
+                f,
+                "byte {at} begins an info block of an NVDIMM, which decides how the kernel uses the whole \
+                 device: don't give it to a guest; `commit --dax' writes a layer without it"
             ),
         }
     }
@@ -74,29 +96,55 @@ pub fn misfit(segments: &[Segment], virtual_size: u64, page: u64) -> Option<Misf
     found.map(Misfit::Overlap)
 }
 
-/// [`misfit`] of a layer, with what it is wrapped in.
-pub fn layer_misfit(layer: &LayerReader, page: u64) -> Option<Misfit> {
-    if layer.payload().zfile().is_some() {
-        return Some(Misfit::Zfile);
+/// Where `layer`, the bytes of a pmem device, has an info block, in bytes; `None` if it has none.
+fn info_block<B: Blob>(layer: &B) -> Result<Option<u64>, B::Error> {
+    for at in INFO_BLOCKS {
+        let mut start = [0; 16];
+        // A layer of less is no LSMT file.
+        if at + 16 > layer.size() {
+            break;
+        }
+        layer.read_at(at, &mut start)?;
+        if SIGNATURES.contains(&start) {
+            return Ok(Some(at));
+        }
     }
-    if layer.payload().in_tar() {
-        return Some(Misfit::Tar);
-    }
-    misfit(layer.segments(), layer.lsmt().virtual_size(), page)
+    Ok(None)
 }
 
-/// The largest page size of kernels that a layer fits, in bytes.
+/// [`misfit`] of a layer, with what it is wrapped in.
 ///
 /// # Errors
 ///
-/// Why it fits none.
-pub fn page_size(layer: &LayerReader) -> Result<u64, Misfit> {
-    let [least, ..] = PAGE_SIZES;
-    match layer_misfit(layer, least) {
-        Some(misfit) => Err(misfit),
-        None => Ok(PAGE_SIZES
-            .into_iter()
-            .rfind(|&page| layer_misfit(layer, page).is_none())
-            .unwrap_or(least)),
+/// Read errors.
+pub fn layer_misfit(layer: &LayerReader, page: u64) -> Result<Option<Misfit>> {
+    let payload = layer.payload();
+    Ok(if payload.zfile().is_some() {
+        Some(Misfit::Zfile)
+    } else if payload.in_tar() {
+        Some(Misfit::Tar)
+    } else if let Some(at) = info_block(payload)? {
+        Some(Misfit::InfoBlock(at))
+    } else {
+        misfit(layer.segments(), layer.lsmt().virtual_size(), page)
+    })
+}
+
+/// The largest page size of kernels that a layer fits, in bytes, or why it fits none.
+///
+/// # Errors
+///
+/// Read errors.
+pub fn page_size(layer: &LayerReader) -> Result<Result<u64, Misfit>> {
+    let [mut fits, larger @ ..] = PAGE_SIZES;
+    if let Some(misfit) = layer_misfit(layer, fits)? {
+        return Ok(Err(misfit));
     }
+    for page in larger {
+        if layer_misfit(layer, page)?.is_some() {
+            break;
+        }
+        fits = page;
+    }
+    Ok(Ok(fits))
 }

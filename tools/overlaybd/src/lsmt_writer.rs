@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: GPL-2.0
 
 //! Writes an LSMT layer as upstream's `overlaybd-commit` does: the data is contiguous and in the
-//! order of the index, without unused sectors.
+//! order of the index, without unused sectors. A layer for DAX has some before its data.
 
 use crate::format::lsmt::{self, field, flag, Segment};
 use crate::format::num::{to_u64, to_usize};
@@ -96,6 +96,8 @@ pub struct LayerWriter {
     virtual_size: u64,
     ident: Ident,
     entries: Vec<Segment>,
+    /// Number of sectors of zeros between the header and the data.
+    gap: u64,
     /// Number of sectors of data.
     data: u64,
 }
@@ -152,6 +154,7 @@ impl LayerWriter {
             virtual_size,
             ident,
             entries,
+            gap: 0,
             data,
         };
         if writer.padded_entries() > lsmt::MAX_ENTRIES {
@@ -161,6 +164,20 @@ impl LayerWriter {
             });
         }
         Ok(writer)
+    }
+
+    /// Moves the data to byte `start` of the file, a multiple of the sector size behind the header.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Invalid`] if an entry cannot have its new place.
+    pub fn with_data_at(mut self, start: u64) -> Result<Self> {
+        self.gap = (start / SECTOR_SIZE).saturating_sub(lsmt::DATA_START);
+        for entry in &mut self.entries {
+            let moved = entry.shifted(self.gap);
+            *entry = moved.ok_or_else(|| Error::Invalid("the layer is too large".to_owned()))?;
+        }
+        Ok(self)
     }
 
     /// Returns the length of the LSMT file in bytes.
@@ -196,6 +213,7 @@ impl LayerWriter {
         progress: Progress<'_>,
     ) -> Result<()> {
         sink(&self.header(flag::HEADER | flag::DATA_FILE | flag::SEALED, 0, 0))?;
+        sink(&vec![0; to_usize(self.gap * SECTOR_SIZE)])?;
         let mut buffer = vec![0; to_usize(COPY.min(self.data_len()))];
         for entry in self.entries.iter().filter(|entry| !entry.zeroed()) {
             let (mut at, end) = (entry.offset() * SECTOR_SIZE, entry.end() * SECTOR_SIZE);
@@ -226,7 +244,7 @@ impl LayerWriter {
     }
 
     fn index_offset(&self) -> u64 {
-        lsmt::HEADER_SIZE + self.data_len()
+        lsmt::HEADER_SIZE + self.gap * SECTOR_SIZE + self.data_len()
     }
 
     fn padded_entries(&self) -> u64 {

@@ -5,7 +5,6 @@
 use std::path::PathBuf;
 
 use anyhow::Result;
-use overlaybd::dax;
 use overlaybd::format::num::to_u64;
 use overlaybd::format::Blob;
 use overlaybd::identity::{is_placed, Below};
@@ -15,7 +14,6 @@ use overlaybd::{flatten, LayerReader};
 use uuid::Uuid;
 
 use crate::bar::Bar;
-use crate::exit::Failure;
 use crate::layer_args::{uuid_text, IdentArgs, NewLayerArgs};
 use crate::layer_out::{derive, LayerOut};
 use crate::layers::LayerArg;
@@ -52,15 +50,9 @@ pub(crate) struct Args {
 pub(crate) fn run(args: &Args) -> Result<()> {
     let layer = args.input.open_layer()?;
     let output = LayerOut::create(&args.output, &args.new, [args.input.path.as_path()])?;
-    if args.compact || args.new.ident != IdentArgs::default() {
-        return compact(args, layer, output);
-    }
-    if args.new.wrap.dax {
-        let [page, ..] = dax::PAGE_SIZES;
-        let size = layer.lsmt().virtual_size();
-        if let Some(misfit) = dax::misfit(layer.segments(), size, page) {
-            return Err(Failure::usage(format!("{}: {misfit}", args.input)));
-        }
+    // A layer for DAX has its data elsewhere.
+    if args.compact || args.new.wrap.dax || args.new.ident != IdentArgs::default() {
+        return compact(&args.new.ident, layer, output);
     }
     let payload = layer.payload();
     let bar = Bar::new("committing", payload.size());
@@ -75,8 +67,7 @@ pub(crate) fn run(args: &Args) -> Result<()> {
 }
 
 /// Writes the layer anew.
-fn compact(args: &Args, layer: LayerReader, output: LayerOut) -> Result<()> {
-    let new = &args.new.ident;
+fn compact(new: &IdentArgs, layer: LayerReader, output: LayerOut) -> Result<()> {
     let size = layer.lsmt().virtual_size();
     let old = layer.ident().clone();
     let input = layer.path().to_owned();
@@ -118,10 +109,7 @@ fn compact(args: &Args, layer: LayerReader, output: LayerOut) -> Result<()> {
         ident.user_tag = old.user_tag;
     }
     let writer = LayerWriter::new(size, ident, segments)?;
-    if args.new.wrap.dax {
-        output.check_dax(&writer)?;
-    }
-    output.write(&writer, "committing", read)
+    output.write(writer, "committing", read)
 }
 
 /// What to tell of a UUID that isn't the one that was there, unless it was asked for.

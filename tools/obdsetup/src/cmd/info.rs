@@ -173,7 +173,7 @@ fn lsmt_info(layer: &LayerReader) -> Result<Lsmt> {
         lengths.map(|s| s.length() * 512).sum()
     };
     let ident = layer.ident();
-    let dax = dax::page_size(layer);
+    let dax = dax::page_size(layer)?;
     Ok(Lsmt {
         virtual_size: layer.lsmt().virtual_size(),
         index_offset: layer.lsmt().index_offset(),

@@ -93,7 +93,7 @@ pub(crate) fn run(args: &Args) -> Result<()> {
             .context(format!("{}: cannot make the layer", args.output.display())),
     })?;
     let read = |offset: u64, buf: &mut [u8]| stack.read_at(offset, buf);
-    output.write(&writer, "merging", read)
+    output.write(writer, "merging", read)
 }
 
 /// What is below the layer.

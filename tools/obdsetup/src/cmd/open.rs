@@ -345,7 +345,7 @@ fn check_dax(stack: &Stack, places: &[Place]) -> Result<()> {
                 "{path}: is a file: --dax needs a pmem device for each layer"
             )));
         }
-        if let Err(misfit) = dax::page_size(layer) {
+        if let Err(misfit) = dax::page_size(layer)? {
             let text = format!("{path}: {misfit}");
             return Err(Failure::error(exit::BAD_IMAGE, text));
         }

@@ -71,7 +71,7 @@ pub(crate) fn run(args: &Args) -> Result<()> {
     };
     args.chain.apply(&mut found);
     if args.dax {
-        found.add_dax(&opened);
+        found.add_dax(&opened)?;
     }
     let stack = Stack::new(opened)?;
     let layers = check(&stack)?;

@@ -184,7 +184,7 @@ impl Delta {
     pub(crate) fn write(&self, ident: Ident, output: LayerOut) -> Result<()> {
         let writer = LayerWriter::new(self.size, ident, cut(self.runs.clone()))
             .with_context(|| format!("{}: cannot make the layer", output.path().display()))?;
-        output.write(&writer, "writing", |at, buf| self.read(at, buf))
+        output.write(writer, "writing", |at, buf| self.read(at, buf))
     }
 }
 
