@@ -118,7 +118,7 @@ fn layers_for_dax() {
     }
 
     // Whatever makes a layer makes one for DAX.
-    place.ok("merge --lowest --dax a b merged");
+    place.ok("merge --lowest --dax -o merged a b");
     place.ok("verify --dax merged");
     assert!(place.dump("merged") == upper);
 
