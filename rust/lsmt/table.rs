@@ -9,7 +9,8 @@ use super::{Lsmt, Tail};
 use crate::block::memory;
 use crate::compat;
 use crate::dm::{
-    self, Args, Bio, Claims, Dax, Device, DeviceId, Emit, Failure, Limits, Mapped, Setup, PAGE_SECTORS,
+    self, Args, Bio, Claims, Dax, Device, DeviceId, Emit, Failure, Limits, Mapped, Setup,
+    PAGE_SECTORS,
 };
 use crate::format::dax::{self, Place};
 use crate::format::lsmt::{Layer, Segment};
