@@ -273,7 +273,7 @@ impl Claim {
         // table becomes live, and no table is empty.
         if unsafe { sys::obd_get_capacity(setup.disk()) } != 0 {
             return Err(Failure::new(
-                c"Device has a table, which lsmt-dax cannot replace: remove the device, and make it again",
+                c"Device has a table, which lsmt-dax cannot replace",
                 EBUSY,
             ));
         }
