@@ -13,8 +13,8 @@
 //! it. It is the innermost lock: the holder takes no other one, and allocates memory only for the
 //! list. It is taken by
 //!
-//! - constructors, after the devices were opened (`dm_get_device` takes device-mapper's
-//!   `table_devices_lock`, and gives it back),
+//! - constructors, below device-mapper's `type_lock`, after the devices were opened
+//!   (`dm_get_device` takes `table_devices_lock`, and gives it back),
 //! - `preresume`, below device-mapper's `suspend_lock`,
 //! - destructors.
 //!
