@@ -352,7 +352,9 @@ def parked():
     # It doesn't matter whether the device is there.
     device.remove()
     again = lsmt_dax(SIZE, pmem)
-    same_bytes(Disk(again).read(0, MIB), raw[:MIB], "the disk of another device")
+    disk = Disk(again)
+    same_bytes(disk.read(0, MIB), raw[:MIB], "the disk of another device")
+    disk.close()
     equal(module.use_count(), before + 1, "references of the module: the table's")
     # A table that is gone from a closed device has no claim. What looks at the device may have it open for a moment.
     again.load(dm.line(0, SIZE // 512, "error"))
