@@ -174,7 +174,7 @@ fn of_changes(args: &Args, store: &Path, below: &[LayerArg], output: LayerOut) -
     args.chain.check(&base, Part::Whole)?;
     let base = Stack::new(base)?;
     let disk = store.over(&base)?;
-    let options = args.compare.options(false);
+    let options = args.compare.options(false, &args.new)?;
     image_layer::write_image(&disk, Some(&base), options, &args.new.ident, output)
 }
 
@@ -195,7 +195,7 @@ fn of_thin(
     let volume = FileBlob::open(volume, None)?;
     let base = Stack::with_size(base, volume.size())?;
     let disk = Mapped::new(&volume, map.ranges);
-    let options = args.compare.options(false);
+    let options = args.compare.options(false, &args.new)?;
     image_layer::write_image(&disk, Some(&base), options, &args.new.ident, output)
 }
 
