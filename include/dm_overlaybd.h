@@ -129,7 +129,7 @@ void obd_cache_add(s64 bytes);
 /* Messages and events. */
 void obd_ratelimit_default_init(struct ratelimit_state *rs);
 /*
- * Sends a change uevent of @disk with DM_ZFILE_CORRUPT_BLOCK=@block. May sleep.
+ * Sends a change uevent of @disk with the variable @variable=@value. May sleep.
  */
 void obd_alert_uevent(struct gendisk *disk, const char *variable, u64 value);
 

@@ -37,9 +37,13 @@ impl Status {
         }
     }
 
-    /// Returns whether whoever issued the read repeats it, as it was not tried to the end.
-    pub(crate) fn is_repeated(self) -> bool {
-        matches!(self.0, sys::OBD_BLK_STS_AGAIN | sys::OBD_BLK_STS_DM_REQUEUE)
+    /// Returns whether the request is the cause: it would have had to wait, or is not one that the
+    /// device takes. Nothing is wrong with the storage then.
+    pub(crate) fn is_of_request(self) -> bool {
+        matches!(
+            self.0,
+            sys::OBD_BLK_STS_AGAIN | sys::OBD_BLK_STS_INVAL | sys::OBD_BLK_STS_NOTSUPP
+        )
     }
 
     /// Returns the error number, above 0.

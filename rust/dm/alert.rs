@@ -5,7 +5,7 @@
 //! `dmsetup wait` waits, and a uevent.
 //!
 //! A fault may be found in any context, but events are sent in process context. A work item
-//! on the system's workqueue sends them, not a worker of the target: sending takes a mutex of
+//! on the system's workqueue sends them, not a worker of the target: sending takes mutexes of
 //! device-mapper and allocates memory, and the target's workers must not wait for either.
 //!
 //! C headers: `include/linux/device-mapper.h`, `include/linux/ratelimit.h`.

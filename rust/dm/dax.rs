@@ -229,8 +229,23 @@ impl Claims {
         })
     }
 
+    /// Makes room for `count` entries, unless others made some. Nothing is allocated under the lock:
+    /// a resume takes it while bios wait.
+    fn reserve(&self, count: usize) -> Result<(), Failure> {
+        let mut larger = KVec::with_capacity(count, GFP_KERNEL)?;
+        let mut list = self.list.lock();
+        if list.entries.len() < larger.capacity() {
+            for entry in core::mem::take(&mut list.entries) {
+                // There is room.
+                larger.push(entry, GFP_KERNEL)?;
+            }
+            list.entries = larger;
+        }
+        Ok(())
+    }
+
     /// Drops the parked claims of disks that are closed.
-    fn sweep(&self) {
+    pub(super) fn sweep(&self) {
         loop {
             let closed = {
                 let mut list = self.list.lock();
@@ -269,8 +284,8 @@ impl Claim {
     ///
     /// [`EBUSY`].
     pub(super) fn require_first_table<C>(setup: &Setup<'_, C>) -> Result<(), Failure> {
-        // SAFETY: The disk of a mapped device is valid. Only device-mapper sets its capacity, when a
-        // table becomes live, and no table is empty.
+        // SAFETY: The disk of a mapped device is valid. Its capacity is above 0 while a table is live, as
+        // no table is empty.
         if unsafe { sys::obd_get_capacity(setup.disk()) } != 0 {
             return Err(Failure::new(
                 c"Device has a table, which lsmt-dax cannot replace",
@@ -298,24 +313,30 @@ impl Claim {
         let ranges = Arc::new(ranges, GFP_KERNEL)?;
         let disk = Disk::of(setup)?;
         claims.sweep();
-        let id = {
-            let mut list = claims.list.lock();
-            let excludes = |entry: &Entry| entry.excludes(&disk, &ranges);
-            if list.entries.iter().any(excludes) {
-                return Err(CLAIMED);
-            }
-            list.entries.reserve(1, GFP_KERNEL)?;
-            let id = list.next;
-            let entry = Entry {
-                id,
-                disk,
-                ranges: ranges.clone(),
-                state: State::Made,
+        let id = loop {
+            let more = {
+                let mut list = claims.list.lock();
+                let excludes = |entry: &Entry| entry.excludes(&disk, &ranges);
+                if list.entries.iter().any(excludes) {
+                    return Err(CLAIMED);
+                }
+                if list.entries.len() < list.entries.capacity() {
+                    let id = list.next;
+                    let entry = Entry {
+                        id,
+                        disk,
+                        ranges: ranges.clone(),
+                        state: State::Made,
+                    };
+                    // There is room.
+                    list.entries.push(entry, GFP_KERNEL)?;
+                    // No overflow: one for each table that is made.
+                    list.next = id.wrapping_add(1);
+                    break id;
+                }
+                list.entries.len() + 1
             };
-            list.entries.push(entry, GFP_KERNEL)?;
-            // No overflow: one for each table that is made.
-            list.next = id.wrapping_add(1);
-            id
+            claims.reserve(more)?;
         };
         Ok(Self {
             claims,
@@ -453,7 +474,7 @@ pub(super) unsafe fn direct_access<T: Target>(
     }
     let dax = device.dax().ok_or(EOPNOTSUPP)?;
     // SAFETY: The device is open, so the DAX device is valid; the pages are within what the device
-    // had when it was opened, as was just checked. The caller's promise for the pointers.
+    // had when it was claimed, as was just checked. The caller's promise for the pointers.
     let found = unsafe {
         sys::obd_dax_direct_access(
             dax.as_ptr(),

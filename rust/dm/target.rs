@@ -41,8 +41,8 @@ pub(crate) trait Target: Send + Sync + Sized + 'static {
     /// a target that takes no messages.
     const MESSAGE: Option<Message<Self>> = None;
     /// Called when a read that the target has sent on ends with an error, in any context, on
-    /// several CPUs at once; `None` for a target that sends no reads on. Not called for read-ahead,
-    /// which is optional, nor where the read is repeated.
+    /// several CPUs at once; `None` for a target that sends no reads on. Not called for reads that
+    /// are marked as read-ahead, nor where the request is the cause, not the storage.
     const READ_FAILED: Option<fn(&Self)> = None;
     /// Name of the variable that tells of the first fault in a uevent: the number of a corrupt
     /// block, or the error number of a failed read.
@@ -296,7 +296,9 @@ impl<T: Target> Registration<T> {
         };
         // SAFETY: The caller's promise.
         let args = unsafe { Args::new(argc, argv) };
-        if T::DAX.is_some() {
+        if let Some(dax) = T::DAX {
+            // Also where the table is refused: parked claims keep the module.
+            (dax.claims)(setup.context()).sweep();
             Claim::require_first_table(&setup)?;
         }
         let target = T::new(&mut setup, args)?;
@@ -378,7 +380,7 @@ impl<T: Target> Registration<T> {
         if let (Err(status), Some(failed)) = (status, T::READ_FAILED) {
             // SAFETY: The bio is valid until this function has returned.
             let ahead = unsafe { (*bio).bi_opf } & sys::OBD_REQ_RAHEAD != 0;
-            if !ahead && !status.is_repeated() {
+            if !ahead && !status.is_of_request() {
                 // SAFETY: The caller's promise: a table outlives its I/O.
                 let live = unsafe { Self::live(ti) };
                 failed(&live.target);
