@@ -92,7 +92,7 @@ def healthy():
     rows = json.loads(obdsetup("list", "--json", "--check")[0])
     equal([(row["name"], row["size"], row["layers"], row["health"]) for row in rows], [(NAME, SIZE, 2, "ok")], "list")
     table = obdsetup("list")[0].splitlines()
-    equal(table[1].split(), [NAME, "256.00", "KiB", "2", "ok", "-"], "list")
+    equal(table[1].split(), [NAME, "256.00", "KiB", "2", "ok", "-", "-"], "list")
     disk = Disk(f"/dev/mapper/{NAME}")
     equal(obdsetup("status", NAME)[0].splitlines()[1].split(", ")[2], "in use", "when it is open")
     disk.close()
@@ -315,7 +315,7 @@ def without():
     layers = open_stack()
     done = as_nobody("list")
     equal(done.returncode, 2, "list")
-    equal(done.stdout.splitlines()[1].split(), [NAME, "256.00", "KiB", "-", "unknown", "-"], "list")
+    equal(done.stdout.splitlines()[1].split(), [NAME, "256.00", "KiB", "-", "unknown", "-", "-"], "list")
     check("must be root" in done.stderr, done.stderr)
     for args in (["status", NAME], ["close", NAME], ["open", "x", *layers]):
         os.chmod(os.path.dirname(layers[0]), 0o755)

@@ -14,6 +14,9 @@ overlaybd_wanted() { [ -n "$(overlaybd_tab)" ]; }
 overlaybd_programs() {
 	readlink -f /usr/lib/systemd/system-generators/systemd-overlaybdsetup-generator
 	echo /usr/sbin/dmsetup
+	case $(overlaybd_tab) in
+	*[[:space:],]partitions*) command -v partx || echo /usr/bin/partx ;;
+	esac
 }
 
 overlaybd_files() {

@@ -23,6 +23,10 @@ use crate::tab::{self, Entry};
 /// takes down what it has set up, and needs dmsetup for that.
 const TIMEOUT: u32 = 300;
 
+/// Partitions whose mounts start the unit of their disk, and end before it does. Only the disk tells which
+/// there are; images of machines have few.
+const PARTITIONS: u32 = 16;
+
 /// The name that this program goes by.
 pub(crate) const NAME: &str = "systemd-overlaybdsetup-generator";
 
@@ -80,17 +84,25 @@ fn add(entry: &Entry, tab: &Path, program: &Path, directory: &Path) -> Result<()
     let instance = escape(entry.name.as_bytes());
     let unit = format!("systemd-overlaybdsetup@{instance}.service");
     fs::write(directory.join(&unit), text(entry, tab, program)?)?;
-    // What mounts the device starts the unit.
-    want(
-        directory,
-        &format!("dev-mapper-{instance}.device.requires"),
-        &unit,
-    )?;
+    // What mounts the device starts the unit, or what mounts a partition.
+    for device in [instance].into_iter().chain(partitions(entry)) {
+        want(
+            directory,
+            &format!("dev-mapper-{device}.device.requires"),
+            &unit,
+        )?;
+    }
     if !entry.noauto {
         let how = if entry.nofail { "wants" } else { "requires" };
         want(directory, &format!("overlaybdsetup.target.{how}"), &unit)?;
     }
     Ok(())
+}
+
+/// The partitions that the disk of `entry` may have, as parts of units' names.
+fn partitions(entry: &Entry) -> impl Iterator<Item = String> + '_ {
+    let numbers = (1..=PARTITIONS).filter(|_| entry.has_partitions());
+    numbers.map(|number| escape(format!("{}-part{number}", entry.name).as_bytes()))
 }
 
 fn want(directory: &Path, by: &str, unit: &str) -> Result<()> {
@@ -119,6 +131,10 @@ Conflicts=umount.target
 ",
         plain(tab)?
     );
+    for partition in partitions(entry) {
+        let target = format!("blockdev@dev-mapper-{partition}.target");
+        writeln!(text, "Wants={target}\nBefore={target}")?;
+    }
     // What the initramfs has set up is not this unit's, and stays.
     if entry.initrd {
         writeln!(text, "ConditionPathExists=!/dev/mapper/{name}")?;
@@ -359,6 +375,22 @@ ExecStop="/usr/sbin/obdsetup" close my-app
             let condition = format!("ConditionPathExists=!/dev/mapper/{name}\n");
             assert_eq!(has(&unit(name), &condition), left);
         }
+        Ok(())
+    }
+
+    #[test]
+    fn partitions() -> Result<()> {
+        let (units, wrong) = units(b"a-b /a partitions,noauto\n")?;
+        assert_eq!(wrong, 0);
+        let unit = r"systemd-overlaybdsetup@a\x2db.service";
+        assert_eq!(units.len(), 2 + 16);
+        for device in [r"a\x2db", r"a\x2db\x2dpart1", r"a\x2db\x2dpart16"] {
+            let link = format!("dev-mapper-{device}.device.requires/{unit}");
+            assert!(units.contains_key(&link), "{link}");
+        }
+        let text = &units[unit];
+        let target = r"blockdev@dev-mapper-a\x2db\x2dpart16.target";
+        assert!(text.contains(&format!("\nWants={target}\nBefore={target}\n")));
         Ok(())
     }
 

@@ -31,6 +31,7 @@ mod oci;
 mod output;
 mod overview;
 mod program;
+mod partitions;
 mod raw_out;
 mod size;
 mod store;

@@ -144,6 +144,11 @@ impl Entry {
         store.map(|store| Path::new(OsStr::from_bytes(store)))
     }
 
+    /// Whether the partitions of the disk get devices.
+    pub(crate) fn has_partitions(&self) -> bool {
+        self.options.iter().any(|option| option == "partitions")
+    }
+
     /// The line as arguments of `open`, whose name comes first.
     pub(crate) fn arguments(&self) -> Vec<OsString> {
         let mut arguments = vec!["open".into()];

@@ -13,6 +13,7 @@ use crate::dm::lock::Lock;
 use crate::dm::plan::check_name;
 use crate::dm::setup::{self, Removal};
 use crate::dm::share;
+use crate::dm::stack::part;
 use crate::dm::udev::Udev;
 use crate::dm::{self, Control, Stack};
 use crate::exit::{self, Failure};
@@ -28,8 +29,8 @@ const PATIENCE: Duration = Duration::from_secs(2);
   obdsetup close app
   obdsetup close --deferred app      as soon as nobody uses it
 
-Takes the devices below down, too, but for those that other stacks use; their loop devices go with
-them. The store of a disk that takes writes stays, with all that was written.")]
+Takes the partitions of the disk down, too, and the devices below it, but for those that other stacks
+use; their loop devices go with them. The store of a disk that takes writes stays, with all that was written.")]
 pub(crate) struct Args {
     /// Name that was given to `open`
     name: String,
@@ -61,8 +62,8 @@ pub(crate) fn run(args: &Args) -> Result<()> {
         ));
     }
     if let Some(top) = stack.top().filter(|_| !args.deferred) {
-        if is_in_use(&control, top.clone())? {
-            let message = format!("device {} is in use; --deferred removes it later", top.name);
+        if let Some(used) = in_use(&control, &stack, &top.name)? {
+            let message = format!("device {used} is in use; --deferred removes it later");
             return Err(Failure::error(exit::BUSY, message));
         }
     }
@@ -169,26 +170,28 @@ fn close_nothing(control: &Control, name: &str) -> Result<()> {
     Err(not_ours(control, name)?)
 }
 
-/// Whether `device` is in use, and stays so: udev may look at it just now.
-fn is_in_use(control: &Control, mut device: State) -> Result<bool> {
+/// Returns the name of the disk of `stack`, or of a partition, where it is in use, and stays so: udev may look
+/// at it just now. `name` is that of the disk.
+fn in_use(control: &Control, stack: &Stack, name: &str) -> Result<Option<String>> {
     let end = Instant::now() + PATIENCE;
-    while device.open_count > 0 {
+    let mut used = stack.in_use().map(|state| state.name.clone());
+    while used.is_some() && Instant::now() < end {
         interrupt::check()?;
-        if Instant::now() >= end {
-            return Ok(true);
-        }
         sleep(Duration::from_millis(50));
-        match control.state(&device.name)? {
-            Some(now) => device = now,
-            None => break,
-        }
+        let now = Stack::among(&control.states()?, name);
+        let now = now.as_ref().and_then(Stack::in_use);
+        used = now.map(|state| state.name.clone());
     }
-    Ok(false)
+    Ok(used)
 }
 
 /// Why there is no stack `name`.
 pub(crate) fn not_ours(control: &Control, name: &str) -> Result<anyhow::Error> {
     let message = match control.state(name)? {
+        Some(state) if part(&state.uuid).is_some() => {
+            let stack = part(&state.uuid).map_or("", |(_, stack)| stack);
+            format!("device {name} is a part of stack {stack}: give that name")
+        }
         Some(state) => {
             let uuid = match state.uuid.as_str() {
                 "" => "it has no UUID".to_owned(),

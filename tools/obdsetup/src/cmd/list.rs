@@ -12,7 +12,7 @@ use super::{print, print_json};
 use crate::dm::{share, Control};
 use crate::exit::{self, Failure};
 use crate::overview::health::{self, Health};
-use crate::overview::{stacks, sysfs, Stack};
+use crate::overview::{stacks, sysfs, Partition, Stack};
 
 /// Where sysfs is mounted.
 const SYS: &str = "/sys";
@@ -26,7 +26,8 @@ const NONE: &str = "-";
   obdsetup list --check >/dev/null               for cron: one line for each stack that is not well
   obdsetup list --json | jq -r '.[] | select(.health != \"ok\") | .name'
 
-SHARED WITH names the stacks that use a file or device of this one, too. Users other than root see
+PARTITIONS are the numbers of those that have devices (open --partitions). SHARED WITH names the stacks
+that use a file or device of this one, too. Users other than root see
 names and sizes only, and exit code 2.")]
 pub(crate) struct Args {
     /// Exit as `status` does where a stack is not well, and say so on standard error
@@ -51,6 +52,7 @@ struct Row {
     open_count: Option<u32>,
     corrupt_blocks: u64,
     read_errors: u64,
+    partitions: Vec<Partition>,
     shared_with: Vec<String>,
 }
 
@@ -113,9 +115,10 @@ fn row(stack: &Stack) -> Row {
         layers: Some(stack.layers.len()),
         health: Some(Health::of(stack)),
         message: health::line(stack),
-        open_count: stack.top().map(|top| top.state.open_count),
+        open_count: stack.open_count(),
         corrupt_blocks: stack.corrupt_blocks(),
         read_errors: stack.read_errors(),
+        partitions: stack.partitions(),
         shared_with: stack.shared_with.clone(),
     }
 }
@@ -125,8 +128,8 @@ fn table(rows: &[Row]) -> String {
     let width = rows.iter().map(|row| row.name.len()).max().unwrap_or(0);
     let width = width.max("NAME".len());
     let mut text = format!(
-        "{:<width$}  {:>11}  {:>6}  {:<11}  SHARED WITH\n",
-        "NAME", "SIZE", "LAYERS", "HEALTH"
+        "{:<width$}  {:>11}  {:>6}  {:<11}  {:<10}  SHARED WITH\n",
+        "NAME", "SIZE", "LAYERS", "HEALTH", "PARTITIONS"
     );
     for row in rows {
         let size = row.size.map_or_else(
@@ -141,9 +144,15 @@ fn table(rows: &[Row]) -> String {
             [] => NONE.to_owned(),
             names => names.join(","),
         };
+        let numbers = row.partitions.iter();
+        let numbers: Vec<String> = numbers.map(|part| part.number.to_string()).collect();
+        let partitions = match numbers.as_slice() {
+            [] => NONE.to_owned(),
+            numbers => numbers.join(","),
+        };
         let _ = writeln!(
             text,
-            "{:<width$}  {size:>11}  {layers:>6}  {health:<11}  {shared}",
+            "{:<width$}  {size:>11}  {layers:>6}  {health:<11}  {partitions:<10}  {shared}",
             row.name
         );
     }
@@ -156,12 +165,20 @@ mod tests {
 
     #[test]
     fn rows() {
+        let partition = |number| Partition {
+            number,
+            name: format!("app-part{number}"),
+            start: None,
+            size: 512,
+            open_count: 0,
+        };
         let rows = [
             Row {
                 name: "app".to_owned(),
                 size: Some(256 << 20),
                 layers: Some(2),
                 health: Some(Health::Corrupt),
+                partitions: [1, 12].map(partition).to_vec(),
                 shared_with: vec!["a".to_owned(), "b".to_owned()],
                 ..Row::default()
             },
@@ -172,9 +189,9 @@ mod tests {
         ];
         assert_eq!(
             table(&rows),
-            "NAME         SIZE  LAYERS  HEALTH       SHARED WITH\n\
-             app    256.00 MiB       2  CORRUPT      a,b\n\
-             half            -       -  unknown      -\n"
+            "NAME         SIZE  LAYERS  HEALTH       PARTITIONS  SHARED WITH\n\
+             app    256.00 MiB       2  CORRUPT      1,12        a,b\n\
+             half            -       -  unknown      -           -\n"
         );
     }
 }

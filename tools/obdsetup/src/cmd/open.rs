@@ -28,7 +28,7 @@ use crate::exit::{self, Failure};
 use crate::in_use::InUseArgs;
 use crate::layers::{expand, open_stack, LayerArg};
 use crate::store::opening;
-use crate::{interrupt, journal, size, tab};
+use crate::{interrupt, journal, partitions, size, tab};
 
 /// How long it is waited for that nothing happens to half a stack any more.
 const PATIENCE: Duration = Duration::from_secs(20);
@@ -46,6 +46,7 @@ const FILES: u64 = 64;
   obdsetup open app config.v1.json               what containerd set up, if its layers are here
   obdsetup open app                              what /etc/overlaybdtab has under that name
   obdsetup open --zfile data data.zf             the content of a plain ZFile
+  obdsetup open --partitions vm disk.obd && mount -o ro /dev/mapper/vm-part1 /mnt
   obdsetup open --create --writable app.changes app base.obd     what is written goes to app.changes
 
 A file system that was not unmounted cleanly needs an option to be mounted without replaying its
@@ -54,6 +55,9 @@ journal: noload (ext4), norecovery (xfs), rescue=nologreplay (btrfs).
 Files get read-only loop devices, which vanish with the device. Stacks that have a layer's file in
 common use one device for it, if they ask for the same options. If any step fails, what was set up
 before it is taken down. Needs dmsetup(8).
+
+With --partitions, the partitions are read once, when the disk is opened, and go with it. A partition that
+only holds others, an extended one, gets no device. Needs partx(8).
 
 With --writable, the disk takes writes, which go to a store beside the layers and are there again when
 the disk is opened with it the next time. A store belongs to the layers that it was made with. `create
@@ -86,6 +90,10 @@ pub(crate) struct Args {
     /// Make the store where it is not there, or the device is empty
     #[arg(long)]
     create: bool,
+
+    /// Make a device of each partition of the disk, too: /dev/mapper/NAME-partN
+    #[arg(long)]
+    partitions: bool,
 
     /// Open a store that was not closed on another machine, which has it open no more
     #[arg(long)]
@@ -219,6 +227,7 @@ impl Args {
         let mine = &self.layers;
         args.buffered |= self.buffered;
         args.private |= self.private;
+        args.partitions |= self.partitions;
         args.writable = self.writable.clone().or(args.writable);
         args.size_of_tab = self.store_size.is_none();
         args.store_size = self.store_size.or(args.store_size);
@@ -264,6 +273,7 @@ impl LayersArgs {
             size_of_tab: false,
             create: false,
             take_over: false,
+            partitions: false,
             layers: self.clone(),
         };
         args.or_tab()?.layers.plan(name, None)
@@ -370,6 +380,9 @@ pub(crate) fn run(args: &Args) -> Result<()> {
     if args.writable.is_some() {
         plan.make_writable(&args.name);
     }
+    if args.partitions {
+        plan.add_mark(&args.name);
+    }
     let (lock, states) = make_way(&control, &args.name, &plan)?;
     allow_files(named.len());
 
@@ -390,19 +403,88 @@ pub(crate) fn run(args: &Args) -> Result<()> {
     };
     let set_up = SetUp::new(&control, &lock, &plan, states, &mut below)?;
     interrupt::check()?;
+    let partitions = match args.partitions {
+        true => plan_partitions(&control, &args.name, &plan)?,
+        false => Plan::default(),
+    };
+    // Dropped before the disk is.
+    let set_up_partitions = match args.partitions {
+        true => Some(add_partitions(
+            &control,
+            &lock,
+            &partitions,
+            &set_up,
+            &args.name,
+        )?),
+        false => None,
+    };
     let node = dm::node(&args.name).display().to_string();
-    print(&format!("{node}\n"))?;
+    let mut nodes = format!("{node}\n");
+    for partition in &partitions.devices {
+        nodes.push_str(&format!("{}\n", dm::node(&partition.name).display()));
+    }
+    print(&nodes)?;
     // One that takes writes replays it.
     if let Some(note) = opened.journal_note(&node).filter(|_| store.is_none()) {
         crate::tell(&note);
     }
     let adopted = set_up.adopted();
+    if let Some(partitions) = set_up_partitions {
+        partitions.keep();
+    }
     set_up.keep();
     if let Some(store) = store {
         store.keep();
     }
     share::set_caches(&control, &adopted);
     Ok(())
+}
+
+/// Plans the devices of the partitions of the disk `name`, the last device of `plan`, which is there.
+fn plan_partitions(control: &Control, name: &str, plan: &Plan) -> Result<Plan> {
+    let sectors = plan.devices.last().map_or(0, plan::Device::sectors);
+    let found = partitions::read(name, &dm::node(name), sectors)?;
+    let partitions = Plan::for_partitions(name, plan, &found);
+    let all = control.states()?;
+    let mut devices = partitions.devices.iter();
+    match devices.find_map(|device| setup::in_the_way(&all, device)) {
+        Some(error) => Err(error),
+        None => Ok(partitions),
+    }
+}
+
+/// Makes the devices of `partitions`, which are over `disk`, and removes the mark of the disk `name`, which
+/// was there because they were not.
+fn add_partitions<'a>(
+    control: &'a Control,
+    lock: &'a Lock,
+    partitions: &'a Plan,
+    disk: &SetUp<'_>,
+    name: &str,
+) -> Result<SetUp<'a>> {
+    let mut below = Disk(disk.number().map(str::to_owned));
+    let set_up = SetUp::new(control, lock, partitions, control.states()?, &mut below)?;
+    let removal = Removal {
+        deferred: false,
+        despite_signals: false,
+    };
+    let (mark, _) = plan::mark(name);
+    setup::remove(control, lock, &[mark], &[], removal, Udev::find())?;
+    interrupt::check()?;
+    Ok(set_up)
+}
+
+/// The disk that partitions are over, by its number.
+struct Disk(Option<String>);
+
+impl Below for Disk {
+    fn provide(&mut self, _: Lower) -> Result<()> {
+        Ok(())
+    }
+
+    fn number(&self, lower: Lower) -> Option<String> {
+        self.0.clone().filter(|_| lower == Lower::Disk)
+    }
 }
 
 /// The files and devices of the layers and of the store, as far as tables name them.
@@ -425,7 +507,7 @@ impl Below for Backings<'_> {
             payload.context("a layer without a file")
         };
         let backing = match lower {
-            Lower::Device(_) => return Ok(()),
+            Lower::Device(_) | Lower::Disk => return Ok(()),
             Lower::Tail(nth) => Backing::bytes(&plan::tail(payload(nth)?)?, self.lock)?,
             Lower::Layer(nth) => {
                 // Its name may lead to another by now.

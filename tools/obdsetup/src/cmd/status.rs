@@ -19,7 +19,7 @@ use crate::exit::Failure;
 use crate::overview::changes::Changes;
 use crate::overview::fields::{named, Fields};
 use crate::overview::health::{self, Health};
-use crate::overview::{find, numbers, stacks, Stack};
+use crate::overview::{find, numbers, stacks, Partition, Stack};
 use crate::{plain, size};
 
 /// Where sysfs is mounted.
@@ -61,6 +61,7 @@ struct Report {
     read_errors: u64,
     shared_with: Vec<String>,
     layers: Vec<Layer>,
+    partitions: Vec<Partition>,
     changes: Option<Changes>,
     devices: Vec<Device>,
 }
@@ -151,7 +152,8 @@ fn report(stack: Stack) -> Report {
         message: health::line(&stack),
         notes: health::notes(&stack),
         size: stack.size(),
-        open_count: stack.top().map(|top| top.state.open_count),
+        open_count: stack.open_count(),
+        partitions: stack.partitions(),
         corrupt_blocks: stack.corrupt_blocks(),
         read_errors: stack.read_errors(),
         layers,
@@ -223,8 +225,8 @@ fn summary(report: &Report) -> String {
             "{}: {}, {layers} layers, {}",
             node(&disk.name).display(),
             size::show(bytes),
-            match disk.open_count {
-                0 => "not in use",
+            match report.open_count {
+                Some(0) => "not in use",
                 _ => "in use",
             }
         ),
@@ -247,6 +249,19 @@ fn summary(report: &Report) -> String {
             text,
             "{nth:>5}  {:<11}  {file}{shared}",
             layer.health.word()
+        );
+    }
+    for partition in &report.partitions {
+        let _ = writeln!(
+            text,
+            "partition {}: {}, {}, {}",
+            partition.number,
+            node(&partition.name).display(),
+            size::show(partition.size),
+            match partition.open_count {
+                0 => "not in use",
+                _ => "in use",
+            }
         );
     }
     if let Some(changes) = &report.changes {

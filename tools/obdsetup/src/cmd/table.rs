@@ -66,8 +66,8 @@ pub(crate) fn run(args: &Args) -> Result<()> {
                 layer.map(ToString::to_string).unwrap_or_default()
             )
         }
-        // Of a disk that takes writes, this prints the table below.
-        Lower::Store => String::new(),
+        // Of a disk that takes writes, this prints the table below; partitions are in another plan.
+        Lower::Store | Lower::Disk => String::new(),
         Lower::Device(nth) => {
             let device = plan.devices.get(nth);
             device.map_or_else(String::new, |device| {

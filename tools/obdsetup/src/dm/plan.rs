@@ -19,6 +19,10 @@
 //!                       NAME-image ─┴─> NAME
 //! ```
 //!
+//! Each partition is a device over the disk, `NAME-partN`. They have a plan of their own, since only the
+//! disk tells which there are. Until they are there, `NAME-partitions`, of which nobody reads, marks the
+//! stack as one that is not complete: a kill may leave it so.
+//!
 //! In a plan that shares, the devices below the disk are those of the layers' files, whichever stack
 //! has them ([`share`](super::share)): each file has one of `zfile`, or one of `linear` where it is
 //! not compressed.
@@ -33,6 +37,7 @@ use overlaybd::{LayerReader, Payload, Stack};
 
 use super::share::{Identity, Kind, Source};
 use crate::exit::{self, Failure};
+use crate::partitions::Partition;
 
 /// Longest name: the UUID that is made of it must fit in device-mapper's 128 bytes.
 const MAX_NAME: usize = 100;
@@ -40,7 +45,8 @@ const MAX_NAME: usize = 100;
 /// What the UUIDs of all our devices start with. The type follows, then the name of the stack:
 /// `LSMT`, `ZFILE` and `WRITABLE` are disks; `IMAGE` and `STORE`, below a disk that takes writes, and
 /// `LAYER` and `BLOB`, with the number of their layer behind the name, are for other devices of the stack
-/// only. udev's rules go by the type.
+/// only; `MARK` is the mark of a stack whose partitions are not there yet. udev's rules go by the type.
+/// The UUID of a partition is [`partition_uuid`].
 pub(crate) const UUID_PREFIX: &str = "OVERLAYBD-";
 
 /// Where a target gets its sectors from.
@@ -52,6 +58,8 @@ pub(crate) enum Lower {
     Tail(usize),
     /// The file or device that keeps what is written.
     Store,
+    /// The disk, in a plan of its partitions.
+    Disk,
     /// Device `.0` of the plan.
     Device(usize),
 }
@@ -124,7 +132,7 @@ impl Device {
 }
 
 /// Devices to be made, lowest first; the last one is what was asked for.
-#[derive(Debug)]
+#[derive(Debug, Default)]
 pub(crate) struct Plan {
     pub(crate) devices: Vec<Device>,
 }
@@ -240,10 +248,45 @@ impl Plan {
     /// Makes the device of the store one of the `sectors` behind its head.
     pub(crate) fn set_store(&mut self, sectors: u64) {
         let mut devices = self.devices.iter_mut();
-        // The snapshot is behind it.
-        if let Some(store) = devices.nth_back(1) {
+        // All others have their tables.
+        if let Some(store) = devices.find(|device| device.table.is_empty()) {
             let head = head::SIZE / SECTOR_SIZE;
             store.table = vec![linear(0, sectors, Lower::Store, head)];
+        }
+    }
+
+    /// Adds the mark of the stack `name`, which is there until its partitions are.
+    pub(crate) fn add_mark(&mut self, name: &str) {
+        let (name, uuid) = mark(name);
+        let mark = Device {
+            name,
+            uuid,
+            table: vec![Target {
+                start: 0,
+                len: 1,
+                name: "error",
+                params: Vec::new(),
+            }],
+            writable: false,
+            shared: None,
+        };
+        // Before the disk, which no other device of the plan is over.
+        let place = self.devices.len().saturating_sub(1);
+        self.devices.insert(place, mark);
+    }
+
+    /// The devices for `partitions` of the disk `name`, which is the last device of `disk`.
+    pub(crate) fn for_partitions(name: &str, disk: &Self, partitions: &[Partition]) -> Self {
+        let disk = disk.devices.last();
+        let devices = partitions.iter().map(|partition| Device {
+            name: format!("{name}-part{}", partition.number),
+            uuid: partition_uuid(partition.number, disk.map_or("", |disk| &disk.uuid)),
+            table: vec![linear(0, partition.len, Lower::Disk, partition.start)],
+            writable: disk.is_some_and(|disk| disk.writable),
+            shared: None,
+        });
+        Self {
+            devices: devices.collect(),
         }
     }
 
@@ -353,6 +396,28 @@ impl Plan {
 /// Returns the UUIDs of the disk `name` that takes writes, and of the device of its store.
 pub(crate) fn writable_uuids(name: &str) -> [String; 2] {
     ["WRITABLE", "STORE"].map(|kind| format!("{UUID_PREFIX}{kind}-{name}"))
+}
+
+/// Returns name and UUID of the mark of the stack `name`.
+pub(crate) fn mark(name: &str) -> (String, String) {
+    (
+        format!("{name}-partitions"),
+        format!("{UUID_PREFIX}MARK-{name}"),
+    )
+}
+
+/// Returns the UUID of partition `number` of the disk with UUID `disk`, as kpartx makes it: what is in
+/// front tells libblkid, and so udev, that it is a partition of that disk.
+fn partition_uuid(number: u32, disk: &str) -> String {
+    format!("part{number}-{disk}")
+}
+
+/// Returns the number of the partition with `uuid`, and the UUID of its disk.
+pub(super) fn parse_partition(uuid: &str) -> Option<(u32, &str)> {
+    let (number, disk) = uuid.strip_prefix("part")?.split_once('-')?;
+    // parse() takes a sign, too.
+    let is_number = number.bytes().all(|byte| byte.is_ascii_digit());
+    Some((number.parse().ok().filter(|_| is_number)?, disk))
 }
 
 /// Returns a line of a table: `len` sectors of `lower` from its sector `from` on.

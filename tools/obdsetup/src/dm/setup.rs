@@ -135,6 +135,11 @@ impl<'a> SetUp<'a> {
         self.kept = true;
     }
 
+    /// Returns the number of the last device of the plan.
+    pub(crate) fn number(&self) -> Option<&str> {
+        self.numbers.last().map(String::as_str)
+    }
+
     /// Returns the numbers of the shared devices that were there before.
     pub(crate) fn adopted(&self) -> BTreeSet<String> {
         let holds = self.holds.iter();

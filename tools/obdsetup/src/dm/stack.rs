@@ -6,7 +6,7 @@
 use anyhow::Result;
 
 use super::control::{Control, State};
-use super::plan::UUID_PREFIX;
+use super::plan::{parse_partition, UUID_PREFIX};
 use super::share;
 
 /// The devices of a stack, top first: those that are there.
@@ -75,30 +75,62 @@ impl Stack {
         found.into_iter().map(|(_, state)| state).collect()
     }
 
-    /// Returns whether the stack is what one that was killed has left: without its disk, or with a
-    /// device that has no table.
-    pub(crate) fn is_half_built(&self) -> bool {
-        !self.has_top || self.devices.iter().any(|device| !device.live)
+    /// Returns the partitions of the disk that are there.
+    pub(crate) fn partitions(&self) -> impl Iterator<Item = &State> {
+        let devices = self.devices.iter();
+        devices.filter(|state| is_partition(&state.uuid))
     }
 
-    /// Returns the names of the devices now, top first.
+    /// Returns the disk, or the partition of it, that somebody has open.
+    pub(crate) fn in_use(&self) -> Option<&State> {
+        let mut partitions = self.partitions();
+        if let Some(used) = partitions.find(|state| state.open_count > 0) {
+            return Some(used);
+        }
+        let own = self.partitions().count();
+        let by_others =
+            |top: &&State| usize::try_from(top.open_count).is_ok_and(|count| count > own);
+        self.top().filter(by_others)
+    }
+
+    /// Returns whether the stack is what one that was killed has left: without its disk, with a device
+    /// that has no table, or before its partitions were there.
+    pub(crate) fn is_half_built(&self) -> bool {
+        let is_mark = |state: &State| matches!(part(&state.uuid), Some((Rank::Mark, _)));
+        !self.has_top
+            || self
+                .devices
+                .iter()
+                .any(|state| !state.live || is_mark(state))
+    }
+
+    /// Returns the names of the devices now, those of partitions first, then top first.
     pub(crate) fn names(&self) -> Vec<String> {
-        self.devices
-            .iter()
-            .map(|device| device.name.clone())
-            .collect()
+        let devices = self.devices.iter();
+        let below = devices.filter(|state| !is_partition(&state.uuid));
+        let all = self.partitions().chain(below);
+        all.map(|device| device.name.clone()).collect()
     }
 }
 
-/// What a device is in a stack; ordered from the top.
+/// Whether a device with `uuid` is a partition of a stack's disk.
+fn is_partition(uuid: &str) -> bool {
+    matches!(part(uuid), Some((Rank::Partition(_), _)))
+}
+
+/// What a device is in a stack; ordered from the top, but for the partitions, which are over the disk.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub(crate) enum Rank {
     /// The disk.
     Top,
+    /// Partition `.0` of the disk.
+    Partition(u32),
     /// What is below a disk that takes writes: the disk of the layers.
     Image,
     /// What keeps the writes.
     Store,
+    /// What is there until the partitions are.
+    Mark,
     /// The decompressed layer `.0`.
     Zfile(usize),
     /// The file of layer `.0`, joined of two loop devices.
@@ -111,6 +143,12 @@ pub(crate) fn part(uuid: &str) -> Option<(Rank, &str)> {
     if share::is_shared(uuid) {
         return None;
     }
+    if let Some((number, disk)) = parse_partition(uuid) {
+        return match disk.strip_prefix(UUID_PREFIX).and_then(|_| part(disk))? {
+            (Rank::Top, name) => Some((Rank::Partition(number), name)),
+            _ => None,
+        };
+    }
     let rest = uuid.strip_prefix(UUID_PREFIX)?;
     let (kind, name) = rest.split_once('-')?;
     let layer = || {
@@ -121,6 +159,7 @@ pub(crate) fn part(uuid: &str) -> Option<(Rank, &str)> {
         "LSMT" | "ZFILE" | "WRITABLE" => Some((Rank::Top, name)),
         "IMAGE" => Some((Rank::Image, name)),
         "STORE" => Some((Rank::Store, name)),
+        "MARK" => Some((Rank::Mark, name)),
         "LAYER" => layer().map(|(name, nth)| (Rank::Zfile(nth), name)),
         "BLOB" => layer().map(|(name, nth)| (Rank::Blob(nth), name)),
         _ => None,
@@ -168,6 +207,47 @@ mod tests {
         assert_eq!(part("OVERLAYBD-WRITABLE-a"), Some((Rank::Top, "a")));
         assert_eq!(part("OVERLAYBD-STORE-a-b"), Some((Rank::Store, "a-b")));
         assert!(Rank::Top < Rank::Image && Rank::Store < Rank::Zfile(0));
+        assert_eq!(
+            part("part12-OVERLAYBD-LSMT-a-b"),
+            Some((Rank::Partition(12), "a-b"))
+        );
+        for none in [
+            "part1-LVM-a",
+            "part1-OVERLAYBD-STORE-a",
+            "part1-part1-OVERLAYBD-LSMT-a",
+            "part+1-OVERLAYBD-LSMT-a",
+            "part-OVERLAYBD-LSMT-a",
+            "part99999999999-OVERLAYBD-LSMT-a",
+        ] {
+            assert_eq!(part(none), None, "{none}");
+        }
+    }
+
+    #[test]
+    fn partitions() {
+        let mut all = vec![
+            state("a-partitions", "OVERLAYBD-MARK-a"),
+            state("a", "OVERLAYBD-LSMT-a"),
+            state("a-part2", "part2-OVERLAYBD-LSMT-a"),
+            state("a-part1", "part1-OVERLAYBD-LSMT-a"),
+            state("a-zfile0", "OVERLAYBD-LAYER-a-0"),
+        ];
+        let among = |all: &[State]| Stack::among(all, "a").unwrap_or_else(|| unreachable!());
+        assert!(among(&all).is_half_built());
+        all.remove(0);
+        assert!(!among(&all).is_half_built());
+        assert_eq!(among(&all).names(), ["a-part1", "a-part2", "a", "a-zfile0"]);
+        let used = |all: &[State]| among(all).in_use().map(|state| state.name.clone());
+        // The partitions themselves have the disk open.
+        all[0].open_count = 2;
+        assert_eq!(used(&all), None);
+        all[0].open_count = 3;
+        assert_eq!(used(&all).as_deref(), Some("a"));
+        all[1].open_count = 1;
+        assert_eq!(used(&all).as_deref(), Some("a-part2"));
+        // Without its disk.
+        all.remove(0);
+        assert!(among(&all).is_half_built());
     }
 
     #[test]

@@ -17,6 +17,7 @@ use std::fs::Metadata;
 use std::path::Path;
 
 use anyhow::Result;
+use serde::Serialize;
 
 use self::changes::Changes;
 use crate::dm::backing::{is_over, FileId};
@@ -68,6 +69,34 @@ pub(crate) struct Layer {
     pub(crate) shared_with: Vec<String>,
 }
 
+/// A partition of the disk that has a device.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub(crate) struct Partition {
+    pub(crate) number: u32,
+    /// Name of its device.
+    pub(crate) name: String,
+    /// Its first byte in the disk.
+    pub(crate) start: Option<u64>,
+    /// Bytes.
+    pub(crate) size: u64,
+    pub(crate) open_count: u32,
+}
+
+impl Partition {
+    fn of(number: u32, device: &Device) -> Self {
+        let line = device.table.first();
+        let start = line.and_then(|line| line.params.split_whitespace().nth(1)?.parse().ok());
+        let bytes = |sectors: u64| sectors.saturating_mul(512);
+        Self {
+            number,
+            name: device.state.name.clone(),
+            start: start.map(bytes),
+            size: bytes(line.map_or(0, |line| line.len)),
+            open_count: device.state.open_count,
+        }
+    }
+}
+
 impl Stack {
     /// Returns the disk, if it exists.
     pub(crate) fn top(&self) -> Option<&Device> {
@@ -77,9 +106,31 @@ impl Stack {
         }
     }
 
-    /// Returns whether a device is missing, or has no table.
+    /// Returns whether a device is missing, or has no table, or the partitions are not there yet.
     pub(crate) fn is_half_built(&self) -> bool {
-        self.top().is_none() || self.devices.iter().any(|(_, device)| !device.state.live)
+        let is_unfinished =
+            |(rank, device): &(Rank, Device)| *rank == Rank::Mark || !device.state.live;
+        self.top().is_none() || self.devices.iter().any(is_unfinished)
+    }
+
+    /// Returns the partitions of the disk, in the order of their numbers.
+    pub(crate) fn partitions(&self) -> Vec<Partition> {
+        let devices = self.devices.iter();
+        let partitions = devices.filter_map(|(rank, device)| match rank {
+            Rank::Partition(number) => Some(Partition::of(*number, device)),
+            _ => None,
+        });
+        partitions.collect()
+    }
+
+    /// Returns how often the disk is open, or a partition of it.
+    pub(crate) fn open_count(&self) -> Option<u32> {
+        let mut count = self.top()?.state.open_count;
+        for partition in self.partitions() {
+            // Each has the disk open.
+            count = count.saturating_sub(1).saturating_add(partition.open_count);
+        }
+        Some(count)
     }
 
     /// Returns how many reads of the disk have failed, if no layer has counted a fault: layers
@@ -391,6 +442,53 @@ mod tests {
             assert_eq!(stack.layers[0].file, "7:1");
         }
         assert_eq!(stacks[1].layers[1].shared_with, [""; 0]);
+    }
+
+    #[test]
+    fn partitions() {
+        let mut devices = vec![
+            device("p", "OVERLAYBD-LSMT-p", 1, "lsmt 1 7:1 8", "lsmt 1"),
+            device(
+                "p-part12",
+                "part12-OVERLAYBD-LSMT-p",
+                2,
+                "linear 254:1 2048",
+                "linear ",
+            ),
+            device(
+                "p-part3",
+                "part3-OVERLAYBD-LSMT-p",
+                3,
+                "linear 254:1 8",
+                "linear ",
+            ),
+        ];
+        devices[0].state.open_count = 3;
+        devices[1].state.open_count = 4;
+        let sys = Path::new("/nonexistent");
+        let stacks = group(devices.clone(), sys);
+        let stack = &stacks[0];
+        assert_eq!(stack.top().map(|top| &*top.state.name), Some("p"));
+        assert!(!stack.is_half_built());
+        assert_eq!(stack.open_count(), Some(5));
+        let found: Vec<_> = stack
+            .partitions()
+            .into_iter()
+            .map(|p| (p.number, p.name, p.start, p.size))
+            .collect();
+        let wanted = [
+            (3, "p-part3".to_owned(), Some(8 * 512), 16 * 512),
+            (12, "p-part12".to_owned(), Some(1 << 20), 16 * 512),
+        ];
+        assert_eq!(found, wanted);
+        devices.push(device(
+            "p-partitions",
+            "OVERLAYBD-MARK-p",
+            4,
+            "error ",
+            "error ",
+        ));
+        assert!(group(devices, sys)[0].is_half_built());
     }
 
     #[test]
