@@ -74,6 +74,11 @@ impl Output {
         &self.path
     }
 
+    /// Where the file is until it is complete, for a program that writes it.
+    pub(crate) fn file_path(&self) -> Result<PathBuf> {
+        crate::program::path(self.file.path())
+    }
+
     /// The file to write to.
     pub(crate) fn file(&mut self) -> &mut File {
         self.file.as_file_mut()

@@ -80,11 +80,21 @@ pub(crate) fn write(source: &dyn Source, start: u64, end: u64, dest: &Dest<'_>) 
         return synced.with_context(|| dest.path.display().to_string());
     }
     let mut output = Output::create(dest.path, dest.force, dest.inputs.iter().copied())?;
-    let file = output.file();
-    copy(source, start, end, file, dest.sparse)
-        .and_then(|()| file.set_len(end - start).map_err(write_error))
+    write_file(source, start, end, output.file(), dest.sparse)
         .map_err(|error| error.in_file(dest.path))?;
     output.commit()
+}
+
+/// Writes bytes `start` to `end` of `source` to a new file, perhaps with holes.
+pub(crate) fn write_file(
+    source: &dyn Source,
+    start: u64,
+    end: u64,
+    file: &mut File,
+    sparse: bool,
+) -> overlaybd::Result<()> {
+    copy(source, start, end, file, sparse)?;
+    file.set_len(end - start).map_err(write_error)
 }
 
 /// Opens the output where it is a device, which can't be complete or absent as a file is: a disk

@@ -549,7 +549,10 @@ fn convert_images() {
             .stderr("obdsetup: qemu-img is not installed; it is needed for qcow2 images\n");
     }
     // One that says how it was called, and copies.
-    place.script("qemu-img", "echo \"$@\" >called\nexec cp disk.raw \"$7\"");
+    place.script(
+        "qemu-img",
+        "[ $1 != info ] || exec echo '{\"virtual-size\": 512}'\necho \"$@\" >called\nexec cp disk.raw \"$7\"",
+    );
     let path = format!(
         "{}:{}",
         place.dir().display(),

@@ -9,6 +9,7 @@ mod archives;
 mod changes;
 mod cli;
 mod common;
+mod disks;
 mod hostile;
 mod identity;
 mod limits;
@@ -30,6 +31,7 @@ fn main() {
         archives::trials_of_programs(),
         changes::trials(),
         cli::trials(),
+        disks::trials(),
         hostile::trials(),
         identity::trials(),
         limits::trials(),

@@ -15,16 +15,19 @@ use crate::in_use::InUseArgs;
 use crate::kind::{unpacked, Input, Kind};
 use crate::layer_args::{IdentArgs, NewLayerArgs};
 use crate::layer_out::LayerOut;
+use crate::layers::{open_layers, LayerArg};
+use crate::made::Made;
 use crate::mkfs::{self, FileSystem, Files};
 use crate::oci;
-use crate::output::{directory, temp_file};
-use crate::program::{self, Program};
+use crate::output::directory;
+use crate::qemu;
 use crate::size;
 
 /// Arguments of `convert`.
 #[derive(clap::Args)]
 #[command(after_help = "Examples:
   obdsetup convert disk.qcow2 base.obd
+  obdsetup convert snapshot.qcow2 vm     with backing files: a layer of each, and vm/config.v1.json
   obdsetup convert rootfs.tar.gz base.obd --fs erofs
   obdsetup convert rootfs base.obd --size 4g
   obdsetup convert layout app && obdsetup open app app/config.v1.json     a container image
@@ -48,6 +51,9 @@ qemu-img also reads what an image refers to, such as its backing file: convert o
 and use --from raw for a raw disk that others wrote. OUT is one layer, the lowest of a stack, without
 the zeros.
 
+Of a qcow2 image with backing files, OUT is a directory: a layer for each file of the chain, with what
+differs in it from the files below, and a config.v1.json that lists them. With --flatten, it is one layer.
+
 Of a container image, as `skopeo copy docker://... oci:layout` or `docker save` makes it, OUT is a
 directory: a layer for each layer of the image, a config.v1.json that lists them with absolute names,
 which all commands take in the place of layers, and image.json, the image's description with its
@@ -66,7 +72,7 @@ pub(crate) struct Args {
     #[arg(value_name = "IN")]
     input: PathBuf,
 
-    /// The file to make; of a container image, the directory
+    /// The file to make; of a container image or a qcow2 image with backing files, the directory
     #[arg(value_name = "OUT")]
     output: PathBuf,
 
@@ -103,6 +109,10 @@ pub(crate) struct Args {
     /// Leave out what the file system cannot hold, such as ACLs, and only warn
     #[arg(long, help_heading = "Directories and tars")]
     allow_loss: bool,
+
+    /// Make one layer of a qcow2 image and its backing files, not a layer of each
+    #[arg(long)]
+    flatten: bool,
 
     #[command(flatten)]
     in_use: InUseArgs,
@@ -142,6 +152,15 @@ pub(crate) fn run(args: &Args) -> Result<()> {
     if args.oci != oci::Choice::default() {
         return refuse("is no OCI image; --ref, --platform, --oci and --cache are for those");
     }
+    if args.flatten && kind != Kind::Qcow2 {
+        return refuse("is no qcow2 image; --flatten is for those with backing files");
+    }
+    if kind == Kind::Qcow2 && input.compression.is_none() && !args.flatten {
+        let chain = qemu::chain(&args.input, &args.in_use)?;
+        if chain.len() > 1 {
+            return convert_chain(args, &chain);
+        }
+    }
     let output = LayerOut::create(&args.output, &args.new, [args.input.as_path()])?;
     args.in_use.check([args.input.as_path()])?;
     let place = directory(&args.output);
@@ -155,15 +174,46 @@ pub(crate) fn run(args: &Args) -> Result<()> {
         _ => None,
     };
     let disk = path_of(unpacked.as_ref(), &args.input);
+    if kind == Kind::Qcow2 && unpacked.is_some() {
+        qemu::check_alone(disk, &args.input)?;
+    }
     let made = match (kind, kind.for_qemu()) {
         (Kind::Directory, _) => Some(make_fs(args, Files::Directory(&args.input), place)?),
         (Kind::Tar, _) => Some(make_fs(args, Files::Tar(&args.input), place)?),
-        (_, Some(format)) => Some(read_with_qemu(disk, format, place)?),
+        (_, Some(format)) => Some(qemu::read(disk, format, place)?),
         (_, None) => None,
     };
     let options = args.compare.options(true, &args.new)?;
     let path = path_of(made.as_ref(), disk);
     image_layer::write(path, Vec::new(), options, &args.new.ident, output)
+}
+
+/// Makes a directory of a qcow2 image and its backing files: a layer for each.
+fn convert_chain(args: &Args, chain: &[qemu::Link]) -> Result<()> {
+    if args.new.force || args.new.ident != IdentArgs::default() {
+        return Err(Failure::usage(format!(
+            "{}: has backing files, each of which becomes a layer in a directory: no --force and no identity is \
+             for it; --flatten makes one layer of all",
+            args.input.display()
+        )));
+    }
+    let mut made = Made::new(&args.output)?;
+    let wrapping = args.new.wrap.wrapping()?;
+    for (nth, link) in chain.iter().enumerate() {
+        // Deleted when dropped.
+        let raw = link.read(made.path())?;
+        let below: Vec<LayerArg> = made
+            .layers()
+            .into_iter()
+            .map(|path| LayerArg { path, size: None })
+            .collect();
+        let output = LayerOut::with(&made.next_layer(), wrapping)?;
+        let options = args.compare.options(nth == 0);
+        let path = path_of(raw.as_ref(), &link.path);
+        image_layer::write(path, open_layers(&below)?, options, &args.new.ident, output)?;
+        made.add(None);
+    }
+    made.finish_config()
 }
 
 fn path_of<'a>(file: Option<&'a NamedTempFile>, otherwise: &'a Path) -> &'a Path {
@@ -233,15 +283,4 @@ fn make_fs(args: &Args, files: Files<'_>, place: &Path) -> Result<NamedTempFile>
         allow_loss: args.allow_loss,
     };
     mkfs::make(files, &options, place)
-}
-
-/// Makes a raw image, with holes, of one in another format.
-fn read_with_qemu(path: &Path, format: &str, place: &Path) -> Result<NamedTempFile> {
-    let from = program::path(path)?;
-    let image = temp_file(place)?;
-    let mut command = Program::new("qemu-img", format!("{format} images"));
-    command.args(["convert", "-f", format, "-O", "raw"]);
-    command.arg(from).arg(image.path()).writes(image.path());
-    command.run()?.tell();
-    Ok(image)
 }

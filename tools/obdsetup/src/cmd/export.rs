@@ -2,13 +2,30 @@
 
 //! `obdsetup export`.
 
-use std::path::PathBuf;
+use std::ffi::OsString;
+use std::path::{Path, PathBuf};
 
 use anyhow::Result;
+use clap::ValueEnum;
+use overlaybd::Stack;
+use tempfile::NamedTempFile;
 
 use crate::chain::ChainArgs;
-use crate::layers::{expand, open_stack, paths, LayerArg};
+use crate::exit::Failure;
+use crate::layers::{expand, open_layers, open_stack, paths, LayerArg};
+use crate::made::NewDirectory;
+use crate::output::{directory, temp_file, Output};
 use crate::raw_out::{self, Dest};
+use crate::{program, qemu};
+
+/// What a disk image can be.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+enum Format {
+    /// The bytes of the disk
+    Raw,
+    /// QEMU's format, by qemu-img, which must be installed
+    Qcow2,
+}
 
 /// Arguments of `export`.
 #[derive(clap::Args)]
@@ -17,9 +34,12 @@ use crate::raw_out::{self, Dest};
   obdsetup export -o disk.raw config.v1.json     a stack of containerd's, if its layers are here
   obdsetup export -o - base.obd app.obd | zstd >disk.raw.zst
   obdsetup export --force -o /dev/vg/disk base.obd app.obd
+  obdsetup export --to qcow2 -o disk.qcow2 base.obd app.obd
+  obdsetup export --to qcow2 --chain -o vm base.obd app.obd     vm/layer0.qcow2 below vm/layer1.qcow2
 
 The file has holes where no layer has data and where there are zeros. Every block that is read is
-checked. Needs no kernel module. For a part of the disk, or what a ZFile holds, see `dump`.")]
+checked. Needs no kernel module. qcow2 images are made of a raw one, which is there beside them for that
+time, with holes. For a part of the disk, or what a ZFile holds, see `dump`.")]
 pub(crate) struct Args {
     /// Layers, lowest first, DEVICE:size=BYTES, or a config.v1.json that lists them
     #[arg(required = true, value_name = "LAYER")]
@@ -28,6 +48,15 @@ pub(crate) struct Args {
     /// The file or device to write; `-` is standard output
     #[arg(short, long, value_name = "FILE")]
     output: PathBuf,
+
+    /// What to make (raw if not given)
+    #[arg(long, value_enum, value_name = "FORMAT")]
+    to: Option<Format>,
+
+    /// Make a directory with a qcow2 image of each layer, whose backing file is that of the layer below:
+    /// layerN.qcow2, N from 0
+    #[arg(long = "chain", conflicts_with_all = ["no_sparse", "force"])]
+    files: bool,
 
     /// Write zeros, too: all of the file has its place on the disk
     #[arg(long)]
@@ -44,12 +73,70 @@ pub(crate) struct Args {
 /// Runs `export`.
 pub(crate) fn run(args: &Args) -> Result<()> {
     let layers = expand(&args.layers)?;
-    let stack = open_stack(&layers, &args.chain)?;
-    let dest = Dest {
-        path: &args.output,
-        force: args.force,
-        sparse: !args.no_sparse,
-        inputs: &paths(&[&args.layers, &layers]),
-    };
-    raw_out::write(&stack, 0, stack.virtual_size(), &dest)
+    let inputs = paths(&[&args.layers, &layers]);
+    match args.to.unwrap_or(Format::Raw) {
+        Format::Raw if args.files => Err(Failure::usage(
+            "--chain makes qcow2 images: give --to qcow2, too",
+        )),
+        Format::Raw => {
+            let stack = open_stack(&layers, &args.chain)?;
+            let dest = Dest {
+                path: &args.output,
+                force: args.force,
+                sparse: !args.no_sparse,
+                inputs: &inputs,
+            };
+            raw_out::write(&stack, 0, stack.virtual_size(), &dest)
+        }
+        Format::Qcow2 if args.no_sparse => Err(Failure::usage(
+            "--no-sparse is for raw images: a qcow2 image has no place for zeros",
+        )),
+        Format::Qcow2 if args.output.as_os_str() == "-" => Err(Failure::usage(
+            "a qcow2 image is not for standard output: give a file with --output",
+        )),
+        Format::Qcow2 if args.files => {
+            // All are checked before anything is made.
+            drop(open_stack(&layers, &args.chain)?);
+            export_chain(&layers, &args.output)
+        }
+        Format::Qcow2 => {
+            let stack = open_stack(&layers, &args.chain)?;
+            let output = Output::create(&args.output, args.force, inputs)?;
+            let raw = raw(&stack, directory(output.path()))?;
+            qemu::write(&program::path(raw.path())?, &output.file_path()?)?;
+            output.commit()
+        }
+    }
+}
+
+/// Makes a directory with a qcow2 image of each layer.
+fn export_chain(layers: &[LayerArg], out: &Path) -> Result<()> {
+    let made = NewDirectory::new(out)?;
+    let place = program::path(made.path())?;
+    let mut below: Option<OsString> = None;
+    for nth in 0..layers.len() {
+        let upto = layers.get(..=nth).unwrap_or_default();
+        let stack = Stack::new(open_layers(upto)?)?;
+        let raw = raw(&stack, &place)?;
+        let name = format!("layer{nth}.qcow2");
+        // With the permissions that the umask leaves, which qemu-img keeps.
+        made.write(&name, b"")?;
+        let to = place.join(&name);
+        match &below {
+            None => qemu::write(raw.path(), &to)?,
+            Some(below) => qemu::write_over(raw.path(), below, &to)?,
+        }
+        made.sync(&name)?;
+        below = Some(name.into());
+    }
+    made.finish()
+}
+
+/// Makes a raw image, with holes, of what `stack` reads as.
+fn raw(stack: &Stack, place: &Path) -> Result<NamedTempFile> {
+    let mut raw = temp_file(place)?;
+    let path = raw.path().to_owned();
+    raw_out::write_file(stack, 0, stack.virtual_size(), raw.as_file_mut(), true)
+        .map_err(|error| error.in_file(&path))?;
+    Ok(raw)
 }

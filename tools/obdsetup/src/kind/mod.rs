@@ -66,6 +66,12 @@ impl Kind {
             Self::Raw | Self::Directory | Self::Tar | Self::Oci => None,
         }
     }
+
+    /// Returns whether qemu-img reads the format that it calls so, and it is one of these.
+    pub(crate) fn is_for_qemu(format: &str) -> bool {
+        let mut kinds = Self::value_variants().iter();
+        kinds.any(|kind| kind.for_qemu() == Some(format))
+    }
 }
 
 /// An input that a layer can be made of.

@@ -18,7 +18,6 @@ use sha2::{Digest, Sha256};
 
 use super::cache::{Cache, Key};
 use super::layout::{hash, is_hex, Found, Layout};
-use super::made::Made;
 use super::{
     describe, Descriptor, Job, Manifest, Platform, CONFIG_TYPES, MANIFEST_TYPES, NAMES, TAR_TYPES,
 };
@@ -27,6 +26,7 @@ use crate::bar::Bar;
 use crate::exit::Failure;
 use crate::json::bad;
 use crate::layer_out::{derive, LayerOut};
+use crate::made::Made;
 use crate::mkfs;
 
 /// What media types of compressed layers end with.
@@ -156,7 +156,7 @@ pub(super) fn convert(
         };
         chains.push(chain);
         blobs.push((digest.clone(), to.metadata()?.len()));
-        made.add(digest);
+        made.add(Some(digest));
     }
     if !job.choice.oci {
         made.write("image.json", &config_bytes)?;

@@ -6,12 +6,12 @@
 //!   archive.
 //! - [`ready`]: images whose layers are OverlayBD layers already.
 //! - [`image`]: ordinary images, whose layers are tars. [`cache`] keeps what was made of these.
-//! - [`made`]: the directory that is made, in one of two forms.
+//!
+//! What is made is a [directory](crate::made), in one of two forms.
 
 mod cache;
 mod image;
 mod layout;
-mod made;
 mod packed;
 mod ready;
 
@@ -24,9 +24,9 @@ use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 
 use self::layout::Layout;
-use self::made::Made;
 use crate::exit::Failure;
 use crate::layer_args::NewLayerArgs;
+use crate::made::Made;
 use crate::output::directory;
 
 /// Media types of indexes, of which other indexes may consist.

@@ -14,13 +14,13 @@ use overlaybd::{FileBlob, LayerReader, Stack};
 use sha2::{Digest, Sha256};
 
 use super::layout::{Found, Layout};
-use super::made::Made;
 use super::{sha256, Descriptor, Manifest};
 use crate::bar::Bar;
 use crate::chain::{Findings, Part};
 use crate::exit::{self, Failure};
 use crate::json::bad;
 use crate::layers::warn;
+use crate::made::Made;
 use crate::output::sync;
 
 /// Names of annotations that only TurboOCI layers have.
@@ -60,7 +60,7 @@ pub(super) fn convert(
     for (layer, from) in manifest.layers.into_iter().zip(files) {
         let to = made.next_layer();
         copy(layout, from, &layer, &to, &bar)?;
-        made.add(layer.digest);
+        made.add(Some(layer.digest));
     }
     drop(bar);
     if let Some(config) = manifest.config {

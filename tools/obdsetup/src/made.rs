@@ -1,0 +1,173 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! Directories that are there complete or not at all: they get their names at the end.
+
+use std::fs::File;
+use std::io::{ErrorKind, Write};
+use std::ops::Deref;
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, Result};
+use tempfile::TempDir;
+
+use crate::config::{Config, Lower};
+use crate::exit::{self, Failure};
+use crate::output::{directory, rename_new_directory, set_mode, sync, sync_directory, umask};
+
+/// A directory that is being made. Dropped, it is gone.
+pub(crate) struct NewDirectory {
+    made: TempDir,
+    out: PathBuf,
+}
+
+impl NewDirectory {
+    /// Begins the directory `out`.
+    pub(crate) fn new(out: &Path) -> Result<Self> {
+        if out.symlink_metadata().is_ok() {
+            return Err(there(out));
+        }
+        let parent = directory(out);
+        let made = tempfile::Builder::new()
+            .prefix(".obdsetup-")
+            .tempdir_in(parent);
+        let made =
+            made.with_context(|| format!("{}: cannot make a directory", parent.display()))?;
+        File::open(made.path())
+            .and_then(|made| set_mode(&made, 0o777 & !umask()))
+            .with_context(|| cannot(out))?;
+        Ok(Self {
+            made,
+            out: out.to_owned(),
+        })
+    }
+
+    /// Where it is until it is complete.
+    pub(crate) fn path(&self) -> &Path {
+        self.made.path()
+    }
+
+    /// Writes a file.
+    pub(crate) fn write(&self, name: &str, bytes: &[u8]) -> Result<()> {
+        let write = || {
+            let mut file = File::create_new(self.path().join(name))?;
+            file.write_all(bytes)?;
+            sync(&file)
+        };
+        write().with_context(|| cannot(&self.out))
+    }
+
+    /// Makes a directory in it.
+    pub(crate) fn directory(&self, name: &str) -> Result<()> {
+        let made = std::fs::create_dir_all(self.path().join(name));
+        made.with_context(|| cannot(&self.out))
+    }
+
+    /// Syncs a file or directory in it.
+    pub(crate) fn sync(&self, name: &str) -> Result<()> {
+        sync_directory(&self.path().join(name)).with_context(|| cannot(&self.out))
+    }
+
+    /// Completes the directory.
+    pub(crate) fn finish(self) -> Result<()> {
+        let Self { made, out } = self;
+        let context = || cannot(&out);
+        sync_directory(made.path()).with_context(context)?;
+        crate::interrupt::check()?;
+        match rename_new_directory(made.path(), &out) {
+            Err(error) if error.kind() == ErrorKind::AlreadyExists => return Err(there(&out)),
+            done => done.with_context(context)?,
+        }
+        // What was to be deleted isn't there any more under that name.
+        let _ = made.keep();
+        sync_directory(directory(&out)).with_context(context)
+    }
+}
+
+/// A new directory of layers, and of what lists them.
+pub(crate) struct Made {
+    directory: NewDirectory,
+    /// The absolute name that it will have.
+    place: String,
+    config: Config,
+}
+
+impl Deref for Made {
+    type Target = NewDirectory;
+
+    fn deref(&self) -> &NewDirectory {
+        &self.directory
+    }
+}
+
+impl Made {
+    /// Begins the directory `out`.
+    pub(crate) fn new(out: &Path) -> Result<Self> {
+        let made = NewDirectory::new(out)?;
+        // The snapshotter would look up relative names from wherever it was started.
+        let place = directory(out).canonicalize();
+        let place = place.with_context(|| cannot(out))?;
+        let place = place.join(out.file_name().unwrap_or_default());
+        let Some(place) = place.to_str() else {
+            let message = format!(
+                "{}: a config.v1.json cannot name it, since it is not UTF-8: give another",
+                place.display()
+            );
+            return Err(Failure::usage(message));
+        };
+        Ok(Self {
+            directory: made,
+            place: place.to_owned(),
+            config: Config::default(),
+        })
+    }
+
+    /// The file of the next layer, to be made.
+    pub(crate) fn next_layer(&self) -> PathBuf {
+        self.path().join(layer_name(self.config.lowers.len()))
+    }
+
+    /// The files of the layers that are there, lowest first.
+    pub(crate) fn layers(&self) -> Vec<PathBuf> {
+        let count = self.config.lowers.len();
+        (0..count)
+            .map(|nth| self.path().join(layer_name(nth)))
+            .collect()
+    }
+
+    /// Counts the next layer as made. `digest` is that of its file in a registry.
+    pub(crate) fn add(&mut self, digest: Option<String>) {
+        let name = layer_name(self.config.lowers.len());
+        self.config.lowers.push(Lower {
+            file: Some(format!("{}/{name}", self.place)),
+            digest,
+            ..Lower::default()
+        });
+    }
+
+    /// Writes what lists the layers, and completes the directory.
+    pub(crate) fn finish_config(self) -> Result<()> {
+        let mut text = serde_json::to_string_pretty(&self.config)?;
+        text.push('\n');
+        self.write("config.v1.json", text.as_bytes())?;
+        self.finish()
+    }
+
+    /// Completes the directory, without a list of the layers.
+    pub(crate) fn finish(self) -> Result<()> {
+        self.directory.finish()
+    }
+}
+
+fn layer_name(nth: usize) -> String {
+    format!("layer{nth}.obd")
+}
+
+fn cannot(out: &Path) -> String {
+    format!("{}: cannot complete the directory", out.display())
+}
+
+/// Whoever had something in that directory would not want it to be gone.
+fn there(out: &Path) -> anyhow::Error {
+    let message = format!("{}: exists already; remove it first", out.display());
+    Failure::error(exit::BUSY, message)
+}

@@ -1,0 +1,322 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! Disk images in the formats of virtual machines, read and written with qemu-img(1).
+
+use std::collections::BTreeSet;
+use std::ffi::OsStr;
+use std::io::ErrorKind;
+use std::os::unix::fs::MetadataExt;
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, Result};
+use overlaybd::format::merge::MAX_LAYERS;
+use serde::de::IgnoredAny;
+use serde::Deserialize;
+use tempfile::NamedTempFile;
+
+use crate::exit::{self, Failure};
+use crate::in_use::InUseArgs;
+use crate::json::bad;
+use crate::kind::Kind;
+use crate::output::{directory, temp_file};
+use crate::program::{self, Program};
+
+/// qemu-img's name of the format that files of a chain have.
+const QCOW2: &str = "qcow2";
+/// Its name for a disk as it is.
+const RAW: &str = "raw";
+
+/// What qemu-img tells of an image.
+#[derive(Debug, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+struct Info {
+    virtual_size: u64,
+    #[serde(default)]
+    encrypted: bool,
+    /// The backing file, as the image names it.
+    backing_filename: Option<String>,
+    /// Where that is.
+    full_backing_filename: Option<String>,
+    backing_filename_format: Option<String>,
+    #[serde(default)]
+    snapshots: Vec<IgnoredAny>,
+    #[serde(default)]
+    format_specific: FormatSpecific,
+}
+
+#[derive(Debug, Default, Deserialize)]
+struct FormatSpecific {
+    #[serde(default)]
+    data: Data,
+}
+
+#[derive(Debug, Default, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+struct Data {
+    #[serde(default)]
+    corrupt: bool,
+    /// The file that has the data, where the image doesn't.
+    data_file: Option<String>,
+}
+
+/// A file of a chain.
+#[derive(Debug)]
+pub(crate) struct Link {
+    pub(crate) path: PathBuf,
+    /// qemu-img's name of its format.
+    format: String,
+    /// Bytes of the disk.
+    size: u64,
+}
+
+impl Link {
+    /// Makes a raw image, with holes, of what the disk reads as from this file on; nothing where the file
+    /// is one.
+    pub(crate) fn read(&self, place: &Path) -> Result<Option<NamedTempFile>> {
+        match self.format.as_str() {
+            RAW => Ok(None),
+            format => read(&self.path, format, place).map(Some),
+        }
+    }
+}
+
+/// Makes a raw image, with holes, of one in another format.
+pub(crate) fn read(path: &Path, format: &str, place: &Path) -> Result<NamedTempFile> {
+    let from = program::path(path)?;
+    let image = temp_file(place)?;
+    let mut command = qemu_img(format);
+    command.args(["convert", "-f", format, "-O", RAW]);
+    command.arg(from).arg(image.path()).writes(image.path());
+    command.run()?.tell();
+    Ok(image)
+}
+
+/// The files that the qcow2 image at `path` consists of, lowest first: its backing file, that one's, and so
+/// on. Each is checked.
+pub(crate) fn chain(path: &Path, in_use: &InUseArgs) -> Result<Vec<Link>> {
+    let mut links: Vec<Link> = Vec::new();
+    let mut seen = BTreeSet::new();
+    // What messages call it: it was named so.
+    let mut name = path.to_owned();
+    let mut format = QCOW2.to_owned();
+    loop {
+        let path = program::path(&name)?;
+        let meta = path.metadata();
+        let meta = meta.with_context(|| format!("{}: cannot read", name.display()))?;
+        if !seen.insert((meta.dev(), meta.ino())) {
+            return Err(bad(
+                &name,
+                "is its own backing file, by way of others or at once: the chain has no end",
+            ));
+        }
+        if links.len() == MAX_LAYERS {
+            let what = format!("is number {MAX_LAYERS} of the chain, and has a backing file: a stack has {MAX_LAYERS} layers at most; --flatten makes one");
+            return Err(refused(&name, &what));
+        }
+        in_use.check([path.as_path()])?;
+        let info = info(&path, &format)?;
+        info.check(&name, links.last())?;
+        if let Some(data) = &info.format_specific.data.data_file {
+            in_use.check([directory(&path).join(data).as_path()])?;
+        }
+        let next = info.backing(&name)?;
+        links.push(Link {
+            path,
+            format,
+            size: info.virtual_size,
+        });
+        match next {
+            Some((next, its_format)) => (name, format) = (next, its_format),
+            None => break,
+        }
+    }
+    links.reverse();
+    Ok(links)
+}
+
+/// Checks that the qcow2 image at `path`, decompressed of the file `name`, has no backing file: a relative name
+/// would lead from another place.
+pub(crate) fn check_alone(path: &Path, name: &Path) -> Result<()> {
+    let info = info(&program::path(path)?, QCOW2)?;
+    info.check(name, None)?;
+    match &info.backing_filename {
+        None => Ok(()),
+        Some(backing) => {
+            let what = format!(
+                "is compressed, and has a backing file, {backing}: decompress it, where that is found"
+            );
+            Err(refused(name, &what))
+        }
+    }
+}
+
+impl Info {
+    /// Checks that a layer can be made of the image `name`, over which the image `above` is.
+    fn check(&self, name: &Path, above: Option<&Link>) -> Result<()> {
+        if self.encrypted {
+            return Err(refused(
+                name,
+                "is encrypted, and obdsetup asks for no key: `qemu-img convert' with the key makes an image \
+                 without encryption",
+            ));
+        }
+        if self.format_specific.data.corrupt {
+            return Err(bad(
+                name,
+                "is marked as corrupt: `qemu-img check' says what is wrong, and -r all repairs what it can",
+            ));
+        }
+        if let Some(above) = above.filter(|above| above.size < self.virtual_size) {
+            let what = format!(
+                "is for a disk of {} bytes, and its backing file, {}, for one of {} bytes, whose end it cuts \
+                 off: a layer cannot; --flatten makes one layer of all",
+                above.size,
+                name.display(),
+                self.virtual_size
+            );
+            return Err(refused(&above.path, &what));
+        }
+        if !self.snapshots.is_empty() {
+            crate::tell(&format!(
+                "note: {}: has {} internal snapshots, which are left out: the layer is of its present state",
+                name.display(),
+                self.snapshots.len()
+            ));
+        }
+        Ok(())
+    }
+
+    /// The backing file of the image `name`, and its format.
+    fn backing(&self, name: &Path) -> Result<Option<(PathBuf, String)>> {
+        let Some(backing) = &self.backing_filename else {
+            return Ok(None);
+        };
+        let full = self.full_backing_filename.as_ref().unwrap_or(backing);
+        // As qemu-img tells a protocol from a name.
+        let is_remote = full
+            .split('/')
+            .next()
+            .is_some_and(|start| start.contains(':'));
+        if is_remote {
+            let what = format!(
+                "its backing file, {backing}, is no file on this machine: `qemu-img rebase' gives it another, \
+                 or none"
+            );
+            return Err(refused(name, &what));
+        }
+        // qemu-img was given an absolute name, from whose directory a relative one leads.
+        let path = PathBuf::from(full);
+        let meta = path.metadata();
+        if meta
+            .as_ref()
+            .is_err_and(|error| error.kind() == ErrorKind::NotFound)
+        {
+            let message = format!(
+                "{}: its backing file, {}, is missing: copy it there, or `qemu-img rebase -u' names another \
+                 place",
+                name.display(),
+                path.display()
+            );
+            return Err(Failure::error(exit::DEVICE, message));
+        }
+        meta.with_context(|| format!("{}: cannot read", path.display()))?;
+        let Some(format) = &self.backing_filename_format else {
+            let what = format!(
+                "does not say which format its backing file, {}, has, and a guess may be wrong: `qemu-img rebase \
+                 -u -F FORMAT -b NAME' notes it",
+                path.display()
+            );
+            return Err(refused(name, &what));
+        };
+        if format != RAW && !Kind::is_for_qemu(format) {
+            let what = format!(
+                "its backing file, {}, has the format {format}, of which obdsetup makes no layers: `qemu-img \
+                 convert -O qcow2' makes a qcow2 of the whole",
+                path.display()
+            );
+            return Err(refused(name, &what));
+        }
+        Ok(Some((path, format.clone())))
+    }
+}
+
+/// What qemu-img tells of the image at `path`, which is absolute; nothing of it but its head is read.
+fn info(path: &Path, format: &str) -> Result<Info> {
+    let mut text = String::new();
+    let mut command = qemu_img(format);
+    command.args(["info", "--output=json", "-f", format]);
+    let said = command.arg(path).each_line(|line| {
+        text.push_str(line);
+        text.push('\n');
+    })?;
+    said.tell();
+    serde_json::from_str(&text)
+        .with_context(|| format!("{}: cannot read what qemu-img tells of it", path.display()))
+}
+
+/// Makes the qcow2 image `to` of the raw image `from`, with holes.
+pub(crate) fn write(from: &Path, to: &Path) -> Result<()> {
+    let mut command = qemu_img(QCOW2);
+    command.args(["convert", "-f", RAW, "-O", QCOW2]);
+    command.arg(from).arg(to).writes(to);
+    command.run().map(|said| said.tell())
+}
+
+/// Makes the qcow2 image `to` of what differs in the raw image `from`, an absolute name, from the qcow2 image
+/// `below` in the same directory as `to`, which becomes its backing file.
+pub(crate) fn write_over(from: &Path, below: &OsStr, to: &Path) -> Result<()> {
+    // Of an image that takes all from `from`, qemu-img makes one that has what differs, zeros as data, too;
+    // then one that has zeros as such.
+    let difference = temp_file(directory(to))?;
+    let run = |args: &[&OsStr]| {
+        let mut command = qemu_img(QCOW2);
+        command.args(args).writes(difference.path()).writes(to);
+        command.run().map(|said| said.tell())
+    };
+    let (difference, qcow2) = (difference.path().as_os_str(), OsStr::new(QCOW2));
+    let word = OsStr::new;
+    let from = from.as_os_str();
+    run(&[
+        word("create"),
+        word("-q"),
+        word("-f"),
+        qcow2,
+        word("-F"),
+        word(RAW),
+        word("-b"),
+        from,
+        difference,
+    ])?;
+    run(&[
+        word("rebase"),
+        word("-f"),
+        qcow2,
+        word("-F"),
+        qcow2,
+        word("-b"),
+        below,
+        difference,
+    ])?;
+    run(&[
+        word("convert"),
+        word("-f"),
+        qcow2,
+        word("-O"),
+        qcow2,
+        word("-F"),
+        qcow2,
+        word("-B"),
+        below,
+        difference,
+        to.as_os_str(),
+    ])
+}
+
+/// qemu-img, to be run for images of this format.
+fn qemu_img(format: &str) -> Program {
+    Program::new("qemu-img", format!("{format} images"))
+}
+
+fn refused(path: &Path, what: &str) -> anyhow::Error {
+    Failure::usage(format!("{}: {what}", path.display()))
+}

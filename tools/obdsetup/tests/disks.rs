@@ -1,0 +1,476 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! Disks of virtual machines: a chain of qcow2 images becomes a stack of layers and a stack such a chain,
+//! file by file; what cannot be done is refused by name.
+
+use std::fs;
+
+use predicates::str::contains;
+use proptest::prelude::*;
+use proptest::test_runner::{Config, TestCaseError, TestRunner};
+use rustix::process::Signal;
+
+use crate::common::{needs, noise, runs, soon, stop, tests, Place};
+
+tests! {
+    a_chain_becomes_layers needs qemu_img();
+    one_layer_of_a_chain needs qemu_img();
+    chains_that_are_refused needs qemu_img();
+    images_that_are_refused needs qemu_img();
+    a_qcow2_of_a_stack needs qemu_img();
+    a_chain_of_a_stack needs qemu_img();
+    what_export_does_not_do;
+    any_stack_there_and_back needs qemu_img();
+    nothing_is_left_of_a_chain;
+}
+
+/// The program.
+fn qemu_img() -> needs::Need {
+    needs::program("qemu-img")
+}
+
+/// A disk with data and holes; those with other `nth` differ in some clusters, and in size.
+fn disk(nth: usize) -> Vec<u8> {
+    let mut disk = vec![0; (2 + nth) << 20];
+    disk[..1 << 20].copy_from_slice(&noise(1 << 20, 5));
+    for n in 1..=nth {
+        // Overwritten, zeroed, and where nothing was.
+        disk[n << 17..][..4096].copy_from_slice(&noise(4096, n as u32));
+        disk[(n << 17) + 65536..][..65536].fill(0);
+        disk[(1 << 20) + (n << 18)..][..700].fill(n as u8);
+    }
+    disk
+}
+
+impl Place {
+    /// Makes the qcow2 image `name` of the disk `raw`, over `below` in the same directory, with `options`.
+    fn overlay(&self, raw: &str, below: &str, options: &str, name: &str) {
+        let raw = self.path(raw).canonicalize().unwrap();
+        let raw = raw.display();
+        self.tool(&format!(
+            "qemu-img create -q -f qcow2 -F raw -b {raw} difference"
+        ));
+        self.tool(&format!(
+            "qemu-img rebase -f qcow2 -F qcow2 -b {below} difference"
+        ));
+        self.tool(&format!(
+            "qemu-img convert -f qcow2 -O qcow2 {options} -B {below} -F qcow2 difference {name}"
+        ));
+        fs::remove_file(self.path("difference")).unwrap();
+    }
+
+    /// A place with the chain `a.qcow2`, `b.qcow2`, `c.qcow2`, and the disks `0.raw` to `2.raw` that they
+    /// make. The one in the middle is compressed.
+    fn with_chain() -> Self {
+        let place = Self::new();
+        for nth in 0..3 {
+            place.write(&format!("{nth}.raw"), &disk(nth));
+        }
+        place.tool("qemu-img convert -f raw -O qcow2 0.raw a.qcow2");
+        place.overlay("1.raw", "a.qcow2", "-c", "b.qcow2");
+        place.overlay("2.raw", "b.qcow2", "-o cluster_size=4k", "c.qcow2");
+        place
+    }
+
+    /// UUIDs and parents' UUIDs of layers.
+    fn idents(&self, layers: &str) -> Vec<(String, String)> {
+        let json = self.json(&format!("info --json {layers}"));
+        let field = |layer: &serde_json::Value, name: &str| {
+            layer["lsmt"][name].as_str().unwrap().to_owned()
+        };
+        let layers = json.as_array().unwrap().iter();
+        layers
+            .map(|layer| (field(layer, "uuid"), field(layer, "parent_uuid")))
+            .collect()
+    }
+
+    /// `convert` refuses `name` with this code, and nothing is made.
+    fn chain_refused(&self, name: &str, code: i32, said: &str) {
+        let before = self.names();
+        self.run(&format!("convert {name} out"))
+            .code(code)
+            .stderr(contains(said));
+        assert_eq!(self.names(), before, "{said}");
+    }
+}
+
+fn a_chain_becomes_layers() {
+    let place = Place::with_chain();
+    place.ok("convert c.qcow2 vm");
+    assert_eq!(
+        crate::common::names(&place.path("vm")),
+        ["config.v1.json", "layer0.obd", "layer1.obd", "layer2.obd"]
+    );
+    // Each file of the chain is the stack up to its layer.
+    let mut layers = String::new();
+    for nth in 0..3 {
+        layers += &format!(" vm/layer{nth}.obd");
+        assert!(place.dump(&layers) == disk(nth), "{nth}");
+    }
+    assert!(place.dump("vm/config.v1.json") == disk(2));
+    place.ok(&format!("verify {layers}"));
+    let idents = place.idents(&layers);
+    assert_eq!((&idents[1].1, &idents[2].1), (&idents[0].0, &idents[1].0));
+    place
+        .run("dump vm/layer0.obd vm/layer2.obd")
+        .code(3)
+        .stderr(contains("a layer is missing"));
+    // Only what differs is in a layer.
+    let size = |name: &str| place.path(name).metadata().unwrap().len();
+    assert!(size("vm/layer1.obd") < 20 << 10 && size("vm/layer2.obd") < 20 << 10);
+    // They are those that `create` makes of the disks, however these are wrapped.
+    place.ok("create --image 0.raw --skip-zeros --raw 0.obd");
+    place.ok("create --base 0.obd --image 1.raw --raw --grow 1.obd");
+    assert_eq!(place.idents("0.obd 1.obd"), idents[..2]);
+    place.ok("convert c.qcow2 other --algorithm none");
+    let others = " other/layer0.obd other/layer1.obd other/layer2.obd";
+    assert_eq!(place.idents(others), idents);
+
+    // From anywhere, by a link, and with a raw file lowest.
+    fs::create_dir(place.path("sub")).unwrap();
+    std::os::unix::fs::symlink("../c.qcow2", place.path("sub/link")).unwrap();
+    place.ok("convert sub/link sub/vm");
+    assert!(place.dump("sub/vm/config.v1.json") == disk(2));
+    place.tool("qemu-img rebase -u -f qcow2 -F raw -b 0.raw b.qcow2");
+    place.ok("convert c.qcow2 raw");
+    assert_eq!(
+        place.idents(" raw/layer0.obd raw/layer1.obd raw/layer2.obd"),
+        idents
+    );
+    // What is there stays.
+    place
+        .run("convert c.qcow2 vm")
+        .code(5)
+        .stderr(contains("vm: exists already; remove it first"));
+    assert!(!place.names().iter().any(|name| name.starts_with('.')));
+}
+
+fn one_layer_of_a_chain() {
+    let place = Place::with_chain();
+    place.ok("convert --flatten c.qcow2 one.obd");
+    assert!(place.dump("one.obd") == disk(2));
+    // Of an image without backing files, there is one anyway.
+    place.ok("convert a.qcow2 a.obd");
+    assert!(place.dump("a.obd") == disk(0));
+    place
+        .run("convert --flatten 0.raw --from raw x.obd")
+        .code(1)
+        .stderr(contains("is no qcow2 image; --flatten is for those"));
+    for option in [
+        "--force",
+        "--user-tag x",
+        "--uuid 00000000-0000-0000-0000-000000000001",
+    ] {
+        place
+            .run(&format!("convert c.qcow2 vm {option}"))
+            .code(1)
+            .stderr(contains("no --force and no identity is for it"));
+        place
+            .run(
+                &format!("convert --flatten c.qcow2 one.obd --force {option}")
+                    .replace("--force --force", "--force"),
+            )
+            .success();
+    }
+    // Snapshots within an image are no layers.
+    place.tool("qemu-img snapshot -c before b.qcow2");
+    place.run("convert c.qcow2 vm").success().stderr(contains(
+        "b.qcow2: has 1 internal snapshots, which are left out",
+    ));
+    assert!(place.dump("vm/config.v1.json") == disk(2));
+}
+
+fn chains_that_are_refused() {
+    let place = Place::with_chain();
+    // Longer than its own backing file allows.
+    place.tool("qemu-img create -q -f qcow2 -F qcow2 -b c.qcow2 small.qcow2 1M");
+    place.chain_refused(
+        "small.qcow2",
+        1,
+        "is for a disk of 1048576 bytes, and its backing file, ",
+    );
+    place.ok("convert --flatten small.qcow2 small.obd");
+    assert!(place.dump("small.obd") == disk(2)[..1 << 20]);
+
+    let rebase = |options: &str| place.tool(&format!("qemu-img rebase -u -f qcow2 {options}"));
+    fs::rename(place.path("a.qcow2"), place.path("away")).unwrap();
+    place.chain_refused("c.qcow2", 4, "a.qcow2, is missing: copy it there");
+    fs::rename(place.path("away"), place.path("a.qcow2")).unwrap();
+    for (backing, format, code, said) in [
+        (
+            "c.qcow2",
+            "qcow2",
+            3,
+            "is its own backing file, by way of others or at once",
+        ),
+        (
+            "a.qcow2",
+            "qcow2",
+            3,
+            "is its own backing file, by way of others or at once",
+        ),
+        (
+            "nbd://localhost/x",
+            "raw",
+            1,
+            "its backing file, nbd://localhost/x, is no file on this machine",
+        ),
+        (
+            "json:{\"driver\":\"file\",\"filename\":\"0.raw\"}",
+            "raw",
+            1,
+            "is no file on this machine",
+        ),
+        (
+            "0.raw",
+            "luks",
+            1,
+            "has the format luks, of which obdsetup makes no layers",
+        ),
+        ("0.raw", "qcow2", 1, "qemu-img failed"),
+    ] {
+        rebase(&format!("-F {format} -b {backing} a.qcow2"));
+        place.chain_refused("c.qcow2", code, said);
+    }
+    // One that has no word on the format of its backing file, as of old tools: its extension is renamed.
+    rebase("-F raw -b 0.raw a.qcow2");
+    let mut bytes = place.read("a.qcow2");
+    let at = bytes
+        .windows(4)
+        .position(|word| word == [0xe2, 0x79, 0x2a, 0xca])
+        .unwrap();
+    bytes[at..at + 4].copy_from_slice(b"none");
+    place.write("a.qcow2", &bytes);
+    place.chain_refused("c.qcow2", 1, "does not say which format its backing file, ");
+}
+
+fn images_that_are_refused() {
+    let place = Place::with_chain();
+    place.tool("qemu-img create -q -f qcow2 --object secret,id=key,data=x -o encrypt.format=luks,encrypt.key-secret=key,encrypt.iter-time=10 locked.qcow2 1M");
+    place.chain_refused("locked.qcow2", 1, "locked.qcow2: is encrypted");
+    place.tool("qemu-img create -q -f qcow2 -F qcow2 -b locked.qcow2 over.qcow2 1M");
+    place.chain_refused("over.qcow2", 1, "locked.qcow2: is encrypted");
+    // The bit of the header that says so.
+    let mut bytes = place.read("b.qcow2");
+    bytes[79] |= 2;
+    place.write("b.qcow2", &bytes);
+    place.chain_refused("c.qcow2", 3, "b.qcow2: is marked as corrupt");
+    // The name of a backing file leads from where the image is.
+    place.tool("gzip -k c.qcow2");
+    place.chain_refused("c.qcow2.gz", 1, "is compressed, and has a backing file");
+    // Data in another file is read as in any image.
+    place.tool("qemu-img create -q -f qcow2 -o data_file=data data.qcow2 2M");
+    place.tool("qemu-img convert -n -f raw -O qcow2 0.raw data.qcow2");
+    place.ok("convert data.qcow2 data.obd");
+    assert!(place.dump("data.obd") == disk(0));
+}
+
+/// A stack of three layers, `0.obd` to `2.obd`, of [`disk`]s.
+fn with_stack() -> Place {
+    let place = Place::new();
+    let mut below = String::new();
+    for nth in 0..3 {
+        place.write("disk.raw", &disk(nth));
+        let more = if nth == 0 { "--skip-zeros" } else { "--grow" };
+        place.ok(&format!(
+            "create {below} {more} --raw --image disk.raw {nth}.obd"
+        ));
+        below += &format!(" --base {nth}.obd");
+    }
+    fs::remove_file(place.path("disk.raw")).unwrap();
+    place
+}
+
+const STACK: &str = "0.obd 1.obd 2.obd";
+
+fn a_qcow2_of_a_stack() {
+    let place = with_stack();
+    place.ok(&format!("export --to qcow2 -o disk.qcow2 {STACK}"));
+    place.tool("qemu-img check -q -f qcow2 disk.qcow2");
+    place.tool("qemu-img convert -f qcow2 -O raw disk.qcow2 back.raw");
+    assert!(place.read("back.raw") == disk(2));
+    // Zeros take no place.
+    let len = place.path("disk.qcow2").metadata().unwrap().len();
+    assert!(len < 2 << 20, "{len}");
+    place.ok("convert disk.qcow2 back.obd");
+    assert!(place.dump("back.obd") == disk(2));
+    place
+        .run(&format!("export --to qcow2 -o disk.qcow2 {STACK}"))
+        .code(5)
+        .stderr(contains("exists already; --force replaces it"));
+    place.ok("export --to qcow2 -f -o disk.qcow2 0.obd");
+    place.ok("convert disk.qcow2 first.obd");
+    assert_eq!(place.idents("first.obd"), place.idents("0.obd"));
+    assert!(!place.names().iter().any(|name| name.starts_with('.')));
+}
+
+fn a_chain_of_a_stack() {
+    let place = with_stack();
+    place.ok(&format!("export --to qcow2 --chain -o vm {STACK}"));
+    let names = ["layer0.qcow2", "layer1.qcow2", "layer2.qcow2"];
+    assert_eq!(crate::common::names(&place.path("vm")), names);
+    for (nth, name) in names.iter().enumerate() {
+        let image = format!("vm/{name}");
+        place.tool(&format!("qemu-img check -q -f qcow2 {image}"));
+        place.tool(&format!(
+            "qemu-img convert -f qcow2 -O raw {image} back.raw"
+        ));
+        assert!(place.read("back.raw") == disk(nth), "{nth}");
+        let info: serde_json::Value =
+            serde_json::from_str(&place.tool(&format!("qemu-img info --output=json {image}")))
+                .unwrap();
+        let below = nth.checked_sub(1).map(|below| names[below]);
+        assert_eq!(info["backing-filename"].as_str(), below);
+        assert_eq!(
+            info["backing-filename-format"].as_str(),
+            below.map(|_| "qcow2")
+        );
+    }
+    // What a layer changes, and no more: two clusters with data, zeros as such.
+    let len = place.path("vm/layer1.qcow2").metadata().unwrap().len();
+    assert!(len <= 7 << 16, "{len}");
+    place.ok("convert vm/layer2.qcow2 back");
+    let back = "back/layer0.obd back/layer1.obd back/layer2.obd";
+    assert_eq!(place.idents(back), place.idents(STACK));
+    place
+        .run(&format!("export --to qcow2 --chain -o vm {STACK}"))
+        .code(5)
+        .stderr(contains("vm: exists already; remove it first"));
+}
+
+fn what_export_does_not_do() {
+    let place = Place::with_layer();
+    for (options, said) in [
+        (
+            "--chain -o x",
+            "--chain makes qcow2 images: give --to qcow2, too",
+        ),
+        ("--to raw --chain -o x", "--chain makes qcow2 images"),
+        (
+            "--to qcow2 --no-sparse -o x",
+            "--no-sparse is for raw images",
+        ),
+        (
+            "--to qcow2 -o -",
+            "a qcow2 image is not for standard output",
+        ),
+        ("--to qcow2 --chain --force -o x", "cannot be used with"),
+        ("--to vmdk -o x", "invalid value 'vmdk'"),
+    ] {
+        place
+            .run(&format!("export {options} layer.obd"))
+            .code(1)
+            .stderr(contains(said));
+    }
+    assert_eq!(place.names(), ["disk.raw", "layer.obd"]);
+    place.ok("export --to raw -o x layer.obd");
+    assert!(place.read("x") == place.read("disk.raw"));
+    // A layer that is damaged.
+    let mut bytes = place.read("layer.obd");
+    bytes[5000] ^= 1;
+    place.write("bad.obd", &bytes);
+    for options in ["--to qcow2 -o y", "--to qcow2 --chain -o y"] {
+        place.run(&format!("export {options} bad.obd")).code(3);
+    }
+    assert_eq!(place.names(), ["bad.obd", "disk.raw", "layer.obd", "x"]);
+}
+
+/// What a layer changes: blocks of 512 bytes from the first to the second, which get this byte.
+type Changes = Vec<(usize, usize, u8)>;
+
+fn any_stack_there_and_back() {
+    const BLOCKS: usize = 600;
+    let change = (0..BLOCKS, 1..64usize, prop_oneof![Just(0u8), 1u8..255]);
+    let stacks = proptest::collection::vec(proptest::collection::vec(change, 0..6), 1..4);
+    let check = |stack: Vec<Changes>| -> Result<(), TestCaseError> {
+        let place = Place::new();
+        let mut disk = vec![0; BLOCKS * 512];
+        let (mut below, mut layers) = (String::new(), String::new());
+        for (nth, changes) in stack.iter().enumerate() {
+            for &(from, len, byte) in changes {
+                let to = (from + len).min(BLOCKS);
+                for (at, block) in disk[from * 512..to * 512].iter_mut().enumerate() {
+                    *block = if byte == 0 {
+                        0
+                    } else {
+                        byte.wrapping_add((at / 512) as u8) | 1
+                    };
+                }
+            }
+            place.write("disk.raw", &disk);
+            let zeros = if nth == 0 { "--skip-zeros" } else { "" };
+            place.ok(&format!(
+                "create {below} {zeros} --raw --image disk.raw {nth}.obd"
+            ));
+            below += &format!(" --base {nth}.obd");
+            layers += &format!(" {nth}.obd");
+        }
+        place.ok(&format!("export --to qcow2 --chain -o vm {layers}"));
+        place.ok(&format!("export --to qcow2 -o disk.qcow2 {layers}"));
+        place.ok("convert disk.qcow2 one.obd");
+        prop_assert!(place.dump("one.obd") == disk);
+        let last = stack.len() - 1;
+        place.ok(&format!("convert vm/layer{last}.qcow2 back"));
+        let back = match last {
+            // Without a backing file, one layer.
+            0 => "back".to_owned(),
+            _ => {
+                let names = (0..=last).map(|nth| format!("back/layer{nth}.obd"));
+                names.collect::<Vec<_>>().join(" ")
+            }
+        };
+        prop_assert!(place.dump(&back) == disk);
+        prop_assert_eq!(place.idents(&back), place.idents(&layers));
+        Ok(())
+    };
+    let config = Config {
+        cases: 12,
+        failure_persistence: None,
+        ..Config::default()
+    };
+    TestRunner::new(config).run(&stacks, check).unwrap();
+}
+
+fn nothing_is_left_of_a_chain() {
+    let place = Place::with_layer();
+    place.write("x.qcow2", b"QFI\xfb\0\0\0\x03");
+    // It tells of an image over another, and then takes for ever.
+    place.script(
+        "qemu-img",
+        "case \"$1 $5\" in\n\
+         *x.qcow2) echo '{\"virtual-size\": 512, \"backing-filename\": \"b\", \"full-backing-filename\": \"'$PWD/b'\", \
+         \"backing-filename-format\": \"qcow2\"}';;\n\
+         info*) echo '{\"virtual-size\": 512}';;\n\
+         *) echo $$ >called; exec sleep 600;;\nesac",
+    );
+    place.write("b", b"");
+    let names = place.names();
+    for line in [
+        "convert x.qcow2 out",
+        "export --to qcow2 -o out layer.obd",
+        "export --to qcow2 --chain -o out layer.obd",
+    ] {
+        for signal in [Signal::TERM, Signal::INT, Signal::KILL] {
+            let mut child = place.start(line);
+            let called = || fs::read_to_string(place.path("called")).unwrap_or_default();
+            assert!(soon(|| called().ends_with('\n')), "{line}");
+            let code = stop(&mut child, signal);
+            let pid = called().trim().to_owned();
+            assert!(soon(|| !runs(&pid)), "{line}: qemu-img goes on");
+            fs::remove_file(place.path("called")).unwrap();
+            if signal == Signal::KILL {
+                // What is left is hidden, and nothing that could be taken for what was asked for.
+                for name in place.names() {
+                    if name.starts_with(".obdsetup-") {
+                        let path = place.path(&name);
+                        let removed = fs::remove_dir_all(&path);
+                        removed.or_else(|_| fs::remove_file(&path)).unwrap();
+                    }
+                }
+            } else {
+                assert_eq!(code, Some(130), "{line}");
+            }
+            assert_eq!(place.names(), names, "{line}");
+        }
+    }
+}
