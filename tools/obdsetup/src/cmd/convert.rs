@@ -208,7 +208,7 @@ fn convert_chain(args: &Args, chain: &[qemu::Link]) -> Result<()> {
             .map(|path| LayerArg { path, size: None })
             .collect();
         let output = LayerOut::with(&made.next_layer(), wrapping)?;
-        let options = args.compare.options(nth == 0);
+        let options = args.compare.options(nth == 0, &args.new)?;
         let path = path_of(raw.as_ref(), &link.path);
         image_layer::write(path, open_layers(&below)?, options, &args.new.ident, output)?;
         made.add(None);
