@@ -110,7 +110,7 @@ proptest! {
 
         let whole = file(&disk);
         let whole = FileBlob::open(whole.path(), None).unwrap();
-        let options = diff::Options { granule, skip_zeros: false };
+        let options = diff::Options { granule, skip_zeros: false, keep_zeros: false };
         let slow = diff::of(&whole, Some(&base), options, &silent).unwrap();
         let fast = diff::of(&changed, Some(&base), options, &silent).unwrap();
         prop_assert_eq!(slow, fast);
