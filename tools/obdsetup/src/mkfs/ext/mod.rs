@@ -248,6 +248,8 @@ impl Mend<'_> {
             .arg(self.script_path())
             .arg(image);
         self.stamp.give_to_e2fsprogs(&mut command, self.work);
+        // With -f, debugfs exits with 0 whatever failed, and it has no other form of output than text: all
+        // that it says but its banner is an error. Where the banner changes, this fails, and nothing is lost.
         let said = command.writes(image).run()?;
         let mut errors = said
             .lines()
