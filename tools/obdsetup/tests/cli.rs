@@ -980,10 +980,13 @@ fn options_that_do_not_apply() {
             "create --image disk.raw x --algorithm zstd --level 23",
             "1 to 22",
         ),
-        ("create --image disk.raw x --level 13", "1 to 12"),
-        ("create --image disk.raw x --threads 0", "1..=1024"),
-        ("create --image disk.raw x --threads 99999", "1..=1024"),
-        ("create --image disk.raw x --size 1m", "--directory"),
+        ("create --raw --image disk.raw x --level 13", "1 to 12"),
+        ("create --raw --image disk.raw x --threads 0", "1..=1024"),
+        (
+            "create --raw --image disk.raw x --threads 99999",
+            "1..=1024",
+        ),
+        ("create --image disk.raw x --size 1m", "cannot be used with"),
         ("convert disk.raw x --from raw --ref v1", "is no OCI image"),
         (
             "convert disk.raw x --from raw --platform linux/arm64",
