@@ -4,19 +4,19 @@
 
 use std::path::Path;
 
-use anyhow::{Context, Result};
+use anyhow::Result;
 use overlaybd::diff::Image;
 use overlaybd::format::lsmt;
 use overlaybd::format::num::{to_u64, to_usize};
 use overlaybd::format::Blob;
 use overlaybd::identity::{self, Below};
-use overlaybd::lsmt_writer::{cut, LayerWriter};
+use overlaybd::lsmt_writer::cut;
 use overlaybd::{coarsen, dax, diff, FileBlob, LayerReader, Stack};
 
 use crate::bar::Bar;
 use crate::exit::Failure;
 use crate::layer_args::{IdentArgs, NewLayerArgs};
-use crate::layer_out::LayerOut;
+use crate::layer_out::{plan, LayerOut};
 use crate::layers::warn;
 use crate::size;
 
@@ -113,8 +113,11 @@ pub(crate) fn write_image(
         let uuid = identity::uuid(image.size(), below, &diff.runs, &diff.pieces);
         Ok(uuid)
     })?;
-    let writer = LayerWriter::new(image.size(), ident, cut(diff.runs))
-        .with_context(|| format!("{}: cannot make the layer", output.path().display()))?;
+    let way_out =
+        "its data is too scattered, even in units of 1m: make the disk smaller, or bring its data \
+                   together, with e4defrag(8) or by copying the files to a new file system";
+    let runs = cut(diff.runs);
+    let writer = plan(output.path(), image.size(), ident, runs, way_out)?;
     let read = |offset: u64, buf: &mut [u8]| {
         // Behind the end of the image, its last sector is filled up with zeros.
         let inside = image.size().saturating_sub(offset).min(to_u64(buf.len()));
@@ -125,4 +128,112 @@ pub(crate) fn write_image(
             .map_err(|error| error.in_file(image.path()))
     };
     output.write(writer, "writing", read)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::ops::Range;
+    use std::path::Path;
+
+    use clap::Parser;
+    use overlaybd::format::num::to_u64;
+    use overlaybd::LayerReader;
+
+    use super::*;
+    use crate::layer_args::NewLayerArgs;
+
+    /// Data in every other sector, far more often than an index has entries.
+    struct Comb;
+
+    const SECTORS: u64 = 2 * lsmt::MAX_ENTRIES + 4096;
+
+    impl Blob for Comb {
+        type Error = overlaybd::Error;
+
+        fn size(&self) -> u64 {
+            SECTORS * 512
+        }
+
+        fn read_at(&self, offset: u64, buf: &mut [u8]) -> overlaybd::Result<()> {
+            for (nth, sector) in (offset / 512..).zip(buf.chunks_mut(512)) {
+                sector.fill(u8::from(nth % 2 == 0));
+            }
+            Ok(())
+        }
+
+        fn stream(
+            &self,
+            offset: u64,
+            len: u64,
+            sink: &mut dyn FnMut(&[u8]) -> overlaybd::Result<()>,
+        ) -> overlaybd::Result<()> {
+            let mut piece = vec![0; to_usize(len)];
+            self.read_at(offset, &mut piece)?;
+            sink(&piece)
+        }
+    }
+
+    impl Image for Comb {
+        fn next_data(&self, offset: u64) -> Option<Range<u64>> {
+            (offset < self.size()).then(|| offset..self.size())
+        }
+
+        fn shows_below(&self) -> bool {
+            false
+        }
+
+        fn path(&self) -> &Path {
+            Path::new("comb")
+        }
+    }
+
+    #[derive(Parser)]
+    struct Words {
+        #[command(flatten)]
+        new: NewLayerArgs,
+    }
+
+    #[test]
+    fn more_pieces_than_an_index_has_entries() -> Result<()> {
+        let dir = tempfile::tempdir()?;
+        let new = Words::try_parse_from(["x"])?.new;
+        let fine = diff::Options {
+            granule: 512,
+            skip_zeros: true,
+            keep_zeros: false,
+        };
+        let path = dir.path().join("a");
+        let output = LayerOut::create(&path, &new, [])?;
+        write_image(&Comb, None, fine, &new.ident, output)?;
+        let layer = LayerReader::open(&path, None)?;
+        assert_eq!(layer.lsmt().virtual_size(), SECTORS * 512);
+        // In units of two sectors, everything is data.
+        assert!(to_u64(layer.segments().len()) < 200);
+        let disk = Stack::new(vec![layer])?;
+        let mut end = [0; 4096];
+        disk.read_at(SECTORS * 512 - 4096, &mut end)?;
+        let mut wanted = [7; 4096];
+        Comb.read_at(0, &mut wanted)?;
+        assert_eq!(end, wanted);
+        Ok(())
+    }
+
+    #[test]
+    fn where_nothing_is_coarse_enough() -> Result<()> {
+        let pieces = (0..=lsmt::MAX_ENTRIES).map(|nth| overlaybd::lsmt_writer::Run {
+            offset: nth * 4096,
+            length: 8,
+            zeroed: false,
+        });
+        let ident = Words::try_parse_from(["x"])?
+            .new
+            .ident
+            .ident(Below::Nothing, |_| Ok(String::new()))?;
+        let size = (lsmt::MAX_ENTRIES + 1) * 4096 * 512;
+        let error = plan(Path::new("out"), size, ident, pieces, "do without").err();
+        let error = error.map(|error| error.to_string()).unwrap_or_default();
+        assert!(error.starts_with("out: the layer would have 10"), "{error}");
+        assert!(error.ends_with("more than 1000000: do without"), "{error}");
+        Ok(())
+    }
 }

@@ -8,6 +8,7 @@ use anyhow::Result;
 use overlaybd::dax;
 use overlaybd::format::SECTOR_SIZE;
 use overlaybd::identity::{self, Below, Pieces};
+use overlaybd::layer::Ident;
 use overlaybd::lsmt_writer::{LayerWriter, Run};
 use overlaybd::wrap::{self, Sink, Wrapping};
 
@@ -93,6 +94,29 @@ impl LayerOut {
         .map_err(here)?;
         self.output.commit()
     }
+}
+
+/// Plans the layer of `runs` that is to be in the file `path`. `way_out` is what to do where the format has
+/// no place for so many pieces.
+///
+/// # Errors
+///
+/// As [`LayerWriter::new`].
+pub(crate) fn plan(
+    path: &Path,
+    virtual_size: u64,
+    ident: Ident,
+    runs: impl IntoIterator<Item = Run>,
+    way_out: &str,
+) -> Result<LayerWriter> {
+    LayerWriter::new(virtual_size, ident, runs).map_err(|error| match error {
+        overlaybd::Error::TooFragmented { .. } => {
+            Failure::usage(format!("{}: {error}: {way_out}", path.display()))
+        }
+        error => {
+            anyhow::Error::from(error).context(format!("{}: cannot make the layer", path.display()))
+        }
+    })
 }
 
 /// The UUID, made of its content, of a layer of `runs`, ascending and joined where they touch. `read`

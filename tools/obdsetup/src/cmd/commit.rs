@@ -9,13 +9,13 @@ use overlaybd::format::num::to_u64;
 use overlaybd::format::Blob;
 use overlaybd::identity::{is_placed, Below};
 use overlaybd::layer::Ident;
-use overlaybd::lsmt_writer::{join, LayerWriter, Run};
+use overlaybd::lsmt_writer::{join, Run};
 use overlaybd::{flatten, LayerReader};
 use uuid::Uuid;
 
 use crate::bar::Bar;
 use crate::layer_args::{uuid_text, IdentArgs, NewLayerArgs};
-use crate::layer_out::{derive, LayerOut};
+use crate::layer_out::{derive, plan, LayerOut};
 use crate::layers::LayerArg;
 
 /// Arguments of `commit`.
@@ -108,7 +108,11 @@ fn compact(new: &IdentArgs, layer: LayerReader, output: LayerOut) -> Result<()> 
     if new.user_tag.is_none() {
         ident.user_tag = old.user_tag;
     }
-    let writer = LayerWriter::new(size, ident, segments)?;
+    // Nearly as many entries as there may be, and padding.
+    let way_out =
+        "leave it as it is, or `obdsetup export` the disk and `obdsetup create` a layer of that, \
+                   with --base for the layers below, which takes larger units";
+    let writer = plan(output.path(), size, ident, segments, way_out)?;
     output.write(writer, "committing", read)
 }
 

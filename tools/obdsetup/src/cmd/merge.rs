@@ -8,13 +8,12 @@ use anyhow::Result;
 use overlaybd::format::Blob;
 use overlaybd::identity::{is_placed, Below};
 use overlaybd::layer::Ident;
-use overlaybd::lsmt_writer::{cut, LayerWriter};
+use overlaybd::lsmt_writer::cut;
 use overlaybd::{flatten, LayerReader, Stack};
 
 use crate::chain::{ChainArgs, Part};
-use crate::exit::Failure;
 use crate::layer_args::NewLayerArgs;
-use crate::layer_out::{derive, LayerOut};
+use crate::layer_out::{derive, plan, LayerOut};
 use crate::layers::{expand, open_layers, paths, warn, LayerArg};
 
 /// Arguments of `merge`.
@@ -83,15 +82,9 @@ pub(crate) fn run(args: &Args) -> Result<()> {
         let read = |offset: u64, buf: &mut [u8]| stack.read_at(offset, buf);
         derive(size, below, &runs, read)
     })?;
-    let writer = LayerWriter::new(size, ident, cut(runs)).map_err(|error| match error {
-        overlaybd::Error::TooFragmented { .. } => Failure::usage(format!(
-            "{}: {error}: merge fewer layers, or `obdsetup export` the disk of all and `obdsetup \
-                 create` a layer of that, which takes larger units",
-            args.output.display()
-        )),
-        error => anyhow::Error::from(error)
-            .context(format!("{}: cannot make the layer", args.output.display())),
-    })?;
+    let way_out = "merge fewer layers, or `obdsetup export` the disk of all and `obdsetup create` a layer of \
+                   that, which takes larger units";
+    let writer = plan(output.path(), size, ident, cut(runs), way_out)?;
     let read = |offset: u64, buf: &mut [u8]| stack.read_at(offset, buf);
     output.write(writer, "merging", read)
 }

@@ -34,7 +34,7 @@ use std::path::Path;
 use anyhow::{Context, Result};
 use clap::ValueEnum;
 use overlaybd::layer::Ident;
-use overlaybd::lsmt_writer::{cut, LayerWriter, Run};
+use overlaybd::lsmt_writer::{cut, Run};
 use overlaybd::Stack;
 use sha2::{Digest, Sha256};
 use tempfile::NamedTempFile;
@@ -45,7 +45,7 @@ use self::tree::{Kind, Tree};
 use self::usage::Usage;
 use crate::archive::Archive;
 use crate::exit::Failure;
-use crate::layer_out::LayerOut;
+use crate::layer_out::{plan, LayerOut};
 use crate::layers::warn;
 use crate::program;
 
@@ -182,8 +182,11 @@ impl Delta {
 
     /// Writes the layer.
     pub(crate) fn write(&self, ident: Ident, output: LayerOut) -> Result<()> {
-        let writer = LayerWriter::new(self.size, ident, cut(self.runs.clone()))
-            .with_context(|| format!("{}: cannot make the layer", output.path().display()))?;
+        let way_out =
+            "unpack the files of all layers to one directory, or export them to one tar, of which \
+                       `obdsetup convert` makes one layer";
+        let runs = cut(self.runs.clone());
+        let writer = plan(output.path(), self.size, ident, runs, way_out)?;
         output.write(writer, "writing", |at, buf| self.read(at, buf))
     }
 }
