@@ -19,6 +19,7 @@ use overlaybd::{FileBlob, LayerReader, Stack};
 
 use crate::chain::{ChainArgs, Part};
 use crate::exit::{self, Failure};
+use crate::in_use::InUseArgs;
 use crate::{config, interrupt, layer_name};
 
 /// A layer, named but not opened.
@@ -81,7 +82,7 @@ impl LayerArg {
     }
 
     /// Opens the layer.
-    pub(crate) fn open_layer(&self) -> Result<LayerReader> {
+    fn open_layer(&self) -> Result<LayerReader> {
         Ok(LayerReader::from_file(self.open()?)?)
     }
 
@@ -109,8 +110,15 @@ pub(crate) fn paths<'a>(lists: &[&'a [LayerArg]]) -> Vec<&'a Path> {
     layers.map(|layer| layer.path.as_path()).collect()
 }
 
-/// Opens layers, lowest first.
-pub(crate) fn open_layers(args: &[LayerArg]) -> Result<Vec<LayerReader>> {
+/// Opens layers, lowest first, to read what is in them: nobody may be seen who writes to them.
+pub(crate) fn open_layers(args: &[LayerArg], in_use: &InUseArgs) -> Result<Vec<LayerReader>> {
+    let layers = open_any(args)?;
+    // One that isn't there, or is no layer, is told of as such.
+    in_use.check(paths(&[args]))?;
+    Ok(layers)
+}
+
+fn open_any(args: &[LayerArg]) -> Result<Vec<LayerReader>> {
     // Before hundreds of files are opened.
     if args.len() > MAX_LAYERS {
         let fault = format::Error::new(Fault::LsmtLayerCount, 0, to_u64(args.len()));
@@ -119,9 +127,29 @@ pub(crate) fn open_layers(args: &[LayerArg]) -> Result<Vec<LayerReader>> {
     args.iter().map(LayerArg::open_layer).collect()
 }
 
-/// Opens all layers of a stack, lowest first, checks that they fit on each other, and merges them.
-pub(crate) fn open_stack(args: &[LayerArg], chain: &ChainArgs) -> Result<Stack> {
-    let layers = open_layers(args)?;
+/// Opens a layer to read what is in it, as [`open_layers`] does.
+pub(crate) fn open_layer(arg: &LayerArg, in_use: &InUseArgs) -> Result<LayerReader> {
+    let layer = arg.open_layer()?;
+    in_use.check([arg.path.as_path()])?;
+    Ok(layer)
+}
+
+/// Opens all layers of a stack, lowest first, to read what is in them, checks that they fit on each other,
+/// and merges them.
+pub(crate) fn open_stack(
+    args: &[LayerArg],
+    chain: &ChainArgs,
+    in_use: &InUseArgs,
+) -> Result<Stack> {
+    let layers = open_layers(args, in_use)?;
+    chain.check(&layers, Part::Whole)?;
+    Ok(Stack::new(layers)?)
+}
+
+/// Opens all layers of a stack as [`open_stack`] does, for a table that the kernel reads them by: `open` looks
+/// who writes to them.
+pub(crate) fn plan_stack(args: &[LayerArg], chain: &ChainArgs) -> Result<Stack> {
+    let layers = open_any(args)?;
     chain.check(&layers, Part::Whole)?;
     Ok(Stack::new(layers)?)
 }

@@ -460,6 +460,38 @@ fn what_others_write_to_is_not_read() {
         place.run(command).code(5).stderr(said("a.raw"));
         assert!(!place.path("out").exists());
     }
+    // What is read as a layer is no other.
+    let layer = File::options().append(true).open(place.path("a")).unwrap();
+    let archive = File::options()
+        .append(true)
+        .create(true)
+        .open(place.path("t.tar"))
+        .unwrap();
+    archive.set_len(1024).unwrap();
+    for (command, name) in [
+        ("commit a out", "a"),
+        ("commit --compact a out", "a"),
+        ("merge -o out a b", "a"),
+        ("export -o out a b", "a"),
+        ("dump -o out a", "a"),
+        ("verify a b", "a"),
+        ("create --base a --base b --image c.raw out", "a"),
+        ("apply t.tar --base b --ignore-identity out", "t.tar"),
+        ("apply t.tar --base a out", "a"),
+        ("convert --from tar t.tar --fs erofs out", "t.tar"),
+    ] {
+        place.run(command).code(5).stderr(said(name));
+        assert!(!place.path("out").exists(), "{command}");
+    }
+    place.ok("commit --allow-in-use a out");
+    place.ok("merge --allow-in-use -o out a b --force");
+    place.ok("export --allow-in-use -o out a b --force");
+    place.ok("dump --allow-in-use -o out a --force");
+    place.ok("verify --allow-in-use a b");
+    // What only shows the layer, or its names, does not read what is in it.
+    place.ok("info a");
+    drop((layer, archive));
+    fs::remove_file(place.path("out")).unwrap();
     place.ok("create --allow-in-use --image a.raw out");
     place.ok("convert --from raw --allow-in-use a.raw out --force");
     drop(image);

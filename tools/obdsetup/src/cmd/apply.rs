@@ -11,6 +11,7 @@ use overlaybd::Stack;
 use crate::archive::{self, Archive, Package};
 use crate::chain::{ChainArgs, Part};
 use crate::exit::Failure;
+use crate::in_use::InUseArgs;
 use crate::layer_args::NewLayerArgs;
 use crate::layer_out::{derive, LayerOut};
 use crate::layers::{expand, open_layers, paths, LayerArg};
@@ -45,6 +46,9 @@ pub(crate) struct Args {
     allow_loss: bool,
 
     #[command(flatten)]
+    in_use: InUseArgs,
+
+    #[command(flatten)]
     chain: ChainArgs,
 
     #[command(flatten)]
@@ -57,8 +61,9 @@ pub(crate) fn run(args: &Args) -> Result<()> {
     let layers = paths(&[&args.base, &below]);
     let inputs = layers.into_iter().chain([args.input.as_path()]);
     let output = LayerOut::create(&args.output, &args.new, inputs)?;
-    let base = open_layers(&below)?;
+    let base = open_layers(&below, &args.in_use)?;
     args.chain.check(&base, Part::Whole)?;
+    args.in_use.check([args.input.as_path()])?;
     let stack = Stack::new(base)?;
     let uuid = stack.layers().last().map(|top| top.ident().uuid.clone());
     let uuid = uuid.unwrap_or_default();

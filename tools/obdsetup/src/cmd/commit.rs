@@ -14,9 +14,10 @@ use overlaybd::{flatten, LayerReader};
 use uuid::Uuid;
 
 use crate::bar::Bar;
+use crate::in_use::InUseArgs;
 use crate::layer_args::{uuid_text, IdentArgs, NewLayerArgs};
 use crate::layer_out::{derive, plan, LayerOut};
-use crate::layers::LayerArg;
+use crate::layers::{open_layer, LayerArg};
 
 /// Arguments of `commit`.
 #[derive(clap::Args)]
@@ -43,12 +44,15 @@ pub(crate) struct Args {
     compact: bool,
 
     #[command(flatten)]
+    in_use: InUseArgs,
+
+    #[command(flatten)]
     new: NewLayerArgs,
 }
 
 /// Runs `commit`.
 pub(crate) fn run(args: &Args) -> Result<()> {
-    let layer = args.input.open_layer()?;
+    let layer = open_layer(&args.input, &args.in_use)?;
     let output = LayerOut::create(&args.output, &args.new, [args.input.path.as_path()])?;
     // A layer for DAX has its data elsewhere.
     if args.compact || args.new.wrap.dax || args.new.ident != IdentArgs::default() {

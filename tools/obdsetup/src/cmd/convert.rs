@@ -210,7 +210,7 @@ fn convert_chain(args: &Args, chain: &[qemu::Link]) -> Result<()> {
         let output = LayerOut::with(&made.next_layer(), wrapping)?;
         let options = args.compare.options(nth == 0, &args.new)?;
         let path = path_of(raw.as_ref(), &link.path);
-        image_layer::write(path, open_layers(&below)?, options, &args.new.ident, output)?;
+        image_layer::write(path, open_layers(&below, &args.in_use)?, options, &args.new.ident, output)?;
         made.add(None);
     }
     made.finish_config()
@@ -242,6 +242,7 @@ fn is_image(args: &Args) -> Result<bool> {
 
 /// Makes a directory of an image.
 fn convert_image(args: &Args) -> Result<()> {
+    args.in_use.check([args.input.as_path()])?;
     let refuse = |what: &str| {
         let message = format!("{}: is a container image: {what}", args.input.display());
         Err(Failure::usage(message))

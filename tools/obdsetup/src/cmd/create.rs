@@ -158,7 +158,7 @@ pub(crate) fn run(args: &Args) -> Result<()> {
     let options = args
         .compare
         .options(args.skip_zeros || made.is_some(), &args.new)?;
-    let base = open_layers(&below)?;
+    let base = open_layers(&below, &args.in_use)?;
     args.chain.check(&base, Part::Whole)?;
     check_size(path, &base, args.grow)?;
     image_layer::write(path, base, options, &args.new.ident, output)
@@ -170,7 +170,7 @@ fn of_changes(args: &Args, store: &Path, below: &[LayerArg], output: LayerOut) -
         return of_thin(args, store, map, below, output);
     }
     let store = Closed::open(store)?;
-    let base = open_layers(below)?;
+    let base = open_layers(below, &args.in_use)?;
     args.chain.check(&base, Part::Whole)?;
     let base = Stack::new(base)?;
     let disk = store.over(&base)?;
@@ -189,7 +189,7 @@ fn of_thin(
     args.in_use.check([volume])?;
     let map = thin::Map::read(map)?;
     map.check(volume)?;
-    let base = open_layers(below)?;
+    let base = open_layers(below, &args.in_use)?;
     args.chain.check(&base, Part::Whole)?;
     check_size(volume, &base, false)?;
     let volume = FileBlob::open(volume, None)?;

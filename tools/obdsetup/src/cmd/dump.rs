@@ -11,6 +11,7 @@ use overlaybd::Payload;
 
 use crate::chain::ChainArgs;
 use crate::exit::Failure;
+use crate::in_use::InUseArgs;
 use crate::layers::{expand, open_stack, paths, LayerArg};
 use crate::raw_out::{self, Dest, Source};
 use crate::size;
@@ -57,6 +58,9 @@ pub(crate) struct Args {
     force: bool,
 
     #[command(flatten)]
+    in_use: InUseArgs,
+
+    #[command(flatten)]
     chain: ChainArgs,
 }
 
@@ -98,10 +102,11 @@ pub(crate) fn run(args: &Args) -> Result<()> {
                 format!("{layer}: not a ZFile"),
             ));
         }
+        args.in_use.check([layer.path.as_path()])?;
         let size = payload.size();
         (Box::new(Content(payload)), size)
     } else {
-        let stack = open_stack(&layers, &args.chain)?;
+        let stack = open_stack(&layers, &args.chain, &args.in_use)?;
         let size = stack.virtual_size();
         (Box::new(stack), size)
     };

@@ -12,6 +12,7 @@ use tempfile::NamedTempFile;
 
 use crate::chain::ChainArgs;
 use crate::exit::Failure;
+use crate::in_use::InUseArgs;
 use crate::layers::{expand, open_layers, open_stack, paths, LayerArg};
 use crate::made::NewDirectory;
 use crate::output::{directory, temp_file, Output};
@@ -67,6 +68,9 @@ pub(crate) struct Args {
     force: bool,
 
     #[command(flatten)]
+    in_use: InUseArgs,
+
+    #[command(flatten)]
     chain: ChainArgs,
 }
 
@@ -79,7 +83,7 @@ pub(crate) fn run(args: &Args) -> Result<()> {
             "--chain makes qcow2 images: give --to qcow2, too",
         )),
         Format::Raw => {
-            let stack = open_stack(&layers, &args.chain)?;
+            let stack = open_stack(&layers, &args.chain, &args.in_use)?;
             let dest = Dest {
                 path: &args.output,
                 force: args.force,
@@ -96,11 +100,11 @@ pub(crate) fn run(args: &Args) -> Result<()> {
         )),
         Format::Qcow2 if args.files => {
             // All are checked before anything is made.
-            drop(open_stack(&layers, &args.chain)?);
-            export_chain(&layers, &args.output)
+            drop(open_stack(&layers, &args.chain, &args.in_use)?);
+            export_chain(&layers, &args.in_use, &args.output)
         }
         Format::Qcow2 => {
-            let stack = open_stack(&layers, &args.chain)?;
+            let stack = open_stack(&layers, &args.chain, &args.in_use)?;
             let output = Output::create(&args.output, args.force, inputs)?;
             let raw = raw(&stack, directory(output.path()))?;
             qemu::write(&program::path(raw.path())?, &output.file_path()?)?;
@@ -110,13 +114,13 @@ pub(crate) fn run(args: &Args) -> Result<()> {
 }
 
 /// Makes a directory with a qcow2 image of each layer.
-fn export_chain(layers: &[LayerArg], out: &Path) -> Result<()> {
+fn export_chain(layers: &[LayerArg], in_use: &InUseArgs, out: &Path) -> Result<()> {
     let made = NewDirectory::new(out)?;
     let place = program::path(made.path())?;
     let mut below: Option<OsString> = None;
     for nth in 0..layers.len() {
         let upto = layers.get(..=nth).unwrap_or_default();
-        let stack = Stack::new(open_layers(upto)?)?;
+        let stack = Stack::new(open_layers(upto, in_use)?)?;
         let raw = raw(&stack, &place)?;
         let name = format!("layer{nth}.qcow2");
         // With the permissions that the umask leaves, which qemu-img keeps.

@@ -12,6 +12,7 @@ use overlaybd::lsmt_writer::cut;
 use overlaybd::{flatten, LayerReader, Stack};
 
 use crate::chain::{ChainArgs, Part};
+use crate::in_use::InUseArgs;
 use crate::layer_args::NewLayerArgs;
 use crate::layer_out::{derive, plan, LayerOut};
 use crate::layers::{expand, open_layers, paths, warn, LayerArg};
@@ -43,6 +44,9 @@ pub(crate) struct Args {
     lowest: bool,
 
     #[command(flatten)]
+    in_use: InUseArgs,
+
+    #[command(flatten)]
     chain: ChainArgs,
 
     #[command(flatten)]
@@ -52,7 +56,7 @@ pub(crate) struct Args {
 /// Runs `merge`.
 pub(crate) fn run(args: &Args) -> Result<()> {
     let named = expand(&args.layers)?;
-    let layers = open_layers(&named)?;
+    let layers = open_layers(&named, &args.in_use)?;
     let output = LayerOut::create(&args.output, &args.new, paths(&[&args.layers, &named]))?;
     let part = match args.lowest {
         true => Part::Whole,

@@ -26,7 +26,7 @@ use crate::dm::udev::Udev;
 use crate::dm::{self, Control, Plan};
 use crate::exit::{self, Failure};
 use crate::in_use::InUseArgs;
-use crate::layers::{expand, open_stack, LayerArg};
+use crate::layers::{expand, plan_stack, LayerArg};
 use crate::store::opening;
 use crate::{interrupt, journal, partitions, size, tab};
 
@@ -301,7 +301,7 @@ impl LayersArgs {
             dax: self.dax,
         };
         if !self.zfile {
-            let stack = open_stack(&layers, &self.chain)?;
+            let stack = plan_stack(&layers, &self.chain)?;
             if self.dax {
                 check_dax(&stack, &places)?;
             }

@@ -12,6 +12,7 @@ use super::{print, print_json};
 use crate::bar::Bar;
 use crate::chain::{ChainArgs, Findings, Part};
 use crate::exit::{self, Failure};
+use crate::in_use::InUseArgs;
 use crate::layers::{expand, open_layers, warn, LayerArg};
 use crate::plain;
 
@@ -41,6 +42,9 @@ pub(crate) struct Args {
     dax: bool,
 
     #[command(flatten)]
+    in_use: InUseArgs,
+
+    #[command(flatten)]
     chain: ChainArgs,
 }
 
@@ -64,7 +68,7 @@ struct Layer {
 
 /// Runs `verify`.
 pub(crate) fn run(args: &Args) -> Result<()> {
-    let opened = open_layers(&expand(&args.layers)?)?;
+    let opened = open_layers(&expand(&args.layers)?, &args.in_use)?;
     let mut found = match opened.as_slice() {
         [single] => alone(single),
         several => Findings::of(several, Part::Whole),
