@@ -16,6 +16,7 @@ tests! {
     tars_of_all_compressions;
     damaged_tars;
     layers_and_packages;
+    directories_of_packages;
     other_archives;
     disks;
     mutations;
@@ -68,6 +69,29 @@ fn lzma(bytes: &[u8]) -> Vec<u8> {
     lzma.finish().unwrap()
 }
 
+/// The stream of an lzma file, with the header and trailer of lzip around it.
+fn lzip(bytes: &[u8]) -> Vec<u8> {
+    let mut options = liblzma::stream::LzmaOptions::new_preset(0).unwrap();
+    options.dict_size(1 << 20);
+    let stream = liblzma::stream::Stream::new_lzma_encoder(&options).unwrap();
+    let mut lzma = liblzma::write::XzEncoder::new_stream(Vec::new(), stream);
+    lzma.write_all(bytes).unwrap();
+    let lzma = lzma.finish().unwrap();
+    let mut crc = flate2::Crc::new();
+    crc.update(bytes);
+    let size = (bytes.len() as u64).to_le_bytes();
+    let stream = &lzma[13..];
+    let len = (6 + stream.len() as u64 + 20).to_le_bytes();
+    [
+        b"LZIP\x01\x14",
+        stream,
+        &crc.sum().to_le_bytes(),
+        &size,
+        &len,
+    ]
+    .concat()
+}
+
 fn zstd(bytes: &[u8]) -> Vec<u8> {
     zstd::encode_all(bytes, 1).unwrap()
 }
@@ -92,6 +116,7 @@ const COMPRESSIONS: &[(&str, Pack)] = &[
     ("bzip2", bzip2),
     ("xz", xz),
     ("lzma", lzma),
+    ("lzip", lzip),
     ("zstd", zstd),
     ("lz4", lz4),
     ("lz4", lz4_legacy),
@@ -219,6 +244,26 @@ fn layers_and_packages() {
     place
         .convert(&layer, "--keep-whiteouts --fs erofs")
         .success();
+    let refused = [
+        (["metadata.json", "box.img"], "for Vagrant (box)"),
+        (["metadata.yaml", "rootfs.img"], "an image of LXD or Incus"),
+        (
+            ["metadata.yaml", "templates/x"],
+            "in another file, with rootfs or disk",
+        ),
+        (
+            ["backup/index.yaml", "backup/x"],
+            "a backup of LXD or Incus",
+        ),
+        (["manifest.json", "disk.raw"], "a disk in an archive"),
+        (["ova.xml", "Ref:1/0"], "a virtual machine of Xen (XVA)"),
+    ];
+    for (names, said) in refused {
+        let archive = tar(&names.map(file));
+        place.refused(&archive, said);
+        place.refused(&gzip(&archive), said);
+        place.convert(&archive, "--from tar --fs erofs").success();
+    }
     place.convert(&docker, "--from tar --fs erofs").success();
     // These are names as any other.
     let plain = tar(&[
@@ -227,6 +272,34 @@ fn layers_and_packages() {
         file("usr/vm.ovf"),
     ]);
     place.convert(&plain, "--fs erofs").success();
+}
+
+/// What was unpacked is no tree of files either.
+fn directories_of_packages() {
+    let place = Place::new();
+    fs::create_dir_all(place.path("saved/0123")).unwrap();
+    place.write("saved/manifest.json", b"[]");
+    place.write("saved/repositories", b"{}");
+    place.write("saved/0123/layer.tar", b"");
+    let refused = |said: &str| {
+        place
+            .run("convert saved out.obd --fs erofs")
+            .code(1)
+            .stderr(contains(said));
+        assert!(!place.path("out.obd").exists());
+    };
+    refused(
+        "`tar -C saved -cf saved.tar .`, and convert that; --from directory takes it for files",
+    );
+    place
+        .run("convert --from directory saved out.obd --fs erofs")
+        .success();
+    fs::remove_file(place.path("out.obd")).unwrap();
+    fs::remove_dir_all(place.path("saved")).unwrap();
+    fs::create_dir(place.path("saved")).unwrap();
+    place.write("saved/vm.ovf", b"x");
+    place.write("saved/disk1.vmdk", b"x");
+    refused("saved: a virtual machine (OVA), no tree of files: convert its disk");
 }
 
 fn other_archives() {
@@ -259,6 +332,34 @@ fn other_archives() {
         (b"\x89LZO\0\r\n\x1a\n", "lzop"),
         (b"QFI\xfb\0\0\0\x01", "qcow"),
         (b"MSWIM\0\0\0", "WIM"),
+        (b"MSCF\0\0\0\0", "a cabinet file"),
+        (b"xar!\0\x1c", "a xar archive"),
+        (b"ANDROID!", "an Android boot image"),
+        (b"LRZI\0\x06", "lrzip"),
+        (b"\x1f\x1e\0", "pack(1)"),
+        (b"Bochs Virtual HD Image", "a Bochs image"),
+        (b"#!/bin/sh\n#V2.0 Format\n", "a cloop image"),
+        (
+            b"EVF\x09\x0d\x0a\xff\0",
+            "an Expert Witness image: `ewfexport`",
+        ),
+        (b"partclone-image", "a Partclone image: `partclone.restore`"),
+        (
+            b"version https://git-lfs.github.com/spec/v1\n",
+            "a pointer of git-lfs: `git lfs pull`",
+        ),
+        (
+            b"\x7fELF\x02\x01\x01\0AI\x02",
+            "an AppImage: `rootfs.tar.gz --appimage-extract`",
+        ),
+        (
+            b"VMA\0\0\0\0\x01",
+            "a backup of Proxmox VE (VMA): `vma extract rootfs.tar.gz DIRECTORY`",
+        ),
+        (
+            b"#!/usr/bin/env run-singularity\n\0SIF_MAGIC",
+            "a Singularity image (SIF)",
+        ),
         (b"<!DOCTYPE html>", "a web page: the download went wrong"),
         (b"\x7fELF\x02\x01\x01", "a program"),
     ];

@@ -72,11 +72,6 @@ impl Member {
         let start = slash.map_or(0, |slash| slash + 1);
         self.path.get(start..).unwrap_or_default()
     }
-
-    /// Returns whether the member is in the root directory.
-    pub(crate) fn is_top_level(&self) -> bool {
-        !self.path.is_empty() && !self.path.contains(&b'/')
-    }
 }
 
 /// Returns a name for messages. A very long name is cut off, and its length added.

@@ -36,5 +36,5 @@ pub(crate) use compression::Compression;
 pub(crate) use header::{is_header, BLOCK};
 pub(crate) use member::{brief, Device, Extent, Member, MemberKind, Time};
 pub(crate) use reader::{unpack_error, Archive};
-pub(crate) use scan::{check, Package};
+pub(crate) use scan::{check, check_directory, is_whiteout, Package};
 pub(crate) use unpack::Unpack;

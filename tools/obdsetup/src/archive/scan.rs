@@ -1,7 +1,9 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! Finds out from its names what kind of archive a tar is, and checks that it is complete.
+//! Finds out from its names what a tar or directory is, and checks that a tar is complete.
 
+use std::fs::DirEntry;
+use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
 
 use anyhow::Result;
@@ -10,30 +12,86 @@ use super::{brief, Archive, Member, MemberKind};
 
 /// Prefix of names in a layer of an image that hide files of the layers below.
 const WHITEOUT: &[u8] = b".wh.";
+/// What names of disks of virtual machines end with.
+const DISKS: [&[u8]; 8] = [
+    b".img", b".qcow2", b".raw", b".vdi", b".vhd", b".vhdx", b".vmdk", b".vmx",
+];
 
-/// An archive with another purpose than a tree of files.
+/// Returns whether a file with this name, in a layer of an image, hides files of the layers below.
+pub(crate) fn is_whiteout(name: &[u8]) -> bool {
+    name.starts_with(WHITEOUT)
+}
+
+/// An archive with another purpose than a tree of files, or a directory that one was unpacked to.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Package {
     /// The output of `docker save`.
     Docker,
-    /// An OCI image layout in a tar.
+    /// An OCI image layout.
     Oci,
     /// A virtual machine: an OVF description and its disks.
     Ova,
+    /// A virtual machine of Xen: a description, and disks in pieces.
+    Xva,
+    /// A virtual machine for Vagrant: a description and its disks.
+    Vagrant,
+    /// A container, or a virtual machine, of LXD or Incus.
+    Lxd,
+    /// What describes such a one, without its files.
+    LxdMetadata,
+    /// A backup of LXD or Incus.
+    LxdBackup,
+    /// Nothing but a disk, as clouds take it.
+    Disk,
 }
 
 impl Package {
-    /// Returns the message that the virtual machine `path` is not converted, with what to do.
-    pub(crate) fn refusal(path: &Path) -> String {
-        let file = path.display();
-        format!(
-            "{file}: a virtual machine (OVA), no tree of files: unpack it, `tar -xf {file}`, then convert its \
-             disk; --from tar takes it for files"
-        )
+    /// Returns the message that the archive `path` is not converted, with what to do.
+    pub(crate) fn refusal(self, path: &Path) -> String {
+        self.message(
+            path,
+            &format!("unpack it, `tar -xf {}`, then ", path.display()),
+        ) + "; --from tar takes it for files"
+    }
+
+    /// Returns the message that the directory `path` is not converted, with what to do.
+    pub(crate) fn refusal_of_directory(self, path: &Path) -> String {
+        self.message(path, "") + "; --from directory takes it for files"
+    }
+
+    fn message(self, path: &Path, first: &str) -> String {
+        let name = path.display();
+        match self {
+            Self::Docker | Self::Oci => format!(
+                "{name}: a container image (docker save) in a directory, no tree of files: make the archive again, \
+                 `tar -C {name} -cf saved.tar .`, and convert that"
+            ),
+            Self::Ova => format!("{name}: a virtual machine (OVA), no tree of files: {first}convert its disk"),
+            Self::Xva => format!(
+                "{name}: a virtual machine of Xen (XVA), no tree of files: its disk is in pieces, of which `xva-img` \
+                 makes a raw one"
+            ),
+            Self::Vagrant => format!(
+                "{name}: a virtual machine for Vagrant (box), no tree of files: {first}convert its disk"
+            ),
+            Self::Lxd => format!(
+                "{name}: an image of LXD or Incus, no tree of files: {first}convert what is in it, the directory rootfs \
+                 or the disk rootfs.img"
+            ),
+            Self::LxdMetadata => format!(
+                "{name}: the description of an image of LXD or Incus, without its files: those are in another file, \
+                 with rootfs or disk in its name"
+            ),
+            Self::LxdBackup => format!(
+                "{name}: a backup of LXD or Incus, no tree of files: {first}convert what is in it, the directory rootfs \
+                 or the disk"
+            ),
+            Self::Disk => format!("{name}: a disk in an archive, no tree of files: {first}convert the disk"),
+        }
     }
 }
 
-/// The findings about a tar.
+/// The findings about a tar or directory.
 #[derive(Clone, Debug, Default)]
 pub(crate) struct Findings {
     pub(crate) package: Option<Package>,
@@ -46,46 +104,87 @@ pub(crate) struct Findings {
 pub(crate) struct Scan {
     findings: Findings,
     members: u64,
+    /// Files, but for descriptions of the only one.
+    files: u64,
     manifest: bool,
     /// Whether something is there that a manifest would name.
     layers: bool,
     layout: bool,
     index: bool,
+    /// Whether a description of OVF is in the root directory; and whether it comes first.
+    ovf: bool,
+    ovf_first: bool,
+    /// Whether a disk is in the root directory, or where Hyper-V has it.
+    disk: bool,
+    metadata_json: bool,
+    metadata_yaml: bool,
+    /// Whether a `rootfs` or `rootfs.img` is there.
+    rootfs: bool,
+    /// Files that a description of LXD's does not have.
+    others: bool,
+    backup: bool,
+    ova_xml: bool,
+    pieces: bool,
 }
 
 impl Scan {
     /// Adds a member.
     pub(crate) fn see(&mut self, member: &Member) {
-        self.members += 1;
-        let path = member.path.as_slice();
-        if self.findings.whiteout.is_none() && member.file_name().starts_with(WHITEOUT) {
-            self.findings.whiteout = Some(brief(path));
+        if self.findings.whiteout.is_none() && is_whiteout(member.file_name()) {
+            self.findings.whiteout = Some(brief(&member.path));
         }
-        if matches!(member.kind, MemberKind::Directory) {
+        self.name(&member.path, matches!(member.kind, MemberKind::Directory));
+    }
+
+    /// Adds a name, which has no slash at its end.
+    fn name(&mut self, path: &[u8], is_directory: bool) {
+        self.members += 1;
+        self.rootfs |= path == b"rootfs" && is_directory || path.starts_with(b"rootfs/");
+        self.pieces |= path.starts_with(b"Ref:");
+        if is_directory {
             return;
         }
+        let is_top = !path.contains(&b'/');
         let tar = path.ends_with(b".tar") && path.iter().filter(|&&byte| byte == b'/').count() < 2;
         self.layers |= tar || path.starts_with(b"blobs/sha256/") || is_of_builder(path);
+        self.ovf |= is_top && path.ends_with(b".ovf");
+        self.ovf_first |= self.ovf && self.members == 1;
+        let is_disk = DISKS.iter().any(|end| path.ends_with(end));
+        self.disk |= is_disk && (is_top || path.starts_with(b"Virtual Hard Disks/"));
+        self.others |= path != b"metadata.yaml" && !path.starts_with(b"templates/");
         match path {
             b"manifest.json" | b"repositories" => self.manifest = true,
             b"oci-layout" => self.layout = true,
             b"index.json" => self.index = true,
-            path if self.members == 1 && member.is_top_level() && path.ends_with(b".ovf") => {
-                self.findings.package = Some(Package::Ova);
-            }
+            b"metadata.json" => self.metadata_json = true,
+            b"metadata.yaml" => self.metadata_yaml = true,
+            b"rootfs.img" => self.rootfs = true,
+            b"backup/index.yaml" => self.backup = true,
+            b"ova.xml" => self.ova_xml = true,
             _ => {}
         }
+        self.files += u64::from(path != b"manifest.json");
     }
 
     /// Returns the findings about all members.
     pub(crate) fn finish(self) -> Findings {
-        let mut findings = self.findings;
-        if self.manifest && self.layers {
-            findings.package = Some(Package::Docker);
-        } else if self.layout && self.index {
-            findings.package = Some(Package::Oci);
+        let found = [
+            (self.manifest && self.layers, Package::Docker),
+            (self.layout && self.index, Package::Oci),
+            (self.ova_xml && self.pieces, Package::Xva),
+            // Such a box has a description of OVF, too.
+            (self.metadata_json && self.disk, Package::Vagrant),
+            (self.ovf_first || self.ovf && self.disk, Package::Ova),
+            (self.backup, Package::LxdBackup),
+            (self.metadata_yaml && self.rootfs, Package::Lxd),
+            (self.metadata_yaml && !self.others, Package::LxdMetadata),
+            (self.disk && self.files == 1, Package::Disk),
+        ];
+        let package = found.into_iter().find(|(is_it, _)| *is_it);
+        Findings {
+            package: package.map(|(_, package)| package),
+            ..self.findings
         }
-        findings
     }
 }
 
@@ -109,4 +208,38 @@ pub(crate) fn check(path: &Path) -> Result<Findings> {
         scan.see(&member);
     }
     Ok(scan.finish())
+}
+
+/// Returns what the directory `root` is, if it is no tree of files.
+///
+/// # Errors
+///
+/// If it cannot be read.
+pub(crate) fn check_directory(root: &Path) -> Result<Option<Package>> {
+    let mut scan = Scan::default();
+    for (name, entry) in entries(root)? {
+        let is_directory = entry.file_type()?.is_dir();
+        scan.name(&name, is_directory);
+        // What tells is not deeper. Others' directories may not be readable, and `convert` says so.
+        if let (true, Ok(below)) = (is_directory, entries(&entry.path())) {
+            for (below, entry) in below {
+                let is_directory = entry.file_type().is_ok_and(|kind| kind.is_dir());
+                scan.name(&[name.as_slice(), b"/", &below].concat(), is_directory);
+            }
+        }
+    }
+    let package = scan.finish().package;
+    // A directory is given for what is in it.
+    Ok(package.filter(|package| *package != Package::Disk))
+}
+
+/// Returns the entries of a directory, by name.
+fn entries(path: &Path) -> std::io::Result<Vec<(Vec<u8>, DirEntry)>> {
+    let entries = std::fs::read_dir(path)?.map(|entry| {
+        let entry = entry?;
+        Ok((entry.file_name().as_bytes().to_vec(), entry))
+    });
+    let mut entries = entries.collect::<std::io::Result<Vec<_>>>()?;
+    entries.sort_by(|(one, _), (other, _)| one.cmp(other));
+    Ok(entries)
 }

@@ -407,6 +407,80 @@ fn what_is_tolerated() {
     assert_eq!(read_bytes(&end(nobody)).unwrap()[0].0.uid, u32::MAX - 1);
 }
 
+/// Names of members, and what such an archive is.
+fn packages() -> Vec<(&'static [&'static str], Option<super::scan::Package>)> {
+    use super::scan::Package;
+    vec![
+        (&["./vm.ovf", "./disk1.vmdk"], Some(Package::Ova)),
+        (&["disk1.vmdk", "vm.mf", "vm.ovf"], Some(Package::Ova)),
+        (&["ova.xml", "Ref:4/00000000"], Some(Package::Xva)),
+        (
+            &["metadata.json", "Vagrantfile", "box.img"],
+            Some(Package::Vagrant),
+        ),
+        (
+            &["box.ovf", "box-disk001.vmdk", "metadata.json"],
+            Some(Package::Vagrant),
+        ),
+        (
+            &["metadata.json", "Virtual Hard Disks/box.vhdx"],
+            Some(Package::Vagrant),
+        ),
+        (&["disk.raw"], Some(Package::Disk)),
+        (&["manifest.json", "disk.raw"], Some(Package::Disk)),
+        (&["./image.qcow2"], Some(Package::Disk)),
+        (
+            &["metadata.yaml", "rootfs/etc/hostname", "templates/x.tpl"],
+            Some(Package::Lxd),
+        ),
+        (&["metadata.yaml", "rootfs.img"], Some(Package::Lxd)),
+        (
+            &["metadata.yaml", "templates/x.tpl"],
+            Some(Package::LxdMetadata),
+        ),
+        (
+            &["backup/index.yaml", "backup/container/rootfs/x"],
+            Some(Package::LxdBackup),
+        ),
+        // A project, a tree of files that has such names, and files beside a disk.
+        (&["metadata.json", "Vagrantfile", "README.md"], None),
+        (&["metadata.yaml", "etc/hostname"], None),
+        (&["srv/disk.raw"], None),
+        (&["disk.raw", "etc/hostname"], None),
+        (&["vm.txt", "x.ovf"], None),
+    ]
+}
+
+#[test]
+fn directories_of_packages() {
+    use super::scan::{check_directory, Package};
+    let named = |names: &[&str]| {
+        let dir = TempDir::new().unwrap();
+        for name in names {
+            let path = dir.path().join(name);
+            fs::create_dir_all(path.parent().unwrap()).unwrap();
+            fs::write(path, "x").unwrap();
+        }
+        check_directory(dir.path()).unwrap()
+    };
+    for (names, wanted) in packages() {
+        // The disk is what is meant with a file, and the directory with a directory.
+        let wanted = wanted.filter(|package| *package != Package::Disk);
+        // Which is first is known of an archive only.
+        assert_eq!(named(names), wanted, "{names:?}");
+    }
+    assert_eq!(
+        named(&["manifest.json", "repositories", "0123/layer.tar"]),
+        Some(Package::Docker)
+    );
+    assert_eq!(
+        named(&["manifest.json", "0123.json", "0123.tar"]),
+        Some(Package::Docker)
+    );
+    assert_eq!(named(&["manifest.json", "usr/share/a/x.tar"]), None);
+    assert_eq!(named(&[]), None);
+}
+
 #[test]
 fn what_it_is_for() {
     let dir = TempDir::new().unwrap();
@@ -433,6 +507,9 @@ fn what_it_is_for() {
         Some(Package::Oci)
     );
     assert_eq!(package(&["vm.ovf", "disk1.vmdk"]), Some(Package::Ova));
+    for (names, wanted) in packages() {
+        assert_eq!(package(names), wanted, "{names:?}");
+    }
     assert_eq!(package(&["manifest.json", "etc/passwd"]), None);
     let hex = "0123456789abcdef".repeat(4);
     let layer = format!("{hex}.tar.gz");

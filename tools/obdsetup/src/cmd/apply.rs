@@ -68,12 +68,17 @@ pub(crate) fn run(args: &Args) -> Result<()> {
     let uuid = stack.layers().last().map(|top| top.ident().uuid.clone());
     let uuid = uuid.unwrap_or_default();
     // To its end, so that a damaged one is known before it is put in a file system.
-    let package = archive::check(&args.input)?.package;
-    if let Some(Package::Docker | Package::Oci) = package {
-        return Err(Failure::usage(format!(
-            "{}: an archive of an image, no layer of one: use `obdsetup convert'",
-            args.input.display()
-        )));
+    let input = args.input.display();
+    let what = match archive::check(&args.input)?.package {
+        // A layer may have a disk alone, for a virtual machine in a container.
+        None | Some(Package::Disk) => None,
+        Some(Package::Docker | Package::Oci) => {
+            Some("an archive of an image, no layer of one: use `obdsetup convert'")
+        }
+        Some(_) => Some("no layer of an image: `obdsetup convert' says what it is"),
+    };
+    if let Some(what) = what {
+        return Err(Failure::usage(format!("{input}: {what}")));
     }
     let mut archive = Archive::layer(&args.input, &args.input, false)?;
     let delta = mkfs::apply(

@@ -43,8 +43,8 @@ The type of IN is detected by its content, never by its name; --from overrides i
   OCI image layout, or an archive of one (docker save, podman save): see below
   gzip, bzip2, xz, lzma, lzip, zstd, lz4 of a tar or disk: decompressed
 
-OVA, zip, cpio, 7-Zip, deb, rpm, Android sparse images and others
-are refused with what to do. Anything else, and a disk that is no whole number of sectors, needs
+OVA, Vagrant boxes, disks in a tar, images of LXD and Incus, zip, cpio, 7-Zip, deb, rpm, Android
+sparse images and others are refused with what to do. Anything else, and a disk that is no whole number of sectors, needs
 --from raw. A tar is read to its end first: a damaged or incomplete one is refused.
 
 qemu-img also reads what an image refers to, such as its backing file: convert only what you trust,
@@ -226,8 +226,8 @@ fn is_image(args: &Args) -> Result<bool> {
     let input = args.input.display();
     if let Some(package) = findings.package.filter(|_| args.from.is_none()) {
         return match package {
-            Package::Ova => Err(Failure::usage(Package::refusal(&args.input))),
             Package::Docker | Package::Oci => Ok(true),
+            other => Err(Failure::usage(other.refusal(&args.input))),
         };
     }
     match findings.whiteout {

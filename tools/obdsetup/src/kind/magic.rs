@@ -101,6 +101,16 @@ const STRANGERS: &[(Magic, &str, &str)] = &[
         "`partclone.restore` makes a raw disk of it",
     ),
     (
+        (0, b"VMA\0\0\0\0\x01"),
+        "a backup of Proxmox VE (VMA)",
+        "`vma extract FILE DIRECTORY` makes raw disks of it",
+    ),
+    (
+        (32, b"SIF_MAGIC"),
+        "a Singularity image (SIF)",
+        "`apptainer build --sandbox DIRECTORY FILE` unpacks it",
+    ),
+    (
         (8, b"AI\x02"),
         "an AppImage",
         "`FILE --appimage-extract` unpacks it",

@@ -22,7 +22,7 @@ use overlaybd::format::num::to_u64;
 use overlaybd::format::{lsmt, zfile, Blob, SECTOR_SIZE};
 use overlaybd::{FileBlob, LayerReader};
 
-use crate::archive::{is_header, unpack_error, Compression, Unpack, BLOCK};
+use crate::archive::{self, is_header, unpack_error, Compression, Unpack, BLOCK};
 use crate::exit::Failure;
 
 /// What a layer can be made of.
@@ -183,7 +183,10 @@ pub(crate) fn look(path: &Path) -> Result<Seen> {
                  it, `skopeo copy dir:{name} oci:LAYOUT`; --from directory takes it for files"
             )));
         }
-        return known(Kind::Directory);
+        return match archive::check_directory(path)? {
+            Some(package) => Ok(Seen::Refused(package.refusal_of_directory(path))),
+            None => known(Kind::Directory),
+        };
     }
     // Fails for what is neither a file nor a block device, without waiting for a FIFO.
     let blob = Arc::new(FileBlob::open(path, None)?);
