@@ -17,6 +17,7 @@ tests! {
     damaged_tars;
     layers_and_packages;
     directories_of_packages;
+    directories_of_layers;
     other_archives;
     disks;
     mutations;
@@ -300,6 +301,36 @@ fn directories_of_packages() {
     place.write("saved/vm.ovf", b"x");
     place.write("saved/disk1.vmdk", b"x");
     refused("saved: a virtual machine (OVA), no tree of files: convert its disk");
+}
+
+/// Names that hide files are refused in directories as they are in tars.
+fn directories_of_layers() {
+    let place = Place::new();
+    for name in [".wh.motd", ".wh..wh..opq"] {
+        fs::create_dir_all(place.path("layer/etc")).unwrap();
+        place.write(&format!("layer/etc/{name}"), b"");
+        for command in [
+            "convert layer out.obd --fs erofs",
+            "create --directory layer --fs erofs out.obd",
+        ] {
+            place
+                .run(command)
+                .code(1)
+                .stderr(contains(format!(
+                    "layer/etc/{name}: a name with which a layer"
+                )))
+                .stderr(contains("--keep-whiteouts"));
+            assert!(!place.path("out.obd").exists());
+            place.run(&format!("{command} --keep-whiteouts")).success();
+            fs::remove_file(place.path("out.obd")).unwrap();
+        }
+        fs::remove_dir_all(place.path("layer")).unwrap();
+    }
+    place.write("disk.raw", &disk());
+    place
+        .run("convert disk.raw out.obd --keep-whiteouts")
+        .code(1)
+        .stderr(contains("is no directory or tar"));
 }
 
 fn other_archives() {

@@ -255,7 +255,13 @@ fn options_of_other_inputs() {
     let place = Place::with_two_layers(3 << 20);
     std::fs::create_dir(place.path("dir")).unwrap();
     place.write("map", b"");
-    let of_directory = ["--fs ext4", "--size 9m", "--mkfs-arg=-q", "--allow-loss"];
+    let of_directory = [
+        "--fs ext4",
+        "--size 9m",
+        "--mkfs-arg=-q",
+        "--allow-loss",
+        "--keep-whiteouts",
+    ];
     for (input, options) in [
         ("--image disk", &of_directory[..]),
         ("--image disk", &["--thin-map map"]),

@@ -139,14 +139,17 @@ pub(crate) fn run(args: &Args) -> Result<()> {
         Err(Failure::usage(message))
     };
     let files = matches!(kind, Kind::Directory | Kind::Tar);
-    let for_files =
-        args.fs.is_some() || args.size.is_some() || args.allow_loss || !args.mkfs_arg.is_empty();
+    let for_files = args.fs.is_some()
+        || args.size.is_some()
+        || args.allow_loss
+        || args.keep_whiteouts
+        || !args.mkfs_arg.is_empty();
     if kind == Kind::Oci || kind == Kind::Tar && is_image(args)? {
         return convert_image(args);
     }
     if !files && for_files {
         return refuse(
-            "is no directory or tar; --fs, --size, --mkfs-arg and --allow-loss are for those",
+            "is no directory or tar; --fs, --size, --mkfs-arg, --allow-loss and --keep-whiteouts are for those",
         );
     }
     if args.oci != oci::Choice::default() {
@@ -282,6 +285,7 @@ fn make_fs(args: &Args, files: Files<'_>, place: &Path) -> Result<NamedTempFile>
         size: args.size,
         args: &args.mkfs_arg,
         allow_loss: args.allow_loss,
+        keep_whiteouts: args.keep_whiteouts,
     };
     mkfs::make(files, &options, place)
 }

@@ -104,6 +104,10 @@ pub(crate) struct Args {
     #[arg(long, requires = "directory", conflicts_with_all = ["image", "changes"])]
     allow_loss: bool,
 
+    /// Take whiteouts (.wh.NAME), with which a layer of an image hides files, for files
+    #[arg(long, requires = "directory", conflicts_with_all = ["image", "changes"])]
+    keep_whiteouts: bool,
+
     /// Layers below, lowest first (one after each --base), or a config.v1.json that lists them
     #[arg(long, value_name = "LAYER", conflicts_with = "directory")]
     base: Vec<LayerArg>,
@@ -233,6 +237,7 @@ fn make_fs(args: &Args, from: &Path, fs: FileSystem) -> Result<NamedTempFile> {
         size: args.size,
         args: &args.mkfs_arg,
         allow_loss: args.allow_loss,
+        keep_whiteouts: args.keep_whiteouts,
     };
     mkfs::make(Files::Directory(from), &options, directory(&args.output))
 }

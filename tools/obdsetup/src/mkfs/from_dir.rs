@@ -19,7 +19,7 @@ use super::limits;
 use super::tree::{
     Content, ContentMaker, Device, Id, Kind, Meta, Node, Source, Time, Tree, BLOCK, ROOT,
 };
-use crate::archive::brief;
+use crate::archive::{brief, is_whiteout};
 use crate::bar::Bar;
 use crate::exit::Failure;
 use crate::interrupt;
@@ -27,8 +27,9 @@ use crate::interrupt;
 /// Number of bytes read at once, in whole blocks.
 const PIECE: u64 = 1 << 20;
 
-/// Reads the directory `root`.
-pub(super) fn read(root: &Path) -> Result<Tree> {
+/// Reads the directory `root`. Names with which a layer of an image hides files are an error, unless they
+/// are to be kept.
+pub(super) fn read(root: &Path, keep_whiteouts: bool) -> Result<Tree> {
     let (_, meta) = look(root)?;
     possible(root, limits::xattrs(&meta))?;
     let mut tree = Tree::new(meta);
@@ -41,6 +42,14 @@ pub(super) fn read(root: &Path) -> Result<Tree> {
             interrupt::check()?;
             let name = entry.with_context(context)?.file_name();
             let path = directory.join(&name);
+            if !keep_whiteouts && is_whiteout(name.as_bytes()) {
+                return Err(Failure::usage(format!(
+                    "{}: a name with which a layer of a container image hides files of the layers below: \
+                     convert the whole image, put its layers on each other with `obdsetup apply`, or take such \
+                     names for files with --keep-whiteouts",
+                    brief(path.as_os_str().as_bytes())
+                )));
+            }
             let (status, meta) = look(&path)?;
             let inside = path.strip_prefix(root).unwrap_or(&path);
             possible(&path, limits::path(inside.as_os_str().as_bytes()))?;

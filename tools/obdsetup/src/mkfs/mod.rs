@@ -92,6 +92,8 @@ pub(crate) struct Options<'a> {
     pub(crate) args: &'a [OsString],
     /// Whether data that the file system cannot store may be left out.
     pub(crate) allow_loss: bool,
+    /// Whether names with which a layer of an image hides files are those of files, in a directory.
+    pub(crate) keep_whiteouts: bool,
 }
 
 /// The files for a file system.
@@ -121,7 +123,10 @@ pub(crate) fn make(files: Files<'_>, options: &Options<'_>, place: &Path) -> Res
         )));
     }
     let (mut tree, directory) = match files {
-        Files::Directory(_) => (from_dir::read(&from)?, Some(from.as_path())),
+        Files::Directory(_) => (
+            from_dir::read(&from, options.keep_whiteouts)?,
+            Some(from.as_path()),
+        ),
         Files::Tar(_) => (from_tar::read(&from, place)?, None),
     };
     stamp::clamp(&mut tree)?;
@@ -214,6 +219,7 @@ pub(crate) fn apply(
         size: None,
         args: &[],
         allow_loss,
+        keep_whiteouts: false,
     };
     let instead = "--allow-loss makes the layer without them";
     fit::fit(growing.tree(), &options, instead).with_context(|| name.display().to_string())?;

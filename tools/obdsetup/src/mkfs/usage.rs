@@ -72,14 +72,17 @@ mod tests {
         std::fs::create_dir(dir.path().join("sub"))?;
         let file = dir.path().join("sub/file");
         std::fs::write(&file, [1; 5000])?;
-        let one = Usage::of(&from_dir::read(dir.path())?)?;
+        let one = Usage::of(&from_dir::read(dir.path(), false)?)?;
         assert_eq!(one.entries, 3);
         std::fs::hard_link(&file, dir.path().join("again"))?;
-        assert_eq!(Usage::of(&from_dir::read(dir.path())?)?, one);
+        assert_eq!(Usage::of(&from_dir::read(dir.path(), false)?)?, one);
         let sparse = std::fs::File::create(dir.path().join("sparse"))?;
         sparse.set_len(1 << 40)?;
-        assert_eq!(Usage::of(&from_dir::read(dir.path())?)?.bytes, one.bytes);
-        assert!(from_dir::read(&dir.path().join("none")).is_err());
+        assert_eq!(
+            Usage::of(&from_dir::read(dir.path(), false)?)?.bytes,
+            one.bytes
+        );
+        assert!(from_dir::read(&dir.path().join("none"), false).is_err());
         Ok(())
     }
 
