@@ -530,11 +530,20 @@ fn disks() {
     place.refused(&[b'x'; 8192], "--from raw for a disk");
     place.convert(&[0; 8192], "--from raw").success();
     place.convert(&[b'x'; 8191], "--from raw").success();
-    // create takes disks; what may be one is one.
-    for unknown in [vec![0; 8192], vec![b'x'; 8191]] {
+    // create takes disks; what may be one is one, but a part of a sector is left over.
+    for unknown in [[0; 8192], [b'x'; 8192]] {
         place.write("rootfs.tar.gz", &unknown);
         place
             .run("create --force --image rootfs.tar.gz out.obd")
+            .success();
+        place.write("rootfs.tar.gz", &unknown[1..]);
+        place
+            .run("create --image rootfs.tar.gz x")
+            .code(1)
+            .stderr(contains("its 8191 bytes are no whole number of sectors"));
+        assert!(!place.path("x").exists());
+        place
+            .run("create --force --raw --image rootfs.tar.gz out.obd")
             .success();
     }
     place.write("rootfs.tar.gz", &rootfs());

@@ -160,7 +160,7 @@ fn create_and_dump() {
     ] {
         place
             .run(&format!(
-                "create --force --image disk.raw layer.obd {options}"
+                "create --force --raw --image disk.raw layer.obd {options}"
             ))
             .success()
             .stdout("")
@@ -197,10 +197,12 @@ fn differences() {
     place.write("changed.raw", &changed);
     let uuid = "00000000-0000-4000-8000-0000000000ab";
     place
-        .run(&format!("create --image disk.raw base.obd --uuid {uuid}"))
+        .run(&format!(
+            "create --raw --image disk.raw base.obd --uuid {uuid}"
+        ))
         .success();
     place
-        .run("create --base base.obd --image changed.raw --grow top.obd --user-tag top")
+        .run("create --base base.obd --raw --image changed.raw --grow top.obd --user-tag top")
         .success();
     let dump = place.run("dump base.obd top.obd").success();
     assert!(dump.get_output().stdout == changed);
@@ -279,7 +281,7 @@ fn commit() {
     let place = Place::new();
     place.write("disk.raw", &image());
     place
-        .run("create --image disk.raw plain.lsmt --algorithm none")
+        .run("create --raw --image disk.raw plain.lsmt --algorithm none")
         .success();
     place
         .run("commit plain.lsmt a.obd --algorithm zstd --tar")
@@ -319,16 +321,16 @@ fn merge() {
     }
     let [base, middle, top] = ["1", "2", "3"].map(|n| format!("00000000-0000-4000-8000-{n:0>12}"));
     place
-        .run(&format!("create --image a.raw a --uuid {base}"))
+        .run(&format!("create --raw --image a.raw a --uuid {base}"))
         .success();
     place
         .run(&format!(
-            "create --base a --image b.raw b --uuid {middle} --algorithm zstd"
+            "create --base a --raw --image b.raw b --uuid {middle} --algorithm zstd"
         ))
         .success();
     place
         .run(&format!(
-            "create --base a --base b --image c.raw --grow c --uuid {top} --tar"
+            "create --base a --base b --raw --image c.raw --grow c --uuid {top} --tar"
         ))
         .success();
 
@@ -392,9 +394,9 @@ fn export() {
     b.extend_from_slice(b"far away");
     place.write("a.raw", &a);
     place.write("b.raw", &b);
-    place.run("create --image a.raw a").success();
+    place.run("create --raw --image a.raw a").success();
     place
-        .run("create --base a --image b.raw --grow b")
+        .run("create --base a --raw --image b.raw --grow b")
         .success();
     let blocks = |name: &str| {
         use std::os::unix::fs::MetadataExt;
@@ -431,9 +433,11 @@ fn stacks_of_containerd() {
     place.write("a.raw", &a);
     place.write("b.raw", &b);
     fs::create_dir_all(place.path("stack/1")).unwrap();
-    place.run("create --image a.raw stack/a.obd").success();
     place
-        .run("create --base stack/a.obd --image b.raw stack/1/overlaybd.commit")
+        .run("create --raw --image a.raw stack/a.obd")
+        .success();
+    place
+        .run("create --base stack/a.obd --raw --image b.raw stack/1/overlaybd.commit")
         .success();
     let config = |text: &str| place.write("stack/config.v1.json", text.as_bytes());
     // As the snapshotter writes it; a relative name is looked up beside the file.
@@ -462,7 +466,7 @@ fn stacks_of_containerd() {
         "{table}"
     );
     place
-        .run("create --base stack/config.v1.json --image a.raw z")
+        .run("create --base stack/config.v1.json --raw --image a.raw z")
         .success();
     assert!(place.dump("stack/config.v1.json z") == a);
     place
@@ -741,8 +745,8 @@ fn convert_oci_images() {
     b[..40_960].fill(0);
     place.write("a.raw", &a);
     place.write("b.raw", &b);
-    place.run("create --image a.raw a --tar").success();
-    place.run("create --base a --image b.raw b").success();
+    place.run("create --raw --image a.raw a --tar").success();
+    place.run("create --base a --raw --image b.raw b").success();
     let layout = Layout(&place);
     let layers = [
         layout.blob(&place.read("a"), ""),
@@ -893,7 +897,7 @@ fn hostile_names_and_files() {
     // What is no file is never replaced.
     fs::create_dir(place.path("dir")).unwrap();
     for command in [
-        "create --force --image disk.raw fifo",
+        "create --force --raw --image disk.raw fifo",
         "commit --force layer.obd dir",
         "export --force -o fifo layer.obd",
     ] {
@@ -968,16 +972,16 @@ fn options_that_do_not_apply() {
     let place = Place::with_layer();
     for (command, said) in [
         (
-            "create --image disk.raw x --algorithm none --level 3",
+            "create --raw --image disk.raw x --algorithm none --level 3",
             "--level",
         ),
         (
-            "create --image disk.raw x --algorithm none --block-size 4k",
+            "create --raw --image disk.raw x --algorithm none --block-size 4k",
             "--block-size",
         ),
         ("merge -o x layer.obd --algorithm none --no-crc", "--no-crc"),
         (
-            "create --image disk.raw x --algorithm zstd --level 23",
+            "create --raw --image disk.raw x --algorithm zstd --level 23",
             "1 to 22",
         ),
         ("create --raw --image disk.raw x --level 13", "1 to 12"),
@@ -1065,7 +1069,9 @@ fn output_that_cannot_be_written() {
 fn a_reader_that_does_not_read() {
     let place = Place::new();
     place.write("disk.raw", &noise(1 << 20, 7));
-    place.run("create --image disk.raw layer.obd").success();
+    place
+        .run("create --raw --image disk.raw layer.obd")
+        .success();
     let mut child = place.start("dump layer.obd");
     // Something came, and so the rest waits.
     let mut byte = [0];
@@ -1080,7 +1086,7 @@ fn images_beyond_4_gib() {
     disk.set_len(9 << 30).unwrap();
     disk.write_all_at(b"behind 2^32 bytes", 6 << 30).unwrap();
     drop(disk);
-    place.run("create --image disk.raw a").success();
+    place.run("create --raw --image disk.raw a").success();
     place.run("convert disk.raw b --from raw").success();
     place.run("merge --ignore-identity -o c a b").success();
     place.run("export -o out.raw c").success();
@@ -1136,7 +1142,7 @@ fn json_is_documented() {
     let place = Place::new();
     place.write("disk.raw", &image());
     place
-        .run("create --image disk.raw layer.obd --tar")
+        .run("create --raw --image disk.raw layer.obd --tar")
         .success();
     for (line, count) in [
         ("info --json layer.obd", 32),
@@ -1312,9 +1318,9 @@ fn existing_files_stay() {
     let place = Place::new();
     place.write("disk.raw", &image());
     place.write("out", b"precious");
-    for command in ["create --image disk.raw out", "dump layer.obd -o out"] {
+    for command in ["create --raw --image disk.raw out", "dump layer.obd -o out"] {
         place
-            .run("create --force --image disk.raw layer.obd")
+            .run("create --force --raw --image disk.raw layer.obd")
             .success();
         place
             .run(command)
@@ -1331,7 +1337,7 @@ fn existing_files_stay() {
     // Inputs are never changed, whatever their name is here.
     for command in [
         "commit --force ./layer.obd layer.obd",
-        "create --force --image disk.raw ./disk.raw",
+        "create --force --raw --image disk.raw ./disk.raw",
     ] {
         place.run(command).code(1);
     }
@@ -1344,11 +1350,15 @@ fn tables() {
     let place = Place::new();
     place.write("disk.raw", &image());
     place
-        .run("create --image disk.raw plain.lsmt --algorithm none")
+        .run("create --raw --image disk.raw plain.lsmt --algorithm none")
         .success();
-    place.run("create --image disk.raw tar.obd --tar").success();
+    place
+        .run("create --raw --image disk.raw tar.obd --tar")
+        .success();
     // Ours end on a sector. What follows the trailer isn't looked at.
-    place.run("create --image disk.raw layer.obd").success();
+    place
+        .run("create --raw --image disk.raw layer.obd")
+        .success();
     let mut odd = place.read("layer.obd");
     assert_eq!(odd.len() % 512, 0);
     odd.extend_from_slice(b"odd");
@@ -1391,7 +1401,7 @@ fn signals_leave_nothing() {
     place.write("disk.raw", &noise(48 << 20, 3));
     for signal in [Signal::INT, Signal::TERM] {
         let mut child = place.start(
-            "create --image disk.raw out --threads 1 --algorithm zstd --level 22 --block-size 64k",
+            "create --raw --image disk.raw out --threads 1 --algorithm zstd --level 22 --block-size 64k",
         );
         assert!(soon(|| place.names().len() == 2), "no temporary file");
         assert_eq!(stop(&mut child, signal), Some(130));
@@ -1424,10 +1434,10 @@ fn overlaybdtab() {
     let place = Place::new();
     place.write("disk.raw", &image());
     place
-        .run("create --image disk.raw --algorithm none base.obd")
+        .run("create --raw --image disk.raw --algorithm none base.obd")
         .success();
     place
-        .run("create --base base.obd --image disk.raw app.obd")
+        .run("create --base base.obd --raw --image disk.raw app.obd")
         .success();
     let at = |name: &str| place.path(name).display().to_string();
     let table = format!(

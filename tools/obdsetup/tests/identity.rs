@@ -347,7 +347,7 @@ fn images_of_another_size() {
     // The device of a disk ends on a sector.
     place.write("odd.raw", &longer[..size + 100]);
     place.write("even.raw", &longer[..size + 512]);
-    place.ok("create --image odd.raw odd");
+    place.ok("create --raw --image odd.raw odd");
     place.ok("create --base odd --image even.raw even");
     place.ok("verify odd even");
 }
@@ -365,12 +365,17 @@ fn layers_end_on_a_sector() {
             "--algorithm none",
             "--algorithm none --tar",
         ] {
-            place.ok(&format!("create --force --image disk.raw layer {wrapping}"));
-            assert_eq!(
-                place.read("layer").len() % 512,
-                0,
-                "{len} bytes, {wrapping}"
-            );
+            for command in [
+                "create --raw --image disk.raw layer",
+                "convert --from raw disk.raw converted",
+                "merge layer -o merged",
+            ] {
+                place.ok(&format!("{command} --force {wrapping}"));
+            }
+            for made in ["layer", "converted", "merged"] {
+                let said = format!("{made}: {len} bytes, {wrapping}");
+                assert_eq!(place.read(made).len() % 512, 0, "{said}");
+            }
             place.ok("verify layer");
             let table = place.run("table layer").success();
             let table = String::from_utf8(table.get_output().stdout.clone()).unwrap();

@@ -68,7 +68,7 @@ fn incomplete_copies_are_said_to_be_that() {
         ("bare.obd", "--algorithm none"),
         ("tar.obd", "--tar"),
     ] {
-        let line = format!("create --image disk.raw {options} {layer}");
+        let line = format!("create --raw --image disk.raw {options} {layer}");
         place.run(&line).success();
         let len = fs::metadata(place.path(layer)).unwrap().len() as usize;
         let missing = if layer == "tar.obd" { 3000 } else { 520 };

@@ -42,7 +42,8 @@ Holes of an image stay out of the layer; --skip-zeros keeps zeros out too. With 
 changed is data, and what became zero is marked as zeros (a discard). Of a store of changes, which
 `open --writable' makes, only what was written is read and compared; the layer is the one that the
 whole disk would give. An image that is no disk for
-sure, such as an archive or a qcow2, is refused; --raw takes it as it is. For qcow2, vmdk, tars and
+sure, such as an archive or a qcow2, is refused, and so is one that is no whole number of
+sectors; --raw takes it as it is. For qcow2, vmdk, tars and
 OCI images, see `convert`.")]
 pub(crate) struct Args {
     /// The file to make

@@ -141,7 +141,17 @@ fn is_block_device(path: &Path) -> bool {
 /// If it is anything else, or cannot be read.
 pub(crate) fn check_disk(path: &Path) -> Result<()> {
     let text = match look(path)? {
-        Seen::Unknown(_) => return Ok(()),
+        Seen::Unknown(_) => {
+            let size = FileBlob::open(path, None)?.size();
+            if size % SECTOR_SIZE == 0 {
+                return Ok(());
+            }
+            format!(
+                "{}: nothing shows what it is, and its {size} bytes are no whole number of sectors: \
+                 incomplete download or copy? --raw takes it as it is",
+                path.display()
+            )
+        }
         Seen::Known(input) if input == Input::raw() => return Ok(()),
         Seen::Known(Input { kind, compression }) => {
             let how = compression.map_or_else(String::new, |compression| {

@@ -74,7 +74,9 @@ impl Place {
     pub(crate) fn with_layer() -> Self {
         let place = Self::new();
         place.write("disk.raw", &image());
-        place.run("create --image disk.raw layer.obd").success();
+        place
+            .run("create --raw --image disk.raw layer.obd")
+            .success();
         place
     }
 
