@@ -238,19 +238,46 @@ const LONG_HOLES: u64 = 4 << 30;
 
 /// Warns if a program that doesn't support holes must read many; `cost` is what that takes.
 fn tell_of_holes(tree: &Tree, fs: FileSystem, cost: &str) -> Result<()> {
+    warn(holes(tree, fs, cost)?.as_slice());
+    Ok(())
+}
+
+/// Returns the warning of [`tell_of_holes`], if there is one.
+fn holes(tree: &Tree, fs: FileSystem, cost: &str) -> Result<Option<String>> {
     let mut holes = 0;
     for name in tree.names().iter().filter(|name| name.first) {
         if let Kind::File(content) = &tree.node(name.id)?.kind {
             holes += content.size.saturating_sub(content.data_len());
         }
     }
-    if holes >= LONG_HOLES {
-        warn(&[format!(
-            "holes of {} are read as zeros for {}, which takes {cost}; ext4, btrfs, and erofs \
-             without --mkfs-arg need none",
-            crate::size::show(holes),
-            fs.name()
-        )]);
+    let text = format!(
+        "holes of {} are read as zeros for {}, which takes {cost}; ext4, btrfs, and erofs \
+         without --mkfs-arg need none",
+        crate::size::show(holes),
+        fs.name()
+    );
+    Ok((holes >= LONG_HOLES).then_some(text))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::{from_dir, holes, FileSystem, LONG_HOLES};
+
+    #[test]
+    fn large_holes_are_told_of() -> Result<(), Box<dyn std::error::Error>> {
+        let dir = tempfile::tempdir()?;
+        let file = std::fs::File::create(dir.path().join("file"))?;
+        let said = |size| -> Result<Option<String>, Box<dyn std::error::Error>> {
+            file.set_len(size)?;
+            let tree = from_dir::read(dir.path(), false)?;
+            Ok(holes(&tree, FileSystem::Squashfs, "long")?)
+        };
+        assert_eq!(said(LONG_HOLES - 1)?, None);
+        let text = said(LONG_HOLES)?.unwrap_or_default();
+        assert!(text.starts_with("holes of 4294967296 bytes (4.00 GiB) are read as zeros for squashfs, which takes long"), "{text}");
+        // A hard link to it is no other file.
+        std::fs::hard_link(dir.path().join("file"), dir.path().join("link"))?;
+        assert_eq!(said(LONG_HOLES - 1)?, None);
+        Ok(())
     }
-    Ok(())
 }
