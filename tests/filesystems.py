@@ -150,8 +150,53 @@ def layers_by_mounting(kind, work, tree, where, raw, layers):
     return more
 
 
+def not_unmounted(kind, options):
+    """A copy of a disk that is mounted, with something in its journal, and one that was unmounted."""
+    if not OBDSETUP:
+        raise Skip("no obdsetup")
+    if not shutil.which(f"mkfs.{kind}"):
+        raise Skip(f"no mkfs for {kind}")
+    if subprocess.run(["modprobe", kind], capture_output=True, check=False).returncode:
+        raise Skip(f"this kernel has no {kind}")
+    work = tempfile.mkdtemp(prefix="obdtest-")
+    defer(shutil.rmtree, work)
+    where, raw = f"{work}/mnt", f"{work}/raw"
+    os.mkdir(where)
+    run("truncate", "-s", KINDS[kind], raw)
+    run(f"mkfs.{kind}", "-q", raw)
+    mount(kind, raw, where, "loop")
+    with open(f"{where}/file", "wb") as file:
+        file.write(image.sample(70000, 3))
+    os.sync()
+    # What is synced alone is in the log, with btrfs in a tree of its own.
+    with open(f"{where}/file", "ab") as file:
+        file.write(b"more")
+        file.flush()
+        os.fsync(file.fileno())
+    run("cp", "--sparse=always", raw, f"{work}/dirty")
+    umount(where)
+    name = f"obdtest-{os.getpid()}-{kind}"
+    device = f"/dev/mapper/{name}"
+    for disk, is_dirty in ((raw, False), (f"{work}/dirty", True)):
+        run(OBDSETUP, "create", "--force", "--skip-zeros", "--image", disk, f"{work}/layer")
+        done = subprocess.run([OBDSETUP, "open", name, f"{work}/layer"], capture_output=True, text=True, check=True)
+        defer(close, name)
+        said = f"was not unmounted cleanly, and a read-only device cannot replay its journal: mount -o {options} "
+        equal(said in done.stderr, is_dirty, f"open tells of {disk}: {done.stderr!r}")
+        plain = subprocess.run(["mount", "-t", kind, "-o", "ro", device, where], capture_output=True, check=False)
+        defer(umount, where)
+        equal(plain.returncode != 0, is_dirty, f"mount -o ro of {disk} fails")
+        umount(where)
+        mount(kind, device, where, options)
+        check(os.path.exists(f"{where}/file") or is_dirty, "the file is there")
+        umount(where)
+        run(OBDSETUP, "close", name)
+
+
 for fs in KINDS:
     add(fs, file_system, fs)
+for fs, needed in (("ext4", "ro,noload"), ("xfs", "ro,norecovery"), ("btrfs", "ro,rescue=nologreplay")):
+    add(f"{fs}: a disk that was not unmounted is noted", not_unmounted, fs, needed)
 
 if __name__ == "__main__":
     main()

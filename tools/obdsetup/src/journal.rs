@@ -20,8 +20,120 @@ const BTRFS_AT: u64 = 64 << 10;
 const BTRFS_MAGIC: usize = 0x40;
 const BTRFS_LOG: usize = 0x60;
 
+/// XFS, where the log is in the file system. All its numbers are big-endian.
+mod xfs {
+    use overlaybd::format::Blob;
+
+    /// Sectors, in which the log counts.
+    const SECTOR: u64 = 512;
+    /// What a record begins with; other sectors of the log begin with the number of the cycle.
+    const RECORD: u32 = 0xfeed_babe;
+    /// Most sectors of a record, and of the headers before it.
+    const LONGEST: u64 = (256 << 10) / SECTOR + 8;
+    /// Data that one sector of headers is for.
+    const DATA_OF_HEADER: u64 = 32 << 10;
+    /// The flag of an operation: the file system was unmounted.
+    const UNMOUNT: u8 = 0x20;
+
+    fn be32(bytes: &[u8], at: usize) -> u32 {
+        let bytes = bytes.get(at..).and_then(|rest| rest.first_chunk());
+        bytes.map_or(0, |bytes| u32::from_be_bytes(*bytes))
+    }
+
+    fn be64(bytes: &[u8], at: usize) -> u64 {
+        (u64::from(be32(bytes, at)) << 32) | u64::from(be32(bytes, at + 4))
+    }
+
+    /// A log, in sectors.
+    struct Log<'a, B> {
+        disk: &'a B,
+        start: u64,
+        len: u64,
+    }
+
+    impl<B: Blob> Log<'_, B> {
+        fn sector(&self, nth: u64) -> Option<[u8; 512]> {
+            let mut bytes = [0; 512];
+            let at = (self.start + nth % self.len) * SECTOR;
+            self.disk.read_at(at, &mut bytes).ok().map(|()| bytes)
+        }
+
+        fn cycle(&self, nth: u64) -> Option<u32> {
+            let bytes = self.sector(nth)?;
+            let first = be32(&bytes, 0);
+            Some(match first == RECORD {
+                true => be32(&bytes, 4),
+                false => first,
+            })
+        }
+
+        /// The sector behind the last record: cycles are the same from the start up to there, and smaller by one,
+        /// or zero, from there on.
+        fn head(&self) -> Option<u64> {
+            let first = self.cycle(0)?;
+            let (mut same, mut other) = (0, self.len);
+            while other - same > 1 {
+                let middle = same + (other - same) / 2;
+                match self.cycle(middle)? == first {
+                    true => same = middle,
+                    false => other = middle,
+                }
+            }
+            (first != 0).then_some(other)
+        }
+    }
+
+    /// Whether the file system on `disk` was certainly not unmounted: its last record says something else.
+    /// `None` where it is no XFS, the log is on another device, or it cannot be told.
+    pub(super) fn is_dirty(disk: &impl Blob) -> Option<bool> {
+        let mut sb = [0; 512];
+        disk.read_at(0, &mut sb).ok()?;
+        if sb.first_chunk() != Some(b"XFSB") {
+            return None;
+        }
+        let block = u64::from(be32(&sb, 4)).checked_div(SECTOR)?;
+        let start = be64(&sb, 48);
+        let per_group = u64::from(be32(&sb, 84));
+        // A number of a block has the group in its upper bits.
+        let shift = u32::from(*sb.get(124)?);
+        let in_group = start & 1_u64.checked_shl(shift)?.checked_sub(1)?;
+        let start_block = start.checked_shr(shift)?.checked_mul(per_group)?;
+        let log = Log {
+            disk,
+            start: start_block.checked_add(in_group)?.checked_mul(block)?,
+            len: u64::from(be32(&sb, 96)).checked_mul(block)?,
+        };
+        let end = log.start.checked_add(log.len)?.checked_mul(SECTOR)?;
+        if start == 0 || log.len <= LONGEST || end > disk.size() {
+            return None;
+        }
+        let head = log.head()?;
+        for back in 1..=LONGEST {
+            let at = head + log.len - back;
+            let header = log.sector(at)?;
+            if be32(&header, 0) != RECORD {
+                continue;
+            }
+            let headers = match be32(&header, 8) {
+                1 => 1,
+                2 => u64::from(be32(&header, 320))
+                    .div_ceil(DATA_OF_HEADER)
+                    .max(1),
+                _ => return None,
+            };
+            let data = u64::from(be32(&header, 12)).div_ceil(SECTOR);
+            let operations = be32(&header, 40);
+            // As the kernel tells it: one operation, which says so, and nothing behind it.
+            let flags = *log.sector(at + headers)?.get(9)?;
+            let is_last = headers + data == back;
+            return Some(!(operations == 1 && flags & UNMOUNT != 0 && is_last));
+        }
+        None
+    }
+}
+
 /// The mount options that the file system on `disk` needs, and the file system's name; `None` where
-/// the file system is clean, or another one. XFS keeps its state in the log itself.
+/// the file system is clean, or another one.
 pub(crate) fn options(disk: &impl Blob) -> Option<(&'static str, &'static str)> {
     let sector = |at| {
         let mut bytes = [0; 512];
@@ -33,6 +145,9 @@ pub(crate) fn options(disk: &impl Blob) -> Option<(&'static str, &'static str)> 
         if magic == Some(&[0x53, 0xef]) && le32(&bytes, EXT_INCOMPAT) & EXT_RECOVER != 0 {
             return Some(("ext4", "ro,noload"));
         }
+    }
+    if xfs::is_dirty(disk) == Some(true) {
+        return Some(("XFS", "ro,norecovery"));
     }
     let bytes = sector(BTRFS_AT)?;
     let is_btrfs = bytes.get(BTRFS_MAGIC..BTRFS_MAGIC + 8) == Some(b"_BHRfS_M");
@@ -97,5 +212,87 @@ mod tests {
         assert_eq!(options(&disk), None);
         disk.0[(64 << 10) + 0x65] = 1;
         assert_eq!(options(&disk), Some(("btrfs", "ro,rescue=nologreplay")));
+    }
+
+    /// Sectors of the log of [`xfs_disk`], and where it begins: in the third of groups of 1000 blocks.
+    const LOG: usize = 8000;
+    const LOG_AT: usize = (2 * 1000 + 10) * 8;
+
+    fn xfs_disk() -> Disk {
+        let mut disk = Disk(vec![0; (LOG_AT + LOG) * 512]);
+        for (at, bytes) in [
+            (0, b"XFSB".as_slice()),
+            (4, &4096_u32.to_be_bytes()),
+            (48, &((2_u64 << 10) | 10).to_be_bytes()),
+            (84, &1000_u32.to_be_bytes()),
+            (96, &1000_u32.to_be_bytes()),
+            (124, &[10]),
+        ] {
+            disk.0[at..][..bytes.len()].copy_from_slice(bytes);
+        }
+        disk
+    }
+
+    /// Writes the number of the cycle to sectors of the log.
+    fn cycle(disk: &mut Disk, sectors: std::ops::Range<usize>, cycle: u32) {
+        for sector in sectors {
+            let at = (LOG_AT + sector % LOG) * 512;
+            disk.0[at..][..4].copy_from_slice(&cycle.to_be_bytes());
+        }
+    }
+
+    /// Writes a record of one operation with these flags.
+    fn record(disk: &mut Disk, sector: usize, cycle: u32, flags: u8) {
+        let at = (LOG_AT + sector) * 512;
+        for (field, number) in [
+            (0, 0xfeed_babe),
+            (4, cycle),
+            (8, 2),
+            (12, 512),
+            (40, 1),
+            (320, 32 << 10),
+        ] {
+            disk.0[at + field..][..4].copy_from_slice(&u32::to_be_bytes(number));
+        }
+        disk.0[(LOG_AT + (sector + 1) % LOG) * 512 + 9] = flags;
+    }
+
+    #[test]
+    fn logs_of_xfs() {
+        const UNMOUNT: u8 = 0x20;
+        let dirty = Some(("XFS", "ro,norecovery"));
+        // Where nothing can be told, nothing is.
+        let mut disk = xfs_disk();
+        assert_eq!(options(&disk), None);
+        // A log in its first cycle, with zeros behind the head; later ones, around the end; and at it.
+        for (head, now, before) in [(2, 1, 0), (100, 1, 0), (100, 7, 6), (1, 7, 6), (LOG, 7, 6)] {
+            disk = xfs_disk();
+            let at = (head + LOG - 2) % LOG;
+            cycle(&mut disk, 0..head, now);
+            cycle(&mut disk, head..LOG, before);
+            if head > 1 {
+                cycle(&mut disk, head - 2..head, now);
+            } else {
+                // The record begins in the cycle before.
+                cycle(&mut disk, LOG - 1..LOG, before);
+            }
+            record(&mut disk, at, if head == 1 { before } else { now }, UNMOUNT);
+            assert_eq!(options(&disk), None, "{head}");
+            // The same record with another content.
+            record(&mut disk, at, if head == 1 { before } else { now }, 0x8);
+            assert_eq!(options(&disk), dirty, "{head}");
+        }
+        // Something behind the record.
+        disk = xfs_disk();
+        cycle(&mut disk, 0..100, 7);
+        cycle(&mut disk, 100..LOG, 6);
+        record(&mut disk, 50, 7, UNMOUNT);
+        assert_eq!(options(&disk), dirty);
+        // The log is on another device, or the disk is cut off.
+        disk.0.truncate(disk.0.len() - 512);
+        assert_eq!(options(&disk), None);
+        disk = xfs_disk();
+        disk.0[48..56].fill(0);
+        assert_eq!(options(&disk), None);
     }
 }
