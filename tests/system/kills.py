@@ -314,6 +314,55 @@ def bound():
     nothing_left(layers)
 
 
+@test("signals end a close that waits for udev, and the next one removes the rest", timeout=300)
+def signals_of_close():
+    way = Way("stopped")
+    layers, _ = make_layers()
+    defer(close_whatever)
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        way.go_on()
+        way.run("open", NAME, *layers)
+        udevd.settle()
+        way.stop()
+        before = semaphores()
+        child = way.start("close", NAME)
+        eventually("no wait begins", lambda: not any("udevreleasecookie" in line for line in programs.running()))
+        child.send_signal(number)
+        start = time.monotonic()
+        _, said = child.communicate()
+        took = time.monotonic() - start
+        equal(child.returncode, 130, f"status after {number.name} ({said.strip()})")
+        check(took < 10 * SLOW, f"{number.name}: ended after {took:.1f} s")
+        equal(programs.running(), [], f"{number.name}: processes left")
+        equal(semaphores(), before, f"{number.name}: cookies")
+        way.go_on()
+        if devices():
+            way.run("close", NAME)
+        nothing_left(layers)
+
+
+@test("the wait of a close for udev has an end", timeout=300)
+def bound_of_close():
+    way = Way("stopped")
+    layers, _ = make_layers()
+    defer(close_whatever)
+    way.go_on()
+    way.run("open", NAME, *layers)
+    udevd.settle()
+    way.stop()
+    before = semaphores()
+    start = time.monotonic()
+    said = way.run("close", NAME, status=4)
+    took = time.monotonic() - start
+    check("udev" in said and NAME in said and "stopped" in said, f"message: {said}")
+    check(UDEV_BOUND <= took < UDEV_BOUND + 40 * SLOW, f"ended after {took:.1f} s")
+    equal(semaphores(), before, "cookies")
+    way.go_on()
+    if devices():
+        way.run("close", NAME)
+    nothing_left(layers)
+
+
 @test("in an IPC namespace of its own, udevd is not waited for, and does its work")
 def namespace():
     way = Way("namespace")
