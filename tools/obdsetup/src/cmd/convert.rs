@@ -213,7 +213,13 @@ fn convert_chain(args: &Args, chain: &[qemu::Link]) -> Result<()> {
         let output = LayerOut::with(&made.next_layer(), wrapping)?;
         let options = args.compare.options(nth == 0, &args.new)?;
         let path = path_of(raw.as_ref(), &link.path);
-        image_layer::write(path, open_layers(&below, &args.in_use)?, options, &args.new.ident, output)?;
+        image_layer::write(
+            path,
+            open_layers(&below, &args.in_use)?,
+            options,
+            &args.new.ident,
+            output,
+        )?;
         made.add(None);
     }
     made.finish_config()
