@@ -1,7 +1,7 @@
 #!/bin/bash
 # SPDX-License-Identifier: GPL-2.0
-# Runs everything that a change has to pass: check.sh [--within SECONDS] [PART...]. The last line sums up.
-# A part that cannot begin within that time counts as skipped.
+# Runs everything that a change has to pass: check.sh [PART...] [--within SECONDS PART...]. The last line
+# sums up. A part behind --within that cannot begin within that time counts as skipped.
 #   stock   lints, builds, tests in user space and, with Debian's kernel, in the VM (the default)
 #   system  with Debian's kernel, in the VM: tests that combine parts of a system, in tests/system
 #   both    stock and system at the same time
@@ -230,6 +230,7 @@ in_vm() {
 
 # time_for PART: fail if it is too late to begin it, and count it as skipped.
 time_for() {
+	local within=${limits[$1]:-}
 	[ -n "$within" ] && [ "$SECONDS" -ge "$within" ] || return 0
 	say "left out: $1: not begun within $within s"
 	causes["no time left for the part $1"]=1
@@ -248,14 +249,22 @@ PMEM="memmap=128M!1G memmap=128M!1280M"
 rest="--but dax ${thirds[*]}"
 # These mainly test obdsetup: they are left out with a slow kernel.
 rest_of_module="$rest metadata health identity sharing pagecache"
+parts=()
+# Seconds within which a part must begin, by part.
+declare -A limits=()
 within=
-if [ "${1:-}" = --within ]; then
-	within=${2:-}
-	[[ $within =~ ^[0-9]+$ ]] || die "--within $within: must be a whole number of seconds"
-	shift 2
-fi
-parts=("$@")
-[ $# != 0 ] || parts=(stock)
+while [ $# != 0 ]; do
+	if [ "$1" = --within ]; then
+		within=${2:-}
+		[[ $within =~ ^[0-9]+$ ]] || die "--within $within: must be a whole number of seconds"
+		shift
+	else
+		parts+=("$1")
+		limits[$1]=$within
+	fi
+	shift
+done
+[ ${#parts[@]} != 0 ] || parts=(stock)
 
 total=2
 for part in "${parts[@]}"; do
@@ -267,7 +276,7 @@ for part in "${parts[@]}"; do
 	cpus) total=$((total + 5)) ;;
 	forky) total=$((total + 6)) ;;
 	debug | kcsan | soak) total=$((total + 7)) ;;
-	*) die "usage: check.sh [--within SECONDS] [stock | system | both | cpus | forky | debug | kcsan | kills | soak]..." ;;
+	*) die "usage: check.sh [stock | system | both | cpus | forky | debug | kcsan | kills | soak]... [--within SECONDS PART...]" ;;
 	esac
 done
 alone

@@ -233,6 +233,8 @@ left out: debug: not begun within 0 s
       skipped: no time left for the part debug: 1 test
       skipped: no time left for the part kills: 1 test
 0 passed, 0 failed, 2 skipped' || return
+	said=$(stubbed_check kills --within 0 debug) && return 1
+	grep -q '50 kills with the stock kernel' <<<"$said" || return
 	said=$(stubbed_check --within 3000 kills) && return 1
 	grep -q '50 kills with the stock kernel' <<<"$said" || return
 	said=$(stubbed_check --within soon kills 2>&1) && return 1
