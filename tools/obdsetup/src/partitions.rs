@@ -17,6 +17,9 @@ const HEAD: u64 = 8192;
 /// Types of partitions that only hold others, as partx prints them.
 const EXTENDED: [&str; 3] = ["0x5", "0xf", "0x85"];
 
+/// The largest number of partitions of a disk, as in the kernel (`DISK_MAX_PARTS`).
+const MOST: usize = 255;
+
 /// A partition.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Partition {
@@ -38,9 +41,12 @@ pub(crate) fn read(name: &str, node: &Path, sectors: u64) -> Result<Vec<Partitio
     let mut program = Program::new("partx", "partitions");
     program.args(["--raw", "--noheadings"]);
     program.args(["--output", "NR,START,SECTORS,TYPE"]);
-    if has_large_sectors(&head) {
-        program.args(["--sector-size", "4096"]);
-    }
+    // Not what the device has, which depends on where the layers are.
+    let sector_size = match has_large_sectors(&head) {
+        true => "4096",
+        false => "512",
+    };
+    program.args(["--sector-size", sector_size]);
     let mut lines = Vec::new();
     let ended = program.arg(node).end(|line| lines.push(line.to_owned()))?;
     let partitions = lines.iter().map(|line| parse(line));
@@ -50,6 +56,13 @@ pub(crate) fn read(name: &str, node: &Path, sectors: u64) -> Result<Vec<Partitio
         format!("device {name}: cannot read what partx prints: {lines}")
     })?;
     check(name, sectors, &partitions)?;
+    if partitions.len() > MOST {
+        let what = format!(
+            "the partition table has {} partitions, and the kernel takes {MOST} at most",
+            partitions.len()
+        );
+        return Err(damaged(name, &what));
+    }
     let partitions = partitions
         .into_iter()
         .filter(|(_, holds_others)| !holds_others);

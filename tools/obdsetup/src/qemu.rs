@@ -5,7 +5,7 @@
 use std::collections::BTreeSet;
 use std::ffi::OsStr;
 use std::io::ErrorKind;
-use std::os::unix::fs::MetadataExt;
+use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result};
@@ -91,10 +91,24 @@ pub(crate) fn read(path: &Path, format: &str, place: &Path) -> Result<NamedTempF
     Ok(image)
 }
 
+/// What a chain may be.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Rules {
+    /// Whether each of its files becomes a layer, not all of them one.
+    pub(crate) layers: bool,
+    /// Whether its files may be outside the directory of the topmost one.
+    pub(crate) outside: bool,
+}
+
 /// The files that the qcow2 image at `path` consists of, lowest first: its backing file, that one's, and so
-/// on. Each is checked.
-pub(crate) fn chain(path: &Path, in_use: &InUseArgs) -> Result<Vec<Link>> {
+/// on. Each is checked: whoever wrote the image may have named any file of this machine.
+pub(crate) fn chain(path: &Path, in_use: &InUseArgs, rules: Rules) -> Result<Vec<Link>> {
     let mut links: Vec<Link> = Vec::new();
+    let top = program::path(path)?;
+    let home = directory(&top);
+    let home = home
+        .canonicalize()
+        .with_context(|| format!("{}: cannot read", home.display()))?;
     let mut seen = BTreeSet::new();
     // What messages call it: it was named so.
     let mut name = path.to_owned();
@@ -109,17 +123,17 @@ pub(crate) fn chain(path: &Path, in_use: &InUseArgs) -> Result<Vec<Link>> {
                 "is its own backing file, by way of others or at once: the chain has no end",
             ));
         }
-        if links.len() == MAX_LAYERS {
+        if rules.layers && links.len() == MAX_LAYERS {
             let what = format!("is number {MAX_LAYERS} of the chain, and has a backing file: a stack has {MAX_LAYERS} layers at most; --flatten makes one");
             return Err(refused(&name, &what));
         }
         in_use.check([path.as_path()])?;
         let info = info(&path, &format)?;
-        info.check(&name, links.last())?;
-        if let Some(data) = &info.format_specific.data.data_file {
-            in_use.check([directory(&path).join(data).as_path()])?;
-        }
+        info.check(&name, links.last().filter(|_| rules.layers))?;
         let next = info.backing(&name)?;
+        if let Some((next, _)) = next.as_ref().filter(|_| !rules.outside) {
+            check_inside(&name, next, &home)?;
+        }
         links.push(Link {
             path,
             format,
@@ -132,6 +146,22 @@ pub(crate) fn chain(path: &Path, in_use: &InUseArgs) -> Result<Vec<Link>> {
     }
     links.reverse();
     Ok(links)
+}
+
+/// Checks that the backing file `backing` of the image `name` is in the directory `home` or below.
+fn check_inside(name: &Path, backing: &Path, home: &Path) -> Result<()> {
+    let place = backing
+        .canonicalize()
+        .with_context(|| format!("{}: cannot read", backing.display()))?;
+    if place.starts_with(home) {
+        return Ok(());
+    }
+    let what = format!(
+        "its backing file, {}, is outside {}: --allow-outside takes it, if you trust who made the image",
+        place.display(),
+        home.display()
+    );
+    Err(refused(name, &what))
 }
 
 /// Checks that the qcow2 image at `path`, decompressed of the file `name`, has no backing file: a relative name
@@ -165,6 +195,12 @@ impl Info {
                 name,
                 "is marked as corrupt: `qemu-img check' says what is wrong, and -r all repairs what it can",
             ));
+        }
+        if let Some(data) = &self.format_specific.data.data_file {
+            let what = format!(
+                "has its data in another file, {data}: `qemu-img convert -O qcow2' makes an image that has all"
+            );
+            return Err(refused(name, &what));
         }
         if let Some(above) = above.filter(|above| above.size < self.virtual_size) {
             let what = format!(
@@ -219,7 +255,14 @@ impl Info {
             );
             return Err(Failure::error(exit::DEVICE, message));
         }
-        meta.with_context(|| format!("{}: cannot read", path.display()))?;
+        let kind = meta.with_context(|| format!("{}: cannot read", path.display()))?;
+        if !kind.is_file() && !kind.file_type().is_block_device() {
+            let what = format!(
+                "its backing file, {}, is neither a file nor a block device",
+                path.display()
+            );
+            return Err(refused(name, &what));
+        }
         let Some(format) = &self.backing_filename_format else {
             let what = format!(
                 "does not say which format its backing file, {}, has, and a guess may be wrong: `qemu-img rebase \

@@ -5,6 +5,7 @@
 
 use std::fs;
 
+use predicates::prelude::PredicateBooleanExt;
 use predicates::str::contains;
 use proptest::prelude::*;
 use proptest::test_runner::{Config, TestCaseError, TestRunner};
@@ -17,6 +18,8 @@ tests! {
     one_layer_of_a_chain needs qemu_img();
     chains_that_are_refused needs qemu_img();
     images_that_are_refused needs qemu_img();
+    files_of_others needs qemu_img();
+    copies_for_dax needs qemu_img();
     a_qcow2_of_a_stack needs qemu_img();
     a_chain_of_a_stack needs qemu_img();
     what_export_does_not_do;
@@ -155,7 +158,9 @@ fn one_layer_of_a_chain() {
     place
         .run("convert --flatten 0.raw --from raw x.obd")
         .code(1)
-        .stderr(contains("is no qcow2 image; --flatten is for those"));
+        .stderr(contains(
+            "is no qcow2 image; --flatten and --allow-outside are for those",
+        ));
     for option in [
         "--force",
         "--user-tag x",
@@ -228,6 +233,7 @@ fn chains_that_are_refused() {
             "has the format luks, of which obdsetup makes no layers",
         ),
         ("0.raw", "qcow2", 1, "qemu-img failed"),
+        ("/etc/hostname", "raw", 1, "is outside "),
     ] {
         rebase(&format!("-F {format} -b {backing} a.qcow2"));
         place.chain_refused("c.qcow2", code, said);
@@ -244,6 +250,69 @@ fn chains_that_are_refused() {
     place.chain_refused("c.qcow2", 1, "does not say which format its backing file, ");
 }
 
+/// Names in an image lead nowhere but to files beside it, also through symbolic links, and to no pipe.
+fn files_of_others() {
+    let place = Place::with_chain();
+    fs::create_dir(place.path("in")).unwrap();
+    let make = |backing: &str| {
+        fs::remove_file(place.path("in/x.qcow2")).ok();
+        place.tool(&format!(
+            "qemu-img create -q -u -f qcow2 -F raw -b {backing} in/x.qcow2 2M"
+        ));
+    };
+    let full = place.path("0.raw").canonicalize().unwrap();
+    std::os::unix::fs::symlink("../0.raw", place.path("in/link")).unwrap();
+    for backing in ["../0.raw", full.to_str().unwrap(), "link"] {
+        make(backing);
+        place.chain_refused("in/x.qcow2", 1, "--allow-outside takes it, if you trust");
+        for options in ["--flatten", ""] {
+            place
+                .run(&format!("convert {options} --allow-outside in/x.qcow2 out"))
+                .success();
+            let layers = if options.is_empty() {
+                "out/config.v1.json"
+            } else {
+                "out"
+            };
+            assert!(place.dump(layers) == disk(0));
+            let out = place.path("out");
+            fs::remove_dir_all(&out)
+                .or_else(|_| fs::remove_file(&out))
+                .unwrap();
+        }
+    }
+    place.tool("mkfifo in/pipe");
+    for backing in ["pipe", "/dev/zero"] {
+        make(backing);
+        for options in ["", "--flatten", "--allow-outside"] {
+            place
+                .run(&format!("convert {options} in/x.qcow2 out"))
+                .code(1)
+                .stderr(contains("is neither a file nor a block device"));
+        }
+    }
+    place
+        .run("convert --allow-outside 0.raw --from raw out")
+        .code(1)
+        .stderr(contains("is no qcow2 image; --flatten and --allow-outside"));
+    // Then, what each layer is made of is told.
+    place
+        .run("convert --allow-outside c.qcow2 vm")
+        .success()
+        .stderr(contains("layer 0: of ").and(contains("/a.qcow2")));
+}
+
+/// What a copy has as holes, `--dax` would have to store.
+fn copies_for_dax() {
+    let place = Place::with_chain();
+    for input in ["a.qcow2", "c.qcow2", "--flatten c.qcow2"] {
+        place
+            .run(&format!("convert --dax --algorithm none {input} out"))
+            .code(1)
+            .stderr(contains("--dax needs a disk as it is"));
+    }
+}
+
 fn images_that_are_refused() {
     let place = Place::with_chain();
     place.tool("qemu-img create -q -f qcow2 --object secret,id=key,data=x -o encrypt.format=luks,encrypt.key-secret=key,encrypt.iter-time=10 locked.qcow2 1M");
@@ -255,14 +324,21 @@ fn images_that_are_refused() {
     bytes[79] |= 2;
     place.write("b.qcow2", &bytes);
     place.chain_refused("c.qcow2", 3, "b.qcow2: is marked as corrupt");
+    place
+        .run("convert --flatten c.qcow2 one.obd")
+        .code(3)
+        .stderr(contains("b.qcow2: is marked as corrupt"));
     // The name of a backing file leads from where the image is.
     place.tool("gzip -k c.qcow2");
     place.chain_refused("c.qcow2.gz", 1, "is compressed, and has a backing file");
-    // Data in another file is read as in any image.
+    // qemu-img finds it from the current directory, and it may be any file.
     place.tool("qemu-img create -q -f qcow2 -o data_file=data data.qcow2 2M");
     place.tool("qemu-img convert -n -f raw -O qcow2 0.raw data.qcow2");
-    place.ok("convert data.qcow2 data.obd");
-    assert!(place.dump("data.obd") == disk(0));
+    place.chain_refused("data.qcow2", 1, "has its data in another file, data");
+    place.tool("gzip -k data.qcow2");
+    place.chain_refused("data.qcow2.gz", 1, "has its data in another file, data");
+    place.tool("qemu-img create -q -f qcow2 -F qcow2 -b data.qcow2 over.qcow2 2M");
+    place.chain_refused("over.qcow2", 1, "data.qcow2: has its data in another file");
 }
 
 /// A stack of three layers, `0.obd` to `2.obd`, of [`disk`]s.

@@ -70,12 +70,14 @@ pub(crate) fn run(args: &Args) -> Result<()> {
     // To its end, so that a damaged one is known before it is put in a file system.
     let input = args.input.display();
     let what = match archive::check(&args.input)?.package {
-        // A layer may have a disk alone, for a virtual machine in a container.
-        None | Some(Package::Disk) => None,
         Some(Package::Docker | Package::Oci) => {
             Some("an archive of an image, no layer of one: use `obdsetup convert'")
         }
-        Some(_) => Some("no layer of an image: `obdsetup convert' says what it is"),
+        Some(Package::Ova | Package::Xva) => {
+            Some("no layer of an image: `obdsetup convert' says what it is")
+        }
+        // A layer may have files of these names.
+        _ => None,
     };
     if let Some(what) = what {
         return Err(Failure::usage(format!("{input}: {what}")));

@@ -114,6 +114,11 @@ pub(crate) struct Args {
     #[arg(long)]
     flatten: bool,
 
+    /// Follow names of backing files that lead out of the directory of IN; whoever made IN may have
+    /// named any file of this machine
+    #[arg(long)]
+    allow_outside: bool,
+
     #[command(flatten)]
     in_use: InUseArgs,
 
@@ -155,12 +160,26 @@ pub(crate) fn run(args: &Args) -> Result<()> {
     if args.oci != oci::Choice::default() {
         return refuse("is no OCI image; --ref, --platform, --oci and --cache are for those");
     }
-    if args.flatten && kind != Kind::Qcow2 {
-        return refuse("is no qcow2 image; --flatten is for those with backing files");
+    if (args.flatten || args.allow_outside) && kind != Kind::Qcow2 {
+        return refuse(
+            "is no qcow2 image; --flatten and --allow-outside are for those with backing files",
+        );
     }
-    if kind == Kind::Qcow2 && input.compression.is_none() && !args.flatten {
-        let chain = qemu::chain(&args.input, &args.in_use)?;
-        if chain.len() > 1 {
+    let is_copied = kind.for_qemu().is_some() || kind == Kind::Raw && input.compression.is_some();
+    if args.new.wrap.dax && is_copied {
+        // The zeros that --dax stores for the blocks of files are holes in the copy.
+        return refuse(
+            "--dax needs a disk as it is: `qemu-img convert -S 0 -O raw' makes one, of which `convert --from raw' \
+             makes the layer",
+        );
+    }
+    if kind == Kind::Qcow2 && input.compression.is_none() {
+        let rules = qemu::Rules {
+            layers: !args.flatten,
+            outside: args.allow_outside,
+        };
+        let chain = qemu::chain(&args.input, &args.in_use, rules)?;
+        if chain.len() > 1 && !args.flatten {
             return convert_chain(args, &chain);
         }
     }
@@ -221,6 +240,10 @@ fn convert_chain(args: &Args, chain: &[qemu::Link]) -> Result<()> {
             output,
         )?;
         made.add(None);
+        // It may be any file of this machine.
+        if args.allow_outside {
+            crate::tell(&format!("layer {nth}: of {}", link.path.display()));
+        }
     }
     made.finish_config()
 }

@@ -210,6 +210,10 @@ impl Args {
         let message = match &self.writable {
             None if is_for_store => "--create, --store-size and --take-over are for --writable",
             Some(_) if self.layers.zfile => "--writable is for layers, not for --zfile",
+            // Linear devices may begin within a page, and overlap: one page, two files.
+            _ if self.partitions && self.layers.dax => {
+                "--partitions is not for --dax, with which one file system has the whole disk"
+            }
             _ => return Ok(()),
         };
         Err(Failure::usage(message))
