@@ -12,8 +12,8 @@ use super::{Deferred, DeviceId, Io, Target};
 use crate::block::{Pages, Status};
 use crate::sys;
 
-/// A read that hasn't ended, while the map function of its target has it. It lies within one
-/// target. Nothing but reads is mapped: targets are read-only.
+/// A read that hasn't ended and that the map function of its target owns. All its sectors belong to
+/// this target. Only reads are mapped: targets are read-only.
 ///
 /// # Invariants
 ///
@@ -61,7 +61,7 @@ impl<'a, T: Target> Bio<'a, T> {
         (op == sys::req_op_REQ_OP_READ).then_some(Self { bio, live })
     }
 
-    /// The bio's fields.
+    /// Returns the bio's fields.
     fn fields(&self) -> &sys::bio {
         // SAFETY: By the type invariant it is valid, and only we change it.
         unsafe { self.bio.as_ref() }
@@ -69,7 +69,7 @@ impl<'a, T: Target> Bio<'a, T> {
 
     /// Returns the first sector, from the start of the target.
     pub(crate) fn sector(&self) -> u64 {
-        // Doesn't wrap: device-mapper gives a target no sector before its begin.
+        // Doesn't wrap: device-mapper never passes a target a sector before its begin.
         self.fields()
             .bi_iter
             .bi_sector
