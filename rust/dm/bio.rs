@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! A bio that device-mapper hands to a target.
+//! A bio that device-mapper passes to a target.
 //!
 //! C headers: `include/linux/bio.h`, `include/linux/device-mapper.h`.
 
@@ -52,8 +52,8 @@ impl<'a, T: Target> Bio<'a, T> {
     ///
     /// # Safety
     ///
-    /// `bio` is what device-mapper gave to the map function of the target `live`, and nobody else
-    /// uses it.
+    /// Device-mapper has passed `bio` to the map function of the target `live`. No one else uses
+    /// it.
     pub(super) unsafe fn new(bio: NonNull<sys::bio>, live: &'a Live<T>) -> Option<Self> {
         // SAFETY: The bio is valid.
         let op = unsafe { (*bio.as_ptr()).bi_opf } & sys::OBD_REQ_OP_MASK;
@@ -114,8 +114,8 @@ impl<'a, T: Target> Bio<'a, T> {
 
     /// Returns the memory to fill.
     pub(crate) fn pages(&self) -> Pages<'_> {
-        // SAFETY: By the type invariant the bio is a read that hasn't ended, nor will it while
-        // `self` is borrowed.
+        // SAFETY: By the type invariant the bio is a read that hasn't ended, and it doesn't end
+        // while `self` is borrowed.
         unsafe { Pages::new(self.bio) }
     }
 

@@ -112,11 +112,11 @@ impl Drop for Disk {
     }
 }
 
-/// A reference to this module, which cannot be unloaded meanwhile.
+/// A reference to this module, which keeps it loaded.
 ///
 /// # Invariants
 ///
-/// The reference is this object's.
+/// This object owns the reference.
 struct ModuleReference(());
 
 impl ModuleReference {
@@ -135,8 +135,9 @@ impl ModuleReference {
 
 impl Drop for ModuleReference {
     fn drop(&mut self) {
-        // SAFETY: By the type invariant the reference is ours. It is not the last one: who drops it
-        // is a target, and device-mapper has a reference for the target's type.
+        // SAFETY: By the type invariant the reference is ours. It is not the last one: only
+        // constructors and `preresume` of targets drop it, and device-mapper has a reference for
+        // the target's type then.
         unsafe { sys::obd_module_put() };
     }
 }

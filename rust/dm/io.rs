@@ -305,7 +305,7 @@ impl<T: Deferred> Io<T> {
     unsafe extern "C" fn read_done(lower: *mut sys::bio) {
         // SAFETY: The bio has ended and is valid.
         let (frame, status) = unsafe { ((*lower).bi_private, (*lower).bi_status) };
-        // SAFETY: It has ended, so nobody else uses it.
+        // SAFETY: It has ended, so no one else uses it.
         unsafe { sys::bio_uninit(lower) };
         // SAFETY: `read` stored the frame there, and passed the ownership of the I/O to this
         // function.
