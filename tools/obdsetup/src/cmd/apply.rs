@@ -67,10 +67,10 @@ pub(crate) fn run(args: &Args) -> Result<()> {
     let stack = Stack::new(base)?;
     let uuid = stack.layers().last().map(|top| top.ident().uuid.clone());
     let uuid = uuid.unwrap_or_default();
-    // To its end, so that a damaged one is known before it is put in a file system.
+    // Reads the whole tar, so that damage is found before anything is put in a file system.
     let input = args.input.display();
     let what = match archive::check(&args.input)?.package {
-        // A layer may have a disk alone, for a virtual machine in a container.
+        // A layer may consist of a disk alone, for a virtual machine in a container.
         None | Some(Package::Disk) => None,
         Some(Package::Docker | Package::Oci) => {
             Some("an archive of an image, no layer of one: use `obdsetup convert'")
