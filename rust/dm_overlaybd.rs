@@ -54,7 +54,7 @@ struct OverlayBd {
     lsmt: Registration<Lsmt<false>>,
     #[pin]
     lsmt_dax: Registration<Lsmt<true>>,
-    // The last field: dropped when no target type is registered any more.
+    // Must be the last field: it is dropped when no target type is registered any more.
     _last_out: dm::LastOut,
 }
 

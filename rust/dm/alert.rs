@@ -1,12 +1,12 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! Reports corrupt blocks in the kernel's log, as far as a rate limit allows. The first fault of a
-//! target, a corrupt block or a failed read, also causes a device-mapper event, for which
-//! `dmsetup wait` waits, and a uevent.
+//! Reports corrupt blocks in the kernel log, with a rate limit. The first fault of a target, a
+//! corrupt block or a failed read, also causes a device-mapper event, for which `dmsetup wait`
+//! waits, and a uevent.
 //!
-//! A fault may be found in any context, but events are sent in process context. A work item
-//! on the system's workqueue sends them, not a worker of the target: sending takes mutexes of
-//! device-mapper and allocates memory, and the target's workers must not wait for either.
+//! A fault may be found in any context, but events must be sent in process context. A work item on
+//! the system's workqueue sends them, not a worker of the target: sending takes mutexes of
+//! device-mapper and allocates memory. The target's workers must wait for neither.
 //!
 //! C headers: `include/linux/device-mapper.h`, `include/linux/ratelimit.h`.
 
@@ -47,8 +47,8 @@ unsafe impl Send for Alerts {}
 unsafe impl Sync for Alerts {}
 
 impl Alerts {
-    /// Makes the object that reports the faults of `target`. The uevent of the first one has a
-    /// variable of this name.
+    /// Makes the object that reports the faults of `target`. The uevent for the first fault has a
+    /// variable named `variable`.
     ///
     /// # Errors
     ///
@@ -97,8 +97,8 @@ impl Alerts {
         self.raise(block);
     }
 
-    /// Causes the events if this is the target's first fault. `value` is that of the uevent's
-    /// variable, less than `u64::MAX`. May be called in any context.
+    /// Causes the events if this is the target's first fault. `value` is the value of the uevent's
+    /// variable; it must be less than `u64::MAX`. May be called in any context.
     pub(super) fn raise(&self, value: u64) {
         if self.first.load(Relaxed) == NONE && self.first.cmpxchg(NONE, value, Relaxed).is_ok() {
             // SAFETY: By the type invariant the work is initialised. It isn't freed while it is
@@ -107,15 +107,16 @@ impl Alerts {
         }
     }
 
-    /// Makes the kernel panic because of a corrupt block. May be called in any context.
+    /// Panics because of a corrupt block. May be called in any context.
     pub(super) fn panic(&self) -> ! {
         let name = self.name.as_c_str().as_char_ptr();
         // SAFETY: The format has one argument, which is a C string.
         unsafe { sys::panic(c"dm_overlaybd: %s: corrupt block".as_char_ptr(), name) }
     }
 
-    /// Logs the name of the device, which may change: users know it rather than the number. Called
-    /// in process context; `device` is valid.
+    /// Logs the name of the device, because users know the name and not the number. The name is
+    /// read when the fault is logged, because it may change. Must be called in process context,
+    /// with a valid `device`.
     fn log_name(&self, device: *mut sys::mapped_device) {
         let mut name = [0u8; sys::OBD_DM_NAME_LEN];
         let text = name.as_mut_ptr().cast();
@@ -160,7 +161,7 @@ impl Alerts {
 impl PinnedDrop for Alerts {
     fn drop(self: Pin<&mut Self>) {
         // SAFETY: By the type invariant the work is initialised. This cancels events that aren't
-        // sent yet, and waits for those that are just being sent.
+        // sent yet, and waits until those that are being sent have been sent.
         unsafe { sys::cancel_work_sync(self.work.get()) };
     }
 }

@@ -8,7 +8,7 @@ use kernel::prelude::*;
 
 use super::{Device, Emit, Failure};
 
-/// The arguments that are left.
+/// The arguments that were not taken yet.
 ///
 /// # Invariants
 ///
@@ -20,7 +20,7 @@ pub(crate) struct Args<'a> {
 }
 
 impl<'a> Args<'a> {
-    /// Wraps what device-mapper hands to a constructor.
+    /// Wraps the arguments that device-mapper passes to a constructor or a message function.
     ///
     /// # Safety
     ///
@@ -34,36 +34,36 @@ impl<'a> Args<'a> {
         }
     }
 
-    /// How many are left.
+    /// Returns how many arguments are left.
     pub(crate) fn len(&self) -> usize {
         self.argc
     }
 
-    /// Takes the next one.
+    /// Removes and returns the next argument. Returns `None` if none is left.
     pub(crate) fn next(&mut self) -> Option<&'a CStr> {
         self.argc = self.argc.checked_sub(1)?;
-        // SAFETY: By the type invariant there was at least one left.
+        // SAFETY: By the type invariant `argv` has this argument: at least one was left.
         let arg = unsafe { *self.argv };
-        // SAFETY: As above; this is at most one behind the last.
-        // INVARIANT: One less is left.
+        // SAFETY: As above; the result points at most one past the last argument.
+        // INVARIANT: `argc` was decremented above.
         self.argv = unsafe { self.argv.add(1) };
         // SAFETY: By the type invariant it is a C string that lives for `'a`.
         Some(unsafe { CStr::from_char_ptr(arg) })
     }
 
-    /// Takes the next one, or fails with `phrase`.
+    /// Removes and returns the next argument. Returns the error `phrase` if none is left.
     pub(crate) fn required(&mut self, phrase: &'static CStr) -> Result<&'a CStr, Failure> {
         self.next().ok_or(Failure::new(phrase, EINVAL))
     }
 }
 
-/// Reads a decimal number.
+/// Parses a decimal number. Returns `None` if `arg` isn't one, or if it doesn't fit.
 pub(crate) fn number(arg: &CStr) -> Option<u64> {
     let digits = arg.to_bytes().iter().all(u8::is_ascii_digit);
     arg.to_str().ok().filter(|_| digits)?.parse().ok()
 }
 
-/// Takes `<blob bytes | ->`; `None` for the whole device.
+/// Takes the argument `<blob bytes | ->`. Returns `None` for `-`: the blob is the whole device.
 pub(crate) fn blob_bytes(args: &mut Args<'_>) -> Result<Option<u64>, Failure> {
     let arg = args.required(c"Missing blob size")?;
     if arg == c"-" {
@@ -75,7 +75,8 @@ pub(crate) fn blob_bytes(args: &mut Args<'_>) -> Result<Option<u64>, Failure> {
     }
 }
 
-/// Takes `[<#opt_params>`; what is left then are the optional parameters, as many as it says.
+/// Takes the argument `<#opt_params>`, if there is one, and checks that it is the number of
+/// arguments after it.
 pub(crate) fn option_count(args: &mut Args<'_>) -> Result<(), Failure> {
     let Some(count) = args.next() else {
         return Ok(());
@@ -90,7 +91,7 @@ pub(crate) fn option_count(args: &mut Args<'_>) -> Result<(), Failure> {
     }
 }
 
-/// What a target says of an optional parameter that it doesn't know.
+/// The error for an optional parameter that the target doesn't know.
 pub(crate) const UNKNOWN_OPTION: Failure = Failure::new(c"Unrecognized optional argument", EINVAL);
 
 /// Writes `<dev> <blob bytes | ->`.

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! A bio that device-mapper hands to a target.
+//! A bio that device-mapper passes to a target.
 //!
 //! C headers: `include/linux/bio.h`, `include/linux/device-mapper.h`.
 
@@ -12,8 +12,8 @@ use super::{Deferred, DeviceId, Io, Target};
 use crate::block::{Pages, Status};
 use crate::sys;
 
-/// A read that hasn't ended, while the map function of its target has it. It lies within one
-/// target. Nothing but reads is mapped: targets are read-only.
+/// A read that hasn't ended and that the map function of its target owns. All its sectors belong to
+/// this target. Only reads are mapped: targets are read-only.
 ///
 /// # Invariants
 ///
@@ -52,8 +52,8 @@ impl<'a, T: Target> Bio<'a, T> {
     ///
     /// # Safety
     ///
-    /// `bio` is what device-mapper gave to the map function of the target `live`, and nobody else
-    /// uses it.
+    /// Device-mapper has passed `bio` to the map function of the target `live`. No one else uses
+    /// it.
     pub(super) unsafe fn new(bio: NonNull<sys::bio>, live: &'a Live<T>) -> Option<Self> {
         // SAFETY: The bio is valid.
         let op = unsafe { (*bio.as_ptr()).bi_opf } & sys::OBD_REQ_OP_MASK;
@@ -61,7 +61,7 @@ impl<'a, T: Target> Bio<'a, T> {
         (op == sys::req_op_REQ_OP_READ).then_some(Self { bio, live })
     }
 
-    /// The bio's fields.
+    /// Returns the bio's fields.
     fn fields(&self) -> &sys::bio {
         // SAFETY: By the type invariant it is valid, and only we change it.
         unsafe { self.bio.as_ref() }
@@ -69,7 +69,7 @@ impl<'a, T: Target> Bio<'a, T> {
 
     /// Returns the first sector, from the start of the target.
     pub(crate) fn sector(&self) -> u64 {
-        // Doesn't wrap: device-mapper gives a target no sector before its begin.
+        // Doesn't wrap: device-mapper never passes a target a sector before its begin.
         self.fields()
             .bi_iter
             .bi_sector
@@ -114,8 +114,8 @@ impl<'a, T: Target> Bio<'a, T> {
 
     /// Returns the memory to fill.
     pub(crate) fn pages(&self) -> Pages<'_> {
-        // SAFETY: By the type invariant the bio is a read that hasn't ended, nor will it while
-        // `self` is borrowed.
+        // SAFETY: By the type invariant the bio is a read that hasn't ended, and it doesn't end
+        // while `self` is borrowed.
         unsafe { Pages::new(self.bio) }
     }
 

@@ -1,11 +1,12 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! DAX: file systems that map the memory of the devices below a target.
+//! DAX: file systems map the memory of the devices below a target.
 //!
-//! The kernel stores in the `struct page` of a mapped page which page of which file it is, see
-//! `Documentation/dax.rst`. So a page must be at one place of one disk only, and pages stay mapped
-//! until the disk is closed, whatever happens to its table. The target ensures the first for its own
-//! disk; a [`Claim`] ensures it for several disks and several tables of one disk.
+//! The kernel stores the file and the offset of a mapped page in its `struct page`: see
+//! `Documentation/dax.rst`. So each page may be at one place of one disk only. Pages may stay
+//! mapped until the disk is closed, even if its table is destroyed. The target ensures that its own
+//! disk has each page only once. A [`Claim`] ensures it across disks, and across the tables of one
+//! disk.
 //!
 //! # Locks
 //!
@@ -14,11 +15,11 @@
 //! list. It is taken by
 //!
 //! - constructors, below device-mapper's `type_lock`, after the devices were opened
-//!   (`dm_get_device` takes `table_devices_lock`, and gives it back),
+//!   (`dm_get_device` takes `table_devices_lock` and releases it),
 //! - `preresume`, below device-mapper's `suspend_lock`,
 //! - destructors.
 //!
-//! References to disks and to the module are put without it. `map` and `direct_access` do not take
+//! References to disks and to the module are put without it. `map` and `direct_access` don't take
 //! it.
 //!
 //! C headers: `include/linux/dax.h`, `include/linux/device-mapper.h`.
@@ -39,8 +40,9 @@ use crate::sys;
 /// Sectors in a page of memory.
 pub(crate) const PAGE_SECTORS: u64 = PAGE_SIZE as u64 / 512;
 
-/// Most pages that a call of `direct_access` looks up: 2 MiB with pages of 4 KiB, the largest
-/// mapping. The kernel asks for all of a `read()`, and has no bound of its own.
+/// Largest number of pages that one call of `direct_access` looks up: 2 MiB with pages of 4 KiB,
+/// which is the largest mapping. The kernel may ask for all pages of a `read()` at once, and sets
+/// no limit itself.
 const MOST_PAGES: u64 = 512;
 
 /// A contiguous range of the memory of a device.
@@ -53,24 +55,26 @@ pub(crate) struct Memory {
     pub(crate) sectors: u64,
 }
 
-/// Returns the memory of sector `sector` of a target, with that of the sectors after it as far as it
-/// is contiguous and in the target; `None` if the sector has no memory. At most `most` sectors are
-/// wanted. Must not sleep.
+/// Returns the memory of sector `sector` of a target, and of the sectors after it, as far as their
+/// memory is contiguous and in the target. Returns `None` if the sector has no memory. The caller
+/// uses at most `most` sectors. Must not sleep.
 pub(crate) type Find<T> = fn(&T, sector: u64, most: u64) -> Option<Memory>;
 
-/// What a target type with DAX has.
+/// The DAX functions of a target type.
 pub(crate) struct Dax<T: Target> {
     /// Looks up memory.
     pub(crate) find: Find<T>,
-    /// Returns the claims of all targets with DAX, which are in what they share.
+    /// Returns the list of the claims of all targets with DAX, from the context that the targets
+    /// share.
     pub(crate) claims: fn(Arc<T::Context>) -> Arc<Claims>,
 }
 
-/// A reference to the disk of a mapped device. The disk may be gone, its memory is not.
+/// A reference to the disk of a mapped device. The disk may be deleted, but the reference keeps its
+/// memory.
 ///
 /// # Invariants
 ///
-/// The reference to the disk's device is this object's.
+/// This object owns the reference to the disk's device.
 struct Disk(NonNull<sys::gendisk>);
 
 // SAFETY: A reference to a device may be used and put from any thread.
@@ -87,7 +91,7 @@ impl Disk {
     }
 
     /// Returns how often the disk is open. An open that is in progress may not be counted yet. It
-    /// gets only pages of the table that is live, or will be.
+    /// can map only pages of the table that is live now, or of a later one.
     fn openers(&self) -> u32 {
         // SAFETY: By the type invariant the disk is valid.
         unsafe { sys::obd_disk_openers(self.0.as_ptr()) }
@@ -102,17 +106,17 @@ impl PartialEq for Disk {
 
 impl Drop for Disk {
     fn drop(&mut self) {
-        // SAFETY: By the type invariant the reference is ours. Nothing that is dropped here is
-        // dropped in atomic context.
+        // SAFETY: By the type invariant the reference is ours. A `Disk` is never dropped in atomic
+        // context.
         unsafe { sys::obd_put_disk(self.0.as_ptr()) };
     }
 }
 
-/// A reference to this module, which cannot be unloaded meanwhile.
+/// A reference to this module, which keeps it loaded.
 ///
 /// # Invariants
 ///
-/// The reference is this object's.
+/// This object owns the reference.
 struct ModuleReference(());
 
 impl ModuleReference {
@@ -131,8 +135,9 @@ impl ModuleReference {
 
 impl Drop for ModuleReference {
     fn drop(&mut self) {
-        // SAFETY: By the type invariant the reference is ours. It is not the last one: who drops it
-        // is a target, and device-mapper has a reference for the target's type.
+        // SAFETY: By the type invariant the reference is ours. It is not the last one: only
+        // constructors and `preresume` of targets drop it, and device-mapper has a reference for
+        // the target's type then.
         unsafe { sys::obd_module_put() };
     }
 }
@@ -142,16 +147,16 @@ impl Drop for ModuleReference {
 /// Recorded when the table is made: a partition may be resized while it is open.
 #[derive(Clone, Copy)]
 struct Range {
-    /// Address of the DAX device, only compared. Those of tables exist. That of a parked claim may be
-    /// gone, and its address in use again: then a table is refused without need, until the disk of
-    /// the claim is closed.
+    /// Address of the DAX device. It is only compared. The DAX device of a table exists. That of a
+    /// parked claim may have been freed, and another DAX device may have its address. Then a table
+    /// is refused without need, until the disk of the claim is closed.
     dax: usize,
     first: u64,
     end: u64,
 }
 
 impl Range {
-    /// Returns the sectors of all of `device`.
+    /// Returns the range of all sectors of `device`.
     fn of(device: &Device) -> Result<Self, Failure> {
         let dax = device.dax().ok_or(NOT_DAX)?;
         let first = device.first_sector();
@@ -163,21 +168,21 @@ impl Range {
         })
     }
 
-    /// Returns whether both have a sector in common.
+    /// Returns whether the two ranges have a sector in common.
     fn overlaps(&self, other: &Self) -> bool {
         self.dax == other.dax && self.first < other.end && other.first < self.end
     }
 }
 
-/// What a claim is for.
+/// The state of a claim.
 enum State {
-    /// A table that has not been live.
+    /// Its table has not been live yet.
     Made,
-    /// A table of which pages may be mapped.
+    /// Its table exists, and pages of it may be mapped.
     Live,
-    /// Pages that were mapped of a table that is destroyed.
+    /// Its table was destroyed, but pages of it may still be mapped.
     Parked {
-        // The list must stay as long as the pages are mapped.
+        // Keeps the module, and so the list of claims, while pages are mapped.
         _module: ModuleReference,
     },
 }
@@ -191,26 +196,28 @@ struct Entry {
 }
 
 impl Entry {
-    /// Returns whether pages of it may be mapped.
+    /// Returns whether pages of its table may be mapped.
     fn may_be_mapped(&self) -> bool {
         !matches!(self.state, State::Made)
     }
 
-    /// Returns whether a new table for `disk` cannot have `ranges` because of this claim. Two tables
-    /// of one device may have the same ones while neither has been live: only one of both will be.
+    /// Returns whether this claim forbids a new table of `disk` to use `ranges`. Two tables of one
+    /// device may have the same ranges while neither has been live, because [`Claim::begin`] allows
+    /// mappings for only one of them.
     fn excludes(&self, disk: &Disk, ranges: &[Range]) -> bool {
         let overlap = |range| self.ranges.iter().any(|other| other.overlaps(range));
         (self.disk != *disk || self.may_be_mapped()) && ranges.iter().any(overlap)
     }
 }
 
-/// The list itself.
+/// The list of claims.
 struct List {
     entries: KVec<Entry>,
     next: u64,
 }
 
-/// The sectors of DAX devices that are in tables, or of which pages may be mapped.
+/// The claims of all targets: the sectors of DAX devices that are in tables, or whose pages may be
+/// mapped.
 #[pin_data]
 pub(crate) struct Claims {
     #[pin]
@@ -229,14 +236,14 @@ impl Claims {
         })
     }
 
-    /// Makes room for `count` entries, unless others made some. Nothing is allocated under the lock:
-    /// a resume takes it while bios wait.
+    /// Makes room for `count` entries, unless another thread has done so. Allocates without the
+    /// lock, because a resume takes the lock while bios wait.
     fn reserve(&self, count: usize) -> Result<(), Failure> {
         let mut larger = KVec::with_capacity(count, GFP_KERNEL)?;
         let mut list = self.list.lock();
         if list.entries.len() < larger.capacity() {
             for entry in core::mem::take(&mut list.entries) {
-                // There is room.
+                // Doesn't allocate: there is room.
                 larger.push(entry, GFP_KERNEL)?;
             }
             list.entries = larger;
@@ -244,7 +251,7 @@ impl Claims {
         Ok(())
     }
 
-    /// Drops the parked claims of disks that are closed.
+    /// Removes the parked claims of disks that are closed.
     pub(super) fn sweep(&self) {
         loop {
             let closed = {
@@ -257,14 +264,14 @@ impl Claims {
                     None => return,
                 }
             };
-            // Not under the lock.
+            // Dropped without the lock held: this puts references.
             drop(closed);
         }
     }
 }
 
-/// The claim of a target on its devices. No other table may have them while this exists, and after
-/// that until the disk of the mapped device is closed, if pages may have been mapped.
+/// The claim of a target on its devices. No other target with DAX may use them while this exists.
+/// If pages may have been mapped, that holds until the disk of the mapped device is closed.
 pub(super) struct Claim {
     claims: Arc<Claims>,
     id: u64,
@@ -273,19 +280,19 @@ pub(super) struct Claim {
     ranges: Arc<KVec<Range>>,
     /// Whether pages may be mapped.
     begun: Atomic<bool>,
-    /// Whether the log has the first hole.
+    /// Whether a hole was reported in the log.
     told: Atomic<bool>,
 }
 
 impl Claim {
-    /// Fails if the mapped device has a live table: files may have pages of that one mapped.
+    /// Returns an error if the mapped device has a live table: pages of that table may be mapped.
     ///
     /// # Errors
     ///
     /// [`EBUSY`].
     pub(super) fn require_first_table<C>(setup: &Setup<'_, C>) -> Result<(), Failure> {
-        // SAFETY: The disk of a mapped device is valid. Its capacity is above 0 while a table is live, as
-        // no table is empty.
+        // SAFETY: The disk of a mapped device is valid. Its capacity is above 0 while a table is
+        // live, because no table is empty.
         if unsafe { sys::obd_get_capacity(setup.disk()) } != 0 {
             return Err(Failure::new(
                 c"Device has a table, which lsmt-dax cannot replace",
@@ -299,8 +306,8 @@ impl Claim {
     ///
     /// # Errors
     ///
-    /// [`EBUSY`] if a device is claimed already or was opened twice, [`EINVAL`] if one has no DAX, and
-    /// [`ENOMEM`].
+    /// [`EBUSY`] if a device is claimed already or was opened twice, [`EINVAL`] if a device has no
+    /// DAX, and [`ENOMEM`].
     pub(super) fn new<C>(setup: &Setup<'_, C>, claims: Arc<Claims>) -> Result<Self, Failure> {
         let mut ranges: KVec<Range> = KVec::with_capacity(setup.devices.len(), GFP_KERNEL)?;
         for device in &setup.devices {
@@ -328,7 +335,7 @@ impl Claim {
                         ranges: ranges.clone(),
                         state: State::Made,
                     };
-                    // There is room.
+                    // Doesn't allocate: there is room.
                     list.entries.push(entry, GFP_KERNEL)?;
                     // No overflow: one for each table that is made.
                     list.next = id.wrapping_add(1);
@@ -348,11 +355,12 @@ impl Claim {
         })
     }
 
-    /// Allows mappings, unless pages of another table of the mapped device may be mapped: that table
-    /// was loaded when this one was, and became live first. Then bios work, but mappings fail, until
-    /// the device is resumed once more while it is closed.
+    /// Allows mappings, unless pages of another table of the mapped device may be mapped. That
+    /// happens if both tables were loaded before either was live, and the other one became live
+    /// first. Then bios work, but mappings fail until the device is resumed once more while it is
+    /// closed.
     ///
-    /// Called before device-mapper resumes the device.
+    /// Called before device-mapper resumes the device, each time.
     pub(super) fn begin(&self) {
         if self.has_begun() {
             return;
@@ -391,8 +399,8 @@ impl Claim {
         self.begun.load(Relaxed)
     }
 
-    /// Says once in the log that page `page` is in a hole. CPUs that find the first one at the same
-    /// time all say it.
+    /// Logs that page `page` is in a hole, once for each target. CPUs that find the first hole at
+    /// the same time may each log it.
     fn tell_hole(&self, page: u64) {
         if !self.told.load(Relaxed) {
             self.told.store(true, Relaxed);
@@ -416,8 +424,8 @@ impl Drop for Claim {
             match entries.get_mut(nth) {
                 Some(mine) if mine.may_be_mapped() && mine.disk.openers() != 0 => {
                     mine.state = State::Parked {
-                        // SAFETY: This is called by a target, and device-mapper has a reference for
-                        // the target's type.
+                        // SAFETY: This runs in the destructor of a target, and device-mapper has a
+                        // reference to the module for the target's type.
                         _module: unsafe { ModuleReference::new() },
                     };
                     None
@@ -434,18 +442,18 @@ impl Drop for Claim {
     }
 }
 
-/// Looks up page `page` of a mapped device for the `direct_access` function of a target: stores its
-/// address in `kaddr`, its page frame number in `pfn`, and returns the number of contiguous pages
-/// from it on, at most `pages`.
+/// Looks up page `page` of a mapped device for the `direct_access` function of a target. Stores its
+/// address in `kaddr` and its page frame number in `pfn`. Returns the number of contiguous pages
+/// that begin with it, at most `pages`.
 ///
 /// # Errors
 ///
-/// [`EIO`] if there is no page, or if pages must not be mapped; and the errors of the device below.
+/// [`EIO`] if there is no page, or if pages must not be mapped; errors of the lower device.
 ///
 /// # Safety
 ///
-/// Called by device-mapper for the target `live`; its table isn't destroyed during the call. `kaddr`
-/// and `pfn` are null or valid for a write.
+/// Called by device-mapper for the target `live`, whose table isn't destroyed during the call.
+/// `kaddr` and `pfn` are null or valid for a write.
 pub(super) unsafe fn direct_access<T: Target>(
     live: &Live<T>,
     page: u64,
@@ -455,7 +463,7 @@ pub(super) unsafe fn direct_access<T: Target>(
 ) -> Result<ffi::c_long> {
     let find = T::DAX.ok_or(EOPNOTSUPP)?.find;
     let claim = live.claim().filter(|claim| claim.has_begun()).ok_or(EIO)?;
-    // A target with DAX is alone in its table: it begins where the disk does.
+    // A target with DAX is alone in its table, so it begins at sector 0 of the disk.
     let sector = page.checked_mul(PAGE_SECTORS).ok_or(EIO)?;
     let most = u64::try_from(pages)?.min(MOST_PAGES) * PAGE_SECTORS;
     let Some(memory) = find(live.target(), sector, most) else {
@@ -473,8 +481,8 @@ pub(super) unsafe fn direct_access<T: Target>(
         return Err(EIO);
     }
     let dax = device.dax().ok_or(EOPNOTSUPP)?;
-    // SAFETY: The device is open, so the DAX device is valid; the pages are within what the device
-    // had when it was claimed, as was just checked. The caller's promise for the pointers.
+    // SAFETY: The device is open, so the DAX device is valid. The check above ensures that the
+    // pages are within the range that was claimed. The pointers are valid by the caller's promise.
     let found = unsafe {
         sys::obd_dax_direct_access(
             dax.as_ptr(),
@@ -490,10 +498,10 @@ pub(super) unsafe fn direct_access<T: Target>(
     Ok(found)
 }
 
-/// The failure of a device without DAX.
+/// The error for a device without DAX.
 const NOT_DAX: Failure = Failure::new(c"Device has no DAX", EINVAL);
 
-/// The failure of a device that is claimed.
+/// The error for a device that is claimed.
 const CLAIMED: Failure = Failure::new(c"Device is in a DAX table already", EBUSY);
 
 impl<C> Setup<'_, C> {
@@ -507,12 +515,13 @@ impl<C> Setup<'_, C> {
         unsafe { sys::dm_disk(md) }
     }
 
-    /// Checks that a device has DAX, and memory of its own.
+    /// Checks that a device has DAX, and that no other device has the same memory.
     ///
     /// # Errors
     ///
-    /// [`EINVAL`] for a device without DAX, and for a mapped device: two of them may have the same
-    /// memory. [`EBUSY`] if a file system handles the failures of the memory.
+    /// [`EINVAL`] for a device without DAX, and for a mapped device, since two mapped devices may
+    /// have the same memory. [`EBUSY`] if the DAX device has a holder: a file system that handles
+    /// failures of the memory.
     pub(crate) fn require_dax(&self, id: DeviceId) -> Result<(), Failure> {
         let device = self.device(id)?;
         // SAFETY: The disk of a mapped device is valid.
@@ -537,19 +546,21 @@ impl<C> Setup<'_, C> {
 }
 
 impl Device {
-    /// Returns its DAX device. A partition that isn't aligned to pages has none.
+    /// Returns the DAX device of the block device. A partition that isn't aligned to pages has
+    /// none.
     fn dax(&self) -> Option<NonNull<sys::dax_device>> {
         // SAFETY: By the type invariant the device is valid; device-mapper doesn't change it.
         NonNull::new(unsafe { (*self.as_ptr()).dax_dev })
     }
 
-    /// Returns its first sector on the whole disk, which doesn't change while it is open.
+    /// Returns the first sector of the device on the whole disk. It doesn't change while the device
+    /// is open.
     fn first_sector(&self) -> u64 {
         // SAFETY: By the type invariant the device is open.
         unsafe { sys::obd_get_start_sect(self.bdev()) }
     }
 
-    /// Returns the major number of its disk. All mapped devices have the same one.
+    /// Returns the major number of the disk. All mapped devices have the same major number.
     fn major(&self) -> ffi::c_int {
         // SAFETY: By the type invariant the device is open.
         let disk = unsafe { (*self.bdev()).bd_disk };

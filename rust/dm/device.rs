@@ -1,17 +1,17 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! The devices below a target.
+//! The lower devices of a target.
 
 use core::ptr::NonNull;
 
 use crate::sys;
 
-/// Names a device of a target: the first that its constructor opened is 0.
+/// Identifies a device of a target. The first device that the constructor opened is 0.
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub(crate) struct DeviceId(pub(super) u8);
 
 impl DeviceId {
-    /// The device that the constructor opened as its `nth`, from 0.
+    /// Returns the ID of the device that the constructor opened as its `nth`, counted from 0.
     pub(crate) const fn nth(nth: u8) -> Self {
         Self(nth)
     }
@@ -21,28 +21,28 @@ impl DeviceId {
 ///
 /// # Invariants
 ///
-/// `target` is valid, and `dev` was got for it with `dm_get_device` and wasn't put. `bdev` is the
-/// block device of `dev`, for as long.
+/// `target` is valid. `dev` was got for it with `dm_get_device` and wasn't put yet. `bdev` is the
+/// block device of `dev` during that time.
 pub(crate) struct Device {
     target: NonNull<sys::dm_target>,
     dev: NonNull<sys::dm_dev>,
-    /// Here as well, so that a remapped bio waits for memory once less.
+    /// A copy of the pointer in `dev`, so that remapping a bio needs one memory access less.
     bdev: *mut sys::block_device,
-    /// Sectors of it that the target uses, from the first.
+    /// How many sectors the target uses, counted from the first one.
     used: u64,
 }
 
 // SAFETY: A device may be used and put from any thread.
 unsafe impl Send for Device {}
-// SAFETY: Nothing is changed through a shared reference.
+// SAFETY: Nothing is modified through a shared reference.
 unsafe impl Sync for Device {}
 
 impl Device {
-    /// Takes over a device that `dm_get_device` gave.
+    /// Takes over a device from `dm_get_device`.
     ///
     /// # Safety
     ///
-    /// `dev` was got for `target` and is put by nobody else; `target` outlives the result.
+    /// `dev` was got for `target`, and no one else puts it. `target` outlives the result.
     pub(super) unsafe fn new(target: NonNull<sys::dm_target>, dev: NonNull<sys::dm_dev>) -> Self {
         // SAFETY: By the safety requirement it is open.
         let bdev = unsafe { dev.as_ref() }.bdev;
@@ -57,17 +57,17 @@ impl Device {
         device
     }
 
-    /// The block device.
+    /// Returns the block device.
     pub(crate) fn bdev(&self) -> *mut sys::block_device {
         self.bdev
     }
 
-    /// The device as device-mapper knows it.
+    /// Returns device-mapper's structure for the device.
     pub(super) fn as_ptr(&self) -> *mut sys::dm_dev {
         self.dev.as_ptr()
     }
 
-    /// Its number as `major:minor`, what a table line names it by.
+    /// Returns the number of the device as `major:minor`, as in a table line.
     pub(crate) fn name(&self) -> &str {
         // SAFETY: By the type invariant the device is valid; its name doesn't change.
         let name = unsafe { &(*self.dev.as_ptr()).name };
@@ -77,46 +77,48 @@ impl Device {
             .unwrap_or("-")
     }
 
-    /// Size in sectors, whole blocks only.
+    /// Returns the size in sectors, without a partial block at the end.
     pub(crate) fn sectors(&self) -> u64 {
         // SAFETY: By the type invariant the device is open.
         let sectors = unsafe { sys::obd_bdev_nr_sectors(self.bdev()) };
-        // A block size is a power of two of 512 at least.
+        // A logical block size is a power of two, and at least 512.
         sectors & !(u64::from(self.logical_block_size() / 512) - 1)
     }
 
-    /// Whether its I/O may wait for a device of this module, now or once it gets another table: it
-    /// is a mapped device, or another one that passes bios on.
+    /// Returns whether I/O of the device may wait for another device of this module, now or after
+    /// it gets another table. This is so for mapped devices, and for others that pass bios on.
     ///
-    /// Devices with request queues have hardware below them, or a server or a file (loop, nbd,
-    /// ublk). Those may lie on one of ours, too, but have no thread in reserve themselves, so nothing
-    /// can rely on them without memory. The kernel's own storage targets (nvmet behind nvme-loop,
-    /// LIO) do have one: a zfile behind such a target on the same host must not be below another.
+    /// It isn't so for devices with request queues. Below these is hardware, a server, or a file
+    /// (loop, nbd, ublk). The server or file may use one of our devices, too. But these drivers
+    /// have no rescuer thread, so nothing can rely on them when memory is short. The kernel's own
+    /// storage targets (nvmet behind nvme-loop, LIO) do have one. So a zfile device behind such a
+    /// target on the same host must not be below another zfile device.
     pub(super) fn may_stack(&self) -> bool {
         // SAFETY: By the type invariant the device is open.
         unsafe { sys::obd_bdev_may_stack(self.bdev()) }
     }
 
-    /// Says that the target uses the first `bytes` bytes only.
+    /// Records that the target uses only the first `bytes` bytes.
     pub(super) fn set_used(&mut self, bytes: u64) {
         self.used = bytes.div_ceil(512);
     }
 
-    /// Sectors that the target uses, from the first, as whole blocks of `block` bytes, a power of
-    /// two: a mapped device has the largest blocks of those below.
+    /// Returns how many sectors the target uses, counted from the first one, rounded up to blocks
+    /// of `block` bytes. `block` is a power of two: the largest logical block size of all lower
+    /// devices, which the mapped device has as well.
     pub(super) fn used(&self, block: u32) -> u64 {
         let block = u64::from(block / 512).max(1);
         let whole = self.sectors() & !(block - 1);
         self.used.next_multiple_of(block).min(whole)
     }
 
-    /// Size in bytes.
+    /// Returns the size in bytes.
     pub(crate) fn size(&self) -> u64 {
         // No overflow: the block layer bounds sizes to 2^63 - 1 bytes.
         self.sectors() * 512
     }
 
-    /// Bytes in a block, the unit of reads.
+    /// Returns the length of a logical block in bytes. Reads are whole blocks.
     pub(crate) fn logical_block_size(&self) -> u32 {
         // SAFETY: By the type invariant the device is open.
         unsafe { sys::obd_bdev_logical_block_size(self.bdev()) }
@@ -125,7 +127,7 @@ impl Device {
 
 impl Drop for Device {
     fn drop(&mut self) {
-        // SAFETY: By the type invariant it was got for this target and wasn't put.
+        // SAFETY: By the type invariant it was got for this target and wasn't put yet.
         unsafe { sys::dm_put_device(self.target.as_ptr(), self.dev.as_ptr()) };
     }
 }

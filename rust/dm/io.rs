@@ -1,14 +1,15 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! An I/O that a target works on after its map function has returned.
+//! An I/O that a target still processes after its map function has returned.
 //!
-//! An [`Io`] is an owned step of a chain: lower read, worker, end. Each step is a plain function
-//! that takes the `Io`, so there is always exactly one owner, and the I/O ends once.
+//! An [`Io`] goes through a chain of steps: lower read, worker, end. Each step is a function that
+//! takes the `Io` by value, so it always has exactly one owner, and it ends once.
 //!
-//! Its state lives in device-mapper's per-bio data; the lower bio is a part of it. Nothing is
-//! allocated but the buffer, for which each device keeps a spare one ([`Spares`]).
+//! The state of an I/O is in device-mapper's per-bio data, together with the lower bio. Only the
+//! buffer is allocated. Each device keeps a spare buffer for reads when no memory is available
+//! ([`Spares`]).
 //!
-//! Lock order: the lock of [`Spares`] is taken alone.
+//! Lock order: no other lock is held together with the lock of [`Spares`].
 
 use core::mem::MaybeUninit;
 use core::ptr::NonNull;
@@ -21,12 +22,12 @@ use super::{Deferred, DeviceId};
 use crate::block::{Buffer, Job, Lock, Pages, Pool, Status, Workers};
 use crate::sys;
 
-/// What an I/O does next.
+/// A function that continues an I/O.
 type Step<T> = fn(Io<T>);
-/// What an I/O does when its lower read has ended.
+/// A function that continues an I/O after its lower read. Gets the result of the read.
 type ReadStep<T> = fn(Io<T>, Result<(), Status>);
 
-/// An I/O in a bio's per-bio data.
+/// The state of an I/O in device-mapper's per-bio data.
 #[repr(C)]
 pub(super) struct Frame<T: Deferred> {
     live: NonNull<Live<T>>,
@@ -34,51 +35,53 @@ pub(super) struct Frame<T: Deferred> {
     buffer: Option<Buffer>,
     job: Job,
     step: Option<Step<T>>,
-    /// Bytes that it waits for.
+    /// Length in bytes of the buffer that the I/O needs.
     wanted: usize,
-    /// Whether a worker has had it: what it does may sleep then, also if its bio must not wait.
+    /// Whether a worker has processed the I/O. From then on it may sleep, even if its bio has
+    /// `REQ_NOWAIT`.
     deferred: bool,
     read_step: Option<ReadStep<T>>,
-    /// The next in a queue of those that wait for memory.
+    /// The next I/O in the queue of those that wait for memory.
     next: Option<Io<T>>,
     lower: MaybeUninit<sys::bio>,
     lower_vec: MaybeUninit<sys::bio_vec>,
 }
 
-/// Bytes of per-bio data that an I/O of `T` takes.
+/// Returns the size in bytes of the per-bio data for an I/O of `T`.
 pub(crate) const fn frame_size<T: Deferred>() -> usize {
-    // Per-bio data is aligned as much as a bio is.
+    // Per-bio data has the alignment of a bio.
     assert!(align_of::<Frame<T>>() <= align_of::<sys::bio>());
     size_of::<Frame<T>>()
 }
 
-/// An I/O that hasn't ended. Dropped, it ends with an error.
+/// An I/O that hasn't ended. If it is dropped, it ends with an error.
 ///
 /// # Invariants
 ///
-/// Points to an initialised frame in the per-bio data of a bio that hasn't ended, owned by this;
-/// `live` in it is valid until the bio ends. No lower bio is in flight and its job isn't queued.
+/// Points to an initialised frame in the per-bio data of a bio that hasn't ended. This object owns
+/// both. The frame's `live` is valid until the bio ends. The lower bio isn't in flight, and the job
+/// isn't queued.
 pub(crate) struct Io<T: Deferred>(NonNull<Frame<T>>);
 
-// SAFETY: The parts may be sent, and the bio is touched by its owner only.
+// SAFETY: The fields of the frame may be sent, and only the owner uses the bio.
 unsafe impl<T: Deferred> Send for Io<T> {}
 
 impl<T: Deferred> Io<T> {
-    /// Makes the frame of a bio.
+    /// Initialises the frame of a bio.
     ///
     /// # Safety
     ///
-    /// The bio is one of the target `live`, whose per-bio data has room for a frame; the caller
-    /// gives its ownership away.
+    /// The bio belongs to the target `live`, and its per-bio data has room for a frame. The caller
+    /// passes the ownership of the bio to the `Io`.
     pub(super) unsafe fn new(
         bio: NonNull<sys::bio>,
         live: NonNull<Live<T>>,
         request: T::Request,
     ) -> Self {
-        // SAFETY: The bio is a clone of device-mapper's with this much per-bio data.
+        // SAFETY: The bio is a clone that device-mapper made, with this much per-bio data.
         let data = unsafe { sys::dm_per_bio_data(bio.as_ptr(), frame_size::<T>()) };
         let frame: *mut Frame<T> = data.cast();
-        // SAFETY: The per-bio data is there, aligned, and not in use.
+        // SAFETY: The per-bio data is valid memory for a frame, aligned, and not in use.
         unsafe {
             frame.write(Frame {
                 live,
@@ -100,34 +103,37 @@ impl<T: Deferred> Io<T> {
     }
 
     fn frame(&self) -> &Frame<T> {
-        // SAFETY: By the type invariant.
+        // SAFETY: By the type invariant the frame is valid.
         unsafe { self.0.as_ref() }
     }
 
     fn frame_mut(&mut self) -> &mut Frame<T> {
-        // SAFETY: By the type invariant; nobody else has the frame.
+        // SAFETY: By the type invariant the frame is valid, and `self` owns it.
         unsafe { self.0.as_mut() }
     }
 
     fn live(&self) -> &Live<T> {
-        // SAFETY: By the type invariant it is valid until the bio ends, which takes `self`.
+        // SAFETY: By the type invariant it is valid until the bio ends, and ending the bio consumes
+        // `self`.
         unsafe { self.frame().live.as_ref() }
     }
 
     fn bio(&self) -> NonNull<sys::bio> {
-        // SAFETY: By the type invariant the frame is a bio's per-bio data of this size.
+        // SAFETY: By the type invariant the frame is in the per-bio data of a bio, which has this
+        // size.
         let bio =
             unsafe { sys::dm_bio_from_per_bio_data(self.0.as_ptr().cast(), frame_size::<T>()) };
         // SAFETY: A bio is never at address 0.
         unsafe { NonNull::new_unchecked(bio) }
     }
 
-    /// The target.
+    /// Returns the target.
     pub(crate) fn target(&self) -> &T {
         self.live().target()
     }
 
-    /// Tells of a corrupt block of the target, in any context. With `panic`, the kernel panics.
+    /// Reports that block `block` of the target is corrupt. Panics if `panic` is set. May be called
+    /// in any context.
     pub(crate) fn tell_corrupt(&self, block: u64, panic: bool) {
         let alerts = self.live().alerts();
         alerts.corrupt(block);
@@ -136,47 +142,51 @@ impl<T: Deferred> Io<T> {
         }
     }
 
-    /// The target's own state of the I/O.
+    /// Returns the target's own state of the I/O.
     pub(crate) fn request(&self) -> &T::Request {
         &self.frame().request
     }
 
-    /// The target's own state of the I/O, to change.
+    /// Returns a mutable reference to the target's own state of the I/O.
     pub(crate) fn request_mut(&mut self) -> &mut T::Request {
         &mut self.frame_mut().request
     }
 
-    /// What the lower read has filled.
+    /// Returns the buffer of the I/O, if it has one. The lower read fills it.
     pub(crate) fn buffer(&self) -> Option<&Buffer> {
         self.frame().buffer.as_ref()
     }
 
-    /// Whether so many bytes are better decompressed here and now than by a worker: they are few,
-    /// interrupts are on, nothing else wants the CPU, and the read isn't of the idle class.
+    /// Returns whether to decompress `bytes` bytes now, on this CPU, instead of in a worker: if
+    /// they are few, interrupts are on, no other task needs the CPU, and the read isn't of the idle
+    /// class.
     pub(crate) fn at_once(&self, bytes: u64) -> bool {
-        // SAFETY: By the type invariant the bio hasn't ended, and nobody changes it now.
+        // SAFETY: By the type invariant the bio hasn't ended, and no one else changes it.
         let ioprio = unsafe { (*self.bio().as_ptr()).bi_ioprio };
         let bytes = u32::try_from(bytes).unwrap_or(u32::MAX);
-        // SAFETY: Only looks at the state of this CPU.
+        // SAFETY: This only reads the state of this CPU.
         unsafe { sys::obd_at_once(bytes, ioprio) }
     }
 
-    /// The memory to fill.
+    /// Returns the memory to fill.
     pub(crate) fn pages(&self) -> Pages<'_> {
-        // SAFETY: By the type invariant the bio hasn't ended, nor will it while `self` is borrowed.
+        // SAFETY: By the type invariant the bio hasn't ended, and it doesn't end while `self` is
+        // borrowed.
         unsafe { Pages::new(self.bio()) }
     }
 
-    /// Gives the I/O memory for a lower read, which fills all of it.
+    /// Gives the I/O a buffer for a lower read, which will fill all of it. Releases the buffer that
+    /// it had.
     pub(crate) fn attach(&mut self, buffer: Buffer) {
         self.release_buffer();
         self.frame_mut().buffer = Some(buffer);
     }
 
-    /// The status that the I/O ends with where there is no memory for it: a read-ahead isn't worth
-    /// waiting for, and a bio with `REQ_NOWAIT` must not wait. `None` for others, which wait.
+    /// Returns the status with which to end the I/O if there is no memory for it: it isn't worth
+    /// waiting for a read-ahead, and a bio with `REQ_NOWAIT` must not wait. Returns `None` for
+    /// other I/Os, which wait.
     pub(crate) fn without_memory(&self) -> Option<Status> {
-        // SAFETY: By the type invariant the bio hasn't ended, and nobody changes it now.
+        // SAFETY: By the type invariant the bio hasn't ended, and no one else changes it.
         let flags = unsafe { (*self.bio().as_ptr()).bi_opf };
         if flags & sys::OBD_REQ_NOWAIT != 0 {
             Some(Status::AGAIN)
@@ -185,52 +195,52 @@ impl<T: Deferred> Io<T> {
         }
     }
 
-    /// Gives the I/O the device's spare buffer, now or when it comes back, and goes on with
-    /// `step`. The I/O fails if the spare buffer is shorter than `len` bytes.
+    /// Gives the I/O the device's spare buffer, now or when another I/O has returned it, and
+    /// continues with `step`. If there is memory before that, the I/O may get another buffer. The
+    /// I/O fails if the spare buffer is shorter than `len` bytes.
     pub(crate) fn wait_for_spare(mut self, len: usize, step: Step<T>) {
         let frame = self.frame_mut();
         frame.step = Some(step);
         frame.wanted = len;
         let live = frame.live;
-        // SAFETY: By the type invariant the target is valid until the I/O ends. Once it waits,
-        // another thread may end it, but only after it got the lock of the spares, whose release
-        // is the last thing that is done with it here.
+        // SAFETY: By the type invariant the target is valid until the I/O ends. Once the I/O is in
+        // the queue, another thread may end it, but only after taking the lock of the `Spares`. If
+        // the I/O was queued, releasing this lock is the last use of the target here.
         let spares = unsafe { live.as_ref() }.target().spares();
         if let Some(io) = spares.take_or_wait(self) {
             step(io);
         }
     }
 
-    /// Goes on in a worker with the step that it has waited with.
+    /// Continues in a worker with the step that was stored when the I/O began to wait.
     fn go_on(mut self) {
         match self.frame_mut().step.take() {
             Some(step) => self.defer(step),
-            // It always has one; dropped, it would end with an error.
+            // Doesn't happen: an I/O that waits has a step. This would end it with an error.
             None => drop(self),
         }
     }
 
-    /// Takes over a spare buffer, empty and as long as is wanted.
+    /// Takes over the spare buffer, and sets it to the length that is needed, with nothing filled.
     fn adopt(&mut self, mut buffer: Buffer) {
         let frame = self.frame_mut();
-        // Where it is too short, its length stays 0, and reading fails.
+        // If it is too short, its length is set to 0, and `read` fails.
         if buffer.reset(frame.wanted).is_err() {
             let _ = buffer.reset(0);
         }
         frame.buffer = Some(buffer);
     }
 
-    /// Reads from sector `sector` of `device` as much as the buffer holds, and goes on with
-    /// `step`, which may run in the context of an interrupt. May sleep, unless this is the context
-    /// of the map function and the bio has `REQ_NOWAIT`: then the read may end with
-    /// [`Status::AGAIN`].
+    /// Reads from sector `sector` of `device` until the buffer is full, and continues with `step`,
+    /// which may be called in interrupt context. May sleep, except if called from the map function
+    /// with a bio that has `REQ_NOWAIT`: then the read may end with [`Status::AGAIN`].
     ///
-    /// `shared` says that other reads may wait for this one: then it isn't a read-ahead, nor one that
-    /// fails fast.
+    /// `shared` is set if other reads may wait for this one. Then the lower read is neither a
+    /// read-ahead nor one that fails fast.
     ///
     /// The control group of the bio is charged. A read into the spare buffer is charged to the root
-    /// group and has no priority: all reads of the device may wait for that buffer, so it must not
-    /// be held up for one group.
+    /// group and has no priority: all reads of the device may wait for that buffer, so the limits
+    /// of one group must not delay it.
     pub(crate) fn read(mut self, device: DeviceId, sector: u64, shared: bool, step: ReadStep<T>) {
         let Some(bdev) = self.live().device(device).map(|device| device.bdev()) else {
             return;
@@ -247,7 +257,7 @@ impl<T: Deferred> Io<T> {
 
         let spare = buffer.is_spare();
 
-        // SAFETY: The bio is valid, and nobody changes it now.
+        // SAFETY: The bio is valid, and no one else changes it.
         let original = unsafe { bio.as_ref() };
         let (mut flags, ioprio) = (original.bi_opf & sys::OBD_REQ_INHERITED, original.bi_ioprio);
         if shared {
@@ -256,8 +266,8 @@ impl<T: Deferred> Io<T> {
         if deferred {
             flags &= !sys::OBD_REQ_NOWAIT;
         }
-        // SAFETY: The frame stays where it is until the I/O ends, and so do the buffer in it and
-        // the device; the I/O isn't ended before `read_done` has uninitialised the lower bio.
+        // SAFETY: The frame, the buffer in it and the device stay valid and in place until the I/O
+        // ends. It doesn't end before `read_done` has uninitialised the lower bio.
         let ready = unsafe { buffer.init_read(lower, vec, core::ptr::null_mut(), flags) };
         if ready.is_err() {
             // SAFETY: Initialised above, and not in flight.
@@ -266,7 +276,8 @@ impl<T: Deferred> Io<T> {
         }
         // SAFETY: The lower bio was initialised above and isn't in flight.
         let fields = unsafe { &mut *lower.as_ptr() };
-        // Not before: initialised with a device, the bio would belong to the group of this task.
+        // Set only now: if initialised with a device, the bio would belong to the control group of
+        // this task.
         fields.bi_bdev = bdev;
         fields.bi_ioprio = if spare { 0 } else { ioprio };
         fields.bi_iter.bi_sector = sector;
@@ -275,27 +286,29 @@ impl<T: Deferred> Io<T> {
         if spare {
             // SAFETY: The lower bio is initialised and has a device.
             unsafe { sys::obd_bio_associate_root(lower.as_ptr()) };
-            // SAFETY: The lower bio is complete. `read_done` gets the ownership of the I/O.
+            // SAFETY: The lower bio is complete. `read_done` takes the ownership of the I/O.
             unsafe { sys::submit_bio_noacct(lower.as_ptr()) };
         } else {
-            // SAFETY: The lower bio is complete but for its group, which this sets. The other one is
-            // a clone of device-mapper's that hasn't ended. `read_done` gets the ownership of the I/O.
+            // SAFETY: The lower bio is complete except for its control group, which this call sets.
+            // `bio` is a clone that device-mapper made, and hasn't ended. `read_done` takes the
+            // ownership of the I/O.
             unsafe { sys::dm_submit_bio_remap(bio.as_ptr(), lower.as_ptr()) };
         }
     }
 
-    /// The end of a lower read, in any context.
+    /// The completion function of a lower read. Called in any context.
     ///
     /// # Safety
     ///
-    /// `lower` is the lower bio of a frame, submitted by [`Io::read`], which gave the ownership of
-    /// the I/O away.
+    /// `lower` is the lower bio of a frame. [`Io::read`] has submitted it, and passed the ownership
+    /// of the I/O to this function.
     unsafe extern "C" fn read_done(lower: *mut sys::bio) {
         // SAFETY: The bio has ended and is valid.
         let (frame, status) = unsafe { ((*lower).bi_private, (*lower).bi_status) };
-        // SAFETY: It has ended, so nobody else uses it.
+        // SAFETY: It has ended, so no one else uses it.
         unsafe { sys::bio_uninit(lower) };
-        // SAFETY: `read` put the frame there and gave its ownership away.
+        // SAFETY: `read` stored the frame there, and passed the ownership of the I/O to this
+        // function.
         let mut io = unsafe { Self::from_raw(frame.cast()) };
         let result = Status::check(status);
         let frame = io.frame_mut();
@@ -308,7 +321,7 @@ impl<T: Deferred> Io<T> {
         }
     }
 
-    /// Goes on with `step` in a worker.
+    /// Continues with `step` in a worker.
     pub(crate) fn defer(mut self, step: Step<T>) {
         let frame = self.frame_mut();
         frame.step = Some(step);
@@ -322,21 +335,23 @@ impl<T: Deferred> Io<T> {
         let job = unsafe { &raw mut (*frame).job };
         // SAFETY: A field of a frame is never at address 0.
         let job = unsafe { NonNull::new_unchecked(job) };
-        // SAFETY: The job is in the frame, which stays until the I/O ends, and isn't queued by the
-        // type invariant; `run` owns the I/O from now on, which may be sent to any thread. Workers
-        // are dropped with the target, which outlives the I/O and isn't dropped by one of them.
+        // SAFETY: The job is in the frame, which stays in place until the I/O ends. By the type
+        // invariant it isn't queued. `run` owns the I/O from now on; an I/O may be sent to any
+        // thread. The workers are dropped with the target, which outlives the I/O, and no worker
+        // drops the target.
         unsafe { Workers::push(workers, job, Self::run) };
     }
 
-    /// What a worker runs.
+    /// The function of a job. Called by a worker.
     ///
     /// # Safety
     ///
-    /// `job` is that of a frame, pushed by [`Io::defer`], which gave the ownership of the I/O away.
+    /// `job` is the job of a frame. [`Io::defer`] has pushed it, and passed the ownership of the
+    /// I/O to this function.
     unsafe fn run(job: NonNull<Job>) {
-        // SAFETY: The job is a part of a frame.
+        // SAFETY: The job is a field of a frame.
         let frame = unsafe { job.byte_sub(core::mem::offset_of!(Frame<T>, job)) };
-        // SAFETY: `defer` gave the ownership away.
+        // SAFETY: `defer` has passed the ownership of the I/O to this function.
         let mut io = unsafe { Self::from_raw(frame.as_ptr().cast()) };
         io.frame_mut().deferred = true;
         if io.frame().buffer.as_ref().is_some_and(Buffer::is_spare) {
@@ -353,7 +368,7 @@ impl<T: Deferred> Io<T> {
         core::mem::forget(self);
     }
 
-    /// Gives the memory back.
+    /// Returns the buffer to the pool, or the spare buffer to the [`Spares`].
     fn release_buffer(&mut self) {
         match self.frame_mut().buffer.take() {
             Some(buffer) if buffer.is_spare() => {
@@ -364,34 +379,34 @@ impl<T: Deferred> Io<T> {
         }
     }
 
-    /// Ends the I/O; `self` is used no more after that.
+    /// Ends the I/O. The caller must not use `self` after that.
     fn finish(&mut self, result: Result<(), Status>) {
         self.release_buffer();
         let bio = self.bio();
-        // SAFETY: By the type invariant the frame is initialised; it isn't used after this.
+        // SAFETY: By the type invariant the frame is initialised. It isn't used after this.
         unsafe { self.0.drop_in_place() };
         // SAFETY: The bio is valid.
         unsafe { sys::obd_flush_dcache_bio(bio.as_ptr()) };
         // SAFETY: The bio is valid.
         unsafe { (*bio.as_ptr()).bi_status = Status::raw(result) };
-        // What is above must not wait here: see the head of `block/workers.rs`.
-        // SAFETY: By the type invariant it hasn't ended, and it is ours to end.
+        // Completions of the layer above must not wait here: see the top of `block/workers.rs`.
+        // SAFETY: By the type invariant the bio hasn't ended, and `self` owns it.
         unsafe { sys::obd_bio_endio_atomic(bio.as_ptr()) };
     }
 
-    /// Gives the ownership away.
+    /// Converts to a raw pointer, which stands for the ownership of the I/O.
     fn into_raw(self) -> *mut Frame<T> {
         let frame = self.0.as_ptr();
         core::mem::forget(self);
         frame
     }
 
-    /// Takes the ownership back.
+    /// Takes the ownership of the I/O back.
     ///
     /// # Safety
     ///
-    /// `frame` came from [`Io::into_raw`], once; its lower bio isn't in flight and its job isn't
-    /// queued.
+    /// `frame` is from [`Io::into_raw`], and this is called once for it. Its lower bio isn't in
+    /// flight, and its job isn't queued.
     unsafe fn from_raw(frame: *mut Frame<T>) -> Self {
         // SAFETY: A frame is never at address 0.
         // INVARIANT: By the safety requirement.
@@ -405,21 +420,21 @@ impl<T: Deferred> Drop for Io<T> {
     }
 }
 
-/// A queue of I/Os, first in, first out. Dropped, they end with an error.
+/// A FIFO queue of I/Os. If it is dropped, they end with an error.
 ///
 /// # Invariants
 ///
-/// `first` starts a list of I/Os, linked by `next`; where it isn't empty, `last` is its end.
+/// `first` starts a list of I/Os, linked by `next`. Unless it is empty, `last` is its last frame.
 pub(crate) struct IoQueue<T: Deferred> {
     first: Option<Io<T>>,
     last: *mut Frame<T>,
 }
 
-// SAFETY: The I/Os may be sent; `last` is one of them.
+// SAFETY: The I/Os may be sent; `last` points to one of them.
 unsafe impl<T: Deferred> Send for IoQueue<T> {}
 
 impl<T: Deferred> IoQueue<T> {
-    /// An empty queue.
+    /// Makes an empty queue.
     pub(crate) const fn new() -> Self {
         // INVARIANT: The list is empty.
         Self {
@@ -428,21 +443,21 @@ impl<T: Deferred> IoQueue<T> {
         }
     }
 
-    /// Puts `io` at the end.
+    /// Appends `io`.
     pub(crate) fn push(&mut self, io: Io<T>) {
         let frame = io.0.as_ptr();
         if self.first.is_none() {
             self.first = Some(io);
         } else {
-            // SAFETY: The list isn't empty, so by the type invariant `last` is an I/O in it, which
-            // the list owns.
+            // SAFETY: The list isn't empty, so by the type invariant `last` is the frame of an I/O
+            // in it. The list owns that I/O.
             unsafe { (*self.last).next = Some(io) };
         }
         // INVARIANT: `io` is the end of the list now.
         self.last = frame;
     }
 
-    /// Puts `io` at the start.
+    /// Puts `io` before all others.
     fn push_front(&mut self, mut io: Io<T>) {
         let rest = self.first.take();
         if rest.is_none() {
@@ -453,7 +468,7 @@ impl<T: Deferred> IoQueue<T> {
         self.first = Some(io);
     }
 
-    /// Takes the first one.
+    /// Removes and returns the first I/O.
     pub(crate) fn pop(&mut self) -> Option<Io<T>> {
         let mut io = self.first.take()?;
         self.first = io.frame_mut().next.take();
@@ -469,7 +484,7 @@ impl<T: Deferred> Default for IoQueue<T> {
 
 impl<T: Deferred> Drop for IoQueue<T> {
     fn drop(&mut self) {
-        // One by one: the list may be long, and the stack is short.
+        // One by one: dropping the list recursively could overflow the kernel stack.
         while let Some(io) = self.pop() {
             drop(io);
         }
@@ -483,11 +498,11 @@ pub(crate) struct Spares<T: Deferred> {
     state: Lock<State<T>>,
 }
 
-/// What a [`Spares`] guards.
+/// The data behind the lock of a [`Spares`].
 ///
 /// # Invariants
 ///
-/// While I/Os wait, the spare buffer is out.
+/// While I/Os wait, `buffer` is `None`: an I/O has the spare buffer.
 struct State<T: Deferred> {
     buffer: Option<Buffer>,
     waiting: IoQueue<T>,
@@ -500,7 +515,7 @@ impl<T: Deferred> Spares<T> {
     ///
     /// [`ENOMEM`].
     pub(crate) fn new(len: usize) -> Result<Pin<KBox<Self>>> {
-        // INVARIANT: Nobody waits.
+        // INVARIANT: No I/O waits.
         let state = State {
             buffer: Some(Buffer::new_spare(len)?),
             waiting: IoQueue::new(),
@@ -512,7 +527,8 @@ impl<T: Deferred> Spares<T> {
         )
     }
 
-    /// Gives the spare buffer to `io`, and `io` back; or keeps it until the buffer is here.
+    /// Gives the spare buffer to `io` and returns `io`. If another I/O has the buffer, queues `io`
+    /// and returns `None`.
     fn take_or_wait(&self, mut io: Io<T>) -> Option<Io<T>> {
         let mut state = self.state.lock();
         if let Some(buffer) = state.buffer.take() {
@@ -520,16 +536,17 @@ impl<T: Deferred> Spares<T> {
             io.adopt(buffer);
             return Some(io);
         }
-        // INVARIANT: The buffer is out.
+        // INVARIANT: `buffer` is `None`.
         state.waiting.push(io);
         None
     }
 
-    /// Takes the spare buffer back; the first that waits gets it, and goes on in a worker.
+    /// Takes the spare buffer back. If I/Os wait, gives it to the first one, which continues in a
+    /// worker.
     fn give_back(&self, buffer: Buffer) {
         let mut state = self.state.lock();
         let Some(mut io) = state.waiting.pop() else {
-            // INVARIANT: Nobody waits.
+            // INVARIANT: No I/O waits.
             state.buffer = Some(buffer);
             return;
         };
@@ -538,14 +555,14 @@ impl<T: Deferred> Spares<T> {
         io.go_on();
     }
 
-    /// Lets I/Os that wait go on with other memory, as many as get some, where there is memory
-    /// again. Called by a worker whose I/O has the spare buffer.
+    /// If memory is available again, lets I/Os that wait for the spare buffer continue with buffers
+    /// from `pool`, as many as get one. Called by a worker whose I/O has the spare buffer.
     fn retry(&self, pool: &Pool) {
         loop {
             let first = self.state.lock().waiting.pop();
             let Some(mut io) = first else { return };
             let Some(buffer) = Buffer::try_new(pool, io.frame().wanted) else {
-                // INVARIANT: The caller's I/O has the buffer.
+                // INVARIANT: The caller's I/O has the spare buffer, so `buffer` is `None`.
                 return self.state.lock().waiting.push_front(io);
             };
             io.attach(buffer);

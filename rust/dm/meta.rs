@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! Reads of headers and indexes while a device is being made.
+//! Reads headers and indexes while a target is constructed.
 
 use core::ptr::NonNull;
 
@@ -14,12 +14,12 @@ use crate::format::num::{to_u64, to_usize};
 use crate::format::{blob, Blob, Error as FormatError, Fault};
 use crate::sys;
 
-/// Bytes that one read of a stream asks for.
+/// Largest number of bytes in one read of a stream.
 const CHUNK: usize = 128 << 10;
-/// Reads of a stream that are in flight at once.
+/// Largest number of reads of a stream that are in flight at once.
 const DEPTH: usize = 4;
 
-/// The first bytes of a block device, as a [`Blob`].
+/// Reads the first bytes of a block device as a [`Blob`].
 ///
 /// # Invariants
 ///
@@ -30,11 +30,11 @@ pub(crate) struct MetaReader<'a> {
 }
 
 impl<'a> MetaReader<'a> {
-    /// The first `len` bytes of `device`, or all.
+    /// Makes a reader of the first `len` bytes of `device`, or of all if `len` is `None`.
     ///
     /// # Errors
     ///
-    /// Where the device is smaller.
+    /// If the device has fewer than `len` bytes.
     pub(crate) fn new(device: &'a Device, len: Option<u64>) -> Result<Self, Failure> {
         let size = device.size();
         let len = len.unwrap_or(size);
@@ -57,7 +57,7 @@ impl Blob for MetaReader<'_> {
         let mut rest = buf;
         self.stream(offset, to_u64(rest.len()), &mut |piece| {
             let all = core::mem::take(&mut rest);
-            // A stream gives as many bytes as were asked for.
+            // Doesn't fail: a stream has exactly the length that was requested.
             let (head, tail) = all
                 .split_at_mut_checked(piece.len())
                 .ok_or(FormatError::new(Fault::Truncated, offset, 0))?;
@@ -74,8 +74,8 @@ impl Blob for MetaReader<'_> {
         }
         let block = u64::from(self.device.logical_block_size());
         let end = offset + len;
-        // What is read: whole blocks of the device. No overflow: it is within the device, whose
-        // size is a multiple of its blocks.
+        // Whole blocks of the device are read: from `ahead` to `stop`. No overflow: `stop` is
+        // within the device, whose size is a multiple of the block size.
         let mut ahead = offset - offset % block;
         let stop = end.next_multiple_of(block);
 
@@ -109,7 +109,7 @@ impl Blob for MetaReader<'_> {
 }
 
 impl MetaReader<'_> {
-    /// Starts reading `len` bytes at byte `at`; gives `len`.
+    /// Starts reading `len` bytes at byte `at`. Returns `len`.
     fn submit(&self, read: Option<&mut Pin<KBox<Read>>>, at: u64, len: u64) -> Result<u64> {
         let read = read.ok_or(EINVAL)?;
         read.as_mut().submit(self.device, at, to_usize(len))?;
@@ -117,12 +117,12 @@ impl MetaReader<'_> {
     }
 }
 
-/// A read in process context.
+/// A read for a caller that waits for it in process context.
 ///
 /// # Invariants
 ///
-/// While `busy`, the bio is in flight: it, its vector and the buffer belong to the block layer,
-/// and `done` is going to be completed once. Otherwise the bio isn't initialised. `done` is an
+/// If `busy` is set, the bio is in flight: the block layer owns the bio, its vector and the buffer,
+/// and `done` will be completed once. Otherwise the bio isn't initialised. `done` is always an
 /// initialised completion.
 #[pin_data(PinnedDrop)]
 struct Read {
@@ -137,7 +137,7 @@ struct Read {
 }
 
 impl Read {
-    /// A read of at most `capacity` bytes.
+    /// Makes a read of at most `capacity` bytes. Doesn't start it.
     fn new(capacity: usize) -> Result<Pin<KBox<Self>>> {
         // INVARIANT: Not busy.
         KBox::pin_init(
@@ -153,17 +153,18 @@ impl Read {
         )
     }
 
-    /// Starts reading `len` bytes from byte `at` of `device`, both multiples of its block size.
+    /// Starts reading `len` bytes from byte `at` of `device`. Both are multiples of its block size.
     fn submit(mut self: Pin<&mut Self>, device: &Device, at: u64, len: usize) -> Result {
-        // Of a read that nobody waited for, the status doesn't matter.
+        // The status of a read that was started before, and that no one has waited for, doesn't
+        // matter.
         let _ = self.as_mut().settle();
         let bio = NonNull::new(self.bio.get()).ok_or(EINVAL)?;
         let vec = NonNull::new(self.vec.get()).ok_or(EINVAL)?;
         let done = self.done.get();
         let buffer = self.as_mut().project().buffer;
         buffer.reset(len)?;
-        // SAFETY: `self` is pinned and waits for the bio before it is dropped or used again, and
-        // `device` is open for longer than this call chain, which waits for the bio.
+        // SAFETY: `self` is pinned, and waits for the bio before it is dropped or used again.
+        // `device` stays open until the caller has dropped `self`.
         let ready = unsafe { buffer.init_read(bio, vec, device.bdev(), sys::OBD_REQ_META) };
         if ready.is_err() {
             // SAFETY: Initialised above, and not in flight.
@@ -182,7 +183,7 @@ impl Read {
         Ok(())
     }
 
-    /// Waits for the read, and gives what it read.
+    /// Waits for the read. Returns the bytes that it has read.
     fn wait(mut self: Pin<&mut Self>) -> Result<&[u8], Failure> {
         if !self.busy {
             return Err(EINVAL.into());
@@ -193,7 +194,7 @@ impl Read {
             Ok(()) => {
                 // SAFETY: The read has succeeded.
                 unsafe { buffer.set_filled() };
-                // It is contiguous.
+                // Doesn't fail: the buffer is contiguous.
                 let bytes = buffer.get(0..buffer.filled());
                 Ok(bytes.ok_or(EINVAL)?)
             }
@@ -201,16 +202,16 @@ impl Read {
         }
     }
 
-    /// Waits until no bio is in flight; gives the status of the one that was.
+    /// Waits until the bio isn't in flight. Returns its status, or `Ok` if it wasn't in flight.
     fn settle(self: Pin<&mut Self>) -> Result<(), Status> {
         let this = self.project();
         if !*this.busy {
             return Ok(());
         }
-        // SAFETY: By the type invariant it is initialised, and is completed once for this bio.
+        // SAFETY: By the type invariant it is initialised, and it is completed once for this bio.
         unsafe { sys::wait_for_completion_io(this.done.get()) };
         let bio = this.bio.get();
-        // SAFETY: The bio has ended, and nobody else uses it any more.
+        // SAFETY: The bio has ended, and no one else uses it any more.
         let status = Status::check(unsafe { (*bio).bi_status });
         // SAFETY: As above.
         unsafe { sys::bio_uninit(bio) };
@@ -219,7 +220,7 @@ impl Read {
         status
     }
 
-    /// The end of the bio, in any context.
+    /// The completion function of the bio. Called in any context.
     ///
     /// # Safety
     ///
@@ -227,7 +228,7 @@ impl Read {
     unsafe extern "C" fn end_io(bio: *mut sys::bio) {
         // SAFETY: The bio is valid.
         let done = unsafe { (*bio).bi_private };
-        // SAFETY: `submit` put a completion there, which lives until it was completed.
+        // SAFETY: `submit` stored a completion there. It is valid until it is completed.
         unsafe { sys::complete(done.cast()) };
     }
 }

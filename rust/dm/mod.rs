@@ -2,27 +2,27 @@
 
 //! Safe abstractions over device-mapper.
 //!
-//! A target implements [`Target`]; a [`Registration`] makes it known. Then:
+//! A target type implements [`Target`]; a [`Registration`] registers it with device-mapper. Then:
 //!
 //! ```text
 //! table line -> Target::new(Setup, Args)         process context, may sleep and allocate
-//! bio        -> Target::map(Bio) -> Mapped       never blocks; several at once
-//!                 Bio::remap                     device-mapper sends it on
-//!                 Bio::zero, refuse              ended
-//!                 Bio::begin -> Io               the target works on it:
+//! bio        -> Target::map(Bio) -> Mapped       must not block; on several CPUs at once
+//!                 Bio::remap                     device-mapper submits it
+//!                 Bio::zero, end, refuse         ended at once
+//!                 Bio::begin -> Io               the target processes it:
 //!                   Io::attach -> read -> defer -> … -> Io::end
-//! page       -> Target::DAX -> Memory            never blocks; for file systems that map it
+//! page       -> Target::DAX -> Memory            must not sleep; for file systems that map it
 //! ```
 //!
-//! Who has a [`Bio`] or an [`Io`] owns an I/O that hasn't ended. Each of their final methods takes
-//! it by value, so an I/O ends once; an [`Io`] that is dropped ends with an error.
+//! A [`Bio`] or an [`Io`] owns an I/O that hasn't ended. Each of their final methods takes it by
+//! value, so an I/O ends once. An [`Io`] that is dropped ends with an error.
 //!
-//! Devices belong to the table, not to the target, which names them by [`DeviceId`]: they cannot
-//! outlive the table. Device-mapper destroys a table only when no I/O of it is left, so a target
-//! outlives its I/O; [`Io::end`] takes the I/O with every reference to the target. What a step owns
-//! beside the I/O it gives back before that. The works of a target are cancelled and waited for
-//! before the target may go, and the module's end waits for those that are still in its code
-//! ([`LastOut`]).
+//! Devices belong to the table, not to the target, so they cannot outlive the table. A target
+//! refers to them by [`DeviceId`]. Device-mapper destroys a table only when no I/O of it is left,
+//! so a target outlives its I/O. [`Io::end`] consumes the I/O with every reference to the target; a
+//! step must release everything else that it owns before that. The work items of a target are
+//! cancelled and waited for before the target is freed. Unloading the module waits for tasks that
+//! are still in its code ([`LastOut`]).
 //!
 //! C header: `include/linux/device-mapper.h`.
 
@@ -50,17 +50,17 @@ pub(crate) use setup::{Failure, Setup};
 pub(crate) use status::Emit;
 pub(crate) use target::{Deferred, Limits, Message, Registration, Target};
 
-/// Lets others run; in process context.
+/// Lets other tasks run. Called in process context, without locks.
 pub(crate) fn cond_resched() {
     // SAFETY: Callers are in process context, without locks.
     unsafe { crate::sys::obd_cond_resched() }
 }
 
-/// Dropped when all else of the module is gone, waits until no task is in its code any more.
+/// When dropped, waits until no task is in the module's code any more. Must be dropped last.
 ///
-/// The end of a lower read runs in a task where the lower device ends it in one. Such a task may be
-/// preempted on its way back from what has ended the I/O, or has handed it to a worker, while the
-/// device is removed.
+/// If the lower device completes a read in a task, [`Io`]'s completion function runs in that task.
+/// It ends the I/O or hands it to a worker. After that, the device may be removed while the task is
+/// still preempted inside this function.
 pub(crate) struct LastOut;
 
 impl Drop for LastOut {
@@ -70,9 +70,9 @@ impl Drop for LastOut {
     }
 }
 
-/// Fails if the current task was killed.
+/// Returns an error if the current task was killed.
 pub(crate) fn check_killed() -> Result<(), Failure> {
-    // SAFETY: Looks at the current task only.
+    // SAFETY: This only reads the state of the current task.
     if unsafe { crate::sys::obd_fatal_signal_pending() } {
         return Err(Failure::new(c"Interrupted", EINTR));
     }

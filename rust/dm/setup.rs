@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! Making a target from a table line.
+//! Constructs a target from a table line.
 
 use core::ptr::NonNull;
 
@@ -13,8 +13,8 @@ use crate::block::Queue;
 use crate::format;
 use crate::sys;
 
-/// Why a table line is refused: one short phrase, the error that the caller gets, and what was
-/// found in the image, where that is the reason.
+/// The reason why a table line or a message is refused: a short phrase, the error number that the
+/// caller gets, and, if the image is the reason, what was found in it.
 #[derive(Clone, Copy)]
 pub(crate) struct Failure {
     pub(super) phrase: &'static CStr,
@@ -32,12 +32,12 @@ impl Failure {
         }
     }
 
-    /// Prints why a message to the device `name` is refused.
+    /// Logs why a message to the device `name` is refused.
     pub(super) fn tell(&self, name: &str) {
         pr_err!("{name}: {}\n", self.phrase.to_str().unwrap_or("-"));
     }
 
-    /// Prints what was found in the image of the device `name`.
+    /// Logs what was found in the image of the device `name`, if the image is the reason.
     pub(super) fn explain(&self, name: &str) {
         if let Some(found) = &self.found {
             pr_err!(
@@ -77,11 +77,11 @@ impl From<AllocError> for Failure {
     }
 }
 
-/// The number of a mapped device, as text.
+/// The number of a mapped device as text.
 pub(crate) struct DeviceName([u8; 16]);
 
 impl DeviceName {
-    /// The number of the mapped device of target `ti`.
+    /// Returns the number of the mapped device of target `ti`.
     ///
     /// # Safety
     ///
@@ -102,18 +102,18 @@ impl DeviceName {
         name
     }
 
-    /// The number as `major:minor`.
+    /// Returns the number as `major:minor`.
     pub(crate) fn as_c_str(&self) -> &CStr {
         CStr::from_bytes_until_nul(&self.0).unwrap_or(c"?")
     }
 
-    /// The number as `major:minor`.
+    /// Returns the number as `major:minor`.
     pub(crate) fn as_str(&self) -> &str {
         self.as_c_str().to_str().unwrap_or("?")
     }
 }
 
-/// The name of the target type of `ti`.
+/// Returns the name of the target type of `ti`.
 ///
 /// # Safety
 ///
@@ -127,7 +127,7 @@ pub(super) unsafe fn type_name(ti: *mut sys::dm_target) -> &'static CStr {
     unsafe { CStr::from_char_ptr(name) }
 }
 
-/// A target in the making.
+/// A target that is being constructed.
 ///
 /// # Invariants
 ///
@@ -139,30 +139,30 @@ pub(crate) struct Setup<'a, C> {
 }
 
 impl<'a, C> Setup<'a, C> {
-    /// What all targets of the type share.
+    /// Returns the data that all targets of the type share.
     pub(crate) fn context(&self) -> Arc<C> {
         self.context.clone()
     }
 
-    /// The name of the target type in the table line.
+    /// Returns the name of the target type in the table line.
     pub(crate) fn type_name(&self) -> &'static CStr {
         // SAFETY: By the type invariant the target is valid.
         unsafe { type_name(self.target.as_ptr()) }
     }
 
-    /// Length of the target in sectors.
+    /// Returns the length of the target in sectors.
     pub(crate) fn len(&self) -> u64 {
         // SAFETY: By the type invariant the target is valid.
         unsafe { (*self.target.as_ptr()).len }
     }
 
-    /// Number of the mapped device as `major:minor`, for messages.
+    /// Returns the number of the mapped device, for messages.
     pub(crate) fn device_name(&self) -> DeviceName {
         // SAFETY: By the type invariant the target is valid.
         unsafe { DeviceName::of(self.target.as_ptr()) }
     }
 
-    /// Fails unless the table is being loaded read-only.
+    /// Returns an error if the table isn't loaded read-only.
     ///
     /// # Errors
     ///
@@ -182,7 +182,7 @@ impl<'a, C> Setup<'a, C> {
     ///
     /// # Errors
     ///
-    /// What opening it fails with.
+    /// The error that opening it returns, or [`E2BIG`] if the target has too many devices.
     pub(crate) fn open(&mut self, path: &CStr) -> Result<DeviceId, Failure> {
         let id = DeviceId(
             u8::try_from(self.devices.len())
@@ -201,21 +201,21 @@ impl<'a, C> Setup<'a, C> {
         };
         let opened = kernel::error::to_result(ret).and(NonNull::new(dev).ok_or(ENODEV));
         let dev = opened.map_err(|error| Failure::new(c"Device lookup failed", error))?;
-        // SAFETY: The device was just got for the target. All devices are dropped before the
-        // target is gone: when the constructor fails, or by the destructor.
+        // SAFETY: The device was just got for the target. All devices are dropped before the target
+        // is freed: when the constructor fails, or by the destructor.
         let device = unsafe { Device::new(self.target, dev) };
         self.devices.push(device, GFP_KERNEL)?;
         Ok(id)
     }
 
-    /// A device that was opened.
+    /// Returns a device that was opened.
     pub(crate) fn device(&self, id: DeviceId) -> Result<&Device, Failure> {
         let device = self.devices.get(usize::from(id.0));
         device.ok_or(Failure::new(c"Internal error", EINVAL))
     }
 
-    /// The queue for the target's workers: `shared`, or one of its own if its I/O may wait for
-    /// another device of this module.
+    /// Returns the queue for the target's workers: `shared`, or a new one if the target's I/O may
+    /// wait for another device of this module.
     ///
     /// # Errors
     ///
@@ -229,7 +229,7 @@ impl<'a, C> Setup<'a, C> {
         Queue::new(&name)
     }
 
-    /// Says that the target uses the first `bytes` bytes of a device only.
+    /// Records that the target uses only the first `bytes` bytes of a device.
     pub(crate) fn set_used(&mut self, id: DeviceId, bytes: u64) {
         if let Some(device) = self.devices.get_mut(usize::from(id.0)) {
             device.set_used(bytes);

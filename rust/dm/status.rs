@@ -1,21 +1,22 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! Writing a target's status.
+//! Writes a target's status.
 
 use core::fmt::{self, Write};
 use core::marker::PhantomData;
 use core::ptr::NonNull;
 
-/// The buffer that a status is written to. What doesn't fit is cut, which device-mapper sees.
+/// The buffer that a status is written to. Text that doesn't fit is cut off. Device-mapper notices
+/// that, because the buffer is full.
 ///
 /// # Invariants
 ///
-/// `start` is valid for writes of `size` bytes for `'a`, and `at` is below `size` or both are 0.
+/// `start` is valid for writes of `size` bytes for `'a`. `at` is below `size`, or both are 0.
 pub(crate) struct Emit<'a> {
     start: NonNull<u8>,
     size: usize,
     at: usize,
-    /// Bytes at the end that aren't to be used yet.
+    /// Number of bytes at the end that must not be used yet.
     reserved: usize,
     _buffer: PhantomData<&'a mut [u8]>,
 }
@@ -38,7 +39,7 @@ impl Emit<'_> {
         emit
     }
 
-    /// Bytes of text that still fit.
+    /// Returns how many bytes of text still fit.
     pub(crate) fn room(&self) -> usize {
         self.size.saturating_sub(self.at + 1 + self.reserved)
     }
@@ -50,7 +51,7 @@ impl Emit<'_> {
 
     /// Appends formatted text.
     pub(crate) fn put(&mut self, args: fmt::Arguments<'_>) {
-        // Cutting isn't an error here.
+        // Text that is cut off isn't an error here.
         let _ = self.write_fmt(args);
     }
 
@@ -72,7 +73,7 @@ impl Write for Emit<'_> {
         if len > 0 {
             // SAFETY: By the type invariant this is within the buffer.
             let end = unsafe { self.start.as_ptr().add(self.at) };
-            // SAFETY: There is room for `len` bytes and the NUL behind.
+            // SAFETY: There is room for `len` bytes and the NUL after them.
             unsafe { end.copy_from_nonoverlapping(text.as_ptr(), len) };
             // INVARIANT: `len` is at most `size - at - 1`.
             self.at += len;

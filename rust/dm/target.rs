@@ -20,71 +20,72 @@ use super::{Args, Bio, Dax, Device, DeviceId, Emit, Failure, Mapped, Setup, Spar
 use crate::block::{Pool, Queue, Status, Workers};
 use crate::sys;
 
-/// What handles a message: its words, the first of which says what it is. Fails with why it is
-/// refused.
+/// A function that handles a message. Gets the words of the message; the first one is its name.
+/// Returns an error if the message is refused.
 pub(crate) type Message<T> = fn(&T, Args<'_>) -> Result<(), Failure>;
 
 /// A read-only target.
 pub(crate) trait Target: Send + Sync + Sized + 'static {
-    /// What all targets of the type share.
+    /// Data that all targets of the type share.
     type Context: Send + Sync + 'static;
 
-    /// Version of the target type: what it accepts and shows.
+    /// Version of the target type. It changes with the arguments, messages and status of the
+    /// targets.
     const VERSION: [u32; 3];
-    /// Whether `map` and all below it may be called with `REQ_NOWAIT`.
+    /// Whether the target can map bios with `REQ_NOWAIT`.
     const NOWAIT: bool = false;
-    /// Per-bio data in bytes: [`frame_size`] of a deferred target, else 0.
+    /// Size of the per-bio data in bytes: [`frame_size`] for a [`Deferred`] target, otherwise 0.
     ///
     /// [`frame_size`]: super::frame_size
     const PER_BIO_DATA: usize = 0;
-    /// Handles a message (`dmsetup message`), in process context, while bios are mapped; `None` for
-    /// a target that takes no messages.
+    /// Handles a message (`dmsetup message`); `None` if the target has no messages. Called in
+    /// process context, while other CPUs may map bios.
     const MESSAGE: Option<Message<Self>> = None;
-    /// Called when a read that the target has sent on ends with an error, in any context, on
-    /// several CPUs at once; `None` for a target that sends no reads on. Not called for reads that
-    /// are marked as read-ahead, nor where the request is the cause, not the storage.
+    /// Called when a read that the target has remapped ends with an error; `None` if the target
+    /// doesn't remap reads. May be called in any context, on several CPUs at once. Not called for
+    /// read-ahead, nor for errors that are caused by the request and not by the storage.
     const READ_FAILED: Option<fn(&Self)> = None;
-    /// Name of the variable that tells of the first fault in a uevent: the number of a corrupt
+    /// Name of the variable in the uevent for the first fault. Its value is the number of a corrupt
     /// block, or the error number of a failed read.
     const ALERT: &'static CStr;
-    /// How file systems map the memory below; `None` for a target without DAX. A target with DAX is
-    /// alone in its table, has all of its devices for itself, and has each page of them at one place
-    /// only.
+    /// The functions for DAX; `None` for a target without DAX. A target with DAX is alone in its
+    /// table. No other target with DAX uses its devices, and it shows each of their pages at one
+    /// place only.
     const DAX: Option<Dax<Self>> = None;
 
     /// Makes a target from the arguments of its table line.
     ///
     /// # Errors
     ///
-    /// Why the line is refused.
+    /// The reason why the line is refused.
     fn new(setup: &mut Setup<'_, Self::Context>, args: Args<'_>) -> Result<Self, Failure>;
 
-    /// Maps a bio. Never blocks; runs on several CPUs at once.
+    /// Maps a bio. Must not block. Called on several CPUs at once.
     fn map<'a>(&self, bio: Bio<'a, Self>) -> Mapped<'a>;
 
     /// Writes the status: counters and state.
     fn info(&self, out: &mut Emit<'_>);
 
-    /// Writes the arguments of the table line; `devices` are in the order in which they were
+    /// Writes the arguments of the table line. `devices` are in the order in which they were
     /// opened.
     fn table(&self, devices: &[Device], out: &mut Emit<'_>);
 
-    /// Writes what is measured by IMA, as `,key=value`.
+    /// Writes the values that IMA measures, each as `,key=value`.
     fn ima(&self, devices: &[Device], out: &mut Emit<'_>);
 
     /// Adjusts the limits of the device.
     fn limits(&self, limits: &mut Limits<'_>);
 }
 
-/// A target that works on bios after its map function has returned.
+/// A target that still processes bios after its map function has returned.
 pub(crate) trait Deferred: Target {
     /// The target's own state of an I/O.
     type Request: Send;
 
-    /// Its spare buffer.
+    /// Returns the holder of the device's spare buffer.
     fn spares(&self) -> &Spares<Self>;
 
-    /// Where its other buffers go back to.
+    /// Returns the pool that the other buffers come from and go back to.
     fn pool(&self) -> &Pool;
 }
 
@@ -92,8 +93,9 @@ pub(crate) trait Deferred: Target {
 pub(crate) struct Limits<'a>(&'a mut sys::queue_limits);
 
 impl Limits<'_> {
-    /// Reads of any number of sectors at any sector, whatever is below: the sectors of what is below lie
-    /// elsewhere.
+    /// Sets the logical block size, and allows reads of any number of blocks at any block. The
+    /// lower devices' limits on chunks and alignment don't apply, because the device's sectors
+    /// aren't at the same places there.
     pub(crate) fn set_logical_block_size(&mut self, bytes: u32) {
         self.0.logical_block_size = bytes;
         self.0.dma_alignment = bytes - 1;
@@ -102,7 +104,7 @@ impl Limits<'_> {
         self.0.flags &= !sys::OBD_BLK_FLAG_MISALIGNED;
     }
 
-    /// The sizes in bytes that reads are best made of: `block` the smallest, `optimal` a large
+    /// Sets the preferred sizes of reads in bytes: `block` is the smallest one, `optimal` a large
     /// one.
     pub(crate) fn set_preferred(&mut self, block: u32, optimal: u32) {
         self.0.physical_block_size = block;
@@ -110,7 +112,7 @@ impl Limits<'_> {
         self.0.io_opt = optimal;
     }
 
-    /// Ends of I/O can't be polled for.
+    /// Says that the device doesn't support polling for completions.
     pub(crate) fn clear_poll(&mut self) {
         self.0.features &= !sys::OBD_BLK_FEAT_POLL;
     }
@@ -120,14 +122,14 @@ impl Limits<'_> {
 ///
 /// # Invariants
 ///
-/// `devices` are in the order in which they were opened, that of their [`DeviceId`]s. `workers` are
-/// there for targets with per-bio data, `claim` for those with DAX.
+/// `devices` are in the order in which they were opened, that of their [`DeviceId`]s. `workers` is
+/// set for targets with per-bio data, `claim` for targets with DAX.
 pub(super) struct Live<T> {
-    // Dropped first: waits for workers that have ended their I/O and are about to return.
+    // Dropped first. This waits for workers that have ended their I/O and are about to return.
     workers: Option<Pin<KBox<Workers>>>,
-    // Waits for an event that is being sent.
+    // Dropped before the target: this waits for an event that is being sent.
     alerts: Pin<KBox<Alerts>>,
-    // Before the devices that it is for.
+    // Dropped before the devices that it claims.
     claim: Option<Claim>,
     target: T,
     devices: KVec<Device>,
@@ -143,33 +145,33 @@ impl<T: Target> Live<T> {
         self.devices.get(usize::from(id.0))
     }
 
-    /// The workers for its I/Os.
+    /// Returns the workers for the I/Os of the target; `None` if it isn't a [`Deferred`] target.
     pub(super) fn workers(&self) -> Option<NonNull<Workers>> {
         self.workers.as_deref().map(NonNull::from)
     }
 
-    /// What reports its faults.
+    /// Returns the object that reports the target's faults.
     pub(super) fn alerts(&self) -> &Alerts {
         &self.alerts
     }
 
-    /// Its claim on its devices.
+    /// Returns the target's claim on its devices; `None` for a target without DAX.
     pub(super) fn claim(&self) -> Option<&Claim> {
         self.claim.as_ref()
     }
 
-    /// First sector of the target in its device.
+    /// Returns the first sector of the target in the mapped device.
     pub(super) fn begin(&self) -> u64 {
         self.begin
     }
 }
 
-/// A target type that is known to device-mapper, until it is dropped.
+/// Keeps a target type registered with device-mapper. Dropping it unregisters the type.
 ///
 /// # Invariants
 ///
-/// `raw` is registered, and its constructors find this registration around it. `queue` is there for
-/// targets with per-bio data.
+/// `raw` is registered, and is a field of this object, so that constructors find this object.
+/// `queue` is set for targets with per-bio data.
 #[pin_data(PinnedDrop)]
 pub(crate) struct Registration<T: Target> {
     #[pin]
@@ -179,18 +181,18 @@ pub(crate) struct Registration<T: Target> {
     _target: PhantomData<T>,
 }
 
-// SAFETY: A registration is only made and dropped; the rest is device-mapper's.
+// SAFETY: A registration is only made and dropped; device-mapper synchronises its use of `raw`.
 unsafe impl<T: Target> Send for Registration<T> {}
-// SAFETY: As above; the context may be shared.
+// SAFETY: As above; the context and the queue may be shared.
 unsafe impl<T: Target> Sync for Registration<T> {}
 
 impl<T: Target> Registration<T> {
-    /// Registers target type `name`. A deferred target needs a queue, which all workers share that
-    /// can.
+    /// Registers target type `name`. A [`Deferred`] target needs `queue`. Its workers run on that
+    /// queue, except those of a device that needs its own: see [`Setup::queue`].
     ///
     /// # Errors
     ///
-    /// [`EEXIST`] where the name is taken.
+    /// [`EEXIST`] if the name is taken.
     pub(crate) fn new(
         name: &'static CStr,
         module: &'static ThisModule,
@@ -262,7 +264,7 @@ impl<T: Target> Registration<T> {
         argc: ffi::c_uint,
         argv: *mut *mut ffi::c_char,
     ) -> ffi::c_int {
-        // SAFETY: The caller's promise; the target's type is the one in a registration.
+        // SAFETY: The caller's promise.
         match unsafe { Self::construct(ti, argc, argv) } {
             Ok(()) => 0,
             Err(failure) => {
@@ -286,8 +288,8 @@ impl<T: Target> Registration<T> {
     ) -> Result<(), Failure> {
         // SAFETY: The target is valid, and so is its type.
         let raw = unsafe { (*ti).type_ };
-        // SAFETY: By the type invariant there is a registration around the type, and
-        // device-mapper has a reference to the module that has it.
+        // SAFETY: By the type invariant the type is a field of a registration. Device-mapper has a
+        // reference to the module, which keeps the registration.
         let registration = unsafe { &*kernel::container_of!(Opaque::cast_from(raw), Self, raw) };
         let mut setup = Setup {
             target: NonNull::new(ti).ok_or(EINVAL)?,
@@ -297,7 +299,8 @@ impl<T: Target> Registration<T> {
         // SAFETY: The caller's promise.
         let args = unsafe { Args::new(argc, argv) };
         if let Some(dax) = T::DAX {
-            // Also where the table is refused: parked claims keep the module.
+            // Done even if the table is refused later: the parked claims that this removes would
+            // keep the module loaded.
             (dax.claims)(setup.context()).sweep();
             Claim::require_first_table(&setup)?;
         }
@@ -310,7 +313,8 @@ impl<T: Target> Registration<T> {
             None => None,
             Some(queue) => Some(Workers::new(setup.queue(queue)?)?),
         };
-        // SAFETY: The target outlives what it has, which is dropped by `dtr`.
+        // SAFETY: The target is valid until `dtr` has dropped the `Live`, or until this function
+        // has failed and dropped the alerts.
         let alerts = unsafe { Alerts::new(setup.target, T::ALERT) }?;
         // SAFETY: The target is valid.
         let begin = unsafe { (*ti).begin };
@@ -324,22 +328,22 @@ impl<T: Target> Registration<T> {
             begin,
         };
         let live = KBox::into_raw(KBox::new(live, GFP_KERNEL)?);
-        // SAFETY: The target is valid, and in its constructor it is ours.
+        // SAFETY: The target is valid, and no one else uses it while its constructor runs.
         let fields = unsafe { &mut *ti };
         fields.private = live.cast();
         fields.per_io_data_size = T::PER_BIO_DATA as u32;
-        // Its lower reads go through `dm_submit_bio_remap`.
+        // A target with per-bio data submits its lower reads with `dm_submit_bio_remap`.
         fields.set_accounts_remapped_io(T::PER_BIO_DATA != 0);
         Ok(())
     }
 
     /// # Safety
     ///
-    /// Called by device-mapper for a target that `ctr` made, once, when no I/O of it is left.
+    /// Called by device-mapper once for a target that `ctr` made, when no I/O of it is left.
     unsafe extern "C" fn dtr(ti: *mut sys::dm_target) {
         // SAFETY: The target is valid.
         let live = unsafe { (*ti).private };
-        // SAFETY: `ctr` put the box there.
+        // SAFETY: `ctr` stored the box there.
         drop(unsafe { KBox::from_raw(live.cast::<Live<T>>()) });
     }
 
@@ -349,7 +353,7 @@ impl<T: Target> Registration<T> {
     unsafe fn live<'a>(ti: *mut sys::dm_target) -> &'a Live<T> {
         // SAFETY: The target is valid.
         let live = unsafe { (*ti).private };
-        // SAFETY: `ctr` put it there, and it is only shared until `dtr`.
+        // SAFETY: `ctr` stored it there. Until `dtr` there are only shared references to it.
         unsafe { &*live.cast() }
     }
 
@@ -357,11 +361,12 @@ impl<T: Target> Registration<T> {
     ///
     /// Called by device-mapper for a target that `ctr` made, with a clone of a bio for it.
     unsafe extern "C" fn map(ti: *mut sys::dm_target, bio: *mut sys::bio) -> ffi::c_int {
-        // SAFETY: The caller's promise: the table is in use for the whole call.
+        // SAFETY: The caller's promise: the table isn't destroyed during the call.
         let live = unsafe { Self::live(ti) };
         // SAFETY: A bio is never at address 0.
         let bio = unsafe { NonNull::new_unchecked(bio) };
-        // SAFETY: The caller's promise; the bio is ours until it is given back.
+        // SAFETY: The caller's promise; the bio is ours until this function returns, or longer if
+        // it returns `DM_MAPIO_SUBMITTED`.
         let bio = unsafe { Bio::new(bio, live) };
         bio.map_or(Mapped::KILL, |bio| live.target.map(bio)).code()
     }
@@ -418,7 +423,7 @@ impl<T: Target> Registration<T> {
                     "target_name={},target_version={major}.{minor}.{patch}",
                     name.to_str().unwrap_or("-")
                 ));
-                // Room for what ends the target's part.
+                // Keeps room for the `;` at the end.
                 out.reserve(1);
                 live.target.ima(&live.devices, &mut out);
                 out.reserve(0);
@@ -438,7 +443,7 @@ impl<T: Target> Registration<T> {
         _result: *mut ffi::c_char,
         _maxlen: ffi::c_uint,
     ) -> ffi::c_int {
-        // SAFETY: The caller's promise: the table is in use for the whole call.
+        // SAFETY: The caller's promise: the table isn't destroyed during the call.
         let live = unsafe { Self::live(ti) };
         // SAFETY: The caller's promise.
         let args = unsafe { Args::new(argc, argv) };
@@ -485,7 +490,8 @@ impl<T: Target> Registration<T> {
     unsafe extern "C" fn preresume(ti: *mut sys::dm_target) -> ffi::c_int {
         // SAFETY: The caller's promise.
         let live = unsafe { Self::live(ti) };
-        // Never fails: the old table is gone, and a device that stays suspended cannot be unmounted.
+        // Never fails, because the old table is gone already, and a device that stays suspended
+        // cannot be unmounted.
         if let Some(claim) = live.claim() {
             claim.begin();
         }
@@ -495,7 +501,7 @@ impl<T: Target> Registration<T> {
     /// # Safety
     ///
     /// Called by device-mapper for a target that `ctr` made, with pointers that are null or valid
-    /// for a write. The table is in use for the whole call.
+    /// for a write. The table isn't destroyed during the call.
     unsafe extern "C" fn direct_access(
         ti: *mut sys::dm_target,
         page: ffi::c_ulong,
@@ -506,7 +512,7 @@ impl<T: Target> Registration<T> {
     ) -> ffi::c_long {
         // SAFETY: The caller's promise.
         let live = unsafe { Self::live(ti) };
-        // The other mode is for writes.
+        // The other mode, `DAX_RECOVERY_WRITE`, is for writes.
         if mode != sys::dax_access_mode_DAX_ACCESS {
             return EIO.to_errno() as ffi::c_long;
         }
@@ -530,7 +536,8 @@ impl<T: Target> Registration<T> {
 
     /// # Safety
     ///
-    /// Called by device-mapper for a target that `ctr` made, with limits that are its to change.
+    /// Called by device-mapper for a target that `ctr` made, with limits that this function may
+    /// change.
     unsafe extern "C" fn io_hints(ti: *mut sys::dm_target, limits: *mut sys::queue_limits) {
         // SAFETY: The caller's promise.
         let live = unsafe { Self::live(ti) };
@@ -542,9 +549,10 @@ impl<T: Target> Registration<T> {
 #[pinned_drop]
 impl<T: Target> PinnedDrop for Registration<T> {
     fn drop(self: Pin<&mut Self>) {
-        // SAFETY: By the type invariant it is registered. No target of it is left when the module
-        // is unloaded: each has a reference to it. A module that fails to load has the hole that
-        // all target types have, which is why the names that may be taken are registered first.
+        // SAFETY: By the type invariant the type is registered. When the module is unloaded, no
+        // target of the type is left, because each one has a reference to the module. If the module
+        // fails to load, a target may have been made meanwhile. All modules with target types have
+        // this gap. To make it small, the names that may be taken are registered first.
         unsafe { sys::dm_unregister_target(self.raw.get()) };
     }
 }

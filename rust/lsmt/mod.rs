@@ -1,13 +1,15 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! The `lsmt` target: a stack of layers as one disk. The `lsmt-dax` target: the same, with DAX.
+//! The `lsmt` target: shows a stack of layers as one disk. The `lsmt-dax` target: the same, with
+//! DAX.
 //!
 //! ```text
 //! <start> <len> lsmt[-dax] <#layers> {<dev> <blob bytes | ->}… [<#opt_params> <opt_params>…]
 //! ```
 //!
-//! The indexes of the layers are merged when the device is made. A read is looked up in the result
-//! and sent on; no lock, no memory and no worker is needed. So is a page that a file system maps.
+//! The indexes of the layers are merged when the table is loaded. A read is looked up in the merged
+//! index and remapped. This needs no lock, no memory and no worker. The same is true for a page
+//! that a file system maps.
 
 mod table;
 
@@ -18,10 +20,10 @@ use crate::dm::{Bio, DeviceId, Mapped, Memory};
 use crate::format::lsmt::Segment;
 use crate::format::merge::{Extent, Index};
 
-/// The name under which the lines of the 2023 prototype load: `lsmt_target {<dev> <bytes>}…`.
+/// The name of the target in table lines of the 2023 prototype: `lsmt_target {<dev> <bytes>}…`.
 pub(crate) const LEGACY_NAME: &CStr = c"lsmt_target";
 
-/// Sectors that are filled with zeros at once, at most.
+/// Largest number of sectors of one bio that are filled with zeros at once.
 const MAX_ZERO: u64 = 2048;
 
 /// An `lsmt` target, or with `DAX` an `lsmt-dax` target.
@@ -30,29 +32,29 @@ pub(crate) struct Lsmt<const DAX: bool> {
     index: Index<KVVec<Segment>, KVVec<u32>>,
     /// Size of the virtual disk in bytes.
     size: u64,
-    /// The last sector, where the disk ends within it.
+    /// The last sector, if the disk ends within it.
     tail: Option<Tail>,
-    /// What the table line says of each layer.
+    /// The `<blob bytes>` of each layer in the table line; `None` for `-`.
     blob_bytes: KVec<Option<u64>>,
-    /// Whether the line is in the form of `lsmt_target`.
+    /// Whether the table line has the form of `lsmt_target`.
     legacy: bool,
-    /// Number of reads that have failed.
+    /// Number of failed reads.
     failed: Atomic<u64>,
 }
 
-/// A sector that is only in part within the disk; the rest reads as zeros.
+/// A sector whose first bytes belong to the disk. The other bytes read as zeros.
 struct Tail {
     sector: u64,
     bytes: [u8; 512],
 }
 
 impl<const DAX: bool> Lsmt<DAX> {
-    /// Counts a read that has failed.
+    /// Counts a failed read.
     fn read_failed(&self) {
         self.failed.fetch_add(1, Relaxed);
     }
 
-    /// Sends a read on.
+    /// Remaps a read to the device of its layer, or ends it if its data is in memory or zeros.
     fn map_read<'a>(&self, mut bio: Bio<'a, Self>) -> Mapped<'a> {
         let sector = bio.sector();
         if let Some(tail) = &self.tail {
@@ -76,11 +78,12 @@ impl<const DAX: bool> Lsmt<DAX> {
         }
     }
 
-    /// Returns the memory of sector `sector`, with that of the sectors after it as far as it is
-    /// contiguous, up to the end of the segment that has the last of `most` sectors; `None` in a hole.
+    /// Returns the memory of sector `sector`, and of the sectors after it as far as it is
+    /// contiguous. Looks no further than the end of the segment in which the last of `most` sectors
+    /// is. Returns `None` in a hole.
     ///
-    /// The index ends where the target does, so what is returned does so, too. Each round but the last
-    /// finds a page at least.
+    /// The index has no segments after the end of the target, so the result doesn't reach further.
+    /// Each round except the last adds at least one page.
     fn find_memory(&self, sector: u64, most: u64) -> Option<Memory> {
         let (layer, first, mut sectors) = match self.index.lookup(sector) {
             Extent::Data { layer, sector, len } => (layer, sector, len),

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! The table line of an `lsmt` target, and its status.
+//! The table line and the status of an `lsmt` target.
 
 use kernel::prelude::*;
 use kernel::sync::atomic::{Atomic, Relaxed};
@@ -18,10 +18,10 @@ use crate::format::merge::{self, Event, Extent, Index, MAX_LAYERS};
 use crate::format::num::{to_u64, to_usize};
 use crate::format::{tar, Blob, Error as FormatError, Fault, Window, SECTOR_SIZE};
 
-/// Most bytes that IMA's text has for a device.
+/// Largest number of bytes that one device takes in the text for IMA.
 const IMA_DEVICE: usize = ",device_255=1048575:1048575".len();
 
-/// A layer while the device is being made.
+/// A layer while the target is constructed.
 struct Opened {
     virtual_size: u64,
     segments: KVVec<Segment>,
@@ -135,7 +135,8 @@ impl<const DAX: bool> dm::Target for Lsmt<DAX> {
 
     fn ima(&self, devices: &[Device], out: &mut Emit<'_>) {
         out.put(fmt!(",layers={},size={}", devices.len(), self.size));
-        // The topmost first: where there isn't room for all, those that win are there.
+        // The topmost layer first: if there isn't room for all, the upper layers, which hide the
+        // lower ones, are included.
         for (nth, device) in devices.iter().enumerate().rev() {
             if out.room() < IMA_DEVICE {
                 break;
@@ -145,11 +146,12 @@ impl<const DAX: bool> dm::Target for Lsmt<DAX> {
     }
 
     fn limits(&self, _limits: &mut Limits<'_>) {
-        // Reads go to the devices as they are: their limits are the right ones.
+        // Nothing to do: reads are remapped to the devices unchanged, so the limits of the devices
+        // apply.
     }
 }
 
-/// Reads a layer's index. Its `moffset`s come out as sectors of the device.
+/// Reads a layer's index. Each `moffset` of the result is a sector of the device.
 fn open_layer(
     setup: &mut Setup<'_, Claims>,
     device: DeviceId,
@@ -178,17 +180,18 @@ fn open_layer(
     })
 }
 
-/// Lets others run, or gives up for a signal that kills.
+/// Lets other tasks run. Returns an error if the current task was killed.
 fn pause() -> Result<(), Failure> {
     dm::cond_resched();
     dm::check_killed()
 }
 
-/// Merges the layers' segments below sector `limit`.
+/// Merges the layers' segments that are below sector `limit`.
 fn merge_layers(layers: &[Opened], limit: u64) -> Result<KVVec<Segment>, Failure> {
     let mut heap = KVec::from_elem(Event::default(), layers.len(), GFP_KERNEL)?;
     let mut cursors = KVec::from_elem(0, layers.len(), GFP_KERNEL)?;
-    // Once to count, and once more: an array that grows would take twice its memory.
+    // The first merge only counts the segments. An array that grows would need up to twice the
+    // memory.
     let mut count = 0;
     let mut counter = |_| {
         count += 1;
@@ -201,7 +204,7 @@ fn merge_layers(layers: &[Opened], limit: u64) -> Result<KVVec<Segment>, Failure
     Ok(merged)
 }
 
-/// Checks that reads of whole blocks stay reads of whole blocks when they are sent on.
+/// Checks that a read of whole blocks is still a read of whole blocks after it is remapped.
 fn check_alignment(
     setup: &Setup<'_, Claims>,
     segments: &[Segment],
@@ -215,7 +218,8 @@ fn check_alignment(
     }
     let mask = block / SECTOR_SIZE - 1;
     let mut all = alignment(segments)?;
-    // Where the disk ends within a sector, that one is kept, and reads end before it.
+    // If the disk ends within a sector, that sector is kept in memory, and remapped reads end
+    // before it.
     let end = size / SECTOR_SIZE;
     if size % SECTOR_SIZE != 0 && setup.len() > end {
         all |= end;
@@ -229,7 +233,7 @@ fn check_alignment(
     Ok(())
 }
 
-/// As [`dax::alignment`], with pauses.
+/// Returns the result of [`dax::alignment`], and calls [`pause`] in between.
 fn alignment(segments: &[Segment]) -> Result<u64, Failure> {
     let mut all = 0;
     for part in segments.chunks(1 << 16) {
@@ -239,7 +243,7 @@ fn alignment(segments: &[Segment]) -> Result<u64, Failure> {
     Ok(all)
 }
 
-/// Checks that each page of the disk is a page of a layer, or in a hole.
+/// Checks that each page of the disk is one page of a layer, or is in a hole.
 fn check_pages(setup: &Setup<'_, Claims>, segments: &[Segment], size: u64) -> Result<(), Failure> {
     let mask = PAGE_SECTORS - 1;
     if setup.len() & mask != 0 || size % (PAGE_SECTORS * SECTOR_SIZE) != 0 {
@@ -251,8 +255,8 @@ fn check_pages(setup: &Setup<'_, Claims>, segments: &[Segment], size: u64) -> Re
     Ok(())
 }
 
-/// Checks that no two segments of a layer have data in common. Segments that other layers hide count,
-/// too: so no copy of the merged index has to be sorted.
+/// Checks that no two segments of a layer have data in common. Segments that other layers hide are
+/// checked, too. The alternative would be to sort a copy of the merged index.
 fn check_overlap(layer: &Opened) -> Result<(), Failure> {
     let mut places = KVVec::with_capacity(layer.segments.len(), memory::LARGE)?;
     for place in layer.segments.iter().filter_map(Place::of) {
@@ -267,7 +271,7 @@ fn check_overlap(layer: &Opened) -> Result<(), Failure> {
     }
 }
 
-/// Reads the last sector, where the disk of `size` bytes ends within it.
+/// Reads the last sector, if the disk of `size` bytes ends within it.
 fn read_tail(
     setup: &Setup<'_, Claims>,
     index: &Index<KVVec<Segment>, KVVec<u32>>,

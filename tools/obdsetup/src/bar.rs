@@ -1,18 +1,18 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! The progress bar of long work. There is none where standard error isn't a terminal.
+//! A progress bar for long work. It is shown only if standard error is a terminal.
 
 use indicatif::{ProgressBar, ProgressStyle};
 
 use crate::interrupt;
 
-/// A bar, gone when dropped.
+/// A progress bar. Dropping it removes it from the terminal.
 pub(crate) struct Bar(ProgressBar);
 
 impl Bar {
-    /// A bar for `len` bytes of work.
+    /// Makes a bar for `len` bytes of work. `what` is its label.
     pub(crate) fn new(what: &'static str, len: u64) -> Self {
-        // Hidden by itself where standard error isn't a terminal.
+        // Hides itself if standard error isn't a terminal.
         let bar = ProgressBar::new(len).with_message(what);
         let template = "{msg} {wide_bar} {bytes}/{total_bytes} {bytes_per_sec} {eta}";
         if let Ok(style) = ProgressStyle::with_template(template) {
@@ -21,7 +21,7 @@ impl Bar {
         Self(bar)
     }
 
-    /// Counts `bytes` as done. Fails where a signal asked to stop.
+    /// Adds `bytes` to the bytes that are done. Returns an error if a signal asked to stop.
     pub(crate) fn advance(&self, bytes: u64) -> overlaybd::Result<()> {
         self.0.inc(bytes);
         interrupt::check()

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! Whether layers fit on each other: by their UUIDs, those of their parents, and their sizes.
+//! Checks whether layers fit on each other, by their UUIDs, the UUIDs of their parents, and their sizes.
 
 use std::collections::HashMap;
 use std::ops::BitOrAssign;
@@ -15,7 +15,7 @@ use overlaybd::{dax, LayerReader};
 use crate::exit::{self, Failure};
 use crate::layers::warn;
 
-/// What all commands have that take a stack of layers.
+/// Arguments of all commands that take a stack of layers.
 #[derive(Args, Clone, Debug, Default)]
 pub(crate) struct ChainArgs {
     /// Warn, and go on, where the UUIDs of the layers say that they do not fit on each other
@@ -24,7 +24,7 @@ pub(crate) struct ChainArgs {
 }
 
 impl ChainArgs {
-    /// Checks `layers`, lowest first. Prints warnings; what cannot be right is an error.
+    /// Checks `layers`, lowest first. Prints warnings. Returns an error if the stack must be wrong.
     pub(crate) fn check(&self, layers: &[LayerReader], part: Part) -> Result<()> {
         let mut found = Findings::of(layers, part);
         self.apply(&mut found);
@@ -32,7 +32,7 @@ impl ChainArgs {
         found.into_error().map_or(Ok(()), Err)
     }
 
-    /// Makes the errors warnings where that is asked for.
+    /// Changes the errors to warnings if the user asked for that.
     pub(crate) fn apply(&self, found: &mut Findings) {
         if self.ignore_identity {
             let errors = std::mem::take(&mut found.errors);
@@ -47,26 +47,26 @@ impl BitOrAssign<&Self> for ChainArgs {
     }
 }
 
-/// Which part of a stack layers are.
+/// Which part of a stack some layers are.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Part {
     /// All of it: the lowest layer has no parent.
     Whole,
-    /// Some layers that follow each other: what is below isn't given.
+    /// Consecutive layers of a stack, without the layers below.
     Middle,
 }
 
-/// What doesn't fit.
+/// The problems that were found.
 #[derive(Debug, Default)]
 pub(crate) struct Findings {
-    /// What cannot be right.
+    /// Problems for which the stack must be wrong.
     pub(crate) errors: Vec<String>,
-    /// What may be right.
+    /// Problems that may be harmless.
     pub(crate) warnings: Vec<String>,
 }
 
 impl Findings {
-    /// Looks at `layers`, lowest first.
+    /// Checks `layers`, lowest first.
     pub(crate) fn of(layers: &[LayerReader], part: Part) -> Self {
         let mut found = Self::default();
         if let (Part::Whole, Some(lowest)) = (part, layers.first()) {
@@ -94,12 +94,12 @@ impl Findings {
         found
     }
 
-    /// Whether nothing was found.
+    /// Returns whether nothing was found.
     pub(crate) fn is_empty(&self) -> bool {
         self.errors.is_empty() && self.warnings.is_empty()
     }
 
-    /// The errors as one; `None` where there are none.
+    /// Returns all errors as one; `None` if there are none.
     pub(crate) fn into_error(self) -> Option<anyhow::Error> {
         let first = self.errors.first()?;
         let more = match self.errors.len() - 1 {
@@ -121,7 +121,7 @@ impl Findings {
         }
     }
 
-    /// `given` says whether the parent of `above` is among the layers.
+    /// Checks two neighbouring layers. `given` says whether the parent of `above` is among the layers.
     fn check_pair(&mut self, below: &LayerReader, above: &LayerReader, given: bool) {
         let (uuid, parent) = (&below.ident().uuid, &above.ident().parent);
         let (path, below_path) = (above.path(), below.path());
@@ -156,7 +156,7 @@ impl Findings {
         }
     }
 
-    /// Adds what keeps file systems from mapping the pages of each layer.
+    /// Adds the reasons why file systems cannot map the pages of a layer, for each layer.
     pub(crate) fn add_dax(&mut self, layers: &[LayerReader]) -> overlaybd::Result<()> {
         for layer in layers {
             if let Err(misfit) = dax::page_size(layer)? {
@@ -167,10 +167,10 @@ impl Findings {
         Ok(())
     }
 
-    /// A layer may be larger than those below; a smaller one cuts data off.
+    /// Checks sizes. A layer may be larger than those below. A smaller one cuts off data.
     fn check_sizes(&mut self, layers: &[LayerReader]) {
         let size = |layer: &&LayerReader| layer.lsmt().virtual_size();
-        // Those without a size have that of the layer below.
+        // A layer without a size has the size of the layer below.
         let sized: Vec<&LayerReader> = layers.iter().filter(|layer| size(layer) != 0).collect();
         for pair in sized.windows(2) {
             let [below, above] = pair else { continue };

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! Stacks that containerd's overlaybd snapshotter describes: `config.v1.json`.
+//! Reads `config.v1.json`, with which containerd's overlaybd snapshotter describes a stack.
 
 use std::path::{Path, PathBuf};
 
@@ -11,19 +11,19 @@ use crate::exit::Failure;
 use crate::json;
 use crate::layers::LayerArg;
 
-/// Names of a layer's file in its directory, in the order that the snapshotter looks for them.
+/// Names of a layer's file in its directory, in the order in which the snapshotter looks for them.
 const NAMES: [&str; 3] = ["overlaybd.commit", ".commit", "overlaybd.sealed"];
 
-/// What of a `config.v1.json` matters for reading.
+/// The fields of a `config.v1.json` that matter for reading.
 #[derive(Debug, Default, Deserialize, Serialize)]
 #[serde(default, rename_all = "camelCase")]
 pub(crate) struct Config {
-    /// Where layers without a file would be fetched from.
+    /// The URL from which layers without a file would be fetched.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub(crate) repo_blob_url: Option<String>,
     /// Layers, lowest first.
     pub(crate) lowers: Vec<Lower>,
-    /// A writable layer on top, where it names files.
+    /// A writable layer on top, if it names files.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub(crate) upper: Option<Upper>,
 }
@@ -52,13 +52,13 @@ pub(crate) struct Upper {
     pub(crate) data: Option<String>,
 }
 
-/// Whether `layer` is named as a description of a stack, not as a layer.
+/// Returns whether `layer` has the name of a description of a stack.
 pub(crate) fn is_config(layer: &LayerArg) -> bool {
     layer.size.is_none() && layer.path.extension().is_some_and(|name| name == "json")
 }
 
-/// The layers that the `config.v1.json` at `path` lists, lowest first. Relative names are looked up
-/// from the directory that it is in.
+/// Returns the layers that the `config.v1.json` at `path` lists, lowest first. Relative names are relative to
+/// its directory.
 pub(crate) fn layers(path: &Path) -> Result<Vec<LayerArg>> {
     let text = json::read(path)?;
     let config: Config = json::parse(&text, path, "a config.v1.json")?;
@@ -83,7 +83,7 @@ pub(crate) fn layers(path: &Path) -> Result<Vec<LayerArg>> {
         .collect()
 }
 
-/// The file of a layer, or why there is none.
+/// Returns the file of a layer, or the reason why there is none.
 fn file(lower: &Lower, place: &Path) -> Result<PathBuf, String> {
     if given(&lower.target_file)
         .or(given(&lower.target_digest))
@@ -115,7 +115,7 @@ fn file(lower: &Lower, place: &Path) -> Result<PathBuf, String> {
     })
 }
 
-/// A text that is there and isn't empty.
+/// Returns the text; `None` if it is missing or empty.
 fn given(text: &Option<String>) -> Option<&str> {
     text.as_deref().filter(|text| !text.is_empty())
 }

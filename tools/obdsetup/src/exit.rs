@@ -4,7 +4,7 @@
 
 use std::io::ErrorKind;
 
-/// All went well.
+/// Success.
 pub(crate) const SUCCESS: u8 = 0;
 /// Wrong parameters, or a failure of another kind.
 pub(crate) const USAGE: u8 = 1;
@@ -16,12 +16,12 @@ pub(crate) const BAD_IMAGE: u8 = 3;
 pub(crate) const DEVICE: u8 = 4;
 /// A device or file exists already or is in use.
 pub(crate) const BUSY: u8 = 5;
-/// Standard output was closed, as a shell shows it: 128 and the signal.
+/// Standard output was closed. As in a shell: 128 plus the number of SIGPIPE.
 pub(crate) const PIPE: u8 = 141;
-/// Stopped by a signal, as a shell shows it.
+/// Stopped by a signal. As in a shell: 128 plus the number of SIGINT.
 pub(crate) const INTERRUPTED: u8 = 130;
 
-/// What `--help` says of them.
+/// The text on exit codes in `--help`.
 pub(crate) const HELP: &str = "Exit codes:
   0    success
   1    wrong parameters, or a failure of another kind
@@ -31,17 +31,17 @@ pub(crate) const HELP: &str = "Exit codes:
   5    a file or device exists already, or is in use
   130  stopped by SIGINT, SIGTERM or SIGHUP; nothing half-made is left";
 
-/// An error whose exit code is known where it is made.
+/// An error with an explicit exit code.
 #[derive(Debug)]
 pub(crate) struct Failure {
     /// The exit code.
     pub(crate) code: u8,
-    /// What to tell.
+    /// The message.
     pub(crate) message: String,
 }
 
 impl Failure {
-    /// An error with exit code `code`.
+    /// Returns an error with exit code `code`.
     pub(crate) fn error(code: u8, message: impl Into<String>) -> anyhow::Error {
         Self {
             code,
@@ -50,7 +50,7 @@ impl Failure {
         .into()
     }
 
-    /// A wrong parameter.
+    /// Returns the error for a wrong parameter.
     pub(crate) fn usage(message: impl Into<String>) -> anyhow::Error {
         Self::error(USAGE, message)
     }
@@ -64,7 +64,7 @@ impl std::fmt::Display for Failure {
 
 impl std::error::Error for Failure {}
 
-/// The exit code for `error`: that of the first known cause.
+/// Returns the exit code for `error`: that of the first cause that has one.
 pub(crate) fn code(error: &anyhow::Error) -> u8 {
     error.chain().find_map(known).unwrap_or(USAGE)
 }
@@ -85,7 +85,7 @@ fn known(cause: &(dyn std::error::Error + 'static)) -> Option<u8> {
         .map(|error| io(error.kind()))
 }
 
-/// The exit code for what the system said.
+/// Returns the exit code for an error of the system.
 pub(crate) fn io(kind: ErrorKind) -> u8 {
     match kind {
         ErrorKind::PermissionDenied => PERMISSION,

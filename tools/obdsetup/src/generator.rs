@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! `systemd-overlaybdsetup-generator`: units for the stacks in `/etc/overlaybdtab`, as
-//! systemd-veritysetup-generator(8) makes them. It is this program under that name.
+//! `systemd-overlaybdsetup-generator`: makes units for the stacks in `/etc/overlaybdtab`, similar to those of
+//! systemd-veritysetup-generator(8). It is obdsetup, started under that name.
 
 use std::ffi::{OsStr, OsString};
 use std::fmt::Write as _;
@@ -18,21 +18,22 @@ use crate::exit::Failure;
 use crate::layers::LayerArg;
 use crate::tab::{self, Entry};
 
-/// Seconds after which an `open` at boot, or a `close`, has failed: more than it waits for another one
-/// and for udev. Without, systemd would never end a oneshot. A signal goes to obdsetup alone, which
-/// takes down what it has set up, and needs dmsetup for that.
+/// Time limit in seconds for an `open` at boot or a `close`. It is longer than obdsetup waits for another
+/// obdsetup and for udev. Without a limit, systemd would wait for a oneshot for ever. After the limit,
+/// systemd sends the first signal only to obdsetup, not to its dmsetup, because obdsetup needs dmsetup to
+/// remove what it has set up.
 const TIMEOUT: u32 = 300;
 
-/// Partitions whose mounts start the unit of their disk, and end before it does. Only the disk tells which
-/// there are; images of machines have few.
+/// Number of partitions whose mounts start the unit of the disk, and are unmounted before the unit stops. The
+/// actual partitions are known only when the disk is open. Images of machines have few.
 const PARTITIONS: u32 = 16;
 
 /// The name that this program goes by.
 pub(crate) const NAME: &str = "systemd-overlaybdsetup-generator";
 
-/// Makes the units in the first of the directories `args`. Whether all went well.
+/// Makes the units in the first of the directories `args`. Returns whether this succeeded for all lines.
 pub(crate) fn run(args: &[OsString]) -> bool {
-    // When systemd calls, nobody reads standard error.
+    // If systemd has started this, no one reads standard error, so errors also go to the kernel log.
     let by_systemd = std::env::var_os(tab::VARIABLE).is_none();
     let tell = |error: &anyhow::Error| {
         let text = crate::plain(&format!("{NAME}: {error:#}\n"));
@@ -59,8 +60,8 @@ pub(crate) fn run(args: &[OsString]) -> bool {
     wrong.is_empty()
 }
 
-/// Makes the units for the table `tab` in `directory`. What is wrong with some lines does not keep
-/// the others from theirs.
+/// Makes the units for the table `tab` in `directory`. Errors in some lines don't prevent the units for
+/// others. Returns these errors.
 fn generate(tab: &Path, program: &Path, directory: &Path) -> Result<Vec<anyhow::Error>> {
     let mut wrong = Vec::new();
     let mut names = Vec::new();
@@ -84,7 +85,7 @@ fn add(entry: &Entry, tab: &Path, program: &Path, directory: &Path) -> Result<()
     let instance = escape(entry.name.as_bytes());
     let unit = format!("systemd-overlaybdsetup@{instance}.service");
     fs::write(directory.join(&unit), text(entry, tab, program)?)?;
-    // What mounts the device starts the unit, or what mounts a partition.
+    // A mount of the device or of a partition starts the unit.
     for device in [instance].into_iter().chain(partitions(entry)) {
         want(
             directory,
@@ -99,7 +100,8 @@ fn add(entry: &Entry, tab: &Path, program: &Path, directory: &Path) -> Result<()
     Ok(())
 }
 
-/// The partitions that the disk of `entry` may have, as parts of units' names.
+/// Returns the names of the devices of the partitions that the disk of `entry` may have, escaped for names of
+/// units.
 fn partitions(entry: &Entry) -> impl Iterator<Item = String> + '_ {
     let numbers = (1..=PARTITIONS).filter(|_| entry.has_partitions());
     numbers.map(|number| escape(format!("{}-part{number}", entry.name).as_bytes()))
@@ -112,7 +114,7 @@ fn want(directory: &Path, by: &str, unit: &str) -> Result<()> {
     Ok(())
 }
 
-/// The unit for `entry`. Its name needs no quotes: see [`crate::dm::plan::check_name`].
+/// Returns the text of the unit for `entry`. The name needs no quotes: see [`crate::dm::plan::check_name`].
 fn text(entry: &Entry, tab: &Path, program: &Path) -> Result<String> {
     let name = &entry.name;
     let mut text = format!(
@@ -135,11 +137,12 @@ Conflicts=umount.target
         let target = format!("blockdev@dev-mapper-{partition}.target");
         writeln!(text, "Wants={target}\nBefore={target}")?;
     }
-    // What the initramfs has set up is not this unit's, and stays.
+    // If the initramfs has set up the stack, this unit neither opens nor closes it.
     if entry.initrd {
         writeln!(text, "ConditionPathExists=!/dev/mapper/{name}")?;
     }
-    // Without: what is mounted later may need what comes after that target, say the network.
+    // Not with these options: the stack may need something that starts after that target, for example the
+    // network.
     if !entry.noauto && !entry.nofail {
         text.push_str("Before=overlaybdsetup.target\n");
     }
@@ -151,7 +154,7 @@ Conflicts=umount.target
         if path.components().any(|part| part == Component::ParentDir) {
             return Err(Failure::usage(format!("{path:?}: `..' in a name")));
         }
-        // systemd has units of devices.
+        // For a device, depend on its unit; for a file, on the mounts below its path.
         match tab::is_device(&path) {
             true => {
                 let device = format!("{}.device", escape_path(&path));
@@ -164,7 +167,7 @@ Conflicts=umount.target
         }
     }
     if files {
-        // Loop devices.
+        // This service makes the nodes of loop devices.
         let service = "systemd-tmpfiles-setup-dev.service";
         writeln!(text, "Wants={service}\nAfter={service}")?;
     }
@@ -185,13 +188,14 @@ ExecStop=\"{program}\" close {name}
     Ok(text)
 }
 
-/// The file or device that a layer is on.
+/// Returns the file or device of a layer.
 fn blob(layer: &OsStr) -> Result<PathBuf> {
     let layer = LayerArg::try_from(layer.to_owned());
     Ok(layer.map_err(Failure::usage)?.path)
 }
 
-/// A name as units have it within quotes, where a backslash may mean itself or not: it is refused.
+/// Returns a path for use within quotes in a unit. A backslash is refused, because its meaning there depends
+/// on what follows.
 fn plain(path: &Path) -> Result<String> {
     let text = path.to_str().filter(|text| {
         !text
@@ -206,7 +210,7 @@ fn plain(path: &Path) -> Result<String> {
     }
 }
 
-/// A text as part of a unit's name, as `systemd-escape` has it.
+/// Escapes a text for a unit's name, as `systemd-escape` does.
 fn escape(bytes: &[u8]) -> String {
     let mut text = String::new();
     for &byte in bytes {
@@ -221,9 +225,9 @@ fn escape(bytes: &[u8]) -> String {
     text
 }
 
-/// An absolute path as part of a unit's name, as `systemd-escape --path` has it.
+/// Escapes an absolute path for a unit's name, as `systemd-escape --path` does.
 fn escape_path(path: &Path) -> String {
-    // components() leaves out what means nothing.
+    // components() leaves out repeated slashes and `.`.
     let parts = path.components().skip(1);
     let parts: Vec<&[u8]> = parts.map(|part| part.as_os_str().as_bytes()).collect();
     match parts[..] {
@@ -242,7 +246,7 @@ mod tests {
 
     type Units = HashMap<String, String>;
 
-    /// The units that are made for a table: their texts, and what links to them.
+    /// Returns the units for a table, with their texts and the links to them, and the number of errors.
     fn units(table: &[u8]) -> Result<(Units, usize)> {
         let place = tempfile::tempdir()?;
         let (tab, out) = (place.path().join("tab"), place.path().join("out"));
@@ -253,7 +257,7 @@ mod tests {
         for entry in walkdir::WalkDir::new(&out).min_depth(1) {
             let entry = entry?;
             if !entry.file_type().is_dir() {
-                // Links, too: one that leads nowhere is an error.
+                // Reads links, too: a link that leads nowhere is an error.
                 let name = entry.path().strip_prefix(&out)?.display().to_string();
                 let text = fs::read_to_string(entry.path())?;
                 units.insert(name, text.replace(&tab.display().to_string(), "TAB"));
@@ -316,7 +320,7 @@ ExecStop="/usr/sbin/obdsetup" close my-app
         Ok(())
     }
 
-    /// What a unit waits for is the device that is named, whether or not it is there by now.
+    /// A unit waits for the device that is named, whether or not it exists now.
     #[test]
     fn devices_with_colons() -> Result<()> {
         let name = "/dev/disk/by-id/usb-Kingston_DT_1-0:0";
@@ -414,7 +418,7 @@ ExecStop="/usr/sbin/obdsetup" close my-app
         Ok(())
     }
 
-    /// As systemd-escape(1) of systemd 252 has them.
+    /// The results of systemd-escape(1) of systemd 252.
     #[test]
     fn escapes() {
         for (name, escaped) in [
@@ -442,7 +446,7 @@ ExecStop="/usr/sbin/obdsetup" close my-app
         }
     }
 
-    /// What an escaped text stands for.
+    /// Reverses `escape`.
     fn unescape(text: &str) -> Vec<u8> {
         let mut bytes = Vec::new();
         let mut rest = text;
@@ -462,7 +466,7 @@ ExecStop="/usr/sbin/obdsetup" close my-app
         bytes
     }
 
-    /// A field of the table that means `bytes`.
+    /// Returns a field of the table that stands for `bytes`.
     fn field(bytes: &[u8]) -> String {
         let codes: Vec<String> = bytes.iter().map(|byte| format!("\\{byte:03o}")).collect();
         codes.concat()
@@ -492,8 +496,8 @@ ExecStop="/usr/sbin/obdsetup" close my-app
     ];
 
     proptest! {
-        /// Whatever a layer is called: its file is what the unit depends on, or there is no unit;
-        /// the unit has no line that isn't meant to be there.
+        /// For any name of a layer, the unit depends on the layer's file, or there is no unit. The unit has
+        /// no unexpected lines.
         #[test]
         fn hostile_layers(bytes in "[ -~é\\n\\t\\r]{0,12}", device: bool) {
             let path = format!("{}{bytes}", if device { "/dev/" } else { "/" });
@@ -520,14 +524,14 @@ ExecStop="/usr/sbin/obdsetup" close my-app
                     _ => {}
                 }
             }
-            // The size behind a device isn't part of its name.
+            // The size after a device isn't part of its name.
             let path = blob(OsStr::new(&path)).unwrap_or_default();
             let found = found.unwrap_or_default();
             let found = Path::new("/").join(OsStr::from_bytes(&found));
             prop_assert_eq!(found.components().collect::<Vec<_>>(), path.components().collect::<Vec<_>>());
         }
 
-        /// Whatever a name is: what is made lies in the directory, under the name's own unit.
+        /// For any name of a stack, all files are in the directory, and the unit has its own name.
         #[test]
         fn hostile_names(name in "[!-~]{1,9}|[-#+.:=@_a-c0]{1,9}") {
             let (units, wrong) = units(format!("{name} /a\n").as_bytes()).unwrap_or_default();

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! A layer of a disk image.
+//! Makes a layer from a disk image.
 
 use std::path::Path;
 
@@ -30,7 +30,8 @@ pub(crate) struct CompareArgs {
 }
 
 impl CompareArgs {
-    /// The options, `skip_zeros` being whether zeros stay out of the layer, unless it is for DAX.
+    /// Returns the options for the comparison. `skip_zeros` says whether to leave zeros out of the layer,
+    /// unless it is for DAX.
     pub(crate) fn options(&self, skip_zeros: bool, new: &NewLayerArgs) -> Result<diff::Options> {
         let [page, ..] = dax::PAGE_SIZES;
         let granule = self.granularity.unwrap_or(page);
@@ -55,7 +56,7 @@ fn granule(text: &str) -> Result<u64, String> {
     }
 }
 
-/// Writes the layer of the image at `path` over the layers `base`, lowest first.
+/// Writes the layer for the image at `path` over the layers `base`, lowest first.
 pub(crate) fn write(
     path: &Path,
     base: Vec<LayerReader>,
@@ -77,7 +78,7 @@ pub(crate) fn write(
     write_image(&image, base.as_ref(), options, names, output)
 }
 
-/// Writes the layer of `image` over the disk `base`.
+/// Writes the layer for `image` over the disk `base`.
 pub(crate) fn write_image(
     image: &dyn Image,
     base: Option<&Stack>,
@@ -103,7 +104,7 @@ pub(crate) fn write_image(
                 )]);
                 options.granule = granule;
             }
-            // Where nothing is coarse enough, the writer says so.
+            // If no unit is large enough, the writer returns the error.
             _ => break diff,
         }
     };
@@ -119,7 +120,7 @@ pub(crate) fn write_image(
     let runs = cut(diff.runs);
     let writer = plan(output.path(), image.size(), ident, runs, way_out)?;
     let read = |offset: u64, buf: &mut [u8]| {
-        // Behind the end of the image, its last sector is filled up with zeros.
+        // After the end of the image, its last sector is padded with zeros.
         let inside = image.size().saturating_sub(offset).min(to_u64(buf.len()));
         let (data, tail) = buf.split_at_mut(to_usize(inside));
         tail.fill(0);
@@ -142,7 +143,7 @@ mod tests {
     use super::*;
     use crate::layer_args::NewLayerArgs;
 
-    /// Data in every other sector, far more often than an index has entries.
+    /// Data in every second sector: far more segments than an index can have.
     struct Comb;
 
     const SECTORS: u64 = 2 * lsmt::MAX_ENTRIES + 4096;
@@ -207,7 +208,7 @@ mod tests {
         write_image(&Comb, None, fine, &new.ident, output)?;
         let layer = LayerReader::open(&path, None)?;
         assert_eq!(layer.lsmt().virtual_size(), SECTORS * 512);
-        // In units of two sectors, everything is data.
+        // With units of two sectors, everything is data.
         assert!(to_u64(layer.segments().len()) < 200);
         let disk = Stack::new(vec![layer])?;
         let mut end = [0; 4096];

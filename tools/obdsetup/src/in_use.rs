@@ -1,10 +1,10 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! Whether somebody can be seen who may write to a file or block device while it is read.
+//! Looks for anyone who may write to a file or block device while it is read.
 //!
-//! Looks at mounts, at loop devices over the file, at the files that processes have open, and at the
-//! locks of QEMU. An ordinary user sees its own processes only; nobody sees mappings of a file that
-//! is closed already, and other hosts.
+//! This checks mounts, loop devices over the file, the open files of processes, and the locks of QEMU. An
+//! ordinary user can see only their own processes. No one can see other hosts, or mappings of a file that was
+//! closed.
 
 use std::fs::{self, File, Metadata};
 use std::io::{self, ErrorKind};
@@ -21,13 +21,13 @@ use rustix::fs::{major, makedev, minor, OFlags};
 use crate::exit::{self, Failure};
 use crate::interrupt;
 
-/// How often to look before a process is taken for one that writes, and the time in between.
+/// How many times to look before a process counts as a writer, and the time in between.
 const LOOKS: u32 = 10;
 const BETWEEN_LOOKS: Duration = Duration::from_millis(50);
-/// How often a device must be found claimed, where nothing says by whom.
+/// How many times a device must be found claimed if it is unknown by whom.
 const CLAIMS: u32 = 20;
 
-/// What all commands have that read what others may write to.
+/// Arguments of all commands that read files or devices to which others may write.
 #[derive(Args, Clone, Debug, Default)]
 pub(crate) struct InUseArgs {
     /// Read a file or device that somebody has open for writing, or has mounted
@@ -36,14 +36,14 @@ pub(crate) struct InUseArgs {
 }
 
 impl InUseArgs {
-    /// Fails where somebody can be seen who may write to one of `paths`, which this process is to
-    /// read. What isn't there, and what is neither a file nor a block device, is for others to tell.
+    /// Returns an error if it finds someone who may write to one of `paths`, which this process will read.
+    /// Ignores paths that don't exist or are neither a file nor a block device; the caller reports those.
     pub(crate) fn check<'a>(&self, paths: impl IntoIterator<Item = &'a Path>) -> Result<()> {
         self.look(paths, Claim::Try)
     }
 
-    /// As [`Self::check`], for `paths` that device-mapper is to read. It claims block devices itself:
-    /// a claim of ours would be in the way of another obdsetup that sets up the same device.
+    /// As [`Self::check`], for `paths` that device-mapper will read. It claims block devices itself. This
+    /// doesn't claim them, because that would disturb another obdsetup that sets up the same device.
     pub(crate) fn check_below<'a>(&self, paths: impl IntoIterator<Item = &'a Path>) -> Result<()> {
         self.look(paths, Claim::LeaveToKernel)
     }
@@ -65,22 +65,22 @@ impl InUseArgs {
     }
 }
 
-/// What is done about a block device that is to be read.
+/// How to check whether a block device is claimed.
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Claim {
-    /// It is opened exclusively, to see whether anybody has it.
+    /// Open it exclusively, which fails if someone has claimed it.
     Try,
-    /// Nothing: the kernel does it when a table names the device.
+    /// Don't check: the kernel claims the device when a table names it.
     LeaveToKernel,
 }
 
-/// Returns what may write to one of `targets`.
+/// Returns a description of who may write to one of `targets`.
 fn find_user(targets: &[Target], claim: Claim) -> Result<Option<String>> {
     let loops = match targets.iter().any(|target| !target.is_device()) {
         true => writable_loops(Path::new("/sys")),
         false => Vec::new(),
     };
-    // All that processes may have open, for one walk over them.
+    // All files and devices to look for among the open files of processes, which are listed only once.
     let mut open = Vec::new();
     for target in targets {
         interrupt::check()?;
@@ -96,7 +96,7 @@ fn find_user(targets: &[Target], claim: Claim) -> Result<Option<String>> {
                 target.path.display()
             );
             let Some(device) = Target::of(&found.node) else {
-                // Without a node, nobody knows.
+                // Without a node, it is unknown whether the loop device is in use: assume that it is.
                 return Ok(Some(said));
             };
             if device_user(&device, Claim::Try)?.is_some() {
@@ -116,12 +116,12 @@ pub(crate) struct Loop {
     node: PathBuf,
     /// `MAJOR:MINOR`.
     pub(crate) number: String,
-    /// The file below, by the name that the kernel has for it.
+    /// The file below, with the kernel's name for it.
     pub(crate) file: PathBuf,
 }
 
-/// Returns the loop devices that can be written to. Those over layers cannot, and are many. `sys` is where
-/// sysfs is mounted.
+/// Returns the loop devices that can be written to. The many loop devices over layers are read-only. `sys` is
+/// where sysfs is mounted.
 pub(crate) fn writable_loops(sys: &Path) -> Vec<Loop> {
     let block = sys.join("block");
     let loops = names(&block).into_iter().filter_map(|name| {
@@ -141,8 +141,8 @@ pub(crate) fn writable_loops(sys: &Path) -> Vec<Loop> {
     loops.collect()
 }
 
-/// Looks at processes as [`open_in_processes`] does, more than once: a process that another has just
-/// forked has all of its files open until it runs a program of its own.
+/// Calls [`open_in_processes`] more than once, because a process that was just forked has all files of its
+/// parent open until it runs another program.
 fn open_for_long(targets: &[Target]) -> Result<Option<String>> {
     for _ in 1..LOOKS {
         match open_in_processes(targets)? {
@@ -165,7 +165,7 @@ impl BitOrAssign<&Self> for InUseArgs {
 struct Target {
     path: PathBuf,
     meta: Metadata,
-    /// What is said where a process may write to it, if that is not the process.
+    /// The description to return if a process has it open; `None` to describe the process.
     said: Option<String>,
 }
 
@@ -184,7 +184,7 @@ impl Target {
         self.meta.file_type().is_block_device()
     }
 
-    /// Whether `other` is the same file, or a node of the same device.
+    /// Returns whether `other` is the same file, or a node of the same device.
     fn is(&self, other: &Metadata) -> bool {
         match self.is_device() {
             true => other.file_type().is_block_device() && other.rdev() == self.meta.rdev(),
@@ -192,7 +192,7 @@ impl Target {
         }
     }
 
-    /// Looks at what isn't a process.
+    /// Returns who may write to it, as far as this can be found without looking at processes.
     fn user(&self, claim: Claim) -> Result<Option<String>> {
         if self.is_device() {
             return device_user(self, claim);
@@ -201,7 +201,7 @@ impl Target {
         Ok(self.is_locked_by_qemu().then(said))
     }
 
-    /// Whether QEMU has locked the byte that stands for writing: `block/file-posix.c` there.
+    /// Returns whether QEMU has locked a byte that means that it may write: see `block/file-posix.c` of QEMU.
     fn is_locked_by_qemu(&self) -> bool {
         let place = (self.meta.dev(), self.meta.ino());
         let locks = fs::read_to_string("/proc/locks").unwrap_or_default();
@@ -209,7 +209,7 @@ impl Target {
     }
 }
 
-/// Whether a line of `/proc/locks` says that QEMU may write to the file with this device and inode.
+/// Returns whether a line of `/proc/locks` says that QEMU may write to the file with this device and inode.
 fn qemu_writes(line: &str, (dev, ino): (u64, u64)) -> bool {
     const WRITE: u64 = 101;
     const RESIZE: u64 = 103;
@@ -227,16 +227,16 @@ fn qemu_writes(line: &str, (dev, ino): (u64, u64)) -> bool {
             .any(|byte| (first..=last).contains(byte))
 }
 
-/// What uses a block device, where that may write to it. What mounts it or lies on it may have one of
-/// its partitions only.
+/// Returns a description of who uses a block device and may write to it. Mounts of its partitions and devices
+/// over these count, too.
 fn device_user(device: &Target, claim: Claim) -> Result<Option<String>> {
     let rdev = device.meta.rdev();
     let system = system(rdev);
     if is_read_only(&system) {
         return Ok(None);
     }
-    // A file system that was mounted read-only doesn't change. The kernel has no table over a mounted
-    // device, and then it is told why.
+    // A file system that is mounted read-only doesn't change. With `LeaveToKernel`, mounts aren't checked:
+    // the kernel refuses a table over a mounted device, and the reason is reported then.
     let mounts = match claim {
         Claim::Try => mounts(rdev),
         Claim::LeaveToKernel => Vec::new(),
@@ -255,7 +255,7 @@ fn device_user(device: &Target, claim: Claim) -> Result<Option<String>> {
     if claim == Claim::LeaveToKernel || !mounts.is_empty() || !holders.is_empty() {
         return Ok(None);
     }
-    // Others who look have it for a moment.
+    // Programs that only examine the device have it for a moment.
     for _ in 1..CLAIMS {
         if !is_claimed(&device.path) {
             return Ok(None);
@@ -266,7 +266,7 @@ fn device_user(device: &Target, claim: Claim) -> Result<Option<String>> {
     Ok(is_claimed(&device.path).then(|| "is in use".to_owned()))
 }
 
-/// Whether somebody has the block device at `path` for himself.
+/// Returns whether someone has claimed the block device at `path`.
 fn is_claimed(path: &Path) -> bool {
     let claim = File::options()
         .read(true)
@@ -275,20 +275,20 @@ fn is_claimed(path: &Path) -> bool {
     claim.is_err_and(|error| error.kind() == ErrorKind::ResourceBusy)
 }
 
-/// Returns where the block device with number `MAJOR:MINOR`, or one of its partitions, is mounted as
-/// this process sees it.
+/// Returns where the block device with number `MAJOR:MINOR` or one of its partitions is mounted in the mount
+/// namespace of this process.
 pub(crate) fn mounted_on(number: &str) -> Option<String> {
     let (major, minor) = number.split_once(':')?;
     let rdev = makedev(major.parse().ok()?, minor.parse().ok()?);
     mounts(rdev).into_iter().next().map(|mount| mount.place)
 }
 
-/// The directory of a block device in sysfs.
+/// Returns the directory of a block device in sysfs.
 fn system(rdev: u64) -> PathBuf {
     PathBuf::from(format!("/sys/dev/block/{}:{}", major(rdev), minor(rdev)))
 }
 
-/// The directory of a block device in sysfs, and those of its partitions.
+/// Returns the directory of a block device in sysfs, and those of its partitions.
 fn with_partitions(system: &Path) -> Vec<PathBuf> {
     let entries = names(system).into_iter().map(|name| system.join(name));
     let partitions = entries.filter(|path| path.join("partition").exists());
@@ -321,7 +321,7 @@ struct Mount {
     writable: bool,
 }
 
-/// The mounts of a block device, and of its partitions, that this process sees.
+/// Returns the mounts of a block device and of its partitions in the mount namespace of this process.
 fn mounts(rdev: u64) -> Vec<Mount> {
     let number = |system: &PathBuf| {
         let text = fs::read_to_string(system.join("dev")).ok()?;
@@ -343,7 +343,7 @@ fn mounts(rdev: u64) -> Vec<Mount> {
             let [_, source, options, ..] = super_block.as_slice() else {
                 return None;
             };
-            // File systems on several devices have a number of their own.
+            // A file system on several devices shows its own device number.
             let is_source = || {
                 let meta = Path::new(source).metadata();
                 meta.is_ok_and(|meta| {
@@ -360,13 +360,13 @@ fn mounts(rdev: u64) -> Vec<Mount> {
         .collect()
 }
 
-/// Looks for one of `targets` among what processes have open for writing.
+/// Looks for one of `targets` among the files that processes have open for writing. Returns a description.
 fn open_in_processes(targets: &[Target]) -> Result<Option<String>> {
     if targets.is_empty() {
         return Ok(None);
     }
     let own = std::process::id().to_string();
-    // Without /proc, nothing is seen.
+    // Without /proc, nothing is found.
     for process in fs::read_dir("/proc").into_iter().flatten().flatten() {
         interrupt::check()?;
         let name = process.file_name();
@@ -379,7 +379,7 @@ fn open_in_processes(targets: &[Target]) -> Result<Option<String>> {
         if pid == own {
             continue;
         }
-        // Those of others can't be seen, and processes end while we look.
+        // This fails for processes of other users, and for processes that end meanwhile.
         let files = fs::read_dir(process.path().join("fd"));
         for file in files.into_iter().flatten().flatten() {
             let found = targets
@@ -401,14 +401,16 @@ fn open_in_processes(targets: &[Target]) -> Result<Option<String>> {
     Ok(None)
 }
 
-/// Whether a process has `target` open for writing with the descriptor that `file` is the link of.
+/// Returns whether a process has `target` open for writing. `file` is the link of a file descriptor in
+/// `/proc`.
 fn opens(process: &Path, file: &Path, target: &Target) -> bool {
-    // The mode of the link says what the file was opened for.
+    // The mode of the link says how the file was opened.
     let writes = |meta: Metadata| meta.mode() & 0o200 != 0;
     if !file.symlink_metadata().is_ok_and(writes) {
         return false;
     }
-    // Before it is asked what the link leads to: a server that is gone would keep us.
+    // Checked before following the link, which would hang if the file is on a network file system whose
+    // server is gone.
     let likely = match target.is_device() {
         true => file.read_link().is_ok_and(|path| path.starts_with("/dev")),
         false => has_inode(process, file, target.meta.ino()).unwrap_or(true),
@@ -416,7 +418,8 @@ fn opens(process: &Path, file: &Path, target: &Target) -> bool {
     likely && file.metadata().is_ok_and(|meta| target.is(&meta))
 }
 
-/// Whether a descriptor is of a file with this inode; kernels before 5.14 don't tell.
+/// Returns whether a descriptor is for a file with this inode. Returns true on kernels before 5.14, which
+/// don't show it.
 fn has_inode(process: &Path, file: &Path, ino: u64) -> io::Result<bool> {
     let number = file.file_name().unwrap_or_default();
     let text = fs::read_to_string(process.join("fdinfo").join(number))?;
@@ -432,8 +435,8 @@ mod tests {
 
     use super::{qemu_writes, with_partitions, writable_loops};
 
-    /// Read-only loop devices are nobody's to write to, whatever has their nodes open: an obdsetup that
-    /// attaches one has it open for writing.
+    /// Read-only loop devices don't count, even if a process has their node open for writing: an obdsetup
+    /// that attaches one does.
     #[test]
     fn loops_that_can_be_written_to() -> io::Result<()> {
         let sys = tempfile::tempdir()?;
@@ -444,7 +447,7 @@ mod tests {
             fs::write(device.join("ro"), read_only)?;
             fs::write(device.join("loop/backing_file"), format!("/a b/{name}\n"))?;
         }
-        // Without a file; and no loop device.
+        // A loop device without a file, and a device that is no loop device.
         fs::create_dir_all(sys.join("block/loop3"))?;
         fs::create_dir_all(sys.join("block/sda"))?;
         let found = writable_loops(sys);

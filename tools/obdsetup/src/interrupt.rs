@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! Signals that ask to stop. They only set a flag; long work looks at it and fails, and so all
-//! that was half-made is removed on the way out.
+//! Signals that ask to stop. They only set a flag. Long work checks the flag and returns an error, so that
+//! incomplete results are removed before the program ends.
 
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, OnceLock};
@@ -25,7 +25,7 @@ pub(crate) fn watch() -> Result<()> {
     Ok(())
 }
 
-/// From now on, a signal ends us at once: nothing that is half-made would be left.
+/// From now on, a signal ends the program at once. Called when nothing has to be removed.
 pub(crate) fn end_at_once() -> Result<()> {
     for signal in SIGNALS {
         let always = Arc::new(AtomicBool::new(true));
@@ -35,7 +35,7 @@ pub(crate) fn end_at_once() -> Result<()> {
     Ok(())
 }
 
-/// Fails where a signal came.
+/// Returns an error if a signal has asked to stop.
 pub(crate) fn check() -> overlaybd::Result<()> {
     match STOP.get() {
         Some(stop) if stop.load(Ordering::Relaxed) => Err(overlaybd::Error::Interrupted),

@@ -1,38 +1,38 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! File systems that were not unmounted cleanly: a read-only device cannot replay their journals,
-//! and mounting fails unless an option says to do without.
+//! Detects file systems that were not unmounted cleanly. On a read-only device, their journals cannot be
+//! replayed, and mounting fails without an option that skips this.
 
 use overlaybd::format::num::le32;
 use overlaybd::format::Blob;
 
 /// Byte offset of the superblock of ext2, ext3 and ext4.
 const EXT_AT: u64 = 1024;
-/// Byte offsets in that superblock: the magic, and the features without which it can't be mounted.
+/// Byte offsets in that superblock: the magic, and the incompatible features.
 const EXT_MAGIC: usize = 0x38;
 const EXT_INCOMPAT: usize = 0x60;
-/// The journal has changes that must be replayed.
+/// Incompatible feature: the journal has changes that must be replayed.
 const EXT_RECOVER: u32 = 0x4;
 
 /// Byte offset of the superblock of btrfs.
 const BTRFS_AT: u64 = 64 << 10;
-/// Byte offsets in that superblock: the magic, and where the tree with the log is, or 0.
+/// Byte offsets in that superblock: the magic, and the address of the log tree, or 0.
 const BTRFS_MAGIC: usize = 0x40;
 const BTRFS_LOG: usize = 0x60;
 
-/// XFS, where the log is in the file system. All its numbers are big-endian.
+/// XFS with the log in the file system. All its numbers are big-endian.
 mod xfs {
     use overlaybd::format::Blob;
 
-    /// Sectors, in which the log counts.
+    /// Size in bytes of a sector, the unit of the log.
     const SECTOR: u64 = 512;
-    /// What a record begins with; other sectors of the log begin with the number of the cycle.
+    /// Magic of a record, in its first sector. All other sectors of the log begin with the cycle number.
     const RECORD: u32 = 0xfeed_babe;
-    /// Most sectors of a record, and of the headers before it.
+    /// Largest number of sectors of a record with its headers.
     const LONGEST: u64 = (256 << 10) / SECTOR + 8;
-    /// Data that one sector of headers is for.
+    /// Bytes of data for one sector of headers.
     const DATA_OF_HEADER: u64 = 32 << 10;
-    /// The flag of an operation: the file system was unmounted.
+    /// Flag of an operation: the file system was unmounted.
     const UNMOUNT: u8 = 0x20;
 
     fn be32(bytes: &[u8], at: usize) -> u32 {
@@ -67,8 +67,8 @@ mod xfs {
             })
         }
 
-        /// The sector behind the last record: cycles are the same from the start up to there, and smaller by one,
-        /// or zero, from there on.
+        /// Returns the sector after the last record. The sectors before it have the same cycle number. Those
+        /// from it on have a number that is smaller by one, or zero.
         fn head(&self) -> Option<u64> {
             let first = self.cycle(0)?;
             let (mut same, mut other) = (0, self.len);
@@ -83,8 +83,9 @@ mod xfs {
         }
     }
 
-    /// Whether the file system on `disk` was certainly not unmounted: its last record says something else.
-    /// `None` where it is no XFS, the log is on another device, or it cannot be told.
+    /// Returns whether the file system on `disk` was not unmounted: whether the last record of its log isn't
+    /// an unmount record. Returns `None` if it is no XFS, if the log is on another device, or if this is
+    /// unknown.
     pub(super) fn is_dirty(disk: &impl Blob) -> Option<bool> {
         let mut sb = [0; 512];
         disk.read_at(0, &mut sb).ok()?;
@@ -94,7 +95,7 @@ mod xfs {
         let block = u64::from(be32(&sb, 4)).checked_div(SECTOR)?;
         let start = be64(&sb, 48);
         let per_group = u64::from(be32(&sb, 84));
-        // A number of a block has the group in its upper bits.
+        // The upper bits of a block number are the allocation group.
         let shift = u32::from(*sb.get(124)?);
         let in_group = start & 1_u64.checked_shl(shift)?.checked_sub(1)?;
         let start_block = start.checked_shr(shift)?.checked_mul(per_group)?;
@@ -123,7 +124,7 @@ mod xfs {
             };
             let data = u64::from(be32(&header, 12)).div_ceil(SECTOR);
             let operations = be32(&header, 40);
-            // As the kernel tells it: one operation, which says so, and nothing behind it.
+            // The kernel's condition: the record has only the unmount operation, and nothing follows it.
             let flags = *log.sector(at + headers)?.get(9)?;
             let is_last = headers + data == back;
             return Some(!(operations == 1 && flags & UNMOUNT != 0 && is_last));
@@ -132,12 +133,12 @@ mod xfs {
     }
 }
 
-/// The mount options that the file system on `disk` needs, and the file system's name; `None` where
-/// the file system is clean, or another one.
+/// Returns the name of the file system on `disk`, and the mount options that it needs; `None` if the file
+/// system is clean or unknown.
 pub(crate) fn options(disk: &impl Blob) -> Option<(&'static str, &'static str)> {
     let sector = |at| {
         let mut bytes = [0; 512];
-        // Whoever mounts it will hear of an error.
+        // Errors are ignored: mounting will report them.
         disk.read_at(at, &mut bytes).ok().map(|()| bytes)
     };
     if let Some(bytes) = sector(EXT_AT) {
@@ -156,7 +157,7 @@ pub(crate) fn options(disk: &impl Blob) -> Option<(&'static str, &'static str)> 
     (is_btrfs && has_log).then_some(("btrfs", "ro,rescue=nologreplay"))
 }
 
-/// What to tell of [`options`].
+/// Returns the note about [`options`] for the user.
 pub(crate) fn note(disk: &impl Blob, node: &str) -> Option<String> {
     let (kind, options) = options(disk)?;
     Some(format!(
@@ -214,7 +215,7 @@ mod tests {
         assert_eq!(options(&disk), Some(("btrfs", "ro,rescue=nologreplay")));
     }
 
-    /// Sectors of the log of [`xfs_disk`], and where it begins: in the third of groups of 1000 blocks.
+    /// Number of sectors of the log of [`xfs_disk`], and its start: in the third group of 1000 blocks.
     const LOG: usize = 8000;
     const LOG_AT: usize = (2 * 1000 + 10) * 8;
 
@@ -233,7 +234,7 @@ mod tests {
         disk
     }
 
-    /// Writes the number of the cycle to sectors of the log.
+    /// Writes the cycle number to sectors of the log.
     fn cycle(disk: &mut Disk, sectors: std::ops::Range<usize>, cycle: u32) {
         for sector in sectors {
             let at = (LOG_AT + sector % LOG) * 512;
@@ -261,10 +262,11 @@ mod tests {
     fn logs_of_xfs() {
         const UNMOUNT: u8 = 0x20;
         let dirty = Some(("XFS", "ro,norecovery"));
-        // Where nothing can be told, nothing is.
+        // If the state is unknown, there is no note.
         let mut disk = xfs_disk();
         assert_eq!(options(&disk), None);
-        // A log in its first cycle, with zeros behind the head; later ones, around the end; and at it.
+        // A log in its first cycle, with zeros after the head; in later cycles; and with a record around or
+        // at the end.
         for (head, now, before) in [(2, 1, 0), (100, 1, 0), (100, 7, 6), (1, 7, 6), (LOG, 7, 6)] {
             disk = xfs_disk();
             let at = (head + LOG - 2) % LOG;
@@ -282,7 +284,7 @@ mod tests {
             record(&mut disk, at, if head == 1 { before } else { now }, 0x8);
             assert_eq!(options(&disk), dirty, "{head}");
         }
-        // Something behind the record.
+        // Something after the record.
         disk = xfs_disk();
         cycle(&mut disk, 0..100, 7);
         cycle(&mut disk, 100..LOG, 6);

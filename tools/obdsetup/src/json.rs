@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! JSON files that others wrote.
+//! Reads JSON files that other programs wrote.
 
 use std::path::Path;
 
@@ -12,7 +12,7 @@ use serde::de::DeserializeOwned;
 
 use crate::exit::{self, Failure};
 
-/// Most bytes of a file: what registries take of a manifest.
+/// Largest size of a file: the limit that registries have for a manifest.
 pub(crate) const MAX: u64 = 4 << 20;
 
 /// Reads a file.
@@ -30,12 +30,12 @@ pub(crate) fn read(path: &Path) -> Result<Vec<u8>> {
     Ok(bytes)
 }
 
-/// Reads `what` out of the bytes of the file at `path`.
+/// Parses the bytes of the file at `path`. Messages call the content `what`.
 pub(crate) fn parse<T: DeserializeOwned>(bytes: &[u8], path: &Path, what: &str) -> Result<T> {
     serde_json::from_slice(bytes).map_err(|error| bad(path, &format!("not {what}: {error}")))
 }
 
-/// A file is not what it should be.
+/// Returns the error for a file with wrong content.
 pub(crate) fn bad(path: &Path, what: &str) -> anyhow::Error {
     Failure::error(exit::BAD_IMAGE, format!("{}: {what}", path.display()))
 }

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! The arguments that all commands have which make a layer.
+//! Arguments of all commands that make a layer.
 
 use anyhow::Result;
 use clap::builder::RangedU64ValueParser;
@@ -16,9 +16,9 @@ use uuid::Uuid;
 use crate::exit::Failure;
 use crate::size;
 
-/// Most threads: beyond any use, and below what a system refuses.
+/// Largest number of threads: more than is useful, and fewer than a system refuses.
 const MAX_THREADS: u64 = 1024;
-/// Bytes of a user tag.
+/// Largest length of a user tag in bytes.
 const MAX_TAG: usize = 256;
 
 /// How a new layer is written.
@@ -80,7 +80,7 @@ pub(crate) struct WrapArgs {
     threads: Option<usize>,
 }
 
-/// Reads a block size.
+/// Parses a block size.
 fn block_size(text: &str) -> Result<u32, String> {
     match size::parse(text).map(u32::try_from)? {
         Ok(size @ (4096 | 8192 | 16384 | 32768 | 65536)) => Ok(size),
@@ -89,7 +89,7 @@ fn block_size(text: &str) -> Result<u32, String> {
 }
 
 impl WrapArgs {
-    /// The wrapping that was asked for.
+    /// Returns the wrapping that the arguments ask for.
     pub(crate) fn wrapping(&self) -> Result<Wrapping> {
         let zfile = match self.algorithm {
             Some(Algorithm::Lz4 | Algorithm::Zstd) if self.dax => {
@@ -118,7 +118,7 @@ impl WrapArgs {
         })
     }
 
-    /// The compression with `algorithm`, whose levels end at `highest`.
+    /// Returns the options for compression with `algorithm`, whose highest level is `highest`.
     fn zfile(&self, algorithm: zfile::Algorithm, highest: i32) -> Result<Options> {
         if let Some(level) = self.level.filter(|level| !(1..=highest).contains(level)) {
             let message = format!("--level {level}: expected 1 to {highest}");
@@ -155,8 +155,8 @@ pub(crate) struct IdentArgs {
 }
 
 impl IdentArgs {
-    /// What a layer says of itself, which was made over `below`: what was asked for, or the UUID
-    /// that `uuid` makes of what is below.
+    /// Returns the identity of a layer that is made over `below`. It has the UUIDs and tag from the
+    /// arguments. If there is no UUID, `uuid` makes one; it gets what is below the layer.
     pub(crate) fn ident(
         &self,
         below: Below<'_>,
@@ -184,7 +184,7 @@ fn user_tag(text: &str) -> Result<String, String> {
     }
 }
 
-/// A UUID as upstream writes it: upper case; all zeros for none.
+/// Returns a UUID in upstream's form: upper case; all zeros for none.
 pub(crate) fn uuid_text(uuid: Uuid) -> String {
     uuid.as_hyphenated().to_string().to_uppercase()
 }

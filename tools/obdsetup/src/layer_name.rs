@@ -1,12 +1,11 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! The words that name a layer: `PATH`, or `DEVICE:size=BYTES` where the blob is shorter than the
-//! device that holds it.
+//! Parses the words that name a layer: `PATH`, or `DEVICE:size=BYTES` if the blob is shorter than its device.
 //!
-//! What a word means depends on the word alone, never on which files exist: a table of stacks must
-//! mean the same at boot, when a disk is still missing, as later. Names of devices end with `:0`
-//! and the like in `/dev/disk` and elsewhere, so the short form `DEVICE:BYTES` is for those names
-//! only that have no colon: see [`has_short_form`].
+//! The meaning of a word depends only on the word, never on which files exist: a line of overlaybdtab must
+//! have the same meaning at boot, when a disk is still missing, as later. In `/dev/disk` and elsewhere, names
+//! of devices may end with `:0` and the like. So the short form `DEVICE:BYTES` is allowed only for names that
+//! cannot have a colon: see [`has_short_form`].
 
 use std::ffi::{OsStr, OsString};
 use std::os::unix::ffi::{OsStrExt, OsStringExt};
@@ -14,27 +13,27 @@ use std::path::{Path, PathBuf};
 
 use crate::size;
 
-/// What separates a path from the size of its blob.
+/// Separates a path from the size of its blob.
 const SIZE: &[u8] = b":size=";
-/// The size that stands for all that is there, for a name that ends as if it had a size.
+/// The size that means the whole file or device. Needed for names that end as if they had a size.
 const ALL: &[u8] = b"-";
 
-/// Directories of `/dev` that belong to no volume group, and whose entries may have a colon.
+/// Directories in `/dev` that belong to no volume group, and whose entries may have a colon.
 const NO_GROUPS: &[&str] = &[
     "block", "bsg", "bus", "char", "disk", "fd", "mapper", "md", "mqueue", "pts", "shm",
 ];
 
-/// The path, and the size of the blob where the word has one.
+/// Returns the path, and the size of the blob if the word has one.
 ///
 /// # Errors
 ///
-/// Where what follows `:size=` is no size.
+/// If the text after `:size=` is no size.
 pub(crate) fn parse(word: OsString) -> Result<(PathBuf, Option<u64>), String> {
     let bytes = word.as_bytes();
     if let Some(at) = last(bytes, SIZE) {
         let (path, tail) = bytes.split_at(at);
         let tail = tail.get(SIZE.len()..).unwrap_or_default();
-        // Within a path, it is a part of a name.
+        // If a slash follows, `:size=` is a part of a name.
         if !tail.contains(&b'/') {
             let size = match tail {
                 ALL => None,
@@ -49,7 +48,7 @@ pub(crate) fn parse(word: OsString) -> Result<(PathBuf, Option<u64>), String> {
     }
 }
 
-/// What to write in the place of `path`, where somebody may have meant a size by its end.
+/// Returns what to write instead of `path`, if its end may have been meant as a size.
 pub(crate) fn suggest(path: &Path) -> Option<String> {
     let (device, size) = split_number(path.as_os_str().as_bytes())?;
     let device = String::from_utf8_lossy(device);
@@ -61,7 +60,7 @@ fn short_form(word: &[u8]) -> Option<(&[u8], u64)> {
     split_number(word).filter(|(path, _)| has_short_form(path))
 }
 
-/// Splits what ends with `:` and a size.
+/// Splits a word that ends with `:` and a size.
 fn split_number(word: &[u8]) -> Option<(&[u8], u64)> {
     let colon = word.iter().rposition(|&byte| byte == b':')?;
     let (path, tail) = word.split_at(colon);
@@ -69,8 +68,8 @@ fn split_number(word: &[u8]) -> Option<(&[u8], u64)> {
     Some((path, size))
 }
 
-/// Whether `path` is the kernel's own name of a device, or that of a logical volume, by its form:
-/// neither has a colon.
+/// Returns whether `path` has the form of the kernel's own name of a device, or of the name of a logical
+/// volume. Neither can have a colon.
 fn has_short_form(path: &[u8]) -> bool {
     let Some(name) = path.strip_prefix(b"/dev/") else {
         return false;
@@ -90,7 +89,7 @@ fn has_short_form(path: &[u8]) -> bool {
     }
 }
 
-/// Where `what` is in `bytes` for the last time.
+/// Returns the position of the last `what` in `bytes`.
 fn last(bytes: &[u8], what: &[u8]) -> Option<usize> {
     bytes.windows(what.len()).rposition(|part| part == what)
 }
@@ -133,7 +132,7 @@ mod tests {
         }
     }
 
-    /// Names that udev, device-mapper, md and people give: none is split.
+    /// Names from udev, device-mapper, md and people. None is split.
     #[test]
     fn names_with_colons() {
         for word in [

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! Writing a new layer to its file.
+//! Writes a new layer to its file.
 
 use std::path::Path;
 
@@ -21,12 +21,12 @@ use crate::output::Output;
 pub(crate) struct LayerOut {
     output: Output,
     wrapping: Wrapping,
-    /// Whether file systems are to map the layer.
+    /// Whether the layer is for DAX.
     dax: bool,
 }
 
 impl LayerOut {
-    /// Begins the file `path`, which is none of `inputs`.
+    /// Begins the file `path`, which must not be one of `inputs`.
     pub(crate) fn create<'a>(
         path: &Path,
         args: &NewLayerArgs,
@@ -39,7 +39,7 @@ impl LayerOut {
         })
     }
 
-    /// Begins the new file `path`, wrapped like this.
+    /// Begins the new file `path` with this wrapping.
     pub(crate) fn with(path: &Path, wrapping: Wrapping) -> Result<Self> {
         Ok(Self {
             wrapping,
@@ -48,7 +48,7 @@ impl LayerOut {
         })
     }
 
-    /// Makes `writer` write a layer that file systems can map.
+    /// Makes `writer` write a layer for DAX. Returns an error if that is impossible.
     fn for_dax(&self, writer: LayerWriter) -> Result<LayerWriter> {
         let [page, ..] = dax::PAGE_SIZES;
         let writer = writer.with_data_at(dax::DATA_START)?;
@@ -61,7 +61,7 @@ impl LayerOut {
         }
     }
 
-    /// Where the file is to be.
+    /// Returns the final path of the file.
     pub(crate) fn path(&self) -> &Path {
         self.output.path()
     }
@@ -80,7 +80,7 @@ impl LayerOut {
         self.wrap(|sink| writer.write(read, sink, &|bytes| bar.advance(bytes)))
     }
 
-    /// Writes what `produce` hands over, an LSMT file, and completes the file.
+    /// Writes the bytes from `produce`, an LSMT file, and completes the file.
     pub(crate) fn wrap(
         mut self,
         produce: impl FnOnce(Sink<'_>) -> overlaybd::Result<()>,
@@ -88,7 +88,7 @@ impl LayerOut {
         let path = self.output.path().to_owned();
         let here = |error: overlaybd::Error| error.in_file(&path);
         wrap::write(self.output.file(), self.wrapping, |sink| {
-            // Other errors are of what is read.
+            // Errors of the sink are about this file. Other errors are about an input.
             produce(&mut |bytes| sink(bytes).map_err(here))
         })
         .map_err(here)?;
@@ -96,8 +96,8 @@ impl LayerOut {
     }
 }
 
-/// Plans the layer of `runs` that is to be in the file `path`. `way_out` is what to do where the format has
-/// no place for so many pieces.
+/// Plans the layer of `runs` for the file `path`. `way_out` is the advice for the error that the format
+/// cannot have that many segments.
 ///
 /// # Errors
 ///
@@ -119,8 +119,8 @@ pub(crate) fn plan(
     })
 }
 
-/// The UUID, made of its content, of a layer of `runs`, ascending and joined where they touch. `read`
-/// reads the disk: byte offset, buffer.
+/// Returns the UUID that is made from the content of a layer of `runs`. The runs are ascending, and adjacent
+/// ones are joined. `read` reads the disk: byte offset, buffer.
 pub(crate) fn derive(
     virtual_size: u64,
     below: Below<'_>,

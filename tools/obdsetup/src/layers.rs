@@ -1,7 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! Layers on the command line: words as [`layer_name`] reads them, or a `config.v1.json` that lists
-//! layers.
+//! Layers on the command line: words that [`layer_name`] parses, or a `config.v1.json` that lists layers.
 
 use std::ffi::OsString;
 use std::fmt;
@@ -22,12 +21,12 @@ use crate::exit::{self, Failure};
 use crate::in_use::InUseArgs;
 use crate::{config, interrupt, layer_name};
 
-/// A layer, named but not opened.
+/// A layer that was named and is not open yet.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct LayerArg {
     /// The file or block device.
     pub(crate) path: PathBuf,
-    /// Bytes of blob, where given.
+    /// Size of the blob in bytes, if given.
     pub(crate) size: Option<u64>,
 }
 
@@ -40,7 +39,7 @@ impl TryFrom<OsString> for LayerArg {
     }
 }
 
-/// A parser of [`clap`]'s that is made of a function.
+/// A parser for [`clap`] that calls a function.
 type FnParser<T> = TryMapValueParser<OsStringValueParser, fn(OsString) -> Result<T, String>>;
 
 impl ValueParserFactory for LayerArg {
@@ -69,7 +68,8 @@ impl LayerArg {
         Ok(Arc::new(file))
     }
 
-    /// An error of opening, with a hint where a size may have been taken for a part of the name.
+    /// Returns the error for a failed open, with a hint if the user may have meant a part of the name as a
+    /// size.
     fn explain(&self, error: overlaybd::Error) -> anyhow::Error {
         let missing = error.io_kind() == Some(ErrorKind::NotFound) && self.size.is_none();
         match layer_name::suggest(&self.path).filter(|_| missing) {
@@ -86,13 +86,14 @@ impl LayerArg {
         Ok(LayerReader::from_file(self.open()?)?)
     }
 
-    /// Whether it is a block device.
+    /// Returns whether it is a block device.
     pub(crate) fn is_device(&self) -> bool {
         std::fs::metadata(&self.path).is_ok_and(|meta| meta.file_type().is_block_device())
     }
 }
 
-/// The layers that are named, lowest first: a `config.v1.json` names those that it lists.
+/// Returns the layers that are named, lowest first. A `config.v1.json` is replaced by the layers that it
+/// lists.
 pub(crate) fn expand(args: &[LayerArg]) -> Result<Vec<LayerArg>> {
     let mut layers = Vec::new();
     for arg in args {
@@ -104,22 +105,22 @@ pub(crate) fn expand(args: &[LayerArg]) -> Result<Vec<LayerArg>> {
     Ok(layers)
 }
 
-/// What of several lists of layers is on the disk, so that nobody writes to it.
+/// Returns the paths of all layers in several lists.
 pub(crate) fn paths<'a>(lists: &[&'a [LayerArg]]) -> Vec<&'a Path> {
     let layers = lists.iter().flat_map(|list| list.iter());
     layers.map(|layer| layer.path.as_path()).collect()
 }
 
-/// Opens layers, lowest first, to read what is in them: nobody may be seen who writes to them.
+/// Opens layers, lowest first, to read their data. Returns an error if someone may write to them.
 pub(crate) fn open_layers(args: &[LayerArg], in_use: &InUseArgs) -> Result<Vec<LayerReader>> {
     let layers = open_any(args)?;
-    // One that isn't there, or is no layer, is told of as such.
+    // Checked after opening, so that a layer that is missing or is no layer is reported as such.
     in_use.check(paths(&[args]))?;
     Ok(layers)
 }
 
 fn open_any(args: &[LayerArg]) -> Result<Vec<LayerReader>> {
-    // Before hundreds of files are opened.
+    // Checked before hundreds of files are opened.
     if args.len() > MAX_LAYERS {
         let fault = format::Error::new(Fault::LsmtLayerCount, 0, to_u64(args.len()));
         return Err(overlaybd::Error::from(fault).into());
@@ -127,15 +128,15 @@ fn open_any(args: &[LayerArg]) -> Result<Vec<LayerReader>> {
     args.iter().map(LayerArg::open_layer).collect()
 }
 
-/// Opens a layer to read what is in it, as [`open_layers`] does.
+/// Opens one layer as [`open_layers`] does.
 pub(crate) fn open_layer(arg: &LayerArg, in_use: &InUseArgs) -> Result<LayerReader> {
     let layer = arg.open_layer()?;
     in_use.check([arg.path.as_path()])?;
     Ok(layer)
 }
 
-/// Opens all layers of a stack, lowest first, to read what is in them, checks that they fit on each other,
-/// and merges them.
+/// Opens all layers of a stack, lowest first, to read their data. Checks that they fit on each other, and
+/// merges them.
 pub(crate) fn open_stack(
     args: &[LayerArg],
     chain: &ChainArgs,
@@ -146,8 +147,8 @@ pub(crate) fn open_stack(
     Ok(Stack::new(layers)?)
 }
 
-/// Opens all layers of a stack as [`open_stack`] does, for a table that the kernel reads them by: `open` looks
-/// who writes to them.
+/// Opens all layers of a stack as [`open_stack`] does, for a table. Doesn't check who may write to them;
+/// `open` does.
 pub(crate) fn plan_stack(args: &[LayerArg], chain: &ChainArgs) -> Result<Stack> {
     let layers = open_any(args)?;
     chain.check(&layers, Part::Whole)?;

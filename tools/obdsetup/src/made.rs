@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! Directories that are there complete or not at all: they get their names at the end.
+//! Directories that get their names only when they are complete.
 
 use std::fs::File;
 use std::io::{ErrorKind, Write};
@@ -14,7 +14,7 @@ use crate::config::{Config, Lower};
 use crate::exit::{self, Failure};
 use crate::output::{directory, rename_new_directory, set_mode, sync, sync_directory, umask};
 
-/// A directory that is being made. Dropped, it is gone.
+/// A directory that is being made. Dropping this deletes it.
 pub(crate) struct NewDirectory {
     made: TempDir,
     out: PathBuf,
@@ -41,12 +41,12 @@ impl NewDirectory {
         })
     }
 
-    /// Where it is until it is complete.
+    /// Returns its path until it is complete.
     pub(crate) fn path(&self) -> &Path {
         self.made.path()
     }
 
-    /// Writes a file.
+    /// Writes a file in it.
     pub(crate) fn write(&self, name: &str, bytes: &[u8]) -> Result<()> {
         let write = || {
             let mut file = File::create_new(self.path().join(name))?;
@@ -77,16 +77,16 @@ impl NewDirectory {
             Err(error) if error.kind() == ErrorKind::AlreadyExists => return Err(there(&out)),
             done => done.with_context(context)?,
         }
-        // What was to be deleted isn't there any more under that name.
+        // The temporary directory was renamed, so there is nothing to delete.
         let _ = made.keep();
         sync_directory(directory(&out)).with_context(context)
     }
 }
 
-/// A new directory of layers, and of what lists them.
+/// A new directory with layers, and with a file that lists them.
 pub(crate) struct Made {
     directory: NewDirectory,
-    /// The absolute name that it will have.
+    /// Its final absolute path.
     place: String,
     config: Config,
 }
@@ -103,7 +103,8 @@ impl Made {
     /// Begins the directory `out`.
     pub(crate) fn new(out: &Path) -> Result<Self> {
         let made = NewDirectory::new(out)?;
-        // The snapshotter would look up relative names from wherever it was started.
+        // The list needs absolute paths, because the snapshotter would look up relative ones from its working
+        // directory.
         let place = directory(out).canonicalize();
         let place = place.with_context(|| cannot(out))?;
         let place = place.join(out.file_name().unwrap_or_default());
@@ -121,12 +122,12 @@ impl Made {
         })
     }
 
-    /// The file of the next layer, to be made.
+    /// Returns the path for the file of the next layer.
     pub(crate) fn next_layer(&self) -> PathBuf {
         self.path().join(layer_name(self.config.lowers.len()))
     }
 
-    /// The files of the layers that are there, lowest first.
+    /// Returns the paths of the files of the layers that were made, lowest first.
     pub(crate) fn layers(&self) -> Vec<PathBuf> {
         let count = self.config.lowers.len();
         (0..count)
@@ -134,7 +135,7 @@ impl Made {
             .collect()
     }
 
-    /// Counts the next layer as made. `digest` is that of its file in a registry.
+    /// Counts the next layer as made. `digest` is the digest of its file in a registry.
     pub(crate) fn add(&mut self, digest: Option<String>) {
         let name = layer_name(self.config.lowers.len());
         self.config.lowers.push(Lower {
@@ -144,7 +145,7 @@ impl Made {
         });
     }
 
-    /// Writes what lists the layers, and completes the directory.
+    /// Writes the list of the layers, and completes the directory.
     pub(crate) fn finish_config(self) -> Result<()> {
         let mut text = serde_json::to_string_pretty(&self.config)?;
         text.push('\n');
@@ -166,7 +167,7 @@ fn cannot(out: &Path) -> String {
     format!("{}: cannot complete the directory", out.display())
 }
 
-/// Whoever had something in that directory would not want it to be gone.
+/// Returns the error if `out` exists. It is never replaced, because it may have other files.
 fn there(out: &Path) -> anyhow::Error {
     let message = format!("{}: exists already; remove it first", out.display());
     Failure::error(exit::BUSY, message)

@@ -2,9 +2,9 @@
 
 //! `obdsetup`: sets up OverlayBD images as block devices; makes, checks and dumps them.
 //!
-//! - [`cmd`]: a file for each subcommand, its arguments and what it does.
+//! - [`cmd`]: a file for each subcommand, with its arguments and its work.
 //! - [`dm`]: device-mapper and loop devices.
-//! - The other files: what several subcommands need.
+//! - The other files have code that several subcommands need.
 
 #![forbid(unsafe_code)]
 
@@ -46,7 +46,7 @@ use std::process::ExitCode;
 
 use clap::{CommandFactory, Parser};
 
-/// What to do with what is no layer.
+/// The advice if a file is no layer.
 const NO_LAYER: &str = "`obdsetup convert' makes layers of disk images, tars and directories";
 
 /// Set up, make, convert and check OverlayBD images.
@@ -57,7 +57,7 @@ struct Cli {
     command: cmd::Command,
 }
 
-/// The command as it is on the command line, for what is made of that.
+/// Returns the description of the command line, for manual pages and completions.
 fn command() -> clap::Command {
     Cli::command()
 }
@@ -87,7 +87,7 @@ fn main() -> ExitCode {
             };
             return ExitCode::from(match error.print() {
                 Err(error) if code == exit::SUCCESS => exit::io(error.kind()),
-                // Where standard error is gone, nobody is left to tell.
+                // Ignored: if standard error fails, there is no other way to report it.
                 _ => code,
             });
         }
@@ -96,7 +96,7 @@ fn main() -> ExitCode {
         Ok(()) => ExitCode::from(exit::SUCCESS),
         Err(error) => {
             let code = exit::code(&error);
-            // A reader that has seen enough, say head(1), closed standard output: no need to tell.
+            // Not reported if standard output was closed by a reader that needs no more, for example head(1).
             if code != exit::PIPE {
                 tell(&message(&error));
             }
@@ -105,15 +105,15 @@ fn main() -> ExitCode {
     }
 }
 
-/// Tells something on standard error.
+/// Prints a message on standard error.
 fn tell(message: &str) {
     let text = format!("obdsetup: {}\n", plain(message));
-    // Where standard error is gone, nobody is left to tell.
+    // Ignored: if standard error fails, there is no other way to report it.
     let _ = io::stderr().write_all(text.as_bytes());
 }
 
-/// Text for people, of which parts may come from an image: nothing of that is for the terminal to
-/// obey.
+/// Escapes control characters in a text for people. Parts of it may come from an image, and must not control
+/// the terminal.
 fn plain(text: &str) -> String {
     let mut plain = String::with_capacity(text.len());
     for c in text.chars() {
@@ -125,7 +125,8 @@ fn plain(text: &str) -> String {
     plain
 }
 
-/// An error and its causes. The library's errors tell theirs themselves.
+/// Returns the message for an error with its causes. The messages of the library's errors include their
+/// causes already.
 fn message(error: &anyhow::Error) -> String {
     let mut parts = Vec::new();
     for cause in error.chain() {
@@ -140,7 +141,7 @@ fn message(error: &anyhow::Error) -> String {
     without_numbers(&parts.join(": "))
 }
 
-/// Leaves out the numbers that std puts behind the words of the system's errors.
+/// Removes the error numbers that std appends to messages of the system.
 fn without_numbers(text: &str) -> String {
     let mut parts = text.split(" (os error ");
     let mut out = parts.next().unwrap_or_default().to_owned();

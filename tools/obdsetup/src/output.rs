@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! Files that are there complete or not at all.
+//! Files that get their names only when they are complete.
 
 use std::fs::{File, Metadata, Permissions};
 use std::io;
@@ -16,10 +16,10 @@ use tempfile::{NamedTempFile, PersistError};
 
 use crate::exit::{self, Failure};
 
-/// Links that are followed at most, as the kernel does.
+/// Largest number of symbolic links that are followed, as in the kernel.
 const MAX_LINKS: usize = 40;
 
-/// A file being written beside the place where it is to be. Dropped, it is gone.
+/// A file that is written in the directory of its final path, under another name. Dropping this deletes it.
 pub(crate) struct Output {
     file: NamedTempFile,
     path: PathBuf,
@@ -27,18 +27,18 @@ pub(crate) struct Output {
 }
 
 impl Output {
-    /// Begins the file `path`. With `force`, one that is there is replaced at the end, if it isn't
-    /// one of `inputs`. What isn't a file, say a device's node, is never replaced.
+    /// Begins the file `path`. With `force`, an existing file is replaced at the end, unless it is one of
+    /// `inputs`. Anything but a regular file, for example the node of a device, is never replaced.
     pub(crate) fn create<'a>(
         path: &Path,
         force: bool,
         inputs: impl IntoIterator<Item = &'a Path>,
     ) -> Result<Self> {
-        // What the umask leaves of this is what a file made by any other tool has.
+        // A new file gets the same mode as from other tools.
         Self::with_mode(path, force, inputs, 0o666 & !umask())
     }
 
-    /// As [`Self::create`]. One that isn't there gets this mode, and never had another.
+    /// As [`Self::create`]. A new file has this mode from the moment when it gets its name.
     pub(crate) fn with_mode<'a>(
         path: &Path,
         force: bool,
@@ -58,7 +58,7 @@ impl Output {
         if !force && path.symlink_metadata().is_ok() {
             return Err(exists(path));
         }
-        // Of a link, what it leads to is replaced.
+        // If it is a symbolic link, its target is replaced.
         let path = target(path);
         let file = temp_file(directory(&path))?;
         let done = match path.metadata() {
@@ -69,22 +69,22 @@ impl Output {
         Ok(Self { file, path, force })
     }
 
-    /// Where the file is to be.
+    /// Returns the final path of the file.
     pub(crate) fn path(&self) -> &Path {
         &self.path
     }
 
-    /// Where the file is until it is complete, for a program that writes it.
+    /// Returns the temporary path of the file, for a program that writes it.
     pub(crate) fn file_path(&self) -> Result<PathBuf> {
         crate::program::path(self.file.path())
     }
 
-    /// The file to write to.
+    /// Returns the file for writing.
     pub(crate) fn file(&mut self) -> &mut File {
         self.file.as_file_mut()
     }
 
-    /// Makes the file complete: on disk first, then in its place.
+    /// Completes the file: syncs it, then renames it.
     pub(crate) fn commit(self) -> Result<()> {
         self.complete().map(drop)
     }
@@ -110,9 +110,10 @@ impl Output {
     }
 }
 
-/// Puts `file` at `path` where nothing is there. File systems know one of three ways at least.
+/// Renames `file` to `path` if nothing exists there. Each file system supports at least one of the three
+/// ways.
 fn persist_new(file: NamedTempFile, path: &Path) -> Result<File, PersistError> {
-    // Renames so that nothing is replaced, or makes a hard link.
+    // This renames without replacing, or makes a hard link.
     let error = match file.persist_noclobber(path) {
         Err(error) if is_unsupported(&error.error) => error,
         done => return done,
@@ -126,7 +127,7 @@ fn persist_new(file: NamedTempFile, path: &Path) -> Result<File, PersistError> {
     }
 }
 
-/// Renames the directory `from` to `to` where nothing is there.
+/// Renames the directory `from` to `to` if nothing exists there.
 pub(crate) fn rename_new_directory(from: &Path, to: &Path) -> io::Result<()> {
     match renameat_with(CWD, from, CWD, to, RenameFlags::NOREPLACE).map_err(io::Error::from) {
         Err(error) if is_unsupported(&error) => rename_over_empty(from, to),
@@ -134,18 +135,18 @@ pub(crate) fn rename_new_directory(from: &Path, to: &Path) -> io::Result<()> {
     }
 }
 
-/// [`rename_new_directory`] for file systems that cannot do it at once. Renaming replaces an empty
-/// directory, and making that one fails where something is there.
+/// [`rename_new_directory`] for file systems without an atomic operation for it. Makes an empty directory
+/// `to`, which fails if something exists there. Renaming then replaces it.
 fn rename_over_empty(from: &Path, to: &Path) -> io::Result<()> {
     std::fs::create_dir(to)?;
     std::fs::rename(from, to).or_else(|_| {
-        // Some file systems replace nothing at all.
+        // Some file systems never replace a directory.
         std::fs::remove_dir(to)?;
         std::fs::rename(from, to)
     })
 }
 
-/// Writes a file back to its disk, where the file system can.
+/// Syncs a file, if the file system supports it.
 pub(crate) fn sync(file: &File) -> io::Result<()> {
     file.sync_all()
         .or_else(|error| match is_unsupported(&error) {
@@ -154,8 +155,7 @@ pub(crate) fn sync(file: &File) -> io::Result<()> {
         })
 }
 
-/// Writes the names in a directory back to its disk, where that can be done: a directory may be
-/// there for writing only.
+/// Syncs a directory, if possible: the user may have no permission to read it.
 pub(crate) fn sync_directory(directory: &Path) -> io::Result<()> {
     match File::open(directory) {
         Err(error) if error.kind() == io::ErrorKind::PermissionDenied => Ok(()),
@@ -163,7 +163,7 @@ pub(crate) fn sync_directory(directory: &Path) -> io::Result<()> {
     }
 }
 
-/// Sets the mode of a file or directory, where the file system has modes.
+/// Sets the mode of a file or directory, if the file system has modes.
 pub(crate) fn set_mode(file: &File, mode: u32) -> io::Result<()> {
     let done = file.set_permissions(Permissions::from_mode(mode));
     done.or_else(|error| match is_unsupported(&error) {
@@ -172,7 +172,7 @@ pub(crate) fn set_mode(file: &File, mode: u32) -> io::Result<()> {
     })
 }
 
-/// Whether a file system says that it cannot do such a thing, not that it went wrong.
+/// Returns whether the error means that the file system doesn't support an operation, not that it has failed.
 fn is_unsupported(error: &io::Error) -> bool {
     matches!(
         Errno::from_io_error(error),
@@ -180,13 +180,14 @@ fn is_unsupported(error: &io::Error) -> bool {
     )
 }
 
-/// The permissions of a file as an extended attribute; there only where they are more than a mode.
+/// The extended attribute with the access control list of a file. Exists only if the list is more than a
+/// mode.
 const ACL: &str = "system.posix_acl_access";
-/// The label of a file for SELinux.
+/// The extended attribute with the SELinux label of a file.
 const LABEL: &str = "security.selinux";
 
-/// Gives `file` what the file at `path` has that it replaces: owner and group where that is allowed,
-/// mode, access control list, label. What cannot be kept makes it less open, never more.
+/// Gives `file` the attributes of the file at `path`, which it will replace: owner and group if that is
+/// allowed, mode, access control list, label. If some cannot be kept, fewer users get access, never more.
 fn keep_attributes(file: &File, path: &Path, old: &Metadata) -> io::Result<()> {
     if old.nlink() > 1 {
         crate::tell(&format!(
@@ -205,7 +206,7 @@ fn keep_attributes(file: &File, path: &Path, old: &Metadata) -> io::Result<()> {
     if !same_owner {
         mode &= !0o4000;
     }
-    // The group's part of the mode is the mask of the list, where there is one.
+    // With an access control list, the group bits of the mode are the mask of the list.
     let keeps_acl = acl
         .as_ref()
         .is_none_or(|acl| same_group && fsetxattr(file, ACL, acl, XattrFlags::empty()).is_ok());
@@ -214,22 +215,22 @@ fn keep_attributes(file: &File, path: &Path, old: &Metadata) -> io::Result<()> {
     }
     set_mode(file, mode)?;
     if let Some(label) = attribute(path, LABEL) {
-        // Only an administrator may.
+        // Ignored, because only an administrator may do this.
         let _ = fsetxattr(file, LABEL, &label, XattrFlags::empty());
     }
     Ok(())
 }
 
-/// An extended attribute of a file, where it has that.
+/// Returns an extended attribute of a file; `None` if it has none.
 fn attribute(path: &Path, name: &str) -> Option<Vec<u8>> {
-    // More than any file system has of these.
+    // Larger than these attributes can be.
     let mut value = vec![0; 64 << 10];
     let len = getxattr(path, name, &mut value).ok()?;
     value.truncate(len);
     Some(value)
 }
 
-/// What `path` leads to, perhaps by links, whether or not it is there.
+/// Follows the symbolic links in `path`, even if the final target doesn't exist.
 fn target(path: &Path) -> PathBuf {
     if let Ok(path) = path.canonicalize() {
         return path;
@@ -244,7 +245,7 @@ fn target(path: &Path) -> PathBuf {
     path
 }
 
-/// A temporary file in `directory`, deleted when dropped.
+/// Makes a temporary file in `directory`. Dropping it deletes the file.
 pub(crate) fn temp_file(directory: &Path) -> Result<NamedTempFile> {
     tempfile::Builder::new()
         .prefix(".obdsetup-")
@@ -252,7 +253,7 @@ pub(crate) fn temp_file(directory: &Path) -> Result<NamedTempFile> {
         .with_context(|| format!("{}: cannot make a file", directory.display()))
 }
 
-/// The directory that `path` is in.
+/// Returns the directory that `path` is in.
 pub(crate) fn directory(path: &Path) -> &Path {
     match path.parent() {
         Some(parent) if !parent.as_os_str().is_empty() => parent,
@@ -267,7 +268,7 @@ fn exists(path: &Path) -> anyhow::Error {
     )
 }
 
-/// The process's umask, put back at once.
+/// Returns the process's umask. Reading it means to set it; this restores it at once.
 pub(crate) fn umask() -> u32 {
     let all = rustix::fs::Mode::from_raw_mode(0o022);
     let mask = rustix::process::umask(all);
@@ -288,7 +289,7 @@ mod tests {
             let (from, to) = (place.path().join("from"), place.path().join("to"));
             fs::create_dir(&from)?;
             fs::write(from.join("file"), "content")?;
-            // Not even an empty directory: it is somebody's.
+            // Not even an empty directory is replaced.
             fs::create_dir(&to)?;
             let refused = rename(&from, &to).map_err(|error| error.kind());
             assert_eq!(refused, Err(ErrorKind::AlreadyExists));

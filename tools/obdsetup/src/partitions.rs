@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! The partitions of a disk, as partx(8) reads them: by libblkid, which udev goes by, too.
+//! Reads the partitions of a disk with partx(8). It uses libblkid, as udev does.
 
 use std::collections::BTreeSet;
 use std::fs::File;
@@ -12,9 +12,9 @@ use anyhow::{Context, Result};
 use crate::exit::{self, Failure};
 use crate::program::Program;
 
-/// Bytes from the start of a disk in which its table begins.
+/// Number of bytes at the start of a disk in which its partition table begins.
 const HEAD: u64 = 8192;
-/// Types of partitions that only hold others, as partx prints them.
+/// Types of partitions that only contain others, as partx prints them.
 const EXTENDED: [&str; 3] = ["0x5", "0xf", "0x85"];
 
 /// The largest number of partitions of a disk, as in the kernel (`DISK_MAX_PARTS`).
@@ -31,8 +31,8 @@ pub(crate) struct Partition {
     pub(crate) len: u64,
 }
 
-/// Reads the partitions of the disk `name` with so many sectors, whose node is `node`. Those that only
-/// hold others are left out.
+/// Reads the partitions of the disk `name` with `sectors` sectors and the node `node`. Leaves out partitions
+/// that only contain others.
 pub(crate) fn read(name: &str, node: &Path, sectors: u64) -> Result<Vec<Partition>> {
     let mut head = Vec::new();
     File::open(node)
@@ -79,7 +79,7 @@ pub(crate) fn read(name: &str, node: &Path, sectors: u64) -> Result<Vec<Partitio
     }
     let what = match ended.status.success() {
         true => "its partition table has no partitions",
-        // partx has said so in its own words.
+        // partx has printed its own message.
         false => "no partition table was found on the disk",
     };
     Err(Failure::usage(format!(
@@ -87,7 +87,8 @@ pub(crate) fn read(name: &str, node: &Path, sectors: u64) -> Result<Vec<Partitio
     )))
 }
 
-/// Reads a line of partx: the partition, and whether it only holds others.
+/// Parses a line of partx. Returns the partition, and whether to leave it out: it only contains others, or is
+/// empty.
 fn parse(line: &str) -> Option<(Partition, bool)> {
     let mut words = line.split_whitespace();
     let partition = Partition {
@@ -99,7 +100,7 @@ fn parse(line: &str) -> Option<(Partition, bool)> {
     Some((partition, is_extended || partition.len == 0))
 }
 
-/// Checks that partitions of a disk of so many sectors are on it, and have numbers of their own.
+/// Checks that all partitions are within the disk of `sectors` sectors, and that no two have the same number.
 fn check(name: &str, sectors: u64, partitions: &[(Partition, bool)]) -> Result<()> {
     let mut numbers = BTreeSet::new();
     for (Partition { number, start, len }, _) in partitions {
@@ -125,18 +126,18 @@ fn damaged(name: &str, what: &str) -> anyhow::Error {
     Failure::error(exit::BAD_IMAGE, message)
 }
 
-/// Whether a GUID partition table begins at this byte.
+/// Returns whether a GUID partition table begins at byte `at`.
 fn has_gpt_at(head: &[u8], at: usize) -> bool {
     let head = head.get(at..);
     head.is_some_and(|head| head.starts_with(b"EFI PART"))
 }
 
-/// Whether the disk has a table for sectors of 4096 bytes.
+/// Returns whether the disk has a table for sectors of 4096 bytes.
 fn has_large_sectors(head: &[u8]) -> bool {
     has_gpt_at(head, 4096) && !has_gpt_at(head, 512)
 }
 
-/// Whether the disk has a GUID partition table, or what protects one from programs that don't know it.
+/// Returns whether the disk has a GUID partition table, or a protective MBR of one.
 fn has_gpt(head: &[u8]) -> bool {
     let signed = head.get(510..512) == Some(b"\x55\xaa");
     let table = head.get(446..510).unwrap_or_default();

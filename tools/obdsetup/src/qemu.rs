@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! Disk images in the formats of virtual machines, read and written with qemu-img(1).
+//! Reads and writes disk images of virtual machines with qemu-img(1).
 
 use std::collections::BTreeSet;
 use std::ffi::OsStr;
@@ -21,21 +21,21 @@ use crate::kind::Kind;
 use crate::output::{directory, temp_file};
 use crate::program::{self, Program};
 
-/// qemu-img's name of the format that files of a chain have.
+/// qemu-img's name of the format of the files of a chain.
 const QCOW2: &str = "qcow2";
-/// Its name for a disk as it is.
+/// Its name for a raw disk.
 const RAW: &str = "raw";
 
-/// What qemu-img tells of an image.
+/// The information from qemu-img on an image.
 #[derive(Debug, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 struct Info {
     virtual_size: u64,
     #[serde(default)]
     encrypted: bool,
-    /// The backing file, as the image names it.
+    /// The backing file as named in the image.
     backing_filename: Option<String>,
-    /// Where that is.
+    /// The path of the backing file.
     full_backing_filename: Option<String>,
     backing_filename_format: Option<String>,
     #[serde(default)]
@@ -55,7 +55,7 @@ struct FormatSpecific {
 struct Data {
     #[serde(default)]
     corrupt: bool,
-    /// The file that has the data, where the image doesn't.
+    /// The file with the data, if the data isn't in the image.
     data_file: Option<String>,
 }
 
@@ -70,8 +70,8 @@ pub(crate) struct Link {
 }
 
 impl Link {
-    /// Makes a raw image, with holes, of what the disk reads as from this file on; nothing where the file
-    /// is one.
+    /// Makes a raw image, with holes, of the disk that this file and the files below it show. Returns `None`
+    /// if the file is a raw image itself.
     pub(crate) fn read(&self, place: &Path) -> Result<Option<NamedTempFile>> {
         match self.format.as_str() {
             RAW => Ok(None),
@@ -80,7 +80,7 @@ impl Link {
     }
 }
 
-/// Makes a raw image, with holes, of one in another format.
+/// Makes a raw image, with holes, from an image in another format.
 pub(crate) fn read(path: &Path, format: &str, place: &Path) -> Result<NamedTempFile> {
     let from = program::path(path)?;
     let image = temp_file(place)?;
@@ -100,8 +100,9 @@ pub(crate) struct Rules {
     pub(crate) outside: bool,
 }
 
-/// The files that the qcow2 image at `path` consists of, lowest first: its backing file, that one's, and so
-/// on. Each is checked: whoever wrote the image may have named any file of this machine.
+/// Returns the chain of the qcow2 image at `path`, lowest first: the image, its backing file, the backing
+/// file of that, and so on. Checks each of them: whoever wrote the image may have named any file of this
+/// machine.
 pub(crate) fn chain(path: &Path, in_use: &InUseArgs, rules: Rules) -> Result<Vec<Link>> {
     let mut links: Vec<Link> = Vec::new();
     let top = program::path(path)?;
@@ -110,7 +111,7 @@ pub(crate) fn chain(path: &Path, in_use: &InUseArgs, rules: Rules) -> Result<Vec
         .canonicalize()
         .with_context(|| format!("{}: cannot read", home.display()))?;
     let mut seen = BTreeSet::new();
-    // What messages call it: it was named so.
+    // The path as the user or the image named it, for messages.
     let mut name = path.to_owned();
     let mut format = QCOW2.to_owned();
     loop {
@@ -164,8 +165,8 @@ fn check_inside(name: &Path, backing: &Path, home: &Path) -> Result<()> {
     Err(refused(name, &what))
 }
 
-/// Checks that the qcow2 image at `path`, decompressed of the file `name`, has no backing file: a relative name
-/// would lead from another place.
+/// Checks that the qcow2 image at `path`, which was decompressed from the file `name`, has no backing file: a
+/// relative path would be relative to another directory.
 pub(crate) fn check_alone(path: &Path, name: &Path) -> Result<()> {
     let info = info(&program::path(path)?, QCOW2)?;
     info.check(name, None)?;
@@ -181,7 +182,7 @@ pub(crate) fn check_alone(path: &Path, name: &Path) -> Result<()> {
 }
 
 impl Info {
-    /// Checks that a layer can be made of the image `name`, over which the image `above` is.
+    /// Checks that a layer can be made from the image `name`. `above` is the image whose backing file it is.
     fn check(&self, name: &Path, above: Option<&Link>) -> Result<()> {
         if self.encrypted {
             return Err(refused(
@@ -222,13 +223,13 @@ impl Info {
         Ok(())
     }
 
-    /// The backing file of the image `name`, and its format.
+    /// Returns the backing file of the image `name`, and its format.
     fn backing(&self, name: &Path) -> Result<Option<(PathBuf, String)>> {
         let Some(backing) = &self.backing_filename else {
             return Ok(None);
         };
         let full = self.full_backing_filename.as_ref().unwrap_or(backing);
-        // As qemu-img tells a protocol from a name.
+        // qemu-img's rule to recognise a protocol.
         let is_remote = full
             .split('/')
             .next()
@@ -240,7 +241,7 @@ impl Info {
             );
             return Err(refused(name, &what));
         }
-        // qemu-img was given an absolute name, from whose directory a relative one leads.
+        // An absolute path, because qemu-img got an absolute path of the image.
         let path = PathBuf::from(full);
         let meta = path.metadata();
         if meta
@@ -283,7 +284,8 @@ impl Info {
     }
 }
 
-/// What qemu-img tells of the image at `path`, which is absolute; nothing of it but its head is read.
+/// Returns the information from qemu-img on the image at `path`, which is absolute. qemu-img reads only the
+/// head of the image.
 fn info(path: &Path, format: &str) -> Result<Info> {
     let mut text = String::new();
     let mut command = qemu_img(format);
@@ -297,7 +299,7 @@ fn info(path: &Path, format: &str) -> Result<Info> {
         .with_context(|| format!("{}: cannot read what qemu-img tells of it", path.display()))
 }
 
-/// Makes the qcow2 image `to` of the raw image `from`, with holes.
+/// Makes the qcow2 image `to`, with holes, from the raw image `from`.
 pub(crate) fn write(from: &Path, to: &Path) -> Result<()> {
     let mut command = qemu_img(QCOW2);
     command.args(["convert", "-f", RAW, "-O", QCOW2]);
@@ -305,11 +307,11 @@ pub(crate) fn write(from: &Path, to: &Path) -> Result<()> {
     command.run().map(|said| said.tell())
 }
 
-/// Makes the qcow2 image `to` of what differs in the raw image `from`, an absolute name, from the qcow2 image
-/// `below` in the same directory as `to`, which becomes its backing file.
+/// Makes the qcow2 image `to` from the differences between the raw image `from`, an absolute path, and the
+/// qcow2 image `below`, which becomes its backing file. `below` is in the same directory as `to`.
 pub(crate) fn write_over(from: &Path, below: &OsStr, to: &Path) -> Result<()> {
-    // Of an image that takes all from `from`, qemu-img makes one that has what differs, zeros as data, too;
-    // then one that has zeros as such.
+    // First makes an empty image over `from`. The rebase to `below` adds the differences, but with zeros as
+    // data. The conversion then makes an image without data for zeros.
     let difference = temp_file(directory(to))?;
     let run = |args: &[&OsStr]| {
         let mut command = qemu_img(QCOW2);
@@ -355,7 +357,7 @@ pub(crate) fn write_over(from: &Path, below: &OsStr, to: &Path) -> Result<()> {
     ])
 }
 
-/// qemu-img, to be run for images of this format.
+/// Returns the program qemu-img, not started, for images of this format.
 fn qemu_img(format: &str) -> Program {
     Program::new("qemu-img", format!("{format} images"))
 }

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! Writing a disk as it reads: to a file, perhaps with holes, to a device, to standard output.
+//! Writes the content of a disk to a file, perhaps with holes, to a device, or to standard output.
 
 use std::fs::{File, Metadata};
 use std::io::{self, IsTerminal, Seek, SeekFrom, Write};
@@ -18,16 +18,16 @@ use crate::exit::{self, Failure};
 use crate::output::Output;
 use crate::{in_use, interrupt};
 
-/// Bytes that are read at once.
+/// Number of bytes that are read at once.
 const PIECE: u64 = 1 << 20;
-/// Bytes of zeros that become a hole.
+/// Number of zero bytes that become a hole.
 const HOLE: usize = 4096;
 
 /// A disk that can be read.
 pub(crate) trait Source {
     /// Reads all of `buf` at byte `offset`.
     fn read(&self, offset: u64, buf: &mut [u8]) -> overlaybd::Result<()>;
-    /// First byte at or behind `offset` that may not be zero.
+    /// Returns the first byte at or after `offset` and before `end` that may not be zero.
     fn next_data(&self, offset: u64, end: u64) -> Option<u64>;
 }
 
@@ -41,15 +41,15 @@ impl Source for overlaybd::Stack {
     }
 }
 
-/// Where a disk goes.
+/// The destination of a disk.
 pub(crate) struct Dest<'a> {
     /// A file, a device, or `-` for standard output.
     pub(crate) path: &'a Path,
-    /// Whether what is there is replaced.
+    /// Whether to replace an existing file, or to overwrite a device.
     pub(crate) force: bool,
-    /// Whether a file gets holes where there are zeros.
+    /// Whether a file gets holes for zeros.
     pub(crate) sparse: bool,
-    /// What is read, and so must not be written to.
+    /// The files and devices that are read, and so must not be written to.
     pub(crate) inputs: &'a [&'a Path],
 }
 
@@ -60,20 +60,20 @@ pub(crate) fn write(source: &dyn Source, start: u64, end: u64, dest: &Dest<'_>) 
             let message = "a disk is not for a terminal: give a file with --output, or use --force";
             return Err(Failure::usage(message));
         }
-        // Nothing half-made is left there, and a reader that doesn't read would keep us.
+        // There is no file to remove, and a write would block for ever if the reader doesn't read.
         interrupt::end_at_once()?;
         let mut out = Stream(io::stdout().lock());
         let done = copy(source, start, end, &mut out, false);
-        // At the end of the process nobody would hear of an error.
+        // Flushed here, because an error at the end of the process would be ignored.
         let done = done.and_then(|()| out.0.flush().map_err(write_error));
         return Ok(done.map_err(|error| error.in_file(Path::new("standard output")))?);
     }
     if let Some(mut file) = open_device(dest, end - start)? {
-        // There, a hole would show what was there before.
+        // Without holes, which would keep the old data of the device.
         let done = copy(source, start, end, &mut file, false);
         done.map_err(|error| error.in_file(dest.path))?;
         let synced = file.sync_all().or_else(|error| match error.kind() {
-            // What is no disk has nothing to write back.
+            // A device that is no disk can't be synced.
             io::ErrorKind::InvalidInput => Ok(()),
             _ => Err(error),
         });
@@ -97,8 +97,8 @@ pub(crate) fn write_file(
     file.set_len(end - start).map_err(write_error)
 }
 
-/// Opens the output where it is a device, which can't be complete or absent as a file is: a disk
-/// must be meant to be overwritten, large enough, in use by nobody, and none of the layers.
+/// Opens the output if it is a device; returns `None` otherwise. A device is overwritten in place, unlike a
+/// file. So `force` must be set for a disk, and it must be large enough, not in use, and none of the layers.
 fn open_device(dest: &Dest<'_>, len: u64) -> Result<Option<File>> {
     let context = || dest.path.display().to_string();
     let Ok(meta) = std::fs::metadata(dest.path) else {
@@ -147,7 +147,7 @@ fn open_device(dest: &Dest<'_>, len: u64) -> Result<Option<File>> {
     Ok(Some(file))
 }
 
-/// Why a device cannot be written to.
+/// Returns the error that says why a device cannot be written to.
 fn not_opened(path: &Path, meta: &Metadata, error: io::Error) -> anyhow::Error {
     if error.kind() != io::ErrorKind::ResourceBusy {
         return anyhow::Error::from(error).context(path.display().to_string());
@@ -164,7 +164,7 @@ fn not_opened(path: &Path, meta: &Metadata, error: io::Error) -> anyhow::Error {
     Failure::error(exit::BUSY, message)
 }
 
-/// What the bytes go to.
+/// A destination for bytes.
 trait Out {
     fn write(&mut self, bytes: &[u8]) -> io::Result<()>;
     /// Leaves `len` bytes as zeros.
@@ -182,7 +182,7 @@ impl Out for File {
     }
 }
 
-/// What cannot seek.
+/// A destination that cannot seek.
 struct Stream<W>(W);
 
 impl<W: Write> Out for Stream<W> {

@@ -2,7 +2,7 @@
 
 //! Sizes on the command line.
 
-/// Reads a number of bytes: digits, perhaps followed by `k`, `m`, `g` or `t` (powers of 1024).
+/// Parses a number of bytes: digits, perhaps followed by `k`, `m`, `g` or `t` (powers of 1024).
 pub(crate) fn parse(text: &str) -> Result<u64, String> {
     let wrong = || format!("`{text}` is not a size such as 512, 64k, 10m, 1g or 2t");
     let end = text.find(|c: char| !c.is_ascii_digit());
@@ -19,7 +19,7 @@ pub(crate) fn parse(text: &str) -> Result<u64, String> {
     number.checked_mul(1 << shift).ok_or_else(wrong)
 }
 
-/// A size for people: exact bytes, and about how much that is.
+/// Returns a size for people: the exact number of bytes, and an approximate size.
 pub(crate) fn show(bytes: u64) -> String {
     match bytes {
         0..1024 => format!("{bytes} bytes"),

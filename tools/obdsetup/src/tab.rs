@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! `/etc/overlaybdtab`: stacks that have a name, to be set up at boot.
+//! Reads `/etc/overlaybdtab`: a table of stacks to set up at boot, with their names.
 
 use std::ffi::{OsStr, OsString};
 use std::os::unix::ffi::{OsStrExt, OsStringExt};
@@ -11,30 +11,31 @@ use anyhow::{Context, Result};
 use crate::dm::plan::check_name;
 use crate::exit::Failure;
 
-/// Where it is.
+/// The path of the table.
 const PATH: &str = "/etc/overlaybdtab";
-/// What tells another place.
+/// The environment variable with another path.
 pub(crate) const VARIABLE: &str = "OVERLAYBDTAB";
 
 /// A line.
 #[derive(Debug, Default, PartialEq, Eq)]
 pub(crate) struct Entry {
     pub(crate) name: String,
-    /// Layers as on the command line, lowest first.
+    /// Layers in the form of the command line, lowest first.
     pub(crate) layers: Vec<OsString>,
     pub(crate) noauto: bool,
     pub(crate) nofail: bool,
     pub(crate) initrd: bool,
-    /// Other options: those of `open`, without the dashes.
+    /// The other options: options of `open` without the dashes.
     pub(crate) options: Vec<OsString>,
 }
 
-/// The place of the table.
+/// Returns the path of the table.
 pub(crate) fn path() -> PathBuf {
     std::env::var_os(VARIABLE).map_or_else(|| PATH.into(), PathBuf::from)
 }
 
-/// Reads the lines of the table at `path`, each of which may be wrong. Without a table there are none.
+/// Parses the lines of the table at `path`. Returns an entry or an error for each line, and nothing if there
+/// is no table.
 pub(crate) fn read(path: &Path) -> Result<Vec<Result<Entry>>> {
     let text = match std::fs::read(path) {
         Ok(text) => text,
@@ -54,7 +55,7 @@ pub(crate) fn read(path: &Path) -> Result<Vec<Result<Entry>>> {
     Ok(entries.collect())
 }
 
-/// The line for `name`.
+/// Returns the line for `name`.
 pub(crate) fn find(path: &Path, name: &str) -> Result<Entry> {
     let mut wrong = None;
     for entry in read(path)? {
@@ -64,7 +65,7 @@ pub(crate) fn find(path: &Path, name: &str) -> Result<Entry> {
             Err(error) => wrong = wrong.or(Some(error)),
         }
     }
-    // The one that is meant may be what cannot be read.
+    // If a line cannot be parsed, report that: it may be the one for `name`.
     Err(wrong.unwrap_or_else(|| {
         Failure::usage(format!(
             "no LAYER given, and {} has no `{name}'",
@@ -74,7 +75,7 @@ pub(crate) fn find(path: &Path, name: &str) -> Result<Entry> {
 }
 
 impl Entry {
-    /// Reads a line; `None` for an empty one or a comment.
+    /// Parses a line. Returns `None` for an empty line or a comment.
     fn parse(line: &[u8]) -> Result<Option<Self>> {
         let fields: Vec<&[u8]> = line
             .split(u8::is_ascii_whitespace)
@@ -137,19 +138,19 @@ impl Entry {
         Ok(Some(entry))
     }
 
-    /// The store of what is written.
+    /// Returns the store of changes, if the stack has one.
     pub(crate) fn store(&self) -> Option<&Path> {
         let mut options = self.options.iter();
         let store = options.find_map(|option| option.as_bytes().strip_prefix(b"writable="));
         store.map(|store| Path::new(OsStr::from_bytes(store)))
     }
 
-    /// Whether the partitions of the disk get devices.
+    /// Returns whether the partitions of the disk get devices.
     pub(crate) fn has_partitions(&self) -> bool {
         self.options.iter().any(|option| option == "partitions")
     }
 
-    /// The line as arguments of `open`, whose name comes first.
+    /// Returns the line as arguments of `open`, which begin with the name.
     pub(crate) fn arguments(&self) -> Vec<OsString> {
         let mut arguments = vec!["open".into()];
         for option in &self.options {
@@ -163,12 +164,12 @@ impl Entry {
     }
 }
 
-/// Whether a name is that of a device. Files are in `/dev/shm`.
+/// Returns whether a path is the path of a device. `/dev/shm` has files.
 pub(crate) fn is_device(path: &Path) -> bool {
     path.starts_with("/dev") && !path.starts_with("/dev/shm")
 }
 
-/// What a field means: `\` and three octal digits are a byte, as in fstab(5).
+/// Unescapes a field: `\` and three octal digits stand for a byte, as in fstab(5).
 fn unescape(field: &[u8]) -> OsString {
     let mut bytes = Vec::new();
     let mut rest = field;
@@ -188,9 +189,9 @@ fn unescape(field: &[u8]) -> OsString {
     OsString::from_vec(bytes)
 }
 
-/// The byte that three octal digits stand for.
+/// Returns the byte that three octal digits stand for.
 fn octal(digits: &[u8]) -> Option<u8> {
-    // from_str_radix takes a sign, too.
+    // from_str_radix() would accept a sign.
     let digits = digits.iter().all(u8::is_ascii_digit).then_some(digits)?;
     u8::from_str_radix(OsStr::from_bytes(digits).to_str()?, 8).ok()
 }
@@ -230,7 +231,7 @@ mod tests {
         let entry = parse(r"app /a buffered,writable=/b\040c")?.unwrap_or_default();
         assert_eq!(entry.store(), Some(Path::new("/b c")));
         assert!(parse("app /a writable=b").is_err());
-        // What is written there is gone with the initramfs.
+        // A store in the initramfs would be lost with it.
         assert!(parse("app /a x-initrd.attach,writable=/b").is_err());
         assert!(parse("app /a writable=/dev/shm/b,x-initrd.attach").is_err());
         assert!(parse("app /a x-initrd.attach,writable=/dev/vdb").is_ok());

@@ -67,7 +67,7 @@ pub(crate) fn run(args: &Args) -> Result<()> {
     let stack = Stack::new(base)?;
     let uuid = stack.layers().last().map(|top| top.ident().uuid.clone());
     let uuid = uuid.unwrap_or_default();
-    // To its end, so that a damaged one is known before it is put in a file system.
+    // Reads the whole tar, so that damage is found before anything is put in a file system.
     let input = args.input.display();
     let what = match archive::check(&args.input)?.package {
         Some(Package::Docker | Package::Oci) => {

@@ -31,9 +31,9 @@ pub(crate) struct Args {
     json: bool,
 }
 
-/// Bytes of the sample: more than the caches next to a CPU hold.
+/// Bytes of the sample: more than fits in the caches close to a CPU.
 const SAMPLE: usize = 4 << 20;
-/// How long each measurement takes at least.
+/// Shortest time of a measurement.
 const AT_LEAST: Duration = Duration::from_millis(200);
 const BLOCK_SIZES: [usize; 5] = [4096, 8192, 16384, 32768, 65536];
 
@@ -48,9 +48,9 @@ struct Report {
 struct Speed {
     algorithm: &'static str,
     block_size: usize,
-    /// Stored bytes for each byte of the sample.
+    /// Stored bytes per byte of the sample.
     ratio: f64,
-    /// Decompressed.
+    /// Decompressed bytes per second.
     bytes_per_second: f64,
 }
 
@@ -111,7 +111,7 @@ fn describe(report: &Report) -> String {
     text
 }
 
-/// Decompresses `sample`, compressed in blocks.
+/// Compresses `sample` in blocks, and measures how fast it is decompressed.
 fn decompress(sample: &[u8], algorithm: Algorithm, block_size: usize) -> Result<Speed> {
     let method = Method {
         algorithm,
@@ -125,7 +125,7 @@ fn decompress(sample: &[u8], algorithm: Algorithm, block_size: usize) -> Result<
         ends.push(stored.len());
     }
     let mut decoder = Decoder::default();
-    // As large as the sample, as reading a disk doesn't write to the same memory again and again.
+    // As large as the sample, because reading a disk doesn't write to the same memory again and again.
     let mut out = vec![0; sample.len()];
     let bytes_per_second = rate(sample.len(), || {
         let mut start = 0;
@@ -147,8 +147,9 @@ fn decompress(sample: &[u8], algorithm: Algorithm, block_size: usize) -> Result<
     })
 }
 
-/// Bytes per second of `pass`, which handles `bytes`: of the fastest one, as other work on the machine
-/// only makes it slower. The first isn't counted: it meets memory that isn't there yet.
+/// Calls `pass`, which processes `bytes` bytes, several times. Returns the bytes per second of the fastest
+/// call, because other work on the machine can only make it slower. The first call isn't measured: the kernel
+/// still has to allocate memory then.
 fn rate(bytes: usize, mut pass: impl FnMut() -> Result<()>) -> Result<f64> {
     pass()?;
     let start = Instant::now();
@@ -162,8 +163,8 @@ fn rate(bytes: usize, mut pass: impl FnMut() -> Result<()>) -> Result<f64> {
     Ok(to_u64(bytes) as f64 / best.as_secs_f64())
 }
 
-/// Words of a made-up language with numbers and noise between them, so that about half of it goes
-/// away, as with programs.
+/// Returns words of an invented language with random bytes and zeros between them. It compresses to about
+/// half its size, like programs.
 fn sample(len: usize) -> Vec<u8> {
     let mut random = Random(1);
     let words: Vec<Vec<u8>> = (0..4096)
@@ -189,7 +190,7 @@ fn sample(len: usize) -> Vec<u8> {
     sample
 }
 
-/// A linear congruential generator: the same everywhere.
+/// A linear congruential generator. It returns the same numbers on every machine.
 struct Random(u32);
 
 impl Random {
@@ -198,7 +199,7 @@ impl Random {
         self.0.to_be_bytes()[0]
     }
 
-    /// A number below `end`, which is at most 256.
+    /// Returns a number below `end`, which is at most 256.
     fn below(&mut self, end: usize) -> usize {
         usize::from(self.byte()) % end
     }

@@ -20,7 +20,7 @@ use crate::exit::{self, Failure};
 use crate::interrupt;
 use crate::store::closing::Closing;
 
-/// How long somebody may have a device open who only looks at what is new.
+/// How long to wait if someone has a device open. Programs such as udev open new devices for a moment.
 const PATIENCE: Duration = Duration::from_secs(2);
 
 /// Arguments of `close`.
@@ -49,7 +49,7 @@ pub(crate) fn run(args: &Args) -> Result<()> {
     };
     let lock = Lock::take(&found.name)?;
     dm::clear_left(&lock);
-    // Another may have been at work on it.
+    // Another obdsetup may have changed it before this one got the lock.
     let all = control.states()?;
     let Some(stack) = Stack::among(&all, &args.name) else {
         return Err(not_ours(&control, &args.name)?);
@@ -70,7 +70,7 @@ pub(crate) fn run(args: &Args) -> Result<()> {
     let shared = stack.shared(&all);
     let left = share::left_for_long(&control, &all)?;
     let mut names = match (stack.top(), args.deferred) {
-        // All go when nobody has them open, whoever is the last one.
+        // The kernel removes each of them when it is closed, whichever stack is the last one.
         (_, true) => shared.iter().map(|state| state.name.clone()).collect(),
         (Some(_), false) => unused(&stack.devices, &shared),
         (None, false) => Vec::new(),
@@ -82,13 +82,14 @@ pub(crate) fn run(args: &Args) -> Result<()> {
     };
     let own = stack.names();
     let store = Closing::of(&control, &stack).unwrap_or_else(|error| {
-        // The stack has to go all the same.
+        // The stack must be removed anyway.
         crate::tell(&format!("warning: {}", crate::message(&error)));
         None
     });
     setup::remove(&control, &lock, &own, &names, removal, Udev::find())?;
     drop(left.locks);
-    // The rest has to go all the same: the stack isn't found by its name any more.
+    // An error of this is returned at the end. The rest must be removed anyway, because the stack can't be
+    // found by its name any more.
     let ended = store.map_or(Ok(()), Closing::end);
     if shared.iter().any(|state| !names.contains(&state.name)) {
         remove_unused(&control, &lock, &shared)?;
@@ -99,9 +100,9 @@ pub(crate) fn run(args: &Args) -> Result<()> {
     ended
 }
 
-/// Removes the shared devices that nothing uses; those of `shared`, the upper ones first, as soon as
-/// nobody has them open. Of stacks that are closed at the same time, each still had the others when it
-/// looked.
+/// Removes the shared devices that nothing uses, and those of `shared`, upper ones first, that no other table
+/// names; the kernel removes them when they are closed. This is done after the stack was removed: if several
+/// stacks are closed at the same time, each close has first seen the tables of the other stacks.
 fn remove_unused(control: &Control, lock: &Lock, shared: &[&State]) -> Result<()> {
     let end = Instant::now() + PATIENCE;
     loop {
@@ -123,7 +124,7 @@ fn remove_unused(control: &Control, lock: &Lock, shared: &[&State]) -> Result<()
             despite_signals: false,
         };
         setup::remove(control, lock, &[], &names, removal, Udev::find())?;
-        // Who has the lock of one may use it next, or may only look at it.
+        // A process that holds the lock of a device may be about to use it, or may only have checked it.
         if !left.others || Instant::now() >= end {
             return Ok(());
         }
@@ -133,8 +134,8 @@ fn remove_unused(control: &Control, lock: &Lock, shared: &[&State]) -> Result<()
     }
 }
 
-/// Returns the names of the devices of `shared`, the upper ones first, that are in no table but those of
-/// the devices `own` and of each other.
+/// Returns the names of the devices of `shared` that are in no table except those of the devices `own` and of
+/// each other. Upper ones come first, in `shared` and in the result.
 fn unused(own: &[State], shared: &[&State]) -> Vec<String> {
     let mut gone: BTreeSet<String> = own.iter().map(|state| state.number.clone()).collect();
     let mut names = Vec::new();
@@ -147,8 +148,8 @@ fn unused(own: &[State], shared: &[&State]) -> Vec<String> {
     names
 }
 
-/// Where there is no stack `name`: removes what an `open` or `close` of it that was killed has left of
-/// shared devices.
+/// Called if there is no stack `name`. Removes the shared devices that an `open` or `close` of it has left
+/// because it was killed.
 fn close_nothing(control: &Control, name: &str) -> Result<()> {
     let lock = Lock::take(name)?;
     if lock.was_left() {
@@ -170,8 +171,8 @@ fn close_nothing(control: &Control, name: &str) -> Result<()> {
     Err(not_ours(control, name)?)
 }
 
-/// Returns the name of the disk of `stack`, or of a partition, where it is in use, and stays so: udev may look
-/// at it just now. `name` is that of the disk.
+/// Returns the name of the disk of `stack` or of a partition that is in use. Waits for a while first, because
+/// udev may have it open for a moment. `name` is the name of the disk.
 fn in_use(control: &Control, stack: &Stack, name: &str) -> Result<Option<String>> {
     let end = Instant::now() + PATIENCE;
     let mut used = stack.in_use().map(|state| state.name.clone());
@@ -185,7 +186,7 @@ fn in_use(control: &Control, stack: &Stack, name: &str) -> Result<Option<String>
     Ok(used)
 }
 
-/// Why there is no stack `name`.
+/// Returns the error that says why there is no stack `name`.
 pub(crate) fn not_ours(control: &Control, name: &str) -> Result<anyhow::Error> {
     let message = match control.state(name)? {
         Some(state) if part(&state.uuid).is_some() => {

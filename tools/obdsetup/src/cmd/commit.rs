@@ -54,7 +54,7 @@ pub(crate) struct Args {
 pub(crate) fn run(args: &Args) -> Result<()> {
     let layer = open_layer(&args.input, &args.in_use)?;
     let output = LayerOut::create(&args.output, &args.new, [args.input.path.as_path()])?;
-    // A layer for DAX has its data elsewhere.
+    // A layer for DAX has its data at other places.
     if args.compact || args.new.wrap.dax || args.new.ident != IdentArgs::default() {
         return compact(&args.new.ident, layer, output);
     }
@@ -70,7 +70,7 @@ pub(crate) fn run(args: &Args) -> Result<()> {
     })
 }
 
-/// Writes the layer anew.
+/// Writes the layer again, without dead blocks.
 fn compact(new: &IdentArgs, layer: LayerReader, output: LayerOut) -> Result<()> {
     let size = layer.lsmt().virtual_size();
     let old = layer.ident().clone();
@@ -91,11 +91,12 @@ fn compact(new: &IdentArgs, layer: LayerReader, output: LayerOut) -> Result<()> 
             Below::Layer(uuid) => uuid.eq_ignore_ascii_case(&old.parent),
             Below::Nothing | Below::Unknown => !Ident::is_known(&old.parent),
         };
-        // One made of the content and the place is not that of another place.
+        // A UUID that was made from the content and the place in a stack is kept only at the same place.
         if Ident::is_known(&old.uuid) && (is_same || !is_placed(&old.uuid)) {
             return Ok(old.uuid.clone());
         }
-        // Two layers of a stack may have the same content, and are not the same layer.
+        // Without the place, a UUID can't be made from the content: two layers of a stack may have the same
+        // content.
         if below == Below::Unknown {
             return Ok(uuid_text(Uuid::nil()));
         }
@@ -112,7 +113,7 @@ fn compact(new: &IdentArgs, layer: LayerReader, output: LayerOut) -> Result<()> 
     if new.user_tag.is_none() {
         ident.user_tag = old.user_tag;
     }
-    // Nearly as many entries as there may be, and padding.
+    // Can only happen if the layer has nearly the largest number of entries, and padding is added.
     let way_out =
         "leave it as it is, or `obdsetup export` the disk and `obdsetup create` a layer of that, \
                    with --base for the layers below, which takes larger units";
@@ -120,7 +121,7 @@ fn compact(new: &IdentArgs, layer: LayerReader, output: LayerOut) -> Result<()> 
     output.write(writer, "committing", read)
 }
 
-/// What to tell of a UUID that isn't the one that was there, unless it was asked for.
+/// Returns a note if the UUID has changed and the user hasn't set it.
 fn other_uuid(new: &IdentArgs, old: &str, now: &str) -> Option<String> {
     if new.uuid.is_some() || !Ident::is_known(old) || old.eq_ignore_ascii_case(now) {
         return None;

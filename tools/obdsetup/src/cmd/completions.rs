@@ -23,7 +23,7 @@ pub(crate) struct Args {
 /// Runs `completions`.
 pub(crate) fn run(args: &Args) -> Result<()> {
     let all = crate::command();
-    // Hidden subcommands would be offered, too.
+    // Leave out hidden subcommands: the shell would offer them, too.
     let shown = all.get_subcommands().filter(|sub| !sub.is_hide_set());
     let mut shown = Command::new("obdsetup")
         .version(env!("CARGO_PKG_VERSION"))

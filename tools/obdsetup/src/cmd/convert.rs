@@ -186,9 +186,9 @@ pub(crate) fn run(args: &Args) -> Result<()> {
     let output = LayerOut::create(&args.output, &args.new, [args.input.as_path()])?;
     args.in_use.check([args.input.as_path()])?;
     let place = directory(&args.output);
-    // These files are deleted when dropped.
+    // This file is deleted when it is dropped.
     let unpacked = match input.compression {
-        // Its reader decompresses it.
+        // The reader of tars decompresses them.
         Some(compression) if kind != Kind::Tar => {
             let sectors = kind == Kind::Raw;
             Some(unpacked::unpack(&args.input, compression, sectors, place)?)
@@ -210,7 +210,7 @@ pub(crate) fn run(args: &Args) -> Result<()> {
     image_layer::write(path, Vec::new(), options, &args.new.ident, output)
 }
 
-/// Makes a directory of a qcow2 image and its backing files: a layer for each.
+/// Makes a directory from a qcow2 image and its backing files, with a layer for each of them.
 fn convert_chain(args: &Args, chain: &[qemu::Link]) -> Result<()> {
     if args.new.force || args.new.ident != IdentArgs::default() {
         return Err(Failure::usage(format!(
@@ -222,7 +222,7 @@ fn convert_chain(args: &Args, chain: &[qemu::Link]) -> Result<()> {
     let mut made = Made::new(&args.output)?;
     let wrapping = args.new.wrap.wrapping()?;
     for (nth, link) in chain.iter().enumerate() {
-        // Deleted when dropped.
+        // This file is deleted when it is dropped.
         let raw = link.read(made.path())?;
         let below: Vec<LayerArg> = made
             .layers()
@@ -252,7 +252,7 @@ fn path_of<'a>(file: Option<&'a NamedTempFile>, otherwise: &'a Path) -> &'a Path
     file.map_or(otherwise, NamedTempFile::path)
 }
 
-/// Looks whether the tar is whole, and whether it is an archive of an image and no tree of files.
+/// Checks that the tar is complete. Returns whether it is an archive of an image, and not a tree of files.
 fn is_image(args: &Args) -> Result<bool> {
     let findings = archive::check(&args.input)?;
     let input = args.input.display();
@@ -272,7 +272,7 @@ fn is_image(args: &Args) -> Result<bool> {
     }
 }
 
-/// Makes a directory of an image.
+/// Makes a directory from a container image.
 fn convert_image(args: &Args) -> Result<()> {
     args.in_use.check([args.input.as_path()])?;
     let refuse = |what: &str| {

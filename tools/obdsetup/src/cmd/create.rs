@@ -26,8 +26,8 @@ use crate::size;
 use crate::store::reading::Closed;
 use crate::store::thin;
 
-// An option that requires one of the inputs has a conflict with the others, too: clap drops a requirement where
-// what is required has a conflict with what is given.
+// An option that requires one of the inputs is also declared to conflict with the other inputs: clap ignores a
+// requirement if the required argument conflicts with one that is given.
 /// Arguments of `create`.
 #[derive(clap::Args)]
 #[command(after_help = "Examples:
@@ -149,7 +149,7 @@ pub(crate) fn run(args: &Args) -> Result<()> {
     }
     args.in_use.check(args.image.as_deref())?;
 
-    // Deleted when dropped.
+    // This file is deleted when it is dropped.
     let made = match (&args.directory, args.fs) {
         (Some(from), Some(fs)) => Some(make_fs(args, from, fs)?),
         _ => None,
@@ -159,7 +159,7 @@ pub(crate) fn run(args: &Args) -> Result<()> {
         (None, Some(image)) => image.as_path(),
         (None, None) => bail!("neither --image nor --directory"),
     };
-    // Nothing is in a new file system but what mkfs wrote.
+    // A new file system has only what mkfs has written.
     let options = args
         .compare
         .options(args.skip_zeros || made.is_some(), &args.new)?;
@@ -169,7 +169,7 @@ pub(crate) fn run(args: &Args) -> Result<()> {
     image_layer::write(path, base, options, &args.new.ident, output)
 }
 
-/// Makes a layer of what a store has, or a thin volume, over the layers `below`.
+/// Makes a layer from a store of changes or a thin volume, over the layers `below`.
 fn of_changes(args: &Args, store: &Path, below: &[LayerArg], output: LayerOut) -> Result<()> {
     if let Some(map) = &args.thin_map {
         return of_thin(args, store, map, below, output);
@@ -183,7 +183,7 @@ fn of_changes(args: &Args, store: &Path, below: &[LayerArg], output: LayerOut) -
     image_layer::write_image(&disk, Some(&base), options, &args.new.ident, output)
 }
 
-/// Makes a layer of what a thin volume has mapped, over the layers `below`, which are its origin.
+/// Makes a layer from the mapped blocks of a thin volume, over the layers `below`, which are its origin.
 fn of_thin(
     args: &Args,
     volume: &Path,
@@ -204,8 +204,8 @@ fn of_thin(
     image_layer::write_image(&disk, Some(&base), options, &args.new.ident, output)
 }
 
-/// Checks that the image at `path` is as large as what is below it; one that isn't is most likely an
-/// image of something else.
+/// Checks that the image at `path` is as large as the disk below it. If it isn't, it is most likely an image
+/// of something else.
 fn check_size(path: &Path, base: &[LayerReader], grow: bool) -> Result<()> {
     if base.is_empty() {
         return Ok(());
@@ -225,7 +225,7 @@ fn check_size(path: &Path, base: &[LayerReader], grow: bool) -> Result<()> {
     )))
 }
 
-/// Makes the file system of a directory, in a file beside the output.
+/// Makes a file system from a directory, in a temporary file next to the output.
 fn make_fs(args: &Args, from: &Path, fs: FileSystem) -> Result<NamedTempFile> {
     if !from.is_dir() {
         return Err(Failure::usage(format!(

@@ -64,7 +64,7 @@ pub(crate) struct Args {
     chain: ChainArgs,
 }
 
-/// The content of a ZFile; behind its end, zeros up to a whole sector.
+/// The content of a ZFile, with zeros after its end up to a whole sector.
 struct Content(Payload);
 
 impl Source for Content {

@@ -99,7 +99,7 @@ pub(crate) fn run(args: &Args) -> Result<()> {
             "a qcow2 image is not for standard output: give a file with --output",
         )),
         Format::Qcow2 if args.files => {
-            // All are checked before anything is made.
+            // Check all layers before anything is written.
             drop(open_stack(&layers, &args.chain, &args.in_use)?);
             export_chain(&layers, &args.in_use, &args.output)
         }
@@ -123,7 +123,7 @@ fn export_chain(layers: &[LayerArg], in_use: &InUseArgs, out: &Path) -> Result<(
         let stack = Stack::new(open_layers(upto, in_use)?)?;
         let raw = raw(&stack, &place)?;
         let name = format!("layer{nth}.qcow2");
-        // With the permissions that the umask leaves, which qemu-img keeps.
+        // Made here, so that it gets the permissions from the umask. qemu-img keeps them.
         made.write(&name, b"")?;
         let to = place.join(&name);
         match &below {
@@ -136,7 +136,7 @@ fn export_chain(layers: &[LayerArg], in_use: &InUseArgs, out: &Path) -> Result<(
     made.finish()
 }
 
-/// Makes a raw image, with holes, of what `stack` reads as.
+/// Makes a raw image of the disk of `stack`, with holes.
 fn raw(stack: &Stack, place: &Path) -> Result<NamedTempFile> {
     let mut raw = temp_file(place)?;
     let path = raw.path().to_owned();

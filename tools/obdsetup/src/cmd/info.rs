@@ -32,7 +32,7 @@ pub(crate) struct Args {
     json: bool,
 }
 
-/// What a file is.
+/// The information on a file.
 #[derive(Serialize)]
 struct Info {
     path: String,
@@ -80,7 +80,7 @@ struct Lsmt {
     uuid: String,
     parent_uuid: String,
     user_tag: String,
-    /// The largest pages that can be mapped, in bytes.
+    /// Largest size in bytes of the pages with which the layer can be mapped.
     dax_page_size: Option<u64>,
     dax_misfit: Option<String>,
 }
@@ -109,7 +109,8 @@ fn collect(arg: &LayerArg) -> Result<Info> {
     let size = payload.file().size();
     let lsmt = match LayerReader::from_payload(payload) {
         Ok(layer) => Some(lsmt_info(&layer)?),
-        // A ZFile may hold anything; a file that is neither is an error.
+        // Not an error for a ZFile, which may have any content. A file that is neither a layer nor a ZFile is
+        // an error.
         Err(error)
             if zfile.is_some()
                 && matches!(error.fault(), Some(Fault::LsmtMagic | Fault::Truncated)) =>
@@ -135,7 +136,7 @@ fn zfile_info(zfile: &ZfileReader) -> Result<Zfile> {
     };
     let mut bytes = [0; 512];
     zfile.blob().read_at(at, &mut bytes)?;
-    // It was there when the ZFile was opened.
+    // Doesn't fail: the header was valid when the ZFile was opened.
     let raw = zfile::RawHeader::parse(&bytes)
         .ok_or_else(|| anyhow::anyhow!("the file changes while it is read"))?;
     Ok(Zfile {
@@ -192,7 +193,7 @@ fn lsmt_info(layer: &LayerReader) -> Result<Lsmt> {
     })
 }
 
-/// The information for people.
+/// Returns the information as text for people.
 fn describe(info: &Info) -> String {
     let mut text = format!("{}: {}\n", info.path, size::show(info.size));
     let mut line = |name: &str, value: &dyn std::fmt::Display| {
@@ -257,7 +258,7 @@ fn describe(info: &Info) -> String {
     text
 }
 
-/// Whether the layer's place in a stack can be checked.
+/// Returns a text that says whether the layer's place in a stack can be checked.
 fn place(lsmt: &Lsmt) -> &'static str {
     let known = Ident::is_known;
     match (known(&lsmt.uuid), known(&lsmt.parent_uuid)) {

@@ -16,7 +16,7 @@ use crate::overview::{stacks, sysfs, Partition, Stack};
 
 /// Where sysfs is mounted.
 const SYS: &str = "/sys";
-/// What stands where nothing is known.
+/// Printed for values that are not known.
 const NONE: &str = "-";
 
 /// Arguments of `list`.
@@ -44,9 +44,9 @@ pub(crate) struct Args {
 struct Row {
     name: String,
     size: Option<u64>,
-    /// How many; null where that is not known.
+    /// Number of layers; null if not known.
     layers: Option<usize>,
-    /// Null where that is not known.
+    /// Null if not known.
     health: Option<Health>,
     message: String,
     open_count: Option<u32>,
@@ -61,7 +61,7 @@ pub(crate) fn run(args: &Args) -> Result<()> {
     let sys = Path::new(SYS);
     let seen = sysfs::stacks(sys)?;
     let is_root = rustix::process::geteuid().is_root();
-    // Of a device without a table, only device-mapper knows.
+    // Devices without a table are seen only through device-mapper, not in sysfs.
     let rows: Vec<Row> = if is_root && sys.join("class/misc/device-mapper").exists() {
         let control = Control::open()?;
         let rows = stacks(&control, sys)?.iter().map(row).collect();
@@ -123,7 +123,7 @@ fn row(stack: &Stack) -> Row {
     }
 }
 
-/// The table for people.
+/// Returns the table for people.
 fn table(rows: &[Row]) -> String {
     let width = rows.iter().map(|row| row.name.len()).max().unwrap_or(0);
     let width = width.max("NAME".len());

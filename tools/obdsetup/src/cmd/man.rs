@@ -35,12 +35,12 @@ pub(crate) fn run(args: &Args) -> Result<()> {
     Ok(())
 }
 
-/// The page of a subcommand.
+/// Returns the manual page of a subcommand.
 fn page(sub: &Command) -> Result<Vec<u8>> {
     let man = Man::new(sub.clone())
         .title(format!("obdsetup-{}", sub.get_name()))
         .section("8")
-        // Without one, what follows would stand in its place.
+        // Without a date, the next argument would be taken for it.
         .date("2026-08-01")
         .source(concat!("obdsetup ", env!("CARGO_PKG_VERSION")))
         .manual("System Administration");
@@ -54,7 +54,8 @@ fn page(sub: &Command) -> Result<Vec<u8>> {
     Ok(text)
 }
 
-/// What --help says below the options: examples, whose lines stay, and paragraphs.
+/// Formats the text that --help prints after the options: examples, whose line breaks are kept, and
+/// paragraphs.
 fn rest(help: &str) -> Result<Vec<u8>> {
     let (examples, notes) = help.split_once("\n\n").unwrap_or((help, ""));
     let mut roff = Roff::new();

@@ -67,11 +67,12 @@ pub(crate) fn run(args: &Args) -> Result<()> {
     let runs = flatten::runs(&stack, !args.lowest);
     let size = flatten::virtual_size(&stack);
     let ident = args.new.ident.ident(below(args, &stack), |below| {
-        // It stands in the place of the layers, below what was above them.
+        // The new layer takes the place of the layers, so it keeps the UUID of the topmost one: layers above
+        // refer to it.
         let top = stack.layers().last();
         if let Some(top) = top.filter(|top| Ident::is_known(&top.ident().uuid)) {
             let uuid = &top.ident().uuid;
-            // With no parent, such a UUID says that the layer is the lowest.
+            // A layer with such a UUID and without a parent would count as the lowest one.
             if below != Below::Unknown || !is_placed(uuid) {
                 return Ok(uuid.clone());
             }
@@ -93,7 +94,7 @@ pub(crate) fn run(args: &Args) -> Result<()> {
     output.write(writer, "merging", read)
 }
 
-/// What is below the layer.
+/// Returns what is below the new layer.
 fn below<'a>(args: &Args, stack: &'a Stack) -> Below<'a> {
     match stack.layers().first().map(LayerReader::ident) {
         Some(Ident { parent, .. }) if !args.lowest && Ident::is_known(parent) => {

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! The subcommands: a file for each.
+//! The subcommands. Each one has a file.
 
 mod apply;
 mod benchmark;
@@ -23,7 +23,7 @@ mod verify;
 use anyhow::{Context, Result};
 use clap::Subcommand;
 
-/// What to do.
+/// The subcommand to run.
 #[derive(Subcommand)]
 pub(crate) enum Command {
     /// Make a layer of a disk image, a directory, or the difference to other layers
@@ -64,7 +64,7 @@ pub(crate) enum Command {
 }
 
 impl Command {
-    /// Does it.
+    /// Runs the subcommand.
     pub(crate) fn run(self) -> Result<()> {
         match self {
             Self::Create(args) => create::run(&args),
@@ -88,12 +88,12 @@ impl Command {
     }
 }
 
-/// Prints `text` on standard output; a closed pipe is an error, not a panic.
+/// Prints `text` on standard output. A closed pipe is an error, not a panic.
 fn print(text: &str) -> Result<()> {
     use std::io::Write;
 
     let mut out = std::io::stdout().lock();
-    // At the end of the process nobody would hear of an error.
+    // Flushed here, because an error at the end of the process would be ignored.
     let done = out.write_all(text.as_bytes()).and_then(|()| out.flush());
     done.context("standard output: cannot write")
 }

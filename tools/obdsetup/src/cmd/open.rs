@@ -30,11 +30,11 @@ use crate::layers::{expand, plan_stack, LayerArg};
 use crate::store::opening;
 use crate::{interrupt, journal, partitions, size, tab};
 
-/// How long it is waited for that nothing happens to half a stack any more.
+/// How long to wait until a half-built stack stays unchanged.
 const PATIENCE: Duration = Duration::from_secs(20);
 const POLL: Duration = Duration::from_millis(250);
-/// Most open files for a layer: its own, two loop devices, two devices that are held, two locks. And
-/// those besides.
+/// Largest number of open files for a layer: its own, two loop devices, two devices that are held, and two
+/// locks; and the number of all other open files.
 const FILES_EACH: u64 = 7;
 const FILES: u64 = 64;
 
@@ -83,7 +83,7 @@ pub(crate) struct Args {
     #[arg(long, value_name = "SIZE", value_parser = size::parse)]
     store_size: Option<u64>,
 
-    /// Whether the size is that of the table, which is a minimum.
+    /// Whether the size is from the table. Then it is a minimum.
     #[arg(skip)]
     size_of_tab: bool,
 
@@ -103,7 +103,7 @@ pub(crate) struct Args {
     pub(crate) layers: LayersArgs,
 }
 
-/// What is to be set up.
+/// The layers to set up.
 #[derive(Clone, clap::Args)]
 pub(crate) struct LayersArgs {
     /// Layers, lowest first: files or block devices; DEVICE:size=BYTES where the blob is shorter; or a
@@ -134,22 +134,22 @@ pub(crate) struct LayersArgs {
     in_use: InUseArgs,
 }
 
-/// The layers, opened.
+/// The opened layers.
 pub(crate) enum Opened {
     Stack(Stack),
     Zfile(Payload),
 }
 
-/// What is set up, and how.
+/// The layers with the plan to set them up.
 pub(crate) struct Planned {
-    /// The layers by their names.
+    /// The layers as named by the user.
     pub(crate) layers: Vec<LayerArg>,
     pub(crate) opened: Opened,
     pub(crate) plan: Plan,
 }
 
 impl Opened {
-    /// What to know before the file system on the disk is mounted.
+    /// Returns a note if the file system on the disk can be mounted only with certain options.
     fn journal_note(&self, node: &str) -> Option<String> {
         match self {
             Self::Stack(stack) => journal::note(stack, node),
@@ -157,7 +157,7 @@ impl Opened {
         }
     }
 
-    /// The blobs, lowest first.
+    /// Returns the payloads, lowest first.
     pub(crate) fn payloads(&self) -> Vec<&Payload> {
         match self {
             Self::Stack(stack) => plan::payloads(stack.layers()),
@@ -166,7 +166,7 @@ impl Opened {
     }
 }
 
-/// The arguments alone, as a line of the table gives them.
+/// A parser for the arguments that a line of the table has.
 #[derive(Parser)]
 #[command(disable_help_flag = true)]
 struct TabLine {
@@ -174,7 +174,7 @@ struct TabLine {
     args: Args,
 }
 
-/// The arguments that a line of the table has.
+/// Returns the arguments from a line of the table.
 pub(crate) fn parse(entry: &tab::Entry) -> Result<Args> {
     let line = TabLine::try_parse_from(entry.arguments()).map_err(|error| {
         if let (ErrorKind::UnknownArgument, Some(option)) =
@@ -184,12 +184,13 @@ pub(crate) fn parse(entry: &tab::Entry) -> Result<Args> {
             let option = option.trim_start_matches("--");
             return Failure::usage(format!("unknown option `{option}': see overlaybdtab(5)"));
         }
-        // The first line says it; what follows is on the usage of a command line.
+        // Only the first line: the others are about the usage of a command line.
         let text = error.to_string();
         let text = text.lines().next().unwrap_or_default();
         Failure::usage(text.trim_start_matches("error: "))
     })?;
-    // Each boot would do it again, with a file system that isn't mounted, or another disk.
+    // Such an option would apply at each boot, also when a file system isn't mounted or there is another
+    // disk.
     for (option, is_there) in [
         ("create", line.args.create),
         ("take-over", line.args.take_over),
@@ -204,7 +205,7 @@ pub(crate) fn parse(entry: &tab::Entry) -> Result<Args> {
 }
 
 impl Args {
-    /// Checks that the options fit each other, wherever each is from.
+    /// Checks that the options fit together, whether from the command line or from the table.
     fn check(&self) -> Result<()> {
         let is_for_store = self.create || self.take_over || self.store_size.is_some();
         let message = match &self.writable {
@@ -219,7 +220,8 @@ impl Args {
         Err(Failure::usage(message))
     }
 
-    /// These arguments, or, where no layer is among them, with what the table has for this name.
+    /// Returns these arguments. If they have no layers, adds the layers and options that the table has for
+    /// this name.
     fn or_tab(&self) -> Result<Cow<'_, Self>> {
         if !self.layers.layers.is_empty() {
             return Ok(Cow::Borrowed(self));
@@ -248,7 +250,7 @@ impl Args {
 }
 
 impl Args {
-    /// Looks at the store that keeps what is written.
+    /// Checks the store of changes.
     fn store(&self, opened: &Opened) -> Result<Option<opening::Found>> {
         match (&self.writable, opened) {
             (None, _) | (_, Opened::Zfile(_)) => Ok(None),
@@ -266,7 +268,7 @@ impl Args {
 }
 
 impl LayersArgs {
-    /// [`Args::or_tab`] for a command that has no other arguments.
+    /// As [`Args::or_tab`], for commands that have only these arguments, and plans the devices.
     pub(crate) fn plan_or_tab(&self, name: &str) -> Result<Planned> {
         let args = Args {
             name: name.to_owned(),
@@ -283,8 +285,8 @@ impl LayersArgs {
         args.or_tab()?.layers.plan(name, None)
     }
 
-    /// Opens and checks the layers, and plans the devices. With `shared`, those of layers are for other
-    /// stacks, too, that read files through the page cache, or don't, as this says.
+    /// Opens and checks the layers, and plans the devices. If `shared` is `Some`, the devices of layers are
+    /// shared; its value says whether files are read through the page cache.
     fn plan(&self, name: &str, shared: Option<bool>) -> Result<Planned> {
         plan::check_name(name)?;
         let layers = match self.zfile {
@@ -309,7 +311,7 @@ impl LayersArgs {
             if self.dax {
                 check_dax(&stack, &places)?;
             }
-            // A pmem device has one user.
+            // DAX layers aren't shared: a pmem device can have only one user.
             let identities = match shared.filter(|_| !self.dax) {
                 Some(buffered) => {
                     let payloads = plan::payloads(stack.layers());
@@ -349,7 +351,7 @@ impl LayersArgs {
     }
 }
 
-/// Checks that file systems can map the layers of `stack`, which are on `places`.
+/// Checks that file systems can map the layers of `stack`. `places` says what they are stored on.
 fn check_dax(stack: &Stack, places: &[Place]) -> Result<()> {
     for (layer, &place) in stack.layers().iter().zip(places) {
         let path = layer.path();
@@ -390,7 +392,7 @@ pub(crate) fn run(args: &Args) -> Result<()> {
     let (lock, states) = make_way(&control, &args.name, &plan)?;
     allow_files(named.len());
 
-    // What a kill has left may have had it open.
+    // Only now, because a stack that was left by a kill and is removed by now may have had the store open.
     let store = match args.store(&opened)? {
         Some(found) => {
             plan.set_store(found.sectors());
@@ -411,7 +413,7 @@ pub(crate) fn run(args: &Args) -> Result<()> {
         true => plan_partitions(&control, &args.name, &plan)?,
         false => Plan::default(),
     };
-    // Dropped before the disk is.
+    // Declared after `set_up`, so that partitions are removed before the disk on an error.
     let set_up_partitions = match args.partitions {
         true => Some(add_partitions(
             &control,
@@ -428,7 +430,7 @@ pub(crate) fn run(args: &Args) -> Result<()> {
         nodes.push_str(&format!("{}\n", dm::node(&partition.name).display()));
     }
     print(&nodes)?;
-    // One that takes writes replays it.
+    // The file system of a writable disk can replay its journal, so no note is needed.
     if let Some(note) = opened.journal_note(&node).filter(|_| store.is_none()) {
         crate::tell(&note);
     }
@@ -444,7 +446,7 @@ pub(crate) fn run(args: &Args) -> Result<()> {
     Ok(())
 }
 
-/// Plans the devices of the partitions of the disk `name`, the last device of `plan`, which is there.
+/// Plans the devices of the partitions of the disk `name`. The disk is the last device of `plan`, and exists.
 fn plan_partitions(control: &Control, name: &str, plan: &Plan) -> Result<Plan> {
     let sectors = plan.devices.last().map_or(0, plan::Device::sectors);
     let found = partitions::read(name, &dm::node(name), sectors)?;
@@ -457,8 +459,8 @@ fn plan_partitions(control: &Control, name: &str, plan: &Plan) -> Result<Plan> {
     }
 }
 
-/// Makes the devices of `partitions`, which are over `disk`, and removes the mark of the disk `name`, which
-/// was there because they were not.
+/// Makes the devices of `partitions`, which are over `disk`. Then removes the mark of the stack `name`, which
+/// is complete now.
 fn add_partitions<'a>(
     control: &'a Control,
     lock: &'a Lock,
@@ -478,7 +480,7 @@ fn add_partitions<'a>(
     Ok(set_up)
 }
 
-/// The disk that partitions are over, by its number.
+/// The number of the disk that partitions are over.
 struct Disk(Option<String>);
 
 impl Below for Disk {
@@ -491,7 +493,7 @@ impl Below for Disk {
     }
 }
 
-/// The files and devices of the layers and of the store, as far as tables name them.
+/// The files and devices of the layers and of the store that tables name.
 struct Backings<'a> {
     payloads: Vec<&'a Payload>,
     store: Option<&'a opening::Opened>,
@@ -514,7 +516,7 @@ impl Below for Backings<'_> {
             Lower::Device(_) | Lower::Disk => return Ok(()),
             Lower::Tail(nth) => Backing::bytes(&plan::tail(payload(nth)?)?, self.lock)?,
             Lower::Layer(nth) => {
-                // Its name may lead to another by now.
+                // Uses the open file, because its name may lead to another file now.
                 let file = payload(nth)?.file().file();
                 let meta = file.metadata()?;
                 match meta.file_type().is_block_device() {
@@ -537,24 +539,25 @@ impl Below for Backings<'_> {
     }
 }
 
-/// Makes sure that there may be enough open files for a stack of so many layers.
+/// Raises the limit of open files, if necessary, for a stack of this number of layers.
 fn allow_files(layers: usize) {
     let needed = u64::try_from(layers).map_or(u64::MAX, |n| n.saturating_mul(FILES_EACH) + FILES);
     let now = getrlimit(Resource::Nofile);
     if now.current.is_some_and(|current| current < needed) {
         let current = Some(now.maximum.map_or(needed, |maximum| maximum.min(needed)));
-        // Without, opening one of them says what is wrong.
+        // If this fails, opening a file will fail and report the limit.
         let _ = setrlimit(Resource::Nofile, Rlimit { current, ..now });
     }
 }
 
-/// Returns what there is of stack `name`, where it is not all of it.
+/// Returns the stack `name` if it exists and is half-built.
 fn half_built(all: &[State], name: &str) -> Option<dm::Stack> {
     dm::Stack::among(all, name).filter(|stack| stack.name == name && stack.is_half_built())
 }
 
-/// Returns all devices when nothing has happened to those of stack `name` for a while: an obdsetup
-/// that sees another `/run`, as one in a container, may just set it up. `all` are the devices now.
+/// Waits until the half-built stack `name` has stayed unchanged for a while, because an obdsetup that has
+/// another `/run`, for example in a container, may be setting it up. Returns all devices after that. `all`
+/// are all devices now.
 fn settled(control: &Control, name: &str, mut all: Vec<State>) -> Result<Vec<State>> {
     let mut last = Instant::now();
     let end = last + PATIENCE;
@@ -578,8 +581,9 @@ fn settled(control: &Control, name: &str, mut all: Vec<State>) -> Result<Vec<Sta
     Ok(all)
 }
 
-/// Takes the lock for stack `name`, and removes what an obdsetup that was killed has left of it.
-/// Returns all devices, too. Fails where there are other devices with the names of `plan`.
+/// Takes the lock for stack `name`, and removes a half-built stack of that name, which an obdsetup that was
+/// killed has left. Returns the lock and all devices. Fails if other devices have names or UUIDs of the
+/// plan's devices.
 fn make_way(control: &Control, name: &str, plan: &Plan) -> Result<(Lock, Vec<State>)> {
     let lock = Lock::take(name)?;
     dm::clear_left(&lock);
@@ -605,7 +609,7 @@ fn make_way(control: &Control, name: &str, plan: &Plan) -> Result<(Lock, Vec<Sta
             .with_context(|| format!("cannot remove what is left of device {name}"))?;
         all = control.states()?;
     }
-    // The one that was asked for is the one to be named.
+    // From the last one, so that the error names the disk first.
     match plan
         .devices
         .iter()

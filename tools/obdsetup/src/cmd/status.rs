@@ -97,7 +97,7 @@ struct Target {
     status: Fields,
 }
 
-/// A file on a loop device that a table names.
+/// The file behind a loop device that a table names.
 #[derive(Debug, PartialEq, Eq, Serialize)]
 struct LoopFile {
     device: String,
@@ -200,7 +200,8 @@ fn collect(device: inspect::Device) -> Device {
     }
 }
 
-/// The files of the loop devices that `line` names; `look` gives the file of device `MAJOR:MINOR`.
+/// Returns the files behind the loop devices that `line` names. `look` returns the file behind device
+/// `MAJOR:MINOR`.
 fn files(line: &Line, look: &dyn Fn(&str) -> Option<String>) -> Vec<LoopFile> {
     let files = numbers(line).into_iter().filter_map(|device| {
         Some(LoopFile {
@@ -211,7 +212,7 @@ fn files(line: &Line, look: &dyn Fn(&str) -> Option<String>) -> Vec<LoopFile> {
     files.collect()
 }
 
-/// What an operator wants to see at a glance.
+/// Returns a short summary for operators.
 fn summary(report: &Report) -> String {
     let mut text = format!("health: {}\n", report.message);
     for note in &report.notes {
@@ -277,7 +278,7 @@ fn summary(report: &Report) -> String {
     text
 }
 
-/// All that is known of a device.
+/// Appends everything that is known about a device to `text`.
 fn describe(device: &Device, text: &mut String) {
     let _ = writeln!(text, "\n{}:", node(&device.name).display());
     let mut line = |name: &str, value: &dyn std::fmt::Display| {
@@ -301,7 +302,7 @@ fn describe(device: &Device, text: &mut String) {
     for target in &device.targets {
         line("table", &target.table);
         for LoopFile { device, file } in &target.files {
-            // A name may have any bytes, line breaks too.
+            // Escaped, because a file name may contain line breaks and other control characters.
             line("file", &format_args!("{device} {}", file.escape_debug()));
         }
         for (name, value) in target.status.iter() {

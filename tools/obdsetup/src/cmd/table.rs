@@ -66,7 +66,8 @@ pub(crate) fn run(args: &Args) -> Result<()> {
                 layer.map(ToString::to_string).unwrap_or_default()
             )
         }
-        // Of a disk that takes writes, this prints the table below; partitions are in another plan.
+        // Doesn't happen. For a writable disk, this prints only the table of the device below it, and it
+        // doesn't plan partitions.
         Lower::Store | Lower::Disk => String::new(),
         Lower::Device(nth) => {
             let device = plan.devices.get(nth);
@@ -109,7 +110,7 @@ pub(crate) fn run(args: &Args) -> Result<()> {
     Ok(())
 }
 
-/// What stands for a layer.
+/// Returns the word that stands for a layer in the printed table.
 fn word((layer, payload): (&LayerArg, &Payload)) -> Result<String> {
     let meta = payload.file().file().metadata()?;
     match meta.file_type().is_block_device() {

@@ -16,7 +16,7 @@ use crate::in_use::InUseArgs;
 use crate::layers::{expand, open_layers, warn, LayerArg};
 use crate::plain;
 
-/// Most corrupt blocks that are named.
+/// Largest number of corrupt blocks that are listed.
 const NAMED: usize = 100;
 
 /// Arguments of `verify`.
@@ -116,7 +116,7 @@ pub(crate) fn run(args: &Args) -> Result<()> {
     }
 }
 
-/// What can be said of a layer alone, which may be an upper one.
+/// Returns the findings for a single layer, which may be an upper one.
 fn alone(layer: &LayerReader) -> Findings {
     let mut found = Findings::default();
     let parent = &layer.ident().parent;

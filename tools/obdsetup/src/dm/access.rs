@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! Whether this process may talk to device-mapper, and what to do where it may not. dmsetup would
-//! only say that libdevmapper is incompatible.
+//! Checks whether this process may use device-mapper, and says what to do if it may not. dmsetup's own
+//! message would be about an incompatible libdevmapper.
 
 use std::fs::File;
 use std::io::{Error, ErrorKind};
@@ -10,13 +10,13 @@ use anyhow::Result;
 
 use crate::exit::{self, Failure};
 
-/// Where the kernel takes commands.
+/// The device to which device-mapper's commands are sent.
 const CONTROL: &str = "/dev/mapper/control";
-/// What to do where the targets are missing, behind what dmsetup says.
+/// What to do if the targets are missing. Appended to dmsetup's message.
 pub(super) const NO_MODULE: &str = "; the kernel module dm_overlaybd is not loaded: run `modprobe \
                                     dm_overlaybd', or install the package dm-overlaybd-dkms";
 
-/// Checks that commands can be given.
+/// Checks that this process can send commands to device-mapper.
 pub(super) fn check() -> Result<()> {
     let opened = File::options().read(true).write(true).open(CONTROL);
     let is_root = rustix::process::geteuid().is_root();
@@ -26,10 +26,11 @@ pub(super) fn check() -> Result<()> {
     }
 }
 
-/// The exit code and message for what opening it failed with, by root or by others.
+/// Returns the exit code and the message for an error of opening [`CONTROL`]. `is_root` says whether the user
+/// is root.
 fn explain(error: &Error, is_root: bool) -> Option<(u8, String)> {
     let what = match error.kind() {
-        // dmsetup makes the node, if it can.
+        // No error: dmsetup makes the node if it can.
         ErrorKind::NotFound if is_root => return None,
         ErrorKind::NotFound | ErrorKind::PermissionDenied => {
             return Some((
@@ -67,7 +68,7 @@ mod tests {
         assert!(code == 4 && text.contains("modprobe dm_mod"), "{text}");
         assert_eq!(said(2).1, "dmsetup");
         assert_eq!(said(5).0, 4);
-        // Who isn't root need not know that the node is missing.
+        // For other users, a missing node doesn't change the message.
         let missing = Error::from_raw_os_error(2);
         assert_eq!(explain(&missing, false), Some(said(13)));
     }

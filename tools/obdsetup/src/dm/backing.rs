@@ -1,15 +1,16 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! Files as loop devices, which vanish when device-mapper lets go of them. But for the store of a disk that
-//! takes writes, they are read-only.
+//! Attaches files to loop devices that the kernel detaches when device-mapper closes them. The devices are
+//! read-only, except that of the store of a writable disk.
 //!
-//! A loop device must not vanish before device-mapper has it: the number would be one that nobody can
-//! attach, though the kernel offers it again and again as a free one. So the programs that are started
-//! inherit the loop devices, and hold them to their own end, though obdsetup itself was killed.
+//! A loop device must not be detached before device-mapper has opened it. Otherwise no one could attach a
+//! file to its number, although the kernel would offer it as a free one again and again. So programs that are
+//! started inherit the open loop devices. They keep them open until they end, even if obdsetup itself is
+//! killed.
 //!
-//! A loop device gets its file with one call of the kernel, and the flag that makes it vanish with
-//! another. An obdsetup that is killed in between leaves the device: the lock has a note of it, and the
-//! next obdsetup that takes the lock detaches it.
+//! One system call attaches the file to a loop device, and another one sets the flag that makes the kernel
+//! detach it. An obdsetup that is killed in between leaves the device attached. So there is a note on the
+//! device in the lock, and the next obdsetup that takes the lock detaches the device.
 
 use std::fs::{File, Metadata};
 use std::io::{ErrorKind, Write};
@@ -25,15 +26,15 @@ use rustix::io::FdFlags;
 use super::lock::Lock;
 use crate::program::Program;
 
-/// How often another process may take the free loop device first.
+/// How many times to try again if another process takes the free loop device first.
 const TRIES: u32 = 100;
-/// The kernel has loop devices with smaller numbers only.
+/// All numbers of loop devices are smaller than this one.
 const NUMBERS: u32 = 1 << 20;
 const CONTROL: &str = "/dev/loop-control";
-/// What the note of a loop device begins with that is about to get its file.
+/// First word of the note on a loop device that is about to get its file.
 const NOTE: &str = "loop";
 
-/// Whether a loop device takes writes; its file was opened accordingly.
+/// Whether a loop device can be written to. Its file must be open in the same mode.
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Mode {
     ReadOnly,
@@ -41,7 +42,7 @@ enum Mode {
 }
 
 impl Mode {
-    /// What losetup(8) shows in its column `RO`.
+    /// Returns what losetup(8) shows in its column `RO`.
     fn column(self) -> &'static str {
         match self {
             Self::ReadOnly => "1",
@@ -50,8 +51,8 @@ impl Mode {
     }
 }
 
-/// A block device that a table may name. A loop device is gone when this is dropped and nobody
-/// else has it open.
+/// A block device that a table may name. If it is a loop device, the kernel detaches it when this is dropped
+/// and no one else has it open.
 pub(crate) struct Backing {
     /// `MAJOR:MINOR`.
     pub(crate) number: String,
@@ -59,7 +60,7 @@ pub(crate) struct Backing {
 }
 
 impl Backing {
-    /// The block device that `file` is.
+    /// Wraps the block device that `file` describes.
     pub(crate) fn device(file: &Metadata) -> Self {
         let rdev = file.rdev();
         Self {
@@ -68,13 +69,13 @@ impl Backing {
         }
     }
 
-    /// A loop device over `file`. With `direct`, past the page cache where its file system can do
-    /// that: what is above caches what it decompressed.
+    /// Attaches `file` to a loop device. With `direct`, its I/O bypasses the page cache if the file system
+    /// supports that, because the devices above cache the decompressed data.
     pub(crate) fn file(file: &File, direct: bool, lock: &Lock) -> Result<Self> {
         Self::over(file, Mode::ReadOnly, direct, lock)
     }
 
-    /// The same for a file that is written to.
+    /// As [`Self::file`], for a file that is written to.
     pub(crate) fn writable(file: &File, direct: bool, lock: &Lock) -> Result<Self> {
         Self::over(file, Mode::Writable, direct, lock)
     }
@@ -82,20 +83,20 @@ impl Backing {
     fn over(file: &File, mode: Mode, direct: bool, lock: &Lock) -> Result<Self> {
         let device = Attached::new(file, mode, lock)?;
         if direct {
-            // Not every file system can.
+            // Ignored, because not every file system supports it.
             let _ = device.0.set_direct_io(true);
         }
         Self::of_loop(&device)
     }
 
-    /// A loop device over `bytes`, which are in memory: nothing is left of them on any disk.
+    /// Attaches a file in memory with these bytes to a loop device. Nothing of it is left on a disk.
     pub(crate) fn bytes(bytes: &[u8], lock: &Lock) -> Result<Self> {
         let memory = rustix::fs::memfd_create("obdsetup-tail", MemfdFlags::CLOEXEC)
             .context("cannot make a file in memory")?;
         let mut file = File::from(memory);
         file.write_all(bytes)
             .context("cannot write to a file in memory")?;
-        // A loop device is as read-only as the file that it is made of.
+        // Opened read-only, because the loop device gets the mode of the open file.
         let path = format!("/proc/self/fd/{}", file.as_raw_fd());
         let file = File::open(path).context("cannot open a file in memory")?;
         Self::of_loop(&Attached::new(&file, Mode::ReadOnly, lock)?)
@@ -105,7 +106,7 @@ impl Backing {
         let Attached(device, path) = device;
         let (major, minor) = (device.major()?, device.minor()?);
         let file = File::open(path).with_context(|| path.display().to_string())?;
-        // Programs that are started from now on inherit it.
+        // Programs that are started from now on inherit the open device.
         rustix::io::fcntl_setfd(&file, FdFlags::empty())?;
         Ok(Self {
             number: format!("{major}:{minor}"),
@@ -114,8 +115,8 @@ impl Backing {
     }
 }
 
-/// The file behind the loop device with number `MAJOR:MINOR`, where it is one. `sys` is where sysfs
-/// is mounted.
+/// Returns the file behind the loop device with number `MAJOR:MINOR`; `None` if the device is no loop device.
+/// `sys` is where sysfs is mounted.
 pub(crate) fn loop_file(sys: &Path, number: &str) -> Option<String> {
     let path = sys.join("dev/block").join(number).join("loop/backing_file");
     let bytes = std::fs::read(path).ok()?;
@@ -123,8 +124,8 @@ pub(crate) fn loop_file(sys: &Path, number: &str) -> Option<String> {
     Some(text.strip_suffix('\n').unwrap_or(&text).to_owned())
 }
 
-/// Whether the loop device with number `MAJOR:MINOR` is over `file`; nothing where that cannot be told.
-/// The kernel tells device and inode in answer to an ioctl(2) only.
+/// Returns whether `file` is the file behind the loop device with number `MAJOR:MINOR`; `None` if that is
+/// unknown. Uses losetup(8), because the kernel shows the file's device and inode only through an ioctl(2).
 pub(crate) fn is_over(sys: &Path, number: &str, file: &FileId) -> Option<bool> {
     let device = sys.join("dev/block").join(number).canonicalize().ok()?;
     let node = Path::new("/dev").join(device.file_name()?);
@@ -135,7 +136,7 @@ pub(crate) fn is_over(sys: &Path, number: &str, file: &FileId) -> Option<bool> {
     Some(words == [file.ino.as_str(), &file.dev])
 }
 
-/// What losetup(8) shows of a file: the inode, and `MAJOR:MINOR` of its file system.
+/// Identifies a file as losetup(8) does: the inode, and `MAJOR:MINOR` of its file system.
 pub(crate) struct FileId {
     ino: String,
     dev: String,
@@ -155,8 +156,7 @@ impl FileId {
     }
 }
 
-/// Returns what losetup(8) shows of loop device `node` in these columns; nothing where that cannot be
-/// told.
+/// Returns what losetup(8) shows for loop device `node` in these columns; `None` if it fails.
 fn columns(node: &Path, columns: &str) -> Option<Vec<String>> {
     let mut program = Program::new("losetup", "the files of loop devices");
     program.args(["--list", "--raw", "--noheadings"]);
@@ -169,14 +169,14 @@ fn columns(node: &Path, columns: &str) -> Option<Vec<String>> {
         .filter(|words| !words.is_empty())
 }
 
-/// Returns the words of a line of losetup(8). Before util-linux 2.39.3 it fills numbers up with blanks,
-/// and writes each of them as `\x20`.
+/// Returns the words of a line of losetup(8). Before util-linux 2.39.3, losetup pads numbers with blanks, and
+/// prints each blank as `\x20`.
 fn words(line: &str) -> Vec<String> {
     let line = line.replace("\\x20", " ");
     line.split_whitespace().map(str::to_owned).collect()
 }
 
-/// Detaches the loop device that a holder of `lock` has left who was killed.
+/// Detaches the loop device that the last holder of `lock` has left because it was killed.
 pub(super) fn clear_left(lock: &Lock) {
     let note = lock.note().unwrap_or_default();
     let words: Vec<&str> = note.split_whitespace().collect();
@@ -185,18 +185,19 @@ pub(super) fn clear_left(lock: &Lock) {
     };
     if let Ok(number) = number.parse() {
         let path = node(number);
-        // Another device that has this number by now is over another file. Only one that was attached
-        // to the same file after the kill, in the same mode and without the flag, could be taken for it.
+        // If another program uses this number now, it is usually for another file. The only device that could
+        // be detached by mistake is one that was attached to the same file after the kill, in the same mode
+        // and without the flag.
         let left = columns(Path::new(&path), "BACK-INO,BACK-MAJ:MIN,AUTOCLEAR,RO");
         if left.is_some_and(|words| words == [ino, dev, "0", read_only]) {
-            // Where somebody has it open by now, it goes when nobody has any more.
+            // If someone has opened it meanwhile, the kernel detaches it when it is closed.
             let _ = open(number).map(|device| device.detach());
         }
     }
     lock.set_note("");
 }
 
-/// Opens the block device `number`, `MAJOR:MINOR`, to write to it; its node is made where it is missing.
+/// Opens the block device `number`, `MAJOR:MINOR`, for writing. Makes its node if that is missing.
 pub(crate) fn open_by_number(number: &str) -> Result<File> {
     let device = super::share::system(number);
     let device = device
@@ -210,12 +211,12 @@ pub(crate) fn open_by_number(number: &str) -> Result<File> {
     file.with_context(|| path.display().to_string())
 }
 
-/// Makes the node at `path` of the block device `number`, `MAJOR:MINOR`, where it is missing.
+/// Makes the node of the block device `number`, `MAJOR:MINOR`, at `path`, if it is missing.
 pub(super) fn make_block_node(path: &Path, number: &str) -> Result<()> {
     make_node(&path.display().to_string(), FileType::BlockDevice, number)
 }
 
-/// A loop device that has its file, and its node.
+/// A loop device with its file attached, and the path of its node.
 struct Attached(LoopDevice, PathBuf);
 
 impl Attached {
@@ -229,8 +230,8 @@ impl Attached {
                 return Ok(attached);
             }
             if last == Some(number) {
-                // It is free only as far as the kernel's list goes: another device is about to use
-                // it. Any other will do.
+                // The kernel lists this number as free, but another process is about to use it. Take another
+                // one.
                 return Self::above(&control, number, file, mode, lock);
             }
             last = Some(number);
@@ -272,7 +273,7 @@ impl Attached {
         )
     }
 
-    /// Attaches `file`; nothing where another has the device.
+    /// Attaches `file` to `device`. Returns `None` if another process uses the device.
     fn attach(
         device: LoopDevice,
         number: u32,
@@ -295,19 +296,19 @@ impl Attached {
     }
 }
 
-/// Where the kernel shows block devices.
+/// The directory of block devices in sysfs.
 const SYS: &str = "/sys/block";
 
 fn node(number: u32) -> String {
     format!("/dev/loop{number}")
 }
 
-/// The node may be missing where the device exists.
+/// Returns whether the device exists already. If its node is missing, the error is `NotFound`.
 fn is_there_already(error: &std::io::Error) -> bool {
     matches!(error.kind(), ErrorKind::AlreadyExists | ErrorKind::NotFound)
 }
 
-/// Opens what gives out loop devices.
+/// Opens the control device of loop devices.
 fn control() -> Result<LoopControl> {
     match LoopControl::open() {
         Err(error) if error.kind() == ErrorKind::NotFound => {
@@ -321,17 +322,17 @@ fn control() -> Result<LoopControl> {
     }
 }
 
-/// Returns a loop device that the kernel calls free, and its number.
+/// Returns a loop device that is free according to the kernel, and its number.
 fn free(control: &LoopControl) -> Result<(LoopDevice, u32)> {
     match control.next_free() {
         Ok(device) => {
             let minor = device.minor().context("cannot get a loop device")?;
-            // Without partitions, as Linux has them by default, the minor number is the device's; the
-            // path tells in any case.
+            // The path always has the number of the device. The minor number is the same only if loop devices
+            // have no partitions, which is the default.
             let number = device.path().and_then(|path| number_of(&path));
             Ok((device, number.unwrap_or(minor)))
         }
-        // The kernel has one, but nobody has made its node.
+        // The kernel has a free device, but its node is missing.
         Err(error) if error.kind() == ErrorKind::NotFound => {
             let number = (0..NUMBERS).find(|number| {
                 let device = Path::new(SYS).join(format!("loop{number}"));
@@ -353,7 +354,7 @@ fn number_of(path: &Path) -> Option<u32> {
         .ok()
 }
 
-/// Opens a loop device that exists, and makes its node where that is missing.
+/// Opens a loop device that exists. Makes its node if that is missing.
 fn open(number: u32) -> Result<LoopDevice> {
     let path = node(number);
     if !Path::new(&path).exists() {
@@ -378,7 +379,7 @@ fn make_node(path: &str, kind: FileType, number: &str) -> Result<()> {
         device,
     );
     match made {
-        // Another may have made it meanwhile.
+        // Another process may have made it meanwhile.
         Ok(()) | Err(rustix::io::Errno::EXIST) => Ok(()),
         Err(error) => {
             let letter = match kind {

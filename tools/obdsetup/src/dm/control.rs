@@ -1,18 +1,18 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! Looking at device-mapper devices, and running dmsetup(8).
+//! Gets the state of device-mapper devices, and runs dmsetup(8).
 //!
-//! Why dmsetup, and not the `devicemapper` crate: up to 0.34.7 that refuses every call where no udev
-//! daemon runs, and 0.34.8 waits for udev without end and without asking: for one device after the
-//! other, in a semaphore of which a signal leaves the rest, and in an IPC namespace of its own for
-//! ever. It makes no nodes either. libdm, which dmsetup is a thin layer over, can be told all that,
-//! and a program can be ended.
+//! The reasons to use dmsetup and not the `devicemapper` crate: up to 0.34.7, the crate refuses every call if
+//! no udev daemon runs. 0.34.8 always waits for udev, without a time limit, and for one device after the
+//! other. If a signal ends the process, its semaphore is left. In another IPC namespace than udev's, it waits
+//! for ever. It makes no nodes either. libdm, on which dmsetup is a thin layer, has options for all of this,
+//! and a program can be killed.
 //!
-//! Nothing here reads messages that are meant for people: where dmsetup fails, what it says is quoted,
-//! and the reason is found by looking at the devices again.
+//! Nothing here parses messages for people. If dmsetup fails, its message is quoted, and the reason is found
+//! by looking at the devices again.
 //!
-//! What dmsetup cannot do is keep udev's scanners off the inner devices: the rules in `tools/udev` do
-//! that, by their UUIDs.
+//! dmsetup cannot keep udev from scanning the inner devices. The rules in `tools/udev` do that: they go by
+//! the UUIDs.
 
 use std::fmt;
 use std::path::Path;
@@ -24,10 +24,10 @@ use super::access;
 use crate::exit::{self, Failure};
 use crate::program::Program;
 
-/// libdm leaves udev alone where this is set.
+/// If this variable is set, libdm doesn't use udev.
 pub(super) const DISABLE_UDEV: &str = "DM_DISABLE_UDEV";
 
-/// Returns dmsetup, to be run.
+/// Returns the program dmsetup, not started.
 pub(super) fn dmsetup() -> Program {
     let mut program = Program::new("dmsetup", "mapped devices");
     if let Some(value) = std::env::var_os(DISABLE_UDEV) {
@@ -36,7 +36,7 @@ pub(super) fn dmsetup() -> Program {
     program
 }
 
-/// What device-mapper says of a device.
+/// The state of a device, as device-mapper reports it.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub(crate) struct State {
     pub(crate) name: String,
@@ -46,33 +46,33 @@ pub(crate) struct State {
     pub(crate) open_count: u32,
     pub(crate) read_only: bool,
     pub(crate) suspended: bool,
-    /// Whether it has a table that is in use.
+    /// Whether the device has a live table.
     pub(crate) live: bool,
 }
 
-/// How often dmsetup lists all devices, and the time in between: it fails where one goes while it
-/// looks.
+/// How many times to list all devices, and the time in between. dmsetup fails if a device is removed while it
+/// lists them.
 const LOOKS: u32 = 20;
 const BETWEEN_LOOKS: Duration = Duration::from_millis(50);
 
-/// Whether this process may use device-mapper, and the kernel has it.
+/// Returns whether the kernel has device-mapper, and this process may use it.
 fn is_usable() -> bool {
     rustix::process::geteuid().is_root() && Path::new("/sys/class/misc/device-mapper").exists()
 }
 
 /// The columns that [`State::parse`] reads.
 const COLUMNS: &str = "name,uuid,major,minor,open,readonly,suspended,tables_loaded";
-/// What separates them: libdm doesn't leave it in a name.
+/// Separates the columns. libdm escapes this character in names.
 const SEPARATOR: char = '|';
 
 impl State {
-    /// Reads a line of `dmsetup info`; `None` for what isn't a device.
+    /// Parses a line of `dmsetup info`. Returns `None` if it isn't about a device.
     fn parse(line: &str) -> Option<Self> {
         let fields: Vec<&str> = line.split(SEPARATOR).map(str::trim).collect();
         let [name, uuid, major, minor, open, read_only, suspended, tables] = fields[..] else {
             return None;
         };
-        // One that went between the list and the look at it.
+        // A device that was removed after dmsetup had listed it.
         if major == "0" {
             return None;
         }
@@ -88,12 +88,12 @@ impl State {
     }
 }
 
-/// Whether a column that shows a word or a 1 is set.
+/// Returns whether a column is set. It shows a word or a 1 then.
 fn is_set(column: &str, word: &str) -> bool {
     column == "1" || column.eq_ignore_ascii_case(word)
 }
 
-/// A line of a table or status: start and length in sectors, target, the rest.
+/// A line of a table or a status: start and length in sectors, the target, and the rest.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct Line {
     pub(crate) start: u64,
@@ -103,7 +103,7 @@ pub(crate) struct Line {
 }
 
 impl Line {
-    /// Reads a line as [`Line`] shows it.
+    /// Parses a line in the form in which [`Line`] is printed.
     pub(super) fn parse(line: &str) -> Option<Self> {
         let mut words = line.trim().splitn(4, ' ');
         Some(Self {
@@ -127,22 +127,22 @@ impl fmt::Display for Line {
     }
 }
 
-/// Device-mapper, by way of dmsetup.
+/// Access to device-mapper by means of dmsetup.
 pub(crate) struct Control(());
 
 impl Control {
-    /// Begins to talk to device-mapper.
+    /// Checks that device-mapper can be used.
     pub(crate) fn open() -> Result<Self> {
         access::check()?;
         Ok(Self(()))
     }
 
-    /// The state of device `name`; `None` where there is no such device.
+    /// Returns the state of device `name`; `None` if there is no such device.
     pub(crate) fn state(&self, name: &str) -> Result<Option<State>> {
         Ok(self.states()?.into_iter().find(|state| state.name == name))
     }
 
-    /// All devices.
+    /// Returns the states of all devices.
     pub(crate) fn states(&self) -> Result<Vec<State>> {
         let separator = SEPARATOR.to_string();
         let mut args = vec!["info", "-c", "--noheadings", "--separator", &separator];
@@ -160,12 +160,12 @@ impl Control {
         Ok(text.lines().filter_map(State::parse).collect())
     }
 
-    /// Runs dmsetup with `args`, which let it wait for nothing; gives what it prints.
+    /// Runs dmsetup with `args`, with which it must not wait for udev. Returns its output.
     pub(super) fn run(&self, args: &[&str]) -> Result<String> {
         self.run_program(dmsetup().args(args).despite_signals())
     }
 
-    /// Runs `program`, which is dmsetup; gives what it prints.
+    /// Runs `program`, which is dmsetup. Returns its output.
     pub(super) fn run_program(&self, program: &mut Program) -> Result<String> {
         let mut text = String::new();
         let done = program.end(|line| {

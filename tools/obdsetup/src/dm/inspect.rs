@@ -1,7 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! Reading the state of many devices at once: a few calls of dmsetup, however many devices there
-//! are.
+//! Gets the state of many devices at once, with a few calls of dmsetup, however many devices there are.
 
 use std::collections::HashMap;
 
@@ -9,32 +8,32 @@ use anyhow::Result;
 
 use super::control::{Control, Line, State};
 
-/// How often the devices are read again where some vanish meanwhile.
+/// How many times to start again if devices are removed meanwhile.
 const TRIES: u32 = 3;
-/// What `dmsetup info` says of a device that goes when nobody has it open.
+/// The words of `dmsetup info` for a device that the kernel will remove when it is closed.
 const DEFERRED: &str = "DEFERRED REMOVE";
 
 /// A device, its table and its status.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct Device {
     pub(crate) state: State,
-    /// Whether it goes when nobody has it open.
+    /// Whether the kernel will remove the device when it is closed.
     pub(crate) deferred_remove: bool,
-    /// Empty where no table is live.
+    /// Empty if no table is live.
     pub(crate) table: Vec<Line>,
-    /// A line for each of the table.
+    /// One line for each line of the table.
     pub(crate) status: Vec<Line>,
 }
 
 impl Control {
-    /// The devices whose UUIDs `wanted` picks.
+    /// Returns the devices for whose UUIDs `wanted` returns true.
     pub(crate) fn inspect(&self, wanted: &dyn Fn(&str) -> bool) -> Result<Vec<Device>> {
         let mut tries = 1;
         loop {
             let mut states = self.states()?;
             states.retain(|state| wanted(&state.uuid));
             match self.devices(states) {
-                // One of them may just have been removed.
+                // A device may have been removed meanwhile.
                 Err(_) if tries < TRIES => tries += 1,
                 devices => return devices,
             }
@@ -59,8 +58,8 @@ impl Control {
         Ok(devices.collect())
     }
 
-    /// Returns word `nth`, from 0, of the status of each of the devices `names`, by name. Where one of them
-    /// is gone, or has no such word, it may be missing, and so may others.
+    /// Returns word `nth`, counted from 0, of the status of each of the devices `names`, by name. If a device
+    /// was removed or has no such word, it may be missing in the result, and so may others.
     pub(crate) fn status_words(&self, names: &[&str], nth: usize) -> HashMap<String, String> {
         let status = self.run(&[&["status", "--noflush"], names].concat());
         let word = |(name, status): (String, Vec<Line>)| {
@@ -71,8 +70,8 @@ impl Control {
         status.into_iter().filter_map(word).collect()
     }
 
-    /// Returns the ID in its pool of the thin volume `name`, and the number of sectors that are mapped;
-    /// nothing where it is none, or dmsetup does not tell.
+    /// Returns the ID of the thin volume `name` in its pool, and the number of its mapped sectors. Returns
+    /// `None` if it is no thin volume, or if dmsetup fails.
     pub(crate) fn thin_volume(&self, name: &str) -> Option<(u64, u64)> {
         let word = |command: &[&str], nth: usize| {
             let text = self.run(&[command, &[name]].concat()).ok()?;
@@ -81,13 +80,13 @@ impl Control {
             let word = line.params.split_whitespace().nth(nth)?.parse().ok();
             word.filter(|_| is_thin)
         };
-        // The pool comes before the ID.
+        // In the table, the pool comes before the ID.
         Some((word(&["table"], 1)?, word(&["status"], 0)?))
     }
 }
 
-/// The lines that dmsetup prints for each of the devices `names`. Where it is asked for one device
-/// only, it leaves the name out.
+/// Returns the lines in dmsetup's output `text` for each of the devices `names`. If there is only one device,
+/// dmsetup doesn't print its name.
 fn lines(names: &[&str], text: &str) -> HashMap<String, Vec<Line>> {
     let mut found: HashMap<String, Vec<Line>> = HashMap::new();
     for row in text.lines() {
@@ -103,12 +102,13 @@ fn lines(names: &[&str], text: &str) -> HashMap<String, Vec<Line>> {
     found
 }
 
-/// The names of the devices that go when nobody has them open.
+/// Returns the names of the devices that the kernel will remove when they are closed.
 ///
-/// The kernel has this as a flag of the ioctl DM_DEV_STATUS only, which would take unsafe code here. sysfs
-/// does not have it, and `dmsetup info -c` has no column for it. So the words for people are read: they
-/// are in no translation of dmsetup's, and helpers run without a locale. Where they change, `close` and
-/// `status` do not tell that a device goes by itself, and nothing else depends on them.
+/// The kernel shows this only as a flag of the ioctl DM_DEV_STATUS, and calling that would need unsafe code
+/// here. sysfs does not have it, and `dmsetup info -c` has no column for it. So this reads words that are
+/// meant for people. dmsetup does not translate them, and helpers run without a locale. If the words change,
+/// `close` and `status` no longer report that a device will be removed by itself. Nothing else depends on
+/// them.
 fn deferred(info: &str) -> Vec<String> {
     let mut name = "";
     let mut found = Vec::new();

@@ -1,12 +1,12 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! One obdsetup at a time sets up or takes down a stack. Whoever holds the lock knows that half a
-//! stack is what one that was killed has left, and not what another is about to complete.
+//! Locks: only one obdsetup at a time sets up or takes down a stack. The holder of the lock knows that no
+//! other obdsetup is about to complete a half-built stack: one that was killed has left it.
 //!
-//! A lock can hold a note: what the next holder has to clear where this one is killed.
+//! A lock can have a note: what the next holder has to remove if this one is killed.
 //!
-//! The programs that are started inherit the lock: while one of them still runs, it is held, though
-//! obdsetup itself was killed.
+//! Programs that are started inherit the lock. It is held while one of them runs, even if obdsetup itself was
+//! killed.
 
 use std::fs::{DirBuilder, File};
 use std::io::{ErrorKind, Seek};
@@ -21,22 +21,22 @@ use rustix::io::FdFlags;
 use crate::exit::{self, Failure};
 use crate::interrupt;
 
-/// Where the locks are: files that only root can open.
+/// The directory of the locks, which are files that only root can open.
 const PLACE: &str = "/run/obdsetup";
-/// How long another obdsetup is waited for. It may itself wait for udev.
+/// How long to wait for another obdsetup, which may itself wait for udev.
 const PATIENCE: Duration = Duration::from_secs(90);
 const POLL: Duration = Duration::from_millis(20);
 
-/// Where the locks are.
+/// Returns the directory of the locks.
 pub(super) fn place() -> &'static Path {
     Path::new(PLACE)
 }
 
 /// The lock for a stack, held until it is dropped.
 pub(crate) struct Lock {
-    /// `None` where there is no place for locks.
+    /// `None` if the directory for locks can't be made.
     held: Option<(PathBuf, File)>,
-    /// Whether the file was there.
+    /// Whether the file existed before.
     left: bool,
 }
 
@@ -46,7 +46,7 @@ impl Lock {
         let path = PathBuf::from(PLACE).join(name);
         let mut end = Instant::now() + PATIENCE;
         let mut holder = None;
-        // A lock of a layer begins with a dot.
+        // The name of a lock for a shared device begins with a dot.
         let name = name.trim_start_matches('.');
         loop {
             match Self::try_take(&path) {
@@ -64,8 +64,8 @@ impl Lock {
                 }
             }
             interrupt::check()?;
-            // Each holder makes the file anew: it is one of them that is waited for no longer, not many
-            // in turn.
+            // Each holder makes a new file. So the time limit applies to each holder, not to all of them
+            // together.
             let now = path.metadata().map(|meta| meta.ino()).ok();
             if now != holder {
                 holder = now;
@@ -80,7 +80,8 @@ impl Lock {
         }
     }
 
-    /// Takes the lock for `name`; nothing where another holds it, or it cannot be taken.
+    /// Takes the lock for `name` without waiting. Returns `None` if another process holds it, or if it cannot
+    /// be taken.
     pub(crate) fn try_to_take(name: &str) -> Option<Self> {
         let path = PathBuf::from(PLACE).join(name);
         match Self::try_take(&path) {
@@ -92,8 +93,8 @@ impl Lock {
         }
     }
 
-    /// Returns a lock that isn't held, where `error` says that there is no place for locks, as where the
-    /// root is all that is mounted.
+    /// Returns a lock that isn't held, if `error` means that there is no place for locks, for example because
+    /// only the root file system is mounted.
     fn without_place(error: &std::io::Error) -> Option<Self> {
         let kinds = [ErrorKind::NotFound, ErrorKind::ReadOnlyFilesystem];
         kinds.contains(&error.kind()).then_some(Self {
@@ -102,7 +103,8 @@ impl Lock {
         })
     }
 
-    /// Removes the locks whose names begin with `start` that nobody holds: what kills have left.
+    /// Removes the files of locks whose names begin with `start` and that no one holds. Processes that were
+    /// killed have left them.
     pub(crate) fn clear_left(start: &str) {
         for entry in std::fs::read_dir(PLACE).into_iter().flatten().flatten() {
             let name = entry.file_name();
@@ -112,12 +114,12 @@ impl Lock {
         }
     }
 
-    /// Returns whether one that was killed has held it before.
+    /// Returns whether the previous holder was killed.
     pub(crate) fn was_left(&self) -> bool {
         self.left
     }
 
-    /// Returns whether an obdsetup is at work on stack `name`, as far as this mount namespace knows.
+    /// Returns whether an obdsetup works on stack `name`, as far as can be seen in this mount namespace.
     pub(crate) fn is_busy(name: &str) -> bool {
         let file = File::open(PathBuf::from(PLACE).join(name));
         file.is_ok_and(|file| {
@@ -126,23 +128,24 @@ impl Lock {
         })
     }
 
-    /// Returns whether no other obdsetup is at work on the stack.
+    /// Returns whether the lock is really held. If there is no place for locks, it isn't, and another
+    /// obdsetup may work on the stack.
     pub(crate) fn is_held(&self) -> bool {
         self.held.is_some()
     }
 
-    /// Leaves a note, in the place of another.
+    /// Writes a note, which replaces the previous one.
     pub(crate) fn set_note(&self, text: &str) {
         if let Some((_, file)) = &self.held {
-            // Without, a little more is left by a kill.
+            // Errors are ignored: without the note, a kill leaves a little more.
             let _ = file
                 .set_len(0)
                 .and_then(|()| file.write_all_at(text.as_bytes(), 0));
         }
     }
 
-    /// Returns a file for a program to write a note to, in the place of another; nothing where there are
-    /// no locks.
+    /// Returns a file to which a program can write a note, which replaces the previous one. Returns `None` if
+    /// there is no place for locks.
     pub(super) fn note_file(&self) -> Option<File> {
         let (_, file) = self.held.as_ref()?;
         file.set_len(0).ok()?;
@@ -151,13 +154,14 @@ impl Lock {
         Some(file)
     }
 
-    /// Returns the note that is there.
+    /// Returns the note.
     pub(crate) fn note(&self) -> Option<String> {
         let (path, _) = self.held.as_ref()?;
         std::fs::read_to_string(path).ok()
     }
 
-    /// Takes the lock; tells whether its file was there.
+    /// Takes the lock. Returns its file, and whether the file existed before; `None` if another process holds
+    /// the lock.
     fn try_take(path: &Path) -> std::io::Result<Option<(File, bool)>> {
         if let Err(error) = DirBuilder::new().mode(0o700).create(PLACE) {
             if error.kind() != ErrorKind::AlreadyExists {
@@ -169,7 +173,7 @@ impl Lock {
             Ok(file) => (file, false),
             Err(error) if error.kind() == ErrorKind::AlreadyExists => {
                 match File::options().write(true).open(path) {
-                    // Its holder has just removed it.
+                    // Its holder has removed the file meanwhile.
                     Err(error) if error.kind() == ErrorKind::NotFound => return Ok(None),
                     opened => (opened?, true),
                 }
@@ -181,7 +185,7 @@ impl Lock {
             Err(rustix::io::Errno::WOULDBLOCK | rustix::io::Errno::INTR) => return Ok(None),
             Err(error) => return Err(error.into()),
         }
-        // The one who held it has removed the file, and another may have made it anew.
+        // The previous holder has removed the file, and another process may have made a new one.
         let same = path
             .metadata()
             .is_ok_and(|now| file.metadata().is_ok_and(|ours| ours.ino() == now.ino()));
@@ -196,7 +200,8 @@ impl Lock {
 impl Drop for Lock {
     fn drop(&mut self) {
         if let Some((path, _)) = &self.held {
-            // While it is locked: who opens it now finds that it is gone, and tries again.
+            // Removed while it is locked: another process that has opened it finds that it was removed, and
+            // tries again.
             let _ = std::fs::remove_file(path);
         }
     }

@@ -2,16 +2,16 @@
 
 //! Device-mapper devices and what is below them.
 //!
-//! - [`plan`]: which devices a stack of layers takes, and their tables. Pure.
-//! - [`backing`]: files as loop devices.
-//! - [`access`]: whether this process may talk to device-mapper.
-//! - [`control`]: looking at devices, with dmsetup(8).
-//! - [`inspect`]: reading the state of many devices at once.
-//! - [`stack`]: which devices belong together.
-//! - [`setup`]: making and removing the devices of a stack.
-//! - [`share`]: devices of layers that several stacks use.
-//! - [`udev`]: waiting for udev.
-//! - [`lock`]: one obdsetup at a time for a stack.
+//! - [`plan`]: which devices a stack of layers needs, and their tables. Has no side effects.
+//! - [`backing`]: attaches files to loop devices.
+//! - [`access`]: checks whether this process may use device-mapper.
+//! - [`control`]: gets the state of devices, with dmsetup(8).
+//! - [`inspect`]: gets the state of many devices at once.
+//! - [`stack`]: finds the devices of a stack.
+//! - [`setup`]: makes and removes the devices of a stack.
+//! - [`share`]: finds and holds shared devices.
+//! - [`udev`]: waits for udev.
+//! - [`lock`]: lets only one obdsetup at a time work on a stack.
 
 mod access;
 pub(crate) mod backing;
@@ -28,16 +28,18 @@ pub(crate) use control::Control;
 pub(crate) use plan::Plan;
 pub(crate) use stack::Stack;
 
-/// For how long nothing may happen to half a stack, or to a device without a table, before it is taken for
-/// what a kill has left: an obdsetup that sees another `/run`, as one in a container, may just make it.
+/// How long a half-built stack, or a device without a table, must stay unchanged before it counts as left by
+/// an obdsetup that was killed. Locks don't tell, because an obdsetup that has another `/run`, for example in
+/// a container, may be making it.
 pub(crate) const QUIET: std::time::Duration = std::time::Duration::from_secs(3);
 
-/// The node of device `name`.
+/// Returns the path of the node of device `name`.
 pub(crate) fn node(name: &str) -> std::path::PathBuf {
     std::path::Path::new("/dev/mapper").join(name)
 }
 
-/// Clears what the note of `lock` tells of: what a holder has left who was killed.
+/// Removes what the note of `lock` describes: the things that a holder of the lock has left because it was
+/// killed.
 pub(crate) fn clear_left(lock: &lock::Lock) {
     udev::clear_left(lock);
     backing::clear_left(lock);

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! Which devices a stack of layers takes, and what their tables say.
+//! Plans which devices a stack of layers needs, and their tables.
 //!
 //! ```text
 //! layer file -> loop ───────────────> NAME-zfileN ─┐
@@ -8,24 +8,22 @@
 //! plain layer on a device ────────────────────────────────┘
 //! ```
 //!
-//! A loop device ends at the last whole sector of its file. Where the file goes on, the rest of
-//! it, padded to a sector, is a second loop device, over a file in memory; `NAME-blobN` joins the
-//! two.
+//! A loop device ends at the last whole sector of its file. If the file has more bytes after it, these bytes,
+//! padded to a sector, are copied to a file in memory with a second loop device. `NAME-blobN` joins the two.
 //!
-//! A disk that takes writes has a snapshot on top, which keeps them in a store:
+//! A writable disk has a snapshot device on top, which keeps the changes in a store:
 //!
 //! ```text
 //! store file -> loop -> NAME-store ─┐
 //!                       NAME-image ─┴─> NAME
 //! ```
 //!
-//! Each partition is a device over the disk, `NAME-partN`. They have a plan of their own, since only the
-//! disk tells which there are. Until they are there, `NAME-partitions`, of which nobody reads, marks the
-//! stack as one that is not complete: a kill may leave it so.
+//! Each partition is a device over the disk, `NAME-partN`. They have their own plan, because the partitions
+//! are known only when the disk can be read. Until they exist, the device `NAME-partitions`, which no one
+//! reads, marks the stack as half-built, in case obdsetup is killed before.
 //!
-//! In a plan that shares, the devices below the disk are those of the layers' files, whichever stack
-//! has them ([`share`](super::share)): each file has one of `zfile`, or one of `linear` where it is
-//! not compressed.
+//! In a plan with shared devices, the devices below the disk belong to the layers' files, not to the stack
+//! ([`share`](super::share)): each file has one zfile device, or one linear device if it is not compressed.
 
 use std::fmt::Write;
 
@@ -39,24 +37,23 @@ use super::share::{Identity, Kind, Source};
 use crate::exit::{self, Failure};
 use crate::partitions::Partition;
 
-/// Longest name: the UUID that is made of it must fit in device-mapper's 128 bytes.
+/// Longest name. The UUID that contains it must fit in device-mapper's 128 bytes.
 const MAX_NAME: usize = 100;
 
-/// What the UUIDs of all our devices start with. The type follows, then the name of the stack:
-/// `LSMT`, `ZFILE` and `WRITABLE` are disks; `IMAGE` and `STORE`, below a disk that takes writes, and
-/// `LAYER` and `BLOB`, with the number of their layer behind the name, are for other devices of the stack
-/// only; `MARK` is the mark of a stack whose partitions are not there yet. udev's rules go by the type.
-/// The UUID of a partition is [`partition_uuid`].
+/// The UUIDs of all our devices start with this. The type follows, then the name of the stack. `LSMT`,
+/// `ZFILE` and `WRITABLE` are disks. The others are inner devices: `IMAGE` and `STORE` are below a writable
+/// disk; `LAYER` and `BLOB` have the number of their layer after the name; `MARK` is the mark of a stack
+/// whose partitions do not exist yet. The udev rules go by the type. For partitions, see [`partition_uuid`].
 pub(crate) const UUID_PREFIX: &str = "OVERLAYBD-";
 
-/// Where a target gets its sectors from.
+/// What a target is over.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub(crate) enum Lower {
     /// The file or device of layer `.0`.
     Layer(usize),
-    /// The last bytes of the file of layer `.0`, padded to a sector.
+    /// The last bytes of the file of layer `.0`, padded to a sector: see [`tail`].
     Tail(usize),
-    /// The file or device that keeps what is written.
+    /// The store of changes.
     Store,
     /// The disk, in a plan of its partitions.
     Disk,
@@ -80,12 +77,12 @@ pub(crate) struct Target {
     pub(crate) len: u64,
     /// Name of the target.
     pub(crate) name: &'static str,
-    /// What follows it.
+    /// The parameters after the name.
     pub(crate) params: Vec<Word>,
 }
 
 impl Target {
-    /// Returns what is below.
+    /// Returns the files and devices below.
     pub(crate) fn lower(&self) -> impl Iterator<Item = Lower> + '_ {
         self.params.iter().filter_map(|word| match word {
             Word::Lower(lower) => Some(*lower),
@@ -93,7 +90,7 @@ impl Target {
         })
     }
 
-    /// What follows the target's name, with `resolve` giving the words for what is below.
+    /// Returns the parameters as text. `resolve` returns the word for a file or device below.
     pub(crate) fn params(&self, resolve: &dyn Fn(Lower) -> String) -> String {
         let words: Vec<String> = self
             .params
@@ -107,20 +104,20 @@ impl Target {
     }
 }
 
-/// A device to be made.
+/// A device to make.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct Device {
     pub(crate) name: String,
     pub(crate) uuid: String,
     pub(crate) table: Vec<Target>,
-    /// Whether it takes writes.
+    /// Whether the device can be written to.
     pub(crate) writable: bool,
-    /// For a device that other stacks may use: what it is over.
+    /// The file or device below, if the device is a shared one.
     pub(crate) shared: Option<Source>,
 }
 
 impl Device {
-    /// Returns what is below.
+    /// Returns the files and devices below.
     pub(crate) fn lower(&self) -> impl Iterator<Item = Lower> + '_ {
         self.table.iter().flat_map(Target::lower)
     }
@@ -131,32 +128,32 @@ impl Device {
     }
 }
 
-/// Devices to be made, lowest first; the last one is what was asked for.
+/// Devices to make, lowest first. The last one is the disk.
 #[derive(Debug, Default)]
 pub(crate) struct Plan {
     pub(crate) devices: Vec<Device>,
 }
 
-/// Parameters that are passed on to the targets as they are.
+/// Optional parameters of the targets, as the user gave them.
 #[derive(Debug, Default)]
 pub(crate) struct TargetOptions {
     /// For `zfile` targets.
     pub(crate) zfile: Vec<String>,
     /// For the `lsmt` target.
     pub(crate) lsmt: Vec<String>,
-    /// Whether the disk is to have DAX.
+    /// Whether the disk has DAX.
     pub(crate) dax: bool,
 }
 
-/// The blob of a layer as a target sees it.
+/// The words of a table line for the blob of a layer.
 struct BlobWords {
     lower: Lower,
     bytes: String,
 }
 
 impl Plan {
-    /// The devices for `stack`, whose layers are on `places`. With `shared`, what the layers are known
-    /// by, those below the disk are for other stacks, too.
+    /// Plans the devices for `stack`, whose layers are on `places`. With `shared`, the keys of the layers,
+    /// the devices below the disk are shared ones.
     pub(crate) fn for_stack(
         name: &str,
         stack: &Stack,
@@ -209,8 +206,8 @@ impl Plan {
         Ok(plan)
     }
 
-    /// Puts a snapshot on top of the disk `name`, which keeps what is written in a store;
-    /// [`Self::set_store`] tells its size.
+    /// Puts a snapshot device on top of the disk `name`, which keeps the changes in a store. The caller sets
+    /// the size of the store later, with [`Self::set_store`].
     pub(crate) fn make_writable(&mut self, name: &str) {
         let Some(image) = self.devices.last_mut() else {
             return;
@@ -227,7 +224,8 @@ impl Plan {
             writable: true,
             shared: None,
         });
-        // P: it survives. O: when it is full, what was written before can still be read.
+        // P: the changes persist. O: reports overflow. If the store is full, the changes in it can still be
+        // read.
         let words = ["PO".to_owned(), head::CHUNK.to_string()];
         let mut params = vec![Word::Lower(image), Word::Lower(store)];
         params.extend(words.map(Word::Text));
@@ -245,17 +243,17 @@ impl Plan {
         });
     }
 
-    /// Makes the device of the store one of the `sectors` behind its head.
+    /// Sets the table of the store's device: the `sectors` after the head of the store.
     pub(crate) fn set_store(&mut self, sectors: u64) {
         let mut devices = self.devices.iter_mut();
-        // All others have their tables.
+        // It is the only device without a table.
         if let Some(store) = devices.find(|device| device.table.is_empty()) {
             let head = head::SIZE / SECTOR_SIZE;
             store.table = vec![linear(0, sectors, Lower::Store, head)];
         }
     }
 
-    /// Adds the mark of the stack `name`, which is there until its partitions are.
+    /// Adds the mark of the stack `name`, which is removed when its partitions exist.
     pub(crate) fn add_mark(&mut self, name: &str) {
         let (name, uuid) = mark(name);
         let mark = Device {
@@ -270,12 +268,12 @@ impl Plan {
             writable: false,
             shared: None,
         };
-        // Before the disk, which no other device of the plan is over.
+        // Before the disk, so that the indexes of devices that others refer to don't change.
         let place = self.devices.len().saturating_sub(1);
         self.devices.insert(place, mark);
     }
 
-    /// The devices for `partitions` of the disk `name`, which is the last device of `disk`.
+    /// Plans the devices for `partitions` of the disk `name`, which is the last device of `disk`.
     pub(crate) fn for_partitions(name: &str, disk: &Self, partitions: &[Partition]) -> Self {
         let disk = disk.devices.last();
         let devices = partitions.iter().map(|partition| Device {
@@ -290,7 +288,7 @@ impl Plan {
         }
     }
 
-    /// The devices for the content of a ZFile.
+    /// Plans the devices for a disk that is the content of a ZFile.
     pub(crate) fn for_zfile(
         name: &str,
         payload: &Payload,
@@ -307,8 +305,8 @@ impl Plan {
         Ok(plan)
     }
 
-    /// Adds what is to be over the file of `payload`: what joins it, where it doesn't end with a sector,
-    /// and what other stacks find it by, where nothing else does.
+    /// Adds the blob device of `payload`, if it needs one: if its file doesn't end with a whole sector, or if
+    /// other stacks would have no other device to find it by.
     fn add_blob(
         &mut self,
         called: (String, String),
@@ -344,7 +342,7 @@ impl Plan {
         BlobWords { lower, bytes }
     }
 
-    /// Adds a device. The same layer may be in a stack twice: its shared device is there once.
+    /// Adds a device, unless it is a shared one that was added before: a layer may be in a stack twice.
     fn add(&mut self, device: Device) -> Lower {
         let same = |other: &Device| device.shared.is_some() && other.uuid == device.uuid;
         let nth = self.devices.iter().position(same);
@@ -387,13 +385,13 @@ impl Plan {
         });
         Ok(BlobWords {
             lower,
-            // The device is longer than that where the file doesn't end with a sector.
+            // The size is needed, because the device is longer if the file doesn't end with a whole sector.
             bytes: size.to_string(),
         })
     }
 }
 
-/// Returns the UUIDs of the disk `name` that takes writes, and of the device of its store.
+/// Returns the UUIDs of the writable disk `name`, and of the device of its store.
 pub(crate) fn writable_uuids(name: &str) -> [String; 2] {
     ["WRITABLE", "STORE"].map(|kind| format!("{UUID_PREFIX}{kind}-{name}"))
 }
@@ -406,8 +404,8 @@ pub(crate) fn mark(name: &str) -> (String, String) {
     )
 }
 
-/// Returns the UUID of partition `number` of the disk with UUID `disk`, as kpartx makes it: what is in
-/// front tells libblkid, and so udev, that it is a partition of that disk.
+/// Returns the UUID of partition `number` of the disk with UUID `disk`, in the form that kpartx uses. From
+/// its prefix libblkid, and so udev, knows that it is a partition of that disk.
 fn partition_uuid(number: u32, disk: &str) -> String {
     format!("part{number}-{disk}")
 }
@@ -415,12 +413,12 @@ fn partition_uuid(number: u32, disk: &str) -> String {
 /// Returns the number of the partition with `uuid`, and the UUID of its disk.
 pub(super) fn parse_partition(uuid: &str) -> Option<(u32, &str)> {
     let (number, disk) = uuid.strip_prefix("part")?.split_once('-')?;
-    // parse() takes a sign, too.
+    // parse() would accept a sign.
     let is_number = number.bytes().all(|byte| byte.is_ascii_digit());
     Some((number.parse().ok().filter(|_| is_number)?, disk))
 }
 
-/// Returns a line of a table: `len` sectors of `lower` from its sector `from` on.
+/// Returns a table line for `len` sectors of `lower`, starting with its sector `from`.
 fn linear(start: u64, len: u64, lower: Lower, from: u64) -> Target {
     Target {
         start,
@@ -430,7 +428,7 @@ fn linear(start: u64, len: u64, lower: Lower, from: u64) -> Target {
     }
 }
 
-/// Returns name and UUID of a device of layer `nth` of the stack `name` alone.
+/// Returns name and UUID of the private device for layer `nth` of the stack `name`.
 fn private_names(name: &str, nth: usize, kind: Kind) -> (String, String) {
     match kind {
         Kind::Zfile => (
@@ -444,7 +442,7 @@ fn private_names(name: &str, nth: usize, kind: Kind) -> (String, String) {
     }
 }
 
-/// What a layer is on.
+/// What a layer is stored on.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Place {
     /// A file, which needs a loop device.
@@ -455,7 +453,7 @@ pub(crate) enum Place {
     PartOfDevice,
 }
 
-/// The last bytes of a layer's file, which a loop device doesn't show, padded to a sector.
+/// Returns the last bytes of a layer's file, which a loop device doesn't show, padded to a sector.
 pub(crate) fn tail(payload: &Payload) -> overlaybd::Result<[u8; 512]> {
     let file = payload.file();
     let start = file.size() - file.size() % SECTOR_SIZE;
@@ -476,7 +474,8 @@ fn push_options(params: &mut Vec<Word>, options: &[String]) {
     params.extend(words.into_iter().map(|word| Word::Text(word.to_owned())));
 }
 
-/// Checks a device name: what libdm leaves as it is, so that the node has that very name.
+/// Checks a device name. Only characters that libdm doesn't escape are allowed, so the node has exactly this
+/// name.
 pub(crate) fn check_name(name: &str) -> Result<()> {
     let plain = |c: char| c.is_ascii_alphanumeric() || "#+-.:=@_".contains(c);
     if name.is_empty()
@@ -494,7 +493,7 @@ pub(crate) fn check_name(name: &str) -> Result<()> {
     Ok(())
 }
 
-/// The layers of a stack as payloads.
+/// Returns the payloads of the layers.
 pub(crate) fn payloads(layers: &[LayerReader]) -> Vec<&Payload> {
     layers.iter().map(LayerReader::payload).collect()
 }

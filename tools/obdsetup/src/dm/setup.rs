@@ -1,13 +1,13 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! Setting up the devices of a plan with one dmsetup, and taking devices down with another.
+//! Sets up the devices of a plan with one dmsetup, and removes devices with another one.
 //!
-//! `dmsetup create --concise` makes many devices. Tables name the devices below by their numbers, so
-//! the numbers are chosen here, among those that are free, but for the first device that isn't shared.
-//! Another program may take one first: then all begins again with others.
+//! `dmsetup create --concise` makes many devices. Tables refer to the devices below by their numbers, so this
+//! chooses free numbers in advance, except for the first device that isn't shared. If another program takes
+//! one of them first, everything starts again with other numbers.
 //!
-//! Shared devices come first, and are held before a table names them: then nobody can remove one, and
-//! its number stays its own.
+//! Shared devices are made first, and are held open before a table names them. While a device is held, no one
+//! can remove it, and no other device can get its number.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
@@ -24,55 +24,55 @@ use super::QUIET;
 use crate::exit::{self, Failure};
 use crate::{in_use, interrupt};
 
-/// How often other numbers are tried.
+/// How many times to try again with other numbers.
 const TRIES: u32 = 20;
-/// How often it is assumed that another has made a shared device at the same time.
+/// How many times to assume that another obdsetup has made a shared device at the same time.
 const CONFLICTS: u32 = 3;
-/// Numbers below this one are device-mapper's.
+/// All minor numbers of device-mapper are smaller than this one.
 const NUMBERS: u32 = 1 << 20;
-/// Longest text for one dmsetup: the kernel takes arguments of up to 128 KiB.
+/// Longest text for one dmsetup: the kernel limits an argument to 128 KiB.
 const LONGEST: usize = 100 << 10;
-/// How long somebody may have a device open that is to go, as udev does to look at it.
+/// How long to wait if someone, for example udev, has a device open that is to be removed.
 const PATIENCE: Duration = Duration::from_secs(5);
 const POLL: Duration = Duration::from_millis(100);
 
-/// What is below the devices of a plan.
+/// The files and devices below the devices of a plan.
 pub(crate) trait Below {
-    /// Makes `lower` ready: a table is about to name it.
+    /// Prepares `lower`. Called before a table names it.
     fn provide(&mut self, lower: Lower) -> Result<()>;
-    /// Returns the number of `lower`, `MAJOR:MINOR`, where it is ready.
+    /// Returns the number of `lower`, `MAJOR:MINOR`, if it was prepared.
     fn number(&self, lower: Lower) -> Option<String>;
 }
 
-/// Devices that were set up, or are being so. They are taken down when this is dropped, unless
-/// [`Self::keep`] was called.
+/// Devices that were set up or are being set up. Dropping this removes them, unless [`Self::keep`] was
+/// called.
 pub(crate) struct SetUp<'a> {
     control: &'a Control,
     lock: &'a Lock,
     plan: &'a Plan,
     udev: Udev,
-    /// The numbers of the devices: those that are held have them, and this attempt has chosen others
-    /// for those that it makes.
+    /// The number of each device of the plan: the actual number of a device that is held, the number that
+    /// this attempt has chosen for a device to make.
     numbers: Vec<String>,
-    /// The shared devices that are held, by their places in the plan.
+    /// The shared devices that are held, by their indexes in the plan.
     holds: BTreeMap<usize, Hold>,
-    /// The locks for the shared devices that are about to be made.
+    /// The locks of the shared devices that this attempt is about to make.
     locks: Vec<Lock>,
-    /// The shared devices that this attempt makes.
+    /// The indexes of the shared devices that this attempt makes.
     made: Vec<usize>,
-    /// Whether a shared device that was made has gone before it could be held.
+    /// Whether a shared device was removed after it was made and before it could be held.
     lost: bool,
-    /// How often shared devices could not be made, of which there was one then.
+    /// How many times making shared devices has failed, presumably because another obdsetup interfered.
     conflicts: u32,
-    /// Whether the first device that isn't shared may be ours. Who makes it has the name: locks don't
-    /// tell of an obdsetup that sees another `/run`.
+    /// Whether the first device that isn't shared may be ours. Making that device reserves the name, because
+    /// locks don't exclude an obdsetup that has another `/run`.
     begun: bool,
     kept: bool,
 }
 
 impl<'a> SetUp<'a> {
-    /// Sets up the devices of `plan`, lowest first, but for shared ones that are there. `states` are all
-    /// devices: the caller holds `lock`, and has seen that none of the others exists.
+    /// Sets up the devices of `plan`, lowest first, except shared ones that exist. `states` are all devices.
+    /// The caller holds `lock`, and has checked that no device of the plan that isn't shared exists.
     pub(crate) fn new(
         control: &'a Control,
         lock: &'a Lock,
@@ -140,21 +140,21 @@ impl<'a> SetUp<'a> {
         self.numbers.last().map(String::as_str)
     }
 
-    /// Returns the numbers of the shared devices that were there before.
+    /// Returns the numbers of the shared devices that existed before.
     pub(crate) fn adopted(&self) -> BTreeSet<String> {
         let holds = self.holds.iter();
         let adopted = holds.filter(|(nth, _)| !self.made.contains(nth));
         adopted.map(|(_, hold)| hold.number.clone()).collect()
     }
 
-    /// Returns the devices of the plan with the places `nths`, with their places.
+    /// Returns the devices of the plan with the indexes `nths`, and these indexes.
     fn devices<'b>(&'b self, nths: &'b [usize]) -> impl Iterator<Item = (usize, &'b Device)> + 'b {
         let devices = nths.iter();
         devices.filter_map(|&nth| Some((nth, self.plan.devices.get(nth)?)))
     }
 
-    /// Returns the places of the devices that have to be made, lowest first: what only a device has
-    /// below it that is there is none of them.
+    /// Returns the indexes of the devices that have to be made, lowest first. Devices that only held devices
+    /// are over aren't among them.
     fn wanted(&self) -> Vec<usize> {
         let mut wanted: BTreeSet<usize> =
             self.plan.devices.len().checked_sub(1).into_iter().collect();
@@ -173,9 +173,8 @@ impl<'a> SetUp<'a> {
         found
     }
 
-    /// Holds the shared devices that are there, and takes the locks for those that are not, and are to
-    /// be made. Returns all devices as they were before. `known` are the devices, where they were just
-    /// looked at.
+    /// Holds the shared devices that exist, and takes the locks for those that have to be made. Returns the
+    /// states of all devices before that. `known` are these states, if the caller has just got them.
     fn adopt(&mut self, mut known: Option<Vec<State>>) -> Result<Vec<State>> {
         self.holds.clear();
         self.locks.clear();
@@ -184,7 +183,7 @@ impl<'a> SetUp<'a> {
         let plan = self.plan;
         let mut locked: BTreeSet<&str> = BTreeSet::new();
         let end = Instant::now() + PATIENCE;
-        // Devices without a table, and since when.
+        // Devices without a table, and the time since when they are unchanged.
         let mut half_built = (Vec::new(), Instant::now());
         loop {
             interrupt::check()?;
@@ -193,7 +192,7 @@ impl<'a> SetUp<'a> {
                 None => self.control.states()?,
             };
             let mut left = Vec::new();
-            // The upper ones come last: what is below one that is held isn't looked at.
+            // From the top: devices that are needed only below a held device are skipped.
             for nth in (0..plan.devices.len()).rev() {
                 if !self.wanted().contains(&nth) {
                     continue;
@@ -207,7 +206,7 @@ impl<'a> SetUp<'a> {
                 match share::hold(state, device.sectors())? {
                     Attempt::Held(hold) => drop(self.holds.insert(nth, hold)),
                     Attempt::Unfinished => left.push(state.clone()),
-                    // Who makes one has its lock.
+                    // No one is making it, because this process has its lock.
                     Attempt::Suspended if locked.contains(device.uuid.as_str()) => {
                         return Err(share::suspended(&state.name));
                     }
@@ -220,7 +219,7 @@ impl<'a> SetUp<'a> {
             });
             let missing: BTreeSet<&str> = missing.collect();
             if !missing.is_subset(&locked) {
-                // All begin with the same one, so that none waits for another that waits for it.
+                // Always in the same order, starting with no lock held, so that there is no deadlock.
                 self.locks.clear();
                 locked.extend(missing);
                 for uuid in &locked {
@@ -238,7 +237,7 @@ impl<'a> SetUp<'a> {
             let (left, since) = &half_built;
             let names: Vec<String> = left.iter().map(|state| state.name.clone()).collect();
             if since.elapsed() < QUIET {
-                // An obdsetup that sees another `/run` may be making them: locks don't tell.
+                // An obdsetup that has another `/run` may be making them in spite of the locks.
                 std::thread::sleep(POLL);
             } else if self.locks.iter().all(Lock::is_held) {
                 self.remove_left(&names)?;
@@ -251,7 +250,7 @@ impl<'a> SetUp<'a> {
         }
     }
 
-    /// Removes shared devices that one that was killed has left without a table.
+    /// Removes shared devices without a table, which an obdsetup that was killed has left.
     fn remove_left(&self, names: &[String]) -> Result<()> {
         let how = Removal {
             deferred: false,
@@ -261,7 +260,7 @@ impl<'a> SetUp<'a> {
             .with_context(|| format!("cannot remove {}, which is half built", names.join(", ")))
     }
 
-    /// Checks that the devices that are held are over the files and devices that they should be over.
+    /// Checks that the held devices are over the right files and devices.
     fn verify(&self) -> Result<()> {
         let held = self.holds.iter().filter_map(|(nth, hold)| {
             let device = self.plan.devices.get(*nth)?;
@@ -270,13 +269,13 @@ impl<'a> SetUp<'a> {
         share::verify(&held.collect::<Vec<_>>())
     }
 
-    /// Says which layers are open with other options, and so are not shared.
+    /// Reports layers that already have a device with other options, and so aren't shared.
     fn tell_of_other_options(&self, all: &[State], todo: &[usize]) {
         let mut told = BTreeSet::new();
         for (_, device) in self.devices(todo) {
             let layer = share::parse(&device.uuid).map(|(_, layer)| layer);
             if let Some(other) = share::with_other_options(all, &device.uuid) {
-                // Not of what is below, too.
+                // Once for each layer: a layer may have a device below that one, too.
                 if !told.insert(layer) {
                     continue;
                 }
@@ -288,7 +287,7 @@ impl<'a> SetUp<'a> {
         }
     }
 
-    /// Creates the devices `todo`, and waits for udev. The inner error is dmsetup's.
+    /// Creates the devices `todo`, and waits for udev. The inner result is that of dmsetup.
     fn create(&mut self, todo: &[usize], minors: &[u32], below: &dyn Below) -> Result<Result<()>> {
         let is_shared = |nth: usize| {
             let device = self.plan.devices.get(nth);
@@ -318,13 +317,14 @@ impl<'a> SetUp<'a> {
             Ok(()) => wait.end(name),
         };
         if waited.is_err() {
-            // Nor is it waited for when the devices are taken down.
+            // Don't wait for udev when the devices are removed, either.
             self.udev = self.udev.unawaited();
         }
         waited.map(|()| created)
     }
 
-    /// Returns what dmsetup is told of devices, with their places in the plan and their minor numbers.
+    /// Returns the texts for `dmsetup create --concise`. `devices` are indexes in the plan, with minor
+    /// numbers.
     fn specs(&self, devices: &[(usize, u32)], below: &dyn Below) -> Vec<String> {
         let specs = devices.iter().filter_map(|&(nth, minor)| {
             let device = self.plan.devices.get(nth)?;
@@ -337,9 +337,9 @@ impl<'a> SetUp<'a> {
         specs.collect()
     }
 
-    /// Creates the first device that isn't shared, the one with the place `nth`. The kernel chooses its
-    /// number: when the kernel refuses the table, dmsetup cannot remove a device whose number it was
-    /// given, and then nothing tells whether the device is ours.
+    /// Creates the first device that isn't shared, which has the index `nth`. The kernel chooses its number.
+    /// Otherwise, if the kernel refused the table, dmsetup could not remove the device, and it would be
+    /// unknown whether the device is ours.
     fn create_first(&mut self, wait: &Wait<'_>, nth: usize, below: &dyn Below) -> Result<()> {
         let Some(device) = self.plan.devices.get(nth) else {
             return Ok(());
@@ -370,14 +370,14 @@ impl<'a> SetUp<'a> {
         self.control.run_program(&mut program).map(|_| ())
     }
 
-    /// Creates the shared devices in `texts`, and holds them. The locks for them end with that.
+    /// Creates the shared devices in `texts`, holds them, and releases their locks.
     fn create_shared(&mut self, wait: &Wait<'_>, texts: &[String]) -> Result<()> {
         for text in texts {
             interrupt::check()?;
             self.run_create(wait, text)?;
         }
         if texts.is_empty() {
-            // Others have made them, while this one waited for the locks.
+            // Others have made them while this process waited for the locks.
             self.locks.clear();
             return Ok(());
         }
@@ -408,8 +408,8 @@ impl<'a> SetUp<'a> {
         Ok(())
     }
 
-    /// Returns why the devices `todo` could not be created; nothing where others took their numbers, or
-    /// have made a shared device.
+    /// Returns why the devices `todo` could not be created. Returns `None` if the caller should try again,
+    /// because others took their numbers or have made a shared device.
     fn why(
         &mut self,
         todo: &[usize],
@@ -422,13 +422,13 @@ impl<'a> SetUp<'a> {
         let Ok(now) = self.control.states() else {
             return Ok(Some(error));
         };
-        // Where another has made one meanwhile, which only happens where it sees another `/run`, that
-        // one may have chosen the same number.
+        // Another obdsetup may have made a shared device meanwhile, if it has another `/run`. It may have
+        // chosen the same number.
         let is_made = |(_, device): (usize, &Device)| {
             device.shared.is_some() && now.iter().any(|state| state.uuid == device.uuid)
         };
-        // That one may also have taken ours for what a kill has left, and removed it: a device whose
-        // table the kernel refuses stays.
+        // It may also have removed ours, because it took it for one that was left by a kill. Otherwise a
+        // device stays, even if the kernel has refused its table.
         let is_live = |device: &Device| {
             let mut live = now.iter().filter(|state| state.live);
             live.any(|state| state.uuid == device.uuid)
@@ -478,7 +478,7 @@ impl<'a> SetUp<'a> {
             .any(|line| matches!(line.target.as_str(), "zfile" | "lsmt" | "lsmt-dax"));
         let hint = match Path::new("/sys/module/dm_overlaybd").exists() {
             false if ours => super::access::NO_MODULE,
-            // Only there a target says why it says no.
+            // Targets report their reason only in the kernel log.
             _ => "; dmesg has the reason",
         };
         let lines: Vec<String> = lines.iter().map(Line::to_string).collect();
@@ -490,8 +490,8 @@ impl<'a> SetUp<'a> {
         Ok(Some(error.context(context)))
     }
 
-    /// Removes the devices of this attempt that are there, and shared ones that were there before and
-    /// have no users any more. Shared ones that others use by now stay.
+    /// Removes the devices that this attempt has made, and shared ones that existed before and have no users
+    /// any more. Shared ones that others use now stay.
     fn take_down(&mut self) -> Result<()> {
         let mut made = std::mem::take(&mut self.made);
         let adopted = std::mem::take(&mut self.holds);
@@ -548,13 +548,14 @@ impl Drop for SetUp<'_> {
     }
 }
 
-/// Whether `state` is of `device`, which was to get `number`. It may have been renamed since.
+/// Returns whether `state` is the state of `device`, for which `number` was chosen. The device may have been
+/// renamed.
 fn is(state: &State, device: &Device, number: &str) -> bool {
     state.uuid == device.uuid && state.number == number
 }
 
-/// Returns the names of those of the devices `all` that are `devices` with their numbers, top first.
-/// Another number is that of a device which another obdsetup has made.
+/// Returns the current names of `devices`, top first, as far as they are in `all` and have their numbers. A
+/// device with another number was made by another obdsetup.
 fn ours(all: &[State], devices: &[(&Device, &String)]) -> Vec<String> {
     let devices = devices.iter().rev();
     devices
@@ -563,7 +564,7 @@ fn ours(all: &[State], devices: &[(&Device, &String)]) -> Vec<String> {
         .collect()
 }
 
-/// Returns the error where a device has the name or the UUID that `device` is to get.
+/// Returns the error if a device has the name or the UUID of `device` already.
 pub(crate) fn in_the_way(all: &[State], device: &Device) -> Option<anyhow::Error> {
     let message = if all.iter().any(|state| state.name == device.name) {
         format!("device {} exists already", device.name)
@@ -578,14 +579,14 @@ pub(crate) fn in_the_way(all: &[State], device: &Device) -> Option<anyhow::Error
 /// How devices are removed.
 #[derive(Clone, Copy)]
 pub(crate) struct Removal {
-    /// Those that are in use go when they no longer are.
+    /// The kernel removes devices that are in use later, when they are closed.
     pub(crate) deferred: bool,
-    /// A signal does not end it: it is what is done after a signal.
+    /// A signal doesn't end the removal. Set when cleaning up after a signal.
     pub(crate) despite_signals: bool,
 }
 
-/// Removes the devices `names`, top first, then those `shared` that were below them: where somebody
-/// has one of these open, it goes when nobody has any more.
+/// Removes the devices `names`, top first, then the devices `shared` below them. If someone has one of the
+/// latter open, the kernel removes it when it is closed.
 pub(crate) fn remove(
     control: &Control,
     lock: &Lock,
@@ -600,7 +601,7 @@ pub(crate) fn remove(
     };
     let end = Instant::now() + PATIENCE;
     loop {
-        // udev and others look at devices; of these the kernel knows when that is over.
+        // Programs such as udev may have these open for a moment. The kernel removes them after that.
         let only_shared = left.iter().all(|name| shared.contains(name));
         how.deferred |= only_shared;
         let wait = udev.begin(control, lock)?;
@@ -625,8 +626,8 @@ pub(crate) fn remove(
         let Some(next) = left.first() else {
             return Ok(());
         };
-        // One that went by itself is an error for dmsetup, and those behind it were not looked at. Or the
-        // next attempt only tells the kernel which are to go.
+        // dmsetup fails at a device that was removed meanwhile, and doesn't process those after it: try
+        // again. Also try again if only shared devices are left, because the next attempt uses --deferred.
         let goes_on =
             left.len() < before || !how.deferred && left.iter().all(|name| shared.contains(name));
         if !goes_on && Instant::now() >= end {
@@ -640,7 +641,7 @@ pub(crate) fn remove(
     }
 }
 
-/// Returns the major number of mapped devices.
+/// Returns the major number of device-mapper.
 fn major() -> Result<u32> {
     let text = std::fs::read_to_string("/proc/devices").context("/proc/devices")?;
     let major = text
@@ -651,8 +652,8 @@ fn major() -> Result<u32> {
     major.context("/proc/devices: the kernel has no device-mapper (modprobe dm_mod)")
 }
 
-/// Returns `count` minor numbers that none of the devices `all` has: the lowest ones, but when that
-/// has failed, some that another obdsetup doesn't try, too.
+/// Returns `count` minor numbers that none of the devices `all` has. The first attempt uses the lowest ones;
+/// later attempts use others, so that another obdsetup doesn't try the same.
 fn free_minors(all: &[State], count: usize, attempt: u32) -> Vec<u32> {
     let minor = |state: &State| state.number.split_once(':')?.1.parse().ok();
     let used: BTreeSet<u32> = all.iter().filter_map(minor).collect();
@@ -669,7 +670,7 @@ fn free_minors(all: &[State], count: usize, attempt: u32) -> Vec<u32> {
         .collect()
 }
 
-/// Returns the table of a device; `numbers` are those of the plan's devices.
+/// Returns the table of a device. `numbers` are the numbers of the plan's devices.
 fn table(device: &Device, numbers: &[String], below: &dyn Below) -> Vec<Line> {
     let resolve = |lower: Lower| {
         let number = match lower {
@@ -687,7 +688,8 @@ fn table(device: &Device, numbers: &[String], below: &dyn Below) -> Vec<Line> {
     lines.collect()
 }
 
-/// Returns a device as `dmsetup create --concise` takes it. Without `minor` the kernel chooses one.
+/// Returns a device in the form of `dmsetup create --concise`. If `minor` is `None`, the kernel chooses the
+/// number.
 fn concise(device: &Device, minor: Option<u32>, table: &[Line]) -> String {
     let lines: Vec<String> = table.iter().map(|line| escape(&line.to_string())).collect();
     let (name, uuid) = (escape(&device.name), escape(&device.uuid));
@@ -699,7 +701,7 @@ fn concise(device: &Device, minor: Option<u32>, table: &[Line]) -> String {
     format!("{name},{uuid},{minor},{mode},{};", lines.join(","))
 }
 
-/// Returns `text` with a backslash before what has a meaning.
+/// Returns `text` with a backslash before each special character.
 fn escape(text: &str) -> String {
     let mut escaped = String::with_capacity(text.len());
     for c in text.chars() {
@@ -711,7 +713,7 @@ fn escape(text: &str) -> String {
     escaped
 }
 
-/// Joins `specs` to as few texts as the kernel allows.
+/// Joins `specs` to as few texts as possible, none longer than [`LONGEST`] unless a single one is.
 fn join(specs: &[String]) -> Vec<String> {
     let mut texts: Vec<String> = Vec::new();
     for spec in specs {

@@ -1,14 +1,14 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! Devices of layers that several stacks use: which layer a device is of, and holding it.
+//! Shared devices: finds the device of a layer, and holds it.
 //!
 //! A shared device belongs to a layer's file or block device, not to a stack. Its UUID is
-//! `OVERLAYBD-<type>-<digits>`: 32 hexadecimal digits for the very file, its times, and its first and
-//! last bytes, then 8 for the options that the device was made with. So opens that ask for other
-//! options get another device. The name is for people, and means nothing.
+//! `OVERLAYBD-<type>-<digits>`: the layer's key, 32 hexadecimal digits that identify the file, its times, and
+//! its first and last bytes, then 8 for the options of the device. So an `open` with other options gets
+//! another device. The name is only for people.
 //!
-//! Nothing counts users but device-mapper. Before a table names a shared device, the device is held
-//! open: one that is open cannot be removed, and its number cannot become that of another.
+//! Only device-mapper counts users. A shared device is held open before a table names it. A device that is
+//! open cannot be removed, and no other device can get its number.
 
 use std::collections::BTreeSet;
 use std::fs::{self, File};
@@ -31,34 +31,34 @@ use super::plan::{Place, UUID_PREFIX};
 use crate::exit::{self, Failure};
 use crate::interrupt;
 
-/// Hexadecimal digits in a UUID for the layer, and for the options.
+/// Numbers of hexadecimal digits in a UUID: for the layer, and for the options.
 const LAYER_DIGITS: usize = 32;
 const OPTION_DIGITS: usize = 8;
-/// Those in a name, of both.
+/// Numbers of digits in a name, for the same.
 const NAME_DIGITS: (usize, usize) = (12, 4);
-/// Longest part of a file's name in a device's name.
+/// Largest number of bytes of a file's name in a device's name.
 const LABEL: usize = 40;
-/// Bytes at the begin and at the end of a blob that are a part of what it is known by: headers and
-/// trailers, which have the checksum of an index.
+/// How many bytes at the beginning and at the end of a blob are hashed for the layer's key. They include
+/// headers and trailers, which have the checksum of the index.
 const BEGIN: u64 = 4 << 10;
 const END: u64 = 16 << 10;
-/// The place of the mode of the cache in the status of `zfile`.
+/// Index of the word with the mode of the cache in the status of `zfile`.
 const CACHE_MODE: usize = 12;
-/// What the names of files begin with that tell who has set a mode.
+/// Prefix of the names of the files that record which modes obdsetup has set.
 const MARK: &str = ".cache-";
-/// What such a file has in it once the mode is set.
+/// Content of such a file after the mode was set.
 const SET: &str = "all";
-/// How often the mode of a cache is changed at most, while others come and go.
+/// Largest number of changes of the mode of a cache, while other users come and go.
 const LOOKS: u32 = 10;
-/// Where the kernel shows devices by their numbers.
+/// The directory of block devices by their numbers in sysfs.
 const SYS: &str = "/sys/dev/block";
 
-/// What a shared device is.
+/// The kind of a shared device.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub(crate) enum Kind {
-    /// A decompressed layer.
+    /// A zfile device: a decompressed layer.
     Zfile,
-    /// The file of a layer.
+    /// A blob device: the file of a layer.
     Blob,
 }
 
@@ -78,19 +78,19 @@ impl Kind {
     }
 }
 
-/// The file or block device of a layer.
+/// A layer's key: it identifies the file or block device of the layer.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct Identity {
-    /// A part of its name.
+    /// A part of the file's name.
     label: String,
     digits: String,
     /// The options of its loop device.
     loop_options: &'static str,
-    /// What the kernel knows it by.
+    /// How the kernel identifies the file or device.
     pub(crate) source: Source,
 }
 
-/// What the kernel knows a file or a block device by.
+/// How the kernel identifies a file or a block device.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Source {
     /// The file system's number and the inode.
@@ -100,7 +100,7 @@ pub(crate) enum Source {
 }
 
 impl Identity {
-    /// Returns what the file or device of `payload` is known by.
+    /// Returns the key for the file or device of `payload`.
     pub(crate) fn of(payload: &Payload, place: Place, buffered: bool) -> Result<Self> {
         let blob = payload.file();
         let path = blob.path();
@@ -154,7 +154,7 @@ impl Identity {
         })
     }
 
-    /// Returns name and UUID of the device of this layer with `options` for its target.
+    /// Returns name and UUID of the device for this layer with `options` for its target.
     pub(crate) fn device(&self, kind: Kind, options: &[String]) -> (String, String) {
         let words: Vec<&str> = options.iter().flat_map(|o| o.split_whitespace()).collect();
         let text = format!("{} {}", self.loop_options, words.join(" "));
@@ -174,7 +174,8 @@ impl Identity {
     }
 }
 
-/// Returns the last part of a file's name, as far as a device may be called so.
+/// Returns the last component of a path, with only the characters that a device's name may have, and
+/// shortened.
 fn label(path: &Path) -> String {
     let name = path.file_name().unwrap_or_default().to_string_lossy();
     let plain = |c: char| match c.is_ascii_alphanumeric() || "#+-.:=@_".contains(c) {
@@ -195,7 +196,7 @@ fn hex(bytes: &[u8], digits: usize) -> String {
     all.take(digits).collect()
 }
 
-/// Returns what kind of shared device has `uuid`, and the digits of its layer; nothing for others.
+/// Returns the kind of the shared device with `uuid`, and its layer's key; `None` for other devices.
 pub(crate) fn parse(uuid: &str) -> Option<(Kind, &str)> {
     let rest = uuid.strip_prefix(UUID_PREFIX)?;
     let kinds = [Kind::Zfile, Kind::Blob].into_iter();
@@ -207,25 +208,25 @@ pub(crate) fn parse(uuid: &str) -> Option<(Kind, &str)> {
     Some((kind, digits.get(..LAYER_DIGITS)?)).filter(|_| right)
 }
 
-/// Whether `uuid` is that of a shared device.
+/// Returns whether `uuid` is the UUID of a shared device.
 pub(crate) fn is_shared(uuid: &str) -> bool {
     parse(uuid).is_some()
 }
 
-/// Returns the name of a device that is of the same layer as the one with `uuid`, with other options.
+/// Returns the name of a device for the same layer as that with `uuid`, but with other options.
 pub(crate) fn with_other_options<'a>(all: &'a [State], uuid: &str) -> Option<&'a str> {
     let wanted = parse(uuid)?;
     let other = |state: &&State| parse(&state.uuid) == Some(wanted) && state.uuid != uuid;
     all.iter().find(other).map(|state| state.name.as_str())
 }
 
-/// Takes the lock for the shared device with `uuid`. The one who holds it is the only one to make the
-/// device, or to take it for what a kill has left.
+/// Takes the lock for the shared device with `uuid`. Only its holder may make the device, or assume that it
+/// was left by a kill.
 pub(crate) fn lock_device(uuid: &str) -> Result<Lock> {
     Lock::take(&format!(".{uuid}"))
 }
 
-/// [`lock_device`], or nothing where another holds it.
+/// As [`lock_device`], but returns `None` if another process holds the lock.
 pub(crate) fn try_lock(uuid: &str) -> Option<Lock> {
     Lock::try_to_take(&format!(".{uuid}"))
 }
@@ -238,28 +239,28 @@ pub(crate) struct Hold {
     _file: File,
 }
 
-/// What trying to hold a device led to.
+/// The result of trying to hold a device.
 #[derive(Debug)]
 pub(crate) enum Attempt {
     Held(Hold),
-    /// It is there without its table.
+    /// The device exists, but has no table.
     Unfinished,
-    /// Reads of it wait, as those of one that is just being made.
+    /// The device is suspended, as while it is being made.
     Suspended,
-    /// It is not there.
+    /// The device does not exist.
     Gone,
 }
 
-/// Holds the device that `state` tells of, which is to have `sectors`.
+/// Holds the device with this state, which must have `sectors` sectors.
 pub(crate) fn hold(state: &State, sectors: u64) -> Result<Attempt> {
-    // Without a table, a device has neither node nor directory.
+    // A device without a table has neither a node nor a directory in sysfs.
     if !state.live {
         return Ok(Attempt::Unfinished);
     }
     let Some(file) = open(state)? else {
         return Ok(Attempt::Gone);
     };
-    // Only now it is sure what has this number.
+    // Only from here on the device with this number can't change.
     let system = system(&state.number);
     let text = |name: &str| fs::read_to_string(system.join(name)).unwrap_or_default();
     if text("dm/uuid").trim_end() != state.uuid {
@@ -280,7 +281,7 @@ pub(crate) fn hold(state: &State, sectors: u64) -> Result<Attempt> {
     if text("dm/suspended").trim_end() == "1" {
         return Ok(Attempt::Suspended);
     }
-    // Programs that are started from now on hold it, too.
+    // Programs that are started from now on inherit the open device, and hold it, too.
     rustix::io::fcntl_setfd(&file, FdFlags::empty())?;
     Ok(Attempt::Held(Hold {
         number: state.number.clone(),
@@ -288,7 +289,7 @@ pub(crate) fn hold(state: &State, sectors: u64) -> Result<Attempt> {
     }))
 }
 
-/// The error where device `name` is suspended, and nobody is about to change that.
+/// Returns the error for a device that is suspended, although no obdsetup is making it.
 pub(crate) fn suspended(name: &str) -> anyhow::Error {
     let message = format!(
         "device {name}, which other stacks use, is suspended: run `dmsetup resume {name}', or open \
@@ -297,9 +298,9 @@ pub(crate) fn suspended(name: &str) -> anyhow::Error {
     Failure::error(exit::BUSY, message)
 }
 
-/// Returns the kernel's sequence number of the disk that block device `number` is or is a partition of,
-/// and the partition's first sector. Each disk has a sequence number of its own, also one that gets the
-/// number of another.
+/// Returns the kernel's sequence number of the disk that block device `number` is, or is a partition of, and
+/// the first sector of the partition. The sequence number is unique, even if a new disk gets the device
+/// number of an old one.
 fn disk(number: &str) -> (String, String) {
     let device = system(number);
     let text = |path: &Path| {
@@ -317,7 +318,7 @@ fn disk(number: &str) -> (String, String) {
     (text(&whole.join("diskseq")), text(&device.join("start")))
 }
 
-/// Opens a device by its number; nothing where it is gone.
+/// Opens a device by its number. Returns `None` if it was removed.
 fn open(state: &State) -> Result<Option<File>> {
     let Some((_, minor)) = state.number.split_once(':') else {
         return Ok(None);
@@ -344,8 +345,8 @@ fn open(state: &State) -> Result<Option<File>> {
         if !system(&state.number).exists() {
             return Ok(None);
         }
-        // As in a container whose /dev nobody fills. There the node goes again at once: the number may be
-        // another device's later.
+        // The node may be missing, for example in a container where nothing fills /dev. Then a node is made
+        // and deleted again at once, because another device may get the number later.
         made = !by_number.exists();
         backing::make_block_node(&by_number, &state.number)?;
         paths.truncate(1);
@@ -362,7 +363,7 @@ fn number_of(rdev: u64) -> String {
     format!("{}:{}", rustix::fs::major(rdev), rustix::fs::minor(rdev))
 }
 
-/// Returns the number of the device with `uuid`, where it has a table.
+/// Returns the number of the device with `uuid`; `None` if there is none with a table.
 pub(crate) fn number_of_uuid(uuid: &str) -> Option<String> {
     let entries = fs::read_dir("/sys/block").into_iter().flatten().flatten();
     let device = entries.map(|entry| entry.path()).find(|device| {
@@ -373,12 +374,12 @@ pub(crate) fn number_of_uuid(uuid: &str) -> Option<String> {
     Some(number.trim_end().to_owned())
 }
 
-/// Returns the directory of the device with number `MAJOR:MINOR`.
+/// Returns the directory in sysfs of the device with number `MAJOR:MINOR`.
 pub(crate) fn system(number: &str) -> PathBuf {
     Path::new(SYS).join(number)
 }
 
-/// Returns the numbers of the devices in a directory of links to devices.
+/// Returns the numbers of the devices to which the links in `directory` lead.
 fn numbers_in(directory: &Path) -> BTreeSet<String> {
     let entries = fs::read_dir(directory).into_iter().flatten().flatten();
     entries
@@ -411,7 +412,7 @@ pub(crate) fn below(number: &str) -> BTreeSet<String> {
     found
 }
 
-/// Checks that the devices with the numbers `held` are over what they should be over.
+/// Checks that each device in `held` (name, number, source) is over its source.
 pub(crate) fn verify(held: &[(&str, &str, Source)]) -> Result<()> {
     for &(name, number, source) in held {
         let below = below(number);
@@ -431,8 +432,8 @@ pub(crate) fn verify(held: &[(&str, &str, Source)]) -> Result<()> {
     Ok(())
 }
 
-/// Returns whether one of the devices with the numbers `below` is a loop device over all of a file;
-/// nothing where that cannot be told.
+/// Returns whether one of the devices with the numbers `below` is a loop device over all of the file; `None`
+/// if that is unknown.
 fn is_over_file(below: &BTreeSet<String>, dev: u64, ino: u64) -> Option<bool> {
     let sys = Path::new("/sys");
     let id = FileId::new(dev, ino);
@@ -449,8 +450,8 @@ fn is_over_file(below: &BTreeSet<String>, dev: u64, ino: u64) -> Option<bool> {
         if !is_zero("offset") || !is_zero("sizelimit") {
             continue;
         }
-        // This takes no other program. Where another file has the name by now, or another mount is
-        // there, losetup tells.
+        // First compare by name, which needs no other program. The name may lead to another file now, or be
+        // under another mount; then ask losetup.
         let is_named = |meta: fs::Metadata| meta.dev() == dev && meta.ino() == ino;
         if fs::metadata(path).is_ok_and(is_named) {
             return Some(true);
@@ -464,22 +465,23 @@ fn is_over_file(below: &BTreeSet<String>, dev: u64, ino: u64) -> Option<bool> {
     told.then_some(false)
 }
 
-/// What tells that the mode of the cache of the device with `uuid` was set here, and by nobody else.
+/// Returns the path of the file that records that obdsetup has set the mode of the cache of the device with
+/// `uuid`.
 fn mark(uuid: &str) -> PathBuf {
     lock::place().join(format!("{MARK}{uuid}"))
 }
 
-/// Forgets what was known of the cache of a device that is new.
+/// Deletes that file: the device is new, or its mode isn't one that obdsetup has set.
 pub(crate) fn forget_cache(uuid: &str) {
     let _ = fs::remove_file(mark(uuid));
 }
 
-/// Whether the mode of a cache was set here.
+/// Whether obdsetup has set the mode of a cache.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Mark {
-    /// No.
+    /// It has not.
     None,
-    /// It was about to be, by an obdsetup that may have been killed.
+    /// An obdsetup was about to set it, and may have been killed.
     Begun,
     Set,
 }
@@ -493,8 +495,8 @@ impl Mark {
         }
     }
 
-    /// Returns the message for a cache that is in `mode`, whether it is used by several stacks or not;
-    /// nothing where the mode stays.
+    /// Returns the message to send for a cache in `mode`; `None` if the mode stays. `shared` says whether
+    /// several tables name the device.
     fn message(self, shared: bool, mode: &str) -> Option<&'static str> {
         match (shared, self, mode) {
             (true, Self::None | Self::Begun, "parts") => Some("cache all"),
@@ -504,7 +506,7 @@ impl Mark {
     }
 }
 
-/// A shared zfile device, for its cache.
+/// A shared zfile device whose cache is set.
 struct Cached {
     number: String,
     name: String,
@@ -512,7 +514,7 @@ struct Cached {
 }
 
 impl Cached {
-    /// Returns the device with the number `number`, where it is a zfile.
+    /// Returns the device with the number `number`; `None` if it isn't a shared zfile device.
     fn of(number: &str) -> Option<Self> {
         let text = |name: &str| {
             let text = fs::read_to_string(system(number).join("dm").join(name));
@@ -524,12 +526,12 @@ impl Cached {
         is_zfile.then_some(Self { number, name, uuid })
     }
 
-    /// Whether several tables name it.
+    /// Returns whether several tables name it.
     fn is_shared(&self) -> bool {
         users(&self.number).len() > 1
     }
 
-    /// Whether the mode of its cache, which is marked as `mark`, may be wrong.
+    /// Returns whether the mode of its cache may be wrong, given its `mark`.
     fn is_wrong(&self, mark: Mark) -> bool {
         match mark {
             Mark::None => self.is_shared(),
@@ -539,10 +541,10 @@ impl Cached {
     }
 }
 
-/// Sets how the caches of the shared devices with the numbers `numbers` are used: those that several
-/// tables name keep all blocks, since what one stack has read others get from there; others keep what
-/// the page caches above don't, as their tables say. Where somebody else has set the mode, it stays.
-/// What goes wrong is told: the stacks work all the same.
+/// Sets the modes of the caches of the shared devices with the numbers `numbers`. Devices that several tables
+/// name cache all reads, so that one stack can use blocks that another has read. Other devices have the mode
+/// of their tables; by default they cache only what the page cache above doesn't. A mode that someone else
+/// has set stays. Errors are only reported, because the stacks work anyway.
 pub(crate) fn set_caches(control: &Control, numbers: &BTreeSet<String>) {
     let devices = numbers.iter().filter_map(|number| Cached::of(number));
     let wrong: Vec<Cached> = devices
@@ -551,7 +553,7 @@ pub(crate) fn set_caches(control: &Control, numbers: &BTreeSet<String>) {
     if wrong.is_empty() {
         return;
     }
-    // With one dmsetup: each start of it costs.
+    // With one dmsetup for all, because each start takes time.
     let names: Vec<&str> = wrong.iter().map(|device| &*device.name).collect();
     let mut modes = control.status_words(&names, CACHE_MODE);
     for device in &wrong {
@@ -561,10 +563,10 @@ pub(crate) fn set_caches(control: &Control, numbers: &BTreeSet<String>) {
     }
 }
 
-/// Sets how the cache of one device is used. `mode` is what it was a moment ago, where that is known.
+/// Sets the mode of the cache of one device. `mode` is the mode a moment ago, if known.
 fn set_cache(control: &Control, device: &Cached, mut mode: Option<String>) -> Result<()> {
     let Cached { number, name, uuid } = device;
-    // Others come and go meanwhile: the last one to look finds it right.
+    // Users may come and go meanwhile, so check again until the mode is right.
     for _ in 0..LOOKS {
         if !device.is_wrong(Mark::of(uuid)) {
             break;
@@ -576,14 +578,14 @@ fn set_cache(control: &Control, device: &Cached, mut mode: Option<String>) -> Re
                 .status_words(&[name.as_str()], CACHE_MODE)
                 .remove(name)
         };
-        // A module that is older than the message doesn't tell. Another obdsetup that has set the mode since
-        // it was read has left a mark.
+        // A module that doesn't know the message yet doesn't report the mode, either. If another obdsetup has
+        // set the mode since it was read, there is a mark.
         let Some(mode) = mode.take().or_else(now) else {
             return Ok(());
         };
         let message = is.message(shared, &mode);
         if message.is_none() && shared && is != Mark::Begun {
-            // Somebody else has set it.
+            // Someone else has set the mode.
             return Ok(());
         }
         let path = mark(uuid);
@@ -594,7 +596,7 @@ fn set_cache(control: &Control, device: &Cached, mut mode: Option<String>) -> Re
             let sent = control.run(&["message", name, "0", message]);
             if let Err(error) = sent {
                 forget_cache(uuid);
-                // It may just have been removed.
+                // The device may have been removed meanwhile.
                 return match system(number).exists() {
                     true => Err(error),
                     false => Ok(()),
@@ -610,8 +612,8 @@ fn set_cache(control: &Control, device: &Cached, mut mode: Option<String>) -> Re
     Ok(())
 }
 
-/// Removes the locks that kills have left, and what was known of devices that are gone. What goes wrong is
-/// told: it costs a few bytes in `/run`.
+/// Removes the locks that processes have left that were killed, and the marks of devices that no longer
+/// exist. If the devices can't be listed, this is only reported: it costs a few bytes in `/run`.
 pub(crate) fn clear_left(control: &Control) {
     Lock::clear_left(&format!(".{UUID_PREFIX}"));
     let marks: Vec<PathBuf> = fs::read_dir(lock::place())
@@ -635,26 +637,26 @@ pub(crate) fn clear_left(control: &Control) {
     }
 }
 
-/// Returns the UUID of the device that the file `path` tells of.
+/// Returns the UUID in the name of a mark; `None` for other files.
 fn marked(path: &Path) -> Option<&str> {
     path.file_name()?.to_str()?.strip_prefix(MARK)
 }
 
-/// Shared devices that no table names and nobody has open.
+/// Shared devices that nothing uses: no table names them, and no one has them open.
 #[derive(Default)]
 pub(crate) struct Left {
-    /// Their names, the upper ones first.
+    /// Their names, upper ones first.
     pub(crate) names: Vec<String>,
     /// Their locks.
     pub(crate) locks: Vec<Lock>,
-    /// Those of them that have no table.
+    /// Those without a table.
     unfinished: Vec<State>,
-    /// Whether there are more of them, whose locks others hold.
+    /// Whether there are more, whose locks other processes hold.
     pub(crate) others: bool,
 }
 
-/// [`left`], but for devices that an obdsetup with another `/run` is just making: those have no table, and
-/// that changes soon. `all` are the devices.
+/// As [`left`], without the devices that an obdsetup with another `/run` is making. Those have no table yet,
+/// and get one soon. `all` are all devices.
 pub(crate) fn left_for_long(control: &Control, all: &[State]) -> Result<Left> {
     let mut left = left(all);
     if left.unfinished.is_empty() {
@@ -672,7 +674,8 @@ pub(crate) fn left_for_long(control: &Control, all: &[State]) -> Result<Left> {
     Ok(left)
 }
 
-/// Returns the shared devices that nothing uses, as a kill leaves them. `all` are the devices.
+/// Returns the shared devices that nothing uses, for example because obdsetup was killed. `all` are all
+/// devices.
 pub(crate) fn left(all: &[State]) -> Left {
     let mut left = Left::default();
     let mut gone = BTreeSet::new();
@@ -689,7 +692,7 @@ pub(crate) fn left(all: &[State]) -> Left {
             if !idle {
                 continue;
             }
-            // Another may just be making it.
+            // Another obdsetup may be making it.
             let Some(lock) = try_lock(&state.uuid) else {
                 left.others = true;
                 continue;
@@ -733,7 +736,7 @@ mod tests {
             "{name}"
         );
         assert!(crate::dm::plan::check_name(&name).is_ok());
-        // Words count, not how they were given.
+        // Only the words matter, not how they are split over the options.
         let (_, one) = identity('a').device(Kind::Zfile, &options(&["cache_blocks 64"]));
         let (_, two) = identity('a').device(Kind::Zfile, &options(&["cache_blocks", "64"]));
         assert_eq!(one, two);

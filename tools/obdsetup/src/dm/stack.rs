@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! Which devices belong together. Their UUIDs tell, since anybody may rename a device; of shared ones,
-//! the tables of the stacks that use them do.
+//! Finds the devices of a stack: by their UUIDs, because anyone may rename a device. Shared devices are found
+//! by the tables of the stacks that use them.
 
 use anyhow::Result;
 
@@ -9,23 +9,23 @@ use super::control::{Control, State};
 use super::plan::{parse_partition, UUID_PREFIX};
 use super::share;
 
-/// The devices of a stack, top first: those that are there.
+/// The existing devices of a stack, top first.
 #[derive(Debug)]
 pub(crate) struct Stack {
     /// The name that was given to `open`.
     pub(crate) name: String,
     pub(crate) devices: Vec<State>,
-    /// Whether the first device is the one that was asked for.
+    /// Whether the first device is the disk.
     has_top: bool,
 }
 
 impl Stack {
-    /// Returns the stack whose disk is called `name` now, or was called so by `open`.
+    /// Returns the stack whose disk has the name `name`, or got it from `open`.
     pub(crate) fn find(control: &Control, name: &str) -> Result<Option<Self>> {
         Ok(Self::among(&control.states()?, name))
     }
 
-    /// Returns the stack with that name among the devices `all`.
+    /// As [`Self::find`], among the devices `all`.
     pub(crate) fn among(all: &[State], name: &str) -> Option<Self> {
         let renamed = all
             .iter()
@@ -51,18 +51,18 @@ impl Stack {
         })
     }
 
-    /// Returns the disk that was asked for.
+    /// Returns the disk.
     pub(crate) fn top(&self) -> Option<&State> {
         self.devices.first().filter(|_| self.has_top)
     }
 
-    /// Returns the device that keeps what is written, where the disk takes writes.
+    /// Returns the device of the store of changes, if the disk is writable.
     pub(crate) fn store(&self) -> Option<&State> {
         let mut devices = self.devices.iter();
         devices.find(|state| matches!(part(&state.uuid), Some((Rank::Store, _))))
     }
 
-    /// Returns the shared devices below the disk, the upper ones first, among all devices.
+    /// Returns the shared devices below the disk, upper ones first. `all` are all devices.
     pub(crate) fn shared<'b>(&self, all: &'b [State]) -> Vec<&'b State> {
         let below = self.top().map(|top| share::below(&top.number));
         let below = below.unwrap_or_default();
@@ -75,13 +75,13 @@ impl Stack {
         found.into_iter().map(|(_, state)| state).collect()
     }
 
-    /// Returns the partitions of the disk that are there.
+    /// Returns the existing devices of partitions of the disk.
     pub(crate) fn partitions(&self) -> impl Iterator<Item = &State> {
         let devices = self.devices.iter();
         devices.filter(|state| is_partition(&state.uuid))
     }
 
-    /// Returns the disk, or the partition of it, that somebody has open.
+    /// Returns the disk or the partition that someone has open; `None` if no one has.
     pub(crate) fn in_use(&self) -> Option<&State> {
         let mut partitions = self.partitions();
         if let Some(used) = partitions.find(|state| state.open_count > 0) {
@@ -93,8 +93,8 @@ impl Stack {
         self.top().filter(by_others)
     }
 
-    /// Returns whether the stack is what one that was killed has left: without its disk, with a device
-    /// that has no table, or before its partitions were there.
+    /// Returns whether the stack is half-built, because an obdsetup was killed: the disk is missing, a device
+    /// has no table, or the partitions are still to be made.
     pub(crate) fn is_half_built(&self) -> bool {
         let is_mark = |state: &State| matches!(part(&state.uuid), Some((Rank::Mark, _)));
         !self.has_top
@@ -104,7 +104,7 @@ impl Stack {
                 .any(|state| !state.live || is_mark(state))
     }
 
-    /// Returns the names of the devices now, those of partitions first, then top first.
+    /// Returns the current names of the devices: partitions first, then the others from the top.
     pub(crate) fn names(&self) -> Vec<String> {
         let devices = self.devices.iter();
         let below = devices.filter(|state| !is_partition(&state.uuid));
@@ -113,32 +113,32 @@ impl Stack {
     }
 }
 
-/// Whether a device with `uuid` is a partition of a stack's disk.
+/// Returns whether `uuid` is the UUID of a partition of a stack's disk.
 fn is_partition(uuid: &str) -> bool {
     matches!(part(uuid), Some((Rank::Partition(_), _)))
 }
 
-/// What a device is in a stack; ordered from the top, but for the partitions, which are over the disk.
+/// What a device is in a stack. Ordered from the top, except that partitions are over the disk.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub(crate) enum Rank {
     /// The disk.
     Top,
     /// Partition `.0` of the disk.
     Partition(u32),
-    /// What is below a disk that takes writes: the disk of the layers.
+    /// Below a writable disk: the device that shows the layers.
     Image,
-    /// What keeps the writes.
+    /// The device of the store of changes.
     Store,
-    /// What is there until the partitions are.
+    /// The mark, which exists until the partitions do.
     Mark,
-    /// The decompressed layer `.0`.
+    /// The zfile device of layer `.0`.
     Zfile(usize),
-    /// The file of layer `.0`, joined of two loop devices.
+    /// The blob device of layer `.0`.
     Blob(usize),
 }
 
-/// Returns what the device with `uuid` is, and the name that its stack was given; nothing for a shared
-/// one, which is no stack's.
+/// Returns what the device with `uuid` is, and the name that `open` gave its stack. Returns `None` for a
+/// shared device, which belongs to no stack.
 pub(crate) fn part(uuid: &str) -> Option<(Rank, &str)> {
     if share::is_shared(uuid) {
         return None;
@@ -238,7 +238,7 @@ mod tests {
         assert!(!among(&all).is_half_built());
         assert_eq!(among(&all).names(), ["a-part1", "a-part2", "a", "a-zfile0"]);
         let used = |all: &[State]| among(all).in_use().map(|state| state.name.clone());
-        // The partitions themselves have the disk open.
+        // The devices of the partitions have the disk open.
         all[0].open_count = 2;
         assert_eq!(used(&all), None);
         all[0].open_count = 3;
@@ -285,7 +285,7 @@ mod tests {
         let stack = Stack::among(&all, "w").unwrap_or_else(|| unreachable!());
         assert_eq!(stack.names(), ["w", "w-image", "w-store"]);
         assert_eq!(stack.store(), all.first());
-        // The name that is seen goes before the one in a UUID.
+        // The current name of a disk takes precedence over the name in a UUID.
         let all = [
             state("a", "OVERLAYBD-LSMT-b"),
             state("b", "OVERLAYBD-LSMT-a"),

@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! Waiting for udev: when a device is set up or removed, udev makes or removes its links.
+//! Waits for udev: when a device is set up or removed, udev makes or removes its links.
 //!
-//! libdm's way is a semaphore, the "cookie": each event adds one, and udev takes one away when it
-//! has handled the event. All devices of a stack share a cookie, so udev handles their events at the
+//! libdm uses a semaphore for this, the "cookie". Each event increments it, and udev decrements it when it
+//! has handled the event. All devices of a stack have the same cookie, so udev handles their events at the
 //! same time.
 
 use std::path::Path;
@@ -16,25 +16,24 @@ use super::lock::Lock;
 use crate::interrupt;
 use crate::program::{Patience, Program};
 
-/// How long udev may go without handling an event that we wait for.
+/// How long to wait while udev handles none of our events.
 const BOUND: Duration = Duration::from_secs(60);
-/// There while udevd runs; libdm looks at it, too.
+/// Exists while udevd runs. libdm checks this, too.
 const SOCKET: &str = "/run/udev/control";
-/// What a cookie begins with, as dmsetup prints it.
+/// Prefix of a cookie, as dmsetup prints it.
 const COOKIES: &str = "0x0D4D";
 /// The name of the kernel's first IPC namespace.
 const FIRST_IPC: &str = "ipc:[4026531839]";
 
-/// Whether there is a udevd, and whether it sees our semaphores.
+/// Whether udevd runs, and whether it has access to our semaphores.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Udev {
-    /// None runs: libdm makes the nodes.
+    /// udevd doesn't run. libdm makes the nodes.
     Absent,
-    /// One runs, but in another IPC namespace, as seen from a container: it would never take
-    /// anything away from our cookie. It handles the events all the same; libdm makes the nodes, too,
-    /// since `/dev` may not be the one that udev fills.
+    /// udevd runs in another IPC namespace, for example if this is a container. It handles the events, but
+    /// would never decrement our cookie. libdm makes the nodes as well, because udev may fill another `/dev`.
     Deaf,
-    /// One runs.
+    /// udevd runs in our IPC namespace.
     Present,
 }
 
@@ -43,14 +42,15 @@ impl Udev {
         if std::env::var_os(super::control::DISABLE_UDEV).is_some() || !Path::new(SOCKET).exists() {
             return Self::Absent;
         }
-        // udevd runs in the first one, which has a number of its own; process 1 may be in ours.
+        // udevd runs in the first IPC namespace, which always has this number. Comparing with process 1
+        // wouldn't help, because that may be in our namespace.
         match std::fs::read_link("/proc/self/ns/ipc") {
             Ok(ours) if ours != Path::new(FIRST_IPC) => Self::Deaf,
             _ => Self::Present,
         }
     }
 
-    /// Returns this, or how to do without waiting.
+    /// Returns a value for which [`Self::begin`] makes nothing wait for udev.
     pub(crate) fn unawaited(self) -> Self {
         match self {
             Self::Absent => Self::Absent,
@@ -58,14 +58,14 @@ impl Udev {
         }
     }
 
-    /// Begins something that udev is waited for.
+    /// Begins an operation after which to wait for udev.
     pub(crate) fn begin<'a>(self, control: &Control, lock: &'a Lock) -> Result<Wait<'a>> {
         let cookie = match self {
             Self::Absent | Self::Deaf => None,
             Self::Present => {
                 let mut program = super::control::dmsetup();
                 program.arg("udevcreatecookie");
-                // So a kill at any moment leaves a note of the cookie, or no cookie.
+                // dmsetup writes the cookie to the note, so a kill never leaves a cookie without a note.
                 let file = lock.note_file();
                 let has_note = file.is_some();
                 if let Some(file) = file {
@@ -80,7 +80,7 @@ impl Udev {
                     text = lock.note().unwrap_or_default();
                 }
                 let text = text.trim();
-                // Nothing is printed where libdm finds that it cannot wait.
+                // libdm prints nothing if it finds that it cannot wait.
                 let digits = text.strip_prefix("0x");
                 let key = digits.and_then(|digits| u32::from_str_radix(digits, 16).ok());
                 key.map(|key| Cookie {
@@ -93,13 +93,13 @@ impl Udev {
     }
 }
 
-/// A wait for udev that has begun. The lock has a note of its cookie.
+/// A wait for udev that has begun. The note of the lock has its cookie.
 pub(crate) struct Wait<'a> {
     cookie: Option<Cookie>,
     lock: &'a Lock,
 }
 
-/// Removes the cookie that a holder of `lock` has left who was killed.
+/// Removes the cookie that the last holder of `lock` has left because it was killed.
 pub(super) fn clear_left(lock: &Lock) {
     let note = lock.note().filter(|text| text.starts_with(COOKIES));
     let Some(text) = note else {
@@ -110,25 +110,25 @@ pub(super) fn clear_left(lock: &Lock) {
 }
 
 struct Cookie {
-    /// As dmsetup prints it, and takes it.
+    /// The cookie in dmsetup's format.
     text: String,
     /// The semaphore's key.
     key: u32,
 }
 
 impl Wait<'_> {
-    /// Returns the options for dmsetup commands whose events are waited for.
+    /// Returns the options for the dmsetup commands whose events to wait for.
     pub(crate) fn options(&self) -> Vec<&str> {
         match &self.cookie {
             Some(cookie) => vec!["--udevcookie", &cookie.text],
-            // The second one lets libdm make and remove nodes. Without it dmsetup leaves them to udev,
-            // even where none runs.
+            // With --verifyudev, libdm makes and removes nodes. Without it, dmsetup leaves them to udev, even
+            // if udevd doesn't run.
             None => vec!["--noudevsync", "--verifyudev"],
         }
     }
 
-    /// Waits until udev has handled the events of device `name`. This is bounded, and a signal ends
-    /// it.
+    /// Waits until udev has handled the events of device `name`. The time is limited, and a signal ends the
+    /// wait.
     pub(crate) fn end(mut self, name: &str) -> Result<()> {
         let Some(cookie) = self.cookie.take() else {
             return Ok(());
@@ -147,7 +147,8 @@ impl Wait<'_> {
             destroy(&cookie.text);
         }
         self.lock.set_note("");
-        // A signal to all of a service ends dmsetup, too.
+        // A signal to all processes of a service ends dmsetup, too. Then report the signal, not dmsetup's
+        // failure.
         if done.is_err() {
             interrupt::check()?;
         }
@@ -164,15 +165,15 @@ impl Drop for Wait<'_> {
     }
 }
 
-/// Removes a cookie's semaphore, which nobody else would.
+/// Removes the semaphore of a cookie. No one else would do so.
 fn destroy(cookie: &str) {
     let mut program = Program::new("ipcrm", "udev cookies");
     program.args(["-S", cookie]).despite_signals();
-    // There are 32,000; one that is left harms nobody.
+    // Errors are ignored: the limit is 32,000 semaphores, and a remaining one does no harm.
     let _ = program.run().map(|said| said.lines().len());
 }
 
-/// Returns the line on the semaphore with `key`: the time of its last change is in it.
+/// Returns the line on the semaphore with `key`, which has the time of its last change.
 fn semaphore(key: u32) -> String {
     let all = std::fs::read_to_string("/proc/sysvipc/sem").unwrap_or_default();
     let key = key.to_string();

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! A directory with layers that were made before. Their names are a hash of all that they depend on, and
-//! the digest of what is in the file.
+//! A directory with layers that were made before. The name of a file is a hash of everything that the layer
+//! depends on, and the digest of the file.
 
 use std::fs;
 use std::io::ErrorKind;
@@ -15,27 +15,27 @@ use crate::bar::Bar;
 use crate::layers::warn;
 use crate::output::{set_mode, sync, sync_directory, temp_file, umask};
 
-/// What names end with.
+/// Suffix of the names of files.
 const SUFFIX: &str = ".obd";
 
-/// What a layer is made of.
+/// What a layer is made from.
 pub(super) struct Key<'a> {
-    /// The chain ID of its tar and those below.
+    /// The chain ID of its tar and the tars below.
     pub(super) chain: &'a str,
-    /// The digest of the layer below, over which alone it can be: another version of obdsetup, or other
-    /// options, may have made another one of the same tars.
+    /// The digest of the layer below. The layer fits only on that one: another version of obdsetup or other
+    /// options may make a different layer from the same tars.
     pub(super) below: Option<&'a str>,
 }
 
-/// The directory.
+/// The cache.
 pub(super) struct Cache {
     place: PathBuf,
     options: String,
 }
 
 impl Cache {
-    /// The cache in `place`, which is made where it is missing, of layers that are made with these
-    /// options.
+    /// Opens the cache in the directory `place`, for layers that are made with these options. Makes the
+    /// directory if it is missing.
     pub(super) fn open(place: &Path, options: String) -> Result<Self> {
         fs::create_dir_all(place)
             .with_context(|| format!("{}: cannot make a directory", place.display()))?;
@@ -45,7 +45,7 @@ impl Cache {
         })
     }
 
-    /// The beginning of the name of a layer.
+    /// Returns the first part of the name of a layer.
     fn key(&self, of: &Key<'_>) -> String {
         let below = of.below.unwrap_or("nothing");
         let text = format!(
@@ -55,8 +55,7 @@ impl Cache {
         format!("{:x}-", Sha256::digest(text))
     }
 
-    /// Copies a layer to the new file `to`. Returns its digest; `None` where it is not there, or
-    /// damaged.
+    /// Copies a layer to the new file `to`. Returns its digest; `None` if it is missing or damaged.
     pub(super) fn take(&self, of: &Key<'_>, to: &Path) -> Result<Option<String>> {
         let context = || format!("{}: cannot read", self.place.display());
         let key = self.key(of);
@@ -76,7 +75,7 @@ impl Cache {
             };
             let copied = match copied {
                 Ok(copied) => copied,
-                // What can be read to its end cannot be written.
+                // If all of `from` can be read, writing has failed.
                 Err(error) if is_file && is_readable(&from)? => {
                     return Err(error).with_context(|| format!("{}: cannot write", to.display()));
                 }
@@ -103,7 +102,7 @@ impl Cache {
         Ok(None)
     }
 
-    /// Keeps the layer in the file `from`.
+    /// Copies the layer in the file `from` to the cache.
     pub(super) fn keep(&self, of: &Key<'_>, from: &Path, digest: &str) -> Result<()> {
         let hex = digest.strip_prefix("sha256:").unwrap_or_default();
         let to = self.place.join(format!("{}{hex}{SUFFIX}", self.key(of)));
@@ -118,11 +117,11 @@ impl Cache {
     }
 }
 
-/// Whether a file can be read to its end.
+/// Returns whether all of a file can be read.
 ///
 /// # Errors
 ///
-/// Where a signal ends the program.
+/// If a signal asked to stop.
 fn is_readable(path: &Path) -> Result<bool> {
     let len = path.metadata().map_or(0, |meta| meta.len());
     let read = hash(path, &Bar::new("checking", len));
@@ -134,7 +133,7 @@ fn is_readable(path: &Path) -> Result<bool> {
 mod tests {
     use super::{Cache, Key};
 
-    /// A full disk is no fault of the cache.
+    /// A full disk at the destination is not reported as a damaged cache.
     #[test]
     fn where_nothing_can_be_written() -> anyhow::Result<()> {
         let dir = tempfile::tempdir()?;

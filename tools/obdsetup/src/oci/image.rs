@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! Ordinary images: each layer, a tar, becomes an OverlayBD layer, the difference that it makes to the
-//! disk of those below it. Each is made of its tar and that disk, and of nothing else: so images
-//! that have layers in common have them in common then, too.
+//! Ordinary images. Each layer, a tar, becomes an OverlayBD layer: the difference that it makes to the disk
+//! of the layers below. It depends only on its tar and that disk. So if images share layers, the OverlayBD
+//! layers are the same, too.
 
 use std::path::{Path, PathBuf};
 
@@ -29,22 +29,22 @@ use crate::layer_out::{derive, LayerOut};
 use crate::made::Made;
 use crate::mkfs;
 
-/// What media types of compressed layers end with.
+/// Suffixes of the media types of layers, by compression.
 const COMPRESSED: [&str; 4] = ["", "+gzip", "+zstd", ".gzip"];
-/// Media types of layers that are not in the image, but with whoever made them.
+/// Media types of layers that are not in the image, and that only their publisher distributes.
 const FOREIGN: [&str; 2] = [
     "application/vnd.oci.image.layer.nondistributable.v1.tar",
     "application/vnd.docker.image.rootfs.foreign.diff.tar",
 ];
-/// The version of upstream's format that a layer is said to have.
+/// The version of upstream's format for the annotation of a layer.
 const VERSION: &str = "0.1.0";
-/// What names of annotations begin with.
+/// Prefix of the names of annotations.
 const ANNOTATION: &str = "containerd.io/snapshot/overlaybd/";
 
-/// The digits of the UUID of nothing.
+/// The digits of the nil UUID.
 const NO_UUID: &str = "00000000000000000000000000000000";
 
-/// What matters of an image's description.
+/// The fields of an image's config that are used here.
 #[derive(Deserialize)]
 struct Config {
     #[serde(default)]
@@ -60,7 +60,7 @@ struct RootFs {
     diff_ids: Vec<String>,
 }
 
-/// Makes the directory: layers, and what lists them.
+/// Makes the directory: the layers, and the file that lists them.
 pub(super) fn convert(
     job: &Job<'_>,
     layout: &Layout,
@@ -87,7 +87,7 @@ pub(super) fn convert(
             ))
         };
         check_foreign(&layer.media_type).map_err(refuse)?;
-        // Before hours of work are for nothing.
+        // Check all layers first: converting them may take hours.
         layout.blob(layer)?;
         if layer.media_type.is_empty() {
             let what = format!(
@@ -177,7 +177,7 @@ pub(super) fn convert(
     )
 }
 
-/// Refuses a layer that is not there.
+/// Returns an error if a layer is not in the image.
 fn check_foreign(media_type: &str) -> Result<(), String> {
     match is_one_of(&FOREIGN, media_type) {
         true => Err(format!(
@@ -188,7 +188,7 @@ fn check_foreign(media_type: &str) -> Result<(), String> {
     }
 }
 
-/// Refuses a layer that is no tar.
+/// Returns an error if a layer is no tar.
 fn check_type(media_type: &str) -> Result<(), String> {
     match is_one_of(&TAR_TYPES, media_type) {
         true => Ok(()),
@@ -199,7 +199,7 @@ fn check_type(media_type: &str) -> Result<(), String> {
     }
 }
 
-/// Whether a media type is one of `types`, perhaps compressed.
+/// Returns whether a media type is one of `types`, compressed or not.
 fn is_one_of(types: &[&str], media_type: &str) -> bool {
     types.iter().any(|start| {
         let end = media_type.strip_prefix(start);
@@ -207,7 +207,7 @@ fn is_one_of(types: &[&str], media_type: &str) -> bool {
     })
 }
 
-/// The hexadecimal digits of the DiffIDs.
+/// Returns the hexadecimal digits of the DiffIDs.
 fn diff_ids(config: &Config, layers: usize) -> Result<Vec<String>, String> {
     let ids = &config.rootfs.diff_ids;
     if ids.len() != layers {
@@ -225,17 +225,17 @@ fn diff_ids(config: &Config, layers: usize) -> Result<Vec<String>, String> {
     hex.collect()
 }
 
-/// What all layers of an image are made with.
+/// Makes the layers of an image, all with the same options.
 struct Maker<'a> {
     layout: &'a Layout,
     wrapping: Wrapping,
-    /// Whether UUIDs are made of chain IDs, as containerd's converter does it, or of the content.
+    /// Whether UUIDs are made from chain IDs, as by containerd's converter, or from the content.
     by_chain: bool,
     allow_loss: bool,
 }
 
 impl Maker<'_> {
-    /// All that the bytes of a layer depend on besides the tars.
+    /// Returns everything on which the bytes of a layer depend, except the tars.
     fn options(&self) -> String {
         let Self {
             wrapping,
@@ -250,7 +250,7 @@ impl Maker<'_> {
         )
     }
 
-    /// Makes the next layer of `made`: that of `layer`, whose chain ID is `chain`, over `below`.
+    /// Makes the next layer of `made` from the tar `layer`, whose chain ID is `chain`, over the disk `below`.
     fn layer(
         &self,
         layer: &Descriptor,
@@ -320,7 +320,7 @@ fn open(files: &[PathBuf]) -> Result<Option<Stack>> {
     Ok(Some(Stack::new(layers)?))
 }
 
-/// The UUID that containerd's converter makes of a chain ID: its first 32 digits.
+/// Returns the UUID that containerd's converter makes from a chain ID: its first 32 digits.
 fn chain_uuid(chain: &str) -> String {
     let mut text = String::new();
     for (nth, digit) in chain.chars().take(32).enumerate() {
@@ -332,7 +332,7 @@ fn chain_uuid(chain: &str) -> String {
     text
 }
 
-/// Makes an OCI image layout of the layers in `made`, as containerd's converter writes an image.
+/// Makes an OCI image layout from the layers in `made`, in the form that containerd's converter writes.
 fn layout_of(
     image: &Found,
     manifest: &Manifest,

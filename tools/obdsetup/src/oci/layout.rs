@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! OCI image layouts: an index, and blobs by their digests. Nothing in one is used before its size and
-//! digest are checked.
+//! OCI image layouts: an index, and blobs that are named by their digests. Data of a blob gets into a result
+//! only if its size and digest are right.
 
 use std::collections::{HashMap, HashSet};
 use std::fmt;
@@ -20,28 +20,29 @@ use crate::bar::Bar;
 use crate::exit::Failure;
 use crate::json::{self, bad};
 
-/// What an index is called in messages.
+/// Name of an index in messages.
 const INDEX: &str = "an image index";
-/// What a manifest is called there.
+/// Name of a manifest in messages.
 const MANIFEST: &str = "an image's manifest";
-/// Most indexes that are read.
+/// Largest number of indexes that are read.
 const INDEXES: usize = 1000;
-/// Most images and indexes that they may name.
+/// Largest number of images and indexes that they may name.
 const ENTRIES: usize = 10_000;
-/// Most images that are named where several are there.
+/// Largest number of images that a message lists.
 const NAMED: usize = 20;
-/// Bytes that are hashed at once.
+/// Number of bytes that are hashed at once.
 const PIECE: usize = 256 << 10;
 
 /// A layout.
 pub(super) struct Layout {
     root: PathBuf,
-    /// The archive that it was made of, and the directory that is gone when this is dropped.
+    /// The archive from which it was unpacked, and the temporary directory, which is deleted when this is
+    /// dropped.
     archive: Option<(PathBuf, TempDir)>,
 }
 
 impl Layout {
-    /// The layout in the directory `root`.
+    /// Returns the layout in the directory `root`.
     pub(super) fn of(root: &Path) -> Self {
         Self {
             root: root.to_owned(),
@@ -49,7 +50,7 @@ impl Layout {
         }
     }
 
-    /// The layout in the directory `root`, made of `archive`.
+    /// Returns the layout in the temporary directory `root`, which was unpacked from `archive`.
     pub(super) fn of_archive(archive: &Path, root: TempDir) -> Self {
         Self {
             root: root.path().to_owned(),
@@ -57,7 +58,7 @@ impl Layout {
         }
     }
 
-    /// What messages call it.
+    /// Returns the path of the layout for messages.
     pub(super) fn name(&self) -> &Path {
         match &self.archive {
             Some((archive, _)) => archive,
@@ -65,7 +66,7 @@ impl Layout {
         }
     }
 
-    /// What messages call a file in it.
+    /// Returns the path of a file in it for messages.
     pub(super) fn shown(&self, name: &str) -> PathBuf {
         match &self.archive {
             Some((archive, _)) => format!("{}: {name}", archive.display()).into(),
@@ -73,7 +74,7 @@ impl Layout {
         }
     }
 
-    /// The one image that is meant: what the index says of it, and its manifest.
+    /// Returns the image that the user has chosen: its entry in the index, and its manifest.
     pub(super) fn choose(&self, choice: &Choice) -> Result<(Found, Manifest)> {
         let mut all = self.collect()?;
         let called: Vec<&Found> = all.iter().filter(|found| found.is_called(choice)).collect();
@@ -83,7 +84,7 @@ impl Layout {
         }
         let fits = |found: &&Found| found.is_called(choice) && found.is_for(choice);
         let mut fitting: Vec<&Found> = all.iter().filter(fits).collect();
-        // Of one image for several machines, that for this one is meant.
+        // If there is one image for several platforms, take that for this machine.
         let same_name = fitting.iter().all(|found| {
             let first = fitting.first();
             first.is_some_and(|first| first.names == found.names)
@@ -121,7 +122,8 @@ impl Layout {
         )))
     }
 
-    /// The manifests of the layout's index and of those in it, with the names of their images.
+    /// Returns the manifests in the layout's index and in the indexes that it names, with the names of their
+    /// images.
     fn collect(&self) -> Result<Vec<Found>> {
         let path = self.root.join("index.json");
         let index = json::read(&path)?;
@@ -129,8 +131,8 @@ impl Layout {
         let mut entries = index.manifests.len();
         let mut open = vec![(Vec::new(), index)];
         let mut found = Vec::new();
-        // Each index is read once for each name, and not endlessly: in indexes of the same index, few
-        // bytes would be endless work.
+        // Each index is read only once for each name. Otherwise a small file could cause endless work, with
+        // many entries for the same indexes.
         let mut seen = HashSet::new();
         while let Some((names, index)) = open.pop() {
             for descriptor in index.manifests {
@@ -166,10 +168,10 @@ impl Layout {
         Ok(found)
     }
 
-    /// Completes those that are called as is chosen, and of which the index doesn't say what machine
-    /// they are for: their descriptions do.
+    /// Sets the platforms of the images with the chosen name for which the index has none. They are read from
+    /// the images' configs.
     fn complete(&self, all: &mut [Found], choice: &Choice) -> Result<()> {
-        // Each file is read once: many entries may be of the same image.
+        // Each file is read only once: many entries may be for the same image.
         let mut known: HashMap<String, Option<Platform>> = HashMap::new();
         for found in all.iter_mut().filter(|found| found.is_called(choice)) {
             if found.descriptor.platform.is_some() {
@@ -180,7 +182,7 @@ impl Layout {
             let platform = match known.get(&descriptor.digest) {
                 Some(platform) => platform.clone(),
                 None => {
-                    // What is wrong with one is told of where it is the one that is meant.
+                    // Errors are ignored here. They are reported if this is the image that is chosen.
                     let manifest: Option<Manifest> = self.read_json(descriptor, MANIFEST).ok();
                     let config = manifest.and_then(|manifest| manifest.config);
                     config.and_then(|config| {
@@ -195,7 +197,7 @@ impl Layout {
         Ok(())
     }
 
-    /// What machine an image is for, as its description has it.
+    /// Returns the platform in an image's config.
     fn described(&self, config: &Descriptor) -> Option<Platform> {
         let (bytes, _) = self.read(config).ok()?;
         let platform: Platform = serde_json::from_slice(&bytes).ok()?;
@@ -203,8 +205,7 @@ impl Layout {
         Some(platform).filter(|_| is_said)
     }
 
-    /// Checks that the description of an image says the same of its machine as the index does. It
-    /// may leave out the variant.
+    /// Checks that an image's config has the same operating system and architecture as the index.
     fn check_platform(&self, image: &Found, manifest: &Manifest) -> Result<()> {
         let config = manifest.config.as_ref();
         let own = config.and_then(|config| self.described(config));
@@ -221,10 +222,11 @@ impl Layout {
         Err(bad(self.name(), &what))
     }
 
-    /// The file of what `descriptor` describes, which is as long as that says, and its name.
+    /// Returns the file of the blob that `descriptor` describes, and its name in the layout. Checks the
+    /// length.
     pub(super) fn blob(&self, descriptor: &Descriptor) -> Result<(PathBuf, String)> {
         let hex = descriptor.digest.strip_prefix("sha256:");
-        // It becomes a part of a path.
+        // Checked, because it becomes a part of a path.
         let hex = hex.filter(|hex| is_hex(hex.as_bytes()));
         let Some(hex) = hex else {
             let what = format!("digest {}: expected SHA-256", descriptor.digest);
@@ -240,7 +242,7 @@ impl Layout {
         }
     }
 
-    /// A file isn't what its descriptor says.
+    /// Returns the error for a file that doesn't match its descriptor.
     pub(super) fn differs(&self, name: &str) -> anyhow::Error {
         bad(
             &self.shown(name),
@@ -267,7 +269,7 @@ impl Layout {
         json::parse(&bytes, &path, what)
     }
 
-    /// Checks a blob that is too large to be in memory. Returns its file, and its name.
+    /// Checks the digest of a blob that is too large to be in memory. Returns its file, and its name.
     pub(super) fn checked(&self, descriptor: &Descriptor) -> Result<(PathBuf, String)> {
         let (path, name) = self.blob(descriptor)?;
         let bar = Bar::new("checking", descriptor.size);
@@ -279,7 +281,7 @@ impl Layout {
     }
 }
 
-/// Whether it is one image, perhaps with several names.
+/// Returns whether these are the same image, perhaps with several names.
 fn is_one(images: &[&Found]) -> bool {
     match images {
         [first, others @ ..] => {
@@ -290,7 +292,7 @@ fn is_one(images: &[&Found]) -> bool {
     }
 }
 
-/// The digest of a file.
+/// Returns the digest of a file.
 pub(super) fn hash(path: &Path, bar: &Bar) -> Result<String> {
     let mut file = File::open(path)?;
     let mut hasher = Sha256::new();
@@ -305,34 +307,34 @@ pub(super) fn hash(path: &Path, bar: &Bar) -> Result<String> {
     }
 }
 
-/// Whether it is a SHA-256 as a descriptor has it.
+/// Returns whether `text` is a SHA-256 in the form of a descriptor, without prefix.
 pub(super) fn is_hex(text: &[u8]) -> bool {
     let is_digit = |byte: &u8| byte.is_ascii_digit() || matches!(byte, b'a'..=b'f');
     text.len() == 64 && text.iter().all(is_digit)
 }
 
-/// An image of a layout, and its names.
+/// An image in a layout, and its names.
 #[derive(Clone)]
 pub(super) struct Found {
-    /// What the annotations [`NAMES`] say.
+    /// The values of the annotations [`NAMES`].
     pub(super) names: Vec<Option<String>>,
     pub(super) descriptor: Descriptor,
 }
 
 impl Found {
-    /// Its names, the longest first.
+    /// Returns its names, the longest first.
     fn names(&self) -> impl Iterator<Item = &String> {
         self.names.iter().flatten()
     }
 
-    /// Whether it has the name or digest that is chosen.
+    /// Returns whether it has the chosen name or digest.
     fn is_called(&self, choice: &Choice) -> bool {
         let digest = &self.descriptor.digest;
         let named = choice.name.as_ref();
         named.is_none_or(|name| self.names().any(|own| own == name) || name == digest)
     }
 
-    /// Whether it is for the machine that is chosen.
+    /// Returns whether it is for the chosen platform.
     fn is_for(&self, choice: &Choice) -> bool {
         let platform = self.descriptor.platform.as_ref().map(ToString::to_string);
         let platform = platform.unwrap_or_default();
@@ -342,13 +344,13 @@ impl Found {
         })
     }
 
-    /// Attestations stand among the images as those of an unknown system.
+    /// Returns whether this is an attestation. An index lists them like images, with an unknown system.
     fn is_attestation(&self) -> bool {
         let platform = self.descriptor.platform.as_ref();
         platform.is_some_and(|platform| platform.os == "unknown")
     }
 
-    /// Whether it is said to run here.
+    /// Returns whether the index says that it is for this machine.
     fn is_for_this_machine(&self) -> bool {
         let architecture = match std::env::consts::ARCH {
             "x86_64" => "amd64",

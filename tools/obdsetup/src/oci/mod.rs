@@ -1,13 +1,14 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! Images of containers, made files of a stack.
+//! Converts container images to files of a stack.
 //!
-//! - [`layout`]: an OCI image layout, and which of its images is meant. [`packed`] makes one of an
-//!   archive.
-//! - [`ready`]: images whose layers are OverlayBD layers already.
-//! - [`image`]: ordinary images, whose layers are tars. [`cache`] keeps what was made of these.
+//! - [`layout`]: reads an OCI image layout, and finds the image that is chosen. [`packed`] unpacks a layout
+//!   from an archive.
+//! - [`ready`]: converts images whose layers are OverlayBD layers already.
+//! - [`image`]: converts ordinary images, whose layers are tars. [`cache`] keeps the layers that were made
+//!   from them.
 //!
-//! What is made is a [directory](crate::made), in one of two forms.
+//! The result is a [directory](crate::made), in one of two forms.
 
 mod cache;
 mod image;
@@ -29,7 +30,7 @@ use crate::layer_args::NewLayerArgs;
 use crate::made::Made;
 use crate::output::directory;
 
-/// Media types of indexes, of which other indexes may consist.
+/// Media types of indexes. An index may name other indexes.
 const INDEX_TYPES: [&str; 2] = [
     "application/vnd.oci.image.index.v1+json",
     "application/vnd.docker.distribution.manifest.list.v2+json",
@@ -39,22 +40,22 @@ const MANIFEST_TYPES: [&str; 2] = [
     "application/vnd.oci.image.manifest.v1+json",
     "application/vnd.docker.distribution.manifest.v2+json",
 ];
-/// Media types of the description of an image.
+/// Media types of the config of an image.
 const CONFIG_TYPES: [&str; 2] = [
     "application/vnd.oci.image.config.v1+json",
     "application/vnd.docker.container.image.v1+json",
 ];
-/// Media types of a layer that is a tar and not compressed.
+/// Media types of a layer that is an uncompressed tar.
 const TAR_TYPES: [&str; 2] = [
     "application/vnd.oci.image.layer.v1.tar",
     "application/vnd.docker.image.rootfs.diff.tar",
 ];
-/// Where an index has the name of an image. Some tools have the whole name in one annotation, and only
-/// the tag in the other.
+/// Annotations with the name of an image in an index. Some tools write the whole name to the first one, and
+/// only the tag to the other.
 const NAMES: [&str; 2] = ["io.containerd.image.name", REF_NAME];
 const REF_NAME: &str = "org.opencontainers.image.ref.name";
 
-/// Says where something is, and what.
+/// A descriptor: the type, digest and size of a blob.
 #[derive(Clone, Debug, Default, Deserialize, Serialize)]
 #[serde(rename_all = "camelCase")]
 struct Descriptor {
@@ -128,17 +129,17 @@ pub(crate) struct Choice {
 
 /// An image to be converted.
 pub(crate) struct Job<'a> {
-    /// A directory with a layout, or an archive.
+    /// A directory with a layout, or an archive of an image.
     pub(crate) input: &'a Path,
     pub(crate) choice: &'a Choice,
     pub(crate) new: &'a NewLayerArgs,
-    /// Whether an option was given that is for the layers that are made.
+    /// Whether an option was given that applies only to layers that are made.
     pub(crate) shapes_layers: bool,
     pub(crate) allow_loss: bool,
     pub(crate) out: &'a Path,
 }
 
-/// Makes a directory of an image. It is there complete or not at all.
+/// Makes a directory from an image. It gets its name only when it is complete.
 pub(crate) fn convert(job: &Job<'_>) -> Result<()> {
     let place = directory(job.out);
     let made = Made::new(job.out)?;
@@ -160,12 +161,12 @@ pub(crate) fn convert(job: &Job<'_>) -> Result<()> {
     image::convert(job, &layout, &image, &manifest, made)
 }
 
-/// The digest as descriptors have it.
+/// Returns the digest in the form of a descriptor.
 fn sha256(hasher: Sha256) -> String {
     format!("sha256:{:x}", hasher.finalize())
 }
 
-/// The descriptor of bytes.
+/// Returns the descriptor of these bytes.
 fn describe(media_type: &str, bytes: &[u8]) -> Descriptor {
     Descriptor {
         media_type: media_type.to_owned(),

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! Archives of images: an OCI image layout in a tar, and what `docker save` writes. What matters of one
-//! is put in a layout of our own; no name in the archive ever becomes a path.
+//! Unpacks archives of images: an OCI image layout in a tar, or the output of `docker save`. The files that
+//! are needed are written to a new layout. No name in the archive is ever used as a path.
 
 use std::collections::{BTreeMap, HashSet};
 use std::io::{BufWriter, Write};
@@ -21,15 +21,16 @@ use super::{
 use crate::archive::{brief, Archive, Member, MemberKind};
 use crate::json::{self, bad};
 
-/// Most files of an archive that may be of the image. One has a few for each layer.
+/// Largest number of files of an archive that may belong to images. An image has a few for each layer.
 const FILES: usize = 10_000;
-/// Links that are followed for one name. Old versions of docker wrote a layer once, and links to it.
+/// Largest number of links that are followed for one name. Old versions of docker wrote a layer once, and
+/// links to it.
 const LINKS: usize = 8;
-/// Where the blobs of a layout are.
+/// The directory of the blobs in a layout.
 const BLOBS: &str = "blobs/sha256/";
 const WRITE: &str = "cannot write a temporary file with what is in the archive";
 
-/// What a `manifest.json` says of an image.
+/// An image in a `manifest.json`.
 #[derive(Deserialize)]
 #[serde(rename_all = "PascalCase")]
 struct Saved {
@@ -39,7 +40,7 @@ struct Saved {
     layers: Vec<String>,
 }
 
-/// What of an image's description is needed here.
+/// The fields of an image's config that are used here.
 #[derive(Deserialize)]
 struct Config {
     #[serde(default)]
@@ -49,14 +50,14 @@ struct Config {
     variant: Option<String>,
 }
 
-/// A file of the archive, which is a blob by now.
+/// A file of the archive that was stored as a blob.
 #[derive(Clone)]
 struct Stored {
     digest: String,
     size: u64,
 }
 
-/// What was found in an archive, by its name there.
+/// An archive that is being unpacked: the files found, by their names.
 struct Unpack<'a> {
     input: &'a Path,
     root: TempDir,
@@ -64,7 +65,7 @@ struct Unpack<'a> {
     links: BTreeMap<Vec<u8>, Vec<u8>>,
 }
 
-/// Makes a layout, in a temporary directory in `place`, of the archive `input`.
+/// Unpacks the archive `input` to a layout in a temporary directory in `place`.
 pub(super) fn unpack(input: &Path, place: &Path) -> Result<Layout> {
     let root = tempfile::Builder::new()
         .prefix(".obdsetup-")
@@ -84,7 +85,7 @@ pub(super) fn unpack(input: &Path, place: &Path) -> Result<Layout> {
             unpack.member(&member, &mut archive)?;
         }
     }
-    // Newer versions of docker write both, and the layout says more.
+    // Newer versions of docker write both an index and a manifest.json. The index has more information.
     let index = unpack.files.get(b"index.json".as_slice()).cloned();
     let is_layout = unpack.files.contains_key(b"oci-layout".as_slice());
     match index.filter(|_| is_layout) {
@@ -97,9 +98,9 @@ pub(super) fn unpack(input: &Path, place: &Path) -> Result<Layout> {
     Ok(Layout::of_archive(input, unpack.root))
 }
 
-/// The names that `manifest.json` has: tools choose any for layers. None where there is none that can
-/// be read; where that is a fault, it is told of later. It is mostly at the end, and is looked for
-/// beforehand.
+/// Returns the names of files in `manifest.json`, because tools use arbitrary names for layers. Returns none
+/// if that file is missing or can't be parsed; if it is needed, the error is reported later. The archive is
+/// read up to it first, because it is usually at the end.
 fn named(input: &Path) -> Result<HashSet<Vec<u8>>> {
     let mut archive = Archive::again(input)?;
     while let Some(member) = archive.next()? {
@@ -122,7 +123,7 @@ fn named(input: &Path) -> Result<HashSet<Vec<u8>>> {
     Ok(HashSet::new())
 }
 
-/// Whether a file may be a part of an image.
+/// Returns whether a file may be a part of an image, by its name.
 fn is_wanted(path: &[u8]) -> bool {
     let slashes = path.iter().filter(|&&byte| byte == b'/').count();
     match path.strip_prefix(BLOBS.as_bytes()) {
@@ -178,7 +179,7 @@ impl Unpack<'_> {
         Ok(())
     }
 
-    /// Makes a blob of a file.
+    /// Stores a file of the archive as a blob.
     fn store(&self, member: &Member, archive: &mut Archive) -> Result<Stored> {
         let blobs = self.root.path().join(BLOBS);
         let file = tempfile::NamedTempFile::new_in(&blobs).context(WRITE)?;
@@ -212,7 +213,7 @@ impl Unpack<'_> {
         Ok(stored)
     }
 
-    /// The file that has a name in the archive.
+    /// Returns the file with this name in the archive. Follows links.
     fn find(&self, name: &str) -> Result<&Stored> {
         let mut name = name.as_bytes();
         for _ in 0..LINKS {
@@ -243,7 +244,7 @@ impl Unpack<'_> {
         Ok(descriptor)
     }
 
-    /// Makes manifests and an index of what `docker save` writes.
+    /// Makes manifests and an index from the output of `docker save`.
     fn saved(&self) -> Result<()> {
         let shown = |name: &str| format!("{}: {name}", self.input.display());
         if !self.files.contains_key(b"manifest.json".as_slice()) {
@@ -308,7 +309,7 @@ const DOCKER_MANIFEST: &str = MANIFEST_TYPES[1];
 const DOCKER_CONFIG: &str = CONFIG_TYPES[1];
 const DOCKER_TAR: &str = TAR_TYPES[1];
 
-/// What a symbolic link leads to, from the top of the archive; nothing where that leaves it.
+/// Returns the name in the archive that a symbolic link leads to; `None` if it leads out of the archive.
 fn relative(path: &[u8], target: &[u8]) -> Option<Vec<u8>> {
     let mut parts: Vec<&[u8]> = path.split(|&byte| byte == b'/').collect();
     parts.pop();

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! Images whose layers are OverlayBD layers: these stay as they are, byte for byte.
+//! Images whose layers are OverlayBD layers. The layers are copied unchanged.
 
 use std::fs::File;
 use std::io::Write;
@@ -23,12 +23,13 @@ use crate::layers::warn;
 use crate::made::Made;
 use crate::output::sync;
 
-/// Names of annotations that only TurboOCI layers have.
+/// Annotations that only TurboOCI layers have.
 const TURBO: [&str; 2] = ["overlaybd/turbo-oci", "overlaybd/fastoci"];
-/// The beginning of names of annotations that only OverlayBD layers have.
+/// Prefix of the annotations that only OverlayBD layers have.
 const ANNOTATION: &str = "containerd.io/snapshot/overlaybd/";
 
-/// Whether the layers are said to be OverlayBD layers, or the lowest one is.
+/// Returns whether the image's layers are OverlayBD layers: by the annotations, or because the lowest layer
+/// is one.
 pub(super) fn is_ready(layout: &Layout, manifest: &Manifest) -> bool {
     let is_said = |layer: &Descriptor| {
         let mut names = layer.annotations.keys();
@@ -43,7 +44,7 @@ pub(super) fn is_ready(layout: &Layout, manifest: &Manifest) -> bool {
     manifest.layers.iter().any(is_said) || manifest.layers.first().is_some_and(is_one)
 }
 
-/// Makes the directory: the layers' files, and what lists them.
+/// Makes the directory: the layers, and the file that lists them.
 pub(super) fn convert(
     layout: &Layout,
     image: &Found,
@@ -69,7 +70,7 @@ pub(super) fn convert(
     made.finish_config()
 }
 
-/// Opens the layers of an image, and checks that they are OverlayBD layers and make a stack: before
+/// Opens the layers of an image, and checks that they are OverlayBD layers and make a stack. Called before
 /// gigabytes are copied.
 fn open(layout: &Layout, image: &Descriptor, layers: &[Descriptor]) -> Result<Stack> {
     if layers.is_empty() || layers.len() > MAX_LAYERS {
@@ -105,7 +106,7 @@ fn open(layout: &Layout, image: &Descriptor, layers: &[Descriptor]) -> Result<St
             })?,
         );
     }
-    // They are copied as they are; what opens them refuses what cannot be right.
+    // Only warnings: the layers are copied unchanged, and commands that open them refuse a wrong stack.
     let found = Findings::of(&opened, Part::Whole);
     warn(&found.errors);
     warn(&found.warnings);

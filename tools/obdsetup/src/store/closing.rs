@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! What `close` does with a store: says in its head that all is in it, or that it was too small, or that a
-//! write to it failed.
+//! What `close` does with a store: it records in the head that the store is complete, that it was too small,
+//! or that a write to it has failed.
 
 use std::fs::File;
 use std::path::PathBuf;
@@ -14,27 +14,27 @@ use rustix::fs::FlockOperation;
 use super::{drop_cache, lock, write_head};
 use crate::dm::{self, backing, share, Control};
 
-/// What dm-snapshot's status begins with where the store was too small.
+/// First word of dm-snapshot's status if the store was too small.
 const OVERFLOW: &str = "Overflow";
 
-/// The store of a disk that is about to be closed, locked.
+/// The locked store of a disk that is about to be closed.
 pub(crate) struct Closing {
-    /// The file or device, by way of what the store's device is over.
+    /// The block device below the store's device. Its first bytes are the head.
     file: File,
-    /// The number of that.
+    /// The number of that block device.
     lower: String,
     /// The UUID of the store's device.
     uuid: String,
     /// The name of the stack.
     name: String,
     head: Head,
-    /// How the writes went; nothing where nobody knows.
+    /// The state that follows from dm-snapshot's status; `None` if the status is unknown.
     outcome: Option<State>,
 }
 
 impl Closing {
-    /// The store of `stack`; nothing where its disk takes no writes, or isn't all there: then nobody has
-    /// seen whether all writes came through.
+    /// Returns the store of `stack`. Returns `None` if its disk isn't writable, or if the stack is
+    /// half-built: then it is unknown whether all writes have succeeded.
     pub(crate) fn of(control: &Control, stack: &dm::Stack) -> Result<Option<Self>> {
         let (Some(top), Some(store)) = (stack.top(), stack.store()) else {
             return Ok(None);
@@ -45,7 +45,8 @@ impl Closing {
         let lower = share::lower(&store.number).into_iter().next();
         let lower = lower.with_context(|| format!("device {} is over nothing", store.name))?;
         let file = backing::open_by_number(&lower)?;
-        // Of a device, nobody makes another disk until its head is written.
+        // If the store is a block device, the lock prevents that another disk is made with it before the head
+        // is written.
         let what = format!("the store of device {}", stack.name);
         lock(&file, FlockOperation::NonBlockingLockExclusive, &what)?;
         let status = control.status_words(&[&top.name], 0);
@@ -63,7 +64,7 @@ impl Closing {
         Ok(Some(closing))
     }
 
-    /// Notes that the store was closed, after the devices were removed.
+    /// Records that the store was closed. Called after the devices were removed.
     pub(crate) fn end(mut self) -> Result<()> {
         let why = match self.outcome {
             _ if share::number_of_uuid(&self.uuid).is_some() => "is still in use",
@@ -77,9 +78,9 @@ impl Closing {
         Ok(())
     }
 
-    /// [`Self::end`] where the devices are gone.
+    /// The part of [`Self::end`] that writes the head. The devices don't exist any more.
     fn close(&mut self) -> Result<()> {
-        // What was written comes first.
+        // The changes must be on disk before the head.
         self.file.sync_all().context("cannot sync the store")?;
         if !share::users(&self.lower).is_empty() || read(&self.file, &self.name)? != self.head {
             bail!(
@@ -90,7 +91,7 @@ impl Closing {
         if self.head.state != State::Open {
             return Ok(());
         }
-        // Writes may have failed after the status was read.
+        // The store may have become full after the status was read.
         let file = self.file.try_clone()?;
         let blob = FileBlob::from_file(file, &PathBuf::from(&self.name))?;
         let exceptions = Exceptions::read(&blob, &self.head)
@@ -101,7 +102,7 @@ impl Closing {
         })
     }
 
-    /// Sets the state, where the store is open.
+    /// Writes the state to the head, if the head says that the store is open.
     fn set(&mut self, state: State) -> Result<()> {
         if self.head.state != State::Open {
             return Ok(());
@@ -127,13 +128,13 @@ fn read(file: &File, name: &str) -> Result<Head> {
     Head::read(&blob.with_context(context)?).with_context(context)
 }
 
-/// The state that a store gets whose dm-snapshot has a status that begins with `word`.
+/// Returns the state for a store whose dm-snapshot has a status that begins with `word`.
 fn outcome(word: &str) -> State {
     let is_number = |text: &str| text.parse::<u64>().is_ok();
     match word.split_once('/') {
         _ if word == OVERFLOW => State::Overflowed,
         Some((used, size)) if is_number(used) && is_number(size) => State::Closed,
-        // Invalid; Merge failed; Unknown; what later kernels say.
+        // Invalid; Merge failed; Unknown; words of later kernels.
         _ => State::Failed,
     }
 }

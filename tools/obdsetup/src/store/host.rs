@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! The machine that a store is open on. Locks and sysfs tell of this one only.
+//! The machine on which a store is open. It is recorded in the store, because locks and sysfs only tell about
+//! this machine.
 
 use std::fs;
 use std::path::Path;
@@ -10,7 +11,7 @@ use overlaybd::changes::Host;
 /// Returns this machine.
 pub(super) fn this() -> Host {
     Host {
-        // An initramfs may have an ID that is made anew at each boot.
+        // Not in an initramfs, which may have a different ID after each boot.
         machine: match Path::new("/etc/initrd-release").exists() {
             true => [0; 16],
             false => id("/etc/machine-id"),
@@ -19,12 +20,12 @@ pub(super) fn this() -> Host {
     }
 }
 
-/// Returns the ID in a file; zeros where there is none.
+/// Returns the ID in a file; zeros if there is none.
 fn id(path: &str) -> [u8; 16] {
     parse(&fs::read_to_string(path).unwrap_or_default()).unwrap_or_default()
 }
 
-/// Reads 32 hexadecimal digits, perhaps with hyphens as in a UUID.
+/// Parses 32 hexadecimal digits, with or without the hyphens of a UUID.
 fn parse(text: &str) -> Option<[u8; 16]> {
     let digits: String = text.trim_end().chars().filter(|&c| c != '-').collect();
     let is_right = digits.len() == 32 && digits.bytes().all(|digit| digit.is_ascii_hexdigit());
@@ -32,7 +33,7 @@ fn parse(text: &str) -> Option<[u8; 16]> {
     is_right.then(|| number.to_be_bytes())
 }
 
-/// Returns an ID as machine-id(5) has it.
+/// Returns an ID in the form of machine-id(5).
 pub(super) fn show(id: [u8; 16]) -> String {
     format!("{:032x}", u128::from_be_bytes(id))
 }

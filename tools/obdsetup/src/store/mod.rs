@@ -1,13 +1,13 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! Stores of changes: files and block devices that keep what is written to a disk of layers.
+//! Stores of changes: files and block devices that keep what is written to the disk of a stack.
 //!
-//! - [`opening`]: what `open --writable` does with one, or makes.
-//! - [`closing`]: what `close` does with one.
-//! - [`reading`]: what `create --changes` reads.
-//! - [`thin`]: what it reads of a thin volume.
-//! - [`users`]: who has one open.
-//! - [`host`]: where it is open.
+//! - [`opening`]: what `open --writable` does with a store. It may make one.
+//! - [`closing`]: what `close` does with a store.
+//! - [`reading`]: reads a store for `create --changes`.
+//! - [`thin`]: reads the mappings of a thin volume for `create --changes`.
+//! - [`users`]: finds who has a store open.
+//! - [`host`]: identifies the machine on which a store is open.
 //!
 //! The format is [`overlaybd::changes`].
 
@@ -33,19 +33,19 @@ use crate::chain::{Findings, Part};
 use crate::exit::{self, Failure};
 use crate::{interrupt, output, size};
 
-/// How long udev and others may have a lock or a loop device who only look at it.
+/// How long to wait for a lock or a loop device. Programs such as udev may have it for a moment.
 const PATIENCE: Duration = Duration::from_secs(5);
 const POLL: Duration = Duration::from_millis(20);
 
-/// What a store is opened for.
+/// The purpose for which a store is opened.
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Access {
     Read,
-    /// To write to it, too: no other obdsetup has it meanwhile.
+    /// To read and write it. No other obdsetup has it open meanwhile.
     Write,
 }
 
-/// Opens the store at `path`, and locks it. The lock ends with the file.
+/// Opens the store at `path`, and locks it. The lock is released when the file is closed.
 fn open(path: &Path, access: Access) -> Result<FileBlob> {
     let context = || path.display().to_string();
     loop {
@@ -60,10 +60,10 @@ fn open(path: &Path, access: Access) -> Result<FileBlob> {
             ),
         };
         lock(blob.file(), operation, &context())?;
-        // Who had the lock before may have removed it, or another is there.
+        // The previous holder of the lock may have removed or replaced the file: try again then.
         if is_at(path, blob.file()).with_context(context)? {
             drop_cache(blob.file())?;
-            // It may have become larger.
+            // Get the size again, because the file may have grown.
             let file = blob.file().try_clone().with_context(context)?;
             return Ok(FileBlob::from_file(file, path)?);
         }
@@ -71,7 +71,7 @@ fn open(path: &Path, access: Access) -> Result<FileBlob> {
     }
 }
 
-/// Locks a store, `what` in messages.
+/// Locks a store. Messages call it `what`.
 fn lock(file: &File, operation: FlockOperation, what: &str) -> Result<()> {
     let end = Instant::now() + PATIENCE;
     loop {
@@ -89,14 +89,15 @@ fn lock(file: &File, operation: FlockOperation, what: &str) -> Result<()> {
     }
 }
 
-/// Whether `path` leads to `file`.
+/// Returns whether `path` leads to `file`.
 fn is_at(path: &Path, file: &File) -> std::io::Result<bool> {
     let meta = file.metadata()?;
     let there = path.metadata();
     Ok(there.is_ok_and(|there| (there.dev(), there.ino()) == (meta.dev(), meta.ino())))
 }
 
-/// Forgets what the page cache has of a device: device-mapper doesn't write through it.
+/// Drops the page cache of a block device, which is out of date after device-mapper has written to the
+/// device.
 fn drop_cache(file: &File) -> std::io::Result<()> {
     if is_device(file)? {
         let _ = rustix::fs::fadvise(file, 0, None, Advice::DontNeed);
@@ -108,15 +109,15 @@ fn is_device(file: &File) -> std::io::Result<bool> {
     Ok(file.metadata()?.file_type().is_block_device())
 }
 
-/// Writes the head of a store, to its disk.
+/// Writes the head of a store, and syncs it.
 fn write_head(file: &File, head: &Head) -> std::io::Result<()> {
     file.write_all_at(&head.to_bytes(), 0)?;
     output::sync(file)
 }
 
-/// The identity of the disk of `stack`.
+/// Returns the identity of the disk of `stack`.
 fn origin(stack: &Stack) -> Result<Origin> {
-    // With --ignore-identity, the layers may be others than those that a UUID was made of.
+    // With --ignore-identity, the layers may differ from those from which a UUID was made.
     let fits = Findings::of(stack.layers(), Part::Whole).is_empty();
     Ok(Origin::of(stack, fits)?)
 }
@@ -142,7 +143,7 @@ fn check_origin(path: &Path, head: &Head, origin: &Origin, sectors: u64) -> Resu
     Err(Failure::error(exit::BAD_IMAGE, message))
 }
 
-/// Whether there is nothing at `path`.
+/// Returns whether nothing exists at `path`.
 fn is_missing(path: &Path) -> bool {
     let there = path.symlink_metadata();
     there.is_err_and(|error| error.kind() == ErrorKind::NotFound)

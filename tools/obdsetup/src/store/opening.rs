@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! What `open --writable` does with a store: makes it, or checks that it belongs to the disk.
+//! What `open --writable` does with a store: it makes the store, or checks that it belongs to the disk.
 
 use std::fs::File;
 use std::os::fd::AsRawFd;
@@ -31,45 +31,45 @@ use crate::size;
 
 /// Smallest store that is made.
 const SMALLEST: u64 = 1 << 20;
-/// Bytes at either end of a device that must be zeros where it becomes a store.
+/// Number of bytes at each end of a device that must be zeros before it becomes a store.
 const BLANK: u64 = 1 << 20;
-/// Bytes of a store that nothing was written to: the head, the header of dm-snapshot and an area.
+/// Length in bytes of a store without changes: the head, the header of dm-snapshot, and an area.
 const EMPTY: usize = 3 * 4096;
 
-/// What is asked of a store.
+/// What the user wants of a store.
 #[derive(Clone, Debug, Default)]
 pub(crate) struct Wish {
-    /// Bytes in all of one that is made, or becomes larger. Without, a file has room for all of the disk.
+    /// Size in bytes for a store that is made or grown. If `None`, a file gets room for all of the disk.
     pub(crate) bytes: Option<u64>,
-    /// Whether one is as good that has more bytes.
+    /// Whether a store may be larger than that.
     pub(crate) at_least: bool,
-    /// Whether one is made where none is there.
+    /// Whether to make a store if there is none.
     pub(crate) create: bool,
-    /// Whether one is opened that counts as open on another machine.
+    /// Whether to open a store that is marked as open on another machine.
     pub(crate) take_over: bool,
 }
 
-/// A store that is about to be opened. Nothing is written to it yet.
+/// A store that is about to be opened. Nothing was written to it yet.
 pub(crate) struct Found {
     path: PathBuf,
     head: Head,
-    /// The store, locked; nothing where the file is still to be made.
+    /// The locked store; `None` if the file has to be made.
     there: Option<FileBlob>,
     before: Before,
 }
 
-/// What was there before.
+/// The previous content.
 enum Before {
     /// No file.
     Missing,
     /// An empty device.
     Blank,
-    /// A store with this head and so many exceptions.
+    /// A store with this head and this number of exceptions.
     Store(Head, u64),
 }
 
 impl Found {
-    /// Looks at the store at `path` for the disk of `stack`.
+    /// Checks the store at `path` for the disk of `stack`.
     pub(crate) fn new(path: &Path, stack: &Stack, wish: &Wish) -> Result<Self> {
         let origin = origin(stack)?;
         let disk = stack.sectors();
@@ -143,12 +143,12 @@ impl Found {
         })
     }
 
-    /// Sectors behind the head.
+    /// Returns the number of sectors after the head.
     pub(crate) fn sectors(&self) -> u64 {
         self.head.store
     }
 
-    /// Writes the head: from now on, the store is open in the disk `name`.
+    /// Writes the head, which marks the store as open. `name` is the name of the disk.
     pub(crate) fn begin(self, name: &str) -> Result<Opened> {
         let Self {
             path,
@@ -160,9 +160,10 @@ impl Found {
             Some(blob) => blob,
             None => make(&path, &head)?,
         };
-        // The lock lasts as long as a program is at work.
+        // Programs that are started inherit the lock, so it is held while one of them runs.
         rustix::io::fcntl_setfd(locked.file(), FdFlags::empty()).map_err(std::io::Error::from)?;
-        // A loop device keeps its file open, and would keep the lock.
+        // Opened separately, without the lock: a loop device keeps its file open, and would keep the lock
+        // held.
         let file = reopen(locked.file(), OFlags::empty())
             .with_context(|| format!("{}: cannot write", path.display()))?;
         let mut opened = Opened {
@@ -178,8 +179,8 @@ impl Found {
     }
 }
 
-/// A store that is open. When this is dropped, it is as before, unless [`Self::keep`] was called, or the disk
-/// is still there or was written to.
+/// A store that is open. Dropping this restores the previous content, unless [`Self::keep`] was called, or
+/// the disk still exists or was written to.
 pub(crate) struct Opened {
     path: PathBuf,
     /// The name of the disk.
@@ -197,7 +198,7 @@ impl Opened {
         let context = || format!("{}: cannot write", path.display());
         let blob = self.alone().with_context(context)?;
         let is_same = match &before {
-            // The head is there already.
+            // The head was written when the file was made.
             Before::Missing => {
                 crate::tell(&format!(
                     "note: {}: made a new store of changes, of up to {}",
@@ -221,7 +222,7 @@ impl Opened {
         write_head(blob.file(), &self.head).with_context(context)
     }
 
-    /// Opens the store once more. Fails for a device that is mounted, or a part of another device.
+    /// Opens the store again. Fails if it is a device that is mounted or that another device is made of.
     fn alone(&self) -> Result<FileBlob> {
         let flags = match is_device(&self.file)? {
             true => OFlags::EXCL,
@@ -232,7 +233,7 @@ impl Opened {
         Ok(FileBlob::from_file(file, &self.path)?)
     }
 
-    /// What a table may name. With `direct`, a file is read and written past the page cache.
+    /// Returns the block device that a table may name. With `direct`, I/O to a file bypasses the page cache.
     pub(crate) fn backing(&self, direct: bool, lock: &Lock) -> Result<Backing> {
         match is_device(&self.file)? {
             true => Ok(Backing::device(&self.file.metadata()?)),
@@ -240,12 +241,12 @@ impl Opened {
         }
     }
 
-    /// Leaves it open.
+    /// Keeps the store open.
     pub(crate) fn keep(mut self) {
         self.undo = None;
     }
 
-    /// Makes the store as it was `before`, where nobody has it and nothing was written.
+    /// Restores the content from `before`. Fails if the store is in use or was written to.
     fn put_back(&self, before: &Before) -> Result<()> {
         let uuids = writable_uuids(&self.name);
         if uuids
@@ -298,7 +299,7 @@ impl Drop for Opened {
     }
 }
 
-/// Opens a file once more, to read and to write it. Its name may lead to another by now.
+/// Opens a file again for reading and writing. Doesn't use its name, which may lead to another file now.
 fn reopen(file: &File, flags: OFlags) -> std::io::Result<File> {
     let mut options = File::options();
     options.read(true).write(true);
@@ -306,13 +307,13 @@ fn reopen(file: &File, flags: OFlags) -> std::io::Result<File> {
     options.open(format!("/proc/self/fd/{}", file.as_raw_fd()))
 }
 
-/// Makes a file for a store, locked: the head, and a hole.
+/// Makes and locks the file of a store: the head, and a hole.
 fn make(path: &Path, head: &Head) -> Result<FileBlob> {
-    // What is written may be secret, whoever may read the layers.
+    // Changes may be secret, even if everyone may read the layers.
     let mut output = Output::with_mode(path, false, [], 0o600)?;
     let context = || format!("{}: cannot write", path.display());
     let file = output.file();
-    // From before another can see it.
+    // Locked before the file gets its name.
     let what = path.display().to_string();
     lock(file, FlockOperation::NonBlockingLockExclusive, &what)?;
     file.set_len(end(head)).with_context(context)?;
@@ -320,13 +321,13 @@ fn make(path: &Path, head: &Head) -> Result<FileBlob> {
     Ok(FileBlob::from_file(output.complete()?, path)?)
 }
 
-/// Where a store ends, in bytes.
+/// Returns the end of a store in bytes.
 fn end(head: &Head) -> u64 {
-    // A valid head's is below 2^60.
+    // Doesn't saturate for a valid head: the end is below 2^60.
     head::SIZE.saturating_add(head.store.saturating_mul(SECTOR_SIZE))
 }
 
-/// Returns `head` if it can be read again.
+/// Returns `head`, if it will be accepted when it is read again.
 fn valid(path: &Path, head: Head) -> Result<Head> {
     match Head::from_bytes(&head.to_bytes()) {
         Ok(_) => Ok(head),
@@ -334,7 +335,7 @@ fn valid(path: &Path, head: Head) -> Result<Head> {
     }
 }
 
-/// The sectors behind the head of a store of `bytes`.
+/// Returns the number of sectors after the head of a store of `bytes` bytes.
 fn sectors(path: &Path, bytes: u64) -> Result<u64> {
     let largest = MAX_END * SECTOR_SIZE;
     let (what, limit) = match bytes {
@@ -351,7 +352,8 @@ fn sectors(path: &Path, bytes: u64) -> Result<u64> {
     Err(Failure::usage(message))
 }
 
-/// The sectors behind the head `old` of the store at `path`, as large as is wished.
+/// Returns the number of sectors after the head of the store at `path`, with the size that `wish` has. `old`
+/// is the current head.
 fn grown(path: &Path, old: &Head, wish: &Wish) -> Result<u64> {
     match wish.bytes {
         Some(bytes) if bytes > end(old) => Ok(sectors(path, bytes)?.max(old.store)),
@@ -367,7 +369,7 @@ fn grown(path: &Path, old: &Head, wish: &Wish) -> Result<u64> {
     }
 }
 
-/// Checks that a table of dm-snapshot can have the chunks of the store at `path`.
+/// Checks that a table of dm-snapshot can use the chunk size of the store at `path`.
 fn check_chunk(path: &Path, old: &Head) -> Result<()> {
     if old.chunk == head::CHUNK {
         return Ok(());
@@ -381,8 +383,8 @@ fn check_chunk(path: &Path, old: &Head) -> Result<()> {
     Err(Failure::error(exit::BAD_IMAGE, message))
 }
 
-/// Checks that the store with the head `old`, which is to get `new`, can be written to. Says where it was
-/// not closed. Returns the number of its exceptions.
+/// Checks that a store can be opened for writing. `old` is its head, and `new` will replace it. Reports if
+/// the store was not closed or was full. Returns the number of its exceptions.
 fn check_state(blob: &FileBlob, old: &Head, new: &Head, wish: &Wish) -> Result<u64> {
     let path = blob.path();
     if old.state == State::Open && old.host.is_other(&new.host) && !wish.take_over {
@@ -397,7 +399,7 @@ fn check_state(blob: &FileBlob, old: &Head, new: &Head, wish: &Wish) -> Result<u
     let exceptions = Exceptions::read(blob, old).map_err(|error| error.in_file(path))?;
     let was_full = match old.state {
         State::Overflowed => true,
-        // Nobody has seen whether writes have failed.
+        // It is unknown whether writes have failed because the store was full.
         State::Open | State::Failed => !exceptions.has_room(),
         State::Closed => false,
     };
@@ -425,8 +427,8 @@ fn check_state(blob: &FileBlob, old: &Head, new: &Head, wish: &Wish) -> Result<u
     Ok(exceptions.len())
 }
 
-/// Checks that a disk of `disk` sectors ends with a sector of the device. Says what large ones mean, where it
-/// becomes a store.
+/// Checks that a disk of `disk` sectors ends with a whole sector of the device. If the device becomes a store
+/// and has large sectors, reports what follows from that.
 fn check_sectors(device: &FileBlob, disk: u64, before: &Before) -> Result<()> {
     let len = users::sector(&device.file().metadata()?).unwrap_or(SECTOR_SIZE);
     if len <= SECTOR_SIZE {
@@ -450,7 +452,7 @@ fn check_sectors(device: &FileBlob, disk: u64, before: &Before) -> Result<()> {
     Ok(())
 }
 
-/// Checks that a device has nothing on it, as far as that can be seen.
+/// Checks that a device is empty: that the bytes at both of its ends are zeros.
 fn check_blank(device: &FileBlob) -> Result<()> {
     let size = device.size();
     let len = BLANK.min(size);

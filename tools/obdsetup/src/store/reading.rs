@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! What `create --changes` reads: a store that was closed.
+//! Reads a store that was closed, for `create --changes`.
 
 use std::path::Path;
 
@@ -12,7 +12,7 @@ use super::users::{self, Signals};
 use super::{check_origin, open, origin, Access};
 use crate::exit::{self, Failure};
 
-/// A store, locked, whose changes can be read.
+/// A locked store whose changes can be read.
 pub(crate) struct Closed {
     blob: FileBlob,
     head: Head,
@@ -35,7 +35,7 @@ impl Closed {
                  --store-size, check the file system, and `obdsetup close' it"
             }
             State::Failed => {
-                // All may be lost.
+                // This fails if dm-snapshot has marked the store as invalid: opening it again wouldn't help.
                 Exceptions::read(&blob, &head).map_err(|error| error.in_file(path))?;
                 "a write to it failed when it was open last: `obdsetup open --writable' it, check the file \
                  system, and `obdsetup close' it"
@@ -45,7 +45,7 @@ impl Closed {
         Err(Failure::error(exit::BAD_IMAGE, message))
     }
 
-    /// The disk `below` with the changes, which must belong to it.
+    /// Returns the disk `below` with the changes. Fails if they don't belong to this disk.
     pub(crate) fn over<'a>(&'a self, below: &'a Stack) -> Result<Changed<'a>> {
         let Self { blob, head } = self;
         let path = blob.path();

@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! Where a thin volume was written to, as thin_dump(8) and thin_delta(8) write it in XML.
+//! Reads which ranges of a thin volume are mapped, from the XML of thin_dump(8) and thin_delta(8).
 //!
-//! With an external origin, a block of the volume that is not mapped is one of the origin.
+//! If a volume has an external origin, a block that is not mapped has the data of the origin.
 
 use std::fs::File;
 use std::io::{BufRead, BufReader};
@@ -20,12 +20,12 @@ use rustix::fs::{major, minor};
 use crate::dm::{share, Control};
 use crate::exit::{self, Failure};
 
-/// What the XML says of a thin volume.
+/// The mappings of a thin volume.
 #[derive(Debug, Default, PartialEq, Eq)]
 pub(crate) struct Map {
-    /// The bytes of the volume that have mappings: ascending, without overlaps.
+    /// The byte ranges of the volume that are mapped: ascending, without overlaps.
     pub(crate) ranges: Vec<Range<u64>>,
-    /// For a volume of thin_dump: its ID in the pool, and the sectors that are mapped.
+    /// From thin_dump only: the ID of the volume in the pool, and the number of mapped sectors.
     volume: Option<(u64, u64)>,
 }
 
@@ -47,8 +47,8 @@ impl Map {
         })
     }
 
-    /// Checks that this is of the volume at `path` as it is now, where that is a thin volume of
-    /// device-mapper.
+    /// If `path` is a thin volume of device-mapper, checks that ID and number of mapped sectors are those
+    /// that it has now.
     pub(crate) fn check(&self, path: &Path) -> Result<()> {
         let meta = path
             .metadata()
@@ -79,16 +79,16 @@ impl Map {
     }
 }
 
-/// Reads XML; an error says what is wrong, and where.
+/// Parses the XML. An error says what is wrong, and where.
 fn parse(text: impl BufRead) -> Result<Map, String> {
     let mut reader = Reader::from_reader(text);
     let mut buffer = Vec::new();
     let mut block = None;
     let mut volumes = 0;
-    // ID and mapped blocks.
+    // The ID and the number of mapped blocks.
     let mut volume = None;
     let mut ranges = Vec::new();
-    // Tags that are open.
+    // Number of open tags.
     let mut depth = 0_u64;
     loop {
         let at = reader.buffer_position();
@@ -97,7 +97,7 @@ fn parse(text: impl BufRead) -> Result<Map, String> {
         let event = event.map_err(|error| format!("byte {at}: {error}"))?;
         match event {
             Event::Start(_) => depth += 1,
-            // The reader has checked that it is the tag that is open.
+            // The reader has checked that it closes the open tag.
             Event::End(_) => depth = depth.saturating_sub(1),
             Event::Eof if depth > 0 => return Err(format!("byte {at}: is cut off")),
             Event::Eof => break,
@@ -134,7 +134,7 @@ fn parse(text: impl BufRead) -> Result<Map, String> {
         let (start, end) = range.ok_or_else(|| format!("byte {at}: behind the end of any disk"))?;
         ranges.push(start..end);
     }
-    // The mappings of others would be taken for its own.
+    // With several volumes, mappings of one would be used for another.
     if volumes != 1 {
         return Err(format!(
             "has {volumes} volumes, and one is wanted (thin_dump --dev-id)"
@@ -143,7 +143,7 @@ fn parse(text: impl BufRead) -> Result<Map, String> {
     ranges.retain(|range| !range.is_empty());
     ranges.sort_unstable_by_key(|range| range.start);
     let mut end = 0;
-    // No overflow: there are no overlaps below 2^59.
+    // No overflow: the ranges don't overlap, and end below 2^59.
     let mut sum = 0;
     for range in &ranges {
         if range.start < end {
@@ -167,14 +167,14 @@ fn parse(text: impl BufRead) -> Result<Map, String> {
     Ok(Map { ranges, volume })
 }
 
-/// The bytes of `blocks` of `sectors` sectors each; nothing behind the end of any disk.
+/// Returns the number of bytes in `blocks` blocks of `sectors` sectors each; `None` if no disk is that large.
 fn bytes(blocks: u64, sectors: u64) -> Option<u64> {
     let sectors = blocks.checked_mul(sectors);
     let sectors = sectors.filter(|&sectors| sectors <= MAX_END);
     sectors.map(|sectors| sectors * SECTOR_SIZE)
 }
 
-/// The number that an attribute is.
+/// Returns the value of an attribute that is a number.
 fn number(tag: &BytesStart<'_>, name: &str) -> Option<u64> {
     let attribute = tag.try_get_attribute(name).ok()??;
     std::str::from_utf8(&attribute.value).ok()?.parse().ok()
@@ -249,7 +249,7 @@ mod tests {
         }
     }
 
-    /// Not one place at which it may be cut is taken for the end.
+    /// A file that is cut off at any place is an error.
     #[test]
     fn cut_off() {
         for at in 0..DUMP.len() {

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! Who has a store open.
+//! Finds who has a store open.
 
 use std::fs;
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
@@ -21,15 +21,16 @@ use crate::{in_use, interrupt};
 /// Where sysfs is mounted.
 const SYS: &str = "/sys";
 
-/// What a signal does while it is waited that a loop device goes.
+/// What a signal does during the wait for a loop device to be detached.
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub(super) enum Signals {
     End,
-    /// It is what is done after a signal.
+    /// It is ignored. Used when cleaning up after a signal.
     Ignore,
 }
 
-/// Fails where a device is over the store at `path`, a file or block device that is described by `meta`.
+/// Returns an error if a device is over the store at `path`. `meta` is the metadata of this file or block
+/// device.
 pub(super) fn check(path: &Path, meta: &fs::Metadata, signals: Signals) -> Result<()> {
     let end = Instant::now() + PATIENCE;
     loop {
@@ -41,7 +42,7 @@ pub(super) fn check(path: &Path, meta: &fs::Metadata, signals: Signals) -> Resul
         let what = match numbers.iter().find_map(|number| user(number)) {
             Some(name) => format!("stack {name} has it open: run `obdsetup close {name}' first"),
             None if !is_device && !numbers.is_empty() => {
-                // The last stack is closed, and udev looks at its loop device.
+                // The last stack may be closed already, and udev may still have its loop device open.
                 if Instant::now() < end {
                     if signals == Signals::End {
                         interrupt::check()?;
@@ -63,10 +64,10 @@ fn number(meta: &fs::Metadata) -> String {
     format!("{}:{}", major(meta.rdev()), minor(meta.rdev()))
 }
 
-/// Returns the bytes of a sector of a block device.
+/// Returns the size in bytes of a logical block of a block device; `None` for a file.
 pub(super) fn sector(meta: &fs::Metadata) -> Option<u64> {
     let system = share::system(&number(meta));
-    // That of a partition is one of its disk.
+    // For a partition, the queue is that of its disk.
     let mut of = ["queue", "../queue"].into_iter().map(|queue| {
         let size = system.join(queue).join("logical_block_size");
         fs::read_to_string(size).ok()?.trim_end().parse().ok()
@@ -75,20 +76,20 @@ pub(super) fn sector(meta: &fs::Metadata) -> Option<u64> {
         .filter(|_| meta.file_type().is_block_device())
 }
 
-/// Returns the numbers of the loop devices over the file that loop device `number` is over, if it is one.
+/// If device `number` is a loop device, returns the numbers of all writable loop devices with the same file.
 fn loops_beside(number: &str) -> Vec<String> {
     let file = loop_file(Path::new(SYS), number);
     let meta = file.and_then(|file| fs::metadata(file).ok());
     meta.map_or_else(Vec::new, |meta| loops(&meta))
 }
 
-/// Returns the numbers of the loop devices over a file that can be written to.
+/// Returns the numbers of the writable loop devices with this file.
 fn loops(meta: &fs::Metadata) -> Vec<String> {
     let sys = Path::new(SYS);
     let id = FileId::of(meta);
     let is_same = |other: fs::Metadata| (other.dev(), other.ino()) == (meta.dev(), meta.ino());
     let mut found = in_use::writable_loops(sys);
-    // The name may be that of another file by now, or in another mount namespace.
+    // The name may lead to another file now, or be from another mount namespace.
     found.retain(|device| {
         let named = device.file.metadata();
         let leads_nowhere = named.is_err();
@@ -97,7 +98,7 @@ fn loops(meta: &fs::Metadata) -> Vec<String> {
     found.into_iter().map(|device| device.number).collect()
 }
 
-/// Returns the stack that has device `number` as its store, or the device that is over it.
+/// Returns the name of a stack that uses device `number`, or of another mapped device that is over it.
 fn user(number: &str) -> Option<String> {
     let holder = share::users(number).into_iter().next()?;
     let text = |name: &str| {

@@ -13,7 +13,7 @@ use crate::{Error, FileBlob, Result, Stack};
 
 use super::exceptions::Exceptions;
 
-/// A disk with changes.
+/// The disk of a stack with the changes of a store.
 pub struct Changed<'a> {
     store: &'a FileBlob,
     exceptions: Exceptions,
@@ -72,7 +72,7 @@ impl Blob for Changed<'_> {
 impl Image for Changed<'_> {
     fn next_data(&self, offset: u64) -> Option<Range<u64>> {
         let next = self.exceptions.next(offset)?;
-        // The last chunk may be longer than the disk.
+        // The last chunk may reach beyond the end of the disk.
         Some(next.start..next.end.min(self.size()))
     }
 

@@ -18,11 +18,11 @@ use super::head::{self, Head};
 /// `SnAp`.
 const MAGIC: u32 = 0x7041_6e53;
 const VERSION: u32 = 1;
-/// Bytes of the header in use: magic, valid, version, size of a chunk in sectors.
+/// Number of bytes of the header in use: magic, valid, version, size of a chunk in sectors.
 const HEADER: usize = 16;
 /// Size of an exception in bytes: chunk of the disk, chunk of the store.
 const ENTRY: usize = 16;
-/// Most bytes in a range that is returned.
+/// Largest number of written bytes in a range that `next` or `lookup` returns.
 const AHEAD: u64 = 1 << 20;
 
 /// Returns the number of exceptions in an area, for chunks of `chunk` sectors.
@@ -39,7 +39,7 @@ struct Exception {
     new: u64,
 }
 
-/// The exceptions of a store. Each takes 16 bytes of memory.
+/// All exceptions of a store. Each takes 16 bytes of memory.
 #[derive(Debug, PartialEq, Eq)]
 pub struct Exceptions {
     /// Ascending by the chunk of the disk, without duplicates.
@@ -51,7 +51,7 @@ pub struct Exceptions {
 }
 
 impl Exceptions {
-    /// Reads the exceptions of the store at the start of `blob`. `head` was read from it.
+    /// Reads the exceptions of the store at the start of `blob`. `head` is its head.
     ///
     /// # Errors
     ///
@@ -72,7 +72,7 @@ impl Exceptions {
         let step = per_area(head.chunk) + 1;
         let (disk, store) = (head.disk_chunks(), head.store_chunks());
         let mut buffer = vec![0; to_usize(chunk)];
-        // First chunk after those in use.
+        // The first chunk of the store after those in use.
         let mut behind = 2;
         let mut area = 1;
         'areas: loop {
@@ -151,8 +151,8 @@ impl Exceptions {
         self.has_room
     }
 
-    /// Returns the first bytes of the disk at or after `offset` that were written, perhaps not all that are
-    /// adjacent.
+    /// Returns the first range of the disk at or after `offset` that was written. The bytes after the range
+    /// may have been written, too.
     pub fn next(&self, offset: u64) -> Option<Range<u64>> {
         let wanted = offset / self.chunk;
         let first = self.all.partition_point(|e| e.old < wanted);
@@ -167,7 +167,7 @@ impl Exceptions {
     }
 
     /// Returns the place of byte `offset` of the disk as a byte offset in the file or device, or `None` if
-    /// it was not written; and for how many bytes this holds, in order.
+    /// the byte was not written. Also returns for how many consecutive bytes this is so.
     pub(super) fn lookup(&self, offset: u64) -> (Option<u64>, u64) {
         let (wanted, within) = (offset / self.chunk, offset % self.chunk);
         let first = self.all.partition_point(|e| e.old < wanted);

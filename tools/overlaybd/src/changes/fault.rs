@@ -7,7 +7,7 @@ use super::head::MAGIC_LEN;
 /// A fault of a store.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum Fault {
-    /// The file is no store.
+    /// The file or device is no store: it has no magic.
     #[error("not a store of changes: begins with \"{}\", not with \"obdsetup changes\"", .0.escape_ascii())]
     Magic([u8; MAGIC_LEN]),
 
@@ -29,7 +29,7 @@ pub enum Fault {
     Short {
         /// Size in bytes.
         there: u64,
-        /// Size in bytes that the head says.
+        /// Size in bytes according to the head.
         wanted: u64,
     },
 
@@ -59,7 +59,7 @@ pub enum Fault {
         chunk: u64,
     },
 
-    /// The list of exceptions has no end within the store.
+    /// The list of exceptions doesn't end within the store.
     #[error("exceptions of the store: no end after {count}")]
     NoEnd {
         /// Number of exceptions in the store.

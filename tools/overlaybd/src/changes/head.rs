@@ -13,15 +13,15 @@ use super::origin::Origin;
 
 /// Size in bytes.
 pub const SIZE: u64 = 4096;
-/// Bytes in use: one sector, which a disk writes as a whole or not at all.
+/// Number of bytes in use: one sector, which a disk writes completely or not at all.
 pub const USED: usize = 512;
 /// Size of the magic in bytes.
 pub const MAGIC_LEN: usize = 16;
 const MAGIC: &[u8; MAGIC_LEN] = b"obdsetup changes";
 const VERSION: u32 = 1;
-/// Sectors in a chunk of new stores.
+/// Size in sectors of a chunk of a new store.
 pub const CHUNK: u32 = 8;
-/// Largest chunk in sectors: 1 MiB.
+/// Largest size in sectors of a chunk: 1 MiB.
 const MAX_CHUNK: u32 = 2048;
 /// Length of a UUID as text.
 const UUID_LEN: usize = 36;
@@ -43,14 +43,14 @@ mod field {
 /// State of a store.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum State {
-    /// Closed: it has every chunk that was written. A later write to a chunk that the store has already may
-    /// have failed; who wrote it was told.
+    /// Closed. The store has every chunk that was written. Another write to a chunk in the store may have
+    /// failed; the writer got an error then.
     Closed,
-    /// Open, or not closed because the machine went down or a close was killed.
+    /// Open; or it was not closed, because the machine went down or a close was killed.
     Open,
-    /// Writes have failed because the store was full, or may have: it has no room.
+    /// The store has no room. Writes have failed because of this, or may have failed.
     Overflowed,
-    /// A write to the store has failed, and what came after it may be missing.
+    /// A write to the store has failed. Later writes may be missing.
     Failed,
 }
 
@@ -65,18 +65,18 @@ impl State {
     }
 }
 
-/// A machine, and one time that it runs.
+/// A machine, and one boot of it.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Host {
     /// machine-id(5); zeros if not known.
     pub machine: [u8; 16],
-    /// ID that the kernel has from boot to shutdown; zeros if not known.
+    /// ID that the kernel makes at each boot; zeros if not known.
     pub boot: [u8; 16],
 }
 
 impl Host {
-    /// Returns whether `other` is a different machine for sure. Containers have IDs of their own, but the
-    /// kernel of their host.
+    /// Returns whether `other` is certainly a different machine. A container has its own machine ID, but the
+    /// boot ID of its host.
     pub fn is_other(&self, other: &Self) -> bool {
         let unknown = [0; 16];
         self.machine != other.machine
@@ -99,7 +99,7 @@ pub struct Head {
     pub chunk: u32,
     /// The disk that the changes belong to.
     pub origin: Origin,
-    /// Where the store was opened last.
+    /// The machine that has opened the store last.
     pub host: Host,
 }
 
@@ -127,7 +127,7 @@ impl Head {
         }
     }
 
-    /// Reads the fields from the bytes in use.
+    /// Parses the bytes in use.
     ///
     /// # Errors
     ///
@@ -241,21 +241,21 @@ impl Head {
     }
 }
 
-/// Returns the size in sectors of an exception store that never gets full, for a disk of `disk` sectors.
-/// `disk` is at most 2^50.
+/// Returns the size in sectors of an exception store that has room for all chunks of a disk of `disk`
+/// sectors. `disk` is at most 2^50.
 pub fn full_size(disk: u64) -> u64 {
     let chunk = u64::from(CHUNK);
     let chunks = disk.div_ceil(chunk);
-    // The header, the areas (dm-snapshot makes the next one when one is full), and a chunk that stays
-    // free.
+    // The header, the areas (dm-snapshot makes the next area when one is full), the data, and a chunk that
+    // stays free.
     let areas = chunks / super::exceptions::per_area(CHUNK) + 1;
     let all = 1 + areas + chunks + 1;
     (all + u64::from(ends_at_area(all))) * chunk
 }
 
-/// Returns the size in sectors of the exception store in `sectors` sectors: whole chunks, and no end where
-/// an area would begin. When an area is full, dm-snapshot writes the next one without a check for room; if
-/// this write fails, the store is invalid.
+/// Returns the size in sectors of the exception store that fits in `sectors` sectors. It has whole chunks,
+/// and doesn't end where an area would begin. When an area is full, dm-snapshot writes the next one without
+/// checking for room. If this write fails, the store becomes invalid.
 pub fn usable(sectors: u64) -> u64 {
     let chunk = u64::from(CHUNK);
     let chunks = sectors / chunk;

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! A disk and a list of the places that were written.
+//! A disk, and a list of the ranges that were written.
 
 use std::ops::Range;
 use std::path::Path;
@@ -9,7 +9,7 @@ use crate::diff::Image;
 use crate::format::Blob;
 use crate::{Error, FileBlob, Result};
 
-/// A disk that reads like the disk below except in some ranges.
+/// A disk that differs from the disk below only in some ranges.
 pub struct Mapped<'a> {
     disk: &'a FileBlob,
     /// Ascending; none is empty, none are adjacent.
@@ -17,7 +17,8 @@ pub struct Mapped<'a> {
 }
 
 impl<'a> Mapped<'a> {
-    /// Returns `disk` with `ranges` in bytes, in any order. Parts after the end of the disk are ignored.
+    /// Returns `disk` with `ranges` in bytes, which may be in any order and overlap. Parts after the end of
+    /// the disk are ignored.
     pub fn new(disk: &'a FileBlob, mut ranges: Vec<Range<u64>>) -> Self {
         ranges.sort_unstable_by_key(|range| range.start);
         let mut joined: Vec<Range<u64>> = Vec::new();

@@ -1,19 +1,19 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! Stores of changes. A store keeps what is written to the disk of a stack; the layers do not change.
+//! Stores of changes. A store keeps the changes to the disk of a stack. The layers do not change.
 //!
 //! ```text
 //! head, 4 KiB | the exception store of dm-snapshot
 //! ```
 //!
-//! The exception store has the chunks of the disk that were written, but does not say which disk they
-//! belong to. The head says that, and whether the store was closed.
+//! The exception store has the chunks of the disk that were written, but does not say which disk they belong
+//! to. The head identifies the disk, and says whether the store was closed.
 //!
 //! - [`head`]: the head.
 //! - [`exceptions`]: the list of the chunks that were written.
 //! - [`origin`]: the identity of the disk of a stack.
 //! - [`disk`]: the disk with the changes of a store.
-//! - [`mapped`]: a disk and a list of the places that were written.
+//! - [`mapped`]: a disk, and a list of the ranges that were written.
 //! - [`fault`]: the faults of a store.
 //!
 //! The kernel module doesn't read stores, so this is not in `rust/format`.

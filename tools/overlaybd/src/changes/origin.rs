@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! The identity of the disk of a stack. A store has it, so that no other disk gets the changes.
+//! The identity of the disk of a stack. It is recorded in a store, so that the changes are never used with
+//! another disk.
 
 use sha2::{Digest, Sha256};
 
@@ -11,11 +12,13 @@ use crate::identity::is_placed;
 use crate::layer::Ident;
 use crate::{LayerReader, Result, Stack};
 
-/// Prefixes of the hashed bytes: for a top layer whose UUID covers the layers below, and for all layers.
+/// Prefixes of the hashed bytes: if the UUID of the topmost layer covers the layers below, and if all layers
+/// are hashed.
 const TOP: &[u8] = b"dm-overlaybd origin 1: top\0";
 const ALL: &[u8] = b"dm-overlaybd origin 1: all\0";
 
-/// Bytes that are hashed of the data of a layer without UUID: the first ones, and pieces all over the rest.
+/// Numbers of bytes that are hashed of the data of a layer without UUID: the first ones; the size of a piece
+/// of the rest, and the number of such pieces, which are evenly spaced.
 const FIRST: u64 = 64 << 10;
 const PIECE: u64 = 4096;
 const PIECES: u64 = 64;
@@ -30,9 +33,10 @@ pub struct Origin {
 }
 
 impl Origin {
-    /// Returns the identity of the disk of `stack`. It is made from the UUID of the topmost layer if that is
-    /// made from the content of all layers, and `fits` says that these are the ones; otherwise from the UUIDs,
-    /// sizes and indexes of all layers, and samples of the data of those without UUID.
+    /// Returns the identity of the disk of `stack`. It is made from the UUID of the topmost layer, if that
+    /// UUID is made from the content of all layers, and if `fits` says that these layers are the same.
+    /// Otherwise, it is made from the UUIDs, sizes and indexes of all layers, and from samples of the data of
+    /// layers without UUID.
     ///
     /// # Errors
     ///
