@@ -196,6 +196,16 @@ side_by_side() {
 	return "$status"
 }
 
+# other_system: print the names of the system tests that are not in long_system, but for the nested one.
+other_system() {
+	local file name names=()
+	for file in "$CLONE"/tests/system/*.py; do
+		name=system/$(basename "$file" .py)
+		[[ " ${long_system[*]} system/nested " == *" $name "* ]] || names+=("$name")
+	done
+	say "${names[*]}"
+}
+
 # with_pmem COMMAND...: run it with VMs that have two pmem devices, for the test dax, and as much other memory.
 with_pmem() {
 	KERNEL_ARGS=$PMEM QEMU_MEM=${QEMU_MEM:-2304} "$@"
@@ -247,6 +257,8 @@ thirds=("mutants memory" "injection golden faults")
 # The test dax has a part of the VM's memory as pmem devices; the other tests do not use them.
 PMEM="memmap=128M!1G memmap=128M!1280M"
 rest="--but dax ${thirds[*]}"
+# The longest system tests, which "both" runs in the VM that is ready first.
+long_system=(system/disks system/write)
 # These mainly test obdsetup: they are left out with a slow kernel.
 rest_of_module="$rest metadata health identity sharing pagecache"
 parts=()
@@ -299,7 +311,7 @@ for part in "${parts[@]}"; do
 		user_space
 		rublk
 		debian_image
-		with_pmem in_vm stock "all tests" "${thirds[0]}" "${thirds[1]} system dax" "$rest"
+		with_pmem in_vm stock "all tests" "${thirds[0]} ${long_system[*]}" "${thirds[1]} $(other_system) dax" "$rest"
 		;;
 	cpus)
 		QEMU_SMP=12 KERNEL_ARGS="maxcpus=4 isolcpus=2 nohz_full=3" \
