@@ -1042,14 +1042,14 @@ fn long_and_short_names() {
         let own = tar(&[file(&format!("{name}{tag}"), "")]);
         let blob = layout.blob(&own, OCI_TAR);
         let more = format!(
-            r#","annotations":{{"io.containerd.image.name":"docker.io/library/{name}:{tag}",
+            r#","annotations":{{"io.containerd.image.name":"registry.example/library/{name}:{tag}",
                 "org.opencontainers.image.ref.name":"{tag}"}}"#
         );
         layout.image(&[blob], &[digest(&own)], &more);
     }
     for (name, wanted) in [
-        ("docker.io/library/a:1", "/a1"),
-        ("docker.io/library/b:1", "/b1"),
+        ("registry.example/library/a:1", "/a1"),
+        ("registry.example/library/b:1", "/b1"),
         ("2", "/b2"),
     ] {
         let _ = fs::remove_dir_all(place.path("app"));
@@ -1062,12 +1062,12 @@ fn long_and_short_names() {
             .run(&format!("convert layout x {choice}"))
             .code(1)
             .stderr(contains("several images"))
-            .stderr(contains("docker.io/library/a:1 linux/amd64 sha256:"));
+            .stderr(contains("registry.example/library/a:1 linux/amd64 sha256:"));
     }
     // What is made of one has both again.
-    place.ok("convert layout pushed --oci --ref docker.io/library/a:1");
+    place.ok("convert layout pushed --oci --ref registry.example/library/a:1");
     let index = String::from_utf8(place.read("pushed/index.json")).unwrap();
-    assert!(index.contains(r#""io.containerd.image.name":"docker.io/library/a:1""#));
+    assert!(index.contains(r#""io.containerd.image.name":"registry.example/library/a:1""#));
     assert!(index.contains(r#""org.opencontainers.image.ref.name":"1""#));
 }
 
