@@ -140,6 +140,7 @@ def used(device, cpu, wanted):
         for _ in range(5):
             found |= workers("+-") - wanted
             time.sleep(0.02)
+        has(device, f"content beside a reader on CPU {cpu}")
         check(load.runs(), "the reader has ended")
     finally:
         load.stop()

@@ -108,6 +108,12 @@ def fail(lower, content):
     lower.resume()
 
 
+def reads(device):
+    """Returns the number of reads of a device that have ended."""
+    with open(f"/sys/dev/block/{device.number}/stat", encoding="ascii") as file:
+        return int(file.read().split()[0])
+
+
 def failed_reads(device):
     """Returns the number of failed reads in an lsmt device's status."""
     return int(device.info()[4])
@@ -152,9 +158,11 @@ def lsmt_optional():
     lower = dm.linear(dm.Loop(layer), dm.sectors(len(layer)), readonly=True)
     stack = dm.lsmt(len(DATA), (lower, len(layer)))
     fail(lower, layer)
+    before = reads(stack)
     with open(stack.path, "rb") as file:
         os.posix_fadvise(file.fileno(), 65536, 65536, os.POSIX_FADV_WILLNEED)
         time.sleep(SLOW)
+    check(reads(stack) > before, "no read-ahead was sent")
     equal(failed_reads(stack), 0, "failed reads after read-ahead")
     disk = Disk(stack)
     equal(read_or_none(disk, 0, 4096), None, "a failed read")

@@ -11,8 +11,8 @@
 //! # Locks
 //!
 //! The mutex of [`Claims`] covers both the search for other claims and the change that depends on
-//! it. It is the innermost lock: the holder takes no other one, and allocates memory only for the
-//! list. It is taken by
+//! it. It is the innermost lock: the holder takes no other one, and allocates nothing. It is taken
+//! by
 //!
 //! - constructors, below device-mapper's `type_lock`, after the devices were opened
 //!   (`dm_get_device` takes `table_devices_lock` and releases it),

@@ -273,25 +273,43 @@ def half_attached():
             nothing_left(layers)
 
 
+def signalled(way, number, *command):
+    """An obdsetup that waits for a udevd that is stopped gets a signal: it ends at once, and leaves no process and no
+    cookie."""
+    way.stop()
+    before = semaphores()
+    child = way.start(*command)
+    eventually("no wait begins", lambda: not any("udevreleasecookie" in line for line in programs.running()))
+    child.send_signal(number)
+    start = time.monotonic()
+    _, said = child.communicate()
+    took = time.monotonic() - start
+    equal(child.returncode, 130, f"status after {number.name} ({said.strip()})")
+    check(took < 10 * SLOW, f"{number.name}: ended after {took:.1f} s")
+    equal(programs.running(), [], f"{number.name}: processes left")
+    equal(semaphores(), before, f"{number.name}: cookies")
+
+
+def bounded(way, *command):
+    """An obdsetup that waits for a udevd that is stopped ends by itself, and says what it was waiting for."""
+    way.stop()
+    before = semaphores()
+    start = time.monotonic()
+    said = way.run(*command, status=4)
+    took = time.monotonic() - start
+    check("udev" in said and NAME in said and "stopped" in said, f"message: {said}")
+    check(UDEV_BOUND <= took < UDEV_BOUND + 40 * SLOW, f"ended after {took:.1f} s")
+    equal(semaphores(), before, "cookies")
+
+
 @test("signals end a wait for udev, and nothing is left")
 def signals():
     way = Way("stopped")
     layers, _ = make_layers()
     defer(close_whatever)
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        way.stop()
-        before = semaphores()
-        child = way.start("open", NAME, *layers)
-        eventually("no wait begins", lambda: not any("udevreleasecookie" in line for line in programs.running()))
-        child.send_signal(number)
-        start = time.monotonic()
-        _, said = child.communicate()
-        took = time.monotonic() - start
-        equal(child.returncode, 130, f"status after {number.name} ({said.strip()})")
-        check(took < 10 * SLOW, f"{number.name}: ended after {took:.1f} s")
+        signalled(way, number, "open", NAME, *layers)
         equal(devices(), [], f"{number.name}: devices left")
-        equal(programs.running(), [], f"{number.name}: processes left")
-        equal(semaphores(), before, f"{number.name}: cookies")
         way.go_on()
         nothing_left(layers)
 
@@ -301,15 +319,8 @@ def bound():
     way = Way("stopped")
     layers, _ = make_layers()
     defer(close_whatever)
-    way.stop()
-    before = semaphores()
-    start = time.monotonic()
-    said = way.run("open", NAME, *layers, status=4)
-    took = time.monotonic() - start
-    check("udev" in said and NAME in said and "stopped" in said, f"message: {said}")
-    check(UDEV_BOUND <= took < UDEV_BOUND + 40 * SLOW, f"ended after {took:.1f} s")
+    bounded(way, "open", NAME, *layers)
     equal(devices(), [], "devices left")
-    equal(semaphores(), before, "cookies")
     way.go_on()
     nothing_left(layers)
 
@@ -323,18 +334,7 @@ def signals_of_close():
         way.go_on()
         way.run("open", NAME, *layers)
         udevd.settle()
-        way.stop()
-        before = semaphores()
-        child = way.start("close", NAME)
-        eventually("no wait begins", lambda: not any("udevreleasecookie" in line for line in programs.running()))
-        child.send_signal(number)
-        start = time.monotonic()
-        _, said = child.communicate()
-        took = time.monotonic() - start
-        equal(child.returncode, 130, f"status after {number.name} ({said.strip()})")
-        check(took < 10 * SLOW, f"{number.name}: ended after {took:.1f} s")
-        equal(programs.running(), [], f"{number.name}: processes left")
-        equal(semaphores(), before, f"{number.name}: cookies")
+        signalled(way, number, "close", NAME)
         way.go_on()
         if devices():
             way.run("close", NAME)
@@ -349,14 +349,7 @@ def bound_of_close():
     way.go_on()
     way.run("open", NAME, *layers)
     udevd.settle()
-    way.stop()
-    before = semaphores()
-    start = time.monotonic()
-    said = way.run("close", NAME, status=4)
-    took = time.monotonic() - start
-    check("udev" in said and NAME in said and "stopped" in said, f"message: {said}")
-    check(UDEV_BOUND <= took < UDEV_BOUND + 40 * SLOW, f"ended after {took:.1f} s")
-    equal(semaphores(), before, "cookies")
+    bounded(way, "close", NAME)
     way.go_on()
     if devices():
         way.run("close", NAME)
