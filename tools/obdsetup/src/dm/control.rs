@@ -50,8 +50,8 @@ pub(crate) struct State {
     pub(crate) live: bool,
 }
 
-/// How many times to list all devices, and the time in between. dmsetup fails if a device is removed while it
-/// lists them.
+/// Largest number of attempts to list all devices, and the time between them. dmsetup fails if a device is
+/// removed while it lists them.
 const LOOKS: u32 = 20;
 const BETWEEN_LOOKS: Duration = Duration::from_millis(50);
 
