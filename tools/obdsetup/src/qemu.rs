@@ -125,7 +125,7 @@ pub(crate) fn chain(path: &Path, in_use: &InUseArgs, rules: Rules) -> Result<Vec
             ));
         }
         if rules.layers && links.len() == MAX_LAYERS {
-            let what = format!("is number {MAX_LAYERS} of the chain, and has a backing file: a stack has {MAX_LAYERS} layers at most; --flatten makes one");
+            let what = format!("is number {MAX_LAYERS} of the chain, and has a backing file: a stack has {MAX_LAYERS} layers at most; --flatten makes one layer of all");
             return Err(refused(&name, &what));
         }
         in_use.check([path.as_path()])?;
@@ -205,8 +205,8 @@ impl Info {
         }
         if let Some(above) = above.filter(|above| above.size < self.virtual_size) {
             let what = format!(
-                "is for a disk of {} bytes, and its backing file, {}, for one of {} bytes, whose end it cuts \
-                 off: a layer cannot; --flatten makes one layer of all",
+                "is for a disk of {} bytes, and its backing file, {}, has a larger disk, of {} bytes: a layer \
+                 cannot cut off the end; --flatten makes one layer of all",
                 above.size,
                 name.display(),
                 self.virtual_size

@@ -26,7 +26,7 @@ use rustix::io::FdFlags;
 use super::lock::Lock;
 use crate::program::Program;
 
-/// How many times to try again if another process takes the free loop device first.
+/// Largest number of attempts to get a loop device. One fails if another process takes the free device first.
 const TRIES: u32 = 100;
 /// All numbers of loop devices are smaller than this one.
 const NUMBERS: u32 = 1 << 20;
@@ -236,7 +236,7 @@ impl Attached {
             }
             last = Some(number);
         }
-        bail!("cannot attach a loop device: others take each that is free: try again")
+        bail!("cannot attach a loop device: other programs took each free one first: try again")
     }
 
     /// Attaches `file` to a free loop device with a higher number than `taken`.

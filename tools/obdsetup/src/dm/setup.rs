@@ -24,9 +24,9 @@ use super::QUIET;
 use crate::exit::{self, Failure};
 use crate::{in_use, interrupt};
 
-/// How many times to try again with other numbers.
+/// Largest number of attempts. Each chooses other device numbers.
 const TRIES: u32 = 20;
-/// How many times to assume that another obdsetup has made a shared device at the same time.
+/// How many times to assume, when making a shared device fails, that another obdsetup was making it, too.
 const CONFLICTS: u32 = 3;
 /// All minor numbers of device-mapper are smaller than this one.
 const NUMBERS: u32 = 1 << 20;
@@ -127,7 +127,7 @@ impl<'a> SetUp<'a> {
             }
             all.take_down()?;
         }
-        bail!("other programs took all {TRIES} sets of device numbers that were tried: try again")
+        bail!("other programs took the chosen device numbers in all {TRIES} attempts: try again")
     }
 
     /// Keeps the devices.
@@ -571,7 +571,7 @@ pub(crate) fn in_the_way(all: &[State], device: &Device) -> Option<anyhow::Error
     } else {
         let other = all.iter().find(|state| state.uuid == device.uuid)?;
         let (name, now) = (&device.name, &other.name);
-        format!("device {name} exists already: it was renamed, and is {now} now")
+        format!("device {name} exists already: it was renamed to {now}")
     };
     Some(Failure::error(exit::BUSY, message))
 }

@@ -14,10 +14,10 @@ use crate::layers::warn;
 
 /// Prefix of the names of POSIX ACLs.
 const ACL: &[u8] = b"system.posix_acl_";
-/// Prefixes of extended attributes that all these file systems store.
+/// Prefixes of extended attributes that every [`FileSystem`] stores.
 const KINDS: [&[u8]; 3] = [b"user.", b"trusted.", b"security."];
 
-/// From this number on, mkfs's tar readers take a minor number for a negative one.
+/// mksquashfs and mkfs.erofs misread minor numbers from this one on as negative numbers in a tar.
 const MINORS: u32 = 1 << 19;
 
 /// The kinds of losses, in the order of the messages.
@@ -41,8 +41,8 @@ impl Loss {
     fn what(self, fs: FileSystem) -> String {
         match self {
             Self::Acl => "POSIX ACLs".to_owned(),
-            Self::AclNames => "POSIX ACLs that name users or groups (with `tar --numeric-owner`, \
-                               they have numbers)"
+            Self::AclNames => "POSIX ACLs that name users or groups (`tar --numeric-owner` stores \
+                               numbers)"
                 .to_owned(),
             Self::NfsAcl => "ACLs of NFS".to_owned(),
             Self::Xattr => "extended attributes other than user, trusted and security".to_owned(),
@@ -95,11 +95,13 @@ struct Places {
 /// Largest number of paths in a message.
 const NAMED: usize = 3;
 
-/// Takes out of `tree` what the file system cannot hold, and says so. Fails where that is data,
-/// unless the options allow it; `instead` is what to do then.
+/// Removes from `tree` what the file system cannot hold, and prints warnings. Returns an error if
+/// data would be lost, unless the options allow that. The error ends with `instead`, which tells
+/// the user what to do.
 pub(super) fn fit(tree: &mut Tree, options: &Options<'_>, instead: &str) -> Result<()> {
     let (fs, allow) = (options.fs, options.allow_loss);
-    // Their mkfs reads a tar.
+    // mksquashfs reads the files from a tar, and so does mkfs.erofs. Without arguments, obdsetup
+    // writes the erofs itself.
     let through_tar = match fs {
         FileSystem::Erofs => !options.args.is_empty(),
         fs => fs == FileSystem::Squashfs,
@@ -139,6 +141,7 @@ pub(super) fn fit(tree: &mut Tree, options: &Options<'_>, instead: &str) -> Resu
             note(loss, &names.path(name));
             left_out.push((name.parent, name.last().to_vec()));
         } else if name.first {
+            // Once for each file, however many hard links it has.
             fit_meta(&mut node.meta, fs, through_tar, |loss| {
                 note(loss, &names.path(name));
             });

@@ -115,7 +115,7 @@ fn write_head(file: &File, head: &Head) -> std::io::Result<()> {
     output::sync(file)
 }
 
-/// Returns the identity of the disk of `stack`.
+/// Returns what identifies the disk of `stack`.
 fn origin(stack: &Stack) -> Result<Origin> {
     // With --ignore-identity, the layers may differ from those from which a UUID was made.
     let fits = Findings::of(stack.layers(), Part::Whole).is_empty();
@@ -132,8 +132,8 @@ fn check_origin(path: &Path, head: &Head, origin: &Origin, sectors: u64) -> Resu
         uuid => format!("UUID {}", uuid.escape_debug()),
     };
     let message = format!(
-        "{}: has the changes of another disk: one of {} whose topmost layer has {}, and the layers given \
-         are one of {} whose topmost layer has {}: give the layers that it was made with",
+        "{}: has the changes of another disk: that disk has {}, and its topmost layer {}; the disk of the \
+         layers given has {}, and its topmost layer {}: give the layers that the store was made with",
         path.display(),
         size::show(head.disk.saturating_mul(512)),
         name(&head.origin.uuid),
