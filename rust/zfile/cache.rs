@@ -192,9 +192,10 @@ impl Loader {
     /// does not make enough room, or if there is no memory.
     pub(super) fn room(&self, len: usize) -> Option<Data> {
         let cache = &self.index.cache;
-        let over = (quota::used() + len + OVERHEAD).saturating_sub(quota::limit());
+        let wanted = len + OVERHEAD;
+        let over = (quota::used() + wanted).saturating_sub(quota::limit());
         // Another thread may have made room meanwhile.
-        if over > 0 && cache.evict(over, STEPS) < over && quota::used() + len > quota::limit() {
+        if over > 0 && cache.evict(over, STEPS) < over && quota::used() + wanted > quota::limit() {
             return None;
         }
         Data::try_new(&cache.pool, len)
