@@ -10,7 +10,6 @@
 //! can remove it, and no other device can get its number.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::path::Path;
 use std::time::{Duration, Instant};
 
 use anyhow::{bail, Context, Result};
@@ -473,13 +472,10 @@ impl<'a> SetUp<'a> {
                 return Ok(Some(Failure::error(exit::BUSY, message)));
             }
         }
-        let ours = lines
-            .iter()
-            .any(|line| matches!(line.target.as_str(), "zfile" | "lsmt" | "lsmt-dax"));
-        let hint = match Path::new("/sys/module/dm_overlaybd").exists() {
-            false if ours => super::access::NO_MODULE,
+        let hint = match self.missing_target(&lines) {
+            Some(target) => super::access::no_target(target),
             // Targets report their reason only in the kernel log.
-            _ => "; dmesg has the reason",
+            None => "; dmesg has the reason".to_owned(),
         };
         let lines: Vec<String> = lines.iter().map(Line::to_string).collect();
         let context = format!(
@@ -488,6 +484,17 @@ impl<'a> SetUp<'a> {
             lines.join("; ")
         );
         Ok(Some(error.context(context)))
+    }
+
+    /// Returns a target in `table` that the kernel doesn't have. The kernel has tried to load it.
+    fn missing_target<'b>(&self, table: &'b [Line]) -> Option<&'b str> {
+        let there = self.control.run(&["targets"]).ok()?;
+        let is_there = |name: &str| {
+            let mut names = there.lines().map(|line| line.split_whitespace().next());
+            names.any(|there| there == Some(name))
+        };
+        let mut names = table.iter().map(|line| line.target.as_str());
+        names.find(|name| !is_there(name))
     }
 
     /// Removes the devices that this attempt has made, and shared ones that existed before and have no users
