@@ -4,6 +4,8 @@
 //! file by file; what cannot be done is refused by name.
 
 use std::fs;
+use std::os::unix::fs::{MetadataExt, PermissionsExt};
+use std::os::unix::process::CommandExt;
 
 use predicates::prelude::PredicateBooleanExt;
 use predicates::str::contains;
@@ -513,6 +515,36 @@ fn a_qcow2_of_a_stack() {
     assert_eq!(place.idents("first.obd"), place.idents("0.obd"));
     assert!(!place.names().iter().any(|name| name.starts_with('.')));
 }
+
+/// As an ordinary user, who may not write to the file, and gets one with the same mode.
+fn a_qcow2_over_a_file_that_is_read_only() {
+    let place = with_stack();
+    let mode = |name: &str| place.path(name).metadata().unwrap().mode() & 0o7777;
+    for bits in [0o444, 0o400, 0o640] {
+        place.write("disk.qcow2", b"old");
+        let set = |name: &str, bits| {
+            fs::set_permissions(place.path(name), fs::Permissions::from_mode(bits)).unwrap();
+        };
+        set("disk.qcow2", bits);
+        let mut command = place.with_programs("");
+        command.args("export --to qcow2 --force -o disk.qcow2 0.obd".split(' '));
+        if rustix::process::geteuid().is_root() {
+            for name in ["", "disk.qcow2", "0.obd"] {
+                std::os::unix::fs::chown(place.path(name), Some(NOBODY), Some(NOBODY)).unwrap();
+            }
+            command.uid(NOBODY).gid(NOBODY);
+        }
+        let done = command.output().unwrap();
+        assert!(done.status.success(), "{bits:o}: {done:?}");
+        assert_eq!(mode("disk.qcow2"), bits, "{bits:o}");
+        place.tool("qemu-img convert -f qcow2 -O raw disk.qcow2 back.raw");
+        assert!(place.read("back.raw") == disk(0));
+        fs::remove_file(place.path("disk.qcow2")).unwrap();
+    }
+}
+
+/// A user who may do nothing.
+const NOBODY: u32 = 65534;
 
 fn a_chain_of_a_stack() {
     let place = with_stack();

@@ -615,14 +615,19 @@ pub(crate) fn remove(
         let mut program = dmsetup();
         program.arg("remove").args(wait.options());
         program.args(how.deferred.then_some("--deferred"));
-        program.arg("--").args(&left);
+        let count = batch(&left);
+        program.arg("--").args(left.iter().take(count));
         if how.despite_signals {
             program.despite_signals();
         }
         let removed = control.run_program(&mut program);
         wait.end(&top)?;
         let Err(error) = removed else {
-            return Ok(());
+            left.drain(..count);
+            if left.is_empty() {
+                return Ok(());
+            }
+            continue;
         };
         if !how.despite_signals {
             interrupt::check()?;
@@ -646,6 +651,18 @@ pub(crate) fn remove(
         }
         std::thread::sleep(POLL);
     }
+}
+
+/// Returns how many of `names`, from the first one, fit in the command line of one dmsetup: at least one.
+fn batch(names: &[String]) -> usize {
+    let ends = names.iter().scan(0, |end, name| {
+        *end += name.len() + 1;
+        Some(*end)
+    });
+    ends.take_while(|&end| end <= LONGEST)
+        .count()
+        .max(1)
+        .min(names.len())
 }
 
 /// Returns the major number of device-mapper.
@@ -748,6 +765,17 @@ mod tests {
         let others = free_minors(&all, 4, 1);
         assert!(others.len() == 4 && others.iter().all(|&minor| minor > 7));
         assert_ne!(free_minors(&all, 4, 2), others);
+    }
+
+    #[test]
+    fn batches() {
+        let names = |count: usize, len: usize| vec!["x".repeat(len); count];
+        assert_eq!(batch(&[]), 0);
+        assert_eq!(batch(&names(3, 127)), 3);
+        assert_eq!(batch(&names(1, 2 * LONGEST)), 1);
+        let many = names(20_000, 127);
+        let count = batch(&many);
+        assert!((700..=LONGEST / 128).contains(&count), "{count}");
     }
 
     #[test]
