@@ -223,6 +223,36 @@ def open_zfile():
     obdsetup("close", name)
 
 
+@test("open, status, list and close, whatever PATH is")
+def paths():
+    work = work_directory()
+    layer = write(f"{work}/layer.obd", image.zfile(image.lsmt(SIZE, [(0, DATA)])))
+    name = f"obdtest-{os.getpid()}"
+    # A program of that name in a directory that PATH has as a relative one must not be run.
+    os.mkdir(f"{work}/bin")
+    os.symlink("/bin/false", f"{work}/bin/dmsetup")
+    for path in ("/bin", "", None, "bin:.", f"{layer}:/nonexistent"):
+        env = {key: value for key, value in os.environ.items() if key != "PATH"}
+        if path is not None:
+            env["PATH"] = path
+
+        def run(*args, env=env, path=path):
+            if not OBDSETUP:
+                raise Skip("no obdsetup")
+            done = subprocess.run([OBDSETUP, *args], env=env, cwd=work, capture_output=True, text=True, check=False)
+            equal((done.returncode, done.stderr), (0, ""), f"PATH={path}: obdsetup {' '.join(args)}")
+            return done.stdout
+
+        defer(close, name)
+        run("open", name, layer)
+        with open(f"/dev/mapper/{name}", "rb") as file:
+            same_bytes(file.read(), DATA, f"PATH={path}: content")
+        check("health: ok" in run("status", name), "health")
+        check(name in run("list"), "list")
+        run("close", name)
+        check(not os.path.exists(f"/dev/mapper/{name}"), "closed")
+
+
 @test("open and dump read the same, on golden stacks")
 def golden_stacks():
     rows = golden.rows("MANIFEST.tsv")

@@ -133,7 +133,7 @@ pub(crate) struct Control(());
 impl Control {
     /// Checks that device-mapper can be used.
     pub(crate) fn open() -> Result<Self> {
-        access::check()?;
+        access::DEVICE_MAPPER.check()?;
         Ok(Self(()))
     }
 

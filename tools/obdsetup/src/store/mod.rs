@@ -80,9 +80,9 @@ fn lock(file: &File, operation: FlockOperation, what: &str) -> Result<()> {
             Err(rustix::io::Errno::WOULDBLOCK | rustix::io::Errno::INTR) => {}
             Err(error) => return Err(std::io::Error::from(error)).with_context(|| what.to_owned()),
         }
-        interrupt::check()?;
+        let message = format!("{what}: another obdsetup is at work on it");
+        interrupt::check().with_context(|| message.clone())?;
         if Instant::now() >= end {
-            let message = format!("{what}: another obdsetup is at work on it");
             return Err(Failure::error(exit::BUSY, message));
         }
         std::thread::sleep(POLL);
