@@ -5,6 +5,7 @@
 
 #[path = "../../../overlaybd/tests/common/changes.rs"]
 pub(crate) mod changes;
+pub(crate) mod erofs;
 pub(crate) mod needs;
 pub(crate) mod tars;
 
