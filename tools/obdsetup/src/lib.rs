@@ -3,65 +3,39 @@
 //! `obdsetup`: sets up OverlayBD images as block devices; makes, checks and dumps them. It is a library only for
 //! the fuzz targets.
 //!
+//! A module uses only modules of its own folder and of the folders below in this list:
+//!
+//! - [`boot`]: started by systemd under another name, makes units for the stacks in overlaybdtab.
 //! - [`cmd`]: a file for each subcommand, with its arguments and its work.
-//! - [`dm`]: device-mapper and loop devices.
-//! - The other files have code that several subcommands need.
+//! - [`devices`]: what the kernel has: stacks, stores of changes, and what is to be set up at boot.
+//! - [`oci`]: converts container images.
+//! - [`make`]: what is made: layers, file systems, disk images, and the files and directories for them.
+//! - [`input`]: what is read: layers, archives, disk images, and what tells them apart.
+//! - [`files`]: files of any kind: who else uses them, where temporary ones are made.
+//! - [`program`]: starts other programs.
+//! - [`terminal`]: messages, exit codes, signals, the progress bar.
 
 #![forbid(unsafe_code)]
 
-mod archive;
-mod bar;
-mod chain;
+mod boot;
 mod cmd;
-mod config;
-mod dm;
-mod exit;
-mod generator;
-mod image_layer;
-mod in_use;
-mod interrupt;
-mod journal;
-mod json;
-mod kind;
-mod layer_args;
-mod layer_name;
-mod layer_out;
-mod layers;
-mod made;
-mod mkfs;
+mod devices;
+mod files;
+mod input;
+mod make;
 mod oci;
-mod output;
-mod overview;
-mod partitions;
 mod program;
-mod qemu;
-mod raw_out;
-mod size;
-mod store;
-mod tab;
+mod terminal;
 
 use std::ffi::OsString;
-use std::io::{self, Write};
 use std::path::Path;
 use std::process::ExitCode;
 
-use clap::{CommandFactory, Parser};
+use clap::Parser;
 
-/// The advice if a file is no layer.
-const NO_LAYER: &str = "`obdsetup convert' makes layers of disk images, tars and directories";
-
-/// Set up, make, convert and check OverlayBD images.
-#[derive(Parser)]
-#[command(name = "obdsetup", version, after_help = exit::HELP, max_term_width = 100)]
-struct Cli {
-    #[command(subcommand)]
-    command: cmd::Command,
-}
-
-/// Returns the description of the command line, for manual pages and completions.
-fn command() -> clap::Command {
-    Cli::command()
-}
+use crate::boot::generator;
+use crate::cmd::Cli;
+use crate::terminal::{exit, interrupt, message, plain, tell};
 
 /// Runs the command `obdsetup` with the arguments of the process. Returns its exit code; errors are printed.
 pub fn main() -> ExitCode {
@@ -116,53 +90,6 @@ pub fn run(args: impl IntoIterator<Item = OsString>) -> Result<(), (u8, String)>
     let cli = Cli::try_parse_from(args).map_err(|error| (exit::USAGE, error.to_string()))?;
     let done = cli.command.run();
     done.map_err(|error| (exit::code(&error), plain(&message(&error))))
-}
-
-/// Prints a message on standard error.
-fn tell(message: &str) {
-    let text = format!("obdsetup: {}\n", plain(message));
-    // Ignored: if standard error fails, there is no other way to report it.
-    let _ = io::stderr().write_all(text.as_bytes());
-}
-
-/// Escapes control characters in a text for people. Parts of it may come from an image, and must not control
-/// the terminal.
-fn plain(text: &str) -> String {
-    let mut plain = String::with_capacity(text.len());
-    for c in text.chars() {
-        match c.is_control() && !matches!(c, '\n' | '\t') {
-            true => plain.extend(c.escape_default()),
-            false => plain.push(c),
-        }
-    }
-    plain
-}
-
-/// Returns the message for an error with its causes. The messages of the library's errors include their
-/// causes already.
-fn message(error: &anyhow::Error) -> String {
-    let mut parts = Vec::new();
-    for cause in error.chain() {
-        parts.push(cause.to_string());
-        if let Some(error) = cause.downcast_ref::<overlaybd::Error>() {
-            if error.fault() == Some(overlaybd::format::Fault::LsmtMagic) {
-                parts.push(NO_LAYER.to_owned());
-            }
-            break;
-        }
-    }
-    without_numbers(&parts.join(": "))
-}
-
-/// Removes the error numbers that std appends to messages of the system.
-fn without_numbers(text: &str) -> String {
-    let mut parts = text.split(" (os error ");
-    let mut out = parts.next().unwrap_or_default().to_owned();
-    for part in parts {
-        let after = part.trim_start_matches(|c: char| c.is_ascii_digit());
-        out.push_str(after.strip_prefix(')').unwrap_or(after));
-    }
-    out
 }
 
 #[cfg(test)]

@@ -10,6 +10,7 @@ mod changes;
 mod cli;
 mod common;
 mod disks;
+mod folders;
 mod hostile;
 mod identity;
 mod limits;
@@ -32,6 +33,7 @@ fn main() {
         changes::trials(),
         cli::trials(),
         disks::trials(),
+        folders::trials(),
         hostile::trials(),
         identity::trials(),
         limits::trials(),

@@ -8,15 +8,16 @@ use anyhow::Result;
 use overlaybd::identity::Below;
 use overlaybd::Stack;
 
-use crate::archive::{self, Archive, Package};
-use crate::chain::{ChainArgs, Part};
-use crate::exit::Failure;
-use crate::in_use::InUseArgs;
-use crate::layer_args::NewLayerArgs;
-use crate::layer_out::{derive, LayerOut};
-use crate::layers::{expand, open_layers, paths, LayerArg};
-use crate::mkfs;
-use crate::output::directory;
+use crate::files::in_use::InUseArgs;
+use crate::files::place::directory;
+use crate::input::archive::{self, Archive, Package};
+use crate::input::chain::{ChainArgs, Part};
+use crate::input::layer_name::LayerArg;
+use crate::input::layers::{expand, open_layers, paths};
+use crate::make::layer_args::NewLayerArgs;
+use crate::make::layer_out::{derive, LayerOut};
+use crate::make::mkfs;
+use crate::terminal::exit::Failure;
 
 /// Arguments of `apply`.
 #[derive(clap::Args)]

@@ -13,8 +13,8 @@ use overlaybd::format::num::to_u64;
 use overlaybd::format::zfile::{block_crc, Algorithm};
 use serde::Serialize;
 
-use super::{print, print_json};
-use crate::interrupt;
+use crate::terminal::interrupt;
+use crate::terminal::{print, print_json};
 
 /// Arguments of `benchmark`.
 #[derive(clap::Args)]

@@ -8,17 +8,18 @@ use std::time::{Duration, Instant};
 
 use anyhow::Result;
 
-use crate::dm::control::State;
-use crate::dm::lock::Lock;
-use crate::dm::plan::check_name;
-use crate::dm::setup::{self, Removal};
-use crate::dm::share;
-use crate::dm::stack::part;
-use crate::dm::udev::Udev;
-use crate::dm::{self, Control, Stack};
-use crate::exit::{self, Failure};
-use crate::interrupt;
-use crate::store::closing::Closing;
+use crate::devices::dm::control::State;
+use crate::devices::dm::lock::Lock;
+use crate::devices::dm::plan::check_name;
+use crate::devices::dm::setup::{self, Removal};
+use crate::devices::dm::share;
+use crate::devices::dm::stack::part;
+use crate::devices::dm::system;
+use crate::devices::dm::udev::Udev;
+use crate::devices::dm::{self, Control, Stack};
+use crate::devices::store::closing::Closing;
+use crate::terminal::exit::{self, Failure};
+use crate::terminal::interrupt;
 
 /// How long to wait if someone has a device open. Programs such as udev open new devices for a moment.
 const PATIENCE: Duration = Duration::from_secs(2);
@@ -55,7 +56,7 @@ pub(crate) fn run(args: &Args) -> Result<()> {
         return Err(not_ours(&control, &args.name)?);
     };
     if stack.is_half_built() {
-        crate::tell(&format!(
+        crate::terminal::tell(&format!(
             "device {} was left half built by an obdsetup that was killed: removing {}",
             stack.name,
             stack.names().join(", ")
@@ -83,7 +84,7 @@ pub(crate) fn run(args: &Args) -> Result<()> {
     let own = stack.names();
     let store = Closing::of(&control, &stack).unwrap_or_else(|error| {
         // The stack must be removed anyway.
-        crate::tell(&format!("warning: {}", crate::message(&error)));
+        crate::terminal::tell(&format!("warning: {}", crate::terminal::message(&error)));
         None
     });
     setup::remove(&control, &lock, &own, &names, removal, Udev::find())?;
@@ -140,7 +141,7 @@ fn unused(own: &[State], shared: &[&State]) -> Vec<String> {
     let mut gone: BTreeSet<String> = own.iter().map(|state| state.number.clone()).collect();
     let mut names = Vec::new();
     for state in shared {
-        if share::users(&state.number).is_subset(&gone) {
+        if system::users(&state.number).is_subset(&gone) {
             gone.insert(state.number.clone());
             names.push(state.name.clone());
         }
@@ -157,7 +158,7 @@ fn close_nothing(control: &Control, name: &str) -> Result<()> {
         share::clear_left(control);
         let left = share::left_for_long(control, &control.states()?)?;
         if !left.names.is_empty() {
-            crate::tell(&format!(
+            crate::terminal::tell(&format!(
                 "device {name} was left half built by an obdsetup that was killed: removing {}",
                 left.names.join(", ")
             ));

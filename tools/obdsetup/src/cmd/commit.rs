@@ -13,11 +13,12 @@ use overlaybd::lsmt_writer::{join, Run};
 use overlaybd::{flatten, LayerReader};
 use uuid::Uuid;
 
-use crate::bar::Bar;
-use crate::in_use::InUseArgs;
-use crate::layer_args::{uuid_text, IdentArgs, NewLayerArgs};
-use crate::layer_out::{derive, plan, LayerOut};
-use crate::layers::{open_layer, LayerArg};
+use crate::files::in_use::InUseArgs;
+use crate::input::layer_name::LayerArg;
+use crate::input::layers::open_layer;
+use crate::make::layer_args::{uuid_text, IdentArgs, NewLayerArgs};
+use crate::make::layer_out::{derive, plan, LayerOut};
+use crate::terminal::bar::Bar;
 
 /// Arguments of `commit`.
 #[derive(clap::Args)]
@@ -103,7 +104,7 @@ fn compact(new: &IdentArgs, layer: LayerReader, output: LayerOut) -> Result<()> 
         derive(size, below, &join(&segments), read)
     })?;
     if let Some(note) = other_uuid(new, &old.uuid, &ident.uuid) {
-        crate::tell(&format!(
+        crate::terminal::tell(&format!(
             "note: {}: {note}, since its UUID says which layer is below, and now another is: \
              layers that were made over {} do not go on it until they get --parent-uuid, too",
             output.path().display(),

@@ -20,9 +20,8 @@ pub(crate) struct Args {
     shell: Shell,
 }
 
-/// Runs `completions`.
-pub(crate) fn run(args: &Args) -> Result<()> {
-    let all = crate::command();
+/// Runs `completions`. `all` describes the command line.
+pub(crate) fn run(args: &Args, all: &Command) -> Result<()> {
     // Leave out hidden subcommands: the shell would offer them, too.
     let shown = all.get_subcommands().filter(|sub| !sub.is_hide_set());
     let mut shown = Command::new("obdsetup")
@@ -30,5 +29,5 @@ pub(crate) fn run(args: &Args) -> Result<()> {
         .subcommands(shown.cloned());
     let mut script = Vec::new();
     clap_complete::generate(args.shell, &mut shown, "obdsetup", &mut script);
-    super::print(&String::from_utf8_lossy(&script))
+    crate::terminal::print(&String::from_utf8_lossy(&script))
 }

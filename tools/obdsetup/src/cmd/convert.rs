@@ -8,20 +8,21 @@ use std::path::{Path, PathBuf};
 use anyhow::Result;
 use tempfile::NamedTempFile;
 
-use crate::archive::{self, Package};
-use crate::exit::Failure;
-use crate::image_layer::{self, CompareArgs};
-use crate::in_use::InUseArgs;
-use crate::kind::{unpacked, Input, Kind};
-use crate::layer_args::{IdentArgs, NewLayerArgs};
-use crate::layer_out::LayerOut;
-use crate::layers::{open_layers, LayerArg};
-use crate::made::Made;
-use crate::mkfs::{self, FileSystem, Files};
+use crate::files::in_use::InUseArgs;
+use crate::files::place::directory;
+use crate::input::archive::{self, Package};
+use crate::input::kind::{unpacked, Input, Kind};
+use crate::input::layer_name::LayerArg;
+use crate::input::layers::open_layers;
+use crate::input::qemu;
+use crate::make::image_layer::{self, CompareArgs};
+use crate::make::layer_args::{IdentArgs, NewLayerArgs};
+use crate::make::layer_out::LayerOut;
+use crate::make::made::Made;
+use crate::make::mkfs::{self, FileSystem, Files};
 use crate::oci;
-use crate::output::directory;
-use crate::qemu;
-use crate::size;
+use crate::terminal::exit::Failure;
+use crate::terminal::size;
 
 /// Arguments of `convert`.
 #[derive(clap::Args)]
@@ -246,7 +247,7 @@ fn convert_chain(args: &Args, chain: &[qemu::Link]) -> Result<()> {
         made.add(None);
         // It may be any file of this machine.
         if args.allow_outside {
-            crate::tell(&format!("layer {nth}: of {}", link.path.display()));
+            crate::terminal::tell(&format!("layer {nth}: of {}", link.path.display()));
         }
     }
     made.finish_config()

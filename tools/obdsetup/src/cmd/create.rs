@@ -12,19 +12,20 @@ use overlaybd::format::{merge, Blob};
 use overlaybd::{FileBlob, LayerReader, Stack};
 use tempfile::NamedTempFile;
 
-use crate::chain::{ChainArgs, Part};
-use crate::exit::Failure;
-use crate::image_layer::{self, CompareArgs};
-use crate::in_use::InUseArgs;
-use crate::kind;
-use crate::layer_args::NewLayerArgs;
-use crate::layer_out::LayerOut;
-use crate::layers::{expand, open_layers, paths, LayerArg};
-use crate::mkfs::{self, FileSystem, Files};
-use crate::output::directory;
-use crate::size;
-use crate::store::reading::Closed;
-use crate::store::thin;
+use crate::devices::store::reading::Closed;
+use crate::devices::store::thin;
+use crate::files::in_use::InUseArgs;
+use crate::files::place::directory;
+use crate::input::chain::{ChainArgs, Part};
+use crate::input::kind;
+use crate::input::layer_name::LayerArg;
+use crate::input::layers::{expand, open_layers, paths};
+use crate::make::image_layer::{self, CompareArgs};
+use crate::make::layer_args::NewLayerArgs;
+use crate::make::layer_out::LayerOut;
+use crate::make::mkfs::{self, FileSystem, Files};
+use crate::terminal::exit::Failure;
+use crate::terminal::size;
 
 // An option that requires one of the inputs is also declared to conflict with the other inputs: clap ignores a
 // requirement if the required argument conflicts with one that is given.

@@ -9,12 +9,13 @@ use overlaybd::format::num::{to_u64, to_usize};
 use overlaybd::format::Blob;
 use overlaybd::Payload;
 
-use crate::chain::ChainArgs;
-use crate::exit::Failure;
-use crate::in_use::InUseArgs;
-use crate::layers::{expand, open_stack, paths, LayerArg};
-use crate::raw_out::{self, Dest, Source};
-use crate::size;
+use crate::files::in_use::InUseArgs;
+use crate::input::chain::ChainArgs;
+use crate::input::layer_name::LayerArg;
+use crate::input::layers::{expand, open_stack, paths};
+use crate::make::raw_out::{self, Dest, Source};
+use crate::terminal::exit::Failure;
+use crate::terminal::size;
 
 /// Arguments of `dump`.
 #[derive(clap::Args)]
@@ -98,7 +99,7 @@ pub(crate) fn run(args: &Args) -> Result<()> {
         let payload = Payload::open(layer.open()?)?;
         if payload.zfile().is_none() {
             return Err(Failure::error(
-                crate::exit::BAD_IMAGE,
+                crate::terminal::exit::BAD_IMAGE,
                 format!("{layer}: not a ZFile"),
             ));
         }

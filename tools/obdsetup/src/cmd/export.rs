@@ -10,14 +10,17 @@ use clap::ValueEnum;
 use overlaybd::Stack;
 use tempfile::NamedTempFile;
 
-use crate::chain::ChainArgs;
-use crate::exit::Failure;
-use crate::in_use::InUseArgs;
-use crate::layers::{expand, open_layers, open_stack, paths, LayerArg};
-use crate::made::NewDirectory;
-use crate::output::{directory, temp_file, Output};
-use crate::raw_out::{self, Dest};
-use crate::{program, qemu};
+use crate::files::in_use::InUseArgs;
+use crate::files::place::{directory, temp_file};
+use crate::input::chain::ChainArgs;
+use crate::input::layer_name::LayerArg;
+use crate::input::layers::{expand, open_layers, open_stack, paths};
+use crate::input::qemu;
+use crate::make::made::NewDirectory;
+use crate::make::output::Output;
+use crate::make::raw_out::{self, Dest};
+use crate::program;
+use crate::terminal::exit::Failure;
 
 /// What a disk image can be.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]

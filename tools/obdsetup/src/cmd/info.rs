@@ -12,9 +12,11 @@ use overlaybd::layer::Ident;
 use overlaybd::{LayerReader, Payload, ZfileReader};
 use serde::Serialize;
 
-use super::{print, print_json};
-use crate::layers::{expand, LayerArg};
-use crate::{plain, size};
+use crate::input::layer_name::LayerArg;
+use crate::input::layers::expand;
+use crate::terminal::plain;
+use crate::terminal::size;
+use crate::terminal::{print, print_json};
 
 /// Arguments of `info`.
 #[derive(clap::Args)]

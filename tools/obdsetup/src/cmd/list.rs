@@ -8,11 +8,11 @@ use std::path::Path;
 use anyhow::Result;
 use serde::Serialize;
 
-use super::{print, print_json};
-use crate::dm::{share, Control};
-use crate::exit::{self, Failure};
-use crate::overview::health::{self, Health};
-use crate::overview::{stacks, sysfs, Partition, Stack};
+use crate::devices::dm::{share, Control};
+use crate::devices::overview::health::{self, Health};
+use crate::devices::overview::{stacks, sysfs, Partition, Stack};
+use crate::terminal::exit::{self, Failure};
+use crate::terminal::{print, print_json};
 
 /// Where sysfs is mounted.
 const SYS: &str = "/sys";
@@ -67,7 +67,7 @@ pub(crate) fn run(args: &Args) -> Result<()> {
         let rows = stacks(&control, sys)?.iter().map(row).collect();
         let left = share::left(&control.states()?).names;
         if !left.is_empty() {
-            crate::tell(&format!(
+            crate::terminal::tell(&format!(
                 "note: no stack uses {}: unless one is just being closed, an obdsetup that was killed has \
                  left it, and the next close of any stack removes it",
                 left.join(", ")
@@ -85,9 +85,9 @@ pub(crate) fn run(args: &Args) -> Result<()> {
     if args.json {
         print_json(&rows)?;
     } else if rows.is_empty() {
-        crate::tell("no stack is set up");
+        crate::terminal::tell("no stack is set up");
     } else {
-        print(&crate::plain(&table(&rows)))?;
+        print(&crate::terminal::plain(&table(&rows)))?;
     }
     if !is_root && !rows.is_empty() {
         let message = "must be root to see the health of stacks: names and sizes only";

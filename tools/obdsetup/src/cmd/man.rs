@@ -22,9 +22,9 @@ pub(crate) struct Args {
     directory: PathBuf,
 }
 
-/// Runs `man`.
-pub(crate) fn run(args: &Args) -> Result<()> {
-    let mut command = crate::command().disable_help_subcommand(true);
+/// Runs `man`. `command` describes the command line.
+pub(crate) fn run(args: &Args, command: Command) -> Result<()> {
+    let mut command = command.disable_help_subcommand(true);
     command.build();
     for sub in command.get_subcommands().filter(|sub| !sub.is_hide_set()) {
         let name = format!("obdsetup-{}.8", sub.get_name());

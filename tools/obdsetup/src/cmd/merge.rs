@@ -11,11 +11,13 @@ use overlaybd::layer::Ident;
 use overlaybd::lsmt_writer::cut;
 use overlaybd::{flatten, LayerReader, Stack};
 
-use crate::chain::{ChainArgs, Part};
-use crate::in_use::InUseArgs;
-use crate::layer_args::NewLayerArgs;
-use crate::layer_out::{derive, plan, LayerOut};
-use crate::layers::{expand, open_layers, paths, warn, LayerArg};
+use crate::files::in_use::InUseArgs;
+use crate::input::chain::{ChainArgs, Part};
+use crate::input::layer_name::LayerArg;
+use crate::input::layers::{expand, open_layers, paths};
+use crate::make::layer_args::NewLayerArgs;
+use crate::make::layer_out::{derive, plan, LayerOut};
+use crate::terminal::warn;
 
 /// Arguments of `merge`.
 #[derive(clap::Args)]

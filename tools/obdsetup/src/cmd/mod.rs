@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! The subcommands. Each one has a file.
+//! The subcommands. Each one has a file, which parses its arguments and calls the other folders.
 
 mod apply;
 mod benchmark;
@@ -20,8 +20,23 @@ mod status;
 mod table;
 mod verify;
 
-use anyhow::{Context, Result};
-use clap::Subcommand;
+use anyhow::Result;
+use clap::{CommandFactory, Parser, Subcommand};
+
+use crate::terminal::exit;
+
+/// Set up, make, convert and check OverlayBD images.
+#[derive(Parser)]
+#[command(name = "obdsetup", version, after_help = exit::HELP, max_term_width = 100)]
+pub(crate) struct Cli {
+    #[command(subcommand)]
+    pub(crate) command: Command,
+}
+
+/// Returns the description of the command line, for manual pages and completions.
+fn command() -> clap::Command {
+    Cli::command()
+}
 
 /// The subcommand to run.
 #[derive(Subcommand)]
@@ -82,23 +97,8 @@ impl Command {
             Self::Dump(args) => dump::run(&args),
             Self::Export(args) => export::run(&args),
             Self::Benchmark(args) => benchmark::run(&args),
-            Self::Completions(args) => completions::run(&args),
-            Self::Man(args) => man::run(&args),
+            Self::Completions(args) => completions::run(&args, &command()),
+            Self::Man(args) => man::run(&args, command()),
         }
     }
-}
-
-/// Prints `text` on standard output. A closed pipe is an error, not a panic.
-fn print(text: &str) -> Result<()> {
-    use std::io::Write;
-
-    let mut out = std::io::stdout().lock();
-    // Flushed here, because an error at the end of the process would be ignored.
-    let done = out.write_all(text.as_bytes()).and_then(|()| out.flush());
-    done.context("standard output: cannot write")
-}
-
-/// Prints a value as JSON.
-fn print_json(value: &impl serde::Serialize) -> Result<()> {
-    print(&format!("{}\n", serde_json::to_string_pretty(value)?))
 }

@@ -14,22 +14,29 @@ use clap::Parser;
 use overlaybd::{dax, Payload, Stack};
 use rustix::process::{getrlimit, setrlimit, Resource, Rlimit};
 
-use super::print;
-use crate::chain::ChainArgs;
-use crate::dm::backing::Backing;
-use crate::dm::control::State;
-use crate::dm::lock::Lock;
-use crate::dm::plan::{self, Lower, Place, TargetOptions};
-use crate::dm::setup::{self, Below, Removal, SetUp};
-use crate::dm::share::{self, Identity};
-use crate::dm::udev::Udev;
-use crate::dm::{self, Control, Plan};
-use crate::exit::{self, Failure};
-use crate::in_use::InUseArgs;
-use crate::layers::{expand, plan_stack, LayerArg};
-use crate::partitions::Partition;
-use crate::store::opening;
-use crate::{interrupt, journal, partitions, size, tab};
+use crate::devices::dm::backing::Backing;
+use crate::devices::dm::control::State;
+use crate::devices::dm::identity::Identity;
+use crate::devices::dm::identity::Place;
+use crate::devices::dm::lock::Lock;
+use crate::devices::dm::plan::{self, Lower, TargetOptions};
+use crate::devices::dm::setup::{self, Below, Removal, SetUp};
+use crate::devices::dm::share;
+use crate::devices::dm::udev::Udev;
+use crate::devices::dm::{self, Control, Plan};
+use crate::devices::store::opening;
+use crate::devices::tab;
+use crate::files::in_use::InUseArgs;
+use crate::input::chain::ChainArgs;
+use crate::input::journal;
+use crate::input::layer_name::LayerArg;
+use crate::input::layers::{expand, plan_stack};
+use crate::input::partitions;
+use crate::input::partitions::Partition;
+use crate::terminal::exit::{self, Failure};
+use crate::terminal::interrupt;
+use crate::terminal::print;
+use crate::terminal::size;
 
 /// How long to wait until a half-built stack stays unchanged.
 const PATIENCE: Duration = Duration::from_secs(20);
@@ -446,7 +453,9 @@ pub(crate) fn run(args: &Args) -> Result<()> {
             opened.journal_note_of_part(part, &node)
         });
         let notes = std::iter::once(opened.journal_note(&node)).chain(of_parts);
-        notes.flatten().for_each(|note| crate::tell(&note));
+        notes
+            .flatten()
+            .for_each(|note| crate::terminal::tell(&note));
     }
     let adopted = set_up.adopted();
     if let Some(partitions) = set_up_partitions {
@@ -612,7 +621,7 @@ fn make_way(control: &Control, name: &str, plan: &Plan) -> Result<(Lock, Vec<Sta
                 format!("device {name} is half built; `obdsetup close {name}' removes it");
             return Err(Failure::error(exit::BUSY, message));
         }
-        crate::tell(&format!(
+        crate::terminal::tell(&format!(
             "device {name} was left half built by an obdsetup that was killed: removing {}",
             left.names().join(", ")
         ));

@@ -9,18 +9,19 @@ use anyhow::Result;
 use serde::Serialize;
 
 use super::close::not_ours;
-use super::{print, print_json};
-use crate::dm::backing::loop_file;
-use crate::dm::control::Line;
-use crate::dm::inspect;
-use crate::dm::plan::check_name;
-use crate::dm::{node, Control};
-use crate::exit::Failure;
-use crate::overview::changes::Changes;
-use crate::overview::fields::{named, Fields};
-use crate::overview::health::{self, Health};
-use crate::overview::{find, numbers, stacks, Partition, Stack};
-use crate::{plain, size};
+use crate::devices::dm::backing::loop_file;
+use crate::devices::dm::control::Line;
+use crate::devices::dm::inspect;
+use crate::devices::dm::plan::check_name;
+use crate::devices::dm::{node, Control};
+use crate::devices::overview::changes::Changes;
+use crate::devices::overview::fields::{named, Fields};
+use crate::devices::overview::health::{self, Health};
+use crate::devices::overview::{find, numbers, stacks, Partition, Stack};
+use crate::terminal::exit::Failure;
+use crate::terminal::plain;
+use crate::terminal::size;
+use crate::terminal::{print, print_json};
 
 /// Where sysfs is mounted.
 const SYS: &str = "/sys";

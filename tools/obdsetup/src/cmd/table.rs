@@ -9,11 +9,11 @@ use overlaybd::Payload;
 use serde::Serialize;
 
 use super::open::LayersArgs;
-use super::{print, print_json};
-use crate::dm::backing::Backing;
-use crate::dm::node;
-use crate::dm::plan::Lower;
-use crate::layers::LayerArg;
+use crate::devices::dm::backing::Backing;
+use crate::devices::dm::node;
+use crate::devices::dm::plan::Lower;
+use crate::input::layer_name::LayerArg;
+use crate::terminal::{print, print_json};
 
 /// Arguments of `table`.
 #[derive(clap::Args)]

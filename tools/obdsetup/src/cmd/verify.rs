@@ -8,13 +8,15 @@ use overlaybd::layer::Ident;
 use overlaybd::{LayerReader, Stack};
 use serde::Serialize;
 
-use super::{print, print_json};
-use crate::bar::Bar;
-use crate::chain::{ChainArgs, Findings, Part};
-use crate::exit::{self, Failure};
-use crate::in_use::InUseArgs;
-use crate::layers::{expand, open_layers, warn, LayerArg};
-use crate::plain;
+use crate::files::in_use::InUseArgs;
+use crate::input::chain::{ChainArgs, Findings, Part};
+use crate::input::layer_name::LayerArg;
+use crate::input::layers::{expand, open_layers};
+use crate::terminal::bar::Bar;
+use crate::terminal::exit::{self, Failure};
+use crate::terminal::plain;
+use crate::terminal::warn;
+use crate::terminal::{print, print_json};
 
 /// Largest number of corrupt blocks that are listed.
 const NAMED: usize = 100;

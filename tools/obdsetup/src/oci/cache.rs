@@ -11,9 +11,10 @@ use anyhow::{Context, Result};
 use sha2::{Digest, Sha256};
 
 use super::layout::{hash, is_hex};
-use crate::bar::Bar;
-use crate::layers::warn;
-use crate::output::{set_mode, sync, sync_directory, temp_file, umask};
+use crate::files::place::temp_file;
+use crate::make::output::{set_mode, sync, sync_directory, umask};
+use crate::terminal::bar::Bar;
+use crate::terminal::warn;
 
 /// Suffix of the names of files.
 const SUFFIX: &str = ".obd";
@@ -125,7 +126,7 @@ impl Cache {
 fn is_readable(path: &Path) -> Result<bool> {
     let len = path.metadata().map_or(0, |meta| meta.len());
     let read = hash(path, &Bar::new("checking", len));
-    crate::interrupt::check()?;
+    crate::terminal::interrupt::check()?;
     Ok(read.is_ok())
 }
 

@@ -17,17 +17,18 @@ use serde_json::{json, Value};
 use sha2::{Digest, Sha256};
 
 use super::cache::{Cache, Key};
+use super::job::Job;
 use super::layout::{hash, is_hex, Found, Layout};
-use super::{
-    describe, Descriptor, Job, Manifest, Platform, CONFIG_TYPES, MANIFEST_TYPES, NAMES, TAR_TYPES,
+use super::spec::{
+    describe, Descriptor, Manifest, Platform, CONFIG_TYPES, MANIFEST_TYPES, NAMES, TAR_TYPES,
 };
-use crate::archive::{Archive, Compression};
-use crate::bar::Bar;
-use crate::exit::Failure;
-use crate::json::bad;
-use crate::layer_out::{derive, LayerOut};
-use crate::made::Made;
-use crate::mkfs;
+use crate::files::json::bad;
+use crate::input::archive::{Archive, Compression};
+use crate::make::layer_out::{derive, LayerOut};
+use crate::make::made::Made;
+use crate::make::mkfs;
+use crate::terminal::bar::Bar;
+use crate::terminal::exit::Failure;
 
 /// Suffixes of the media types of layers, by compression.
 const COMPRESSED: [&str; 4] = ["", "+gzip", "+zstd", ".gzip"];
@@ -106,7 +107,8 @@ pub(super) fn convert(
         return Err(bad(name, &what));
     };
     let (config_bytes, config_name) = layout.read(descriptor)?;
-    let config: Config = crate::json::parse(&config_bytes, &config_name, "an image's description")?;
+    let config: Config =
+        crate::files::json::parse(&config_bytes, &config_name, "an image's description")?;
     let diff_ids = diff_ids(&config, layers.len()).map_err(|what| bad(&config_name, &what))?;
 
     let mut wrapping = job.new.wrap.wrapping()?;
@@ -406,7 +408,7 @@ fn layout_of(
     }
     let index = json!({
         "schemaVersion": 2,
-        "mediaType": super::INDEX_TYPES[0],
+        "mediaType": super::spec::INDEX_TYPES[0],
         "manifests": [entry],
     });
     made.write("index.json", &serde_json::to_vec(&index)?)?;

@@ -15,10 +15,11 @@ use serde::de::DeserializeOwned;
 use sha2::{Digest, Sha256};
 use tempfile::TempDir;
 
-use super::{sha256, Choice, Descriptor, Index, Manifest, Platform, INDEX_TYPES, NAMES};
-use crate::bar::Bar;
-use crate::exit::Failure;
-use crate::json::{self, bad};
+use super::job::Choice;
+use super::spec::{sha256, Descriptor, Index, Manifest, Platform, INDEX_TYPES, NAMES};
+use crate::files::json::{self, bad};
+use crate::terminal::bar::Bar;
+use crate::terminal::exit::Failure;
 
 /// Name of an index in messages.
 const INDEX: &str = "an image index";
@@ -146,7 +147,7 @@ impl Layout {
                 };
                 if INDEX_TYPES.contains(&descriptor.media_type.as_str()) {
                     if seen.insert((names.clone(), descriptor.digest.clone())) {
-                        crate::interrupt::check()?;
+                        crate::terminal::interrupt::check()?;
                         let index: Index = self.read_json(&descriptor, INDEX)?;
                         entries += index.manifests.len();
                         if seen.len() > INDEXES || entries > ENTRIES {
@@ -177,7 +178,7 @@ impl Layout {
             if found.descriptor.platform.is_some() {
                 continue;
             }
-            crate::interrupt::check()?;
+            crate::terminal::interrupt::check()?;
             let descriptor = &found.descriptor;
             let platform = match known.get(&descriptor.digest) {
                 Some(platform) => platform.clone(),

@@ -15,11 +15,11 @@ use sha2::{Digest, Sha256};
 use tempfile::TempDir;
 
 use super::layout::{is_hex, Layout};
-use super::{
+use super::spec::{
     describe, sha256, Descriptor, Platform, CONFIG_TYPES, MANIFEST_TYPES, REF_NAME, TAR_TYPES,
 };
-use crate::archive::{brief, Archive, Member, MemberKind};
-use crate::json::{self, bad};
+use crate::files::json::{self, bad};
+use crate::input::archive::{brief, Archive, Member, MemberKind};
 
 /// Largest number of files of an archive that may belong to images. An image has a few for each layer.
 const FILES: usize = 10_000;
@@ -258,7 +258,7 @@ impl Unpack<'_> {
             json::parse(&bytes, Path::new(&shown_name), "what `docker save' writes")?;
         let mut manifests = Vec::new();
         for image in images {
-            crate::interrupt::check()?;
+            crate::terminal::interrupt::check()?;
             let (bytes, stored) = self.read(&image.config)?;
             let stem = image.config.rsplit('/').next().unwrap_or_default();
             let stem = stem.strip_suffix(".json").unwrap_or(stem);

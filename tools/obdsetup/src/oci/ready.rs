@@ -14,14 +14,14 @@ use overlaybd::{FileBlob, LayerReader, Stack};
 use sha2::{Digest, Sha256};
 
 use super::layout::{Found, Layout};
-use super::{sha256, Descriptor, Manifest};
-use crate::bar::Bar;
-use crate::chain::{Findings, Part};
-use crate::exit::{self, Failure};
-use crate::json::bad;
-use crate::layers::warn;
-use crate::made::Made;
-use crate::output::sync;
+use super::spec::{sha256, Descriptor, Manifest};
+use crate::files::json::bad;
+use crate::input::chain::{Findings, Part};
+use crate::make::made::Made;
+use crate::make::output::sync;
+use crate::terminal::bar::Bar;
+use crate::terminal::exit::{self, Failure};
+use crate::terminal::warn;
 
 /// Annotations that only TurboOCI layers have.
 const TURBO: [&str; 2] = ["overlaybd/turbo-oci", "overlaybd/fastoci"];

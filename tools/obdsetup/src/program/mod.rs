@@ -27,8 +27,8 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result};
 use rustix::process::{kill_process_group, waitid, Pid, Signal, WaitId, WaitIdOptions};
 
-use crate::exit::Failure;
-use crate::interrupt;
+use crate::terminal::exit::Failure;
+use crate::terminal::interrupt;
 use lines::Lines;
 pub(crate) use progress::Patience;
 
@@ -93,7 +93,7 @@ impl Said {
             let warning = format!("warning: {}: {line}", self.name);
             let mut told = TOLD.lock().unwrap_or_else(PoisonError::into_inner);
             if told.insert(warning.clone()) {
-                crate::tell(&warning);
+                crate::terminal::tell(&warning);
             }
         }
     }

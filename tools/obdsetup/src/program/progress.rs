@@ -16,7 +16,7 @@ use std::time::{Duration, Instant};
 
 use rustix::process::Pid;
 
-use crate::exit::{self, Failure};
+use crate::terminal::exit::{self, Failure};
 
 /// How long a program may make no progress.
 const BOUND: Duration = Duration::from_secs(600);

@@ -1,0 +1,84 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! Block devices in sysfs, by their numbers `MAJOR:MINOR`.
+
+use std::collections::BTreeSet;
+use std::fs;
+use std::path::{Path, PathBuf};
+
+/// The directory of block devices by their numbers in sysfs.
+const SYS: &str = "/sys/dev/block";
+
+/// Returns a device number as sysfs has it.
+pub(super) fn number_of(rdev: u64) -> String {
+    format!("{}:{}", rustix::fs::major(rdev), rustix::fs::minor(rdev))
+}
+
+/// Returns the number of the device with `uuid`; `None` if there is none with a table.
+pub(crate) fn number_of_uuid(uuid: &str) -> Option<String> {
+    let entries = fs::read_dir("/sys/block").into_iter().flatten().flatten();
+    let device = entries.map(|entry| entry.path()).find(|device| {
+        let text = fs::read_to_string(device.join("dm/uuid"));
+        text.is_ok_and(|text| text.trim_end() == uuid)
+    });
+    let number = fs::read_to_string(device?.join("dev")).ok()?;
+    Some(number.trim_end().to_owned())
+}
+
+/// Returns the directory in sysfs of the device with number `MAJOR:MINOR`.
+pub(crate) fn system(number: &str) -> PathBuf {
+    Path::new(SYS).join(number)
+}
+
+/// Returns the numbers of the devices to which the links in `directory` lead.
+fn numbers_in(directory: &Path) -> BTreeSet<String> {
+    let entries = fs::read_dir(directory).into_iter().flatten().flatten();
+    entries
+        .filter_map(|entry| fs::read_to_string(entry.path().join("dev")).ok())
+        .map(|text| text.trim_end().to_owned())
+        .collect()
+}
+
+/// Returns the numbers of the mapped devices whose tables name device `number`.
+pub(crate) fn users(number: &str) -> BTreeSet<String> {
+    numbers_in(&system(number).join("holders"))
+}
+
+/// Returns the numbers of the devices that the table of device `number` names.
+pub(crate) fn lower(number: &str) -> BTreeSet<String> {
+    numbers_in(&system(number).join("slaves"))
+}
+
+/// Returns the numbers of all devices below device `number`.
+pub(crate) fn below(number: &str) -> BTreeSet<String> {
+    let mut found = BTreeSet::new();
+    let mut next = vec![number.to_owned()];
+    while let Some(number) = next.pop() {
+        for lower in lower(&number) {
+            if found.insert(lower.clone()) {
+                next.push(lower);
+            }
+        }
+    }
+    found
+}
+
+/// Returns the kernel's sequence number of the disk that block device `number` is, or is a partition of, and
+/// the first sector of the partition. The sequence number is unique, even if a new disk gets the device
+/// number of an old one.
+pub(super) fn disk(number: &str) -> (String, String) {
+    let device = system(number);
+    let text = |path: &Path| {
+        let text = fs::read_to_string(path).unwrap_or_default();
+        text.trim_end().to_owned()
+    };
+    let whole = match device.join("partition").exists() {
+        true => device
+            .canonicalize()
+            .ok()
+            .and_then(|path| path.parent().map(Path::to_owned)),
+        false => None,
+    };
+    let whole = whole.unwrap_or_else(|| device.clone());
+    (text(&whole.join("diskseq")), text(&device.join("start")))
+}

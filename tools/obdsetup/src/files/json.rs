@@ -1,0 +1,41 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! Reads JSON files that other programs wrote.
+
+use std::path::Path;
+
+use anyhow::Result;
+use overlaybd::format::num::to_usize;
+use overlaybd::format::Blob;
+use overlaybd::FileBlob;
+use serde::de::DeserializeOwned;
+
+use crate::terminal::exit::{self, Failure};
+
+/// Largest size of a file: the limit that registries have for a manifest.
+pub(crate) const MAX: u64 = 4 << 20;
+
+/// Reads a file.
+pub(crate) fn read(path: &Path) -> Result<Vec<u8>> {
+    let file = FileBlob::open(path, None)?;
+    if file.size() > MAX {
+        return Err(bad(
+            path,
+            &format!("has more than {MAX} bytes, too many for such a file"),
+        ));
+    }
+    let mut bytes = vec![0; to_usize(file.size())];
+    file.read_at(0, &mut bytes)
+        .map_err(|error| error.in_file(path))?;
+    Ok(bytes)
+}
+
+/// Parses the bytes of the file at `path`. Messages call the content `what`.
+pub(crate) fn parse<T: DeserializeOwned>(bytes: &[u8], path: &Path, what: &str) -> Result<T> {
+    serde_json::from_slice(bytes).map_err(|error| bad(path, &format!("not {what}: {error}")))
+}
+
+/// Returns the error for a file with wrong content.
+pub(crate) fn bad(path: &Path, what: &str) -> anyhow::Error {
+    Failure::error(exit::BAD_IMAGE, format!("{}: {what}", path.display()))
+}

@@ -1,0 +1,214 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! Combines and checks the headers of a member.
+
+use anyhow::Result;
+use overlaybd::format::num::to_u64;
+
+use super::header::pad;
+use super::header::{BadField, Header};
+use super::pax::{BadRecord, Extended};
+use super::reader::Archive;
+use super::{member, Device, Member, MemberKind, Time};
+
+/// Size limit for all headers that apply to all members. git writes one of 52 bytes.
+const MAX_GLOBAL: u64 = 64 << 10;
+
+impl Archive {
+    /// Adds an extended header, for the next member (`to`) or for all.
+    pub(super) fn extend(
+        &mut self,
+        kind: u8,
+        at: u64,
+        payload: &[u8],
+        to: &mut Extended,
+    ) -> Result<()> {
+        let text = || {
+            let text = payload.split(|&byte| byte == 0).next();
+            text.unwrap_or_default().to_vec()
+        };
+        let parsed = match kind {
+            b'L' => {
+                to.name = Some(text());
+                Some(())
+            }
+            b'K' => {
+                to.link = Some(text());
+                Some(())
+            }
+            b'g' => {
+                self.global_len += to_u64(payload.len());
+                if self.global_len > MAX_GLOBAL {
+                    return Err(self.bad(&format!(
+                        "the headers for all members have more than {MAX_GLOBAL} bytes with that \
+                         at byte {at}"
+                    )));
+                }
+                self.global.parse(payload)
+            }
+            _ => to.pax.parse(payload),
+        };
+        parsed.ok_or_else(|| {
+            self.bad(&format!(
+                "the extended header at byte {at} has a malformed record"
+            ))
+        })
+    }
+
+    /// Returns the member that the headers describe.
+    pub(super) fn member(
+        &mut self,
+        start: u64,
+        at: u64,
+        header: &Header<'_>,
+        size: u64,
+        extended: Extended,
+    ) -> Result<Member> {
+        let pax = extended.pax.over(&self.global);
+        let name = pax.get(b"GNU.sparse.name").or(pax.get(b"path"));
+        let name = name
+            .map(<[u8]>::to_vec)
+            .or(extended.name)
+            .unwrap_or_else(|| header.name());
+        self.name = member::brief(&name);
+        let record = |bad: BadRecord| {
+            self.bad(&format!(
+                "the value of {} in a header before byte {at} is wrong",
+                bad.0
+            ))
+        };
+        let here = |text: &str| self.bad(&format!("member {:?} at byte {at}: {text}", self.name));
+        let field = |number: Result<i128, BadField>| {
+            number.map_err(|bad| here(&format!("the {} is no number", bad.0)))
+        };
+
+        let is_directory = name.ends_with(b"/");
+        let path = self.checked_name(at, &name)?;
+        let size = match pax.number("size").map_err(record)? {
+            Some(size) => u64::try_from(size).map_err(|_| here("the size is negative"))?,
+            None => size,
+        };
+        let link = pax.get(b"linkpath").map(<[u8]>::to_vec);
+        let link = link.or(extended.link).unwrap_or_else(|| header.link());
+        let device = || -> Result<Device> {
+            let number = |key, number| {
+                // A record has numbers that don't fit in the header.
+                let number = match pax.number(key).map_err(record)? {
+                    Some(number) => number,
+                    None => field(number)?,
+                };
+                u32::try_from(number).map_err(|_| here("the device number does not fit"))
+            };
+            Ok(Device {
+                major: number("SCHILY.devmajor", header.major())?,
+                minor: number("SCHILY.devminor", header.minor())?,
+            })
+        };
+        // Number of bytes after the header.
+        let mut stored = size;
+        let kind = match header.kind() {
+            b'0' | b'\0' | b'7' if is_directory => MemberKind::Directory,
+            b'0' | b'\0' | b'7' | b'S' => MemberKind::File,
+            b'1' => {
+                // As in GNU tar, links never have content.
+                stored = 0;
+                MemberKind::HardLink(self.checked_name(at, &link)?)
+            }
+            b'2' => MemberKind::Symlink(link),
+            b'3' => MemberKind::CharDevice(device()?),
+            b'4' => MemberKind::BlockDevice(device()?),
+            b'5' | b'D' => MemberKind::Directory,
+            b'6' => MemberKind::Fifo,
+            other => {
+                let other = other.escape_ascii();
+                return Err(here(&format!("type '{other}' is none that obdsetup knows")));
+            }
+        };
+        if matches!(kind, MemberKind::Symlink(ref link) if link.is_empty()) {
+            return Err(here("a symbolic link to nothing"));
+        }
+        if path.is_empty() && kind != MemberKind::Directory {
+            return Err(here("only a directory can be the root directory"));
+        }
+        let id = |key, number| -> Result<u32> {
+            let number = match pax.number(key).map_err(record)? {
+                Some(number) => number,
+                None => field(number)?,
+            };
+            let number = match number {
+                // NFS uses -2 for nobody.
+                -0x8000_0000..=-2 => number + (1 << 32),
+                number => number,
+            };
+            let fits = u32::try_from(number)
+                .ok()
+                .filter(|&number| number < u32::MAX);
+            fits.ok_or_else(|| here(&format!("{key} {number} does not fit in 32 bits")))
+        };
+        let mtime = match pax.time("mtime").map_err(record)? {
+            Some(time) => time,
+            None => Time {
+                seconds: i64::try_from(field(header.mtime())?)
+                    .map_err(|_| here("the mtime does not fit"))?,
+                nanoseconds: 0,
+            },
+        };
+        let mode = field(header.mode())? & 0o7777;
+        let mode = u32::try_from(mode).unwrap_or_default();
+        let (uid, gid) = (id("uid", header.uid())?, id("gid", header.gid())?);
+        self.left = stored;
+        self.padding = pad(stored);
+        let (size, extents) = match kind {
+            MemberKind::File => self.extents(at, header, &pax)?,
+            _ => (0, Vec::new()),
+        };
+        let (xattrs, records) = pax.rest();
+        Ok(Member {
+            at: start,
+            path,
+            kind,
+            mode,
+            uid,
+            gid,
+            mtime,
+            size,
+            extents,
+            xattrs,
+            records,
+        })
+    }
+
+    /// Returns the normalized name of a member, or of the target of a hard link.
+    pub(super) fn checked_name(&self, at: u64, name: &[u8]) -> Result<Vec<u8>> {
+        let here = |text: &str| {
+            let name = member::brief(name);
+            Err(self.bad(&format!(
+                "member {:?} at byte {at}: name {name:?}: {text}",
+                self.name
+            )))
+        };
+        if name.contains(&0) {
+            return here("a NUL in it");
+        }
+        if name.is_empty() {
+            return here("empty");
+        }
+        match member::normal(name) {
+            Some(name) => Ok(name),
+            None => here("\"..\" leads out of the directory that the tar is unpacked in"),
+        }
+    }
+
+    pub(super) fn in_header(&self, at: u64, number: Result<i128, BadField>) -> Result<u64> {
+        match number.map(u64::try_from) {
+            Ok(Ok(number)) => Ok(number),
+            Ok(Err(_)) => {
+                Err(self.bad(&format!("a number in the header at byte {at} does not fit")))
+            }
+            Err(BadField(name, place)) => {
+                let byte = at + to_u64(place);
+                Err(self.bad(&format!("the {name} at byte {byte} is no number")))
+            }
+        }
+    }
+}

@@ -1,0 +1,121 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! Reads `config.v1.json`, with which containerd's overlaybd snapshotter describes a stack.
+
+use std::path::{Path, PathBuf};
+
+use anyhow::Result;
+use serde::{Deserialize, Serialize};
+
+use crate::files::json;
+use crate::input::layer_name::LayerArg;
+use crate::terminal::exit::Failure;
+
+/// Names of a layer's file in its directory, in the order in which the snapshotter looks for them.
+const NAMES: [&str; 3] = ["overlaybd.commit", ".commit", "overlaybd.sealed"];
+
+/// The fields of a `config.v1.json` that matter for reading.
+#[derive(Debug, Default, Deserialize, Serialize)]
+#[serde(default, rename_all = "camelCase")]
+pub(crate) struct Config {
+    /// The URL from which layers without a file would be fetched.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(crate) repo_blob_url: Option<String>,
+    /// Layers, lowest first.
+    pub(crate) lowers: Vec<Lower>,
+    /// A writable layer on top, if it names files.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(crate) upper: Option<Upper>,
+}
+
+/// A layer.
+#[derive(Debug, Default, Deserialize, Serialize)]
+#[serde(default, rename_all = "camelCase")]
+pub(crate) struct Lower {
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(crate) file: Option<String>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(crate) dir: Option<String>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(crate) digest: Option<String>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(crate) target_file: Option<String>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(crate) target_digest: Option<String>,
+}
+
+/// A writable layer.
+#[derive(Debug, Default, Deserialize, Serialize)]
+#[serde(default)]
+pub(crate) struct Upper {
+    pub(crate) index: Option<String>,
+    pub(crate) data: Option<String>,
+}
+
+/// Returns whether `layer` has the name of a description of a stack.
+pub(crate) fn is_config(layer: &LayerArg) -> bool {
+    layer.size.is_none() && layer.path.extension().is_some_and(|name| name == "json")
+}
+
+/// Returns the layers that the `config.v1.json` at `path` lists, lowest first. Relative names are relative to
+/// its directory.
+pub(crate) fn layers(path: &Path) -> Result<Vec<LayerArg>> {
+    let text = json::read(path)?;
+    let config: Config = json::parse(&text, path, "a config.v1.json")?;
+    let place = crate::files::place::directory(path);
+    let refuse = |what: String| Failure::usage(format!("{}: {what}", path.display()));
+    if config.lowers.is_empty() {
+        return Err(refuse("no `lowers`: lists no layers".to_owned()));
+    }
+    if let Some(Upper { index, data }) = &config.upper {
+        if given(index).or(given(data)).is_some() {
+            return Err(refuse(
+                "the stack has a writable layer on top (`upper`), which cannot be read".to_owned(),
+            ));
+        }
+    }
+    let layers = config.lowers.iter().enumerate();
+    layers
+        .map(|(nth, lower)| {
+            let path = file(lower, place).map_err(|what| refuse(format!("layer {nth}: {what}")))?;
+            Ok(LayerArg { path, size: None })
+        })
+        .collect()
+}
+
+/// Returns the file of a layer, or the reason why there is none.
+fn file(lower: &Lower, place: &Path) -> Result<PathBuf, String> {
+    if given(&lower.target_file)
+        .or(given(&lower.target_digest))
+        .is_some()
+    {
+        return Err("a TurboOCI layer, which cannot be read".to_owned());
+    }
+    if let Some(file) = given(&lower.file) {
+        return Ok(place.join(file));
+    }
+    let dir = given(&lower.dir).map(|dir| place.join(dir));
+    if let Some(dir) = &dir {
+        let mut files = NAMES.iter().map(|name| dir.join(name));
+        if let Some(file) = files.find(|file| file.exists()) {
+            return Ok(file);
+        }
+    }
+    Err(match (given(&lower.digest), dir) {
+        (Some(digest), Some(dir)) => format!(
+            "{digest} is in a registry only: no {} in {}",
+            NAMES[0],
+            dir.display()
+        ),
+        (Some(digest), None) => {
+            format!("{digest} is in a registry only: neither `file' nor `dir' is given")
+        }
+        (None, Some(dir)) => format!("no {} in {}", NAMES[0], dir.display()),
+        (None, None) => "neither `file' nor `dir' is given".to_owned(),
+    })
+}
+
+/// Returns the text; `None` if it is missing or empty.
+fn given(text: &Option<String>) -> Option<&str> {
+    text.as_deref().filter(|text| !text.is_empty())
+}

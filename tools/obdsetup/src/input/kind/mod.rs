@@ -1,0 +1,409 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! The inputs that a layer can be made of, recognised by content, not by name.
+//!
+//! - [`magic`]: what files of other formats begin with.
+//! - [`disk`]: how disks look.
+//! - [`unpacked`]: disks that are compressed as a whole.
+
+mod disk;
+mod magic;
+pub(crate) mod unpacked;
+
+use std::fs::File;
+use std::io::{Read, Seek, SeekFrom};
+use std::os::unix::fs::FileTypeExt;
+use std::path::Path;
+use std::sync::Arc;
+
+use anyhow::{Context, Result};
+use clap::ValueEnum;
+use overlaybd::format::num::to_u64;
+use overlaybd::format::{lsmt, zfile, Blob, SECTOR_SIZE};
+use overlaybd::{FileBlob, LayerReader};
+
+use crate::input::archive::{self, is_header, unpack_error, Compression, Unpack, BLOCK};
+use crate::terminal::exit::Failure;
+
+/// What a layer can be made of.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub(crate) enum Kind {
+    /// A disk image as it is, or a block device
+    Raw,
+    /// QEMU's format
+    Qcow2,
+    /// VMware's format
+    Vmdk,
+    /// Hyper-V's format
+    Vhdx,
+    /// Virtual PC's format, also called VHD
+    Vpc,
+    /// VirtualBox's format
+    Vdi,
+    /// QEMU's former format
+    Qed,
+    /// Parallels' format
+    Parallels,
+    /// A directory, to be put in a file system
+    Directory,
+    /// A tar, compressed or not, to be put in a file system
+    Tar,
+    /// An OCI image layout whose layers are OverlayBD layers
+    Oci,
+}
+
+impl Kind {
+    /// Returns qemu-img's name of the format, if qemu-img reads it.
+    pub(crate) fn for_qemu(self) -> Option<&'static str> {
+        match self {
+            Self::Qcow2 => Some("qcow2"),
+            Self::Vmdk => Some("vmdk"),
+            Self::Vhdx => Some("vhdx"),
+            Self::Vpc => Some("vpc"),
+            Self::Vdi => Some("vdi"),
+            Self::Qed => Some("qed"),
+            Self::Parallels => Some("parallels"),
+            Self::Raw | Self::Directory | Self::Tar | Self::Oci => None,
+        }
+    }
+
+    /// Returns whether qemu-img reads the format that it calls so, and it is one of these.
+    pub(crate) fn is_for_qemu(format: &str) -> bool {
+        let mut kinds = Self::value_variants().iter();
+        kinds.any(|kind| kind.for_qemu() == Some(format))
+    }
+}
+
+/// An input that a layer can be made of.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Input {
+    pub(crate) kind: Kind,
+    /// The compression of the whole file.
+    pub(crate) compression: Option<Compression>,
+}
+
+/// The result of examining a file.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) enum Seen {
+    /// An input that a layer can be made of.
+    Known(Input),
+    /// Anything else, with a message that has the reason and advice.
+    Refused(String),
+    /// Possibly a disk, but not certainly. The message says so.
+    Unknown(String),
+}
+
+impl Input {
+    /// Returns the input at `path`, recognised by its content.
+    ///
+    /// # Errors
+    ///
+    /// If it cannot be read, if no layer can be made of it, or if that isn't certain.
+    pub(crate) fn of(path: &Path) -> Result<Self> {
+        match look(path)? {
+            Seen::Known(input) => Ok(input),
+            Seen::Unknown(_) if is_block_device(path) => Ok(Self::raw()),
+            Seen::Refused(text) | Seen::Unknown(text) => Err(Failure::usage(text)),
+        }
+    }
+
+    /// Returns the input at `path`, which the user has said is a `kind`.
+    ///
+    /// # Errors
+    ///
+    /// If it cannot be read.
+    pub(crate) fn told(path: &Path, kind: Kind) -> Result<Self> {
+        let compression = match kind {
+            Kind::Raw | Kind::Directory | Kind::Oci => None,
+            _ if path.is_dir() => None,
+            _ => compression(&ends(path)?.0),
+        };
+        Ok(Self { kind, compression })
+    }
+
+    fn raw() -> Self {
+        Self {
+            kind: Kind::Raw,
+            compression: None,
+        }
+    }
+}
+
+fn is_block_device(path: &Path) -> bool {
+    path.metadata()
+        .is_ok_and(|meta| meta.file_type().is_block_device())
+}
+
+/// Checks that the file `path`, which is used as a disk, isn't certainly anything else.
+///
+/// # Errors
+///
+/// If it is anything else, or cannot be read.
+pub(crate) fn check_disk(path: &Path) -> Result<()> {
+    let text = match look(path)? {
+        Seen::Unknown(_) => {
+            let size = FileBlob::open(path, None)?.size();
+            if size % SECTOR_SIZE == 0 {
+                return Ok(());
+            }
+            format!(
+                "{}: nothing shows what it is, and its {size} bytes are no whole number of sectors: \
+                 incomplete download or copy? --raw takes it as it is",
+                path.display()
+            )
+        }
+        Seen::Known(input) if input == Input::raw() => return Ok(()),
+        Seen::Known(Input { kind, compression }) => {
+            let how = compression.map_or_else(String::new, |compression| {
+                format!(", compressed with {}", compression.name())
+            });
+            let kind = kind.to_possible_value();
+            let kind = kind.as_ref().map_or("other", |kind| kind.get_name());
+            format!(
+                "{}: no disk image as it is, but {kind}{how}: `obdsetup convert` reads that; --raw \
+                 takes it as it is",
+                path.display()
+            )
+        }
+        Seen::Refused(text) => text.replace("--from raw", "--raw"),
+    };
+    Err(Failure::usage(text))
+}
+
+/// Examines what is at `path`.
+///
+/// # Errors
+///
+/// If it cannot be read, or its compressed data is damaged.
+pub(crate) fn look(path: &Path) -> Result<Seen> {
+    let known = |kind| {
+        Ok(Seen::Known(Input {
+            kind,
+            compression: None,
+        }))
+    };
+    let name = path.display();
+    if path.is_dir() {
+        if path.join("oci-layout").exists() {
+            return known(Kind::Oci);
+        }
+        if path.join("version").is_file() && path.join("manifest.json").is_file() {
+            return Ok(Seen::Refused(format!(
+                "{name}: an image in a directory (dir:), no tree of files: make an OCI layout of \
+                 it, `skopeo copy dir:{name} oci:LAYOUT`; --from directory takes it for files"
+            )));
+        }
+        return match archive::check_directory(path)? {
+            Some(package) => Ok(Seen::Refused(package.refusal_of_directory(path))),
+            None => known(Kind::Directory),
+        };
+    }
+    // Fails for what is neither a file nor a block device, without waiting for a FIFO.
+    let blob = Arc::new(FileBlob::open(path, None)?);
+    let size = blob.size();
+    if LayerReader::from_file(blob).is_ok() {
+        return Ok(Seen::Refused(format!(
+            "{name}: is an OverlayBD layer; `obdsetup commit` wraps it otherwise"
+        )));
+    }
+    let (head, tail) = ends(path)?;
+    if [zfile::MAGIC.as_slice(), &lsmt::MAGIC]
+        .iter()
+        .any(|magic| head.starts_with(magic))
+    {
+        return Ok(Seen::Refused(format!(
+            "{name}: begins as an OverlayBD file does, but is no layer that can be read (`obdsetup \
+             verify` says why); --from raw takes it as it is"
+        )));
+    }
+    let seen = content(path, &head, &tail);
+    if !matches!(seen, Seen::Unknown(_)) {
+        return Ok(match seen {
+            Seen::Known(input) if input == Input::raw() && size % SECTOR_SIZE != 0 => {
+                Seen::Refused(format!(
+                    "{name}: a disk, but its {size} bytes are no whole number of sectors: \
+                     incomplete download or copy? --from raw takes it as it is"
+                ))
+            }
+            seen => seen,
+        });
+    }
+    match compression(&head) {
+        None => Ok(seen),
+        Some(compression) => {
+            let inside = Unpack::new(File::open(path)?, Some(compression));
+            compressed(path, compression, inside, seen)
+        }
+    }
+}
+
+/// Examines the content of a compressed file. `.lzma` files have no magic number: if decompression
+/// fails, or the content isn't recognised, the result is `otherwise`.
+fn compressed(
+    path: &Path,
+    compression: Compression,
+    mut inside: Unpack,
+    otherwise: Seen,
+) -> Result<Seen> {
+    let (name, how) = (path.display(), compression.name());
+    let certain = compression != Compression::Lzma;
+    let mut head = Vec::new();
+    let read = (&mut inside)
+        .take(to_u64(disk::HEAD))
+        .read_to_end(&mut head);
+    if let Err(error) = read {
+        return match (error.raw_os_error(), certain) {
+            (Some(_), _) => Err(error).with_context(|| format!("{name}: cannot read")),
+            (None, true) => Err(unpack_error(
+                path,
+                Some(compression),
+                inside.position(),
+                &error,
+            )),
+            (None, false) => Ok(otherwise),
+        };
+    }
+    Ok(match content(path, &head, &[]) {
+        Seen::Known(input) => Seen::Known(Input {
+            compression: Some(compression),
+            ..input
+        }),
+        Seen::Refused(_) if magic::stranger(&head, &[]).is_some() => {
+            let stranger = magic::stranger(&head, &[]).map_or("", |stranger| stranger.name);
+            Seen::Refused(format!(
+                "{name}: {stranger}, compressed with {how}: decompress it; then `obdsetup convert` \
+                 says more"
+            ))
+        }
+        _ if !certain => otherwise,
+        _ => Seen::Refused(format!(
+            "{name}: compressed with {how}, but what is in it is no tar and no disk that obdsetup \
+             knows: decompress it first; --from raw takes it as it is"
+        )),
+    })
+}
+
+/// Examines an uncompressed file by its start and end.
+fn content(path: &Path, head: &[u8], tail: &[u8]) -> Seen {
+    let name = path.display();
+    let known = |kind| {
+        Seen::Known(Input {
+            kind,
+            compression: None,
+        })
+    };
+    // A tar begins with a name, which may look like the magic number of another format.
+    let start = match is_signed(head) {
+        true => &[],
+        false => head,
+    };
+    if let Some(kind) = magic::machine(start, tail) {
+        return known(kind);
+    }
+    if is_tar(head) {
+        return known(Kind::Tar);
+    }
+    if let Some(stranger) = magic::stranger(head, tail) {
+        let advice = stranger.advice.replace("FILE", &name.to_string());
+        return Seen::Refused(format!("{name}: {}: {advice}", stranger.name));
+    }
+    if disk::is_disk(head) {
+        return known(Kind::Raw);
+    }
+    Seen::Unknown(match head.iter().all(|&byte| byte == 0) {
+        true if head.is_empty() => format!("{name}: empty"),
+        true => format!(
+            "{name}: begins with zeros only, nothing shows what it is: --from raw for a disk, \
+             --from tar for an empty archive"
+        ),
+        false => format!(
+            "{name}: no partition table, file system, archive or other format that obdsetup knows: \
+             --from raw for a disk"
+        ),
+    })
+}
+
+/// Returns whether this is a tar: each header has a checksum, and all except those of v7 a magic
+/// number.
+fn is_tar(head: &[u8]) -> bool {
+    head.get(257..262) == Some(b"ustar") || is_signed(head)
+}
+
+/// Returns whether `head` begins with the header of a member whose checksum is right.
+fn is_signed(head: &[u8]) -> bool {
+    // The name comes first. A disk may match the checksum by chance, but then has no name.
+    let named = head.first().is_some_and(|&byte| byte != 0);
+    named && head.first_chunk::<BLOCK>().is_some_and(is_header)
+}
+
+/// Returns the compression of a file that begins with `head`. A tar can begin with a name that
+/// looks like it.
+fn compression(head: &[u8]) -> Option<Compression> {
+    match is_tar(head) {
+        true => None,
+        false => Compression::of(head),
+    }
+}
+
+/// Returns the start of a file, and its last 512 bytes.
+fn ends(path: &Path) -> Result<(Vec<u8>, Vec<u8>)> {
+    let read = || -> std::io::Result<_> {
+        let mut file = File::open(path)?;
+        let mut head = Vec::new();
+        (&mut file)
+            .take(to_u64(disk::HEAD))
+            .read_to_end(&mut head)?;
+        let mut tail = Vec::new();
+        // A file that is too short for a footer is no error.
+        if file.seek(SeekFrom::End(-512)).is_ok() {
+            file.take(512).read_to_end(&mut tail)?;
+        }
+        Ok((head, tail))
+    };
+    read().with_context(|| format!("{}: cannot read", path.display()))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::{look, Input, Kind, Seen};
+
+    #[test]
+    fn kinds() -> Result<(), Box<dyn std::error::Error>> {
+        let dir = tempfile::tempdir()?;
+        let path = dir.path().join("file.tgz");
+        let kind = |bytes: &[u8]| -> Result<Option<Kind>, Box<dyn std::error::Error>> {
+            std::fs::write(&path, bytes)?;
+            Ok(match look(&path)? {
+                Seen::Known(Input { kind, .. }) => Some(kind),
+                Seen::Refused(_) | Seen::Unknown(_) => None,
+            })
+        };
+        assert_eq!(kind(b"")?, None);
+        assert_eq!(kind(&[0; 5120])?, None);
+        assert_eq!(kind(b"QFI\xfb\0\0\0\x03")?, Some(Kind::Qcow2));
+        assert_eq!(kind(b"QFI\xfb\0\0\0\x01")?, None);
+        let at = |size: usize, at: usize, magic: &[u8]| {
+            let mut bytes = vec![0; size];
+            for (to, from) in bytes.iter_mut().skip(at).zip(magic) {
+                *to = *from;
+            }
+            bytes
+        };
+        assert_eq!(kind(&at(5120, 64, b"\x7f\x10\xda\xbe"))?, Some(Kind::Vdi));
+        assert_eq!(kind(&at(5120, 5120 - 512, b"conectix"))?, Some(Kind::Vpc));
+        assert_eq!(kind(&at(5120, 0, b"XFSB"))?, Some(Kind::Raw));
+        assert_eq!(kind(&at(5121, 0, b"XFSB"))?, None);
+        assert_eq!(kind(&at(5120, 257, b"ustar"))?, Some(Kind::Tar));
+        let known = |kind| {
+            Seen::Known(Input {
+                kind,
+                compression: None,
+            })
+        };
+        assert_eq!(look(dir.path())?, known(Kind::Directory));
+        std::fs::write(dir.path().join("oci-layout"), "{}")?;
+        assert_eq!(look(dir.path())?, known(Kind::Oci));
+        assert!(look(&dir.path().join("none")).is_err());
+        Ok(())
+    }
+}

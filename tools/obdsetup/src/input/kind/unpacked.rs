@@ -1,0 +1,91 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! Disks that are compressed as a whole, such as `disk.img.xz`.
+
+use std::fs::File;
+use std::io::{Read, Write};
+use std::os::unix::fs::FileExt;
+use std::path::Path;
+
+use anyhow::{Context, Result};
+use overlaybd::format::num::to_u64;
+use overlaybd::format::SECTOR_SIZE;
+use tempfile::NamedTempFile;
+
+use crate::files::place::temp_file;
+use crate::input::archive::{unpack_error, Compression, Unpack};
+use crate::terminal::exit::{self, Failure};
+use crate::terminal::interrupt;
+
+/// Number of bytes written at once, or not at all if all are zero.
+const PIECE: usize = 64 << 10;
+
+/// Decompresses the disk at `path` into a temporary file in the directory `place`, with holes for
+/// zeros. Dropping the file deletes it. With `sectors`, the size must be a whole number of sectors.
+///
+/// # Errors
+///
+/// If the file is damaged or ends early, and errors of reading or writing.
+pub(crate) fn unpack(
+    path: &Path,
+    compression: Compression,
+    sectors: bool,
+    place: &Path,
+) -> Result<NamedTempFile> {
+    let name = path.display();
+    let cannot_read = || format!("{name}: cannot read");
+    let cannot_write = || format!("{}: cannot write the decompressed disk", place.display());
+    let file = File::open(path).with_context(cannot_read)?;
+    let mut input = Unpack::new(file, Some(compression));
+    let mut output = temp_file(place)?;
+    let mut piece = vec![0; PIECE];
+    let mut size = 0;
+    loop {
+        interrupt::check()?;
+        let read = match fill(&mut input, &mut piece) {
+            Ok(0) => break,
+            Ok(read) => read,
+            Err(error) if error.raw_os_error().is_some() => {
+                return Err(error).with_context(cannot_read)
+            }
+            Err(error) => {
+                return Err(unpack_error(
+                    path,
+                    Some(compression),
+                    input.position(),
+                    &error,
+                ))
+            }
+        };
+        let data = piece.get(..read).unwrap_or_default();
+        if data.iter().any(|&byte| byte != 0) {
+            let written = output.as_file().write_all_at(data, size);
+            written.with_context(cannot_write)?;
+        }
+        size += to_u64(read);
+    }
+    output.as_file().set_len(size).with_context(cannot_write)?;
+    output.flush().with_context(cannot_write)?;
+    if sectors && size % SECTOR_SIZE != 0 {
+        return Err(Failure::error(
+            exit::BAD_IMAGE,
+            format!(
+                "{name}: the {size} bytes of the decompressed disk are no whole number of sectors: \
+                 decompress it, then --from raw takes it as it is"
+            ),
+        ));
+    }
+    Ok(output)
+}
+
+/// Fills `buf` up to the end of `input`. Returns the number of bytes.
+fn fill(input: &mut Unpack, buf: &mut [u8]) -> std::io::Result<usize> {
+    let mut done = 0;
+    while let Some(rest) = buf.get_mut(done..).filter(|rest| !rest.is_empty()) {
+        match input.read(rest)? {
+            0 => break,
+            read => done += read,
+        }
+    }
+    Ok(done)
+}

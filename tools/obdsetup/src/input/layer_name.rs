@@ -1,0 +1,250 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! Parses the words that name a layer: `PATH`, or `DEVICE:size=BYTES` if the blob is shorter than its device.
+//!
+//! The meaning of a word depends only on the word, never on which files exist: a line of overlaybdtab must
+//! have the same meaning at boot, when a disk is still missing, as later. In `/dev/disk` and elsewhere, names
+//! of devices may end with `:0` and the like. So the short form `DEVICE:BYTES` is allowed only for names that
+//! cannot have a colon: see [`has_short_form`].
+
+use std::ffi::{OsStr, OsString};
+use std::fmt;
+use std::io::ErrorKind;
+use std::os::unix::ffi::{OsStrExt, OsStringExt};
+use std::os::unix::fs::FileTypeExt;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use anyhow::Result;
+use clap::builder::{OsStringValueParser, TryMapValueParser, TypedValueParser, ValueParserFactory};
+use overlaybd::{FileBlob, LayerReader};
+
+use crate::terminal::exit::{self, Failure};
+use crate::terminal::{interrupt, size};
+
+/// Separates a path from the size of its blob.
+const SIZE: &[u8] = b":size=";
+/// The size that means the whole file or device. Needed for names that end as if they had a size.
+const ALL: &[u8] = b"-";
+
+/// Directories in `/dev` that belong to no volume group, and whose entries may have a colon.
+const NO_GROUPS: &[&str] = &[
+    "block", "bsg", "bus", "char", "disk", "fd", "mapper", "md", "mqueue", "pts", "shm",
+];
+
+/// A layer that was named and is not open yet.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct LayerArg {
+    /// The file or block device.
+    pub(crate) path: PathBuf,
+    /// Size of the blob in bytes, if given.
+    pub(crate) size: Option<u64>,
+}
+
+impl TryFrom<OsString> for LayerArg {
+    type Error = String;
+
+    fn try_from(word: OsString) -> Result<Self, String> {
+        let (path, size) = parse(word)?;
+        Ok(Self { path, size })
+    }
+}
+
+/// A parser for [`clap`] that calls a function.
+type FnParser<T> = TryMapValueParser<OsStringValueParser, fn(OsString) -> Result<T, String>>;
+
+impl ValueParserFactory for LayerArg {
+    type Parser = FnParser<Self>;
+
+    fn value_parser() -> FnParser<Self> {
+        OsStringValueParser::new().try_map(Self::try_from)
+    }
+}
+
+impl fmt::Display for LayerArg {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.path.display().fmt(f)
+    }
+}
+
+impl LayerArg {
+    /// Opens the file or device.
+    pub(crate) fn open(&self) -> Result<Arc<FileBlob>> {
+        interrupt::check()?;
+        let file = FileBlob::open(&self.path, self.size).map_err(|error| self.explain(error))?;
+        if self.size.is_some() && !self.is_device() {
+            let message = format!("{self}: only a block device takes :size=BYTES");
+            return Err(Failure::usage(message));
+        }
+        Ok(Arc::new(file))
+    }
+
+    /// Returns the error for a failed open, with a hint if the user may have meant a part of the name as a
+    /// size.
+    fn explain(&self, error: overlaybd::Error) -> anyhow::Error {
+        let missing = error.io_kind() == Some(ErrorKind::NotFound) && self.size.is_none();
+        match suggest(&self.path).filter(|_| missing) {
+            Some(word) => {
+                let message = format!("{error}; if the end is a size, write {word}");
+                Failure::error(exit::DEVICE, message)
+            }
+            None => error.into(),
+        }
+    }
+
+    /// Opens the layer.
+    pub(super) fn open_layer(&self) -> Result<LayerReader> {
+        Ok(LayerReader::from_file(self.open()?)?)
+    }
+
+    /// Returns whether it is a block device.
+    pub(crate) fn is_device(&self) -> bool {
+        std::fs::metadata(&self.path).is_ok_and(|meta| meta.file_type().is_block_device())
+    }
+}
+
+/// Returns the path, and the size of the blob if the word has one.
+///
+/// # Errors
+///
+/// If the text after `:size=` is no size.
+fn parse(word: OsString) -> Result<(PathBuf, Option<u64>), String> {
+    let bytes = word.as_bytes();
+    if let Some(at) = last(bytes, SIZE) {
+        let (path, tail) = bytes.split_at(at);
+        let tail = tail.get(SIZE.len()..).unwrap_or_default();
+        // If a slash follows, `:size=` is a part of a name.
+        if !tail.contains(&b'/') {
+            let size = match tail {
+                ALL => None,
+                _ => Some(size::parse(&String::from_utf8_lossy(tail))?),
+            };
+            return Ok((OsStr::from_bytes(path).into(), size));
+        }
+    }
+    match short_form(bytes) {
+        Some((path, size)) => Ok((OsStr::from_bytes(path).into(), Some(size))),
+        None => Ok((PathBuf::from(OsString::from_vec(word.into_vec())), None)),
+    }
+}
+
+/// Returns what to write instead of `path`, if its end may have been meant as a size.
+fn suggest(path: &Path) -> Option<String> {
+    let (device, size) = split_number(path.as_os_str().as_bytes())?;
+    let device = String::from_utf8_lossy(device);
+    Some(format!("{device}:size={size}"))
+}
+
+/// Splits `DEVICE:BYTES`, where `DEVICE` is a name that cannot have a colon.
+fn short_form(word: &[u8]) -> Option<(&[u8], u64)> {
+    split_number(word).filter(|(path, _)| has_short_form(path))
+}
+
+/// Splits a word that ends with `:` and a size.
+fn split_number(word: &[u8]) -> Option<(&[u8], u64)> {
+    let colon = word.iter().rposition(|&byte| byte == b':')?;
+    let (path, tail) = word.split_at(colon);
+    let size = size::parse(std::str::from_utf8(tail.get(1..)?).ok()?).ok()?;
+    Some((path, size))
+}
+
+/// Returns whether `path` has the form of the kernel's own name of a device, or of the name of a logical
+/// volume. Neither can have a colon.
+fn has_short_form(path: &[u8]) -> bool {
+    let Some(name) = path.strip_prefix(b"/dev/") else {
+        return false;
+    };
+    let parts: Vec<&[u8]> = name.split(|&byte| byte == b'/').collect();
+    let all = |part: &[u8], more: &[u8]| {
+        let plain = |byte: &u8| byte.is_ascii_alphanumeric() || more.contains(byte);
+        !part.is_empty() && part.iter().all(plain) && !part.starts_with(b".")
+    };
+    match parts[..] {
+        [name] => all(name, b"-_"),
+        [group, volume] => {
+            let is_group = !NO_GROUPS.iter().any(|name| name.as_bytes() == group);
+            is_group && all(group, b"+_.-") && all(volume, b"+_.-")
+        }
+        _ => false,
+    }
+}
+
+/// Returns the position of the last `what` in `bytes`.
+fn last(bytes: &[u8], what: &[u8]) -> Option<usize> {
+    bytes.windows(what.len()).rposition(|part| part == what)
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    fn parsed(word: &str) -> (String, Option<u64>) {
+        let (path, size) = parse(word.into()).unwrap_or_else(|error| (error.into(), Some(0)));
+        (path.display().to_string(), size)
+    }
+
+    #[test]
+    fn sizes() {
+        for (word, path, size) in [
+            ("/dev/vdb:size=4096", "/dev/vdb", 4096),
+            ("/dev/disk/by-id/x:0:size=64k", "/dev/disk/by-id/x:0", 65536),
+            ("a:size=1:size=2", "a:size=1", 2),
+            ("/dev/vdb:4096", "/dev/vdb", 4096),
+            ("/dev/loop0p1:1m", "/dev/loop0p1", 1 << 20),
+            ("/dev/dm-3:512", "/dev/dm-3", 512),
+            ("/dev/vg/base:9754721", "/dev/vg/base", 9_754_721),
+        ] {
+            assert_eq!(parsed(word), (path.to_owned(), Some(size)), "{word}");
+        }
+        assert_eq!(
+            parsed("/srv/a:size=4k:size=-"),
+            ("/srv/a:size=4k".to_owned(), None)
+        );
+        for word in [
+            "/dev/vdb:size=",
+            "/dev/vdb:size=x",
+            "/dev/vdb:size=-1",
+            "/dev/vdb:size=1:2",
+        ] {
+            assert!(parse(word.into()).is_err(), "{word}");
+        }
+    }
+
+    /// Names from udev, device-mapper, md and people. None is split.
+    #[test]
+    fn names_with_colons() {
+        for word in [
+            "/dev/disk/by-id/usb-Kingston_DT_1-0:0",
+            "/dev/disk/by-path/pci-0000:00:1f.2",
+            "/dev/disk/by-path/ip-10.0.0.1:3260-iscsi-iqn.2001-04.com.example:disk-lun-1",
+            "/dev/disk/by-label/x:4096",
+            "/dev/mapper/a:4096",
+            "/dev/md/host:0",
+            "/dev/block/254:4096",
+            "/dev/zvol/tank/a/b:4096",
+            "/dev/./vdb:4096",
+            "/dev/../vdb:4096",
+            "/srv/app.obd:4096",
+            "app:4096",
+            "a:size=4k/b",
+        ] {
+            assert_eq!(parsed(word), (word.to_owned(), None), "{word}");
+        }
+        let suggested = suggest(Path::new("/dev/mapper/a:4k"));
+        assert_eq!(suggested.as_deref(), Some("/dev/mapper/a:size=4096"));
+        assert_eq!(suggest(Path::new("/dev/mapper/a")), None);
+    }
+
+    proptest! {
+        /// Any name can be written, with a size or without.
+        #[test]
+        fn any_name(name in "[ -~]{0,12}(:size=|:|)[0-9k-]{0,4}", size: u64) {
+            let all = parse(format!("{name}:size=-").into());
+            prop_assert_eq!(all, Ok((PathBuf::from(&name), None)));
+            let sized = parse(format!("{name}:size={size}").into());
+            prop_assert_eq!(sized, Ok((PathBuf::from(&name), Some(size))));
+        }
+    }
+}

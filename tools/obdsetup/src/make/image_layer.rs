@@ -1,0 +1,240 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! Makes a layer from a disk image.
+
+use std::path::Path;
+
+use anyhow::Result;
+use overlaybd::diff::Image;
+use overlaybd::format::lsmt;
+use overlaybd::format::num::{to_u64, to_usize};
+use overlaybd::format::Blob;
+use overlaybd::identity::{self, Below};
+use overlaybd::lsmt_writer::cut;
+use overlaybd::{coarsen, dax, diff, FileBlob, LayerReader, Stack};
+
+use crate::make::layer_args::{IdentArgs, NewLayerArgs};
+use crate::make::layer_out::{plan, LayerOut};
+use crate::terminal::bar::Bar;
+use crate::terminal::exit::Failure;
+use crate::terminal::size;
+use crate::terminal::warn;
+
+/// How an image is compared.
+#[derive(clap::Args, Debug, Default, PartialEq, Eq)]
+pub(crate) struct CompareArgs {
+    /// Compare and skip in units of this: a power of two from 512 to 1m (4k if not given; more where
+    /// the index of the layer would become too large)
+    #[arg(long, value_name = "SIZE", value_parser = granule)]
+    granularity: Option<u64>,
+}
+
+impl CompareArgs {
+    /// Returns the options for the comparison. `skip_zeros` says whether to leave zeros out of the layer,
+    /// unless it is for DAX.
+    pub(crate) fn options(&self, skip_zeros: bool, new: &NewLayerArgs) -> Result<diff::Options> {
+        let [page, ..] = dax::PAGE_SIZES;
+        let granule = self.granularity.unwrap_or(page);
+        let keep_zeros = new.wrap.dax;
+        if keep_zeros && granule < page {
+            return Err(Failure::usage(format!(
+                "--granularity {granule}: a layer for DAX is made of pages of {page} bytes"
+            )));
+        }
+        Ok(diff::Options {
+            granule,
+            skip_zeros: skip_zeros && !keep_zeros,
+            keep_zeros,
+        })
+    }
+}
+
+fn granule(text: &str) -> Result<u64, String> {
+    match size::parse(text)? {
+        size if size.is_power_of_two() && (512..=coarsen::MAX_GRANULE).contains(&size) => Ok(size),
+        _ => Err("a power of two from 512 to 1m".to_owned()),
+    }
+}
+
+/// Writes the layer for the image at `path` over the layers `base`, lowest first.
+pub(crate) fn write(
+    path: &Path,
+    base: Vec<LayerReader>,
+    options: diff::Options,
+    names: &IdentArgs,
+    output: LayerOut,
+) -> Result<()> {
+    let image = FileBlob::open(path, None)?;
+    if image.size() == 0 {
+        return Err(Failure::usage(format!(
+            "{}: the image is empty: incomplete copy?",
+            path.display()
+        )));
+    }
+    let base = match base.is_empty() {
+        true => None,
+        false => Some(Stack::with_size(base, image.size())?),
+    };
+    write_image(&image, base.as_ref(), options, names, output)
+}
+
+/// Writes the layer for `image` over the disk `base`.
+pub(crate) fn write_image(
+    image: &dyn Image,
+    base: Option<&Stack>,
+    mut options: diff::Options,
+    names: &IdentArgs,
+    output: LayerOut,
+) -> Result<()> {
+    let diff = loop {
+        let bar = Bar::new("comparing", image.size());
+        let progress = |bytes| bar.advance(bytes);
+        let diff = diff::of(image, base, options, &progress)
+            .map_err(|error| error.in_file(image.path()))?;
+        match coarsen::granule(&diff.runs, options.granule, lsmt::MAX_ENTRIES) {
+            Some(granule) if granule > options.granule => {
+                drop(bar);
+                warn(&[format!(
+                    "{}: compared in units of {}: in units of {}, the layer would have more than \
+                     {} index entries",
+                    output.path().display(),
+                    size::show(granule),
+                    size::show(options.granule),
+                    lsmt::MAX_ENTRIES
+                )]);
+                options.granule = granule;
+            }
+            // If no unit is large enough, the writer returns the error.
+            _ => break diff,
+        }
+    };
+    let top = base.and_then(|base| base.layers().last());
+    let below = top.map_or(Below::Nothing, |top| Below::of(&top.ident().uuid));
+    let ident = names.ident(below, |below| {
+        let uuid = identity::uuid(image.size(), below, &diff.runs, &diff.pieces);
+        Ok(uuid)
+    })?;
+    let way_out =
+        "its data is too scattered, even in units of 1m: make the disk smaller, or bring its data \
+                   together, with e4defrag(8) or by copying the files to a new file system";
+    let runs = cut(diff.runs);
+    let writer = plan(output.path(), image.size(), ident, runs, way_out)?;
+    let read = |offset: u64, buf: &mut [u8]| {
+        // After the end of the image, its last sector is padded with zeros.
+        let inside = image.size().saturating_sub(offset).min(to_u64(buf.len()));
+        let (data, tail) = buf.split_at_mut(to_usize(inside));
+        tail.fill(0);
+        image
+            .read_at(offset, data)
+            .map_err(|error| error.in_file(image.path()))
+    };
+    output.write(writer, "writing", read)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::ops::Range;
+    use std::path::Path;
+
+    use clap::Parser;
+    use overlaybd::format::num::to_u64;
+    use overlaybd::LayerReader;
+
+    use super::*;
+    use crate::make::layer_args::NewLayerArgs;
+
+    /// Data in every second sector: far more segments than an index can have.
+    struct Comb;
+
+    const SECTORS: u64 = 2 * lsmt::MAX_ENTRIES + 4096;
+
+    impl Blob for Comb {
+        type Error = overlaybd::Error;
+
+        fn size(&self) -> u64 {
+            SECTORS * 512
+        }
+
+        fn read_at(&self, offset: u64, buf: &mut [u8]) -> overlaybd::Result<()> {
+            for (nth, sector) in (offset / 512..).zip(buf.chunks_mut(512)) {
+                sector.fill(u8::from(nth % 2 == 0));
+            }
+            Ok(())
+        }
+
+        fn stream(
+            &self,
+            offset: u64,
+            len: u64,
+            sink: &mut dyn FnMut(&[u8]) -> overlaybd::Result<()>,
+        ) -> overlaybd::Result<()> {
+            let mut piece = vec![0; to_usize(len)];
+            self.read_at(offset, &mut piece)?;
+            sink(&piece)
+        }
+    }
+
+    impl Image for Comb {
+        fn next_data(&self, offset: u64) -> Option<Range<u64>> {
+            (offset < self.size()).then(|| offset..self.size())
+        }
+
+        fn shows_below(&self) -> bool {
+            false
+        }
+
+        fn path(&self) -> &Path {
+            Path::new("comb")
+        }
+    }
+
+    #[derive(Parser)]
+    struct Words {
+        #[command(flatten)]
+        new: NewLayerArgs,
+    }
+
+    #[test]
+    fn more_pieces_than_an_index_has_entries() -> Result<()> {
+        let dir = tempfile::tempdir()?;
+        let new = Words::try_parse_from(["x"])?.new;
+        let fine = diff::Options {
+            granule: 512,
+            skip_zeros: true,
+            keep_zeros: false,
+        };
+        let path = dir.path().join("a");
+        let output = LayerOut::create(&path, &new, [])?;
+        write_image(&Comb, None, fine, &new.ident, output)?;
+        let layer = LayerReader::open(&path, None)?;
+        assert_eq!(layer.lsmt().virtual_size(), SECTORS * 512);
+        // With units of two sectors, everything is data.
+        assert!(to_u64(layer.segments().len()) < 200);
+        let disk = Stack::new(vec![layer])?;
+        let mut end = [0; 4096];
+        disk.read_at(SECTORS * 512 - 4096, &mut end)?;
+        let mut wanted = [7; 4096];
+        Comb.read_at(0, &mut wanted)?;
+        assert_eq!(end, wanted);
+        Ok(())
+    }
+
+    #[test]
+    fn where_nothing_is_coarse_enough() -> Result<()> {
+        let pieces = (0..=lsmt::MAX_ENTRIES).map(|nth| overlaybd::lsmt_writer::Run {
+            offset: nth * 4096,
+            length: 8,
+            zeroed: false,
+        });
+        let ident = Words::try_parse_from(["x"])?
+            .new
+            .ident
+            .ident(Below::Nothing, |_| Ok(String::new()))?;
+        let size = (lsmt::MAX_ENTRIES + 1) * 4096 * 512;
+        let error = plan(Path::new("out"), size, ident, pieces, "do without").err();
+        let error = error.map(|error| error.to_string()).unwrap_or_default();
+        assert!(error.starts_with("out: the layer would have 10"), "{error}");
+        assert!(error.ends_with("more than 1000000: do without"), "{error}");
+        Ok(())
+    }
+}

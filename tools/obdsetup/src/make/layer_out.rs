@@ -1,0 +1,138 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! Writes a new layer to its file.
+
+use std::path::Path;
+
+use anyhow::Result;
+use overlaybd::dax;
+use overlaybd::format::SECTOR_SIZE;
+use overlaybd::identity::{self, Below, Pieces};
+use overlaybd::layer::Ident;
+use overlaybd::lsmt_writer::{LayerWriter, Run};
+use overlaybd::wrap::{self, Sink, Wrapping};
+
+use crate::make::layer_args::NewLayerArgs;
+use crate::make::output::Output;
+use crate::terminal::bar::Bar;
+use crate::terminal::exit::Failure;
+
+/// The file of a new layer.
+pub(crate) struct LayerOut {
+    output: Output,
+    wrapping: Wrapping,
+    /// Whether the layer is for DAX.
+    dax: bool,
+}
+
+impl LayerOut {
+    /// Begins the file `path`, which must not be one of `inputs`.
+    pub(crate) fn create<'a>(
+        path: &Path,
+        args: &NewLayerArgs,
+        inputs: impl IntoIterator<Item = &'a Path>,
+    ) -> Result<Self> {
+        Ok(Self {
+            wrapping: args.wrap.wrapping()?,
+            dax: args.wrap.dax,
+            output: Output::create(path, args.force, inputs)?,
+        })
+    }
+
+    /// Begins the new file `path` with this wrapping.
+    pub(crate) fn with(path: &Path, wrapping: Wrapping) -> Result<Self> {
+        Ok(Self {
+            wrapping,
+            dax: false,
+            output: Output::create(path, false, [])?,
+        })
+    }
+
+    /// Makes `writer` write a layer for DAX. Returns an error if that is impossible.
+    fn for_dax(&self, writer: LayerWriter) -> Result<LayerWriter> {
+        let [page, ..] = dax::PAGE_SIZES;
+        let writer = writer.with_data_at(dax::DATA_START)?;
+        match dax::misfit(writer.entries(), writer.virtual_size(), page) {
+            None => Ok(writer),
+            Some(misfit) => {
+                let text = format!("{}: {misfit}", self.path().display());
+                Err(Failure::usage(text))
+            }
+        }
+    }
+
+    /// Returns the final path of the file.
+    pub(crate) fn path(&self) -> &Path {
+        self.output.path()
+    }
+
+    /// Writes a layer and completes the file. `read` reads the disk: byte offset, buffer.
+    pub(crate) fn write(
+        self,
+        mut writer: LayerWriter,
+        what: &'static str,
+        read: impl FnMut(u64, &mut [u8]) -> overlaybd::Result<()>,
+    ) -> Result<()> {
+        if self.dax {
+            writer = self.for_dax(writer)?;
+        }
+        let bar = Bar::new(what, writer.data_len());
+        self.wrap(|sink| writer.write(read, sink, &|bytes| bar.advance(bytes)))
+    }
+
+    /// Writes the bytes from `produce`, an LSMT file, and completes the file.
+    pub(crate) fn wrap(
+        mut self,
+        produce: impl FnOnce(Sink<'_>) -> overlaybd::Result<()>,
+    ) -> Result<()> {
+        let path = self.output.path().to_owned();
+        let here = |error: overlaybd::Error| error.in_file(&path);
+        wrap::write(self.output.file(), self.wrapping, |sink| {
+            // Errors of the sink are about this file. Other errors are about an input.
+            produce(&mut |bytes| sink(bytes).map_err(here))
+        })
+        .map_err(here)?;
+        self.output.commit()
+    }
+}
+
+/// Plans the layer of `runs` for the file `path`. `way_out` is the advice for the error that the format
+/// cannot have that many segments.
+///
+/// # Errors
+///
+/// As [`LayerWriter::new`].
+pub(crate) fn plan(
+    path: &Path,
+    virtual_size: u64,
+    ident: Ident,
+    runs: impl IntoIterator<Item = Run>,
+    way_out: &str,
+) -> Result<LayerWriter> {
+    LayerWriter::new(virtual_size, ident, runs).map_err(|error| match error {
+        overlaybd::Error::TooFragmented { .. } => {
+            Failure::usage(format!("{}: {error}: {way_out}", path.display()))
+        }
+        error => {
+            anyhow::Error::from(error).context(format!("{}: cannot make the layer", path.display()))
+        }
+    })
+}
+
+/// Returns the UUID that is made from the content of a layer of `runs`. The runs are ascending, and adjacent
+/// ones are joined. `read` reads the disk: byte offset, buffer.
+pub(crate) fn derive(
+    virtual_size: u64,
+    below: Below<'_>,
+    runs: &[Run],
+    read: impl Fn(u64, &mut [u8]) -> overlaybd::Result<()> + Sync,
+) -> Result<String> {
+    let sectors: u64 = runs
+        .iter()
+        .filter(|run| !run.zeroed)
+        .map(|run| run.length)
+        .sum();
+    let bar = Bar::new("hashing", sectors * SECTOR_SIZE);
+    let pieces = Pieces::of(runs, read, &|bytes| bar.advance(bytes))?;
+    Ok(identity::uuid(virtual_size, below, runs, &pieces))
+}

@@ -1,0 +1,744 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! Writes an erofs without compression: the superblock, all inodes with small data beside them,
+//! then blocks of data. Blocks have 4 KiB, all inodes the extended form.
+//!
+//! Files have fingerprints of their content, as mkfs.erofs makes them with `--xattr-inode-digest`:
+//! with the mount option `inode_share`, images share the page cache of files with the same
+//! fingerprint. A fingerprint is an extended attribute with a prefix that Linux doesn't show, so
+//! users don't see it. Kernels without support for the feature can read the file system.
+//!
+//! Source: Linux, `fs/erofs/erofs_fs.h` and `Documentation/filesystems/erofs.rst`.
+
+use std::collections::{BTreeMap, HashMap};
+use std::fs::File;
+use std::os::unix::fs::FileExt;
+use std::path::Path;
+
+use anyhow::{Context, Result};
+use overlaybd::format::num::{to_u64, to_usize};
+use sha2::{Digest, Sha256};
+use tempfile::NamedTempFile;
+use uuid::Uuid;
+
+use crate::files::place::temp_file;
+use crate::make::mkfs::tree::{show, Content, Id, Kind, Name, Names, Node, Tree, ROOT};
+use crate::make::mkfs::Stamp;
+use crate::terminal::bar::Bar;
+use crate::terminal::exit::Failure;
+
+pub(super) const BLOCK: u64 = 4096;
+/// Offset and length of the superblock.
+pub(super) const SUPERBLOCK: (u64, u64) = (1024, 128);
+/// The unit of inode numbers, in bytes.
+pub(super) const SLOT: u64 = 32;
+/// Length of an inode.
+pub(super) const INODE: u64 = 64;
+/// Longest end of a file, directory or link that is stored beside its inode.
+const INLINE: u64 = 2048;
+/// Largest number of chunks in a file with holes.
+const CHUNKS: u64 = 1 << 16;
+/// log2 of the number of blocks in the largest chunk: the field has five bits. The largest files
+/// have more than [`CHUNKS`] chunks then.
+const CHUNK_BITS: u16 = 31;
+/// The address of a chunk that is a hole.
+const HOLE: u32 = u32::MAX;
+/// Length of the header of extended attributes.
+pub(super) const XATTR_HEADER: usize = 12;
+/// The table of attribute prefixes, with one prefix: its length, the number of no known prefix, the
+/// rest.
+pub(super) const PREFIXES: [u8; 5] = [3, 0, 0, b'f', b'p'];
+/// Offset of the table, if there is one.
+pub(super) const PREFIXES_AT: u64 = SUPERBLOCK.0 + SUPERBLOCK.1;
+/// First offset for inodes: after the table.
+pub(super) const INODES_AT: u64 = PREFIXES_AT + 5;
+/// The superblock's fields about the table, at byte 91: number of prefixes, and offset in units of
+/// 4 bytes; the first prefix is that of fingerprints.
+pub(super) const PREFIXES_SAID: (usize, [u8; 5]) = {
+    let [a, b, c, d, ..] = (PREFIXES_AT / 4).to_le_bytes();
+    (91, [1, a, b, c, d])
+};
+/// Prefix number of an extended attribute whose whole name is the first prefix.
+const FIRST_PREFIX: u8 = 0x80;
+/// Start of a fingerprint; SHA-256 follows.
+const DIGEST: &[u8] = b"sha256:";
+const DIGEST_LEN: usize = 32;
+/// Bytes of holes in all files with fingerprints, beyond the bytes of data: they are hashed, too, and few
+/// bytes of a tar make any number of them.
+const HASHED_HOLES: u64 = 1 << 30;
+pub(super) const WRITE: &str = "cannot write the file system";
+
+/// The magic number of the superblock.
+pub(super) const MAGIC: u32 = 0xe0f5_e1e2;
+/// Features that a reader need not support: a checksum, and times of modification.
+pub(super) const COMPATIBLE: u32 = 3;
+/// More of these: fingerprints, and a table of prefixes with its own offset.
+pub(super) const PRINTS: u32 = 0x30;
+/// The feature of files in chunks.
+pub(super) const CHUNKED_FILES: u32 = 4;
+/// Prefixes of extended attributes, and their numbers.
+pub(super) const KINDS: [(&[u8], u8); 5] = [
+    (b"user.", 1),
+    (b"system.posix_acl_access", 2),
+    (b"system.posix_acl_default", 3),
+    (b"trusted.", 4),
+    (b"security.", 6),
+];
+
+/// Layouts of data: all in blocks, the end beside the inode, or in chunks that may be holes.
+pub(super) mod layout {
+    pub(in super::super) const PLAIN: u16 = 0;
+    pub(in super::super) const INLINE: u16 = 2;
+    pub(in super::super) const CHUNKS: u16 = 4;
+}
+
+/// The output of a file system.
+pub(super) trait Out {
+    /// Writes `bytes` at byte `at`.
+    fn write(&self, bytes: &[u8], at: u64) -> Result<()>;
+    /// Fills `bytes` from byte `at`.
+    fn read(&self, bytes: &mut [u8], at: u64) -> Result<()>;
+}
+
+impl Out for File {
+    fn write(&self, bytes: &[u8], at: u64) -> Result<()> {
+        self.write_all_at(bytes, at).context(WRITE)
+    }
+
+    fn read(&self, bytes: &mut [u8], at: u64) -> Result<()> {
+        Ok(self.read_exact_at(bytes, at)?)
+    }
+}
+
+/// Properties of a node that are known before any address.
+pub(super) struct Plan {
+    /// Size of the content in bytes.
+    pub(super) size: u64,
+    pub(super) layout: u16,
+    /// log2 of the number of blocks in a chunk.
+    chunk_bits: u16,
+    pub(super) xattrs: Vec<u8>,
+    /// Offset in `xattrs` for the SHA-256 of the content.
+    digest: Option<usize>,
+    /// Offset of the inode.
+    pub(super) at: u64,
+    /// The first block of data.
+    pub(super) block: u64,
+    pub(super) links: u32,
+}
+
+impl Plan {
+    /// Returns the plan of a node that exists already and isn't changed.
+    pub(super) fn in_place(at: u64, links: u32) -> Self {
+        Self {
+            size: 0,
+            layout: layout::PLAIN,
+            chunk_bits: 0,
+            xattrs: Vec::new(),
+            digest: None,
+            at,
+            block: 0,
+            links,
+        }
+    }
+
+    /// Returns the number of bytes after inode and extended attributes.
+    pub(super) fn beside(&self) -> u64 {
+        match self.layout {
+            layout::INLINE => self.size % BLOCK,
+            layout::CHUNKS => self.chunks() * 4,
+            _ => 0,
+        }
+    }
+
+    fn chunk(&self) -> u64 {
+        BLOCK << self.chunk_bits
+    }
+
+    fn chunks(&self) -> u64 {
+        self.size.div_ceil(self.chunk())
+    }
+
+    /// Returns the offset after inode and extended attributes.
+    pub(super) fn tail(&self) -> u64 {
+        self.at + INODE + to_u64(self.xattrs.len())
+    }
+}
+
+/// Makes the file system of `tree` in a file in `place`.
+pub(super) fn make(tree: &Tree, stamp: &Stamp, place: &Path) -> Result<NamedTempFile> {
+    let names = tree.names();
+    let mut order = vec![(ROOT, None)];
+    let firsts = names.iter().filter(|name| name.first);
+    order.extend(firsts.map(|name| (name.id, Some(name))));
+    let Relations { links, parents } = Relations::of(&names);
+    let mut planner = Planner::new(tree, order.iter().map(|&(id, _)| id))?;
+    let mut plans: HashMap<Id, Plan> = HashMap::new();
+    let mut end = INODES_AT;
+    for &(id, name) in &order {
+        let plan = planner.plan(id)?;
+        let mut plan = plan.ok_or_else(|| too_long(&names, name, "use --fs squashfs"))?;
+        plan.links = match tree.node(id)?.kind {
+            Kind::Directory(_) => 2 + subdirectories(tree, id)?,
+            _ => links.get(&id).copied().unwrap_or(1),
+        };
+        plan.at = place_inode(end, &plan);
+        end = plan.tail() + plan.beside();
+        plans.insert(id, plan);
+    }
+    let mut next = end.div_ceil(BLOCK);
+    for (id, _) in &order {
+        let blocks = blocks(tree.node(*id)?, plans.get(id).context("no plan")?);
+        let plan = plans.get_mut(id).context("no plan")?;
+        plan.block = next;
+        next += blocks;
+    }
+    check_end(next, "use --fs btrfs")?;
+    let image = temp_file(place)?;
+    let writer = Writer {
+        tree,
+        plans,
+        parents,
+        out: image.as_file(),
+    };
+    image.as_file().set_len(next * BLOCK).context(WRITE)?;
+    let data = order
+        .iter()
+        .filter_map(|&(id, _)| match tree.node(id).map(|node| &node.kind) {
+            Ok(Kind::File(content)) => Some(content.data_len()),
+            _ => None,
+        });
+    let bar = Bar::new("writing", data.sum());
+    for (number, &(id, _)) in (1u32..).zip(&order) {
+        writer.node(id, number, &bar)?;
+    }
+    writer.superblock(&Summary {
+        stamp: (stamp.uuid, stamp.time),
+        inodes: to_u64(order.len()),
+        blocks: next,
+        chunks: writer.has_chunks(),
+        prints: writer.has_prints(),
+    })?;
+    Ok(image)
+}
+
+/// The values in the superblock.
+pub(super) struct Summary {
+    /// UUID and time of creation.
+    pub(super) stamp: (Uuid, u32),
+    pub(super) inodes: u64,
+    pub(super) blocks: u64,
+    /// Whether any file is in chunks.
+    pub(super) chunks: bool,
+    /// Whether any file has a fingerprint.
+    pub(super) prints: bool,
+}
+
+/// The link count of each node, and the directory that it is in.
+pub(super) struct Relations {
+    pub(super) links: HashMap<Id, u32>,
+    pub(super) parents: HashMap<Id, Id>,
+}
+
+impl Relations {
+    pub(super) fn of(names: &[Name]) -> Self {
+        let mut links: HashMap<Id, u32> = HashMap::new();
+        let mut parents: HashMap<Id, Id> = HashMap::from([(ROOT, ROOT)]);
+        for name in names {
+            *links.entry(name.id).or_default() += 1;
+            parents.insert(name.id, name.parent);
+        }
+        Self { links, parents }
+    }
+}
+
+/// Checks that a file system can have `blocks`. `instead` is what the user can do if it cannot.
+pub(super) fn check_end(blocks: u64, instead: &str) -> Result<()> {
+    match u32::try_from(blocks) {
+        Ok(blocks) if blocks < HOLE => Ok(()),
+        _ => Err(Failure::usage(format!(
+            "erofs cannot hold more than 16 TiB: {instead}"
+        ))),
+    }
+}
+
+pub(super) fn subdirectories(tree: &Tree, id: Id) -> Result<u32> {
+    let mut count = 0;
+    for (_, child) in tree.children(id) {
+        count += u32::from(matches!(tree.node(child)?.kind, Kind::Directory(_)));
+    }
+    Ok(count)
+}
+
+/// Plans one node after the other.
+pub(super) struct Planner<'a> {
+    tree: &'a Tree,
+    /// Bytes of holes that may still be hashed.
+    holes: u64,
+}
+
+impl<'a> Planner<'a> {
+    /// For the nodes `all` of a tree; what is in place already isn't hashed again.
+    pub(super) fn new(tree: &'a Tree, all: impl Iterator<Item = Id>) -> Result<Self> {
+        let mut holes = HASHED_HOLES;
+        for id in all {
+            if let Kind::File(content) = &tree.node(id)?.kind {
+                holes = holes.saturating_add(content.data_len());
+            }
+        }
+        Ok(Self { tree, holes })
+    }
+
+    /// Whether so many bytes of holes may be hashed; then there are fewer for other files.
+    fn takes(&mut self, holes: u64) -> bool {
+        let left = self.holes.checked_sub(holes);
+        self.holes = left.unwrap_or(self.holes);
+        left.is_some()
+    }
+
+    /// Plans a node; `None` where it has too many extended attributes. Files get their fingerprints in the
+    /// order of these calls.
+    pub(super) fn plan(&mut self, id: Id) -> Result<Option<Plan>> {
+        let node = self.tree.node(id)?;
+        let with_digest = match &node.kind {
+            Kind::File(content) => {
+                content.size > 0 && self.takes(content.size - content.data_len())
+            }
+            _ => false,
+        };
+        plan(self.tree, id, with_digest)
+    }
+}
+
+fn plan(tree: &Tree, id: Id, with_digest: bool) -> Result<Option<Plan>> {
+    let node = tree.node(id)?;
+    let size = match &node.kind {
+        Kind::Directory(_) => directory_size(&entries(tree, id, ROOT)),
+        Kind::Symlink(target) => to_u64(target.len()),
+        Kind::File(content) => content.size,
+        _ => 0,
+    };
+    let mut chunk_bits = 0;
+    let layout = match &node.kind {
+        Kind::File(content) if has_holes(content) => {
+            while chunk_bits < CHUNK_BITS && size.div_ceil(BLOCK << chunk_bits) > CHUNKS {
+                chunk_bits += 1;
+            }
+            layout::CHUNKS
+        }
+        _ if (1..=INLINE).contains(&(size % BLOCK)) => layout::INLINE,
+        _ => layout::PLAIN,
+    };
+    let xattrs = xattrs(&node.meta.xattrs, with_digest)?;
+    Ok(xattrs.map(|(xattrs, digest)| Plan {
+        size,
+        layout,
+        chunk_bits,
+        xattrs,
+        digest,
+        at: 0,
+        block: 0,
+        links: 0,
+    }))
+}
+
+fn has_holes(content: &Content) -> bool {
+    content.data_len() < content.size
+}
+
+/// Returns the first possible offset for an inode at or after `end`.
+pub(super) fn place_inode(end: u64, plan: &Plan) -> u64 {
+    let mut at = end.next_multiple_of(SLOT);
+    while !can_be_at(at, plan) {
+        at += SLOT;
+    }
+    at
+}
+
+/// Returns whether an inode can be at `at`: neither the inode nor the data beside it crosses a
+/// block.
+pub(super) fn can_be_at(at: u64, plan: &Plan) -> bool {
+    let crosses = |start: u64, len: u64| start % BLOCK + len > BLOCK;
+    let tail = at + INODE + to_u64(plan.xattrs.len());
+    let inline = plan.layout == layout::INLINE;
+    !(crosses(at, INODE) || inline && crosses(tail, plan.beside()))
+}
+
+/// Returns the number of blocks of a node's data.
+pub(super) fn blocks(node: &Node, plan: &Plan) -> u64 {
+    match (plan.layout, &node.kind) {
+        (layout::INLINE, _) => plan.size / BLOCK,
+        (layout::CHUNKS, Kind::File(content)) => {
+            let chunks = stored_chunks(content, plan);
+            chunks.values().map(|&(_, blocks)| blocks).sum()
+        }
+        _ => plan.size.div_ceil(BLOCK),
+    }
+}
+
+/// Returns the chunks of a file that have data: the first block, relative to the file's first
+/// block, and the number of blocks.
+fn stored_chunks(content: &Content, plan: &Plan) -> BTreeMap<u64, (u64, u64)> {
+    let mut chunks = BTreeMap::new();
+    let mut next = 0;
+    for extent in &content.extents {
+        let first = extent.offset / plan.chunk();
+        let last = (extent.offset + extent.len - 1) / plan.chunk();
+        for nth in first..=last {
+            let len = (content.size - nth * plan.chunk()).min(plan.chunk());
+            chunks.entry(nth).or_insert_with(|| {
+                let at = next;
+                next += len.div_ceil(BLOCK);
+                (at, len.div_ceil(BLOCK))
+            });
+        }
+    }
+    chunks
+}
+
+/// The extended attributes of an inode, and where among them the digest of its content is to be; `None`
+/// where they are too many.
+fn xattrs(
+    all: &BTreeMap<Vec<u8>, Vec<u8>>,
+    with_digest: bool,
+) -> Result<Option<(Vec<u8>, Option<usize>)>> {
+    if all.is_empty() && !with_digest {
+        return Ok(Some((Vec::new(), None)));
+    }
+    let mut bytes = vec![0; XATTR_HEADER];
+    let mut digest = None;
+    if with_digest {
+        bytes.extend([0, FIRST_PREFIX]);
+        bytes.extend(u16::try_from(DIGEST.len() + DIGEST_LEN)?.to_le_bytes());
+        bytes.extend_from_slice(DIGEST);
+        digest = Some(bytes.len());
+        bytes.resize((bytes.len() + DIGEST_LEN).next_multiple_of(4), 0);
+    }
+    for (name, value) in all {
+        let prefix = KINDS.iter().find(|(prefix, _)| name.starts_with(prefix));
+        let &(prefix, index) = prefix.context("an extended attribute of an unknown kind")?;
+        let rest = name.get(prefix.len()..).unwrap_or_default();
+        let (Ok(name_len), Ok(value_len)) = (u8::try_from(rest.len()), u16::try_from(value.len()))
+        else {
+            return Ok(None);
+        };
+        bytes.extend([name_len, index]);
+        bytes.extend(value_len.to_le_bytes());
+        bytes.extend_from_slice(rest);
+        bytes.extend_from_slice(value);
+        bytes.resize(bytes.len().next_multiple_of(4), 0);
+    }
+    match xattr_count(bytes.len()) {
+        Some(_) => Ok(Some((bytes, digest))),
+        // It has none rather than that the file cannot be there.
+        None if with_digest => xattrs(all, false),
+        None => Ok(None),
+    }
+}
+
+/// Returns the error for a file with too many extended attributes; for the root directory, `name` is `None`. The
+/// error ends with `instead`, which tells the user what to do.
+pub(super) fn too_long(names: &Names, name: Option<&Name>, instead: &str) -> anyhow::Error {
+    let path = show(&name.map(|name| names.path(name)).unwrap_or_default());
+    Failure::usage(format!(
+        "{path}: more extended attributes than erofs can hold: {instead}"
+    ))
+}
+
+/// Returns the length of extended attributes in an inode's format.
+fn xattr_count(len: usize) -> Option<u16> {
+    match len.checked_sub(XATTR_HEADER) {
+        None => Some(0),
+        Some(rest) => u16::try_from(rest / 4 + 1).ok(),
+    }
+}
+
+/// A name in a directory, and its node.
+type DirEntry<'a> = (&'a [u8], Id);
+
+/// Returns the names and nodes of a directory, sorted.
+fn entries(tree: &Tree, id: Id, parent: Id) -> Vec<DirEntry<'_>> {
+    let dots = [(b".".as_slice(), id), (b"..".as_slice(), parent)];
+    let mut entries: Vec<_> = tree.children(id).chain(dots).collect();
+    entries.sort_unstable();
+    entries
+}
+
+/// Returns the entries of each block, and the length of each in bytes.
+fn directory_blocks<'a>(entries: &'a [DirEntry<'a>]) -> Vec<(&'a [DirEntry<'a>], u64)> {
+    let mut blocks = Vec::new();
+    let (mut start, mut used) = (0, 0);
+    for (nth, (name, _)) in entries.iter().enumerate() {
+        let needed = 12 + to_u64(name.len());
+        if used + needed > BLOCK {
+            blocks.push((entries.get(start..nth).unwrap_or_default(), used));
+            (start, used) = (nth, 0);
+        }
+        used += needed;
+    }
+    blocks.push((entries.get(start..).unwrap_or_default(), used));
+    blocks
+}
+
+fn directory_size(entries: &[(&[u8], Id)]) -> u64 {
+    let blocks = directory_blocks(entries);
+    let last = blocks.last().map_or(0, |&(_, used)| used);
+    to_u64(blocks.len().saturating_sub(1)) * BLOCK + last
+}
+
+/// The SHA-256 of a file's content, including holes.
+struct Hash {
+    sha: Sha256,
+    /// The hash includes all bytes before this offset.
+    end: u64,
+    is_wanted: bool,
+}
+
+impl Hash {
+    fn add(&mut self, offset: u64, piece: &[u8]) {
+        if self.is_wanted {
+            self.zeros(offset);
+            self.sha.update(piece);
+            self.end = offset + to_u64(piece.len());
+        }
+    }
+
+    fn zeros(&mut self, end: u64) {
+        const ZEROS: &[u8] = &[0; 64 << 10];
+        while self.end < end {
+            let len = (end - self.end).min(to_u64(ZEROS.len()));
+            self.sha
+                .update(ZEROS.get(..to_usize(len)).unwrap_or_default());
+            self.end += len;
+        }
+    }
+
+    fn finish(mut self, size: u64) -> [u8; DIGEST_LEN] {
+        if self.is_wanted {
+            self.zeros(size);
+        }
+        self.sha.finalize().into()
+    }
+}
+
+pub(super) struct Writer<'a> {
+    pub(super) tree: &'a Tree,
+    pub(super) plans: HashMap<Id, Plan>,
+    pub(super) parents: HashMap<Id, Id>,
+    pub(super) out: &'a dyn Out,
+}
+
+impl Writer<'_> {
+    fn plan(&self, id: Id) -> Result<&Plan> {
+        self.plans.get(&id).context("a file without a place")
+    }
+
+    fn write(&self, bytes: &[u8], at: u64) -> Result<()> {
+        self.out.write(bytes, at)
+    }
+
+    /// Returns whether any file is in chunks.
+    pub(super) fn has_chunks(&self) -> bool {
+        let mut plans = self.plans.values();
+        plans.any(|plan| plan.layout == layout::CHUNKS)
+    }
+
+    /// Returns whether any file has a fingerprint.
+    pub(super) fn has_prints(&self) -> bool {
+        self.plans.values().any(|plan| plan.digest.is_some())
+    }
+
+    /// Writes the inode of a node and its content.
+    pub(super) fn node(&self, id: Id, number: u32, bar: &Bar) -> Result<()> {
+        let node = self.tree.node(id)?;
+        let plan = self.plan(id)?;
+        let what = match (plan.layout, node.device()) {
+            (_, Some(device)) => {
+                (device.minor & 0xff) | (device.major << 8) | ((device.minor & !0xff) << 12)
+            }
+            (layout::CHUNKS, _) => plan.chunk_bits.into(),
+            _ => u32::try_from(plan.block)?,
+        };
+        let meta = &node.meta;
+        let mut inode = Vec::new();
+        inode.extend((1 | (plan.layout << 1)).to_le_bytes());
+        let count = xattr_count(plan.xattrs.len()).context("too many extended attributes")?;
+        inode.extend(count.to_le_bytes());
+        inode.extend(u16::try_from(node.st_mode())?.to_le_bytes());
+        inode.extend([0; 2]);
+        inode.extend(plan.size.to_le_bytes());
+        inode.extend(what.to_le_bytes());
+        inode.extend(number.to_le_bytes());
+        inode.extend(meta.uid.to_le_bytes());
+        inode.extend(meta.gid.to_le_bytes());
+        inode.extend(meta.mtime.seconds.to_le_bytes());
+        inode.extend(meta.mtime.nanoseconds.to_le_bytes());
+        inode.extend(plan.links.to_le_bytes());
+        inode.resize(to_usize(INODE), 0);
+        inode.extend_from_slice(&plan.xattrs);
+        match &node.kind {
+            Kind::Directory(_) => {
+                let mut content = self.directory(id)?;
+                if plan.layout == layout::PLAIN {
+                    // The kernel takes the last name to end at a NUL or at the end of the block,
+                    // and a longer name may have been there before.
+                    let len = content.len().next_multiple_of(to_usize(BLOCK));
+                    content.resize(len, 0);
+                }
+                self.data(plan, 0, &content)?;
+            }
+            Kind::Symlink(target) => self.data(plan, 0, target)?,
+            Kind::File(content) => {
+                let digest = self.file(plan, content, bar)?;
+                let place = plan.digest.map(|at| to_usize(INODE) + at);
+                let place = place.and_then(|at| inode.get_mut(at..at + DIGEST_LEN));
+                if let Some(place) = place {
+                    place.copy_from_slice(&digest);
+                }
+            }
+            _ => {}
+        }
+        self.write(&inode, plan.at)
+    }
+
+    /// Writes the content of a file. Returns its SHA-256 if the file gets a fingerprint.
+    fn file(&self, plan: &Plan, content: &Content, bar: &Bar) -> Result<[u8; DIGEST_LEN]> {
+        let mut hash = Hash {
+            sha: Sha256::new(),
+            end: 0,
+            is_wanted: plan.digest.is_some(),
+        };
+        let chunks = match plan.layout {
+            layout::CHUNKS => Some(self.chunk_map(plan, content)?),
+            _ => None,
+        };
+        content.read(|offset, piece| {
+            bar.advance(to_u64(piece.len()))?;
+            hash.add(offset, piece);
+            match &chunks {
+                Some(chunks) => self.chunks(plan, chunks, offset, piece),
+                None => self.data(plan, offset, piece),
+            }
+        })?;
+        Ok(hash.finish(plan.size))
+    }
+
+    /// Writes a part of a node's content.
+    fn data(&self, plan: &Plan, offset: u64, bytes: &[u8]) -> Result<()> {
+        let in_blocks = match plan.layout {
+            layout::INLINE => plan.size - plan.size % BLOCK,
+            _ => u64::MAX,
+        };
+        let first = to_usize(in_blocks.saturating_sub(offset)).min(bytes.len());
+        let (first, beside) = bytes.split_at(first);
+        self.write(first, plan.block * BLOCK + offset)?;
+        if beside.is_empty() {
+            return Ok(());
+        }
+        let start = offset + to_u64(first.len()) - in_blocks;
+        self.write(beside, plan.tail() + start)
+    }
+
+    /// Writes the map of a file's chunks. Returns the chunks that have data.
+    fn chunk_map(&self, plan: &Plan, content: &Content) -> Result<BTreeMap<u64, (u64, u64)>> {
+        let chunks = stored_chunks(content, plan);
+        let mut map = Vec::new();
+        for nth in 0..plan.chunks() {
+            let address = match chunks.get(&nth) {
+                Some((at, _)) => u32::try_from(plan.block + at)?,
+                None => HOLE,
+            };
+            map.extend(address.to_le_bytes());
+        }
+        self.write(&map, plan.tail())?;
+        Ok(chunks)
+    }
+
+    /// Writes a part of the content of a file in chunks.
+    fn chunks(
+        &self,
+        plan: &Plan,
+        chunks: &BTreeMap<u64, (u64, u64)>,
+        mut offset: u64,
+        mut piece: &[u8],
+    ) -> Result<()> {
+        while !piece.is_empty() {
+            let nth = offset / plan.chunk();
+            let inside = offset % plan.chunk();
+            let (at, _) = chunks.get(&nth).context("data without a place")?;
+            let room = to_usize((plan.chunk() - inside).min(to_u64(piece.len())));
+            let (now, rest) = piece.split_at(room);
+            self.write(now, (plan.block + at) * BLOCK + inside)?;
+            offset += to_u64(now.len());
+            piece = rest;
+        }
+        Ok(())
+    }
+
+    /// Returns the content of a directory.
+    fn directory(&self, id: Id) -> Result<Vec<u8>> {
+        let parent = self.parents.get(&id).copied().unwrap_or(ROOT);
+        let entries = entries(self.tree, id, parent);
+        let mut bytes = Vec::new();
+        for (block, _) in directory_blocks(&entries) {
+            bytes.resize(bytes.len().next_multiple_of(to_usize(BLOCK)), 0);
+            let mut name_at = u16::try_from(block.len() * 12)?;
+            for (name, child) in block {
+                let number = self.plan(*child)?.at / SLOT;
+                let kind = match self.tree.node(*child)?.kind {
+                    Kind::File(_) => 1,
+                    Kind::Directory(_) => 2,
+                    Kind::CharDevice(_) => 3,
+                    Kind::BlockDevice(_) => 4,
+                    Kind::Fifo => 5,
+                    Kind::Socket => 6,
+                    Kind::Symlink(_) => 7,
+                };
+                bytes.extend(number.to_le_bytes());
+                bytes.extend(name_at.to_le_bytes());
+                bytes.extend([kind, 0]);
+                name_at += u16::try_from(name.len())?;
+            }
+            block
+                .iter()
+                .for_each(|(name, _)| bytes.extend_from_slice(name));
+        }
+        Ok(bytes)
+    }
+
+    /// Writes the superblock, and the table of prefixes if files have fingerprints.
+    pub(super) fn superblock(&self, summary: &Summary) -> Result<()> {
+        let (uuid, time) = summary.stamp;
+        let root = self.plan(ROOT)?.at / SLOT;
+        let mut bytes = Vec::new();
+        bytes.extend(MAGIC.to_le_bytes());
+        bytes.extend([0; 4]);
+        let prints = if summary.prints { PRINTS } else { 0 };
+        bytes.extend((COMPATIBLE | prints).to_le_bytes());
+        bytes.extend([12, 0]);
+        bytes.extend(u16::try_from(root)?.to_le_bytes());
+        bytes.extend(summary.inodes.to_le_bytes());
+        bytes.extend(u64::from(time).to_le_bytes());
+        bytes.extend(0_u32.to_le_bytes());
+        bytes.extend(u32::try_from(summary.blocks)?.to_le_bytes());
+        // Inode numbers start at 0; no shared extended attributes.
+        bytes.extend([0; 8]);
+        bytes.extend_from_slice(uuid.as_bytes());
+        bytes.extend([0; 16]);
+        let incompatible = if summary.chunks { CHUNKED_FILES } else { 0 };
+        bytes.extend(incompatible.to_le_bytes());
+        if summary.prints {
+            let (at, said) = PREFIXES_SAID;
+            bytes.resize(at, 0);
+            bytes.extend(said);
+            self.write(&PREFIXES, PREFIXES_AT)?;
+        }
+        bytes.resize(to_usize(SUPERBLOCK.1), 0);
+        self.write(&bytes, SUPERBLOCK.0)?;
+        // The checksum covers the block from the superblock on.
+        let mut covered = vec![0; to_usize(BLOCK - SUPERBLOCK.0)];
+        self.out.read(&mut covered, SUPERBLOCK.0)?;
+        let sum = !crc32c::crc32c(&covered);
+        self.write(&sum.to_le_bytes(), SUPERBLOCK.0 + 4)
+    }
+}

@@ -1,0 +1,502 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! Makes ext2, ext3 and ext4 with mke2fs. mke2fs loses much: metadata of the root directory, times
+//! beyond seconds and 32 bits, hard links to symbolic links; and its order of extended attributes
+//! is that of the source. So it gets names and content only, and debugfs sets everything else.
+
+mod entries;
+mod script;
+
+use std::collections::{BTreeMap, HashMap, HashSet};
+use std::ffi::{OsStr, OsString};
+use std::fmt::Write as _;
+use std::os::unix::ffi::OsStrExt;
+use std::path::{Path, PathBuf};
+
+use anyhow::{bail, Context, Result};
+use tempfile::{NamedTempFile, TempDir};
+
+use self::entries::{Entry, Geometry};
+use self::script::Script;
+use super::stage::Stage;
+use super::tree::{show, Id, Kind, Names, Tree, ROOT};
+use super::{Options, Stamp};
+use crate::files::place::temp_file;
+use crate::program::Program;
+use crate::terminal::exit::Failure;
+use crate::terminal::warn;
+
+/// Smallest size for a journal in ext3 and ext4 with 4 KiB blocks: 2048 blocks.
+const EXT_JOURNAL: u64 = 8 << 20;
+/// What the programs are needed for.
+const NEED: &str = "ext2, ext3 and ext4 file systems";
+/// Names and values of extended attributes longer than this may not fit in an inode and a block.
+const XATTRS: usize = 3800;
+/// Inode of the root directory.
+const ROOT_INODE: u32 = 2;
+/// Longest value that fits in a line for debugfs, with each byte as `\ooo`.
+const LONG_VALUE: usize = 500;
+
+/// Makes the file system of `tree` in a file of `size` bytes in `place`. `directory` is the source
+/// of `tree`, if that is a directory.
+pub(super) fn make(
+    tree: &Tree,
+    directory: Option<&Path>,
+    options: &Options<'_>,
+    size: u64,
+    stamp: &Stamp,
+    place: &Path,
+) -> Result<NamedTempFile> {
+    let image = temp_file(place)?;
+    let work = tempfile::Builder::new()
+        .prefix(".obdsetup-")
+        .tempdir_in(place);
+    let work = work.with_context(|| format!("{}: cannot make a directory", place.display()))?;
+    let mke2fs = Mke2fs {
+        options,
+        size,
+        stamp,
+        image: image.path(),
+        work: &work,
+    };
+    // Before 1.47.1, mke2fs always copied extended attributes.
+    let direct = match directory {
+        Some(directory) => mke2fs.run(directory, true)?,
+        None => false,
+    };
+    if !direct {
+        let stage = Stage::new(tree, place)?;
+        if !mke2fs.run(stage.path(), true)? {
+            mke2fs.run(stage.path(), false)?;
+        }
+    }
+    let mut mend = Mend {
+        tree,
+        names: tree.names(),
+        inodes: HashMap::from([(ROOT, ROOT_INODE)]),
+        others: Vec::new(),
+        work: &work,
+        values: 0,
+        stamp,
+    };
+    let geometry = Geometry::read(image.as_file())?;
+    mend.find_inodes(image.path())?;
+    mend.all(image.path(), geometry.inode_size() > 128)?;
+    mend.entries(&image, &geometry)?;
+    Ok(image)
+}
+
+/// A call of mke2fs.
+struct Mke2fs<'a> {
+    options: &'a Options<'a>,
+    size: u64,
+    stamp: &'a Stamp,
+    image: &'a Path,
+    work: &'a TempDir,
+}
+
+impl Mke2fs<'_> {
+    /// Runs mke2fs on `directory`. Returns `false` if it should ignore extended attributes but
+    /// cannot.
+    fn run(&self, directory: &Path, no_xattrs: bool) -> Result<bool> {
+        let file = std::fs::File::create(self.image)?;
+        let sized = file.set_len(self.size);
+        sized.with_context(|| {
+            format!(
+                "cannot make a file of {}",
+                crate::terminal::size::show(self.size)
+            )
+        })?;
+        let mut command = Program::new(self.options.fs.program(), NEED);
+        command
+            .args(["-q", "-F", "-U"])
+            .arg(self.stamp.uuid.to_string());
+        let mut extended = vec![OsString::from(format!("hash_seed={}", self.stamp.seed))];
+        if no_xattrs {
+            extended.push("no_copy_xattrs".into());
+        }
+        // Below 512 MiB the default is 1 KiB: a page of a file is then in up to four places, and in
+        // at least as many compressed blocks.
+        if self.size >= EXT_JOURNAL {
+            command.args(["-b", "4096"]);
+        }
+        // Times with 34 bits and nanoseconds need more than the original 128 bytes.
+        command.args(["-I", "256"]);
+        // mke2fs only uses the last of several -E.
+        let mut args = self.options.args.iter();
+        while let Some(arg) = args.next() {
+            match arg.as_bytes().strip_prefix(b"-E") {
+                Some(b"") => extended.extend(args.next().cloned()),
+                Some(text) => extended.push(OsStr::from_bytes(text).to_owned()),
+                None => {
+                    command.arg(arg);
+                }
+            }
+        }
+        command.arg("-E").arg(extended.join(OsStr::new(",")));
+        command.arg("-d").arg(directory).arg(self.image);
+        self.stamp.give_to_e2fsprogs(&mut command, self.work);
+        match command.writes(self.image).run() {
+            Err(error) if no_xattrs && format!("{error:#}").contains("no_copy_xattrs") => Ok(false),
+            done => {
+                done?.tell();
+                Ok(true)
+            }
+        }
+    }
+}
+
+/// Sets with debugfs what mke2fs doesn't.
+struct Mend<'a> {
+    tree: &'a Tree,
+    names: Names,
+    /// The inode of a node.
+    inodes: HashMap<Id, u32>,
+    /// Additional inodes made for a node with several names: index of the name, and inode.
+    others: Vec<(usize, u32)>,
+    work: &'a TempDir,
+    /// Number of files with values of extended attributes.
+    values: usize,
+    stamp: &'a Stamp,
+}
+
+impl Mend<'_> {
+    /// Finds the inodes of all nodes, one level of directories at a time.
+    fn find_inodes(&mut self, image: &Path) -> Result<()> {
+        let mut by_name: HashMap<(Id, &[u8]), usize> = HashMap::new();
+        for (nth, name) in self.names.iter().enumerate() {
+            by_name.insert((name.parent, name.last()), nth);
+        }
+        let mut found = vec![false; self.names.len()];
+        let mut directories = vec![(ROOT_INODE, ROOT)];
+        while !directories.is_empty() {
+            let ids: HashMap<u32, Id> = directories.drain(..).collect();
+            let mut script = self.script()?;
+            let mut inodes: Vec<_> = ids.keys().collect();
+            inodes.sort_unstable();
+            for inode in inodes {
+                script.line(format!("ls -l <{inode}>").as_bytes())?;
+            }
+            script.finish()?;
+            let mut command = Program::new("debugfs", NEED);
+            command.arg("-f").arg(self.script_path()).arg(image);
+            let mut listed: Vec<(Id, Vec<u8>, u32)> = Vec::new();
+            let mut current = None;
+            let _ = command.each_line(|line| {
+                if let Some(inode) = line.strip_prefix("debugfs: ls -l <") {
+                    let inode = inode.strip_suffix('>').and_then(|inode| inode.parse().ok());
+                    current = inode.and_then(|inode: u32| ids.get(&inode).copied());
+                } else if let (Some(id), Some((name, inode))) = (current, entry(line)) {
+                    listed.push((id, name, inode));
+                }
+            })?;
+            for (parent, name, inode) in listed {
+                let Some(&nth) = by_name.get(&(parent, name.as_slice())) else {
+                    continue;
+                };
+                let Some(name) = self.names.get(nth) else {
+                    continue;
+                };
+                if let Some(found) = found.get_mut(nth) {
+                    *found = true;
+                }
+                let first = *self.inodes.entry(name.id).or_insert(inode);
+                if first != inode {
+                    self.others.push((nth, inode));
+                }
+                if matches!(self.tree.node(name.id)?.kind, Kind::Directory(_)) {
+                    directories.push((inode, name.id));
+                }
+            }
+        }
+        match found
+            .iter()
+            .zip(self.names.iter())
+            .find(|(&found, _)| !found)
+        {
+            Some((_, name)) => bail!("{}: mke2fs did not make it", show(&self.names.path(name))),
+            None => Ok(()),
+        }
+    }
+
+    fn script_path(&self) -> PathBuf {
+        self.work.path().join("script")
+    }
+
+    fn script(&self) -> Result<Script> {
+        Script::new(&self.script_path())
+    }
+
+    /// Writes the commands that set everything, and runs debugfs with them.
+    fn all(&mut self, image: &Path, large: bool) -> Result<()> {
+        let mut script = self.script()?;
+        self.kinds(&mut script)?;
+        let mut coarse = self.node(&mut script, ROOT, b"", large)?;
+        for nth in 0..self.names.len() {
+            let Some(name) = self.names.get(nth).filter(|name| name.first) else {
+                continue;
+            };
+            let (id, path) = (name.id, self.names.path(name));
+            coarse |= self.node(&mut script, id, &path, large)?;
+        }
+        if coarse {
+            warn(&[
+                "inodes of 128 bytes hold whole seconds up to 2038 only: times are rounded down"
+                    .to_owned(),
+            ]);
+        }
+        script.finish()?;
+        let mut command = Program::new("debugfs", NEED);
+        command
+            .arg("-w")
+            .arg("-f")
+            .arg(self.script_path())
+            .arg(image);
+        self.stamp.give_to_e2fsprogs(&mut command, self.work);
+        // With -f, debugfs exits with 0 whatever failed, and it has no other form of output than text: all
+        // that it says but its banner is an error. Where the banner changes, this fails, and nothing is lost.
+        let said = command.writes(image).run()?;
+        let mut errors = said
+            .lines()
+            .iter()
+            .filter(|line| !line.starts_with("debugfs 1."));
+        match errors.next() {
+            Some(error) => {
+                self.fits(error)?;
+                bail!("debugfs failed: {error}")
+            }
+            None => Ok(()),
+        }
+    }
+
+    /// Fails if debugfs had no room for extended attributes, and names a file with too many.
+    fn fits(&self, error: &str) -> Result<()> {
+        if !error.contains("ea_set") {
+            return Ok(());
+        }
+        let root = std::iter::once((ROOT, None));
+        let names = self.names.iter();
+        for (id, name) in root.chain(names.map(|name| (name.id, Some(name)))) {
+            let xattrs = &self.tree.node(id)?.meta.xattrs;
+            let size = |(name, value): (&Vec<u8>, &Vec<u8>)| name.len() + value.len();
+            let largest = xattrs.iter().max_by_key(|(_, value)| value.len());
+            let sum: usize = xattrs.iter().map(size).sum();
+            if let Some((xattr, _)) = largest.filter(|_| sum > XATTRS) {
+                let path = name.map(|name| self.names.path(name)).unwrap_or_default();
+                return Err(Failure::usage(format!(
+                    "{}: extended attribute {}: with the others of the file, {sum} bytes are more \
+                     than ext4 can hold: use --fs erofs",
+                    show(&path),
+                    String::from_utf8_lossy(xattr)
+                )));
+            }
+        }
+        Ok(())
+    }
+
+    /// Writes commands for the additional inodes of files with several names, and for devices.
+    fn kinds(&self, script: &mut Script) -> Result<()> {
+        for &(nth, inode) in &self.others {
+            let name = self.names.get(nth).context("no such name")?;
+            let links = self.names.iter().filter(|other| other.id == name.id);
+            script.line(format!("kill_file <{inode}>").as_bytes())?;
+            script.line(format!("clri <{inode}>").as_bytes())?;
+            let (first, count) = (self.inode(name.id)?, links.count());
+            script.line(format!("sif <{first}> links_count {count}").as_bytes())?;
+        }
+        for name in self.names.iter().filter(|name| name.first) {
+            if let Some(device) = self.tree.node(name.id)?.device() {
+                let inode = self.inode(name.id)?;
+                let (old, new) = device_words(device);
+                script.line(format!("sif <{inode}> block[0] {old}").as_bytes())?;
+                script.line(format!("sif <{inode}> block[1] {new}").as_bytes())?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Changes directory entries that lead to the wrong inode, or have the wrong kind.
+    fn entries(&self, image: &NamedTempFile, geometry: &Geometry) -> Result<()> {
+        let mut wanted: BTreeMap<u32, HashMap<&[u8], Entry>> = BTreeMap::new();
+        let others = self.others.iter().map(|&(nth, _)| nth);
+        let others: HashSet<usize> = others.collect();
+        for (nth, name) in self.names.iter().enumerate() {
+            let node = self.tree.node(name.id)?;
+            let socket = matches!(node.kind, Kind::Socket);
+            if node.device().is_some() || socket || others.contains(&nth) {
+                let entry = Entry {
+                    inode: self.inode(name.id)?,
+                    mode: node.st_mode(),
+                };
+                let directory = wanted.entry(self.inode(name.parent)?).or_default();
+                directory.insert(name.last(), entry);
+            }
+        }
+        let mut script = self.script()?;
+        for inode in wanted.keys() {
+            script.line(format!("blocks <{inode}>").as_bytes())?;
+        }
+        script.finish()?;
+        let mut command = Program::new("debugfs", NEED);
+        command.arg("-f").arg(self.script_path()).arg(image.path());
+        let mut blocks: HashMap<u32, Vec<u64>> = HashMap::new();
+        let mut current = None;
+        let _ = command.each_line(|line| {
+            if let Some(inode) = line.strip_prefix("debugfs: blocks <") {
+                current = inode.strip_suffix('>').and_then(|inode| inode.parse().ok());
+            } else if let Some(inode) = current {
+                let numbers = line
+                    .split_whitespace()
+                    .filter_map(|word| word.parse::<u64>().ok());
+                blocks.entry(inode).or_default().extend(numbers);
+            }
+        })?;
+        for (inode, names) in &wanted {
+            let blocks = blocks.get(inode).map(Vec::as_slice).unwrap_or_default();
+            geometry.change(image.as_file(), *inode, blocks, names)?;
+        }
+        Ok(())
+    }
+
+    fn inode(&self, id: Id) -> Result<u32> {
+        let inode = self.inodes.get(&id).copied();
+        inode.context("a file has no inode")
+    }
+
+    /// Writes commands for one node. Returns whether its time needs a `large` inode and it has
+    /// none.
+    fn node(&mut self, script: &mut Script, id: Id, path: &[u8], large: bool) -> Result<bool> {
+        let inode = self.inode(id)?;
+        let node = self.tree.node(id)?;
+        let meta = &node.meta;
+        for (name, value) in &meta.xattrs {
+            let place = || format!("{}: extended attribute", show(path));
+            let name = quote(name).with_context(place)?;
+            let command = if value.len() > LONG_VALUE {
+                let file = format!("value{}", self.values);
+                self.values += 1;
+                std::fs::write(self.work.path().join(&file), value).with_context(place)?;
+                let file = self.work.path().join(file);
+                let file = quote(file.as_os_str().as_bytes()).with_context(place)?;
+                let inode = format!(" <{inode}> ");
+                [b"ea_set -f ", file.as_slice(), inode.as_bytes(), &name].concat()
+            } else {
+                let (start, value) = (format!("ea_set <{inode}> "), escape(value));
+                [start.as_bytes(), name.as_slice(), b" ", value.as_bytes()].concat()
+            };
+            script.line(&command).with_context(place)?;
+        }
+        script.line(format!("sif <{inode}> mode {}", node.st_mode()).as_bytes())?;
+        script.line(format!("sif <{inode}> uid {}", meta.uid).as_bytes())?;
+        script.line(format!("sif <{inode}> gid {}", meta.gid).as_bytes())?;
+        let seconds = meta.mtime.seconds;
+        // The low half is signed; the high one counts its overflows.
+        let low = i32::from_le_bytes(low_half(seconds));
+        let around = (seconds - i64::from(low)) >> 32;
+        let extra = (i64::from(meta.mtime.nanoseconds) << 2) | (around & 3);
+        for field in ["atime", "ctime", "mtime", "crtime"] {
+            let low = u32::from_le_bytes(low_half(seconds));
+            if large || field != "crtime" {
+                script.line(format!("sif <{inode}> {field}_lo {low}").as_bytes())?;
+            }
+            if large {
+                script.line(format!("sif <{inode}> {field}_hi {extra}").as_bytes())?;
+            }
+        }
+        Ok(!large && extra != 0)
+    }
+}
+
+fn low_half(seconds: i64) -> [u8; 4] {
+    let [a, b, c, d, ..] = seconds.to_le_bytes();
+    [a, b, c, d]
+}
+
+/// Returns the two words for a device in an inode: the old form for small numbers, else the new
+/// form.
+fn device_words(device: super::tree::Device) -> (u32, u32) {
+    let super::tree::Device { major, minor } = device;
+    match major < 256 && minor < 256 {
+        true => ((major << 8) | minor, 0),
+        false => (0, (minor & 0xff) | (major << 8) | ((minor & !0xff) << 12)),
+    }
+}
+
+/// Parses name and inode in a line of `ls -l`: inode, mode, kind, owner, group, size, date, time,
+/// and after one blank the name, in which bytes outside ASCII are `\xHH`.
+fn entry(line: &str) -> Option<(Vec<u8>, u32)> {
+    let mut rest = line;
+    let mut inode = None;
+    for _ in 0..8 {
+        let (word, after) = rest.trim_start().split_once(' ')?;
+        inode = inode.or(Some(word));
+        rest = after;
+    }
+    let mut bytes = Vec::new();
+    while let Some((plain, escaped)) = rest.split_once("\\x") {
+        bytes.extend_from_slice(plain.as_bytes());
+        bytes.push(u8::from_str_radix(escaped.get(..2)?, 16).ok()?);
+        rest = escaped.get(2..)?;
+    }
+    bytes.extend_from_slice(rest.as_bytes());
+    Some((bytes, inode?.parse().ok()?))
+}
+
+/// Quotes a word for debugfs, which cannot handle a newline.
+fn quote(bytes: &[u8]) -> Result<Vec<u8>> {
+    if bytes.iter().any(|byte| matches!(byte, b'\n' | b'\r' | 0)) {
+        return Err(Failure::usage(
+            "debugfs cannot be told a name with a newline: use --fs erofs or btrfs",
+        ));
+    }
+    let mut quoted = vec![b'"'];
+    for &byte in bytes {
+        if byte == b'"' {
+            quoted.push(b'"');
+        }
+        quoted.push(byte);
+    }
+    quoted.push(b'"');
+    Ok(quoted)
+}
+
+/// Returns a value for debugfs: each byte as `\ooo`.
+fn escape(value: &[u8]) -> String {
+    let mut text = String::with_capacity(value.len() * 4 + 2);
+    text.push('"');
+    for byte in value {
+        // Writing to a string doesn't fail.
+        let _ = write!(text, "\\{byte:03o}");
+    }
+    text.push('"');
+    text
+}
+
+#[cfg(test)]
+mod tests {
+    use super::{device_words, entry, escape, quote};
+    use crate::make::mkfs::tree::Device;
+
+    #[test]
+    fn words() {
+        let line = |name: &str| {
+            let text = "     12  100644 (1)      0      0       5 26-Nov-2026 10:31 ";
+            entry(&format!("{text}{name}"))
+        };
+        assert_eq!(line(" a b "), Some((b" a b ".to_vec(), 12)));
+        assert_eq!(line("."), Some((b".".to_vec(), 12)));
+        assert_eq!(line("\\x0a\\x5cx"), Some((b"\n\\x".to_vec(), 12)));
+        assert_eq!(entry("debugfs: ls"), None);
+        assert_eq!(quote(b"a \"b").ok(), Some(b"\"a \"\"b\"".to_vec()));
+        assert!(quote(b"a\nb").is_err());
+        assert_eq!(escape(b"a\0"), "\"\\141\\000\"");
+    }
+
+    #[test]
+    fn devices() {
+        let words = |major, minor| device_words(Device { major, minor });
+        assert_eq!(words(1, 3), (0x103, 0));
+        assert_eq!(words(259, 1), (0, 0x10301));
+        assert_eq!(words(4095, 1_048_575), (0, 0xffff_ffff));
+    }
+}

@@ -1,0 +1,262 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! Reads a directory tree.
+
+use std::collections::{BTreeMap, HashMap};
+use std::ffi::OsString;
+use std::fs::{File, Metadata};
+use std::io;
+use std::os::unix::ffi::{OsStrExt, OsStringExt};
+use std::os::unix::fs::{FileExt, FileTypeExt, MetadataExt};
+use std::path::{Path, PathBuf};
+
+use anyhow::{anyhow, bail, Context, Result};
+use overlaybd::format::num::to_usize;
+use rustix::fs::SeekFrom;
+use rustix::io::Errno;
+
+use super::limits;
+use super::tree::{
+    Content, ContentMaker, Device, Id, Kind, Meta, Node, Source, Time, Tree, Unread, BLOCK, ROOT,
+};
+use crate::input::archive::{brief, is_whiteout};
+use crate::terminal::bar::Bar;
+use crate::terminal::exit::Failure;
+use crate::terminal::interrupt;
+
+/// Number of bytes read at once, in whole blocks.
+const PIECE: u64 = 1 << 20;
+
+/// Reads the directory `root`. Names with which a layer of an image hides files are an error, unless they
+/// are to be kept.
+pub(super) fn read(root: &Path, keep_whiteouts: bool) -> Result<Tree> {
+    let (_, mut meta) = look(root)?;
+    meta.unread.extend(flags_of_directory(root));
+    possible(root, limits::xattrs(&meta))?;
+    let mut tree = Tree::new(meta);
+    let mut linked: HashMap<(u64, u64), Id> = HashMap::new();
+    let mut files: Vec<(Id, PathBuf, Metadata)> = Vec::new();
+    let mut left = vec![(ROOT, root.to_owned())];
+    while let Some((parent, directory)) = left.pop() {
+        let context = || format!("{}: cannot read the directory", directory.display());
+        for entry in std::fs::read_dir(&directory).with_context(context)? {
+            interrupt::check()?;
+            let name = entry.with_context(context)?.file_name();
+            let path = directory.join(&name);
+            if !keep_whiteouts && is_whiteout(name.as_bytes()) {
+                return Err(Failure::usage(format!(
+                    "{}: a name with which a layer of a container image hides files of the layers below: \
+                     convert the whole image, put its layers on each other with `obdsetup apply`, or take such \
+                     names for files with --keep-whiteouts",
+                    brief(path.as_os_str().as_bytes())
+                )));
+            }
+            let (status, mut meta) = look(&path)?;
+            if status.is_dir() {
+                meta.unread.extend(flags_of_directory(&path));
+            }
+            let inside = path.strip_prefix(root).unwrap_or(&path);
+            possible(&path, limits::path(inside.as_os_str().as_bytes()))?;
+            let place = (status.dev(), status.ino());
+            let again = match status.nlink() {
+                2.. if !status.is_dir() => linked.get(&place),
+                _ => None,
+            };
+            let id = match again {
+                Some(&id) => id,
+                None => {
+                    let kind = kind(&path, &status)?;
+                    let node = Node { meta, kind };
+                    possible(&path, limits::node(&node))?;
+                    let id = tree.add(node);
+                    linked.insert(place, id);
+                    if status.is_dir() {
+                        left.push((id, path));
+                    } else if status.is_file() {
+                        files.push((id, path, status));
+                    }
+                    id
+                }
+            };
+            tree.link(parent, name.into_vec(), id)?;
+        }
+    }
+    let stored = |(_, _, status): &(_, _, Metadata)| status.len().min(status.blocks() * 512);
+    let bar = Bar::new("reading", files.iter().map(stored).sum());
+    for (id, path, status) in files {
+        let (content, flags) = content(path, &status, &bar)?;
+        let node = tree.node_mut(id)?;
+        node.meta.unread.extend(flags);
+        node.kind = Kind::File(content);
+    }
+    Ok(tree)
+}
+
+/// Returns an error with the path of the file that exceeds a limit.
+fn possible(path: &Path, result: Result<(), String>) -> Result<()> {
+    result.map_err(|what| anyhow!("{}: {what}", path.display()))
+}
+
+/// Returns the metadata of a file.
+fn look(path: &Path) -> Result<(Metadata, Meta)> {
+    let status = path.symlink_metadata();
+    let status = status.map_err(|error| unseen(path, error))?;
+    let nanoseconds = u32::try_from(status.mtime_nsec()).unwrap_or_default();
+    let meta = Meta {
+        mode: status.mode() & 0o7777,
+        uid: status.uid(),
+        gid: status.gid(),
+        mtime: Time {
+            seconds: status.mtime(),
+            nanoseconds,
+        },
+        xattrs: xattrs(path)
+            .with_context(|| format!("{}: cannot read extended attributes", path.display()))?,
+        unread: Vec::new(),
+    };
+    Ok((status, meta))
+}
+
+/// Returns the error for a file whose metadata cannot be read.
+fn unseen(path: &Path, error: io::Error) -> anyhow::Error {
+    let bytes = path.as_os_str().as_bytes();
+    match bytes.len() > limits::PATH {
+        true => Failure::usage(format!(
+            "{}: longer than the system takes, more than {} bytes: move the directory, or mount it, \
+             where its own name is shorter",
+            brief(bytes),
+            limits::PATH
+        )),
+        false => anyhow::Error::from(error).context(format!("{}: cannot look", path.display())),
+    }
+}
+
+fn kind(path: &Path, status: &Metadata) -> Result<Kind> {
+    let file_type = status.file_type();
+    let number = status.rdev();
+    let device = Device {
+        major: rustix::fs::major(number),
+        minor: rustix::fs::minor(number),
+    };
+    Ok(match file_type {
+        kind if kind.is_dir() => Kind::Directory(BTreeMap::new()),
+        // The content is read later.
+        kind if kind.is_file() => {
+            Kind::File(ContentMaker::new().finish(0, Source::Path(path.to_owned())))
+        }
+        kind if kind.is_symlink() => {
+            let target = std::fs::read_link(path);
+            let target = target.with_context(|| format!("{}: cannot read", path.display()))?;
+            Kind::Symlink(target.into_os_string().into_vec())
+        }
+        kind if kind.is_char_device() => Kind::CharDevice(device),
+        kind if kind.is_block_device() => Kind::BlockDevice(device),
+        kind if kind.is_fifo() => Kind::Fifo,
+        kind if kind.is_socket() => Kind::Socket,
+        _ => bail!(
+            "{}: a file of a kind that obdsetup does not know",
+            path.display()
+        ),
+    })
+}
+
+/// Calls `get` with larger buffers until the result fits.
+fn grow(get: impl Fn(&mut [u8]) -> rustix::io::Result<usize>) -> rustix::io::Result<Vec<u8>> {
+    let mut buffer = vec![0; 256];
+    loop {
+        match get(&mut buffer) {
+            Ok(len) => {
+                buffer.truncate(len);
+                return Ok(buffer);
+            }
+            Err(Errno::RANGE) if buffer.len() < 1 << 20 => buffer.resize(buffer.len() * 4, 0),
+            Err(error) => return Err(error),
+        }
+    }
+}
+
+fn xattrs(path: &Path) -> io::Result<BTreeMap<Vec<u8>, Vec<u8>>> {
+    let list = match grow(|buffer| rustix::fs::llistxattr(path, buffer)) {
+        Err(Errno::NOTSUP) => return Ok(BTreeMap::new()),
+        list => list?,
+    };
+    let mut xattrs = BTreeMap::new();
+    for name in list
+        .split(|&byte| byte == 0)
+        .filter(|name| !name.is_empty())
+    {
+        let key = OsString::from_vec(name.to_vec());
+        match grow(|buffer| rustix::fs::lgetxattr(path, key.as_bytes(), buffer)) {
+            // Removed since it was listed; or listed but unreadable, as on some network file
+            // systems.
+            Err(Errno::NODATA | Errno::NOTSUP) => {}
+            value => {
+                xattrs.insert(name.to_vec(), value?);
+            }
+        }
+    }
+    Ok(xattrs)
+}
+
+/// Returns the flags of an open file or directory; `None` if it has none, or its file system doesn't support
+/// them.
+fn flags(file: &File) -> Option<Unread> {
+    let flags = rustix::fs::ioctl_getflags(file).ok()?;
+    (!flags.is_empty()).then_some(Unread::Flags(flags))
+}
+
+/// As [`flags`], for the directory at `path`.
+fn flags_of_directory(path: &Path) -> Option<Unread> {
+    // If it can't be opened, reading it will fail, too.
+    flags(&File::open(path).ok()?)
+}
+
+/// Returns the content of a file, and its flags.
+fn content(path: PathBuf, status: &Metadata, bar: &Bar) -> Result<(Content, Option<Unread>)> {
+    let context = || format!("{}: cannot read, or it changed", path.display());
+    let file = File::open(&path).with_context(context)?;
+    let opened = file.metadata().with_context(context)?;
+    if (opened.dev(), opened.ino()) != (status.dev(), status.ino()) {
+        bail!(
+            "{}: was replaced while it was read: try again when nobody changes it",
+            path.display()
+        );
+    }
+    let size = opened.len();
+    let mut maker = ContentMaker::new();
+    let mut buffer = vec![0; to_usize(size.min(PIECE))];
+    let mut at = 0;
+    while let Some((start, end)) = next_data(&file, at, size).with_context(context)? {
+        at = start;
+        while at < end {
+            let take = (end - at).min(PIECE);
+            let piece = buffer.get_mut(..to_usize(take)).unwrap_or_default();
+            file.read_exact_at(piece, at).with_context(context)?;
+            for (block, offset) in piece.chunks(to_usize(BLOCK)).zip((at..).step_by(4096)) {
+                maker.block(offset, block, offset);
+            }
+            bar.advance(take)?;
+            at += take;
+        }
+    }
+    Ok((maker.finish(size, Source::Path(path)), flags(&file)))
+}
+
+/// Returns start and end of the next data at or after `at`, in whole blocks, before `size`.
+fn next_data(file: &File, at: u64, size: u64) -> io::Result<Option<(u64, u64)>> {
+    if at >= size {
+        return Ok(None);
+    }
+    let start = match rustix::fs::seek(file, SeekFrom::Data(at)) {
+        Ok(start) => start,
+        Err(Errno::NXIO) => return Ok(None),
+        // The file system doesn't report holes.
+        Err(Errno::INVAL | Errno::NOTSUP) => return Ok(Some((at, size))),
+        Err(error) => return Err(error.into()),
+    };
+    let end = rustix::fs::seek(file, SeekFrom::Hole(start))?;
+    let start = start - start % BLOCK;
+    let end = end.next_multiple_of(BLOCK).min(size);
+    // The last data may have ended within this block.
+    Ok((start.max(at) < end).then_some((start.max(at), end)))
+}

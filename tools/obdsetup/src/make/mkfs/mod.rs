@@ -1,0 +1,283 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! Makes file systems of the files in a directory or a tar.
+//!
+//! - [`tree`]: the files in memory, read by [`from_dir`] and [`from_tar`].
+//! - [`fit`]: handles what a file system cannot store; [`stamp`]: its UUIDs and time.
+//! - [`ext`], [`erofs`], [`btrfs`], [`squashfs`]: make each file system. [`pax`] and [`stage`]
+//!   write the input of their mkfs.
+//! - [`apply`]: puts a layer of an image over the layers below, in which [`whiteouts`] hide files.
+
+mod acl;
+mod btrfs;
+mod erofs;
+mod ext;
+mod fit;
+mod from_dir;
+mod from_tar;
+mod limits;
+mod pax;
+mod records;
+mod squashfs;
+mod stage;
+mod stamp;
+mod tree;
+mod usage;
+mod whiteouts;
+
+use std::ffi::OsString;
+use std::fs::File;
+use std::os::unix::ffi::OsStrExt;
+use std::os::unix::fs::FileExt;
+use std::path::Path;
+
+use anyhow::{Context, Result};
+use clap::ValueEnum;
+use overlaybd::layer::Ident;
+use overlaybd::lsmt_writer::{cut, Run};
+use overlaybd::Stack;
+use sha2::{Digest, Sha256};
+use tempfile::NamedTempFile;
+use uuid::Builder;
+
+use self::stamp::Stamp;
+use self::tree::{Kind, Tree};
+use self::usage::Usage;
+use crate::input::archive::Archive;
+use crate::make::layer_out::{plan, LayerOut};
+use crate::program;
+use crate::terminal::exit::Failure;
+use crate::terminal::warn;
+
+/// A file system that obdsetup can make and fill.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub(crate) enum FileSystem {
+    Ext2,
+    Ext3,
+    Ext4,
+    Btrfs,
+    Erofs,
+    Squashfs,
+}
+
+impl FileSystem {
+    /// Returns the bytes needed in addition to the files, if the size of the file system must be
+    /// given.
+    fn overhead(self) -> Option<u64> {
+        match self {
+            Self::Ext2 | Self::Ext3 | Self::Ext4 => Some(32 << 20),
+            Self::Btrfs => Some(256 << 20),
+            Self::Erofs | Self::Squashfs => None,
+        }
+    }
+
+    fn program(self) -> String {
+        match self {
+            Self::Squashfs => "mksquashfs".to_owned(),
+            other => format!("mkfs.{}", other.name()),
+        }
+    }
+
+    fn name(self) -> String {
+        format!("{self:?}").to_ascii_lowercase()
+    }
+}
+
+/// Options of a new file system.
+pub(crate) struct Options<'a> {
+    pub(crate) fs: FileSystem,
+    /// Size in bytes; estimated if not given.
+    pub(crate) size: Option<u64>,
+    /// Additional arguments for mkfs.
+    pub(crate) args: &'a [OsString],
+    /// Whether data that the file system cannot store may be left out.
+    pub(crate) allow_loss: bool,
+    /// Whether names with which a layer of an image hides files are those of files, in a directory.
+    pub(crate) keep_whiteouts: bool,
+}
+
+/// The files for a file system.
+#[derive(Clone, Copy)]
+pub(crate) enum Files<'a> {
+    Directory(&'a Path),
+    /// A tar, compressed or not, that [`crate::input::archive::check`] has checked.
+    Tar(&'a Path),
+}
+
+/// Makes a file system with `files`, in a temporary file in the directory `place`.
+pub(crate) fn make(files: Files<'_>, options: &Options<'_>, place: &Path) -> Result<NamedTempFile> {
+    let fs = options.fs;
+    let from = match files {
+        Files::Directory(path) | Files::Tar(path) => program::path(path)?,
+    };
+    if matches!(files, Files::Directory(_)) && program::path(place)?.starts_with(&from) {
+        return Err(Failure::usage(format!(
+            "{}: the output cannot be in the directory that it is made of",
+            from.display()
+        )));
+    }
+    if fs.overhead().is_none() && options.size.is_some() {
+        return Err(Failure::usage(format!(
+            "{} takes no --size: it is as large as its files need",
+            fs.name()
+        )));
+    }
+    let (mut tree, directory) = match files {
+        Files::Directory(_) => (
+            from_dir::read(&from, options.keep_whiteouts)?,
+            Some(from.as_path()),
+        ),
+        Files::Tar(_) => (from_tar::read(&from, place)?, None),
+    };
+    stamp::clamp(&mut tree)?;
+    let instead = "use another file system, or --allow-loss to make the layer without them";
+    fit::fit(&mut tree, options, instead)?;
+    let size = match (options.size, fs.overhead()) {
+        (None, Some(overhead)) => Some(Usage::of(&tree)?.with_room(overhead)),
+        (given, _) => given,
+    };
+    let name = fs.name();
+    let size_text = size.unwrap_or_default().to_le_bytes();
+    let mut more = vec![name.as_bytes(), size_text.as_slice()];
+    more.extend(options.args.iter().map(|arg| arg.as_bytes()));
+    let stamp = Stamp::of(&tree, &more)?;
+    let made = match (fs, size) {
+        (FileSystem::Squashfs, _) => squashfs::make(&tree, options, &stamp, place),
+        (FileSystem::Erofs, _) => erofs::make(&tree, options, &stamp, place),
+        (FileSystem::Btrfs, size) => {
+            btrfs::make(&tree, options, size.unwrap_or_default(), &stamp, place)
+        }
+        (_, size) => ext::make(
+            &tree,
+            directory,
+            options,
+            size.unwrap_or_default(),
+            &stamp,
+            place,
+        ),
+    };
+    made.with_context(|| match (options.size, size) {
+        (None, Some(size)) => format!(
+            "cannot make a file system of {} (estimated; --size gives another size)",
+            crate::terminal::size::show(size)
+        ),
+        _ => "cannot make a file system".to_owned(),
+    })
+}
+
+/// A layer of an image: its difference to the disk of the layers below.
+pub(crate) struct Delta {
+    /// Size of the disk with this layer, in bytes.
+    pub(crate) size: u64,
+    /// The written data, at its offsets on the disk.
+    pub(crate) file: File,
+    /// The written sectors, ascending and disjoint.
+    pub(crate) runs: Vec<Run>,
+}
+
+impl Delta {
+    /// Reads what the layer writes at byte `at` of the disk.
+    pub(crate) fn read(&self, at: u64, buf: &mut [u8]) -> overlaybd::Result<()> {
+        let read = self.file.read_exact_at(buf, at);
+        read.map_err(|source| overlaybd::Error::Io {
+            what: "read the temporary file",
+            source,
+        })
+    }
+
+    /// Writes the layer.
+    pub(crate) fn write(&self, ident: Ident, output: LayerOut) -> Result<()> {
+        let way_out =
+            "unpack the files of all layers to one directory, or export them to one tar, of which \
+                       `obdsetup convert` makes one layer";
+        let runs = cut(self.runs.clone());
+        let writer = plan(output.path(), self.size, ident, runs, way_out)?;
+        output.write(writer, "writing", |at, buf| self.read(at, buf))
+    }
+}
+
+/// Applies a tar, which is a layer of an image, to the erofs on the disk of the layers `below`;
+/// makes an erofs if there are none. `name` is the tar's name in messages. The UUID of the file
+/// system is made from the tar and `seed`, which identifies the layers below. Temporary files go to
+/// `place`.
+///
+/// Reads the archive to its end. The caller checks its digest.
+pub(crate) fn apply(
+    archive: &mut Archive,
+    name: &Path,
+    below: Option<Stack>,
+    seed: &str,
+    allow_loss: bool,
+    place: &Path,
+) -> Result<Delta> {
+    let is_new = below.is_none();
+    let mut growing = erofs::Growing::open(below, from_tar::empty(), place)?;
+    from_tar::apply(archive, name, growing.tree(), is_new, place)?;
+    stamp::clamp(growing.tree())?;
+    let options = Options {
+        fs: FileSystem::Erofs,
+        size: None,
+        args: &[],
+        allow_loss,
+        keep_whiteouts: false,
+    };
+    let instead = "--allow-loss makes the layer without them";
+    fit::fit(growing.tree(), &options, instead).with_context(|| name.display().to_string())?;
+    let hash: [u8; 32] = Sha256::new()
+        .chain_update(seed)
+        .chain_update(archive.diff_id())
+        .finalize()
+        .into();
+    let id = hash.first_chunk().copied().unwrap_or_default();
+    let uuid = Builder::from_custom_bytes(id).into_uuid();
+    growing.finish((uuid, stamp::time()?))
+}
+
+/// Bytes of holes that take a few seconds to read as zeros: more of them cause a warning.
+const LONG_HOLES: u64 = 4 << 30;
+
+/// Warns if a program that doesn't support holes must read many; `cost` is what that takes.
+fn tell_of_holes(tree: &Tree, fs: FileSystem, cost: &str) -> Result<()> {
+    warn(holes(tree, fs, cost)?.as_slice());
+    Ok(())
+}
+
+/// Returns the warning of [`tell_of_holes`], if there is one.
+fn holes(tree: &Tree, fs: FileSystem, cost: &str) -> Result<Option<String>> {
+    let mut holes = 0;
+    for name in tree.names().iter().filter(|name| name.first) {
+        if let Kind::File(content) = &tree.node(name.id)?.kind {
+            holes += content.size.saturating_sub(content.data_len());
+        }
+    }
+    let text = format!(
+        "holes of {} are read as zeros for {}, which takes {cost}; ext4, btrfs, and erofs \
+         without --mkfs-arg need none",
+        crate::terminal::size::show(holes),
+        fs.name()
+    );
+    Ok((holes >= LONG_HOLES).then_some(text))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::{from_dir, holes, FileSystem, LONG_HOLES};
+
+    #[test]
+    fn large_holes_are_told_of() -> Result<(), Box<dyn std::error::Error>> {
+        let dir = tempfile::tempdir()?;
+        let file = std::fs::File::create(dir.path().join("file"))?;
+        let said = |size| -> Result<Option<String>, Box<dyn std::error::Error>> {
+            file.set_len(size)?;
+            let tree = from_dir::read(dir.path(), false)?;
+            Ok(holes(&tree, FileSystem::Squashfs, "long")?)
+        };
+        assert_eq!(said(LONG_HOLES - 1)?, None);
+        let text = said(LONG_HOLES)?.unwrap_or_default();
+        assert!(text.starts_with("holes of 4294967296 bytes (4.00 GiB) are read as zeros for squashfs, which takes long"), "{text}");
+        // A hard link to it is no other file.
+        std::fs::hard_link(dir.path().join("file"), dir.path().join("link"))?;
+        assert_eq!(said(LONG_HOLES - 1)?, None);
+        Ok(())
+    }
+}

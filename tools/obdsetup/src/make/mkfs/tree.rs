@@ -1,0 +1,473 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! A tree of files in memory, without their content, from which a file system is made. The order
+//! depends only on the tree, not on its source.
+
+use std::collections::BTreeMap;
+use std::fs::File;
+use std::os::unix::fs::FileExt;
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use anyhow::{Context, Result};
+use overlaybd::format::num::{to_u64, to_usize};
+use rustix::fs::IFlags;
+use sha2::{Digest, Sha256};
+
+/// Size of a block of content in bytes. Blocks of zeros are holes.
+pub(super) const BLOCK: u64 = 4096;
+
+/// Index of a node.
+pub(super) type Id = usize;
+
+/// A point in time: seconds since 1970, which may be negative, and nanoseconds after that.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord)]
+pub(super) struct Time {
+    pub(super) seconds: i64,
+    pub(super) nanoseconds: u32,
+}
+
+/// A device number.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Device {
+    pub(super) major: u32,
+    pub(super) minor: u32,
+}
+
+/// Metadata of the source that the tree cannot store.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Unread {
+    /// POSIX ACLs with names instead of numbers.
+    AclNames,
+    /// ACLs of NFS.
+    NfsAcl,
+    /// Flags of a file, as FS_IOC_GETFLAGS returns them.
+    Flags(IFlags),
+}
+
+/// Metadata of all kinds of files.
+#[derive(Clone, Debug)]
+pub(super) struct Meta {
+    /// Permissions, setuid, setgid and sticky.
+    pub(super) mode: u32,
+    pub(super) uid: u32,
+    pub(super) gid: u32,
+    pub(super) mtime: Time,
+    /// Names, such as `user.name`, and values of the extended attributes.
+    pub(super) xattrs: BTreeMap<Vec<u8>, Vec<u8>>,
+    pub(super) unread: Vec<Unread>,
+}
+
+/// The kind of a file.
+#[derive(Clone, Debug)]
+pub(super) enum Kind {
+    Directory(BTreeMap<Vec<u8>, Id>),
+    File(Content),
+    Symlink(Vec<u8>),
+    CharDevice(Device),
+    BlockDevice(Device),
+    Fifo,
+    Socket,
+}
+
+/// A file of any kind, which can have several names.
+#[derive(Clone, Debug)]
+pub(super) struct Node {
+    pub(super) meta: Meta,
+    pub(super) kind: Kind,
+}
+
+impl Node {
+    /// Returns the bits of `st_mode`.
+    pub(super) fn st_mode(&self) -> u32 {
+        let kind = match self.kind {
+            Kind::Directory(_) => 0o040_000,
+            Kind::File(_) => 0o100_000,
+            Kind::Symlink(_) => 0o120_000,
+            Kind::CharDevice(_) => 0o020_000,
+            Kind::BlockDevice(_) => 0o060_000,
+            Kind::Fifo => 0o010_000,
+            Kind::Socket => 0o140_000,
+        };
+        kind | self.meta.mode
+    }
+
+    /// Returns the number of a device.
+    pub(super) fn device(&self) -> Option<Device> {
+        match self.kind {
+            Kind::CharDevice(device) | Kind::BlockDevice(device) => Some(device),
+            _ => None,
+        }
+    }
+}
+
+/// A range of a file that has data, in whole blocks up to the end of the file.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Extent {
+    pub(super) offset: u64,
+    pub(super) len: u64,
+    /// Offset of the data in the source.
+    from: u64,
+}
+
+/// The source of content.
+#[derive(Clone, Debug)]
+pub(super) enum Source {
+    /// A file of its own.
+    Path(PathBuf),
+    /// A file with the content of several files.
+    Shared(Arc<File>),
+    /// The content is in the file system already and isn't read.
+    InPlace,
+}
+
+/// The content of a file.
+#[derive(Clone, Debug)]
+pub(super) struct Content {
+    pub(super) size: u64,
+    /// Ascending, not empty, disjoint. The file has only zeros between them.
+    pub(super) extents: Vec<Extent>,
+    source: Source,
+    /// Hash of size, offsets and data.
+    hash: [u8; 32],
+}
+
+impl Content {
+    /// Returns the content of a file that is in the file system already.
+    pub(super) fn in_place(size: u64) -> Self {
+        Self {
+            size,
+            extents: Vec::new(),
+            source: Source::InPlace,
+            hash: [0; 32],
+        }
+    }
+
+    /// Returns the number of bytes of data.
+    pub(super) fn data_len(&self) -> u64 {
+        self.extents.iter().map(|extent| extent.len).sum()
+    }
+
+    /// Passes on the data with its offset in the file, at most 1 MiB of an extent at a time.
+    pub(super) fn read(&self, mut each: impl FnMut(u64, &[u8]) -> Result<()>) -> Result<()> {
+        let opened;
+        let file = match &self.source {
+            Source::Shared(file) => file.as_ref(),
+            Source::InPlace => return Ok(()),
+            Source::Path(path) => {
+                let file = File::open(path);
+                opened = file.with_context(|| format!("{}: cannot read", path.display()))?;
+                &opened
+            }
+        };
+        let mut buffer = vec![0; to_usize(self.data_len().min(1 << 20))];
+        for extent in &self.extents {
+            let mut done = 0;
+            while done < extent.len {
+                let take = (extent.len - done).min(to_u64(buffer.len()));
+                let piece = buffer.get_mut(..to_usize(take)).unwrap_or_default();
+                file.read_exact_at(piece, extent.from + done)
+                    .with_context(|| match &self.source {
+                        Source::Path(path) => {
+                            format!("{}: cannot read, or it became shorter", path.display())
+                        }
+                        Source::Shared(_) | Source::InPlace => {
+                            "cannot read the temporary file".to_owned()
+                        }
+                    })?;
+                each(extent.offset + done, piece)?;
+                crate::terminal::interrupt::check()?;
+                done += take;
+            }
+        }
+        Ok(())
+    }
+}
+
+/// Collects the content of a file in order. The extents depend only on the content, not on the
+/// holes of the source.
+pub(super) struct ContentMaker {
+    extents: Vec<Extent>,
+    hash: Sha256,
+}
+
+impl ContentMaker {
+    pub(super) fn new() -> Self {
+        Self {
+            extents: Vec::new(),
+            hash: Sha256::new(),
+        }
+    }
+
+    /// Adds the block at `offset`, a multiple of the block size; only the last block may be
+    /// shorter. Its data is at `from` in the source. Returns whether it has data.
+    pub(super) fn block(&mut self, offset: u64, data: &[u8], from: u64) -> bool {
+        if data.iter().all(|&byte| byte == 0) {
+            return false;
+        }
+        self.hash.update(offset.to_le_bytes());
+        self.hash.update(data);
+        let len = to_u64(data.len());
+        match self.extents.last_mut() {
+            Some(last) if last.offset + last.len == offset && last.from + last.len == from => {
+                last.len += len;
+            }
+            _ => self.extents.push(Extent { offset, len, from }),
+        }
+        true
+    }
+
+    pub(super) fn finish(mut self, size: u64, source: Source) -> Content {
+        self.hash.update(size.to_le_bytes());
+        Content {
+            size,
+            extents: self.extents,
+            source,
+            hash: self.hash.finalize().into(),
+        }
+    }
+}
+
+/// A name in a tree.
+pub(super) struct Name {
+    last: Vec<u8>,
+    /// Which of all names that of its directory is; none of the root directory.
+    above: Option<usize>,
+    pub(super) parent: Id,
+    pub(super) id: Id,
+    /// Whether this is the first name of its node.
+    pub(super) first: bool,
+}
+
+impl Name {
+    /// Returns the last part of the path.
+    pub(super) fn last(&self) -> &[u8] {
+        &self.last
+    }
+}
+
+/// All names of a tree. Paths are made when they are needed: they may be 4095 bytes long, however few
+/// a name has.
+pub(super) struct Names(Vec<Name>);
+
+impl Names {
+    /// The path of a name, from the root directory, without a slash at either end.
+    pub(super) fn path(&self, name: &Name) -> Vec<u8> {
+        let mut parts = vec![name.last()];
+        let mut above = name.above;
+        while let Some(directory) = above.and_then(|nth| self.0.get(nth)) {
+            parts.push(directory.last());
+            above = directory.above;
+        }
+        parts.reverse();
+        parts.join(&b'/')
+    }
+}
+
+impl std::ops::Deref for Names {
+    type Target = [Name];
+
+    fn deref(&self) -> &[Name] {
+        &self.0
+    }
+}
+
+/// Returns a path for messages.
+pub(super) fn show(path: &[u8]) -> String {
+    format!("./{}", crate::input::archive::brief(path))
+}
+
+/// A tree of files.
+pub(super) struct Tree {
+    /// The root directory first, the others in any order. Some may have no name.
+    nodes: Vec<Node>,
+}
+
+/// The root directory.
+pub(super) const ROOT: Id = 0;
+
+impl Tree {
+    /// Returns a tree with only a root directory.
+    pub(super) fn new(root: Meta) -> Self {
+        Self {
+            nodes: vec![Node {
+                meta: root,
+                kind: Kind::Directory(BTreeMap::new()),
+            }],
+        }
+    }
+
+    /// Adds a node that has no name yet.
+    pub(super) fn add(&mut self, node: Node) -> Id {
+        self.nodes.push(node);
+        self.nodes.len() - 1
+    }
+
+    /// Gives `id` a name in the directory `parent`. A node with that name loses it.
+    pub(super) fn link(&mut self, parent: Id, name: Vec<u8>, id: Id) -> Result<()> {
+        self.children_mut(parent)?.insert(name, id);
+        Ok(())
+    }
+
+    /// Removes a name.
+    pub(super) fn unlink(&mut self, parent: Id, name: &[u8]) -> Result<()> {
+        self.children_mut(parent)?.remove(name);
+        Ok(())
+    }
+
+    fn children_mut(&mut self, id: Id) -> Result<&mut BTreeMap<Vec<u8>, Id>> {
+        match self.nodes.get_mut(id).map(|node| &mut node.kind) {
+            Some(Kind::Directory(children)) => Ok(children),
+            _ => anyhow::bail!("node {id} is no directory"),
+        }
+    }
+
+    pub(super) fn node(&self, id: Id) -> Result<&Node> {
+        self.nodes.get(id).context("no such node")
+    }
+
+    pub(super) fn node_mut(&mut self, id: Id) -> Result<&mut Node> {
+        self.nodes.get_mut(id).context("no such node")
+    }
+
+    /// Returns the names and nodes in the directory `id`; none if it is no directory.
+    pub(super) fn children(&self, id: Id) -> impl Iterator<Item = (&[u8], Id)> {
+        let children = match self.nodes.get(id).map(|node| &node.kind) {
+            Some(Kind::Directory(children)) => Some(children),
+            _ => None,
+        };
+        let children = children.into_iter().flatten();
+        children.map(|(name, &id)| (name.as_slice(), id))
+    }
+
+    /// Returns the node with the name `name` in the directory `parent`.
+    pub(super) fn child(&self, parent: Id, name: &[u8]) -> Option<Id> {
+        match self.nodes.get(parent).map(|node| &node.kind) {
+            Some(Kind::Directory(children)) => children.get(name).copied(),
+            _ => None,
+        }
+    }
+
+    /// All names but that of the root directory: sorted by their bytes, a directory before what is
+    /// in it.
+    pub(super) fn names(&self) -> Names {
+        let mut names: Vec<Name> = Vec::new();
+        let mut seen = vec![false; self.nodes.len()];
+        // What is still to be visited, the next one last.
+        let mut left: Vec<(Id, Option<usize>, &[u8], Id)> = Vec::new();
+        let push = |left: &mut Vec<_>, parent: Id, above: Option<usize>| {
+            let at = left.len();
+            let children = self.children(parent);
+            left.extend(children.map(|(name, id)| (parent, above, name, id)));
+            if let Some(new) = left.get_mut(at..) {
+                new.reverse();
+            }
+        };
+        push(&mut left, ROOT, None);
+        while let Some((parent, above, last, id)) = left.pop() {
+            push(&mut left, id, Some(names.len()));
+            let first = seen
+                .get_mut(id)
+                .is_some_and(|seen| !std::mem::replace(seen, true));
+            names.push(Name {
+                last: last.to_vec(),
+                above,
+                parent,
+                id,
+                first,
+            });
+        }
+        Names(names)
+    }
+
+    /// Returns a hash of everything in the tree, and of `more`.
+    pub(super) fn hash(&self, more: &[&[u8]]) -> Result<[u8; 32]> {
+        let mut hash = Sha256::new();
+        for bytes in more {
+            part(&mut hash, bytes);
+        }
+        let mut firsts: BTreeMap<Id, u64> = BTreeMap::new();
+        hash_node(&mut hash, self.node(ROOT)?);
+        let names = self.names();
+        for (nth, name) in names.iter().enumerate() {
+            part(&mut hash, &names.path(name));
+            if name.first {
+                firsts.insert(name.id, to_u64(nth));
+                hash_node(&mut hash, self.node(name.id)?);
+            } else {
+                let first = firsts.get(&name.id).copied().unwrap_or_default();
+                part(&mut hash, &first.to_le_bytes());
+            }
+        }
+        Ok(hash.finalize().into())
+    }
+}
+
+/// Adds bytes with their length to the hash.
+fn part(hash: &mut Sha256, bytes: &[u8]) {
+    hash.update(to_u64(bytes.len()).to_le_bytes());
+    hash.update(bytes);
+}
+
+fn hash_node(hash: &mut Sha256, node: &Node) {
+    let meta = &node.meta;
+    for number in [node.st_mode(), meta.uid, meta.gid, meta.mtime.nanoseconds] {
+        hash.update(number.to_le_bytes());
+    }
+    hash.update(meta.mtime.seconds.to_le_bytes());
+    hash.update(to_u64(meta.xattrs.len()).to_le_bytes());
+    for (name, value) in &meta.xattrs {
+        part(hash, name);
+        part(hash, value);
+    }
+    match &node.kind {
+        Kind::File(content) => hash.update(content.hash),
+        Kind::Symlink(target) => part(hash, target),
+        Kind::CharDevice(device) | Kind::BlockDevice(device) => {
+            hash.update(device.major.to_le_bytes());
+            hash.update(device.minor.to_le_bytes());
+        }
+        Kind::Directory(_) | Kind::Fifo | Kind::Socket => {}
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeMap;
+
+    use super::{Kind, Node, ROOT};
+    use crate::make::mkfs::from_tar;
+
+    #[test]
+    fn names_and_paths() -> anyhow::Result<()> {
+        let mut tree = from_tar::empty();
+        let meta = tree.node(ROOT)?.meta.clone();
+        let node = |kind| Node {
+            meta: meta.clone(),
+            kind,
+        };
+        let file = tree.add(node(Kind::Fifo));
+        let mut at = ROOT;
+        for _ in 0..1000 {
+            let next = tree.add(node(Kind::Directory(BTreeMap::new())));
+            tree.link(at, b"d".to_vec(), next)?;
+            tree.link(at, b"d.x".to_vec(), file)?;
+            at = next;
+        }
+        let names = tree.names();
+        assert_eq!(names.len(), 2000);
+        // What is kept of a name is that name alone.
+        let kept: usize = names.iter().map(|name| name.last.capacity()).sum();
+        assert!(kept <= 2000 * 3);
+        let mut firsts = names.iter().filter(|name| name.first && name.id == file);
+        let first = firsts.next().map(|name| names.path(name));
+        assert_eq!(first, Some([b"d/".repeat(999), b"d.x".to_vec()].concat()));
+        assert!(firsts.next().is_none());
+        let paths: Vec<Vec<u8>> = names.iter().map(|name| names.path(name)).collect();
+        let parts = |path: &[u8]| path.split(|&byte| byte == b'/').count();
+        let depths: Vec<usize> = paths.iter().map(|path| parts(path)).collect();
+        let wanted: Vec<usize> = (1..=1000).chain((1..=1000).rev()).collect();
+        assert_eq!(depths, wanted);
+        Ok(())
+    }
+}

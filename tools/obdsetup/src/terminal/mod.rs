@@ -1,0 +1,89 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! What the user, and the program that started obdsetup, see of it: messages, results, exit codes, progress.
+//!
+//! - [`exit`]: exit codes.
+//! - [`interrupt`]: signals that ask to stop.
+//! - [`bar`]: a progress bar.
+//! - [`size`]: sizes on the command line.
+//!
+//! This folder uses no other one.
+
+pub(crate) mod bar;
+pub(crate) mod exit;
+pub(crate) mod interrupt;
+pub(crate) mod size;
+
+use std::io::{self, Write};
+
+use anyhow::{Context, Result};
+
+/// The advice if a file is no layer.
+const NO_LAYER: &str = "`obdsetup convert' makes layers of disk images, tars and directories";
+
+/// Prints `text` on standard output. A closed pipe is an error, not a panic.
+pub(crate) fn print(text: &str) -> Result<()> {
+    let mut out = io::stdout().lock();
+    // Flushed here, because an error at the end of the process would be ignored.
+    let done = out.write_all(text.as_bytes()).and_then(|()| out.flush());
+    done.context("standard output: cannot write")
+}
+
+/// Prints a value as JSON.
+pub(crate) fn print_json(value: &impl serde::Serialize) -> Result<()> {
+    print(&format!("{}\n", serde_json::to_string_pretty(value)?))
+}
+
+/// Prints a message on standard error.
+pub(crate) fn tell(message: &str) {
+    let text = format!("obdsetup: {}\n", plain(message));
+    // Ignored: if standard error fails, there is no other way to report it.
+    let _ = io::stderr().write_all(text.as_bytes());
+}
+
+/// Escapes control characters in a text for people. Parts of it may come from an image, and must not control
+/// the terminal.
+pub(crate) fn plain(text: &str) -> String {
+    let mut plain = String::with_capacity(text.len());
+    for c in text.chars() {
+        match c.is_control() && !matches!(c, '\n' | '\t') {
+            true => plain.extend(c.escape_default()),
+            false => plain.push(c),
+        }
+    }
+    plain
+}
+
+/// Returns the message for an error with its causes. The messages of the library's errors include their
+/// causes already.
+pub(crate) fn message(error: &anyhow::Error) -> String {
+    let mut parts = Vec::new();
+    for cause in error.chain() {
+        parts.push(cause.to_string());
+        if let Some(error) = cause.downcast_ref::<overlaybd::Error>() {
+            if error.fault() == Some(overlaybd::format::Fault::LsmtMagic) {
+                parts.push(NO_LAYER.to_owned());
+            }
+            break;
+        }
+    }
+    without_numbers(&parts.join(": "))
+}
+
+/// Removes the error numbers that std appends to messages of the system.
+fn without_numbers(text: &str) -> String {
+    let mut parts = text.split(" (os error ");
+    let mut out = parts.next().unwrap_or_default().to_owned();
+    for part in parts {
+        let after = part.trim_start_matches(|c: char| c.is_ascii_digit());
+        out.push_str(after.strip_prefix(')').unwrap_or(after));
+    }
+    out
+}
+
+/// Prints warnings on standard error.
+pub(crate) fn warn(warnings: &[String]) {
+    for warning in warnings {
+        tell(&format!("warning: {warning}"));
+    }
+}
