@@ -159,7 +159,7 @@ bool obd_in_interrupt_off(void)
 static unsigned int at_once_bytes = 16 << 10;
 module_param(at_once_bytes, uint, 0644);
 MODULE_PARM_DESC(at_once_bytes,
-		 "Largest LZ4 read that is decompressed where the lower read ends");
+		 "Decompress LZ4 reads of up to this many bytes without a worker");
 
 bool obd_at_once(unsigned int bytes, u16 ioprio)
 {
@@ -362,7 +362,7 @@ static const struct kernel_param_ops cache_limit_ops = {
 };
 module_param_cb(cache_limit_bytes, &cache_limit_ops, &cache_limit_bytes, 0644);
 MODULE_PARM_DESC(cache_limit_bytes,
-		 "Most memory of the cache of all zfile devices; 0 for 5 % of all memory");
+		 "Limit of the cache of all zfile devices in bytes; 0 for 5 % of all memory");
 
 /*
  * Needed in spite of mode 0444: the kernel calls it, without a check for NULL,
@@ -383,7 +383,7 @@ static const struct kernel_param_ops cache_bytes_ops = {
 	.get = cache_bytes_get,
 };
 module_param_cb(cache_bytes, &cache_bytes_ops, NULL, 0444);
-MODULE_PARM_DESC(cache_bytes, "Memory that the cache has now");
+MODULE_PARM_DESC(cache_bytes, "Memory that the cache uses now, in bytes");
 
 void obd_cache_init(void)
 {
