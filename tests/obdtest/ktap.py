@@ -158,7 +158,7 @@ SAMPLE = int(os.environ.get("OBD_SAMPLE", "1"))
 
 
 def _sample(tests):
-    """Returns the tests without those that are alike and not in the sample. Prints the sample's parameters."""
+    """Returns the tests that are not alike, and the sample of those that are. Prints the sample's parameters."""
     alike = [t for t in tests if t[-1]]
     if SAMPLE == 1 or not alike:
         return tests

@@ -94,8 +94,8 @@ overlaybd_snapshot() {
 		"0 ${overlaybd_sectors%% *} snapshot /dev/mapper/$overlaybd_name $overlaybd_cow P 8"
 }
 
-# overlaybd_attach: open the stacks and snapshots of the command line and the table. Devices of some may appear later, so
-# it is called again until the root device exists.
+# overlaybd_attach: open the stacks and snapshots of the command line and the table. Devices of some may appear later,
+# so this is called again until the root device exists.
 overlaybd_attach() {
 	mkdir -p "$OVERLAYBD_RUN"
 	overlaybd_tab=1
