@@ -86,7 +86,7 @@ void obd_cond_resched(void);
 void obd_cond_resched_tasks_rcu_qs(void);
 void obd_synchronize_rcu_tasks(void);
 
-/* Locks and work. */
+/* Locks and work. The locks are for kernels before 7.3: see helpers.c. */
 #ifndef OBD_SPINLOCK_IRQ
 void obd_spin_lock_irq_disable(spinlock_t *lock);
 bool obd_spin_trylock_irq_disable(spinlock_t *lock);

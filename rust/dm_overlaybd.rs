@@ -41,7 +41,8 @@ module! {
     alias: ["dm-zfile", "dm-lsmt", "dm-zfile_target", "dm-lsmt_target", "dm-lsmt-dax"],
 }
 
-/// The registered target types. The first two have the names that the 2023 prototype used.
+/// The registered target types. The first two have the names of "dm overlaybd", the targets in C
+/// that were proposed for the kernel in May 2023 (an RFC).
 #[pin_data]
 struct OverlayBd {
     #[pin]

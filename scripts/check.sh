@@ -111,7 +111,7 @@ kernel_log_clean() {
 }
 
 # nothing_skipped KERNEL FILE...: fail, and print the lines, if tests were skipped. With a kernel made for the tests
-# all can run, except those that need what takes long to build, or images that are missing.
+# all can run, except tests that need something that takes long to build, or images that are missing.
 nothing_skipped() {
 	local lacks='btrfs|xfs|IMA|io.max|tracing|cpuset'
 	[ "$1" != kcsan ] || lacks+='|kmemleak|page owners'

@@ -2,7 +2,7 @@
 # SPDX-License-Identifier: GPL-2.0
 # DKMS runs this from its own copy of the source, in /usr/src: dkms.sh check|build RELEASE [KDIR]. If no Rust module can
 # be built for that kernel, it prints the reason in one line. If the headers have no Rust metadata, "build" first makes
-# a kernel tree that has it, in TREES, once for each kernel.
+# a kernel tree with metadata, in TREES, once for each kernel.
 
 # Unset all variables but PATH, TERM and TMPDIR: those that DKMS was called with, such as RUSTC, ARCH, KCFLAGS and
 # MAKEFLAGS, must not affect the build.
@@ -71,8 +71,8 @@ find_source() {
 	return 1
 }
 
-# find_tree: check that there is a tree, or the source to make one. If the source is that of another kernel by now, a
-# tree of an older recipe will do. Otherwise, print the reason and exit.
+# find_tree: check that there is a tree, or the source to make one. If the source is for another kernel by now, a
+# tree of an older recipe is used. Otherwise, print the reason and exit.
 find_tree() { tree_is_there || find_source || tree_fits || impossible "$LACK"; }
 
 # thin DIR: delete everything that is not needed to build modules.
@@ -85,7 +85,7 @@ thin() {
 	find "$1"/{arch,rust,tools} -type f \( -name '*.[coS]' -o -name '*.a' \) -delete
 }
 
-# make_tree: make the tree unless there is one that will do, and remove the trees of kernels whose headers are gone.
+# make_tree: make the tree unless a usable tree exists, and remove the trees of kernels whose headers are gone.
 make_tree() {
 	local old
 	lock "$TREES/lock" "set-up in $TREES"

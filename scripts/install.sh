@@ -9,7 +9,7 @@
 [[ ${PREFIX:-/} == /* ]] || die "PREFIX=$PREFIX: must begin with /"
 prefix=${DESTDIR:-}${PREFIX:-/usr/local}
 
-# obdsetup as built by this machine's cargo, or in the tool-chain root if that one runs here, too.
+# The obdsetup that this machine's cargo has built, or that of the tool-chain root if it runs on this machine, too.
 obdsetup=${OBDSETUP:-$BUILD/cargo-host/release/obdsetup}
 [ -x "$obdsetup" ] || obdsetup=$BUILD/cargo/release/obdsetup
 if [ ! -x "$obdsetup" ]; then

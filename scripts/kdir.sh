@@ -9,7 +9,7 @@
 # shellcheck source=scripts/kdir-check.sh
 . "$SCRIPTS/kdir-check.sh"
 
-# kdir_choose: use the user's KDIR; else the running kernel's tree if that is usable; else the stock kernel's, in the
+# kdir_choose: use the user's KDIR; else the running kernel's tree if it is usable; else the stock kernel's, in the
 # root. Sets KDIR_USED, KDIR_RELEASE, KDIR_ARGS, KDIR_IN_ROOT, KDIR_CLONE and KDIR_ID, which identifies the tree.
 kdir_choose() {
 	kdir_choose_tree

@@ -5,7 +5,7 @@
 . "$SCRIPTS/cache.sh"
 . "$SCRIPTS/kernel.sh"
 
-# The root that the kernel and its modules are built in, if it is another one.
+# The root that the kernel and its modules are built in, if it is not the tool-chain root of Debian 13.
 "$SCRIPTS/make-root.sh" kernel
 kernel_look_up
 [ -d "$K_DIR" ] && cache_used "${K_DIR##*/}" && exit

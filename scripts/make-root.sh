@@ -1,7 +1,7 @@
 #!/bin/bash
 # SPDX-License-Identifier: GPL-2.0
 # Makes the tool-chain root in the cache, unless it exists: make-root.sh [kernel]. With "kernel", the root that
-# modules for the selected kernel are built in, if that is another one.
+# modules for the selected kernel are built in, if it is not the tool-chain root.
 . "$(dirname "$0")/lib.sh"
 . "$SCRIPTS/cache.sh"
 

@@ -244,7 +244,7 @@ def one_table():
     device.remove()
     waiting.load(table(SIZE, first))
     refused(phrase, errno.EBUSY, table(SIZE, first))
-    # The same device may load another one instead, while none of both is live.
+    # The same device may load another table instead, while neither table is live.
     waiting.load(table(SIZE, first))
     refused(phrase, errno.EBUSY, table(SIZE, first))
     waiting.clear()
@@ -280,7 +280,7 @@ def partitions():
 
 
 def load_refused(device, *lines):
-    """Fails unless a device with a live table refuses another one."""
+    """Fails unless a device with a live table refuses another table."""
     log = dm.KernelLog()
     try:
         device.load(*lines)

@@ -28,7 +28,7 @@ def swap(device, *table):
 
 
 def on_linear(raw):
-    """Returns a blob on a linear device, which can be replaced by one that fails."""
+    """Returns a blob on a linear device, whose table can be replaced by a table that fails reads."""
     loop = dm.Loop(raw)
     total = loop.size // 512
     good = [line(0, total, "linear", loop.path, 0)]

@@ -103,7 +103,7 @@ def again():
 
 
 def fail(lower, content):
-    """Replaces the table of a device with one that fails all reads."""
+    """Replaces the table of a device with a table that fails all reads."""
     lower.load(line(0, dm.sectors(len(content)), "error"))
     lower.resume()
 

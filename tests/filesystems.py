@@ -151,7 +151,7 @@ def layers_by_mounting(kind, work, tree, where, raw, layers):
 
 
 def not_unmounted(kind, options):
-    """A copy of a disk that is mounted, with something in its journal, and one that was unmounted."""
+    """A copy of a mounted disk, with something in its journal, and a copy of the disk after unmounting."""
     if not OBDSETUP:
         raise Skip("no obdsetup")
     if not shutil.which(f"mkfs.{kind}"):

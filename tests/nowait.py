@@ -97,7 +97,7 @@ def uring(options):
 
 
 def no_memory(options):
-    """Without memory, a read that must not wait fails, and one that may wait succeeds."""
+    """Without memory, a read that must not wait fails, and a read that may wait succeeds."""
     stack = Stack(image.LZ4, 4096, options)
     end = inject.allocations(100)
     for disk, wanted in stack.disks:

@@ -18,7 +18,7 @@ from obdtest.ktap import Skip, check, defer, equal, main, note, same_bytes, test
 OBDSETUP = shutil.which("obdsetup")
 NAME = f"obdtest-{os.getpid()}"
 COMMON = random.Random(7).randbytes(6 << 20)
-# A file with a hole, one stored in its inode, one of a block and a bit, an empty one.
+# "hole" has a hole, "small" is stored in its inode, "more" has a little more than a block.
 FILES = {"common": COMMON, "hole": COMMON[:9000] + bytes(70000) + COMMON[:5000], "small": b"small\n" * 9,
          "more": COMMON[:4096 + 100], "empty": b""}
 

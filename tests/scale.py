@@ -14,14 +14,14 @@ from obdtest.ktap import check, equal, main, test
 
 DOCUMENT = os.path.join(os.path.dirname(os.path.abspath(__file__)), "../Documentation/scale.rst")
 MB, GB = 10**6, 10**9
-# Stored size of an image in bytes; the share of it that a start reads; the share of it in layers that other images
-# have, too.
+# Stored size of an image in bytes; the part of it that is read until its container runs; the part of it that is in
+# layers which other images have, too.
 STORED, START, COMMON = 156 * MB, 0.064, 0.8
 # Bytes per second that a server sends; how many seconds a start may wait for the network.
 LINK, PATIENCE = 3 * GB, 10
 NODES = (10, 1000, 100000)
-# The fleet: base images; images on each base, the nth started 1/n times as often as the first; starts per node; bytes
-# that a node keeps.
+# The fleet: base images; images on each base image, where of all images, image n is started 1/n times as often as
+# image 1; starts per node; bytes that a node keeps.
 BASES, IMAGES, STARTS, KEPT = 20, 10, 40, 2 * GB
 SEED = 14
 

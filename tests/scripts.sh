@@ -223,7 +223,7 @@ sums() {
 15 passed, 3 failed, 1 skipped'
 }
 
-# too_late: a part that cannot begin in time is not run, and counts as skipped; one that can is run.
+# too_late: a part that cannot begin in time is not run, and counts as skipped; a part that can is run.
 too_late() {
 	local said status=0
 	said=$(stubbed_check --within 0 kills debug) || status=$?

@@ -23,7 +23,7 @@ unloaded() {
 	! loaded
 }
 
-# It is this one, not one that was built in the clone.
+# modprobe finds the package's module, not one that was built in the clone.
 the_package_s() { [[ $(modinfo -n dm_overlaybd) = */updates/dkms/dm_overlaybd.ko* ]]; }
 
 by_alias() { unloaded && modprobe "$1" && loaded; }

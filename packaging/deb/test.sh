@@ -43,7 +43,7 @@ check() {
 	fi
 }
 
-# says TEXT CMD...: whether it fails, with one line that has TEXT in it.
+# says TEXT CMD...: return whether CMD fails and prints one line, which has TEXT in it.
 says() {
 	local text=$1 out
 	shift

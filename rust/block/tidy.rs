@@ -88,7 +88,7 @@ impl<T: Tidy> Tidier<T> {
         // the tidier. The tidier is valid: dropping it waits for this function.
         let this = unsafe { &*work.cast::<Self>() };
         // Cleared before the call, so that a thread that arms the tidier from now on causes another
-        // call. A thread that saw it armed before has only this call.
+        // call. A thread that found it armed before now has queued nothing: it relies on this call.
         this.armed.store(false, Relaxed);
         if this.what.tidy() {
             this.arm();

@@ -8,9 +8,9 @@
 //! for a worker of the same queue. A worker may wait for:
 //!
 //! - A codec context. The thread that has it waits for nothing.
-//! - Completions of the layer above. They are called as if from an interrupt (`bio_in_atomic()` is
-//!   true), so they must not wait. Otherwise erofs, for example, would decompress in its
-//!   completion, and wait for memory.
+//! - Completions of the file system or device on top. They are called as if from an interrupt
+//!   (`bio_in_atomic()` is true), so they must not wait. Otherwise erofs, for example, would
+//!   decompress in its completion, and wait for memory.
 //! - The submission of a lower read, which may wait for tags or memory of the lower device. A
 //!   device has its own queue if its lower device may be on another device of this module: see
 //!   `Device::may_stack`.

@@ -51,7 +51,8 @@ impl<'a> Args<'a> {
         Some(unsafe { CStr::from_char_ptr(arg) })
     }
 
-    /// Removes and returns the next argument. Returns the error `phrase` if none is left.
+    /// Removes and returns the next argument. If none is left, returns an error whose text in the
+    /// kernel's log is `phrase`.
     pub(crate) fn required(&mut self, phrase: &'static CStr) -> Result<&'a CStr, Failure> {
         self.next().ok_or(Failure::new(phrase, EINVAL))
     }

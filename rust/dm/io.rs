@@ -389,7 +389,8 @@ impl<T: Deferred> Io<T> {
         unsafe { sys::obd_flush_dcache_bio(bio.as_ptr()) };
         // SAFETY: The bio is valid.
         unsafe { (*bio.as_ptr()).bi_status = Status::raw(result) };
-        // Completions of the layer above must not wait here: see the top of `block/workers.rs`.
+        // Completions of the file system or device on top must not wait here: see the top of
+        // `block/workers.rs`.
         // SAFETY: By the type invariant the bio hasn't ended, and `self` owns it.
         unsafe { sys::obd_bio_endio_atomic(bio.as_ptr()) };
     }

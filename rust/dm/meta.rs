@@ -14,9 +14,9 @@ use crate::format::num::{to_u64, to_usize};
 use crate::format::{blob, Blob, Error as FormatError, Fault};
 use crate::sys;
 
-/// Largest number of bytes in one read of a stream.
+/// Largest number of bytes that [`MetaReader::stream`] reads with one bio.
 const CHUNK: usize = 128 << 10;
-/// Largest number of reads of a stream that are in flight at once.
+/// Largest number of bios of [`MetaReader::stream`] that are in flight at the same time.
 const DEPTH: usize = 4;
 
 /// Reads the first bytes of a block device as a [`Blob`].
@@ -74,7 +74,8 @@ impl Blob for MetaReader<'_> {
         }
         let block = u64::from(self.device.logical_block_size());
         let end = offset + len;
-        // Whole blocks of the device are read: from `ahead` to `stop`. No overflow: `stop` is
+        // Whole blocks of the device are read, up to byte `stop`. `ahead` is where the next bio
+        // will start, `at` where the bio starts that `sink` gets next. No overflow: `stop` is
         // within the device, whose size is a multiple of the block size.
         let mut ahead = offset - offset % block;
         let stop = end.next_multiple_of(block);
@@ -146,6 +147,7 @@ impl Read {
                 vec: Opaque::uninit(),
                 // SAFETY: The slot is memory for a completion.
                 done <- Opaque::ffi_init(|slot| unsafe { sys::init_completion(slot) }),
+                // A contiguous buffer that isn't from the pool, like the spare buffers of zfile.
                 buffer: Buffer::new_spare(capacity)?,
                 busy: false,
             }),

@@ -6,8 +6,8 @@ use core::fmt::{self, Write};
 use core::marker::PhantomData;
 use core::ptr::NonNull;
 
-/// The buffer that a status is written to. Text that doesn't fit is cut off. Device-mapper notices
-/// that, because the buffer is full.
+/// The buffer that a status is written to. Text that doesn't fit is cut off. A full buffer tells
+/// device-mapper that text is missing.
 ///
 /// # Invariants
 ///
@@ -16,7 +16,7 @@ pub(crate) struct Emit<'a> {
     start: NonNull<u8>,
     size: usize,
     at: usize,
-    /// Number of bytes at the end that must not be used yet.
+    /// Number of bytes at the end of the buffer that text must not use: see [`Self::reserve`].
     reserved: usize,
     _buffer: PhantomData<&'a mut [u8]>,
 }
@@ -44,7 +44,8 @@ impl Emit<'_> {
         self.size.saturating_sub(self.at + 1 + self.reserved)
     }
 
-    /// Keeps `bytes` bytes at the end free for later.
+    /// Keeps the last `bytes` bytes of the buffer free, for text that must not be cut off. 0 lets
+    /// text use them again.
     pub(super) fn reserve(&mut self, bytes: usize) {
         self.reserved = bytes;
     }

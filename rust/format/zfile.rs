@@ -129,7 +129,7 @@ impl Algorithm {
 pub struct RawHeader {
     /// CRC-32C of the header or trailer.
     pub digest: u32,
-    /// Flag bits. Old files have garbage in some of them.
+    /// Flag bits. In files without digest, those above `DIGEST` may be garbage.
     pub flags: u64,
     /// Byte offset of the index.
     pub index_offset: u64,
@@ -279,7 +279,8 @@ impl Geometry {
     fn check(raw: &RawHeader, at: u64, limit: u64) -> Result<Self, Error> {
         let error = |fault, field, found| Err(Error::new(fault, at + to_u64(field), found));
 
-        // Files from before the format had a digest have garbage in the other flags.
+        // Older files have no digest: the `DIGEST` flag is clear, and the flags above it may be
+        // garbage, so `COMPRESSED_INDEX` counts only together with `DIGEST`.
         let has_digest = raw.has(flag::DIGEST);
         if has_digest && raw.has(flag::COMPRESSED_INDEX) {
             return error(Fault::ZfileCompressedIndex, field::FLAGS, raw.flags);
@@ -388,7 +389,7 @@ impl Geometry {
         self.in_trailer
     }
 
-    /// Returns the largest length of a block in the file in bytes, its CRC included.
+    /// Returns how many bytes a stored block of this file may have at most, its CRC included.
     pub const fn stored_max(&self) -> u32 {
         self.algorithm.bound(self.block_size) + if self.crc { CRC_SIZE } else { 0 }
     }

@@ -8,8 +8,8 @@
 //! ```
 //!
 //! The indexes of the layers are merged when the table is loaded. A read is looked up in the merged
-//! index and remapped. This needs no lock, no memory and no worker. The same is true for a page
-//! that a file system maps.
+//! index and remapped. This needs no lock, no memory and no worker. With DAX, the same is true for
+//! each page of a disk that a file system maps into memory.
 
 mod table;
 
@@ -20,15 +20,17 @@ use crate::dm::{Bio, DeviceId, Mapped, Memory};
 use crate::format::lsmt::Segment;
 use crate::format::merge::{Extent, Index};
 
-/// The name of the target in table lines of the 2023 prototype: `lsmt_target {<dev> <bytes>}…`.
+/// The name of the target in table lines of "dm overlaybd", the targets in C that were proposed for
+/// the kernel in May 2023 (an RFC): `lsmt_target {<dev> <bytes>}…`.
 pub(crate) const LEGACY_NAME: &CStr = c"lsmt_target";
 
-/// Largest number of sectors of one bio that are filled with zeros at once.
+/// Largest number of sectors of one bio that are filled with zeros before the rest is mapped again.
 const MAX_ZERO: u64 = 2048;
 
 /// An `lsmt` target, or with `DAX` an `lsmt-dax` target.
 pub(crate) struct Lsmt<const DAX: bool> {
-    /// The merged index; `moffset` counts from the start of the device.
+    /// The merged index. The place of a segment's data, `moffset`, counts in sectors from the start
+    /// of the layer's lower device, so it includes a tar header.
     index: Index<KVVec<Segment>, KVVec<u32>>,
     /// Size of the virtual disk in bytes.
     size: u64,
@@ -79,11 +81,12 @@ impl<const DAX: bool> Lsmt<DAX> {
     }
 
     /// Returns the memory of sector `sector`, and of the sectors after it as far as it is
-    /// contiguous. Looks no further than the end of the segment in which the last of `most` sectors
-    /// is. Returns `None` in a hole.
+    /// contiguous. Adds one segment after the other until there are `most` sectors; the last
+    /// segment may bring more. Returns `None` in a hole.
     ///
-    /// The index has no segments after the end of the target, so the result doesn't reach further.
-    /// Each round except the last adds at least one page.
+    /// The result ends before the end of the target, since the index has no segments after it. The
+    /// loop ends soon: segments of `lsmt-dax` consist of whole pages, so each one adds a page or
+    /// more.
     fn find_memory(&self, sector: u64, most: u64) -> Option<Memory> {
         let (layer, first, mut sectors) = match self.index.lookup(sector) {
             Extent::Data { layer, sector, len } => (layer, sector, len),

@@ -85,7 +85,7 @@ void obd_module_put(void)
 void obd_count_reclaimable(struct page *page, long pages)
 {
 	mod_node_page_state(page_pgdat(page), NR_KERNEL_MISC_RECLAIMABLE, pages);
-	/* Tell reclaim of pages that the shrinker frees, as slab does. */
+	/* Report freed pages to the task that reclaims memory, as slab does. */
 	if (pages < 0)
 		mm_account_reclaimed_pages(-pages);
 }
@@ -150,6 +150,7 @@ void obd_bio_associate_root(struct bio *bio)
 #endif
 }
 
+/* Whether this is a hard interrupt, or interrupts are off. */
 bool obd_in_interrupt_off(void)
 {
 	return in_hardirq() || irqs_disabled();
@@ -158,7 +159,7 @@ bool obd_in_interrupt_off(void)
 static unsigned int at_once_bytes = 16 << 10;
 module_param(at_once_bytes, uint, 0644);
 MODULE_PARM_DESC(at_once_bytes,
-		 "Largest LZ4 read that is decompressed where the lower read ends");
+		 "Decompress LZ4 reads of up to this many bytes without a worker");
 
 bool obd_at_once(unsigned int bytes, u16 ioprio)
 {
@@ -171,7 +172,10 @@ bool obd_at_once(unsigned int bytes, u16 ioprio)
 
 void obd_bio_endio_atomic(struct bio *bio)
 {
-	/* Under rcu_read_lock, bio_in_atomic() is true, also on PREEMPT_RT. */
+	/*
+	 * Makes bio_in_atomic() true, also on PREEMPT_RT, so that the file
+	 * system or device on top doesn't sleep in its completion.
+	 */
 	rcu_read_lock();
 	bio_endio(bio);
 	rcu_read_unlock();
@@ -197,10 +201,14 @@ void obd_synchronize_rcu_tasks(void)
 	synchronize_rcu_tasks();
 }
 
+/*
+ * Only for kernels before 7.3: later ones have a Rust SpinLockIrq of their own,
+ * for which Kbuild sets OBD_SPINLOCK_IRQ.
+ */
 #ifndef OBD_SPINLOCK_IRQ
 /*
- * Number of these locks that a CPU holds, and its interrupt state before it
- * took the first one.
+ * Number of locks of obd_spin_lock_irq_disable() that a CPU holds, and its
+ * interrupt state before it took the first one.
  */
 static DEFINE_PER_CPU(unsigned int, obd_irq_depth);
 static DEFINE_PER_CPU(unsigned long, obd_irq_flags);
@@ -254,6 +262,11 @@ bool obd_cpu_online(u32 cpu)
 	return cpu_online(cpu);
 }
 
+/*
+ * Returns the CPU whose worker to wake: @here if possible, otherwise the next
+ * one that is online and not isolated; nr_cpu_ids if there is none. @idle has
+ * the CPUs whose worker of the device has nothing to do.
+ */
 u32 obd_cpu_for_work(const struct cpumask *idle, struct cpumask *scratch,
 		     u32 here)
 {
@@ -349,7 +362,7 @@ static const struct kernel_param_ops cache_limit_ops = {
 };
 module_param_cb(cache_limit_bytes, &cache_limit_ops, &cache_limit_bytes, 0644);
 MODULE_PARM_DESC(cache_limit_bytes,
-		 "Most memory of the cache of all zfile devices; 0 for 5 % of all memory");
+		 "Limit of the cache of all zfile devices in bytes; 0 for 5 % of all memory");
 
 /*
  * Needed in spite of mode 0444: the kernel calls it, without a check for NULL,
@@ -370,7 +383,7 @@ static const struct kernel_param_ops cache_bytes_ops = {
 	.get = cache_bytes_get,
 };
 module_param_cb(cache_bytes, &cache_bytes_ops, NULL, 0444);
-MODULE_PARM_DESC(cache_bytes, "Memory that the cache has now");
+MODULE_PARM_DESC(cache_bytes, "Memory that the cache uses now, in bytes");
 
 void obd_cache_init(void)
 {

@@ -6,9 +6,11 @@
 //! map_read -> map_blocks -> launch -> [lower read] -> read_done -> [worker] decode -----> end
 //!                                                          `----- small LZ4 read --------^
 //!          -> map_cached -> cached: copied ----------------------------------------------^
-//!                        -> being loaded: waits -----------------------------------.     |
 //!                        -> missing: launch -> … -> read_done -> [worker] decode_shared -^
+//!                        -> being loaded: waits
 //! ```
+//!
+//! A read that waits for a block is ended by `decode_shared` of the read that loads the block.
 
 use core::ops::Range;
 
@@ -25,8 +27,8 @@ use crate::format::num::{to_u64, to_usize};
 use crate::format::zfile::{block_crc, Geometry};
 use crate::format::SECTOR_SIZE;
 
-/// Largest number of bytes of the original file that one lower read is for, or one block if that is
-/// longer. Longer bios are cut, so that several CPUs work on a large read.
+/// Largest number of bytes of the original file that one lower read is for: at least two blocks, as
+/// a block has 64 KiB at most. Longer bios are cut, so that several CPUs work on a large read.
 pub(super) const MAX_REQUEST: u32 = 128 << 10;
 
 /// Share of a device: the largest number of its blocks in the cache, if the table line sets none
@@ -70,6 +72,7 @@ enum Problem {
 /// The decompressed bytes of a block.
 #[derive(Clone, Copy)]
 enum Loaded<'a> {
+    /// In pages of the pool, which the cache keeps.
     Kept(&'a Data),
     /// In the bounce buffer of a context: there is no memory to cache them.
     Bytes(&'a [u8]),
@@ -111,8 +114,8 @@ impl Zfile {
     }
 
     /// Starts a read of whole blocks that bypasses the cache. If memory is short, cuts the bio to
-    /// as many blocks as there is memory for. Also called for parts of blocks, if the device has no
-    /// cache, or the cache no room.
+    /// as many blocks as there is memory for. Parts of blocks are read here, too, if the device
+    /// doesn't use the cache (`cache_blocks 0` or [`Mode::None`]), or if the cache has no room.
     fn map_blocks<'a>(&self, mut bio: Bio<'a, Self>, start: u64, mut end: u64) -> Mapped<'a> {
         let block_size = u64::from(self.geometry.block_size());
         let cut = |end: u64, limit: u64| {
@@ -272,7 +275,7 @@ impl Zfile {
         }
         self.stats.cache_hits.add(hit - blocks.start);
         let sectors = (end.min(hit << shift) - start).div_ceil(SECTOR_SIZE);
-        // Zeros for the bytes of the last sector after the end of the original file.
+        // If the original file ends within the last sector, the rest of that sector is zeros.
         let copied = before - pages.left();
         pages.zero(to_usize(sectors * SECTOR_SIZE).saturating_sub(copied));
         bio.accept_partial(sectors);
@@ -330,21 +333,22 @@ impl Zfile {
         }
     }
 
-    /// Submits the lower read of the stored bytes of the blocks. May sleep, unless called in the
-    /// map function for a bio with `REQ_NOWAIT`.
+    /// Submits the lower read of the stored bytes of the blocks. May sleep. Doesn't sleep in the
+    /// map function for a bio with `REQ_NOWAIT`, since the lower bio has this flag, too.
     fn start(io: Io<Self>) {
         let (request, stats) = (io.request(), &io.target().stats);
         stats.reads.add(1);
         stats.read_bytes.add(to_u64(request.read_len));
         let sector = request.read_start / SECTOR_SIZE;
+        // Other reads may wait for a read that loads the cache; see [`Io::read`].
         let shared = request.loader.is_some();
         io.read(DEVICE, sector, shared, Self::read_done);
     }
 
     /// Completion of the lower read. Called in any context.
     fn read_done(mut io: Io<Self>, result: Result<(), Status>) {
-        // The tidier may have stopped during the read, when the pool was empty; the buffer returns
-        // there.
+        // This read's buffer will return to the pool. The tidier, which frees unused pages of the
+        // pool, stops when the pool is empty, so it may have stopped during the read.
         io.target().shared.tidier.arm();
         if let Err(status) = result {
             if status != Status::AGAIN {
@@ -379,8 +383,8 @@ impl Zfile {
         let status = io.request().status;
         let request = io.request_mut();
         if let Some(loader) = request.loader.take() {
-            // After the first error, one of the waiting reads tries again for each block. After the
-            // second, all fail.
+            // After the first error, each block is read again, by the first read that waits for it.
+            // After the second error, all reads that wait fail. `AGAIN` doesn't count as an error.
             if request.again {
                 Self::fail(loader, status);
             } else {
@@ -390,8 +394,10 @@ impl Zfile {
         io.end(status);
     }
 
-    /// Returns whether the blocks should be decompressed in the completion, and not by a worker:
-    /// LZ4, from the start of a block, into contiguous memory, and [`Io::at_once`] agrees.
+    /// Returns whether to try to decompress the blocks in the completion, and not by a worker: if
+    /// they are LZ4, the read begins with a block, the memory for the first block is contiguous,
+    /// and [`Io::at_once`] agrees. If a later block needs working memory, a worker decompresses
+    /// all blocks.
     fn decodes_at_once(&self, io: &Io<Self>) -> bool {
         let request = io.request();
         let bytes = (request.blocks.end - request.blocks.start) << self.geometry.block_shift();
@@ -429,8 +435,8 @@ impl Zfile {
         let mut skip = io.request().skip;
         for number in loader.blocks() {
             let (loaded, mut waited) = Self::share(&io, &mut loader, number, skip, &mut pages);
-            // No context is borrowed here: the layer above may do work, or wait, in the completion
-            // of a read.
+            // No context is borrowed here: the file system or device on top may do work, or wait,
+            // in the completion of a read.
             while let Some(other) = waited.pop() {
                 other.end(loaded);
                 dm::cond_resched();
@@ -468,6 +474,7 @@ impl Zfile {
                 block.keep(data);
                 block.data().map(Loaded::Kept).ok_or(Status::IO_ERROR)
             }
+            // Doesn't happen: without a block, there is no `data`.
             (Ok(Ok(data)), None) => Ok(Loaded::Kept(kept.insert(data))),
             (Ok(Err(bytes)), _) => Ok(Loaded::Bytes(bytes)),
             (Err(status), _) => Err(status),
@@ -487,8 +494,8 @@ impl Zfile {
         (loaded.map(|_| ()), waited)
     }
 
-    /// Decompresses block `number` into `data`, and returns `data`. Without `data`, returns a slice
-    /// of the bounce buffer of `context`.
+    /// Decompresses block `number` into `data`, and returns `Ok(Ok(data))`. Without `data`, returns
+    /// `Ok(Err(bytes))`, a slice of the bounce buffer of `context`; this isn't an error.
     fn load<'c>(
         io: &Io<Self>,
         number: u64,
@@ -559,8 +566,8 @@ impl Zfile {
         Ok(())
     }
 
-    /// Decompresses `stored`, the bytes of block `block`, and fills the next bytes of `pages`,
-    /// without the first `skip` bytes of the block.
+    /// Decompresses `stored`, the compressed bytes of block `block` without the CRC, and fills the
+    /// next bytes of `pages`, without the first `skip` bytes of the block.
     fn fill_block(
         &self,
         block: u64,

@@ -62,6 +62,9 @@ impl Shared {
         )
     }
 
+    /// Returns the codec contexts of `algorithm`. Makes them for the first device that needs them;
+    /// later, adds those of CPUs that have come online since.
+    ///
     /// # Errors
     ///
     /// [`ENOMEM`].
@@ -75,8 +78,8 @@ impl Shared {
             contexts.fill()?;
             return Ok(contexts);
         }
-        // Made without the lock, since allocation may wait long. If two threads do this at once,
-        // one result is kept.
+        // Made without the lock, since allocation may wait long. If two threads do this at the same
+        // time, the first result is kept, and the other freed.
         let contexts = Contexts::new(algorithm)?;
         Ok(made.lock().get_or_insert(contexts).clone())
     }

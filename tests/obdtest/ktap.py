@@ -5,8 +5,9 @@ A script declares tests with @test or add(), and ends with main(). A test fails 
 and equal(); a test that checks nothing fails as well. Deferred functions are called after the test, in reverse order,
 and count as part of it.
 
-Tests that are alike, such as one for each of many images, can be sampled: OBD_SAMPLE=N runs every Nth, different ones
-each day, or those from OBD_SAMPLE_FIRST on.
+Tests that are alike, such as one for each of many images, can be sampled: OBD_SAMPLE=N runs every Nth of them. The
+first one that runs depends on the day, so that N days run all; OBD_SAMPLE_FIRST=I makes test I the first, counted
+from 0.
 """
 
 import os
@@ -157,7 +158,7 @@ SAMPLE = int(os.environ.get("OBD_SAMPLE", "1"))
 
 
 def _sample(tests):
-    """Returns the tests without those that are alike and not in the sample. Prints the sample's parameters."""
+    """Returns the tests that are not alike, and the sample of those that are. Prints the sample's parameters."""
     alike = [t for t in tests if t[-1]]
     if SAMPLE == 1 or not alike:
         return tests

@@ -28,17 +28,17 @@ overlaybd_try() {
 	return 1
 }
 
-# overlaybd_there DEVICE FOR: whether it is there. It may come later.
+# overlaybd_there DEVICE FOR: return whether DEVICE exists. It may appear later.
 overlaybd_there() {
 	[ ! -b "$1" ] || return 0
 	overlaybd_say "no block device $1, for $2"
 	return 1
 }
 
-# overlaybd_fstype DEVICE: what file system is on it.
+# overlaybd_fstype DEVICE: print the type of the file system on DEVICE.
 overlaybd_fstype() { blkid -o value -s TYPE "$1"; }
 
-# overlaybd_store DEVICE: mount where layers with relative names are.
+# overlaybd_store DEVICE: mount the file system that has the layers with relative names. Not a store of changes.
 overlaybd_store() {
 	[ ! -e "$OVERLAYBD_RUN/store-mounted" ] || return 0
 	overlaybd_there "$1" rd.overlaybd.store= || return
@@ -47,7 +47,8 @@ overlaybd_store() {
 		: >"$OVERLAYBD_RUN/store-mounted"
 }
 
-# overlaybd_open NAME[,LAYER...]: set a stack up, if it is not; without layers, that of /etc/overlaybdtab.
+# overlaybd_open NAME[,LAYER...]: open a stack, if it is not open; without layers, those of its line in
+# /etc/overlaybdtab.
 overlaybd_open() {
 	overlaybd_ifs=$IFS
 	IFS=,
@@ -75,7 +76,7 @@ overlaybd_snapshot() {
 	overlaybd_cow=${1#*,}
 	overlaybd_there "/dev/mapper/$overlaybd_name" "$overlaybd_name-rw" || return
 	overlaybd_there "$overlaybd_cow" "$overlaybd_name-rw" || return
-	# Another snapshot may have it: the kernel lets two write to one device.
+	# Another snapshot may have the device: the kernel lets two snapshots write to one device.
 	for overlaybd_holder in /sys/class/block/*/holders/*; do
 		[ -e "$overlaybd_holder" ] || continue
 		overlaybd_block=${overlaybd_holder%/holders/*}
@@ -93,8 +94,8 @@ overlaybd_snapshot() {
 		"0 ${overlaybd_sectors%% *} snapshot /dev/mapper/$overlaybd_name $overlaybd_cow P 8"
 }
 
-# overlaybd_attach: set up what there is to set up, of which some may lack devices that come later. To be tried again
-# until the root device is there.
+# overlaybd_attach: open the stacks and snapshots of the command line and the table. Devices of some may appear later,
+# so this is called again until the root device exists.
 overlaybd_attach() {
 	mkdir -p "$OVERLAYBD_RUN"
 	overlaybd_tab=1
@@ -125,7 +126,7 @@ overlaybd_attach() {
 	done
 }
 
-# overlaybd_overlay DIR: if that is wanted, mount an overlayfs over the root file system at DIR, for what is written.
+# overlaybd_overlay DIR: if rd.overlaybd.overlay= is given, mount an overlayfs on DIR, the root file system, for writes.
 overlaybd_overlay() {
 	overlaybd_upper=
 	read -r overlaybd_words </proc/cmdline
