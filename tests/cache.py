@@ -4,15 +4,15 @@
 
 import errno
 import os
-import subprocess
 import threading
 import time
 
 from obdtest import dm, image
 from obdtest.disk import Disk, read_or_none, same_bytes, verify
 from obdtest.dm import line
-from obdtest.ktap import SLOW, Skip, add, check, defer, equal, main, test
+from obdtest.ktap import SLOW, add, check, defer, equal, main, test
 from obdtest.memory import meminfo
+from obdtest.programs import need_module
 from obdtest.tracing import Trace, device_filter
 
 DATA = image.sample(700001, 61)
@@ -115,8 +115,7 @@ def images():
 
 def late(below, sectors, milliseconds=20):
     """Returns a dm-delay device that delays each read."""
-    if subprocess.run(["modprobe", "dm-delay"], capture_output=True, check=False).returncode:
-        raise Skip("no kernel module dm-delay")
+    need_module("dm-delay")
     return dm.create(line(0, sectors, "delay", below.path, 0, milliseconds))
 
 

@@ -2,14 +2,14 @@
 # SPDX-License-Identifier: GPL-2.0
 """The control group that lower reads are charged to: that of the reader, whatever path the read takes."""
 
-import subprocess
 import time
 
 from obdtest import dm, image, inject
 from obdtest.cgroup import Group
 from obdtest.disk import Disk, same_bytes
 from obdtest.dm import line
-from obdtest.ktap import Skip, add, check, equal, main, note, test
+from obdtest.ktap import add, check, equal, main, note, test
+from obdtest.programs import need_module
 
 DATA = image.sample(700001, 61)
 PADDED = DATA + bytes(-len(DATA) % 512)
@@ -26,8 +26,7 @@ def zfile(lower, *options):
 
 def late(below, sectors):
     """Returns a dm-delay device, which passes reads on later, from a kernel thread."""
-    if subprocess.run(["modprobe", "dm-delay"], capture_output=True, check=False).returncode:
-        raise Skip("no kernel module dm-delay")
+    need_module("dm-delay")
     return dm.create(line(0, sectors, "delay", below.path, 0, 10))
 
 

@@ -40,7 +40,8 @@ def write(path, content, at=None):
 
 
 def mount(device, where, options, kind=None):
-    """Mounts a device until the end of the test."""
+    """Mounts a device on a directory, which is made if it is missing, until the end of the test."""
+    os.makedirs(where, exist_ok=True)
     run("mount", *(["-t", kind] if kind else []), "-o", options, device, where)
     defer(umount, where)
 
