@@ -90,7 +90,6 @@ def nested():
 
 @test("striped and delayed devices below: lower reads are split and late")
 def striped():
-    need_module("dm-delay")
     raw = image.zfile(LAYER)
     chunk, half = 8, -(-len(raw) // 8192)
     sides = [bytearray(), bytearray()]
@@ -99,7 +98,7 @@ def striped():
         sides[nth % 2] += padded[nth * 4096:(nth + 1) * 4096]
     loops = [dm.Loop(bytes(side)) for side in sides]
     stripes = dm.create(line(0, half * 16, "striped", 2, chunk, loops[0].path, 0, loops[1].path, 0))
-    late = dm.create(line(0, half * 16, "delay", stripes.path, 0, 5))
+    late = dm.delayed(stripes, half * 16, 5)
     wanted = image.flatten([image.Lsmt(LAYER)])
     device = dm.lsmt(VSIZE, (dm.zfile(late, len(raw), len(LAYER)), len(LAYER)))
     disk = Disk(device)
