@@ -1,14 +1,14 @@
 # SPDX-License-Identifier: GPL-2.0
-# shellcheck shell=bash
+# shellcheck shell=bash disable=SC2034 # variables are for those who source this
 # Makes a Debian other than the tool-chain root, for tests, with mmdebstrap. Sourced after cache.sh; the keys of what is
 # made with it contain this file.
 
 # debian_root TARGET SUITES [NAME=VALUE]... OPTIONS...: run mmdebstrap with the mirror and settings of the tool-chain
 # root. SUITES are those of the packages, separated by blanks; the values are in the hooks' environment.
 debian_root() {
-	local target=$1 suite mirror env=() sources=()
+	local target=$1 name mirror env=() sources=()
 	mirror=$(root_mirror)
-	for suite in $2; do sources+=("deb $mirror $suite main"); done
+	for name in $2; do sources+=("deb $mirror $name main"); done
 	shift 2
 	while [[ $1 =~ ^[A-Z_]+= ]]; do
 		env+=("$1")
