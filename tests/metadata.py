@@ -1,22 +1,32 @@
 #!/usr/bin/env python3
 # SPDX-License-Identifier: GPL-2.0
-"""File systems that obdsetup makes have all metadata of their source: random trees, from directories and tars."""
+"""File systems that obdsetup makes have all metadata of their source: random trees, from directories and tars.
 
+Besides fixed trees there is one that differs each day, or is that of OBD_METADATA_SEED: each run prints its own. If
+there are several, with blanks in between, all are tried.
+"""
+
+import fcntl
 import os
 import stat
+import struct
 import tarfile
 import time
 
 from obdtest import tree
 from obdtest.files import mount, umount, work_directory
-from obdtest.ktap import add, check, defer, equal, main, note
+from obdtest.ktap import Failure, Skip, add, check, defer, equal, main, note
 from obdtest.programs import close, need, need_module, obdsetup, run
 
 FILE_SYSTEMS = ("ext2", "ext3", "ext4", "erofs", "btrfs", "squashfs")
 OPTIONS = {"btrfs": "ro,norecovery"}
 # mksquashfs reads a tar, which can't have sockets or all device numbers.
 THROUGH_TAR = ("squashfs",)
-SEEDS = {"ext2": (11,), "ext3": ()}
+SEEDS = {"ext2": (11,), "ext3": (), "ext4": (1,), "erofs": (1,), "btrfs": (1,), "squashfs": (1,)}
+OF_THE_DAY = os.environ.get("OBD_METADATA_SEED", str(int(time.time() // 86400))).split()
+# FS_IOC_*
+GETFLAGS, SETFLAGS = 0x80086601, 0x40086602
+ENABLE_VERITY, ADD_KEY, SET_POLICY = 0x40806685, 0xC0506617, 0x800C6613
 
 
 def need_kind(kind):
@@ -80,7 +90,7 @@ def round_trip(kind, seed, from_tar):
     source, layer, where = f"{work}/source", f"{work}/layer.obd", f"{work}/mnt"
     os.mkdir(source)
     os.mkdir(where)
-    note(f"seed {seed}")
+    note(f"OBD_METADATA_SEED={seed}")
     tree.Maker(source, seed).make()
     wanted = fitted(kind, tree.manifest(source), from_tar)
     loss = ["--allow-loss"] if kind in THROUGH_TAR else []
@@ -180,6 +190,75 @@ def sparse(kind):
             equal(os.pread(file.fileno(), len(wanted), at), wanted, f"at {at}")
 
 
+def of_ext4(work):
+    """Mounts a new ext4 with all features that a file can have. Returns its root."""
+    need_kind("ext4")
+    with open(f"{work}/ext4", "wb") as file:
+        file.truncate(64 << 20)
+    run("mkfs.ext4", "-q", "-O", "encrypt,verity,casefold", "-E", "encoding=utf8", f"{work}/ext4")
+    try:
+        mount(f"{work}/ext4", f"{work}/source", "loop")
+    except Failure as error:
+        raise Skip(f"this kernel lacks a feature of ext4: {error}") from error
+    return f"{work}/source"
+
+
+def ioctl(path, number, argument):
+    """Returns what the call gives back."""
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        return fcntl.ioctl(fd, number, argument)
+    finally:
+        os.close(fd)
+
+
+def chattr(path, flags):
+    before, = struct.unpack("L", ioctl(path, GETFLAGS, bytes(8)))
+    ioctl(path, SETFLAGS, struct.pack("L", before | flags))
+
+
+def encrypt(root, path):
+    """Encrypts an empty directory: AES-256-XTS, by a key of 64 bytes that the file system gets."""
+    # struct fscrypt_add_key_arg, which gets the key's identifier, and struct fscrypt_policy_v2.
+    added = ioctl(root, ADD_KEY, struct.pack("=II32xII32x", 2, 0, 64, 0) + bytes(range(64)))
+    ioctl(path, SET_POLICY, struct.pack("=BBBBI", 2, 1, 4, 0, 0) + added[8:24])
+
+
+def flags(kind):
+    """Flags that are not kept are told of, once, and what they say is true; the rest is as if there were none."""
+    need_kind(kind)
+    work = workplace()
+    source = of_ext4(work)
+    for name in ("append", "immutable", "nodump", "plain"):
+        with open(f"{source}/{name}", "w", encoding="ascii") as file:
+            file.write(name)
+    os.mkdir(f"{source}/folded")
+    with open(f"{source}/verity", "w", encoding="ascii") as file:
+        file.write("content")
+    # struct fsverity_enable_arg: version 1, SHA-256, blocks of 4096 bytes.
+    ioctl(f"{source}/verity", ENABLE_VERITY, struct.pack("=III", 1, 1, 4096).ljust(128, b"\0"))
+    os.mkdir(f"{source}/secret")
+    encrypt(source, f"{source}/secret")
+    with open(f"{source}/secret/file", "w", encoding="ascii") as file:
+        file.write("secret")
+    chattr(f"{source}/folded", 0x40000000)
+    for name, bit in (("append", 0x20), ("immutable", 0x10), ("nodump", 0x40)):
+        chattr(f"{source}/{name}", bit)
+    _, said = obdsetup("create", "--directory", source, "--fs", kind, f"{work}/layer.obd")
+    lines = [line for line in said.splitlines() if "fraction" not in line]
+    equal(lines, [
+        "obdsetup: warning: flags are not kept, see chattr(1) (immutable, append only, no dump, case-insensitive names, "
+        "verity): 5 files lose them: ./append ./folded ./immutable ...",
+        "obdsetup: warning: encryption is not kept: 2 files readable by all who have the layer: ./secret ./secret/file",
+    ], "warnings")
+    mounted(kind, f"{work}/layer.obd", f"{work}/mnt")
+    for name, wanted in (("append", "append"), ("verity", "content"), ("secret/file", "secret")):
+        with open(f"{work}/mnt/{name}", encoding="ascii") as file:
+            equal(file.read(), wanted, name)
+
+
+for fs in ("ext4", "erofs", "btrfs", "squashfs"):
+    add(f"{fs}: flags of files that are not kept are told of", flags, fs)
 for fs in FILE_SYSTEMS:
     add(f"{fs}: a tar without directories", unsaid, fs)
     add(f"{fs}: a private root directory", private, fs)
@@ -187,9 +266,12 @@ add("squashfs: ACLs are refused", refused)
 for fs in ("ext4", "erofs", "btrfs"):
     add(f"{fs}: holes take no space", sparse, fs)
 for fs in FILE_SYSTEMS:
-    for number in SEEDS.get(fs, (1, 2)):
+    for number in SEEDS[fs]:
         add(f"{fs}: a directory, tree {number}", round_trip, fs, number, False)
         add(f"{fs}: a tar, tree {number}", round_trip, fs, number, True)
+    for number in OF_THE_DAY:
+        add(f"{fs}: a directory, tree of the day", round_trip, fs, int(number), False)
+        add(f"{fs}: a tar, tree of the day", round_trip, fs, int(number), True)
 
 if __name__ == "__main__":
     main()

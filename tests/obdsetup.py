@@ -190,6 +190,33 @@ def open_zfile():
     obdsetup("close", name)
 
 
+@test("open, status, list and close, whatever PATH is")
+def paths():
+    work = work_directory()
+    layer = write(f"{work}/layer.obd", image.zfile(image.lsmt(SIZE, [(0, DATA)])))
+    name = f"obdtest-{os.getpid()}"
+    # A program of that name in a directory that PATH has as a relative one must not be run.
+    os.mkdir(f"{work}/bin")
+    os.symlink("/bin/false", f"{work}/bin/dmsetup")
+    for path in ("/bin", "", None, "bin:.", f"{layer}:/nonexistent"):
+        env = {key: value for key, value in os.environ.items() if key != "PATH"}
+        if path is not None:
+            env["PATH"] = path
+
+        def with_path(*args, env=env, path=path):
+            out, err = obdsetup(*args, env=env, cwd=work)
+            equal(err, "", f"PATH={path}: what obdsetup {' '.join(args)} says")
+            return out
+
+        defer(close, name)
+        with_path("open", name, layer)
+        same_bytes(read(f"/dev/mapper/{name}"), DATA, f"PATH={path}: content")
+        check("health: ok" in with_path("status", name), "health")
+        check(name in with_path("list"), "list")
+        with_path("close", name)
+        check(not os.path.exists(f"/dev/mapper/{name}"), "closed")
+
+
 @test("open and dump read the same, on golden stacks")
 def golden_stacks():
     rows = golden.rows("MANIFEST.tsv")

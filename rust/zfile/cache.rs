@@ -7,15 +7,16 @@
 //! work: the first one loads the block, the others wait for it.
 //!
 //! There is one [`Cache`], with one limit and one shrinker. Each device has an [`Index`] in it: an
-//! array with a place for each group of [`LEAF`] consecutive blocks. A [`Leaf`] exists while at
-//! least one block of its group is cached or being loaded. So the place of a block follows from its
-//! number, a run of blocks is looked up with one lock held, and a device that is removed evicts its
-//! own blocks only.
+//! array with a slot for each group of [`LEAF`] consecutive blocks. While at least one block of a
+//! group is cached or being loaded, its slot has a [`Leaf`]; otherwise the slot is empty. So the
+//! slot of a block follows from its number, a run of blocks is looked up with one lock held, and a
+//! device that is removed evicts its own blocks only.
 //!
-//! A clock chooses the blocks to evict. Its hand goes over all leaves of a device, then over those
-//! of the next device. If a block was used since the hand last passed, it stays until the next
-//! pass. Each device keeps the position of the hand in its own leaves; if it has used up its share,
-//! it evicts its own blocks, from there on.
+//! A clock chooses the blocks to evict: if a block was used since the hand last passed, it stays
+//! until the next pass. Each device has a hand that moves over its leaves ([`Index::hand`]). A
+//! device that has used up its share moves its own hand, and evicts its own blocks. If the whole
+//! cache is too large, one device after the other ([`Devices::hand`]) moves its hand from where it
+//! last stopped to the end of its leaves.
 //!
 //! The path of an I/O allocates memory without waiting. If there is none, the read does not use the
 //! cache. Nothing is allocated, copied or freed with a lock held.
@@ -44,12 +45,13 @@ const SHARDS: usize = 8;
 pub(super) const RUN: usize = 32;
 /// Largest number of blocks that are evicted with a lock held.
 const TAKE: usize = 16;
-/// Largest number of places for leaves, or of devices, that are examined with a lock held.
+/// Largest number of slots for leaves, or of devices, that are examined with a lock held.
 const SCAN: usize = 256;
-/// Places for leaves that are initialised between two calls of `cond_resched`.
+/// Slots for leaves that are initialised between two calls of `cond_resched`.
 const PAUSE: usize = 1 << 16;
-/// Steps that a read may take in one attempt to make room. A step takes one lock or two, one after
-/// the other.
+/// Largest number of steps that a read may take in one attempt to make room. A step takes the lock
+/// of the list of devices, or of a shard; the last step for a device takes a shard's lock, and then
+/// that of the list.
 const STEPS: usize = 64;
 /// Bytes of memory that a block takes in addition to its data: the [`Block`] and its reference
 /// count.
@@ -79,7 +81,8 @@ impl Block {
         )
     }
 
-    /// Sets the block's decompressed bytes, and counts their memory in `cache_bytes`.
+    /// Sets the block's decompressed bytes, and adds their memory to the module parameter
+    /// `cache_bytes`.
     pub(super) fn keep(&self, data: Data) {
         let bytes = data.memory() + OVERHEAD;
         if self.data.populate(data) {
@@ -92,7 +95,7 @@ impl Block {
         self.data.as_ref()
     }
 
-    /// Returns the bytes of memory that are counted in `cache_bytes` for this block.
+    /// Returns the bytes of memory that `cache_bytes` includes for this block.
     fn memory(&self) -> usize {
         self.data().map_or(0, |data| data.memory() + OVERHEAD)
     }
@@ -153,7 +156,7 @@ impl Run {
 ///
 /// # Invariants
 ///
-/// Of `blocks`, those that have a place in the cache are being loaded by this loader only.
+/// `blocks` are in the cache, unless the device was removed, and only this loader loads them.
 pub(super) struct Loader {
     index: Arc<Index>,
     blocks: Range<u64>,
@@ -178,8 +181,8 @@ impl Loader {
         rest
     }
 
-    /// Returns the next block to load; `None` if the cache doesn't have it. Must be called only
-    /// while blocks are left.
+    /// Returns the next block to load; `None` if the device was removed, and its blocks with it.
+    /// Must be called only while blocks are left.
     pub(super) fn block(&self) -> Option<Arc<Block>> {
         self.index.find(self.blocks.start)
     }
@@ -189,8 +192,10 @@ impl Loader {
     /// does not make enough room, or if there is no memory.
     pub(super) fn room(&self, len: usize) -> Option<Data> {
         let cache = &self.index.cache;
-        let over = (quota::used() + len + OVERHEAD).saturating_sub(quota::limit());
-        if over > 0 && cache.evict(over, STEPS) < over && quota::used() + len > quota::limit() {
+        let wanted = len + OVERHEAD;
+        let over = (quota::used() + wanted).saturating_sub(quota::limit());
+        // Another thread may have made room meanwhile.
+        if over > 0 && cache.evict(over, STEPS) < over && quota::used() + wanted > quota::limit() {
             return None;
         }
         Data::try_new(&cache.pool, len)
@@ -233,6 +238,7 @@ impl Drop for Loader {
     fn drop(&mut self) {
         while !self.blocks.is_empty() {
             let block = self.block();
+            // The reads in the queue end with an error.
             drop(self.finish(block));
         }
     }
@@ -242,8 +248,8 @@ impl Drop for Loader {
 pub(super) enum Lookup {
     /// The block is cached or being loaded.
     Found(Arc<Block>),
-    /// The cache has neither this block nor those after it that the loader is for. The caller must
-    /// load them.
+    /// The block was not in the cache. It has been added as a block being loaded, with the missing
+    /// blocks directly after it. The caller must load them with this loader.
     Missing(Loader),
     /// The cache has no room or no memory for the block. The caller must read without the cache.
     Bypass,
@@ -322,21 +328,22 @@ struct Amount {
 #[pin_data]
 pub(crate) struct Index {
     cache: Arc<Cache>,
-    /// Number of blocks that are cached or being loaded, and of places reserved for more.
+    /// Number of blocks that are cached, being loaded, or about to be added: see
+    /// [`Self::reserve`].
     count: Atomic<usize>,
     /// Number of blocks that have been loaded, and may be evicted.
     loaded: Atomic<usize>,
-    /// Position of the hand of the clock: (shard · `places` + place of the leaf) · [`LEAF`] + bit.
+    /// Position of the hand of the clock: (shard · `places` + slot of the leaf) · [`LEAF`] + bit.
     hand: Atomic<usize>,
-    /// Number of places for leaves in each shard.
+    /// Number of slots for leaves in each shard.
     places: usize,
     #[pin]
     shards: [Lock<Shard>; SHARDS],
 }
 
 impl Index {
-    /// Returns the place of block `number`: its shard, the place of its leaf in the shard, and its
-    /// bit in the leaf.
+    /// Returns where block `number` is: its shard, the slot of its leaf in the shard, and its bit
+    /// in the leaf.
     fn place(&self, number: u64) -> (Option<&Lock<Shard>>, usize, usize) {
         let (leaf, bit) = (
             to_usize(number / to_u64(LEAF)),
@@ -345,8 +352,7 @@ impl Index {
         (self.shards.get(leaf % SHARDS), leaf / SHARDS, bit)
     }
 
-    /// Returns the number of blocks that are cached or being loaded, and of places reserved for
-    /// more.
+    /// Returns the number of blocks that are cached, being loaded, or about to be added.
     pub(super) fn len(&self) -> usize {
         self.count.load(Relaxed)
     }
@@ -370,7 +376,7 @@ impl Index {
             let placed = this.add(blocks.start, room, new_leaf);
             this.count.fetch_sub(room - placed, Relaxed);
             if placed > 0 {
-                // INVARIANT: `add` has just given them their places.
+                // INVARIANT: `add` has just added them.
                 return Lookup::Missing(Loader {
                     index: this.clone(),
                     blocks: blocks.start..blocks.start + to_u64(placed),
@@ -423,9 +429,9 @@ impl Index {
         run
     }
 
-    /// Reserves places for up to `wanted` more blocks: adds them to the number of blocks. Evicts
-    /// blocks of the device if it would have more than `share`. Returns how many places it has
-    /// reserved.
+    /// Counts up to `wanted` blocks that are about to be added. If the device would have more than
+    /// `share` blocks, evicts some of its blocks; if that isn't enough, counts fewer. Returns how
+    /// many it has counted: the caller may add that many blocks.
     fn reserve(&self, wanted: usize, share: usize) -> usize {
         let now = self.count.fetch_add(wanted, Relaxed) + wanted;
         let over = now.saturating_sub(share);
@@ -451,8 +457,9 @@ impl Index {
         wanted - over
     }
 
-    /// Adds up to `count` blocks to one leaf, from block `number` to the first one that has a place
-    /// already. Allocates the leaf if `new_leaf` is set. Returns the number of blocks added.
+    /// Adds up to `count` blocks to one leaf, from block `number` on. Stops before a block that the
+    /// leaf has already. Allocates the leaf if `new_leaf` is set. Returns the number of blocks
+    /// added.
     fn add(&self, number: u64, count: usize, new_leaf: bool) -> usize {
         let mut run = Run::default();
         for _ in 0..count {
@@ -485,7 +492,7 @@ impl Index {
                 }
             }
         }
-        // Free what wasn't used here, after unlocking.
+        // What was not added is freed after unlocking.
         drop((run, new_leaf));
         placed
     }
@@ -813,7 +820,7 @@ impl Cache {
     }
 
     /// Evicts blocks of any device, `wanted` bytes in total, or fewer if `steps` steps are not
-    /// enough. Each step takes the lock of the list of devices or of a shard. Returns the bytes.
+    /// enough: see [`STEPS`]. Returns the bytes.
     fn evict(&self, wanted: usize, mut steps: usize) -> usize {
         let (mut bytes, mut without) = (0, 0);
         while bytes < wanted && steps > 0 {
@@ -872,6 +879,7 @@ impl Tidy for Cache {
             dm::cond_resched();
         }
         self.pool.trim();
+        // While there is memory, a later call may free some.
         self.pool.pages() > 0 || quota::used() > 0
     }
 }

@@ -5,8 +5,9 @@
  RUN='tests/bench/opens.py [NAME=PROGRAM]... [LAYERS]...' scripts/vm.sh
 
 PROGRAM is an obdsetup; by default, the one in PATH. LAYERS is a number of layers; by default, 1 16 64 255. Each
-figure is the median of OBD_ROUNDS rounds (3), in seconds. The files of the layers end within a sector, so that a
-layer needs two loop devices and two mapped devices.
+figure is the median of OBD_ROUNDS rounds (3), in seconds. No layer's file is a whole number of sectors, so each layer
+needs two loop devices, one of them for the bytes after the last whole sector, a linear device that joins them, and a
+zfile device.
 """
 
 import os

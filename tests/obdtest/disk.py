@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0
-"""Reads a block device in every way and compares the data with the expected content."""
+"""Reads a block device by all kinds of reads, and compares the data with the expected content."""
 
 import errno
 import fcntl
@@ -55,7 +55,7 @@ class Disk:
         return bytes(view[:done])
 
     def read_pieces(self, offset, lengths, gap=512):
-        """Reads with one direct read into separate pieces of memory. The lengths are whole sectors."""
+        """Reads with one direct read into several buffers, gap bytes apart. The lengths are whole sectors."""
         total = sum(lengths)
         area = memoryview(self._buffer(total + gap * (len(lengths) + 1)))
         pieces, at = [], gap
@@ -76,7 +76,7 @@ class Disk:
         return out
 
     def whole(self, chunk=1 << 20):
-        """Reads the whole disk with direct I/O."""
+        """Reads the whole device with direct I/O."""
         return b"".join(self.read(at, min(chunk, self.size - at)) for at in range(0, self.size, chunk))
 
 
@@ -101,7 +101,8 @@ def read_or_none(disk, offset, length):
 
 
 def verify_sha256(device, sha256, size):
-    """Checks a whole disk of size bytes, and the zeros in its last sector. Returns its content."""
+    """Checks all of a device: the first `size` bytes by their hash, and zeros after them, up to the end of the sector.
+    Returns all bytes."""
     disk = Disk(device)
     data = disk.whole()
     disk.close()
@@ -112,7 +113,7 @@ def verify_sha256(device, sha256, size):
 
 
 def verify(device, wanted, seed=1, rounds=60, whole=True):
-    """Checks a disk: the whole of it with direct reads (if whole is set) and buffered reads, then single sectors, odd
+    """Checks a device: the whole of it with direct reads (if whole is set) and buffered reads, then single sectors, odd
     sizes and random places (fewer on slow kernels), also from several threads."""
     rounds = -(-rounds // SLOW)
     disk = Disk(device)

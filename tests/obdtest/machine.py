@@ -79,6 +79,7 @@ class Disk:
         self.id = f"disk{os.getpid()}-{Disk.count}"
         name = f"{self.id}.raw"
         before = set(os.listdir("/sys/block"))
+        # Raises Skip outside of the test VM, before a file is made.
         _call("query-status")
         with open(f"{_DIRECTORY}/{name}", "wb") as file:
             file.write(content)

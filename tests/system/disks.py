@@ -149,6 +149,30 @@ def gpt():
     nothing_left()
 
 
+@test("file systems in partitions that were not unmounted cleanly are noted, but not where the disk takes writes")
+def journals():
+    work()
+    disk_of(GPT)
+    file_system(2048, 12288)
+    run("debugfs", "-w", "-R", "feature needs_recovery", f"disk.raw?offset={MIB}")
+    layer()
+    _, err = obdsetup("open", "--partitions", NAME, "base.obd")
+    equal(err, f"obdsetup: note: the ext4 file system on {DISK}-part1 was not unmounted cleanly, and a read-only device "
+          "cannot replay its journal: mount -o ro,noload shows it without what is in the journal\n", "what open says")
+    check(quietly("mount", "-o", "ro", f"{DISK}-part1", "mnt"), "a mount without noload fails")
+    run("mount", "-o", "ro,noload", f"{DISK}-part1", "mnt")
+    equal(read("mnt/file"), b"what is in the file", "file")
+    run("umount", "mnt")
+    obdsetup("close", NAME)
+    equal(obdsetup("open", NAME, "base.obd")[1], "", "what open says without --partitions")
+    obdsetup("close", NAME)
+    if not quietly("modprobe", "dm-snapshot"):
+        equal(obdsetup("open", "--partitions", "--create", "--writable", "store", NAME, "base.obd")[1], "",
+              "what open says with a store")
+        obdsetup("close", NAME)
+    nothing_left()
+
+
 @test("close --deferred: a partition in use keeps the disk until it no longer is")
 def deferred():
     work()

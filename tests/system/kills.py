@@ -6,9 +6,12 @@ namespace: nothing hurts anybody else, and the next open or close of that name c
 OBD_KILLS is the number of kills of each kind, and OBD_SEED says when they come: each run prints its own.
 """
 
+import contextlib
+import fcntl
 import glob
 import os
 import random
+import re
 import signal
 import subprocess
 import tempfile
@@ -277,6 +280,62 @@ def signals():
         signalled(way, number, "open", NAME, *layers)
         equal(devices(), {}, f"{number.name}: devices left")
         way.go_on()
+        nothing_left(layers)
+
+
+def waits(child):
+    """Waits until a process has run no program for two seconds, and is still there."""
+    quiet = 0
+    while quiet < 100 * SLOW:
+        equal(child.poll(), None, "status of a process that should wait")
+        running = ""
+        with contextlib.suppress(OSError):
+            with open(f"/proc/{child.pid}/task/{child.pid}/children", encoding="ascii") as file:
+                running = file.read().strip()
+        quiet = 0 if running else quiet + 1
+        time.sleep(0.02)
+
+
+@test("signals end a wait for another obdsetup at once, and it says for what it waited", timeout=300)
+def signals_at_locks():
+    way = Way("running")
+    layers, content = make_layers()
+    defer(close_whatever)
+    work = os.path.dirname(layers[0])
+    store = f"{work}/store"
+    way.run("open", "--create", "--writable", store, NAME, *layers)
+    shared = next(uuid for uuid in devices().values() if re.search(r"-[0-9a-f]{40}$", uuid))
+    way.run("close", NAME)
+    nothing_left(layers)
+    plain, writable = ["open", NAME, *layers], ["open", "--writable", store, NAME, *layers]
+    at_work = "another obdsetup, which is at work on device"
+    # What others hold, the command, and what it says.
+    for path, before, command, said in (
+            (f"/run/obdsetup/{NAME}", None, plain, f"waited for {at_work} {NAME}"),
+            (f"/run/obdsetup/{NAME}", plain, ["close", NAME], f"waited for {at_work} {NAME}"),
+            (f"/run/obdsetup/.{shared}", None, plain, f"waited for {at_work} {shared}"),
+            (store, None, writable, f"{store}: another obdsetup is at work on it")):
+        if before:
+            way.run(*before)
+            udevd.settle()
+        with open(os.open(path, os.O_RDONLY | os.O_CREAT, 0o600), encoding="ascii") as held:
+            fcntl.flock(held, fcntl.LOCK_EX)
+            for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+                child = way.start(*command)
+                waits(child)
+                start = time.monotonic()
+                child.send_signal(number)
+                _, text = child.communicate()
+                took = time.monotonic() - start
+                equal(child.returncode, 130, f"{command[0]}: status after {number.name} ({text.strip()})")
+                equal(text, f"obdsetup: {said}: interrupted\n", f"{command[0]}: message after {number.name}")
+                check(took < 5 * SLOW, f"{command[0]}, {number.name}: ended after {took:.1f} s")
+                check(os.path.exists(path), f"{path} was removed, which another process holds")
+        if path != store:
+            os.unlink(path)
+        if before:
+            read_back(content)
+            way.run("close", NAME)
         nothing_left(layers)
 
 

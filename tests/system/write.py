@@ -205,7 +205,7 @@ def device_store():
     equal(devices(), {}, "devices that are left")
 
 
-@test("a store on a device with sectors of 4096 bytes", timeout=LONG)
+@test("a store on a device with logical blocks of 4096 bytes", timeout=LONG)
 def large_sectors():
     content = work()
     with open("volume", "wb") as file:
@@ -215,11 +215,11 @@ def large_sectors():
     write("odd.raw", bytes(content) + bytes(512))
     obdsetup("create", "--image", "odd.raw", "odd.obd")
     new = ("open", "--create", "--writable", device, NAME)
-    refused(4, f"{device}: has sectors of 4096 bytes, and the disk, of {SIZE + 512} bytes, does not end with one",
+    refused(4, f"{device}: has logical blocks of 4096 bytes, and the size of the disk, {SIZE + 512} bytes, is no ",
             *new, "odd.obd")
     check(not any(read("volume")), "the device is empty still")
     _, said = obdsetup(*new, *LAYERS)
-    check(f"note: {device}: has sectors of 4096 bytes, and so has the disk with it" in said, said)
+    check(f"note: {device}: has logical blocks of 4096 bytes, and so has the disk with it" in said, said)
     equal(run("blockdev", "--getss", DISK).strip(), "4096", "sectors of the disk")
     content[5 << 20:(5 << 20) + 8192] = RNG.randbytes(8192)
     write_disk(5 << 20, content[5 << 20:(5 << 20) + 8192])
@@ -470,7 +470,7 @@ def failed_in_use():
             if held:
                 break
         check(held, "the disk is in use while open fails")
-        check("note: store: stays, and counts as not closed: " in said, said)
+        check("note: store: is kept, and counts as not closed: " in said, said)
         refused(5, f"stack {NAME} has it open", "create", "--changes", "store", *BASES, "none")
         same_bytes(read(DISK)[:len(HELD)], HELD, "what was written")
         obdsetup("close", NAME)

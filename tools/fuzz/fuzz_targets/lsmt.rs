@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! LSMT header, trailer and index, and the arithmetic of segments. The target compares them with
-//! models in wide integers.
+//! LSMT header, trailer and index, and the arithmetic of segments. The results are compared with
+//! those of a model that uses `u128`.
 
 #![no_main]
 #![allow(missing_docs, clippy::expect_used, clippy::panic)]
@@ -38,7 +38,8 @@ fn trailer_at(blob: &Sparse) -> Option<u64> {
         .filter(|&at| at >= HEADER_SIZE)
 }
 
-/// Corrects the fields that `fixes` selects.
+/// Corrects the fields that `fixes` selects. The index is at byte `middle`, and has `middle_len`
+/// bytes.
 fn repair(blob: &mut Sparse, fixes: u16, middle: u64, middle_len: usize) {
     let wants = |bit| fixes & bit != 0;
     let Some(at) = trailer_at(blob) else {
@@ -76,7 +77,7 @@ fn repair(blob: &mut Sparse, fixes: u16, middle: u64, middle_len: usize) {
             continue;
         }
         if wants(fix::ORDER) {
-            // Most gaps are short.
+            // The shift makes most gaps short, so that many entries fit on the disk.
             let gap = (place % (1 << 50)) >> (place % 50);
             let length = place >> 50;
             place = ((end + gap) % (1 << 50)) | (length << 50);
@@ -97,7 +98,8 @@ fn words(entry: &[u8]) -> (u64, u64) {
     (word(0), word(8))
 }
 
-/// Returns the trailer if the format allows this file, apart from the index.
+/// Returns the trailer if the format allows this header and this trailer. Does not look at the
+/// entries of the index.
 fn allowed(blob: &Sparse) -> Option<RawHeader> {
     let first = header(blob, 0)?;
     let at = trailer_at(blob)?;
@@ -112,7 +114,8 @@ fn allowed(blob: &Sparse) -> Option<RawHeader> {
     holds.then_some(raw)
 }
 
-/// The fields of an entry: offset, length, moffset, zeroed, tag.
+/// The fields of an entry, as in `Documentation/formats/lsmt.rst`: offset, length, moffset, zeroed,
+/// tag.
 type Entry = (u128, u128, u128, bool, u8);
 
 /// Returns the entries up to the first fault, without padding, and that fault.
@@ -160,7 +163,8 @@ fn entry(segment: &Segment) -> Entry {
     )
 }
 
-/// Checks parts of a segment, and the segment moved to higher offsets of its file.
+/// Checks [`Segment::part`], which cuts a segment to a range of the disk, and [`Segment::shifted`],
+/// which adds to its `moffset`.
 fn check_segment(segment: &Segment, number: u64) {
     let (offset, length, moffset, zeroed, tag) = entry(segment);
     let end = offset + length;
@@ -233,7 +237,7 @@ fn check(data: &[u8]) -> Result<()> {
         assert_eq!(packed, offset | (length << 50) | (moffset << 64) | bits);
     }
 
-    // An error of the sink stops the reader.
+    // If the callback returns an error, reading stops with that error.
     if !segments.is_empty() {
         let stop = Error::new(Fault::Truncated, number, 0);
         assert_eq!(layer.read_index(&blob, |_| Err(stop)), Err(stop));
@@ -241,6 +245,8 @@ fn check(data: &[u8]) -> Result<()> {
     Ok(())
 }
 
+/// Returns valid layers: each one once with only the number of entries corrected, and once with
+/// all corrections.
 fn seeds() -> Vec<Vec<u8>> {
     let run = common::run;
     let layers = [
@@ -267,7 +273,7 @@ fn seeds() -> Vec<Vec<u8>> {
             .map(|run| run.length)
             .sum();
         let mut parts = Parts::of(&image, 4096 + data as usize * 512, 4096);
-        // Most of the index is padding.
+        // Most of the index is padding: keep two entries of it.
         parts.middle.truncate(16 * runs.len() + 32);
         parts.fixes = fix::INDEX_COUNT;
         seeds.push(parts.to_bytes());

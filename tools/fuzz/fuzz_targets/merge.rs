@@ -25,7 +25,7 @@ struct Case {
     /// First sector of the model on the disk.
     base: u64,
     limit: u64,
-    /// Number of the merged segment that the sink refuses.
+    /// Number of the merged segment for which the callback returns an error.
     refused: usize,
     /// Number of slots by which the working memory is too small.
     missing: usize,
@@ -172,7 +172,7 @@ fn check(data: &[u8]) -> Result<()> {
         }
     }
 
-    // An error of the sink stops the merge.
+    // If the callback returns an error, the merge stops with that error.
     if case.refused < merged.len() {
         let mut begun = Vec::with_capacity(merged.len());
         let result = run(&case, case.refused, &mut begun);

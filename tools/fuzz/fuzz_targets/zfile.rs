@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! ZFile header, trailer and index. The target compares which files are accepted, and the jump
-//! table, with a model in wide integers.
+//! ZFile header, trailer and index. Which files are accepted, and the jump table, are compared with
+//! a model that uses `u128`.
 
 #![no_main]
 #![allow(missing_docs, clippy::expect_used, clippy::panic)]

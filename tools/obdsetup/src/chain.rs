@@ -137,8 +137,8 @@ impl Findings {
         }
         if !has_uuid(below) {
             let text = format!(
-                "{path}: was made over a layer with UUID {parent}, but the one below it, \
-                 {below_path}, has none: whether it is that layer cannot be checked"
+                "{path}: was made over a layer with UUID {parent}, but the layer below it, \
+                 {below_path}, has no UUID: whether it is the right layer cannot be checked"
             );
             match is_placed(&above.ident().uuid) {
                 true => self.errors.push(text),
@@ -147,10 +147,10 @@ impl Findings {
         } else if !parent.eq_ignore_ascii_case(uuid) {
             let hint = match given {
                 true => "the layers are in the wrong order, or one is missing",
-                false => "a layer is missing, or it is another one",
+                false => "a layer is missing, or another layer is in its place",
             };
             self.errors.push(format!(
-                "{path}: was made over a layer with UUID {parent}, but the one below it, \
+                "{path}: was made over a layer with UUID {parent}, but the layer below it, \
                  {below_path}, has UUID {uuid}: {hint}"
             ));
         }
@@ -167,7 +167,7 @@ impl Findings {
         Ok(())
     }
 
-    /// Checks sizes. A layer may be larger than those below. A smaller one cuts off data.
+    /// Checks sizes. A layer may be larger than the layers below it. A smaller layer cuts off data.
     fn check_sizes(&mut self, layers: &[LayerReader]) {
         let size = |layer: &&LayerReader| layer.lsmt().virtual_size();
         // A layer without a size has the size of the layer below.
@@ -178,8 +178,8 @@ impl Findings {
                 continue;
             }
             let text = format!(
-                "{}: is for a disk of {} bytes, but the layer below it, {}, for one of {} bytes: \
-                 the end is cut off",
+                "{}: is for a disk of {} bytes, but the layer below it, {}, is for a larger disk, of {} \
+                 bytes: the end is cut off",
                 above.path().display(),
                 size(above),
                 below.path().display(),

@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: GPL-2.0
 
 //! `systemd-overlaybdsetup-generator`: makes units for the stacks in `/etc/overlaybdtab`, similar to those of
-//! systemd-veritysetup-generator(8). It is obdsetup, started under that name.
+//! systemd-veritysetup-generator(8). The generator is a link to obdsetup, which looks at the name with which
+//! it was started.
 
 use std::ffi::{OsStr, OsString};
 use std::fmt::Write as _;
@@ -24,8 +25,9 @@ use crate::tab::{self, Entry};
 /// remove what it has set up.
 const TIMEOUT: u32 = 300;
 
-/// Number of partitions whose mounts start the unit of the disk, and are unmounted before the unit stops. The
-/// actual partitions are known only when the disk is open. Images of machines have few.
+/// Number of partitions for which a disk's unit has dependencies: mounting one of them starts the unit, and
+/// all are unmounted before the unit stops. The actual partitions are known only when the disk is open. Images
+/// of machines have few.
 const PARTITIONS: u32 = 16;
 
 /// The name that this program goes by.
@@ -33,7 +35,8 @@ pub(crate) const NAME: &str = "systemd-overlaybdsetup-generator";
 
 /// Makes the units in the first of the directories `args`. Returns whether this succeeded for all lines.
 pub(crate) fn run(args: &[OsString]) -> bool {
-    // If systemd has started this, no one reads standard error, so errors also go to the kernel log.
+    // If systemd has started this, no one reads standard error, so errors also go to the kernel log. Tests
+    // and users set the variable, to use another table.
     let by_systemd = std::env::var_os(tab::VARIABLE).is_none();
     let tell = |error: &anyhow::Error| {
         let text = crate::plain(&format!("{NAME}: {error:#}\n"));
@@ -141,8 +144,8 @@ Conflicts=umount.target
     if entry.initrd {
         writeln!(text, "ConditionPathExists=!/dev/mapper/{name}")?;
     }
-    // Not with these options: the stack may need something that starts after that target, for example the
-    // network.
+    // With `noauto` or `nofail`, the unit may start after the target: the stack may need something that
+    // starts later, for example the network.
     if !entry.noauto && !entry.nofail {
         text.push_str("Before=overlaybdsetup.target\n");
     }
@@ -154,7 +157,7 @@ Conflicts=umount.target
         if path.components().any(|part| part == Component::ParentDir) {
             return Err(Failure::usage(format!("{path:?}: `..' in a name")));
         }
-        // For a device, depend on its unit; for a file, on the mounts below its path.
+        // For a device, depend on its unit; for a file, on the mounts of the directories in its path.
         match tab::is_device(&path) {
             true => {
                 let device = format!("{}.device", escape_path(&path));
@@ -320,7 +323,8 @@ ExecStop="/usr/sbin/obdsetup" close my-app
         Ok(())
     }
 
-    /// A unit waits for the device that is named, whether or not it exists now.
+    /// A unit waits for the device that the layer names, whether or not that exists now. A number after a
+    /// colon is a size only if the name of the device cannot have a colon: see `layer_name`.
     #[test]
     fn devices_with_colons() -> Result<()> {
         let name = "/dev/disk/by-id/usb-Kingston_DT_1-0:0";
@@ -370,6 +374,7 @@ ExecStop="/usr/sbin/obdsetup" close my-app
         assert_eq!(wrong, 0);
         let has = |unit: &str, text: &str| units[unit].contains(text);
         let unit = |name: &str| format!("systemd-overlaybdsetup@{name}.service");
+        // `left`: whether the unit leaves a stack alone that the initramfs has opened.
         for (name, required, left) in [("a", true, false), ("b", false, false), ("c", true, true)] {
             let by_target = format!("overlaybdsetup.target.requires/{}", unit(name));
             let by_device = format!("dev-mapper-{name}.device.requires/{}", unit(name));
@@ -531,7 +536,8 @@ ExecStop="/usr/sbin/obdsetup" close my-app
             prop_assert_eq!(found.components().collect::<Vec<_>>(), path.components().collect::<Vec<_>>());
         }
 
-        /// For any name of a stack, all files are in the directory, and the unit has its own name.
+        /// For any name of a stack, all files are in the directory, and unescaping the instance in the name
+        /// of the unit gives the name of the stack.
         #[test]
         fn hostile_names(name in "[!-~]{1,9}|[-#+.:=@_a-c0]{1,9}") {
             let (units, wrong) = units(format!("{name} /a\n").as_bytes()).unwrap_or_default();

@@ -95,8 +95,8 @@ pub(crate) fn write_image(
             Some(granule) if granule > options.granule => {
                 drop(bar);
                 warn(&[format!(
-                    "{}: compared in units of {}: with {} the layer would have more than {} index \
-                     entries",
+                    "{}: compared in units of {}: in units of {}, the layer would have more than \
+                     {} index entries",
                     output.path().display(),
                     size::show(granule),
                     size::show(options.granule),

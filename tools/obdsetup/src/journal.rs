@@ -3,8 +3,11 @@
 //! Detects file systems that were not unmounted cleanly. On a read-only device, their journals cannot be
 //! replayed, and mounting fails without an option that skips this.
 
+use overlaybd::format::blob::Window;
 use overlaybd::format::num::le32;
-use overlaybd::format::Blob;
+use overlaybd::format::{Blob, SECTOR_SIZE};
+
+use crate::partitions::Partition;
 
 /// Byte offset of the superblock of ext2, ext3 and ext4.
 const EXT_AT: u64 = 1024;
@@ -166,6 +169,13 @@ pub(crate) fn note(disk: &impl Blob, node: &str) -> Option<String> {
     ))
 }
 
+/// As [`note`], for a partition of `disk`, which has the node `node`.
+pub(crate) fn note_of_part(disk: &impl Blob, part: Partition, node: &str) -> Option<String> {
+    let bytes = |sectors: u64| sectors.checked_mul(SECTOR_SIZE);
+    let (start, len) = (bytes(part.start)?, bytes(part.len)?);
+    note(&Window::new(disk, start, len).ok()?, node)
+}
+
 #[cfg(test)]
 mod tests {
     use overlaybd::format::blob::check_range;
@@ -213,6 +223,27 @@ mod tests {
         assert_eq!(options(&disk), None);
         disk.0[(64 << 10) + 0x65] = 1;
         assert_eq!(options(&disk), Some(("btrfs", "ro,rescue=nologreplay")));
+    }
+
+    #[test]
+    fn partitions() {
+        let mut disk = Disk(vec![0; 128 << 10]);
+        let at = 1 << 16;
+        disk.0[at + 1024 + 0x38..][..2].copy_from_slice(&[0x53, 0xef]);
+        disk.0[at + 1024 + 0x60] = 4;
+        let note = |start, len| {
+            let part = Partition {
+                number: 1,
+                start,
+                len,
+            };
+            note_of_part(&disk, part, "/dev/x")
+        };
+        assert_eq!(options(&disk), None);
+        assert!(note(128, 128).is_some_and(|note| note.contains("ext4 file system on /dev/x")));
+        for (start, len) in [(0, 256), (128, 3), (128, 129), (u64::MAX, 1), (1, u64::MAX)] {
+            assert_eq!(note(start, len), None, "{start} {len}");
+        }
     }
 
     /// Number of sectors of the log of [`xfs_disk`], and its start: in the third group of 1000 blocks.

@@ -24,7 +24,13 @@ pub(crate) struct Output {
     file: NamedTempFile,
     path: PathBuf,
     force: bool,
+    /// The mode of the file when it gets its name, if its owner may not read or write it then. Until then, the
+    /// owner may: a program that writes it opens it again.
+    mode: Option<u32>,
 }
+
+/// The owner may read and write a file.
+const OWNER: u32 = 0o600;
 
 impl Output {
     /// Begins the file `path`. With `force`, an existing file is replaced at the end, unless it is one of
@@ -65,8 +71,19 @@ impl Output {
             Ok(old) => keep_attributes(file.as_file(), &path, &old),
             Err(_) => set_mode(file.as_file(), mode),
         };
-        done.with_context(|| format!("{}: cannot set permissions", path.display()))?;
-        Ok(Self { file, path, force })
+        let context = || format!("{}: cannot set permissions", path.display());
+        done.with_context(context)?;
+        let mode = file.as_file().metadata().with_context(context)?.mode() & 0o7777;
+        let mode = (mode & OWNER != OWNER).then_some(mode);
+        if let Some(mode) = mode {
+            set_mode(file.as_file(), mode | OWNER).with_context(context)?;
+        }
+        Ok(Self {
+            file,
+            path,
+            force,
+            mode,
+        })
     }
 
     /// Returns the final path of the file.
@@ -91,9 +108,17 @@ impl Output {
 
     /// As [`Self::commit`], and returns the file.
     pub(crate) fn complete(self) -> Result<File> {
-        let Self { file, path, force } = self;
+        let Self {
+            file,
+            path,
+            force,
+            mode,
+        } = self;
         let context = || format!("{}: cannot complete the file", path.display());
         crate::interrupt::check()?;
+        if let Some(mode) = mode {
+            set_mode(file.as_file(), mode).with_context(context)?;
+        }
         sync(file.as_file()).with_context(context)?;
         let kept = match force {
             true => file.persist(&path),

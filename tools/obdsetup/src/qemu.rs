@@ -2,6 +2,8 @@
 
 //! Reads and writes disk images of virtual machines with qemu-img(1).
 
+mod vmdk;
+
 use std::collections::BTreeSet;
 use std::ffi::OsStr;
 use std::io::ErrorKind;
@@ -23,6 +25,11 @@ use crate::program::{self, Program};
 
 /// qemu-img's name of the format of the files of a chain.
 const QCOW2: &str = "qcow2";
+/// Its name for the format of VMware.
+const VMDK: &str = "vmdk";
+/// What other files are of an image, in messages.
+const BACKING: &str = "its backing file";
+const DATA: &str = "a file with its data";
 /// Its name for a raw disk.
 const RAW: &str = "raw";
 
@@ -57,6 +64,14 @@ struct Data {
     corrupt: bool,
     /// The file with the data, if the data isn't in the image.
     data_file: Option<String>,
+    /// The files with the data of a vmdk image, which may be the image itself.
+    #[serde(default)]
+    extents: Vec<Extent>,
+}
+
+#[derive(Debug, Deserialize)]
+struct Extent {
+    filename: String,
 }
 
 /// A file of a chain.
@@ -100,10 +115,15 @@ pub(crate) struct Rules {
     pub(crate) outside: bool,
 }
 
-/// Returns the chain of the qcow2 image at `path`, lowest first: the image, its backing file, the backing
-/// file of that, and so on. Checks each of them: whoever wrote the image may have named any file of this
-/// machine.
-pub(crate) fn chain(path: &Path, in_use: &InUseArgs, rules: Rules) -> Result<Vec<Link>> {
+/// Returns the chain of the image at `path`, which has this format, lowest first: the image, its backing file,
+/// the backing file of that, and so on. Checks each of them, and the other files that it names: whoever wrote
+/// the image may have named any file of this machine.
+pub(crate) fn chain(
+    path: &Path,
+    format: &str,
+    in_use: &InUseArgs,
+    rules: Rules,
+) -> Result<Vec<Link>> {
     let mut links: Vec<Link> = Vec::new();
     let top = program::path(path)?;
     let home = directory(&top);
@@ -113,7 +133,7 @@ pub(crate) fn chain(path: &Path, in_use: &InUseArgs, rules: Rules) -> Result<Vec
     let mut seen = BTreeSet::new();
     // The path as the user or the image named it, for messages.
     let mut name = path.to_owned();
-    let mut format = QCOW2.to_owned();
+    let mut format = format.to_owned();
     loop {
         let path = program::path(&name)?;
         let meta = path.metadata();
@@ -125,15 +145,31 @@ pub(crate) fn chain(path: &Path, in_use: &InUseArgs, rules: Rules) -> Result<Vec
             ));
         }
         if rules.layers && links.len() == MAX_LAYERS {
-            let what = format!("is number {MAX_LAYERS} of the chain, and has a backing file: a stack has {MAX_LAYERS} layers at most; --flatten makes one");
+            let what = format!("is number {MAX_LAYERS} of the chain, and has a backing file: a stack has {MAX_LAYERS} layers at most; --flatten makes one layer of all");
             return Err(refused(&name, &what));
         }
         in_use.check([path.as_path()])?;
+        let check_part = |part: &str| -> Result<()> {
+            let part = usable(&name, DATA, part, part)?;
+            if !rules.outside {
+                check_inside(&name, DATA, &part, &home)?;
+            }
+            in_use.check([part.as_path()])
+        };
+        // qemu-img opens the files that a vmdk image names, whatever they are. So this looks first.
+        if format == VMDK {
+            for part in vmdk::parts(&path)? {
+                check_part(&part)?;
+            }
+        }
         let info = info(&path, &format)?;
+        for part in info.parts(&path) {
+            check_part(part)?;
+        }
         info.check(&name, links.last().filter(|_| rules.layers))?;
         let next = info.backing(&name)?;
         if let Some((next, _)) = next.as_ref().filter(|_| !rules.outside) {
-            check_inside(&name, next, &home)?;
+            check_inside(&name, BACKING, next, &home)?;
         }
         links.push(Link {
             path,
@@ -149,27 +185,86 @@ pub(crate) fn chain(path: &Path, in_use: &InUseArgs, rules: Rules) -> Result<Vec
     Ok(links)
 }
 
-/// Checks that the backing file `backing` of the image `name` is in the directory `home` or below.
-fn check_inside(name: &Path, backing: &Path, home: &Path) -> Result<()> {
-    let place = backing
+/// Checks that the file `other`, which is `what` of the image `name`, is in the directory `home` or below.
+fn check_inside(name: &Path, what: &str, other: &Path, home: &Path) -> Result<()> {
+    let place = other
         .canonicalize()
-        .with_context(|| format!("{}: cannot read", backing.display()))?;
+        .with_context(|| format!("{}: cannot read", other.display()))?;
     if place.starts_with(home) {
         return Ok(());
     }
     let what = format!(
-        "its backing file, {}, is outside {}: --allow-outside takes it, if you trust who made the image",
+        "{what}, {}, is outside {}: --allow-outside takes it, if you trust who made the image",
         place.display(),
         home.display()
     );
     Err(refused(name, &what))
 }
 
-/// Checks that the qcow2 image at `path`, which was decompressed from the file `name`, has no backing file: a
-/// relative path would be relative to another directory.
-pub(crate) fn check_alone(path: &Path, name: &Path) -> Result<()> {
-    let info = info(&program::path(path)?, QCOW2)?;
+/// Checks that `full` is the path of a file or block device that can be read: of `other`, which is `what` of
+/// the image `name`. Returns the path.
+fn usable(name: &Path, what: &str, other: &str, full: &str) -> Result<PathBuf> {
+    // qemu-img's rule to recognise a protocol.
+    let is_remote = full
+        .split('/')
+        .next()
+        .is_some_and(|start| start.contains(':'));
+    if is_remote {
+        let or = match what {
+            BACKING => ": `qemu-img rebase' gives it another, or none",
+            _ => "",
+        };
+        let what = format!("{what}, {other}, is no file on this machine{or}");
+        return Err(refused(name, &what));
+    }
+    let path = PathBuf::from(full);
+    let meta = path.metadata();
+    if meta
+        .as_ref()
+        .is_err_and(|error| error.kind() == ErrorKind::NotFound)
+    {
+        let or = match what {
+            BACKING => ", or `qemu-img rebase -u' names another place",
+            _ => "",
+        };
+        let message = format!(
+            "{}: {what}, {}, is missing: copy it there{or}",
+            name.display(),
+            path.display()
+        );
+        return Err(Failure::error(exit::DEVICE, message));
+    }
+    let kind = meta.with_context(|| format!("{}: cannot read", path.display()))?;
+    if !kind.is_file() && !kind.file_type().is_block_device() {
+        let what = format!(
+            "{what}, {}, is neither a file nor a block device",
+            path.display()
+        );
+        return Err(refused(name, &what));
+    }
+    Ok(path)
+}
+
+/// Checks that the image at `path`, which has this format and was decompressed from the file `name`, needs no
+/// other file: a relative path would be relative to another directory.
+pub(crate) fn check_alone(path: &Path, name: &Path, format: &str) -> Result<()> {
+    let path = program::path(path)?;
+    let has_data = |other: &str| {
+        let what = format!(
+            "is compressed, and has its data in another file, {other}: decompress it, where that is found"
+        );
+        Err(refused(name, &what))
+    };
+    if format == VMDK {
+        if let Some(part) = vmdk::named(&path)?.first() {
+            return has_data(part);
+        }
+    }
+    let info = info(&path, format)?;
     info.check(name, None)?;
+    if let Some(part) = info.parts(&path).next() {
+        return has_data(part);
+    }
     match &info.backing_filename {
         None => Ok(()),
         Some(backing) => {
@@ -205,8 +300,8 @@ impl Info {
         }
         if let Some(above) = above.filter(|above| above.size < self.virtual_size) {
             let what = format!(
-                "is for a disk of {} bytes, and its backing file, {}, for one of {} bytes, whose end it cuts \
-                 off: a layer cannot; --flatten makes one layer of all",
+                "is for a disk of {} bytes, and its backing file, {}, has a larger disk, of {} bytes: a layer \
+                 cannot cut off the end; --flatten makes one layer of all",
                 above.size,
                 name.display(),
                 self.virtual_size
@@ -223,47 +318,21 @@ impl Info {
         Ok(())
     }
 
+    /// Returns the paths of the files with the data of the image at `path`, except itself.
+    fn parts<'a>(&'a self, path: &'a Path) -> impl Iterator<Item = &'a str> {
+        let extents = self.format_specific.data.extents.iter();
+        let names = extents.map(|extent| extent.filename.as_str());
+        names.filter(move |name| Path::new(name) != path)
+    }
+
     /// Returns the backing file of the image `name`, and its format.
     fn backing(&self, name: &Path) -> Result<Option<(PathBuf, String)>> {
         let Some(backing) = &self.backing_filename else {
             return Ok(None);
         };
         let full = self.full_backing_filename.as_ref().unwrap_or(backing);
-        // qemu-img's rule to recognise a protocol.
-        let is_remote = full
-            .split('/')
-            .next()
-            .is_some_and(|start| start.contains(':'));
-        if is_remote {
-            let what = format!(
-                "its backing file, {backing}, is no file on this machine: `qemu-img rebase' gives it another, \
-                 or none"
-            );
-            return Err(refused(name, &what));
-        }
         // An absolute path, because qemu-img got an absolute path of the image.
-        let path = PathBuf::from(full);
-        let meta = path.metadata();
-        if meta
-            .as_ref()
-            .is_err_and(|error| error.kind() == ErrorKind::NotFound)
-        {
-            let message = format!(
-                "{}: its backing file, {}, is missing: copy it there, or `qemu-img rebase -u' names another \
-                 place",
-                name.display(),
-                path.display()
-            );
-            return Err(Failure::error(exit::DEVICE, message));
-        }
-        let kind = meta.with_context(|| format!("{}: cannot read", path.display()))?;
-        if !kind.is_file() && !kind.file_type().is_block_device() {
-            let what = format!(
-                "its backing file, {}, is neither a file nor a block device",
-                path.display()
-            );
-            return Err(refused(name, &what));
-        }
+        let path = usable(name, BACKING, backing, full)?;
         let Some(format) = &self.backing_filename_format else {
             let what = format!(
                 "does not say which format its backing file, {}, has, and a guess may be wrong: `qemu-img rebase \

@@ -227,7 +227,8 @@ fn bases_that_are_wrong() {
     let size = 3 << 20;
     let place = Place::with_two_layers(size);
     place.change(some(&place, size));
-    let other = "has the changes of another disk: one of 3145728 bytes (3.00 MiB) whose topmost layer has UUID";
+    let other =
+        "has the changes of another disk: that disk has 3145728 bytes (3.00 MiB), and its topmost ";
     for base in ["--base a", "--base c"] {
         place.ok("merge --lowest a b -o c --uuid 00000000-0000-0000-0000-000000000000 --force");
         let done = place

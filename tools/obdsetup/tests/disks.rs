@@ -4,6 +4,8 @@
 //! file by file; what cannot be done is refused by name.
 
 use std::fs;
+use std::os::unix::fs::{MetadataExt, PermissionsExt};
+use std::os::unix::process::CommandExt;
 
 use predicates::prelude::PredicateBooleanExt;
 use predicates::str::contains;
@@ -19,8 +21,11 @@ tests! {
     chains_that_are_refused needs qemu_img();
     images_that_are_refused needs qemu_img();
     files_of_others needs qemu_img();
+    extents_of_others needs qemu_img();
+    backing_files_of_other_formats needs qemu_img();
     copies_for_dax needs qemu_img();
     a_qcow2_of_a_stack needs qemu_img();
+    a_qcow2_over_a_file_that_is_read_only needs qemu_img();
     a_chain_of_a_stack needs qemu_img();
     what_export_does_not_do;
     any_stack_there_and_back needs qemu_img();
@@ -159,7 +164,7 @@ fn one_layer_of_a_chain() {
         .run("convert --flatten 0.raw --from raw x.obd")
         .code(1)
         .stderr(contains(
-            "is no qcow2 image; --flatten and --allow-outside are for those",
+            "is no qcow2 image; --flatten is for those with backing files",
         ));
     for option in [
         "--force",
@@ -294,12 +299,143 @@ fn files_of_others() {
     place
         .run("convert --allow-outside 0.raw --from raw out")
         .code(1)
-        .stderr(contains("is no qcow2 image; --flatten and --allow-outside"));
+        .stderr(contains("names no other files; --allow-outside is for"));
     // Then, what each layer is made of is told.
     place
         .run("convert --allow-outside c.qcow2 vm")
         .success()
         .stderr(contains("layer 0: of ").and(contains("/a.qcow2")));
+}
+
+impl Place {
+    /// `convert` refuses `name`, whatever the options, and says this.
+    fn never_converted(&self, name: &str, said: &str) {
+        for options in ["", "--allow-outside"] {
+            self.run(&format!("convert {name} out.obd {options}"))
+                .code(1)
+                .stderr(contains(said));
+        }
+        assert!(!self.path("out.obd").exists());
+    }
+}
+
+/// A vmdk names the files with its data.
+fn extents_of_others() {
+    let place = Place::with_chain();
+    fs::create_dir_all(place.path("in/sub")).unwrap();
+    for kind in [
+        "monolithicFlat",
+        "monolithicSparse",
+        "twoGbMaxExtentFlat",
+        "twoGbMaxExtentSparse",
+        "streamOptimized",
+    ] {
+        place.tool(&format!(
+            "qemu-img convert -f raw -O vmdk -o subformat={kind} 0.raw in/x.vmdk"
+        ));
+        place.ok("convert in/x.vmdk out.obd --force");
+        assert!(place.dump("out.obd") == disk(0), "{kind}");
+    }
+    let len = disk(0).len() / 512;
+    let describe = |line: &str| {
+        let text = format!(
+            "# Disk DescriptorFile\nversion=1\nCID=fffffffe\nparentCID=ffffffff\n\
+             createType=\"monolithicFlat\"\n{line}\nddb.adapterType = \"ide\"\n"
+        );
+        place.write("in/x.vmdk", text.as_bytes());
+    };
+    let flat = |name: &str| describe(&format!("RW {len} FLAT \"{name}\" 0"));
+    fs::remove_file(place.path("out.obd")).unwrap();
+    fs::copy(place.path("0.raw"), place.path("in/sub/disk")).unwrap();
+    flat("sub/disk");
+    place.ok("convert in/x.vmdk out.obd");
+    assert!(place.dump("out.obd") == disk(0));
+    fs::remove_file(place.path("out.obd")).unwrap();
+
+    let full = place.path("0.raw").canonicalize().unwrap();
+    let full = full.to_str().unwrap();
+    std::os::unix::fs::symlink("../0.raw", place.path("in/link")).unwrap();
+    for name in ["../0.raw", full, "link"] {
+        for odd in [false, true] {
+            match odd {
+                false => flat(name),
+                true => describe(&format!("RW\n{len}\tFLAT\n\"{name}\" 0")),
+            }
+            let done = place.run("convert in/x.vmdk out.obd").code(1);
+            done.stderr(contains("a file with its data, ").and(contains("0.raw, is outside ")));
+            place.ok("convert --allow-outside in/x.vmdk out.obd");
+            assert!(place.dump("out.obd") == disk(0));
+            fs::remove_file(place.path("out.obd")).unwrap();
+        }
+    }
+    // An extent of an image in the directory that describes others itself.
+    flat("../0.raw");
+    let mut bytes = b"KDMV\x01".to_vec();
+    bytes.resize(512, 0);
+    bytes[28] = 1;
+    bytes.extend(place.read("in/x.vmdk"));
+    place.write("in/nested", &bytes);
+    describe(&format!("RW {len} SPARSE \"nested\""));
+    let done = place.run("convert in/x.vmdk out.obd").code(1);
+    done.stderr(contains("0.raw, is outside "));
+    flat("none");
+    place.run("convert in/x.vmdk out.obd").code(4).stderr(
+        contains("a file with its data, ").and(contains("none, is missing: copy it there\n")),
+    );
+    place.tool("mkfifo in/pipe");
+    flat("pipe");
+    place.never_converted("in/x.vmdk", "pipe, is neither a file nor a block device");
+    flat("nbd://localhost/x");
+    place.never_converted(
+        "in/x.vmdk",
+        "a file with its data, nbd://localhost/x, is no file on this machine\n",
+    );
+    // Compressed, the name would lead elsewhere.
+    flat("sub/disk");
+    place.tool("gzip -k in/x.vmdk");
+    place.never_converted(
+        "in/x.vmdk.gz --from vmdk",
+        "is compressed, and has its data in another file, sub/disk",
+    );
+}
+
+fn backing_files_of_other_formats() {
+    let place = Place::with_chain();
+    fs::create_dir(place.path("in")).unwrap();
+    place.tool("qemu-img convert -f raw -O vmdk 0.raw below.vmdk");
+    fs::copy(place.path("0.raw"), place.path("in/0.raw")).unwrap();
+    fs::copy(place.path("below.vmdk"), place.path("in/below.vmdk")).unwrap();
+    for (kind, inside, outside) in [
+        ("qed", "0.raw -F raw", "../0.raw -F raw"),
+        ("vmdk", "below.vmdk -F vmdk", "../below.vmdk -F vmdk"),
+    ] {
+        let name = format!("in/x.{kind}");
+        place.tool(&format!("qemu-img create -q -f {kind} -b {inside} {name}"));
+        place.ok(&format!("convert {name} out.obd"));
+        assert!(place.dump("out.obd") == disk(0), "{kind}");
+        fs::remove_file(place.path("out.obd")).unwrap();
+        place.tool(&format!("gzip -kf {name}"));
+        place
+            .run(&format!("convert {name}.gz out.obd"))
+            .code(1)
+            .stderr(contains("is compressed, and has a backing file"));
+        fs::remove_file(place.path(&name)).unwrap();
+        place.tool(&format!("qemu-img create -q -f {kind} -b {outside} {name}"));
+        place
+            .run(&format!("convert {name} out.obd"))
+            .code(1)
+            .stderr(contains("its backing file, ").and(contains("is outside ")));
+        place.ok(&format!("convert --allow-outside {name} out.obd"));
+        assert!(place.dump("out.obd") == disk(0), "{kind}");
+        fs::remove_file(place.path("out.obd")).unwrap();
+    }
+    // qemu-img would guess the format.
+    place.tool("qemu-img create -q -u -f qed -F raw -b 0.raw in/x.qed 2M");
+    let mut bytes = place.read("in/x.qed");
+    // QED_F_BACKING_FORMAT_NO_PROBE
+    bytes[16] &= !4;
+    place.write("in/x.qed", &bytes);
+    place.never_converted("in/x.qed", "does not say which format its backing file, ");
 }
 
 /// What a copy has as holes, `--dax` would have to store.
@@ -379,6 +515,36 @@ fn a_qcow2_of_a_stack() {
     assert_eq!(place.idents("first.obd"), place.idents("0.obd"));
     assert!(!place.names().iter().any(|name| name.starts_with('.')));
 }
+
+/// As an ordinary user, who may not write to the file, and gets one with the same mode.
+fn a_qcow2_over_a_file_that_is_read_only() {
+    let place = with_stack();
+    let mode = |name: &str| place.path(name).metadata().unwrap().mode() & 0o7777;
+    for bits in [0o444, 0o400, 0o640] {
+        place.write("disk.qcow2", b"old");
+        let set = |name: &str, bits| {
+            fs::set_permissions(place.path(name), fs::Permissions::from_mode(bits)).unwrap();
+        };
+        set("disk.qcow2", bits);
+        let mut command = place.with_programs("");
+        command.args("export --to qcow2 --force -o disk.qcow2 0.obd".split(' '));
+        if rustix::process::geteuid().is_root() {
+            for name in ["", "disk.qcow2", "0.obd"] {
+                std::os::unix::fs::chown(place.path(name), Some(NOBODY), Some(NOBODY)).unwrap();
+            }
+            command.uid(NOBODY).gid(NOBODY);
+        }
+        let done = command.output().unwrap();
+        assert!(done.status.success(), "{bits:o}: {done:?}");
+        assert_eq!(mode("disk.qcow2"), bits, "{bits:o}");
+        place.tool("qemu-img convert -f qcow2 -O raw disk.qcow2 back.raw");
+        assert!(place.read("back.raw") == disk(0));
+        fs::remove_file(place.path("disk.qcow2")).unwrap();
+    }
+}
+
+/// A user who may do nothing.
+const NOBODY: u32 = 65534;
 
 fn a_chain_of_a_stack() {
     let place = with_stack();

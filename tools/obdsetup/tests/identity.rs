@@ -152,9 +152,9 @@ fn wrong_stacks_are_refused() {
     place.ok("create --image c.raw forgotten");
     let [a, b] = ["a", "b"].map(|name| place.ident(name).0);
     for (layers, said) in [
-        ("a c b", format!("c: was made over a layer with UUID {b}, but the one below it, a, has UUID {a}: the layers are in the wrong order")),
+        ("a c b", format!("c: was made over a layer with UUID {b}, but the layer below it, a, has UUID {a}: the layers are in the wrong order")),
         ("c b a", "was made over a layer with UUID".to_owned()),
-        ("a c", "a layer is missing, or it is another one".to_owned()),
+        ("a c", "a layer is missing, or another layer is in its place".to_owned()),
         ("b c", format!("b: was made over a layer with UUID {a}, but no layer is below it: give all layers")),
         ("a b b c", format!("b: has UUID {b}, as b has: the same layer twice")),
         ("x b c", "b: was made over a layer with UUID".to_owned()),

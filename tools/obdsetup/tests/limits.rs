@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 
 use predicates::prelude::*;
 use predicates::str::contains;
-use rustix::fs::{mkdirat, mknodat, openat, FileType, Mode, OFlags, XattrFlags, CWD};
+use rustix::fs::{mkdirat, mknodat, openat, FileType, IFlags, Mode, OFlags, XattrFlags, CWD};
 use rustix::process::Signal;
 
 use crate::common::{needs, noise, stop, tests, Place};
@@ -20,7 +20,41 @@ tests! {
     links_that_are_as_long_as_can_be needs needs::e2fsprogs();
     large_attributes needs needs::e2fsprogs(), needs::large_xattrs();
     largest_device_numbers needs needs::e2fsprogs(), needs::mksquashfs(), needs::device_nodes();
+    flags_are_told_of_once needs needs::flags();
     an_interrupt_ends_the_btrfs_writer_at_once;
+}
+
+/// Flags of chattr(1) that the layer loses: one warning, whatever their number. What they are about only
+/// where a file is stored is no loss.
+fn flags_are_told_of_once() {
+    let place = Place::new();
+    fs::create_dir_all(place.path("tree/sub")).unwrap();
+    for name in ["tree/a", "tree/b", "tree/sub/c", "tree/sub/plain"] {
+        place.write(name, b"content");
+    }
+    for fs in ["erofs", "btrfs"] {
+        place.ok(&format!("create --directory tree --fs {fs} before.{fs}"));
+    }
+    for name in ["tree/a", "tree/b", "tree/sub", "tree/sub/c"] {
+        needs::set_flags(&place.path(name), IFlags::NODUMP).unwrap();
+    }
+    needs::set_flags(&place.path("tree/b"), IFlags::NODUMP | IFlags::NOATIME).unwrap();
+    for fs in ["erofs", "btrfs"] {
+        let said =
+            "obdsetup: warning: flags are not kept, see chattr(1) (no dump, no atime updates): \
+                    4 files lose them: ./a ./b ./sub ...\n";
+        place
+            .run(&format!("create --directory tree --fs {fs} after.{fs}"))
+            .success()
+            .stderr(said);
+        // They make no difference else.
+        assert!(place.read(&format!("before.{fs}")) == place.read(&format!("after.{fs}")));
+    }
+    needs::set_flags(&place.path("tree"), IFlags::NODUMP).unwrap();
+    place
+        .run("convert tree root.obd --fs erofs")
+        .success()
+        .stderr(contains("5 files lose them: ./ ./a ./b ..."));
 }
 
 /// Longer than the kernel allows, no file in a directory has them.

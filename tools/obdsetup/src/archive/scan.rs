@@ -220,7 +220,7 @@ pub(crate) fn check_directory(root: &Path) -> Result<Option<Package>> {
     for (name, entry) in entries(root)? {
         let is_directory = entry.file_type()?.is_dir();
         scan.name(&name, is_directory);
-        // What tells is not deeper. Others' directories may not be readable, and `convert` says so.
+        // The names that matter are at most one level deep. If a directory cannot be read, `convert` reports it.
         if let (true, Ok(below)) = (is_directory, entries(&entry.path())) {
             for (below, entry) in below {
                 let is_directory = entry.file_type().is_ok_and(|kind| kind.is_dir());

@@ -35,7 +35,7 @@ pub(crate) struct Args {
     /// Name that was given to `open`
     name: String,
 
-    /// Do not fail where the device is in use: it goes when it no longer is
+    /// If the device is in use, do not fail: it is removed as soon as nobody uses it
     #[arg(long)]
     deferred: bool,
 }

@@ -104,7 +104,7 @@ fn compact(new: &IdentArgs, layer: LayerReader, output: LayerOut) -> Result<()> 
     })?;
     if let Some(note) = other_uuid(new, &old.uuid, &ident.uuid) {
         crate::tell(&format!(
-            "note: {}: {note}, since its UUID says which layer is below, and that is another one now: \
+            "note: {}: {note}, since its UUID says which layer is below, and now another is: \
              layers that were made over {} do not go on it until they get --parent-uuid, too",
             output.path().display(),
             input.display()
@@ -115,8 +115,9 @@ fn compact(new: &IdentArgs, layer: LayerReader, output: LayerOut) -> Result<()> 
     }
     // Can only happen if the layer has nearly the largest number of entries, and padding is added.
     let way_out =
-        "leave it as it is, or `obdsetup export` the disk and `obdsetup create` a layer of that, \
-                   with --base for the layers below, which takes larger units";
+        "leave it as it is, or `obdsetup export` the disk and `obdsetup create` a layer from it, \
+                   with --base for the layers below: create compares in larger units if there are too many \
+                   entries";
     let writer = plan(output.path(), size, ident, segments, way_out)?;
     output.write(writer, "committing", read)
 }

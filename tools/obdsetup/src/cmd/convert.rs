@@ -114,8 +114,8 @@ pub(crate) struct Args {
     #[arg(long)]
     flatten: bool,
 
-    /// Follow names of backing files that lead out of the directory of IN; whoever made IN may have
-    /// named any file of this machine
+    /// Follow names of files that lead out of the directory of IN: backing files, extents of a vmdk;
+    /// whoever made IN may have named any file of this machine
     #[arg(long)]
     allow_outside: bool,
 
@@ -160,9 +160,12 @@ pub(crate) fn run(args: &Args) -> Result<()> {
     if args.oci != oci::Choice::default() {
         return refuse("is no OCI image; --ref, --platform, --oci and --cache are for those");
     }
-    if (args.flatten || args.allow_outside) && kind != Kind::Qcow2 {
+    if args.flatten && kind != Kind::Qcow2 {
+        return refuse("is no qcow2 image; --flatten is for those with backing files");
+    }
+    if args.allow_outside && !matches!(kind, Kind::Qcow2 | Kind::Qed | Kind::Vmdk) {
         return refuse(
-            "is no qcow2 image; --flatten and --allow-outside are for those with backing files",
+            "names no other files; --allow-outside is for qcow2, qed and vmdk images, which may",
         );
     }
     let is_copied = kind.for_qemu().is_some() || kind == Kind::Raw && input.compression.is_some();
@@ -173,13 +176,14 @@ pub(crate) fn run(args: &Args) -> Result<()> {
              makes the layer",
         );
     }
-    if kind == Kind::Qcow2 && input.compression.is_none() {
+    if let (Some(format), None) = (kind.for_qemu(), input.compression) {
+        let layers = kind == Kind::Qcow2 && !args.flatten;
         let rules = qemu::Rules {
-            layers: !args.flatten,
+            layers,
             outside: args.allow_outside,
         };
-        let chain = qemu::chain(&args.input, &args.in_use, rules)?;
-        if chain.len() > 1 && !args.flatten {
+        let chain = qemu::chain(&args.input, format, &args.in_use, rules)?;
+        if chain.len() > 1 && layers {
             return convert_chain(args, &chain);
         }
     }
@@ -196,8 +200,8 @@ pub(crate) fn run(args: &Args) -> Result<()> {
         _ => None,
     };
     let disk = path_of(unpacked.as_ref(), &args.input);
-    if kind == Kind::Qcow2 && unpacked.is_some() {
-        qemu::check_alone(disk, &args.input)?;
+    if let (Some(format), Some(_)) = (kind.for_qemu(), &unpacked) {
+        qemu::check_alone(disk, &args.input, format)?;
     }
     let made = match (kind, kind.for_qemu()) {
         (Kind::Directory, _) => Some(make_fs(args, Files::Directory(&args.input), place)?),

@@ -87,8 +87,9 @@ pub(crate) fn run(args: &Args) -> Result<()> {
         let read = |offset: u64, buf: &mut [u8]| stack.read_at(offset, buf);
         derive(size, below, &runs, read)
     })?;
-    let way_out = "merge fewer layers, or `obdsetup export` the disk of all and `obdsetup create` a layer of \
-                   that, which takes larger units";
+    let way_out =
+        "merge fewer layers, or `obdsetup export` the disk of all layers and `obdsetup create` a \
+                   layer from it: create compares in larger units if there are too many entries";
     let writer = plan(output.path(), size, ident, cut(runs), way_out)?;
     let read = |offset: u64, buf: &mut [u8]| stack.read_at(offset, buf);
     output.write(writer, "merging", read)

@@ -27,6 +27,7 @@ use crate::dm::{self, Control, Plan};
 use crate::exit::{self, Failure};
 use crate::in_use::InUseArgs;
 use crate::layers::{expand, plan_stack, LayerArg};
+use crate::partitions::Partition;
 use crate::store::opening;
 use crate::{interrupt, journal, partitions, size, tab};
 
@@ -154,6 +155,14 @@ impl Opened {
         match self {
             Self::Stack(stack) => journal::note(stack, node),
             Self::Zfile(payload) => journal::note(payload, node),
+        }
+    }
+
+    /// As [`Self::journal_note`], for a partition with the node `node`.
+    fn journal_note_of_part(&self, part: Partition, node: &str) -> Option<String> {
+        match self {
+            Self::Stack(stack) => journal::note_of_part(stack, part, node),
+            Self::Zfile(payload) => journal::note_of_part(payload, part, node),
         }
     }
 
@@ -409,9 +418,9 @@ pub(crate) fn run(args: &Args) -> Result<()> {
     };
     let set_up = SetUp::new(&control, &lock, &plan, states, &mut below)?;
     interrupt::check()?;
-    let partitions = match args.partitions {
+    let (partitions, found) = match args.partitions {
         true => plan_partitions(&control, &args.name, &plan)?,
-        false => Plan::default(),
+        false => Default::default(),
     };
     // Declared after `set_up`, so that partitions are removed before the disk on an error.
     let set_up_partitions = match args.partitions {
@@ -431,8 +440,13 @@ pub(crate) fn run(args: &Args) -> Result<()> {
     }
     print(&nodes)?;
     // The file system of a writable disk can replay its journal, so no note is needed.
-    if let Some(note) = opened.journal_note(&node).filter(|_| store.is_none()) {
-        crate::tell(&note);
+    if store.is_none() {
+        let of_parts = partitions.devices.iter().zip(found).map(|(device, part)| {
+            let node = dm::node(&device.name).display().to_string();
+            opened.journal_note_of_part(part, &node)
+        });
+        let notes = std::iter::once(opened.journal_note(&node)).chain(of_parts);
+        notes.flatten().for_each(|note| crate::tell(&note));
     }
     let adopted = set_up.adopted();
     if let Some(partitions) = set_up_partitions {
@@ -447,7 +461,8 @@ pub(crate) fn run(args: &Args) -> Result<()> {
 }
 
 /// Plans the devices of the partitions of the disk `name`. The disk is the last device of `plan`, and exists.
-fn plan_partitions(control: &Control, name: &str, plan: &Plan) -> Result<Plan> {
+/// Returns the partitions, too.
+fn plan_partitions(control: &Control, name: &str, plan: &Plan) -> Result<(Plan, Vec<Partition>)> {
     let sectors = plan.devices.last().map_or(0, plan::Device::sectors);
     let found = partitions::read(name, &dm::node(name), sectors)?;
     let partitions = Plan::for_partitions(name, plan, &found);
@@ -455,7 +470,7 @@ fn plan_partitions(control: &Control, name: &str, plan: &Plan) -> Result<Plan> {
     let mut devices = partitions.devices.iter();
     match devices.find_map(|device| setup::in_the_way(&all, device)) {
         Some(error) => Err(error),
-        None => Ok(partitions),
+        None => Ok((partitions, found)),
     }
 }
 

@@ -231,7 +231,7 @@ fn summary(report: &Report) -> String {
                 _ => "in use",
             }
         ),
-        _ => writeln!(text, "{name}: {layers} layers or parts of them, no disk"),
+        _ => writeln!(text, "{name}: devices of {layers} layers, but no disk"),
     };
     if !report.shared_with.is_empty() {
         let _ = writeln!(

@@ -23,14 +23,14 @@ use loopdev::{LoopControl, LoopDevice};
 use rustix::fs::{FileType, MemfdFlags};
 use rustix::io::FdFlags;
 
+use super::access::{self, denied, make_node};
 use super::lock::Lock;
 use crate::program::Program;
 
-/// How many times to try again if another process takes the free loop device first.
+/// Largest number of attempts to get a loop device. One fails if another process takes the free device first.
 const TRIES: u32 = 100;
 /// All numbers of loop devices are smaller than this one.
 const NUMBERS: u32 = 1 << 20;
-const CONTROL: &str = "/dev/loop-control";
 /// First word of the note on a loop device that is about to get its file.
 const NOTE: &str = "loop";
 
@@ -236,7 +236,7 @@ impl Attached {
             }
             last = Some(number);
         }
-        bail!("cannot attach a loop device: others take each that is free: try again")
+        bail!("cannot attach a loop device: other programs took each free one first: try again")
     }
 
     /// Attaches `file` to a free loop device with a higher number than `taken`.
@@ -255,7 +255,8 @@ impl Attached {
             let device = match control.add(number) {
                 Err(error) if is_there_already(&error) => open(number)?,
                 Err(error) => {
-                    return Err(error).with_context(|| format!("cannot make {}", node(number)))
+                    let context = format!("cannot make {}", node(number));
+                    return Err(denied(error)).context(context);
                 }
                 Ok(device) => device,
             };
@@ -310,16 +311,8 @@ fn is_there_already(error: &std::io::Error) -> bool {
 
 /// Opens the control device of loop devices.
 fn control() -> Result<LoopControl> {
-    match LoopControl::open() {
-        Err(error) if error.kind() == ErrorKind::NotFound => {
-            let device = Path::new("/sys/class/misc/loop-control/dev");
-            let number = std::fs::read_to_string(device);
-            let number = number.context("the kernel has no loop devices (modprobe loop)")?;
-            make_node(CONTROL, FileType::CharacterDevice, &number)?;
-            LoopControl::open().context(CONTROL)
-        }
-        opened => opened.context(CONTROL),
-    }
+    access::LOOP.check()?;
+    LoopControl::open().context("/dev/loop-control")
 }
 
 /// Returns a loop device that is free according to the kernel, and its number.
@@ -341,7 +334,7 @@ fn free(control: &LoopControl) -> Result<(LoopDevice, u32)> {
             let number = number.context("cannot get a loop device")?;
             Ok((open(number)?, number))
         }
-        Err(error) => Err(error).context("cannot get a loop device"),
+        Err(error) => Err(denied(error)).context("cannot get a loop device"),
     }
 }
 
@@ -363,35 +356,7 @@ fn open(number: u32) -> Result<LoopDevice> {
             .with_context(|| format!("{}: cannot read", device.display()))?;
         make_node(&path, FileType::BlockDevice, &device)?;
     }
-    LoopDevice::open(&path).context(path)
-}
-
-/// Makes the node at `path` of the device `number`, `MAJOR:MINOR`, as devtmpfs or udev would.
-fn make_node(path: &str, kind: FileType, number: &str) -> Result<()> {
-    let number = number.trim();
-    let (major, minor) = number.split_once(':').unwrap_or_default();
-    let device = rustix::fs::makedev(major.parse()?, minor.parse()?);
-    let made = rustix::fs::mknodat(
-        rustix::fs::CWD,
-        path,
-        kind,
-        rustix::fs::Mode::from_raw_mode(0o660),
-        device,
-    );
-    match made {
-        // Another process may have made it meanwhile.
-        Ok(()) | Err(rustix::io::Errno::EXIST) => Ok(()),
-        Err(error) => {
-            let letter = match kind {
-                FileType::CharacterDevice => 'c',
-                _ => 'b',
-            };
-            let context = format!(
-                "{path} is missing, and cannot be made (mknod {path} {letter} {major} {minor})"
-            );
-            Err(error).context(context)
-        }
-    }
+    LoopDevice::open(&path).map_err(denied).context(path)
 }
 
 #[cfg(test)]

@@ -50,8 +50,8 @@ pub(crate) struct State {
     pub(crate) live: bool,
 }
 
-/// How many times to list all devices, and the time in between. dmsetup fails if a device is removed while it
-/// lists them.
+/// Largest number of attempts to list all devices, and the time between them. dmsetup fails if a device is
+/// removed while it lists them.
 const LOOKS: u32 = 20;
 const BETWEEN_LOOKS: Duration = Duration::from_millis(50);
 
@@ -133,7 +133,7 @@ pub(crate) struct Control(());
 impl Control {
     /// Checks that device-mapper can be used.
     pub(crate) fn open() -> Result<Self> {
-        access::check()?;
+        access::DEVICE_MAPPER.check()?;
         Ok(Self(()))
     }
 

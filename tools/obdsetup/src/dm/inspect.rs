@@ -8,7 +8,7 @@ use anyhow::Result;
 
 use super::control::{Control, Line, State};
 
-/// How many times to start again if devices are removed meanwhile.
+/// Largest number of attempts. One fails if a device is removed meanwhile.
 const TRIES: u32 = 3;
 /// The words of `dmsetup info` for a device that the kernel will remove when it is closed.
 const DEFERRED: &str = "DEFERRED REMOVE";
@@ -58,8 +58,9 @@ impl Control {
         Ok(devices.collect())
     }
 
-    /// Returns word `nth`, counted from 0, of the status of each of the devices `names`, by name. If a device
-    /// was removed or has no such word, it may be missing in the result, and so may others.
+    /// Returns word `nth`, counted from 0, of the status of each of the devices `names`, by name. A device
+    /// without such a word is missing in the result. If dmsetup fails, as it does if one of the devices was
+    /// removed, the result is empty.
     pub(crate) fn status_words(&self, names: &[&str], nth: usize) -> HashMap<String, String> {
         let status = self.run(&[&["status", "--noflush"], names].concat());
         let word = |(name, status): (String, Vec<Line>)| {
@@ -106,9 +107,9 @@ fn lines(names: &[&str], text: &str) -> HashMap<String, Vec<Line>> {
 ///
 /// The kernel shows this only as a flag of the ioctl DM_DEV_STATUS, and calling that would need unsafe code
 /// here. sysfs does not have it, and `dmsetup info -c` has no column for it. So this reads words that are
-/// meant for people. dmsetup does not translate them, and helpers run without a locale. If the words change,
-/// `close` and `status` no longer report that a device will be removed by itself. Nothing else depends on
-/// them.
+/// meant for people. dmsetup does not translate them, and obdsetup runs it with `LC_ALL=C`. If the words
+/// change, `close` and `status` no longer report that the kernel will remove a device. Nothing else depends
+/// on them.
 fn deferred(info: &str) -> Vec<String> {
     let mut name = "";
     let mut found = Vec::new();

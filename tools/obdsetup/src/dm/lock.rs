@@ -63,7 +63,9 @@ impl Lock {
                     return Err(error).context(context);
                 }
             }
-            interrupt::check()?;
+            interrupt::check().with_context(|| {
+                format!("waited for another obdsetup, which is at work on device {name}")
+            })?;
             // Each holder makes a new file. So the time limit applies to each holder, not to all of them
             // together.
             let now = path.metadata().map(|meta| meta.ino()).ok();

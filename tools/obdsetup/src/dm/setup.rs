@@ -10,7 +10,6 @@
 //! can remove it, and no other device can get its number.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::path::Path;
 use std::time::{Duration, Instant};
 
 use anyhow::{bail, Context, Result};
@@ -24,9 +23,9 @@ use super::QUIET;
 use crate::exit::{self, Failure};
 use crate::{in_use, interrupt};
 
-/// How many times to try again with other numbers.
+/// Largest number of attempts. Each chooses other device numbers.
 const TRIES: u32 = 20;
-/// How many times to assume that another obdsetup has made a shared device at the same time.
+/// How many times to assume, when making a shared device fails, that another obdsetup was making it, too.
 const CONFLICTS: u32 = 3;
 /// All minor numbers of device-mapper are smaller than this one.
 const NUMBERS: u32 = 1 << 20;
@@ -127,7 +126,7 @@ impl<'a> SetUp<'a> {
             }
             all.take_down()?;
         }
-        bail!("other programs took all {TRIES} sets of device numbers that were tried: try again")
+        bail!("other programs took the chosen device numbers in all {TRIES} attempts: try again")
     }
 
     /// Keeps the devices.
@@ -473,13 +472,10 @@ impl<'a> SetUp<'a> {
                 return Ok(Some(Failure::error(exit::BUSY, message)));
             }
         }
-        let ours = lines
-            .iter()
-            .any(|line| matches!(line.target.as_str(), "zfile" | "lsmt" | "lsmt-dax"));
-        let hint = match Path::new("/sys/module/dm_overlaybd").exists() {
-            false if ours => super::access::NO_MODULE,
+        let hint = match self.missing_target(&lines) {
+            Some(target) => super::access::no_target(target),
             // Targets report their reason only in the kernel log.
-            _ => "; dmesg has the reason",
+            None => "; dmesg has the reason".to_owned(),
         };
         let lines: Vec<String> = lines.iter().map(Line::to_string).collect();
         let context = format!(
@@ -488,6 +484,17 @@ impl<'a> SetUp<'a> {
             lines.join("; ")
         );
         Ok(Some(error.context(context)))
+    }
+
+    /// Returns a target in `table` that the kernel doesn't have. The kernel has tried to load it.
+    fn missing_target<'b>(&self, table: &'b [Line]) -> Option<&'b str> {
+        let there = self.control.run(&["targets"]).ok()?;
+        let is_there = |name: &str| {
+            let mut names = there.lines().map(|line| line.split_whitespace().next());
+            names.any(|there| there == Some(name))
+        };
+        let mut names = table.iter().map(|line| line.target.as_str());
+        names.find(|name| !is_there(name))
     }
 
     /// Removes the devices that this attempt has made, and shared ones that existed before and have no users
@@ -571,7 +578,7 @@ pub(crate) fn in_the_way(all: &[State], device: &Device) -> Option<anyhow::Error
     } else {
         let other = all.iter().find(|state| state.uuid == device.uuid)?;
         let (name, now) = (&device.name, &other.name);
-        format!("device {name} exists already: it was renamed, and is {now} now")
+        format!("device {name} exists already: it was renamed to {now}")
     };
     Some(Failure::error(exit::BUSY, message))
 }
@@ -608,14 +615,19 @@ pub(crate) fn remove(
         let mut program = dmsetup();
         program.arg("remove").args(wait.options());
         program.args(how.deferred.then_some("--deferred"));
-        program.arg("--").args(&left);
+        let count = batch(&left);
+        program.arg("--").args(left.iter().take(count));
         if how.despite_signals {
             program.despite_signals();
         }
         let removed = control.run_program(&mut program);
         wait.end(&top)?;
         let Err(error) = removed else {
-            return Ok(());
+            left.drain(..count);
+            if left.is_empty() {
+                return Ok(());
+            }
+            continue;
         };
         if !how.despite_signals {
             interrupt::check()?;
@@ -639,6 +651,18 @@ pub(crate) fn remove(
         }
         std::thread::sleep(POLL);
     }
+}
+
+/// Returns how many of `names`, from the first one, fit in the command line of one dmsetup: at least one.
+fn batch(names: &[String]) -> usize {
+    let ends = names.iter().scan(0, |end, name| {
+        *end += name.len() + 1;
+        Some(*end)
+    });
+    ends.take_while(|&end| end <= LONGEST)
+        .count()
+        .max(1)
+        .min(names.len())
 }
 
 /// Returns the major number of device-mapper.
@@ -741,6 +765,17 @@ mod tests {
         let others = free_minors(&all, 4, 1);
         assert!(others.len() == 4 && others.iter().all(|&minor| minor > 7));
         assert_ne!(free_minors(&all, 4, 2), others);
+    }
+
+    #[test]
+    fn batches() {
+        let names = |count: usize, len: usize| vec!["x".repeat(len); count];
+        assert_eq!(batch(&[]), 0);
+        assert_eq!(batch(&names(3, 127)), 3);
+        assert_eq!(batch(&names(1, 2 * LONGEST)), 1);
+        let many = names(20_000, 127);
+        let count = batch(&many);
+        assert!((700..=LONGEST / 128).contains(&count), "{count}");
     }
 
     #[test]

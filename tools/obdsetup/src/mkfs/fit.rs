@@ -1,11 +1,12 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! Handles what a file system cannot store. Losing data is an error unless the user allows it;
-//! losing precision is a warning. Every loss is reported.
+//! Handles what a file system cannot store, and what obdsetup doesn't. Losing data is an error unless
+//! the user allows it; losing precision, or flags, is a warning. Every loss is reported.
 
 use std::collections::BTreeMap;
 
 use anyhow::Result;
+use rustix::fs::IFlags;
 
 use super::tree::{show, Id, Kind, Meta, Time, Tree, Unread, ROOT};
 use super::{FileSystem, Options};
@@ -14,10 +15,30 @@ use crate::layers::warn;
 
 /// Prefix of the names of POSIX ACLs.
 const ACL: &[u8] = b"system.posix_acl_";
-/// Prefixes of extended attributes that all these file systems store.
+/// Prefixes of extended attributes that every [`FileSystem`] stores.
 const KINDS: [&[u8]; 3] = [b"user.", b"trusted.", b"security."];
 
-/// From this number on, mkfs's tar readers take a minor number for a negative one.
+/// Flags of chattr(1) that change what programs see of a file or may do with it, by the names of that page.
+/// The others are about how a file system stores a file.
+const FLAGS: [(IFlags, &str); 9] = [
+    (IFlags::IMMUTABLE, "immutable"),
+    (IFlags::APPEND, "append only"),
+    (IFlags::NODUMP, "no dump"),
+    (IFlags::NOATIME, "no atime updates"),
+    (IFlags::SYNC, "synchronous updates"),
+    (IFlags::DIRSYNC, "synchronous directory updates"),
+    (IFlags::JOURNALING, "data journaling"),
+    // FS_CASEFOLD_FL and FS_VERITY_FL.
+    (
+        IFlags::from_bits_retain(0x4000_0000),
+        "case-insensitive names",
+    ),
+    (IFlags::from_bits_retain(0x0010_0000), "verity"),
+];
+/// FS_ENCRYPT_FL.
+const ENCRYPTED: IFlags = IFlags::from_bits_retain(0x0800);
+
+/// mksquashfs and mkfs.erofs misread minor numbers from this one on as negative numbers in a tar.
 const MINORS: u32 = 1 << 19;
 
 /// The kinds of losses, in the order of the messages.
@@ -34,15 +55,23 @@ enum Loss {
     Sockets,
     Fraction,
     Range,
+    Flags,
+    Encryption,
 }
 
 impl Loss {
-    /// Returns the name of what the file system cannot store.
-    fn what(self, fs: FileSystem) -> String {
-        match self {
+    /// Returns what is lost. `flags` are the flags that files have.
+    fn what(self, fs: FileSystem, flags: IFlags) -> String {
+        let what = match self {
+            Self::Flags => {
+                let names = FLAGS.iter().filter(|(flag, _)| flags.contains(*flag));
+                let names: Vec<&str> = names.map(|(_, name)| *name).collect();
+                return format!("flags are not kept, see chattr(1) ({})", names.join(", "));
+            }
+            Self::Encryption => return "encryption is not kept".to_owned(),
             Self::Acl => "POSIX ACLs".to_owned(),
-            Self::AclNames => "POSIX ACLs that name users or groups (with `tar --numeric-owner`, \
-                               they have numbers)"
+            Self::AclNames => "POSIX ACLs that name users or groups (`tar --numeric-owner` stores \
+                               numbers)"
                 .to_owned(),
             Self::NfsAcl => "ACLs of NFS".to_owned(),
             Self::Xattr => "extended attributes other than user, trusted and security".to_owned(),
@@ -56,7 +85,8 @@ impl Loss {
                 FileSystem::Squashfs => "times before 1970 or after 2106-02-07".to_owned(),
                 _ => "times before 1901-12-13 or after 2446-05-10".to_owned(),
             },
-        }
+        };
+        format!("{} cannot hold {what}", fs.name())
     }
 
     /// Returns what happens to the files.
@@ -65,6 +95,7 @@ impl Loss {
             Self::Devices | Self::Sockets => "left out",
             Self::Fraction => "rounded down",
             Self::Range => "changed to the nearest time possible",
+            Self::Encryption => "readable by all who have the layer",
             _ if one => "loses them",
             _ => "lose them",
         }
@@ -95,16 +126,19 @@ struct Places {
 /// Largest number of paths in a message.
 const NAMED: usize = 3;
 
-/// Takes out of `tree` what the file system cannot hold, and says so. Fails where that is data,
-/// unless the options allow it; `instead` is what to do then.
+/// Removes from `tree` what the file system cannot hold, and prints warnings. Returns an error if
+/// data would be lost, unless the options allow that. The error ends with `instead`, which tells
+/// the user what to do.
 pub(super) fn fit(tree: &mut Tree, options: &Options<'_>, instead: &str) -> Result<()> {
     let (fs, allow) = (options.fs, options.allow_loss);
-    // Their mkfs reads a tar.
+    // mksquashfs reads the files from a tar, and so does mkfs.erofs. Without arguments, obdsetup
+    // writes the erofs itself.
     let through_tar = match fs {
         FileSystem::Erofs => !options.args.is_empty(),
         fs => fs == FileSystem::Squashfs,
     };
     let mut lost: BTreeMap<Loss, Places> = BTreeMap::new();
+    let mut flags = IFlags::empty();
     let mut note = |loss: Loss, path: &[u8]| {
         let places = lost.entry(loss).or_default();
         places.count += 1;
@@ -113,6 +147,7 @@ pub(super) fn fit(tree: &mut Tree, options: &Options<'_>, instead: &str) -> Resu
         }
     };
     let root = &mut tree.node_mut(ROOT)?.meta;
+    flags |= flags_of(root);
     fit_meta(root, fs, through_tar, |loss| note(loss, b""));
     // mksquashfs gets the root directory's attributes on its command line, where an empty value is
     // an error.
@@ -139,6 +174,8 @@ pub(super) fn fit(tree: &mut Tree, options: &Options<'_>, instead: &str) -> Resu
             note(loss, &names.path(name));
             left_out.push((name.parent, name.last().to_vec()));
         } else if name.first {
+            // Once for each file, however many hard links it has.
+            flags |= flags_of(&node.meta);
             fit_meta(&mut node.meta, fs, through_tar, |loss| {
                 note(loss, &names.path(name));
             });
@@ -155,9 +192,8 @@ pub(super) fn fit(tree: &mut Tree, options: &Options<'_>, instead: &str) -> Resu
             _ => " ...",
         };
         let text = format!(
-            "{} cannot hold {}: {} {plural} {}: {}{more}",
-            fs.name(),
-            loss.what(fs),
+            "{}: {} {plural} {}: {}{more}",
+            loss.what(fs, flags),
             places.count,
             loss.becomes(places.count == 1),
             places.first.join(" "),
@@ -173,13 +209,28 @@ pub(super) fn fit(tree: &mut Tree, options: &Options<'_>, instead: &str) -> Resu
     Err(Failure::usage(format!("{}: {instead}", refused.join("; "))))
 }
 
-fn fit_meta(meta: &mut Meta, fs: FileSystem, through_tar: bool, mut note: impl FnMut(Loss)) {
-    let unread = std::mem::take(&mut meta.unread);
-    let unread = unread.into_iter().map(|unread| match unread {
-        Unread::AclNames => Loss::AclNames,
-        Unread::NfsAcl => Loss::NfsAcl,
+/// Returns the flags of a file.
+fn flags_of(meta: &Meta) -> IFlags {
+    let flags = meta.unread.iter().map(|unread| match unread {
+        Unread::Flags(flags) => *flags,
+        _ => IFlags::empty(),
     });
-    let mut noted: Vec<Loss> = unread.collect();
+    flags.fold(IFlags::empty(), |all, flags| all | flags)
+}
+
+fn fit_meta(meta: &mut Meta, fs: FileSystem, through_tar: bool, mut note: impl FnMut(Loss)) {
+    let mut noted = Vec::new();
+    for unread in std::mem::take(&mut meta.unread) {
+        match unread {
+            Unread::AclNames => noted.push(Loss::AclNames),
+            Unread::NfsAcl => noted.push(Loss::NfsAcl),
+            Unread::Flags(flags) => {
+                let lost = FLAGS.iter().any(|(flag, _)| flags.contains(*flag));
+                noted.extend(lost.then_some(Loss::Flags));
+                noted.extend(flags.contains(ENCRYPTED).then_some(Loss::Encryption));
+            }
+        }
+    }
     meta.xattrs.retain(|name, _| {
         let loss = match () {
             () if name.starts_with(ACL) => (fs == FileSystem::Squashfs).then_some(Loss::Acl),

@@ -17,7 +17,7 @@ use rustix::io::Errno;
 
 use super::limits;
 use super::tree::{
-    Content, ContentMaker, Device, Id, Kind, Meta, Node, Source, Time, Tree, BLOCK, ROOT,
+    Content, ContentMaker, Device, Id, Kind, Meta, Node, Source, Time, Tree, Unread, BLOCK, ROOT,
 };
 use crate::archive::{brief, is_whiteout};
 use crate::bar::Bar;
@@ -30,7 +30,8 @@ const PIECE: u64 = 1 << 20;
 /// Reads the directory `root`. Names with which a layer of an image hides files are an error, unless they
 /// are to be kept.
 pub(super) fn read(root: &Path, keep_whiteouts: bool) -> Result<Tree> {
-    let (_, meta) = look(root)?;
+    let (_, mut meta) = look(root)?;
+    meta.unread.extend(flags_of_directory(root));
     possible(root, limits::xattrs(&meta))?;
     let mut tree = Tree::new(meta);
     let mut linked: HashMap<(u64, u64), Id> = HashMap::new();
@@ -50,7 +51,10 @@ pub(super) fn read(root: &Path, keep_whiteouts: bool) -> Result<Tree> {
                     brief(path.as_os_str().as_bytes())
                 )));
             }
-            let (status, meta) = look(&path)?;
+            let (status, mut meta) = look(&path)?;
+            if status.is_dir() {
+                meta.unread.extend(flags_of_directory(&path));
+            }
             let inside = path.strip_prefix(root).unwrap_or(&path);
             possible(&path, limits::path(inside.as_os_str().as_bytes()))?;
             let place = (status.dev(), status.ino());
@@ -80,8 +84,10 @@ pub(super) fn read(root: &Path, keep_whiteouts: bool) -> Result<Tree> {
     let stored = |(_, _, status): &(_, _, Metadata)| status.len().min(status.blocks() * 512);
     let bar = Bar::new("reading", files.iter().map(stored).sum());
     for (id, path, status) in files {
-        let content = content(path, &status, &bar)?;
-        tree.node_mut(id)?.kind = Kind::File(content);
+        let (content, flags) = content(path, &status, &bar)?;
+        let node = tree.node_mut(id)?;
+        node.meta.unread.extend(flags);
+        node.kind = Kind::File(content);
     }
     Ok(tree)
 }
@@ -192,7 +198,21 @@ fn xattrs(path: &Path) -> io::Result<BTreeMap<Vec<u8>, Vec<u8>>> {
     Ok(xattrs)
 }
 
-fn content(path: PathBuf, status: &Metadata, bar: &Bar) -> Result<Content> {
+/// Returns the flags of an open file or directory; `None` if it has none, or its file system doesn't support
+/// them.
+fn flags(file: &File) -> Option<Unread> {
+    let flags = rustix::fs::ioctl_getflags(file).ok()?;
+    (!flags.is_empty()).then_some(Unread::Flags(flags))
+}
+
+/// As [`flags`], for the directory at `path`.
+fn flags_of_directory(path: &Path) -> Option<Unread> {
+    // If it can't be opened, reading it will fail, too.
+    flags(&File::open(path).ok()?)
+}
+
+/// Returns the content of a file, and its flags.
+fn content(path: PathBuf, status: &Metadata, bar: &Bar) -> Result<(Content, Option<Unread>)> {
     let context = || format!("{}: cannot read, or it changed", path.display());
     let file = File::open(&path).with_context(context)?;
     let opened = file.metadata().with_context(context)?;
@@ -219,7 +239,7 @@ fn content(path: PathBuf, status: &Metadata, bar: &Bar) -> Result<Content> {
             at += take;
         }
     }
-    Ok(maker.finish(size, Source::Path(path)))
+    Ok((maker.finish(size, Source::Path(path)), flags(&file)))
 }
 
 /// Returns start and end of the next data at or after `at`, in whole blocks, before `size`.

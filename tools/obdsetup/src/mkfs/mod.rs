@@ -3,7 +3,7 @@
 //! Makes file systems of the files in a directory or a tar.
 //!
 //! - [`tree`]: the files in memory, read by [`from_dir`] and [`from_tar`].
-//! - [`fit`]: handles what a file system cannot store; [`stamp`]: its identity and time.
+//! - [`fit`]: handles what a file system cannot store; [`stamp`]: its UUIDs and time.
 //! - [`ext`], [`erofs`], [`btrfs`], [`squashfs`]: make each file system. [`pax`] and [`stage`]
 //!   write the input of their mkfs.
 //! - [`apply`]: puts a layer of an image over the layers below, in which [`whiteouts`] hide files.
@@ -197,8 +197,8 @@ impl Delta {
 }
 
 /// Applies a tar, which is a layer of an image, to the erofs on the disk of the layers `below`;
-/// makes an erofs if there are none. `name` is the tar's name in messages. The identity of the file
-/// system is made of `seed`, which identifies the layers below, and the tar. Temporary files go to
+/// makes an erofs if there are none. `name` is the tar's name in messages. The UUID of the file
+/// system is made from the tar and `seed`, which identifies the layers below. Temporary files go to
 /// `place`.
 ///
 /// Reads the archive to its end. The caller checks its digest.

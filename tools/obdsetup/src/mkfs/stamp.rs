@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! Identity and time of a file system. Both depend only on the files, so that the same files always
-//! make the same bytes.
+//! The UUIDs and the time of creation of a file system. They depend on the files and on
+//! `SOURCE_DATE_EPOCH`, but not on the clock or on chance: the same files make the same bytes.
 
 use anyhow::{Context, Result};
 use sha2::{Digest, Sha256};
@@ -12,13 +12,15 @@ use super::tree::{Id, Time, Tree, ROOT};
 use crate::exit::Failure;
 use crate::program::Program;
 
-/// Identity and time of a file system.
+/// The UUIDs and the time of creation of a file system.
 pub(super) struct Stamp {
     pub(super) uuid: Uuid,
-    /// For a second identity, if one is needed.
+    /// A second UUID: ext4 and the like use it as the hash seed, and [`Self::derived`] makes more
+    /// UUIDs from it.
     pub(super) seed: Uuid,
-    /// The time of creation in the file system: `SOURCE_DATE_EPOCH`, or 1970. The newest time of
-    /// the files might be in the future, for which checkers report errors; 0 means unknown.
+    /// The time of creation in seconds since 1970: `SOURCE_DATE_EPOCH`, or 1 if that is not set. It
+    /// is never 0, which file systems use for an unknown time. It is not the newest time of the
+    /// files, which might be in the future: fsck reports this as an error.
     pub(super) time: u32,
 }
 
@@ -38,7 +40,7 @@ impl Stamp {
         })
     }
 
-    /// Returns another identity, for `what`.
+    /// Returns another UUID, for `what`.
     pub(super) fn derived(&self, what: &str) -> Uuid {
         let hash = Sha256::new()
             .chain_update(self.seed.as_bytes())

@@ -11,6 +11,7 @@ use std::sync::Arc;
 
 use anyhow::{Context, Result};
 use overlaybd::format::num::{to_u64, to_usize};
+use rustix::fs::IFlags;
 use sha2::{Digest, Sha256};
 
 /// Size of a block of content in bytes. Blocks of zeros are holes.
@@ -40,6 +41,8 @@ pub(super) enum Unread {
     AclNames,
     /// ACLs of NFS.
     NfsAcl,
+    /// Flags of a file, as FS_IOC_GETFLAGS returns them.
+    Flags(IFlags),
 }
 
 /// Metadata of all kinds of files.

@@ -12,7 +12,7 @@ use super::{numbers, sysfs};
 use crate::dm::backing::loop_file;
 use crate::dm::inspect::Device;
 
-/// Of what a store can hold, it is nearly full when it has this part, in per cent.
+/// A store is nearly full if at least this part of what it can hold is used, in per cent.
 const NEARLY: u64 = 90;
 
 /// A store of changes.
@@ -30,7 +30,7 @@ pub(crate) struct Changes {
     pub(crate) allocated: Option<u64>,
     /// Whether it has room for all of the disk.
     pub(crate) holds_all: bool,
-    /// Whether writes came for which there was no room.
+    /// Whether the store had no room for a write.
     pub(crate) overflowed: bool,
     /// Whether a write to it has failed: what was written before is lost, too.
     pub(crate) lost: bool,
@@ -66,7 +66,8 @@ impl Changes {
         })
     }
 
-    /// How much is used of what it can hold as its file system is now, in per cent, rounded down.
+    /// Returns how much is used of what the store can hold with the present free space of its file system, in
+    /// per cent, rounded down.
     pub(crate) fn percent(&self) -> u64 {
         let room = self.room();
         // No overflow: a device has fewer than 2^63 bytes, and 2^64 times 100 fits in 128 bits.
@@ -75,25 +76,27 @@ impl Changes {
         u64::try_from(percent).unwrap_or(100)
     }
 
-    /// Bytes that can still be written.
+    /// Returns the number of bytes that can still be written.
     fn room(&self) -> u64 {
         self.limit()
             .map_or(self.left(), |limit| limit.min(self.left()))
     }
 
-    /// Bytes of it that are not used.
+    /// Returns the number of bytes of the store that are not used.
     fn left(&self) -> u64 {
         self.size.saturating_sub(self.used)
     }
 
-    /// Bytes that its file system has for it; nothing where all that it needs is there already.
+    /// Returns the number of bytes that the file system has for the rest of the store, allocated or free; `None`
+    /// if that isn't known, or if all of the store is allocated already.
     fn limit(&self) -> Option<u64> {
         let (free, allocated) = self.free.zip(self.allocated)?;
         let ready = allocated.saturating_sub(self.used);
         (allocated < self.size).then(|| free.saturating_add(ready))
     }
 
-    /// Whether it is nearly full. One with room for all of the disk gets full only with its file system.
+    /// Returns whether the store is nearly full. If it has room for all of the disk, it gets full only if its
+    /// file system does.
     pub(crate) fn is_nearly_full(&self) -> bool {
         let gets_full = !self.holds_all || self.limit().is_some_and(|limit| limit < self.left());
         gets_full && self.percent() >= NEARLY

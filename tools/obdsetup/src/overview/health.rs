@@ -102,7 +102,7 @@ impl Health {
         layers.min(changes).min(devices)
     }
 
-    /// How a store is.
+    /// Returns the health of a store.
     fn of_changes(changes: &Changes) -> Self {
         if changes.lost {
             Self::Lost
@@ -126,9 +126,10 @@ pub(crate) fn line(stack: &Stack) -> String {
     };
     let first = layers().next();
     let file = first.map_or("", |layer| layer.file.as_str());
-    let more = match layers().count() {
-        0 | 1 => String::new(),
-        n => format!(" (worst of {n} layers)"),
+    let more = match (layers().count(), health) {
+        (0 | 1, _) => String::new(),
+        (n, Health::Cut) => format!(" (one of {n} such layers)"),
+        (n, _) => format!(" (total of {n} such layers)"),
     };
     let sum = |of: fn(&Layer) -> u64| layers().map(of).fold(0, u64::saturating_add);
     let name = &stack.name;
@@ -212,7 +213,7 @@ pub(crate) fn notes(stack: &Stack) -> Vec<String> {
         notes.push(format!("was renamed: it was opened as {}", stack.name));
     }
     if top.deferred_remove {
-        notes.push("goes when nobody has it open (close --deferred)".to_owned());
+        notes.push("is removed when nobody has it open (close --deferred)".to_owned());
     }
     notes
 }
@@ -304,7 +305,7 @@ mod tests {
         let start = "CORRUPT: a corrupt block of /a was read 3 times; ";
         assert!(text.starts_with(start), "{text}");
         let (_, text) = said(corrupt);
-        let start = "CORRUPT: a corrupt block of /a was read 6 times (worst of 2 layers); ";
+        let start = "CORRUPT: a corrupt block of /a was read 6 times (total of 2 such layers); ";
         assert!(text.starts_with(start), "{text}");
     }
 }

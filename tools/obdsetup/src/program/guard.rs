@@ -43,11 +43,11 @@ pub(crate) fn run(args: &[OsString]) -> String {
     };
     let shown = Path::new(path).display();
     if let Err(error) = set_parent_process_death_signal(Some(Signal::KILL)) {
-        return format!("cannot tie {shown} to obdsetup: {error}");
+        return format!("cannot make {shown} end with obdsetup: {error}");
     }
     // The parent may have ended before that.
     if parent.to_str() != Some(&parent_id().to_string()) {
-        return "obdsetup is gone".to_owned();
+        return "obdsetup has ended".to_owned();
     }
     let error = Command::new(path).args(args).exec();
     format!("cannot run {shown}: {error}")

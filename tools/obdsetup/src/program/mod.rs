@@ -35,6 +35,9 @@ pub(crate) use progress::Patience;
 /// Shortest and longest time between two checks of a running program.
 const POLL: (Duration, Duration) = (Duration::from_millis(1), Duration::from_millis(16));
 
+/// What a program reads that gets no input.
+const NULL: &str = "/dev/null";
+
 /// Returns the absolute path of an existing file. No program mistakes that for an option, or for a
 /// protocol such as `nbd:`.
 pub(crate) fn path(path: &Path) -> Result<PathBuf> {
@@ -288,8 +291,8 @@ impl Program {
         command.args(&self.args).env_clear();
         command.envs(environment::passed_on()).envs(&self.env);
         command.stdin(match &self.input {
-            Some(file) => file.try_clone()?.into(),
-            None => Stdio::null(),
+            Some(file) => file.try_clone()?,
+            None => File::open(NULL).context(NULL)?,
         });
         command.stdout(match &self.note {
             Some(file) => file.try_clone()?.into(),

@@ -84,7 +84,7 @@ impl Closing {
         self.file.sync_all().context("cannot sync the store")?;
         if !share::users(&self.lower).is_empty() || read(&self.file, &self.name)? != self.head {
             bail!(
-                "the store of device {} was opened by another meanwhile",
+                "the store of device {} was opened by another program meanwhile",
                 self.name
             );
         }

@@ -80,9 +80,9 @@ fn lock(file: &File, operation: FlockOperation, what: &str) -> Result<()> {
             Err(rustix::io::Errno::WOULDBLOCK | rustix::io::Errno::INTR) => {}
             Err(error) => return Err(std::io::Error::from(error)).with_context(|| what.to_owned()),
         }
-        interrupt::check()?;
+        let message = format!("{what}: another obdsetup is at work on it");
+        interrupt::check().with_context(|| message.clone())?;
         if Instant::now() >= end {
-            let message = format!("{what}: another obdsetup is at work on it");
             return Err(Failure::error(exit::BUSY, message));
         }
         std::thread::sleep(POLL);
@@ -115,7 +115,7 @@ fn write_head(file: &File, head: &Head) -> std::io::Result<()> {
     output::sync(file)
 }
 
-/// Returns the identity of the disk of `stack`.
+/// Returns what identifies the disk of `stack`.
 fn origin(stack: &Stack) -> Result<Origin> {
     // With --ignore-identity, the layers may differ from those from which a UUID was made.
     let fits = Findings::of(stack.layers(), Part::Whole).is_empty();
@@ -132,8 +132,8 @@ fn check_origin(path: &Path, head: &Head, origin: &Origin, sectors: u64) -> Resu
         uuid => format!("UUID {}", uuid.escape_debug()),
     };
     let message = format!(
-        "{}: has the changes of another disk: one of {} whose topmost layer has {}, and the layers given \
-         are one of {} whose topmost layer has {}: give the layers that it was made with",
+        "{}: has the changes of another disk: that disk has {}, and its topmost layer {}; the disk of the \
+         layers given has {}, and its topmost layer {}: give the layers that the store was made with",
         path.display(),
         size::show(head.disk.saturating_mul(512)),
         name(&head.origin.uuid),

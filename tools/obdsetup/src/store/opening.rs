@@ -84,8 +84,8 @@ impl Found {
         if is_missing(path) {
             if !wish.create {
                 let message = format!(
-                    "{}: there is no store of changes; `open --create' makes it, if it isn't on a file \
-                     system that is not mounted",
+                    "{}: there is no store of changes; `open --create' makes it; or is its file system not \
+                     mounted?",
                     path.display()
                 );
                 return Err(Failure::error(exit::DEVICE, message));
@@ -212,7 +212,7 @@ impl Opened {
             Before::Store(old, _) => Head::read(&blob).is_ok_and(|now| now == *old),
         };
         if !is_same {
-            let message = format!("{}: another has written to it just now", path.display());
+            let message = format!("{}: another program has just written to it", path.display());
             return Err(Failure::error(exit::BUSY, message));
         }
         self.undo = Some(before);
@@ -264,7 +264,7 @@ impl Opened {
             Before::Missing | Before::Blank => 0,
         };
         if now != self.head {
-            bail!("another has written to it");
+            bail!("another program has written to it");
         }
         if Exceptions::read(&blob, &now)?.len() != count {
             bail!("device {} was written to", self.name);
@@ -291,7 +291,7 @@ impl Drop for Opened {
         };
         if let Err(error) = self.put_back(&before) {
             crate::tell(&format!(
-                "note: {}: stays, and counts as not closed: {}",
+                "note: {}: is kept, and counts as not closed: {}",
                 self.path.display(),
                 crate::message(&error)
             ));
@@ -427,8 +427,8 @@ fn check_state(blob: &FileBlob, old: &Head, new: &Head, wish: &Wish) -> Result<u
     Ok(exceptions.len())
 }
 
-/// Checks that a disk of `disk` sectors ends with a whole sector of the device. If the device becomes a store
-/// and has large sectors, reports what follows from that.
+/// Checks that a disk of `disk` sectors is a whole number of logical blocks of the device. If the device
+/// becomes a store and its logical blocks are larger than a sector, reports what follows from that.
 fn check_sectors(device: &FileBlob, disk: u64, before: &Before) -> Result<()> {
     let len = users::sector(&device.file().metadata()?).unwrap_or(SECTOR_SIZE);
     if len <= SECTOR_SIZE {
@@ -438,15 +438,15 @@ fn check_sectors(device: &FileBlob, disk: u64, before: &Before) -> Result<()> {
     let bytes = disk.saturating_mul(SECTOR_SIZE);
     if bytes % len != 0 {
         let message = format!(
-            "{path}: has sectors of {len} bytes, and the disk, of {bytes} bytes, does not end with one: give a \
-             file, or a device with smaller sectors"
+            "{path}: has logical blocks of {len} bytes, and the size of the disk, {bytes} bytes, is no \
+             multiple of that: give a file, or a device with smaller logical blocks"
         );
         return Err(Failure::error(exit::DEVICE, message));
     }
     if matches!(before, Before::Blank) {
         crate::tell(&format!(
-            "note: {path}: has sectors of {len} bytes, and so has the disk with it: a file system that has \
-             smaller blocks cannot be mounted"
+            "note: {path}: has logical blocks of {len} bytes, and so has the disk with it: a file system \
+             that has smaller blocks cannot be mounted"
         ));
     }
     Ok(())

@@ -64,8 +64,8 @@ impl Map {
         match Control::open()?.thin_volume(name.trim_end()) {
             Some(now) if now != volume => {
                 let message = format!(
-                    "{}: has ID {} in its pool and {} sectors that are mapped, and --thin-map is of one with \
-                     ID {} and {} sectors: write it anew",
+                    "{}: has ID {} in its pool and {} sectors that are mapped, and --thin-map is of a \
+                     volume with ID {} and {} sectors: write it anew",
                     path.display(),
                     now.0,
                     now.1,

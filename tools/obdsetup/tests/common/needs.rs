@@ -5,7 +5,7 @@
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
-use rustix::fs::XattrFlags;
+use rustix::fs::{IFlags, XattrFlags};
 use tempfile::TempDir;
 
 /// Why a test cannot run here; `None` where it can.
@@ -98,6 +98,20 @@ pub(crate) fn xattrs() -> Need {
     Some(format!(
         "no extended attributes for temporary files: {error}"
     ))
+}
+
+/// Sets flags of a file or directory, beside those that the system sets.
+pub(crate) fn set_flags(path: &Path, flags: IFlags) -> std::io::Result<()> {
+    let file = std::fs::File::open(path)?;
+    let before = rustix::fs::ioctl_getflags(&file)?;
+    Ok(rustix::fs::ioctl_setflags(&file, before | flags)?)
+}
+
+/// Flags of chattr(1) where temporary files are.
+pub(crate) fn flags() -> Need {
+    let place = TempDir::new().unwrap();
+    let error = set_flags(place.path(), IFlags::NODUMP | IFlags::NOATIME).err()?;
+    Some(format!("no flags for temporary files: {error}"))
 }
 
 /// A namespace of its own for the name of the host.

@@ -11,7 +11,7 @@
 //!
 //! - [`head`]: the head.
 //! - [`exceptions`]: the list of the chunks that were written.
-//! - [`origin`]: the identity of the disk of a stack.
+//! - [`origin`]: the digest that identifies the disk of a stack.
 //! - [`disk`]: the disk with the changes of a store.
 //! - [`mapped`]: a disk, and a list of the ranges that were written.
 //! - [`fault`]: the faults of a store.

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! The identity of the disk of a stack. It is recorded in a store, so that the changes are never used with
+//! The digest that identifies the disk of a stack. It is recorded in a store, so that the changes are never used with
 //! another disk.
 
 use sha2::{Digest, Sha256};
@@ -23,7 +23,7 @@ const FIRST: u64 = 64 << 10;
 const PIECE: u64 = 4096;
 const PIECES: u64 = 64;
 
-/// Identity of a disk.
+/// What identifies a disk.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Origin {
     /// SHA-256 that identifies the disk.
@@ -33,7 +33,7 @@ pub struct Origin {
 }
 
 impl Origin {
-    /// Returns the identity of the disk of `stack`. It is made from the UUID of the topmost layer, if that
+    /// Returns what identifies the disk of `stack`. The digest is made from the UUID of the topmost layer, if that
     /// UUID is made from the content of all layers, and if `fits` says that these layers are the same.
     /// Otherwise, it is made from the UUIDs, sizes and indexes of all layers, and from samples of the data of
     /// layers without UUID.

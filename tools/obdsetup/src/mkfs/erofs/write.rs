@@ -436,7 +436,8 @@ fn xattrs(
     }
 }
 
-/// A file, the root directory where it has no name, has too many extended attributes. `instead` is what to do.
+/// Returns the error for a file with too many extended attributes; for the root directory, `name` is `None`. The
+/// error ends with `instead`, which tells the user what to do.
 pub(super) fn too_long(names: &Names, name: Option<&Name>, instead: &str) -> anyhow::Error {
     let path = show(&name.map(|name| names.path(name)).unwrap_or_default());
     Failure::usage(format!(
