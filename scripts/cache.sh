@@ -13,7 +13,7 @@ ROOT=$CACHE/root-$(root_key)
 root_mirror() { sed -n "s/^deb \([^ ]*\) $SUITE main\$/\1/p" "$ROOT/etc/apt/sources.list"; }
 
 # What debian-image.sh makes.
-DEBIAN_IMAGE=$CACHE/image-$(short_hash <"$SCRIPTS/debian-image.sh")
+DEBIAN_IMAGE=$CACHE/image-$(cat "$SCRIPTS"/debian-{image,root}.sh | short_hash)
 
 # A thing is made in a directory of its own, CACHE_TMP, and renamed when complete. Each thing has its own lock,
 # because making a kernel takes long.

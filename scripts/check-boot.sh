@@ -4,33 +4,21 @@
 # with initramfs-tools and an overlayfs above the image, and with dracut and a dm-snapshot. The last line sums up.
 . "$(dirname "$0")/lib.sh"
 . "$SCRIPTS/cache.sh"
+. "$SCRIPTS/debian-root.sh"
 . "$SCRIPTS/kernel.sh"
 . "$SCRIPTS/accel.sh"
 
 WORK=$BUILD/boot
 HERE=/usr/share/boot-test
 
-# build_debian DIR: make a minimal Debian with systemd, initramfs-tools and dracut. It gets the mirror and settings of
-# the tool-chain root.
+# build_debian DIR: make a minimal Debian with systemd, initramfs-tools and dracut.
 build_debian() {
-	local dir=$1 mirror
-	mirror=$(sed -n "s/^deb \([^ ]*\) $SUITE main\$/\1/p" "$ROOT/etc/apt/sources.list")
-	attend "${LONG_SUDO[@]}" unshare --mount --pid --fork --kill-child --mount-proc \
-		mmdebstrap --mode=root --variant=minbase --format=directory \
-		--aptopt='APT::Install-Recommends "false"' \
-		--aptopt="$ROOT/etc/apt/apt.conf.d/99mmdebstrap" \
-		--dpkgopt='path-exclude=/usr/share/doc/*' \
-		--dpkgopt='path-exclude=/usr/share/locale/*' \
-		--dpkgopt='path-exclude=/usr/share/man/*' \
-		--keyring=/usr/share/keyrings/debian-archive-keyring.gpg \
-		--include=systemd-sysv,udev,dmsetup,e2fsprogs,fdisk,kmod,zstd,initramfs-tools,dracut-core,cpio \
-		"$SUITE" "$dir" \
-		"deb $mirror $SUITE main" \
-		"deb $mirror $SUITE-updates main"
+	debian_root "$1" "$SUITE $SUITE-updates" --variant=minbase --format=directory "${NO_DOCS[@]}" \
+		--include=systemd-sysv,udev,dmsetup,e2fsprogs,fdisk,kmod,zstd,initramfs-tools,dracut-core,cpio
 }
 
 # make_debian: set DEBIAN to the cached root.
-debian_name() { DEBIAN=boot-$(declare -f build_debian | short_hash); }
+debian_name() { DEBIAN=boot-$({ declare -f build_debian && cat "$SCRIPTS/debian-root.sh"; } | short_hash); }
 make_debian() {
 	if [ ! -d "$CACHE/$DEBIAN" ] && cache_begin "$DEBIAN"; then
 		build_debian "$TMP"
@@ -165,19 +153,6 @@ case ${1:-} in
 *) die "usage: check-boot.sh" ;;
 esac
 
-passed=0 failed=0
-
-# results TITLE FUNCTION: run a step that prints a line "ok" or "not ok" for each test.
-results() {
-	local status=0 p f
-	step "$1" "$0" "--$2" || status=$?
-	sed -n '/^\(#\|ok\|not ok\)/s/^/      /p' "$STEP_LOG"
-	p=$(grep -c '^ok' "$STEP_LOG") || :
-	f=$(grep -c '^not ok' "$STEP_LOG") || :
-	[ "$f" != 0 ] || { [ "$status" = 0 ] && [ "$p" != 0 ]; } || f=1
-	passed=$((passed + p)) failed=$((failed + f))
-}
-
 export USE_ROOT=1 KDIR='' CARGO='' QUIET=1
 alone
 "$SCRIPTS/setup.sh"
@@ -188,5 +163,4 @@ step "Debian $SUITE" "$0" --make_debian
 step "layers, disk, initramfs" "$0" --build
 results "boot: initramfs-tools, overlayfs" boot_overlay
 results "boot: dracut, dm-snapshot" boot_snapshot
-say "$passed passed, $failed failed, 0 skipped"
-[ "$failed" = 0 ]
+results_sum

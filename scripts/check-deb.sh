@@ -5,31 +5,24 @@
 # up.
 . "$(dirname "$0")/lib.sh"
 . "$SCRIPTS/cache.sh"
+. "$SCRIPTS/debian-root.sh"
 . "$SCRIPTS/kernel.sh"
 
 DEB=$BUILD/deb
 WORK=$BUILD/deb-test
 
 # build_debian DIR RELEASE VERSION DEPENDS: make a Debian 13 with that kernel, installed as Documentation/install.rst
-# says, and with what our packages depend on. It gets the mirror and settings of the tool-chain root.
+# says, and with what our packages depend on.
 # shellcheck disable=SC2016 # mmdebstrap's hooks get the root as their $1
 build_debian() {
-	local dir=$1 release=$2 version=$3 depends=$4 mirror series
-	mirror=$(root_mirror)
+	local dir=$1 release=$2 version=$3 depends=$4 series
 	series=$(cut -d. -f1,2 <<<"$release")
-	attend "${LONG_SUDO[@]}" env DEBIAN_FRONTEND=noninteractive DEPENDS="$depends" \
+	debian_root "$dir" "$SUITE $SUITE-updates $SUITE-backports" \
+		DEBIAN_FRONTEND=noninteractive DEPENDS="$depends" \
 		KERNEL="linux-image-$release=$version linux-headers-$release=$version linux-source-$series=$version" \
-		unshare --mount --pid --fork --kill-child --mount-proc \
-		mmdebstrap --mode=root --variant=apt --format=directory \
-		--aptopt='APT::Install-Recommends "false"' \
-		--aptopt="$ROOT/etc/apt/apt.conf.d/99mmdebstrap" \
-		--keyring=/usr/share/keyrings/debian-archive-keyring.gpg \
+		--variant=apt --format=directory \
 		--customize-hook='chroot "$1" apt-get install -y -t '"$SUITE"'-backports $KERNEL libelf-dev' \
-		--customize-hook='chroot "$1" apt-get satisfy -y "$DEPENDS"' \
-		"$SUITE" "$dir" \
-		"deb $mirror $SUITE main" \
-		"deb $mirror $SUITE-updates main" \
-		"deb $mirror $SUITE-backports main"
+		--customize-hook='chroot "$1" apt-get satisfy -y "$DEPENDS"'
 }
 
 # depends: print what the packages depend on, in the form for apt-get satisfy.
@@ -43,7 +36,8 @@ make_debian() {
 	local name depends
 	depends=$(depends)
 	[ -n "$depends" ]
-	name=debian-$({ declare -f build_debian && say "$K_RELEASE $K_VERSION $depends"; } | short_hash)
+	name=debian-$({ declare -f build_debian && cat "$SCRIPTS/debian-root.sh" &&
+		say "$K_RELEASE $K_VERSION $depends"; } | short_hash)
 	if [ ! -d "$CACHE/$name" ] && cache_begin "$name"; then
 		build_debian "$TMP" "$K_RELEASE" "$K_VERSION" "$depends"
 		cache_commit "$name"
@@ -75,20 +69,6 @@ case ${1:-} in
 *) die "usage: check-deb.sh" ;;
 esac
 
-passed=0 failed=0 skipped=0
-
-# results TITLE FUNCTION: run a step that prints a line "ok", "not ok" or "skipped" for each test.
-results() {
-	local status=0 p f
-	step "$1" "$0" "--$2" || status=$?
-	grep -E '^(ok|not ok|skipped)' "$STEP_LOG" | sed 's/^/      /' || :
-	p=$(grep -c '^ok' "$STEP_LOG") || :
-	f=$(grep -c '^not ok' "$STEP_LOG") || :
-	[ "$f" != 0 ] || { [ "$status" = 0 ] && [ "$p" != 0 ]; } || f=1
-	passed=$((passed + p)) failed=$((failed + f))
-	skipped=$((skipped + $(grep -c '^skipped' "$STEP_LOG" || :)))
-}
-
 alone
 trap '"${SUDO[@]}" rm -rf "$WORK"' EXIT
 "$SCRIPTS/make-deb.sh"
@@ -97,5 +77,4 @@ steps 3
 step "Debian $SUITE with the kernel" "$0" --make_debian
 results "packages, in that Debian" in_debian
 results "module of the package, in the VM" in_vm
-say "$passed passed, $failed failed, $skipped skipped"
-[ "$failed" = 0 ]
+results_sum

@@ -6,9 +6,9 @@
 #   tree.tar all files as they were in the end, packed by GNU tar
 . "$(dirname "$0")/lib.sh"
 . "$SCRIPTS/cache.sh"
+. "$SCRIPTS/debian-root.sh"
 
-# snapshots DIR: run mmdebstrap, and keep all files in DIR/0.tar, 1.tar and 2.tar. Mirror and settings are those of the
-# tool-chain root.
+# snapshots DIR: run mmdebstrap, and keep all files in DIR/0.tar, 1.tar and 2.tar.
 # shellcheck disable=SC2016 # mmdebstrap's hooks get the root as their $1
 snapshots() {
 	# Whole seconds, as umoci keeps times.
@@ -16,16 +16,8 @@ snapshots() {
 		--exclude=./proc --exclude=./sys \
 		--exclude='./tmp/*' --exclude='./var/cache/apt/*' --exclude='./var/lib/apt/lists/*' --exclude='./var/log/*' \
 		-C \"\$1\" -cf"
-	local mirror dir=$1
-	mirror=$(root_mirror)
-	attend "${LONG_SUDO[@]}" unshare --mount --pid --fork --kill-child --mount-proc \
-		mmdebstrap --mode=root --variant=apt --format=null \
-		--aptopt='APT::Install-Recommends "false"' \
-		--aptopt="$ROOT/etc/apt/apt.conf.d/99mmdebstrap" \
-		--dpkgopt='path-exclude=/usr/share/doc/*' \
-		--dpkgopt='path-exclude=/usr/share/locale/*' \
-		--dpkgopt='path-exclude=/usr/share/man/*' \
-		--keyring=/usr/share/keyrings/debian-archive-keyring.gpg \
+	local dir=$1
+	debian_root - "$SUITE $SUITE-updates" --variant=apt --format=null "${NO_DOCS[@]}" \
 		--include=less \
 		--customize-hook="$keep '$dir/0.tar' ." \
 		--customize-hook='chroot "$1" apt-get install -y libcap2-bin' \
@@ -37,10 +29,7 @@ snapshots() {
 		--customize-hook='echo another machine >"$1/etc/hostname"' \
 		--customize-hook='ln "$1/usr/bin/bash" "$1/usr/bin/the-same-bash"' \
 		--customize-hook='chown 1000:1000 "$1/srv" && chmod 1777 "$1/srv"' \
-		--customize-hook="$keep '$dir/2.tar' ." \
-		"$SUITE" - \
-		"deb $mirror $SUITE main" \
-		"deb $mirror $SUITE-updates main"
+		--customize-hook="$keep '$dir/2.tar' ."
 }
 
 # layers ROOT DIR: in name spaces of its own, make the layout of what snapshots has kept.

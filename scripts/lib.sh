@@ -185,3 +185,24 @@ step() {
 	fi
 	return "$status"
 }
+
+PASSED=0 FAILED=0 SKIPPED=0
+
+# results TITLE FUNCTION: run a function of this script, by its option --FUNCTION, as a step that prints a line "ok",
+# "not ok" or "skipped" for each test, and lines that begin with #. Print and count these.
+results() {
+	local status=0 p f s
+	step "$1" "$0" "--$2" || status=$?
+	sed -nE '/^(#|ok|not ok|skipped)/s/^/      /p' "$STEP_LOG"
+	p=$(grep -c '^ok' "$STEP_LOG") || :
+	f=$(grep -c '^not ok' "$STEP_LOG") || :
+	s=$(grep -c '^skipped' "$STEP_LOG") || :
+	[ "$f" != 0 ] || { [ "$status" = 0 ] && [ "$p" != 0 ]; } || f=1
+	PASSED=$((PASSED + p)) FAILED=$((FAILED + f)) SKIPPED=$((SKIPPED + s))
+}
+
+# results_sum: print the sums of results; fail if a test has failed.
+results_sum() {
+	say "$PASSED passed, $FAILED failed, $SKIPPED skipped"
+	[ "$FAILED" = 0 ]
+}

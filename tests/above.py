@@ -10,7 +10,8 @@ import subprocess
 from obdtest import dm, image, stack
 from obdtest.disk import Disk, fails_with, same_bytes, verify
 from obdtest.dm import line
-from obdtest.ktap import Skip, equal, main, test
+from obdtest.ktap import equal, main, test
+from obdtest.programs import need, need_module
 
 VSIZE = 1 << 20
 LAYER = image.lsmt(VSIZE, [(0, image.sample(700 * 512, 61)), (1000, image.sample(400 * 512, 62))])
@@ -21,12 +22,6 @@ PLAIN = image.flatten([image.Lsmt(LAYER), image.Lsmt(TOP)])
 def make():
     """Returns a stack of a ZFile and a layer that isn't compressed."""
     return stack.open_stack(image.zfile(LAYER, image.ZSTD, 16384), TOP)
-
-
-def need(*modules):
-    for module in modules:
-        if subprocess.run(["modprobe", module], capture_output=True, check=False).returncode:
-            raise Skip(f"no kernel module {module}")
 
 
 def write(path, offset, content):
@@ -40,36 +35,36 @@ def write(path, offset, content):
         os.close(fd)
 
 
-@test("dm-snapshot above takes writes; the image is unchanged")
-def snapshot():
-    need("dm-snapshot")
-    origin = make()
-    cow = dm.Loop(b"", size=4 << 20, readonly=False)
-    device = dm.create(line(0, VSIZE // 512, "snapshot", origin.path, cow.path, "N", 8), readonly=False)
+def written(device, offsets):
+    """Writes 4 KiB at each offset of a device that has the content of the image. Returns the new content."""
     wanted = bytearray(PLAIN)
-    for offset in (0, 40960, 150 * 4096, VSIZE - 4096):
+    for offset in offsets:
         content = image.sample(4096, offset)
         write(device.path, offset, content)
         wanted[offset:offset + 4096] = content
-    verify(device, bytes(wanted), rounds=40)
+    return bytes(wanted)
+
+
+@test("dm-snapshot above takes writes; the image is unchanged")
+def snapshot():
+    need_module("dm-snapshot")
+    origin = make()
+    cow = dm.Loop(b"", size=4 << 20, readonly=False)
+    device = dm.create(line(0, VSIZE // 512, "snapshot", origin.path, cow.path, "N", 8), readonly=False)
+    verify(device, written(device, (0, 40960, 150 * 4096, VSIZE - 4096)), rounds=40)
     verify(origin, PLAIN, rounds=20)
     device.remove()
 
 
 @test("a thin volume whose external origin is an image")
 def thin():
-    need("dm-thin-pool")
+    need_module("dm-thin-pool")
     origin = make()
     meta, data = (dm.Loop(b"", size=4 << 20, readonly=False) for _ in range(2))
     pool = dm.create(line(0, 8192, "thin-pool", meta.path, data.path, 128, 0), readonly=False)
     subprocess.run(["dmsetup", "message", pool.name, "0", "create_thin 0"], check=True)
     device = dm.create(line(0, VSIZE // 512, "thin", pool.path, 0, origin.path), readonly=False)
-    wanted = bytearray(PLAIN)
-    for offset in (4096, 300 * 1024):
-        content = image.sample(4096, offset)
-        write(device.path, offset, content)
-        wanted[offset:offset + 4096] = content
-    verify(device, bytes(wanted), rounds=40)
+    verify(device, written(device, (4096, 300 * 1024)), rounds=40)
     verify(origin, PLAIN, rounds=20)
     device.remove()
     pool.remove()
@@ -95,7 +90,6 @@ def nested():
 
 @test("striped and delayed devices below: lower reads are split and late")
 def striped():
-    need("dm-delay")
     raw = image.zfile(LAYER)
     chunk, half = 8, -(-len(raw) // 8192)
     sides = [bytearray(), bytearray()]
@@ -104,7 +98,7 @@ def striped():
         sides[nth % 2] += padded[nth * 4096:(nth + 1) * 4096]
     loops = [dm.Loop(bytes(side)) for side in sides]
     stripes = dm.create(line(0, half * 16, "striped", 2, chunk, loops[0].path, 0, loops[1].path, 0))
-    late = dm.create(line(0, half * 16, "delay", stripes.path, 0, 5))
+    late = dm.delayed(stripes, half * 16, 5)
     wanted = image.flatten([image.Lsmt(LAYER)])
     device = dm.lsmt(VSIZE, (dm.zfile(late, len(raw), len(LAYER)), len(LAYER)))
     disk = Disk(device)
@@ -115,9 +109,8 @@ def striped():
 
 @test("dm-verity below: reads succeed, and corruption that verity finds is an I/O error")
 def verity():
-    if subprocess.run(["which", "veritysetup"], capture_output=True, check=False).returncode:
-        raise Skip("no veritysetup")
-    need("dm-verity")
+    need("veritysetup")
+    need_module("dm-verity")
     raw = image.zfile(LAYER)
     data, tree = dm.Loop(raw), dm.Loop(b"", size=1 << 20, readonly=False)
     out = subprocess.run(["veritysetup", "format", data.path, tree.path], capture_output=True, text=True, check=True)

@@ -4,14 +4,13 @@
 
 import errno
 import os
-import subprocess
 import threading
 import time
 
 from obdtest import dm, image
 from obdtest.disk import Disk, read_or_none, same_bytes, verify
 from obdtest.dm import line
-from obdtest.ktap import SLOW, Skip, add, check, defer, equal, main, test
+from obdtest.ktap import SLOW, add, check, defer, equal, main, test
 from obdtest.memory import meminfo
 from obdtest.tracing import Trace, device_filter
 
@@ -113,18 +112,11 @@ def images():
     check(after[2][READS] > before[2][READS], "no reads of the third layer")
 
 
-def late(below, sectors, milliseconds=20):
-    """Returns a dm-delay device that delays each read."""
-    if subprocess.run(["modprobe", "dm-delay"], capture_output=True, check=False).returncode:
-        raise Skip("no kernel module dm-delay")
-    return dm.create(line(0, sectors, "delay", below.path, 0, milliseconds))
-
-
 @test("cache_all: concurrent readers cause the lower reads of one reader")
 def together():
     raw = image.zfile(DATA)
     loop = dm.Loop(raw)
-    lower = late(loop, loop.size // 512)
+    lower = dm.delayed(loop, loop.size // 512, 20)
     zfile = device(lower, raw, "cache_all")
     blocks = -(-len(DATA) // 4096)
     results = []
@@ -178,16 +170,26 @@ def start_together(count, function):
     return threads
 
 
-def failing(options, length):
-    """If a read fails while others wait for its blocks, one of these reads again, once."""
+def broken(options, milliseconds):
+    """Returns a zfile device whose lower reads take so long and then fail, and the function that mends that."""
     raw = image.zfile(DATA, image.ZSTD, 65536)
     loop = dm.Loop(raw)
     sectors = loop.size // 512
     below = dm.linear(loop, sectors, readonly=True)
-    zfile = device(late(below, sectors, max(600, 300 * SLOW)), raw, *options)
+    zfile = device(dm.delayed(below, sectors, milliseconds), raw, *options)
+
+    def replace(*table):
+        below.load(line(0, sectors, *table))
+        below.resume()
+
+    replace("error")
+    return zfile, lambda: replace("linear", loop.path, 0)
+
+
+def failing(options, length):
+    """If a read fails while others wait for its blocks, one of these reads again, once."""
+    zfile, mend = broken(options, max(600, 300 * SLOW))
     results = []
-    below.load(line(0, sectors, "error"))
-    below.resume()
     disk = Disk(zfile)
     threads = start_together(8, lambda: results.append(read_or_none(disk, 0, length)))
     for thread in threads:
@@ -195,27 +197,19 @@ def failing(options, length):
     equal(results, [None] * 8, "reads")
     got = counters(zfile)
     equal((got[CACHED], got[READS], got[READ_ERRORS], got[HITS]), (0, 2, 2, 7), "cached, reads, that failed, waits")
-    below.load(line(0, sectors, "linear", loop.path, 0))
-    below.resume()
+    mend()
     verify(zfile, PADDED, rounds=10)
 
 
 def mended(options, length):
     """A read that fails doesn't fail the reads that wait for its blocks, if the second lower read succeeds."""
-    raw = image.zfile(DATA, image.ZSTD, 65536)
-    loop = dm.Loop(raw)
-    sectors = loop.size // 512
-    below = dm.linear(loop, sectors, readonly=True)
-    zfile = device(late(below, sectors, max(1000, 400 * SLOW)), raw, *options)
+    zfile, mend = broken(options, max(1000, 400 * SLOW))
     results = []
-    below.load(line(0, sectors, "error"))
-    below.resume()
     disk = Disk(zfile)
     threads = start_together(8, lambda: results.append(read_or_none(disk, 0, length)))
     while counters(zfile)[READ_ERRORS] == 0:
         time.sleep(0.02)
-    below.load(line(0, sectors, "linear", loop.path, 0))
-    below.resume()
+    mend()
     for thread in threads:
         thread.join()
     equal(sorted(result == DATA[:length] for result in results), [False] + [True] * 7, "right reads")

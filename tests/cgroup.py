@@ -2,14 +2,13 @@
 # SPDX-License-Identifier: GPL-2.0
 """The control group that lower reads are charged to: that of the reader, whatever path the read takes."""
 
-import subprocess
 import time
 
 from obdtest import dm, image, inject
 from obdtest.cgroup import Group
 from obdtest.disk import Disk, same_bytes
 from obdtest.dm import line
-from obdtest.ktap import Skip, add, check, equal, main, note, test
+from obdtest.ktap import add, check, equal, main, note, test
 
 DATA = image.sample(700001, 61)
 PADDED = DATA + bytes(-len(DATA) % 512)
@@ -22,13 +21,6 @@ READS, READ_BYTES = 5, 6
 def zfile(lower, *options):
     words = " ".join(map(str, options)).split()
     return dm.create(line(0, SECTORS, "zfile", lower.path, len(RAW), len(words), *words))
-
-
-def late(below, sectors):
-    """Returns a dm-delay device, which passes reads on later, from a kernel thread."""
-    if subprocess.run(["modprobe", "dm-delay"], capture_output=True, check=False).returncode:
-        raise Skip("no kernel module dm-delay")
-    return dm.create(line(0, sectors, "delay", below.path, 0, 10))
 
 
 def read_all(device, step, length):
@@ -45,7 +37,7 @@ def charged(options, delayed, step, length):
     loop = dm.Loop(RAW)
     device = zfile(loop, options)
     before = [int(word) for word in device.info()[READS:READ_BYTES + 1]]
-    group.run(read_all, late(device, SECTORS) if delayed else device, step, length)
+    group.run(read_all, dm.delayed(device, SECTORS, 10) if delayed else device, step, length)
     reads, read_bytes = [int(word) - was for word, was in zip(device.info()[READS:READ_BYTES + 1], before)]
     check(reads > 0, "nothing was read")
     equal(group.stat(loop), (read_bytes, reads), "bytes and reads that the group is charged for")
@@ -61,7 +53,7 @@ def stacked():
         raw = image.zfile(layer)
         loops.append(dm.Loop(raw))
         zfiles.append((dm.zfile(loops[-1], len(raw), len(layer)), len(layer)))
-    device = late(dm.lsmt(vsize, *zfiles), vsize // 512)
+    device = dm.delayed(dm.lsmt(vsize, *zfiles), vsize // 512, 10)
     before = [int(each.info()[READ_BYTES]) for each, _ in zfiles]
 
     def reader():

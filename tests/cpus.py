@@ -17,6 +17,7 @@ from obdtest import dm, image
 from obdtest.disk import Disk, verify_random
 from obdtest.ktap import SLOW, Failure, Skip, check, defer, equal, main, note, same_bytes, test
 from obdtest.module import module_file
+from obdtest.programs import need_module
 
 SYSFS = "/sys/devices/system/cpu"
 TRACING = "/sys/kernel/tracing"
@@ -50,8 +51,7 @@ def housekeeping():
 def ram_disk(content):
     """Makes a RAM disk, which completes reads on the submitting CPU: the CPU of a reader then chooses the worker."""
     subprocess.run(["rmmod", "brd"], capture_output=True, check=False)
-    if subprocess.run(["modprobe", "brd", "rd_nr=1", "rd_size=8192"], capture_output=True, check=False).returncode:
-        raise Skip("no kernel module brd")
+    need_module("brd", options=("rd_nr=1", "rd_size=8192"))
     defer(subprocess.run, ["rmmod", "brd"])
     with open("/dev/ram0", "wb") as file:
         file.write(content)

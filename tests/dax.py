@@ -17,12 +17,14 @@ import signal
 import stat
 import struct
 import subprocess
-import tempfile
 import time
 
 from obdtest import dm, image, module
-from obdtest.disk import Disk
-from obdtest.ktap import Skip, check, defer, equal, main, same_bytes, skip_all, test
+from obdtest.disk import Disk, fails_with
+from obdtest.files import mount, read, umount, work_directory
+from obdtest.ktap import check, defer, equal, main, same_bytes, skip_all, test
+from obdtest.memory import page_cache
+from obdtest.programs import close, need, need_module, obdsetup, run
 from obdtest.tracing import Trace
 
 PMEM = ("/dev/pmem0", "/dev/pmem1")
@@ -99,12 +101,7 @@ def changes(raw, base=b""):
 def refused(phrase, error, *lines):
     """Fails unless a table is refused, for this reason."""
     log = dm.KernelLog()
-    try:
-        dm.create(*lines)
-        got = None
-    except OSError as caught:
-        got = caught.errno
-    equal(got, error, phrase)
+    fails_with(error, dm.create, *lines)
     said = [text for text in log.lines() if "device-mapper: table" in text]
     check(any(phrase in text for text in said), f"no log line has {phrase!r}: {said}")
 
@@ -282,12 +279,7 @@ def partitions():
 def load_refused(device, *lines):
     """Fails unless a device with a live table refuses another table."""
     log = dm.KernelLog()
-    try:
-        device.load(*lines)
-        got = None
-    except OSError as error:
-        got = error.errno
-    equal(got, errno.EBUSY, "a second table")
+    fails_with(errno.EBUSY, device.load, *lines)
     said = log.lines()
     check(any("which lsmt-dax cannot replace" in text for text in said), f"the log says {said}")
 
@@ -366,31 +358,6 @@ def parked():
 
 # ---- file systems ----
 
-def run(*command, **options):
-    """Runs a command; its output."""
-    done = subprocess.run(command, capture_output=True, text=True, check=False, **options)
-    if done.returncode:
-        raise OSError(f"{' '.join(command)}: status {done.returncode}: {done.stderr.strip() or done.stdout.strip()}")
-    return done.stdout
-
-
-def workdir():
-    path = tempfile.mkdtemp(prefix="obdtest-")
-    defer(shutil.rmtree, path)
-    return path
-
-
-def umount(where):
-    if os.path.ismount(where):
-        run("umount", where)
-
-
-def mount(device, where, options):
-    os.makedirs(where, exist_ok=True)
-    run("mount", "-o", options, device, where)
-    defer(umount, where)
-
-
 def make_tree(root, seed=0):
     os.makedirs(f"{root}/dir", exist_ok=True)
     for nth, size in enumerate((1, 4095, 4096, 70000, 3 * MIB, 16 * MIB)):
@@ -427,12 +394,6 @@ def is_dax(path):
     return bool(attributes & 1 << 21)
 
 
-def cached():
-    """Kilobytes of page cache."""
-    with open("/proc/meminfo", encoding="ascii") as file:
-        return next(int(row.split()[1]) for row in file if row.startswith("Cached:"))
-
-
 KINDS = {
     # Large files begin at 2 MiB.
     "ext4": (96 * MIB, ["mkfs.ext4", "-q", "-b", str(PAGE), "-E", f"stride={HUGE // PAGE},stripe_width={HUGE // PAGE}"],
@@ -443,8 +404,8 @@ KINDS = {
 
 def disks(kind, work):
     """A disk with a file system, and that with changes: two images and the tree."""
-    if not shutil.which(f"mkfs.{kind}") or subprocess.run(["modprobe", "-q", kind], check=False).returncode:
-        raise Skip(f"this kernel has no {kind}")
+    need(f"mkfs.{kind}")
+    need_module(kind)
     tree, raw = f"{work}/tree", f"{work}/raw"
     make_tree(tree)
     images = []
@@ -453,8 +414,7 @@ def disks(kind, work):
             with open(f"{tree}/dir/file3", "wb") as file:
                 file.write(noise(70000, seed))
             run("mkfs.erofs", "-b", str(PAGE), "-T0", "-U", "00000000-0000-0000-0000-000000000001", raw, tree)
-            with open(raw, "rb") as file:
-                content = file.read()
+            content = read(raw)
             os.unlink(raw)
             images.append(content + bytes(-len(content) % PAGE))
         size = max(map(len, images))
@@ -477,14 +437,13 @@ def disks(kind, work):
         else:
             run("cp", "-a", f"{tree}/.", f"{work}/rw")
         umount(f"{work}/rw")
-        with open(raw, "rb") as file:
-            images.append(file.read())
+        images.append(read(raw))
     return images, tree, options
 
 
 def opened(kind):
     """A mounted file system on two layers: (device, where, tree)."""
-    work = workdir()
+    work = work_directory()
     (base, changed), tree, options = disks(kind, work)
     layers = [Pmem(layer(len(base), changes(base), huge=True), PMEM[0]),
               Pmem(layer(len(base), changes(changed, base)), PMEM[1])]
@@ -496,7 +455,7 @@ def opened(kind):
 def file_system(kind):
     device, where, tree = opened(kind)
     wanted = digests(tree)
-    before = cached()
+    before = page_cache()
     check(is_dax(f"{where}/dir/file5"), "statx() does not say DAX")
     got = digests(where, mapped=True)
     got.pop("lost+found", None)
@@ -504,15 +463,10 @@ def file_system(kind):
     equal(digests(where), wanted, "files that are read")
     equal(run(f"{where}/busybox", "echo", "it runs").strip(), "it runs", "a program")
     # 19 MiB were read twice. The page cache has what else runs in the VM, and the file system's own structures.
-    check(cached() - before < 4096, f"{cached() - before} KiB more of page cache")
+    check(page_cache() - before < 4096, f"{page_cache() - before} KiB more of page cache")
     # It is mounted.
-    for change in (lambda: device.try_remove(), lambda: device.load(dm.line(0, 8, "lsmt-dax", 1, PMEM[0], "-"))):
-        try:
-            change()
-            error = None
-        except OSError as caught:
-            error = caught.errno
-        equal(error, errno.EBUSY, "a change of a mounted device")
+    for change, *args in ((device.try_remove, ), (device.load, dm.line(0, 8, "lsmt-dax", 1, PMEM[0], "-"))):
+        fails_with(errno.EBUSY, change, *args)
     equal(digests(where, mapped=True), wanted, "files that are mapped, after that")
 
 
@@ -557,7 +511,7 @@ def killed_by(function):
 
 @test("holes are errors, whether they are read or mapped")
 def holes():
-    work = workdir()
+    work = work_directory()
     raw = f"{work}/raw"
     with open(raw, "wb") as file:
         file.truncate(16 * MIB)
@@ -569,20 +523,14 @@ def holes():
     with open(f"{work}/rw/sparse", "wb") as file:
         file.truncate(4 * PAGE)
     umount(f"{work}/rw")
-    with open(raw, "rb") as file:
-        content = file.read()
+    content = read(raw)
     # The zeros that the file has blocks for are left out of the layer.
     device = lsmt_dax(len(content), Pmem(layer(len(content), changes(content))))
     mount(device.path, f"{work}/mnt", "ro,noload,dax=always")
     log = dm.KernelLog()
     with open(f"{work}/mnt/zeros", "rb", buffering=0) as file:
         same_bytes(os.pread(file.fileno(), PAGE, 8 * PAGE), noise(PAGE, 1), "a page with data, read")
-        try:
-            os.pread(file.fileno(), PAGE, 0)
-            got = None
-        except OSError as error:
-            got = error.errno
-        equal(got, errno.EIO, "a page in a hole, read")
+        fails_with(errno.EIO, os.pread, file.fileno(), PAGE, 0)
         shared = mmap.mmap(file.fileno(), 9 * PAGE, mmap.MAP_SHARED, mmap.PROT_READ)
         private = mmap.mmap(file.fileno(), 9 * PAGE, mmap.MAP_PRIVATE, mmap.PROT_READ | mmap.PROT_WRITE)
         defer(shared.close)
@@ -602,8 +550,7 @@ def holes():
 @test("a mounted device that lost its table keeps its layers", timeout=400)
 def parked_mount():
     device, where, tree = opened("ext4")
-    with open(f"{tree}/dir/file5", "rb") as file:
-        wanted = file.read()
+    wanted = read(f"{tree}/dir/file5")
     phrase = "Device is in a DAX table already"
     _, length, _, params = device.status(dm.TABLE)[0]
     again = dm.line(0, PAGE // 512, "lsmt-dax", 1, *params.split()[1:3])
@@ -623,9 +570,9 @@ def parked_mount():
 
 @test("a layer whose DAX memory has a holder is refused", timeout=400)
 def holder():
-    if not shutil.which("mkfs.xfs") or subprocess.run(["modprobe", "-q", "xfs"], check=False).returncode:
-        raise Skip("this kernel has no xfs")
-    work = workdir()
+    need("mkfs.xfs")
+    need_module("xfs")
+    work = work_directory()
     _, content = simple()
     layer_ = Partition(content, 1, MIB, 16 * MIB)
     other = Partition(b"", 2, 24 * MIB, 100 * MIB)
@@ -639,18 +586,14 @@ def holder():
 
 @test("obdsetup makes layers for DAX, and opens them", timeout=400)
 def by_obdsetup():
-    obdsetup = shutil.which("obdsetup")
-    if not obdsetup:
-        raise Skip("no obdsetup")
-    work = workdir()
+    work = work_directory()
     make_tree(f"{work}/tree")
-    run(obdsetup, "create", "--directory", f"{work}/tree", "--fs", "ext4", "--dax", f"{work}/layer")
-    run(obdsetup, "verify", "--dax", f"{work}/layer")
-    with open(f"{work}/layer", "rb") as file:
-        pmem = Pmem(file.read())
+    obdsetup("create", "--directory", f"{work}/tree", "--fs", "ext4", "--dax", f"{work}/layer")
+    obdsetup("verify", "--dax", f"{work}/layer")
+    pmem = Pmem(read(f"{work}/layer"))
     name = f"obdtest-{os.getpid()}-dax"
-    run(obdsetup, "open", "--dax", name, f"{pmem.path}:size={pmem.length}")
-    defer(subprocess.run, [obdsetup, "close", name])
+    obdsetup("open", "--dax", name, f"{pmem.path}:size={pmem.length}")
+    defer(close, name)
     mount(f"/dev/mapper/{name}", f"{work}/mnt", "ro,noload,dax=always")
     check(is_dax(f"{work}/mnt/dir/file5"), "statx() does not say DAX")
     got = digests(f"{work}/mnt", mapped=True)

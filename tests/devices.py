@@ -8,7 +8,8 @@ import subprocess
 
 from obdtest import dm, golden, image
 from obdtest.disk import Disk, fails_with, same_bytes, verify
-from obdtest.ktap import Skip, add, check, defer, equal, main, test
+from obdtest.ktap import Failure, Skip, add, check, defer, equal, main, test
+from obdtest.programs import need, need_module, run
 
 DATA = image.sample(500000, 51)
 PADDED = DATA + bytes(-len(DATA) % 512)
@@ -18,14 +19,6 @@ TOP = image.lsmt(VSIZE, [(5, image.sample(2560, 54)), (700, 100)])
 PLAIN = image.flatten([image.Lsmt(LAYER), image.Lsmt(TOP)])
 # The same disk with segments aligned to 8 sectors.
 LAYER_4K = image.lsmt(VSIZE, [(0, image.sample(304 * 512, 52)), (400, 48), (600, image.sample(104 * 512, 53))])
-
-
-def run(*command, **options):
-    """Runs a command. Returns its output."""
-    done = subprocess.run(command, capture_output=True, text=True, check=False, **options)
-    if done.returncode:
-        raise OSError(f"{' '.join(command)}: {done.stderr.strip()}")
-    return done.stdout
 
 
 class Path:
@@ -51,11 +44,6 @@ def every_kind(make):
     verify(dm.lsmt(VSIZE, (lower, len(LAYER)), (make(TOP), len(TOP))), PLAIN, rounds=30)
 
 
-def modprobe(name, *args):
-    if subprocess.run(["modprobe", name, *args], capture_output=True, check=False).returncode:
-        raise Skip(f"no kernel module {name}")
-
-
 add("loop devices", every_kind, dm.Loop)
 add("loop devices with direct I/O", every_kind, lambda raw: dm.Loop(raw, direct=True))
 
@@ -63,7 +51,7 @@ add("loop devices with direct I/O", every_kind, lambda raw: dm.Loop(raw, direct=
 @test("RAM disks (brd)")
 def ram_disks():
     subprocess.run(["rmmod", "brd"], capture_output=True, check=False)
-    modprobe("brd", "rd_nr=4", "rd_size=8192")
+    need_module("brd", options=("rd_nr=4", "rd_size=8192"))
     defer(subprocess.run, ["rmmod", "brd"])
     free = [Path(f"/dev/ram{nth}") for nth in range(4)]
 
@@ -77,9 +65,7 @@ def ram_disks():
 
 @test("logical volumes: blobs padded to extents, sizes from the table, or '-'")
 def volumes():
-    for tool in ("pvcreate", "vgcreate", "lvcreate"):
-        if subprocess.run(["which", tool], capture_output=True, check=False).returncode:
-            raise Skip(f"no {tool}")
+    need("pvcreate", "vgcreate", "lvcreate")
     backing = dm.Loop(b"", size=64 << 20, readonly=False)
     group = f"obdtest{os.getpid()}"
     run("pvcreate", "-qq", "-y", backing.path)
@@ -115,7 +101,7 @@ def partitions():
     run("sfdisk", "-q", "--no-reread", "--no-tell-kernel", backing.path, input="label: dos\nstart=8, size=4000\n")
     try:
         run("partx", "--add", backing.path)
-    except OSError as error:
+    except Failure as error:
         raise Skip(str(error)) from None
     part = Path(f"{backing.path}p1")
     defer(subprocess.run, ["partx", "--delete", backing.path])

@@ -4,16 +4,15 @@
 right bytes or the lower device's error, never with wrong bytes. Reads succeed when the fault is gone."""
 
 import errno
-import os
 import random
-import subprocess
 import threading
 import time
 
 from obdtest import dm, image, inject, machine
 from obdtest.disk import Disk, same_bytes, verify
 from obdtest.dm import line
-from obdtest.ktap import SLOW, Skip, add, alone, check, equal, main, note, test
+from obdtest.ktap import SLOW, add, alone, check, equal, main, note, test
+from obdtest.programs import need_module
 
 # Time limit for each read in seconds, in an emulated machine.
 BOUND = 10 * SLOW
@@ -143,12 +142,6 @@ def soon(condition):
     return False
 
 
-def need(*modules):
-    for module in modules:
-        if subprocess.run(["modprobe", module], capture_output=True, check=False).returncode:
-            raise Skip(f"this kernel has no {module}")
-
-
 # ---- dm-error, dm-flakey ----
 
 def comes_and_goes(victim, bad_line):
@@ -180,13 +173,13 @@ def error_target(victim):
 
 
 def flakey_reads(victim):
-    need("dm-flakey")
+    need_module("dm-flakey")
     comes_and_goes(victim, lambda lower: flakey(lower, "error_reads"))
 
 
 def flakey_corrupts(victim):
     """Random bytes of the lower data change: a ZFile with CRCs never returns them."""
-    need("dm-flakey")
+    need_module("dm-flakey")
     (lower,), device = victim.open()
     lower.swap(flakey(lower, "random_read_corrupt", 500000000))
     readers = Readers(device, victim.wanted)
@@ -218,7 +211,7 @@ def needs_any(victim, start, end, sectors):
 
 def dust(victim):
     """Single bad sectors fail the reads that need them, and no others. After removal, all reads succeed."""
-    need("dm-dust")
+    need_module("dm-dust")
     (lower,), device = victim.open()
     lower.swap(line(0, lower.sectors, "dust", lower.loop.path, 0, 512))
     rng = random.Random(5)
@@ -248,7 +241,7 @@ def dust(victim):
 
 def delay(victim):
     """A slow lower device makes reads slow, but not wrong, and many reads wait at the same time."""
-    need("dm-delay")
+    need_module("dm-delay")
     (lower,), device = victim.open()
     lower.swap(line(0, lower.sectors, "delay", lower.loop.path, 0, 40))
     readers = for_seconds(device, victim.wanted, 1.5, count=12)

@@ -7,22 +7,14 @@ import os
 import shutil
 import stat
 import subprocess
-import tempfile
 
 from obdtest import image
+from obdtest.files import mount, umount, work_directory
 from obdtest.ktap import Skip, add, check, defer, equal, main
+from obdtest.programs import OBDSETUP, close, need, need_module, obdsetup, run
 
-OBDSETUP = shutil.which("obdsetup")
 KINDS = {"ext4": "32m", "btrfs": "128m", "xfs": "300m", "erofs": None, "squashfs": None}
 WRAPPINGS = (["--algorithm", "lz4", "--tar"], ["--algorithm", "zstd", "--block-size", "64k"], ["--algorithm", "none"])
-
-
-def run(*command, **options):
-    """Runs a command. Returns its output."""
-    done = subprocess.run(command, capture_output=True, text=True, check=False, **options)
-    if done.returncode:
-        raise OSError(f"{' '.join(command)}: status {done.returncode}: {done.stderr.strip() or done.stdout.strip()}")
-    return done.stdout
 
 
 def make_tree(root):
@@ -73,57 +65,38 @@ def manifest(root):
     return out
 
 
-def mount(kind, device, where, options):
-    run("mount", "-t", kind, "-o", options, device, where)
-    defer(umount, where)
-
-
-def umount(where):
-    if os.path.ismount(where):
-        run("umount", where)
-
-
-def close(name):
-    """Closes what a failed test has left open."""
-    if os.path.exists(f"/dev/mapper/{name}"):
-        subprocess.run([OBDSETUP, "close", name], capture_output=True, check=False)
-
-
 def file_system(kind):
-    if not OBDSETUP:
-        raise Skip("no obdsetup")
+    need("obdsetup")
     if not shutil.which("mksquashfs" if kind == "squashfs" else f"mkfs.{kind}"):
         raise Skip(f"no mkfs for {kind}")
-    if subprocess.run(["modprobe", kind], capture_output=True, check=False).returncode:
-        raise Skip(f"this kernel has no {kind}")
-    work = tempfile.mkdtemp(prefix="obdtest-")
-    defer(shutil.rmtree, work)
+    need_module(kind)
+    work = work_directory()
     tree, where, raw = f"{work}/tree", f"{work}/mnt", f"{work}/raw"
     os.mkdir(where)
     make_tree(tree)
     layers = [f"{work}/layer0.obd"]
     if KINDS[kind] is None:
-        run(OBDSETUP, "create", "--directory", tree, "--fs", kind, *WRAPPINGS[0], layers[0])
+        obdsetup("create", "--directory", tree, "--fs", kind, *WRAPPINGS[0], layers[0])
     else:
         layers += layers_by_mounting(kind, work, tree, where, raw, layers)
     wanted = manifest(tree)
     name = f"obdtest-{os.getpid()}-{kind}"
-    run(OBDSETUP, "open", name, *layers)
+    obdsetup("open", name, *layers)
     defer(close, name)
     device = f"/dev/mapper/{name}"
     if kind == "ext4":
         run("e2fsck", "-fn", device)
     options = {"xfs": "ro,norecovery,nouuid", "btrfs": "ro,norecovery"}.get(kind, "ro")
-    mount(kind, device, where, options)
+    mount(device, where, options, kind)
     got = manifest(where)
     equal(sorted(got), sorted(wanted), "names")
     for path, what in wanted.items():
         equal(got[path], what, path)
     umount(where)
     # obdsetup without the kernel module must read the same.
-    run(OBDSETUP, "dump", *layers, "-o", f"{work}/dump", "--sparse")
+    obdsetup("dump", *layers, "-o", f"{work}/dump", "--sparse")
     run("cmp", device, f"{work}/dump")
-    run(OBDSETUP, "close", name)
+    obdsetup("close", name)
     check(not os.path.exists(device), f"{device} is still there")
 
 
@@ -135,7 +108,7 @@ def layers_by_mounting(kind, work, tree, where, raw, layers):
     for turn in range(3):
         if turn:
             change_tree(tree, turn)
-        mount(kind, raw, where, "loop,discard")
+        mount(raw, where, "loop,discard", kind)
         run("cp", "-a", f"{tree}/.", where)
         for path in sorted(set(manifest(where)) - set(manifest(tree)), reverse=True):
             path = os.path.join(where, path)
@@ -144,7 +117,7 @@ def layers_by_mounting(kind, work, tree, where, raw, layers):
         umount(where)
         path = f"{work}/layer{turn}.obd"
         bases = [arg for layer in (layers[:1] + more)[:turn] for arg in ("--base", layer)]
-        run(OBDSETUP, "create", "--image", raw, *bases, *WRAPPINGS[turn], path)
+        obdsetup("create", "--image", raw, *bases, *WRAPPINGS[turn], path)
         if turn:
             more.append(path)
     return more
@@ -152,19 +125,16 @@ def layers_by_mounting(kind, work, tree, where, raw, layers):
 
 def not_unmounted(kind, options):
     """A copy of a mounted disk, with something in its journal, and a copy of the disk after unmounting."""
-    if not OBDSETUP:
-        raise Skip("no obdsetup")
+    need("obdsetup")
     if not shutil.which(f"mkfs.{kind}"):
         raise Skip(f"no mkfs for {kind}")
-    if subprocess.run(["modprobe", kind], capture_output=True, check=False).returncode:
-        raise Skip(f"this kernel has no {kind}")
-    work = tempfile.mkdtemp(prefix="obdtest-")
-    defer(shutil.rmtree, work)
+    need_module(kind)
+    work = work_directory()
     where, raw = f"{work}/mnt", f"{work}/raw"
     os.mkdir(where)
     run("truncate", "-s", KINDS[kind], raw)
     run(f"mkfs.{kind}", "-q", raw)
-    mount(kind, raw, where, "loop")
+    mount(raw, where, "loop", kind)
     with open(f"{where}/file", "wb") as file:
         file.write(image.sample(70000, 3))
     os.sync()
@@ -178,7 +148,7 @@ def not_unmounted(kind, options):
     name = f"obdtest-{os.getpid()}-{kind}"
     device = f"/dev/mapper/{name}"
     for disk, is_dirty in ((raw, False), (f"{work}/dirty", True)):
-        run(OBDSETUP, "create", "--force", "--skip-zeros", "--image", disk, f"{work}/layer")
+        obdsetup("create", "--force", "--skip-zeros", "--image", disk, f"{work}/layer")
         done = subprocess.run([OBDSETUP, "open", name, f"{work}/layer"], capture_output=True, text=True, check=True)
         defer(close, name)
         said = f"was not unmounted cleanly, and a read-only device cannot replay its journal: mount -o {options} "
@@ -187,10 +157,10 @@ def not_unmounted(kind, options):
         defer(umount, where)
         equal(plain.returncode != 0, is_dirty, f"mount -o ro of {disk} fails")
         umount(where)
-        mount(kind, device, where, options)
+        mount(device, where, options, kind)
         check(os.path.exists(f"{where}/file") or is_dirty, "the file is there")
         umount(where)
-        run(OBDSETUP, "close", name)
+        obdsetup("close", name)
 
 
 for fs in KINDS:

@@ -9,14 +9,14 @@ import re
 import shutil
 import subprocess
 import sys
-import tempfile
 import textwrap
 
 from obdtest import dm, image
 from obdtest.disk import Disk, read_or_none
-from obdtest.ktap import Skip, check, defer, equal, main, test
+from obdtest.files import work_directory, write
+from obdtest.ktap import check, defer, equal, main, test
+from obdtest.programs import OBDSETUP, close, obdsetup, quietly, run
 
-OBDSETUP = shutil.which("obdsetup")
 SIZE = 256 << 10
 DATA = image.sample(SIZE, 61)
 RAWS = [image.zfile(image.lsmt(SIZE, [(0, DATA[:400 * 512])])), image.zfile(image.lsmt(SIZE, [(8, DATA[:4096])]))]
@@ -24,36 +24,14 @@ NAME = f"obdtest-{os.getpid()}"
 NOBODY = 65534
 
 
-def obdsetup(*args, status=0, **more):
-    """Runs obdsetup. Returns its standard output and error."""
-    if not OBDSETUP:
-        raise Skip("no obdsetup")
-    done = subprocess.run([OBDSETUP, *args], capture_output=True, text=True, check=False, **more)
-    equal(done.returncode, status, f"status of obdsetup {' '.join(args)} ({done.stdout}{done.stderr.strip()})")
-    return done.stdout, done.stderr
-
-
-def dmsetup(*args):
-    return subprocess.run(["dmsetup", *args], capture_output=True, text=True, check=True).stdout
-
-
-def close(name):
-    subprocess.run([OBDSETUP, "close", name], capture_output=True, check=False)
-
-
 def remove(name):
-    subprocess.run(["dmsetup", "remove", name], capture_output=True, check=False)
+    quietly("dmsetup", "remove", name)
 
 
 def open_stack(name=NAME, raws=tuple(RAWS)):
     """Opens a stack of files. Returns their names, lowest first."""
-    work = tempfile.mkdtemp(prefix="obdtest-")
-    defer(shutil.rmtree, work)
-    layers = []
-    for nth, raw in enumerate(raws):
-        layers.append(f"{work}/layer{nth}.obd")
-        with open(layers[-1], "wb") as file:
-            file.write(raw)
+    work = work_directory()
+    layers = [write(f"{work}/layer{nth}.obd", raw) for nth, raw in enumerate(raws)]
     obdsetup("open", name, *layers)
     defer(close, name)
     return layers
@@ -196,7 +174,7 @@ def plain_layer():
 @test("a half-built stack: exit code 4, and the command that clears it")
 def half_built():
     def made(name, uuid):
-        dmsetup("create", name, "--notable", "--uuid", uuid)
+        run("dmsetup", "create", name, "--notable", "--uuid", uuid)
         defer(remove, name)
 
     for devices in ([("zfile0", "LAYER", "-0")], [("blob3", "BLOB", "-3"), ("zfile0", "LAYER", "-0")],
@@ -216,11 +194,11 @@ def half_built():
 def suspended():
     open_stack()
     for device in (NAME, report()["layers"][1]["zfile"]):
-        dmsetup("suspend", device)
+        run("dmsetup", "suspend", device)
         try:
             first = obdsetup("status", NAME, status=4)[0].splitlines()[0]
         finally:
-            dmsetup("resume", device)
+            run("dmsetup", "resume", device)
         equal(first, f"health: SUSPENDED: reads wait until `dmsetup resume {device}'", "first line")
     obdsetup("status", NAME)
 
@@ -228,14 +206,14 @@ def suspended():
 @test("a renamed device: found by either name")
 def renamed():
     open_stack()
-    dmsetup("rename", NAME, f"{NAME}-new")
+    run("dmsetup", "rename", NAME, f"{NAME}-new")
     try:
         for name in (NAME, f"{NAME}-new"):
             text = obdsetup("status", name)[0].splitlines()
             equal(text[1], f"note: was renamed: it was opened as {NAME}", "note")
             check(text[2].startswith(f"/dev/mapper/{NAME}-new: "), text[2])
     finally:
-        dmsetup("rename", f"{NAME}-new", NAME)
+        run("dmsetup", "rename", f"{NAME}-new", NAME)
 
 
 @test("devices that stacks share, and devices of other programs")
@@ -273,20 +251,20 @@ def monitors():
     layers = open_stack()
     work = os.path.dirname(layers[0])
 
-    def run(name, *args):
-        return subprocess.run([sys.executable, "-c", programs[name], *args], capture_output=True, text=True, check=False)
+    def example(name, *args):
+        return subprocess.example([sys.executable, "-c", programs[name], *args], capture_output=True, text=True, check=False)
 
     def metrics():
-        equal(run("obdsetup-textfile", work).returncode, 0, "status of the textfile's program")
+        equal(example("obdsetup-textfile", work).returncode, 0, "status of the textfile's program")
         with open(f"{work}/overlaybd.prom", encoding="utf-8") as file:
             return dict(line.rsplit(" ", 1) for line in file.read().splitlines())
 
     equal(metrics(), {f'overlaybd_{name}{{stack="{NAME}"}}': value for name, value in
                       {"healthy": "1", "corrupt_blocks_total": "0", "read_errors_total": "0", "layers": "2"}.items()},
           "metrics")
-    equal(run("obdsetup-verify-all").returncode, 0, "verify")
+    equal(example("obdsetup-verify-all").returncode, 0, "verify")
     corrupt(layers[0], 20)
-    done = run("obdsetup-verify-all")
+    done = example("obdsetup-verify-all")
     equal(done.returncode, 1, f"verify of a corrupt file ({done.stderr})")
     check(layers[0] in done.stderr, done.stderr)
     disk = Disk(f"/dev/mapper/{NAME}")
@@ -302,8 +280,7 @@ def without():
     equal((out, err), ("", "obdsetup: no stack is set up\n"), "no stack")
     equal(obdsetup("list", "--json")[0], "[]\n", "no stack")
     # A directory that ordinary users can access.
-    work = tempfile.mkdtemp(prefix="obdtest-")
-    defer(shutil.rmtree, work)
+    work = work_directory()
     os.chmod(work, 0o755)
     program = shutil.copy(OBDSETUP, work)
     os.chmod(program, 0o755)

@@ -6,60 +6,23 @@ import collections
 import hashlib
 import json
 import os
-import shutil
-import subprocess
-import tempfile
 
-from obdtest import image
+from obdtest import image, left
 from obdtest.disk import verify
+from obdtest.files import read, work_directory, write
 from obdtest.ktap import Skip, check, defer, equal, main, test
+from obdtest.left import loops
+from obdtest.programs import close, obdsetup, quietly, run
 
-OBDSETUP = shutil.which("obdsetup")
 SIZE = 4 << 20
 NAME = f"obdtest-{os.getpid()}"
 # A directory on the host, over 9p, which doesn't support a rename that replaces nothing.
 SHARED = "/run/vm"
 
 
-def obdsetup(*args, status=0):
-    """Runs obdsetup. Returns its standard error."""
-    if not OBDSETUP:
-        raise Skip("no obdsetup")
-    done = subprocess.run([OBDSETUP, *args], capture_output=True, text=True, check=False)
-    equal(done.returncode, status, f"status of obdsetup {' '.join(args)} ({done.stderr.strip()})")
-    return done.stderr
-
-
-def run(*args):
-    done = subprocess.run(args, capture_output=True, text=True, check=False)
-    equal(done.returncode, 0, f"status of {' '.join(args)} ({done.stderr.strip()})")
-    return done.stdout.strip()
-
-
-def quietly(*args):
-    subprocess.run(args, capture_output=True, check=False)
-
-
-def work_directory(place=None):
-    work = tempfile.mkdtemp(prefix="obdtest-", dir=place)
-    defer(shutil.rmtree, work)
-    return work
-
-
-def write(path, content):
-    with open(path, "wb") as file:
-        file.write(content)
-    return path
-
-
-def loops():
-    return [line for line in run("losetup", "--noheadings", "--list", "--output", "NAME").splitlines() if line]
-
-
 def devices():
     """Returns how many devices of each type there are."""
-    rows = run("dmsetup", "info", "-c", "--noheadings", "-o", "uuid").splitlines()
-    return collections.Counter(row.split("-")[1] for row in rows if row.startswith("OVERLAYBD-"))
+    return collections.Counter(uuid.split("-")[1] for uuid in left.devices().values())
 
 
 def make_stack(work, count):
@@ -73,7 +36,7 @@ def make_stack(work, count):
         bases = [arg for layer in layers for arg in ("--base", layer)]
         layers.append(f"{work}/layer{nth}")
         equal(obdsetup("create", *bases, "--image", write(f"{work}/raw", content), *wrappings[nth % len(wrappings)],
-                       layers[-1]), "", "create: standard error")
+                       layers[-1])[1], "", "create: standard error")
     return layers, bytes(content)
 
 
@@ -83,7 +46,7 @@ def one_loop_each():
     layers, content = make_stack(work, 12)
     before = loops()
     obdsetup("open", NAME, *layers)
-    defer(quietly, OBDSETUP, "close", NAME)
+    defer(close, NAME)
     equal(len(set(loops()) - set(before)), len(layers), "loop devices")
     equal(devices(), {"LSMT": 1, "LAYER": 10, "BLOB": 2}, "devices")
     verify(f"/dev/mapper/{NAME}", content, rounds=30)
@@ -97,11 +60,11 @@ def wrong_stack():
     (first, second, third), content = make_stack(work, 3)
     before = loops()
     for layers in ((second, first, third), (first, third), (second, third), (first, second, second, third)):
-        said = obdsetup("open", NAME, *layers, status=3)
+        said = obdsetup("open", NAME, *layers, status=3)[1]
         check("--ignore-identity" in said, said)
         equal((loops(), devices()), (before, {}), "what is left")
-    said = obdsetup("open", "--ignore-identity", NAME, first, third)
-    defer(quietly, OBDSETUP, "close", NAME)
+    said = obdsetup("open", "--ignore-identity", NAME, first, third)[1]
+    defer(close, NAME)
     check("warning: " in said and "a layer is missing" in said, said)
     obdsetup("close", NAME)
     obdsetup("open", NAME, first, second, third)
@@ -117,7 +80,7 @@ def mounted_disk():
     run("truncate", "--size=8M", raw)
     run("mkfs.ext4", "-q", raw)
     obdsetup("create", "--image", raw, f"{work}/before")
-    loop = run("losetup", "--find", "--show", raw)
+    loop = run("losetup", "--find", "--show", raw).strip()
     defer(quietly, "losetup", "--detach", loop)
     # The disk isn't in use.
     obdsetup("create", "--image", raw, f"{work}/idle")
@@ -126,7 +89,7 @@ def mounted_disk():
     write(f"{mnt}/file", b"content")
     for command in ("create", "--image", raw), ("create", "--image", loop), ("convert", "--from", "raw", raw), \
             ("convert", "--from", "raw", loop):
-        said = obdsetup(*command, f"{work}/out", status=5)
+        said = obdsetup(*command, f"{work}/out", status=5)[1]
         check(loop in said and ("mounted read-write" in said or "can be written to" in said), said)
         check("--allow-in-use" in said and not os.path.exists(f"{work}/out"), said)
     obdsetup("create", "--allow-in-use", "--image", loop, f"{work}/out")
@@ -139,7 +102,7 @@ def mounted_disk():
     run("cmp", f"{work}/out", f"{work}/out2")
     # A process has the device open for writing.
     with open(loop, "r+b"):
-        said = obdsetup("create", "--force", "--image", loop, f"{work}/out", status=5)
+        said = obdsetup("create", "--force", "--image", loop, f"{work}/out", status=5)[1]
         check(f"process {os.getpid()}" in said, said)
         obdsetup("create", "--force", "--image", raw, f"{work}/out", status=5)
     obdsetup("create", "--force", "--image", loop, f"{work}/out")
@@ -152,31 +115,26 @@ def mounted_output():
     os.mkdir(mnt)
     run("truncate", "--size=8M", f"{work}/other")
     run("mkfs.ext4", "-q", f"{work}/other")
-    loop = run("losetup", "--find", "--show", f"{work}/other")
+    loop = run("losetup", "--find", "--show", f"{work}/other").strip()
     defer(quietly, "losetup", "--detach", loop)
     for options in ("rw", "ro"):
         run("mount", "-o", options, loop, mnt)
         defer(quietly, "umount", mnt)
-        before = hashlib.sha256(read_device(loop)).digest()
+        before = hashlib.sha256(read(loop)).digest()
         for command in ("dump", "export"):
-            said = obdsetup(command, "--force", "-o", loop, layer, status=5)
+            said = obdsetup(command, "--force", "-o", loop, layer, status=5)[1]
             check(f"{loop}: cannot be overwritten: it is mounted on {mnt}: unmount it first" in said, said)
             if options == "ro":
-                equal(hashlib.sha256(read_device(loop)).digest(), before, "the device")
+                equal(hashlib.sha256(read(loop)).digest(), before, "the device")
         run("umount", mnt)
     # Another device is on it.
     run("dmsetup", "create", f"{NAME}-over", "--readonly", "--table", f"0 8 linear {loop} 0")
     defer(quietly, "dmsetup", "remove", f"{NAME}-over")
-    said = obdsetup("dump", "--force", "-o", loop, layer, status=5)
+    said = obdsetup("dump", "--force", "-o", loop, layer, status=5)[1]
     check("it is in use, as a part of another device" in said, said)
     run("dmsetup", "remove", f"{NAME}-over")
     obdsetup("dump", "--force", "-o", loop, layer)
-    check(hashlib.sha256(read_device(loop)).digest() != before, "nothing was written")
-
-
-def read_device(path):
-    with open(path, "rb") as file:
-        return file.read()
+    check(hashlib.sha256(read(loop)).digest() != before, "nothing was written")
 
 
 @test("open: a layer on a device that is mounted")
@@ -196,13 +154,13 @@ def mounted_layer():
     run("mkfs.btrfs", "-q", f"{work}/raw")
     run("dd", f"if={work}/raw", f"of={layer}", "bs=64k", "skip=1", "seek=1", "conv=notrunc")
     os.unlink(f"{work}/raw")
-    loop = run("losetup", "--read-only", "--find", "--show", layer)
+    loop = run("losetup", "--read-only", "--find", "--show", layer).strip()
     defer(quietly, "losetup", "--detach", loop)
     obdsetup("open", NAME, loop)
     obdsetup("close", NAME)
     run("mount", "-t", "btrfs", "-o", "ro", loop, mnt)
     defer(quietly, "umount", mnt)
-    said = obdsetup("open", NAME, loop, status=5)
+    said = obdsetup("open", NAME, loop, status=5)[1]
     check(f"is mounted on {mnt}: unmount it" in said, said)
     equal(devices(), {}, "devices")
     run("umount", mnt)
@@ -215,11 +173,11 @@ def written_layer():
     work = work_directory()
     layers, content = make_stack(work, 2)
     with open(layers[1], "r+b"):
-        said = obdsetup("open", NAME, *layers, status=5)
+        said = obdsetup("open", NAME, *layers, status=5)[1]
         check(f"process {os.getpid()}" in said and layers[1] in said, said)
         equal(devices(), {}, "devices")
         obdsetup("open", "--allow-in-use", NAME, *layers)
-        defer(quietly, OBDSETUP, "close", NAME)
+        defer(close, NAME)
     verify(f"/dev/mapper/{NAME}", content, rounds=5)
     # Opening layers that are open already only reads them.
     obdsetup("open", f"{NAME}-x", *layers)

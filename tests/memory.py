@@ -19,19 +19,29 @@ def compressible():
     return b"".join(number.to_bytes(8, "little") * 64 * 8 for number in range(SIZE // 4096))
 
 
-@test("reads while a process takes nearly all memory")
-def short_of_memory():
+def not_too_much():
+    """Skips the test on a machine with much memory."""
     if meminfo()["MemTotal"] > 6 << 20:
         raise Skip("this machine has too much memory to take it all")
+
+
+def until_short():
+    """Waits until the hog has taken the memory."""
+    for _ in range(1000 * SLOW):
+        if meminfo()["MemAvailable"] < 128 << 10:
+            break
+        time.sleep(0.05)
+
+
+@test("reads while a process takes nearly all memory")
+def short_of_memory():
+    not_too_much()
     data = compressible()
     raw = image.zfile(data, image.ZSTD, 65536)
     disk = Disk(dm.zfile(dm.Loop(raw), len(raw), SIZE))
     child = hog(64 << 10)
     try:
-        for _ in range(1000 * SLOW):
-            if meminfo()["MemAvailable"] < 128 << 10:
-                break
-            time.sleep(0.05)
+        until_short()
         rng = random.Random(71)
         lowest = meminfo()["MemAvailable"]
         for nth in range(400):
@@ -68,8 +78,7 @@ def killed():
 
 @test("500 devices free the cache under memory pressure, before a process is killed, and go on")
 def many_devices():
-    if meminfo()["MemTotal"] > 6 << 20:
-        raise Skip("this machine has too much memory to take it all")
+    not_too_much()
     data = compressible()
     raw = image.zfile(data, image.ZSTD, 65536)
     loop = dm.Loop(raw)
@@ -88,10 +97,7 @@ def many_devices():
     child = hog(64 << 10)
     longest, rng = 0, random.Random(73)
     try:
-        for _ in range(1000 * SLOW):
-            if meminfo()["MemAvailable"] < 128 << 10:
-                break
-            time.sleep(0.05)
+        until_short()
         for nth in range(300):
             at = rng.randrange(each // 4096) * 4096
             began = time.monotonic()

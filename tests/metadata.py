@@ -8,18 +8,16 @@ there are several, with blanks in between, all are tried.
 
 import fcntl
 import os
-import shutil
 import stat
 import struct
-import subprocess
 import tarfile
-import tempfile
 import time
 
 from obdtest import tree
-from obdtest.ktap import Skip, add, check, defer, equal, main, note
+from obdtest.files import mount, umount, work_directory
+from obdtest.ktap import Failure, Skip, add, check, defer, equal, main, note
+from obdtest.programs import close, need, need_module, obdsetup, run
 
-OBDSETUP = shutil.which("obdsetup")
 FILE_SYSTEMS = ("ext2", "ext3", "ext4", "erofs", "btrfs", "squashfs")
 OPTIONS = {"btrfs": "ro,norecovery"}
 # mksquashfs reads a tar, which can't have sockets or all device numbers.
@@ -31,44 +29,22 @@ GETFLAGS, SETFLAGS = 0x80086601, 0x40086602
 ENABLE_VERITY, ADD_KEY, SET_POLICY = 0x40806685, 0xC0506617, 0x800C6613
 
 
-def run(*command, **options):
-    """Runs a command. Returns its output and its messages."""
-    done = subprocess.run(command, capture_output=True, check=False, **options)
-    if done.returncode:
-        raise OSError(f"{command}: status {done.returncode}: {done.stderr.decode(errors='replace').strip()}")
-    return done.stdout.decode(errors="replace"), done.stderr.decode(errors="replace")
-
-
-def need(kind):
-    if not OBDSETUP:
-        raise Skip("no obdsetup")
-    if subprocess.run(["modprobe", kind], capture_output=True, check=False).returncode:
-        raise Skip(f"this kernel has no {kind}")
-
-
-def umount(where):
-    if os.path.ismount(where):
-        run("umount", where)
-
-
-def close(name):
-    """Closes what a failed test has left open."""
-    if os.path.exists(f"/dev/mapper/{name}"):
-        subprocess.run([OBDSETUP, "close", name], capture_output=True, check=False)
+def need_kind(kind):
+    need("obdsetup")
+    need_module(kind)
 
 
 def mounted(kind, layer, where):
     """Opens and mounts a layer."""
     name = f"obdtest-{os.getpid()}-{kind}"
-    run(OBDSETUP, "open", name, layer)
+    obdsetup("open", name, layer)
     defer(close, name)
     device = f"/dev/mapper/{name}"
     if kind.startswith("ext"):
         run("e2fsck", "-fn", device)
     if kind == "btrfs":
         run("btrfs", "check", device)
-    run("mount", "-t", kind, "-o", OPTIONS.get(kind, "ro"), device, where)
-    defer(umount, where)
+    mount(device, where, OPTIONS.get(kind, "ro"), kind)
 
 
 def fitted(kind, wanted, from_tar):
@@ -109,9 +85,8 @@ def holes(where, source):
 
 
 def round_trip(kind, seed, from_tar):
-    need(kind)
-    work = tempfile.mkdtemp(prefix="obdtest-")
-    defer(shutil.rmtree, work)
+    need_kind(kind)
+    work = work_directory()
     source, layer, where = f"{work}/source", f"{work}/layer.obd", f"{work}/mnt"
     os.mkdir(source)
     os.mkdir(where)
@@ -123,9 +98,9 @@ def round_trip(kind, seed, from_tar):
         # tar leaves sockets out, with a warning but no error.
         run("tar", "--format=pax", "--xattrs", "--xattrs-include=*", "--acls", "--sparse", "--numeric-owner",
             "-cf", f"{work}/source.tar", "-C", source, ".")
-        _, said = run(OBDSETUP, "convert", f"{work}/source.tar", layer, "--fs", kind, *loss)
+        _, said = obdsetup("convert", f"{work}/source.tar", layer, "--fs", kind, *loss)
     else:
-        _, said = run(OBDSETUP, "create", "--directory", source, "--fs", kind, *loss, layer)
+        _, said = obdsetup("create", "--directory", source, "--fs", kind, *loss, layer)
     if kind == "squashfs":
         for what in ("POSIX ACLs", "fractions of a second", "times before 1970"):
             check(f"squashfs cannot hold {what}" in said, f"a warning of {what}: {said}")
@@ -140,21 +115,20 @@ def round_trip(kind, seed, from_tar):
 
 def workplace():
     """Returns a directory with a mount point."""
-    work = tempfile.mkdtemp(prefix="obdtest-")
-    defer(shutil.rmtree, work)
+    work = work_directory()
     os.mkdir(f"{work}/mnt")
     return work
 
 
 def unsaid(kind):
     """A tar without directories."""
-    need(kind)
+    need_kind(kind)
     work = workplace()
     with tarfile.open(f"{work}/source.tar", "w") as tar:
         member = tarfile.TarInfo("etc/deep/passwd")
         member.mtime, member.mode = 1700000000, 0o600
         tar.addfile(member)
-    run(OBDSETUP, "convert", f"{work}/source.tar", f"{work}/layer.obd", "--fs", kind)
+    obdsetup("convert", f"{work}/source.tar", f"{work}/layer.obd", "--fs", kind)
     mounted(kind, f"{work}/layer.obd", f"{work}/mnt")
     for path in ("", "etc", "etc/deep"):
         status = os.stat(f"{work}/mnt/{path}")
@@ -165,7 +139,7 @@ def unsaid(kind):
 
 def private(kind):
     """A directory without access for others, and its ACL."""
-    need(kind)
+    need_kind(kind)
     work = workplace()
     os.mkdir(f"{work}/source")
     os.setxattr(f"{work}/source", "trusted.of", b"the root directory")
@@ -174,7 +148,7 @@ def private(kind):
     os.utime(f"{work}/source", ns=(5000000000123456789, 5000000000123456789))
     run("tar", "--format=pax", "--xattrs", "--xattrs-include=*", "-cf", f"{work}/source.tar", "-C", f"{work}/source", ".")
     for source in ("source", "source.tar"):
-        run(OBDSETUP, "convert", f"{work}/{source}", f"{work}/layer.obd", "--fs", kind, "--force")
+        obdsetup("convert", f"{work}/{source}", f"{work}/layer.obd", "--fs", kind, "--force")
         mounted(kind, f"{work}/layer.obd", f"{work}/mnt")
         status = os.stat(f"{work}/mnt")
         equal((stat.filemode(status.st_mode), status.st_uid, status.st_gid), ("drwx------", 1000, 100000), source)
@@ -182,24 +156,22 @@ def private(kind):
         equal(status.st_mtime_ns, wanted, f"{source}: time")
         equal(os.getxattr(f"{work}/mnt", "trusted.of"), b"the root directory", f"{source}: extended attribute")
         umount(f"{work}/mnt")
-        run(OBDSETUP, "close", f"obdtest-{os.getpid()}-{kind}")
+        obdsetup("close", f"obdtest-{os.getpid()}-{kind}")
 
 
 def refused():
-    need("squashfs")
+    need_kind("squashfs")
     work = workplace()
     os.mkdir(f"{work}/source")
     os.setxattr(f"{work}/source", "system.posix_acl_access", tree.access_acl(0o755, 1234))
-    done = subprocess.run([OBDSETUP, "create", "--directory", f"{work}/source", "--fs", "squashfs", f"{work}/layer.obd"],
-                          capture_output=True, text=True, check=False)
-    equal(done.returncode, 1, "status")
-    check("squashfs cannot hold POSIX ACLs: 1 file loses them: ./" in done.stderr and "--allow-loss" in done.stderr, done.stderr)
+    _, said = obdsetup("create", "--directory", f"{work}/source", "--fs", "squashfs", f"{work}/layer.obd", status=1)
+    check("squashfs cannot hold POSIX ACLs: 1 file loses them: ./" in said and "--allow-loss" in said, said)
     equal(sorted(os.listdir(work)), ["mnt", "source"], "what is left")
 
 
 def sparse(kind):
     """A file of 500 GiB with two blocks of data."""
-    need(kind)
+    need_kind(kind)
     work = workplace()
     os.mkdir(f"{work}/source")
     with open(f"{work}/source/large", "wb") as file:
@@ -207,7 +179,7 @@ def sparse(kind):
         os.pwrite(file.fileno(), b"first", 1 << 30)
         os.pwrite(file.fileno(), b"second", (400 << 30) + 5)
     start = time.monotonic()
-    run(OBDSETUP, "create", "--directory", f"{work}/source", "--fs", kind, f"{work}/layer.obd")
+    obdsetup("create", "--directory", f"{work}/source", "--fs", kind, f"{work}/layer.obd")
     took = time.monotonic() - start
     check(took < 60, f"took {took} s")
     check(os.stat(f"{work}/layer.obd").st_size < 1 << 20, "the layer is small")
@@ -220,16 +192,14 @@ def sparse(kind):
 
 def of_ext4(work):
     """Mounts a new ext4 with all features that a file can have. Returns its root."""
-    need("ext4")
+    need_kind("ext4")
     with open(f"{work}/ext4", "wb") as file:
         file.truncate(64 << 20)
     run("mkfs.ext4", "-q", "-O", "encrypt,verity,casefold", "-E", "encoding=utf8", f"{work}/ext4")
-    os.mkdir(f"{work}/source")
     try:
-        run("mount", "-o", "loop", f"{work}/ext4", f"{work}/source")
-    except OSError as error:
+        mount(f"{work}/ext4", f"{work}/source", "loop")
+    except Failure as error:
         raise Skip(f"this kernel lacks a feature of ext4: {error}") from error
-    defer(umount, f"{work}/source")
     return f"{work}/source"
 
 
@@ -256,7 +226,7 @@ def encrypt(root, path):
 
 def flags(kind):
     """Flags that are not kept are told of, once, and what they say is true; the rest is as if there were none."""
-    need(kind)
+    need_kind(kind)
     work = workplace()
     source = of_ext4(work)
     for name in ("append", "immutable", "nodump", "plain"):
@@ -274,7 +244,7 @@ def flags(kind):
     chattr(f"{source}/folded", 0x40000000)
     for name, bit in (("append", 0x20), ("immutable", 0x10), ("nodump", 0x40)):
         chattr(f"{source}/{name}", bit)
-    _, said = run(OBDSETUP, "create", "--directory", source, "--fs", kind, f"{work}/layer.obd")
+    _, said = obdsetup("create", "--directory", source, "--fs", kind, f"{work}/layer.obd")
     lines = [line for line in said.splitlines() if "fraction" not in line]
     equal(lines, [
         "obdsetup: warning: flags are not kept, see chattr(1) (immutable, append only, no dump, case-insensitive names, "

@@ -6,16 +6,16 @@ and what to do; nothing is left behind."""
 import contextlib
 import glob
 import os
-import shutil
 import stat
 import subprocess
 import tempfile
 
-from obdtest import image
+from obdtest import files, image
+from obdtest.files import work_directory
 from obdtest.ktap import Skip, check, defer, equal, main, test
 from obdtest.module import MODULE, module_file
+from obdtest.programs import OBDSETUP, need, quietly
 
-OBDSETUP = shutil.which("obdsetup")
 NAME = f"obdtest-{os.getpid()}"
 SIZE = 256 << 10
 DATA = image.sample(SIZE, 93)
@@ -25,22 +25,14 @@ NO_MODULE = ("the kernel module dm_overlaybd is not loaded: run `modprobe dm_ove
              "dm-overlaybd-dkms")
 
 
-def quietly(*args):
-    return subprocess.run(args, capture_output=True, check=False).returncode
-
-
 def make_layer():
-    work = tempfile.mkdtemp(prefix="obdtest-")
-    defer(shutil.rmtree, work)
-    with open(f"{work}/layer.obd", "wb") as file:
-        file.write(image.zfile(image.lsmt(SIZE, [(0, DATA)])))
-    return work, f"{work}/layer.obd"
+    work = work_directory()
+    return work, files.write(f"{work}/layer.obd", image.zfile(image.lsmt(SIZE, [(0, DATA)])))
 
 
 def fails(*args, status=4, prefix=()):
     """Runs obdsetup. Returns its message."""
-    if not OBDSETUP:
-        raise Skip("no obdsetup")
+    need("obdsetup")
     done = subprocess.run([*prefix, OBDSETUP, *args], capture_output=True, text=True, stdin=subprocess.DEVNULL, check=False)
     equal(done.returncode, status, f"status of obdsetup {' '.join(args)} ({done.stderr.strip()})")
     equal(done.stdout, "", "standard output")
@@ -144,8 +136,7 @@ def not_loadable():
     _, layer = make_layer()
     no_autoload()
     unload_ours()
-    work = tempfile.mkdtemp(prefix="obdtest-")
-    defer(shutil.rmtree, work)
+    work = work_directory()
     release = os.uname().release
     os.makedirs(f"{work}/{release}")
     wanted = "the kernel module dm_overlaybd is installed, but not loaded: `modprobe dm_overlaybd' says why"

@@ -5,50 +5,17 @@
 import json
 import os
 import random
-import shutil
 import subprocess
-import tempfile
 import time
 
 from obdtest import dm, golden, image, stack
 from obdtest.disk import Disk, same_bytes, verify
-from obdtest.ktap import Skip, add, check, defer, equal, main, test
+from obdtest.files import read, work_directory, write
+from obdtest.ktap import add, check, defer, equal, main, test
+from obdtest.programs import OBDSETUP, close, obdsetup, run
 
-OBDSETUP = shutil.which("obdsetup")
 SIZE = 300 << 10
 DATA = image.sample(SIZE - 8192, 81) + bytes(8192)
-
-
-def obdsetup(*args, status=0):
-    """Runs obdsetup. Returns its standard output and error."""
-    if not OBDSETUP:
-        raise Skip("no obdsetup")
-    done = subprocess.run([OBDSETUP, *args], capture_output=True, text=True, check=False)
-    equal(done.returncode, status, f"status of obdsetup {' '.join(args)} ({done.stderr.strip()})")
-    return done.stdout, done.stderr
-
-
-def work_directory():
-    work = tempfile.mkdtemp(prefix="obdtest-")
-    defer(shutil.rmtree, work)
-    return work
-
-
-def write(path, content):
-    with open(path, "wb") as file:
-        file.write(content)
-    return path
-
-
-def read(path):
-    with open(path, "rb") as file:
-        return file.read()
-
-
-def close(name):
-    """Closes what a failed test has left open."""
-    if os.path.exists(f"/dev/mapper/{name}"):
-        subprocess.run([OBDSETUP, "close", name], capture_output=True, check=False)
 
 
 def open_device(name, *layers):
@@ -140,7 +107,7 @@ def open_close():
     name = f"obdtest-{os.getpid()}"
     path = open_device(name, *layers)
     verify(path, wanted, rounds=60)
-    table = subprocess.run(["dmsetup", "table", name], capture_output=True, text=True, check=True).stdout.split()
+    table = run("dmsetup", "table", name).split()
     equal(table[:4], ["0", str(SIZE // 512), "lsmt", "3"], "table")
     state = json.loads(obdsetup("status", "--json", name)[0])
     check(state, "status")
@@ -150,7 +117,7 @@ def open_close():
     obdsetup("open", name, *layers, status=5)
     verify(path, wanted, rounds=5)
     obdsetup("close", name)
-    names = subprocess.run(["dmsetup", "ls"], capture_output=True, text=True, check=True).stdout
+    names = run("dmsetup", "ls")
     check(name not in names, f"dmsetup ls: {names!r}")
 
 
@@ -165,7 +132,7 @@ def close_busy():
     obdsetup("close", "--deferred", name)
     disk.close()
     for _ in range(50):
-        names = subprocess.run(["dmsetup", "ls"], capture_output=True, text=True, check=True).stdout
+        names = run("dmsetup", "ls")
         if name not in names:
             break
         time.sleep(0.05)
@@ -236,20 +203,17 @@ def paths():
         if path is not None:
             env["PATH"] = path
 
-        def run(*args, env=env, path=path):
-            if not OBDSETUP:
-                raise Skip("no obdsetup")
-            done = subprocess.run([OBDSETUP, *args], env=env, cwd=work, capture_output=True, text=True, check=False)
-            equal((done.returncode, done.stderr), (0, ""), f"PATH={path}: obdsetup {' '.join(args)}")
-            return done.stdout
+        def with_path(*args, env=env, path=path):
+            out, err = obdsetup(*args, env=env, cwd=work)
+            equal(err, "", f"PATH={path}: what obdsetup {' '.join(args)} says")
+            return out
 
         defer(close, name)
-        run("open", name, layer)
-        with open(f"/dev/mapper/{name}", "rb") as file:
-            same_bytes(file.read(), DATA, f"PATH={path}: content")
-        check("health: ok" in run("status", name), "health")
-        check(name in run("list"), "list")
-        run("close", name)
+        with_path("open", name, layer)
+        same_bytes(read(f"/dev/mapper/{name}"), DATA, f"PATH={path}: content")
+        check("health: ok" in with_path("status", name), "health")
+        check(name in with_path("list"), "list")
+        with_path("close", name)
         check(not os.path.exists(f"/dev/mapper/{name}"), "closed")
 
 
@@ -262,9 +226,9 @@ def golden_stacks():
         layers = [f"{golden.ROOT}/{layer}" for layer in rows[stack_name]["layers_lowest_first"].split(",")]
         name = f"obdtest-{os.getpid()}"
         path = open_device(name, *layers)
-        run = subprocess.run(f"{OBDSETUP} dump {' '.join(layers)} | cmp - {path}", shell=True, capture_output=True,
-                             text=True, check=False)
-        equal(run.returncode, 0, f"{stack_name}: cmp ({run.stdout.strip()}{run.stderr.strip()})")
+        done = subprocess.run(f"{OBDSETUP} dump {' '.join(layers)} | cmp - {path}", shell=True, capture_output=True,
+                              text=True, check=False)
+        equal(done.returncode, 0, f"{stack_name}: cmp ({done.stdout.strip()}{done.stderr.strip()})")
         obdsetup("close", name)
 
 

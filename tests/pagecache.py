@@ -9,28 +9,18 @@ import mmap
 import os
 import random
 import shutil
-import subprocess
-import tempfile
 
 from obdtest.disk import fails_with
+from obdtest.files import mount, umount, work_directory, write
 from obdtest.ktap import Skip, check, defer, equal, main, note, same_bytes, test
+from obdtest.memory import drop_caches, page_cache
+from obdtest.programs import close, need, need_module, obdsetup, run
 
-OBDSETUP = shutil.which("obdsetup")
 NAME = f"obdtest-{os.getpid()}"
 COMMON = random.Random(7).randbytes(6 << 20)
 # "hole" has a hole, "small" is stored in its inode, "more" has a little more than a block.
 FILES = {"common": COMMON, "hole": COMMON[:9000] + bytes(70000) + COMMON[:5000], "small": b"small\n" * 9,
          "more": COMMON[:4096 + 100], "empty": b""}
-
-
-def run(*args):
-    done = subprocess.run(args, capture_output=True, text=True, check=False)
-    equal(done.returncode, 0, f"status of {' '.join(args)} ({done.stderr.strip()})")
-    return done.stdout
-
-
-def quietly(*args):
-    subprocess.run(args, capture_output=True, check=False)
 
 
 class Image:
@@ -44,22 +34,20 @@ class Image:
         # Makes the common files start at different places on the disks.
         own = {"aaa-own": name.encode() * (10000 + 5000 * len(name))}
         for path, content in {**own, **FILES}.items():
-            with open(f"{self.tree}/{path}", "wb") as file:
-                file.write(content)
-        run(OBDSETUP, "create", "--directory", self.tree, "--fs", "erofs", self.layer)
-        run(OBDSETUP, "open", self.name, self.layer)
-        defer(quietly, OBDSETUP, "close", self.name)
+            write(f"{self.tree}/{path}", content)
+        obdsetup("create", "--directory", self.tree, "--fs", "erofs", self.layer)
+        obdsetup("open", self.name, self.layer)
+        defer(close, self.name)
 
     def mount(self, *options):
-        run("mount", "-t", "erofs", "-o", ",".join(["ro", *options]), f"/dev/mapper/{self.name}", self.mnt)
-        defer(quietly, "umount", self.mnt)
+        mount(f"/dev/mapper/{self.name}", self.mnt, ",".join(["ro", *options]), "erofs")
         with open("/proc/mounts", encoding="utf-8") as file:
             row = next(row for row in file if f" {self.mnt} " in row)
         if "inode_share" in options and "inode_share" not in row:
             raise Skip("this kernel's erofs doesn't share inodes")
 
     def umount(self):
-        run("umount", self.mnt)
+        umount(self.mnt)
 
     def sectors(self):
         """Returns the number of sectors read from the disk."""
@@ -75,42 +63,28 @@ class Image:
 
 
 def images():
-    if not OBDSETUP:
-        raise Skip("no obdsetup")
-    if subprocess.run(["modprobe", "erofs"], capture_output=True, check=False).returncode:
-        raise Skip("this kernel has no erofs")
+    need("obdsetup")
+    need_module("erofs")
     with open("/proc/version", encoding="ascii") as file:
         release = file.read().split()[2]
     if tuple(map(int, release.split("-")[0].split(".")[:2])) < (7, 0):
         raise Skip("the kernel is older than shared inodes of erofs")
-    work = tempfile.mkdtemp(prefix="obdtest-")
-    defer(shutil.rmtree, work)
+    work = work_directory()
     return Image(work, "one"), Image(work, "another")
-
-
-def forget():
-    with open("/proc/sys/vm/drop_caches", "w", encoding="ascii") as file:
-        file.write("3")
-
-
-def cached():
-    """Returns the KiB of page cache."""
-    with open("/proc/meminfo", encoding="ascii") as file:
-        return next(int(row.split()[1]) for row in file if row.startswith("Cached:"))
 
 
 def both(first, second, *options):
     """Reads the common file in the first image, then in the second. Returns the sectors read for the second, and the
     KiB of page cache that each took."""
-    forget()
+    drop_caches()
     for image, more in zip((first, second), options):
         image.mount(*more)
     content, sectors = first.read()
     same_bytes(content, COMMON, "content in the first")
     check(sectors * 512 >= len(COMMON), f"the first read took {sectors} sectors")
-    before = cached()
+    before = page_cache()
     content, sectors = second.read()
-    grown = cached() - before
+    grown = page_cache() - before
     same_bytes(content, COMMON, "content in the second")
     note(f"{options}: the second read took {sectors} sectors and {grown} KiB of page cache")
     return sectors, grown
@@ -132,7 +106,7 @@ def shared():
     with open(f"{second.mnt}/common", "rb") as file, mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ) as area:
         first.umount()
         same_bytes(bytes(area), COMMON, "a mapping when the first is unmounted")
-    forget()
+    drop_caches()
     same_bytes(second.read()[0], COMMON, "content when the first is unmounted")
     fails_with(errno.EINVAL, os.open, f"{second.mnt}/common", os.O_RDONLY | os.O_DIRECT)
 
@@ -151,7 +125,7 @@ def not_shared():
 @test("fingerprints are those of the content, and users don't see them")
 def fingerprints():
     first, _ = images()
-    run(OBDSETUP, "export", "-o", f"{first.work}/disk", first.layer)
+    obdsetup("export", "-o", f"{first.work}/disk", first.layer)
     with open(f"{first.work}/disk", "rb") as file:
         disk = file.read()
     for path, content in FILES.items():

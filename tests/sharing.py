@@ -12,95 +12,49 @@ import glob
 import json
 import os
 import random
-import shutil
 import signal
 import subprocess
-import tempfile
 import threading
 import time
 
-from obdtest import dm, image
+from obdtest import dm, image, left
 from obdtest.disk import Disk, verify, verify_random
+from obdtest.files import read, work_directory, write
 from obdtest.ktap import SLOW, Failure, Skip, check, defer, equal, main, note, same_bytes, test
+from obdtest.left import eventually, locks
 from obdtest.module import MODULE, module_file
+from obdtest.programs import OBDSETUP, need, need_module, obdsetup, quietly, run
 
-OBDSETUP = shutil.which("obdsetup")
 SECONDS = int(os.environ.get("OBD_SHARING", "15"))
 SEED = os.environ.get("OBD_SEED") or str(random.SystemRandom().randrange(1 << 32))
 NAME = f"obdtest-{os.getpid()}"
 SIZE = 256 << 10
-LOCKS = "/run/obdsetup"
 LOOP_CHANGE_FD = 0x4C06
 # Each test starts dozens of programs.
 LONG = 300
 STORM = int(os.environ.get("OBD_SHARING_AT_ONCE", "50"))
 
 
-def obdsetup(*args, status=0):
-    """Runs obdsetup. Returns its standard output and error."""
-    if not OBDSETUP:
-        raise Skip("no obdsetup")
-    done = subprocess.run([OBDSETUP, *args], capture_output=True, text=True, check=False)
-    equal(done.returncode, status, f"status of obdsetup {' '.join(args)} ({done.stdout}{done.stderr.strip()})")
-    return done.stdout, done.stderr
-
-
-def dmsetup(*args):
-    return subprocess.run(["dmsetup", *args], capture_output=True, text=True, check=True).stdout
-
-
-def quietly(*args):
-    return subprocess.run(args, capture_output=True, check=False).returncode
-
-
-def close(name):
-    quietly(OBDSETUP, "close", name)
-
-
 def devices(kind=""):
     """Returns the devices of obdsetup, of one type or all, as UUIDs with names."""
-    rows = dmsetup("info", "-c", "--noheadings", "--separator", "|", "-o", "uuid,name").splitlines()
-    rows = [row.split("|") for row in rows if row.startswith(f"OVERLAYBD-{kind}")]
-    return dict(rows)
+    return {uuid: name for name, uuid in left.devices().items() if uuid.startswith(f"OVERLAYBD-{kind}")}
 
 
 def loops():
     """Returns the files of the loop devices."""
-    files = []
-    for path in glob.glob("/sys/block/loop*/loop/backing_file"):
-        with contextlib.suppress(OSError):
-            with open(path, encoding="utf-8") as file:
-                files.append(file.read().rstrip("\n"))
-    return sorted(files)
-
-
-def eventually(what, holds, wanted):
-    """Waits until holds() returns wanted."""
-    got = None
-    for _ in range(100 * SLOW):
-        got = holds()
-        if got == wanted:
-            break
-        time.sleep(0.05)
-    equal(got, wanted, what)
-
-
-def locks():
-    return sorted(os.path.basename(path) for path in glob.glob(f"{LOCKS}/.*") + glob.glob(f"{LOCKS}/{NAME}*"))
+    return sorted(left.loops().values())
 
 
 def nothing_left(before=()):
     eventually("devices left", devices, {})
     eventually("loop devices left", lambda: [file for file in loops() if file not in before], [])
-    eventually("locks left", locks, [])
+    eventually("locks left", lambda: locks(NAME), [])
 
 
 def clear():
     """Removes what a failed test has left."""
-    for _ in range(3):
-        for name in devices().values():
-            quietly("dmsetup", "remove", name)
-    for path in glob.glob(f"{LOCKS}/.OVERLAYBD-*") + glob.glob(f"{LOCKS}/{NAME}*"):
+    left.clear()
+    for path in locks(NAME):
         with contextlib.suppress(OSError):
             os.unlink(path)
 
@@ -109,11 +63,9 @@ class Layers:
     """Files of layers, and their contents."""
 
     def __init__(self, seed=1):
-        if not OBDSETUP:
-            raise Skip("no obdsetup")
+        need("obdsetup")
         self.rng = random.Random(seed)
-        self.work = tempfile.mkdtemp(prefix="obdtest-")
-        defer(shutil.rmtree, self.work)
+        self.work = work_directory()
         defer(clear)
         self.raws = {}
 
@@ -129,9 +81,7 @@ class Layers:
                 break
         path = f"{self.work}/{name}"
         os.makedirs(os.path.dirname(path), exist_ok=True)
-        with open(f"{path}.new", "wb") as file:
-            file.write(raw)
-        os.rename(f"{path}.new", path)
+        os.rename(write(f"{path}.new", raw), path)
         self.raws[path] = layer
         return path
 
@@ -218,7 +168,7 @@ def told():
     verbose = obdsetup("status", "--verbose", two)[0]
     check("-zfile:" in verbose and "cache hits" in verbose, verbose)
     obdsetup("list", "--check")
-    tree = dmsetup("ls", "--tree", "-o", "ascii,notrunc")
+    tree = run("dmsetup", "ls", "--tree", "-o", "ascii,notrunc")
     check(tree.count("a.obd-") == 2, f"dmsetup ls --tree: {tree}")
     for name in (one, two, three):
         obdsetup("close", name)
@@ -329,8 +279,7 @@ def block_devices():
     layers = Layers()
     path = layers.make("a.obd", odd=True)
     size = os.path.getsize(path)
-    with open(path, "rb") as file:
-        raw = file.read()
+    raw = read(path)
     loop = dm.Loop(raw + bytes(-len(raw) % 4096 + 4096))
     one, two = f"{NAME}-1", f"{NAME}-2"
     node = loop.path
@@ -372,11 +321,11 @@ def deferred():
 
 
 @test("devices left by a kill: list reports them, open uses them, and any close removes them", timeout=LONG)
-def left():
+def left_by_kill():
     layers = Layers()
     base, mid, other = [layers.make(f"{name}.obd") for name in "abc"]
     obdsetup("open", f"{NAME}-1", base, mid)
-    dmsetup("remove", f"{NAME}-1")
+    run("dmsetup", "remove", f"{NAME}-1")
     equal(len(devices("LAYER-")), 2, "devices left")
     said = obdsetup("list")[1]
     check("no stack uses a.obd-" in said and "next close" in said, f"list: {said!r}")
@@ -398,7 +347,7 @@ def half_built():
     obdsetup("open", NAME, base)
     (uuid, name), = devices("LAYER-").items()
     obdsetup("close", NAME)
-    dmsetup("create", name, "--notable", "--uuid", uuid)
+    run("dmsetup", "create", name, "--notable", "--uuid", uuid)
     obdsetup("open", NAME, base)
     look(NAME, layers.content(base))
     obdsetup("close", NAME)
@@ -414,20 +363,20 @@ def not_used():
     one, two = f"{NAME}-1", f"{NAME}-2"
     obdsetup("open", one, base)
     (uuid, name), = devices("LAYER-").items()
-    dmsetup("suspend", name)
+    run("dmsetup", "suspend", name)
     try:
         said = obdsetup("open", two, base, status=5)[1]
     finally:
-        dmsetup("resume", name)
+        run("dmsetup", "resume", name)
     check(f"dmsetup resume {name}" in said, f"suspended: {said}")
-    table = dmsetup("table", name).split()
+    table = run("dmsetup", "table", name).split()
     obdsetup("close", one)
-    loop = subprocess.check_output(["losetup", "--find", "--show", "--read-only", other], text=True).strip()
+    loop = run("losetup", "--find", "--show", "--read-only", other).strip()
     defer(quietly, "losetup", "--detach", loop)
     for sectors, what in ((table[1], "another file"), ("8", "sectors")):
-        dmsetup("create", name, "--readonly", "--uuid", uuid, "--table", f"0 {sectors} linear {loop} 0")
+        run("dmsetup", "create", name, "--readonly", "--uuid", uuid, "--table", f"0 {sectors} linear {loop} 0")
         said = obdsetup("open", two, base, status=5)[1]
-        dmsetup("remove", name)
+        run("dmsetup", "remove", name)
         check(what in said and "--private" in said, f"by hand: {said}")
     obdsetup("open", two, base)
     look(two, layers.content(base))
@@ -452,10 +401,9 @@ OTHER_RUN = ["unshare", "--mount", "sh", "-c", 'mount -t tmpfs $OPTIONS tmpfs /r
 def two_runs():
     layers = Layers()
     base = layers.make("a.obd")
-    loop = subprocess.check_output(["losetup", "--find", "--show", "--read-only", base], text=True).strip()
+    loop = run("losetup", "--find", "--show", "--read-only", base).strip()
     defer(quietly, "losetup", "--detach", loop)
-    if quietly("modprobe", "dm-delay"):
-        raise Skip("no kernel module dm-delay")
+    need_module("dm-delay")
     slow = dm.create(dm.line(0, os.path.getsize(base) // 512, "delay", loop, 0, 300))
     names = [f"{NAME}-run{nth}" for nth in range(4)]
     children = []
@@ -482,7 +430,7 @@ def no_locks():
     obdsetup("open", NAME, base)
     (uuid, name), = devices("LAYER-").items()
     obdsetup("close", NAME)
-    dmsetup("create", name, "--notable", "--uuid", uuid)
+    run("dmsetup", "create", name, "--notable", "--uuid", uuid)
     env = dict(os.environ, OPTIONS="-o ro")
     for command in (["open", NAME, other], ["close", NAME]):
         done = subprocess.run([*OTHER_RUN, OBDSETUP, *command], env=env, capture_output=True, text=True, check=False)
@@ -508,7 +456,7 @@ def looked_at():
 def zfile(name):
     """Returns the zfile device of a stack's only layer, its counters, and its cache mode."""
     device = json.loads(obdsetup("status", "--json", name)[0])["layers"][0]["zfile"]
-    fields = dmsetup("status", "--noflush", device).split()[3:]
+    fields = run("dmsetup", "status", "--noflush", device).split()[3:]
     if len(fields) < 13:
         raise Skip("the module has no message that switches caches")
     return device, {"reads": int(fields[5]), "decompressed": int(fields[7])}, fields[12]
@@ -543,14 +491,14 @@ def cache():
     equal(zfile(two)[2], "parts", "mode when one is left")
     # A mode set by hand stays.
     for mode in ("none", "all"):
-        dmsetup("message", device, "0", "cache", mode)
+        run("dmsetup", "message", device, "0", "cache", mode)
         obdsetup("open", one, base)
         equal(zfile(one)[2], mode, f"mode {mode} by hand, when the second comes")
         obdsetup("close", one)
         equal(zfile(two)[2], mode, f"mode {mode} by hand, when it is alone again")
-    dmsetup("message", device, "0", "cache", "auto")
+    run("dmsetup", "message", device, "0", "cache", "auto")
     obdsetup("open", one, base)
-    dmsetup("message", device, "0", "cache", "parts")
+    run("dmsetup", "message", device, "0", "cache", "parts")
     obdsetup("open", three, base)
     equal(zfile(one)[2], "parts", "mode by hand, when the third comes")
     for name in (one, two, three):
@@ -698,7 +646,7 @@ def storm():
     # A stack of all common layers that stays open; and a device made by hand over one of the files.
     keeper = f"{NAME}-keeper"
     obdsetup("open", keeper, *common)
-    loop = subprocess.check_output(["losetup", "--find", "--show", "--read-only", sorted(common)[0]], text=True).strip()
+    loop = run("losetup", "--find", "--show", "--read-only", sorted(common)[0]).strip()
     defer(quietly, "losetup", "--detach", loop)
     hand = dm.create(dm.line(0, 8, "linear", loop, 0))
     kept = {uuid: name for uuid, name in devices().items()}

@@ -18,8 +18,9 @@ import time
 from obdtest import dm, image, inject
 from obdtest.disk import Disk, same_bytes, verify, verify_random
 from obdtest.dm import line
-from obdtest.ktap import SLOW, Failure, Skip, add, alone, check, equal, main, note
+from obdtest.ktap import SLOW, Failure, add, alone, check, equal, main, note
 from obdtest.memory import hog, kernel_memory
+from obdtest.programs import need_module
 
 MINUTES = float(os.environ.get("OBD_SOAK_MINUTES", "1"))
 SECONDS = 12
@@ -270,9 +271,7 @@ def episode(seed, totals):
 
 def soak():
     """Runs episodes until the time is over, and checks the memory afterwards."""
-    for module in ("dm-flakey", "dm-delay"):
-        if subprocess.run(["modprobe", module], capture_output=True, check=False).returncode:
-            raise Skip(f"no kernel module {module}")
+    need_module("dm-flakey", "dm-delay")
     seeds = random.Random()
     before = None
     totals = collections.Counter()

@@ -14,6 +14,7 @@ import struct
 import time
 
 from .ktap import Failure, defer
+from .programs import need_module
 
 READONLY, SUSPEND, TABLE = 1 << 0, 1 << 1, 1 << 4
 NOFLUSH, INACTIVE, UUID, DEFERRED, IMA = 1 << 11, 1 << 12, 1 << 14, 1 << 17, 1 << 19
@@ -177,6 +178,12 @@ def create(*table, readonly=True):
 def linear(device, sectors, readonly=False):
     """Returns a linear device over another device. Tests can replace its table."""
     return create(line(0, sectors, "linear", device.path, 0), readonly=readonly)
+
+
+def delayed(device, count, milliseconds):
+    """Returns a dm-delay device over so many sectors of another device. It passes reads on later, from a kernel thread."""
+    need_module("dm-delay")
+    return create(line(0, count, "delay", device.path, 0, milliseconds))
 
 
 class Loop:

@@ -7,11 +7,11 @@ The test VM connects QEMU's monitor to a virtio port of the guest. Elsewhere, a 
 import glob
 import json
 import os
-import subprocess
 import time
 
 from . import dm
 from .ktap import SLOW, Failure, Skip, defer
+from .programs import need_module
 
 _PORTS = "/sys/class/virtio-ports"
 # The directory in which QEMU runs, as the guest sees it.
@@ -74,8 +74,7 @@ class Disk:
         # Scan only what is needed: a bus has 256 places, and scanning all takes long in an emulated machine.
         for module, *options in {"nvme": [("nvme",)],
                                  "scsi": [("scsi_mod", "scan=manual"), ("virtio_scsi",), ("sd_mod",)]}[kind]:
-            if subprocess.run(["modprobe", module, *options], capture_output=True, check=False).returncode:
-                raise Skip(f"no kernel module {module}")
+            need_module(module, options=options)
         Disk.count += 1
         self.id = f"disk{os.getpid()}-{Disk.count}"
         name = f"{self.id}.raw"

@@ -14,6 +14,11 @@ def meminfo():
         return {row.split(":")[0]: int(row.split()[1]) for row in file}
 
 
+def page_cache():
+    """Returns the KiB of page cache of files."""
+    return meminfo()["Cached"]
+
+
 def _on_cpu_lists():
     """Returns the KiB of free memory that aren't in MemFree: each CPU keeps some, tens of MiB after much was
     freed."""

@@ -5,13 +5,14 @@ import hashlib
 import os
 import random
 import re
-import shutil
 import subprocess
 import tempfile
 
 from . import image
 from .disk import Disk, read_or_none
-from .ktap import SLOW, Skip, check, defer, equal, same_bytes, skip_all
+from .files import enter_work_directory, read, write
+from .ktap import SLOW, check, defer, equal, same_bytes, skip_all
+from .programs import need, quietly
 
 DOCUMENT = f"{os.path.dirname(os.path.abspath(__file__))}/../../Documentation/recipes.rst"
 SIZE = 8 << 20
@@ -45,22 +46,6 @@ def sh(script, timeout=60):
         return out.read()
 
 
-def quietly(*command):
-    subprocess.run(command, capture_output=True, check=False)
-
-
-def need(*names):
-    for name in names:
-        if not shutil.which(name):
-            raise Skip(f"no {name}")
-
-
-def need_module(*names):
-    for name in names:
-        if subprocess.run(["modprobe", name], capture_output=True, check=False).returncode:
-            raise Skip(f"no kernel module {name}")
-
-
 class Work:
     """A directory with two layers for the commands, and the expected content."""
 
@@ -68,39 +53,29 @@ class Work:
 
     def __init__(self):
         need("obdsetup", "mkfs.ext4")
-        self.path = tempfile.mkdtemp(prefix="obdtest-")
-        defer(shutil.rmtree, self.path)
-        defer(os.chdir, os.getcwd())
-        os.chdir(self.path)
+        self.path = enter_work_directory()
         defer(self.down)
         if not Work.made:
             Work.made = self._make()
         self.base, app, self.disk = Work.made
         for name, content in (("base.obd", self.base), ("app.obd", app)):
-            with open(name, "wb") as file:
-                file.write(content)
+            write(name, content)
 
     @staticmethod
     def _make():
         """Returns the layers and the disk that they are made from."""
         os.mkdir("tree")
         for name, content in (("data", DATA), ("text", TEXT)):
-            with open(f"tree/{name}", "wb") as file:
-                file.write(content)
+            write(f"tree/{name}", content)
         sh(f"""
             mkfs.ext4 -q -b 4096 -d tree disk.raw {SIZE >> 10}k
             obdsetup create --image disk.raw base.obd
             mount -o loop disk.raw /mnt
             head -c 100000 tree/text >/mnt/more
             rm /mnt/text""")
-        with open("/mnt/app", "wb") as file:
-            file.write(APP)
+        write("/mnt/app", APP)
         sh("umount /mnt; obdsetup create --base base.obd --image disk.raw app.obd")
-        out = []
-        for name in ("base.obd", "app.obd", "disk.raw"):
-            with open(name, "rb") as file:
-                out.append(file.read())
-        return out
+        return [read(name) for name in ("base.obd", "app.obd", "disk.raw")]
 
     def down(self):
         """Removes what a failed test has left."""
@@ -115,14 +90,12 @@ class Work:
         """Checks that the device has the content of the source, and so have its files, if mounted."""
         same_bytes(whole(name), self.disk, f"content of {name}")
         if os.path.ismount("/mnt"):
-            with open("/mnt/data", "rb") as data, open("/mnt/app", "rb") as app:
-                equal(digest(data.read() + app.read()), digest(DATA + APP), "files in it")
+            equal(digest(read("/mnt/data") + read("/mnt/app")), digest(DATA + APP), "files in it")
 
     def same_base(self):
         """Does the same for a device of the lower layer alone."""
         same_bytes(whole("base"), image.flatten([image.Lsmt(image.Zfile(self.base))]), "content of base")
-        with open("/mnt/data", "rb") as data, open("/mnt/text", "rb") as text:
-            equal(digest(data.read() + text.read()), digest(DATA + TEXT), "files in it")
+        equal(digest(read("/mnt/data") + read("/mnt/text")), digest(DATA + TEXT), "files in it")
 
     def pieces(self, name="app"):
         """Returns how many pieces of a device read correctly and how many fail with EIO. Fails on wrong data."""

@@ -6,7 +6,6 @@ disk, after a kill, too; a chain of qcow2 images becomes a stack, and a stack su
 OBD_KILLS is the number of kills, and OBD_SEED says when they come.
 """
 
-import contextlib
 import glob
 import json
 import os
@@ -14,11 +13,13 @@ import random
 import shutil
 import signal
 import subprocess
-import tempfile
 import time
 
-from obdtest import image, programs, udevd
-from obdtest.ktap import SLOW, check, defer, equal, main, note, same_bytes, skip_all, test
+from obdtest import image, left, programs, udevd
+from obdtest.files import enter_work_directory, read, write
+from obdtest.ktap import check, defer, equal, main, note, same_bytes, skip_all, test
+from obdtest.left import devices, eventually
+from obdtest.programs import need, need_module, obdsetup, quietly, run
 
 KILLS = int(os.environ.get("OBD_KILLS", "24"))
 SEED = os.environ.get("OBD_SEED") or str(random.SystemRandom().randrange(1 << 32))
@@ -40,13 +41,6 @@ disk.raw6 : start=20480, size=2048
 LONG = 600
 
 
-def obdsetup(*args, status=0):
-    """Runs it; its standard output and error."""
-    done = subprocess.run(["obdsetup", *args], stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False)
-    equal(done.returncode, status, f"status of obdsetup {' '.join(args)} ({done.stderr.strip()})")
-    return done.stdout, done.stderr
-
-
 def refused(status, said, *args):
     """It is refused with these words, and nothing is left."""
     _, err = obdsetup(*args, status=status)
@@ -54,74 +48,24 @@ def refused(status, said, *args):
     nothing_left()
 
 
-def run(*command, text=None):
-    done = subprocess.run(command, input=text or "", capture_output=True, text=True, check=False)
-    equal(done.returncode, 0, f"status of {' '.join(command)} ({done.stderr.strip()})")
-    return done.stdout
-
-
-def quietly(*command):
-    subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, check=False)
-
-
-def read(path, start=0, length=-1):
-    with open(path, "rb") as file:
-        file.seek(start)
-        return file.read(length)
-
-
-def write(path, content, at=None):
-    with open(path, "r+b" if at is not None else "wb") as file:
-        file.seek(at or 0)
-        file.write(content)
-
-
-def devices():
-    rows = run("dmsetup", "info", "-c", "--noheadings", "--separator", "|", "-o", "name,uuid").splitlines()
-    return [row for row in rows if "OVERLAYBD-" in row.split("|")[-1]]
-
-
-def loops():
-    """Loop devices over files of this test."""
-    found = []
-    for path in glob.glob("/sys/block/loop*/loop/backing_file"):
-        with contextlib.suppress(OSError):
-            name = read(path).decode().strip()
-            if name.startswith(os.getcwd()) or "obdsetup" in name:
-                found.append(name)
-    return found
-
-
 def nodes():
     return glob.glob(f"{DISK}*")
 
 
 def nothing_left():
-    for what, found in (("devices", devices), ("loop devices", loops), ("nodes", nodes),
-                        ("locks", lambda: glob.glob("/run/obdsetup/*") + glob.glob("/run/obdsetup/.OVERLAYBD-*"))):
-        for _ in range(100 * SLOW):
-            left = found()
-            if not left:
-                break
-            time.sleep(0.05)
-        equal(left, [], f"{what} that are left")
+    left.nothing_left()
+    eventually("nodes that are left", nodes, [])
 
 
 def clear():
     """Takes down what a failed test has left."""
     quietly("umount", "mnt")
-    quietly("obdsetup", "close", NAME)
-    for _ in range(4):
-        for row in devices():
-            quietly("dmsetup", "remove", "--retry", row.split("|")[0])
+    left.clear(NAME)
 
 
 def work():
     """A directory of its own."""
-    path = tempfile.mkdtemp(prefix="obdtest-")
-    defer(shutil.rmtree, path)
-    defer(os.chdir, os.getcwd())
-    os.chdir(path)
+    enter_work_directory()
     defer(clear)
     os.mkdir("mnt")
     note(f"OBD_SEED={SEED}")
@@ -132,7 +76,7 @@ def disk_of(table, size=SIZE, *options):
     write("disk.raw", image.sample(size, 7))
     write("disk.raw", bytes(MIB), at=0)
     write("disk.raw", bytes(64 << 10), at=size - (64 << 10))
-    run("sfdisk", "-q", *options, "disk.raw", text=table)
+    run("sfdisk", "-q", *options, "disk.raw", input=table)
     return read("disk.raw")
 
 
@@ -215,15 +159,14 @@ def journals():
     _, err = obdsetup("open", "--partitions", NAME, "base.obd")
     equal(err, f"obdsetup: note: the ext4 file system on {DISK}-part1 was not unmounted cleanly, and a read-only device "
           "cannot replay its journal: mount -o ro,noload shows it without what is in the journal\n", "what open says")
-    done = subprocess.run(["mount", "-o", "ro", f"{DISK}-part1", "mnt"], capture_output=True, check=False)
-    check(done.returncode, "a mount without noload fails")
+    check(quietly("mount", "-o", "ro", f"{DISK}-part1", "mnt"), "a mount without noload fails")
     run("mount", "-o", "ro,noload", f"{DISK}-part1", "mnt")
     equal(read("mnt/file"), b"what is in the file", "file")
     run("umount", "mnt")
     obdsetup("close", NAME)
     equal(obdsetup("open", NAME, "base.obd")[1], "", "what open says without --partitions")
     obdsetup("close", NAME)
-    if not subprocess.run(["modprobe", "dm-snapshot"], capture_output=True, check=False).returncode:
+    if not quietly("modprobe", "dm-snapshot"):
         equal(obdsetup("open", "--partitions", "--create", "--writable", "store", NAME, "base.obd")[1], "",
               "what open says with a store")
         obdsetup("close", NAME)
@@ -301,17 +244,14 @@ def damaged():
     defer(quietly, "dmsetup", "remove", f"{NAME}-part2")
     _, err = obdsetup("open", "--partitions", NAME, "base.obd", status=5)
     check(f"device {NAME}-part2 exists already" in err, err)
-    equal(devices(), [], "devices that are left")
+    equal(devices(), {}, "devices that are left")
     run("dmsetup", "remove", f"{NAME}-part2")
     nothing_left()
 
 
 @test("a disk that takes writes: its partitions do, too, and what is written becomes a layer", timeout=LONG)
 def writable():
-    if subprocess.run(["modprobe", "dm-snapshot"], capture_output=True, check=False).returncode:
-        note("no kernel module dm-snapshot")
-        check(True, "skipped")
-        return
+    need_module("dm-snapshot")
     work()
     disk_of(GPT)
     file_system(2048, 12288)
@@ -439,18 +379,15 @@ def kills():
         time.sleep(rng.choice((0, 0, 0.02, 0.1)))
         child.send_signal(signal.SIGKILL if which != 1 else signal.SIGTERM)
         code = child.wait()
-        for _ in range(100 * SLOW):
-            if not programs.running():
-                break
-            time.sleep(0.05)
-        left = sorted(row.split("|")[0].removeprefix(NAME) for row in devices())
-        seen.add((args[0], code, len(left)))
+        eventually(f"{nth}: processes that are left", programs.running, [])
+        found = sorted(name.removeprefix(NAME) for name in devices())
+        seen.add((args[0], code, len(found)))
         if code == 130:
             nothing_left()
-        is_whole = left and not any(name.endswith("-partitions") for name in left)
+        is_whole = found and not any(name.endswith("-partitions") for name in found)
         if nth % 2 == 0 or is_whole:
             done = subprocess.run(["obdsetup", "close", NAME], capture_output=True, text=True, check=False)
-            check(done.returncode in (0, 4), f"{nth}: {left}: close: {done.stderr}")
+            check(done.returncode in (0, 4), f"{nth}: {found}: close: {done.stderr}")
         else:
             obdsetup("open", "--partitions", NAME, "base.obd")
             same_bytes(read(f"{DISK}-part2"), content[16384 * 512:18432 * 512], "partition 2")
@@ -471,20 +408,11 @@ def disks_of_chain():
     return bytes(content)
 
 
-def needs_qemu_img():
-    if shutil.which("qemu-img"):
-        return True
-    note("no qemu-img")
-    check(True, "skipped")
-    return False
-
-
 @test("a chain of qcow2 images becomes a stack, and the stack a chain", timeout=LONG)
 def chains():
+    need("qemu-img")
     work()
     content = disks_of_chain()
-    if not needs_qemu_img():
-        return
     run("qemu-img", "convert", "-f", "raw", "-O", "qcow2", "0.raw", "a.qcow2")
     for nth, (below, name) in enumerate((("a", "b"), ("b", "c")), 1):
         run("qemu-img", "create", "-q", "-f", "qcow2", "-F", "raw", "-b", f"{os.getcwd()}/{nth}.raw", f"{name}.qcow2")

@@ -12,14 +12,15 @@ import glob
 import os
 import random
 import re
-import shutil
 import signal
 import subprocess
 import tempfile
 import time
 
 from obdtest import dm, image, programs, udevd
+from obdtest.files import work_directory, write
 from obdtest.ktap import SLOW, add, check, defer, equal, main, note, same_bytes, test
+from obdtest.left import clear, devices, eventually, locks, own_loops
 
 KILLS = int(os.environ.get("OBD_KILLS", "1"))
 SEED = os.environ.get("OBD_SEED") or str(random.SystemRandom().randrange(1 << 32))
@@ -34,15 +35,12 @@ UDEV_BOUND = 60
 
 def make_layers(count=2):
     """Files of a stack, of odd length; and their content."""
-    work = tempfile.mkdtemp(prefix="obdtest-")
-    defer(shutil.rmtree, work)
+    work = work_directory()
     layers = []
     for nth in range(count):
         layer = image.lsmt(SIZE, [(0, DATA)] if nth == 0 else [(nth, 1)])
         raw = next(raw for block in (4096, 8192, 16384) if len(raw := image.zfile(layer, image.LZ4, block)) % 512)
-        layers.append(f"{work}/layer{nth}.obd")
-        with open(layers[-1], "wb") as file:
-            file.write(raw)
+        layers.append(write(f"{work}/layer{nth}.obd", raw))
     content = bytearray(DATA)
     for nth in range(1, count):
         content[nth * 512:nth * 512 + 512] = bytes(512)
@@ -86,39 +84,8 @@ class Way:
             udevd.settle()
 
 
-def eventually(what, holds):
-    """Waits until holds() gives nothing."""
-    left = None
-    for _ in range(100 * SLOW):
-        left = holds()
-        if not left:
-            break
-        time.sleep(0.05)
-    check(not left, f"{what}: {left}")
-
-
-def devices():
-    """Mapped devices of stacks, those without a table, too."""
-    out = subprocess.run(["dmsetup", "info", "-c", "--noheadings", "--separator", "|", "-o", "name,uuid"],
-                         capture_output=True, text=True, check=True).stdout
-    return [row for row in out.split("\n") if "|OVERLAYBD-" in row]
-
-
-def loops(layers):
-    """Loop devices over the layers or over what is in memory."""
-    found = []
-    for path in glob.glob("/sys/block/loop*/loop/backing_file"):
-        with contextlib.suppress(OSError):
-            with open(path, encoding="utf-8") as file:
-                name = file.read().strip()
-            if name in layers or "obdsetup" in name:
-                found.append(f"{path}: {name}")
-    return found
-
-
 def links():
-    return (glob.glob(f"/dev/mapper/{NAME}*") + glob.glob("/dev/mapper/layer*") + glob.glob(f"/run/obdsetup/{NAME}*") +
-            glob.glob("/run/obdsetup/.*"))
+    return glob.glob(f"/dev/mapper/{NAME}*") + glob.glob("/dev/mapper/layer*")
 
 
 def semaphores():
@@ -129,10 +96,11 @@ def semaphores():
 
 
 def nothing_left(layers):
-    eventually("devices left", devices)
-    eventually("loop devices left", lambda: loops(layers))
-    eventually("links and locks left", links)
-    eventually("cookies left", semaphores)
+    eventually("devices left", devices, {})
+    eventually("loop devices left", lambda: own_loops(*layers), {})
+    eventually("links left", links, [])
+    eventually("locks left", lambda: locks(NAME), [])
+    eventually("cookies left", semaphores, [])
 
 
 def others_can_work(layers):
@@ -146,8 +114,7 @@ def others_can_work(layers):
 def close_whatever():
     """After a test that failed."""
     udevd.go_on()
-    for name in [row.split("|")[0] for row in devices()] * 3:
-        subprocess.run(["dmsetup", "remove", "--retry", name], capture_output=True, check=False)
+    clear()
 
 
 def read_back(content):
@@ -179,7 +146,7 @@ def kills(way, command):
         time.sleep(rng.random() * lasts)
         child.kill()
         _, said = child.communicate()
-        eventually(f"kill {nth}: processes left", programs.running)
+        eventually(f"kill {nth}: processes left", programs.running, [])
         way.go_on()
         if child.returncode != -signal.SIGKILL:
             # It was over before the kill, which doesn't count.
@@ -194,7 +161,7 @@ def kills(way, command):
         nth += 1
         others_can_work(layers)
         left = devices()
-        top = any(f"|OVERLAYBD-LSMT-{NAME}" in row for row in left)
+        top = any(uuid.startswith(f"OVERLAYBD-LSMT-{NAME}") for uuid in left.values())
         done = subprocess.run([*way.prefix, "obdsetup", "open", NAME, *layers], env=way.env, text=True,
                               capture_output=True, check=False)
         if left and done.returncode == 0:
@@ -226,7 +193,7 @@ def killed_then_closed():
             pass
         child.kill()
         child.communicate()
-        eventually("processes left", programs.running)
+        eventually("processes left", programs.running, [])
         if not devices():
             continue
         way.run("close", NAME)
@@ -264,7 +231,7 @@ def half_attached():
     for number in (numbers[0], numbers[-1]):
         for command in ("open", "close"):
             equal(traced("-e", f"inject=ioctl:signal=KILL:when={number}"), -signal.SIGKILL, "status after the kill")
-            check(loops(layers), "the kill has left no loop device: it came at another moment")
+            check(own_loops(*layers), "the kill has left no loop device: it came at another moment")
             others_can_work(layers)
             if command == "open":
                 way.run("open", NAME, *layers)
@@ -281,7 +248,7 @@ def signalled(way, number, *command):
     way.stop()
     before = semaphores()
     child = way.start(*command)
-    eventually("no wait begins", lambda: not any("udevreleasecookie" in line for line in programs.running()))
+    eventually("a wait begins", lambda: any("udevreleasecookie" in line for line in programs.running()), True)
     child.send_signal(number)
     start = time.monotonic()
     _, said = child.communicate()
@@ -311,7 +278,7 @@ def signals():
     defer(close_whatever)
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signalled(way, number, "open", NAME, *layers)
-        equal(devices(), [], f"{number.name}: devices left")
+        equal(devices(), {}, f"{number.name}: devices left")
         way.go_on()
         nothing_left(layers)
 
@@ -337,7 +304,7 @@ def signals_at_locks():
     work = os.path.dirname(layers[0])
     store = f"{work}/store"
     way.run("open", "--create", "--writable", store, NAME, *layers)
-    shared = next(row.split("|")[1] for row in devices() if re.search(r"-[0-9a-f]{40}$", row))
+    shared = next(uuid for uuid in devices().values() if re.search(r"-[0-9a-f]{40}$", uuid))
     way.run("close", NAME)
     nothing_left(layers)
     plain, writable = ["open", NAME, *layers], ["open", "--writable", store, NAME, *layers]
@@ -378,7 +345,7 @@ def bound():
     layers, _ = make_layers()
     defer(close_whatever)
     bounded(way, "open", NAME, *layers)
-    equal(devices(), [], "devices left")
+    equal(devices(), {}, "devices left")
     way.go_on()
     nothing_left(layers)
 
@@ -451,7 +418,7 @@ def parallel_devices():
         with open(f"/dev/mapper/{name}", "rb") as file:
             same_bytes(file.read(), content, "content")
         way.run("close", name)
-    eventually("devices left", devices)
+    eventually("devices left", devices, {})
 
 
 @test("one name, opened at the same time with another /run: one gets it, and keeps it")
@@ -564,7 +531,7 @@ def poisoned():
         subprocess.run(["losetup", "--detach", failed.stdout.strip()], check=True)
     way.run("open", NAME, *layers)
     read_back(content)
-    equal([path for path in loops(layers) if f"/loop{number}/" in path], [], "the claimed loop device is used")
+    check(f"loop{number}" not in own_loops(*layers), "the claimed loop device is used")
     way.run("close", NAME)
     nothing_left(layers)
 

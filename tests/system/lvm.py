@@ -182,6 +182,15 @@ def write(text):
         file.write(text)
 
 
+def after_boot(mount):
+    """Takes all down, and sets it up again as after a boot: what write() has written is there."""
+    script("obdsetup close app; vgchange --activate n vg")
+    script("vgchange --activate y vg; obdsetup open app base.obd app.obd")
+    script(mount)
+    with open("/mnt/new", encoding="ascii") as file:
+        equal(file.read(), "first\n", "what was written before")
+
+
 @test("layers on logical volumes")
 def layers():
     host = Host()
@@ -220,12 +229,7 @@ def thin():
     down = recipe.blocks[0]
     recipe.step()
     equal(sha256("/dev/mapper/app"), host.sum, "the image after writes")
-    # As after a boot.
-    script("obdsetup close app; vgchange --activate n vg")
-    script("vgchange --activate y vg; obdsetup open app base.obd app.obd")
-    script(mount)
-    with open("/mnt/new", encoding="ascii") as file:
-        equal(file.read(), "first\n", "what was written before")
+    after_boot(mount)
     equal(float(script("lvs --noheadings --options data_percent vg/pool")) > 0, True, "use of the pool")
     script(f"umount /mnt; {down}")
     recipe.step()
@@ -247,11 +251,7 @@ def snapshot():
     check(re.match(r"0 65536 snapshot \d+/65536 \d+\n", recipe.step()), "status")
     recipe.step()
     equal(sha256("/dev/mapper/app"), host.sum, "the image after writes")
-    script("obdsetup close app; vgchange --activate n vg")
-    script("vgchange --activate y vg; obdsetup open app base.obd app.obd")
-    script(mount)
-    with open("/mnt/new", encoding="ascii") as file:
-        equal(file.read(), "first\n", "what was written before")
+    after_boot(mount)
     os.unlink("/mnt/new")
     same_files(host.files)
     script("umount /mnt; dmsetup remove work; obdsetup close app; vgchange --activate n vg")
@@ -274,6 +274,19 @@ def make_guest():
     return files("/usr/lib/udev/rules.d")
 
 
+def guest_mounted(title):
+    """Takes the first two steps of a recipe for the image of a virtual machine: its files are there. Returns the state
+    before, and the recipe."""
+    Host()
+    wanted = make_guest()
+    before = state()
+    recipe = Recipe(title)
+    recipe.step()
+    recipe.step()
+    same_files(wanted)
+    return before, recipe
+
+
 @test("an image with a physical volume is taken for the host's where nothing keeps LVM off it")
 def activated():
     Host()
@@ -288,13 +301,7 @@ def activated():
 
 @test("an image with a physical volume: with a devices file")
 def devices_file():
-    Host()
-    wanted = make_guest()
-    before = state()
-    recipe = Recipe("With a devices file")
-    recipe.step()
-    recipe.step()
-    same_files(wanted)
+    before, recipe = guest_mounted("With a devices file")
     lvm_is_content()
     check("guest" not in script("vgs; pvs; lvs"), "the host's LVM knows the guest")
     equal(sha256("/dev/mapper/vm"), sha256("vm.raw"), "content of the image")
@@ -308,13 +315,7 @@ def devices_file():
 
 @test("an image with a physical volume: with a filter, and writable")
 def filtered():
-    Host()
-    wanted = make_guest()
-    before = state()
-    recipe = Recipe("With a filter, and writable")
-    recipe.step()
-    recipe.step()
-    same_files(wanted)
+    before, recipe = guest_mounted("With a filter, and writable")
     write("first\n")
     lvm_is_content()
     equal(script("pvs --noheadings --options pv_name --select vg_name=guest").split(), ["/dev/mapper/vm"], "PV")

@@ -7,7 +7,8 @@ import re
 import shutil
 
 from obdtest.ktap import Skip, check, equal, main, note, test
-from obdtest.recipes import APP, DATA, Work, digest, main_in_vm, need, nothing_left, recipe, sh
+from obdtest.programs import need
+from obdtest.recipes import APP, DATA, Work, digest, main_in_vm, nothing_left, recipe, sh
 
 INIT = """#!/bin/busybox sh
 export PATH=/bin

@@ -15,9 +15,11 @@ import tarfile
 import tempfile
 import uuid
 
-from obdtest import golden, tree
+from obdtest import golden, programs, tree
+from obdtest.files import work_directory
 from obdtest.ktap import SLOW, Skip, add, check, defer, equal, main, note, test
-from obdtest.recipes import need, need_module, quietly, recipe, sh
+from obdtest.programs import need, need_module, quietly
+from obdtest.recipes import recipe, sh
 
 NAME = f"obdtest-{os.getpid()}-oci"
 DEVICE = f"/dev/mapper/{NAME}"
@@ -29,19 +31,23 @@ PAX = ("--format=pax", "--xattrs", "--xattrs-include=*", "--acls", "--numeric-ow
 
 def run(*command, timeout=300):
     """Runs a command; what it prints."""
-    done = subprocess.run(command, capture_output=True, check=False, timeout=timeout * SLOW)
-    if done.returncode:
-        raise OSError(f"{command}: status {done.returncode}: {done.stderr.decode(errors='replace').strip()}")
-    return done.stdout.decode(errors="replace")
+    return programs.run(*command, timeout=timeout * SLOW)
 
 
 def workplace():
     need("obdsetup")
     need_module("erofs")
-    work = tempfile.mkdtemp(prefix="obdtest-")
-    defer(shutil.rmtree, work)
+    work = work_directory()
     os.mkdir(f"{work}/mnt")
     return work
+
+
+def tar_of_file(path, name, text):
+    """Makes a tar with one file."""
+    with tarfile.open(path, "w") as tar:
+        member = tarfile.TarInfo(name)
+        member.size = len(text)
+        tar.addfile(member, io.BytesIO(text.encode()))
 
 
 def mounted(work, stack):
@@ -302,10 +308,7 @@ def skopeo():
     need("skopeo")
     work = workplace()
     for name in ("one", "two"):
-        with tarfile.open(f"{work}/{name}.tar", "w") as tar:
-            member = tarfile.TarInfo(f"etc/{name}")
-            member.size = len(name)
-            tar.addfile(member, io.BytesIO(name.encode()))
+        tar_of_file(f"{work}/{name}.tar", f"etc/{name}", name)
     Layout(f"{work}/layout", [f"{work}/one.tar", f"{work}/two.tar"])
     run("obdsetup", "convert", f"{work}/layout", f"{work}/app")
     for number, target in enumerate(("docker-archive:saved.tar:app:latest", "oci-archive:oci.tar", "oci:copied:latest")):
@@ -410,10 +413,7 @@ def shared():
     need_module("overlay")
     work = workplace()
     for name, text in (("base", "base"), ("one", "1"), ("two", "2")):
-        with tarfile.open(f"{work}/{name}.tar", "w") as tar:
-            member = tarfile.TarInfo(f"etc/{name}")
-            member.size = len(text)
-            tar.addfile(member, io.BytesIO(text.encode()))
+        tar_of_file(f"{work}/{name}.tar", f"etc/{name}", text)
     for name in ("one", "two"):
         Layout(f"{work}/layout-{name}", [f"{work}/base.tar", f"{work}/{name}.tar"])
         run("obdsetup", "convert", f"{work}/layout-{name}", f"{work}/{name}", "--cache", f"{work}/cache")

@@ -11,9 +11,11 @@ import time
 
 from obdtest import dm
 from obdtest.disk import Disk, read_or_none
+from obdtest.files import read
 from obdtest.ktap import Failure, Skip, check, defer, equal, main, note, same_bytes, test
-from obdtest.recipes import (APP, DATA, PIECE, SIZE, Work, main_in_vm, need, need_module, nothing_left,
-                             quietly, recipe, sh, target_status, whole)
+from obdtest.memory import page_cache
+from obdtest.programs import need, need_module, quietly
+from obdtest.recipes import APP, DATA, PIECE, SIZE, Work, main_in_vm, nothing_left, recipe, sh, target_status, whole
 
 
 @test("dm-verity below: the bytes of the source; a changed block is EIO and nothing else")
@@ -58,15 +60,19 @@ def verity_above():
     nothing_left()
 
 
-def page_cache():
-    """Its bytes."""
-    with open("/proc/meminfo", encoding="ascii") as file:
-        return next(int(row.split()[1]) << 10 for row in file if row.startswith("Cached:"))
-
-
-def content(path):
-    with open(path, "rb") as file:
-        return file.read()
+def work_of_server():
+    """A Work whose layers are where a server has them, on this machine under the name of the server."""
+    work = Work()
+    os.mkdir("images")
+    for name in ("base", "app"):
+        os.rename(f"{name}.obd", f"images/{name}.obd")
+        sh(f"stat -c %s images/{name}.obd >{name}.size")
+    if os.path.lexists("/srv/images"):
+        raise Skip("there is a /srv/images")
+    os.symlink(f"{work.path}/images", "/srv/images")
+    defer(os.unlink, "/srv/images")
+    host("server")
+    return work
 
 
 class NvmeTcp:
@@ -78,16 +84,7 @@ class NvmeTcp:
         need_module("nvmet", "nvmet-tcp", "nvme-tcp")
         if glob.glob("/dev/nvme[0-9]*"):
             raise Skip("there are NVMe devices")
-        self.work = Work()
-        os.mkdir("images")
-        for name in ("base", "app"):
-            os.rename(f"{name}.obd", f"images/{name}.obd")
-            sh(f"stat -c %s images/{name}.obd >{name}.size")
-        if os.path.lexists("/srv/images"):
-            raise Skip("there is a /srv/images")
-        os.symlink(f"{self.work.path}/images", "/srv/images")
-        defer(os.unlink, "/srv/images")
-        host("server")
+        self.work = work_of_server()
         self.server, self.node, self.node_down, self.server_down = recipe("A remote image: NVMe over TCP")
         defer(self._down)
 
@@ -154,14 +151,14 @@ def several_times():
         defer(quietly, "umount", f"/run/{name}", f"/run/{name}.rw")
     sh(use)
     sh("echo 3 >/proc/sys/vm/drop_caches")
-    same_bytes(content("/run/c1/data"), DATA, "content in the first")
+    same_bytes(read("/run/c1/data"), DATA, "content in the first")
     before = page_cache()
-    same_bytes(content("/run/c2/data"), DATA, "content in the second")
-    check(page_cache() - before < len(DATA) // 4, f"the second has taken {page_cache() - before} bytes of page cache")
+    same_bytes(read("/run/c2/data"), DATA, "content in the second")
+    check(page_cache() - before < len(DATA) >> 12, f"the second has taken {page_cache() - before} KiB of page cache")
     with open("/run/c1/data", "ab") as file:
         file.write(b"more")
-    same_bytes(content("/run/c1/data"), DATA + b"more", "what the first has written")
-    same_bytes(content("/run/c2/data"), DATA, "and the second hasn't")
+    same_bytes(read("/run/c1/data"), DATA + b"more", "what the first has written")
+    same_bytes(read("/run/c2/data"), DATA, "and the second hasn't")
     sh(down)
     nothing_left()
 
@@ -179,15 +176,15 @@ def third_layer():
     sh(make)
     nothing_left()
     sh(use)
-    same_bytes(content("/mnt/data") + content("/mnt/app"), DATA + APP, "what was there")
-    same_bytes(content("/mnt/more") + content("/mnt/text"), APP[:70000] + b"another", "what was written")
+    same_bytes(read("/mnt/data") + read("/mnt/app"), DATA + APP, "what was there")
+    same_bytes(read("/mnt/more") + read("/mnt/text"), APP[:70000] + b"another", "what was written")
     sh(down)
     nothing_left()
     # The same as by way of the whole disk.
     sh("""obdsetup open --writable new.changes work base.obd app.obd
         obdsetup create --base base.obd --base app.obd --image /dev/mapper/work --tar slow.tar
         obdsetup close work""")
-    same_bytes(content("new.tar"), content("slow.tar"), "the layer")
+    same_bytes(read("new.tar"), read("slow.tar"), "the layer")
 
 
 @test("erofs with inode_share: two images, and what they have in common is cached once")
@@ -209,11 +206,11 @@ def one_page_cache():
             raise Skip("the kernel is older than inode_share") from error
         raise
     sh("echo 3 >/proc/sys/vm/drop_caches")
-    same_bytes(content("/mnt/data"), DATA, "content in the first")
+    same_bytes(read("/mnt/data"), DATA, "content in the first")
     before = page_cache()
-    same_bytes(content("/mnt2/data"), DATA, "content in the second")
-    check(page_cache() - before < len(DATA) // 4, f"the second has taken {page_cache() - before} bytes of page cache")
-    same_bytes(content("/mnt2/own"), b"two" * 20000, "what only the second has")
+    same_bytes(read("/mnt2/data"), DATA, "content in the second")
+    check(page_cache() - before < len(DATA) >> 12, f"the second has taken {page_cache() - before} KiB of page cache")
+    same_bytes(read("/mnt2/own"), b"two" * 20000, "what only the second has")
     sh(down)
     nothing_left()
 
@@ -263,16 +260,7 @@ class Remote:
     def __init__(self):
         need("nbdkit", "nbd-client", "lvm")
         need_module("nbd", "dm-clone")
-        self.work = Work()
-        os.mkdir("images")
-        for name in ("base", "app"):
-            os.rename(f"{name}.obd", f"images/{name}.obd")
-            sh(f"stat -c %s images/{name}.obd >{name}.size")
-        if os.path.lexists("/srv/images"):
-            raise Skip("there is a /srv/images")
-        os.symlink(f"{self.work.path}/images", "/srv/images")
-        defer(os.unlink, "/srv/images")
-        host("server")
+        self.work = work_of_server()
         disk = dm.Loop(b"", size=80 << 20, readonly=False)
         sh(f"vgcreate --quiet vg {disk.path}")
         defer(quietly, "vgremove", "--force", "vg")

@@ -10,7 +10,10 @@ import subprocess
 import tempfile
 
 from obdtest import image, udevd
+from obdtest.files import read, work_directory, write
 from obdtest.ktap import Skip, check, defer, equal, main, test
+from obdtest.left import devices
+from obdtest.programs import close, quietly, run
 
 RULES = "/run/udev/rules.d"
 # The rules of device-mapper as all but Debian number them.
@@ -20,26 +23,14 @@ UUID, LABEL = "0b2f3c4d-1111-4222-8333-444455556666", "obdtest-fs"
 NAME = f"obdtest-{os.getpid()}"
 
 
-def run(*args):
-    """The standard output of a program."""
-    done = subprocess.run(args, capture_output=True, text=True, check=False)
-    equal(done.returncode, 0, f"status of {' '.join(args)} ({done.stderr.strip()})")
-    return done.stdout
-
-
-def close(name):
-    subprocess.run(["obdsetup", "close", name], capture_output=True, check=False)
-
-
 def remove(name):
-    subprocess.run(["dmsetup", "remove", "--retry", name], capture_output=True, check=False)
+    quietly("dmsetup", "remove", "--retry", name)
 
 
 def make_layers():
     """Files of a stack, of odd length: an ext4 file system, and a change. What the first layer decompresses to looks
     like swap space to those who scan it: a header has room for that."""
-    work = tempfile.mkdtemp(prefix="obdtest-")
-    defer(shutil.rmtree, work)
+    work = work_directory()
     os.mkdir(f"{work}/tree")
     with open(f"{work}/tree/file", "w", encoding="ascii") as file:
         file.write("content\n" * 1000)
@@ -48,18 +39,13 @@ def make_layers():
     run("truncate", "--size=1M", f"{work}/swap")
     run("mkswap", f"{work}/swap")
     run("obdsetup", "create", "--algorithm", "none", "--image", f"{work}/disk", f"{work}/bare")
-    with open(f"{work}/bare", "rb") as file:
-        bare = file.read()
-    with open(f"{work}/swap", "rb") as file:
-        swap = file.read()
+    bare, swap = read(f"{work}/bare"), read(f"{work}/swap")
     # The page with swap's header, but for its first sectors. The end of the file is where swap's is not.
     crafted = bare[:1024] + swap[1024:4096] + bare[4096:]
     layers = []
     for name, layer in (("base", crafted), ("top", image.lsmt(8 << 20, [(16000, 8)]))):
         raw = next(raw for block in (4096, 8192, 16384) if len(raw := image.zfile(layer, image.ZSTD, block)) % 512)
-        layers.append(f"{work}/{name}.obd")
-        with open(layers[-1], "wb") as file:
-            file.write(raw)
+        layers.append(write(f"{work}/{name}.obd", raw))
     return layers
 
 
@@ -76,10 +62,7 @@ def names():
 
 def inner():
     """The devices below the disk, by what they are and the layer's file: names and UUIDs."""
-    rows = run("dmsetup", "info", "-c", "--noheadings", "--separator", "|", "-o", "name,uuid").splitlines()
-    # Without any there is a sentence.
-    rows = [row.split("|") for row in rows if "|" in row]
-    return {(name.split("-")[-1], name.split(".")[0]): (name, uuid) for name, uuid in rows
+    return {(name.split("-")[-1], name.split(".")[0]): (name, uuid) for name, uuid in devices().items()
             if uuid.startswith(("OVERLAYBD-LAYER-", "OVERLAYBD-BLOB-"))}
 
 
@@ -192,16 +175,16 @@ def by_hand():
 @test("lsblk, dmsetup ls and info show a stack as it is")
 def shown():
     open_stack()
-    devices, parents = {}, {}
+    seen, parents = {}, {}
 
     def walk(nodes, parent):
         for node in nodes:
-            devices[node["name"]] = node
+            seen[node["name"]] = node
             parents.setdefault(node["name"], set()).add(parent)
             walk(node.get("children", []), node["name"])
 
     walk(json.loads(run("lsblk", "--json", "-o", "NAME,TYPE,RO,FSTYPE,UUID,LABEL"))["blockdevices"], None)
-    equal([devices[NAME][key] for key in ("type", "ro", "fstype", "uuid", "label")],
+    equal([seen[NAME][key] for key in ("type", "ro", "fstype", "uuid", "label")],
           ["overlaybd", True, "ext4", UUID, LABEL], "lsblk: the disk")
     below = inner()
     zfiles, blobs = [[below[kind, layer][0] for layer in ("base", "top")] for kind in ("zfile", "blob")]
@@ -209,10 +192,10 @@ def shown():
     for zfile_name, blob in zip(zfiles, blobs):
         equal(parents[zfile_name], {blob}, "lsblk: below a layer")
         loops = parents[blob]
-        equal([(devices[loop]["type"], devices[loop]["ro"]) for loop in sorted(loops)], [("loop", True)] * 2,
+        equal([(seen[loop]["type"], seen[loop]["ro"]) for loop in sorted(loops)], [("loop", True)] * 2,
               "lsblk: below a blob")
     for name in zfiles + blobs:
-        equal([devices[name][key] for key in ("type", "ro", "fstype", "uuid", "label")],
+        equal([seen[name][key] for key in ("type", "ro", "fstype", "uuid", "label")],
               ["overlaybd", True, None, None, None], f"lsblk: {name}")
     rows = [row.split("|") for row in run("dmsetup", "info", "-c", "--noheadings", "--separator", "|", "-o",
                                           "name,attr,open,segments,uuid").splitlines()]
@@ -229,14 +212,10 @@ def shown():
 
 @test("a plain ZFile is a disk, too")
 def zfile():
-    work = tempfile.mkdtemp(prefix="obdtest-")
-    defer(shutil.rmtree, work)
+    work = work_directory()
     run("truncate", "--size=8M", f"{work}/disk")
     run("mkfs.ext4", "-q", "-U", UUID, "-L", LABEL, f"{work}/disk")
-    with open(f"{work}/disk", "rb") as file:
-        content = file.read()
-    with open(f"{work}/disk.zf", "wb") as file:
-        file.write(image.zfile(content, image.ZSTD, 65536))
+    write(f"{work}/disk.zf", image.zfile(read(f"{work}/disk"), image.ZSTD, 65536))
     # A name with a number behind it, which is not that of a layer.
     name = f"{NAME}-1"
     run("obdsetup", "open", "--zfile", name, f"{work}/disk.zf")

@@ -14,11 +14,13 @@ import random
 import shutil
 import signal
 import subprocess
-import tempfile
 import time
 
-from obdtest import image, programs, udevd
-from obdtest.ktap import SLOW, check, defer, equal, main, note, same_bytes, skip_all, test
+from obdtest import image, left, programs, udevd
+from obdtest.files import enter_work_directory, read, write
+from obdtest.ktap import check, defer, equal, main, note, same_bytes, skip_all, test
+from obdtest.left import devices, eventually, nothing_left
+from obdtest.programs import obdsetup, quietly, run
 
 KILLS = int(os.environ.get("OBD_KILLS", "4"))
 SEED = os.environ.get("OBD_SEED") or str(random.SystemRandom().randrange(1 << 32))
@@ -28,37 +30,10 @@ SIZE = 8 << 20
 RNG = random.Random(101)
 
 
-def obdsetup(*args, status=0):
-    """Runs it; its standard output and error."""
-    done = subprocess.run(["obdsetup", *args], stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False)
-    equal(done.returncode, status, f"status of obdsetup {' '.join(args)} ({done.stderr.strip()})")
-    return done.stdout, done.stderr
-
-
 def refused(status, said, *args):
     """It is refused with these words."""
     _, err = obdsetup(*args, status=status)
     check(said in err, f"obdsetup {' '.join(args)} said: {err.strip()}")
-
-
-def run(*command):
-    done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False)
-    equal(done.returncode, 0, f"status of {' '.join(command)} ({done.stderr.strip()})")
-    return done.stdout
-
-
-def quietly(*command):
-    subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, check=False)
-
-
-def read(path):
-    with open(path, "rb") as file:
-        return file.read()
-
-
-def write(path, content):
-    with open(path, "wb") as file:
-        file.write(content)
 
 
 def write_disk(at, content, path=DISK):
@@ -71,50 +46,15 @@ def write_disk(at, content, path=DISK):
         os.close(fd)
 
 
-def devices():
-    rows = run("dmsetup", "info", "-c", "--noheadings", "--separator", "|", "-o", "name,uuid").splitlines()
-    return [row for row in rows if "|OVERLAYBD-" in row]
-
-
-def loops():
-    """Loop devices over files of this test."""
-    found = []
-    for path in glob.glob("/sys/block/loop*/loop/backing_file"):
-        with contextlib.suppress(OSError):
-            name = read(path).decode().strip()
-            if name.startswith(os.getcwd()) or "obdsetup" in name:
-                found.append(name)
-    return found
-
-
-def nothing_left():
-    for what, found in (("devices", devices), ("loop devices", loops),
-                        ("locks", lambda: glob.glob("/run/obdsetup/*") + glob.glob("/run/obdsetup/.OVERLAYBD-*"))):
-        for _ in range(100 * SLOW):
-            left = found()
-            if not left:
-                break
-            time.sleep(0.05)
-        equal(left, [], f"{what} that are left")
-
-
 def clear():
     """Takes down what a failed test has left."""
     quietly("umount", "mnt")
-    for name in (NAME, f"{NAME}2"):
-        if os.path.exists(f"/dev/mapper/{name}"):
-            quietly("obdsetup", "close", name)
-    for _ in range(3):
-        for row in devices():
-            quietly("dmsetup", "remove", "--retry", row.split("|")[0])
+    left.clear(NAME, f"{NAME}2")
 
 
 def work():
     """A directory of its own, with the layers base.obd and app.obd of a disk."""
-    path = tempfile.mkdtemp(prefix="obdtest-")
-    defer(shutil.rmtree, path)
-    defer(os.chdir, os.getcwd())
-    os.chdir(path)
+    enter_work_directory()
     defer(clear)
     os.mkdir("mnt")
     content = bytearray(image.sample(SIZE - (1 << 20), 101) + bytes(1 << 20))
@@ -262,7 +202,7 @@ def device_store():
     defer(quietly, "losetup", "--detach", other)
     refused(5, f"stack {NAME} has it open", "open", "--writable", other, f"{NAME}2", *LAYERS)
     obdsetup("close", NAME)
-    equal(devices(), [], "devices that are left")
+    equal(devices(), {}, "devices that are left")
 
 
 @test("a store on a device with logical blocks of 4096 bytes", timeout=LONG)
@@ -291,7 +231,7 @@ def large_sectors():
     obdsetup("create", "--changes", device, *BASES, "fast.obd")
     obdsetup("create", "--image", "disk.raw", *BASES, "slow.obd")
     same_bytes(read("fast.obd"), read("slow.obd"), "the layer")
-    equal(devices(), [], "devices that are left")
+    equal(devices(), {}, "devices that are left")
 
 
 def fill():
@@ -414,11 +354,7 @@ def kill(rng, lasts, *args):
     time.sleep(rng.random() * lasts)
     child.kill()
     child.wait()
-    for _ in range(100 * SLOW):
-        if not programs.running():
-            break
-        time.sleep(0.05)
-    equal(programs.running(), [], "processes that are left")
+    eventually("processes that are left", programs.running, [])
     return child.returncode == -signal.SIGKILL
 
 
@@ -437,24 +373,25 @@ def kills():
             obdsetup("close", NAME)
         lasts[command] = time.monotonic() - start
     half = 0
+    top = f"OVERLAYBD-WRITABLE-{NAME}"
     for nth in range(KILLS):
         killed = kill(rng, lasts["open"], "open", "--writable", "store", NAME, *LAYERS)
-        left = devices()
-        if f"{NAME}|OVERLAYBD-WRITABLE-{NAME}" in left:
+        found = devices()
+        if found.get(NAME) == top:
             obdsetup("close", NAME)
-        elif left:
+        elif found:
             half += killed
         open_writable()
-        same_bytes(read(DISK), bytes(content), f"content after kill {nth} of open, which left {left}")
+        same_bytes(read(DISK), bytes(content), f"content after kill {nth} of open, which left {found}")
         at, more = nth * 100_000, RNG.randbytes(5000)
         write_disk(at, more)
         content[at:at + len(more)] = more
         kill(rng, lasts["close"], "close", NAME)
-        left = devices()
-        if f"{NAME}|OVERLAYBD-WRITABLE-{NAME}" in left:
+        found = devices()
+        if found.get(NAME) == top:
             obdsetup("close", NAME)
         open_writable()
-        same_bytes(read(DISK), bytes(content), f"content after kill {nth} of close, which left {left}")
+        same_bytes(read(DISK), bytes(content), f"content after kill {nth} of close, which left {found}")
         obdsetup("close", NAME)
         nothing_left()
     note(f"{half} of {KILLS} kills of open left half a disk")
@@ -466,7 +403,7 @@ def kills():
     os.unlink("store")
     for _ in range(KILLS):
         kill(rng, lasts["open"], "open", "--create", "--writable", "store", NAME, *LAYERS)
-        if f"{NAME}|OVERLAYBD-WRITABLE-{NAME}" not in devices():
+        if devices().get(NAME) != top:
             open_writable()
         obdsetup("close", NAME)
         os.unlink("store")
@@ -656,9 +593,9 @@ exit $code
             env = dict(os.environ, PATH=f"{os.getcwd()}/bin:{os.environ['PATH']}")
             done = subprocess.run(["obdsetup", *args], env=env, capture_output=True, check=False)
             equal(done.returncode, -signal.SIGKILL, f"status of obdsetup {args}: {done.stderr}")
-            left = devices()
-            note(f"{command}, {first}: left {left}")
-            if f"{NAME}|OVERLAYBD-WRITABLE-{NAME}" not in left:
+            found = devices()
+            note(f"{command}, {first}: left {found}")
+            if found.get(NAME) != f"OVERLAYBD-WRITABLE-{NAME}":
                 refused(3, "store: was not closed when it was open last",
                         "create", "--changes", "store", *BASES, "none")
                 open_writable()
@@ -717,7 +654,7 @@ def tab():
 if __name__ == "__main__":
     if not shutil.which("obdsetup"):
         skip_all("no obdsetup")
-    if subprocess.run(["modprobe", "dm-snapshot"], capture_output=True, check=False).returncode:
-        skip_all("no kernel module dm-snapshot")
+    if quietly("modprobe", "dm-snapshot"):
+        skip_all("this kernel has no dm-snapshot")
     udevd.start()
     main()

@@ -10,7 +10,7 @@ use libtest_mimic::Trial;
 use predicates::str::contains;
 
 use crate::common::tars::{header, member, pax, sign, tar};
-use crate::common::{needs, tests, trial, Place};
+use crate::common::{gzip, needs, tests, trial, Place};
 
 tests! {
     tars_of_all_compressions;
@@ -42,12 +42,6 @@ fn rootfs() -> Vec<u8> {
         member("./etc/hostname", b'0', b"here\n"),
         member("./text", b'0', text.as_bytes()),
     ])
-}
-
-fn gzip(bytes: &[u8]) -> Vec<u8> {
-    let mut gzip = flate2::write::GzEncoder::new(Vec::new(), flate2::Compression::fast());
-    gzip.write_all(bytes).unwrap();
-    gzip.finish().unwrap()
 }
 
 fn bzip2(bytes: &[u8]) -> Vec<u8> {

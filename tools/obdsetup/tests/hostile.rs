@@ -2,13 +2,11 @@
 
 //! `obdsetup convert` of tars that mean harm, and of ones that say what no file can have.
 
-use std::io::Write;
-
 use predicates::prelude::PredicateBooleanExt;
 use predicates::str::contains;
 
 use crate::common::tars::{header, member, pax, sign, tar};
-use crate::common::{needs, tests, Place};
+use crate::common::{gzip, needs, tests, Place};
 
 tests! {
     names_are_no_commands;
@@ -154,11 +152,6 @@ fn many_headers_of_a_member() {
 
 fn compressed_tars_are_read_as_they_are() {
     let place = Place::new();
-    let gzip = |bytes: &[u8]| {
-        let mut gzip = flate2::write::GzEncoder::new(Vec::new(), flate2::Compression::fast());
-        gzip.write_all(bytes).unwrap();
-        gzip.finish().unwrap()
-    };
     // The compression tells where it ends.
     place
         .convert(&gzip(&member("file", b'0', b"x")), "--fs erofs")

@@ -4,7 +4,6 @@
 //! reader of erofs of its own.
 
 use std::fs;
-use std::io::Write;
 use std::path::Path;
 
 use predicates::str::contains;
@@ -13,7 +12,7 @@ use sha2::{Digest, Sha256};
 
 use crate::common::erofs::{read, Files};
 use crate::common::tars::{header, member, pax, sign, tar};
-use crate::common::{names, noise, soon, stop, tests, Place};
+use crate::common::{gzip, names, noise, soon, stop, tests, Place};
 
 tests! {
     whiteouts;
@@ -60,12 +59,6 @@ impl Place {
 
 fn digest(bytes: &[u8]) -> String {
     format!("{:x}", Sha256::digest(bytes))
-}
-
-fn gzip(bytes: &[u8]) -> Vec<u8> {
-    let mut gzip = flate2::write::GzEncoder::new(Vec::new(), flate2::Compression::fast());
-    gzip.write_all(bytes).unwrap();
-    gzip.finish().unwrap()
 }
 
 /// An OCI image layout.
@@ -167,6 +160,16 @@ fn file(name: &str, content: &str) -> Vec<u8> {
 
 fn dir(name: &str) -> Vec<u8> {
     member(name, b'5', b"")
+}
+
+/// A tar with a directory and a file in it.
+fn etc_tar() -> Vec<u8> {
+    tar(&[dir("etc"), file("etc/a", "a")])
+}
+
+/// The tars of two layers: the second one has one more file in the same directory.
+fn two_tars() -> [Vec<u8>; 2] {
+    [etc_tar(), tar(&[file("etc/b", "b")])]
 }
 
 fn paths(files: &Files) -> Vec<&str> {
@@ -489,7 +492,7 @@ fn layers_are_small() {
 
 fn the_same_bytes() {
     let place = Place::new();
-    let one = tar(&[dir("etc"), file("etc/a", "a")]);
+    let one = etc_tar();
     let two = tar(&[file("etc/b", "b"), file("etc/.wh.a", "")]);
     let three = tar(&[file("c", "c")]);
     place.files(&[one.clone(), two.clone()]);
@@ -549,7 +552,7 @@ fn the_same_bytes() {
 /// A layer is the difference to the one below it: over another one it is of no use.
 fn cached_layers_are_over_their_own() {
     let place = Place::new();
-    let one = tar(&[dir("etc"), file("etc/a", "a")]);
+    let one = etc_tar();
     let other = tar(&[dir("usr"), file("usr/x", "x"), file("y", "y")]);
     let two = tar(&[file("b", "b")]);
     let convert = |tars: &[Vec<u8>]| {
@@ -580,10 +583,7 @@ fn cached_layers_are_over_their_own() {
 
 fn forms_of_images() {
     let place = Place::new();
-    let tars = [
-        tar(&[dir("etc"), file("etc/a", "a")]),
-        tar(&[file("etc/b", "b")]),
-    ];
+    let tars = two_tars();
     let wanted = place.files(&tars);
     let description = fs::read(place.path("app/image.json")).unwrap();
     assert!(String::from_utf8(description)
@@ -705,10 +705,7 @@ fn forms_of_images() {
 /// names made of digests.
 fn archives_of_builders() {
     let place = Place::new();
-    let tars = [
-        tar(&[dir("etc"), file("etc/a", "a")]),
-        tar(&[file("etc/b", "b")]),
-    ];
+    let tars = two_tars();
     let wanted = place.files(&tars);
     let ids: Vec<String> = tars.iter().map(|tar| digest(tar)).collect();
     let config = config(&ids);
@@ -865,10 +862,7 @@ fn long_and_short_names() {
 
 fn for_a_registry() {
     let place = Place::new();
-    let tars = [
-        tar(&[dir("etc"), file("etc/a", "a")]),
-        tar(&[file("etc/b", "b")]),
-    ];
+    let tars = two_tars();
     let wanted = place.files(&tars);
     place
         .run("convert layout pushed --oci")
@@ -940,7 +934,7 @@ fn for_a_registry() {
 
 fn apply() {
     let place = Place::new();
-    let lower = tar(&[dir("etc"), file("etc/a", "a")]);
+    let lower = etc_tar();
     let upper = tar(&[file("etc/b", "b"), file("etc/.wh.a", "")]);
     let wanted = place.files(&[lower.clone(), upper.clone()]);
     fs::write(place.path("lower.tar"), &lower).unwrap();
@@ -1002,7 +996,7 @@ fn apply() {
 /// The root directory cannot move, and gets more in a later layer all the same.
 fn the_root_gets_attributes() {
     let place = Place::new();
-    let lower = tar(&[dir("etc"), file("etc/a", "a")]);
+    let lower = etc_tar();
     let value = [b'v'; 2000];
     let label = pax(&[(b"SCHILY.xattr.security.label", &value)]);
     let upper = tar(&[[label, dir("./")].concat(), file("b", "b")]);

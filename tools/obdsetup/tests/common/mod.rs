@@ -10,6 +10,7 @@ pub(crate) mod needs;
 pub(crate) mod tars;
 
 use std::fs;
+use std::io::Write;
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Stdio};
@@ -216,6 +217,13 @@ pub(crate) fn noise(len: usize, seed: u32) -> Vec<u8> {
             (state >> 24) as u8
         })
         .collect()
+}
+
+/// The bytes, compressed by gzip.
+pub(crate) fn gzip(bytes: &[u8]) -> Vec<u8> {
+    let mut gzip = flate2::write::GzEncoder::new(Vec::new(), flate2::Compression::fast());
+    gzip.write_all(bytes).unwrap();
+    gzip.finish().unwrap()
 }
 
 /// An image with text, noise and zeros; not a whole number of sectors.
