@@ -10,6 +10,7 @@ use overlaybd::format::Blob;
 use overlaybd::Payload;
 use sha2::{Digest, Sha256};
 
+use super::control::State;
 use super::system::{disk, number_of};
 
 /// The UUIDs of all our devices start with this. The type follows, then the name of the stack. `LSMT`,
@@ -198,6 +199,13 @@ pub(crate) fn parse(uuid: &str) -> Option<(Kind, &str)> {
 /// Returns whether `uuid` is the UUID of a shared device.
 pub(crate) fn is_shared(uuid: &str) -> bool {
     parse(uuid).is_some()
+}
+
+/// Returns the name of a device for the same layer as that with `uuid`, but with other options.
+pub(crate) fn with_other_options<'a>(all: &'a [State], uuid: &str) -> Option<&'a str> {
+    let wanted = parse(uuid)?;
+    let other = |state: &&State| parse(&state.uuid) == Some(wanted) && state.uuid != uuid;
+    all.iter().find(other).map(|state| state.name.as_str())
 }
 
 #[cfg(test)]

@@ -276,7 +276,7 @@ impl<'a> SetUp<'a> {
         let mut told = BTreeSet::new();
         for (_, device) in self.devices(todo) {
             let layer = identity::parse(&device.uuid).map(|(_, layer)| layer);
-            if let Some(other) = share::with_other_options(all, &device.uuid) {
+            if let Some(other) = identity::with_other_options(all, &device.uuid) {
                 // Once for each layer: a layer may have a device below that one, too.
                 if !told.insert(layer) {
                     continue;

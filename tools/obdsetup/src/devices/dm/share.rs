@@ -37,13 +37,6 @@ const MARK: &str = ".cache-";
 const SET: &str = "all";
 /// Largest number of changes of the mode of a cache, while other users come and go.
 const LOOKS: u32 = 10;
-/// Returns the name of a device for the same layer as that with `uuid`, but with other options.
-pub(crate) fn with_other_options<'a>(all: &'a [State], uuid: &str) -> Option<&'a str> {
-    let wanted = parse(uuid)?;
-    let other = |state: &&State| parse(&state.uuid) == Some(wanted) && state.uuid != uuid;
-    all.iter().find(other).map(|state| state.name.as_str())
-}
-
 /// Takes the lock for the shared device with `uuid`. Only its holder may make the device, or assume that it
 /// was left by a kill.
 pub(crate) fn lock_device(uuid: &str) -> Result<Lock> {

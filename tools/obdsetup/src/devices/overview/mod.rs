@@ -358,6 +358,7 @@ fn share(stacks: &mut [Stack]) {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::devices::dm::control::Line;
     use crate::devices::dm::control::State;
 
     fn device(name: &str, uuid: &str, minor: u32, table: &str, status: &str) -> Device {
