@@ -94,7 +94,7 @@ run_one() {
 		complaints "$mark" | sed 's/^/kernel log: /'
 	)
 	if [ -n "$left" ]; then
-		head -n 40 <<<"$left" | sed "s/^/# $1: /"
+		head -n 40 <<<"$left" | sed "s|^|# $1: |"
 		status=1
 	fi
 	[ "$status" != 1 ] || tidy
