@@ -2,7 +2,7 @@
 # SPDX-License-Identifier: GPL-2.0
 # Measures, and compares with the goals: bench.sh. VM=uml (the default) runs everything at the machine's speed, with
 # one CPU and with two; VM=qemu runs a part of it with the stock kernel. COMPARE=FILE prints what changed since that
-# result.
+# result. VM=guests measures the memory of guests instead: bench-guests.sh.
 . "$(dirname "$0")/lib.sh"
 . "$SCRIPTS/cache.sh"
 . "$SCRIPTS/kernel.sh"
@@ -11,7 +11,8 @@ VM=${VM:-uml}
 case $VM in
 uml) kernels=(uml uml-smp) ;;
 qemu) kernels=(stock) ;;
-*) die "VM=$VM: must be uml or qemu" ;;
+guests) exec "$SCRIPTS/bench-guests.sh" ;;
+*) die "VM=$VM: must be uml, qemu or guests" ;;
 esac
 [ -z "${COMPARE:-}" ] || [ -s "$COMPARE" ] || die "COMPARE=$COMPARE: no such file"
 out=$BUILD/bench

@@ -5,7 +5,7 @@
 # empty.
 . "$(dirname "$0")/lib.sh"
 
-ALL=(debug forky kcsan boot deb soak kills fuzz bench)
+ALL=(debug forky kcsan boot deb nested soak kills fuzz bench)
 SOAK_MINUTES=5 FUZZ_SECONDS=120
 
 run_debug() { "$SCRIPTS/check.sh" debug; }
@@ -13,6 +13,7 @@ run_forky() { "$SCRIPTS/check.sh" forky; }
 run_kcsan() { "$SCRIPTS/check.sh" kcsan; }
 run_boot() { "$SCRIPTS/check-boot.sh"; }
 run_deb() { "$SCRIPTS/check-deb.sh"; }
+run_nested() { "$SCRIPTS/check.sh" nested; }
 run_soak() { MINUTES=${MINUTES:-$SOAK_MINUTES} "$SCRIPTS/check.sh" soak; }
 run_kills() { "$SCRIPTS/check.sh" kills; }
 run_fuzz() { "$SCRIPTS/fuzz.sh" "$FUZZ_SECONDS"; }
@@ -22,7 +23,7 @@ run_bench() { VM=uml PARTS=latency COMPARE='' "$SCRIPTS/bench.sh"; }
 left_out() {
 	case $1 in
 	debug) say "two thirds of the tests that are alike, with the debug kernel: OBD_SAMPLE_FIRST= chooses which" ;;
-	forky | kcsan | boot | deb | kills) ;;
+	forky | kcsan | boot | deb | nested | kills) ;;
 	soak) say "soak for longer than ${MINUTES:-$SOAK_MINUTES} minutes: make soak MINUTES=" ;;
 	fuzz) say "fuzz for longer than $FUZZ_SECONDS s a target: make fuzz SECONDS=" ;;
 	bench) say "bench but for latency, and with the stock kernel: make bench, make bench VM=qemu" ;;

@@ -10,6 +10,7 @@
 #   forky   lint and build of the module, and the tests in the VM, with the kernel and the tool chain of Debian forky
 #   debug   the tests in the VM with the debug kernel; a third of the tests that are alike, different ones each day
 #   kcsan   the tests with concurrency, with the KCSAN kernel
+#   nested  with Debian's kernel, in the VM: guests of the VM; slow without KVM
 #   kills   with Debian's kernel, in the VM: obdsetup killed $OBD_KILLS (50) times in each way
 #   soak    a random mix of everything for $MINUTES (30), with the debug kernel
 . "$(dirname "$0")/lib.sh"
@@ -196,12 +197,12 @@ side_by_side() {
 	return "$status"
 }
 
-# other_system: print the names of the system tests that are not in long_system, but for the nested one.
+# other_system: print the names of the system tests that are not in long_system, but for those with nested guests.
 other_system() {
 	local file name names=()
 	for file in "$CLONE"/tests/system/*.py; do
 		name=system/$(basename "$file" .py)
-		[[ " ${long_system[*]} system/nested " == *" $name "* ]] || names+=("$name")
+		[[ " ${long_system[*]} ${nested[*]} " == *" $name "* ]] || names+=("$name")
 	done
 	say "${names[*]}"
 }
@@ -259,6 +260,8 @@ PMEM="memmap=128M!1G memmap=128M!1280M"
 rest="--but dax ${thirds[*]}"
 # The longest system tests, which "both" runs in the VM that is ready first.
 long_system=(system/disks system/write)
+# Those with guests of the VM, which take long without KVM: the part nested runs them.
+nested=(system/nested system/guests)
 # These mainly test obdsetup: they are left out with a slow kernel.
 rest_of_module="$rest metadata health identity sharing pagecache"
 parts=()
@@ -283,12 +286,12 @@ for part in "${parts[@]}"; do
 	case $part in
 	stock) total=$((total + ${#lints[@]} + 7)) ;;
 	system) total=$((total + 6)) ;;
-	kills) total=$((total + 4)) ;;
+	kills | nested) total=$((total + 4)) ;;
 	both) total=$((total + ${#lints[@]} + 9)) ;;
 	cpus) total=$((total + 5)) ;;
 	forky) total=$((total + 6)) ;;
 	debug | kcsan | soak) total=$((total + 7)) ;;
-	*) die "usage: check.sh [stock | system | both | cpus | forky | debug | kcsan | kills | soak]... [--within SECONDS PART...]" ;;
+	*) die "usage: check.sh [stock | system | both | cpus | forky | debug | kcsan | nested | kills | soak]... [--within SECONDS PART...]" ;;
 	esac
 done
 alone
@@ -317,6 +320,9 @@ for part in "${parts[@]}"; do
 		QEMU_SMP=12 KERNEL_ARGS="maxcpus=4 isolcpus=2 nohz_full=3" \
 			in_vm stock "tests with offline and isolated CPUs" cpus
 		counts "a corrupt block panics the stock kernel where it has to" "$0" --panics stock
+		;;
+	nested)
+		QEMU_MEM=${QEMU_MEM:-3072} TIMEOUT=${TIMEOUT:-7200} in_vm stock "guests of the VM" "${nested[*]}"
 		;;
 	kills)
 		export OBD_KILLS=${OBD_KILLS:-50}

@@ -2,8 +2,8 @@
 # SPDX-License-Identifier: GPL-2.0
 # Runs the tests on the running kernel with the module loaded: all, those named, or all but those named.
 # run.sh [[--but] NAME...]
-# The tests in system/ need more of a system, and run only if named: one as system/NAME, or all but system/nested as
-# system.
+# The tests in system/ need more of a system, and run only if named: one as system/NAME, or all but those in
+# NAMED as system.
 # Prints KTAP with a subtest for each script. A script fails if it leaves anything behind.
 set -u
 
@@ -18,7 +18,7 @@ PAGE_OWNER=/sys/kernel/debug/page_owner_stacks/show_stacks
 COMPLAINTS="WARNING:|BUG:|Oops|Call Trace|INFO: task|lockdep|KASAN|UBSAN|refcount_t|pagealloc: |detected stall|soft lockup"
 FIRST=(golden malformed)
 # These run only if named.
-NAMED=(panic soak system/nested)
+NAMED=(panic soak system/nested system/guests)
 
 # scripts [DIR/]: print the names of all scripts, the most revealing first.
 scripts() {
@@ -94,7 +94,7 @@ run_one() {
 		complaints "$mark" | sed 's/^/kernel log: /'
 	)
 	if [ -n "$left" ]; then
-		head -n 40 <<<"$left" | sed "s/^/# $1: /"
+		head -n 40 <<<"$left" | sed "s|^|# $1: |"
 		status=1
 	fi
 	[ "$status" != 1 ] || tidy

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0
-"""Control groups of the unified hierarchy, with the I/O controller."""
+"""Control groups of the unified hierarchy, with one controller."""
 
 import os
 import tempfile
@@ -33,12 +33,12 @@ def _write(path, text):
 class Group:
     """A control group, removed at the end of the test."""
 
-    def __init__(self):
+    def __init__(self, controller="io"):
         top = _hierarchy()
         with open(f"{top}/cgroup.controllers", encoding="ascii") as file:
-            if "io" not in file.read().split():
-                raise Skip("this kernel has no I/O controller for control groups")
-        _write(f"{top}/cgroup.subtree_control", "+io")
+            if controller not in file.read().split():
+                raise Skip(f"this kernel has no controller {controller} for control groups")
+        _write(f"{top}/cgroup.subtree_control", f"+{controller}")
         self.path = tempfile.mkdtemp(prefix="obdtest-", dir=top)
         defer(self._remove)
 
@@ -52,13 +52,24 @@ class Group:
                 time.sleep(0.05)
         raise Failure(f"{self.path} cannot be removed")
 
+    def enter(self):
+        """Moves this process to the group."""
+        self.write("cgroup.procs", "0")
+
+    def write(self, name, text):
+        _write(f"{self.path}/{name}", text)
+
+    def read(self, name):
+        with open(f"{self.path}/{name}", encoding="ascii") as file:
+            return file.read()
+
     def run(self, function, *args):
         """Calls a function in a process of the group. Fails if the function raises."""
         child = os.fork()
         if not child:
             status = 1
             try:
-                _write(f"{self.path}/cgroup.procs", "0")
+                self.enter()
                 function(*args)
                 status = 0
             finally:

@@ -6,6 +6,7 @@ import os
 import re
 import shutil
 
+from obdtest.guest import make_initrd
 from obdtest.ktap import Skip, check, equal, main, note, test
 from obdtest.programs import need
 from obdtest.recipes import APP, DATA, Work, digest, main_in_vm, nothing_left, recipe, sh
@@ -24,27 +25,6 @@ busybox reboot -f
 """
 
 
-def make_initrd():
-    """An initrd that mounts the disk, and prints checksums of it and of what is in it."""
-    for name in ("bin", "modules", "proc", "dev", "mnt"):
-        os.makedirs(f"initrd/{name}")
-    shutil.copy("/bin/busybox", "initrd/bin/busybox")
-    with open("initrd/init", "w", encoding="ascii") as file:
-        file.write(INIT)
-    os.chmod("initrd/init", 0o755)
-    files = []
-    for module in ("virtio_pci", "virtio_blk", "ext4"):
-        for line in sh(f"modprobe --set-version $(uname -r) --show-depends {module}").splitlines():
-            if line.startswith("insmod ") and line.split()[1] not in files:
-                files.append(line.split()[1])
-    with open("initrd/modules/order", "w", encoding="ascii") as order:
-        for path in files:
-            name = os.path.basename(path).split(".ko")[0] + ".ko"
-            sh(f"xz -dc {path} >initrd/modules/{name}")
-            order.write(f"{name}\n")
-    sh("cd initrd; find . | cpio --quiet -o -H newc >../initrd.img")
-
-
 @test("a guest has the device as virtio-blk: it reads the bytes of the source, and can't write", timeout=1500)
 def guest():
     need("qemu-system-x86_64", "cpio")
@@ -53,7 +33,7 @@ def guest():
         raise Skip("no kernel for a guest")
     work = Work()
     shutil.copy(kernel, "vmlinuz")
-    make_initrd()
+    make_initrd("initrd.img", INIT, os.uname().release, ["virtio_pci", "virtio_blk", "ext4"])
     (run,) = recipe("A disk of a virtual machine")
     out = sh(run, timeout=1400)
     note(out[-600:])
