@@ -22,7 +22,7 @@ import time
 from obdtest import dm, image, module
 from obdtest.disk import Disk, fails_with
 from obdtest.files import mount, read, umount, work_directory
-from obdtest.ktap import check, defer, equal, main, same_bytes, skip_all, test
+from obdtest.ktap import SLOW, check, defer, equal, main, same_bytes, skip_all, test
 from obdtest.memory import page_cache
 from obdtest.programs import close, need, need_module, obdsetup, run
 from obdtest.tracing import Trace
@@ -35,6 +35,12 @@ MIB = 1 << 20
 LONGEST = 16320
 
 subprocess.run(["modprobe", "-qa", "nd_e820", "nd_pmem"], check=False)
+with open("/proc/iomem", encoding="ascii") as iomem:
+    regions = iomem.read().count("Persistent Memory (legacy)")
+# The driver makes the devices asynchronously.
+deadline = time.monotonic() + 30 * SLOW
+while regions >= len(PMEM) and not all(map(os.path.exists, PMEM)) and time.monotonic() < deadline:
+    time.sleep(0.1)
 if not all(stat.S_ISBLK(os.stat(path).st_mode) for path in PMEM if os.path.exists(path)) or \
         not all(map(os.path.exists, PMEM)):
     skip_all("no pmem: boot with QEMU_MEM=2304 KERNEL_ARGS='memmap=128M!1G memmap=128M!1280M'")
