@@ -252,7 +252,7 @@ fn layers_without_identity_are_as_they_were() {
     place
         .run("verify a lost c")
         .code(3)
-        .stderr(contains("has none: whether it is that layer"));
+        .stderr(contains("has no UUID: whether it is the right layer"));
     // A smaller layer over a larger one is what other tools may have meant.
     place.write("small.raw", &disk(0)[..1 << 20]);
     place.ok(&format!("create {FOREIGN} --image small.raw small"));

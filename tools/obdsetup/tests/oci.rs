@@ -403,7 +403,7 @@ fn attributes_devices_and_holes() {
     assert_eq!(files["/disk"].what, [44, 3, 17, 0]);
     assert_eq!(files["/pipe"].mode, 0o010_755);
     assert!(files["/sparse"].what == sparse && files["/sparse"].blocks.len() == 1);
-    assert!(content(&files, "/big") == big && content(&files, "/a\nnewline") == "n");
+    assert!(content(&files, "/big") == big && content(&files, r"/a\nnewline") == "n");
 }
 
 /// [`read`] checks each one.
