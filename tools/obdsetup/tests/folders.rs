@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! The folders of obdsetup's sources use each other in one direction only: that of the list in `src/lib.rs`.
+//! The folders of obdsetup's sources use each other in one direction only: that of the list in `src/main.rs`.
 
 use std::fs;
 use std::path::Path;
@@ -32,7 +32,7 @@ fn uses<'a>(text: &'a str) -> impl Iterator<Item = (&'a str, &'a str)> {
 
 fn folders_use_only_those_below() {
     let src = Path::new(env!("CARGO_MANIFEST_DIR")).join("src");
-    let list = fs::read_to_string(src.join("lib.rs")).unwrap();
+    let list = fs::read_to_string(src.join("main.rs")).unwrap();
     let order: Vec<&str> = list
         .lines()
         .filter_map(|line| line.strip_prefix("//! - [`")?.split('`').next())
@@ -47,7 +47,7 @@ fn folders_use_only_those_below() {
         folders += 1;
         let name = path.file_name().unwrap().to_str().unwrap();
         let place = |folder: &str| order.iter().position(|&other| other == folder);
-        let own = place(name).unwrap_or_else(|| panic!("{name} is not in the list of lib.rs"));
+        let own = place(name).unwrap_or_else(|| panic!("{name} is not in the list of main.rs"));
         for file in WalkDir::new(&path) {
             let file = file.unwrap();
             if !file.file_name().to_str().unwrap().ends_with(".rs") {
@@ -55,7 +55,7 @@ fn folders_use_only_those_below() {
             }
             let text = fs::read_to_string(file.path()).unwrap();
             for (folder, line) in uses(&text) {
-                // What is in lib.rs itself is for tests.
+                // What is in main.rs itself is for tests.
                 let Some(used) = place(folder) else {
                     assert_eq!(folder, "tars", "{}: {line}", file.path().display());
                     continue;
