@@ -329,11 +329,7 @@ for part in "${parts[@]}"; do
 		TIMEOUT=7200 in_vm stock "$OBD_KILLS kills" system/kills
 		;;
 	forky) in_vm forky tests "${thirds[@]}" "$rest" ;;
-	debug)
-		# This kernel's VM has more memory than others: see build_kernel_test.
-		QEMU_MEM=${QEMU_MEM:-3328} OBD_SAMPLE=3 \
-			with_pmem in_vm debug tests "${thirds[0]}" "${thirds[1]} dax" "$rest_of_module"
-		;;
+	debug) OBD_SAMPLE=3 in_vm debug tests "${thirds[@]}" "$rest_of_module" ;;
 	kcsan)
 		# The checker is off at boot: run.sh switches it on. It watches more accesses, for longer, because the CPUs are
 		# slow.
