@@ -34,7 +34,7 @@ use clap::Parser;
 
 use crate::boot::generator;
 use crate::cmd::Cli;
-use crate::terminal::{exit, interrupt, message, plain, tell};
+use crate::terminal::{exit, interrupt, message, tell};
 
 fn main() -> ExitCode {
     let args: Vec<OsString> = std::env::args_os().collect();
