@@ -252,7 +252,7 @@ def monitors():
     work = os.path.dirname(layers[0])
 
     def example(name, *args):
-        return subprocess.example([sys.executable, "-c", programs[name], *args], capture_output=True, text=True, check=False)
+        return subprocess.run([sys.executable, "-c", programs[name], *args], capture_output=True, text=True, check=False)
 
     def metrics():
         equal(example("obdsetup-textfile", work).returncode, 0, "status of the textfile's program")
