@@ -382,10 +382,10 @@ fn open_in_processes(targets: &[Target]) -> Result<Option<String>> {
         // This fails for processes of other users, and for processes that end meanwhile.
         let files = fs::read_dir(process.path().join("fd"));
         for file in files.into_iter().flatten().flatten() {
-            let found = targets
-                .iter()
-                .find(|target| opens(&process.path(), &file.path(), target));
-            if let Some(target) = found {
+            let Some(opened) = Opened::of(&process.path(), &file.path()) else {
+                continue;
+            };
+            if let Some(target) = targets.iter().find(|target| opened.is(target)) {
                 if target.said.is_some() {
                     return Ok(target.said.clone());
                 }
@@ -401,30 +401,45 @@ fn open_in_processes(targets: &[Target]) -> Result<Option<String>> {
     Ok(None)
 }
 
-/// Returns whether a process has `target` open for writing. `file` is the link of a file descriptor in
-/// `/proc`.
-fn opens(process: &Path, file: &Path, target: &Target) -> bool {
-    // The mode of the link says how the file was opened.
-    let writes = |meta: Metadata| meta.mode() & 0o200 != 0;
-    if !file.symlink_metadata().is_ok_and(writes) {
-        return false;
-    }
-    // Checked before following the link, which would hang if the file is on a network file system whose
-    // server is gone.
-    let likely = match target.is_device() {
-        true => file.read_link().is_ok_and(|path| path.starts_with("/dev")),
-        false => has_inode(process, file, target.meta.ino()).unwrap_or(true),
-    };
-    likely && file.metadata().is_ok_and(|meta| target.is(&meta))
+/// A file that a process has open for writing. There may be many targets to compare it with.
+struct Opened {
+    /// The link of the file descriptor in `/proc`.
+    link: PathBuf,
+    is_below_dev: bool,
+    /// `None` on kernels before 5.14, which don't show it.
+    inode: Option<String>,
 }
 
-/// Returns whether a descriptor is for a file with this inode. Returns true on kernels before 5.14, which
-/// don't show it.
-fn has_inode(process: &Path, file: &Path, ino: u64) -> io::Result<bool> {
+impl Opened {
+    /// Looks at a file descriptor of a process. Returns `None` if it isn't open for writing.
+    fn of(process: &Path, link: &Path) -> Option<Self> {
+        // The mode of the link says how the file was opened.
+        let meta = link.symlink_metadata().ok()?;
+        (meta.mode() & 0o200 != 0).then(|| Self {
+            link: link.to_owned(),
+            is_below_dev: link.read_link().is_ok_and(|path| path.starts_with("/dev")),
+            inode: inode(process, link).ok().flatten(),
+        })
+    }
+
+    fn is(&self, target: &Target) -> bool {
+        // Checked before following the link, which would hang if the file is on a network file system whose
+        // server is gone.
+        let likely = match (target.is_device(), &self.inode) {
+            (true, _) => self.is_below_dev,
+            (false, Some(inode)) => *inode == target.meta.ino().to_string(),
+            (false, None) => true,
+        };
+        likely && self.link.metadata().is_ok_and(|meta| target.is(&meta))
+    }
+}
+
+/// Returns the inode of the file of a descriptor. Returns `None` on kernels before 5.14.
+fn inode(process: &Path, file: &Path) -> io::Result<Option<String>> {
     let number = file.file_name().unwrap_or_default();
     let text = fs::read_to_string(process.join("fdinfo").join(number))?;
     let found = text.lines().find_map(|line| line.strip_prefix("ino:"));
-    Ok(found.is_none_or(|found| found.trim() == ino.to_string()))
+    Ok(found.map(|found| found.trim().to_owned()))
 }
 
 #[cfg(test)]
