@@ -3,7 +3,9 @@
 //! Disks of virtual machines: a chain of qcow2 images becomes a stack of layers and a stack such a chain,
 //! file by file; what cannot be done is refused by name.
 
+use std::ffi::OsStr;
 use std::fs;
+use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::{MetadataExt, PermissionsExt};
 use std::os::unix::process::CommandExt;
 
@@ -22,6 +24,8 @@ tests! {
     images_that_are_refused needs qemu_img();
     files_of_others needs qemu_img();
     extents_of_others needs qemu_img();
+    extents_that_hide needs qemu_img();
+    names_that_are_no_text needs qemu_img();
     backing_files_of_other_formats needs qemu_img();
     copies_for_dax needs qemu_img();
     a_qcow2_of_a_stack needs qemu_img();
@@ -385,11 +389,21 @@ fn extents_of_others() {
     place.tool("mkfifo in/pipe");
     flat("pipe");
     place.never_converted("in/x.vmdk", "pipe, is neither a file nor a block device");
+    // No server: a name without a slash in front is that of a file in the directory.
     flat("nbd://localhost/x");
-    place.never_converted(
-        "in/x.vmdk",
-        "a file with its data, nbd://localhost/x, is no file on this machine\n",
-    );
+    place
+        .run("convert in/x.vmdk out.obd")
+        .code(4)
+        .stderr(contains(
+            "in/nbd://localhost/x, is missing: copy it there\n",
+        ));
+    for name in ["nbd:x", "file:x"] {
+        fs::copy(place.path("0.raw"), place.path("in").join(name)).unwrap();
+        flat(name);
+        place.ok("convert in/x.vmdk out.obd");
+        assert!(place.dump("out.obd") == disk(0), "{name}");
+        fs::remove_file(place.path("out.obd")).unwrap();
+    }
     // Compressed, the name would lead elsewhere.
     flat("sub/disk");
     place.tool("gzip -k in/x.vmdk");
@@ -397,6 +411,157 @@ fn extents_of_others() {
         "in/x.vmdk.gz --from vmdk",
         "is compressed, and has its data in another file, sub/disk",
     );
+}
+
+/// A descriptor that would make obdsetup or qemu-img read what it should not, or for ever.
+fn extents_that_hide() {
+    let place = Place::with_chain();
+    fs::create_dir(place.path("in")).unwrap();
+    let describe = |lines: &str| {
+        let text = format!(
+            "# Disk DescriptorFile\nversion=1\nCID=fffffffe\nparentCID=ffffffff\n\
+             createType=\"monolithicFlat\"\n{lines}\n"
+        );
+        place.write("in/x.vmdk", text.as_bytes());
+    };
+    let refused = |options: &str, code: i32, said: &str| {
+        place
+            .run(&format!("convert {options} in/x.vmdk out.obd"))
+            .code(code)
+            .stderr(contains(said));
+        assert!(!place.path("out.obd").exists(), "{said}");
+    };
+    // Whoever reads it waits.
+    for kind in ["FLAT", "SPARSE"] {
+        describe(&format!("RW 1 {kind} \"/proc/kmsg\" 0"));
+        refused("", 1, "/proc/kmsg, is outside ");
+    }
+    place.tool("mkfifo in/pipe");
+    describe("RW 1 SPARSE \"pipe\"");
+    refused(
+        "--allow-outside",
+        1,
+        "pipe, is neither a file nor a block device",
+    );
+    let lines = |count: usize| -> String {
+        (0..count)
+            .map(|nth| format!("RW 1 FLAT \"{nth}\" 0\n"))
+            .collect()
+    };
+    for nth in 0..4096 {
+        fs::hard_link(place.path("0.raw"), place.path(&format!("in/{nth}"))).unwrap();
+    }
+    describe(&(lines(4096) + "RW 1 FLAT \"../0.raw\" 0\n"));
+    refused("", 3, "x.vmdk: names more than 4096 files");
+    // The header's offset of the descriptor, with the highest bit.
+    let mut bytes = b"KDMV\x01".to_vec();
+    bytes.resize(512, 0);
+    bytes[28] = 1;
+    bytes[35] = 0x80;
+    bytes.extend(place.read("in/x.vmdk"));
+    place.write("in/x.vmdk", &bytes);
+    refused("", 3, "x.vmdk: the offset of its descriptor is too large");
+}
+
+/// What is said of a name from which qemu-img's output doesn't tell the file.
+const SAID: &str = "has a name that is not UTF-8, or has the character U+FFFD";
+
+/// qemu-img prints the same character for all bytes that are not UTF-8.
+fn names_that_are_no_text() {
+    let place = Place::with_chain();
+    fs::create_dir(place.path("in")).unwrap();
+    let len = disk(0).len() / 512;
+    let path = |name: &[u8]| place.path("in").join(OsStr::from_bytes(name));
+    let flat = |name: &[u8]| {
+        let mut text = b"# Disk DescriptorFile\nversion=1\nCID=fffffffe\nparentCID=ffffffff\n\
+                         createType=\"monolithicFlat\"\n"
+            .to_vec();
+        text.extend(format!("RW {len} FLAT \"").as_bytes());
+        text.extend(name);
+        text.extend(b"\" 0\n");
+        place.write("in/x.vmdk", &text);
+    };
+    // The name of the backing file, in its place in the header.
+    let over = |name: &[u8]| {
+        fs::remove_file(place.path("in/x.qcow2")).ok();
+        let same = "x".repeat(name.len());
+        place.tool(&format!(
+            "qemu-img create -q -u -f qcow2 -F raw -b {same} in/x.qcow2 2M"
+        ));
+        let mut bytes = place.read("in/x.qcow2");
+        let at = u64::from_be_bytes(*bytes[8..].first_chunk().unwrap()) as usize;
+        bytes[at..at + name.len()].copy_from_slice(name);
+        place.write("in/x.qcow2", &bytes);
+    };
+    let refused = |options: &str, name: &str, said: &str| {
+        place
+            .run(&format!("convert {options} in/{name} out"))
+            .code(1)
+            .stderr(contains(said));
+        assert!(!place.path("out").exists(), "{said}");
+    };
+    let odd = b"x\xff";
+    let shown = "x\u{fffd}".as_bytes();
+    std::os::unix::fs::symlink("../0.raw", path(odd)).unwrap();
+    fs::copy(place.path("1.raw"), path(shown)).unwrap();
+    flat(odd);
+    refused("", "x.vmdk", "0.raw, is outside ");
+    refused("--allow-outside", "x.vmdk", SAID);
+    for name in [odd.as_slice(), shown] {
+        over(name);
+        for options in ["", "--flatten", "--allow-outside"] {
+            refused(options, "x.qcow2", SAID);
+        }
+    }
+    // The other way round.
+    fs::remove_file(path(odd)).unwrap();
+    fs::rename(path(shown), path(odd)).unwrap();
+    std::os::unix::fs::symlink("../0.raw", path(shown)).unwrap();
+    flat(odd);
+    refused("", "x.vmdk", SAID);
+    flat(shown);
+    refused("", "x.vmdk", "0.raw, is outside ");
+    refused("--allow-outside", "x.vmdk", SAID);
+
+    // Directories with such names, one beside the other.
+    for (at, name) in [odd.as_slice(), shown].into_iter().enumerate() {
+        fs::remove_file(path(name)).unwrap();
+        fs::create_dir(path(name)).unwrap();
+        fs::copy(place.path(&format!("{at}.raw")), path(name).join("disk")).unwrap();
+    }
+    flat(b"disk");
+    fs::copy(place.path("in/x.vmdk"), path(odd).join("x.vmdk")).unwrap();
+    over(b"disk");
+    fs::copy(place.path("in/x.qcow2"), path(odd).join("x.qcow2")).unwrap();
+    place.tool("qemu-img convert -f raw -O vmdk 0.raw sparse.vmdk");
+    fs::copy(
+        place.path("sparse.vmdk"),
+        path(odd).join(OsStr::from_bytes(b"\xfe.vmdk")),
+    )
+    .unwrap();
+    let convert = |name: &[u8]| {
+        let mut command = match name.ends_with(b"qcow2") {
+            true => place.command("convert --flatten"),
+            false => place.command("convert"),
+        };
+        command.arg(path(odd).join(OsStr::from_bytes(name)));
+        command.arg("out.obd");
+        command.assert()
+    };
+    for name in ["x.vmdk".as_bytes(), b"x.qcow2", b"\xfe.vmdk"] {
+        convert(name).success().stderr("");
+        assert!(place.dump("out.obd") == disk(0), "{name:?}");
+        fs::remove_file(place.path("out.obd")).unwrap();
+    }
+    // An absolute name that looks like one of the own directory.
+    let mut other = path(shown).canonicalize().unwrap().into_os_string();
+    other.push("/disk");
+    flat(other.as_bytes());
+    fs::rename(place.path("in/x.vmdk"), path(odd).join("x.vmdk")).unwrap();
+    convert(b"x.vmdk").code(1).stderr(contains("is outside "));
+    over(other.as_bytes());
+    fs::rename(place.path("in/x.qcow2"), path(odd).join("x.qcow2")).unwrap();
+    convert(b"x.qcow2").code(1).stderr(contains(SAID));
 }
 
 fn backing_files_of_other_formats() {

@@ -32,6 +32,8 @@ const BACKING: &str = "its backing file";
 const DATA: &str = "a file with its data";
 /// Its name for a raw disk.
 const RAW: &str = "raw";
+/// The character that qemu-img prints for bytes that are not UTF-8.
+const UNKNOWN: char = char::REPLACEMENT_CHARACTER;
 
 /// The information from qemu-img on an image.
 #[derive(Debug, Deserialize)]
@@ -124,12 +126,27 @@ pub(crate) fn chain(
     in_use: &InUseArgs,
     rules: Rules,
 ) -> Result<Vec<Link>> {
+    let home = match rules.outside {
+        true => Home::Anywhere,
+        false => Home::of(path)?,
+    };
+    // All files to read. The processes that may write to one are looked for once, which takes a while where
+    // there are many. That comes before an error of qemu-img, which may be of their locks.
+    let mut used = BTreeSet::new();
+    let walked = walk(path, format, rules.layers, &home, &mut used);
+    in_use.check(used.iter().map(PathBuf::as_path))?;
+    walked
+}
+
+/// Walks the chain for [`chain`]. Adds the paths of its files to `used`.
+fn walk(
+    path: &Path,
+    format: &str,
+    layers: bool,
+    home: &Home,
+    used: &mut BTreeSet<PathBuf>,
+) -> Result<Vec<Link>> {
     let mut links: Vec<Link> = Vec::new();
-    let top = program::path(path)?;
-    let home = directory(&top);
-    let home = home
-        .canonicalize()
-        .with_context(|| format!("{}: cannot read", home.display()))?;
     let mut seen = BTreeSet::new();
     // The path as the user or the image named it, for messages.
     let mut name = path.to_owned();
@@ -144,32 +161,35 @@ pub(crate) fn chain(
                 "is its own backing file, by way of others or at once: the chain has no end",
             ));
         }
-        if rules.layers && links.len() == MAX_LAYERS {
+        if layers && links.len() == MAX_LAYERS {
             let what = format!("is number {MAX_LAYERS} of the chain, and has a backing file: a stack has {MAX_LAYERS} layers at most; --flatten makes one layer of all");
             return Err(refused(&name, &what));
         }
-        in_use.check([path.as_path()])?;
-        let check_part = |part: &str| -> Result<()> {
-            let part = usable(&name, DATA, part, part)?;
-            if !rules.outside {
-                check_inside(&name, DATA, &part, &home)?;
-            }
-            in_use.check([part.as_path()])
-        };
+        used.insert(path.clone());
         // qemu-img opens the files that a vmdk image names, whatever they are. So this looks first.
         if format == VMDK {
-            for part in vmdk::parts(&path)? {
-                check_part(&part)?;
-            }
+            vmdk::each_part(&path, |part| {
+                check_file(&name, DATA, part)?;
+                home.check(&name, DATA, part)?;
+                used.insert(part.to_owned());
+                Ok(())
+            })?;
         }
         let info = info(&path, &format)?;
         for part in info.parts(&path) {
-            check_part(part)?;
+            let place = directory(&path).to_string_lossy();
+            // If a name of the image begins so itself, the first look has found where it leads.
+            let given = part.strip_prefix(&*place);
+            let given = given.and_then(|given| given.strip_prefix('/'));
+            let part = local(&name, DATA, given.unwrap_or(part), part, &path)?;
+            check_file(&name, DATA, &part)?;
+            home.check(&name, DATA, &part)?;
+            used.insert(part);
         }
-        info.check(&name, links.last().filter(|_| rules.layers))?;
-        let next = info.backing(&name)?;
-        if let Some((next, _)) = next.as_ref().filter(|_| !rules.outside) {
-            check_inside(&name, BACKING, next, &home)?;
+        info.check(&name, links.last().filter(|_| layers))?;
+        let next = info.backing(&name, &path)?;
+        if let Some((next, _)) = &next {
+            home.check(&name, BACKING, next)?;
         }
         links.push(Link {
             path,
@@ -185,25 +205,52 @@ pub(crate) fn chain(
     Ok(links)
 }
 
-/// Checks that the file `other`, which is `what` of the image `name`, is in the directory `home` or below.
-fn check_inside(name: &Path, what: &str, other: &Path, home: &Path) -> Result<()> {
-    let place = other
-        .canonicalize()
-        .with_context(|| format!("{}: cannot read", other.display()))?;
-    if place.starts_with(home) {
-        return Ok(());
-    }
-    let what = format!(
-        "{what}, {}, is outside {}: --allow-outside takes it, if you trust who made the image",
-        place.display(),
-        home.display()
-    );
-    Err(refused(name, &what))
+/// Where the other files of an image may be.
+enum Home {
+    /// In this directory, or below it.
+    Directory(PathBuf),
+    /// Nowhere: the image is on a block device, in whose directory is any device of this machine.
+    Nowhere,
+    Anywhere,
 }
 
-/// Checks that `full` is the path of a file or block device that can be read: of `other`, which is `what` of
-/// the image `name`. Returns the path.
-fn usable(name: &Path, what: &str, other: &str, full: &str) -> Result<PathBuf> {
+impl Home {
+    /// Returns the directory that the image at `path` is in.
+    fn of(path: &Path) -> Result<Self> {
+        let path = program::path(path)?;
+        let meta = path.metadata();
+        let meta = meta.with_context(|| format!("{}: cannot read", path.display()))?;
+        Ok(match meta.file_type().is_block_device() {
+            true => Self::Nowhere,
+            // The path has no links.
+            false => Self::Directory(directory(&path).to_owned()),
+        })
+    }
+
+    /// Checks that the file `other`, which is `what` of the image `name`, may be where it is.
+    fn check(&self, name: &Path, what: &str, other: &Path) -> Result<()> {
+        let (home, outside) = match self {
+            Self::Anywhere => return Ok(()),
+            Self::Directory(home) => (Some(home), home.display().to_string()),
+            Self::Nowhere => (None, "the block device that the image is on".to_owned()),
+        };
+        let place = other
+            .canonicalize()
+            .with_context(|| format!("{}: cannot read", other.display()))?;
+        if home.is_some_and(|home| place.starts_with(home)) {
+            return Ok(());
+        }
+        let what = format!(
+            "{what}, {}, is outside {outside}: --allow-outside takes it, if you trust who made the image",
+            place.display()
+        );
+        Err(refused(name, &what))
+    }
+}
+
+/// Returns the path of `given`, which is `what` of the image `name`, at `image`. qemu-img says that its path is
+/// `full`, in which [`UNKNOWN`] stands for bytes that are not UTF-8.
+fn local(name: &Path, what: &str, given: &str, full: &str, image: &Path) -> Result<PathBuf> {
     // qemu-img's rule to recognise a protocol.
     let is_remote = full
         .split('/')
@@ -214,10 +261,25 @@ fn usable(name: &Path, what: &str, other: &str, full: &str) -> Result<PathBuf> {
             BACKING => ": `qemu-img rebase' gives it another, or none",
             _ => "",
         };
-        let what = format!("{what}, {other}, is no file on this machine{or}");
+        let what = format!("{what}, {given}, is no file on this machine{or}");
         return Err(refused(name, &what));
     }
-    let path = PathBuf::from(full);
+    if given.contains(UNKNOWN) {
+        let what = format!(
+            "{what}, {given}, has a name that is not UTF-8, or has the character U+FFFD: rename the file, and \
+             name it so in the image"
+        );
+        return Err(refused(name, &what));
+    }
+    // Only the name of the directory may have such bytes now, and that is known.
+    Ok(match full.contains(UNKNOWN) {
+        true => directory(image).join(given),
+        false => PathBuf::from(full),
+    })
+}
+
+/// Checks that `path`, which is `what` of the image `name`, is a file or block device that can be read.
+fn check_file(name: &Path, what: &str, path: &Path) -> Result<()> {
     let meta = path.metadata();
     if meta
         .as_ref()
@@ -242,7 +304,7 @@ fn usable(name: &Path, what: &str, other: &str, full: &str) -> Result<PathBuf> {
         );
         return Err(refused(name, &what));
     }
-    Ok(path)
+    Ok(())
 }
 
 /// Checks that the image at `path`, which has this format and was decompressed from the file `name`, needs no
@@ -257,7 +319,7 @@ pub(crate) fn check_alone(path: &Path, name: &Path, format: &str) -> Result<()> 
     };
     if format == VMDK {
         if let Some(part) = vmdk::named(&path)?.first() {
-            return has_data(part);
+            return has_data(&part.name.to_string_lossy());
         }
     }
     let info = info(&path, format)?;
@@ -322,17 +384,19 @@ impl Info {
     fn parts<'a>(&'a self, path: &'a Path) -> impl Iterator<Item = &'a str> {
         let extents = self.format_specific.data.extents.iter();
         let names = extents.map(|extent| extent.filename.as_str());
-        names.filter(move |name| Path::new(name) != path)
+        let itself = path.to_string_lossy();
+        names.filter(move |name| *name != itself)
     }
 
-    /// Returns the backing file of the image `name`, and its format.
-    fn backing(&self, name: &Path) -> Result<Option<(PathBuf, String)>> {
+    /// Returns the backing file of the image `name`, at `image`, and its format.
+    fn backing(&self, name: &Path, image: &Path) -> Result<Option<(PathBuf, String)>> {
         let Some(backing) = &self.backing_filename else {
             return Ok(None);
         };
         let full = self.full_backing_filename.as_ref().unwrap_or(backing);
         // An absolute path, because qemu-img got an absolute path of the image.
-        let path = usable(name, BACKING, backing, full)?;
+        let path = local(name, BACKING, backing, full, image)?;
+        check_file(name, BACKING, &path)?;
         let Some(format) = &self.backing_filename_format else {
             let what = format!(
                 "does not say which format its backing file, {}, has, and a guess may be wrong: `qemu-img rebase \
@@ -433,4 +497,45 @@ fn qemu_img(format: &str) -> Program {
 
 fn refused(path: &Path, what: &str) -> anyhow::Error {
     Failure::usage(format!("{}: {what}", path.display()))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn homes() -> Result<()> {
+        let dir = tempfile::tempdir()?;
+        let image = dir.path().join("image");
+        std::fs::write(&image, "")?;
+        let home = Home::of(&image)?;
+        home.check(&image, DATA, &image)?;
+        let said = |home: &Home, other: &str| {
+            let error = home.check(&image, DATA, Path::new(other)).err();
+            error.map_or_else(String::new, |error| error.to_string())
+        };
+        assert!(said(&home, "/dev/null").contains("/dev/null, is outside "));
+        assert_eq!(said(&Home::Anywhere, "/dev/null"), "");
+        // Not even what is beside it.
+        let said = said(&Home::Nowhere, "/dev/null");
+        assert!(said.contains("is outside the block device"), "{said}");
+        Ok(())
+    }
+
+    #[test]
+    fn names_that_are_no_text() {
+        use std::os::unix::ffi::OsStrExt;
+
+        let image = Path::new(OsStr::from_bytes(b"/d\xff/image"));
+        let name = Path::new("image");
+        let path = |given: &str, full: &str| local(name, BACKING, given, full, image).ok();
+        // qemu-img prints the name of the directory like this.
+        let wanted = Path::new(OsStr::from_bytes(b"/d\xff/x"));
+        assert_eq!(path("x", "/d\u{fffd}/x").as_deref(), Some(wanted));
+        assert_eq!(path("/a/x", "/a/x").as_deref(), Some(Path::new("/a/x")));
+        assert_eq!(path("x\u{fffd}", "/a/x\u{fffd}"), None);
+        // Of another directory, which has this name.
+        assert_eq!(path("/d\u{fffd}/x", "/d\u{fffd}/x"), None);
+        assert_eq!(path("nbd:x", "nbd:x"), None);
+    }
 }

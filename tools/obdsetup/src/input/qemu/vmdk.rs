@@ -5,65 +5,110 @@
 //! for which a line may end between any two of them.
 
 use std::collections::BTreeSet;
+use std::ffi::{OsStr, OsString};
 use std::fs::File;
 use std::io;
-use std::os::unix::fs::FileExt;
+use std::os::unix::ffi::OsStrExt;
+use std::os::unix::fs::{FileExt, FileTypeExt, OpenOptionsExt};
 use std::path::Path;
 
 use anyhow::{Context, Result};
+use rustix::fs::OFlags;
+
+use crate::files::json::bad;
+use crate::files::place::directory;
 
 /// Longest descriptor that qemu-img reads, in bytes.
-const LONGEST: usize = 1 << 20;
+const LONGEST: usize = (1 << 20) - 1;
 /// Longest name of a file that qemu-img takes. It cuts off the rest.
 const NAME: usize = 511;
-/// Largest number of files, to end where they name each other.
+/// Largest number of files.
 const FILES: usize = 4096;
 /// The magic number of a file with data that has a header.
 const MAGIC: &[u8] = b"KDMV";
 /// Ends of the words before a name: FLAT, VMFS, SPARSE, VMFSSPARSE, SESPARSE.
-const TYPES: [&[u8]; 3] = [b"FLAT", b"VMFS", b"SPARSE"];
+const TYPES: [&[u8]; 3] = [b"FLAT", b"VMFS", SPARSE];
+/// End of the words before the name of a file that may have a descriptor itself.
+const SPARSE: &[u8] = b"SPARSE";
+/// A word before a name that ends in the same way: such a file has no descriptor.
+const SESPARSE: &[u8] = b"SESPARSE";
+/// Length of the part of a header that is looked at.
+const HEAD: usize = 36;
 
-/// Returns the paths of the files that the image at the absolute path `path` names, and that those name.
-pub(super) fn parts(path: &Path) -> Result<BTreeSet<String>> {
+/// A file that a descriptor names.
+#[derive(Debug, PartialEq, Eq)]
+pub(super) struct Named {
+    /// Any bytes except NUL, as in names of files.
+    pub(super) name: OsString,
+    /// Whether it may have a descriptor itself.
+    is_sparse: bool,
+}
+
+/// Calls `check` with the path of each file that the image at the absolute path `path` names, and with those
+/// of the files that these name. A file is opened after `check` has accepted it, and only if qemu-img would
+/// look for a descriptor in it.
+pub(super) fn each_part(path: &Path, mut check: impl FnMut(&Path) -> Result<()>) -> Result<()> {
     let mut parts = BTreeSet::new();
-    let mut left = vec![path.to_owned()];
-    while let Some(image) = left.pop() {
-        for name in named(&image)? {
-            // A name with a protocol is none of a file, and is refused by the caller.
-            let is_whole = name.starts_with('/')
-                || name
-                    .split('/')
-                    .next()
-                    .is_some_and(|start| start.contains(':'));
-            let part = match is_whole {
-                true => name,
-                false => {
-                    let place = path.parent().unwrap_or(path);
-                    place.join(name).to_string_lossy().into_owned()
+    let mut opened = BTreeSet::new();
+    let mut left = Vec::new();
+    let mut found = named(path)?;
+    loop {
+        for Named { name, is_sparse } in found {
+            // Not relative to the file that names it. A colon means nothing here. An absolute name stays as
+            // it is.
+            let part = directory(path).join(name);
+            if !parts.contains(&part) {
+                if parts.len() == FILES {
+                    let what = format!("names more than {FILES} files");
+                    return Err(bad(path, &what));
                 }
-            };
-            let is_file = Path::new(&part).is_file();
-            if parts.len() < FILES && parts.insert(part.clone()) && is_file {
-                left.push(part.into());
+                check(&part)?;
+                parts.insert(part.clone());
+            }
+            if is_sparse && opened.insert(part.clone()) {
+                left.push(part);
             }
         }
+        let Some(next) = left.pop() else {
+            return Ok(());
+        };
+        found = names_at(&next, Place::Sparse)?;
     }
-    Ok(parts)
 }
 
-/// Returns the names in the descriptor of the file at `path`; none if it has no descriptor that qemu-img would
-/// read.
-pub(super) fn named(path: &Path) -> Result<Vec<String>> {
-    let text = descriptor(path).with_context(|| format!("{}: cannot read", path.display()))?;
-    Ok(names(&text))
+/// Returns what the descriptor of the image at `path` names; nothing if it has no descriptor that qemu-img
+/// would read.
+pub(super) fn named(path: &Path) -> Result<Vec<Named>> {
+    names_at(path, Place::First)
 }
 
-fn descriptor(path: &Path) -> io::Result<Vec<u8>> {
-    let file = File::open(path)?;
-    let mut head = [0; 36];
-    let has_head = read(&file, &mut head, 0)? == head.len();
-    if !has_head || !head.starts_with(MAGIC) {
-        return read_to_vec(&file, 0);
+/// What a file is of an image.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Place {
+    /// The file that was given to qemu-img. All of it may be a descriptor.
+    First,
+    /// Another one with data that isn't flat. It has a descriptor only behind its header.
+    Sparse,
+}
+
+fn names_at(path: &Path, place: Place) -> Result<Vec<Named>> {
+    match descriptor(path, place).with_context(|| format!("{}: cannot read", path.display()))? {
+        Some(text) => Ok(names(&text)),
+        None => Err(bad(path, "the offset of its descriptor is too large")),
+    }
+}
+
+/// Returns the descriptor, which may be empty; `None` if its offset is too large.
+fn descriptor(path: &Path, place: Place) -> io::Result<Option<Vec<u8>>> {
+    let file = open(path)?;
+    // qemu-img takes what is behind the end for zeros.
+    let mut head = [0; HEAD];
+    read(&file, &mut head, 0)?;
+    if !head.starts_with(MAGIC) {
+        return match place {
+            Place::First => read_to_vec(&file, 0).map(Some),
+            Place::Sparse => Ok(Some(Vec::new())),
+        };
     }
     let number = |at: usize| {
         let bytes = head.get(at..).and_then(|bytes| bytes.first_chunk());
@@ -71,8 +116,23 @@ fn descriptor(path: &Path) -> io::Result<Vec<u8>> {
     };
     // The capacity, and the sector of the descriptor. With a capacity, the data is in this file.
     match (number(12), number(28)) {
-        (0, sector) if sector != 0 => read_to_vec(&file, sector.saturating_mul(512)),
-        _ => Ok(Vec::new()),
+        // qemu-img loses the highest bits.
+        (0, sector) if sector > u64::MAX >> 9 => Ok(None),
+        (0, sector) if sector != 0 => read_to_vec(&file, sector << 9).map(Some),
+        _ => Ok(Some(Vec::new())),
+    }
+}
+
+/// Opens a file or block device. Fails, and does not wait, if it is anything else.
+fn open(path: &Path) -> io::Result<File> {
+    let file = File::options()
+        .read(true)
+        .custom_flags(OFlags::NONBLOCK.bits() as i32)
+        .open(path)?;
+    let kind = file.metadata()?.file_type();
+    match kind.is_file() || kind.is_block_device() {
+        true => Ok(file),
+        false => Err(io::Error::other("neither a file nor a block device")),
     }
 }
 
@@ -99,8 +159,8 @@ fn read(file: &File, bytes: &mut [u8], at: u64) -> io::Result<usize> {
     Ok(len)
 }
 
-/// Returns the names in a descriptor.
-fn names(text: &[u8]) -> Vec<String> {
+/// Returns what a descriptor names.
+fn names(text: &[u8]) -> Vec<Named> {
     // For qemu-img, the text ends with the first NUL.
     let text = text.split(|&byte| byte == 0).next().unwrap_or_default();
     let mut names = Vec::new();
@@ -118,7 +178,10 @@ fn names(text: &[u8]) -> Vec<String> {
         let name = name.unwrap_or_default();
         let name = name.get(..NAME).unwrap_or(name);
         if !name.is_empty() {
-            names.push(String::from_utf8_lossy(name).into_owned());
+            names.push(Named {
+                name: OsStr::from_bytes(name).to_owned(),
+                is_sparse: before.ends_with(SPARSE) && !before.ends_with(SESPARSE),
+            });
         }
     }
     names
@@ -126,63 +189,150 @@ fn names(text: &[u8]) -> Vec<String> {
 
 #[cfg(test)]
 mod tests {
+    use std::path::PathBuf;
+
     use super::*;
+
+    fn flat_and_sparse(text: &[u8]) -> Vec<(String, bool)> {
+        let names = names(text).into_iter();
+        names
+            .map(|named| {
+                let name = named.name.into_string();
+                (name.unwrap_or_else(|_| unreachable!()), named.is_sparse)
+            })
+            .collect()
+    }
 
     #[test]
     fn of_descriptors() {
         let usual = b"# Disk DescriptorFile\nversion=1\nCID=f342ec1a\nparentCID=ffffffff\n\
             createType=\"twoGbMaxExtentFlat\"\n\n# Extent description\nRW 2048 FLAT \"a-f001.vmdk\" 0\n\
             RW 2048 SPARSE \"b.vmdk\"\n\n# The Disk Data Base\nddb.adapterType = \"ide\"\n";
-        assert_eq!(names(usual), ["a-f001.vmdk", "b.vmdk"]);
-        for odd in [
-            "RW\n1\n\tFLAT\r\n\x0b\"/x\" 0",
-            "x=\"\nRW 1 SPARSE \"/x",
-            "RW 1 VMFSSPARSE\"/x\n\" 0",
-            "\"\"\" RW 1 VMFS \"/x\"",
+        let found = flat_and_sparse(usual);
+        assert_eq!(
+            found,
+            [
+                ("a-f001.vmdk".to_owned(), false),
+                ("b.vmdk".to_owned(), true)
+            ]
+        );
+        for (odd, is_sparse) in [
+            ("RW\n1\n\tFLAT\r\n\x0b\"/x\" 0", false),
+            ("x=\"\nRW 1 SPARSE \"/x", true),
+            ("RW 1SPARSE \"/x", true),
+            ("RW 1 VMFSSPARSE\"/x\n\" 0", true),
+            ("RW 1 SESPARSE \"/x\"", false),
+            ("\"\"\" RW 1 VMFS \"/x\"", false),
         ] {
-            assert_eq!(names(odd.as_bytes()), ["/x"], "{odd}");
+            let found = flat_and_sparse(odd.as_bytes());
+            assert_eq!(found, [("/x".to_owned(), is_sparse)], "{odd}");
         }
         assert!(names(b"a=\"FLAT\"\n\0RW 1 FLAT \"/x\" 0").is_empty());
         let long = format!("RW 1 SPARSE \"{}x\"", "/".repeat(NAME));
-        assert_eq!(names(long.as_bytes()), ["/".repeat(NAME)]);
+        assert_eq!(flat_and_sparse(long.as_bytes()), [("/".repeat(NAME), true)]);
+    }
+
+    #[test]
+    fn of_bytes_that_are_no_text() {
+        let found = names(b"RW 1 FLAT \"x\xff\" 0");
+        let found: Vec<&[u8]> = found.iter().map(|named| named.name.as_bytes()).collect();
+        assert_eq!(found, [b"x\xff"]);
+    }
+
+    /// The paths that [`each_part`] finds, relative to the directory of the image.
+    fn parts(path: &Path) -> Result<Vec<PathBuf>> {
+        let mut found = Vec::new();
+        each_part(path, |part| {
+            let part = part.strip_prefix(directory(path)).unwrap_or(part);
+            found.push(part.to_owned());
+            Ok(())
+        })?;
+        Ok(found)
     }
 
     #[test]
     fn of_files() -> Result<()> {
         let dir = tempfile::tempdir()?;
         let path = dir.path().join("a");
-        let mut bytes = b"KDMV".to_vec();
-        bytes.resize(1024, 0);
-        bytes.extend(b"RW 1 SPARSE \"b\"");
-        let mut write = |at: usize, value: u64| {
-            if let Some(field) = bytes.get_mut(at..at + 8) {
-                field.copy_from_slice(&value.to_le_bytes());
-            }
-            std::fs::write(&path, &bytes)
+        let head = |sector: u64, capacity: u64, descriptor: &str| {
+            let mut bytes = MAGIC.to_vec();
+            bytes.resize(12, 0);
+            bytes.extend(capacity.to_le_bytes());
+            bytes.resize(28, 0);
+            bytes.extend(sector.to_le_bytes());
+            bytes.resize(1024, 0);
+            bytes.extend(descriptor.as_bytes());
+            bytes
         };
-        write(28, 2)?;
-        assert_eq!(named(&path)?, ["b"]);
+        let write = |name: &str, bytes: Vec<u8>| std::fs::write(dir.path().join(name), bytes);
+        write("a", head(2, 0, "RW 1 SPARSE \"b\""))?;
         // Files that name each other.
-        std::fs::write(
-            dir.path().join("b"),
-            "RW 1 FLAT \"a\" 0\nRW 1 FLAT \"nbd:x\" 0",
-        )?;
-        let place = dir.path().display().to_string();
-        let found: Vec<String> = parts(&path)?.into_iter().collect();
-        assert_eq!(
-            found,
-            [
-                format!("{place}/a"),
-                format!("{place}/b"),
-                "nbd:x".to_owned()
-            ]
-        );
-        write(28, u64::MAX)?;
+        let names = "RW 1 SPARSE \"a\"\nRW 1 FLAT \"nbd:x\" 0\nRW 1 FLAT \"/dev/none\" 0";
+        write("b", head(2, 0, names))?;
+        let found = parts(&path)?;
+        assert_eq!(found, ["b", "a", "nbd:x", "/dev/none"].map(PathBuf::from));
+        // A descriptor without a header counts in the first file only.
+        write("b", b"RW 1 SPARSE \"c\"".to_vec())?;
+        assert_eq!(parts(&path)?, [PathBuf::from("b")]);
+        write("a", b"RW 1 SPARSE \"b\"".to_vec())?;
+        assert_eq!(parts(&path)?, [PathBuf::from("b")]);
+        // Nor does a header of a flat file.
+        write("b", head(2, 0, "RW 1 SPARSE \"c\""))?;
+        for (kind, count) in [("FLAT", 1), ("VMFS", 1), ("SESPARSE", 1), ("SPARSE", 2)] {
+            write("a", format!("RW 1 {kind} \"b\"").into_bytes())?;
+            write("c", Vec::new())?;
+            assert_eq!(parts(&path)?.len(), count, "{kind}");
+        }
+
+        write("a", head(2, 1, "RW 1 SPARSE \"b\""))?;
         assert!(named(&path)?.is_empty());
-        write(28, 2)?;
-        write(12, 1)?;
+        // Behind the largest offset, and with bits that qemu-img would lose.
+        write("a", head(u64::MAX >> 9, 0, "RW 1 SPARSE \"b\""))?;
+        assert!(named(&path)?.is_empty());
+        for sector in [u64::MAX, (1 << 55) + 2] {
+            write("a", head(sector, 0, "RW 1 SPARSE \"b\""))?;
+            let error = named(&path).err().map(|error| error.to_string());
+            assert!(error.is_some_and(|error| error.contains("too large")));
+        }
+        // Zeros are behind the end.
+        write("a", MAGIC.to_vec())?;
         assert!(named(&path)?.is_empty());
         assert!(named(&dir.path().join("none")).is_err());
+        Ok(())
+    }
+
+    #[test]
+    fn nothing_is_opened_before_it_is_checked() -> Result<()> {
+        let dir = tempfile::tempdir()?;
+        let path = dir.path().join("a");
+        // Opening it would fail.
+        std::fs::write(&path, "RW 1 SPARSE \"none\"")?;
+        let done = each_part(&path, |_| anyhow::bail!("refused"));
+        assert!(done.is_err_and(|error| error.to_string() == "refused"));
+        // Nothing waits for a pipe.
+        let pipe = dir.path().join("pipe");
+        let mode = rustix::fs::Mode::from_raw_mode(0o600);
+        rustix::fs::mknodat(rustix::fs::CWD, &pipe, rustix::fs::FileType::Fifo, mode, 0)?;
+        assert!(named(&pipe).is_err());
+        std::fs::write(&path, "RW 1 SPARSE \"pipe\"")?;
+        assert!(each_part(&path, |_| Ok(())).is_err());
+        std::fs::write(&path, "RW 1 FLAT \"pipe\" 0")?;
+        each_part(&path, |_| Ok(()))
+    }
+
+    #[test]
+    fn too_many() -> Result<()> {
+        let dir = tempfile::tempdir()?;
+        let path = dir.path().join("a");
+        let lines = |count: usize| {
+            let lines = (0..count).map(|nth| format!("RW 1 FLAT \"{nth}\" 0\n"));
+            lines.collect::<String>()
+        };
+        std::fs::write(&path, lines(FILES) + "RW 1 FLAT \"0\" 0\n")?;
+        assert_eq!(parts(&path)?.len(), FILES);
+        std::fs::write(&path, lines(FILES + 1))?;
+        let error = parts(&path).err().map(|error| error.to_string());
+        assert!(error.is_some_and(|error| error.ends_with("a: names more than 4096 files")));
         Ok(())
     }
 }
