@@ -448,21 +448,27 @@ impl<'a> SetUp<'a> {
         let mut devices = self
             .devices(todo)
             .filter_map(|(nth, device)| Some((device, self.numbers.get(nth)?)));
-        let is_there = |(device, number): &(&Device, &String)| {
+        let ours = |(device, number): &(&Device, &String)| {
             let may_be_ours = self.begun || device.shared.is_some();
-            may_be_ours && now.iter().any(|state| is(state, device, number))
+            let mut ours = now.iter().filter(|state| is(state, device, number));
+            ours.next().filter(|_| may_be_ours)
         };
-        let Some((device, number)) = devices.find(|device| !is_there(device)) else {
+        let is_done = |device: &_| ours(device).is_some_and(|state| state.live);
+        let Some((device, number)) = devices.find(|device| !is_done(device)) else {
             return Ok(Some(error));
         };
-        if device.shared.is_some() && now.iter().any(|state| state.uuid == device.uuid) {
-            return Ok(None);
-        }
-        if let Some(error) = in_the_way(&now, device) {
-            return Ok(Some(error));
-        }
-        if now.iter().any(|state| state.number == *number) {
-            return Ok(None);
+        // If it is there without a table, the kernel has refused the table: dmsetup cannot remove the device
+        // then, because it gives the kernel the number besides the name.
+        if ours(&(device, number)).is_none() {
+            if device.shared.is_some() && now.iter().any(|state| state.uuid == device.uuid) {
+                return Ok(None);
+            }
+            if let Some(error) = in_the_way(&now, device) {
+                return Ok(Some(error));
+            }
+            if now.iter().any(|state| state.number == *number) {
+                return Ok(None);
+            }
         }
         let lines = table(device, &self.numbers, below);
         let lower = device.lower();
