@@ -52,10 +52,12 @@ def eventually(what, found, wanted):
     equal(got, wanted, what)
 
 
-def nothing_left():
-    """Checks that obdsetup has left nothing. The loop devices are those over files of the current directory."""
+def nothing_left(*paths):
+    """Checks that obdsetup has left nothing. The loop devices are those over files at or below these paths, or, without
+    any, in the current directory."""
+    paths = paths or (os.getcwd(),)
     eventually("devices that are left", devices, {})
-    eventually("loop devices that are left", lambda: own_loops(os.getcwd()), {})
+    eventually("loop devices that are left", lambda: own_loops(*paths), {})
     eventually("locks that are left", locks, [])
 
 

@@ -19,6 +19,10 @@ pub(super) struct Part {
     control: &'static str,
     /// The directory of the control device in sysfs.
     sys: &'static str,
+    /// The number of the control device, `MAJOR:MINOR`, which is the same in all kernels.
+    number: &'static str,
+    /// The mode of the control device's node, as devtmpfs or udev sets it.
+    mode: u32,
     what: &'static str,
     /// The module that it is in.
     module: &'static str,
@@ -27,18 +31,24 @@ pub(super) struct Part {
 pub(super) const DEVICE_MAPPER: Part = Part {
     control: "/dev/mapper/control",
     sys: "/sys/class/misc/device-mapper",
+    number: "10:236",
+    mode: 0o600,
     what: "device-mapper",
     module: "dm_mod",
 };
 pub(super) const LOOP: Part = Part {
     control: "/dev/loop-control",
     sys: "/sys/class/misc/loop-control",
+    number: "10:237",
+    mode: 0o660,
     what: "loop devices",
     module: "loop",
 };
 
 /// Exists if sysfs is mounted.
 const SYS: &str = "/sys/class/misc";
+/// The mode of the node of a block device.
+const BLOCK: u32 = 0o660;
 /// What to do if a device can't be opened.
 const DENIED: &str =
     "permission denied: must be root, and in a container must be given this device";
@@ -49,9 +59,6 @@ const NO_MODULE: &str = "; the kernel module dm_overlaybd is not loaded: run `mo
 const NOT_LOADED: &str =
     "; the kernel module dm_overlaybd is installed, but not loaded: `modprobe \
                           dm_overlaybd' says why";
-/// The same if the module is loaded.
-const OLDER_MODULE: &str =
-    "; the kernel module dm_overlaybd that is loaded is an older one: it has no target";
 
 impl Part {
     /// Checks that this process can send commands. Makes the control device's node if that is missing.
@@ -61,10 +68,12 @@ impl Part {
         let open = || File::options().read(true).write(true).open(control);
         let opened = match open() {
             Err(error) if error.kind() == ErrorKind::NotFound && is_root => {
-                if !self.make_control()? {
-                    return Ok(());
+                let made = self.make_control()?;
+                let opened = open();
+                if opened.is_err() {
+                    made.undo();
                 }
-                open()
+                opened
             }
             opened => opened,
         };
@@ -77,19 +86,36 @@ impl Part {
         }
     }
 
-    /// Makes the control device's node. Returns false if its number is unknown because sysfs isn't mounted.
-    fn make_control(&self) -> Result<bool> {
-        match std::fs::read_to_string(Path::new(self.sys).join("dev")) {
+    /// Makes the control device's node. If its module isn't loaded, the kernel loads it when the node is
+    /// opened, as it does with the nodes of devtmpfs.
+    fn make_control(&self) -> Result<MadeControl<'_>> {
+        let path = Path::new(self.control);
+        let number = std::fs::read_to_string(Path::new(self.sys).join("dev"));
+        // An error is ignored: then the node can't be made, either.
+        let directory = path.parent();
+        let directory = directory.filter(|directory| std::fs::create_dir(directory).is_ok());
+        let mut made = MadeControl {
+            node: None,
+            directory,
+        };
+        let character = FileType::CharacterDevice;
+        match number {
             Ok(number) => {
-                if let Some(parent) = Path::new(self.control).parent() {
-                    // Ignored: then the node can't be made, either.
-                    let _ = std::fs::create_dir(parent);
-                }
-                make_node(self.control, FileType::CharacterDevice, &number).map(|()| true)
+                make_node_with(self.control, character, &number, self.mode)?;
             }
-            Err(_) if Path::new(SYS).exists() => Err(Failure::error(exit::DEVICE, self.missing())),
-            Err(_) => Ok(false),
+            Err(_) => match make_node_with(self.control, character, self.number, self.mode) {
+                Ok(true) => made.node = Some(path),
+                Ok(false) => {}
+                Err(error) => {
+                    made.undo();
+                    return Err(match Path::new(SYS).exists() {
+                        true => Failure::error(exit::DEVICE, self.missing()),
+                        false => error,
+                    });
+                }
+            },
         }
+        Ok(made)
     }
 
     fn missing(&self) -> String {
@@ -111,6 +137,26 @@ impl Part {
     }
 }
 
+/// What was made for a control device of which the kernel has not told.
+struct MadeControl<'a> {
+    node: Option<&'a Path>,
+    directory: Option<&'a Path>,
+}
+
+impl MadeControl<'_> {
+    /// Removes it: it leads to nothing.
+    fn undo(self) {
+        // Errors are ignored: what is left does no harm.
+        if let Some(node) = self.node {
+            let _ = std::fs::remove_file(node);
+        }
+        if let Some(directory) = self.directory {
+            // Fails if anything is in it.
+            let _ = std::fs::remove_dir(directory);
+        }
+    }
+}
+
 /// Returns the error for `error`, of opening or making a device.
 pub(super) fn denied(error: Error) -> anyhow::Error {
     match error.kind() {
@@ -125,7 +171,9 @@ pub(super) fn no_target(target: &str) -> String {
         return format!("; the kernel has no target {target}: run `modprobe dm_{target}'");
     }
     if Path::new("/sys/module/dm_overlaybd").exists() {
-        return format!("{OLDER_MODULE} {target}");
+        return format!(
+            "; the dm_overlaybd that is loaded has no target {target}: another version?"
+        );
     }
     let release = std::fs::read_to_string("/proc/sys/kernel/osrelease").unwrap_or_default();
     let modules = Path::new("/lib/modules").join(release.trim());
@@ -145,8 +193,13 @@ fn has_module(list: &str) -> bool {
     })
 }
 
-/// Makes the node at `path` of the device `number`, `MAJOR:MINOR`, as devtmpfs or udev would.
-pub(super) fn make_node(path: &str, kind: FileType, number: &str) -> Result<()> {
+/// Makes the node at `path` of the block device `number`, `MAJOR:MINOR`, as devtmpfs or udev would.
+pub(super) fn make_node(path: &str, number: &str) -> Result<()> {
+    make_node_with(path, FileType::BlockDevice, number, BLOCK).map(drop)
+}
+
+/// Makes the node at `path` of the device `number`, `MAJOR:MINOR`. Returns whether it was missing.
+fn make_node_with(path: &str, kind: FileType, number: &str, mode: u32) -> Result<bool> {
     let number = number.trim();
     let (major, minor) = number.split_once(':').unwrap_or_default();
     let device = rustix::fs::makedev(major.parse()?, minor.parse()?);
@@ -154,12 +207,13 @@ pub(super) fn make_node(path: &str, kind: FileType, number: &str) -> Result<()> 
         rustix::fs::CWD,
         path,
         kind,
-        rustix::fs::Mode::from_raw_mode(0o660),
+        rustix::fs::Mode::from_raw_mode(mode),
         device,
     );
     match made {
-        // Another process may have made it meanwhile.
-        Ok(()) | Err(Errno::EXIST) => Ok(()),
+        Ok(()) => Ok(true),
+        // Another process has made it meanwhile.
+        Err(Errno::EXIST) => Ok(false),
         Err(error) => {
             let letter = match kind {
                 FileType::CharacterDevice => 'c',
@@ -190,6 +244,35 @@ mod tests {
         let (code, text) = LOOP.explain(&Error::from_raw_os_error(19));
         assert_eq!(code, 4);
         assert_eq!(text, "this kernel has no loop devices: run `modprobe loop'");
+    }
+
+    #[test]
+    fn targets() {
+        let said = no_target("snapshot");
+        assert!(said.ends_with("no target snapshot: run `modprobe dm_snapshot'"));
+        let said = no_target("lsmt-dax");
+        let wanted = match Path::new("/sys/module/dm_overlaybd").exists() {
+            true => "; the dm_overlaybd that is loaded has no target lsmt-dax: another version?",
+            false => "modprobe dm_overlaybd",
+        };
+        assert!(said.contains(wanted), "{said}");
+    }
+
+    #[test]
+    fn what_is_made_in_vain() -> std::io::Result<()> {
+        let dir = tempfile::tempdir()?;
+        let (directory, node) = (dir.path().join("mapper"), dir.path().join("mapper/control"));
+        std::fs::create_dir(&directory)?;
+        std::fs::write(&node, "")?;
+        let undo = |node| {
+            let directory = Some(directory.as_path());
+            MadeControl { node, directory }.undo();
+        };
+        undo(None);
+        assert!(node.exists());
+        undo(Some(&node));
+        assert!(!directory.exists());
+        Ok(())
     }
 
     #[test]

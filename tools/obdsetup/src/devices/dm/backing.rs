@@ -20,7 +20,7 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{bail, Context, Result};
 use loopdev::{LoopControl, LoopDevice};
-use rustix::fs::{FileType, MemfdFlags};
+use rustix::fs::MemfdFlags;
 use rustix::io::FdFlags;
 
 use super::access::{self, denied, make_node};
@@ -213,7 +213,7 @@ pub(crate) fn open_by_number(number: &str) -> Result<File> {
 
 /// Makes the node of the block device `number`, `MAJOR:MINOR`, at `path`, if it is missing.
 pub(super) fn make_block_node(path: &Path, number: &str) -> Result<()> {
-    make_node(&path.display().to_string(), FileType::BlockDevice, number)
+    make_node(&path.display().to_string(), number)
 }
 
 /// A loop device with its file attached, and the path of its node.
@@ -354,7 +354,7 @@ fn open(number: u32) -> Result<LoopDevice> {
         let device = Path::new(SYS).join(format!("loop{number}/dev"));
         let device = std::fs::read_to_string(&device)
             .with_context(|| format!("{}: cannot read", device.display()))?;
-        make_node(&path, FileType::BlockDevice, &device)?;
+        make_node(&path, &device)?;
     }
     LoopDevice::open(&path).map_err(denied).context(path)
 }
