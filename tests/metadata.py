@@ -1,64 +1,52 @@
 #!/usr/bin/env python3
 # SPDX-License-Identifier: GPL-2.0
-"""File systems that obdsetup makes have all metadata of their source: random trees, from directories and tars."""
+"""File systems that obdsetup makes have all metadata of their source: random trees, from directories and tars.
 
+Besides fixed trees there is one that differs each day, or is that of OBD_METADATA_SEED: each run prints its own. If
+there are several, with blanks in between, all are tried.
+"""
+
+import fcntl
 import os
-import shutil
 import stat
-import subprocess
+import struct
 import tarfile
-import tempfile
 import time
 
 from obdtest import tree
+from obdtest.files import mount, umount, work_directory
 from obdtest.ktap import Skip, add, check, defer, equal, main, note
+from obdtest.programs import close, need, need_module, obdsetup, run
 
-OBDSETUP = shutil.which("obdsetup")
 FILE_SYSTEMS = ("ext2", "ext3", "ext4", "erofs", "btrfs", "squashfs")
 OPTIONS = {"btrfs": "ro,norecovery"}
 # mksquashfs reads a tar, which can't have sockets or all device numbers.
 THROUGH_TAR = ("squashfs",)
-SEEDS = {"ext2": (11,), "ext3": ()}
+SEEDS = {"ext2": (11,), "ext3": (), "ext4": (1,), "erofs": (1,), "btrfs": (1,), "squashfs": (1,)}
+OF_THE_DAY = os.environ.get("OBD_METADATA_SEED", str(int(time.time() // 86400))).split()
+# What this kernel's ext4 can do.
+FEATURES = "/sys/fs/ext4/features"
+# FS_IOC_*
+GETFLAGS, SETFLAGS = 0x80086601, 0x40086602
+ENABLE_VERITY, ADD_KEY, SET_POLICY = 0x40806685, 0xC0506617, 0x800C6613
 
 
-def run(*command, **options):
-    """Runs a command. Returns its output and its messages."""
-    done = subprocess.run(command, capture_output=True, check=False, **options)
-    if done.returncode:
-        raise OSError(f"{command}: status {done.returncode}: {done.stderr.decode(errors='replace').strip()}")
-    return done.stdout.decode(errors="replace"), done.stderr.decode(errors="replace")
-
-
-def need(kind):
-    if not OBDSETUP:
-        raise Skip("no obdsetup")
-    if subprocess.run(["modprobe", kind], capture_output=True, check=False).returncode:
-        raise Skip(f"this kernel has no {kind}")
-
-
-def umount(where):
-    if os.path.ismount(where):
-        run("umount", where)
-
-
-def close(name):
-    """Closes what a failed test has left open."""
-    if os.path.exists(f"/dev/mapper/{name}"):
-        subprocess.run([OBDSETUP, "close", name], capture_output=True, check=False)
+def need_kind(kind):
+    need("obdsetup")
+    need_module(kind)
 
 
 def mounted(kind, layer, where):
     """Opens and mounts a layer."""
     name = f"obdtest-{os.getpid()}-{kind}"
-    run(OBDSETUP, "open", name, layer)
+    obdsetup("open", name, layer)
     defer(close, name)
     device = f"/dev/mapper/{name}"
     if kind.startswith("ext"):
         run("e2fsck", "-fn", device)
     if kind == "btrfs":
         run("btrfs", "check", device)
-    run("mount", "-t", kind, "-o", OPTIONS.get(kind, "ro"), device, where)
-    defer(umount, where)
+    mount(device, where, OPTIONS.get(kind, "ro"), kind)
 
 
 def fitted(kind, wanted, from_tar):
@@ -99,13 +87,12 @@ def holes(where, source):
 
 
 def round_trip(kind, seed, from_tar):
-    need(kind)
-    work = tempfile.mkdtemp(prefix="obdtest-")
-    defer(shutil.rmtree, work)
+    need_kind(kind)
+    work = work_directory()
     source, layer, where = f"{work}/source", f"{work}/layer.obd", f"{work}/mnt"
     os.mkdir(source)
     os.mkdir(where)
-    note(f"seed {seed}")
+    note(f"OBD_METADATA_SEED={seed}")
     tree.Maker(source, seed).make()
     wanted = fitted(kind, tree.manifest(source), from_tar)
     loss = ["--allow-loss"] if kind in THROUGH_TAR else []
@@ -113,9 +100,9 @@ def round_trip(kind, seed, from_tar):
         # tar leaves sockets out, with a warning but no error.
         run("tar", "--format=pax", "--xattrs", "--xattrs-include=*", "--acls", "--sparse", "--numeric-owner",
             "-cf", f"{work}/source.tar", "-C", source, ".")
-        _, said = run(OBDSETUP, "convert", f"{work}/source.tar", layer, "--fs", kind, *loss)
+        _, said = obdsetup("convert", f"{work}/source.tar", layer, "--fs", kind, *loss)
     else:
-        _, said = run(OBDSETUP, "create", "--directory", source, "--fs", kind, *loss, layer)
+        _, said = obdsetup("create", "--directory", source, "--fs", kind, *loss, layer)
     if kind == "squashfs":
         for what in ("POSIX ACLs", "fractions of a second", "times before 1970"):
             check(f"squashfs cannot hold {what}" in said, f"a warning of {what}: {said}")
@@ -130,21 +117,20 @@ def round_trip(kind, seed, from_tar):
 
 def workplace():
     """Returns a directory with a mount point."""
-    work = tempfile.mkdtemp(prefix="obdtest-")
-    defer(shutil.rmtree, work)
+    work = work_directory()
     os.mkdir(f"{work}/mnt")
     return work
 
 
 def unsaid(kind):
     """A tar without directories."""
-    need(kind)
+    need_kind(kind)
     work = workplace()
     with tarfile.open(f"{work}/source.tar", "w") as tar:
         member = tarfile.TarInfo("etc/deep/passwd")
         member.mtime, member.mode = 1700000000, 0o600
         tar.addfile(member)
-    run(OBDSETUP, "convert", f"{work}/source.tar", f"{work}/layer.obd", "--fs", kind)
+    obdsetup("convert", f"{work}/source.tar", f"{work}/layer.obd", "--fs", kind)
     mounted(kind, f"{work}/layer.obd", f"{work}/mnt")
     for path in ("", "etc", "etc/deep"):
         status = os.stat(f"{work}/mnt/{path}")
@@ -155,7 +141,7 @@ def unsaid(kind):
 
 def private(kind):
     """A directory without access for others, and its ACL."""
-    need(kind)
+    need_kind(kind)
     work = workplace()
     os.mkdir(f"{work}/source")
     os.setxattr(f"{work}/source", "trusted.of", b"the root directory")
@@ -164,7 +150,7 @@ def private(kind):
     os.utime(f"{work}/source", ns=(5000000000123456789, 5000000000123456789))
     run("tar", "--format=pax", "--xattrs", "--xattrs-include=*", "-cf", f"{work}/source.tar", "-C", f"{work}/source", ".")
     for source in ("source", "source.tar"):
-        run(OBDSETUP, "convert", f"{work}/{source}", f"{work}/layer.obd", "--fs", kind, "--force")
+        obdsetup("convert", f"{work}/{source}", f"{work}/layer.obd", "--fs", kind, "--force")
         mounted(kind, f"{work}/layer.obd", f"{work}/mnt")
         status = os.stat(f"{work}/mnt")
         equal((stat.filemode(status.st_mode), status.st_uid, status.st_gid), ("drwx------", 1000, 100000), source)
@@ -172,24 +158,22 @@ def private(kind):
         equal(status.st_mtime_ns, wanted, f"{source}: time")
         equal(os.getxattr(f"{work}/mnt", "trusted.of"), b"the root directory", f"{source}: extended attribute")
         umount(f"{work}/mnt")
-        run(OBDSETUP, "close", f"obdtest-{os.getpid()}-{kind}")
+        obdsetup("close", f"obdtest-{os.getpid()}-{kind}")
 
 
 def refused():
-    need("squashfs")
+    need_kind("squashfs")
     work = workplace()
     os.mkdir(f"{work}/source")
     os.setxattr(f"{work}/source", "system.posix_acl_access", tree.access_acl(0o755, 1234))
-    done = subprocess.run([OBDSETUP, "create", "--directory", f"{work}/source", "--fs", "squashfs", f"{work}/layer.obd"],
-                          capture_output=True, text=True, check=False)
-    equal(done.returncode, 1, "status")
-    check("squashfs cannot hold POSIX ACLs: 1 file loses them: ./" in done.stderr and "--allow-loss" in done.stderr, done.stderr)
+    _, said = obdsetup("create", "--directory", f"{work}/source", "--fs", "squashfs", f"{work}/layer.obd", status=1)
+    check("squashfs cannot hold POSIX ACLs: 1 file loses them: ./" in said and "--allow-loss" in said, said)
     equal(sorted(os.listdir(work)), ["mnt", "source"], "what is left")
 
 
 def sparse(kind):
     """A file of 500 GiB with two blocks of data."""
-    need(kind)
+    need_kind(kind)
     work = workplace()
     os.mkdir(f"{work}/source")
     with open(f"{work}/source/large", "wb") as file:
@@ -197,7 +181,7 @@ def sparse(kind):
         os.pwrite(file.fileno(), b"first", 1 << 30)
         os.pwrite(file.fileno(), b"second", (400 << 30) + 5)
     start = time.monotonic()
-    run(OBDSETUP, "create", "--directory", f"{work}/source", "--fs", kind, f"{work}/layer.obd")
+    obdsetup("create", "--directory", f"{work}/source", "--fs", kind, f"{work}/layer.obd")
     took = time.monotonic() - start
     check(took < 60, f"took {took} s")
     check(os.stat(f"{work}/layer.obd").st_size < 1 << 20, "the layer is small")
@@ -208,6 +192,76 @@ def sparse(kind):
             equal(os.pread(file.fileno(), len(wanted), at), wanted, f"at {at}")
 
 
+def of_ext4(work):
+    """Mounts a new ext4 with all features that a file can have. Returns its root."""
+    need_kind("ext4")
+    with open(f"{work}/ext4", "wb") as file:
+        file.truncate(64 << 20)
+    missing = [name for name in ("encryption", "verity", "casefold") if not os.path.exists(f"{FEATURES}/{name}")]
+    if missing:
+        raise Skip(f"the ext4 of this kernel has no {', '.join(missing)}")
+    # verity needs blocks that are no larger than those of the file system, which has small ones otherwise.
+    run("mkfs.ext4", "-q", "-b", "4096", "-O", "encrypt,verity,casefold", "-E", "encoding=utf8", f"{work}/ext4")
+    mount(f"{work}/ext4", f"{work}/source", "loop")
+    return f"{work}/source"
+
+
+def ioctl(path, number, argument):
+    """Returns what the call gives back."""
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        return fcntl.ioctl(fd, number, argument)
+    finally:
+        os.close(fd)
+
+
+def chattr(path, flags):
+    before, = struct.unpack("L", ioctl(path, GETFLAGS, bytes(8)))
+    ioctl(path, SETFLAGS, struct.pack("L", before | flags))
+
+
+def encrypt(root, path):
+    """Encrypts an empty directory: AES-256-XTS, by a key of 64 bytes that the file system gets."""
+    # struct fscrypt_add_key_arg, which gets the key's identifier, and struct fscrypt_policy_v2.
+    added = ioctl(root, ADD_KEY, struct.pack("=II32xII32x", 2, 0, 64, 0) + bytes(range(64)))
+    ioctl(path, SET_POLICY, struct.pack("=BBBBI", 2, 1, 4, 0, 0) + added[8:24])
+
+
+def flags(kind):
+    """Flags that are not kept are told of, once, and what they say is true; the rest is as if there were none."""
+    need_kind(kind)
+    work = workplace()
+    source = of_ext4(work)
+    for name in ("append", "immutable", "nodump", "plain"):
+        with open(f"{source}/{name}", "w", encoding="ascii") as file:
+            file.write(name)
+    os.mkdir(f"{source}/folded")
+    with open(f"{source}/verity", "w", encoding="ascii") as file:
+        file.write("content")
+    # struct fsverity_enable_arg: version 1, SHA-256, blocks of 4096 bytes.
+    ioctl(f"{source}/verity", ENABLE_VERITY, struct.pack("=III", 1, 1, 4096).ljust(128, b"\0"))
+    os.mkdir(f"{source}/secret")
+    encrypt(source, f"{source}/secret")
+    with open(f"{source}/secret/file", "w", encoding="ascii") as file:
+        file.write("secret")
+    chattr(f"{source}/folded", 0x40000000)
+    for name, bit in (("append", 0x20), ("immutable", 0x10), ("nodump", 0x40)):
+        chattr(f"{source}/{name}", bit)
+    _, said = obdsetup("create", "--directory", source, "--fs", kind, f"{work}/layer.obd")
+    lines = [line for line in said.splitlines() if "fraction" not in line]
+    equal(lines, [
+        "obdsetup: warning: flags are not kept, see chattr(1) (immutable, append only, no dump, case-insensitive names, "
+        "verity): 5 files lose them: ./append ./folded ./immutable ...",
+        "obdsetup: warning: encryption is not kept: 2 files readable by all who have the layer: ./secret ./secret/file",
+    ], "warnings")
+    mounted(kind, f"{work}/layer.obd", f"{work}/mnt")
+    for name, wanted in (("append", "append"), ("verity", "content"), ("secret/file", "secret")):
+        with open(f"{work}/mnt/{name}", encoding="ascii") as file:
+            equal(file.read(), wanted, name)
+
+
+for fs in ("ext4", "erofs", "btrfs", "squashfs"):
+    add(f"{fs}: flags of files that are not kept are told of", flags, fs)
 for fs in FILE_SYSTEMS:
     add(f"{fs}: a tar without directories", unsaid, fs)
     add(f"{fs}: a private root directory", private, fs)
@@ -215,9 +269,12 @@ add("squashfs: ACLs are refused", refused)
 for fs in ("ext4", "erofs", "btrfs"):
     add(f"{fs}: holes take no space", sparse, fs)
 for fs in FILE_SYSTEMS:
-    for number in SEEDS.get(fs, (1, 2)):
+    for number in SEEDS[fs]:
         add(f"{fs}: a directory, tree {number}", round_trip, fs, number, False)
         add(f"{fs}: a tar, tree {number}", round_trip, fs, number, True)
+    for number in OF_THE_DAY:
+        add(f"{fs}: a directory, tree of the day", round_trip, fs, int(number), False)
+        add(f"{fs}: a tar, tree of the day", round_trip, fs, int(number), True)
 
 if __name__ == "__main__":
     main()
