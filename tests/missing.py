@@ -120,14 +120,16 @@ def with_dev(work, *names):
     return ["unshare", "--mount", "sh", "-c", script, "sh"]
 
 
-@test("without the module: open says so")
+@test("without the module: open says so, for each kind of stack")
 def no_module():
     work, layer = make_layer()
+    with open(f"{work}/data.zf", "wb") as file:
+        file.write(image.zfile(DATA))
     with open(f"{work}/bare.obd", "wb") as file:
         file.write(image.lsmt(SIZE, [(0, DATA)]))
     no_autoload()
     unload_ours()
-    for args in ([NAME, layer], ["--private", NAME, f"{work}/bare.obd", layer]):
+    for args in ([NAME, layer], ["--private", NAME, f"{work}/bare.obd", layer], ["--zfile", NAME, f"{work}/data.zf"]):
         says(NO_MODULE, "open", *args)
     says(f"no stack {NAME} is set up", "close", NAME)
     says(f"no stack {NAME} is set up", "status", NAME)
@@ -148,6 +150,16 @@ def not_loadable():
                        ("extra/not_dm_overlaybd.ko", NO_MODULE)):
         write(f"{work}/{release}/modules.dep", f"kernel/drivers/a.ko:\n{path}: kernel/drivers/md/dm-mod.ko\n")
         says(text, "open", NAME, layer, prefix=prefix)
+
+
+@test("without dm-snapshot: open --writable says so")
+def no_snapshot():
+    work, layer = make_layer()
+    no_autoload()
+    unload("dm_snapshot")
+    says("the kernel has no target snapshot: run `modprobe dm_snapshot'", "open", "--create", "--writable",
+         f"{work}/store", NAME, layer)
+    equal(sorted(os.listdir(work)), ["layer.obd"], "what is left")
 
 
 @test("without loop devices: open says so, whether there is a node or not")
