@@ -326,7 +326,7 @@ for part in "${parts[@]}"; do
 		;;
 	kills)
 		export OBD_KILLS=${OBD_KILLS:-50}
-		TIMEOUT=7200 in_vm stock "$OBD_KILLS kills" system/kills
+		TIMEOUT=7200 in_vm stock "$OBD_KILLS kills" system/kills "${long_system[*]}"
 		;;
 	forky) in_vm forky tests "${thirds[@]}" "$rest" ;;
 	debug) OBD_SAMPLE=3 in_vm debug tests "${thirds[@]}" "$rest_of_module" ;;
