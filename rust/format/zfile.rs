@@ -80,13 +80,14 @@ pub mod field {
     pub const VERIFY: usize = 88;
 }
 
-/// The compression algorithm of the blocks.
+/// The compression algorithm of the blocks, with its on-disk number.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(u8)]
 pub enum Algorithm {
     /// Each block is a raw LZ4 block.
-    Lz4,
+    Lz4 = 1,
     /// Each block is a zstd frame.
-    Zstd,
+    Zstd = 2,
 }
 
 impl Algorithm {
@@ -96,14 +97,6 @@ impl Algorithm {
             1 => Some(Self::Lz4),
             2 => Some(Self::Zstd),
             _ => None,
-        }
-    }
-
-    /// Returns the on-disk number.
-    pub const fn id(self) -> u8 {
-        match self {
-            Self::Lz4 => 1,
-            Self::Zstd => 2,
         }
     }
 

@@ -240,7 +240,7 @@ fn check_geometry(geometry: &Geometry, raw: &RawHeader, number: u64) -> TableSha
     assert_eq!(geometry.blocks(), raw.index_count);
     assert_eq!(geometry.block_size(), raw.block_size);
     assert_eq!(1 << geometry.block_shift(), raw.block_size);
-    assert_eq!(geometry.algorithm().id(), raw.algorithm);
+    assert_eq!(geometry.algorithm() as u8, raw.algorithm);
     assert_eq!(geometry.has_crc(), raw.verify != 0);
     assert_eq!(geometry.index_offset(), raw.index_offset);
     assert_eq!(geometry.index_len(), 4 * raw.index_count);

@@ -187,7 +187,7 @@ impl<W: Write + Seek> ZfileWriter<W> {
         }
         let block_size = self.options.block_size;
         put(&mut bytes, field::BLOCK_SIZE, &block_size.to_le_bytes());
-        put(&mut bytes, field::ALGORITHM, &[method.algorithm.id()]);
+        put(&mut bytes, field::ALGORITHM, &[method.algorithm as u8]);
         put(&mut bytes, field::VERIFY, &[u8::from(crc)]);
         let digest = zfile::digest(&bytes, crc32c);
         put(&mut bytes, field::DIGEST, &digest.to_le_bytes());
