@@ -186,11 +186,7 @@ fn block_len(raw: &RawHeader, block: u64) -> u128 {
 }
 
 /// Returns the offset of each block and the end of the last one, or the fault of the index.
-fn offsets(
-    geometry: &Geometry,
-    raw: &RawHeader,
-    blob: &Sparse,
-) -> std::result::Result<Vec<u128>, Error> {
+fn offsets(raw: &RawHeader, blob: &Sparse) -> std::result::Result<Vec<u128>, Error> {
     let crc = if raw.verify != 0 { 4 } else { 0 };
     let mut offsets = vec![u128::from(HEADER_SIZE)];
     let mut index_crc = 0;
@@ -216,7 +212,7 @@ fn offsets(
         offsets.push(end);
     }
     if raw.has(flag::DIGEST) && index_crc != raw.index_crc {
-        let at = geometry.index_offset();
+        let at = raw.index_offset;
         return Err(Error::new(Fault::ZfileIndexCrc, at, index_crc.into()));
     }
     Ok(offsets)
@@ -242,8 +238,12 @@ fn check_geometry(geometry: &Geometry, raw: &RawHeader, number: u64) -> TableSha
     assert_eq!(1 << geometry.block_shift(), raw.block_size);
     assert_eq!(geometry.algorithm() as u8, raw.algorithm);
     assert_eq!(geometry.has_crc(), raw.verify != 0);
-    assert_eq!(geometry.index_offset(), raw.index_offset);
     assert_eq!(geometry.index_len(), 4 * raw.index_count);
+    // Reading stops at once, with the range of the index in the error.
+    let nothing = Sparse::new(0, Vec::new());
+    let index = Error::new(Fault::Truncated, raw.index_offset, 4 * raw.index_count);
+    let found = geometry.read_index(&nothing, crc32c, &mut [], &mut []);
+    assert_eq!(found, Err(index));
     let last = geometry.blocks().saturating_sub(1);
     for block in [0, 1, last, last + 1, number, u64::MAX] {
         assert_eq!(u128::from(geometry.block_len(block)), block_len(raw, block));
@@ -273,7 +273,7 @@ fn check(data: &[u8]) -> Result<()> {
         return Ok(());
     }
 
-    let wanted = offsets(&geometry, &raw, &blob);
+    let wanted = offsets(&raw, &blob);
     let (mut bases, mut deltas) = (vec![0; shape.bases], vec![0; shape.deltas]);
     let (found, used) = memory(|| geometry.read_index(&blob, crc32c, &mut bases, &mut deltas));
     assert_eq!(used, 0, "reading an index allocates nothing");
@@ -289,7 +289,7 @@ fn check(data: &[u8]) -> Result<()> {
     for (block, &offset) in (0..).zip(&wanted) {
         let found = table.offset(block).map(u128::from);
         assert_eq!(found, Some(offset));
-        assert!(offset <= geometry.index_offset().into());
+        assert!(offset <= raw.index_offset.into());
     }
     let blocks = geometry.blocks();
     for behind in [

@@ -6,8 +6,9 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use crate::format::lsmt::{self, Segment};
-use crate::format::num::to_u64;
-use crate::format::{tar, Blob};
+use crate::format::num::{le64, to_u64};
+use crate::format::{self, tar, Blob, Fault};
+use crate::on_disk::lsmt::Labels;
 use crate::{Error, FileBlob, Part, Result, ZfileReader};
 
 /// The content of a blob without the tar wrapper and the compression.
@@ -108,6 +109,7 @@ impl Blob for Payload {
 pub struct LayerReader {
     payload: Payload,
     lsmt: lsmt::Layer,
+    trailer: lsmt::RawHeader,
     ident: Ident,
     segments: Arc<Vec<Segment>>,
 }
@@ -124,17 +126,12 @@ pub struct Ident {
 }
 
 impl Ident {
-    /// Reads the fields from a trailer.
-    fn read(trailer: &[u8; 512]) -> Self {
-        let text = |at: usize, len: usize| {
-            let bytes = trailer.get(at..at + len).unwrap_or_default();
-            let end = bytes.iter().position(|&byte| byte == 0);
-            bytes.get(..end.unwrap_or(len)).unwrap_or_default()
-        };
+    /// Takes the fields from those of a trailer.
+    fn of(labels: &Labels) -> Self {
         Self {
-            uuid: String::from_utf8_lossy(text(lsmt::field::UUID, 37)).into_owned(),
-            parent: String::from_utf8_lossy(text(lsmt::field::PARENT, 37)).into_owned(),
-            user_tag: text(lsmt::field::USER_TAG, 256).to_vec(),
+            uuid: String::from_utf8_lossy(text(&labels.uuid)).into_owned(),
+            parent: String::from_utf8_lossy(text(&labels.parent)).into_owned(),
+            user_tag: text(&labels.user_tag).to_vec(),
         }
     }
 
@@ -146,6 +143,11 @@ impl Ident {
             && uuid.bytes().filter(u8::is_ascii_hexdigit).count() == 32
             && uuid.bytes().any(|byte| !matches!(byte, b'0' | b'-'))
     }
+}
+
+/// Returns the bytes of `field` before its first NUL.
+fn text(field: &[u8]) -> &[u8] {
+    field.split(|&byte| byte == 0).next().unwrap_or_default()
 }
 
 impl LayerReader {
@@ -183,8 +185,15 @@ impl LayerReader {
             Payload::Plain(part) => error.with_size(part.size()),
             Payload::Zfile(_) => error,
         })?;
-        let mut trailer = [0; 512];
-        payload.read_at(payload.size() - lsmt::HEADER_SIZE, &mut trailer)?;
+        let mut bytes = [0; 512];
+        let at = payload.size() - lsmt::HEADER_SIZE;
+        payload.read_at(at, &mut bytes)?;
+        // Doesn't fail, unless the file changes while it is read.
+        let trailer = lsmt::RawHeader::parse(&bytes).ok_or(format::Error::new(
+            Fault::LsmtTrailerMagic,
+            at,
+            le64(&bytes, 0),
+        ))?;
         let mut segments = Vec::new();
         lsmt.read_index(&payload, |segment| {
             segments.push(segment);
@@ -194,7 +203,8 @@ impl LayerReader {
         Ok(Self {
             payload,
             lsmt,
-            ident: Ident::read(&trailer),
+            trailer,
+            ident: Ident::of(&Labels::parse(&bytes)),
             segments: Arc::new(segments),
         })
     }
@@ -212,6 +222,12 @@ impl LayerReader {
     /// Returns the checked trailer.
     pub fn lsmt(&self) -> &lsmt::Layer {
         &self.lsmt
+    }
+
+    /// Returns the trailer as it is on disk. It was read after the checks: a file that changes may
+    /// have any values in it.
+    pub fn trailer(&self) -> &lsmt::RawHeader {
+        &self.trailer
     }
 
     /// Returns the fields that identify the layer.

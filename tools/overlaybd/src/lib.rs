@@ -3,7 +3,8 @@
 //! Reads and writes OverlayBD images.
 //!
 //! The formats are in [`format`], the source files that the kernel module is built from. This crate
-//! adds what needs an allocator, files and codecs.
+//! adds what needs an allocator, files and codecs, and what only writers and `info` need to know of
+//! the formats: [`on_disk`].
 //!
 //! ```text
 //! FileBlob -> [tar] -> Part -> [ZfileReader] -> LayerReader -> Stack
@@ -13,8 +14,8 @@
 
 #![forbid(unsafe_code)]
 
-// Neither the kernel module nor this crate uses everything in these files.
-#[allow(missing_docs, unreachable_pub, clippy::all)]
+// The build of the kernel module runs clippy on these files, with the kernel's choice of lints.
+#[allow(clippy::all)]
 #[path = "../../../rust/format/mod.rs"]
 pub mod format;
 
@@ -29,6 +30,7 @@ pub mod flatten;
 pub mod identity;
 pub mod layer;
 pub mod lsmt_writer;
+pub mod on_disk;
 pub mod progress;
 pub mod stack;
 pub mod tar_writer;

@@ -7,6 +7,7 @@ use crate::format::lsmt::{self, field, flag, Segment};
 use crate::format::num::{to_u64, to_usize};
 use crate::format::SECTOR_SIZE;
 use crate::layer::Ident;
+use crate::on_disk::lsmt::{self as on_disk, USER_TAG_LEN};
 use crate::zfile_writer::put;
 use crate::{Error, Progress, Result};
 
@@ -20,8 +21,6 @@ const ZEROED_PIECE: u64 = lsmt::MAX_LENGTH;
 const PAD_TO: u64 = 256;
 /// Bytes of data copied at once.
 const COPY: u64 = 1 << 20;
-/// Longest user tag, in bytes.
-const USER_TAG_LEN: usize = 256;
 
 /// A run of sectors that the layer changes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -229,10 +228,10 @@ impl LayerWriter {
         let count = self.padded_entries();
         let mut index = Vec::with_capacity(to_usize(count * lsmt::ENTRY_SIZE));
         for entry in &self.entries {
-            index.extend_from_slice(&entry.to_bytes());
+            index.extend_from_slice(&on_disk::entry(entry));
         }
         for _ in to_u64(self.entries.len())..count {
-            index.extend_from_slice(&Segment::padding());
+            index.extend_from_slice(&on_disk::PADDING);
         }
         sink(&index)?;
         sink(&self.header(flag::DATA_FILE | flag::SEALED, self.index_offset(), count))
@@ -254,17 +253,19 @@ impl LayerWriter {
     fn header(&self, flags: u32, index_offset: u64, index_count: u64) -> Vec<u8> {
         let mut bytes = vec![0; to_usize(lsmt::HEADER_SIZE)];
         put(&mut bytes, 0, &lsmt::MAGIC);
-        put(&mut bytes, field::SIZE, &lsmt::STRUCT_SIZE.to_le_bytes());
+        let size = on_disk::STRUCT_SIZE.to_le_bytes();
+        put(&mut bytes, on_disk::field::SIZE, &size);
         put(&mut bytes, field::FLAGS, &flags.to_le_bytes());
         put(&mut bytes, field::INDEX_OFFSET, &index_offset.to_le_bytes());
         put(&mut bytes, field::INDEX_COUNT, &index_count.to_le_bytes());
         let virtual_size = self.virtual_size.to_le_bytes();
         put(&mut bytes, field::VIRTUAL_SIZE, &virtual_size);
         let uuid = |text: &str| text.bytes().take(36).collect::<Vec<u8>>();
-        put(&mut bytes, field::UUID, &uuid(&self.ident.uuid));
-        put(&mut bytes, field::PARENT, &uuid(&self.ident.parent));
-        put(&mut bytes, field::VERSION, &[1, 1]);
-        put(&mut bytes, field::USER_TAG, &self.ident.user_tag);
+        put(&mut bytes, on_disk::field::UUID, &uuid(&self.ident.uuid));
+        let parent = uuid(&self.ident.parent);
+        put(&mut bytes, on_disk::field::PARENT, &parent);
+        put(&mut bytes, on_disk::field::VERSION, &[1, 1]);
+        put(&mut bytes, on_disk::field::USER_TAG, &self.ident.user_tag);
         bytes
     }
 }

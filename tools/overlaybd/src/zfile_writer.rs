@@ -13,6 +13,7 @@ use crate::codec::{Encoder, Method};
 use crate::format::num::{to_u64, to_usize};
 use crate::format::zfile::{self, field, flag};
 use crate::format::SECTOR_SIZE;
+use crate::on_disk::zfile as on_disk;
 use crate::{crc32c, Error, Result};
 
 /// Approximate number of bytes compressed at once.
@@ -175,7 +176,8 @@ impl<W: Write + Seek> ZfileWriter<W> {
         let Options { method, crc, .. } = self.options;
         let mut bytes = [0; 512];
         put(&mut bytes, 0, &zfile::MAGIC);
-        put(&mut bytes, field::SIZE, &zfile::STRUCT_SIZE.to_le_bytes());
+        let size = on_disk::STRUCT_SIZE.to_le_bytes();
+        put(&mut bytes, on_disk::field::SIZE, &size);
         put(&mut bytes, field::FLAGS, &flags.to_le_bytes());
         if complete {
             let index_crc = crc32c(0, &self.index);

@@ -381,7 +381,7 @@ fn origins() {
         for at in [0, trailer] {
             put(
                 &mut bytes,
-                at + overlaybd::format::lsmt::field::UUID,
+                at + overlaybd::on_disk::lsmt::field::UUID,
                 uuid.as_bytes(),
             );
         }

@@ -14,6 +14,7 @@ use overlaybd::format::num::Records;
 use overlaybd::format::zfile::{flag, Algorithm, Geometry, JumpTable};
 use overlaybd::format::{tar, Blob};
 use overlaybd::lsmt_writer::{cut, LayerWriter, Run};
+use overlaybd::on_disk::zfile::Metadata;
 use overlaybd::progress::silent;
 use overlaybd::wrap::Wrapping;
 use overlaybd::zfile_writer::Options;
@@ -352,7 +353,8 @@ fn round_trip(options: Options, tar: bool) {
         }
         assert_eq!(payload.in_tar(), tar);
         let zfile = payload.zfile().unwrap();
-        assert_eq!(zfile.geometry().in_trailer(), !options.overwrite_header);
+        let metadata = Metadata::read(zfile.blob()).unwrap();
+        assert_eq!(metadata.in_trailer, !options.overwrite_header);
         assert_eq!(zfile.geometry().block_size(), options.block_size);
         assert_eq!(payload.size(), len as u64);
         let mut found = vec![0; len];

@@ -6,9 +6,11 @@ use std::fmt::Write;
 
 use anyhow::Result;
 use overlaybd::dax;
-use overlaybd::format::{lsmt, num::to_u64, zfile, Blob, Fault};
+use overlaybd::format::{lsmt, num::to_u64, Blob, Fault};
 use overlaybd::identity::is_placed;
 use overlaybd::layer::Ident;
+use overlaybd::on_disk::lsmt::Labels;
+use overlaybd::on_disk::zfile::Metadata;
 use overlaybd::{LayerReader, Payload, ZfileReader};
 use serde::Serialize;
 
@@ -132,45 +134,38 @@ fn collect(arg: &LayerArg) -> Result<Info> {
 
 fn zfile_info(zfile: &ZfileReader) -> Result<Zfile> {
     let geometry = zfile.geometry();
-    let at = match geometry.in_trailer() {
-        true => zfile.blob().size() - zfile::HEADER_SIZE,
-        false => 0,
-    };
-    let mut bytes = [0; 512];
-    zfile.blob().read_at(at, &mut bytes)?;
-    // Doesn't fail: the header was valid when the ZFile was opened.
-    let raw = zfile::RawHeader::parse(&bytes)
-        .ok_or_else(|| anyhow::anyhow!("the file changes while it is read"))?;
+    let found = Metadata::read(zfile.blob())?;
     Ok(Zfile {
-        metadata: match geometry.in_trailer() {
+        metadata: match found.in_trailer {
             true => "trailer",
             false => "header",
         },
-        flags: raw.flags,
-        digest: raw.digest,
+        flags: found.raw.flags,
+        digest: found.raw.digest,
         algorithm: geometry.algorithm().name(),
-        level: raw.level,
-        use_dict: raw.use_dict,
+        level: found.level,
+        use_dict: found.use_dict,
         block_size: geometry.block_size(),
         crc: geometry.has_crc(),
         original_size: geometry.size(),
         blocks: geometry.blocks(),
         blocks_size: zfile.stored_len(),
-        index_offset: geometry.index_offset(),
-        index_crc: raw.index_crc,
+        index_offset: found.raw.index_offset,
+        index_crc: found.raw.index_crc,
         jump_table_memory: zfile.table_memory(),
     })
 }
 
 fn lsmt_info(layer: &LayerReader) -> Result<Lsmt> {
-    let raw = |at| -> Result<lsmt::RawHeader> {
+    let raw = |at| -> Result<(lsmt::RawHeader, Labels)> {
         let mut bytes = [0; 512];
         layer.payload().read_at(at, &mut bytes)?;
-        lsmt::RawHeader::parse(&bytes)
-            .ok_or_else(|| anyhow::anyhow!("the file changes while it is read"))
+        let raw = lsmt::RawHeader::parse(&bytes)
+            .ok_or_else(|| anyhow::anyhow!("the file changes while it is read"))?;
+        Ok((raw, Labels::parse(&bytes)))
     };
-    let header = raw(0)?;
-    let trailer = raw(layer.payload().size() - lsmt::HEADER_SIZE)?;
+    let (header, _) = raw(0)?;
+    let (trailer, labels) = raw(layer.payload().size() - lsmt::HEADER_SIZE)?;
     let bytes_of = |zeroed| -> u64 {
         let lengths = layer.segments().iter().filter(|s| s.zeroed() == zeroed);
         lengths.map(|s| s.length() * 512).sum()
@@ -179,14 +174,14 @@ fn lsmt_info(layer: &LayerReader) -> Result<Lsmt> {
     let dax = dax::page_size(layer)?;
     Ok(Lsmt {
         virtual_size: layer.lsmt().virtual_size(),
-        index_offset: layer.lsmt().index_offset(),
+        index_offset: trailer.index_offset,
         index_entries: layer.lsmt().entries(),
         segments: to_u64(layer.segments().len()),
         data_size: bytes_of(false),
         zeroed_size: bytes_of(true),
         header_flags: header.flags,
         trailer_flags: trailer.flags,
-        version: trailer.version,
+        version: labels.version,
         uuid: ident.uuid.clone(),
         parent_uuid: ident.parent.clone(),
         user_tag: String::from_utf8_lossy(&ident.user_tag).into_owned(),

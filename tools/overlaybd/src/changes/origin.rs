@@ -10,6 +10,7 @@ use crate::format::num::to_usize;
 use crate::format::Blob;
 use crate::identity::is_placed;
 use crate::layer::Ident;
+use crate::on_disk::lsmt::entry;
 use crate::{LayerReader, Result, Stack};
 
 /// Prefixes of the hashed bytes: if the UUID of the topmost layer covers the layers below, and if all layers
@@ -61,7 +62,7 @@ impl Origin {
                     hasher.update([0]);
                     hasher.update(layer.lsmt().virtual_size().to_le_bytes());
                     for segment in layer.segments() {
-                        hasher.update(segment.to_bytes());
+                        hasher.update(entry(segment));
                     }
                     if !Ident::is_known(&layer.ident().uuid) {
                         sample(layer, &mut hasher)?;
@@ -79,7 +80,7 @@ impl Origin {
 
 /// Hashes samples of the data of `layer`.
 fn sample(layer: &LayerReader, hasher: &mut Sha256) -> Result<()> {
-    let len = layer.lsmt().index_offset().saturating_sub(HEADER_SIZE);
+    let len = layer.trailer().index_offset.saturating_sub(HEADER_SIZE);
     let mut buffer = vec![0; to_usize(FIRST.min(len))];
     layer.payload().read_at(HEADER_SIZE, &mut buffer)?;
     hasher.update(&buffer);
