@@ -20,7 +20,7 @@ use kernel::sync::Arc;
 mod block;
 mod codec;
 mod dm;
-#[allow(dead_code, unreachable_pub, reason = "the tools use these files, too")]
+#[allow(unreachable_pub, reason = "the tools use these files, too")]
 mod format;
 mod lsmt;
 mod sys;

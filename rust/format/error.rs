@@ -14,7 +14,8 @@ macro_rules! faults {
         }
 
         impl Fault {
-            /// Every cause, in the order of declaration.
+            /// Every fault, in the order of declaration.
+            #[allow(dead_code, reason = "only the tests of the tools go through all faults")]
             pub const ALL: &'static [Fault] = &[$(Fault::$name,)*];
 
             /// Returns a short phrase for the fault: the target's `ti->error`.

@@ -21,8 +21,6 @@ pub const MAGIC: [u8; 24] = [
     0x4c, 0x53, 0x4d, 0x54, 0x00, 0x01, 0x02, 0x00, 0x65, 0x7e, 0x63, 0xd2, 0x94, 0x44, 0x08, 0x4c,
     0xa2, 0xd2, 0xc8, 0xec, 0x4f, 0xcf, 0xae, 0x8a,
 ];
-/// Value of the `size` field in bytes.
-pub const STRUCT_SIZE: u32 = 390;
 /// Length of an index entry in bytes.
 pub const ENTRY_SIZE: u64 = 16;
 /// Largest number of index entries in a layer, padding included.
@@ -42,14 +40,10 @@ pub mod flag {
     pub const DATA_FILE: u32 = 1 << 1;
     /// The layer is complete.
     pub const SEALED: u32 = 1 << 2;
-    /// The layer was written in place, as a sparse file.
-    pub const SPARSE: u32 = 1 << 4;
 }
 
-/// Byte offsets of the fields in the header and in the trailer.
+/// Byte offsets of the fields that a reader needs, in the header and in the trailer.
 pub mod field {
-    /// `u32` size of the structure in bytes, never checked.
-    pub const SIZE: usize = 24;
     /// `u32` flag bits.
     pub const FLAGS: usize = 28;
     /// `u64` byte offset of the index.
@@ -58,17 +52,10 @@ pub mod field {
     pub const INDEX_COUNT: usize = 40;
     /// `u64` size of the virtual disk in bytes.
     pub const VIRTUAL_SIZE: usize = 48;
-    /// 37 bytes: UUID of the layer as text, or empty.
-    pub const UUID: usize = 56;
-    /// 37 bytes: UUID of the layer below as text, or empty.
-    pub const PARENT: usize = 93;
-    /// `u8` version, `u8` sub-version: informative.
-    pub const VERSION: usize = 132;
-    /// 256 bytes of text from the user.
-    pub const USER_TAG: usize = 134;
 }
 
-/// The fields of a header or trailer, as they are on disk. None of them is checked.
+/// The fields of a header or trailer that a reader needs, as they are on disk. None of them is
+/// checked.
 #[derive(Clone, Copy, Debug)]
 pub struct RawHeader {
     /// Flag bits.
@@ -79,12 +66,6 @@ pub struct RawHeader {
     pub index_count: u64,
     /// Size of the virtual disk in bytes.
     pub virtual_size: u64,
-    /// UUID of the layer as text.
-    pub uuid: [u8; 37],
-    /// UUID of the layer below as text.
-    pub parent: [u8; 37],
-    /// Version and sub-version.
-    pub version: [u8; 2],
 }
 
 impl RawHeader {
@@ -98,9 +79,6 @@ impl RawHeader {
             index_offset: le64(bytes, field::INDEX_OFFSET),
             index_count: le64(bytes, field::INDEX_COUNT),
             virtual_size: le64(bytes, field::VIRTUAL_SIZE),
-            uuid: bytes_at(bytes, field::UUID),
-            parent: bytes_at(bytes, field::PARENT),
-            version: bytes_at(bytes, field::VERSION),
         })
     }
 
@@ -225,22 +203,6 @@ impl Segment {
             None => None,
         }
     }
-
-    /// Returns the on-disk entry.
-    pub fn to_bytes(self) -> [u8; 16] {
-        let mut entry = [0; 16];
-        let (place, source) = entry.split_at_mut(8);
-        place.copy_from_slice(&self.place.to_le_bytes());
-        source.copy_from_slice(&self.source.to_le_bytes());
-        entry
-    }
-
-    /// Returns an on-disk entry that is padding, and no segment.
-    pub fn padding() -> [u8; 16] {
-        let mut entry = [0; 16];
-        entry[..8].copy_from_slice(&Self::OFFSET_MASK.to_le_bytes());
-        entry
-    }
 }
 
 impl core::fmt::Debug for Segment {
@@ -332,11 +294,6 @@ impl Layer {
     /// Returns the size of the virtual disk in bytes; 0 if the layer has none.
     pub const fn virtual_size(&self) -> u64 {
         self.virtual_size
-    }
-
-    /// Returns the byte offset of the index.
-    pub const fn index_offset(&self) -> u64 {
-        self.index_offset
     }
 
     /// Returns the number of index entries, padding included.

@@ -6,6 +6,9 @@
 //! compiled into the kernel module and into the user-space library, whose tests test them. Every
 //! value from an image is checked against its bounds before it is used.
 //!
+//! Only what the kernel module runs is here. What else the tools need to know of the formats is in
+//! `tools/overlaybd/src/on_disk.rs`.
+//!
 //! A blob is opened from the outside in; the parts in `[]?` are optional:
 //!
 //! ```text

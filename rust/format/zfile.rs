@@ -20,8 +20,6 @@ use super::{Blob, Crc32c, Error, Fault};
 pub const HEADER_SIZE: u64 = 512;
 /// The first bytes of a ZFile.
 pub const MAGIC: [u8; 24] = *b"ZFile\0\x01\0tuji.yyf@Alibaba";
-/// Value of the `size` field in bytes.
-pub const STRUCT_SIZE: u32 = 96;
 /// Smallest block size in bytes.
 pub const MIN_BLOCK_SIZE: u32 = 512;
 /// Largest block size in bytes.
@@ -50,10 +48,8 @@ pub mod flag {
     pub const COMPRESSED_INDEX: u64 = 1 << 5;
 }
 
-/// Byte offsets of the fields in the header and in the trailer.
+/// Byte offsets of the fields that a reader needs, in the header and in the trailer.
 pub mod field {
-    /// `u32` size of the structure in bytes, never checked.
-    pub const SIZE: usize = 24;
     /// `u32` CRC-32C of all 512 bytes, with these four as 0.
     pub const DIGEST: usize = 28;
     /// `u64` flag bits.
@@ -70,10 +66,6 @@ pub mod field {
     pub const BLOCK_SIZE: usize = 72;
     /// `u8` number of the compression algorithm.
     pub const ALGORITHM: usize = 76;
-    /// `u8` compression level, informative.
-    pub const LEVEL: usize = 77;
-    /// `u8` whether a dictionary is used, informative.
-    pub const USE_DICT: usize = 78;
     /// `u32` size of the dictionary in bytes.
     pub const DICT_SIZE: usize = 84;
     /// `u8`: if not 0, a CRC follows each block.
@@ -117,7 +109,8 @@ impl Algorithm {
     }
 }
 
-/// The fields of a header or trailer, as they are on disk. None of them is checked.
+/// The fields of a header or trailer that a reader needs, as they are on disk. None of them is
+/// checked.
 #[derive(Clone, Copy, Debug)]
 pub struct RawHeader {
     /// CRC-32C of the header or trailer.
@@ -136,10 +129,6 @@ pub struct RawHeader {
     pub block_size: u32,
     /// Algorithm number.
     pub algorithm: u8,
-    /// Compression level, informative.
-    pub level: u8,
-    /// Whether a dictionary is used, informative.
-    pub use_dict: u8,
     /// Size of the dictionary in bytes.
     pub dict_size: u32,
     /// If not 0, a CRC follows each block.
@@ -161,8 +150,6 @@ impl RawHeader {
             index_crc: le32(bytes, field::INDEX_CRC),
             block_size: le32(bytes, field::BLOCK_SIZE),
             algorithm: bytes[field::ALGORITHM],
-            level: bytes[field::LEVEL],
-            use_dict: bytes[field::USE_DICT],
             dict_size: le32(bytes, field::DICT_SIZE),
             verify: bytes[field::VERIFY],
         })
@@ -207,7 +194,6 @@ pub struct Geometry {
     crc: bool,
     index_offset: u64,
     index_crc: Option<u32>,
-    in_trailer: bool,
 }
 
 impl Geometry {
@@ -260,11 +246,7 @@ impl Geometry {
             let at = at + to_u64(field::DIGEST);
             return Err(Error::new(Fault::ZfileTrailerDigest, at, trailer.digest.into()).into());
         }
-        let geometry = Self::check(&trailer, at, at)?;
-        Ok(Some(Self {
-            in_trailer: true,
-            ..geometry
-        }))
+        Ok(Some(Self::check(&trailer, at, at)?))
     }
 
     /// Checks the fields of the header or trailer at byte `at`. The index must end at or before
@@ -316,7 +298,6 @@ impl Geometry {
             crc: raw.verify != 0,
             index_offset: raw.index_offset,
             index_crc: has_digest.then_some(raw.index_crc),
-            in_trailer: false,
         })
     }
 
@@ -367,19 +348,9 @@ impl Geometry {
         self.crc
     }
 
-    /// Returns the byte offset of the index.
-    pub const fn index_offset(&self) -> u64 {
-        self.index_offset
-    }
-
     /// Returns the length of the index in bytes.
     pub const fn index_len(&self) -> u64 {
         self.blocks * 4
-    }
-
-    /// Returns whether the values come from the trailer.
-    pub const fn in_trailer(&self) -> bool {
-        self.in_trailer
     }
 
     /// Returns how many bytes a stored block of this file may have at most, its CRC included.
