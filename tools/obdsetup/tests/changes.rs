@@ -328,7 +328,7 @@ fn thin_volumes() {
         place.write("map", &text[..len]);
         let said = match end {
             "cut" => "is cut off: give what thin_dump",
-            _ => "and should have them of ",
+            _ => "but `mapped_blocks' is ",
         };
         let done = place.run(&format!("{create} out2")).code(3);
         done.stderr(contains(said));
