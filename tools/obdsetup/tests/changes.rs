@@ -307,7 +307,7 @@ fn thin_volumes() {
     place.ok(&format!("{create} fast"));
     place.ok("create --image disk --base a --base b slow");
     assert!(place.read("fast") == place.read("slow"));
-    // What is not mapped is not looked at.
+    // Blocks that are not mapped are not compared.
     map(
         1,
         "<range_mapping origin_begin=\"0\" data_begin=\"0\" length=\"1\" time=\"0\"/>",

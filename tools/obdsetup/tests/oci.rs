@@ -967,7 +967,7 @@ fn apply() {
         .run("apply cut.tar --base base.obd x.obd")
         .code(3)
         .stderr(contains("no end marker"));
-    // What was made of images is no layer.
+    // An archive of an image is no layer.
     let list = r#"[{"Config":"c.json","Layers":["l/layer.tar"]}]"#;
     let saved = tar(&[file("manifest.json", list), file("l/layer.tar", "")]);
     let hex = digest(b"");
