@@ -78,7 +78,7 @@ impl<'a> Layout<'a> {
         }
     }
 
-    /// Adds a blob; gives its descriptor.
+    /// Adds a blob. Returns its descriptor.
     fn blob(&self, bytes: &[u8], kind: &str) -> String {
         let hex = digest(bytes);
         fs::write(self.root.join("blobs/sha256").join(&hex), bytes).unwrap();
