@@ -42,7 +42,7 @@ tests! {
     completions_and_manual_pages needs needs::program("bash");
     pages_without_warnings needs needs::program("man");
     exit_codes;
-    errors_name_field_and_place;
+    errors_tell_field_and_offset;
     existing_files_stay;
     tables;
     signals_leave_nothing;
@@ -1285,7 +1285,7 @@ fn exit_codes() {
     assert_eq!(place.names(), ["empty", "short", "text"]);
 }
 
-fn errors_name_field_and_place() {
+fn errors_tell_field_and_offset() {
     let place = Place::with_layer();
     let good = place.read("layer.obd");
     // With the digest flag, the digest would be found wrong first. Without it, the block size is.
