@@ -79,7 +79,7 @@ build() {
 	"${SUDO[@]}" rm -rf --one-file-system "$WORK/tree"
 }
 
-# in_debian: the second half of build, as root in name spaces of its own.
+# in_debian: the second half of build, as root in new namespaces.
 in_debian() {
 	local debian=$1 work=$2 kernel=$3 release=$4 clone=$5 user=$6 tree=$2/tree
 	cp -a --reflink=auto "$debian" "$tree"

@@ -32,7 +32,7 @@ snapshots() {
 		--customize-hook="$keep '$dir/2.tar' ."
 }
 
-# layers ROOT DIR: in name spaces of its own, make the layout of what snapshots has kept.
+# layers ROOT DIR: in new namespaces, make the layout of what snapshots has kept.
 layers() {
 	local tree=/tmp/bundle/rootfs nth
 	mount --bind "$2" "$1/srv"

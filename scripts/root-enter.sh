@@ -1,6 +1,6 @@
 #!/bin/bash
 # SPDX-License-Identifier: GPL-2.0
-# The second half of in-root.sh, in name spaces of its own: makes the mounts and runs the command.
+# The second half of in-root.sh, which runs this in new mount and PID namespaces: makes the mounts and runs the command.
 set -euo pipefail
 
 root=$1 clone=$2 in_root=$3 cargo=$4 kernel=$5 user=$6 nbinds=$7
@@ -17,7 +17,8 @@ bind() {
 	mount --bind "$1" "$new$2"
 }
 
-# link_clone: make the clone's own path work in the root, unless the root has a file of its own there.
+# link_clone: make the path that this git clone has on the host valid in the new root, too: a symbolic link to $in_root.
+# Do nothing if the new root has something at that path already, or if the path is in a directory of the cached root.
 link_clone() {
 	local top=${clone#/}
 	top=/${top%%/*}
@@ -29,8 +30,8 @@ link_clone() {
 	ln -s "$in_root" "$new$clone"
 }
 
-# The new root is a tmpfs with the cached root's directories mounted in it, so that nothing is written to the cached
-# root.
+# The new root is a tmpfs, with usr, etc and var of the cached root mounted in it. So mount points and files in other
+# directories are not made in the cached root.
 ca=$(readlink -f "${SSL_CERT_FILE:-/etc/ssl/certs/ca-certificates.crt}" || :)
 new=$root/mnt
 mount -t tmpfs -o mode=755 tmpfs "$new"
@@ -41,7 +42,8 @@ for entry in "$root"/*; do
 	*) if [ -L "$entry" ]; then cp -P "$entry" "$new/$name"; else mkdir -p "$new/$name"; fi ;;
 	esac
 done
-# User-Mode Linux has this root as its own, and runs as the calling user: its guest makes directories in /run and /mnt.
+# User-Mode Linux has this root as its root file system, and only the rights of the calling user. The programs on that
+# kernel make directories in /run and /mnt, so these are writable for all.
 chmod 1777 "$new"/{tmp,root,run,mnt}
 mount -t tmpfs -o mode=1777 tmpfs "$new/tmp"
 mount -t proc proc "$new/proc"
@@ -62,8 +64,9 @@ for ((i = 0; i < nbinds; i++)); do
 	shift
 done
 
-# Not exec: the command would be process 1 here, which ignores signals that it doesn't handle. bash reads the whole group
-# before running it: this file may change while the command runs.
+# Not exec: the command would be process 1 of the PID namespace, for which the kernel ignores signals without a handler.
+# The braces have bash read all lines up to the closing one before it runs them: this file may change while the command
+# runs.
 {
 	status=0
 	chroot --userspec="$user" --groups= "$new" /usr/bin/env -C "$in_root" "$@" || status=$?

@@ -170,7 +170,7 @@ def lsmt_optional():
     equal(failed_reads(stack), 1, "failed reads")
 
 
-@test("a device that is removed at once after its first corrupt block")
+@test("a device that is removed immediately after its first corrupt block")
 def removed():
     raw = corrupted((5,), image.LZ4, 4096)
     loop = dm.Loop(raw)

@@ -1,7 +1,8 @@
 #!/usr/bin/env python3
 # SPDX-License-Identifier: GPL-2.0
-"""Faults of lower devices, made by the kernel's fault targets and fault injection. Each read ends in time, with the
-right bytes or the lower device's error, never with wrong bytes. Reads succeed when the fault is gone."""
+"""Faults of lower devices: dm-error, dm-flakey, dm-dust, dm-delay, fault injection, and disks that are removed. Each
+read ends within BOUND seconds, with the right bytes or the lower device's error, never with wrong bytes. Reads succeed
+when the fault is gone."""
 
 import errno
 import random
@@ -14,7 +15,7 @@ from obdtest.dm import line
 from obdtest.ktap import SLOW, add, alone, check, equal, main, note, test
 from obdtest.programs import need_module
 
-# Time limit for each read in seconds, in an emulated machine.
+# Time limit for each read in seconds. It is long because the machine may be emulated.
 BOUND = 10 * SLOW
 
 DATA = image.sample(300000, 81)
@@ -25,7 +26,7 @@ PLAIN = image.flatten([image.Lsmt(LAYER)])
 
 
 class Lower:
-    """A blob on a linear device whose table can be replaced while it is used."""
+    """A linear device over a blob. Its table can be replaced by one with a fault while the device is in use."""
 
     def __init__(self, raw):
         self.loop = dm.Loop(raw)
@@ -42,7 +43,7 @@ class Lower:
 
 
 class Victim:
-    """A device under test on lower devices that can fail."""
+    """A kind of device to test, on lower devices that can be made to fail. `wanted` is the content of the device."""
 
     def __init__(self, title, raws, open_device, wanted):
         self.title, self.raws, self.open_device, self.wanted = title, raws, open_device, wanted
@@ -53,7 +54,7 @@ class Victim:
 
 
 def uncached(lower, raw, size):
-    """Returns a zfile device that keeps no block, so that each read of it reads the lower device."""
+    """Returns a zfile device without a cache, so that each read of the device reads the lower device."""
     return dm.create(line(0, dm.sectors(size), "zfile", lower.path, len(raw), 1, "cache_none"))
 
 
@@ -103,7 +104,7 @@ class Readers:
                 data = error.errno
             took = time.monotonic() - start
             if isinstance(data, int):
-                # Each error writes a line to the kernel's log, which goes to a slow console.
+                # For each error, the kernel prints a line to a slow console: wait for the console.
                 time.sleep(0.02)
             with self.lock:
                 self.slowest = max(self.slowest, took)
@@ -121,7 +122,7 @@ class Readers:
             thread.join(BOUND)
             check(not thread.is_alive(), f"a read has not ended after {BOUND} s")
         self.disk.close()
-        equal(self.wrong, [], "places that were read wrong")
+        equal(self.wrong, [], "byte offsets of reads with wrong data")
         check(self.slowest < BOUND, f"a read took {self.slowest:.1f} s")
         return self
 
@@ -134,7 +135,7 @@ def for_seconds(device, wanted, seconds, count=4):
 
 
 def soon(condition):
-    """Waits up to a minute for a condition. Returns whether it holds."""
+    """Waits until the condition holds, 60 * SLOW seconds at most. Returns whether it holds at the end."""
     for _ in range(1200 * SLOW):
         if condition():
             return True
@@ -164,7 +165,7 @@ def comes_and_goes(victim, bad_line):
 
 
 def flakey(lower, *features):
-    """Returns a table line that is always in its down interval."""
+    """Returns a table line of dm-flakey without an up interval, so that the features apply all the time."""
     return line(0, lower.sectors, "flakey", lower.loop.path, 0, 0, 3600, len(features), *features)
 
 
@@ -178,7 +179,7 @@ def flakey_reads(victim):
 
 
 def flakey_corrupts(victim):
-    """Random bytes of the lower data change: a ZFile with CRCs never returns them."""
+    """The lower device returns data with random changes: a read of a ZFile with CRCs never returns such data."""
     need_module("dm-flakey")
     (lower,), device = victim.open()
     lower.swap(flakey(lower, "random_read_corrupt", 500000000))
@@ -194,7 +195,8 @@ def flakey_corrupts(victim):
 # ---- dm-dust ----
 
 def needs_any(victim, start, end, sectors):
-    """Returns whether bytes start to end of a device under test need one of these sectors of its lower device."""
+    """Returns whether a read of the bytes from `start` up to `end` of a device under test needs one of the sectors
+    `sectors` of its lower device."""
     raw, ranges = victim.raws[0], [(start, end)]
     if raw[:24] != image.MAGIC or "lsmt" in victim.title:
         layer = image.Lsmt(LAYER)
@@ -210,7 +212,7 @@ def needs_any(victim, start, end, sectors):
 
 
 def dust(victim):
-    """Single bad sectors fail the reads that need them, and no others. After removal, all reads succeed."""
+    """With single bad sectors, the reads that need one fail, and no others. When dm-dust is disabled, all succeed."""
     need_module("dm-dust")
     (lower,), device = victim.open()
     lower.swap(line(0, lower.sectors, "dust", lower.loop.path, 0, 512))
@@ -240,7 +242,7 @@ def dust(victim):
 # ---- dm-delay ----
 
 def delay(victim):
-    """A slow lower device makes reads slow, but not wrong, and many reads wait at the same time."""
+    """With a slow lower device, reads are slow, but right, and do not wait for each other."""
     need_module("dm-delay")
     (lower,), device = victim.open()
     lower.swap(line(0, lower.sectors, "delay", lower.loop.path, 0, 40))
@@ -292,7 +294,7 @@ def one_layer():
             except OSError as error:
                 equal((error.errno, covers(sector)), (errno.EIO, True), f"sector {sector} fails")
             else:
-                check(not covers(sector), f"sector {sector} of a failed layer could be read")
+                check(not covers(sector), f"the read of sector {sector} succeeded, but its layer fails")
                 same_bytes(data, wanted[sector * 512:sector * 512 + 512], f"sector {sector}")
         disk.close()
         lowers[nth].mend()
@@ -349,25 +351,25 @@ def pulled(kind, victim):
 
 
 def medium_errors(kind):
-    """The error for a bad sector is passed up unchanged."""
+    """The error of the disk for a bad sector is that of the read of the device on top."""
     raw = image.zfile(DATA)
     bad = 41
     disk = machine.Disk(kind, raw, bad_sectors=[bad])
     wanted = errors_of(machine.linear(disk), bad)
-    note(f"{kind}: a bad sector is {wanted}")
+    note(f"{kind}: the read of a bad sector fails with {wanted}")
     check(wanted is not None, "the bad sector can be read")
     device = dm.zfile(disk, len(raw), len(DATA))
     block = next(nth for nth, (at, length) in enumerate(image.Zfile(raw).places())
                  if at // 512 <= bad <= (at + length - 1) // 512)
     equal(errors_of(device, block * 8), wanted, "error of the zfile device")
-    layer = dm.create(line(0, 1, "linear", disk.path, bad))
-    equal(errors_of(layer, 0), wanted, "error of the linear device")
+    linear = dm.create(line(0, 1, "linear", disk.path, bad))
+    equal(errors_of(linear, 0), wanted, "error of the linear device")
     bare = machine.Disk(kind, LAYER, bad_sectors=[20])
     device = dm.lsmt(VSIZE, (bare, len(LAYER)))
     equal(errors_of(device, 20 - 8), wanted, "error of the lsmt device")
     same_bytes(Disk(device).read(0, 512), PLAIN[:512], "the first sector")
     if kind == "nvme":
-        check(wanted != "EIO", "the disk has no error of its own")
+        check(wanted != "EIO", "the disk fails with EIO, so this does not show that errors are unchanged")
 
 
 for each in victims():
@@ -379,7 +381,7 @@ for each in victims():
     add(f"{each.title}: dm-delay", delay, each)
     add(f"{each.title}: fail_make_request", failing_requests, each)
     add(f"nvme: {each.title}: the disk is pulled out under load", pulled, "nvme", each)
-# The last one again, with another driver.
+# The last device of the loop again, on a SCSI disk.
 add(f"scsi: {each.title}: the disk is pulled out under load", pulled, "scsi", each)
 for each_kind in ("nvme", "scsi"):
     add(f"{each_kind}: a medium error is passed up unchanged", medium_errors, each_kind)

@@ -237,7 +237,7 @@ def memory_is_back():
 
 
 def no_read_ahead(*options):
-    """Without memory, a read-ahead fails at once; it doesn't wait in front of other reads."""
+    """Without memory, a read-ahead fails immediately; it doesn't wait in front of other reads."""
     delay = 500
     device = on_slow(delay, *options)
     disk = Disk(device)

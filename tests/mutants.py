@@ -297,7 +297,7 @@ def one_kind(kind):
     cases = verdicts.load(kind)
     log = dm.KernelLog()
     results = in_processes(cases, log)
-    # Sequentially: the device number of a device that dmsetup failed to make may be reused at once.
+    # Sequentially: the device number of a device that dmsetup failed to make may be reused immediately.
     bench = Bench()
     for number in range(1, len(cases), BY_COMMAND):
         results.append((number, *tried(bench, cases[number], Commanded)))

@@ -1,6 +1,6 @@
 #!/usr/bin/env python3
 # SPDX-License-Identifier: GPL-2.0
-"""Reads that must not wait (RWF_NOWAIT): they succeed, or fail with EAGAIN at once; later the same read succeeds."""
+"""Reads that must not wait (RWF_NOWAIT): they succeed, or fail with EAGAIN immediately; then the same read succeeds."""
 
 import errno
 import mmap

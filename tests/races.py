@@ -211,7 +211,7 @@ def late(raw, milliseconds=100):
     return lower, start
 
 
-@test("readers are killed with I/O in flight, and the device is removed at once")
+@test("readers are killed with I/O in flight, and the device is removed immediately")
 def killed():
     subprocess.run(["modprobe", "dm-delay"], check=False)
     for nth in range(12):

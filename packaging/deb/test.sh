@@ -1,7 +1,7 @@
 #!/bin/bash
 # SPDX-License-Identifier: GPL-2.0
 # shellcheck disable=SC2317 # check calls them
-# As root, in name spaces of its own: test the packages in DEBS: test.sh ROOT WORK DEBS RELEASE USER. ROOT is a Debian with
+# As root, in new namespaces: test the packages in DEBS: test.sh ROOT WORK DEBS RELEASE USER. ROOT is a Debian with
 # kernel RELEASE and all that the packages depend on; it stays as it is, what changes goes to WORK. WORK/share, for USER, gets
 # what the VM needs. Prints a line for each test.
 set -euo pipefail

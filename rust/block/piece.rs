@@ -18,7 +18,7 @@ use crate::sys;
 ///
 /// # Invariants
 ///
-/// `page` is the first of `1 << order` contiguous pages, owned by this. The order is at most
+/// `page` is the first of `1 << order` contiguous pages, owned by this object. The order is at most
 /// [`memory::MAX_ORDER`].
 pub(super) struct Piece {
     page: NonNull<sys::page>,

@@ -25,7 +25,7 @@ pub(crate) trait Shrink: Send + Sync + 'static {
 ///
 /// # Invariants
 ///
-/// `raw` is a registered shrinker, owned by this, and its private pointer points to the cache.
+/// `raw` is a registered shrinker, owned by this object. Its private pointer points to the cache.
 pub(crate) struct Shrinker<T: Shrink> {
     raw: NonNull<sys::shrinker>,
     _cache: Arc<T>,

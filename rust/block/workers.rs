@@ -152,7 +152,7 @@ impl List {
 ///
 /// # Invariants
 ///
-/// The pointer is a valid workqueue, owned by this.
+/// The pointer is a valid workqueue, owned by this object.
 pub(crate) struct Queue(NonNull<sys::workqueue_struct>);
 
 // SAFETY: A workqueue may be used from any thread.

@@ -8,7 +8,7 @@
 //! table line -> Target::new(Setup, Args)         process context, may sleep and allocate
 //! bio        -> Target::map(Bio) -> Mapped       must not block; on several CPUs at once
 //!                 Bio::remap                     device-mapper submits it
-//!                 Bio::zero, end, refuse         ended at once
+//!                 Bio::zero, end, refuse         ended immediately
 //!                 Bio::begin -> Io               the target processes it:
 //!                   Io::attach -> read -> defer -> … -> Io::end
 //! page       -> Target::DAX -> Memory            must not sleep; for file systems that map it

@@ -4,12 +4,14 @@
 //! DAX.
 //!
 //! ```text
-//! <start> <len> lsmt[-dax] <#layers> {<dev> <blob bytes | ->}… [<#opt_params> <opt_params>…]
+//! <start> <len> lsmt[-dax] <#layers> {<dev> <blob bytes>}… [<#opt_params> <opt_params>…]
 //! ```
 //!
-//! The indexes of the layers are merged when the table is loaded. A read is looked up in the merged
-//! index and remapped. This needs no lock, no memory and no worker. With DAX, the same is true for
-//! each page of a disk that a file system maps into memory.
+//! `<blob bytes>` is the length of the layer's file, or `-` for the length of the device.
+//!
+//! The indexes of the layers are merged when the table is loaded. The map function looks a read up
+//! in the merged index and remaps it, without a lock, an allocation or a worker. With DAX, a page
+//! that a file system maps into memory is looked up in the same way.
 
 mod table;
 
@@ -20,31 +22,32 @@ use crate::dm::{Bio, DeviceId, Mapped, Memory};
 use crate::format::lsmt::Segment;
 use crate::format::merge::{Extent, Index};
 
-/// The name of the target in table lines of "dm overlaybd", the targets in C that were proposed for
-/// the kernel in May 2023 (an RFC): `lsmt_target {<dev> <bytes>}…`.
+/// A second name of the target, for table lines that were written for "dm overlaybd", the targets
+/// in C that were proposed for the kernel in May 2023 (an RFC): `lsmt_target {<dev> <bytes>}…`.
 pub(crate) const LEGACY_NAME: &CStr = c"lsmt_target";
 
-/// Largest number of sectors of one bio that are filled with zeros before the rest is mapped again.
+/// Largest number of sectors that one call of the map function fills with zeros. For the rest of
+/// the bio, device-mapper calls the map function again.
 const MAX_ZERO: u64 = 2048;
 
 /// An `lsmt` target, or with `DAX` an `lsmt-dax` target.
 pub(crate) struct Lsmt<const DAX: bool> {
-    /// The merged index. The place of a segment's data, `moffset`, counts in sectors from the start
-    /// of the layer's lower device, so it includes a tar header.
+    /// The merged index. The place of a segment's data, `moffset`, is in sectors from the start of
+    /// the layer's lower device: the length of a tar header before the layer is added already.
     index: Index<KVVec<Segment>, KVVec<u32>>,
     /// Size of the virtual disk in bytes.
     size: u64,
-    /// The last sector, if the disk ends within it.
+    /// The content of the last sector, if `size` is not a multiple of the sector size.
     tail: Option<Tail>,
-    /// The `<blob bytes>` of each layer in the table line; `None` for `-`.
+    /// The `<blob bytes>` of each layer in the table line, which `table` prints; `None` for `-`.
     blob_bytes: KVec<Option<u64>>,
-    /// Whether the table line has the form of `lsmt_target`.
+    /// Whether the table line has the form of `lsmt_target`, in which `table` prints it, too.
     legacy: bool,
-    /// Number of failed reads.
+    /// Number of reads that have failed since the table was loaded.
     failed: Atomic<u64>,
 }
 
-/// A sector whose first bytes belong to the disk. The other bytes read as zeros.
+/// The sector in which the disk ends: bytes of the disk, and zeros after its end.
 struct Tail {
     sector: u64,
     bytes: [u8; 512],
@@ -56,7 +59,8 @@ impl<const DAX: bool> Lsmt<DAX> {
         self.failed.fetch_add(1, Relaxed);
     }
 
-    /// Remaps a read to the device of its layer, or ends it if its data is in memory or zeros.
+    /// Remaps a read to the device of the layer that has the data. Ends a read of a hole, or of the
+    /// `tail`, immediately.
     fn map_read<'a>(&self, mut bio: Bio<'a, Self>) -> Mapped<'a> {
         let sector = bio.sector();
         if let Some(tail) = &self.tail {
@@ -80,13 +84,14 @@ impl<const DAX: bool> Lsmt<DAX> {
         }
     }
 
-    /// Returns the memory of sector `sector`, and of the sectors after it as far as it is
-    /// contiguous. Adds one segment after the other until there are `most` sectors; the last
-    /// segment may bring more. Returns `None` in a hole.
+    /// Returns the place of sector `sector` on the device of its layer, and the number of sectors
+    /// that follow each other there. Adds segments as long as they are contiguous on that device
+    /// and there are fewer than `most` sectors. The last segment is added whole, so the result may
+    /// have more than `most` sectors. Returns `None` in a hole.
     ///
-    /// The result ends before the end of the target, since the index has no segments after it. The
-    /// loop ends soon: segments of `lsmt-dax` consist of whole pages, so each one adds a page or
-    /// more.
+    /// The result doesn't go beyond the end of the target, since the index has no segments after
+    /// that end. The loop has at most one turn for each page of `most`: segments of `lsmt-dax`
+    /// consist of whole pages, so each segment adds a page or more.
     fn find_memory(&self, sector: u64, most: u64) -> Option<Memory> {
         let (layer, first, mut sectors) = match self.index.lookup(sector) {
             Extent::Data { layer, sector, len } => (layer, sector, len),

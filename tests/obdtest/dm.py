@@ -222,7 +222,7 @@ class Loop:
             fcntl.ioctl(loop, 0x1261)
 
     def clear(self):
-        """Detaches the device from its file, at once or when the last user closes it."""
+        """Detaches the device from its file, immediately or when the last user closes it."""
         with open(self.path, "rb", buffering=0) as loop:
             fcntl.ioctl(loop, 0x4C01)
 

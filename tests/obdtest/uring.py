@@ -45,7 +45,7 @@ class Ring:
         return struct.unpack_from("=I", self.rings, offset)[0]
 
     def submit(self, fd, offset, length, flags=0):
-        """Starts a read. Returns at once if the kernel doesn't block."""
+        """Starts a read. Returns immediately if the kernel doesn't block."""
         address = ctypes.addressof(ctypes.c_char.from_buffer(self.area))
         tail = self._get(self.tail)
         slot = tail & self._get(self.mask)

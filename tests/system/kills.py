@@ -243,8 +243,8 @@ def half_attached():
 
 
 def signalled(way, number, *command):
-    """An obdsetup that waits for a udevd that is stopped gets a signal: it ends at once, and leaves no process and no
-    cookie."""
+    """An obdsetup that waits for a udevd that is stopped gets a signal: it ends immediately, and leaves no process and
+    no cookie."""
     way.stop()
     before = semaphores()
     child = way.start(*command)
@@ -296,7 +296,7 @@ def waits(child):
         time.sleep(0.02)
 
 
-@test("signals end a wait for another obdsetup at once, and it says for what it waited", timeout=300)
+@test("signals end a wait for another obdsetup immediately, and it says for what it waited", timeout=300)
 def signals_at_locks():
     way = Way("running")
     layers, content = make_layers()

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! `obdsetup convert` and `create` of what people have: archives of all kinds, disks of all kinds,
-//! and damaged ones. Names say nothing, content does.
+//! What `obdsetup convert` and `create` do with archives and disks of many kinds, and with damaged
+//! ones. They detect the kind by the content of a file, never by its name.
 
 use std::fs;
 use std::io::Write;
@@ -15,8 +15,8 @@ use crate::common::{gzip, needs, tests, trial, Place};
 tests! {
     tars_of_all_compressions;
     damaged_tars;
-    layers_and_packages;
-    directories_of_packages;
+    layers_and_packed_images;
+    directories_with_packed_images;
     directories_of_layers;
     other_archives;
     disks;
@@ -25,7 +25,7 @@ tests! {
     granularity;
 }
 
-/// Bytes with others at some places.
+/// Returns `size` zeros, with the bytes of each part at the offset of the part.
 fn at(size: usize, parts: &[(usize, &[u8])]) -> Vec<u8> {
     let mut bytes = vec![0; size];
     for (at, part) in parts {
@@ -64,7 +64,7 @@ fn lzma(bytes: &[u8]) -> Vec<u8> {
     lzma.finish().unwrap()
 }
 
-/// The stream of an lzma file, with the header and trailer of lzip around it.
+/// Compresses to an lzip file: the stream of an lzma file, with the header and trailer of lzip.
 fn lzip(bytes: &[u8]) -> Vec<u8> {
     let mut options = liblzma::stream::LzmaOptions::new_preset(0).unwrap();
     options.dict_size(1 << 20);
@@ -120,7 +120,7 @@ const COMPRESSIONS: &[(&str, Pack)] = &[
 fn tars_of_all_compressions() {
     let place = Place::new();
     let rootfs = rootfs();
-    // v7: nothing but the checksum tells.
+    // A tar as of Unix v7, without a magic: only the checksums of the headers show that it is one.
     let mut old = rootfs.clone();
     let mut header = 0;
     for len in [0, 0, 1, 977] {
@@ -139,7 +139,7 @@ fn tars_of_all_compressions() {
     }
     place.convert(&old, "--fs erofs").success();
     assert!(place.dump("out.obd") == wanted);
-    // Several compressed files in a row are one, and zeros behind them are nothing.
+    // Compressed files one after the other are read as one, and zeros after them are ignored.
     let (first, second) = rootfs.split_at(1000);
     for pack in [gzip, bzip2, xz, zstd, lz4] as [Pack; 5] {
         let both = [pack(first), pack(second), vec![0; 1024]].concat();
@@ -149,7 +149,7 @@ fn tars_of_all_compressions() {
     for (name, pack) in COMPRESSIONS {
         let packed = pack(&rootfs);
         for cut in [packed.len() - 1, packed.len() - 7, packed.len() / 2] {
-            // lzma has no magic: with too little of it, nothing tells what it is.
+            // lzma has no magic: if too little of it is left, it is not recognised.
             if *name == "lzma" && cut < packed.len() - 7 {
                 place.refused(&packed[..cut], "--from raw");
                 continue;
@@ -157,7 +157,7 @@ fn tars_of_all_compressions() {
             place.damaged(&packed[..cut], "incomplete download or copy?");
         }
         place.damaged(&pack(&rootfs[..1700]), "rootfs.tar.gz: ");
-        // Text tells nothing.
+        // Text is of no known kind, also after decompression.
         let text = pack(b"To whom it may concern");
         match *name {
             "lzma" => place.refused(&text, "--from raw"),
@@ -200,7 +200,7 @@ fn damaged_tars() {
     );
 }
 
-fn layers_and_packages() {
+fn layers_and_packed_images() {
     let place = Place::new();
     let layer = tar(&[member("etc/", b'5', b""), member("etc/.wh.motd", b'0', b"")]);
     place.refused(&layer, "--keep-whiteouts");
@@ -260,7 +260,7 @@ fn layers_and_packages() {
         place.convert(&archive, "--from tar --fs erofs").success();
     }
     place.convert(&docker, "--from tar --fs erofs").success();
-    // These are names as any other.
+    // In this combination, these names do not make a tar a packed image.
     let plain = tar(&[
         file("manifest.json"),
         file("usr/share/x.tar"),
@@ -269,8 +269,8 @@ fn layers_and_packages() {
     place.convert(&plain, "--fs erofs").success();
 }
 
-/// What was unpacked is no tree of files either.
-fn directories_of_packages() {
+/// A directory with the content of a packed image is refused, as the archive itself is.
+fn directories_with_packed_images() {
     let place = Place::new();
     fs::create_dir_all(place.path("saved/0123")).unwrap();
     place.write("saved/manifest.json", b"[]");
@@ -297,7 +297,8 @@ fn directories_of_packages() {
     refused("saved: a virtual machine (OVA), no tree of files: convert its disk");
 }
 
-/// Names that hide files are refused in directories as they are in tars.
+/// Whiteouts, names with which a layer hides files of lower layers, are refused in directories as
+/// they are in tars.
 fn directories_of_layers() {
     let place = Place::new();
     for name in [".wh.motd", ".wh..wh..opq"] {
@@ -395,15 +396,15 @@ fn other_archives() {
         place.refused(bytes, said);
         let name = said.split(':').next().unwrap();
         place.refused(&gzip(&file), name);
-        // Who says so gets it.
+        // With --from raw, any file is taken as a disk.
         place.convert(&file, "--from raw").success();
-        // Nor is it what create takes for a disk.
+        // create --image refuses the file with the same message.
         place
             .run("create --image rootfs.tar.gz x")
             .code(1)
             .stderr(contains(*said));
     }
-    // cpio as it was on the PDP-11, and on machines of the other byte order.
+    // The old binary cpio format, in both byte orders.
     let old = [
         b"\xc7\x71\x01\0\x02\0\xa4\x81\0\0\0\0\x01\0\0\0\0\0\0\0\x02\0\0\0\0\0a\0".as_slice(),
         b"\x71\xc7\0\x01\0\x02\x81\xa4\0\0\0\0\0\x01\0\0\0\0\0\0\0\x02\0\0\0\0a\0",
@@ -414,7 +415,7 @@ fn other_archives() {
     place.refused(&at(2048, &[(1536, b"koly\0\0\0\x04")]), "DMG");
 }
 
-/// What real programs make: a test for each archive and each compression.
+/// Tests with the output of archivers and compressors: one for each command. They need the programs.
 pub(crate) fn trials_of_programs() -> Vec<Trial> {
     let archives = [
         ("zip", "zip -q - name", "a zip archive"),
@@ -435,7 +436,7 @@ pub(crate) fn trials_of_programs() -> Vec<Trial> {
         ("lz4", "lz4 -q -l -c disk"),
         ("lz4", "lz4 -q -BX -9 -c disk"),
     ];
-    let name = |command: &str| format!("what_is_made_by: {command}");
+    let name = |command: &str| format!("output_is_recognised: {command}");
     let archives = archives.map(|(program, command, said)| {
         let needs = [needs::program(program)];
         trial(module_path!(), &name(command), &needs, move || {
@@ -459,7 +460,7 @@ pub(crate) fn trials_of_programs() -> Vec<Trial> {
     archives.into_iter().chain(compressions).collect()
 }
 
-/// A disk with a partition table and noise.
+/// A disk with a partition table, and pseudo-random bytes.
 fn disk() -> Vec<u8> {
     let mut disk = at(300 << 10, &[(450, b"\x83"), (510, b"\x55\xaa")]);
     let mut state = 1u32;
@@ -518,13 +519,14 @@ fn disks() {
             .code(1)
             .stderr(contains("compressed with"));
     }
-    // Nothing shows what these are.
+    // These have no magic of any kind, so convert needs --from raw.
     place.refused(&[0; 8192], "--from raw for a disk");
     place.refused(b"", "empty");
     place.refused(&[b'x'; 8192], "--from raw for a disk");
     place.convert(&[0; 8192], "--from raw").success();
     place.convert(&[b'x'; 8191], "--from raw").success();
-    // create takes disks; what may be one is one, but a part of a sector is left over.
+    // create --image takes content of no known kind as a disk. It refuses a size that is not a
+    // multiple of the sector size.
     for unknown in [[0; 8192], [b'x'; 8192]] {
         place.write("rootfs.tar.gz", &unknown);
         place
@@ -552,7 +554,7 @@ fn disks() {
         .stderr(contains("is an OverlayBD layer"));
 }
 
-/// Numbers that are as good as random.
+/// Returns a pseudo-random generator, with the same numbers in each run. Its argument is the bound.
 fn numbers() -> impl FnMut(usize) -> usize {
     let mut state = 7u64;
     move |below| {
@@ -563,7 +565,8 @@ fn numbers() -> impl FnMut(usize) -> usize {
     }
 }
 
-/// All that this file has, cut and changed: `convert` ends, and never with a panic.
+/// `convert` of the samples in this source file, cut off and with changed bytes, exits with 0, 1 or 3:
+/// it never panics.
 fn mutations() {
     let place = Place::new();
     let samples: Vec<Vec<u8>> = COMPRESSIONS
@@ -585,8 +588,8 @@ fn mutations() {
     }
 }
 
-/// Whole tars whose headers say other things, with right checksums, so that much of it gets to what
-/// makes the file system.
+/// Whole tars with changed fields in their headers. The checksums are corrected, so that many of these
+/// tars are accepted by the reader, and reach the code that makes the file system.
 fn other_headers() {
     let place = Place::new();
     let link = |name: &str, kind: u8, target: &[u8]| {
@@ -629,7 +632,7 @@ fn other_headers() {
         for _ in 0..=random(3) {
             let nth = random(members.len());
             let block = &mut members[nth];
-            // Fields, or what an extended header holds.
+            // Where to change a byte: in the records of an extended header, or in a field of a header.
             let at = match block[156] {
                 b'x' => 512 + random(120),
                 _ => {
@@ -654,12 +657,13 @@ fn other_headers() {
         assert!(matches!(code, Some(0 | 1 | 3)), "{code:?}: {done}");
         made += usize::from(code == Some(0));
     }
+    // Otherwise the changes would not test the code that makes the file system.
     assert!(made > 15, "{made}");
 }
 
 fn granularity() {
     let place = Place::new();
-    // Data in every other sector.
+    // Every second sector has data, the others have zeros.
     let mut disk = disk();
     for sector in disk[65_536..131_072].chunks_mut(1024) {
         sector[..512].fill(7);

@@ -307,7 +307,7 @@ fn thin_volumes() {
     place.ok(&format!("{create} fast"));
     place.ok("create --image disk --base a --base b slow");
     assert!(place.read("fast") == place.read("slow"));
-    // What is not mapped is not looked at.
+    // Blocks that are not mapped are not compared.
     map(
         1,
         "<range_mapping origin_begin=\"0\" data_begin=\"0\" length=\"1\" time=\"0\"/>",
@@ -328,7 +328,7 @@ fn thin_volumes() {
         place.write("map", &text[..len]);
         let said = match end {
             "cut" => "is cut off: give what thin_dump",
-            _ => "and should have them of ",
+            _ => "but `mapped_blocks' is ",
         };
         let done = place.run(&format!("{create} out2")).code(3);
         done.stderr(contains(said));

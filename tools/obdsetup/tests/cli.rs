@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! `obdsetup` as its users run it: round trips, exit codes, what it says, what it leaves.
+//! Runs `obdsetup` as users do, and checks its results, exit codes and messages, and which files are left.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -29,7 +29,7 @@ tests! {
     convert_to_ext4 needs needs::e2fsprogs();
     convert_to_erofs needs needs::program("fsck.erofs");
     convert_to_erofs_by_its_program needs needs::mkfs_erofs(), needs::program("fsck.erofs");
-    convert_nothing_by_halves;
+    failed_conversions_leave_nothing;
     convert_oci_images;
     hostile_names_and_files;
     a_colon_in_a_name needs needs::e2fsprogs();
@@ -39,14 +39,14 @@ tests! {
     images_beyond_4_gib;
     benchmark;
     json_is_documented;
-    what_it_tells_of_itself needs needs::program("bash");
+    completions_and_manual_pages needs needs::program("bash");
     pages_without_warnings needs needs::program("man");
     exit_codes;
-    errors_name_field_and_place;
+    errors_tell_field_and_offset;
     existing_files_stay;
     tables;
     signals_leave_nothing;
-    signals_stop_other_programs;
+    signals_stop_started_programs;
     overlaybdtab;
     generator;
     a_disk_is_not_for_a_terminal needs needs::program("script");
@@ -71,12 +71,12 @@ fn layers_for_dax() {
     assert!(info[0]["lsmt"]["dax_misfit"].is_null());
     place.ok("verify --dax a");
     place.run("info a").stdout(contains("in pages of up to 4"));
-    // Nothing of the disk is where the kernel looks for info blocks.
+    // The disk's data begins at 2 MiB, after the places where the kernel looks for info blocks.
     let layer = fs::read(place.path("a")).unwrap();
     assert!(layer[4096..2 << 20].iter().all(|&byte| byte == 0));
     assert!(layer[2 << 20..].starts_with(&disk[..12288]));
 
-    // Zeros that become a part of a file are data, too.
+    // Zeros that replace data of a lower layer are stored as data, not as a zeroed segment.
     disk[20480..24576].fill(7);
     let mut upper = disk.clone();
     upper[0..4096].fill(0);
@@ -85,7 +85,7 @@ fn layers_for_dax() {
     assert!(place.dump("a b") == upper);
     assert_eq!(place.json("info --json b")[0]["lsmt"]["zeroed_size"], 0);
 
-    // What is wrapped does not fit, and commit unwraps it.
+    // A layer in a ZFile or a tar cannot be used for DAX. commit --dax makes one that can.
     place.ok("create --image disk.raw --tar wrapped");
     place
         .run("verify --dax wrapped")
@@ -99,7 +99,7 @@ fn layers_for_dax() {
         .code(3)
         .stderr(contains("is in a tar"));
 
-    // What the kernel takes for an info block of the pmem device.
+    // Data of the disk that the kernel would take for an info block of the pmem device.
     for signature in ["NVDIMM_PFN_INFO", "NVDIMM_DAX_INFO", "BTT_ARENA_INFO"] {
         let mut hostile = disk.clone();
         hostile[..16].fill(0);
@@ -117,7 +117,7 @@ fn layers_for_dax() {
         assert!(place.dump("harmless") == hostile);
     }
 
-    // Whatever makes a layer makes one for DAX.
+    // merge has the option --dax, too.
     place.ok("merge --lowest --dax -o merged a b");
     place.ok("verify --dax merged");
     assert!(place.dump("merged") == upper);
@@ -235,7 +235,8 @@ fn create_from_a_directory() {
         .success();
     let disk = place.dump("layer.obd");
     assert_eq!(disk.len(), 4 << 20);
-    // log2 of the size of a block, less 10. With blocks of 4 KiB it would have no journal.
+    // The field is log2 of the block size, minus 10. A file system of 4 MiB gets blocks of 1 KiB: with
+    // blocks of 4 KiB, mkfs.ext4 would give it no journal.
     let block_size = |disk: &[u8]| disk[1024 + 24];
     assert_eq!(block_size(&disk), 0);
     for (args, expected) in [("", 2), ("--mkfs-arg=-b1024", 0)] {
@@ -249,7 +250,7 @@ fn create_from_a_directory() {
     assert!(disk
         .windows(19)
         .any(|bytes| bytes == b"what is in the file"));
-    // The size is estimated: room for all, however small the files are.
+    // Without --size, the size is estimated. There are enough blocks and inodes for many small files.
     place.write("rootfs/noise", &noise(20 << 20, 5));
     for n in 0..3000 {
         place.write(&format!("rootfs/{n}"), b"");
@@ -297,7 +298,7 @@ fn commit() {
     assert_eq!(info[0]["lsmt"]["user_tag"], "new");
     assert_eq!(info[0]["zfile"]["algorithm"], "lz4");
     assert_eq!(info[0]["tar"], serde_json::Value::Null);
-    // The content of the ZFile itself.
+    // dump --zfile writes the original file of the ZFile, which is the LSMT file, and not the disk.
     place.run("dump --zfile a.obd -o e.lsmt").success();
     assert!(place.read("e.lsmt") == place.read("plain.lsmt"));
     place
@@ -308,7 +309,7 @@ fn commit() {
 
 fn merge() {
     let place = Place::new();
-    // Each disk over the one before: text in the first half, zeros over text, a larger disk.
+    // a: text in the first half. b: a with zeros over some text. c: b, changed and larger.
     let a = image();
     let mut b = a.clone();
     b[..40_960].fill(0);
@@ -353,14 +354,14 @@ fn merge() {
         assert!(place.dump(stack) == c, "{stack}");
     }
     assert!(place.dump("c all --ignore-identity") == c);
-    // Zeros are kept where they hide something, and not where there is nothing to hide.
+    // Zeroed segments are kept if a layer may be below the result, and dropped with --lowest.
     let info = place.json("info --json upper lowest all lower");
     assert_eq!(info[0]["lsmt"]["zeroed_size"], 40_960 - 4096);
     assert_eq!(info[1]["lsmt"]["zeroed_size"], 0);
     assert_eq!(info[2]["lsmt"]["virtual_size"], c.len());
     assert!(place.dump("lowest") == place.dump("upper --ignore-identity"));
     assert!(place.dump("a lowest") != c);
-    // The chain still fits.
+    // The UUIDs of the results fit those of the other layers.
     assert_eq!(info[0]["lsmt"]["uuid"], top);
     assert_eq!(info[0]["lsmt"]["parent_uuid"], base);
     assert_eq!(info[3]["tar"]["data_offset"], 1536);
@@ -389,7 +390,7 @@ fn export() {
     let a = image();
     let mut b = a.clone();
     b[..40_960].fill(0);
-    // A hole, and data behind it.
+    // A hole, and data after it.
     b.resize(9 << 20, 0);
     b.extend_from_slice(b"far away");
     place.write("a.raw", &a);
@@ -416,7 +417,7 @@ fn export() {
     place.run("export a b").code(1);
     place.run("export --force -o x a").success();
     assert!(place.read("x") == a);
-    // What fails leaves what was there.
+    // If export fails, the old file stays, also with --force.
     let mut bad = place.read("a");
     bad[2000] ^= 1;
     place.write("bad", &bad);
@@ -440,7 +441,7 @@ fn stacks_of_containerd() {
         .run("create --base stack/a.obd --raw --image b.raw stack/1/overlaybd.commit")
         .success();
     let config = |text: &str| place.write("stack/config.v1.json", text.as_bytes());
-    // As the snapshotter writes it; a relative name is looked up beside the file.
+    // config.v1.json as the snapshotter writes it. A relative name is relative to its directory.
     let dir = place.path("stack/1");
     config(&format!(
         r#"{{"repoBlobUrl":"https://registry/v2/app/blobs","lowers":[{{"file":"a.obd"}},
@@ -538,7 +539,7 @@ fn convert_images() {
         .code(3)
         .stderr(contains("x.gz: the gzip data is damaged"));
 
-    // Without qemu-img, it is said what is missing.
+    // If qemu-img is not installed, the message names it.
     place.write("x.qcow2", b"QFI\xfb\0\0\0\x03");
     let installed = ["/usr/local/bin", "/usr/bin", "/bin"];
     if !installed
@@ -552,7 +553,7 @@ fn convert_images() {
             .code(1)
             .stderr("obdsetup: qemu-img is not installed; it is needed for qcow2 images\n");
     }
-    // One that says how it was called, and copies.
+    // A script in place of qemu-img, which writes its arguments to a file and copies disk.raw.
     place.script(
         "qemu-img",
         "[ $1 != info ] || exec echo '{\"virtual-size\": 512}'\necho \"$@\" >called\nexec cp disk.raw \"$7\"",
@@ -601,7 +602,7 @@ fn convert_with_qemu_img() {
     assert_eq!(place.names(), ["disk", "disk.raw", "layer.obd"]);
 }
 
-/// A place with files in `rootfs` and tars of them, and the content of `sub/file`.
+/// Returns a place with the directory `rootfs` and two tars of it, and the content of `sub/file`.
 fn with_rootfs() -> (Place, Vec<u8>) {
     let place = Place::new();
     fs::create_dir_all(place.path("rootfs/sub")).unwrap();
@@ -627,7 +628,7 @@ fn convert_to_ext4() {
         place.write("script", b"dump /sub/file out\nstat /\n");
         let said = place.tool("debugfs -f script disk.raw");
         assert!(place.read("out") == content, "{from}");
-        // The root directory isn't that of a temporary directory.
+        // The root directory has the usual mode, not that of a temporary directory.
         assert!(said.contains("Mode:  0755"), "{from}: {said}");
         place.tool("e2fsck -fn disk.raw");
     }
@@ -647,7 +648,7 @@ fn convert_to_erofs() {
     }
 }
 
-/// With options for it, mkfs.erofs makes the file system.
+/// With --mkfs-arg, mkfs.erofs makes the file system, not obdsetup itself.
 fn convert_to_erofs_by_its_program() {
     let (place, content) = with_rootfs();
     place.write(
@@ -674,7 +675,7 @@ fn convert_to_erofs_by_its_program() {
         }
         assert_eq!(place.read("out.dir/sub/file"), content);
     }
-    // It did compress.
+    // mkfs.erofs has compressed the files.
     assert!(layers[0].len() + 200_000 < place.read("plain.obd").len());
     place
         .run("convert rootfs x.obd --fs erofs --mkfs-arg=--no-such-option")
@@ -686,7 +687,7 @@ fn convert_to_erofs_by_its_program() {
         .all(|name| !name.starts_with('.') && name != "x.obd"));
 }
 
-fn convert_nothing_by_halves() {
+fn failed_conversions_leave_nothing() {
     let place = Place::new();
     fs::create_dir(place.path("rootfs")).unwrap();
     place
@@ -709,7 +710,7 @@ fn convert_nothing_by_halves() {
 struct Layout<'a>(&'a Place);
 
 impl Layout<'_> {
-    /// Adds a blob; gives its descriptor, with more fields in `more`.
+    /// Adds a blob. Returns its descriptor, to which the fields in `more` are added.
     fn blob(&self, bytes: &[u8], more: &str) -> String {
         use sha2::Digest;
         let hex = format!("{:x}", sha2::Sha256::digest(bytes));
@@ -778,7 +779,7 @@ fn convert_oci_images() {
             .stderr(contains("layout: is "));
     }
 
-    // Several images, one of them in an index of its own, and an attestation.
+    // An index with two entries: another index, which has two images and an attestation; and an image.
     let name =
         |name: &str| format!(r#","annotations":{{"org.opencontainers.image.ref.name":"{name}"}}"#);
     let platform =
@@ -819,7 +820,7 @@ fn convert_oci_images() {
         .success();
     fs::remove_dir_all(place.path("v7")).unwrap();
 
-    // An index that is named again and again is read once, and it is one image.
+    // If an index is named many times, it is read once, and its image counts once.
     let mut inner = layout.manifest(&layers, &platform("linux", "arm64"));
     for _ in 0..60 {
         let text = format!(r#"{{"manifests":[{}]}}"#, vec![inner; 50].join(","));
@@ -834,13 +835,13 @@ fn convert_oci_images() {
         .code(3)
         .stderr(contains("layout: has no images"));
 
-    // What isn't right leaves nothing.
+    // With a wrong layer, convert fails and leaves no directory.
     let turbo =
         r#","annotations":{"containerd.io/snapshot/overlaybd/turbo-oci/target-digest":"x"}"#;
     let wrong = layout
         .blob(b"wrong", "")
         .replace("\"size\":5", "\"size\":6");
-    // A link to what never ends, and a layer that another digest belongs to.
+    // A blob that is a symbolic link to an endless device, and one whose name is a wrong digest.
     let linked = "1".repeat(64);
     let blobs = place.path("layout/blobs/sha256");
     std::os::unix::fs::symlink("/dev/zero", blobs.join(&linked)).unwrap();
@@ -894,7 +895,7 @@ fn hostile_names_and_files() {
             .stdout("")
             .stderr(contains("not a file or block device"));
     }
-    // What is no file is never replaced.
+    // --force replaces regular files only.
     fs::create_dir(place.path("dir")).unwrap();
     for command in [
         "create --force --raw --image disk.raw fifo",
@@ -906,14 +907,14 @@ fn hostile_names_and_files() {
             .code(1)
             .stderr(contains("is no regular file"));
     }
-    // A link stays, and leads to the new file.
+    // If the output is a symbolic link, the link stays, and its target is replaced.
     std::os::unix::fs::symlink("../target", place.path("dir/link")).unwrap();
     place.write("target", b"old");
     place.run("commit layer.obd dir/link").code(5);
     place.run("commit --force layer.obd dir/link").success();
     assert!(place.path("dir/link").is_symlink());
     assert!(place.dump("target") == image());
-    // The image isn't in itself.
+    // The output cannot be in the directory that it is made from.
     place
         .run("convert dir dir/out")
         .code(1)
@@ -927,7 +928,7 @@ fn hostile_names_and_files() {
     place.command("verify").arg(name).assert().success();
     fs::remove_file(place.dir().join(name)).unwrap();
 
-    // What an image says isn't for the terminal to obey.
+    // Control characters from a file are escaped, so that the terminal doesn't interpret them.
     let config = r#"{"lowers":[{"digest":"\u001b[31m"}]}"#;
     place.write("x.json", config.as_bytes());
     place
@@ -948,7 +949,7 @@ fn hostile_names_and_files() {
         .code(3)
         .stderr(contains("more than"));
 
-    // A part of a layer isn't a disk.
+    // A layer that is cut off is not taken for a disk.
     place.write("cut", &place.read("layer.obd")[..20_000]);
     place
         .run("convert cut out")
@@ -957,7 +958,7 @@ fn hostile_names_and_files() {
     assert!(!place.path("out").exists());
 }
 
-/// A colon in a tar's name is no other machine.
+/// For tar(1), a name with a colon is on another machine. Here it is a file.
 fn a_colon_in_a_name() {
     let place = Place::new();
     place.write("file", b"content");
@@ -1049,7 +1050,7 @@ fn output_that_cannot_be_written() {
             said.starts_with("obdsetup: standard output: cannot write: No space left"),
             "{line}: {said}"
         );
-        // A reader that is gone is no failure to talk of.
+        // If the reader has closed the pipe, there is no message, and the exit code is that of SIGPIPE.
         let (reader, writer) = std::os::unix::net::UnixStream::pair().unwrap();
         drop(reader);
         let done = command(std::os::fd::OwnedFd::from(writer).into());
@@ -1073,7 +1074,7 @@ fn a_reader_that_does_not_read() {
         .run("create --raw --image disk.raw layer.obd")
         .success();
     let mut child = place.start("dump layer.obd");
-    // Something came, and so the rest waits.
+    // After the first byte, dump waits with the rest, because nobody reads it.
     let mut byte = [0];
     std::io::Read::read_exact(child.stdout.as_mut().unwrap(), &mut byte).unwrap();
     assert_eq!(stop(&mut child, Signal::TERM), Some(130));
@@ -1120,7 +1121,7 @@ fn benchmark() {
         .stdout(contains("lz4           4k").and(contains("CRC-32C")));
 }
 
-/// The names of all fields.
+/// Adds the names of all fields in a JSON value to `found`.
 fn keys(value: &serde_json::Value, found: &mut Vec<String>) {
     use serde_json::Value;
     match value {
@@ -1160,7 +1161,7 @@ fn json_is_documented() {
     }
 }
 
-fn what_it_tells_of_itself() {
+fn completions_and_manual_pages() {
     let place = Place::new();
     for (shell, word) in [
         ("bash", "complete -F _obdsetup"),
@@ -1171,7 +1172,7 @@ fn what_it_tells_of_itself() {
             .run(&format!("completions {shell}"))
             .success()
             .stdout(contains(word).and(contains("user-tag")))
-            // What is hidden isn't offered.
+            // The hidden command `man` is not completed.
             .stdout(contains("manual pages").not().and(contains(" man ").not()));
     }
     place.run("completions nosuch").code(1);
@@ -1284,10 +1285,10 @@ fn exit_codes() {
     assert_eq!(place.names(), ["empty", "short", "text"]);
 }
 
-fn errors_name_field_and_place() {
+fn errors_tell_field_and_offset() {
     let place = Place::with_layer();
     let good = place.read("layer.obd");
-    // Without the digest flag, the block size is looked at.
+    // With the digest flag, the digest would be found wrong first. Without it, the block size is.
     let mut bad = good.clone();
     bad[32] &= !0x10;
     bad[72..76].copy_from_slice(&6000u32.to_le_bytes());
@@ -1296,7 +1297,7 @@ fn errors_name_field_and_place() {
         "obdsetup: layer.obd: zfile block_size at byte 72: found 6000, \
          expected a power of two from 512 to 65536\n",
     );
-    // A block in the middle.
+    // A changed bit in a block in the middle.
     let mut bad = good;
     let at = bad.len() / 2;
     bad[at] ^= 1;
@@ -1329,12 +1330,12 @@ fn existing_files_stay() {
         assert_eq!(place.read("out"), b"precious");
     }
     place.run("commit layer.obd out").code(5);
-    // What fails leaves the old file, --force or not.
+    // If a command fails, the old file stays, also with --force.
     place.write("bad", b"not a layer");
     place.run("commit --force bad out").code(3);
     assert_eq!(place.read("out"), b"precious");
     place.run("commit --force layer.obd out").success();
-    // Inputs are never changed, whatever their name is here.
+    // An output that is an input, under another name, is refused.
     for command in [
         "commit --force ./layer.obd layer.obd",
         "create --force --raw --image disk.raw ./disk.raw",
@@ -1355,7 +1356,8 @@ fn tables() {
     place
         .run("create --raw --image disk.raw tar.obd --tar")
         .success();
-    // Ours end on a sector. What follows the trailer isn't looked at.
+    // Layers that obdsetup makes have a length in whole sectors. This one gets bytes after its trailer,
+    // which are ignored.
     place
         .run("create --raw --image disk.raw layer.obd")
         .success();
@@ -1409,19 +1411,19 @@ fn signals_leave_nothing() {
     }
 }
 
-fn signals_stop_other_programs() {
+fn signals_stop_started_programs() {
     let place = Place::new();
     place.write("file", b"content");
     place.tool("tar -cf x.tar file");
     place.write("x.qcow2", b"QFI\xfb\0\0\0\x03");
-    // They take for ever, as mkfs, tar and qemu-img might.
+    // Scripts in place of mkfs.ext4 and qemu-img, which don't end by themselves.
     for (program, from) in [("mkfs.ext4", "x.tar"), ("qemu-img", "x.qcow2")] {
         place.script(program, "echo $$ >called\nexec sleep 600");
         let mut child = place.start(&format!("convert {from} out"));
         let called = || fs::read_to_string(place.path("called")).unwrap_or_default();
         assert!(soon(|| called().ends_with('\n')), "{program}");
         assert_eq!(stop(&mut child, Signal::TERM), Some(130));
-        // The program is gone, too.
+        // The started program was killed, too.
         let process = PathBuf::from("/proc").join(called().trim());
         assert!(!process.exists(), "{program}");
         fs::remove_file(place.path("called")).unwrap();

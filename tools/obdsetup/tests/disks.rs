@@ -25,7 +25,7 @@ tests! {
     files_of_others needs qemu_img();
     extents_of_others needs qemu_img();
     extents_that_hide needs qemu_img();
-    names_that_are_no_text needs qemu_img();
+    names_that_are_not_utf8 needs qemu_img();
     backing_files_of_other_formats needs qemu_img();
     copies_for_dax needs qemu_img();
     a_qcow2_of_a_stack needs qemu_img();
@@ -215,13 +215,13 @@ fn chains_that_are_refused() {
             "c.qcow2",
             "qcow2",
             3,
-            "is its own backing file, by way of others or at once",
+            "is its own backing file, directly or through others",
         ),
         (
             "a.qcow2",
             "qcow2",
             3,
-            "is its own backing file, by way of others or at once",
+            "is its own backing file, directly or through others",
         ),
         (
             "nbd://localhost/x",
@@ -273,7 +273,11 @@ fn files_of_others() {
     std::os::unix::fs::symlink("../0.raw", place.path("in/link")).unwrap();
     for backing in ["../0.raw", full.to_str().unwrap(), "link"] {
         make(backing);
-        place.chain_refused("in/x.qcow2", 1, "--allow-outside takes it, if you trust");
+        place.chain_refused(
+            "in/x.qcow2",
+            1,
+            "--allow-outside permits that, if you trust",
+        );
         for options in ["--flatten", ""] {
             place
                 .run(&format!("convert {options} --allow-outside in/x.qcow2 out"))
@@ -467,7 +471,7 @@ fn extents_that_hide() {
 const SAID: &str = "has a name that is not UTF-8, or has the character U+FFFD";
 
 /// qemu-img prints the same character for all bytes that are not UTF-8.
-fn names_that_are_no_text() {
+fn names_that_are_not_utf8() {
     let place = Place::with_chain();
     fs::create_dir(place.path("in")).unwrap();
     let len = disk(0).len() / 512;

@@ -19,7 +19,7 @@ tests! {
     acls_that_name_users needs needs::e2fsprogs();
     acls_that_are_the_mode;
     records_of_other_programs;
-    names_that_are_no_text_stay;
+    names_that_are_not_utf8_stay;
 }
 
 impl Place {
@@ -299,7 +299,7 @@ fn records_of_other_programs() {
         .stderr(contains("the value of LIBARCHIVE.xattr.user.a is wrong"));
 }
 
-fn names_that_are_no_text_stay() {
+fn names_that_are_not_utf8_stay() {
     let place = Place::new();
     let other = Place::new();
     let told = other.path("told").display().to_string();

@@ -465,7 +465,7 @@ fn what_others_write_to_is_not_read() {
         place.run(command).code(5).stderr(said("a.raw"));
         assert!(!place.path("out").exists());
     }
-    // What is read as a layer is no other.
+    // A layer or a tar that is in use is refused, too, by each command that reads its content.
     let layer = File::options().append(true).open(place.path("a")).unwrap();
     let archive = File::options()
         .append(true)

@@ -78,7 +78,7 @@ impl<'a> Layout<'a> {
         }
     }
 
-    /// Adds a blob; gives its descriptor.
+    /// Adds a blob. Returns its descriptor.
     fn blob(&self, bytes: &[u8], kind: &str) -> String {
         let hex = digest(bytes);
         fs::write(self.root.join("blobs/sha256").join(&hex), bytes).unwrap();
@@ -967,7 +967,7 @@ fn apply() {
         .run("apply cut.tar --base base.obd x.obd")
         .code(3)
         .stderr(contains("no end marker"));
-    // What was made of images is no layer.
+    // An archive of an image is no layer.
     let list = r#"[{"Config":"c.json","Layers":["l/layer.tar"]}]"#;
     let saved = tar(&[file("manifest.json", list), file("l/layer.tar", "")]);
     let hex = digest(b"");

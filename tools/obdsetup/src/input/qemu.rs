@@ -23,15 +23,14 @@ use crate::input::kind::Kind;
 use crate::program::{self, Program};
 use crate::terminal::exit::{self, Failure};
 
-/// qemu-img's name of the format of the files of a chain.
+/// Formats, as qemu-img calls them: that in which this module writes images, that of VMware, and a disk
+/// without a format.
 const QCOW2: &str = "qcow2";
-/// Its name for the format of VMware.
 const VMDK: &str = "vmdk";
-/// What other files are of an image, in messages.
+const RAW: &str = "raw";
+/// What messages call another file that belongs to an image.
 const BACKING: &str = "its backing file";
 const DATA: &str = "a file with its data";
-/// Its name for a raw disk.
-const RAW: &str = "raw";
 /// The character that qemu-img prints for bytes that are not UTF-8.
 const UNKNOWN: char = char::REPLACEMENT_CHARACTER;
 
@@ -42,9 +41,9 @@ struct Info {
     virtual_size: u64,
     #[serde(default)]
     encrypted: bool,
-    /// The backing file as named in the image.
+    /// The name of the backing file, as it is in the image.
     backing_filename: Option<String>,
-    /// The path of the backing file.
+    /// The path of the backing file, which qemu-img makes of that name and the path of the image.
     full_backing_filename: Option<String>,
     backing_filename_format: Option<String>,
     #[serde(default)]
@@ -66,7 +65,7 @@ struct Data {
     corrupt: bool,
     /// The file with the data, if the data isn't in the image.
     data_file: Option<String>,
-    /// The files with the data of a vmdk image, which may be the image itself.
+    /// The files with the data of a vmdk image. One of them may be the image itself.
     #[serde(default)]
     extents: Vec<Extent>,
 }
@@ -76,19 +75,19 @@ struct Extent {
     filename: String,
 }
 
-/// A file of a chain.
+/// An image of a chain: the topmost image, its backing file, the backing file of that, and so on.
 #[derive(Debug)]
 pub(crate) struct Link {
     pub(crate) path: PathBuf,
-    /// qemu-img's name of its format.
+    /// The format of the image, as qemu-img calls it.
     format: String,
-    /// Bytes of the disk.
+    /// Size of the virtual disk in bytes.
     size: u64,
 }
 
 impl Link {
-    /// Makes a raw image, with holes, of the disk that this file and the files below it show. Returns `None`
-    /// if the file is a raw image itself.
+    /// Makes a raw image, with holes, of the disk that this image shows together with the images below it.
+    /// Returns `None` if this image is raw, so that it can be read as it is.
     pub(crate) fn read(&self, place: &Path) -> Result<Option<NamedTempFile>> {
         match self.format.as_str() {
             RAW => Ok(None),
@@ -108,18 +107,18 @@ pub(crate) fn read(path: &Path, format: &str, place: &Path) -> Result<NamedTempF
     Ok(image)
 }
 
-/// What a chain may be.
+/// What the caller wants of a chain, and permits.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Rules {
-    /// Whether each of its files becomes a layer, not all of them one.
+    /// Whether each image of the chain becomes a layer. Otherwise the whole chain becomes one layer.
     pub(crate) layers: bool,
-    /// Whether its files may be outside the directory of the topmost one.
+    /// Whether other files may be outside the directory of the topmost image.
     pub(crate) outside: bool,
 }
 
-/// Returns the chain of the image at `path`, which has this format, lowest first: the image, its backing file,
-/// the backing file of that, and so on. Checks each of them, and the other files that it names: whoever wrote
-/// the image may have named any file of this machine.
+/// Returns the chain of the image at `path`, which has the format `format`. The first element is the lowest
+/// image, which has no backing file; the last one is the image at `path`. Checks each image and all files that
+/// it names: whoever wrote the image may have named any file of this machine.
 pub(crate) fn chain(
     path: &Path,
     format: &str,
@@ -130,15 +129,16 @@ pub(crate) fn chain(
         true => Home::Anywhere,
         false => Home::of(path)?,
     };
-    // All files to read. The processes that may write to one are looked for once, which takes a while where
-    // there are many. That comes before an error of qemu-img, which may be of their locks.
+    // All files that will be read. The search for processes that may write to them is slow if there are many
+    // processes, so it is done once for all files. Its error takes precedence over an error of `walk`, because
+    // qemu-img also fails if such a process has locked a file.
     let mut used = BTreeSet::new();
     let walked = walk(path, format, rules.layers, &home, &mut used);
     in_use.check(used.iter().map(PathBuf::as_path))?;
     walked
 }
 
-/// Walks the chain for [`chain`]. Adds the paths of its files to `used`.
+/// Walks the chain for [`chain`]. Adds the paths of all files that will be read to `used`.
 fn walk(
     path: &Path,
     format: &str,
@@ -158,15 +158,20 @@ fn walk(
         if !seen.insert((meta.dev(), meta.ino())) {
             return Err(bad(
                 &name,
-                "is its own backing file, by way of others or at once: the chain has no end",
+                "is its own backing file, directly or through others: the chain has no end",
             ));
         }
         if layers && links.len() == MAX_LAYERS {
-            let what = format!("is number {MAX_LAYERS} of the chain, and has a backing file: a stack has {MAX_LAYERS} layers at most; --flatten makes one layer of all");
+            let what = format!(
+                "is image {} of the chain, counted from the topmost one: a stack has {MAX_LAYERS} layers at most; \
+                 --flatten makes one layer of all",
+                MAX_LAYERS + 1
+            );
             return Err(refused(&name, &what));
         }
         used.insert(path.clone());
-        // qemu-img opens the files that a vmdk image names, whatever they are. So this looks first.
+        // qemu-img opens the files that a vmdk image names, even devices and FIFOs. So they are checked before
+        // qemu-img is started.
         if format == VMDK {
             vmdk::each_part(&path, |part| {
                 check_file(&name, DATA, part)?;
@@ -178,7 +183,8 @@ fn walk(
         let info = info(&path, &format)?;
         for part in info.parts(&path) {
             let place = directory(&path).to_string_lossy();
-            // If a name of the image begins so itself, the first look has found where it leads.
+            // qemu-img puts the directory before a relative name. If the name in the image begins with this text
+            // itself, the check before qemu-img was started has seen the file that the name leads to.
             let given = part.strip_prefix(&*place);
             let given = given.and_then(|given| given.strip_prefix('/'));
             let part = local(&name, DATA, given.unwrap_or(part), part, &path)?;
@@ -205,34 +211,36 @@ fn walk(
     Ok(links)
 }
 
-/// Where the other files of an image may be.
+/// Where the other files that an image names may be.
 enum Home {
     /// In this directory, or below it.
     Directory(PathBuf),
-    /// Nowhere: the image is on a block device, in whose directory is any device of this machine.
+    /// Nowhere: the image is on a block device. The directory of a block device also has all other devices of
+    /// this machine.
     Nowhere,
     Anywhere,
 }
 
 impl Home {
-    /// Returns the directory that the image at `path` is in.
+    /// Returns where the other files of the image at `path` may be unless the user permits more: in the
+    /// directory of the image, or nowhere if the image is on a block device.
     fn of(path: &Path) -> Result<Self> {
         let path = program::path(path)?;
         let meta = path.metadata();
         let meta = meta.with_context(|| format!("{}: cannot read", path.display()))?;
         Ok(match meta.file_type().is_block_device() {
             true => Self::Nowhere,
-            // The path has no links.
+            // `program::path` has resolved all symbolic links.
             false => Self::Directory(directory(&path).to_owned()),
         })
     }
 
-    /// Checks that the file `other`, which is `what` of the image `name`, may be where it is.
+    /// Checks that the file `other` of the image `name` is where it may be. `what` is [`BACKING`] or [`DATA`].
     fn check(&self, name: &Path, what: &str, other: &Path) -> Result<()> {
         let (home, outside) = match self {
             Self::Anywhere => return Ok(()),
-            Self::Directory(home) => (Some(home), home.display().to_string()),
-            Self::Nowhere => (None, "the block device that the image is on".to_owned()),
+            Self::Directory(home) => (Some(home), format!("outside {}", home.display())),
+            Self::Nowhere => (None, "not on the block device of the image".to_owned()),
         };
         let place = other
             .canonicalize()
@@ -241,15 +249,16 @@ impl Home {
             return Ok(());
         }
         let what = format!(
-            "{what}, {}, is outside {outside}: --allow-outside takes it, if you trust who made the image",
+            "{what}, {}, is {outside}: --allow-outside permits that, if you trust who made the image",
             place.display()
         );
         Err(refused(name, &what))
     }
 }
 
-/// Returns the path of `given`, which is `what` of the image `name`, at `image`. qemu-img says that its path is
-/// `full`, in which [`UNKNOWN`] stands for bytes that are not UTF-8.
+/// Returns the path of another file of the image `name`. `what` is [`BACKING`] or [`DATA`], `given` the name of
+/// the other file in the image, and `full` its path as qemu-img prints it, where [`UNKNOWN`] stands for bytes that
+/// are not UTF-8. `image` is the absolute path of the image.
 fn local(name: &Path, what: &str, given: &str, full: &str, image: &Path) -> Result<PathBuf> {
     // qemu-img's rule to recognise a protocol.
     let is_remote = full
@@ -258,7 +267,7 @@ fn local(name: &Path, what: &str, given: &str, full: &str, image: &Path) -> Resu
         .is_some_and(|start| start.contains(':'));
     if is_remote {
         let or = match what {
-            BACKING => ": `qemu-img rebase' gives it another, or none",
+            BACKING => ": `qemu-img rebase' gives the image another one, or none",
             _ => "",
         };
         let what = format!("{what}, {given}, is no file on this machine{or}");
@@ -267,18 +276,19 @@ fn local(name: &Path, what: &str, given: &str, full: &str, image: &Path) -> Resu
     if given.contains(UNKNOWN) {
         let what = format!(
             "{what}, {given}, has a name that is not UTF-8, or has the character U+FFFD: rename the file, and \
-             name it so in the image"
+             put the new name into the image"
         );
         return Err(refused(name, &what));
     }
-    // Only the name of the directory may have such bytes now, and that is known.
+    // `given` has no such bytes, so they are in the name of the image's directory, which `image` has.
     Ok(match full.contains(UNKNOWN) {
         true => directory(image).join(given),
         false => PathBuf::from(full),
     })
 }
 
-/// Checks that `path`, which is `what` of the image `name`, is a file or block device that can be read.
+/// Checks that the file `path` of the image `name` exists, and is a regular file or a block device. `what` is
+/// [`BACKING`] or [`DATA`].
 fn check_file(name: &Path, what: &str, path: &Path) -> Result<()> {
     let meta = path.metadata();
     if meta
@@ -307,13 +317,14 @@ fn check_file(name: &Path, what: &str, path: &Path) -> Result<()> {
     Ok(())
 }
 
-/// Checks that the image at `path`, which has this format and was decompressed from the file `name`, needs no
-/// other file: a relative path would be relative to another directory.
+/// Checks that the image at `path`, which has the format `format`, needs no other file. It is a temporary file,
+/// decompressed from the file `name`: a relative name of another file would lead from the wrong directory.
 pub(crate) fn check_alone(path: &Path, name: &Path, format: &str) -> Result<()> {
     let path = program::path(path)?;
     let has_data = |other: &str| {
         let what = format!(
-            "is compressed, and has its data in another file, {other}: decompress it, where that is found"
+            "is compressed, and has its data in another file, {other}: decompress the image where this name leads \
+             to that file"
         );
         Err(refused(name, &what))
     };
@@ -331,7 +342,8 @@ pub(crate) fn check_alone(path: &Path, name: &Path, format: &str) -> Result<()> 
         None => Ok(()),
         Some(backing) => {
             let what = format!(
-                "is compressed, and has a backing file, {backing}: decompress it, where that is found"
+                "is compressed, and has a backing file, {backing}: decompress the image where this name leads to \
+                 that file"
             );
             Err(refused(name, &what))
         }
@@ -339,7 +351,8 @@ pub(crate) fn check_alone(path: &Path, name: &Path, format: &str) -> Result<()> 
 }
 
 impl Info {
-    /// Checks that a layer can be made from the image `name`. `above` is the image whose backing file it is.
+    /// Checks that a layer can be made from the image `name`. If that image is a backing file, and each image
+    /// becomes a layer, `above` is the image over it.
     fn check(&self, name: &Path, above: Option<&Link>) -> Result<()> {
         if self.encrypted {
             return Err(refused(
@@ -351,12 +364,14 @@ impl Info {
         if self.format_specific.data.corrupt {
             return Err(bad(
                 name,
-                "is marked as corrupt: `qemu-img check' says what is wrong, and -r all repairs what it can",
+                "is marked as corrupt: `qemu-img check' says what is wrong, and `qemu-img check -r all' repairs \
+                 what it can",
             ));
         }
         if let Some(data) = &self.format_specific.data.data_file {
             let what = format!(
-                "has its data in another file, {data}: `qemu-img convert -O qcow2' makes an image that has all"
+                "has its data in another file, {data}: `qemu-img convert -O qcow2' makes an image that has its \
+                 data itself"
             );
             return Err(refused(name, &what));
         }
@@ -372,7 +387,8 @@ impl Info {
         }
         if !self.snapshots.is_empty() {
             crate::terminal::tell(&format!(
-                "note: {}: has {} internal snapshots, which are left out: the layer is of its present state",
+                "note: {}: has {} internal snapshots, which are left out: the layer has the present state of the \
+                 disk",
                 name.display(),
                 self.snapshots.len()
             ));
@@ -380,7 +396,7 @@ impl Info {
         Ok(())
     }
 
-    /// Returns the paths of the files with the data of the image at `path`, except itself.
+    /// Returns the paths of the files with the data of the image at `path`, without the image itself.
     fn parts<'a>(&'a self, path: &'a Path) -> impl Iterator<Item = &'a str> {
         let extents = self.format_specific.data.extents.iter();
         let names = extents.map(|extent| extent.filename.as_str());
@@ -388,19 +404,20 @@ impl Info {
         names.filter(move |name| *name != itself)
     }
 
-    /// Returns the backing file of the image `name`, at `image`, and its format.
+    /// Returns the path and the format of the backing file of the image `name`; `None` if it has none. `image`
+    /// is the absolute path of the image.
     fn backing(&self, name: &Path, image: &Path) -> Result<Option<(PathBuf, String)>> {
         let Some(backing) = &self.backing_filename else {
             return Ok(None);
         };
         let full = self.full_backing_filename.as_ref().unwrap_or(backing);
-        // An absolute path, because qemu-img got an absolute path of the image.
+        // `full` is absolute, because qemu-img got an absolute path of the image.
         let path = local(name, BACKING, backing, full, image)?;
         check_file(name, BACKING, &path)?;
         let Some(format) = &self.backing_filename_format else {
             let what = format!(
                 "does not say which format its backing file, {}, has, and a guess may be wrong: `qemu-img rebase \
-                 -u -F FORMAT -b NAME' notes it",
+                 -u -F FORMAT -b NAME IMAGE' puts the format into the image",
                 path.display()
             );
             return Err(refused(name, &what));
@@ -408,7 +425,7 @@ impl Info {
         if format != RAW && !Kind::is_for_qemu(format) {
             let what = format!(
                 "its backing file, {}, has the format {format}, of which obdsetup makes no layers: `qemu-img \
-                 convert -O qcow2' makes a qcow2 of the whole",
+                 convert -O qcow2' makes one qcow2 of the image and its backing files",
                 path.display()
             );
             return Err(refused(name, &what));
@@ -418,7 +435,7 @@ impl Info {
 }
 
 /// Returns the information from qemu-img on the image at `path`, which is absolute. qemu-img reads only the
-/// head of the image.
+/// header of the image.
 fn info(path: &Path, format: &str) -> Result<Info> {
     let mut text = String::new();
     let mut command = qemu_img(format);
@@ -428,8 +445,12 @@ fn info(path: &Path, format: &str) -> Result<Info> {
         text.push('\n');
     })?;
     said.tell();
-    serde_json::from_str(&text)
-        .with_context(|| format!("{}: cannot read what qemu-img tells of it", path.display()))
+    serde_json::from_str(&text).with_context(|| {
+        format!(
+            "{}: cannot understand what `qemu-img info' prints",
+            path.display()
+        )
+    })
 }
 
 /// Makes the qcow2 image `to`, with holes, from the raw image `from`.
@@ -440,11 +461,13 @@ pub(crate) fn write(from: &Path, to: &Path) -> Result<()> {
     command.run().map(|said| said.tell())
 }
 
-/// Makes the qcow2 image `to` from the differences between the raw image `from`, an absolute path, and the
-/// qcow2 image `below`, which becomes its backing file. `below` is in the same directory as `to`.
+/// Makes the qcow2 image `to`. Its backing file is the qcow2 image `below`, and it has the differences between
+/// `below` and the raw image `from`. `from` is an absolute path; `below` is the name of a file in the directory
+/// of `to`.
 pub(crate) fn write_over(from: &Path, below: &OsStr, to: &Path) -> Result<()> {
-    // First makes an empty image over `from`. The rebase to `below` adds the differences, but with zeros as
-    // data. The conversion then makes an image without data for zeros.
+    // create: an empty image, with `from` as its backing file. rebase: the backing file becomes `below`, and
+    // the differences are copied to the image, with zeros as blocks of data. convert: blocks of zeros become
+    // marks without data.
     let difference = temp_file(directory(to))?;
     let run = |args: &[&OsStr]| {
         let mut command = qemu_img(QCOW2);
@@ -490,7 +513,7 @@ pub(crate) fn write_over(from: &Path, below: &OsStr, to: &Path) -> Result<()> {
     ])
 }
 
-/// Returns the program qemu-img, not started, for images of this format.
+/// Returns the program qemu-img, which is not started yet. If it is missing, the message names `format`.
 fn qemu_img(format: &str) -> Program {
     Program::new("qemu-img", format!("{format} images"))
 }
@@ -516,25 +539,25 @@ mod tests {
         };
         assert!(said(&home, "/dev/null").contains("/dev/null, is outside "));
         assert_eq!(said(&Home::Anywhere, "/dev/null"), "");
-        // Not even what is beside it.
+        // For an image on a block device, other devices are refused, too.
         let said = said(&Home::Nowhere, "/dev/null");
-        assert!(said.contains("is outside the block device"), "{said}");
+        assert!(said.contains("is not on the block device"), "{said}");
         Ok(())
     }
 
     #[test]
-    fn names_that_are_no_text() {
+    fn names_that_are_not_utf8() {
         use std::os::unix::ffi::OsStrExt;
 
         let image = Path::new(OsStr::from_bytes(b"/d\xff/image"));
         let name = Path::new("image");
         let path = |given: &str, full: &str| local(name, BACKING, given, full, image).ok();
-        // qemu-img prints the name of the directory like this.
+        // For the bytes of this directory's name, qemu-img prints U+FFFD.
         let wanted = Path::new(OsStr::from_bytes(b"/d\xff/x"));
         assert_eq!(path("x", "/d\u{fffd}/x").as_deref(), Some(wanted));
         assert_eq!(path("/a/x", "/a/x").as_deref(), Some(Path::new("/a/x")));
         assert_eq!(path("x\u{fffd}", "/a/x\u{fffd}"), None);
-        // Of another directory, which has this name.
+        // An absolute name in the image, with this character in the name of a directory.
         assert_eq!(path("/d\u{fffd}/x", "/d\u{fffd}/x"), None);
         assert_eq!(path("nbd:x", "nbd:x"), None);
     }

@@ -278,7 +278,7 @@ fn exists(path: &Path) -> anyhow::Error {
     )
 }
 
-/// Returns the process's umask. Reading it means to set it; this restores it at once.
+/// Returns the process's umask. Reading it means to set it; this restores it immediately.
 pub(crate) fn umask() -> u32 {
     let all = rustix::fs::Mode::from_raw_mode(0o022);
     let mask = rustix::process::umask(all);

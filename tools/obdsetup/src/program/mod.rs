@@ -307,7 +307,7 @@ impl Program {
             .with_context(|| format!("cannot run {}", path.display()))
     }
 
-    /// Waits for the end of the program. If a signal asks to stop, returns at once.
+    /// Waits for the end of the program. If a signal asks to stop, returns immediately.
     fn wait(&self, mut child: Running) -> Result<Wait> {
         let mut watch = self.patience.watch(child.group());
         let mut poll = POLL.0;

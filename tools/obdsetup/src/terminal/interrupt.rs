@@ -25,7 +25,7 @@ pub(crate) fn watch() -> Result<()> {
     Ok(())
 }
 
-/// From now on, a signal ends the program at once. Called when nothing has to be removed.
+/// From now on, a signal ends the program immediately. Called when nothing has to be removed.
 pub(crate) fn end_at_once() -> Result<()> {
     for signal in SIGNALS {
         let always = Arc::new(AtomicBool::new(true));

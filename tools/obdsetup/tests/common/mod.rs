@@ -253,7 +253,7 @@ pub(crate) fn runs(pid: &str) -> bool {
     stat.is_ok_and(|stat| !stat.contains(") Z "))
 }
 
-/// Sends a signal; gives the exit code, if that was the end.
+/// Sends a signal, and waits for the end of the process. Returns its exit code, if it has one.
 pub(crate) fn stop(child: &mut Child, signal: Signal) -> Option<i32> {
     rustix::process::kill_process(Pid::from_child(child), signal).unwrap();
     soon(|| child.try_wait().unwrap().is_some());

@@ -40,7 +40,7 @@ use crate::terminal::exit::{self, Failure};
 /// Longest name. The UUID that contains it must fit in device-mapper's 128 bytes.
 const MAX_NAME: usize = 100;
 
-/// What a target is over.
+/// What is directly below a target.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub(crate) enum Lower {
     /// The file or device of layer `.0`.

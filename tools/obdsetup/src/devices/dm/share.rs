@@ -143,7 +143,7 @@ fn open(state: &State) -> Result<Option<File>> {
             return Ok(None);
         }
         // The node may be missing, for example in a container where nothing fills /dev. Then a node is made
-        // and deleted again at once, because another device may get the number later.
+        // and deleted again immediately, because another device may get the number later.
         made = !by_number.exists();
         backing::make_block_node(&by_number, &state.number)?;
         paths.truncate(1);
@@ -223,7 +223,7 @@ pub(crate) fn forget_cache(uuid: &str) {
 /// Whether obdsetup has set the mode of a cache.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Mark {
-    /// It has not.
+    /// obdsetup has not set it.
     None,
     /// An obdsetup was about to set it, and may have been killed.
     Begun,

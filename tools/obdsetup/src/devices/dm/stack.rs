@@ -120,7 +120,7 @@ fn is_partition(uuid: &str) -> bool {
     matches!(part(uuid), Some((Rank::Partition(_), _)))
 }
 
-/// What a device is in a stack. Ordered from the top, except that partitions are over the disk.
+/// The role of a device in a stack. Ordered from the top, except that partitions are over the disk.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub(crate) enum Rank {
     /// The disk.

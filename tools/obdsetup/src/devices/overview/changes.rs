@@ -137,7 +137,7 @@ mod tests {
         assert_eq!(changes(90, 1000, Some(10)).percent(), 90);
         assert_eq!(changes(90, 1000, Some(5000)).percent(), 9);
         assert_eq!(changes(u64::MAX, u64::MAX, Some(0)).percent(), 100);
-        // It has room for the disk, and its file system for it.
+        // The store has room for all of the disk, and its file system has room for the store.
         let all = |used, free, allocated| Changes {
             holds_all: true,
             allocated,

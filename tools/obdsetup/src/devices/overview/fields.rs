@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! The fields of the targets' status with their names, in the targets' order.
+//! Gives names to the fields of the targets' INFO lines, in the order in which the targets print them.
 
 use serde::{Serialize, Serializer};
 use serde_json::Value;
@@ -28,8 +28,8 @@ const ZFILE: &[&str] = &[
 /// Names of the fields of `lsmt`'s INFO line, in order.
 const LSMT: &[&str] = &["layers", "segments", "size", "index_memory", "failed_reads"];
 
-/// Names of the fields of `snapshot`'s INFO line, in order: used and all sectors of the store, and those
-/// used for other things than data.
+/// Names of the fields of `snapshot`'s INFO line, in order: `<used>/<total>` sectors of the store, and the
+/// number of used sectors that have metadata.
 const SNAPSHOT: &[&str] = &["usage", "metadata_sectors"];
 
 /// Fields with their names.
@@ -47,12 +47,12 @@ impl Fields {
         fields.find_map(|(field, value)| (field == name).then_some(value))
     }
 
-    /// Returns a field as a number; 0 if it is missing.
+    /// Returns the field `name` as a number; 0 if the field is missing or a text.
     pub(crate) fn number(&self, name: &str) -> u64 {
         self.get(name).and_then(Value::as_u64).unwrap_or(0)
     }
 
-    /// Returns a field that is a text.
+    /// Returns the field `name` as a text; `None` if the field is missing or a number.
     pub(crate) fn text(&self, name: &str) -> Option<&str> {
         self.get(name).and_then(Value::as_str)
     }
@@ -64,8 +64,8 @@ impl Serialize for Fields {
     }
 }
 
-/// Names the fields of an INFO line. Fields that a newer module adds are called `field_N`, counted
-/// from 0.
+/// Names the fields of an INFO line. A field without a name here, as a newer module may have, is
+/// called `field_N`: N is its position in the whole line, from 0.
 pub(crate) fn named(line: &Line) -> Fields {
     let names = match line.target.as_str() {
         "zfile" | "zfile_target" => ZFILE,
@@ -85,7 +85,7 @@ pub(crate) fn named(line: &Line) -> Fields {
     Fields(fields.collect())
 }
 
-/// Returns the device numbers, `MAJOR:MINOR`, in a table line.
+/// Returns the numbers, `MAJOR:MINOR`, of the devices that a table line names.
 pub(crate) fn numbers(line: &Line) -> Vec<String> {
     let is_number = |word: &&str| {
         let digits = |part: &str| !part.is_empty() && part.bytes().all(|b| b.is_ascii_digit());
@@ -93,7 +93,7 @@ pub(crate) fn numbers(line: &Line) -> Vec<String> {
             .is_some_and(|(major, minor)| digits(major) && digits(minor))
     };
     let mut words = line.params.split_whitespace();
-    // Later words may look like device numbers.
+    // Only these words are devices. Other words, such as options, may have the same form.
     let words: Vec<&str> = match line.target.as_str() {
         "lsmt" | "lsmt-dax" => {
             let count = words.next().and_then(|word| word.parse().ok());

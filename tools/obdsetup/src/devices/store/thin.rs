@@ -2,7 +2,8 @@
 
 //! Reads which ranges of a thin volume are mapped, from the XML of thin_dump(8) and thin_delta(8).
 //!
-//! If a volume has an external origin, a block that is not mapped has the data of the origin.
+//! The volume has the disk of the layers as its external origin. A block that is not mapped has the data of
+//! the origin, so it need not be read to make a layer.
 
 use std::fs::File;
 use std::io::{BufRead, BufReader};
@@ -21,12 +22,13 @@ use crate::devices::dm::system;
 use crate::devices::dm::Control;
 use crate::terminal::exit::{self, Failure};
 
-/// The mappings of a thin volume.
+/// Which parts of a thin volume are mapped.
 #[derive(Debug, Default, PartialEq, Eq)]
 pub(crate) struct Map {
-    /// The byte ranges of the volume that are mapped: ascending, without overlaps.
+    /// The ranges of the volume that are mapped, in bytes: ascending, without overlaps.
     pub(crate) ranges: Vec<Range<u64>>,
-    /// From thin_dump only: the ID of the volume in the pool, and the number of mapped sectors.
+    /// The ID of the volume in its pool, and its number of mapped sectors of 512 bytes. `None` for the XML of
+    /// thin_delta, which has neither.
     volume: Option<(u64, u64)>,
 }
 
@@ -35,7 +37,10 @@ impl Map {
     pub(crate) fn read(path: &Path) -> Result<Self> {
         let context = || format!("{}: cannot read", path.display());
         if !path.metadata().with_context(context)?.is_file() {
-            let message = format!("{}: not a file of thin_dump or thin_delta", path.display());
+            let message = format!(
+                "{}: not a file with the output of thin_dump or thin_delta",
+                path.display()
+            );
             return Err(Failure::usage(message));
         }
         let file = File::open(path).with_context(context)?;
@@ -48,8 +53,8 @@ impl Map {
         })
     }
 
-    /// If `path` is a thin volume of device-mapper, checks that ID and number of mapped sectors are those
-    /// that it has now.
+    /// If `path` is a thin volume of device-mapper, checks that the volume's ID and its present number of mapped
+    /// sectors are those in the XML.
     pub(crate) fn check(&self, path: &Path) -> Result<()> {
         let meta = path
             .metadata()
@@ -65,8 +70,8 @@ impl Map {
         match Control::open()?.thin_volume(name.trim_end()) {
             Some(now) if now != volume => {
                 let message = format!(
-                    "{}: has ID {} in its pool and {} sectors that are mapped, and --thin-map is of a \
-                     volume with ID {} and {} sectors: write it anew",
+                    "{}: has ID {} in its pool and {} mapped sectors, but the file of --thin-map is of a \
+                     volume with ID {} and {} mapped sectors: run thin_dump again",
                     path.display(),
                     now.0,
                     now.1,
@@ -98,17 +103,19 @@ fn parse(text: impl BufRead) -> Result<Map, String> {
         let event = event.map_err(|error| format!("byte {at}: {error}"))?;
         match event {
             Event::Start(_) => depth += 1,
-            // The reader has checked that it closes the open tag.
+            // The reader has checked that this tag closes the one that was opened last.
             Event::End(_) => depth = depth.saturating_sub(1),
-            Event::Eof if depth > 0 => return Err(format!("byte {at}: is cut off")),
+            Event::Eof if depth > 0 => return Err(format!("byte {at}: the XML is cut off")),
             Event::Eof => break,
             _ => {}
         }
         let (Event::Start(tag) | Event::Empty(tag)) = event else {
             continue;
         };
-        let number =
-            |name: &str| number(&tag, name).ok_or_else(|| format!("byte {at}: no number `{name}'"));
+        let number = |name: &str| {
+            number(&tag, name)
+                .ok_or_else(|| format!("byte {at}: attribute `{name}' is missing, or is no number"))
+        };
         let (begin, length) = match tag.name().as_ref() {
             b"superblock" => {
                 let sectors = number("data_block_size")?;
@@ -132,10 +139,11 @@ fn parse(text: impl BufRead) -> Result<Map, String> {
         let block = block.ok_or("no size of blocks before the first mapping")?;
         let end = begin.checked_add(length).and_then(|end| bytes(end, block));
         let range = bytes(begin, block).zip(end);
-        let (start, end) = range.ok_or_else(|| format!("byte {at}: behind the end of any disk"))?;
+        let (start, end) =
+            range.ok_or_else(|| format!("byte {at}: a mapping beyond the end of any disk"))?;
         ranges.push(start..end);
     }
-    // With several volumes, mappings of one would be used for another.
+    // If the XML had several volumes, mappings of another volume would be taken for those of this one.
     if volumes != 1 {
         return Err(format!(
             "has {volumes} volumes, and one is wanted (thin_dump --dev-id)"
@@ -144,11 +152,11 @@ fn parse(text: impl BufRead) -> Result<Map, String> {
     ranges.retain(|range| !range.is_empty());
     ranges.sort_unstable_by_key(|range| range.start);
     let mut end = 0;
-    // No overflow: the ranges don't overlap, and end below 2^59.
+    // No overflow: the ranges don't overlap, and end at 2^59 bytes or before.
     let mut sum = 0;
     for range in &ranges {
         if range.start < end {
-            return Err(format!("has a mapping of byte {} twice", range.start));
+            return Err(format!("maps byte {} of the volume twice", range.start));
         }
         end = range.end;
         sum += (range.end - range.start) / SECTOR_SIZE;
@@ -156,10 +164,10 @@ fn parse(text: impl BufRead) -> Result<Map, String> {
     let volume = match volume {
         None => None,
         Some((id, blocks)) => {
-            let wanted = blocks.checked_mul(block.unwrap_or(0));
-            if wanted != Some(sum) {
+            let sectors = block.unwrap_or(0);
+            if blocks.checked_mul(sectors) != Some(sum) {
                 return Err(format!(
-                    "has mappings of {sum} sectors, and should have them of {blocks} blocks"
+                    "maps {sum} sectors, but `mapped_blocks' is {blocks}, with {sectors} sectors each"
                 ));
             }
             Some((id, sum))
@@ -224,21 +232,25 @@ mod tests {
             ),
             ("device", "volume", "has 0 volumes"),
             ("\"128\"", "\"0\"", "no size of blocks"),
-            ("\"128\"", "\"x\"", "no number `data_block_size'"),
-            ("length=\"2\"", "length=\"-2\"", "no number `length'"),
-            ("\"3\"", "\"4\"", "should have them of 4 blocks"),
-            ("mapped_blocks", "blocks", "no number `mapped_blocks'"),
-            ("\"3\"", "\"18446744073709551615\"", "should have them of"),
+            ("\"128\"", "\"x\"", "`data_block_size' is missing"),
+            ("length=\"2\"", "length=\"-2\"", "`length' is missing"),
+            ("\"3\"", "\"4\"", "is 4, with 128 sectors each"),
+            ("mapped_blocks", "blocks", "`mapped_blocks' is missing"),
+            (
+                "\"3\"",
+                "\"18446744073709551615\"",
+                "but `mapped_blocks' is",
+            ),
             (
                 "origin_block=\"1\"",
                 "origin_block=\"5\"",
-                "a mapping of byte 327680 twice",
+                "maps byte 327680 of the volume twice",
             ),
-            ("length=\"2\"", "", "no number `length'"),
+            ("length=\"2\"", "", "`length' is missing"),
             (
                 "\"4\"",
                 "\"18446744073709551615\"",
-                "behind the end of any disk",
+                "a mapping beyond the end of any disk",
             ),
             ("\"5\" time", "\"5\"> </a> <b time", "byte "),
         ] {
@@ -250,7 +262,7 @@ mod tests {
         }
     }
 
-    /// A file that is cut off at any place is an error.
+    /// XML that is cut off at any place is an error.
     #[test]
     fn cut_off() {
         for at in 0..DUMP.len() {

@@ -12,7 +12,7 @@ use super::{brief, Archive, Member, MemberKind};
 
 /// Prefix of names in a layer of an image that hide files of the layers below.
 const WHITEOUT: &[u8] = b".wh.";
-/// What names of disks of virtual machines end with.
+/// Endings of the names of virtual machines' disks and descriptions.
 const DISKS: [&[u8]; 8] = [
     b".img", b".qcow2", b".raw", b".vdi", b".vhd", b".vhdx", b".vmdk", b".vmx",
 ];
@@ -37,7 +37,7 @@ pub(crate) enum Package {
     Vagrant,
     /// A container, or a virtual machine, of LXD or Incus.
     Lxd,
-    /// What describes such a one, without its files.
+    /// The description of a container or virtual machine of LXD or Incus, without its files.
     LxdMetadata,
     /// A backup of LXD or Incus.
     LxdBackup,

@@ -456,7 +456,7 @@ fn packages() -> Vec<(&'static [&'static str], Option<super::scan::Package>)> {
 }
 
 #[test]
-fn directories_of_packages() {
+fn directories_with_packed_images() {
     use super::scan::{check_directory, Package};
     let named = |names: &[&str]| {
         let dir = TempDir::new().unwrap();

@@ -82,7 +82,7 @@ pub(super) fn named(path: &Path) -> Result<Vec<Named>> {
     names_at(path, Place::First)
 }
 
-/// What a file is of an image.
+/// The role of a file in an image.
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Place {
     /// The file that was given to qemu-img. All of it may be a descriptor.

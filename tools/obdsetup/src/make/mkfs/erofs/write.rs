@@ -430,7 +430,7 @@ fn xattrs(
     }
     match xattr_count(bytes.len()) {
         Some(_) => Ok(Some((bytes, digest))),
-        // It has none rather than that the file cannot be there.
+        // Without the digest, the extended attributes may fit.
         None if with_digest => xattrs(all, false),
         None => Ok(None),
     }

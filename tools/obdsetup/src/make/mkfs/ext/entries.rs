@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! Changes directory entries of ext2, ext3 or ext4 in place: the inode that a name leads to, and
-//! its kind. debugfs could remove a name and write it again, but cannot handle a newline in it.
+//! Changes directory entries of ext2, ext3 or ext4 in place: the inode number and the file type in
+//! the entry of a given name. debugfs could remove an entry and add it again, but cannot handle a
+//! name that has a newline.
 //!
 //! Source: Linux, `Documentation/filesystems/ext4/directory.rst` and `checksums.rst`.
 
@@ -14,14 +15,14 @@ use overlaybd::format::num::to_usize;
 
 /// Offset and length of the superblock in bytes.
 const SUPERBLOCK: (u64, usize) = (1024, 1024);
-/// Length of the entry with the checksum, at the end of a block.
+/// Length in bytes of the last entry in a directory block, which holds the checksum of the block.
 const TAIL: usize = 12;
 
-/// The new content of an entry.
+/// The inode number and the file type that a directory entry gets.
 #[derive(Clone, Copy)]
 pub(super) struct Entry {
     pub(super) inode: u32,
-    /// The kind, as in `st_mode`.
+    /// The file type, as in `st_mode`.
     pub(super) mode: u32,
 }
 
@@ -44,9 +45,9 @@ impl Entry {
 pub(super) struct Geometry {
     block: u64,
     inode_size: u16,
-    /// Whether entries have the kind of their inode.
+    /// Whether a directory entry has a field for the file type (the feature `filetype`).
     kinds: bool,
-    /// The start value of checksums, if there are any.
+    /// The start value of checksums; `None` if the file system has no checksums of metadata.
     seed: Option<u32>,
 }
 
@@ -79,8 +80,9 @@ impl Geometry {
         self.inode_size
     }
 
-    /// Changes the entries of the directory `inode`, whose blocks are `blocks`, to those in
-    /// `names`.
+    /// Changes entries of the directory `inode`, whose blocks are `blocks`: the entry of each name
+    /// in `names` gets the inode number and the file type in `names`. Other entries stay as they
+    /// are.
     pub(super) fn change(
         &self,
         image: &File,
@@ -95,7 +97,7 @@ impl Geometry {
             let sum = self.seed.map(|seed| checksum(seed, inode, &block));
             let stored = block.get(block.len() - 4..).unwrap_or_default();
             if sum.is_some_and(|sum| stored != sum.to_le_bytes()) {
-                bail!("the directory of inode {inode} does not have the checksum that is expected");
+                bail!("a block of the directory with inode {inode} has a wrong checksum");
             }
             let changed = self.change_block(&mut block, names)?;
             if changed == 0 {
@@ -111,20 +113,20 @@ impl Geometry {
         }
         match left {
             0 => Ok(()),
-            _ => bail!("{left} names are missing in the directory of inode {inode}"),
+            _ => bail!("{left} names are missing in the directory with inode {inode}"),
         }
     }
 
-    /// Returns how many entries it changed.
+    /// Changes the entries in one block. Returns the number of changed entries.
     fn change_block(&self, block: &mut [u8], names: &HashMap<&[u8], Entry>) -> Result<usize> {
         let mut changed = 0;
         let mut rest = block;
-        // Inode, length of the entry, length of the name, kind, name.
+        // Inode number, length of the entry, length of the name, file type, name.
         while let Some((&mut [_, _, _, _, len0, len1, name_len, _], _)) =
             rest.split_first_chunk_mut()
         {
             let len = match u16::from_le_bytes([len0, len1]) {
-                // A block of 64 KiB.
+                // The entry fills a block of 64 KiB: 65536 does not fit in 16 bits.
                 0 | u16::MAX => rest.len(),
                 len => len.into(),
             };
@@ -150,7 +152,8 @@ impl Geometry {
     }
 }
 
-/// Returns the checksum of a block of the directory `inode`. mke2fs makes inodes of generation 0.
+/// Returns the checksum of a block of the directory `inode`. It covers the inode number, the
+/// generation of the inode, which mke2fs sets to 0, and the block without its last entry.
 fn checksum(seed: u32, inode: u32, block: &[u8]) -> u32 {
     let seed = raw_crc32c(seed, &inode.to_le_bytes());
     let seed = raw_crc32c(seed, &[0; 4]);
@@ -158,7 +161,7 @@ fn checksum(seed: u32, inode: u32, block: &[u8]) -> u32 {
     raw_crc32c(seed, block.get(..covered).unwrap_or_default())
 }
 
-/// Returns the CRC-32C without inversion before or after.
+/// Returns the CRC-32C, without the usual inversion of the start value and of the result.
 fn raw_crc32c(seed: u32, bytes: &[u8]) -> u32 {
     !crc32c::crc32c_append(!seed, bytes)
 }
