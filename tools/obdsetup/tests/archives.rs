@@ -376,7 +376,7 @@ fn other_archives() {
         ),
         (
             b"\x7fELF\x02\x01\x01\0AI\x02",
-            "an AppImage: `rootfs.tar.gz --appimage-extract`",
+            "an AppImage: a program that unpacks itself with `--appimage-extract`: only if you trust it",
         ),
         (
             b"VMA\0\0\0\0\x01",

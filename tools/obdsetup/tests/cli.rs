@@ -1471,7 +1471,7 @@ fn overlaybdtab() {
         .stderr(contains("tab: `wrong': unknown option `fast'"));
     run("open half")
         .code(1)
-        .stderr(contains("tab: line 6: found 1 fields"));
+        .stderr(contains("tab: line 6: expected 2 or 3 fields (name, layers and perhaps options), found 1"));
     place.write("tab", b"");
     run("open none")
         .code(1)
@@ -1495,7 +1495,7 @@ fn generator() {
     assert!(names(&place.path("units")).is_empty());
     run("tab")
         .code(1)
-        .stderr(contains("tab: line 2: found 1 fields"));
+        .stderr(contains("tab: line 2: expected 2 or 3 fields (name, layers and perhaps options), found 1"));
     let unit = "systemd-overlaybdsetup@app.service";
     assert_eq!(
         names(&place.path("units")),

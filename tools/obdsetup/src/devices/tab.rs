@@ -89,7 +89,7 @@ impl Entry {
             _ => {
                 let found = fields.len();
                 return Err(Failure::usage(format!(
-                    "found {found} fields, expected name, layers and perhaps options"
+                    "expected 2 or 3 fields (name, layers and perhaps options), found {found}"
                 )));
             }
         };
@@ -241,8 +241,14 @@ mod tests {
     #[test]
     fn wrong_lines() {
         for (line, said) in [
-            ("app", "found 1 fields"),
-            ("app /a - more", "found 4 fields"),
+            (
+                "app",
+                "expected 2 or 3 fields (name, layers and perhaps options), found 1",
+            ),
+            (
+                "app /a - more",
+                "expected 2 or 3 fields (name, layers and perhaps options), found 4",
+            ),
             ("a/b /a", "name `a/b'"),
             ("-a /a", "name `-a'"),
             ("app a.obd", "layer `a.obd': expected an absolute name"),

@@ -113,7 +113,7 @@ const STRANGERS: &[(Magic, &str, &str)] = &[
     (
         (8, b"AI\x02"),
         "an AppImage",
-        "`FILE --appimage-extract` unpacks it",
+        "a program that unpacks itself with `--appimage-extract`: only if you trust it",
     ),
     ((0, b"\x7fELF"), "a program (ELF)", NO_DISK),
     ((0, b"<!DOCTYPE "), "a web page", PAGE),
