@@ -43,6 +43,13 @@ def bios(path, plan, depth=1, threads=1):
     return _run("bio", path, plan.path, depth, threads)
 
 
+def beside(path, plan, milliseconds, pause, scan=None):
+    """Reads the ranges of a block device, one at a time, with a pause of so many microseconds before each. Meanwhile,
+    another thread of the same CPU reads from the device of scan: (path, plan, depth)."""
+    other, other_plan, depth = scan or (path, plan, 0)
+    return _run("beside", path, plan.path, milliseconds, pause, other, other_plan.path, depth)
+
+
 def codec(path, plan, algorithm, crc=False):
     """Decompresses the ranges. The extra of each is its decompressed size."""
     return _run("codec", path, plan.path, algorithm, int(crc))

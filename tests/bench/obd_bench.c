@@ -13,8 +13,14 @@
  *   file LIST PLAN BYTES THREADS KEEP
  *	reads files named in LIST, one per line, BYTES at a time; opens all
  *	of them once at the start if KEEP is 1, else one for each range
+ *   beside DEV PLAN MS PAUSE OTHER SCAN DEPTH
+ *	reads the ranges of PLAN one at a time for MS milliseconds, each after a
+ *	pause of PAUSE microseconds on average; meanwhile, another thread reads
+ *	the ranges of the plan SCAN from OTHER, DEPTH at a time, unless DEPTH is
+ *	0. Both threads are bound to the same CPU
  *
  * PLAN is a file of struct piece. It is read before the measurement starts.
+ * beside starts again at its beginning when it ends.
  * Callers repeat commands, and drop caches between them, themselves.
  */
 #include <linux/bio.h>
@@ -23,11 +29,14 @@
 #include <linux/debugfs.h>
 #include <linux/file.h>
 #include <linux/fs.h>
+#include <linux/hrtimer.h>
 #include <linux/kernel_read_file.h>
 #include <linux/kthread.h>
 #include <linux/lz4.h>
 #include <linux/module.h>
 #include <linux/mutex.h>
+#include <linux/random.h>
+#include <linux/sched.h>
 #include <linux/sizes.h>
 #include <linux/sort.h>
 #include <linux/vmalloc.h>
@@ -41,6 +50,7 @@
 #define MAX_DEPTH 256
 #define MAX_THREADS 16
 #define MAX_FILES 1000000
+#define MAX_TIMES 65536
 
 static const char blanks[] = { ' ', '\n', '\0' };
 
@@ -265,23 +275,23 @@ static void slots_free(struct slot *slots, unsigned int depth)
 	kvfree(slots);
 }
 
-static struct slot *slots_alloc(struct job *job, struct llist_head *list,
-				int *error)
+static struct slot *slots_alloc(unsigned int depth, u32 max_len,
+				struct llist_head *list, int *error)
 {
-	u32 chunk, chunks = DIV_ROUND_UP(job->plan.max_len, CHUNK_BYTES);
+	u32 chunk, chunks = DIV_ROUND_UP(max_len, CHUNK_BYTES);
 	struct slot *slots;
 	unsigned int i;
 
-	slots = kvcalloc(job->depth, sizeof(*slots), GFP_KERNEL);
+	slots = kvcalloc(depth, sizeof(*slots), GFP_KERNEL);
 	if (!slots)
 		return NULL;
-	for (i = 0; i < job->depth; i++) {
+	for (i = 0; i < depth; i++) {
 		for (chunk = 0; chunk < chunks; chunk++) {
 			struct page *page = alloc_pages(GFP_KERNEL,
 							CHUNK_ORDER);
 
 			if (!page) {
-				slots_free(slots, job->depth);
+				slots_free(slots, depth);
 				return NULL;
 			}
 			slots[i].chunks[chunk] = page;
@@ -322,7 +332,7 @@ static int bio_work(struct worker *worker)
 	int error = 0;
 	size_t i;
 
-	slots = slots_alloc(job, &list, &error);
+	slots = slots_alloc(job->depth, job->plan.max_len, &list, &error);
 	if (!slots)
 		return -ENOMEM;
 	for (i = worker->first; i < worker->end; i++) {
@@ -364,6 +374,224 @@ static int run_bio(struct job *job, const char *dev, const char *plan,
 	bdev_fput(file);
 out_plan:
 	vfree(job->plan.ranges);
+	return error;
+}
+
+/* A reader of small ranges, beside a thread that reads much. */
+
+struct beside {
+	struct plan plan, scan;
+	struct block_device *bdev, *other;
+	unsigned int ms, pause, depth;
+	u32 *times, *late;
+	size_t count;
+	u64 bytes, ns;
+	/* Bytes that the other thread has read; those while the reader ran. */
+	u64 scanned, scanned_beside;
+	struct completion started, scan_over, over;
+	bool stop;
+	int error, scan_error;
+};
+
+/* What happens to a process when it returns from a system call. */
+static void as_at_user_mode(void)
+{
+	if (need_resched() || test_thread_flag(TIF_NEED_RESCHED_LAZY))
+		schedule();
+}
+
+static int scan_run(void *data)
+{
+	struct beside *beside = data;
+	struct llist_node *nodes = NULL;
+	struct slot *slots, *slot;
+	unsigned int depth = beside->depth, back;
+	LLIST_HEAD(list);
+	size_t i, at = 0;
+	u32 time;
+
+	slots = slots_alloc(depth, beside->scan.max_len, &list,
+			    &beside->scan_error);
+	if (!slots) {
+		beside->scan_error = -ENOMEM;
+		complete(&beside->started);
+		goto out;
+	}
+	for (i = 0; !READ_ONCE(beside->stop); i++) {
+		slot = slot_get(&nodes, &list);
+		/* All ranges have the same length, so any may count. */
+		if (i >= depth)
+			WRITE_ONCE(beside->scanned, beside->scanned +
+				   beside->scan.ranges[at].len);
+		if (i == depth)
+			complete(&beside->started);
+		slot->time = &time;
+		slot_submit(slot, beside->other, &beside->scan.ranges[at]);
+		at = (at + 1) % beside->scan.count;
+		as_at_user_mode();
+	}
+	/* Those that were never submitted are on the list, too. */
+	for (back = 0; back < depth; back++)
+		slot_get(&nodes, &list);
+	slots_free(slots, depth);
+out:
+	complete(&beside->scan_over);
+	return 0;
+}
+
+static void sleep_until(u64 due)
+{
+	ktime_t expires = ns_to_ktime(due);
+
+	set_current_state(TASK_UNINTERRUPTIBLE);
+	schedule_hrtimeout_range(&expires, 0, HRTIMER_MODE_ABS);
+}
+
+static int reader_run(void *data)
+{
+	struct beside *beside = data;
+	struct llist_node *nodes = NULL;
+	struct slot *slots, *slot;
+	u64 start, end, now, due, before;
+	LLIST_HEAD(list);
+	size_t i, at = 0;
+	u32 time;
+
+	slots = slots_alloc(1, beside->plan.max_len, &list, &beside->error);
+	if (!slots) {
+		beside->error = -ENOMEM;
+		goto out;
+	}
+	slot = slot_get(&nodes, &list);
+	slot->time = &time;
+	before = READ_ONCE(beside->scanned);
+	start = ktime_get_ns();
+	end = start + beside->ms * NSEC_PER_MSEC;
+	for (i = 0, now = start; i < MAX_TIMES && now < end; i++) {
+		if (beside->pause) {
+			due = now + beside->pause / 2 +
+			      get_random_u32_below(beside->pause);
+			sleep_until(due);
+			now = ktime_get_ns();
+			beside->late[i] = now - min(due, now);
+		}
+		due = now;
+		slot_submit(slot, beside->bdev, &beside->plan.ranges[at]);
+		slot_get(&nodes, &list);
+		as_at_user_mode();
+		now = ktime_get_ns();
+		beside->times[i] = now - due;
+		beside->bytes += beside->plan.ranges[at].len;
+		at = (at + 1) % beside->plan.count;
+	}
+	beside->scanned_beside = READ_ONCE(beside->scanned) - before;
+	beside->count = i;
+	beside->ns = now - start;
+	slots_free(slots, 1);
+out:
+	complete(&beside->over);
+	return 0;
+}
+
+static int beside_start(int (*work)(void *), struct beside *beside,
+			const char *name)
+{
+	struct task_struct *task = kthread_create(work, beside, "%s", name);
+
+	if (IS_ERR(task))
+		return PTR_ERR(task);
+	kthread_bind(task, cpumask_first(cpu_online_mask));
+	wake_up_process(task);
+	return 0;
+}
+
+static int beside_measure(struct beside *beside)
+{
+	int error;
+
+	init_completion(&beside->started);
+	init_completion(&beside->scan_over);
+	init_completion(&beside->over);
+	if (beside->depth) {
+		error = beside_start(scan_run, beside, "obd_bench/scan");
+		if (error)
+			return error;
+		wait_for_completion(&beside->started);
+	}
+	error = beside_start(reader_run, beside, "obd_bench/read");
+	if (!error)
+		wait_for_completion(&beside->over);
+	if (beside->depth) {
+		WRITE_ONCE(beside->stop, true);
+		wait_for_completion(&beside->scan_over);
+	}
+	error = error ?: beside->error ?: beside->scan_error;
+	if (error)
+		return error;
+	report(beside->count, beside->bytes, beside->ns, beside->times);
+	sort(beside->late, beside->count, sizeof(u32), compare_u32, NULL);
+	result_len += scnprintf(result + result_len,
+				sizeof(result) - result_len,
+				"late50 %u\nlate99 %u\nscanned %llu\n",
+				beside->late[beside->count / 2],
+				beside->late[beside->count - 1 -
+					     beside->count / 100],
+				beside->scanned_beside);
+	return 0;
+}
+
+static int run_beside(char **words)
+{
+	struct file *file, *other;
+	struct beside *beside;
+	int error = -EINVAL;
+
+	beside = kzalloc_obj(*beside);
+	if (!beside)
+		return -ENOMEM;
+	if (kstrtouint(words[3], 10, &beside->ms) ||
+	    kstrtouint(words[4], 10, &beside->pause) ||
+	    kstrtouint(words[7], 10, &beside->depth) || !beside->ms ||
+	    beside->ms > 60 * MSEC_PER_SEC || beside->pause > USEC_PER_SEC ||
+	    beside->depth > MAX_DEPTH)
+		goto out;
+	beside->pause *= NSEC_PER_USEC;
+	error = plan_read(&beside->plan, words[2]);
+	if (error)
+		goto out;
+	error = plan_read(&beside->scan, words[6]);
+	if (error)
+		goto out_plan;
+	error = -EINVAL;
+	if (beside->plan.max_len > MAX_BYTES ||
+	    beside->scan.max_len > MAX_BYTES)
+		goto out_scan;
+	file = bdev_file_open_by_path(words[1], BLK_OPEN_READ, NULL, NULL);
+	error = PTR_ERR_OR_ZERO(file);
+	if (error)
+		goto out_scan;
+	other = bdev_file_open_by_path(words[5], BLK_OPEN_READ, NULL, NULL);
+	error = PTR_ERR_OR_ZERO(other);
+	if (error)
+		goto out_file;
+	beside->bdev = file_bdev(file);
+	beside->other = file_bdev(other);
+	error = -ENOMEM;
+	beside->times = vcalloc(MAX_TIMES, sizeof(u32));
+	beside->late = vcalloc(MAX_TIMES, sizeof(u32));
+	if (beside->times && beside->late)
+		error = beside_measure(beside);
+	vfree(beside->late);
+	vfree(beside->times);
+	bdev_fput(other);
+out_file:
+	bdev_fput(file);
+out_scan:
+	vfree(beside->scan.ranges);
+out_plan:
+	vfree(beside->plan.ranges);
+out:
+	kfree(beside);
 	return error;
 }
 
@@ -623,7 +851,7 @@ out_plan:
 
 static int run(char *line)
 {
-	char *words[7] = {};
+	char *words[8] = {};
 	struct job *job;
 	int count = 0;
 	char *word;
@@ -645,6 +873,8 @@ static int run(char *line)
 	else if (!strcmp(words[0], "file") && count == 6)
 		error = run_file(job, words[1], words[2], words[3], words[4],
 				 words[5]);
+	else if (!strcmp(words[0], "beside") && count == 8)
+		error = run_beside(words);
 	kfree(job);
 	return error;
 }

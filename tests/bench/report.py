@@ -145,6 +145,43 @@ def other_goals(run, goals):
             goals.add(fact, facts[fact], most=most)
 
 
+def pairs(run, row, scan, name):
+    """Returns figures of turns alone and of turns beside a scan, and the ratios of the pairs: three tuples of lower
+    quartile, median, upper quartile."""
+    found = run.data["fairness"][row][scan]
+    alone, beside = ([turn[nth][name] for turn in found] for nth in (0, 1))
+    return [statistics.quantiles(values, n=4, method="inclusive")
+            for values in (alone, beside, [b / max(a, 1) for a, b in zip(alone, beside)])]
+
+
+def fairness_goals(run, goals):
+    """Adds goals for small reads beside a thread that reads much."""
+    for row, scans in run.data.get("fairness", {}).items():
+        for scan in scans:
+            if "1m" in scan and not scan.startswith("dm-linear"):
+                goals.add(f"4k reads of {row}, p99 beside {scan} / alone", pairs(run, row, scan, "p99")[2][1], most=3)
+
+
+def fairness_table(run, out):
+    """Appends a Markdown table of small reads beside a thread that reads much."""
+    out += ["4 KiB reads beside another thread, µs: median of turns (quartiles)", "",
+            "| read | beside | p50 alone | p50 | p50 / alone | p99 alone | p99 | p99 / alone | late, p99 | max | "
+            "MB/s beside |",
+            "|---" * 11 + "|"]
+    for row, scans in run.data["fairness"].items():
+        for scan, found in scans.items():
+            cells = [row, scan]
+            for name in ("p50", "p99"):
+                *times, ratio = pairs(run, row, scan, name)
+                cells += [f"{mid / 1000:.1f} ({low / 1000:.1f}-{high / 1000:.1f})" for low, mid, high in times]
+                cells.append("{1:.2f} ({0:.2f}-{2:.2f})".format(*ratio))
+            cells.append("{1:.1f} ({0:.1f}-{2:.1f})".format(*(ns / 1000 for ns in pairs(run, row, scan, "late99")[1])))
+            cells.append(f"{max(turn[1]['max'] for turn in found) / 1000:.0f}")
+            cells.append(f"{statistics.median(turn[1]['scanned'] * 1000 / turn[1]['ns'] for turn in found):.0f}")
+            out.append("| " + " | ".join(cells) + " |")
+    out.append("")
+
+
 def scaling_goals(one, two, goals):
     """Adds goals for one reader with two CPUs instead of one. The kernels differ, so each is compared with its own
     limit."""
@@ -213,6 +250,8 @@ def markdown(runs):
                      [row for row in run.rows if row.endswith(("cold", "warm"))]):
             if rows:
                 table(run, rows, sorted({device for row in rows for device in run.rows[row]}), out)
+        if "fairness" in run.data:
+            fairness_table(run, out)
         if run.facts:
             out += ["| | |", "|---|---|"] + [f"| {key} | {value} |" for key, value in run.facts.items()] + [""]
     return "\n".join(out)
@@ -254,6 +293,7 @@ def main():
         block_goals(runs["uml"], goals)
         file_goals(runs["uml"], goals)
         other_goals(runs["uml"], goals)
+        fairness_goals(runs["uml"], goals)
     if "uml-smp" in runs:
         if "uml" in runs:
             scaling_goals(runs["uml"], runs["uml-smp"], goals)
@@ -266,6 +306,7 @@ def main():
         emulated = Goals()
         file_goals(runs["stock"], emulated)
         growth_goals(runs["stock"], emulated)
+        fairness_goals(runs["stock"], emulated)
         goals.lines += [line.replace("goal: ", "goal: emulated, ") for line in emulated.lines]
     plots(directory, runs)
     if older:

@@ -362,6 +362,61 @@ class Bench:
         needed = self.layer.zfiles["lz4-4k"].needed(many, 4 * KIB)
         self.result.fact("bytes read beyond those stored, per 4k request", (counters(fresh)[1] - needed) / len(many))
 
+    # ---- fairness ----
+
+    def fairness(self):
+        """Measures small reads, one at a time, beside a thread of the same CPU that reads much: from the lower
+        device, from the same device, from another one. Each turn beside that thread follows one without it. Reads of a RAM disk end
+        where they are submitted; those of null_blk end in a timer's interrupt, as those of hardware do."""
+        turn, rounds = 50, 6 if self.short else 20
+        for lower in ("ram disk", "null_blk"):
+            for kind in ("lz4-4k", "zstd-64k"):
+                blobs = self.blobs
+                if lower == "null_blk":
+                    blobs = {one: null_blk(self.blobs[one]) for one in ("lz4-4k", "zstd-64k")}
+                device = self.zfile_on(blobs, kind)
+                plans = [self.anywhere(device, 16384 // self.less, seed) for seed in range(10, 10 + rounds)]
+                scans = self.scans(blobs, device, kind)
+                for pause in (200,) if self.short else (0, 200):
+                    row = f"{kind} on {lower}, {pause} us"
+                    say(f"fairness, {row}")
+                    start = time.monotonic()
+                    rows = self.result.data.setdefault("fairness", {}).setdefault(row, {})
+                    for plan in plans:
+                        for name, scan in scans.items():
+                            alone = load.beside(device.path, plan, turn, pause)
+                            rows.setdefault(name, []).append((alone, load.beside(device.path, plan, turn, pause, scan)))
+                    say(f"  {len(scans)} figures, {time.monotonic() - start:.0f} s")
+                    self.result.save()
+
+    def scans(self, blobs, device, kind):
+        """Returns what is read beside the small reads: (path, plan, depth) by name."""
+        linear = self.linear(blobs[kind])
+        linear.size = blobs[kind].size
+        others = {"dm-linear": linear, "same": device}
+        for other in ("lz4-4k", "zstd-64k"):
+            others[f"other, {other}"] = self.zfile_on(blobs, other)
+        scans = {}
+        for name, other in others.items():
+            plan = load.Plan((at, MIB, 0) for at in range(0, other.size - MIB + 1, MIB))
+            for depth in (1, 8):
+                scans[f"{name}, 1m, {depth} deep"] = other.path, plan, depth
+        flood = others["other, lz4-4k"]
+        scans["other, lz4-4k, 4k random, 256 deep"] = flood.path, self.anywhere(flood, 16384 // self.less, 7), 256
+        return scans
+
+    def zfile_on(self, blobs, kind):
+        blob, size = blobs[kind], self.layer.zfiles[kind].size
+        device = dm.create(line(0, dm.sectors(size), "zfile", blob.path, blob.size))
+        device.size = size
+        return device
+
+    @staticmethod
+    def anywhere(device, count, seed):
+        """Returns a plan of random reads of 4 KiB."""
+        rng = load.random.Random(seed)
+        return load.Plan((rng.randrange(device.size // 4096) * 4096, 4096, 0) for _ in range(count))
+
     # ---- indexes ----
 
     def lookup(self):
@@ -434,6 +489,27 @@ class Bench:
         shared_layers.main(device, (2, 10) if self.short else (2, 10, 100), self.result.fact)
 
 
+def null_blk(disk):
+    """Returns a null_blk device in memory with the content of a disk. Its reads end in a timer's interrupt after
+    20 us."""
+    config = "/sys/kernel/config/nullb"
+    if not os.path.exists(config):
+        subprocess.run(["mount", "-t", "configfs", "configfs", "/sys/kernel/config"], check=True)
+    where = f"{config}/{os.path.basename(disk.path)}"
+    if not os.path.exists(where):
+        os.mkdir(where)
+        for name, value in (("size", -(-disk.size // MIB)), ("blocksize", 512), ("memory_backed", 1), ("irqmode", 2),
+                            ("completion_nsec", 20000), ("hw_queue_depth", 256), ("power", 1)):
+            with open(f"{where}/{name}", "w", encoding="ascii") as file:
+                file.write(str(value))
+        with open(f"{where}/index", encoding="ascii") as file:
+            path = f"/dev/nullb{file.read().strip()}"
+        subprocess.run(["dd", f"if={disk.path}", f"of={path}", "bs=1M", "iflag=count_bytes", f"count={disk.size}",
+                        "status=none", "conv=fsync"], check=True)
+    with open(f"{where}/index", encoding="ascii") as file:
+        return Disk(f"/dev/nullb{file.read().strip()}", disk.size)
+
+
 def counters(zfile):
     """Returns the number of lower reads, their bytes, and the number of blocks decompressed, from a zfile device's
     status."""
@@ -490,7 +566,7 @@ def read_time(disks, index_bytes):
     return total
 
 
-PARTS = ("block", "file", "cache", "latency", "lookup", "cost", "sharing")
+PARTS = ("block", "file", "cache", "latency", "fairness", "lookup", "cost", "sharing")
 SHORT_PARTS = ("block", "file")
 
 
