@@ -26,6 +26,9 @@
 //! the list, whichever CPU queued it. Workers of CPUs that are offline or isolated (`isolcpus=`,
 //! `nohz_full=`, isolated cpuset partitions) are not woken.
 //!
+//! Small jobs overtake large ones, so a small read does not wait for all parts of the large reads
+//! before it. While there are both, workers take [`SHARE`] bytes of small jobs for each large job.
+//!
 //! Lock order: the list's lock, then the workqueue's own. Both may be taken in any context but NMI.
 //!
 //! C headers: `include/linux/workqueue.h`, `include/linux/cpumask.h`,
@@ -45,10 +48,18 @@ use crate::sys;
 /// Jobs that a worker runs before it lets other work items run on its CPU.
 const BATCH: usize = 64;
 
+/// A job is small if it has at most this number of bytes: the largest block of a ZFile.
+const SMALL: u32 = 64 << 10;
+
+/// Bytes of small jobs that workers take before a large job that was queued earlier.
+const SHARE: u32 = 128 << 10;
+
 /// A step for a worker to run. It is embedded in another structure, such as the frame of an `Io`.
 pub(crate) struct Job {
     next: *mut Job,
     run: Option<unsafe fn(NonNull<Job>)>,
+    /// Number of bytes to process.
+    bytes: u32,
 }
 
 impl Job {
@@ -57,40 +68,45 @@ impl Job {
         Self {
             next: core::ptr::null_mut(),
             run: None,
+            bytes: 0,
         }
     }
 }
 
-/// A FIFO list of jobs, and the set of idle workers.
+/// A queue of jobs.
 ///
 /// # Invariants
 ///
 /// `first` starts a list of queued jobs, linked by `next`; `last` is its end unless it is empty.
-/// Each job is valid, belongs to the list, and has a function that any thread may call with it
-/// once. While there are jobs, `busy` isn't 0, or the holder of the lock is about to wake a worker:
-/// a worker checks the list once more before it becomes idle.
-///
-/// `idle` has the CPUs whose worker is neither running nor queued; `busy` is the number of the
-/// other workers.
-struct List {
+/// Each job is valid, belongs to the queue, and has a function that any thread may call with it
+/// once.
+struct Fifo {
     first: *mut Job,
     last: *mut Job,
-    idle: KBox<CpumaskVar>,
-    busy: usize,
-    /// A mask for [`List::wake`] to compute in.
-    scratch: KBox<CpumaskVar>,
 }
 
-// SAFETY: By the type invariant, any thread may run the jobs; CPU masks are plain memory.
-unsafe impl Send for List {}
+// SAFETY: By the type invariant, any thread may run the jobs.
+unsafe impl Send for Fifo {}
 
-impl List {
+impl Fifo {
+    const fn new() -> Self {
+        // INVARIANT: There is no job.
+        Self {
+            first: core::ptr::null_mut(),
+            last: core::ptr::null_mut(),
+        }
+    }
+
+    fn is_empty(&self) -> bool {
+        self.first.is_null()
+    }
+
     /// Appends a job.
     ///
     /// # Safety
     ///
     /// `job` is valid, has a function that any thread may call with it once, and belongs to the
-    /// list from now on. If no worker is busy, the caller wakes one before it unlocks the list.
+    /// queue from now on.
     unsafe fn push(&mut self, job: NonNull<Job>) {
         let job = job.as_ptr();
         // SAFETY: The caller's promise.
@@ -103,6 +119,70 @@ impl List {
         }
         // INVARIANT: `job` is the end of the list now.
         self.last = job;
+    }
+
+    /// Removes and returns the first job.
+    fn pop(&mut self) -> Option<NonNull<Job>> {
+        let job = NonNull::new(self.first)?;
+        // SAFETY: By the type invariant it is valid.
+        self.first = unsafe { job.as_ref() }.next;
+        Some(job)
+    }
+}
+
+/// The jobs of a device, and the set of its idle workers.
+///
+/// # Invariants
+///
+/// While there are jobs, `busy` isn't 0, or the holder of the lock is about to wake a worker: a
+/// worker checks the list once more before it becomes idle.
+///
+/// `idle` has the CPUs whose worker is neither running nor queued; `busy` is the number of the
+/// other workers.
+struct List {
+    small: Fifo,
+    large: Fifo,
+    /// Bytes of small jobs taken since the last large one.
+    overtaken: u32,
+    idle: KBox<CpumaskVar>,
+    busy: usize,
+    /// A mask for [`List::wake`] to compute in.
+    scratch: KBox<CpumaskVar>,
+}
+
+impl List {
+    /// Appends a job.
+    ///
+    /// # Safety
+    ///
+    /// As for [`Fifo::push`]. If no worker is busy, the caller wakes one before it unlocks the
+    /// list.
+    unsafe fn push(&mut self, job: NonNull<Job>) {
+        // SAFETY: The caller's promise.
+        let queue = match unsafe { job.as_ref() }.bytes {
+            ..=SMALL => &mut self.small,
+            _ => &mut self.large,
+        };
+        // SAFETY: The caller's promise.
+        unsafe { queue.push(job) };
+    }
+
+    /// Removes and returns the next job: a small one, unless it is a large one's turn.
+    fn next(&mut self) -> Option<NonNull<Job>> {
+        if self.large.is_empty() {
+            self.overtaken = 0;
+            return self.small.pop();
+        }
+        if self.overtaken < SHARE {
+            if let Some(job) = self.small.pop() {
+                // SAFETY: By the type invariant of the queue it is valid.
+                let bytes = unsafe { job.as_ref() }.bytes;
+                self.overtaken = self.overtaken.saturating_add(bytes);
+                return Some(job);
+            }
+        }
+        self.overtaken = 0;
+        self.large.pop()
     }
 
     /// Chooses the worker to wake for a new job from CPU `here`: that of `here`, or the next idle
@@ -122,18 +202,16 @@ impl List {
         Some(cpu)
     }
 
-    /// Removes and returns the first job, for the worker of `cpu`. If there is none, marks that
+    /// Removes and returns the next job, for the worker of `cpu`. If there is none, marks that
     /// worker as idle.
     fn pop(&mut self, cpu: CpuId) -> Option<NonNull<Job>> {
-        let Some(job) = NonNull::new(self.first) else {
+        let job = self.next();
+        if job.is_none() {
             // INVARIANT: There are no jobs.
             self.idle.set(cpu);
             self.busy -= 1;
-            return None;
-        };
-        // SAFETY: By the type invariant it is valid.
-        self.first = unsafe { job.as_ref() }.next;
-        Some(job)
+        }
+        job
     }
 
     /// Marks the worker of `cpu` as idle, even if there are jobs. If there are, returns the CPU of
@@ -141,7 +219,7 @@ impl List {
     fn pass(&mut self, cpu: CpuId) -> Option<CpuId> {
         self.idle.set(cpu);
         self.busy -= 1;
-        if self.first.is_null() {
+        if self.small.is_empty() && self.large.is_empty() {
             return None;
         }
         self.wake(CpuId::current())
@@ -225,8 +303,9 @@ impl Workers {
         idle.setall();
         // INVARIANT: The list is empty, and no worker is queued.
         let list = List {
-            first: core::ptr::null_mut(),
-            last: core::ptr::null_mut(),
+            small: Fifo::new(),
+            large: Fifo::new(),
+            overtaken: 0,
             idle,
             busy: 0,
             scratch: mask()?,
@@ -254,8 +333,8 @@ impl Workers {
         )
     }
 
-    /// Queues `job`: a worker calls `run` with it in process context. May be called in any context
-    /// but NMI.
+    /// Queues `job`, which has `bytes` bytes to process: a worker calls `run` with it in process
+    /// context. May be called in any context but NMI.
     ///
     /// Takes a pointer and not a reference, since `this` may be freed before the call returns.
     ///
@@ -267,10 +346,13 @@ impl Workers {
     pub(crate) unsafe fn push(
         this: NonNull<Self>,
         mut job: NonNull<Job>,
+        bytes: u32,
         run: unsafe fn(NonNull<Job>),
     ) {
         // SAFETY: The caller's promise.
         unsafe { job.as_mut() }.run = Some(run);
+        // SAFETY: As above.
+        unsafe { job.as_mut() }.bytes = bytes;
         // SAFETY: The caller's promise. No worker can take a job, and so `this` stays valid, until
         // the lock is released.
         let lock = unsafe { &(*this.as_ptr()).list };

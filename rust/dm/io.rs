@@ -323,6 +323,7 @@ impl<T: Deferred> Io<T> {
 
     /// Continues with `step` in a worker.
     pub(crate) fn defer(mut self, step: Step<T>) {
+        let bytes = self.target().work(self.request());
         let frame = self.frame_mut();
         frame.step = Some(step);
         let live = frame.live;
@@ -339,7 +340,7 @@ impl<T: Deferred> Io<T> {
         // invariant it isn't queued. `run` owns the I/O from now on; an I/O may be sent to any
         // thread. The workers are dropped with the target, which outlives the I/O, and no worker
         // drops the target.
-        unsafe { Workers::push(workers, job, Self::run) };
+        unsafe { Workers::push(workers, job, bytes, Self::run) };
     }
 
     /// The function of a job. Called by a worker.

@@ -56,6 +56,15 @@ pub(crate) struct Request {
     status: Result<(), Status>,
 }
 
+impl Request {
+    /// Returns the number of bytes of the original file in whole blocks of this part.
+    pub(super) fn block_bytes(&self, geometry: &Geometry) -> u32 {
+        let blocks = self.blocks.end.saturating_sub(self.blocks.start);
+        // No overflow: a part has at most `MAX_REQUEST` bytes, and a block before and after.
+        u32::try_from(blocks << geometry.block_shift()).unwrap_or(u32::MAX)
+    }
+}
+
 /// Returns the bytes that a spare buffer needs: enough for the stored bytes of one block, in whole
 /// logical blocks of the lower device. `device_block` is the length of these in bytes.
 pub(super) fn spare_len(geometry: &Geometry, device_block: u64) -> usize {
@@ -400,7 +409,7 @@ impl Zfile {
     /// all blocks.
     fn decodes_at_once(&self, io: &Io<Self>) -> bool {
         let request = io.request();
-        let bytes = (request.blocks.end - request.blocks.start) << self.geometry.block_shift();
+        let bytes = request.block_bytes(&self.geometry).into();
         codec::works_at_once(self.geometry.algorithm())
             && request.skip == 0
             && io.pages().run_len()

@@ -495,19 +495,18 @@ def null_blk(disk):
     config = "/sys/kernel/config/nullb"
     if not os.path.exists(config):
         subprocess.run(["mount", "-t", "configfs", "configfs", "/sys/kernel/config"], check=True)
-    where = f"{config}/{os.path.basename(disk.path)}"
-    if not os.path.exists(where):
-        os.mkdir(where)
-        for name, value in (("size", -(-disk.size // MIB)), ("blocksize", 512), ("memory_backed", 1), ("irqmode", 2),
-                            ("completion_nsec", 20000), ("hw_queue_depth", 256), ("power", 1)):
-            with open(f"{where}/{name}", "w", encoding="ascii") as file:
+    # The device in /dev has this name, too.
+    name = f"null_{os.path.basename(disk.path)}"
+    path = f"/dev/{name}"
+    if not os.path.exists(f"{config}/{name}"):
+        os.mkdir(f"{config}/{name}")
+        for key, value in (("size", -(-disk.size // MIB)), ("blocksize", 512), ("memory_backed", 1), ("irqmode", 2),
+                           ("completion_nsec", 20000), ("hw_queue_depth", 256), ("power", 1)):
+            with open(f"{config}/{name}/{key}", "w", encoding="ascii") as file:
                 file.write(str(value))
-        with open(f"{where}/index", encoding="ascii") as file:
-            path = f"/dev/nullb{file.read().strip()}"
         subprocess.run(["dd", f"if={disk.path}", f"of={path}", "bs=1M", "iflag=count_bytes", f"count={disk.size}",
                         "status=none", "conv=fsync"], check=True)
-    with open(f"{where}/index", encoding="ascii") as file:
-        return Disk(f"/dev/nullb{file.read().strip()}", disk.size)
+    return Disk(path, disk.size)
 
 
 def counters(zfile):
