@@ -13,9 +13,13 @@ import threading
 
 from obdtest import dm, image, stack
 from obdtest.disk import Disk, fails_with, same_bytes, verify_random
-from obdtest.ktap import Failure, add, check, equal, main, test
+from obdtest.ktap import Failure, add, check, equal, main, note, test
+from obdtest.left import eventually
+from obdtest.uring import Ring
 
 SIZE = 300 << 10
+# Most bytes of a read that are decompressed as one job.
+PART = 128 << 10
 RNG = random.Random(11)
 LAYER = image.lsmt(SIZE, image.random_layer(RNG, SIZE, 40, 40))
 PLAIN = image.flatten([image.Lsmt(LAYER)])
@@ -190,6 +194,41 @@ def must_not_wait(make):
 
 for disk_name, make_disk in DISKS.items():
     add(f"{disk_name}: reads that must not wait", must_not_wait, make_disk)
+
+
+@test("a small read overtakes large ones of the same device that came before")
+def overtakes():
+    large, count = 1 << 20, 8
+    wanted = image.sample(count * large + 65536, 12)
+    raw = image.zfile(wanted, image.ZSTD, 65536)
+    loop = dm.Loop(raw)
+    below = dm.linear(loop, loop.size // 512, readonly=True)
+    device = dm.zfile(below, len(raw), len(wanted))
+    disk = Disk(device)
+    before = [Ring(large) for _ in range(count)]
+    first = reads(device)
+    below.suspend()
+    try:
+        for nth, ring in enumerate(before):
+            ring.submit(disk.direct, nth * large, large)
+        # io_uring may submit them from other threads.
+        eventually("lower reads of the large reads", lambda: reads(device) - first, count * large // PART)
+        last = Ring(4096)
+        last.submit(disk.direct, count * large, 4096)
+        eventually("lower reads", lambda: reads(device) - first, count * large // PART + 1)
+    finally:
+        below.resume()
+    same_bytes(last.wait(), wanted[count * large:count * large + 4096], "small read")
+    over = sum(ring.is_over() for ring in before)
+    note(f"{over} of {count} large reads were over")
+    check(over <= count // 2, "the small read has waited for most of the large ones")
+    for nth, ring in enumerate(before):
+        same_bytes(ring.wait(), wanted[nth * large:(nth + 1) * large], f"large read {nth}")
+
+
+def reads(device):
+    """Returns the number of lower reads."""
+    return int(device.info()[5])
 
 
 @test("queue limits: zfile")
