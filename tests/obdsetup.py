@@ -1,6 +1,6 @@
 #!/usr/bin/env python3
 # SPDX-License-Identifier: GPL-2.0
-"""obdsetup and the module: each reads what the other makes, and close leaves nothing behind."""
+"""The module reads the layers that obdsetup writes; open sets up stacks, and close removes all their devices."""
 
 import json
 import os
@@ -26,7 +26,7 @@ def open_device(name, *layers):
 
 
 def wrapping(algorithm, block, crc, tar):
-    """An image with one wrapping, read by the module, by the tests' own reader, and by obdsetup."""
+    """Makes a layer with one wrapping, and reads it with the tests' own reader and through the module."""
     work = work_directory()
     raw, layer = write(f"{work}/raw", DATA), f"{work}/layer"
     args = ["--algorithm", algorithm] + (["--block-size", block] if block else [])
@@ -195,7 +195,7 @@ def paths():
     work = work_directory()
     layer = write(f"{work}/layer.obd", image.zfile(image.lsmt(SIZE, [(0, DATA)])))
     name = f"obdtest-{os.getpid()}"
-    # A program of that name in a directory that PATH has as a relative one must not be run.
+    # A dmsetup in a relative directory of PATH must not be run.
     os.mkdir(f"{work}/bin")
     os.symlink("/bin/false", f"{work}/bin/dmsetup")
     for path in ("/bin", "", None, "bin:.", f"{layer}:/nonexistent"):

@@ -39,6 +39,8 @@ fn with_xattr(name: &[u8], value: &[u8]) -> Vec<u8> {
     tar(&[pax(&[(&key, value)]), member("file", b'0', b"x")])
 }
 
+/// An attribute's name that ends with a command, after so many blanks that a program which splits
+/// long lines would run it: `convert` refuses the name, and the command is not run.
 fn names_are_no_commands() {
     let place = Place::new();
     let told = place.path("told");
@@ -150,9 +152,11 @@ fn many_headers_of_a_member() {
     );
 }
 
+/// A compressed tar needs no end marker. Data after the end marker is ignored, with one warning,
+/// whether the tar is compressed or not; the name of the file does not tell.
 fn compressed_tars_are_read_as_they_are() {
     let place = Place::new();
-    // The compression tells where it ends.
+    // The end of the compressed data is the end of the tar.
     place
         .convert(&gzip(&member("file", b'0', b"x")), "--fs erofs")
         .success()

@@ -16,12 +16,12 @@ use overlaybd::wrap::Wrapping;
 use overlaybd::zfile_writer::Options;
 use overlaybd::{LayerReader, Stack};
 
-/// Faults that this reader cannot report.
+/// Faults that no test here causes.
 const UNREACHABLE: &[Fault] = &[
-    // This reader takes anything but a ZFile as a plain file. Only the kernel's zfile target has
-    // this fault.
+    // Only the kernel's zfile target reports this: the reader tested here takes anything but a
+    // ZFile as a plain file.
     Fault::ZfileMagic,
-    // Needs 2 GiB of segments.
+    // A case would need 128 million segments, which take 2 GiB.
     Fault::LsmtMergedCount,
 ];
 

@@ -23,7 +23,8 @@
 //! reads, marks the stack as half-built, in case obdsetup is killed before.
 //!
 //! In a plan with shared devices, the devices below the disk belong to the layers' files, not to the stack
-//! ([`share`](super::share)): each file has one zfile device, or one linear device if it is not compressed.
+//! ([`share`](super::share)). A compressed file has one zfile device, over a linear device if the file doesn't
+//! end with a whole sector. Any other file has one linear device.
 
 use std::fmt::Write;
 
@@ -122,7 +123,7 @@ impl Device {
     }
 }
 
-/// Devices to make, lowest first. The last one is the disk.
+/// Devices to make, lowest first. The last one is the disk, except in a plan of partitions.
 #[derive(Debug, Default)]
 pub(crate) struct Plan {
     pub(crate) devices: Vec<Device>,
@@ -299,8 +300,9 @@ impl Plan {
         Ok(plan)
     }
 
-    /// Adds the blob device of `payload`, if it needs one: if its file doesn't end with a whole sector, or if
-    /// other stacks would have no other device to find it by.
+    /// Adds the blob device of `payload`, if the layer is a file that needs one: if the file doesn't end with a
+    /// whole sector, or if the layer is shared and has no zfile device. Other stacks find a shared layer by the
+    /// UUID of a device.
     fn add_blob(
         &mut self,
         called: (String, String),
@@ -379,7 +381,8 @@ impl Plan {
         });
         Ok(BlobWords {
             lower,
-            // The size is needed, because the device is longer if the file doesn't end with a whole sector.
+            // The exact size of the original file. The zfile device is longer if that isn't a multiple of the
+            // sector size.
             bytes: size.to_string(),
         })
     }

@@ -62,6 +62,7 @@ impl Package {
     fn message(self, path: &Path, first: &str) -> String {
         let name = path.display();
         match self {
+            // Only for directories: `convert` reads an archive of this kind.
             Self::Docker | Self::Oci => format!(
                 "{name}: a container image (docker save) in a directory, no tree of files: make the archive again, \
                  `tar -C {name} -cf saved.tar .`, and convert that"
@@ -104,7 +105,7 @@ pub(crate) struct Findings {
 pub(crate) struct Scan {
     findings: Findings,
     members: u64,
-    /// Files, but for descriptions of the only one.
+    /// Number of files. A `manifest.json` doesn't count: it may describe a disk that is the only other file.
     files: u64,
     manifest: bool,
     /// Whether something is there that a manifest would name.
@@ -120,7 +121,7 @@ pub(crate) struct Scan {
     metadata_yaml: bool,
     /// Whether a `rootfs` or `rootfs.img` is there.
     rootfs: bool,
-    /// Files that a description of LXD's does not have.
+    /// Whether files are there that an archive with only a description, [`Package::LxdMetadata`], lacks.
     others: bool,
     backup: bool,
     ova_xml: bool,
@@ -229,7 +230,7 @@ pub(crate) fn check_directory(root: &Path) -> Result<Option<Package>> {
         }
     }
     let package = scan.finish().package;
-    // A directory is given for what is in it.
+    // A directory with one disk is not refused: its files are to be converted, not the disk.
     Ok(package.filter(|package| *package != Package::Disk))
 }
 
