@@ -121,7 +121,7 @@ def open_close():
     check(name not in names, f"dmsetup ls: {names!r}")
 
 
-@test("close is refused while the device is open; --deferred waits")
+@test("close is refused while the disk is open; close --deferred removes it after its last user")
 def close_busy():
     work = work_directory()
     layer = write(f"{work}/layer", image.zfile(image.lsmt(SIZE, [(0, DATA[:51200])])))

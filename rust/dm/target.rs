@@ -494,8 +494,8 @@ impl<T: Target> Registration<T> {
     unsafe extern "C" fn preresume(ti: *mut sys::dm_target) -> ffi::c_int {
         // SAFETY: The caller's promise.
         let live = unsafe { Self::live(ti) };
-        // Never fails, because the old table is gone already, and a device that stays suspended
-        // cannot be unmounted.
+        // Never fails, because device-mapper has already replaced the old table, and a device that
+        // stays suspended cannot be unmounted.
         if let Some(claim) = live.claim() {
             claim.begin();
         }

@@ -13,7 +13,7 @@ tests! {
     names_that_no_file_has;
     numbers_that_no_file_has;
     many_headers_of_a_member;
-    compressed_tars_are_read_as_they_are;
+    compressed_tars_and_data_after_the_end_marker;
     names_that_look_like_disks;
     large_files_with_holes;
     acls_that_name_users needs needs::e2fsprogs();
@@ -154,7 +154,7 @@ fn many_headers_of_a_member() {
 
 /// A compressed tar needs no end marker. Data after the end marker is ignored, with one warning,
 /// whether the tar is compressed or not; the name of the file does not tell.
-fn compressed_tars_are_read_as_they_are() {
+fn compressed_tars_and_data_after_the_end_marker() {
     let place = Place::new();
     // The end of the compressed data is the end of the tar.
     place

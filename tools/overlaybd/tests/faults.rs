@@ -413,7 +413,7 @@ fn every_fault() {
         let reachable = !UNREACHABLE.contains(&fault);
         assert_eq!(
             covered, reachable,
-            "{fault:?} has no test, or needs no excuse"
+            "{fault:?}: no test causes it, or it is in UNREACHABLE although one does"
         );
     }
 }
