@@ -33,7 +33,8 @@ def try_device(make, *args):
 
 
 def claimed_size(raw, limit=1 << 40):
-    """Returns the size that a ZFile claims, without any check."""
+    """Returns the size of the original file as the header or else the trailer of a ZFile has it, checked only against
+    the limit; 512 if there is none."""
     for at in (0, len(raw) - 512):
         size = struct.unpack_from("<Q", raw, at + 56)[0] if len(raw) >= 512 else 0
         if 0 < size < limit:

@@ -22,8 +22,8 @@ HUGE = 2 << 20
 MIB = 1 << 20
 MODULE = "dm_overlaybd"
 
-# What the initrd does. In the guest's command line, obd.table is the line of a mapped device, obd.device what is
-# mounted, and obd.mount are the options.
+# What the initrd does. In the guest's command line, obd.table is the line of a mapped device, obd.last the last disk,
+# for which it waits up to a second, obd.device what is mounted, and obd.mount are the options.
 INIT = r"""#!/bin/busybox sh
 export PATH=/bin DM_DISABLE_UDEV=1
 mount -t proc proc /proc
@@ -79,8 +79,8 @@ def _libraries(program):
 
 
 def make_initrd(path, init, release, modules, programs=(), module=None):
-    """Makes an initrd with busybox, other programs, and modules, one of which is not the kernel's. /modules/order has
-    their names."""
+    """Makes an initrd with busybox, other programs, and modules: those of the kernel, and, if given, the file module.
+    /modules/order has their names in the order in which they are loaded."""
     tree = f"{path}.tree"
     for name in ("bin", "modules", "proc", "sys", "dev", "mnt"):
         os.makedirs(f"{tree}/{name}")
@@ -167,7 +167,7 @@ class Guest:
         return self.process.pid
 
     def wait_for(self, mark):
-        """Reads until a line begins with the mark. Returns what came before, and that line."""
+        """Reads until a line has the mark. Returns the lines before it, and that line from the mark on."""
         before, end = [], time.monotonic() + self.timeout
         while True:
             while "\n" in self.rest:

@@ -1,9 +1,9 @@
 #!/usr/bin/env python3
 # SPDX-License-Identifier: GPL-2.0
 """obdsetup killed or signalled at any moment, where udevd runs, is stopped, is absent, or sits in another IPC
-namespace: nothing hurts anybody else, and the next open or close of that name clears what is left.
+namespace: no other stack is affected, and the next open or close of that name clears what is left.
 
-OBD_KILLS is the number of kills of each kind, and OBD_SEED says when they come: each run prints its own.
+OBD_KILLS is the number of kills of each kind. OBD_SEED is the seed of their random moments; each run prints its own.
 """
 
 import contextlib

@@ -18,7 +18,7 @@ from obdtest.programs import need, need_module, quietly
 from obdtest.recipes import APP, DATA, PIECE, SIZE, Work, main_in_vm, nothing_left, recipe, sh, target_status, whole
 
 
-@test("dm-verity below: the bytes of the source; a changed block is EIO and nothing else")
+@test("dm-verity below: the bytes of the source; reads of a changed block fail with EIO, others are right")
 def verity_below():
     need("veritysetup")
     need_module("dm-verity")
@@ -36,13 +36,13 @@ def verity_below():
     equal(target_status("app-verified")[3], "V", "state of the other verity")
     sh(down)
     nothing_left()
-    # Without verity nobody notices.
+    # Without verity, the changed bytes are read, and no read fails.
     sh("obdsetup open app base.obd app.obd")
-    check(whole("app") != work.disk, "the change shows")
+    check(whole("app") != work.disk, "without verity, the disk has the changed bytes")
     sh("obdsetup close app")
 
 
-@test("dm-verity above: the bytes of the source; a changed block is EIO and nothing else")
+@test("dm-verity above: the bytes of the source; reads of a changed block fail with EIO, others are right")
 def verity_above():
     need("veritysetup")
     need_module("dm-verity")
@@ -54,14 +54,14 @@ def verity_above():
     work.corrupt()
     right, failed = work.pieces("app-verified")
     check(right and failed, f"{right} pieces right, {failed} with EIO")
-    check(whole("app") != work.disk, "the change shows below verity")
+    check(whole("app") != work.disk, "below verity, the disk has the changed bytes")
     equal(target_status("app-verified")[3], "C", "state of verity")
     sh(down)
     nothing_left()
 
 
 def work_of_server():
-    """A Work whose layers are where a server has them, on this machine under the name of the server."""
+    """Returns a Work with the layers' files where a server has them. The name of the server means this machine."""
     work = Work()
     os.mkdir("images")
     for name in ("base", "app"):
@@ -102,14 +102,14 @@ class NvmeTcp:
                 os.rmdir(path)
 
     def lose(self):
-        """The server is not there any more."""
+        """Takes the export away, so that the node loses the server."""
         os.unlink(f"{self.TARGET}/ports/1/subsystems/images")
 
     def come_back(self):
         os.symlink(f"{self.TARGET}/subsystems/images", f"{self.TARGET}/ports/1/subsystems/images")
 
 
-@test("NVMe over TCP: a server that is lost is EIO after a while, and goes on when it is back")
+@test("NVMe over TCP: reads fail with EIO a while after the server is lost, and work again when it is back")
 def nvme_tcp():
     remote_ = NvmeTcp()
     work = remote_.work
@@ -180,7 +180,7 @@ def third_layer():
     same_bytes(read("/mnt/more") + read("/mnt/text"), APP[:70000] + b"another", "what was written")
     sh(down)
     nothing_left()
-    # The same as by way of the whole disk.
+    # The layer equals one that is made by comparing the whole disk.
     sh("""obdsetup open --writable new.changes work base.obd app.obd
         obdsetup create --base base.obd --base app.obd --image /dev/mapper/work --tar slow.tar
         obdsetup close work""")
@@ -310,11 +310,11 @@ def remote():
     nothing_left()
 
 
-@test("nbdkit and dm-clone: a server that hangs, and one that dies, is EIO; the copy goes on later")
+@test("nbdkit and dm-clone: reads fail with EIO if the server hangs or dies; what was copied stays")
 def remote_dies():
     remotes = Remote()
     work = remotes.work
-    # Half a megabyte each second, so that it can be stopped before all is local.
+    # Half a megabyte each second, so that the copy can be stopped before all is local.
     remotes.server("--filter=rate", "rate=4M")
     remotes.node()
     work.same()
@@ -341,7 +341,7 @@ def remote_dies():
         nbd-client -d /dev/nbd0
         nbd-client -d /dev/nbd1""")
     nothing_left()
-    # Once more with the same volumes.
+    # Make the clone devices again with the same volumes: what was copied is still local.
     remotes.server()
     sh("\n".join(line for line in remotes.blocks[1].splitlines() if "lvcreate" not in line))
     check(hydrated("base-local")[0] >= before[0], f"local: {hydrated('base-local')}, before {before}")
@@ -405,7 +405,7 @@ def ublk():
     nothing_left()
 
 
-@test("ublk: a server that dies is EIO")
+@test("ublk: reads fail with EIO if the server dies")
 def ublk_dies():
     work, _ = ublk_up()
     kill("rublk")

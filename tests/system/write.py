@@ -1,9 +1,9 @@
 #!/usr/bin/env python3
 # SPDX-License-Identifier: GPL-2.0
-"""obdsetup open --writable and create --changes: what is written survives and becomes a layer, a store is filled for
-its own layers only, and a kill, a crash and a store without room hurt nobody.
+"""obdsetup open --writable and create --changes: what is written survives and becomes a layer, a store is accepted only
+with the layers that it was made for, and after a kill, a crash or a full store, no wrong layer is made.
 
-OBD_KILLS is the number of kills, and OBD_SEED says when they come.
+OBD_KILLS is the number of kills. OBD_SEED is the seed of the random moments at which they come.
 """
 
 import contextlib
@@ -37,7 +37,7 @@ def refused(status, said, *args):
 
 
 def write_disk(at, content, path=DISK):
-    """Writes to the disk, and waits until it is there."""
+    """Writes content at byte at of the disk, and syncs it."""
     fd = os.open(path, os.O_WRONLY)
     try:
         equal(os.pwrite(fd, content, at), len(content), "bytes written")
@@ -92,7 +92,7 @@ def changes(name=NAME, status=0):
     return report["health"], report["changes"]
 
 
-@test("from a directory: what is written survives a close, and the third layer is that of the whole disk", timeout=LONG)
+@test("what is written survives a close; the layer of a store equals the layer of the whole disk", timeout=LONG)
 def loop_of_layers():
     work()
     for name in LAYERS:
@@ -196,7 +196,7 @@ def device_store():
     obdsetup("open", "--writable", device, NAME, *LAYERS, status=5)
     os.close(fd)
     same_bytes(read("volume")[:4096], before, "the head")
-    # By way of another loop device, it is the same store.
+    # Another loop device over the same file is the same store.
     obdsetup("open", "--writable", device, NAME, *LAYERS)
     other = run("losetup", "--find", "--show", "volume").strip()
     defer(quietly, "losetup", "--detach", other)
@@ -235,7 +235,7 @@ def large_sectors():
 
 
 def fill():
-    """Writes to the disk until it refuses; the bytes that it took."""
+    """Writes to the disk until a write fails. Returns the number of bytes written."""
     done = 0
     try:
         for at in range(0, SIZE, 64 << 10):
@@ -280,7 +280,7 @@ def full():
 @test("a store that is full to the last chunk, and one that has a chunk left", timeout=LONG)
 def last_chunk():
     work()
-    # Of 511 chunks, one is the header, and two are areas.
+    # Of 511 chunks, one is the header, and two have the exceptions: 508 are left for data.
     for chunks in (507, 508):
         open_writable("--store-size", "2m")
         for nth in range(chunks):
@@ -291,7 +291,7 @@ def last_chunk():
         if chunks == 507:
             obdsetup("create", "--changes", "store", *BASES, "third.obd")
         else:
-            # A write could have come after the last look.
+            # A write may have failed after `close` read the status for the last time.
             refused(3, "store: was full", "create", "--changes", "store", *BASES, "none")
             open_writable("--store-size", "4m")
             obdsetup("close", NAME)
@@ -325,7 +325,7 @@ def crash():
     content[50_000:150_000] = more
     for name in (NAME, f"{NAME}-image", f"{NAME}-store"):
         run("dmsetup", "remove", "--retry", name)
-    # The devices of the layers.
+    # Removes the devices of the layers, which are left of the crash.
     obdsetup("open", NAME, *LAYERS)
     obdsetup("close", NAME)
     nothing_left()
@@ -335,7 +335,7 @@ def crash():
     same_bytes(read(DISK), bytes(content), "content")
     obdsetup("close", NAME)
     obdsetup("create", "--changes", "store", *BASES, "third.obd")
-    # In use, it goes later, and nobody closes the store.
+    # The kernel removes a disk that is in use later. Then no obdsetup runs that could mark the store as closed.
     open_writable()
     with open(DISK, "rb"):
         _, said = obdsetup("close", "--deferred", NAME)
@@ -348,7 +348,7 @@ def crash():
 
 
 def kill(rng, lasts, *args):
-    """Runs obdsetup and kills it within that time; whether it was not over before."""
+    """Runs obdsetup and kills it within lasts seconds. Returns whether it was still running."""
     child = subprocess.Popen(["obdsetup", *args], stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
                              stderr=subprocess.DEVNULL)
     time.sleep(rng.random() * lasts)
@@ -422,7 +422,7 @@ def failed_open():
     quietly("dmsetup", "remove", f"{NAME}-store")
     obdsetup(*new, "--lsmt-opt", "no_such_option", NAME, *LAYERS, status=4)
     check(not os.path.exists("store"), "no store")
-    # The disk was there already.
+    # This open fails last of all, when it has made the disk: it cannot write its output.
     with open("/dev/full", "wb") as full:
         done = subprocess.run(["obdsetup", *new, NAME, *LAYERS], stdout=full, stderr=subprocess.PIPE, check=False)
     check(done.returncode != 0 and not os.path.exists("store"), f"no store: {done}")
@@ -498,7 +498,7 @@ def two_at_once():
             os.unlink("store")
 
 
-@test("a store that no write reaches for a while is no closed one, though its header says nothing", timeout=LONG)
+@test("a write to the store fails: obdsetup records it, though dm-snapshot's header says valid", timeout=LONG)
 def failed_writes():
     work()
     with open("volume", "wb") as file:
@@ -523,7 +523,7 @@ def failed_writes():
         write_disk(1 << 20, RNG.randbytes(8192))
     swap(linear)
     run("blockdev", "--flushbufs", store)
-    equal(read(store)[4100:4104], b"\1\0\0\0", "the store is valid, as its header says")
+    equal(read(store)[4100:4104], b"\1\0\0\0", "field valid of dm-snapshot's header")
     obdsetup("close", NAME)
     refused(3, "a write to it failed when it was open last", "create", "--changes", store, *BASES, "none")
     _, said = obdsetup("open", "--writable", store, NAME, *LAYERS)
@@ -564,7 +564,7 @@ def other_machine():
             run("dmsetup", "remove", "--retry", name)
     on_machine("2", "2", "open", "--take-over", *reopen[1:])
     obdsetup("close", NAME)
-    # Closed, it is anybody's.
+    # A closed store may be opened on any machine.
     on_machine("3", "3", *reopen)
     obdsetup("close", NAME)
     nothing_left()
@@ -611,7 +611,7 @@ exit $code
     same_bytes(read("out.raw"), bytes(content), "the disk of all layers")
 
 
-@test("udev takes the disk for one, and leaves those below it alone", timeout=LONG)
+@test("udev makes links to the disk, and none to the devices below it", timeout=LONG)
 def udev():
     work()
     run("mkfs.ext4", "-q", "-F", "disk.raw")
