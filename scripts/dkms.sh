@@ -85,7 +85,8 @@ thin() {
 	find "$1"/{arch,rust,tools} -type f \( -name '*.[coS]' -o -name '*.a' \) -delete
 }
 
-# make_tree: make the tree unless a usable tree exists, and remove the trees of kernels whose headers are gone.
+# make_tree: make the tree, unless a usable tree exists. Before making it, remove the trees of kernels whose headers are
+# gone.
 make_tree() {
 	local old
 	lock "$TREES/lock" "set-up in $TREES"

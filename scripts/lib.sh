@@ -20,7 +20,8 @@ IN_ROOT=/clone
 [[ ${XDG_CACHE_HOME:-} == /* ]] || XDG_CACHE_HOME=${HOME:?HOME is not set}/.cache
 CACHE=$XDG_CACHE_HOME/dm-overlaybd
 LOGS=$BUILD/log
-# Images made by other tools, which tests compare with if available: a directory goldens near the clone.
+# Images made by other tools, which tests compare with if available: a directory goldens in a directory beside the clone
+# (or in the clone itself).
 near=("$CLONE"/../*/goldens)
 GOLDENS=${OBD_GOLDENS:-${near[0]}}
 
@@ -46,7 +47,8 @@ need_root() {
 	sudo -v || die "root is needed for mounts and name spaces: run this as root, or as a user whom sudo lets run everything"
 }
 
-# not_by_sudo: refuse to build as root in a user's clone: the user could not change those files.
+# not_by_sudo: refuse to build as root in a user's clone: the user could not change those files. Called if something is
+# not built yet.
 not_by_sudo() {
 	[ "$(id -u)" != 0 ] || [ "$(stat -c %u "$CLONE")" = 0 ] ||
 		die "nothing is built yet: run 'make' and 'make tools' as $(stat -c %U "$CLONE") first, then this as root"

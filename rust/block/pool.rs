@@ -28,7 +28,7 @@ const ORDERS: usize = MAX_ORDER as usize + 1;
 const ON_CPU: [usize; ORDERS] = scaled([32, 16, 8, 16]);
 /// Largest number of pieces of each order on the common shelf: 3.5 MiB in total.
 const IN_COMMON: [usize; ORDERS] = scaled([128, 64, 32, 64]);
-/// Largest number of pieces that are moved or freed at once.
+/// Largest number of pieces that are taken from a shelf while its lock is held.
 const BATCH: usize = 8;
 
 /// Scales numbers of pieces for pages of 4 KiB to the size of pages of this kernel: as many as have

@@ -168,7 +168,8 @@ fn cannot(out: &Path) -> String {
     format!("{}: cannot complete the directory", out.display())
 }
 
-/// Returns the error if `out` exists. It is never replaced, because it may have other files.
+/// Returns the error for an `out` that exists. An existing directory is never replaced, because other files may
+/// be in it.
 fn there(out: &Path) -> anyhow::Error {
     let message = format!("{}: exists already; remove it first", out.display());
     Failure::error(exit::BUSY, message)

@@ -35,7 +35,8 @@ use crate::terminal::exit::{self, Failure};
 use crate::terminal::interrupt;
 use crate::terminal::size;
 
-/// How long to wait for a lock or a loop device. Programs such as udev may have it for a moment.
+/// How long to wait for the lock of a store or for a loop device. Another obdsetup, or a program such as
+/// udev, may have it for a moment.
 const PATIENCE: Duration = Duration::from_secs(5);
 const POLL: Duration = Duration::from_millis(20);
 
