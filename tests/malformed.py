@@ -100,7 +100,12 @@ def changed_later():
     loop.write(512, image.zfile(image.sample(200000, 4))[512:len(raw) - 512])
     wanted = data + bytes(-len(data) % 512)
     disk = Disk(device)
-    failed = sum(read_or_none(disk, at, min(4096, len(wanted) - at)) is None for at in range(0, len(wanted), 4096))
+    failed = 0
+    for at in range(0, len(wanted), 4096):
+        found = read_or_none(disk, at, min(4096, len(wanted) - at))
+        failed += found is None
+        if found is not None:
+            same_bytes(found, wanted[at:at + 4096], f"at {at}")
     check(failed, "nothing has failed")
 
 

@@ -314,7 +314,7 @@ def signals_at_locks():
             (f"/run/obdsetup/{NAME}", None, plain, f"waited for {at_work} {NAME}"),
             (f"/run/obdsetup/{NAME}", plain, ["close", NAME], f"waited for {at_work} {NAME}"),
             (f"/run/obdsetup/.{shared}", None, plain, f"waited for {at_work} {shared}"),
-            (store, None, writable, f"{store}: another obdsetup is at work on it")):
+            (store, None, writable, f"{store}: is locked by another program, such as another obdsetup")):
         if before:
             way.run(*before)
             udevd.settle()

@@ -346,6 +346,8 @@ def remote_dies():
     sh("\n".join(line for line in remotes.blocks[1].splitlines() if "lvcreate" not in line))
     check(hydrated("base-local")[0] >= before[0], f"local: {hydrated('base-local')}, before {before}")
     work.same()
+    sh("dmsetup message base-local 0 enable_hydration")
+    wait(lambda: hydrated("base-local")[0] > before[0], "the copy goes on")
     sh("umount /mnt; obdsetup close app; dmsetup remove base-local app-local")
 
 

@@ -226,7 +226,9 @@ impl Args {
         let is_for_store = self.create || self.take_over || self.store_size.is_some();
         let message = match &self.writable {
             None if is_for_store => "--create, --store-size and --take-over are for --writable",
-            Some(_) if self.layers.zfile => "--writable is for layers, not for --zfile",
+            Some(_) if self.layers.zfile => {
+                "--writable and --zfile exclude each other (writable= and zfile in overlaybdtab)"
+            }
             // Linear devices may begin within a page, and overlap: one page, two files.
             _ if self.partitions && self.layers.dax => {
                 "--partitions is not for --dax, with which one file system has the whole disk"

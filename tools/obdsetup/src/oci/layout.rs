@@ -152,7 +152,7 @@ impl Layout {
                         entries += index.manifests.len();
                         if seen.len() > INDEXES || entries > ENTRIES {
                             let what = format!(
-                                "has more than {INDEXES} indexes in indexes, or {ENTRIES} images"
+                                "has more than {INDEXES} nested indexes, or {ENTRIES} entries in all of them"
                             );
                             return Err(bad(self.name(), &what));
                         }

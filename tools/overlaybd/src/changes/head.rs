@@ -176,7 +176,7 @@ impl Head {
         let store = sectors("head store size", field::STORE)?;
         let chunk = le32(bytes, field::CHUNK);
         let right = chunk.is_power_of_two() && (CHUNK..=MAX_CHUNK).contains(&chunk);
-        let expected = "a power of two from 8 to 2048";
+        let expected = "a power of two from 8 to 2048 sectors";
         check(
             right,
             "head chunk size",

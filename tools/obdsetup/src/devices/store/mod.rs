@@ -83,7 +83,7 @@ fn lock(file: &File, operation: FlockOperation, what: &str) -> Result<()> {
             Err(rustix::io::Errno::WOULDBLOCK | rustix::io::Errno::INTR) => {}
             Err(error) => return Err(std::io::Error::from(error)).with_context(|| what.to_owned()),
         }
-        let message = format!("{what}: another obdsetup is at work on it");
+        let message = format!("{what}: is locked by another program, such as another obdsetup");
         interrupt::check().with_context(|| message.clone())?;
         if Instant::now() >= end {
             return Err(Failure::error(exit::BUSY, message));

@@ -562,7 +562,8 @@ impl Writer<'_> {
         let meta = &node.meta;
         let mut inode = Vec::new();
         inode.extend((1 | (plan.layout << 1)).to_le_bytes());
-        let count = xattr_count(plan.xattrs.len()).context("too many extended attributes")?;
+        let count = xattr_count(plan.xattrs.len())
+            .context("more extended attributes than erofs can hold: use --fs squashfs")?;
         inode.extend(count.to_le_bytes());
         inode.extend(u16::try_from(node.st_mode())?.to_le_bytes());
         inode.extend([0; 2]);
