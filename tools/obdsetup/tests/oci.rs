@@ -1298,7 +1298,10 @@ fn hostile_layouts() {
     place.ok("convert layout x --ref 7");
     fs::remove_dir_all(place.path("x")).unwrap();
     fs::write(root.join("index.json"), of(&many, 100)).unwrap();
-    refused(3, "has more than 1000 nested indexes, or 10000 entries in all of them");
+    refused(
+        3,
+        "has more than 1000 nested indexes, or 10000 entries in all of them",
+    );
     // Where something is, a directory isn't made; what a link leads to is left alone.
     image(&root, std::slice::from_ref(&good));
     std::os::unix::fs::symlink("none", place.path("link")).unwrap();

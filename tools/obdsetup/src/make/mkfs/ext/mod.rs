@@ -214,7 +214,10 @@ impl Mend<'_> {
             .zip(self.names.iter())
             .find(|(&found, _)| !found)
         {
-            Some((_, name)) => bail!("{}: is missing in the file system that mke2fs made", show(&self.names.path(name))),
+            Some((_, name)) => bail!(
+                "{}: is missing in the file system that mke2fs made",
+                show(&self.names.path(name))
+            ),
             None => Ok(()),
         }
     }
