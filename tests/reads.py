@@ -15,7 +15,6 @@ from obdtest import dm, image, stack
 from obdtest.disk import Disk, fails_with, same_bytes, verify_random
 from obdtest.ktap import Failure, add, check, equal, main, note, test
 from obdtest.left import eventually
-from obdtest.uring import Ring
 
 SIZE = 300 << 10
 # Most bytes of a read that are decompressed as one job.
@@ -205,25 +204,28 @@ def overtakes():
     below = dm.linear(loop, loop.size // 512, readonly=True)
     device = dm.zfile(below, len(raw), len(wanted))
     disk = Disk(device)
-    before = [Ring(large) for _ in range(count)]
-    first = reads(device)
+    first, ended = reads(device), []
+
+    def read(offset, length):
+        same_bytes(disk.read(offset, length), wanted[offset:offset + length], f"{length} bytes at {offset}")
+        ended.append(length)
+
+    threads = [threading.Thread(target=read, args=(nth * large, large)) for nth in range(count)]
+    threads.append(threading.Thread(target=read, args=(count * large, 4096)))
     below.suspend()
     try:
-        for nth, ring in enumerate(before):
-            ring.submit(disk.direct, nth * large, large)
-        # io_uring may submit them from other threads.
+        for thread in threads[:-1]:
+            thread.start()
         eventually("lower reads of the large reads", lambda: reads(device) - first, count * large // PART)
-        last = Ring(4096)
-        last.submit(disk.direct, count * large, 4096)
+        threads[-1].start()
         eventually("lower reads", lambda: reads(device) - first, count * large // PART + 1)
     finally:
         below.resume()
-    same_bytes(last.wait(), wanted[count * large:count * large + 4096], "small read")
-    over = sum(ring.is_over() for ring in before)
-    note(f"{over} of {count} large reads were over")
-    check(over <= count // 2, "the small read has waited for most of the large ones")
-    for nth, ring in enumerate(before):
-        same_bytes(ring.wait(), wanted[nth * large:(nth + 1) * large], f"large read {nth}")
+    for thread in threads:
+        thread.join()
+    equal(len(ended), len(threads), "reads that ended with the right bytes")
+    note(f"{ended.index(4096)} of {count} large reads ended before the small one")
+    check(ended.index(4096) <= count // 2, "the small read has waited for most of the large ones")
 
 
 def reads(device):

@@ -35,7 +35,7 @@ class Ring:
         defer(os.close, self.fd)
         fields = struct.unpack("=30I", params)
         self.tail, self.mask, self.array = fields[11], fields[12], fields[16]
-        self.cq_head, self.cq_tail, self.cq_mask, self.cqes = fields[20], fields[21], fields[22], fields[25]
+        self.cq_head, self.cq_mask, self.cqes = fields[20], fields[22], fields[25]
         size = max(self.array + 4 * fields[0], self.cqes + 16 * fields[1])
         self.rings = mmap.mmap(self.fd, size)
         self.sqes = mmap.mmap(self.fd, 64 * fields[0], offset=_SQES)
@@ -53,10 +53,6 @@ class Ring:
         struct.pack_into("=I", self.rings, self.array + 4 * slot, slot)
         struct.pack_into("=I", self.rings, self.tail, tail + 1)
         _call(_ENTER, ctypes.c_uint(self.fd), ctypes.c_uint(1), ctypes.c_uint(0), ctypes.c_uint(0), None, ctypes.c_size_t(0))
-
-    def is_over(self):
-        """Returns whether the read has ended."""
-        return self._get(self.cq_head) != self._get(self.cq_tail)
 
     def wait(self):
         """Waits for the read. Returns the data, or the negative errno."""
