@@ -55,6 +55,8 @@ const PARTS: [&str; 16] = [
 /// What kinds of members there are.
 const KINDS: [u8; 8] = *b"05120536";
 const TAR: &str = "application/vnd.oci.image.layer.v1.tar";
+const MANIFEST: &str = "application/vnd.oci.image.manifest.v1+json";
+const INDEX: &str = "application/vnd.oci.image.index.v1+json";
 const XATTR: &[u8] = b"user.n";
 
 /// What is made of the layers.
@@ -136,6 +138,19 @@ enum Stored {
     HardLink,
 }
 
+/// What is in an index besides the image: nothing of it may matter.
+struct Others {
+    /// Indexes that lead to it.
+    depth: u8,
+    /// Whether the image is there twice.
+    twice: bool,
+    attestation: bool,
+    /// Whether there is an image for another platform, too.
+    foreign: bool,
+    /// Whether the command line says for which platform the image is.
+    told: bool,
+}
+
 /// What follows the first conversion.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Second {
@@ -157,6 +172,7 @@ struct Case {
     stored: Stored,
     /// Which file of an archive comes first; with the highest bit, backwards.
     order: u8,
+    others: Others,
     second: Second,
 }
 
@@ -195,7 +211,7 @@ fn read_member(input: &mut Unstructured<'_>) -> Result<Member> {
 
 fn read(data: &[u8]) -> Result<Case> {
     let mut input = Unstructured::new(data);
-    let [layers, patches, form, how, order]: [u8; 5] = input.arbitrary()?;
+    let [layers, patches, form, how, order, others]: [u8; 6] = input.arbitrary()?;
     let forms = [Form::Layout, Form::Archive, Form::Saved, Form::Files];
     let stored = [
         Stored::Digest,
@@ -217,6 +233,13 @@ fn read(data: &[u8]) -> Result<Case> {
         sums: how & 1 != 0,
         stored: stored[usize::from((how >> 1) % 4)],
         order,
+        others: Others {
+            depth: others % 4,
+            twice: others & 4 != 0,
+            attestation: others & 8 != 0,
+            foreign: others & 16 != 0,
+            told: others & 32 != 0,
+        },
         second: second[usize::from((how >> 3) % 4)],
     };
     for _ in 0..=layers % 4 {
@@ -337,6 +360,12 @@ impl Member {
     }
 }
 
+/// A descriptor with a platform.
+fn on(described: &str, os: &str, architecture: &str) -> String {
+    let start = described.strip_suffix('}').unwrap();
+    format!(r#"{start},"platform":{{"architecture":"{architecture}","os":"{os}"}}}}"#)
+}
+
 /// The files of an image, by name, and links: name, kind, target.
 #[derive(Default)]
 struct Image {
@@ -437,20 +466,49 @@ impl Case {
         let (config_name, config) = image.blob(config, "application/vnd.oci.image.config.v1+json");
         if form == Form::Saved {
             let saved = format!(
-                r#"[{{"Config":"{config_name}","RepoTags":["a:b"],"Layers":[{}]}}]"#,
+                r#"{{"Config":"{config_name}","RepoTags":["a:b"],"Layers":[{}]}}"#,
                 names.join(",")
             );
+            let count = 1 + usize::from(self.others.twice);
+            let saved = format!("[{}]", vec![saved; count].join(","));
             let saved = self.patched(level::MANIFEST, saved);
             image.files.insert("manifest.json".to_owned(), saved);
             return image;
         }
-        let manifest = format!(
-            r#"{{"schemaVersion":2,"config":{config},"layers":[{}]}}"#,
-            layers.join(",")
-        );
-        let manifest = self.patched(level::MANIFEST, manifest);
-        let (_, manifest) = image.blob(manifest, "application/vnd.oci.image.manifest.v1+json");
-        let index = format!(r#"{{"schemaVersion":2,"manifests":[{manifest}]}}"#);
+        let manifest = |layers: &[String]| {
+            let layers = layers.join(",");
+            format!(r#"{{"schemaVersion":2,"config":{config},"layers":[{layers}]}}"#)
+        };
+        let own = self.patched(level::MANIFEST, manifest(&layers));
+        let (_, own) = image.blob(own, MANIFEST);
+        let mut entries = vec![own];
+        if self.others.twice {
+            entries.push(entries[0].clone());
+        }
+        if self.others.foreign {
+            // Only then must the index say what the image is for: this machine, which is an x86-64.
+            entries = entries
+                .iter()
+                .map(|own| on(own, "linux", "amd64"))
+                .collect();
+            let (_, foreign) = image.blob(manifest(&layers[..1]).into_bytes(), MANIFEST);
+            entries.push(on(&foreign, "linux", "mips"));
+        }
+        if self.others.attestation {
+            let nothing = format!(
+                r#"{{"mediaType":"{MANIFEST}","digest":"sha256:{:064}","size":1}}"#,
+                0
+            );
+            entries.push(on(&nothing, "unknown", "unknown"));
+        }
+        let index = |entries: &[String]| {
+            let entries = entries.join(",");
+            format!(r#"{{"schemaVersion":2,"manifests":[{entries}]}}"#)
+        };
+        for _ in 0..self.others.depth {
+            entries = vec![image.blob(index(&entries).into_bytes(), INDEX).1];
+        }
+        let index = index(&entries);
         let index = self.patched(level::INDEX, index);
         image.files.insert("index.json".to_owned(), index);
         let version = br#"{"imageLayoutVersion":"1.0.0"}"#;
@@ -897,6 +955,7 @@ fn check(data: &[u8]) -> Result<()> {
     case.write(&image, case.form, case.order);
     let told: &[&str] = match case.form {
         Form::Files => &["--from", "tar", "--fs", "erofs", "--keep-whiteouts"],
+        _ if case.others.told => &["--from", "oci", "--platform", "linux/amd64"],
         _ => &["--from", "oci"],
     };
     let (done, used) = memory(|| convert(&image, &app, told));
@@ -938,7 +997,8 @@ fn check(data: &[u8]) -> Result<()> {
             if !case.is_patched(level::CONFIG..level::COUNT) =>
         {
             // Of a changed config, more is read for a registry, which may be wrong there.
-            convert(&image, &pushed, &["--from", "oci", "--oci"]).expect("for a registry, too");
+            let told = [told, &["--oci"]].concat();
+            convert(&image, &pushed, &told).expect("for a registry, too");
             fs::remove_dir_all(&app).expect("it is ours");
             convert(&pushed, &app, &[]).expect("what was made is taken");
             assert_eq!(&files_of(&app), files);
@@ -1010,7 +1070,8 @@ fn seeds() -> Vec<Vec<u8>> {
             let packing = (form + nth) % 3;
             // Names in what `docker save` writes, and what follows: each with each.
             let how = ((nth + 1) << 1) | (((form + nth) % 3) << 3);
-            let mut seed = vec![1, 0, form | (packing << 2), how, nth];
+            let others = 5 * form + 20 * nth;
+            let mut seed = vec![1, 0, form | (packing << 2), how, nth, others];
             for (packing, members) in [(0, &lower[..]), (packing, upper)] {
                 seed.extend([packing, members.len() as u8, 1, a, l]);
                 seed.extend(members.concat());
