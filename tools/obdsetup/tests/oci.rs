@@ -6,6 +6,7 @@
 use std::fs;
 use std::path::Path;
 
+use predicates::prelude::PredicateBooleanExt;
 use predicates::str::contains;
 use rustix::process::Signal;
 use sha2::{Digest, Sha256};
@@ -24,6 +25,7 @@ tests! {
     the_same_bytes;
     cached_layers_are_over_their_own;
     forms_of_images;
+    names_of_files_of_archives;
     archives_of_builders;
     platforms_in_descriptions;
     long_and_short_names;
@@ -699,6 +701,73 @@ fn forms_of_images() {
         .stderr(contains("no such image"));
     assert!(!place.path("x").exists());
     assert!(place.names().iter().all(|name| !name.starts_with('.')));
+}
+
+/// The archive of a layout.
+fn packed(root: &Path) -> Vec<u8> {
+    let blobs = root.join("blobs/sha256");
+    let mut members = vec![file("oci-layout", "{}")];
+    for name in names(&blobs) {
+        let bytes = fs::read(blobs.join(&name)).unwrap();
+        members.push(member(&format!("blobs/sha256/{name}"), b'0', &bytes));
+    }
+    let index = fs::read(root.join("index.json")).unwrap();
+    members.push(member("index.json", b'0', &index));
+    tar(&members)
+}
+
+/// Messages name a file of an archive as it is in there, and not where it was unpacked to.
+fn names_of_files_of_archives() {
+    let place = Place::new();
+    let root = place.path("layout");
+    let layer = etc_tar();
+    let ids = [digest(&layer)];
+    let long = " ".repeat((4 << 20) + 1);
+    let told = |said: &str| {
+        let done = place.run("convert packed.tar out");
+        let said = format!("packed.tar: {said}");
+        done.stderr(contains(said.as_str()).and(contains(".obdsetup-").not()))
+    };
+    // The index, a manifest, a description.
+    image(&root, std::slice::from_ref(&layer));
+    let index = fs::read_to_string(root.join("index.json")).unwrap();
+    fs::write(root.join("index.json"), format!("{index}{long}")).unwrap();
+    place.write("packed.tar", &packed(&root));
+    told("index.json: has more than 4194304 bytes").code(3);
+    let mut layout = Layout::new(&root);
+    let blob = layout.blob(
+        long.as_bytes(),
+        "application/vnd.oci.image.manifest.v1+json",
+    );
+    layout.image(&[], &[], "");
+    let index = format!(r#"{{"manifests":[{blob}]}}"#);
+    fs::write(root.join("index.json"), index).unwrap();
+    place.write("packed.tar", &packed(&root));
+    told("blobs/sha256/").code(3);
+    // What docker wrote before.
+    for (name, list) in [
+        ("manifest.json", "[]"),
+        ("c.json", r#"[{"Config":"c.json","Layers":["l.tar"]}]"#),
+    ] {
+        let mut members = vec![member("l.tar", b'0', &layer), file(name, &long)];
+        if name != "manifest.json" {
+            members.push(file("manifest.json", list));
+        }
+        place.write("packed.tar", &tar(&members));
+        told(&format!("{name}: has more than 4194304 bytes")).code(3);
+    }
+    // OverlayBD layers that don't fit on each other.
+    let mut layout = Layout::new(&root);
+    let blob = layout.blob(&layer, OCI_TAR);
+    layout.image(&[blob], &ids, "");
+    place.ok("convert layout made");
+    let made = place.read("made/layer0.obd");
+    let mut layout = Layout::new(&root);
+    let blob = layout.blob(&made, OCI_TAR);
+    let id = digest(&made);
+    layout.image(&[blob.clone(), blob], &[id.clone(), id], "");
+    place.write("packed.tar", &packed(&root));
+    told("blobs/sha256/");
 }
 
 /// What crane, ko, kaniko and jib write: as `docker save`, but with layers that are compressed, and

@@ -359,8 +359,12 @@ fn layout_of(
     let mut descriptors = Vec::new();
     for ((digest, size), from) in layers.iter().zip(made.layers()) {
         let to = made.path().join(blob_name(digest));
-        std::fs::rename(&from, &to)
-            .with_context(|| format!("{}: cannot rename it", from.display()))?;
+        std::fs::rename(&from, &to).with_context(|| {
+            format!(
+                "{}: cannot rename it",
+                made.shown(blob_name(digest)).display()
+            )
+        })?;
         let note = |name: &str, value: String| (format!("{ANNOTATION}{name}"), value);
         let annotations = [
             note("version", VERSION.to_owned()),

@@ -11,6 +11,7 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result};
 use overlaybd::format::num::to_u64;
+use overlaybd::FileBlob;
 use serde::de::DeserializeOwned;
 use sha2::{Digest, Sha256};
 use tempfile::TempDir;
@@ -126,9 +127,9 @@ impl Layout {
     /// Returns the manifests in the layout's index and in the indexes that it names, with the names of their
     /// images.
     fn collect(&self) -> Result<Vec<Found>> {
-        let path = self.root.join("index.json");
-        let index = json::read(&path)?;
-        let index: Index = json::parse(&index, &self.shown("index.json"), INDEX)?;
+        let shown = self.shown("index.json");
+        let index = json::read(&self.root.join("index.json"), &shown)?;
+        let index: Index = json::parse(&index, &shown, INDEX)?;
         let mut entries = index.manifests.len();
         let mut open = vec![(Vec::new(), index)];
         let mut found = Vec::new();
@@ -251,12 +252,23 @@ impl Layout {
         )
     }
 
+    /// Opens the blob that `descriptor` describes. Messages call it as the user knows it, which is not its path
+    /// if it is from an archive.
+    pub(super) fn open(&self, descriptor: &Descriptor) -> Result<FileBlob> {
+        let (path, name) = self.blob(descriptor)?;
+        let shown = self.shown(&name);
+        let file = File::open(&path);
+        let file = file.with_context(|| format!("{}: cannot read", shown.display()))?;
+        Ok(FileBlob::from_file(file, &shown)?)
+    }
+
     /// Reads the blob that `descriptor` describes.
     pub(super) fn read(&self, descriptor: &Descriptor) -> Result<(Vec<u8>, PathBuf)> {
         let (path, name) = self.blob(descriptor)?;
-        let bytes = json::read(&path)?;
+        let shown = self.shown(&name);
+        let bytes = json::read(&path, &shown)?;
         match sha256(Sha256::new_with_prefix(&bytes)) == descriptor.digest {
-            true => Ok((bytes, self.shown(&name))),
+            true => Ok((bytes, shown)),
             false => Err(self.differs(&name)),
         }
     }

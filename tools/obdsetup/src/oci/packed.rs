@@ -5,7 +5,7 @@
 
 use std::collections::{BTreeMap, HashSet};
 use std::io::{BufWriter, Write};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result};
 use overlaybd::format::num::to_u64;
@@ -141,7 +141,13 @@ impl Unpack<'_> {
         bad(self.input, what)
     }
 
-    fn path(&self, stored: &Stored) -> std::path::PathBuf {
+    /// Returns the name of a file of the archive for messages.
+    fn shown(&self, name: &str) -> PathBuf {
+        let name = brief(name.as_bytes());
+        format!("{}: {name}", self.input.display()).into()
+    }
+
+    fn path(&self, stored: &Stored) -> PathBuf {
         let hex = stored.digest.strip_prefix("sha256:").unwrap_or_default();
         self.root.path().join(BLOBS).join(hex)
     }
@@ -231,7 +237,8 @@ impl Unpack<'_> {
 
     fn read(&self, name: &str) -> Result<(Vec<u8>, Stored)> {
         let stored = self.find(name)?;
-        Ok((json::read(&self.path(stored))?, stored.clone()))
+        let bytes = json::read(&self.path(stored), &self.shown(name))?;
+        Ok((bytes, stored.clone()))
     }
 
     fn add(&self, bytes: &[u8], media_type: &str) -> Result<Descriptor> {
@@ -246,16 +253,14 @@ impl Unpack<'_> {
 
     /// Makes manifests and an index from the output of `docker save`.
     fn saved(&self) -> Result<()> {
-        let shown = |name: &str| format!("{}: {name}", self.input.display());
         if !self.files.contains_key(b"manifest.json".as_slice()) {
             return Err(self.bad(
                 "has layers of an image, but no manifest.json: load it in docker, and save it anew",
             ));
         }
         let (bytes, _) = self.read("manifest.json")?;
-        let shown_name = shown("manifest.json");
-        let images: Vec<Saved> =
-            json::parse(&bytes, Path::new(&shown_name), "what `docker save' writes")?;
+        let shown = self.shown("manifest.json");
+        let images: Vec<Saved> = json::parse(&bytes, &shown, "what `docker save' writes")?;
         let mut manifests = Vec::new();
         for image in images {
             crate::terminal::interrupt::check()?;
@@ -267,9 +272,8 @@ impl Unpack<'_> {
             if is_hex(stem.as_bytes()) && stem != own {
                 return Err(self.bad(&format!("{}: is not what its digest says", image.config)));
             }
-            let shown_name = shown(&image.config);
-            let config: Config =
-                json::parse(&bytes, Path::new(&shown_name), "an image's description")?;
+            let shown = self.shown(&image.config);
+            let config: Config = json::parse(&bytes, &shown, "an image's description")?;
             let described = |media_type: &str, stored: &Stored| Descriptor {
                 media_type: media_type.to_owned(),
                 digest: stored.digest.clone(),
