@@ -5,6 +5,7 @@
 
 use std::fs;
 use std::path::Path;
+use std::time::{Duration, Instant};
 
 use predicates::prelude::PredicateBooleanExt;
 use predicates::str::contains;
@@ -38,6 +39,8 @@ tests! {
     hostile_images;
     hostile_layouts;
     much_work_of_few_bytes;
+    many_names_in_few_bytes;
+    long_files_of_many_names;
     signals;
 }
 
@@ -1371,6 +1374,26 @@ fn hostile_layouts() {
         3,
         "has more than 1000 nested indexes, or 10000 entries in all of them",
     );
+    fs::write(root.join("index.json"), of(&layout.manifests[0], 10_001)).unwrap();
+    refused(3, "or 10000 entries in all of them");
+    // Texts that would be kept for each of thousands of images.
+    let long = "n".repeat(1025);
+    let entry = &layout.manifests[0];
+    for more in [
+        format!(r#","annotations":{{"org.opencontainers.image.ref.name":"{long}"}}}}"#),
+        format!(r#","platform":{{"os":"linux","architecture":"{long}"}}}}"#),
+    ] {
+        let entry = format!("{}{more}", entry.strip_suffix('}').unwrap());
+        fs::write(
+            root.join("index.json"),
+            format!(r#"{{"manifests":[{entry}]}}"#),
+        )
+        .unwrap();
+        refused(
+            3,
+            "has more than 1024 bytes in the name, digest, type or platform of an image",
+        );
+    }
     // Where something is, a directory isn't made; what a link leads to is left alone.
     image(&root, std::slice::from_ref(&good));
     std::os::unix::fs::symlink("none", place.path("link")).unwrap();
@@ -1480,6 +1503,113 @@ fn much_work_of_few_bytes() {
         .run("apply one.tar --base shared.obd out.obd")
         .code(3)
         .stderr(contains("shares its bytes with others"));
+}
+
+/// A file that `docker save` could have written: one layer, one description.
+fn saved(config: &str, list: &str) -> Vec<u8> {
+    tar(&[
+        member("l.tar", b'0', &etc_tar()),
+        file("c.json", config),
+        file("manifest.json", list),
+    ])
+}
+
+/// An image in a `manifest.json`.
+fn entry(tags: &[String], layers: &[&str]) -> String {
+    let tags: Vec<String> = tags.iter().map(|tag| format!("{tag:?}")).collect();
+    let tags = tags.join(",");
+    format!(r#"{{"Config":"c.json","RepoTags":[{tags}],"Layers":{layers:?}}}"#)
+}
+
+/// Each name and layer in a manifest.json takes a few bytes there, and hundreds in memory.
+fn many_names_in_few_bytes() {
+    let place = Place::new();
+    let layer = etc_tar();
+    let config = config(&[digest(&layer)]);
+    let write = |images: &[String]| {
+        let list = format!("[{}]", images.join(","));
+        place.write("saved.tar", &saved(&config, &list));
+    };
+    let refused = |said: &str| {
+        place
+            .run("convert saved.tar out")
+            .code(3)
+            .stderr(contains(said));
+        assert_eq!(place.names(), ["saved.tar"]);
+    };
+    // An index of so many long tags would be larger than one may be.
+    let tags: Vec<String> = (0..10_001).map(|nth| format!("x:{nth:0300}")).collect();
+    write(&[entry(&tags, &["l.tar"])]);
+    refused("saved.tar: manifest.json: has more than 10000 images and tags");
+    write(&[entry(&tags[1..], &["l.tar"])]);
+    place.ok(&format!("convert saved.tar out --ref {}", tags[10_000]));
+    fs::remove_dir_all(place.path("out")).unwrap();
+    write(&vec![entry(&[], &["l.tar"]); 10_001]);
+    refused("has more than 10000 images and tags");
+    write(&[entry(&[], &["l.tar"; 256])]);
+    refused("saved.tar: manifest.json: image c.json: has 256 layers, expected 1 to 255");
+    write(&[entry(&["n".repeat(1025)], &["l.tar"])]);
+    refused("has more than 1024 bytes in the name");
+    // A name that no file has: a compressed archive could have thousands of them.
+    let name = format!("{}.tar", "n".repeat(5000));
+    let members = [
+        [
+            pax(&[(b"path", name.as_bytes())]),
+            member("x", b'0', &layer),
+        ]
+        .concat(),
+        file("c.json", &config),
+        file("manifest.json", &format!("[{}]", entry(&[], &[&name]))),
+    ];
+    place.write("saved.tar", &tar(&members));
+    place
+        .run("convert saved.tar out --from oci")
+        .failure()
+        .stderr(contains("of which manifest.json tells, is missing"));
+}
+
+/// A description or index is read once, and not for each of hundreds of images that name it.
+fn long_files_of_many_names() {
+    let place = Place::new();
+    let layer = etc_tar();
+    let long = "n".repeat(3_900_000);
+    let took = |input: &str| {
+        let _ = fs::remove_dir_all(place.path("out"));
+        let start = Instant::now();
+        place.ok(&format!("convert {input} out --ref x:0"));
+        start.elapsed()
+    };
+    let compare = |one: Duration, many: Duration| {
+        assert!(many < one * 10 + Duration::from_secs(2), "{one:?} {many:?}");
+    };
+    let config = config(&[digest(&layer)]);
+    let config = config.replacen('{', &format!(r#"{{"author":"{long}","#), 1);
+    let [one, many] = [1, 400].map(|count| {
+        let images = (0..count).map(|nth| entry(&[format!("x:{nth}")], &["l.tar"]));
+        let images: Vec<String> = images.collect();
+        let list = format!("[{}]", images.join(","));
+        place.write("saved.tar", &saved(&config, &list));
+        took("saved.tar")
+    });
+    compare(one, many);
+    let root = place.path("layout");
+    let mut layout = Layout::new(&root);
+    let blob = layout.blob(&layer, OCI_TAR);
+    layout.image(&[blob], &[digest(&layer)], "");
+    let image = &layout.manifests[0];
+    let index = format!(r#"{{"a":"{long}","manifests":[{image}]}}"#);
+    let index = layout.blob(index.as_bytes(), "application/vnd.oci.image.index.v1+json");
+    let [one, many] = [1, 900].map(|count| {
+        let name = r#","annotations":{"org.opencontainers.image.ref.name":"x:"#;
+        let start = index.strip_suffix('}').unwrap();
+        let entries = (0..count).map(|nth| format!(r#"{start}{name}{nth}"}}}}"#));
+        let entries: Vec<String> = entries.collect();
+        let entries = entries.join(",");
+        let index = format!(r#"{{"manifests":[{entries}]}}"#);
+        fs::write(root.join("index.json"), index).unwrap();
+        took("layout")
+    });
+    compare(one, many);
 }
 
 fn signals() {
