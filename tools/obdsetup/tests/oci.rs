@@ -31,6 +31,8 @@ tests! {
     platforms_in_descriptions;
     long_and_short_names;
     for_a_registry;
+    what_a_registry_gets_can_be_read;
+    descriptions_are_read_first;
     apply;
     the_root_gets_attributes;
     many_sparse_files;
@@ -70,6 +72,8 @@ fn digest(bytes: &[u8]) -> String {
 struct Layout<'a> {
     root: &'a Path,
     manifests: Vec<String>,
+    /// Those of the next manifests.
+    annotations: String,
 }
 
 impl<'a> Layout<'a> {
@@ -80,6 +84,7 @@ impl<'a> Layout<'a> {
         Self {
             root,
             manifests: Vec::new(),
+            annotations: "{}".to_owned(),
         }
     }
 
@@ -100,8 +105,16 @@ impl<'a> Layout<'a> {
     fn image_for(&mut self, arch: &str, layers: &[String], diff_ids: &[String], more: &str) {
         let config = config(diff_ids).replace("amd64", arch);
         let config = self.blob(config.as_bytes(), CONFIG);
+        self.with(&config, layers, more);
+    }
+
+    /// The same, with the descriptor of another description.
+    fn with(&mut self, config: &str, layers: &[String], more: &str) {
         let layers = layers.join(",");
-        let manifest = format!(r#"{{"schemaVersion":2,"config":{config},"layers":[{layers}]}}"#);
+        let notes = &self.annotations;
+        let manifest = format!(
+            r#"{{"schemaVersion":2,"config":{config},"layers":[{layers}],"annotations":{notes}}}"#
+        );
         let kind = "application/vnd.oci.image.manifest.v1+json";
         let manifest = self.blob(manifest.as_bytes(), kind);
         let manifest = format!("{}{more}}}", manifest.strip_suffix('}').unwrap());
@@ -1002,6 +1015,94 @@ fn for_a_registry() {
         .run("convert pushed x --algorithm zstd")
         .code(1)
         .stderr(contains("which stay"));
+}
+
+/// Makes a layout of one image, with this in front of the fields of its description.
+fn described(root: &Path, layer: &[u8], more: &str) -> String {
+    let mut layout = Layout::new(root);
+    let ids = [digest(layer)];
+    let own = config(&ids).replacen('{', &format!("{{{more}"), 1);
+    let own = layout.blob(own.as_bytes(), CONFIG);
+    let blob = layout.blob(layer, OCI_TAR);
+    layout.with(&own, &[blob], "");
+    own
+}
+
+/// What `--oci` makes is an image for `convert`, whatever the description of the image says.
+fn what_a_registry_gets_can_be_read() {
+    let place = Place::new();
+    let root = place.path("layout");
+    let layer = etc_tar();
+    let wanted = place.files(std::slice::from_ref(&layer));
+    let long = "l".repeat(2000);
+    for (own, now) in [
+        (r#""os":"linux""#, r#""os":"unknown""#.to_owned()),
+        (r#""os":"linux""#, r#""os":"""#.to_owned()),
+        (
+            r#""architecture":"amd64""#,
+            format!(r#""architecture":"{long}""#),
+        ),
+    ] {
+        let config = config(&[digest(&layer)]).replace(own, &now);
+        let mut layout = Layout::new(&root);
+        let description = layout.blob(config.as_bytes(), CONFIG);
+        let blob = layout.blob(&layer, OCI_TAR);
+        layout.with(&description, &[blob], "");
+        place.ok("convert layout pushed --oci");
+        place.ok("convert pushed back");
+        assert!(read(&place.dump("back/config.v1.json")) == wanted, "{now}");
+        // The same from what docker wrote before.
+        place.write(
+            "saved.tar",
+            &saved(&config, &format!("[{}]", entry(&[], &["l.tar"]))),
+        );
+        place.ok("convert saved.tar saved");
+        assert!(read(&place.dump("saved/config.v1.json")) == wanted, "{now}");
+        for name in ["pushed", "back", "saved"] {
+            fs::remove_dir_all(place.path(name)).unwrap();
+        }
+    }
+}
+
+/// For a registry more is read of a description, which is found wrong before a layer is made.
+fn descriptions_are_read_first() {
+    let place = Place::new();
+    let root = place.path("layout");
+    let layer = etc_tar();
+    let deep = format!("{}{}", "[".repeat(200), "]".repeat(200));
+    let many = vec!["1e5"; 900_000].join(",");
+    for (value, said) in [
+        ("1e999", "not an image's description: "),
+        (r#""\ud800""#, "not an image's description: "),
+        (&deep, "not an image's description: "),
+        (
+            &format!("[{many}]"),
+            "as it is written for a registry, has more than 4194304 bytes",
+        ),
+    ] {
+        let own = described(&root, &layer, &format!(r#""author":{value},"#));
+        let own: serde_json::Value = serde_json::from_str(&own).unwrap();
+        let hex = own["digest"].as_str().unwrap().replace("sha256:", "");
+        place.ok("convert layout app");
+        place
+            .run("convert layout pushed --oci --cache cache")
+            .code(3)
+            .stderr(contains(format!("layout/blobs/sha256/{hex}: {said}")));
+        fs::remove_dir_all(place.path("app")).unwrap();
+        assert_eq!(place.names(), ["layout"], "{said}");
+    }
+    // Annotations of the manifest stay as well.
+    let mut layout = Layout::new(&root);
+    layout.annotations = format!(r#"{{"a":"{}"}}"#, "l".repeat(4_193_000));
+    let blob = layout.blob(&layer, OCI_TAR);
+    layout.image(&[blob], &[digest(&layer)], "");
+    place
+        .run("convert layout pushed --oci --cache cache")
+        .code(3)
+        .stderr(contains(
+            "its manifest, as it is written for a registry, has more than 4194304 bytes",
+        ));
+    assert_eq!(place.names(), ["layout"]);
 }
 
 fn apply() {

@@ -53,6 +53,9 @@ pub(super) fn convert(
     mut made: Made,
 ) -> Result<()> {
     let stack = open(layout, &image.descriptor, &manifest.layers)?;
+    // Before gigabytes are copied.
+    let config = manifest.config.as_ref();
+    let config = config.map(|config| layout.read(config)).transpose()?;
     let files: Vec<&FileBlob> = stack
         .layers()
         .iter()
@@ -66,8 +69,8 @@ pub(super) fn convert(
         made.add(Some(layer.digest));
     }
     drop(bar);
-    if let Some(config) = manifest.config {
-        made.write("image.json", &layout.read(&config)?.0)?;
+    if let Some((config, _)) = config {
+        made.write("image.json", &config)?;
     }
     made.finish_config()
 }
