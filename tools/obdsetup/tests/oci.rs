@@ -1070,13 +1070,19 @@ fn descriptions_are_read_first() {
     let root = place.path("layout");
     let layer = etc_tar();
     let deep = format!("{}{}", "[".repeat(200), "]".repeat(200));
-    let many = vec!["1e5"; 900_000].join(",");
+    let pad = "a".repeat(3_500_000);
+    let longer = format!(r#"["{pad}",{}]"#, vec!["1e15"; 99_000].join(","));
+    let objects = format!("[{}]", vec![r#"{"":0}"#; 50_001].join(","));
     for (value, said) in [
         ("1e999", "not an image's description: "),
         (r#""\ud800""#, "not an image's description: "),
         (&deep, "not an image's description: "),
         (
-            &format!("[{many}]"),
+            &objects,
+            "has more than 100000 values, too many for such a file",
+        ),
+        (
+            &longer,
             "as it is written for a registry, has more than 4194304 bytes",
         ),
     ] {

@@ -45,6 +45,8 @@ const ANNOTATION: &str = "containerd.io/snapshot/overlaybd/";
 
 /// Name of a config in messages.
 const DESCRIPTION: &str = "an image's description";
+/// Largest number of values in a config of which another is made.
+const VALUES: usize = 100_000;
 /// More bytes than a manifest has for each layer, and for all that isn't a layer or annotation.
 const LAYER: usize = 1024;
 
@@ -186,6 +188,12 @@ pub(super) fn convert(
 
 /// Returns the image's config with other DiffIDs.
 fn describing(bytes: &[u8], name: &Path, diff_ids: &[String]) -> Result<Vec<u8>> {
+    // An object of a few bytes takes hundreds in memory. Those in texts count, too.
+    let begins = |byte: &&u8| matches!(byte, b'{' | b'[' | b',');
+    if bytes.iter().filter(begins).count() > VALUES {
+        let what = format!("has more than {VALUES} values, too many for such a file");
+        return Err(bad(name, &what));
+    }
     let mut own: Value = json::parse(bytes, name, DESCRIPTION)?;
     match own.pointer_mut("/rootfs/diff_ids") {
         Some(ids) => *ids = json!(diff_ids),
@@ -193,13 +201,13 @@ fn describing(bytes: &[u8], name: &Path, diff_ids: &[String]) -> Result<Vec<u8>>
     }
     let bytes = serde_json::to_vec(&own)?;
     // For example, "1e5" becomes "100000.0".
-    match to_u64(bytes.len()) > MAX {
-        true => Err(bad(
-            name,
-            &format!("as it is written for a registry, has more than {MAX} bytes, too many for such a file"),
-        )),
-        false => Ok(bytes),
+    if to_u64(bytes.len()) > MAX {
+        let what = format!(
+            "as it is written for a registry, has more than {MAX} bytes, too many for such a file"
+        );
+        return Err(bad(name, &what));
     }
+    Ok(bytes)
 }
 
 /// Returns an error if the manifest's annotations are too long for the new manifest.
@@ -210,7 +218,8 @@ fn check_annotations(layout: &Layout, image: &Found, manifest: &Manifest) -> Res
         return Ok(());
     }
     let what = format!(
-        "image {}: its manifest, as it is written for a registry, has more than {MAX} bytes, too many for such a file",
+        "image {}: its manifest, as it is written for a registry, has more than {MAX} bytes, too \
+         many for such a file",
         image.descriptor.digest
     );
     Err(bad(layout.name(), &what))

@@ -114,8 +114,8 @@ pub(super) fn unpack(input: &Path, place: &Path) -> Result<Layout> {
 }
 
 /// Returns the names of files in `manifest.json`, because tools use arbitrary names for layers. Returns none
-/// if that file is missing, can't be parsed or has too much in it; if it is needed, the error is reported later. The archive is
-/// read up to it first, because it is usually at the end.
+/// if that file is missing, can't be parsed or has too much in it; if it is needed, the error is reported
+/// later. The archive is read up to it first, because it is usually at the end.
 fn named(input: &Path) -> Result<HashSet<Vec<u8>>> {
     let mut archive = Archive::again(input)?;
     while let Some(member) = archive.next()? {
