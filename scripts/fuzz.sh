@@ -6,7 +6,7 @@
 . "$SCRIPTS/cache.sh"
 
 CARGO_FUZZ=0.13.1
-TARGETS=(image codec merge lsmt zfile tar changes)
+TARGETS=(image codec merge lsmt zfile tar changes oci)
 # Limits besides the targets' own checks: seconds for one input, MiB for the process.
 LIMITS=(-timeout=10 -rss_limit_mb=512 -max_len=8192)
 

@@ -1,84 +1,11 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! `obdsetup`: sets up OverlayBD images as block devices; makes, checks and dumps them.
-//!
-//! A module uses only modules of its own folder and of the folders below in this list:
-//!
-//! - [`boot`]: started by systemd under another name, makes units for the stacks in overlaybdtab.
-//! - [`cmd`]: a file for each subcommand, with its arguments and its work.
-//! - [`devices`]: what the kernel has: stacks, stores of changes, and what is to be set up at boot.
-//! - [`oci`]: converts container images.
-//! - [`make`]: what is made: layers, file systems, disk images, and the files and directories for them.
-//! - [`input`]: what is read: layers, archives, disk images, and what tells them apart.
-//! - [`files`]: files of any kind: who else uses them, where temporary ones are made.
-//! - [`program`]: starts other programs.
-//! - [`terminal`]: messages, exit codes, signals, the progress bar.
+//! The program; all of it is in the library of the same name.
 
 #![forbid(unsafe_code)]
 
-mod boot;
-mod cmd;
-mod devices;
-mod files;
-mod input;
-mod make;
-mod oci;
-mod program;
-mod terminal;
-
-use std::ffi::OsString;
-use std::path::Path;
 use std::process::ExitCode;
 
-use clap::Parser;
-
-use crate::boot::generator;
-use crate::cmd::Cli;
-use crate::terminal::{exit, interrupt, message, tell};
-
 fn main() -> ExitCode {
-    let args: Vec<OsString> = std::env::args_os().collect();
-    if let [program, args @ ..] = args.as_slice() {
-        if program == program::guard::NAME {
-            tell(&program::guard::run(args));
-            return ExitCode::from(exit::USAGE);
-        }
-        if Path::new(program).ends_with(generator::NAME) {
-            let code = match generator::run(args) {
-                true => exit::SUCCESS,
-                false => exit::USAGE,
-            };
-            return ExitCode::from(code);
-        }
-    }
-    let cli = match Cli::try_parse_from(args) {
-        Ok(cli) => cli,
-        Err(error) => {
-            let code = if error.use_stderr() {
-                exit::USAGE
-            } else {
-                exit::SUCCESS
-            };
-            return ExitCode::from(match error.print() {
-                Err(error) if code == exit::SUCCESS => exit::io(error.kind()),
-                // Ignored: if standard error fails, there is no other way to report it.
-                _ => code,
-            });
-        }
-    };
-    match interrupt::watch().and_then(|()| cli.command.run()) {
-        Ok(()) => ExitCode::from(exit::SUCCESS),
-        Err(error) => {
-            let code = exit::code(&error);
-            // Not reported if standard output was closed by a reader that needs no more, for example head(1).
-            if code != exit::PIPE {
-                tell(&message(&error));
-            }
-            ExitCode::from(code)
-        }
-    }
+    obdsetup::main()
 }
-
-#[cfg(test)]
-#[path = "../tests/common/tars.rs"]
-mod tars;

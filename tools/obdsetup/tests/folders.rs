@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! The folders of obdsetup's sources use each other in one direction only: that of the list in `src/main.rs`.
+//! The folders of obdsetup's sources use each other in one direction only: that of the list in `src/lib.rs`.
 
 use std::fs;
 use std::path::Path;
@@ -32,7 +32,7 @@ fn uses(text: &str) -> impl Iterator<Item = (&str, &str)> {
 
 fn folders_use_only_those_below() {
     let src = Path::new(env!("CARGO_MANIFEST_DIR")).join("src");
-    let list = fs::read_to_string(src.join("main.rs")).unwrap();
+    let list = fs::read_to_string(src.join("lib.rs")).unwrap();
     let order: Vec<&str> = list
         .lines()
         .filter_map(|line| line.strip_prefix("//! - [`")?.split('`').next())
@@ -56,7 +56,7 @@ fn folders_use_only_those_below() {
             }
             let text = fs::read_to_string(file.path()).unwrap();
             for (folder, line) in uses(&text) {
-                // What is in main.rs itself is for tests.
+                // What is in lib.rs itself is for tests.
                 let Some(used) = place(folder) else {
                     assert_eq!(folder, "tars", "{}: {line}", file.path().display());
                     continue;

@@ -13,6 +13,7 @@ tests! {
     names_that_no_file_has;
     numbers_that_no_file_has;
     many_headers_of_a_member;
+    headers_for_all_members;
     compressed_tars_and_data_after_the_end_marker;
     names_that_look_like_disks;
     large_files_with_holes;
@@ -150,6 +151,52 @@ fn many_headers_of_a_member() {
         contains("the extended header at byte 6293504 has")
             .and(contains("more than 8388608 for one member")),
     );
+}
+
+/// What a header says of all members costs time for each of them.
+fn headers_for_all_members() {
+    let place = Place::new();
+    let for_all = |records: &[(&[u8], &[u8])]| {
+        let mut header = pax(records);
+        header[156] = b'g';
+        sign(&mut header);
+        header
+    };
+    let comments = |keys: usize, count: usize| {
+        let keys: Vec<String> = (0..count)
+            .map(|nth| format!("comment.{}", nth % keys))
+            .collect();
+        let records = keys.iter().map(|key| (key.as_bytes(), b"x".as_slice()));
+        for_all(&records.collect::<Vec<_>>())
+    };
+    let files = |header: Vec<u8>| {
+        let files = (0..2000).map(|nth| member(&format!("{nth}"), b'0', b""));
+        tar(&[header].into_iter().chain(files).collect::<Vec<_>>())
+    };
+    // The same keys again and again, as archives that were put together have them, are a few.
+    let many = comments(3, 2000);
+    place.convert(&files(many), "--fs erofs").success();
+    let few = [comments(100, 100), comments(100, 100)].concat();
+    place.convert(&files(few), "--fs erofs").success();
+    for header in [
+        comments(101, 101),
+        comments(2000, 2000),
+        [comments(100, 100), for_all(&[(b"comment", b"x")])].concat(),
+    ] {
+        let done = place.convert(&files(header), "--fs erofs").code(3);
+        done.stderr(contains(
+            "the headers for all members have more than 100 records with that at byte ",
+        ));
+    }
+    let map = "0,0,".repeat(10_000) + "0,0";
+    let map = for_all(&[
+        (b"GNU.sparse.size", b"0"),
+        (b"GNU.sparse.map", map.as_bytes()),
+    ]);
+    let done = place.convert(&files(map), "--fs erofs").code(3);
+    done.stderr(contains(
+        "the header for all members at byte 0 describes a sparse file",
+    ));
 }
 
 /// A compressed tar needs no end marker. Data after the end marker is ignored, with one warning,

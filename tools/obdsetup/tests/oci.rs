@@ -5,7 +5,9 @@
 
 use std::fs;
 use std::path::Path;
+use std::time::{Duration, Instant};
 
+use predicates::prelude::PredicateBooleanExt;
 use predicates::str::contains;
 use rustix::process::Signal;
 use sha2::{Digest, Sha256};
@@ -24,10 +26,13 @@ tests! {
     the_same_bytes;
     cached_layers_are_over_their_own;
     forms_of_images;
+    names_of_files_of_archives;
     archives_of_builders;
     platforms_in_descriptions;
     long_and_short_names;
     for_a_registry;
+    what_a_registry_gets_can_be_read;
+    descriptions_are_read_first;
     apply;
     the_root_gets_attributes;
     many_sparse_files;
@@ -36,6 +41,8 @@ tests! {
     hostile_images;
     hostile_layouts;
     much_work_of_few_bytes;
+    many_names_in_few_bytes;
+    long_files_of_many_names;
     signals;
 }
 
@@ -65,6 +72,8 @@ fn digest(bytes: &[u8]) -> String {
 struct Layout<'a> {
     root: &'a Path,
     manifests: Vec<String>,
+    /// Those of the next manifests.
+    annotations: String,
 }
 
 impl<'a> Layout<'a> {
@@ -75,6 +84,7 @@ impl<'a> Layout<'a> {
         Self {
             root,
             manifests: Vec::new(),
+            annotations: "{}".to_owned(),
         }
     }
 
@@ -95,8 +105,16 @@ impl<'a> Layout<'a> {
     fn image_for(&mut self, arch: &str, layers: &[String], diff_ids: &[String], more: &str) {
         let config = config(diff_ids).replace("amd64", arch);
         let config = self.blob(config.as_bytes(), CONFIG);
+        self.with(&config, layers, more);
+    }
+
+    /// The same, with the descriptor of another description.
+    fn with(&mut self, config: &str, layers: &[String], more: &str) {
         let layers = layers.join(",");
-        let manifest = format!(r#"{{"schemaVersion":2,"config":{config},"layers":[{layers}]}}"#);
+        let notes = &self.annotations;
+        let manifest = format!(
+            r#"{{"schemaVersion":2,"config":{config},"layers":[{layers}],"annotations":{notes}}}"#
+        );
         let kind = "application/vnd.oci.image.manifest.v1+json";
         let manifest = self.blob(manifest.as_bytes(), kind);
         let manifest = format!("{}{more}}}", manifest.strip_suffix('}').unwrap());
@@ -701,6 +719,73 @@ fn forms_of_images() {
     assert!(place.names().iter().all(|name| !name.starts_with('.')));
 }
 
+/// The archive of a layout.
+fn packed(root: &Path) -> Vec<u8> {
+    let blobs = root.join("blobs/sha256");
+    let mut members = vec![file("oci-layout", "{}")];
+    for name in names(&blobs) {
+        let bytes = fs::read(blobs.join(&name)).unwrap();
+        members.push(member(&format!("blobs/sha256/{name}"), b'0', &bytes));
+    }
+    let index = fs::read(root.join("index.json")).unwrap();
+    members.push(member("index.json", b'0', &index));
+    tar(&members)
+}
+
+/// Messages name a file of an archive as it is in there, and not where it was unpacked to.
+fn names_of_files_of_archives() {
+    let place = Place::new();
+    let root = place.path("layout");
+    let layer = etc_tar();
+    let ids = [digest(&layer)];
+    let long = " ".repeat((4 << 20) + 1);
+    let told = |said: &str| {
+        let done = place.run("convert packed.tar out");
+        let said = format!("packed.tar: {said}");
+        done.stderr(contains(said.as_str()).and(contains(".obdsetup-").not()))
+    };
+    // The index, a manifest, a description.
+    image(&root, std::slice::from_ref(&layer));
+    let index = fs::read_to_string(root.join("index.json")).unwrap();
+    fs::write(root.join("index.json"), format!("{index}{long}")).unwrap();
+    place.write("packed.tar", &packed(&root));
+    told("index.json: has more than 4194304 bytes").code(3);
+    let mut layout = Layout::new(&root);
+    let blob = layout.blob(
+        long.as_bytes(),
+        "application/vnd.oci.image.manifest.v1+json",
+    );
+    layout.image(&[], &[], "");
+    let index = format!(r#"{{"manifests":[{blob}]}}"#);
+    fs::write(root.join("index.json"), index).unwrap();
+    place.write("packed.tar", &packed(&root));
+    told("blobs/sha256/").code(3);
+    // What docker wrote before.
+    for (name, list) in [
+        ("manifest.json", "[]"),
+        ("c.json", r#"[{"Config":"c.json","Layers":["l.tar"]}]"#),
+    ] {
+        let mut members = vec![member("l.tar", b'0', &layer), file(name, &long)];
+        if name != "manifest.json" {
+            members.push(file("manifest.json", list));
+        }
+        place.write("packed.tar", &tar(&members));
+        told(&format!("{name}: has more than 4194304 bytes")).code(3);
+    }
+    // OverlayBD layers that don't fit on each other.
+    let mut layout = Layout::new(&root);
+    let blob = layout.blob(&layer, OCI_TAR);
+    layout.image(&[blob], &ids, "");
+    place.ok("convert layout made");
+    let made = place.read("made/layer0.obd");
+    let mut layout = Layout::new(&root);
+    let blob = layout.blob(&made, OCI_TAR);
+    let id = digest(&made);
+    layout.image(&[blob.clone(), blob], &[id.clone(), id], "");
+    place.write("packed.tar", &packed(&root));
+    told("blobs/sha256/");
+}
+
 /// What crane, ko, kaniko and jib write: as `docker save`, but with layers that are compressed, and
 /// names made of digests.
 fn archives_of_builders() {
@@ -930,6 +1015,100 @@ fn for_a_registry() {
         .run("convert pushed x --algorithm zstd")
         .code(1)
         .stderr(contains("which stay"));
+}
+
+/// Makes a layout of one image, with this in front of the fields of its description.
+fn described(root: &Path, layer: &[u8], more: &str) -> String {
+    let mut layout = Layout::new(root);
+    let ids = [digest(layer)];
+    let own = config(&ids).replacen('{', &format!("{{{more}"), 1);
+    let own = layout.blob(own.as_bytes(), CONFIG);
+    let blob = layout.blob(layer, OCI_TAR);
+    layout.with(&own, &[blob], "");
+    own
+}
+
+/// What `--oci` makes is an image for `convert`, whatever the description of the image says.
+fn what_a_registry_gets_can_be_read() {
+    let place = Place::new();
+    let root = place.path("layout");
+    let layer = etc_tar();
+    let wanted = place.files(std::slice::from_ref(&layer));
+    let long = "l".repeat(2000);
+    for (own, now) in [
+        (r#""os":"linux""#, r#""os":"unknown""#.to_owned()),
+        (r#""os":"linux""#, r#""os":"""#.to_owned()),
+        (
+            r#""architecture":"amd64""#,
+            format!(r#""architecture":"{long}""#),
+        ),
+    ] {
+        let config = config(&[digest(&layer)]).replace(own, &now);
+        let mut layout = Layout::new(&root);
+        let description = layout.blob(config.as_bytes(), CONFIG);
+        let blob = layout.blob(&layer, OCI_TAR);
+        layout.with(&description, &[blob], "");
+        place.ok("convert layout pushed --oci");
+        place.ok("convert pushed back");
+        assert!(read(&place.dump("back/config.v1.json")) == wanted, "{now}");
+        // The same from what docker wrote before.
+        place.write(
+            "saved.tar",
+            &saved(&config, &format!("[{}]", entry(&[], &["l.tar"]))),
+        );
+        place.ok("convert saved.tar saved");
+        assert!(read(&place.dump("saved/config.v1.json")) == wanted, "{now}");
+        for name in ["pushed", "back", "saved"] {
+            fs::remove_dir_all(place.path(name)).unwrap();
+        }
+    }
+}
+
+/// For a registry more is read of a description, which is found wrong before a layer is made.
+fn descriptions_are_read_first() {
+    let place = Place::new();
+    let root = place.path("layout");
+    let layer = etc_tar();
+    let deep = format!("{}{}", "[".repeat(200), "]".repeat(200));
+    let pad = "a".repeat(3_500_000);
+    let longer = format!(r#"["{pad}",{}]"#, vec!["1e15"; 99_000].join(","));
+    let objects = format!("[{}]", vec![r#"{"":0}"#; 50_001].join(","));
+    for (value, said) in [
+        ("1e999", "not an image's description: "),
+        (r#""\ud800""#, "not an image's description: "),
+        (&deep, "not an image's description: "),
+        (
+            &objects,
+            "has more than 100000 values, too many for such a file",
+        ),
+        (
+            &longer,
+            "as it is written for a registry, has more than 4194304 bytes",
+        ),
+    ] {
+        let own = described(&root, &layer, &format!(r#""author":{value},"#));
+        let own: serde_json::Value = serde_json::from_str(&own).unwrap();
+        let hex = own["digest"].as_str().unwrap().replace("sha256:", "");
+        place.ok("convert layout app");
+        place
+            .run("convert layout pushed --oci --cache cache")
+            .code(3)
+            .stderr(contains(format!("layout/blobs/sha256/{hex}: {said}")));
+        fs::remove_dir_all(place.path("app")).unwrap();
+        assert_eq!(place.names(), ["layout"], "{said}");
+    }
+    // Annotations of the manifest stay as well.
+    let mut layout = Layout::new(&root);
+    layout.annotations = format!(r#"{{"a":"{}"}}"#, "l".repeat(4_193_000));
+    let blob = layout.blob(&layer, OCI_TAR);
+    layout.image(&[blob], &[digest(&layer)], "");
+    place
+        .run("convert layout pushed --oci --cache cache")
+        .code(3)
+        .stderr(contains(
+            "its manifest, as it is written for a registry, has more than 4194304 bytes",
+        ));
+    assert_eq!(place.names(), ["layout"]);
 }
 
 fn apply() {
@@ -1302,6 +1481,26 @@ fn hostile_layouts() {
         3,
         "has more than 1000 nested indexes, or 10000 entries in all of them",
     );
+    fs::write(root.join("index.json"), of(&layout.manifests[0], 10_001)).unwrap();
+    refused(3, "or 10000 entries in all of them");
+    // Texts that would be kept for each of thousands of images.
+    let long = "n".repeat(1025);
+    let entry = &layout.manifests[0];
+    for more in [
+        format!(r#","annotations":{{"org.opencontainers.image.ref.name":"{long}"}}}}"#),
+        format!(r#","platform":{{"os":"linux","architecture":"{long}"}}}}"#),
+    ] {
+        let entry = format!("{}{more}", entry.strip_suffix('}').unwrap());
+        fs::write(
+            root.join("index.json"),
+            format!(r#"{{"manifests":[{entry}]}}"#),
+        )
+        .unwrap();
+        refused(
+            3,
+            "has more than 1024 bytes in the name, digest, type or platform of an image",
+        );
+    }
     // Where something is, a directory isn't made; what a link leads to is left alone.
     image(&root, std::slice::from_ref(&good));
     std::os::unix::fs::symlink("none", place.path("link")).unwrap();
@@ -1411,6 +1610,113 @@ fn much_work_of_few_bytes() {
         .run("apply one.tar --base shared.obd out.obd")
         .code(3)
         .stderr(contains("shares its bytes with others"));
+}
+
+/// A file that `docker save` could have written: one layer, one description.
+fn saved(config: &str, list: &str) -> Vec<u8> {
+    tar(&[
+        member("l.tar", b'0', &etc_tar()),
+        file("c.json", config),
+        file("manifest.json", list),
+    ])
+}
+
+/// An image in a `manifest.json`.
+fn entry(tags: &[String], layers: &[&str]) -> String {
+    let tags: Vec<String> = tags.iter().map(|tag| format!("{tag:?}")).collect();
+    let tags = tags.join(",");
+    format!(r#"{{"Config":"c.json","RepoTags":[{tags}],"Layers":{layers:?}}}"#)
+}
+
+/// Each name and layer in a manifest.json takes a few bytes there, and hundreds in memory.
+fn many_names_in_few_bytes() {
+    let place = Place::new();
+    let layer = etc_tar();
+    let config = config(&[digest(&layer)]);
+    let write = |images: &[String]| {
+        let list = format!("[{}]", images.join(","));
+        place.write("saved.tar", &saved(&config, &list));
+    };
+    let refused = |said: &str| {
+        place
+            .run("convert saved.tar out")
+            .code(3)
+            .stderr(contains(said));
+        assert_eq!(place.names(), ["saved.tar"]);
+    };
+    // An index of so many long tags would be larger than one may be.
+    let tags: Vec<String> = (0..10_001).map(|nth| format!("x:{nth:0300}")).collect();
+    write(&[entry(&tags, &["l.tar"])]);
+    refused("saved.tar: manifest.json: has more than 10000 images and tags");
+    write(&[entry(&tags[1..], &["l.tar"])]);
+    place.ok(&format!("convert saved.tar out --ref {}", tags[10_000]));
+    fs::remove_dir_all(place.path("out")).unwrap();
+    write(&vec![entry(&[], &["l.tar"]); 10_001]);
+    refused("has more than 10000 images and tags");
+    write(&[entry(&[], &["l.tar"; 256])]);
+    refused("saved.tar: manifest.json: image c.json: has 256 layers, expected 1 to 255");
+    write(&[entry(&["n".repeat(1025)], &["l.tar"])]);
+    refused("has more than 1024 bytes in the name");
+    // A name that no file has: a compressed archive could have thousands of them.
+    let name = format!("{}.tar", "n".repeat(5000));
+    let members = [
+        [
+            pax(&[(b"path", name.as_bytes())]),
+            member("x", b'0', &layer),
+        ]
+        .concat(),
+        file("c.json", &config),
+        file("manifest.json", &format!("[{}]", entry(&[], &[&name]))),
+    ];
+    place.write("saved.tar", &tar(&members));
+    place
+        .run("convert saved.tar out --from oci")
+        .failure()
+        .stderr(contains("of which manifest.json tells, is missing"));
+}
+
+/// A description or index is read once, and not for each of hundreds of images that name it.
+fn long_files_of_many_names() {
+    let place = Place::new();
+    let layer = etc_tar();
+    let long = "n".repeat(3_900_000);
+    let took = |input: &str| {
+        let _ = fs::remove_dir_all(place.path("out"));
+        let start = Instant::now();
+        place.ok(&format!("convert {input} out --ref x:0"));
+        start.elapsed()
+    };
+    let compare = |one: Duration, many: Duration| {
+        assert!(many < one * 10 + Duration::from_secs(2), "{one:?} {many:?}");
+    };
+    let config = config(&[digest(&layer)]);
+    let config = config.replacen('{', &format!(r#"{{"author":"{long}","#), 1);
+    let [one, many] = [1, 400].map(|count| {
+        let images = (0..count).map(|nth| entry(&[format!("x:{nth}")], &["l.tar"]));
+        let images: Vec<String> = images.collect();
+        let list = format!("[{}]", images.join(","));
+        place.write("saved.tar", &saved(&config, &list));
+        took("saved.tar")
+    });
+    compare(one, many);
+    let root = place.path("layout");
+    let mut layout = Layout::new(&root);
+    let blob = layout.blob(&layer, OCI_TAR);
+    layout.image(&[blob], &[digest(&layer)], "");
+    let image = &layout.manifests[0];
+    let index = format!(r#"{{"a":"{long}","manifests":[{image}]}}"#);
+    let index = layout.blob(index.as_bytes(), "application/vnd.oci.image.index.v1+json");
+    let [one, many] = [1, 900].map(|count| {
+        let name = r#","annotations":{"org.opencontainers.image.ref.name":"x:"#;
+        let start = index.strip_suffix('}').unwrap();
+        let entries = (0..count).map(|nth| format!(r#"{start}{name}{nth}"}}}}"#));
+        let entries: Vec<String> = entries.collect();
+        let entries = entries.join(",");
+        let index = format!(r#"{{"manifests":[{entries}]}}"#);
+        fs::write(root.join("index.json"), index).unwrap();
+        took("layout")
+    });
+    compare(one, many);
 }
 
 fn signals() {

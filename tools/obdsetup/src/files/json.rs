@@ -7,7 +7,7 @@ use std::path::Path;
 use anyhow::Result;
 use overlaybd::format::num::to_usize;
 use overlaybd::format::Blob;
-use overlaybd::FileBlob;
+use overlaybd::{Error, FileBlob};
 use serde::de::DeserializeOwned;
 
 use crate::terminal::exit::{self, Failure};
@@ -15,18 +15,21 @@ use crate::terminal::exit::{self, Failure};
 /// Largest size of a file: the limit that registries have for a manifest.
 pub(crate) const MAX: u64 = 4 << 20;
 
-/// Reads a file.
-pub(crate) fn read(path: &Path) -> Result<Vec<u8>> {
-    let file = FileBlob::open(path, None)?;
+/// Reads the file at `path`. Messages call it `shown`.
+pub(crate) fn read(path: &Path, shown: &Path) -> Result<Vec<u8>> {
+    let file = FileBlob::open(path, None).map_err(|error| match error {
+        Error::InFile { source, .. } => source.in_file(shown),
+        other => other,
+    })?;
     if file.size() > MAX {
         return Err(bad(
-            path,
+            shown,
             &format!("has more than {MAX} bytes, too many for such a file"),
         ));
     }
     let mut bytes = vec![0; to_usize(file.size())];
     file.read_at(0, &mut bytes)
-        .map_err(|error| error.in_file(path))?;
+        .map_err(|error| error.in_file(shown))?;
     Ok(bytes)
 }
 

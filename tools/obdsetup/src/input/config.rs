@@ -60,7 +60,7 @@ pub(crate) fn is_config(layer: &LayerArg) -> bool {
 /// Returns the layers that the `config.v1.json` at `path` lists, lowest first. Relative names are relative to
 /// its directory.
 pub(crate) fn layers(path: &Path) -> Result<Vec<LayerArg>> {
-    let text = json::read(path)?;
+    let text = json::read(path, path)?;
     let config: Config = json::parse(&text, path, "a config.v1.json")?;
     let place = crate::files::place::directory(path);
     let refuse = |what: String| Failure::usage(format!("{}: {what}", path.display()));

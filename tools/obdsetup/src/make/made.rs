@@ -47,6 +47,11 @@ impl NewDirectory {
         self.made.path()
     }
 
+    /// Returns the final path of a file in it, for messages.
+    pub(crate) fn shown(&self, name: impl AsRef<Path>) -> PathBuf {
+        self.out.join(name)
+    }
+
     /// Writes a file in it.
     pub(crate) fn write(&self, name: &str, bytes: &[u8]) -> Result<()> {
         let write = || {

@@ -8,6 +8,7 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result};
 use overlaybd::format::merge::MAX_LAYERS;
+use overlaybd::format::num::to_u64;
 use overlaybd::identity::Below;
 use overlaybd::layer::Ident;
 use overlaybd::wrap::Wrapping;
@@ -22,7 +23,7 @@ use super::layout::{hash, is_hex, Found, Layout};
 use super::spec::{
     describe, Descriptor, Manifest, Platform, CONFIG_TYPES, MANIFEST_TYPES, NAMES, TAR_TYPES,
 };
-use crate::files::json::bad;
+use crate::files::json::{self, bad, MAX};
 use crate::input::archive::{Archive, Compression};
 use crate::make::layer_out::{derive, LayerOut};
 use crate::make::made::Made;
@@ -41,6 +42,13 @@ const FOREIGN: [&str; 2] = [
 const VERSION: &str = "0.1.0";
 /// Prefix of the names of annotations.
 const ANNOTATION: &str = "containerd.io/snapshot/overlaybd/";
+
+/// Name of a config in messages.
+const DESCRIPTION: &str = "an image's description";
+/// Largest number of values in a config of which another is made.
+const VALUES: usize = 100_000;
+/// More bytes than a manifest has for each layer, and for all that isn't a layer or annotation.
+const LAYER: usize = 1024;
 
 /// The digits of the nil UUID.
 const NO_UUID: &str = "00000000000000000000000000000000";
@@ -107,9 +115,13 @@ pub(super) fn convert(
         return Err(bad(name, &what));
     };
     let (config_bytes, config_name) = layout.read(descriptor)?;
-    let config: Config =
-        crate::files::json::parse(&config_bytes, &config_name, "an image's description")?;
+    let config: Config = json::parse(&config_bytes, &config_name, DESCRIPTION)?;
     let diff_ids = diff_ids(&config, layers.len()).map_err(|what| bad(&config_name, &what))?;
+    if job.choice.oci {
+        // More is read of it than above. New digests are as long as the old ones.
+        describing(&config_bytes, &config_name, &config.rootfs.diff_ids)?;
+        check_annotations(layout, image, manifest)?;
+    }
 
     let mut wrapping = job.new.wrap.wrapping()?;
     wrapping.tar |= job.choice.oci;
@@ -169,14 +181,48 @@ pub(super) fn convert(
         architecture: config.architecture,
         variant: config.variant,
     };
-    layout_of(
-        image,
-        manifest,
-        (descriptor, &config_bytes),
-        platform,
-        &blobs,
-        made,
-    )
+    let digests: Vec<String> = blobs.iter().map(|(digest, _)| digest.clone()).collect();
+    let own = describing(&config_bytes, &config_name, &digests)?;
+    layout_of(image, manifest, (descriptor, &own), platform, &blobs, made)
+}
+
+/// Returns the image's config with other DiffIDs.
+fn describing(bytes: &[u8], name: &Path, diff_ids: &[String]) -> Result<Vec<u8>> {
+    // An object of a few bytes takes hundreds in memory. Those in texts count, too.
+    let begins = |byte: &&u8| matches!(byte, b'{' | b'[' | b',');
+    if bytes.iter().filter(begins).count() > VALUES {
+        let what = format!("has more than {VALUES} values, too many for such a file");
+        return Err(bad(name, &what));
+    }
+    let mut own: Value = json::parse(bytes, name, DESCRIPTION)?;
+    match own.pointer_mut("/rootfs/diff_ids") {
+        Some(ids) => *ids = json!(diff_ids),
+        None => return Err(bad(name, &format!("not {DESCRIPTION}"))),
+    }
+    let bytes = serde_json::to_vec(&own)?;
+    // For example, "1e5" becomes "100000.0".
+    if to_u64(bytes.len()) > MAX {
+        let what = format!(
+            "as it is written for a registry, has more than {MAX} bytes, too many for such a file"
+        );
+        return Err(bad(name, &what));
+    }
+    Ok(bytes)
+}
+
+/// Returns an error if the manifest's annotations are too long for the new manifest.
+fn check_annotations(layout: &Layout, image: &Found, manifest: &Manifest) -> Result<()> {
+    let bytes = serde_json::to_vec(&manifest.annotations)?.len();
+    let bytes = to_u64(bytes + (manifest.layers.len() + 1) * LAYER);
+    if bytes <= MAX {
+        return Ok(());
+    }
+    let what = format!(
+        "image {}: its manifest, as it is written for a registry, has more than {MAX} bytes, too \
+         many for such a file",
+        image.descriptor.digest
+    );
+    Err(bad(layout.name(), &what))
 }
 
 /// Returns an error if a layer is not in the image.
@@ -338,7 +384,7 @@ fn chain_uuid(chain: &str) -> String {
 fn layout_of(
     image: &Found,
     manifest: &Manifest,
-    (config, config_bytes): (&Descriptor, &[u8]),
+    (config, own): (&Descriptor, &[u8]),
     platform: Platform,
     layers: &[(String, u64)],
     made: Made,
@@ -359,8 +405,12 @@ fn layout_of(
     let mut descriptors = Vec::new();
     for ((digest, size), from) in layers.iter().zip(made.layers()) {
         let to = made.path().join(blob_name(digest));
-        std::fs::rename(&from, &to)
-            .with_context(|| format!("{}: cannot rename it", from.display()))?;
+        std::fs::rename(&from, &to).with_context(|| {
+            format!(
+                "{}: cannot rename it",
+                made.shown(blob_name(digest)).display()
+            )
+        })?;
         let note = |name: &str, value: String| (format!("{ANNOTATION}{name}"), value);
         let annotations = [
             note("version", VERSION.to_owned()),
@@ -376,18 +426,12 @@ fn layout_of(
             annotations: annotations.into_iter().collect(),
         });
     }
-    let digests: Vec<&String> = layers.iter().map(|(digest, _)| digest).collect();
-    let mut own: Value = serde_json::from_slice(config_bytes)?;
-    if let Some(ids) = own.pointer_mut("/rootfs/diff_ids") {
-        *ids = json!(digests);
-    }
-    let write = |media_type: &str, value: &Value| -> Result<Descriptor> {
-        let bytes = serde_json::to_vec(value)?;
-        let descriptor = describe(media_type, &bytes);
-        made.write(&blob_name(&descriptor.digest), &bytes)?;
+    let write = |media_type: &str, bytes: &[u8]| -> Result<Descriptor> {
+        let descriptor = describe(media_type, bytes);
+        made.write(&blob_name(&descriptor.digest), bytes)?;
         Ok(descriptor)
     };
-    let config = write(config_type, &own)?;
+    let config = write(config_type, own)?;
     let mut value = json!({
         "schemaVersion": 2,
         "mediaType": manifest_type,
@@ -399,8 +443,8 @@ fn layout_of(
             object.insert("annotations".to_owned(), json!(manifest.annotations));
         }
     }
-    let mut entry = write(manifest_type, &value)?;
-    entry.platform = Some(platform).filter(|platform| !platform.os.is_empty());
+    let mut entry = write(manifest_type, &serde_json::to_vec(&value)?)?;
+    entry.platform = Some(platform).filter(Platform::is_for_index);
     for (key, name) in NAMES.iter().zip(&image.names) {
         if let Some(name) = name {
             entry.annotations.insert((*key).to_owned(), name.clone());

@@ -8,15 +8,19 @@ use std::fmt;
 use std::fs::File;
 use std::io::Read;
 use std::path::{Path, PathBuf};
+use std::rc::Rc;
 
 use anyhow::{Context, Result};
 use overlaybd::format::num::to_u64;
+use overlaybd::FileBlob;
 use serde::de::DeserializeOwned;
 use sha2::{Digest, Sha256};
 use tempfile::TempDir;
 
 use super::job::Choice;
-use super::spec::{sha256, Descriptor, Index, Manifest, Platform, INDEX_TYPES, NAMES};
+use super::spec::{
+    sha256, Descriptor, Index, Manifest, Platform, INDEX_TYPES, MAX_TEXT, NAMES, UNKNOWN,
+};
 use crate::files::json::{self, bad};
 use crate::terminal::bar::Bar;
 use crate::terminal::exit::Failure;
@@ -28,7 +32,7 @@ const MANIFEST: &str = "an image's manifest";
 /// Largest number of indexes that are read.
 const INDEXES: usize = 1000;
 /// Largest number of images and indexes that they may name.
-const ENTRIES: usize = 10_000;
+pub(super) const ENTRIES: usize = 10_000;
 /// Largest number of images that a message lists.
 const NAMED: usize = 20;
 /// Number of bytes that are hashed at once.
@@ -40,6 +44,8 @@ pub(super) struct Layout {
     /// The archive from which it was unpacked, and the temporary directory, which is deleted when this is
     /// dropped.
     archive: Option<(PathBuf, TempDir)>,
+    /// The index, if it was made of something else and isn't in a file.
+    index: Option<Index>,
 }
 
 impl Layout {
@@ -48,14 +54,17 @@ impl Layout {
         Self {
             root: root.to_owned(),
             archive: None,
+            index: None,
         }
     }
 
-    /// Returns the layout in the temporary directory `root`, which was unpacked from `archive`.
-    pub(super) fn of_archive(archive: &Path, root: TempDir) -> Self {
+    /// Returns the layout in the temporary directory `root`, which was unpacked from `archive`. Its index is
+    /// `index`, or in a file.
+    pub(super) fn of_archive(archive: &Path, root: TempDir, index: Option<Index>) -> Self {
         Self {
             root: root.path().to_owned(),
             archive: Some((archive.to_owned(), root)),
+            index,
         }
     }
 
@@ -126,47 +135,94 @@ impl Layout {
     /// Returns the manifests in the layout's index and in the indexes that it names, with the names of their
     /// images.
     fn collect(&self) -> Result<Vec<Found>> {
-        let path = self.root.join("index.json");
-        let index = json::read(&path)?;
-        let index: Index = json::parse(&index, &self.shown("index.json"), INDEX)?;
-        let mut entries = index.manifests.len();
-        let mut open = vec![(Vec::new(), index)];
+        let index = match &self.index {
+            Some(index) => index.clone(),
+            None => {
+                let shown = self.shown("index.json");
+                let index = json::read(&self.root.join("index.json"), &shown)?;
+                json::parse(&index, &shown, INDEX)?
+            }
+        };
+        let mut entries = 0;
+        let mut open = vec![(Vec::new(), self.entries(index, &mut entries)?)];
         let mut found = Vec::new();
-        // Each index is read only once for each name. Otherwise a small file could cause endless work, with
+        // Each index is put in only once for each name. Otherwise a small file could cause endless work, with
         // many entries for the same indexes.
         let mut seen = HashSet::new();
+        // Each is read only once.
+        let mut known: HashMap<String, Rc<[Found]>> = HashMap::new();
         while let Some((names, index)) = open.pop() {
-            for descriptor in index.manifests {
-                let own = NAMES
-                    .iter()
-                    .map(|key| descriptor.annotations.get(*key).cloned());
-                let own: Vec<Option<String>> = own.collect();
-                let names = match own.iter().any(Option::is_some) {
-                    true => own,
-                    false => names.clone(),
-                };
+            for image in index.iter() {
+                let mut image = image.clone();
+                if image.names.is_empty() {
+                    image.names.clone_from(&names);
+                }
+                let descriptor = &image.descriptor;
                 if INDEX_TYPES.contains(&descriptor.media_type.as_str()) {
-                    if seen.insert((names.clone(), descriptor.digest.clone())) {
+                    if seen.insert((image.names.clone(), descriptor.digest.clone())) {
                         crate::terminal::interrupt::check()?;
-                        let index: Index = self.read_json(&descriptor, INDEX)?;
-                        entries += index.manifests.len();
-                        if seen.len() > INDEXES || entries > ENTRIES {
-                            let what = format!(
-                                "has more than {INDEXES} nested indexes, or {ENTRIES} entries in all of them"
-                            );
-                            return Err(bad(self.name(), &what));
+                        if seen.len() > INDEXES {
+                            return Err(self.too_many());
                         }
-                        open.push((names, index));
+                        let index = match known.get(&descriptor.digest) {
+                            Some(index) => {
+                                self.count(index.len(), &mut entries)?;
+                                Rc::clone(index)
+                            }
+                            None => {
+                                let index = self.read_json(descriptor, INDEX)?;
+                                let index = self.entries(index, &mut entries)?;
+                                known.insert(descriptor.digest.clone(), Rc::clone(&index));
+                                index
+                            }
+                        };
+                        open.push((image.names, index));
                     }
                     continue;
                 }
-                let image = Found { names, descriptor };
                 if !image.is_attestation() {
                     found.push(image);
                 }
             }
         }
         Ok(found)
+    }
+
+    /// Returns what an index has, and counts it. Annotations are left out: they may be long, and an index that is
+    /// named often has them each time.
+    fn entries(&self, index: Index, entries: &mut usize) -> Result<Rc<[Found]>> {
+        self.count(index.manifests.len(), entries)?;
+        let all = index.manifests.into_iter().map(|mut descriptor| {
+            if !descriptor.is_short() {
+                let what = format!(
+                    "has more than {MAX_TEXT} bytes in the name, digest, type or platform of an image"
+                );
+                return Err(bad(self.name(), &what));
+            }
+            let mut annotations = std::mem::take(&mut descriptor.annotations);
+            let mut names: Vec<Option<String>> =
+                NAMES.iter().map(|key| annotations.remove(*key)).collect();
+            if names.iter().all(Option::is_none) {
+                names.clear();
+            }
+            Ok(Found { names, descriptor })
+        });
+        all.collect()
+    }
+
+    /// Adds to the number of entries of all indexes.
+    fn count(&self, more: usize, entries: &mut usize) -> Result<()> {
+        *entries += more;
+        match *entries > ENTRIES {
+            true => Err(self.too_many()),
+            false => Ok(()),
+        }
+    }
+
+    fn too_many(&self) -> anyhow::Error {
+        let what =
+            format!("has more than {INDEXES} nested indexes, or {ENTRIES} entries in all of them");
+        bad(self.name(), &what)
     }
 
     /// Sets the platforms of the images with the chosen name for which the index has none. They are read from
@@ -202,8 +258,7 @@ impl Layout {
     fn described(&self, config: &Descriptor) -> Option<Platform> {
         let (bytes, _) = self.read(config).ok()?;
         let platform: Platform = serde_json::from_slice(&bytes).ok()?;
-        let is_said = !platform.os.is_empty() && !platform.architecture.is_empty();
-        Some(platform).filter(|_| is_said)
+        Some(platform).filter(Platform::is_said)
     }
 
     /// Checks that an image's config has the same operating system and architecture as the index.
@@ -251,12 +306,23 @@ impl Layout {
         )
     }
 
+    /// Opens the blob that `descriptor` describes. Messages call it as the user knows it, which is not its path
+    /// if it is from an archive.
+    pub(super) fn open(&self, descriptor: &Descriptor) -> Result<FileBlob> {
+        let (path, name) = self.blob(descriptor)?;
+        let shown = self.shown(&name);
+        let file = File::open(&path);
+        let file = file.with_context(|| format!("{}: cannot read", shown.display()))?;
+        Ok(FileBlob::from_file(file, &shown)?)
+    }
+
     /// Reads the blob that `descriptor` describes.
     pub(super) fn read(&self, descriptor: &Descriptor) -> Result<(Vec<u8>, PathBuf)> {
         let (path, name) = self.blob(descriptor)?;
-        let bytes = json::read(&path)?;
+        let shown = self.shown(&name);
+        let bytes = json::read(&path, &shown)?;
         match sha256(Sha256::new_with_prefix(&bytes)) == descriptor.digest {
-            true => Ok((bytes, self.shown(&name))),
+            true => Ok((bytes, shown)),
             false => Err(self.differs(&name)),
         }
     }
@@ -317,7 +383,7 @@ pub(super) fn is_hex(text: &[u8]) -> bool {
 /// An image in a layout, and its names.
 #[derive(Clone)]
 pub(super) struct Found {
-    /// The values of the annotations [`NAMES`].
+    /// The values of the annotations [`NAMES`]; none if it has no name.
     pub(super) names: Vec<Option<String>>,
     pub(super) descriptor: Descriptor,
 }
@@ -348,7 +414,7 @@ impl Found {
     /// Returns whether this is an attestation. An index lists them like images, with an unknown system.
     fn is_attestation(&self) -> bool {
         let platform = self.descriptor.platform.as_ref();
-        platform.is_some_and(|platform| platform.os == "unknown")
+        platform.is_some_and(|platform| platform.os == UNKNOWN)
     }
 
     /// Returns whether the index says that it is for this machine.

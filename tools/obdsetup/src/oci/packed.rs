@@ -3,20 +3,22 @@
 //! Unpacks archives of images: an OCI image layout in a tar, or the output of `docker save`. The files that
 //! are needed are written to a new layout. No name in the archive is ever used as a path.
 
-use std::collections::{BTreeMap, HashSet};
+use std::collections::{BTreeMap, HashMap, HashSet};
 use std::io::{BufWriter, Write};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result};
+use overlaybd::format::merge::MAX_LAYERS;
 use overlaybd::format::num::to_u64;
 use serde::Deserialize;
 use serde_json::json;
 use sha2::{Digest, Sha256};
 use tempfile::TempDir;
 
-use super::layout::{is_hex, Layout};
+use super::layout::{is_hex, Layout, ENTRIES};
 use super::spec::{
-    describe, sha256, Descriptor, Platform, CONFIG_TYPES, MANIFEST_TYPES, REF_NAME, TAR_TYPES,
+    describe, sha256, Descriptor, Index, Platform, CONFIG_TYPES, MANIFEST_TYPES, REF_NAME,
+    TAR_TYPES,
 };
 use crate::files::json::{self, bad};
 use crate::input::archive::{brief, Archive, Member, MemberKind};
@@ -26,6 +28,8 @@ const FILES: usize = 10_000;
 /// Largest number of links that are followed for one name. Old versions of docker wrote a layer once, and
 /// links to it.
 const LINKS: usize = 8;
+/// Longest name of a file and target of a link that are remembered. No file has a longer one.
+const NAME: usize = 4096;
 /// The directory of the blobs in a layout.
 const BLOBS: &str = "blobs/sha256/";
 const WRITE: &str = "cannot write a temporary file with what is in the archive";
@@ -40,14 +44,24 @@ struct Saved {
     layers: Vec<String>,
 }
 
-/// The fields of an image's config that are used here.
-#[derive(Deserialize)]
-struct Config {
-    #[serde(default)]
-    os: String,
-    #[serde(default)]
-    architecture: String,
-    variant: Option<String>,
+/// Returns what is wrong if there is more of something than a layout or a stack has. Checked before anything is
+/// made of it: of one byte for a name or layer come hundreds.
+fn check(images: &[Saved]) -> Result<(), String> {
+    let entries = images.iter().map(|image| {
+        let tags = image.repo_tags.as_ref().map_or(0, Vec::len);
+        tags.max(1)
+    });
+    if entries.sum::<usize>() > ENTRIES {
+        return Err(format!("has more than {ENTRIES} images and tags"));
+    }
+    match images.iter().find(|image| image.layers.len() > MAX_LAYERS) {
+        Some(image) => Err(format!(
+            "image {}: has {} layers, expected 1 to {MAX_LAYERS}",
+            brief(image.config.as_bytes()),
+            image.layers.len()
+        )),
+        None => Ok(()),
+    }
 }
 
 /// A file of the archive that was stored as a blob.
@@ -81,26 +95,27 @@ pub(super) fn unpack(input: &Path, place: &Path) -> Result<Layout> {
     let named = named(input)?;
     let mut archive = Archive::again(input)?;
     while let Some(member) = archive.next()? {
-        if named.contains(&member.path) || is_wanted(&member.path) {
+        if is_short(&member) && (named.contains(&member.path) || is_wanted(&member.path)) {
             unpack.member(&member, &mut archive)?;
         }
     }
     // Newer versions of docker write both an index and a manifest.json. The index has more information.
     let index = unpack.files.get(b"index.json".as_slice()).cloned();
     let is_layout = unpack.files.contains_key(b"oci-layout".as_slice());
-    match index.filter(|_| is_layout) {
+    let saved = match index.filter(|_| is_layout) {
         Some(index) => {
             let from = unpack.path(&index);
             std::fs::copy(from, unpack.root.path().join("index.json")).context(WRITE)?;
+            None
         }
-        None => unpack.saved()?,
-    }
-    Ok(Layout::of_archive(input, unpack.root))
+        None => Some(unpack.saved()?),
+    };
+    Ok(Layout::of_archive(input, unpack.root, saved))
 }
 
 /// Returns the names of files in `manifest.json`, because tools use arbitrary names for layers. Returns none
-/// if that file is missing or can't be parsed; if it is needed, the error is reported later. The archive is
-/// read up to it first, because it is usually at the end.
+/// if that file is missing, can't be parsed or has too much in it; if it is needed, the error is reported
+/// later. The archive is read up to it first, because it is usually at the end.
 fn named(input: &Path) -> Result<HashSet<Vec<u8>>> {
     let mut archive = Archive::again(input)?;
     while let Some(member) = archive.next()? {
@@ -114,13 +129,24 @@ fn named(input: &Path) -> Result<HashSet<Vec<u8>>> {
             Ok(())
         })?;
         let images: Vec<Saved> = serde_json::from_slice(&bytes).unwrap_or_default();
-        let names = images.into_iter().flat_map(|image| {
+        let images = Some(images).filter(|images| check(images).is_ok());
+        let names = images.unwrap_or_default().into_iter().flat_map(|image| {
             let layers = image.layers.into_iter();
             layers.chain([image.config]).map(String::into_bytes)
         });
         return Ok(names.collect());
     }
     Ok(HashSet::new())
+}
+
+/// Returns whether a member can be remembered. A compressed archive has millions of bytes of names in a few
+/// thousand.
+fn is_short(member: &Member) -> bool {
+    let target = match &member.kind {
+        MemberKind::HardLink(target) | MemberKind::Symlink(target) => target.len(),
+        _ => 0,
+    };
+    member.path.len().max(target) <= NAME
 }
 
 /// Returns whether a file may be a part of an image, by its name.
@@ -141,7 +167,13 @@ impl Unpack<'_> {
         bad(self.input, what)
     }
 
-    fn path(&self, stored: &Stored) -> std::path::PathBuf {
+    /// Returns the name of a file of the archive for messages.
+    fn shown(&self, name: &str) -> PathBuf {
+        let name = brief(name.as_bytes());
+        format!("{}: {name}", self.input.display()).into()
+    }
+
+    fn path(&self, stored: &Stored) -> PathBuf {
         let hex = stored.digest.strip_prefix("sha256:").unwrap_or_default();
         self.root.path().join(BLOBS).join(hex)
     }
@@ -231,7 +263,8 @@ impl Unpack<'_> {
 
     fn read(&self, name: &str) -> Result<(Vec<u8>, Stored)> {
         let stored = self.find(name)?;
-        Ok((json::read(&self.path(stored))?, stored.clone()))
+        let bytes = json::read(&self.path(stored), &self.shown(name))?;
+        Ok((bytes, stored.clone()))
     }
 
     fn add(&self, bytes: &[u8], media_type: &str) -> Result<Descriptor> {
@@ -244,32 +277,40 @@ impl Unpack<'_> {
         Ok(descriptor)
     }
 
-    /// Makes manifests and an index from the output of `docker save`.
-    fn saved(&self) -> Result<()> {
-        let shown = |name: &str| format!("{}: {name}", self.input.display());
+    /// Makes manifests from the output of `docker save`. Returns their index, which may be larger than one in a file
+    /// may be.
+    fn saved(&self) -> Result<Index> {
         if !self.files.contains_key(b"manifest.json".as_slice()) {
             return Err(self.bad(
                 "has layers of an image, but no manifest.json: load it in docker, and save it anew",
             ));
         }
         let (bytes, _) = self.read("manifest.json")?;
-        let shown_name = shown("manifest.json");
-        let images: Vec<Saved> =
-            json::parse(&bytes, Path::new(&shown_name), "what `docker save' writes")?;
+        let shown = self.shown("manifest.json");
+        let images: Vec<Saved> = json::parse(&bytes, &shown, "what `docker save' writes")?;
+        check(&images).map_err(|what| bad(&shown, &what))?;
         let mut manifests = Vec::new();
+        // Each config is read only once: many images may name the same.
+        let mut platforms: HashMap<String, Option<Platform>> = HashMap::new();
         for image in images {
             crate::terminal::interrupt::check()?;
-            let (bytes, stored) = self.read(&image.config)?;
+            let stored = self.find(&image.config)?;
             let stem = image.config.rsplit('/').next().unwrap_or_default();
             let stem = stem.strip_suffix(".json").unwrap_or(stem);
             let stem = stem.strip_prefix("sha256:").unwrap_or(stem);
             let own = stored.digest.strip_prefix("sha256:").unwrap_or_default();
             if is_hex(stem.as_bytes()) && stem != own {
-                return Err(self.bad(&format!("{}: is not what its digest says", image.config)));
+                let name = brief(image.config.as_bytes());
+                return Err(self.bad(&format!("{name}: is not what its digest says")));
             }
-            let shown_name = shown(&image.config);
-            let config: Config =
-                json::parse(&bytes, Path::new(&shown_name), "an image's description")?;
+            let platform = match platforms.get(&stored.digest) {
+                Some(platform) => platform.clone(),
+                None => {
+                    let platform = self.platform(&image.config)?;
+                    platforms.insert(stored.digest.clone(), platform.clone());
+                    platform
+                }
+            };
             let described = |media_type: &str, stored: &Stored| Descriptor {
                 media_type: media_type.to_owned(),
                 digest: stored.digest.clone(),
@@ -281,15 +322,11 @@ impl Unpack<'_> {
             let manifest = json!({
                 "schemaVersion": 2,
                 "mediaType": DOCKER_MANIFEST,
-                "config": described(DOCKER_CONFIG, &stored),
+                "config": described(DOCKER_CONFIG, stored),
                 "layers": layers.collect::<Result<Vec<_>>>()?,
             });
             let mut manifest = self.add(&serde_json::to_vec(&manifest)?, DOCKER_MANIFEST)?;
-            manifest.platform = Some(Platform {
-                os: config.os,
-                architecture: config.architecture,
-                variant: config.variant,
-            });
+            manifest.platform = platform;
             let tags = image.repo_tags.unwrap_or_default();
             for tag in &tags {
                 let mut named = manifest.clone();
@@ -300,8 +337,15 @@ impl Unpack<'_> {
                 manifests.push(manifest);
             }
         }
-        let index = serde_json::to_vec(&json!({"schemaVersion": 2, "manifests": manifests}))?;
-        std::fs::write(self.root.path().join("index.json"), index).context(WRITE)
+        Ok(Index { manifests })
+    }
+
+    /// Returns the platform in the config with this name, if it says what an index can have.
+    fn platform(&self, config: &str) -> Result<Option<Platform>> {
+        let (bytes, _) = self.read(config)?;
+        let shown = self.shown(config);
+        let platform: Platform = json::parse(&bytes, &shown, "an image's description")?;
+        Ok(Some(platform).filter(Platform::is_for_index))
     }
 }
 

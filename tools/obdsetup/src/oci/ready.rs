@@ -5,6 +5,7 @@
 use std::fs::File;
 use std::io::Write;
 use std::path::Path;
+use std::sync::Arc;
 
 use anyhow::{Context, Result};
 use overlaybd::format::merge::MAX_LAYERS;
@@ -38,8 +39,8 @@ pub(super) fn is_ready(layout: &Layout, manifest: &Manifest) -> bool {
         })
     };
     let is_one = |layer: &Descriptor| {
-        let blob = layout.blob(layer);
-        blob.is_ok_and(|(path, _)| LayerReader::open(&path, None).is_ok())
+        let file = layout.open(layer);
+        file.is_ok_and(|file| LayerReader::from_file(Arc::new(file)).is_ok())
     };
     manifest.layers.iter().any(is_said) || manifest.layers.first().is_some_and(is_one)
 }
@@ -52,6 +53,9 @@ pub(super) fn convert(
     mut made: Made,
 ) -> Result<()> {
     let stack = open(layout, &image.descriptor, &manifest.layers)?;
+    // Before gigabytes are copied.
+    let config = manifest.config.as_ref();
+    let config = config.map(|config| layout.read(config)).transpose()?;
     let files: Vec<&FileBlob> = stack
         .layers()
         .iter()
@@ -60,12 +64,13 @@ pub(super) fn convert(
     let bar = Bar::new("copying", files.iter().map(|file| file.size()).sum());
     for (layer, from) in manifest.layers.into_iter().zip(files) {
         let to = made.next_layer();
-        copy(layout, from, &layer, &to, &bar)?;
+        let shown = made.shown(to.file_name().unwrap_or_default());
+        copy(layout, from, &layer, (&to, &shown), &bar)?;
         made.add(Some(layer.digest));
     }
     drop(bar);
-    if let Some(config) = manifest.config {
-        made.write("image.json", &layout.read(&config)?.0)?;
+    if let Some((config, _)) = config {
+        made.write("image.json", &config)?;
     }
     made.finish_config()
 }
@@ -91,7 +96,7 @@ fn open(layout: &Layout, image: &Descriptor, layers: &[Descriptor]) -> Result<St
             )));
         }
         opened.push(
-            LayerReader::open(&layout.blob(layer)?.0, None).map_err(|error| {
+            LayerReader::from_file(Arc::new(layout.open(layer)?)).map_err(|error| {
                 let kind = match layer.media_type.as_str() {
                     "" => String::new(),
                     kind => format!(" but {kind}"),
@@ -113,9 +118,15 @@ fn open(layout: &Layout, image: &Descriptor, layers: &[Descriptor]) -> Result<St
     Ok(Stack::new(opened)?)
 }
 
-/// Copies a layer and checks its digest.
-fn copy(layout: &Layout, from: &FileBlob, layer: &Descriptor, to: &Path, bar: &Bar) -> Result<()> {
-    let context = || format!("{}: cannot write", to.display());
+/// Copies a layer to the file `to`, which messages call `shown`, and checks its digest.
+fn copy(
+    layout: &Layout,
+    from: &FileBlob,
+    layer: &Descriptor,
+    (to, shown): (&Path, &Path),
+    bar: &Bar,
+) -> Result<()> {
+    let context = || format!("{}: cannot write", shown.display());
     let mut output = File::create_new(to).with_context(context)?;
     let mut hasher = Sha256::new();
     let copied = from.stream(0, from.size(), &mut |piece| {
@@ -125,7 +136,7 @@ fn copy(layout: &Layout, from: &FileBlob, layer: &Descriptor, to: &Path, bar: &B
                 what: "write",
                 source,
             }
-            .in_file(to)
+            .in_file(shown)
         })?;
         bar.advance(to_u64(piece.len()))
     });

@@ -57,6 +57,30 @@ pub(super) struct Platform {
     pub(super) variant: Option<String>,
 }
 
+/// The operating system of what is no image but an attestation.
+pub(super) const UNKNOWN: &str = "unknown";
+/// Largest length of a name, digest, type or platform in an index. An index of few bytes may give one to each of
+/// thousands of images.
+pub(super) const MAX_TEXT: usize = 1024;
+
+impl Platform {
+    /// Returns whether it says what an image is for, in few bytes.
+    pub(super) fn is_said(&self) -> bool {
+        !self.os.is_empty() && !self.architecture.is_empty() && self.is_short()
+    }
+
+    /// Returns whether it can be in an index, where that of an image isn't taken for that of an attestation.
+    pub(super) fn is_for_index(&self) -> bool {
+        self.is_said() && self.os != UNKNOWN
+    }
+
+    fn is_short(&self) -> bool {
+        let variant = self.variant.as_deref().unwrap_or_default();
+        let all = [&self.os, &self.architecture, variant];
+        all.iter().all(|text| text.len() <= MAX_TEXT)
+    }
+}
+
 impl fmt::Display for Platform {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "{}/{}", self.os, self.architecture)?;
@@ -67,9 +91,19 @@ impl fmt::Display for Platform {
     }
 }
 
-#[derive(Deserialize)]
+#[derive(Clone, Deserialize)]
 pub(super) struct Index {
     pub(super) manifests: Vec<Descriptor>,
+}
+
+impl Descriptor {
+    /// Returns whether each of its texts has few bytes, all but those of annotations other than names.
+    pub(super) fn is_short(&self) -> bool {
+        let names = NAMES.iter().filter_map(|key| self.annotations.get(*key));
+        let mut all = names.chain([&self.media_type, &self.digest]);
+        all.all(|text| text.len() <= MAX_TEXT)
+            && self.platform.as_ref().is_none_or(Platform::is_short)
+    }
 }
 
 #[derive(Deserialize)]

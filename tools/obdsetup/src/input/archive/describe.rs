@@ -13,6 +13,8 @@ use super::{member, Device, Member, MemberKind, Time};
 
 /// Size limit for all headers that apply to all members. git writes one of 52 bytes.
 const MAX_GLOBAL: u64 = 64 << 10;
+/// Largest number of records, with different keys, that apply to all members. Each member gets all of them.
+const MAX_GLOBAL_RECORDS: usize = 100;
 
 impl Archive {
     /// Adds an extended header, for the next member (`to`) or for all.
@@ -44,7 +46,10 @@ impl Archive {
                          at byte {at}"
                     )));
                 }
-                self.global.parse(payload)
+                let parsed = self.global.parse(payload);
+                self.global.merge();
+                self.check_global(at)?;
+                parsed
             }
             _ => to.pax.parse(payload),
         };
@@ -53,6 +58,24 @@ impl Archive {
                 "the extended header at byte {at} has a malformed record"
             ))
         })
+    }
+
+    /// Checks what applies to all members, after the header at byte `at`. There may be little of it, because it is
+    /// looked at again for each member.
+    fn check_global(&self, at: u64) -> Result<()> {
+        if self.global.count() > MAX_GLOBAL_RECORDS {
+            return Err(self.bad(&format!(
+                "the headers for all members have more than {MAX_GLOBAL_RECORDS} records with that \
+                 at byte {at}"
+            )));
+        }
+        match self.global.has_sparse() {
+            true => Err(self.bad(&format!(
+                "the header for all members at byte {at} describes a sparse file, which can be only \
+                 one of them"
+            ))),
+            false => Ok(()),
+        }
     }
 
     /// Returns the member that the headers describe.

@@ -9,6 +9,8 @@ use std::collections::HashSet;
 
 use super::member::{Extent, Time};
 
+/// Prefix of keys with which GNU tar describes a sparse file.
+const SPARSE: &[u8] = b"GNU.sparse.";
 /// Prefix of keys of extended attributes.
 const XATTR: &[u8] = b"SCHILY.xattr.";
 
@@ -48,6 +50,24 @@ impl Records {
             bytes = bytes.get(len..)?;
         }
         Some(())
+    }
+
+    /// Removes the records that later ones with the same key replace.
+    pub(super) fn merge(&mut self) {
+        let mut seen = HashSet::new();
+        self.0.reverse();
+        self.0.retain(|(key, _)| seen.insert(key.clone()));
+        self.0.reverse();
+    }
+
+    /// Returns the number of records.
+    pub(super) fn count(&self) -> usize {
+        self.0.len()
+    }
+
+    /// Returns whether a record is about a sparse file.
+    pub(super) fn has_sparse(&self) -> bool {
+        self.0.iter().any(|(key, _)| key.starts_with(SPARSE))
     }
 
     /// Returns the records of the global headers, followed by these.
@@ -129,7 +149,7 @@ impl Records {
         let (mut xattrs, mut rest): (List, List) = Default::default();
         let mut seen = HashSet::new();
         for (key, value) in self.0.into_iter().rev() {
-            if KNOWN.contains(&key.as_slice()) || key.starts_with(b"GNU.sparse.") {
+            if KNOWN.contains(&key.as_slice()) || key.starts_with(SPARSE) {
                 continue;
             }
             if !seen.insert(key.clone()) {
@@ -208,6 +228,15 @@ mod tests {
         let (xattrs, rest) = records.rest();
         assert_eq!(xattrs, [(b"x".to_vec(), b"\n\n\0=".to_vec())]);
         assert_eq!(rest, []);
+        // The last one of a key is valid, and where that is stays.
+        let mut records = Records::default();
+        let text = b"7 a=12\n6 b=3\n6 a=4\n6 c=5\n";
+        assert!(records.parse(text).is_some());
+        let before = records.clone();
+        records.merge();
+        assert_eq!((before.count(), records.count()), (4, 3));
+        assert_eq!(records.get(b"a"), Some(b"4".as_slice()));
+        assert_eq!(records.rest(), before.rest());
         for bad in [
             b"12 path=a/b".as_slice(),
             b"13 path=a/b\n",

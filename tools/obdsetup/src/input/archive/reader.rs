@@ -52,7 +52,12 @@ impl Archive {
     ///
     /// If the file cannot be opened or read.
     pub(crate) fn open(path: &Path) -> Result<Self> {
-        let cannot = || format!("{}: cannot read", path.display());
+        Self::open_as(path, path)
+    }
+
+    /// Opens the tar at `path`, which messages call `name`.
+    fn open_as(path: &Path, name: &Path) -> Result<Self> {
+        let cannot = || format!("{}: cannot read", name.display());
         let mut file = File::open(path).with_context(cannot)?;
         let mut head = Vec::new();
         let mut start = (&mut file).take(to_u64(BLOCK));
@@ -64,7 +69,7 @@ impl Archive {
             false => Compression::of(&head),
         };
         Ok(Self {
-            path: path.to_owned(),
+            path: name.to_owned(),
             compression,
             input: Unpack::new(file, compression),
             at: 0,
@@ -88,11 +93,10 @@ impl Archive {
     /// As [`Self::open`].
     pub(crate) fn layer(path: &Path, name: &Path, warns: bool) -> Result<Self> {
         Ok(Self {
-            path: name.to_owned(),
             warns,
             needs_marker: false,
             hasher: Some(Sha256::new()),
-            ..Self::open(path)?
+            ..Self::open_as(path, name)?
         })
     }
 
