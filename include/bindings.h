@@ -42,10 +42,11 @@ static const blk_opf_t OBD_REQ_INHERITED = REQ_FAILFAST_MASK | REQ_SYNC |
 					   REQ_META | REQ_PRIO | REQ_RAHEAD |
 					   REQ_BACKGROUND | REQ_NOWAIT;
 /*
- * Not inherited if other reads may wait for the lower read: it must not fail
- * early.
+ * Not inherited if other reads may wait for the lower read: it must neither
+ * fail early nor be late.
  */
-static const blk_opf_t OBD_REQ_FAILS_EARLY = REQ_FAILFAST_MASK | REQ_RAHEAD;
+static const blk_opf_t OBD_REQ_ALONE = REQ_FAILFAST_MASK | REQ_RAHEAD |
+				       REQ_BACKGROUND;
 static const blk_opf_t OBD_REQ_RAHEAD = REQ_RAHEAD;
 /* Not inherited if a worker submits the lower read: a worker may sleep. */
 static const blk_opf_t OBD_REQ_NOWAIT = REQ_NOWAIT;

@@ -76,6 +76,8 @@ bool obd_in_interrupt_off(void);
  * not the idle class.
  */
 bool obd_at_once(unsigned int bytes, u16 ioprio);
+/* Returns whether the I/O priority @ioprio is of the idle class. */
+bool obd_is_idle_class(u16 ioprio);
 /*
  * bio_endio() with bio_in_atomic() true in any context, so that the completion
  * of the layer above does nothing that may wait.

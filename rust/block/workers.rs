@@ -26,8 +26,9 @@
 //! the list, whichever CPU queued it. Workers of CPUs that are offline or isolated (`isolcpus=`,
 //! `nohz_full=`, isolated cpuset partitions) are not woken.
 //!
-//! Small jobs overtake large ones, so a small read does not wait for all parts of the large reads
-//! before it. While there are both, workers take [`SHARE`] bytes of small jobs for each large job.
+//! Small jobs overtake other ones, so a small read does not wait for all parts of the large reads
+//! before it. After some [`SHARE`] bytes of small jobs, the next other job has its turn. A small job
+//! never waits for a job that was queued later.
 //!
 //! Lock order: the list's lock, then the workqueue's own. Both may be taken in any context but NMI.
 //!
@@ -48,18 +49,17 @@ use crate::sys;
 /// Jobs that a worker runs before it lets other work items run on its CPU.
 const BATCH: usize = 64;
 
-/// A job is small if it has at most this number of bytes: the largest block of a ZFile.
-const SMALL: u32 = 64 << 10;
-
-/// Bytes of small jobs that workers take before a large job that was queued earlier.
+/// Bytes of small jobs that may overtake an other job, at least: the last one may exceed it.
 const SHARE: u32 = 128 << 10;
 
 /// A step for a worker to run. It is embedded in another structure, such as the frame of an `Io`.
 pub(crate) struct Job {
     next: *mut Job,
     run: Option<unsafe fn(NonNull<Job>)>,
-    /// Number of bytes to process.
-    bytes: u32,
+    /// Number of bytes to process, if the job is small.
+    small: Option<u32>,
+    /// Number of jobs that were queued before it on this list.
+    order: u64,
 }
 
 impl Job {
@@ -68,7 +68,8 @@ impl Job {
         Self {
             next: core::ptr::null_mut(),
             run: None,
-            bytes: 0,
+            small: None,
+            order: 0,
         }
     }
 }
@@ -99,6 +100,13 @@ impl Fifo {
 
     fn is_empty(&self) -> bool {
         self.first.is_null()
+    }
+
+    /// Returns the first job.
+    fn first(&self) -> Option<&Job> {
+        // SAFETY: By the type invariant it is valid if there is one, and stays so while it is in
+        // the queue.
+        unsafe { self.first.as_ref() }
     }
 
     /// Appends a job.
@@ -141,14 +149,19 @@ impl Fifo {
 /// other workers.
 struct List {
     small: Fifo,
-    large: Fifo,
-    /// Bytes of small jobs taken since the last large one.
+    others: Fifo,
+    /// Number of jobs queued so far.
+    queued: u64,
+    /// Bytes of small jobs that have overtaken the first other job.
     overtaken: u32,
     idle: KBox<CpumaskVar>,
     busy: usize,
     /// A mask for [`List::wake`] to compute in.
     scratch: KBox<CpumaskVar>,
 }
+
+// SAFETY: The queues may be sent to another thread; CPU masks are plain memory.
+unsafe impl Send for List {}
 
 impl List {
     /// Appends a job.
@@ -157,32 +170,36 @@ impl List {
     ///
     /// As for [`Fifo::push`]. If no worker is busy, the caller wakes one before it unlocks the
     /// list.
-    unsafe fn push(&mut self, job: NonNull<Job>) {
+    unsafe fn push(&mut self, mut job: NonNull<Job>) {
         // SAFETY: The caller's promise.
-        let queue = match unsafe { job.as_ref() }.bytes {
-            ..=SMALL => &mut self.small,
-            _ => &mut self.large,
+        let fields = unsafe { job.as_mut() };
+        fields.order = self.queued;
+        self.queued += 1;
+        let queue = match fields.small {
+            Some(_) => &mut self.small,
+            None => &mut self.others,
         };
         // SAFETY: The caller's promise.
         unsafe { queue.push(job) };
     }
 
-    /// Removes and returns the next job: a small one, unless it is a large one's turn.
+    /// Removes and returns the next job: the first small one, unless the first other one came
+    /// before it and has been overtaken by [`SHARE`] bytes.
     fn next(&mut self) -> Option<NonNull<Job>> {
-        if self.large.is_empty() {
-            self.overtaken = 0;
-            return self.small.pop();
-        }
-        if self.overtaken < SHARE {
-            if let Some(job) = self.small.pop() {
-                // SAFETY: By the type invariant of the queue it is valid.
-                let bytes = unsafe { job.as_ref() }.bytes;
+        let (small, other) = (self.small.first(), self.others.first());
+        match (small, other) {
+            (Some(small), Some(other)) if small.order < other.order => self.small.pop(),
+            (Some(small), Some(_)) if self.overtaken < SHARE => {
+                let bytes = small.small.unwrap_or(0);
                 self.overtaken = self.overtaken.saturating_add(bytes);
-                return Some(job);
+                self.small.pop()
             }
+            (_, Some(_)) => {
+                self.overtaken = 0;
+                self.others.pop()
+            }
+            (_, None) => self.small.pop(),
         }
-        self.overtaken = 0;
-        self.large.pop()
     }
 
     /// Chooses the worker to wake for a new job from CPU `here`: that of `here`, or the next idle
@@ -219,7 +236,7 @@ impl List {
     fn pass(&mut self, cpu: CpuId) -> Option<CpuId> {
         self.idle.set(cpu);
         self.busy -= 1;
-        if self.small.is_empty() && self.large.is_empty() {
+        if self.small.is_empty() && self.others.is_empty() {
             return None;
         }
         self.wake(CpuId::current())
@@ -304,7 +321,8 @@ impl Workers {
         // INVARIANT: The list is empty, and no worker is queued.
         let list = List {
             small: Fifo::new(),
-            large: Fifo::new(),
+            others: Fifo::new(),
+            queued: 0,
             overtaken: 0,
             idle,
             busy: 0,
@@ -333,8 +351,9 @@ impl Workers {
         )
     }
 
-    /// Queues `job`, which has `bytes` bytes to process: a worker calls `run` with it in process
-    /// context. May be called in any context but NMI.
+    /// Queues `job`: a worker calls `run` with it in process context. `small` is the number of
+    /// bytes to process, above 0, for a small job, which may overtake others. May be called in any
+    /// context but NMI.
     ///
     /// Takes a pointer and not a reference, since `this` may be freed before the call returns.
     ///
@@ -346,13 +365,13 @@ impl Workers {
     pub(crate) unsafe fn push(
         this: NonNull<Self>,
         mut job: NonNull<Job>,
-        bytes: u32,
+        small: Option<u32>,
         run: unsafe fn(NonNull<Job>),
     ) {
         // SAFETY: The caller's promise.
-        unsafe { job.as_mut() }.run = Some(run);
-        // SAFETY: As above.
-        unsafe { job.as_mut() }.bytes = bytes;
+        let fields = unsafe { job.as_mut() };
+        fields.run = Some(run);
+        fields.small = small;
         // SAFETY: The caller's promise. No worker can take a job, and so `this` stays valid, until
         // the lock is released.
         let lock = unsafe { &(*this.as_ptr()).list };

@@ -168,6 +168,14 @@ impl<T: Deferred> Io<T> {
         unsafe { sys::obd_at_once(bytes, ioprio) }
     }
 
+    /// Returns whether the read has the idle class of I/O priorities.
+    pub(crate) fn is_idle_class(&self) -> bool {
+        // SAFETY: By the type invariant the bio hasn't ended, and no one else changes it.
+        let ioprio = unsafe { (*self.bio().as_ptr()).bi_ioprio };
+        // SAFETY: This only looks at the number.
+        unsafe { sys::obd_is_idle_class(ioprio) }
+    }
+
     /// Returns the memory to fill.
     pub(crate) fn pages(&self) -> Pages<'_> {
         // SAFETY: By the type invariant the bio hasn't ended, and it doesn't end while `self` is
@@ -236,7 +244,7 @@ impl<T: Deferred> Io<T> {
     /// with a bio that has `REQ_NOWAIT`: then the read may end with [`Status::AGAIN`].
     ///
     /// `shared` is set if other reads may wait for this one. Then the lower read is neither a
-    /// read-ahead nor one that fails fast.
+    /// read-ahead nor one that fails fast, nor of the idle class or in the background.
     ///
     /// The control group of the bio is charged. A read into the spare buffer is charged to the root
     /// group and has no priority: all reads of the device may wait for that buffer, so the limits
@@ -246,6 +254,7 @@ impl<T: Deferred> Io<T> {
             return;
         };
         let bio = self.bio();
+        let no_priority = shared && self.is_idle_class();
         let frame = self.frame_mut();
         let deferred = frame.deferred;
         let lower = NonNull::from(&mut frame.lower).cast::<sys::bio>();
@@ -256,12 +265,11 @@ impl<T: Deferred> Io<T> {
         frame.read_step = Some(step);
 
         let spare = buffer.is_spare();
-
         // SAFETY: The bio is valid, and no one else changes it.
         let original = unsafe { bio.as_ref() };
         let (mut flags, ioprio) = (original.bi_opf & sys::OBD_REQ_INHERITED, original.bi_ioprio);
         if shared {
-            flags &= !sys::OBD_REQ_FAILS_EARLY;
+            flags &= !sys::OBD_REQ_ALONE;
         }
         if deferred {
             flags &= !sys::OBD_REQ_NOWAIT;
@@ -279,7 +287,7 @@ impl<T: Deferred> Io<T> {
         // Set only now: if initialised with a device, the bio would belong to the control group of
         // this task.
         fields.bi_bdev = bdev;
-        fields.bi_ioprio = if spare { 0 } else { ioprio };
+        fields.bi_ioprio = if spare || no_priority { 0 } else { ioprio };
         fields.bi_iter.bi_sector = sector;
         fields.bi_end_io = Some(Self::read_done);
         fields.bi_private = self.into_raw().cast();
@@ -322,8 +330,18 @@ impl<T: Deferred> Io<T> {
     }
 
     /// Continues with `step` in a worker.
-    pub(crate) fn defer(mut self, step: Step<T>) {
-        let bytes = self.target().work(self.request());
+    pub(crate) fn defer(self, step: Step<T>) {
+        self.queue(step, None);
+    }
+
+    /// Continues with `step`, which processes only `bytes` bytes, in a worker, before larger steps.
+    /// `bytes` must be above 0.
+    pub(crate) fn defer_small(self, step: Step<T>, bytes: u32) {
+        self.queue(step, Some(bytes));
+    }
+
+    /// Continues with `step` in a worker. For `small` see [`Workers::push`].
+    fn queue(mut self, step: Step<T>, small: Option<u32>) {
         let frame = self.frame_mut();
         frame.step = Some(step);
         let live = frame.live;
@@ -340,7 +358,7 @@ impl<T: Deferred> Io<T> {
         // invariant it isn't queued. `run` owns the I/O from now on; an I/O may be sent to any
         // thread. The workers are dropped with the target, which outlives the I/O, and no worker
         // drops the target.
-        unsafe { Workers::push(workers, job, bytes, Self::run) };
+        unsafe { Workers::push(workers, job, small, Self::run) };
     }
 
     /// The function of a job. Called by a worker.

@@ -87,10 +87,6 @@ pub(crate) trait Deferred: Target {
 
     /// Returns the pool that the other buffers come from and go back to.
     fn pool(&self) -> &Pool;
-
-    /// Returns the number of bytes that a worker has to process for `request`: small requests
-    /// overtake large ones.
-    fn work(&self, request: &Self::Request) -> u32;
 }
 
 /// The limits of a device.

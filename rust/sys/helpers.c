@@ -156,6 +156,11 @@ bool obd_in_interrupt_off(void)
 	return in_hardirq() || irqs_disabled();
 }
 
+bool obd_is_idle_class(u16 ioprio)
+{
+	return IOPRIO_PRIO_CLASS(ioprio) == IOPRIO_CLASS_IDLE;
+}
+
 static unsigned int at_once_bytes = 16 << 10;
 module_param(at_once_bytes, uint, 0644);
 MODULE_PARM_DESC(at_once_bytes,
@@ -167,7 +172,7 @@ bool obd_at_once(unsigned int bytes, u16 ioprio)
 	return bytes <= READ_ONCE(at_once_bytes) && !obd_in_interrupt_off() &&
 	       !need_resched() &&
 	       !test_thread_flag(TIF_NEED_RESCHED_LAZY) &&
-	       IOPRIO_PRIO_CLASS(ioprio) != IOPRIO_CLASS_IDLE;
+	       !obd_is_idle_class(ioprio);
 }
 
 void obd_bio_endio_atomic(struct bio *bio)

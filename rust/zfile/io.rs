@@ -31,6 +31,9 @@ use crate::format::SECTOR_SIZE;
 /// a block has 64 KiB at most. Longer bios are cut, so that several CPUs work on a large read.
 pub(super) const MAX_REQUEST: u32 = 128 << 10;
 
+/// Largest number of bytes in small blocks that a worker decompresses before larger reads.
+const SMALL: u32 = 16 << 10;
+
 /// Share of a device: the largest number of its blocks in the cache, if the table line sets none
 /// and the mode isn't [`Mode::All`].
 const DEFAULT_SHARE: usize = 64;
@@ -372,10 +375,10 @@ impl Zfile {
         }
         let (this, request) = (io.target(), io.request());
         if request.loader.is_some() {
-            return io.defer(Self::decode_shared);
+            return Self::defer_decoding(io, Self::decode_shared);
         }
         if !this.decodes_at_once(&io) {
-            return io.defer(Self::decode);
+            return Self::defer_decoding(io, Self::decode);
         }
         match this.fill(request, io.buffer(), &mut io.pages(), None) {
             Ok(()) => io.end(Ok(())),
@@ -383,7 +386,19 @@ impl Zfile {
                 let status = Self::report(&io, block);
                 io.end(Err(status));
             }
-            Err((_, Problem::NeedsContext)) => io.defer(Self::decode),
+            Err((_, Problem::NeedsContext)) => Self::defer_decoding(io, Self::decode),
+        }
+    }
+
+    /// Continues with `step`, which decompresses the blocks, in a worker. A read of one block or of
+    /// at most [`SMALL`] bytes overtakes others, unless it is of the idle class.
+    fn defer_decoding(io: Io<Self>, step: fn(Io<Self>)) {
+        let geometry = &io.target().geometry;
+        let bytes = io.request().block_bytes(geometry);
+        if bytes <= geometry.block_size().max(SMALL) && !io.is_idle_class() {
+            io.defer_small(step, bytes);
+        } else {
+            io.defer(step);
         }
     }
 

@@ -226,8 +226,4 @@ impl Deferred for Zfile {
     fn pool(&self) -> &Pool {
         &self.shared.pool
     }
-
-    fn work(&self, request: &io::Request) -> u32 {
-        request.block_bytes(&self.geometry)
-    }
 }
