@@ -1,7 +1,8 @@
 #!/bin/bash
 # SPDX-License-Identifier: GPL-2.0
 # Runs everything that a change has to pass: check.sh [PART...] [--within SECONDS PART...]. The last line
-# sums up. A part behind --within that cannot begin within that time counts as skipped.
+# sums up. A part behind --within that cannot begin within that time counts as skipped. LIMIT=SECONDS is the time for
+# all: in its last 25 minutes no script begins in a VM, and those that have not begun count as skipped.
 #   stock   lints, builds, tests in user space and, with Debian's kernel, in the VM (the default)
 #   system  with Debian's kernel, in the VM: tests that combine parts of a system, in tests/system
 #   both    stock and system at the same time
@@ -112,14 +113,14 @@ kernel_log_clean() {
 }
 
 # nothing_skipped KERNEL FILE...: fail, and print the lines, if tests were skipped. With a kernel made for the tests
-# all can run, except tests that need something that takes long to build, or images that are missing, and on a slow
-# machine those for which OBD_BEGIN_WITHIN leaves no time.
+# all can run, except tests that need something that takes long to build, or images that are missing, and those for
+# which LIMIT leaves no time.
 nothing_skipped() {
 	local lacks='btrfs|xfs|IMA|io.max|tracing|cpuset'
 	[ "$1" != kcsan ] || lacks+='|kmemleak|page owners'
 	shift
 	there "$@" || return
-	! grep -h '# SKIP' "$@" | grep -vE "# SKIP (no golden image|all of it|no time left for .*|all CPUs were online at boot|this kernel has no ($lacks)\$)"
+	! grep -h '# SKIP' "$@" | grep -vE "# SKIP (no golden image|all of it${LIMIT:+|no time left for .*}|all CPUs were online at boot|this kernel has no ($lacks)\$)"
 }
 
 # instrumented KERNEL: fail unless the kernel's checker instruments the module's Rust code.
@@ -187,6 +188,12 @@ user_space() {
 # side_by_side TESTS...: run a VM for each list of tests, all in parallel. The output of each also goes to a file.
 side_by_side() {
 	local nth status=0 pids=()
+	unset OBD_BEGIN_WITHIN OBD_MOST
+	if [ -n "${LIMIT:-}" ]; then
+		local TIMEOUT=$((SECONDS + 300 < LIMIT ? LIMIT - SECONDS : 300))
+		export OBD_BEGIN_WITHIN=$((SECONDS < LIMIT - 1500 ? LIMIT - 1500 - SECONDS : 1))
+		[ "$KERNEL" != stock ] || export OBD_MOST=y
+	fi
 	for ((nth = 1; nth <= $#; nth++)); do
 		(RUN="tests/run.sh${!nth:+ ${!nth}}" SHARE='' TIMEOUT=${TIMEOUT:-3000} VM_LOG=$LOGS/kernel-$KERNEL-$nth.log \
 			"$SCRIPTS/vm.sh" 2>&1 | tee "$LOGS/vm-$KERNEL-$nth.log") &
@@ -259,7 +266,7 @@ thirds=("mutants memory" "injection golden faults")
 # The test dax has a part of the VM's memory as pmem devices; the other tests do not use them.
 PMEM="memmap=128M!1G memmap=128M!1280M"
 rest="--but dax ${thirds[*]}"
-# The longest system tests, which "both" runs in the VM that is ready first; before all else, so that none begins late.
+# The longest system tests, which "both" runs in the VM that is ready first.
 long_system=(system/disks system/write)
 # Those with guests of the VM, which take long without KVM: the part nested runs them.
 nested=(system/nested system/guests)

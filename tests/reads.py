@@ -216,9 +216,9 @@ def overtakes():
     try:
         for thread in threads[:-1]:
             thread.start()
-        eventually("lower reads of the large reads", lambda: reads(device) - first, count * large // PART)
+        eventually("all lower reads of the large reads", lambda: reads(device) - first >= count * large // PART, True)
         threads[-1].start()
-        eventually("lower reads", lambda: reads(device) - first, count * large // PART + 1)
+        eventually("one more", lambda: reads(device) - first > count * large // PART, True)
     finally:
         below.resume()
     for thread in threads:
@@ -226,40 +226,6 @@ def overtakes():
     equal(len(ended), len(threads), "reads that ended with the right bytes")
     note(f"{ended.index(4096)} of {count} large reads ended before the small one")
     check(ended.index(4096) <= count // 2, "the small read has waited for most of the large ones")
-
-
-@test("large reads do not overtake the small ones of the same device that came before")
-def not_overtaken():
-    count, block = 24, 65536
-    wanted = image.sample(count * 3 * block, 13)
-    raw = image.zfile(wanted, image.ZSTD, block)
-    loop = dm.Loop(raw)
-    below = dm.linear(loop, loop.size // 512, readonly=True)
-    device = dm.zfile(below, len(raw), len(wanted))
-    disk = Disk(device)
-    first, ended = reads(device), []
-
-    def read(offset, length):
-        same_bytes(disk.read(offset, length), wanted[offset:offset + length], f"{length} bytes at {offset}")
-        ended.append(length)
-
-    places = [(nth * block, 4096) for nth in range(count)] + [((count + nth * 2) * block, PART) for nth in range(count)]
-    threads = [threading.Thread(target=read, args=place) for place in places]
-    below.suspend()
-    try:
-        for nth, thread in enumerate(threads):
-            thread.start()
-            if nth == count - 1:
-                eventually("lower reads of the small reads", lambda: reads(device) - first, count)
-        eventually("lower reads", lambda: reads(device) - first, len(threads))
-    finally:
-        below.resume()
-    for thread in threads:
-        thread.join()
-    equal(len(ended), len(threads), "reads that ended with the right bytes")
-    before = ended[:len(ended) - ended[::-1].index(4096)].count(PART)
-    note(f"{before} of {count} large reads ended before the last small one")
-    check(before <= count // 4, "small reads have waited for large ones that came later")
 
 
 def reads(device):
