@@ -1653,8 +1653,19 @@ fn many_names_in_few_bytes() {
     fs::remove_dir_all(place.path("out")).unwrap();
     write(&vec![entry(&[], &["l.tar"]); 10_001]);
     refused("has more than 10000 images and tags");
-    write(&[entry(&[], &["l.tar"; 256])]);
-    refused("saved.tar: manifest.json: image c.json: has 256 layers, expected 1 to 255");
+    write(&[entry(&[], &["l.tar"; 20_001])]);
+    refused("saved.tar: manifest.json: has more than 20000 layers in all its images");
+    write(&[entry(&[], &["l.tar"; 20_000])]);
+    refused("has 20000 layers, expected 1 to 255");
+    // Another image is not spoiled by it.
+    let other = entry(&["x:0".to_owned()], &["l.tar"; 256]);
+    write(&[other, entry(&["x:1".to_owned()], &["l.tar"])]);
+    place
+        .run("convert saved.tar out --ref x:0")
+        .code(3)
+        .stderr(contains("has 256 layers, expected 1 to 255"));
+    place.ok("convert saved.tar out --ref x:1");
+    fs::remove_dir_all(place.path("out")).unwrap();
     write(&[entry(&["n".repeat(1025)], &["l.tar"])]);
     refused("has more than 1024 bytes in the name");
     // A name that no file has: a compressed archive could have thousands of them.
