@@ -904,6 +904,16 @@ fn platforms_in_descriptions() {
     let mut layout = Layout::new(&root);
     add(&mut layout, "arm", &on(r#""arm","variant":"v7""#));
     place.ok("convert layout arm --platform linux/arm/v7");
+    // One that cannot be read, because its size is wrong, says nothing of an image where it is right.
+    let own = tar(&[file("a", "")]);
+    let mut layout = Layout::new(&root);
+    let blob = layout.blob(&own, OCI_TAR);
+    let right = layout.blob(config(&[digest(&own)]).as_bytes(), CONFIG);
+    let wrong = right.replace(r#""size":"#, r#""size":1"#);
+    for config in [wrong, right] {
+        layout.with(&config, std::slice::from_ref(&blob), "");
+    }
+    place.ok("convert layout x --platform linux/amd64");
 }
 
 /// Newer versions of docker, and containerd, have the whole name in one annotation, and the tag in
@@ -1483,6 +1493,11 @@ fn hostile_layouts() {
     );
     fs::write(root.join("index.json"), of(&layout.manifests[0], 10_001)).unwrap();
     refused(3, "or 10000 entries in all of them");
+    // An index that is named twice, once with a wrong size.
+    let wrong = many.replace(r#""size":"#, r#""size":1"#);
+    let both = format!(r#"{{"manifests":[{many},{wrong}]}}"#);
+    fs::write(root.join("index.json"), both).unwrap();
+    refused(3, "is not what its digest and size say");
     // Texts that would be kept for each of thousands of images.
     let long = "n".repeat(1025);
     let entry = &layout.manifests[0];
