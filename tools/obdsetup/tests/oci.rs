@@ -1695,10 +1695,36 @@ fn many_names_in_few_bytes() {
         file("manifest.json", &format!("[{}]", entry(&[], &[&name]))),
     ];
     place.write("saved.tar", &tar(&members));
-    place
-        .run("convert saved.tar out --from oci")
-        .failure()
-        .stderr(contains("of which manifest.json tells, is missing"));
+    let refused = |said: &str| {
+        place
+            .run("convert saved.tar out --from oci")
+            .code(3)
+            .stderr(contains(said));
+        assert_eq!(place.names(), ["saved.tar"]);
+    };
+    refused("has a name of 5004 bytes, more than 1024");
+    // Each name is short enough, and the one that a link leads to isn't.
+    let long = |name: &str, kind: u8, target: &str| {
+        let records: [(&[u8], &[u8]); 2] =
+            [(b"path", name.as_bytes()), (b"linkpath", target.as_bytes())];
+        [pax(&records), link("x", kind, "x")].concat()
+    };
+    let name = format!("{}/l.tar", "d".repeat(700));
+    let members = [
+        long(&name, b'2', &"n".repeat(700)),
+        file("c.json", &config),
+        file("manifest.json", &format!("[{}]", entry(&[], &[&name]))),
+    ];
+    place.write("saved.tar", &tar(&members));
+    refused("leads to a name of 1401 bytes, more than 1024");
+    // Thousands of links would take more memory than files with their content.
+    let mut members = members.to_vec();
+    members.extend((0..4700).map(|nth| {
+        let target = format!("{nth:0900}");
+        long(&format!("{target}.tar"), b'1', &target)
+    }));
+    place.write("saved.tar", &tar(&members));
+    refused("has more than 8388608 bytes in the names of files that may be parts of an image");
 }
 
 /// A description or index is read once, and not for each of hundreds of images that name it.
