@@ -904,6 +904,16 @@ fn platforms_in_descriptions() {
     let mut layout = Layout::new(&root);
     add(&mut layout, "arm", &on(r#""arm","variant":"v7""#));
     place.ok("convert layout arm --platform linux/arm/v7");
+    // One that cannot be read, because its size is wrong, says nothing of an image where it is right.
+    let own = tar(&[file("a", "")]);
+    let mut layout = Layout::new(&root);
+    let blob = layout.blob(&own, OCI_TAR);
+    let right = layout.blob(config(&[digest(&own)]).as_bytes(), CONFIG);
+    let wrong = right.replace(r#""size":"#, r#""size":1"#);
+    for config in [wrong, right] {
+        layout.with(&config, std::slice::from_ref(&blob), "");
+    }
+    place.ok("convert layout x --platform linux/amd64");
 }
 
 /// Newer versions of docker, and containerd, have the whole name in one annotation, and the tag in
@@ -1483,6 +1493,11 @@ fn hostile_layouts() {
     );
     fs::write(root.join("index.json"), of(&layout.manifests[0], 10_001)).unwrap();
     refused(3, "or 10000 entries in all of them");
+    // An index that is named twice, once with a wrong size.
+    let wrong = many.replace(r#""size":"#, r#""size":1"#);
+    let both = format!(r#"{{"manifests":[{many},{wrong}]}}"#);
+    fs::write(root.join("index.json"), both).unwrap();
+    refused(3, "is not what its digest and size say");
     // Texts that would be kept for each of thousands of images.
     let long = "n".repeat(1025);
     let entry = &layout.manifests[0];
@@ -1653,8 +1668,19 @@ fn many_names_in_few_bytes() {
     fs::remove_dir_all(place.path("out")).unwrap();
     write(&vec![entry(&[], &["l.tar"]); 10_001]);
     refused("has more than 10000 images and tags");
-    write(&[entry(&[], &["l.tar"; 256])]);
-    refused("saved.tar: manifest.json: image c.json: has 256 layers, expected 1 to 255");
+    write(&[entry(&[], &["l.tar"; 20_001])]);
+    refused("saved.tar: manifest.json: has more than 20000 layers in all its images");
+    write(&[entry(&[], &["l.tar"; 20_000])]);
+    refused("has 20000 layers, expected 1 to 255");
+    // Another image is not spoiled by it.
+    let other = entry(&["x:0".to_owned()], &["l.tar"; 256]);
+    write(&[other, entry(&["x:1".to_owned()], &["l.tar"])]);
+    place
+        .run("convert saved.tar out --ref x:0")
+        .code(3)
+        .stderr(contains("has 256 layers, expected 1 to 255"));
+    place.ok("convert saved.tar out --ref x:1");
+    fs::remove_dir_all(place.path("out")).unwrap();
     write(&[entry(&["n".repeat(1025)], &["l.tar"])]);
     refused("has more than 1024 bytes in the name");
     // A name that no file has: a compressed archive could have thousands of them.
@@ -1669,10 +1695,36 @@ fn many_names_in_few_bytes() {
         file("manifest.json", &format!("[{}]", entry(&[], &[&name]))),
     ];
     place.write("saved.tar", &tar(&members));
-    place
-        .run("convert saved.tar out --from oci")
-        .failure()
-        .stderr(contains("of which manifest.json tells, is missing"));
+    let refused = |said: &str| {
+        place
+            .run("convert saved.tar out --from oci")
+            .code(3)
+            .stderr(contains(said));
+        assert_eq!(place.names(), ["saved.tar"]);
+    };
+    refused("has a name of 5004 bytes, more than 1024");
+    // Each name is short enough, and the one that a link leads to isn't.
+    let long = |name: &str, kind: u8, target: &str| {
+        let records: [(&[u8], &[u8]); 2] =
+            [(b"path", name.as_bytes()), (b"linkpath", target.as_bytes())];
+        [pax(&records), link("x", kind, "x")].concat()
+    };
+    let name = format!("{}/l.tar", "d".repeat(700));
+    let members = [
+        long(&name, b'2', &"n".repeat(700)),
+        file("c.json", &config),
+        file("manifest.json", &format!("[{}]", entry(&[], &[&name]))),
+    ];
+    place.write("saved.tar", &tar(&members));
+    refused("leads to a name of 1401 bytes, more than 1024");
+    // Thousands of links would take more memory than files with their content.
+    let mut members = members.to_vec();
+    members.extend((0..4700).map(|nth| {
+        let target = format!("{nth:0900}");
+        long(&format!("{target}.tar"), b'1', &target)
+    }));
+    place.write("saved.tar", &tar(&members));
+    refused("has more than 8388608 bytes in the names of files that may be parts of an image");
 }
 
 /// A description or index is read once, and not for each of hundreds of images that name it.

@@ -181,13 +181,15 @@ fn walk(
             })?;
         }
         let info = info(&path, &format)?;
+        let place = one_unknown(&directory(&path).to_string_lossy());
         for part in info.parts(&path) {
-            let place = directory(&path).to_string_lossy();
+            crate::terminal::interrupt::check()?;
+            let part = one_unknown(part);
             // qemu-img puts the directory before a relative name. If the name in the image begins with this text
             // itself, the check before qemu-img was started has seen the file that the name leads to.
-            let given = part.strip_prefix(&*place);
+            let given = part.strip_prefix(&place);
             let given = given.and_then(|given| given.strip_prefix('/'));
-            let part = local(&name, DATA, given.unwrap_or(part), part, &path)?;
+            let part = local(&name, DATA, given.unwrap_or(&part), &part, &path)?;
             check_file(&name, DATA, &part)?;
             home.check(&name, DATA, &part)?;
             used.insert(part);
@@ -254,6 +256,18 @@ impl Home {
         );
         Err(refused(name, &what))
     }
+}
+
+/// Returns a name with one [`UNKNOWN`] where it has several in a row: for the same bytes, qemu-img and Rust may
+/// have different numbers of them.
+fn one_unknown(name: &str) -> String {
+    let mut one = String::with_capacity(name.len());
+    for c in name.chars() {
+        if c != UNKNOWN || !one.ends_with(UNKNOWN) {
+            one.push(c);
+        }
+    }
+    one
 }
 
 /// Returns the path of another file of the image `name`. `what` is [`BACKING`] or [`DATA`], `given` the name of
@@ -400,8 +414,8 @@ impl Info {
     fn parts<'a>(&'a self, path: &'a Path) -> impl Iterator<Item = &'a str> {
         let extents = self.format_specific.data.extents.iter();
         let names = extents.map(|extent| extent.filename.as_str());
-        let itself = path.to_string_lossy();
-        names.filter(move |name| *name != itself)
+        let itself = one_unknown(&path.to_string_lossy());
+        names.filter(move |name| one_unknown(name) != itself)
     }
 
     /// Returns the path and the format of the backing file of the image `name`; `None` if it has none. `image`
@@ -560,5 +574,24 @@ mod tests {
         // An absolute name in the image, with this character in the name of a directory.
         assert_eq!(path("/d\u{fffd}/x", "/d\u{fffd}/x"), None);
         assert_eq!(path("nbd:x", "nbd:x"), None);
+    }
+
+    #[test]
+    fn numbers_of_unknown_characters() -> Result<()> {
+        use std::os::unix::ffi::OsStrExt;
+
+        // A half of a pair of UTF-16: one character for qemu-img, three bytes for Rust.
+        let image = Path::new(OsStr::from_bytes(b"/d\xed\xa0\x80/image"));
+        assert_eq!(image.to_string_lossy(), "/d\u{fffd}\u{fffd}\u{fffd}/image");
+        let info: Info = serde_json::from_str(
+            r#"{"virtual-size": 1, "format-specific": {"data": {"extents": [
+                {"filename": "/d\ufffd/image"}, {"filename": "/d\ufffd/x"}]}}}"#,
+        )?;
+        assert_eq!(info.parts(image).collect::<Vec<_>>(), ["/d\u{fffd}/x"]);
+        assert_eq!(
+            one_unknown("\u{fffd}\u{fffd}a\u{fffd}"),
+            "\u{fffd}a\u{fffd}"
+        );
+        Ok(())
     }
 }

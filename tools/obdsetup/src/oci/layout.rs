@@ -149,8 +149,8 @@ impl Layout {
         // Each index is put in only once for each name. Otherwise a small file could cause endless work, with
         // many entries for the same indexes.
         let mut seen = HashSet::new();
-        // Each is read only once.
-        let mut known: HashMap<String, Rc<[Found]>> = HashMap::new();
+        // Each is read only once. One of a wrong size is another.
+        let mut known: HashMap<(String, u64), Rc<[Found]>> = HashMap::new();
         while let Some((names, index)) = open.pop() {
             for image in index.iter() {
                 let mut image = image.clone();
@@ -159,12 +159,13 @@ impl Layout {
                 }
                 let descriptor = &image.descriptor;
                 if INDEX_TYPES.contains(&descriptor.media_type.as_str()) {
-                    if seen.insert((image.names.clone(), descriptor.digest.clone())) {
+                    let key = (descriptor.digest.clone(), descriptor.size);
+                    if seen.insert((image.names.clone(), key.clone())) {
                         crate::terminal::interrupt::check()?;
                         if seen.len() > INDEXES {
                             return Err(self.too_many());
                         }
-                        let index = match known.get(&descriptor.digest) {
+                        let index = match known.get(&key) {
                             Some(index) => {
                                 self.count(index.len(), &mut entries)?;
                                 Rc::clone(index)
@@ -172,7 +173,7 @@ impl Layout {
                             None => {
                                 let index = self.read_json(descriptor, INDEX)?;
                                 let index = self.entries(index, &mut entries)?;
-                                known.insert(descriptor.digest.clone(), Rc::clone(&index));
+                                known.insert(key, Rc::clone(&index));
                                 index
                             }
                         };
@@ -228,27 +229,28 @@ impl Layout {
     /// Sets the platforms of the images with the chosen name for which the index has none. They are read from
     /// the images' configs.
     fn complete(&self, all: &mut [Found], choice: &Choice) -> Result<()> {
-        // Each file is read only once: many entries may be for the same image.
-        let mut known: HashMap<String, Option<Platform>> = HashMap::new();
+        // Each file is read only once: many entries may be for the same image. One of a wrong size is another.
+        let mut known: HashMap<(String, u64), Option<Platform>> = HashMap::new();
         for found in all.iter_mut().filter(|found| found.is_called(choice)) {
             if found.descriptor.platform.is_some() {
                 continue;
             }
             crate::terminal::interrupt::check()?;
             let descriptor = &found.descriptor;
-            let platform = match known.get(&descriptor.digest) {
+            let key = (descriptor.digest.clone(), descriptor.size);
+            let platform = match known.get(&key) {
                 Some(platform) => platform.clone(),
                 None => {
                     // Errors are ignored here. They are reported if this is the image that is chosen.
                     let manifest: Option<Manifest> = self.read_json(descriptor, MANIFEST).ok();
                     let config = manifest.and_then(|manifest| manifest.config);
                     config.and_then(|config| {
-                        let own = known.entry(config.digest.clone());
+                        let own = known.entry((config.digest.clone(), config.size));
                         own.or_insert_with(|| self.described(&config)).clone()
                     })
                 }
             };
-            known.insert(descriptor.digest.clone(), platform.clone());
+            known.insert(key, platform.clone());
             found.descriptor.platform = platform;
         }
         Ok(())

@@ -8,7 +8,6 @@ use std::io::{BufWriter, Write};
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result};
-use overlaybd::format::merge::MAX_LAYERS;
 use overlaybd::format::num::to_u64;
 use serde::Deserialize;
 use serde_json::json;
@@ -28,8 +27,12 @@ const FILES: usize = 10_000;
 /// Largest number of links that are followed for one name. Old versions of docker wrote a layer once, and
 /// links to it.
 const LINKS: usize = 8;
-/// Longest name of a file and target of a link that are remembered. No file has a longer one.
-const NAME: usize = 4096;
+/// Longest name of a file and target of a link that are remembered, in bytes. Tools write short ones.
+const NAME: usize = 1024;
+/// Largest number of bytes in all of them. A compressed archive has millions of bytes of names in a few thousand.
+const NAMES: usize = 8 << 20;
+/// Largest number of layers of all images in a `manifest.json`. Many images may share a few layers.
+const LAYERS: usize = 20_000;
 /// The directory of the blobs in a layout.
 const BLOBS: &str = "blobs/sha256/";
 const WRITE: &str = "cannot write a temporary file with what is in the archive";
@@ -44,8 +47,9 @@ struct Saved {
     layers: Vec<String>,
 }
 
-/// Returns what is wrong if there is more of something than a layout or a stack has. Checked before anything is
-/// made of it: of one byte for a name or layer come hundreds.
+/// Returns what is wrong if there is more of something than images have. Checked before anything is made of it: of
+/// one byte for a name or layer come hundreds. An image that has more layers than a stack is no error here, as
+/// another may be chosen.
 fn check(images: &[Saved]) -> Result<(), String> {
     let entries = images.iter().map(|image| {
         let tags = image.repo_tags.as_ref().map_or(0, Vec::len);
@@ -54,13 +58,10 @@ fn check(images: &[Saved]) -> Result<(), String> {
     if entries.sum::<usize>() > ENTRIES {
         return Err(format!("has more than {ENTRIES} images and tags"));
     }
-    match images.iter().find(|image| image.layers.len() > MAX_LAYERS) {
-        Some(image) => Err(format!(
-            "image {}: has {} layers, expected 1 to {MAX_LAYERS}",
-            brief(image.config.as_bytes()),
-            image.layers.len()
-        )),
-        None => Ok(()),
+    let layers = images.iter().map(|image| image.layers.len());
+    match layers.sum::<usize>() > LAYERS {
+        true => Err(format!("has more than {LAYERS} layers in all its images")),
+        false => Ok(()),
     }
 }
 
@@ -76,7 +77,16 @@ struct Unpack<'a> {
     input: &'a Path,
     root: TempDir,
     files: BTreeMap<Vec<u8>, Stored>,
-    links: BTreeMap<Vec<u8>, Vec<u8>>,
+    links: BTreeMap<Vec<u8>, Target>,
+    /// Number of bytes in the names of all of them, and of those that they have replaced.
+    names: usize,
+}
+
+/// What a link leads to.
+enum Target {
+    Name(Vec<u8>),
+    /// A name of so many bytes, too many to be remembered.
+    Long(usize),
 }
 
 /// Unpacks the archive `input` to a layout in a temporary directory in `place`.
@@ -91,11 +101,13 @@ pub(super) fn unpack(input: &Path, place: &Path) -> Result<Layout> {
         root,
         files: BTreeMap::new(),
         links: BTreeMap::new(),
+        names: 0,
     };
     let named = named(input)?;
     let mut archive = Archive::again(input)?;
     while let Some(member) = archive.next()? {
-        if is_short(&member) && (named.contains(&member.path) || is_wanted(&member.path)) {
+        let path = &member.path;
+        if path.len() <= NAME && (named.contains(path) || is_wanted(path)) {
             unpack.member(&member, &mut archive)?;
         }
     }
@@ -139,16 +151,6 @@ fn named(input: &Path) -> Result<HashSet<Vec<u8>>> {
     Ok(HashSet::new())
 }
 
-/// Returns whether a member can be remembered. A compressed archive has millions of bytes of names in a few
-/// thousand.
-fn is_short(member: &Member) -> bool {
-    let target = match &member.kind {
-        MemberKind::HardLink(target) | MemberKind::Symlink(target) => target.len(),
-        _ => 0,
-    };
-    member.path.len().max(target) <= NAME
-}
-
 /// Returns whether a file may be a part of an image, by its name.
 fn is_wanted(path: &[u8]) -> bool {
     let slashes = path.iter().filter(|&&byte| byte == b'/').count();
@@ -184,6 +186,7 @@ impl Unpack<'_> {
             let what = format!("has more than {FILES} files that may be parts of an image");
             return Err(self.bad(&what));
         }
+        self.count(path.len())?;
         self.files.remove(path);
         self.links.remove(path);
         match &member.kind {
@@ -198,15 +201,37 @@ impl Unpack<'_> {
                 }
                 self.files.insert(path.to_vec(), stored);
             }
-            MemberKind::HardLink(target) => {
-                self.links.insert(path.to_vec(), target.clone());
-            }
+            MemberKind::HardLink(target) => self.link(path, target.clone())?,
             MemberKind::Symlink(target) => {
                 if let Some(target) = relative(path, target) {
-                    self.links.insert(path.to_vec(), target);
+                    self.link(path, target)?;
                 }
             }
             _ => {}
+        }
+        Ok(())
+    }
+
+    fn link(&mut self, path: &[u8], target: Vec<u8>) -> Result<()> {
+        let target = match target.len() {
+            len if len > NAME => Target::Long(len),
+            len => {
+                self.count(len)?;
+                Target::Name(target)
+            }
+        };
+        self.links.insert(path.to_vec(), target);
+        Ok(())
+    }
+
+    /// Counts a name that is remembered.
+    fn count(&mut self, len: usize) -> Result<()> {
+        self.names = self.names.saturating_add(len);
+        if self.names > NAMES {
+            let what = format!(
+                "has more than {NAMES} bytes in the names of files that may be parts of an image"
+            );
+            return Err(self.bad(&what));
         }
         Ok(())
     }
@@ -248,12 +273,25 @@ impl Unpack<'_> {
     /// Returns the file with this name in the archive. Follows links.
     fn find(&self, name: &str) -> Result<&Stored> {
         let mut name = name.as_bytes();
+        if name.len() > NAME {
+            let len = name.len();
+            let what = format!(
+                "{}: has a name of {len} bytes, more than {NAME}",
+                brief(name)
+            );
+            return Err(self.bad(&what));
+        }
         for _ in 0..LINKS {
             if let Some(stored) = self.files.get(name) {
                 return Ok(stored);
             }
             match self.links.get(name) {
-                Some(target) => name = target,
+                Some(Target::Name(target)) => name = target,
+                Some(Target::Long(len)) => {
+                    let name = brief(name);
+                    let what = format!("{name}: leads to a name of {len} bytes, more than {NAME}");
+                    return Err(self.bad(&what));
+                }
                 None => break,
             }
         }

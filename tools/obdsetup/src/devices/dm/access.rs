@@ -101,7 +101,11 @@ impl Part {
         let character = FileType::CharacterDevice;
         match number {
             Ok(number) => {
-                make_node_with(self.control, character, &number, self.mode)?;
+                let done = make_node_with(self.control, character, &number, self.mode);
+                if let Err(error) = done {
+                    made.undo();
+                    return Err(error);
+                }
             }
             Err(_) => match make_node_with(self.control, character, self.number, self.mode) {
                 Ok(true) => made.node = Some(path),
@@ -271,6 +275,16 @@ mod tests {
         undo(None);
         assert!(node.exists());
         undo(Some(&node));
+        assert!(!directory.exists());
+        // A number that is none.
+        std::fs::write(dir.path().join("dev"), "x")?;
+        let text = |path: &Path| -> &'static str { path.to_string_lossy().into_owned().leak() };
+        let part = Part {
+            control: text(&node),
+            sys: text(dir.path()),
+            ..DEVICE_MAPPER
+        };
+        assert!(part.make_control().is_err());
         assert!(!directory.exists());
         Ok(())
     }

@@ -9,7 +9,7 @@ use std::ffi::{OsStr, OsString};
 use std::fs::File;
 use std::io;
 use std::os::unix::ffi::OsStrExt;
-use std::os::unix::fs::{FileExt, FileTypeExt, OpenOptionsExt};
+use std::os::unix::fs::{FileExt, FileTypeExt, MetadataExt, OpenOptionsExt};
 use std::path::Path;
 
 use anyhow::{Context, Result};
@@ -17,6 +17,7 @@ use rustix::fs::OFlags;
 
 use crate::files::json::bad;
 use crate::files::place::directory;
+use crate::terminal::interrupt;
 
 /// Longest descriptor that qemu-img reads, in bytes.
 const LONGEST: usize = (1 << 20) - 1;
@@ -24,6 +25,8 @@ const LONGEST: usize = (1 << 20) - 1;
 const NAME: usize = 511;
 /// Largest number of files.
 const FILES: usize = 4096;
+/// Largest number of names in all descriptors: a file may have many, and be named often.
+const NAMES: usize = 65_536;
 /// The magic number of a file with data that has a header.
 const MAGIC: &[u8] = b"KDMV";
 /// Ends of the words before a name: FLAT, VMFS, SPARSE, VMFSSPARSE, SESPARSE.
@@ -49,11 +52,19 @@ pub(super) struct Named {
 /// look for a descriptor in it.
 pub(super) fn each_part(path: &Path, mut check: impl FnMut(&Path) -> Result<()>) -> Result<()> {
     let mut parts = BTreeSet::new();
+    // By device and inode: a file has any number of names, and they don't change what is in it.
     let mut opened = BTreeSet::new();
     let mut left = Vec::new();
+    let mut count = 0_usize;
     let mut found = named(path)?;
     loop {
+        interrupt::check()?;
+        count = count.saturating_add(found.len());
+        if count > NAMES {
+            return Err(bad(path, &format!("names files more than {NAMES} times")));
+        }
         for Named { name, is_sparse } in found {
+            interrupt::check()?;
             // Not relative to the file that names it. A colon means nothing here. An absolute name stays as
             // it is.
             let part = directory(path).join(name);
@@ -65,8 +76,12 @@ pub(super) fn each_part(path: &Path, mut check: impl FnMut(&Path) -> Result<()>)
                 check(&part)?;
                 parts.insert(part.clone());
             }
-            if is_sparse && opened.insert(part.clone()) {
-                left.push(part);
+            if is_sparse {
+                let meta = part.metadata();
+                let meta = meta.with_context(|| format!("{}: cannot read", part.display()))?;
+                if opened.insert((meta.dev(), meta.ino())) {
+                    left.push(part);
+                }
             }
         }
         let Some(next) = left.pop() else {
@@ -333,6 +348,36 @@ mod tests {
         std::fs::write(&path, lines(FILES + 1))?;
         let error = parts(&path).err().map(|error| error.to_string());
         assert!(error.is_some_and(|error| error.ends_with("a: names more than 4096 files")));
+        std::fs::write(&path, "FLAT\"0\"\n".repeat(NAMES))?;
+        assert_eq!(parts(&path)?.len(), 1);
+        std::fs::write(&path, "FLAT\"0\"\n".repeat(NAMES + 1))?;
+        let error = parts(&path).err().map(|error| error.to_string());
+        assert!(error.is_some_and(|error| error.ends_with("a: names files more than 65536 times")));
+        Ok(())
+    }
+
+    /// A file is read once, whatever names it has. If it were read for each, there would be too many names.
+    #[test]
+    fn many_names_of_a_file() -> Result<()> {
+        let dir = tempfile::tempdir()?;
+        let path = dir.path().join("a");
+        for name in ["c", "d"] {
+            std::fs::create_dir(dir.path().join(name))?;
+        }
+        let names = (0..512).map(|nth| {
+            let way = (0..9).map(|bit| ["c/../", "d/../"][(nth >> bit) & 1]);
+            format!("RW 1 SPARSE \"{}b\"\n", way.collect::<String>())
+        });
+        let names = names.collect::<String>();
+        std::fs::write(&path, &names)?;
+        // The descriptor is in sector 2.
+        let mut bytes = MAGIC.to_vec();
+        bytes.resize(28, 0);
+        bytes.extend(2_u64.to_le_bytes());
+        bytes.resize(1024, 0);
+        bytes.extend(names.as_bytes());
+        std::fs::write(dir.path().join("b"), bytes)?;
+        assert_eq!(parts(&path)?.len(), 512);
         Ok(())
     }
 }
