@@ -1469,9 +1469,9 @@ fn overlaybdtab() {
     run("open wrong")
         .code(1)
         .stderr(contains("tab: `wrong': unknown option `fast'"));
-    run("open half")
-        .code(1)
-        .stderr(contains("tab: line 6: expected 2 or 3 fields (name, layers and perhaps options), found 1"));
+    run("open half").code(1).stderr(contains(
+        "tab: line 6: expected 2 or 3 fields (name, layers and perhaps options), found 1",
+    ));
     place.write("tab", b"");
     run("open none")
         .code(1)
@@ -1493,9 +1493,9 @@ fn generator() {
     };
     run("none").success().stdout("").stderr("");
     assert!(names(&place.path("units")).is_empty());
-    run("tab")
-        .code(1)
-        .stderr(contains("tab: line 2: expected 2 or 3 fields (name, layers and perhaps options), found 1"));
+    run("tab").code(1).stderr(contains(
+        "tab: line 2: expected 2 or 3 fields (name, layers and perhaps options), found 1",
+    ));
     let unit = "systemd-overlaybdsetup@app.service";
     assert_eq!(
         names(&place.path("units")),
