@@ -448,9 +448,10 @@ fn extents_that_hide() {
         "pipe, is neither a file nor a block device",
     );
     let lines = |count: usize| -> String {
-        (0..count)
+        let lines: Vec<String> = (0..count)
             .map(|nth| format!("RW 1 FLAT \"{nth}\" 0\n"))
-            .collect()
+            .collect();
+        lines.concat()
     };
     for nth in 0..4096 {
         fs::hard_link(place.path("0.raw"), place.path(&format!("in/{nth}"))).unwrap();
