@@ -26,7 +26,8 @@ fn in_sbin(program: &str) -> needs::Need {
     (!there).then(|| format!("no {program} in /usr/sbin or /sbin"))
 }
 
-/// A place with a directory `tree`, and `bin/mksquashfs`, a script.
+/// A place with a directory `tree`, and `bin/mksquashfs`, a script. If it doesn't look for
+/// `-version` itself, it does nothing when it is asked for its version.
 struct Mksquashfs(Place);
 
 impl Mksquashfs {
@@ -36,7 +37,14 @@ impl Mksquashfs {
         fs::create_dir(place.path("bin")).unwrap();
         place.write("tree/f1", b"content");
         let name = place.dir().display().to_string();
-        place.script("bin/mksquashfs", &format!("PLACE='{name}'\n{script}"));
+        let no_version = match script.contains("-version") {
+            true => "",
+            false => "[ \"$1\" != -version ] || exit 0\n",
+        };
+        place.script(
+            "bin/mksquashfs",
+            &format!("PLACE='{name}'\n{no_version}{script}"),
+        );
         Self(place)
     }
 
@@ -153,22 +161,16 @@ fn errors_are_quoted_whole_and_once() {
     assert!(place.left().is_empty(), "{:?}", place.left());
 }
 
-/// Nobody has to guess from what a program says of options that it doesn't know.
+/// A program that is too old isn't run: it may make something else of options that it doesn't know.
 fn versions_that_are_too_old_are_told_of() {
     let old =
         "if [ \"$1\" = -version ]; then echo 'mksquashfs version 4.5.1 (2022/03/17)'; exit 0; fi";
-    let place = Mksquashfs::new(&format!(
-        "{old}; echo 'mksquashfs: invalid option' >&2; exit 1"
-    ));
+    // Debian 12's takes the options for something else, and succeeds.
+    let place = Mksquashfs::new(&format!("{old}; touch \"$PLACE/run\""));
     let output = place.create().output().unwrap();
     assert_eq!(output.status.code(), Some(1), "{}", said(&output));
     let wanted = "mksquashfs is version 4.5, and squashfs file systems need version 4.6 or later";
     assert!(said(&output).contains(wanted), "{}", said(&output));
-    assert!(
-        said(&output).contains("mksquashfs: invalid option"),
-        "{}",
-        said(&output)
-    );
     assert!(place.left().is_empty(), "{:?}", place.left());
     // Another failure of one that is new enough, and one that doesn't say what it is.
     for said_of_it in ["mksquashfs version 4.6.1 (2023/03/25)", "no version"] {

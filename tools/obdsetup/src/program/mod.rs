@@ -24,7 +24,7 @@ use std::process::{Child, ExitStatus, Stdio};
 use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result};
+use anyhow::{bail, Context, Result};
 use rustix::process::{kill_process_group, waitid, Pid, Signal, WaitId, WaitIdOptions};
 
 use crate::terminal::exit::Failure;
@@ -184,9 +184,8 @@ impl Program {
         self
     }
 
-    /// Sets the needed version. If the program fails, it is run with `arg` to get its version. If
-    /// that is older, the error says so, because a message about unknown options wouldn't help the
-    /// user.
+    /// Sets the needed version. The program is first run with `arg` to get its version. If that is
+    /// older, it isn't run: it may take an option for something else, and succeed.
     pub(crate) fn needs_version(&mut self, arg: &'static str, needed: (u32, u32)) -> &mut Self {
         self.version = Some(Version { arg, needed });
         self
@@ -224,19 +223,18 @@ impl Program {
 
     /// Runs the program like [`Self::run`], and calls `each` with each line of standard output.
     pub(crate) fn each_line(&mut self, each: impl FnMut(&str) + Send) -> Result<Said> {
+        if let Some(old) = self.too_old() {
+            bail!(old);
+        }
         let Ended { status, said } = self.end(each)?;
         if status.success() {
             return Ok(said);
         }
-        let failure = anyhow::Error::from(ProgramFailure {
+        Err(anyhow::Error::from(ProgramFailure {
             name: said.name,
             status,
             lines: said.lines,
-        });
-        Err(match self.too_old() {
-            Some(old) => failure.context(old),
-            None => failure,
-        })
+        }))
     }
 
     /// Runs the program to its end, with any status. Fails if the program cannot be started, is
