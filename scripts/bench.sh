@@ -1,8 +1,9 @@
 #!/bin/bash
 # SPDX-License-Identifier: GPL-2.0
 # Measures, and compares with the goals: bench.sh. VM=uml (the default) runs everything at the machine's speed, with
-# one CPU and with two; VM=qemu runs a part of it with the stock kernel. COMPARE=FILE prints what changed since that
-# result. VM=guests measures the memory of guests instead: bench-guests.sh.
+# one CPU and with two, or only with one if PARTS has neither block nor file; VM=qemu runs a part of it with the stock
+# kernel. COMPARE=FILE prints what changed since that result. VM=guests measures the memory of guests instead:
+# bench-guests.sh.
 . "$(dirname "$0")/lib.sh"
 . "$SCRIPTS/cache.sh"
 . "$SCRIPTS/kernel.sh"
@@ -56,12 +57,14 @@ alone
 mkdir -p "$out"
 [ -z "${COMPARE:-}" ] || cp "$COMPARE" "$out/older"
 rm -f "$out"/*.json
+read -ra parts <<<"${PARTS:-}"
+# The other parts bind their readers to one CPU, or count.
+[[ ${#parts[@]} = 0 || " ${parts[*]} " =~ \ (block|file)\  || $VM != uml ]] || kernels=(uml)
 steps $((4 + 3 * ${#kernels[@]}))
 must "tool-chain root" "$SCRIPTS/make-root.sh"
 must "kernel and its Rust tree" "$SCRIPTS/make-kernel.sh"
 must "obdsetup" "$SCRIPTS/build-tools.sh"
 must "images" make_images
-read -ra parts <<<"${PARTS:-}"
 for KERNEL in "${kernels[@]}"; do
 	export KERNEL
 	must "$KERNEL kernel" "$SCRIPTS/make-kernel.sh"
