@@ -9,7 +9,7 @@ target=$BUILD/cargo
 case $what in
 build) args=(build --release --locked) ;;
 test) args=(test --locked --workspace --no-fail-fast) ;;
-clippy) args=(clippy --locked --workspace --all-targets -- -D warnings) ;;
+clippy) args=(clippy --locked --workspace --all-targets --all-features -- -D warnings) ;;
 fmt) args=(fmt --all -- --check) ;;
 *) die "usage: build-tools.sh [build | test | clippy | fmt]" ;;
 esac

@@ -1,7 +1,7 @@
 #!/bin/bash
 # SPDX-License-Identifier: GPL-2.0
-# Runs the fuzz targets for some seconds each, as many in parallel as there are CPUs: fuzz.sh [-b] [SECONDS
-# [TARGET...]] (-b: build only). The last lines are the results; RECORD=FILE gets a line for each target, too.
+# Runs the fuzz targets for some seconds each, as many in parallel as there are CPUs: fuzz.sh [SECONDS|-b
+# [TARGET...]] (-b: build only). For oci, all of obdsetup is built once more, which takes minutes. The last lines are the results; RECORD=FILE gets a line for each target, too.
 . "$(dirname "$0")/lib.sh"
 . "$SCRIPTS/cache.sh"
 
@@ -24,9 +24,11 @@ build() {
 			--root "/cargo/cargo-fuzz-$CARGO_FUZZ" --version "$CARGO_FUZZ" cargo-fuzz
 	mkdir -p "$out"
 	# Debian's compiler has no sanitizers; our code has no unsafe.
+	local features=()
+	[[ " ${TARGETS[*]} " != *" oci "* ]] || features=(--features images)
 	"$SCRIPTS/in-root.sh" env -C tools "CARGO_TARGET_DIR=$IN_ROOT/$out" \
 		"PATH=/cargo/cargo-fuzz-$CARGO_FUZZ/bin:/usr/bin:/bin" \
-		cargo fuzz build --sanitizer none
+		cargo fuzz build --sanitizer none "${features[@]}"
 }
 
 # run TARGET: run a target, with its output to a log. Returns libFuzzer's status.
@@ -71,19 +73,19 @@ report() {
 	fi
 }
 
-alone
-"$SCRIPTS/setup.sh"
-mkdir -p "$LOGS"
-build
-[ "${1:-}" != -b ] || exit 0
-
 seconds=${1:-60}
 shift || :
-[[ $seconds =~ ^[1-9][0-9]*$ ]] || die "not a number of seconds: $seconds"
+[[ $seconds =~ ^([1-9][0-9]*|-b)$ ]] || die "not a number of seconds: $seconds"
 for target; do
 	[[ " ${TARGETS[*]} " = *" $target "* ]] || die "no fuzz target $target; there are: ${TARGETS[*]}"
 done
 [ $# = 0 ] || TARGETS=("$@")
+
+alone
+"$SCRIPTS/setup.sh"
+mkdir -p "$LOGS"
+build
+[ "$seconds" != -b ] || exit 0
 commit=$(git -c safe.directory="*" -C "$CLONE" describe --always --dirty --abbrev=12 2>/dev/null || say unknown)
 
 failed=0

@@ -15,6 +15,7 @@ tests! {
     warnings_are_shown;
     errors_are_quoted_whole_and_once;
     versions_that_are_too_old_are_told_of;
+    signals_while_files_are_copied needs needs::e2fsprogs();
     a_program_dies_with_obdsetup;
     a_signal_ends_the_program_and_leaves_nothing;
     who_is_not_root_is_told_so needs needs::ordinary_user();
@@ -183,6 +184,36 @@ fn versions_that_are_too_old_are_told_of() {
             "{text}"
         );
     }
+}
+
+fn signals_while_files_are_copied() {
+    let place = Place::new();
+    fs::create_dir(place.path("bin")).unwrap();
+    fs::create_dir(place.path("many")).unwrap();
+    for nth in 0..4000 {
+        place.write(&format!("many/{nth}"), b"content");
+    }
+    let mut command = place.with_programs("bin");
+    command.args("create --directory many --fs ext4 out.obd".split(' '));
+    let child = command
+        .stderr(std::process::Stdio::piped())
+        .spawn()
+        .unwrap();
+    let copies = || {
+        place
+            .names()
+            .iter()
+            .any(|name| name.starts_with(".obdsetup-"))
+    };
+    assert!(soon(copies), "no directory of copies");
+    let mut sent = Command::new("kill");
+    sent.arg("-INT").arg(child.id().to_string());
+    assert!(sent.status().unwrap().success());
+    let output = child.wait_with_output().unwrap();
+    assert_eq!(output.status.code(), Some(130), "{}", said(&output));
+    let mut left = place.names();
+    left.sort();
+    assert_eq!(left, ["bin", "many"]);
 }
 
 fn a_program_dies_with_obdsetup() {

@@ -37,7 +37,7 @@ impl Stage {
             crate::terminal::interrupt::check()?;
             let path = path_of(name);
             let done = match made.get(&name.id) {
-                Some(first) => fs::hard_link(path_of(first), &path),
+                Some(first) => fs::hard_link(path_of(first), &path).map_err(Into::into),
                 None => make(&path, tree.node(name.id)?),
             };
             done.with_context(|| format!("{}: cannot make it", path.display()))?;
@@ -51,15 +51,16 @@ impl Stage {
     }
 }
 
-fn make(path: &Path, node: &Node) -> std::io::Result<()> {
+fn make(path: &Path, node: &Node) -> Result<()> {
     match &node.kind {
-        Kind::Directory(_) => fs::create_dir(path),
-        Kind::File(content) => write(path, content).map_err(std::io::Error::other),
-        Kind::Symlink(target) => symlink(OsStr::from_bytes(target), path),
+        Kind::Directory(_) => fs::create_dir(path)?,
+        Kind::File(content) => write(path, content)?,
+        Kind::Symlink(target) => symlink(OsStr::from_bytes(target), path)?,
         Kind::CharDevice(_) | Kind::BlockDevice(_) | Kind::Fifo | Kind::Socket => {
-            mknodat(CWD, path, FileType::Fifo, Mode::RUSR | Mode::WUSR, 0).map_err(Into::into)
+            mknodat(CWD, path, FileType::Fifo, Mode::RUSR | Mode::WUSR, 0)?;
         }
     }
+    Ok(())
 }
 
 fn write(path: &Path, content: &Content) -> Result<()> {
