@@ -1,7 +1,8 @@
 #!/bin/bash
 # SPDX-License-Identifier: GPL-2.0
 # Runs the fuzz targets for some seconds each, as many in parallel as there are CPUs: fuzz.sh [SECONDS|-b
-# [TARGET...]] (-b: build only). For oci, all of obdsetup is built once more, which takes minutes. The last lines are the results; RECORD=FILE gets a line for each target, too.
+# [TARGET...]] (-b: build only). For oci, all of obdsetup is built once more, which takes minutes. The last lines are
+# the results; RECORD=FILE gets a line for each target, too.
 . "$(dirname "$0")/lib.sh"
 . "$SCRIPTS/cache.sh"
 

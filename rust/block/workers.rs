@@ -27,8 +27,8 @@
 //! `nohz_full=`, isolated cpuset partitions) are not woken.
 //!
 //! Small jobs overtake other ones, so a small read does not wait for all parts of the large reads
-//! before it. After some [`SHARE`] bytes of small jobs, the next other job has its turn. A small job
-//! never waits for a job that was queued later.
+//! before it. When small jobs of [`SHARE`] bytes or more have overtaken the first of the other jobs,
+//! that job has its turn. A small job never waits for a job that was queued later.
 //!
 //! Lock order: the list's lock, then the workqueue's own. Both may be taken in any context but NMI.
 //!
@@ -49,7 +49,7 @@ use crate::sys;
 /// Jobs that a worker runs before it lets other work items run on its CPU.
 const BATCH: usize = 64;
 
-/// Bytes of small jobs that may overtake an other job, at least: the last one may exceed it.
+/// Number of bytes of small jobs after which the first of the other jobs has its turn.
 const SHARE: u32 = 128 << 10;
 
 /// A step for a worker to run. It is embedded in another structure, such as the frame of an `Io`.
