@@ -13,12 +13,9 @@ import threading
 
 from obdtest import dm, image, stack
 from obdtest.disk import Disk, fails_with, same_bytes, verify_random
-from obdtest.ktap import Failure, add, check, equal, main, note, test
-from obdtest.left import eventually
+from obdtest.ktap import Failure, add, check, equal, main, test
 
 SIZE = 300 << 10
-# Most bytes of a read that are decompressed as one job.
-PART = 128 << 10
 RNG = random.Random(11)
 LAYER = image.lsmt(SIZE, image.random_layer(RNG, SIZE, 40, 40))
 PLAIN = image.flatten([image.Lsmt(LAYER)])
@@ -193,44 +190,6 @@ def must_not_wait(make):
 
 for disk_name, make_disk in DISKS.items():
     add(f"{disk_name}: reads that must not wait", must_not_wait, make_disk)
-
-
-@test("a small read overtakes large ones of the same device that came before")
-def overtakes():
-    large, count = 1 << 20, 8
-    wanted = image.sample(count * large + 65536, 12)
-    raw = image.zfile(wanted, image.ZSTD, 65536)
-    loop = dm.Loop(raw)
-    below = dm.linear(loop, loop.size // 512, readonly=True)
-    device = dm.zfile(below, len(raw), len(wanted))
-    disk = Disk(device)
-    first, ended = reads(device), []
-
-    def read(offset, length):
-        same_bytes(disk.read(offset, length), wanted[offset:offset + length], f"{length} bytes at {offset}")
-        ended.append(length)
-
-    threads = [threading.Thread(target=read, args=(nth * large, large)) for nth in range(count)]
-    threads.append(threading.Thread(target=read, args=(count * large, 4096)))
-    below.suspend()
-    try:
-        for thread in threads[:-1]:
-            thread.start()
-        eventually("all lower reads of the large reads", lambda: reads(device) - first >= count * large // PART, True)
-        threads[-1].start()
-        eventually("one more", lambda: reads(device) - first > count * large // PART, True)
-    finally:
-        below.resume()
-    for thread in threads:
-        thread.join()
-    equal(len(ended), len(threads), "reads that ended with the right bytes")
-    note(f"{ended.index(4096)} of {count} large reads ended before the small one")
-    check(ended.index(4096) <= count // 2, "the small read has waited for most of the large ones")
-
-
-def reads(device):
-    """Returns the number of lower reads."""
-    return int(device.info()[5])
 
 
 @test("queue limits: zfile")
