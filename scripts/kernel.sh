@@ -2,7 +2,8 @@
 # shellcheck shell=bash
 # Chooses the kernel: KERNEL=stock (the default) is Debian's newest 7.3 from backports. KERNEL=forky is that of Debian
 # forky, with forky's tool chain. KERNEL=debug and KERNEL=kcsan are small kernels with checkers, from the source of
-# stock; KERNEL=uml and KERNEL=uml-smp are User-Mode Linux, for benchmarks. Sourced after cache.sh.
+# stock; KERNEL=uml and KERNEL=uml-smp are User-Mode Linux, for benchmarks, and KERNEL=uml-host to run virtual machines
+# in. Sourced after cache.sh.
 # A new kernel needs a kernel_look_up_NAME and, if it is made in another way, a build_kernel_RECIPE.
 #
 # A kernel directory in the cache, whatever it was made from, holds
@@ -112,3 +113,5 @@ kernel_look_up_kcsan() { kernel_of_ours kcsan test test.config kcsan.config; }
 kernel_look_up_uml() { kernel_of_ours uml uml uml.config; }
 
 kernel_look_up_uml-smp() { kernel_of_ours uml-smp uml uml.config uml-smp.config; }
+
+kernel_look_up_uml-host() { kernel_of_ours uml-host uml uml.config uml-host.config; }

@@ -18,15 +18,15 @@ VM_RUN=$BUILD/vm/run.$$
 mkdir -p "$VM_RUN"
 kernel_log=${VM_LOG:-$BUILD/vm/kernel.log}
 
-# boot_files: set VM_BOOT to the directory with what QEMU boots. It is made when the kernel or the recipe changes;
+# boot_files: set VM_BOOT to the directory with what QEMU boots, from the kernel of $guest_dir. It is made when the kernel or the recipe changes;
 # directories that weren't used for a day are removed.
 boot_files() {
 	local key
-	key=$({ cat "$SCRIPTS"/vm/{init,boot-files.sh} && say "${K_DIR##*/} ${ROOT##*/}"; } | short_hash)
+	key=$({ cat "$SCRIPTS"/vm/{init,boot-files.sh} && say "${guest_dir##*/} ${ROOT##*/}"; } | short_hash)
 	VM_BOOT=$BUILD/vm/boot-$key
 	if [ ! -d "$VM_BOOT" ]; then
 		find "$BUILD"/vm -maxdepth 1 -name 'boot-*' -mtime +0 -exec rm -rf {} +
-		"$SCRIPTS/in-root.sh" -k "$K_DIR" scripts/vm/boot-files.sh scripts/vm/init "$(in_root "$VM_RUN/boot")"
+		"$SCRIPTS/in-root.sh" -k "$guest_dir" scripts/vm/boot-files.sh scripts/vm/init "$(in_root "$VM_RUN/boot")"
 		mv -T "$VM_RUN/boot" "$VM_BOOT" 2>/dev/null || [ -d "$VM_BOOT" ]
 	fi
 	touch "$VM_BOOT"
@@ -42,6 +42,7 @@ guest_env() {
 	printf '%s=%q\n' VM_CLONE "$IN_ROOT" VM_TERM "${TERM:-}" \
 		VM_ROWS "${size% *}" VM_COLS "${size#* }" VM_VIRTIO "$virtio" VM_END "$end"
 	[ -z "${VM_BOOT:-}" ] || printf 'export OBD_VM_KERNEL=%q\n' "$(in_root "$VM_BOOT/kernel")"
+	[ "$guest_dir" = "$K_DIR" ] || printf 'export OBD_VM_MODULES=/mnt/vm-kernel OBD_VM_RELEASE=%q\n' "$(cat "$guest_dir/release")"
 	env -0 | while IFS='=' read -r -d '' name value; do
 		[[ $name != OBD_* ]] || printf 'export %s=%q\n' "$name" "$value"
 	done
@@ -110,10 +111,14 @@ trouble() {
 
 monitor=qemu
 ! grep -qx CONFIG_UML=y "$K_DIR/config" || monitor=uml
+# The kernel that guests of the VM run: that of the VM, or, if they cannot, the stock kernel.
+guest_dir=$K_DIR
+[ "$KERNEL" != uml-host ] || guest_dir=$(KERNEL=stock && kernel_select && say "$K_DIR")
 if [ "$monitor" = qemu ]; then
 	boot_files
 	accel
 else
+	[ "$KERNEL" != uml-host ] || boot_files
 	[ -n "${RUN:-}" ] || die "KERNEL=$KERNEL has no shell; give it a command with RUN="
 fi
 [ -z "${RUN:-}" ] || printf '%s\n' "$RUN" >"$VM_RUN/cmd"
@@ -126,6 +131,7 @@ if [ -n "${SHARE:-}" ]; then
 	: >"$VM_RUN/share"
 	binds+=(-b "$SHARE:/srv")
 fi
+[ "$guest_dir" = "$K_DIR" ] || binds+=(-b "$guest_dir:/mnt/vm-kernel")
 [ ! -d "$GOLDENS" ] || binds+=(-b "$(realpath "$GOLDENS"):/mnt/goldens")
 [ ! -d "$DEBIAN_IMAGE" ] || binds+=(-b "$DEBIAN_IMAGE:/mnt/debian-image")
 

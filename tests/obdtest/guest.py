@@ -22,6 +22,12 @@ HUGE = 2 << 20
 MIB = 1 << 20
 MODULE = "dm_overlaybd"
 
+# The kernel that the guests of a VM run: the VM's own, or the one that the VM was started with. It is a file that QEMU
+# boots, and a release, whose modules are below lib/modules of a directory.
+KERNEL = os.environ.get("OBD_VM_KERNEL", "")
+RELEASE = os.environ.get("OBD_VM_RELEASE", os.uname().release)
+MODULES = os.environ.get("OBD_VM_MODULES", "/")
+
 # What the initrd does. In the guest's command line, obd.table is the line of a mapped device, obd.last the last disk,
 # for which it waits up to a second, obd.device what is mounted, and obd.mount are the options.
 INIT = r"""#!/bin/busybox sh
@@ -63,8 +69,8 @@ def module_files(release, names):
     """Returns the files of modules and of those that they need, in the order in which they are loaded."""
     files = []
     for name in names:
-        done = subprocess.run(["modprobe", "-S", release, "--show-depends", name], capture_output=True, text=True,
-                              check=False)
+        done = subprocess.run(["modprobe", "-d", MODULES, "-S", release, "--show-depends", name], capture_output=True,
+                              text=True, check=False)
         for line in done.stdout.splitlines():
             words = line.split()
             if words[0] == "insmod" and words[1] not in files:

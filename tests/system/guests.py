@@ -1,6 +1,6 @@
 #!/usr/bin/env python3
 # SPDX-License-Identifier: GPL-2.0
-"""Documentation/recipes.rst, virtual machines that share memory. Slow where these machines, too, are emulated."""
+"""Documentation/recipes.rst, virtual machines that share memory."""
 
 import contextlib
 import hashlib
@@ -9,12 +9,12 @@ import random
 import shutil
 
 from obdtest.cgroup import Group
-from obdtest.guest import SHELL, Guest, in_page_cache, make_initrd
+from obdtest.guest import KERNEL, RELEASE, SHELL, Guest, in_page_cache, make_initrd
 from obdtest.ktap import Skip, check, defer, equal, main, note, test
 from obdtest.memory import drop_caches
 from obdtest.recipes import APP, DATA, Work, digest, main_in_vm, need, quietly, recipe, sh
 
-MODULE = f"{os.path.dirname(os.path.abspath(__file__))}/../../build/{os.uname().release}/dm_overlaybd.ko"
+MODULE = f"{os.path.dirname(os.path.abspath(__file__))}/../../build/{RELEASE}/dm_overlaybd.ko"
 THIRD = random.Random(93).randbytes(300 << 10)
 LAYERS = ("base", "app", "more")
 SUMS = {"data": digest(DATA), "app": digest(APP), "third": digest(THIRD)}
@@ -100,8 +100,7 @@ def reclaim(group, names):
 @test("two guests with layers in common have their memory once, and this machine takes it back", timeout=3000)
 def two_guests():
     need("qemu-system-x86_64", "cpio", "strip", "ldd")
-    kernel = os.environ.get("OBD_VM_KERNEL", "")
-    if not os.path.exists(kernel) or not os.path.exists(MODULE):
+    if not os.path.exists(KERNEL) or not os.path.exists(MODULE):
         raise Skip("no kernel, or no module, for a guest")
     group = Group("memory")
     work = Work()
@@ -111,8 +110,8 @@ def two_guests():
     defer(remove_devices)
     sh(devices)
     content = {name: file_digest(pages(name)) for name in LAYERS}
-    shutil.copy(kernel, "vmlinuz")
-    make_initrd("initrd.img", INIT % inside, os.uname().release,
+    shutil.copy(KERNEL, "vmlinuz")
+    make_initrd("initrd.img", INIT % inside, RELEASE,
                 ["virtio_pci", "virtio_pmem", "nd_pmem", "dm-mod", "ext4"], ["obdsetup", "dmsetup"],
                 MODULE)
     drop_caches()

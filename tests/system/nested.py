@@ -1,15 +1,19 @@
 #!/usr/bin/env python3
 # SPDX-License-Identifier: GPL-2.0
-"""Documentation/recipes.rst, a disk of a virtual machine. Slow where that machine, too, is emulated."""
+"""Documentation/recipes.rst, a disk of a virtual machine, and a microVM of a container image."""
 
+import io
 import os
 import re
 import shutil
+import tarfile
 
-from obdtest.guest import make_initrd
-from obdtest.ktap import Skip, check, equal, main, note, test
-from obdtest.programs import need
-from obdtest.recipes import APP, DATA, Work, digest, main_in_vm, nothing_left, recipe, sh
+from obdtest.files import enter_work_directory
+from obdtest.guest import KERNEL, RELEASE, make_initrd
+from obdtest.ktap import Skip, check, defer, equal, main, note, test
+from obdtest.oci import Layout
+from obdtest.programs import need, need_module, quietly
+from obdtest.recipes import APP, DATA, Work, digest, main_in_vm, nothing_left, recipe, sh, whole
 
 INIT = """#!/bin/busybox sh
 export PATH=/bin
@@ -28,12 +32,11 @@ busybox reboot -f
 @test("a guest has the device as virtio-blk: it reads the bytes of the source, and can't write", timeout=1500)
 def guest():
     need("qemu-system-x86_64", "cpio")
-    kernel = os.environ.get("OBD_VM_KERNEL", "")
-    if not os.path.exists(kernel):
+    if not os.path.exists(KERNEL):
         raise Skip("no kernel for a guest")
     work = Work()
-    shutil.copy(kernel, "vmlinuz")
-    make_initrd("initrd.img", INIT, os.uname().release, ["virtio_pci", "virtio_blk", "ext4"])
+    shutil.copy(KERNEL, "vmlinuz")
+    make_initrd("initrd.img", INIT, RELEASE, ["virtio_pci", "virtio_blk", "ext4"])
     (run,) = recipe("A disk of a virtual machine")
     out = sh(run, timeout=1400)
     note(out[-600:])
@@ -43,6 +46,51 @@ def guest():
     equal(got, wanted, "checksums in the guest")
     check("takes writes" not in out, "the disk is read-only")
     nothing_left()
+
+
+MICRO_INIT = """#!/bin/busybox sh
+export PATH=/bin
+mount -t proc proc /proc
+mount -t sysfs sys /sys
+mount -t devtmpfs dev /dev
+while read -r module; do insmod "/modules/$module"; done </modules/order
+%s
+"""
+SCRIPT = b"""#!/bin/busybox sh
+/bin/busybox echo "$WORD" >/written
+/bin/busybox cat /written /etc/name
+"""
+
+
+@test("a microVM has a container image as its root: its command runs, and what it writes stays in the guest", timeout=900)
+def micro():
+    need("qemu-system-x86_64", "cpio", "python3", "busybox")
+    need_module("erofs")
+    if not os.path.exists(KERNEL):
+        raise Skip("no kernel for a guest")
+    enter_work_directory()
+    defer(quietly, "obdsetup", "close", "app")
+    with open(shutil.which("busybox"), "rb") as file:
+        busybox = file.read()
+    with tarfile.open("layer.tar", "w") as tar:
+        for name, content in (("bin/busybox", busybox), ("bin/say", SCRIPT), ("etc/name", b"of the image\n")):
+            member = tarfile.TarInfo(name)
+            member.size, member.mode = len(content), 0o755
+            tar.addfile(member, io.BytesIO(content))
+    Layout("layout", ["layer.tar"], command=["/bin/say"], env=["WORD=two words"])
+    shutil.copy(KERNEL, "vmlinuz")
+    make, run, inside, down = recipe("A microVM of an image")
+    make_initrd("initrd.img", MICRO_INIT % inside, RELEASE, ["virtio_mmio", "virtio_blk", "erofs", "overlay"])
+    if not os.access("/dev/kvm", os.W_OK):
+        run = run.replace("panic=-1", "panic=-1 tsc_early_khz=1000000")
+    sh(make)
+    before = digest(whole("app"))
+    out = sh(run, timeout=800)
+    note(out[-600:])
+    check("two words" in out and "of the image" in out, "what the command says")
+    equal(digest(whole("app")), before, "content of the device")
+    sh(down)
+    check(not os.path.exists("/dev/mapper/app"), "the device is gone")
 
 
 if __name__ == "__main__":
