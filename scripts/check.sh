@@ -11,7 +11,7 @@
 #   forky   lint and build of the module, and the tests in the VM, with the kernel and the tool chain of Debian forky
 #   debug   the tests in the VM with the debug kernel; a third of the tests that are alike, different ones each day
 #   kcsan   the tests with concurrency, with the KCSAN kernel
-#   nested  with Debian's kernel, in the VM: guests of the VM; slow without KVM
+#   nested  with User-Mode Linux as the VM: guests of the VM, which run Debian's kernel
 #   kills   with Debian's kernel, in the VM: obdsetup killed $OBD_KILLS (50) times in each way
 #   soak    a random mix of everything for $MINUTES (30), with the debug kernel
 . "$(dirname "$0")/lib.sh"
