@@ -11,6 +11,7 @@ import stat
 import subprocess
 import tarfile
 import tempfile
+import time
 import uuid
 
 from obdtest import golden, programs, tree
@@ -55,6 +56,40 @@ def mounted(work, stack):
     run("mount", "-t", "erofs", "-o", "ro", DEVICE, f"{work}/mnt")
     defer(quietly, "umount", f"{work}/mnt")
     return f"{work}/mnt"
+
+
+def start(work, *command):
+    """Starts a server, which ends with the test."""
+    with open(f"{work}/{command[0]}.log", "wb") as log:
+        # pylint: disable-next=consider-using-with
+        server = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT)
+    defer(server.wait)
+    defer(server.kill)
+
+
+def until(true, what):
+    """Waits up to a minute for something."""
+    end = time.monotonic() + 60 * SLOW
+    while not true():
+        check(time.monotonic() < end, what)
+        time.sleep(0.2)
+
+
+def mount_tmpfs(path):
+    os.makedirs(path, exist_ok=True)
+    run("mount", "-t", "tmpfs", "tmpfs", path)
+    defer(quietly, "umount", "--recursive", path)
+
+
+def containerd(work):
+    """Starts containerd, with its files on a tmpfs: overlayfs, which the root of the VM is, can't be below an overlayfs."""
+    mount_tmpfs("/var/lib/containerd")
+    start(work, "containerd")
+    until(lambda: not os.system("ctr version >/dev/null 2>&1"), "containerd answers")
+
+
+def blobs(layout):
+    return sorted(os.listdir(f"{layout}/blobs/sha256"))
 
 
 def down(work):
@@ -297,6 +332,37 @@ def skopeo():
     down(work)
 
 
+@test("an image from a registry goes back to it with --oci; skopeo and containerd fetch it, and its layers are the same",
+      timeout=600)
+def registry():
+    need("skopeo", "docker-registry", "ctr", "containerd")
+    work = workplace()
+    for name in ("one", "two"):
+        tar_of_file(f"{work}/{name}.tar", f"etc/{name}", name)
+    Layout(f"{work}/layout", [f"{work}/one.tar", f"{work}/two.tar"])
+    address = f"127.0.0.1:{random.randint(20000, 30000)}"
+    with open(f"{work}/config.yml", "w", encoding="ascii") as file:
+        json.dump({"version": 0.1, "storage": {"filesystem": {"rootdirectory": f"{work}/registry"}},
+                   "http": {"addr": address}}, file)
+    start(work, "docker-registry", "serve", f"{work}/config.yml")
+    until(lambda: not os.system(f"busybox wget -qO /dev/null http://{address}/v2/ 2>/dev/null"), "the registry answers")
+    copy = ("skopeo", "--insecure-policy", "copy", "--quiet", "--preserve-digests")
+    run(*copy, "--dest-tls-verify=false", f"oci:{work}/layout:latest", f"docker://{address}/plain:latest")
+    run(*copy, "--src-tls-verify=false", f"docker://{address}/plain:latest", f"oci:{work}/fetched:latest")
+    run("obdsetup", "convert", f"{work}/fetched", f"{work}/layers", "--oci")
+    run(*copy, "--dest-tls-verify=false", f"oci:{work}/layers:latest", f"docker://{address}/layers:latest")
+    run(*copy, "--src-tls-verify=false", f"docker://{address}/layers:latest", f"oci:{work}/pulled:latest")
+    equal(blobs(f"{work}/pulled"), blobs(f"{work}/layers"), "blobs that the registry has")
+    containerd(work)
+    run("ctr", "content", "fetch", "--plain-http", f"{address}/layers:latest")
+    known = run("ctr", "content", "ls", "--quiet").split()
+    check(set(blobs(f"{work}/layers")) <= {digest.removeprefix("sha256:") for digest in known}, "blobs of containerd")
+    run("obdsetup", "convert", f"{work}/pulled", f"{work}/app")
+    where = mounted(work, f"{work}/app/config.v1.json")
+    equal(sorted(os.listdir(f"{where}/etc")), ["one", "two"], "files")
+    down(work)
+
+
 @test("packages of Debian in three layers: as GNU tar and umoci have them, and their programs run", timeout=900)
 def debian():
     need("dpkg", "umoci")
@@ -409,7 +475,7 @@ def shared():
 def container():
     if "OBD_VM" not in os.environ:
         raise Skip("it changes the system: only in the test VM")
-    need("busybox", "unshare", "python3", "crun", "runc", "systemd-nspawn")
+    need("busybox", "unshare", "python3", "crun", "runc", "systemd-nspawn", "podman", "ctr", "containerd")
     need_module("overlay")
     work = workplace()
     if not os.path.exists("/sys/fs/cgroup/cgroup.procs"):
@@ -434,15 +500,20 @@ def container():
     Layout(f"{work}/layout", [f"{work}/base.tar"])
     defer(os.chdir, os.getcwd())
     os.chdir(work)
-    make, command, unshare, nspawn, crun, down_again = recipe("A container of an image")
+    make, command, unshare, nspawn, crun, podman, ctr, down_again = recipe("A container of an image")
+    # The root of the VM is an overlayfs, on which podman makes none.
+    mount_tmpfs("/var/lib/containers")
+    containerd(work)
     defer(quietly, "obdsetup", "close", "app")
     defer(quietly, "umount", f"{work}/lower")
     defer(quietly, "umount", f"{work}/root")
     sh(make)
-    for script in (command + unshare, command + nspawn, crun, crun.replace("crun", "runc")):
+    above = command + podman.replace("/root\"", "/lower\":O")
+    for script in (command + unshare, command + nspawn, crun, crun.replace("crun", "runc"), command + podman,
+                   command + ctr, above):
         quietly("rm", "-f", "config.json", "root/written")
         equal(sh(script), "pid 1\nof the image\n", "what the container says")
-        check("written" in os.listdir("upper"), "what it wrote")
+        equal("written" in os.listdir("upper"), script != above, "what it wrote is in the directory above")
         equal(sorted(os.listdir("lower")), ["bin", "etc", "usr"], "what is below")
     sh(down_again)
     check(not os.path.exists("/dev/mapper/app"), "the device is gone")
