@@ -5,8 +5,8 @@
 # OBD_BEGIN_WITHIN=SECONDS skips the scripts that have not begun after this time, but not the first one. The list then
 # begins with another script each day, so that the skipped scripts are not always the same. With OBD_MOST, skipping most
 # of the scripts is a failure.
-# The tests in system/ need udev, systemd, LVM or the like, and run only if named: one as system/NAME, or all but those in NAMED as
-# system.
+# The tests in system/ need udev, systemd, LVM or the like, and run only if named: one as system/NAME, or all but those
+# in NAMED as system.
 # Prints KTAP with a subtest for each script. A script also fails if it leaves anything behind, or if the kernel's log
 # has a complaint.
 set -u
