@@ -14,7 +14,8 @@ from obdtest.tracing import Trace
 
 # Incompressible, so that stored and decompressed data have the same size.
 DATA = random.Random(61).randbytes(16 * 65536)
-# The flags of these allocations: they don't wait, use the kernel's reserves or wake kswapd; the pages are reclaimable.
+# The flags of these allocations: they neither wait, nor use the kernel's reserves, nor wake kswapd. The pages are
+# reclaimable.
 PIECES = {"__GFP_NORETRY", "__GFP_NOWARN", "__GFP_NOMEMALLOC", "__GFP_COMP", "__GFP_RECLAIMABLE"}
 
 

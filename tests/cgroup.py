@@ -69,7 +69,7 @@ def stacked():
 
 
 def limited(options, length):
-    """A group's limit on the lower device slows its reads down."""
+    """A group's limit on the lower device slows the group's reads down."""
     group = Group()
     loop = dm.Loop(RAW)
     device = zfile(loop, options)

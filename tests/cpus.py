@@ -61,7 +61,7 @@ def ram_disk(content):
 
 def zfile():
     device = dm.create(dm.line(0, SIZE // 512, "zfile", ram_disk(RAW), len(RAW)))
-    # The first read allocates the codec contexts and so on.
+    # A first read, which allocates memory that later reads use again.
     same_bytes(Disk(device).read(0, 65536), DATA[:65536], "first block")
     return device
 
@@ -138,7 +138,7 @@ def used(device, cpu, wanted):
         enough = time.monotonic() + 60 * SLOW
         while time.monotonic() < enough and not wanted <= found:
             found |= workers("+")
-        # The name of a thread shows the last work that it did for a long time.
+        # The name of an idle kernel thread shows its last work for a long time.
         for _ in range(5):
             found |= workers("+-") - wanted
             time.sleep(0.02)

@@ -1,6 +1,6 @@
 #!/usr/bin/env python3
 # SPDX-License-Identifier: GPL-2.0
-"""DAX: file systems on lsmt-dax map the memory of pmem devices, and no page of this memory belongs to two places.
+"""DAX: file systems on lsmt-dax map the memory of pmem devices, and no page of this memory is in two places.
 
 Needs two pmem devices of 128 MiB, see PMEM in scripts/check.sh.
 """

@@ -36,7 +36,7 @@ def on_linear(raw):
     return dm.create(*good), good, total
 
 
-@test("zfile: errors of lower reads are EIO, are counted, and end with their cause")
+@test("zfile: while lower reads fail, reads fail with EIO and are counted; afterwards they succeed")
 def zfile_errors():
     raw = image.zfile(DATA)
     lower, good, total = on_linear(raw)
@@ -80,7 +80,7 @@ def one_bad_sector():
     verify(device, PADDED)
 
 
-@test("lsmt: errors of a layer are EIO, holes and other layers still read")
+@test("lsmt: reads of a layer that fails fail with EIO; those of holes and of other layers succeed")
 def lsmt_errors():
     lower, good, total = on_linear(LAYER)
     top = image.lsmt(VSIZE, [(10, image.sample(5120, 34))])

@@ -50,8 +50,7 @@ class Uevents:
         self.minor = zfile.number.split(":")[1]
 
     def values(self, seconds):
-        """Waits up to some seconds for the next of these uevents. Returns a list of the variable's value, [] without an
-        event."""
+        """Waits up to `seconds` for the next of these uevents. Returns [the variable's value], [] without a uevent."""
         end, found = time.monotonic() + seconds, []
         while not found and select.select([self.socket], [], [], max(end - time.monotonic(), 0))[0]:
             fields = dict(field.split("=", 1) for field in self.socket.recv(65536).decode(errors="replace").split("\0")

@@ -161,7 +161,7 @@ def not_unmounted(kind, options):
         equal(plain.returncode != 0, is_dirty, f"mount -o ro of {disk} fails")
         umount(where)
         mount(device, where, options, kind)
-        check(os.path.exists(f"{where}/file") or is_dirty, "the file is there")
+        check(os.path.exists(f"{where}/file") or is_dirty, "the file is missing")
         umount(where)
         obdsetup("close", name)
 

@@ -184,7 +184,7 @@ def half_built():
         first = obdsetup("status", NAME, status=4)[0].splitlines()[0]
         check(first.startswith("health: HALF BUILT: ") and f"`obdsetup close {NAME}'" in first, first)
         equal(report(4)["health"], "half-built", "health")
-        check("HALF BUILT" in obdsetup("list", "--check", status=4)[0], "list")
+        check("HALF BUILT" in obdsetup("list", "--check", status=4)[0], "list does not report it")
         obdsetup("close", NAME)
         err = obdsetup("status", NAME, status=4)[1]
         equal(err, f"obdsetup: no stack {NAME} is set up; `obdsetup list' shows those that are\n", "afterwards")
@@ -228,7 +228,7 @@ def others():
     for command in ("status", "close"):
         err = obdsetup(command, foreign.name, status=4)[1]
         check(f"device {foreign.name} was not set up by obdsetup: it has no UUID" in err, err)
-    check(foreign.name not in obdsetup("list")[0], "list")
+    check(foreign.name not in obdsetup("list")[0], "list shows the other program's device")
 
 
 def snippets():

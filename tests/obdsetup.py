@@ -211,8 +211,8 @@ def paths():
         defer(close, name)
         with_path("open", name, layer)
         same_bytes(read(f"/dev/mapper/{name}"), DATA, f"PATH={path}: content")
-        check("health: ok" in with_path("status", name), "health")
-        check(name in with_path("list"), "list")
+        check("health: ok" in with_path("status", name), "status does not say `health: ok'")
+        check(name in with_path("list"), "list does not show the stack")
         with_path("close", name)
         check(not os.path.exists(f"/dev/mapper/{name}"), "the disk is still there")
 

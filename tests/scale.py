@@ -93,7 +93,7 @@ def popular(nodes=1000):
 
 
 def rows_of(first):
-    """Returns the rows of the document's table that has first in the first cell of its first row."""
+    """Returns the rows of the document's table whose first cell is `first`."""
     with open(DOCUMENT, encoding="utf-8") as file:
         lines = file.read().splitlines()
     start = next(nth for nth, line in enumerate(lines) if line.startswith(first + "  "))

@@ -177,7 +177,7 @@ def told():
     nothing_left()
 
 
-@test("--private, and other options: devices of their own, and open says so", timeout=LONG)
+@test("open --private, or with other options, makes separate devices; open notes the latter", timeout=LONG)
 def private():
     layers = Layers()
     base = layers.make("a.obd")

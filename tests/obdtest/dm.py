@@ -176,14 +176,14 @@ def create(*table, readonly=True):
 
 
 def linear(device, sectors, readonly=False):
-    """Returns a linear device over the first sectors of another device. Tests can replace the table of the linear
-    device."""
+    """Returns a linear device over the first `sectors` sectors of another device. Tests can replace the table of the
+    linear device."""
     return create(line(0, sectors, "linear", device.path, 0), readonly=readonly)
 
 
 def delayed(device, count, milliseconds):
-    """Returns a dm-delay device over the first count sectors of another device. It passes each read on from a kernel
-    thread, milliseconds later."""
+    """Returns a dm-delay device over the first `count` sectors of another device. It passes each read on from a kernel
+    thread, after this number of milliseconds."""
     need_module("dm-delay")
     return create(line(0, count, "delay", device.path, 0, milliseconds))
 

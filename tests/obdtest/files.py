@@ -32,8 +32,7 @@ def read(path, start=0, length=-1):
 
 
 def write(path, content, at=None):
-    """Makes a file of these bytes, or, with at, overwrites bytes of an existing file at that offset. Returns the
-    path."""
+    """Makes a file of these bytes, or overwrites bytes of an existing file from byte `at` on. Returns the path."""
     with open(path, "wb" if at is None else "r+b") as file:
         file.seek(at or 0)
         file.write(content)
@@ -48,6 +47,6 @@ def mount(device, where, options, kind=None):
 
 
 def umount(where):
-    """Unmounts what is mounted there, if anything is."""
+    """Unmounts the file system that is mounted on a directory, if there is one."""
     if os.path.ismount(where):
         run("umount", where)

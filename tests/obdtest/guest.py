@@ -80,8 +80,8 @@ def _libraries(program):
 
 
 def make_initrd(path, init, release, modules, programs=(), module=None):
-    """Makes an initrd with busybox, other programs, and modules: the named ones of the kernel, the file module if it is
-    given, and all modules that these need. /modules/order has their names in the order in which they are loaded."""
+    """Makes an initrd with busybox, other programs, and modules: the named ones of the kernel, the file `module` if it
+    is given, and all modules that these need. /modules/order has their names in the order in which they are loaded."""
     tree = f"{path}.tree"
     for name in ("bin", "modules", "proc", "sys", "dev", "mnt"):
         os.makedirs(f"{tree}/{name}")
@@ -123,7 +123,7 @@ def qemu(kernel, initrd, files, pmem=True, table=None, memory=192, cache="writeb
     """Returns the command of a guest that begins with INIT.
 
     files are its disks: pmem devices if pmem is set, else virtio-blk. table is a function that takes the names of the
-    disks and returns a table line for dmsetup; without table, the first disk is mounted. memory is in MiB.
+    disks and returns a table line for dmsetup; without `table`, the first disk is mounted. memory is in MiB.
     """
     disks = [f"/dev/pmem{nth}" if pmem else f"/dev/vd{'abcdefghij'[nth]}" for nth in range(len(files))]
     words = {"last": disks[-1], "device": "/dev/mapper/image" if table else disks[0],
@@ -216,7 +216,7 @@ class Guest:
         return {row.split(":")[0]: int(row.split()[1]) for row in self.ask("busybox cat /proc/meminfo")}
 
     def mappings(self):
-        """Returns the fields of QEMU's smaps in KiB, for the guest's memory ("ram") and for each file in files that QEMU
+        """Returns the fields of QEMU's smaps in KiB, for the guest's memory ("ram") and for each of `files` that QEMU
         maps."""
         names = {os.path.realpath(path): path for path in self.files}
         found, fields = {}, {}

@@ -55,7 +55,7 @@ def defer(function, *args):
 
 
 def check(condition, what):
-    """Fails the test with the message what if condition is false."""
+    """Fails the test with the message `what` if condition is false."""
     global _checks
     _checks += 1
     if not condition:

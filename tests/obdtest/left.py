@@ -42,7 +42,8 @@ def locks(name=""):
 
 
 def eventually(what, found, wanted):
-    """Waits until found() returns what is wanted."""
+    """Waits until found() returns the wanted value. Fails the test if that takes longer than 5 s (more on slow
+    kernels)."""
     got = None
     for _ in range(100 * SLOW):
         got = found()

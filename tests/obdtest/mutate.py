@@ -141,7 +141,7 @@ class _Zfile:
         return raw
 
     def digest_of(self, raw, at):
-        """Returns raw with a correct digest in the structure at byte at."""
+        """Returns raw with a correct digest in the structure that begins at byte `at`."""
         block = raw[at:at + 28] + bytes(4) + raw[at + 32:at + 512]
         return _put(raw, at + 28, struct.pack("<I", image.crc32c(0, block)))
 

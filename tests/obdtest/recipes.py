@@ -30,7 +30,7 @@ def recipe(title):
     with open(DOCUMENT, encoding="ascii") as file:
         text = file.read()
     start = re.search(rf"^{re.escape(title)}.*\n[=-]+$", text, re.MULTILINE)
-    check(start, f"there is a recipe: {title}")
+    check(start, f"there is no recipe {title}")
     body = re.split(r"^.+\n[=-]{4,}$", text[start.end():], maxsplit=1, flags=re.MULTILINE)[0]
     return re.findall(r"\S::\n\n((?:    .*\n|\n)+)", body)
 

@@ -130,7 +130,7 @@ def gpt():
     check("not in use\n" in text and f"partition 1: {DISK}-part1, " in text, text)
     [row] = [row for row in json.loads(obdsetup("list", "--json")[0]) if row["name"] == NAME]
     equal(row["partitions"], wanted, "partitions of list")
-    check("  1,2         -\n" in obdsetup("list")[0], "list")
+    check("  1,2         -\n" in obdsetup("list")[0], "list does not show the partitions")
 
     run("mount", "-o", "ro", f"{DISK}-part1", "mnt")
     equal(read("mnt/file"), b"what is in the file", "file")

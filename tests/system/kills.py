@@ -29,7 +29,7 @@ MANY = 50
 NAME = f"obdtest-{os.getpid()}"
 SIZE = 300 << 10
 DATA = image.sample(SIZE, 91)
-# The seconds for which obdsetup waits for udev at most.
+# obdsetup stops waiting for udev if udev has handled no event of the stack for so many seconds.
 UDEV_BOUND = 60
 
 
@@ -124,7 +124,8 @@ def read_back(content):
 
 
 def kills(way, command):
-    """Kills open or close at random moments."""
+    """Kills open or close at random times. Checks that the next open clears what is left, or reports a complete
+    stack."""
     way.begin()
     layers, content = make_layers()
     defer(close_whatever)

@@ -346,7 +346,7 @@ def down():
     check(wanted <= set(order) and "skipping" not in said, f"blkdeactivate: {said}")
     for above, below in (("work", "app"), ("work", "vg/cow"), ("app", "base-zfile"), ("app", "app.obd-zfile"),
                          ("base-zfile", "vg/base")):
-        check(order.index(above) < order.index(below), f"{above} before {below}: {said}")
+        check(order.index(above) < order.index(below), f"{above} was not taken down before {below}: {said}")
     gone(before)
 
 

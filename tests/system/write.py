@@ -237,7 +237,7 @@ def large_sectors():
 
 
 def fill():
-    """Writes to the disk until a write fails. Returns the number of bytes written."""
+    """Writes to all of the disk, until a write fails. Returns the number of bytes written."""
     done = 0
     try:
         for at in range(0, SIZE, 64 << 10):
