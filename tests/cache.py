@@ -204,8 +204,7 @@ def failing(options, length):
 
 
 def mended(options, length):
-    """If a lower read fails and is repeated with success, only its own reader gets an error, not the waiting
-    readers."""
+    """If a lower read fails and is repeated with success, only the reader that issued the first one gets an error."""
     zfile, mend = broken(options, max(1000, 400 * SLOW))
     results = []
     disk = Disk(zfile)

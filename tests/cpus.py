@@ -110,8 +110,8 @@ class Reader(threading.Thread):
 
 
 class Load:
-    """Reads from a device, for some seconds, more than its workers can process. The readers run on one CPU if it is
-    given. They are another process, since threads of this one would wait for the lock of the interpreter."""
+    """For some seconds, reads more from a device than its workers can process. If cpu is given, the readers run on that
+    CPU. They are another process, since threads of this one would wait for the lock of the interpreter."""
 
     def __init__(self, device, seconds, cpu=None):
         where = [] if cpu is None else [f"--cpus_allowed={cpu}"]
