@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 # SPDX-License-Identifier: GPL-2.0
-"""How reads allocate memory. Only allocations of several pages are traced: nothing else allocates with these flags at
-the same time."""
+"""How reads allocate memory. Only allocations of at least four pages are traced, since nothing else makes these with
+the same flags at the same time."""
 
 import random
 
@@ -14,12 +14,13 @@ from obdtest.tracing import Trace
 
 # Incompressible, so that stored and decompressed data have the same size.
 DATA = random.Random(61).randbytes(16 * 65536)
-# Allocate without waiting, without using the kernel's reserves and without waking reclaim; the pages are reclaimable.
+# The flags of these allocations: they neither wait, nor use the kernel's reserves, nor wake kswapd. The pages are
+# reclaimable.
 PIECES = {"__GFP_NORETRY", "__GFP_NOWARN", "__GFP_NOMEMALLOC", "__GFP_COMP", "__GFP_RECLAIMABLE"}
 
 
 def pieces(trace):
-    """Returns the flags of the allocations of several pages for reads and for the cache, by their order."""
+    """Returns the flags of the traced allocations for reads and for the cache, by their order."""
     found = {}
     for name, text in trace.lines():
         if "mm_page_alloc" in name:
@@ -31,7 +32,8 @@ def pieces(trace):
 
 
 def flags(algorithm, options, length):
-    """Reads parts of all blocks and checks the allocations of several pages. The second time there are hardly any."""
+    """Reads from all blocks in reads of length bytes, and checks the allocations. The same reads again allocate hardly
+    anything."""
     raw = image.zfile(DATA, algorithm, 65536)
     loop = dm.Loop(raw)
     disk = Disk(dm.create(line(0, len(DATA) // 512, "zfile", loop.path, len(raw), len(options), *options)))

@@ -1,6 +1,6 @@
 #!/usr/bin/env python3
 # SPDX-License-Identifier: GPL-2.0
-"""The cache of zfile devices: parts of blocks, with cache_all also whole blocks, for all readers of a device."""
+"""The cache of zfile devices: it serves reads of parts of blocks, and with cache_all also reads of whole blocks."""
 
 import errno
 import os
@@ -26,13 +26,13 @@ def parameter(name):
 
 
 def set_limit(size):
-    """Sets the limit of the cache for this test."""
+    """Sets the limit of the cache in bytes. 0 sets the default."""
     with open("/sys/module/dm_overlaybd/parameters/cache_limit_bytes", "w", encoding="ascii") as file:
         file.write(str(size))
 
 
 def until(condition, seconds=20):
-    """Waits for condition, up to so many seconds. Returns whether it holds."""
+    """Waits up to `seconds` (more on slow kernels) until the condition is true. Returns whether it is."""
     end = time.monotonic() + seconds * SLOW
     while not condition() and time.monotonic() < end:
         time.sleep(0.1)
@@ -49,7 +49,7 @@ def counters(zfile):
 
 
 def parts(algorithm, block):
-    """Small reads of a block load it once."""
+    """Small reads of the same block load the block once."""
     raw = image.zfile(DATA, algorithm, block)
     zfile = device(dm.Loop(raw), raw)
     disk = Disk(zfile)
@@ -65,7 +65,8 @@ def parts(algorithm, block):
 
 
 def everything(algorithm, block, crc):
-    """Blocks that were read once are neither read nor decompressed again, whatever the size of the reads."""
+    """With cache_all, a block that was read once is neither read nor decompressed again, whatever the size of the
+    reads."""
     raw = image.zfile(DATA, algorithm, block, crc)
     zfile = device(dm.Loop(raw), raw, "cache_all")
     blocks = -(-len(DATA) // block)
@@ -74,7 +75,7 @@ def everything(algorithm, block, crc):
     first = counters(zfile)
     equal((first[BLOCKS], first[CACHED]), (blocks, blocks), "blocks decompressed, cached")
     same_bytes(disk.whole(), PADDED, "the second time")
-    same_bytes(disk.whole(70144), PADDED, "in other pieces")
+    same_bytes(disk.whole(70144), PADDED, "in reads of another size")
     verify(zfile, PADDED, rounds=40)
     last = counters(zfile)
     equal(last[:HITS], first[:HITS], "everything but hits")
@@ -82,7 +83,7 @@ def everything(algorithm, block, crc):
 
 
 def small(places):
-    """A cache that is too small for the blocks of a read."""
+    """Reads are correct even if the cache has no room for all blocks of a read."""
     for algorithm, block in ((image.LZ4, 512), (image.LZ4, 4096), (image.ZSTD, 65536)):
         raw = image.zfile(DATA, algorithm, block)
         zfile = device(dm.Loop(raw), raw, f"cache_blocks {places} cache_all")
@@ -91,7 +92,7 @@ def small(places):
         check(0 < cached <= places, f"{cached} blocks cached")
 
 
-@test("cache_all: images that share layers read those once")
+@test("cache_all: layers that images share are read once")
 def images():
     vsize = 1 << 20
     layers = [image.lsmt(vsize, [(0, image.sample(1500 * 512, 62)), (1600, 50)]),
@@ -112,7 +113,7 @@ def images():
     check(after[2][READS] > before[2][READS], "no reads of the third layer")
 
 
-@test("cache_all: concurrent readers cause the lower reads of one reader")
+@test("cache_all: with concurrent readers, each block is read and decompressed once")
 def together():
     raw = image.zfile(DATA)
     loop = dm.Loop(raw)
@@ -133,7 +134,7 @@ def together():
     equal(results, [True] * 4, "content")
     got = counters(zfile)
     equal(got[BLOCKS], blocks, "blocks decompressed")
-    check(got[HITS] > 0, "nobody has waited")
+    check(got[HITS] > 0, "no hits")
     # A sector in which one lower read ends and the next one begins is read twice.
     most = len(raw) + got[READS] * 1024
     check(got[READ_BYTES] <= most, f"{got[READ_BYTES]} bytes read, {most} at most")
@@ -157,7 +158,7 @@ def corrupt():
 
 
 def start_together(count, function):
-    """Starts so many threads that call function at the same time: starting a thread may take long."""
+    """Starts count threads. They call function at the same time, even if starting a thread takes long."""
     there = threading.Barrier(count)
 
     def run():
@@ -171,7 +172,8 @@ def start_together(count, function):
 
 
 def broken(options, milliseconds):
-    """Returns a zfile device whose lower reads take so long and then fail, and the function that mends that."""
+    """Returns a zfile device whose lower reads fail after some milliseconds, and the function that makes them
+    succeed."""
     raw = image.zfile(DATA, image.ZSTD, 65536)
     loop = dm.Loop(raw)
     sectors = loop.size // 512
@@ -187,7 +189,7 @@ def broken(options, milliseconds):
 
 
 def failing(options, length):
-    """If a read fails while others wait for its blocks, one of these reads again, once."""
+    """If a lower read fails while other readers wait for its blocks, one of these repeats it, once."""
     zfile, mend = broken(options, max(600, 300 * SLOW))
     results = []
     disk = Disk(zfile)
@@ -196,13 +198,13 @@ def failing(options, length):
         thread.join()
     equal(results, [None] * 8, "reads")
     got = counters(zfile)
-    equal((got[CACHED], got[READS], got[READ_ERRORS], got[HITS]), (0, 2, 2, 7), "cached, reads, that failed, waits")
+    equal((got[CACHED], got[READS], got[READ_ERRORS], got[HITS]), (0, 2, 2, 7), "cached, lower reads, failed, hits")
     mend()
     verify(zfile, PADDED, rounds=10)
 
 
 def mended(options, length):
-    """A read that fails doesn't fail the reads that wait for its blocks, if the second lower read succeeds."""
+    """If a lower read fails and is repeated with success, only the reader that issued the first one gets an error."""
     zfile, mend = broken(options, max(1000, 400 * SLOW))
     results = []
     disk = Disk(zfile)
@@ -212,7 +214,7 @@ def mended(options, length):
     mend()
     for thread in threads:
         thread.join()
-    equal(sorted(result == DATA[:length] for result in results), [False] + [True] * 7, "right reads")
+    equal(sorted(result == DATA[:length] for result in results), [False] + [True] * 7, "reads with the correct data")
     equal(results.count(None), 1, "failed reads")
     got = counters(zfile)
     equal((got[CACHED], got[READS], got[READ_ERRORS], got[BLOCKS]), (1, 2, 1, 1), "cached, reads, failed, decompressed")
@@ -286,8 +288,8 @@ def message():
         except OSError as error:
             equal(error.errno, errno.EINVAL, words)
         else:
-            check(False, f"{words} is taken")
-    equal(counters(zfile)[MODE], "parts", "mode after what was refused")
+            check(False, f"{words!r} is accepted")
+    equal(counters(zfile)[MODE], "parts", "mode after the refused messages")
     # A reload keeps the mode, which becomes the default.
     zfile.message("cache all")
     zfile.load(zfile.status(dm.TABLE)[0])
@@ -298,7 +300,7 @@ def message():
     equal(counters(zfile)[MODE], "all", "default after a reload")
 
 
-@test("leaves of blocks far from each other count as memory of the cache")
+@test("the leaves of distant blocks count as memory of the cache")
 def far():
     raw = image.zfile(DATA)
     start = parameter("cache_bytes")
@@ -323,7 +325,7 @@ def limit():
     check(total * 0.045 < default < total * 0.055, f"limit {default} of {total} bytes")
     defer(set_limit, 0)
     start = parameter("cache_bytes")
-    # Room for about 60 of 171 blocks, and how far two workers may exceed it.
+    # A limit with room for about 60 of the 171 blocks, and the number of bytes by which two workers may exceed it.
     room, more = 256 << 10, 64 << 10
     set_limit(start + room)
     zfiles = [device(loop, raw, "cache_all") for _ in range(3)]
@@ -347,7 +349,7 @@ def limit():
     for disk in disks:
         disk.close()
     zfiles[0].remove()
-    equal([counters(zfile)[CACHED] for zfile in zfiles[1:]], [-(-len(DATA) // 4096)] * 2, "cached of the others")
+    equal([counters(zfile)[CACHED] for zfile in zfiles[1:]], [-(-len(DATA) // 4096)] * 2, "cached by the others")
     for zfile in zfiles[1:]:
         zfile.remove()
     equal(parameter("cache_bytes"), start, "bytes in the cache once the devices are gone")
@@ -362,9 +364,9 @@ def share():
     small_one, other = device(loop, raw, "cache_all cache_blocks 10"), device(loop, raw, "cache_all")
     Disk(other).whole()
     for _ in range(4):
-        same_bytes(Disk(small_one).whole(), PADDED, "the one with a share")
-        check(0 < counters(small_one)[CACHED] <= 10, f"{counters(small_one)[CACHED]} blocks of the one with a share")
-    equal(counters(other)[CACHED], -(-len(DATA) // 4096), "blocks of the other")
+        same_bytes(Disk(small_one).whole(), PADDED, "the device with a share")
+        check(0 < counters(small_one)[CACHED] <= 10, f"{counters(small_one)[CACHED]} blocks of the device with a share")
+    equal(counters(other)[CACHED], -(-len(DATA) // 4096), "blocks of the other device")
 
 
 @test("blocks that are used again stay cached")
@@ -376,7 +378,7 @@ def used_again():
         disk.read(0, 4096)
         same_bytes(disk.read(nth * 4096, 4096), DATA[nth * 4096:nth * 4096 + 4096], f"block {nth}")
     got = counters(zfile)
-    check(got[BLOCKS] <= 119 + 3, f"{got[BLOCKS]} blocks decompressed, 120 are wanted")
+    check(got[BLOCKS] <= 119 + 3, f"{got[BLOCKS]} blocks decompressed, 120 are expected")
     equal(got[HITS] + got[BLOCKS], 2 * 119, "hits and misses")
 
 
@@ -401,22 +403,22 @@ def options():
         except OSError as error:
             equal(error.errno, errno.EINVAL, words)
         else:
-            check(False, f"{words} is taken")
+            check(False, f"{words!r} is accepted")
 
 
 for each_algorithm, each_name in image.NAMES.items():
     for each_block in (512, 4096, 65536):
         if each_block > 512:
-            add(f"{each_name}, {each_block}: parts of a block load it once", parts, each_algorithm, each_block)
+            add(f"{each_name}, {each_block}: reads of parts load a block once", parts, each_algorithm, each_block)
         for each_crc in (True, False):
             add(f"{each_name}, {each_block}, {'CRC' if each_crc else 'no CRC'}: cache_all reads and decompresses once",
                 everything, each_algorithm, each_block, each_crc)
 for each_options, each_length in (((), 4096), (("cache_all",), 4096), (("cache_all",), 65536)):
     each_title = f"{' '.join(each_options) or 'default'}, reads of {each_length}"
-    add(f"{each_title}: if a read fails while others wait, one of these reads again", failing, each_options,
+    add(f"{each_title}: if a lower read fails while readers wait, one of them repeats it", failing, each_options,
         each_length)
-    add(f"{each_title}: if a read fails and the next one succeeds, waiting readers get its data", mended, each_options,
-        each_length)
+    add(f"{each_title}: if a lower read fails and the next one succeeds, waiting readers get the data", mended,
+        each_options, each_length)
 for each_places in (1, 16, 40):
     add(f"cache_all with room for {each_places} blocks", small, each_places)
 

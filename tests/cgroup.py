@@ -1,6 +1,6 @@
 #!/usr/bin/env python3
 # SPDX-License-Identifier: GPL-2.0
-"""The control group that lower reads are charged to: that of the reader, whatever path the read takes."""
+"""The control group that lower reads are charged to: that of the reader, except for reads into the spare buffer."""
 
 import time
 
@@ -32,7 +32,7 @@ def read_all(device, step, length):
 
 
 def charged(options, delayed, step, length):
-    """A group is charged for the lower reads of its own reads, and for no others."""
+    """A group is charged for exactly the lower reads that its own reads cause."""
     group = Group()
     loop = dm.Loop(RAW)
     device = zfile(loop, options)
@@ -69,11 +69,11 @@ def stacked():
 
 
 def limited(options, length):
-    """A limit on the lower device is effective for small and for large reads."""
+    """A group's limit on the lower device slows the group's reads down."""
     group = Group()
     loop = dm.Loop(RAW)
     device = zfile(loop, options)
-    # The reads fetch at least the whole lower device.
+    # The lower reads fetch at least all stored bytes.
     seconds = 2
     group.limit(loop, len(RAW) // seconds)
     start = time.monotonic()
@@ -84,7 +84,7 @@ def limited(options, length):
     check(took > seconds * 0.6, f"took {took:.2f} s with a limit, {seconds} were expected")
 
 
-@test("a read that uses the spare buffer is charged to no group")
+@test("a read into the spare buffer is not charged to the group of the reader")
 def spare():
     group = Group()
     loop = dm.Loop(RAW)

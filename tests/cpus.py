@@ -2,7 +2,7 @@
 # SPDX-License-Identifier: GPL-2.0
 """Which CPUs run workers: all that are online and not isolated, also while CPUs go offline and online.
 
-Most useful with CPUs that are offline or isolated from boot; scripts/check.sh runs it that way, too.
+These tests cover most if some CPUs are offline or isolated from boot; scripts/check.sh also runs them that way.
 """
 
 import glob
@@ -49,7 +49,8 @@ def housekeeping():
 
 
 def ram_disk(content):
-    """Makes a RAM disk, which completes reads on the submitting CPU: the CPU of a reader then chooses the worker."""
+    """Makes a RAM disk. It completes reads on the submitting CPU, so the CPU of a reader determines which worker
+    runs."""
     subprocess.run(["rmmod", "brd"], capture_output=True, check=False)
     need_module("brd", options=("rd_nr=1", "rd_size=8192"))
     defer(subprocess.run, ["rmmod", "brd"])
@@ -60,13 +61,13 @@ def ram_disk(content):
 
 def zfile():
     device = dm.create(dm.line(0, SIZE // 512, "zfile", ram_disk(RAW), len(RAW)))
-    # The first read allocates the codec contexts and so on.
+    # A first read, which allocates memory that later reads use again.
     same_bytes(Disk(device).read(0, 65536), DATA[:65536], "first block")
     return device
 
 
 def workers(states):
-    """Returns the CPUs whose kernel threads run our workers now (+), or ran one last (-)."""
+    """Returns the CPUs with kernel threads that run a worker of the module now (state +), or ran one last (state -)."""
     found = set()
     for path in glob.glob("/proc/[0-9]*/comm"):
         try:
@@ -80,7 +81,7 @@ def workers(states):
 
 
 class Reader(threading.Thread):
-    """Reads and compares, until told to stop."""
+    """A thread that reads and compares until stop() is called."""
 
     def __init__(self, device, seed):
         super().__init__()
@@ -109,8 +110,8 @@ class Reader(threading.Thread):
 
 
 class Load:
-    """Issues more reads of a device than its workers can do, for so many seconds, from any CPU or from one. A process
-    of its own, so that it does not wait for this one's interpreter."""
+    """For some seconds, reads more from a device than its workers can process. If cpu is given, the readers run on that
+    CPU. They are another process, since threads of this one would wait for the lock of the interpreter."""
 
     def __init__(self, device, seconds, cpu=None):
         where = [] if cpu is None else [f"--cpus_allowed={cpu}"]
@@ -129,14 +130,15 @@ class Load:
 
 
 def used(device, cpu, wanted):
-    """Returns the CPUs that work for a reader on one CPU: waits until all wanted do, then watches for others."""
+    """Returns the CPUs that run workers for a reader on one CPU. Waits until all wanted CPUs do, then looks for
+    others."""
     load = Load(device, 3600, cpu)
     found = set()
     try:
         enough = time.monotonic() + 60 * SLOW
         while time.monotonic() < enough and not wanted <= found:
             found |= workers("+")
-        # After some work, a thread shows for a long time that it did it.
+        # The name of an idle kernel thread shows its last work for a long time.
         for _ in range(5):
             found |= workers("+-") - wanted
             time.sleep(0.02)
@@ -153,13 +155,13 @@ def all_work():
     wanted = housekeeping()
     possible, online = cpus("possible"), cpus("online")
     note(f"{len(possible)} CPUs possible, online: {sorted(online)}, not isolated: {sorted(wanted)}")
-    check(wanted, "no CPU may work")
+    check(wanted, "no CPU may run workers")
     for cpu in sorted(online):
         equal(sorted(used(device, cpu, wanted)), sorted(wanted), f"CPUs that work for a reader on CPU {cpu}")
 
 
 def removable():
-    """Returns the CPUs that can go offline while at least one stays that may work."""
+    """Returns CPUs that can all be offline at the same time: at least one CPU stays online."""
     found = sorted(cpu for cpu in cpus("online") if os.path.exists(f"{SYSFS}/cpu{cpu}/online"))
     return found if housekeeping() - set(found) else found[1:]
 
@@ -196,7 +198,7 @@ def hotplug():
             while any(reader.count == count and not reader.error for reader, count in zip(readers, counts)):
                 check(time.monotonic() < limit, f"reads hang without CPUs {found}, round {nth}")
                 time.sleep(0.01)
-            # The counts of a CPU stay when it goes offline.
+            # The counts of a CPU are not lost when it goes offline.
             counts = [int(device.info()[nr]) for nr in (5, 6, 7)]
             check(all(now > then for now, then in zip(counts, counted)), f"counters went from {counted} to {counts}")
             counted = counts
@@ -214,7 +216,7 @@ def hotplug():
 
 
 def contexts():
-    """Returns the number of codec contexts: each has 64 KiB and a guard page, apart from what its codec needs."""
+    """Returns the number of codec contexts: each has one buffer of 64 KiB, which has a guard page."""
     with open("/proc/vmallocinfo", encoding="ascii") as file:
         return sum(row.split()[1] == "69632" for row in file)
 
@@ -234,7 +236,7 @@ def comes_up():
     defer(switch, absent[0], False)
     switch(absent[0], True)
     wanted = housekeeping()
-    check(absent[0] in wanted, f"CPU {absent[0]} may not work")
+    check(absent[0] in wanted, f"CPU {absent[0]} may not run workers")
     equal(sorted(used(device, absent[0], wanted)), sorted(wanted), f"CPUs that work for a reader on CPU {absent[0]}")
     same_bytes(Disk(dm.create(dm.line(0, SIZE // 512, "zfile", "/dev/ram0", len(RAW)))).read(0, 65536), DATA[:65536],
                "first block of another device")
@@ -244,7 +246,7 @@ def comes_up():
 
 
 def in_reserve():
-    """Returns the number of rescuer threads of our workqueues."""
+    """Returns the number of rescuer threads of the module's workqueues."""
     count = 0
     for path in glob.glob("/proc/[0-9]*/comm"):
         try:
@@ -298,8 +300,8 @@ def traced():
 
 @test("workers that are always busy don't block Tasks RCU")
 def busy_workers():
-    """Stopping a tracer waits until each task has passed a quiescent state of Tasks RCU. A worker that always has
-    work must pass some, too."""
+    """Stopping a tracer waits until each task has passed a quiescent state of Tasks RCU. A worker that always has work
+    must pass such states, too."""
     if not traced():
         raise Skip("this kernel has no tracing")
     instance = f"{TRACING}/instances/obdtest"
@@ -316,7 +318,7 @@ def busy_workers():
             file.write(tracer)
     took = time.monotonic() - start
     note(f"{took:.1f} s")
-    check(load.runs() and took < seconds / 2, f"a tracer's end took {took:.1f} s beside workers that are always busy")
+    check(load.runs() and took < seconds / 2, f"stopping a tracer took {took:.1f} s while workers were always busy")
 
 
 def cpusets():
@@ -336,13 +338,13 @@ def isolated_later():
     root = cpusets()
     if not root:
         raise Skip("this kernel has no cpuset")
-    check(len(housekeeping()) > 1, "there is one CPU only")
+    check(len(housekeeping()) > 1, "only one CPU may run workers")
     cpu = max(housekeeping())
     group = f"{root}/obdtest"
     load = Load(zfile(), 60)
     limit = time.monotonic() + 20
     while cpu not in workers("+"):
-        check(time.monotonic() < limit, f"CPU {cpu} does not work at all")
+        check(time.monotonic() < limit, f"CPU {cpu} runs no worker at all")
     with open(f"{os.path.dirname(group)}/cgroup.subtree_control", "w", encoding="ascii") as file:
         file.write("+cpuset")
     os.mkdir(group)
@@ -357,8 +359,8 @@ def isolated_later():
     for _ in range(20):
         found |= workers("+")
         time.sleep(0.02)
-    check(load.runs() and found, "nobody works")
-    check(cpu not in found, f"CPU {cpu} works though it is isolated")
+    check(load.runs() and found, "no CPU runs workers")
+    check(cpu not in found, f"CPU {cpu} runs workers though it is isolated")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 #!/usr/bin/env python3
 # SPDX-License-Identifier: GPL-2.0
-"""DAX: file systems on lsmt-dax map the memory of pmem devices, and no page gets two owners.
+"""DAX: file systems on lsmt-dax map the memory of pmem devices, and no page of this memory is in two places.
 
 Needs two pmem devices of 128 MiB, see PMEM in scripts/check.sh.
 """
@@ -31,13 +31,13 @@ PMEM = ("/dev/pmem0", "/dev/pmem1")
 PAGE = os.sysconf("SC_PAGE_SIZE")
 HUGE = 2 << 20
 MIB = 1 << 20
-# Longest entry of a layer, in sectors: whole pages.
+# Longest segment of a layer, in sectors; a multiple of the page size.
 LONGEST = 16320
 
 subprocess.run(["modprobe", "-qa", "nd_e820", "nd_pmem"], check=False)
 with open("/proc/iomem", encoding="ascii") as iomem:
     regions = iomem.read().count("Persistent Memory (legacy)")
-# The driver makes the devices asynchronously.
+# The driver creates the devices asynchronously.
 deadline = time.monotonic() + 30 * SLOW
 while regions >= len(PMEM) and not all(map(os.path.exists, PMEM)) and time.monotonic() < deadline:
     time.sleep(0.1)
@@ -61,7 +61,7 @@ class Pmem:
 
 
 def table(size, *layers, target="lsmt-dax", start=0):
-    """A line of a table on layers, lowest first."""
+    """Returns a table line on layers, lowest first. size is in bytes, start in sectors."""
     return dm.line(start, size // 512, target, len(layers),
                    *[word for layer in layers for word in (layer.path, layer.length)])
 
@@ -71,8 +71,8 @@ def lsmt_dax(size, *layers):
 
 
 def layer(size, extents, huge=False):
-    """A layer of extents (sector, bytes) and (sector, sectors that are zeroed); huge: at places with the remainder that
-    they have on the disk, for the largest pages."""
+    """Returns a layer of parts of the disk: (sector, bytes), or (sector, number of sectors) if zeroed. With huge, long
+    parts have the same offset modulo 2 MiB in the file as on the disk, so that the largest pages can be mapped."""
     entries, data = [], bytearray()
     for sector, what in extents:
         zeroed = isinstance(what, int)
@@ -89,7 +89,7 @@ def layer(size, extents, huge=False):
 
 
 def changes(raw, base=b""):
-    """Extents of the pages in which a disk differs from the one below it, or from zeros."""
+    """Returns the pages in which a disk differs from the one below it, or from zeros, as layer() takes them."""
     extents, zeros = [], bytes(PAGE)
     for at in range(0, len(raw), PAGE):
         page = raw[at:at + PAGE]
@@ -105,7 +105,7 @@ def changes(raw, base=b""):
 
 
 def refused(phrase, error, *lines):
-    """Fails unless a table is refused, for this reason."""
+    """Checks that a table is refused with this error, and that the kernel's log has the phrase."""
     log = dm.KernelLog()
     fails_with(error, dm.create, *lines)
     said = [text for text in log.lines() if "device-mapper: table" in text]
@@ -113,7 +113,7 @@ def refused(phrase, error, *lines):
 
 
 def noise(size, seed):
-    """Bytes, no page of which is zero."""
+    """Returns random bytes, in which no page is all zeros."""
     return random.Random(seed).randbytes(size)
 
 
@@ -123,12 +123,12 @@ SIZE = 4 * MIB
 
 
 def simple(seed=1, size=SIZE):
-    """A disk, and a layer that has all of it."""
+    """Returns the content of a disk, and a layer with all of it."""
     raw = noise(size, seed)
     return raw, layer(size, [(0, raw)])
 
 
-@test("reads by bios are those of lsmt")
+@test("reads by bios return the same as with lsmt")
 def bios():
     rng = random.Random(7)
     layers = []
@@ -147,7 +147,7 @@ def bios():
         equal(file.read().strip(), "0", "queue/dax of lsmt")
 
 
-@test("what isn't aligned to pages is refused")
+@test("layers and disks that are not aligned to pages are refused")
 def misaligned():
     data = noise(4 * PAGE, 5)
     unit = PAGE // 512
@@ -160,7 +160,7 @@ def misaligned():
     for what, content in layers.items():
         pmem = Pmem(content)
         refused("Layers are not aligned to pages", errno.EINVAL, table(SIZE, pmem))
-        # Without DAX it is a disk.
+        # The target lsmt, without DAX, accepts the layer.
         check(dm.create(table(SIZE, pmem, target="lsmt")), what)
     pmem = Pmem(simple()[1])
     refused("Disk is not aligned to pages", errno.EINVAL, table(SIZE - 512, pmem))
@@ -185,7 +185,7 @@ def overlaps():
             [(0, 4 * unit, first), (8 * unit, unit, first + unit), (16 * unit, unit, first + 8 * unit)],
     ):
         refused(phrase, errno.EINVAL, table(SIZE, of(*entries)))
-    # Neighbours are none, in any order, nor are zeroed extents.
+    # Adjacent data does not overlap, in any order; zeroed segments have no data.
     device = lsmt_dax(SIZE, of((0, unit, first + unit), (unit, unit, first), (4 * unit, unit, first, True)))
     same_bytes(Disk(device).read(0, 2 * PAGE), data[PAGE:2 * PAGE] + data[:PAGE], "pages that change places")
 
@@ -202,7 +202,7 @@ def alone():
 
 
 def not_a_layer(phrase, error, layer_, size=SIZE):
-    """Fails unless a layer is refused for this reason, and the log says which one."""
+    """Checks that a layer is refused with this error and phrase, and that the log has the number of its device."""
     log = dm.KernelLog()
     refused(phrase, error, table(size, layer_))
     wanted = f"cannot have {layer_.number} as a layer"
@@ -225,7 +225,7 @@ def no_dax():
     not_a_layer("DAX layers must not be on mapped devices", errno.EINVAL, upper)
 
 
-@test("a device is in one DAX table")
+@test("a device can be in only one DAX table")
 def one_table():
     raw, content = simple()
     first, second = Pmem(content), Pmem(content, PMEM[1])
@@ -233,16 +233,16 @@ def one_table():
     refused(phrase, errno.EBUSY, table(SIZE, first, first))
     device = lsmt_dax(SIZE, first)
     refused(phrase, errno.EBUSY, table(SIZE, first))
-    # What was claimed before the failure is free again.
+    # The failure releases the devices that were claimed before it.
     refused(phrase, errno.EBUSY, table(SIZE, second, first))
     other = lsmt_dax(SIZE, second)
-    # Without DAX there may be any number.
+    # Any number of tables without DAX may use the device.
     plain = dm.create(table(SIZE, first, target="lsmt"))
     disk = Disk(plain)
     same_bytes(disk.read(0, MIB), raw[:MIB], "the disk without DAX")
     disk.close()
     plain.remove()
-    # A table that isn't live has its devices, too.
+    # A loaded table that isn't live claims its devices, too.
     waiting = dm.Device()
     device.remove()
     waiting.load(table(SIZE, first))
@@ -283,7 +283,7 @@ def partitions():
 
 
 def load_refused(device, *lines):
-    """Fails unless a device with a live table refuses another table."""
+    """Checks that a device with a live table refuses another table."""
     log = dm.KernelLog()
     fails_with(errno.EBUSY, device.load, *lines)
     said = log.lines()
@@ -295,7 +295,7 @@ def reload():
     (raw, content), (_, content2) = simple(1), simple(2)
     first, second = Pmem(content), Pmem(content2, PMEM[1])
     device = lsmt_dax(SIZE, first)
-    # Closed, open, and suspended.
+    # The device is closed, then open, then suspended.
     load_refused(device, table(SIZE, second))
     disk = Disk(device)
     load_refused(device, table(SIZE, second))
@@ -306,14 +306,14 @@ def reload():
     device.resume()
     same_bytes(disk.read(0, MIB), raw[:MIB], "the disk as before")
     disk.close()
-    # Nor is one of another type.
+    # lsmt-dax cannot replace a live table of another target, either.
     other = dm.create(dm.line(0, SIZE // 512, "error"))
     load_refused(other, table(SIZE, second))
-    # What was refused has claimed nothing.
+    # The refused tables have claimed nothing.
     check(lsmt_dax(SIZE, second), "the layer is free")
 
 
-@test("the first resume may find the device open")
+@test("the device may be open at the first resume")
 def open_at_first():
     raw, content = simple()
     device = dm.Device()
@@ -340,26 +340,26 @@ def parked():
     device = lsmt_dax(SIZE, pmem)
     log = dm.KernelLog()
     with open(device.path, "rb", buffering=0):
-        # As `dmsetup remove --force' does.
+        # `dmsetup remove --force' does the same.
         device.load(dm.line(0, SIZE // 512, "error"))
         device.resume()
         said = log.lines()
         check(any("its layers stay claimed until it is closed" in text for text in said), f"the log says {said}")
         refused(phrase, errno.EBUSY, table(SIZE, pmem))
-        equal(module.use_count(), before + 1, "references of the module: the claim's")
-    # It doesn't matter whether the device is there.
+        equal(module.use_count(), before + 1, "references to the module: that of the claim")
+    # Once the device is closed, its layers are free. Here it is removed, too; below, it is not.
     device.remove()
     again = lsmt_dax(SIZE, pmem)
     disk = Disk(again)
     same_bytes(disk.read(0, MIB), raw[:MIB], "the disk of another device")
     disk.close()
-    equal(module.use_count(), before + 1, "references of the module: the table's")
-    # A table that is gone from a closed device has no claim. What looks at the device may have it open for a moment.
+    equal(module.use_count(), before + 1, "references to the module: that of the table")
+    # A closed device that lost its table has no claim. Programs that look at new devices may open it for a moment.
     again.load(dm.line(0, SIZE // 512, "error"))
     again.resume()
     until_closed(again)
     check(lsmt_dax(SIZE, pmem), "the layer is free")
-    equal(module.use_count(), before + 1, "references of the module: those of the last table only")
+    equal(module.use_count(), before + 1, "references to the module: that of the last table")
 
 
 # ---- file systems ----
@@ -373,7 +373,7 @@ def make_tree(root, seed=0):
 
 
 def digests(root, mapped=False):
-    """The SHA-256 of each file, read or mapped."""
+    """Returns the SHA-256 of each file, by path. The files are read, or mapped if mapped is set."""
     out = {}
     for place, _, files in os.walk(root):
         for name in files:
@@ -392,7 +392,7 @@ def digests(root, mapped=False):
 
 
 def is_dax(path):
-    """Whether statx() says that a file is mapped without a page cache."""
+    """Returns whether statx() says that a file uses DAX, not the page cache."""
     buffer = ctypes.create_string_buffer(256)
     if _libc.statx(-100, path.encode(), 0, 0x7FF, buffer):
         raise OSError(ctypes.get_errno(), "statx")
@@ -401,7 +401,7 @@ def is_dax(path):
 
 
 KINDS = {
-    # Large files begin at 2 MiB.
+    # Large files begin at multiples of 2 MiB.
     "ext4": (96 * MIB, ["mkfs.ext4", "-q", "-b", str(PAGE), "-E", f"stride={HUGE // PAGE},stripe_width={HUGE // PAGE}"],
              "ro,noload,dax=always"),
     "xfs": (96 * MIB, ["mkfs.xfs", "-q", "-m", "reflink=0"], "ro,norecovery,dax=always"),
@@ -409,7 +409,8 @@ KINDS = {
 
 
 def disks(kind, work):
-    """A disk with a file system, and that with changes: two images and the tree."""
+    """Returns the contents of a disk with a file system and of the same disk after changes, the directory with the
+    files of the second one, and the mount options."""
     need(f"mkfs.{kind}")
     need_module(kind)
     tree, raw = f"{work}/tree", f"{work}/raw"
@@ -428,7 +429,7 @@ def disks(kind, work):
     size, mkfs, options = KINDS[kind]
     with open(raw, "wb") as file:
         file.truncate(size)
-    # mkfs.xfs makes small ones for xfstests only.
+    # mkfs.xfs makes file systems this small only for xfstests, which sets these variables.
     run(*mkfs, raw, env={**os.environ, "TEST_DIR": "x", "TEST_DEV": "x", "QA_CHECK_FS": "x"})
     for turn in range(2):
         if turn:
@@ -437,7 +438,7 @@ def disks(kind, work):
                 file.write(noise(70000, 100))
         mount(raw, f"{work}/rw", "loop,discard")
         if turn:
-            # What does not change stays where it is.
+            # Change only these files, so that the others keep their blocks.
             os.unlink(f"{work}/rw/dir/file2")
             shutil.copy(f"{tree}/dir/file3", f"{work}/rw/dir/file3")
         else:
@@ -448,7 +449,8 @@ def disks(kind, work):
 
 
 def opened(kind):
-    """A mounted file system on two layers: (device, where, tree)."""
+    """Mounts a file system on two layers. Returns the device, the mount point, and the directory with the same
+    files."""
     work = work_directory()
     (base, changed), tree, options = disks(kind, work)
     layers = [Pmem(layer(len(base), changes(base), huge=True), PMEM[0]),
@@ -468,12 +470,12 @@ def file_system(kind):
     equal(got, wanted, "files that are mapped")
     equal(digests(where), wanted, "files that are read")
     equal(run(f"{where}/busybox", "echo", "it runs").strip(), "it runs", "a program")
-    # 19 MiB were read twice. The page cache has what else runs in the VM, and the file system's own structures.
+    # 19 MiB were read twice. Other programs in the VM and the structures of the file system use the page cache, too.
     check(page_cache() - before < 4096, f"{page_cache() - before} KiB more of page cache")
-    # It is mounted.
+    # The device is mounted, so it can be neither removed nor reloaded.
     for change, *args in ((device.try_remove, ), (device.load, dm.line(0, 8, "lsmt-dax", 1, PMEM[0], "-"))):
         fails_with(errno.EBUSY, change, *args)
-    equal(digests(where, mapped=True), wanted, "files that are mapped, after that")
+    equal(digests(where, mapped=True), wanted, "files that are mapped, after the refused changes")
 
 
 @test("ext4", timeout=400)
@@ -504,7 +506,7 @@ def huge_pages():
 
 
 def killed_by(function):
-    """The signal that ends a process that calls the function, 0 for none."""
+    """Calls the function in a new process. Returns the signal that ended the process, 0 if none did."""
     child = os.fork()
     if not child:
         try:
@@ -515,7 +517,7 @@ def killed_by(function):
     return os.WTERMSIG(status) if os.WIFSIGNALED(status) else 0
 
 
-@test("holes are errors, whether they are read or mapped")
+@test("holes cannot be read or mapped with DAX")
 def holes():
     work = work_directory()
     raw = f"{work}/raw"
@@ -530,7 +532,7 @@ def holes():
         file.truncate(4 * PAGE)
     umount(f"{work}/rw")
     content = read(raw)
-    # The zeros that the file has blocks for are left out of the layer.
+    # The layer has no segments for the zeros, for which the file has blocks.
     device = lsmt_dax(len(content), Pmem(layer(len(content), changes(content))))
     mount(device.path, f"{work}/mnt", "ro,noload,dax=always")
     log = dm.KernelLog()
@@ -545,9 +547,9 @@ def holes():
     equal(killed_by(lambda: shared[0]), signal.SIGBUS, "signal of a process that maps a hole")
     equal(killed_by(lambda: private.write(b"x")), signal.SIGBUS, "signal of a process that changes its copy of a hole")
     equal(len([text for text in log.lines() if "is in no layer" in text]), 1, "lines in the log")
-    # Bios have zeros: it is the disk.
+    # Bios read holes as zeros.
     same_bytes(Disk(device).whole(), content, "the disk, read by bios")
-    # A hole of the file is the file system's.
+    # The file system maps holes of a file itself.
     with open(f"{work}/mnt/sparse", "rb") as file, \
             mmap.mmap(file.fileno(), 0, mmap.MAP_SHARED, mmap.PROT_READ) as area:
         same_bytes(area[:], bytes(4 * PAGE), "a hole of a file, mapped")
@@ -565,7 +567,7 @@ def parked_mount():
         same_bytes(area[:], wanted, "a file, mapped")
         device.load(dm.line(0, length, "error"))
         device.resume()
-        # The pages are still the layer's.
+        # The pages are still those of the layer.
         same_bytes(area[:], wanted, "a file, mapped, without a table")
         refused(phrase, errno.EBUSY, again)
     umount(where)

@@ -1,6 +1,7 @@
 #!/usr/bin/env python3
 # SPDX-License-Identifier: GPL-2.0
-"""Layers on every kind of block device: loop, RAM disk, logical volume, 4096-byte blocks, partitions."""
+"""Layers on several kinds of block devices: loop, RAM disk, logical volume, partition, blocks of 4096 bytes, other
+targets."""
 
 import errno
 import os
@@ -17,12 +18,12 @@ VSIZE = 512 << 10
 LAYER = image.lsmt(VSIZE, [(0, image.sample(300 * 512, 52)), (400, 50), (600, image.sample(100 * 512, 53))])
 TOP = image.lsmt(VSIZE, [(5, image.sample(2560, 54)), (700, 100)])
 PLAIN = image.flatten([image.Lsmt(LAYER), image.Lsmt(TOP)])
-# The same disk with segments aligned to 8 sectors.
+# A layer like LAYER, but its segments are aligned to 8 sectors.
 LAYER_4K = image.lsmt(VSIZE, [(0, image.sample(304 * 512, 52)), (400, 48), (600, image.sample(104 * 512, 53))])
 
 
 class Path:
-    """A block device that exists already."""
+    """A block device that already exists."""
 
     def __init__(self, path):
         self.path = path
@@ -34,8 +35,8 @@ class Path:
 
 
 def every_kind(make):
-    """Tests a ZFile, an uncompressed layer and a stack of both. make(blob) returns a device of the kind under
-    test."""
+    """Tests ZFiles, and a stack of a compressed layer and one that isn't. make(blob) returns a device of the kind under
+    test, with the blob at its start."""
     for overwrite in (True, False):
         raw = image.zfile(DATA, image.ZSTD, overwrite=overwrite)
         verify(dm.zfile(make(raw), len(raw), len(DATA)), PADDED, rounds=20)
@@ -63,7 +64,7 @@ def ram_disks():
     every_kind(make)
 
 
-@test("logical volumes: blobs padded to extents, sizes from the table, or '-'")
+@test("logical volumes: blobs are shorter than their volume, and have their size or `-' in the table")
 def volumes():
     need("pvcreate", "vgcreate", "lvcreate")
     backing = dm.Loop(b"", size=64 << 20, readonly=False)
@@ -89,7 +90,7 @@ def volumes():
     raw = image.zfile(DATA)
     volume = make(raw)
     verify(dm.zfile(volume, "-", len(DATA)), PADDED, rounds=10)
-    # This image needs the trailer, which would have to be at the end of the volume.
+    # A reader of this image needs the trailer, which with `-' must be at the end of the volume.
     volume.fill(image.zfile(DATA, overwrite=False))
     fails_with(errno.EINVAL, dm.zfile, volume, "-", len(DATA))
 
@@ -123,7 +124,7 @@ def large_blocks_zfile():
     verify(dm.lsmt(VSIZE, (lower, len(LAYER)), (dm.Loop(TOP), len(TOP))), PLAIN, rounds=60)
 
 
-@test("striped lower device: zfile doesn't inherit its chunks")
+@test("striped lower device: zfile doesn't inherit the limits for its chunks")
 def stripes():
     raw = image.zfile(DATA, image.LZ4, 65536, overwrite=True)
     raw += bytes(-len(raw) % 16384)
@@ -151,7 +152,8 @@ def large_blocks_lsmt():
     same_bytes(disk.whole(), wanted, "content")
     for sector in (0, 8, 304, 400, 600, 696):
         same_bytes(disk.read(sector * 512, 8192), wanted[sector * 512:sector * 512 + 8192], f"sector {sector}")
-    # The disk ends within the last sector of a logical block, which reads of whole logical blocks can't reach.
+    # The disk ends within a sector. The sectors before it, which are read from the device, are no whole number of
+    # blocks.
     end = VSIZE + 7 * 512 + 100
     odd = image.lsmt(end, [(0, image.sample(304 * 512, 52))])
     for size, *blobs in ((VSIZE, (LAYER, 4096)), (VSIZE, (LAYER_4K, 4096), (TOP, 512)), (VSIZE + 4096, (odd, 4096))):
@@ -200,7 +202,7 @@ def deep_stack():
     verify(device, wanted, rounds=20)
 
 
-@test("one image, many devices: concurrent reads of all are right")
+@test("a zfile device below several lsmt devices: each reads correctly")
 def shared():
     raw = image.zfile(LAYER)
     lower = dm.zfile(dm.Loop(raw), len(raw), len(LAYER))

@@ -28,14 +28,15 @@ def swap(device, *table):
 
 
 def on_linear(raw):
-    """Returns a blob on a linear device, whose table can be replaced by a table that fails reads."""
+    """Returns a linear device with the blob, its table, and its number of sectors. A test can replace the table by one
+    that fails reads, and restore it."""
     loop = dm.Loop(raw)
     total = loop.size // 512
     good = [line(0, total, "linear", loop.path, 0)]
     return dm.create(*good), good, total
 
 
-@test("zfile: errors of lower reads are EIO, are counted, and end with their cause")
+@test("zfile: while lower reads fail, reads fail with EIO and are counted; afterwards they succeed")
 def zfile_errors():
     raw = image.zfile(DATA)
     lower, good, total = on_linear(raw)
@@ -71,7 +72,7 @@ def one_bad_sector():
         data = read_or_none(disk, at, min(4096, len(PADDED) - at))
         if data is None:
             failed.append(number)
-            check(offset // 512 <= bad <= (offset + length - 1) // 512, f"block {number} isn't in the bad sector")
+            check(offset // 512 <= bad <= (offset + length - 1) // 512, f"block {number} fails without the bad sector")
         else:
             same_bytes(data, PADDED[at:at + 4096], f"block {number}")
     check(failed, "nothing has failed")
@@ -79,7 +80,7 @@ def one_bad_sector():
     verify(device, PADDED)
 
 
-@test("lsmt: errors of a layer are EIO, holes and other layers still read")
+@test("lsmt: reads of a layer that fails fail with EIO; those of holes and of other layers succeed")
 def lsmt_errors():
     lower, good, total = on_linear(LAYER)
     top = image.lsmt(VSIZE, [(10, image.sample(5120, 34))])
@@ -95,10 +96,11 @@ def lsmt_errors():
     verify(device, wanted)
 
 
-@test("errors while metadata is read: the table is refused, no device stays open")
+@test("errors while metadata is read: the table is refused, and the lower device is closed")
 def metadata_errors():
     raw = image.zfile(DATA)
-    # Bytes that are needed besides the first sector: a ZFile's index; a layer's index and a sector of the trailer.
+    # Ranges of bytes that are read besides the first sector: a ZFile's index; a layer's index and a sector of its
+    # trailer.
     blocks = -(-len(DATA) // 4096)
     index = (len(raw) - 512 - 4 * blocks, len(raw) - 512)
     trailer = (struct.unpack_from("<Q", LAYER, len(LAYER) - 4096 + 32)[0], len(LAYER) - 4096 + 512)
@@ -118,7 +120,7 @@ def metadata_errors():
                 failed = True
             else:
                 failed = False
-            equal(failed, bad == 0 or needed[0] // 512 <= bad <= (needed[1] - 1) // 512, f"{target} fails by sector {bad}")
+            equal(failed, bad == 0 or needed[0] // 512 <= bad <= (needed[1] - 1) // 512, f"{target} fails at sector {bad}")
             device.clear()
             device.remove()
         equal(lower.open_count(), 0, "users of the device below")
@@ -160,7 +162,7 @@ def flaky():
     verify(device, PADDED)
 
 
-@test("a lower device that shrinks to nothing: errors, no crash")
+@test("a lower device that shrinks to 4096 bytes: errors, no crash")
 def shrinks():
     raw = image.zfile(DATA)
     loop = dm.Loop(raw)

@@ -40,7 +40,7 @@ def events(zfile):
 
 
 class Uevents:
-    """The uevents of a device from now on that have a variable."""
+    """The uevents of a device that have a variable, from now on."""
 
     def __init__(self, zfile, variable="DM_ZFILE_CORRUPT_BLOCK"):
         self.variable = variable
@@ -50,7 +50,7 @@ class Uevents:
         self.minor = zfile.number.split(":")[1]
 
     def values(self, seconds):
-        """Returns the variable's values in uevents, waiting up to so many seconds for the first."""
+        """Waits up to `seconds` for the next of these uevents. Returns [the variable's value], [] without a uevent."""
         end, found = time.monotonic() + seconds, []
         while not found and select.select([self.socket], [], [], max(end - time.monotonic(), 0))[0]:
             fields = dict(field.split("=", 1) for field in self.socket.recv(65536).decode(errors="replace").split("\0")
@@ -141,7 +141,7 @@ def lsmt():
 def lsmt_on_zfile():
     layer = image.lsmt(len(DATA), [(0, DATA)])
     raw = bytearray(image.zfile(layer, image.LZ4, 4096))
-    raw[image.Zfile(bytes(raw)).places()[6][0] + 3] ^= 1  # the layer's header is a block
+    raw[image.Zfile(bytes(raw)).places()[6][0] + 3] ^= 1  # block 0 has the layer's header
     zfile = dm.zfile(dm.Loop(bytes(raw)), len(raw), len(layer))
     stack = dm.lsmt(len(DATA), (zfile, len(layer)))
     lower, upper = Uevents(zfile), Uevents(stack, "DM_LSMT_READ_ERROR")
@@ -152,7 +152,7 @@ def lsmt_on_zfile():
     equal(failed_reads(stack), 1, "failed reads")
 
 
-@test("lsmt: failed read-ahead is no failed read")
+@test("lsmt: a failed read-ahead doesn't count as a failed read")
 def lsmt_optional():
     layer = image.lsmt(len(DATA), [(0, DATA)])
     lower = dm.linear(dm.Loop(layer), dm.sectors(len(layer)), readonly=True)
@@ -193,14 +193,14 @@ def limits():
     said = [row for row in log.lines() if f"{many.number}: zfile: block" in row]
     check(3 < len(said) < 40, f"{len(said)} lines about 40 blocks")
     other = Disk(one)
-    equal(read_or_none(other, 5 * 4096, 4096), None, "the corrupt block of the other one")
+    equal(read_or_none(other, 5 * 4096, 4096), None, "the corrupt block of the other device")
     said = [row for row in log.lines() if f"{one.number}: zfile: block 5 is corrupt" in row]
-    equal(len(said), 1, "lines about the other one")
+    equal(len(said), 1, "lines about the other device")
     disk.close()
     other.close()
 
 
-for each_title, each_args in {"LZ4, where the read ends": (image.LZ4, 4096, 4096, "cache_blocks", 0),
+for each_title, each_args in {"LZ4, in the completion": (image.LZ4, 4096, 4096, "cache_blocks", 0),
                               "LZ4, a part of a block": (image.LZ4, 65536, 4096),
                               "zstd, in a worker": (image.ZSTD, 65536, 65536, "cache_blocks", 0),
                               "zstd, cache_all": (image.ZSTD, 16384, 16384, "cache_all")}.items():

@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
 # SPDX-License-Identifier: GPL-2.0
 """Faults of lower devices: dm-error, dm-flakey, dm-dust, dm-delay, fault injection, and disks that are removed. Each
-read ends within BOUND seconds, with the right bytes or the lower device's error, never with wrong bytes. Reads succeed
-when the fault is gone."""
+read ends within BOUND seconds, with the right bytes or with an error, never with wrong bytes. Once the fault is gone,
+reads succeed."""
 
 import errno
 import random
@@ -43,7 +43,7 @@ class Lower:
 
 
 class Victim:
-    """A kind of device to test, on lower devices that can be made to fail. `wanted` is the content of the device."""
+    """A kind of device to test. open() makes it on lower devices that can be made to fail. `wanted` is its content."""
 
     def __init__(self, title, raws, open_device, wanted):
         self.title, self.raws, self.open_device, self.wanted = title, raws, open_device, wanted
@@ -128,14 +128,14 @@ class Readers:
 
 
 def for_seconds(device, wanted, seconds, count=4):
-    """Reads for a while. Returns the stopped Readers."""
+    """Reads for some seconds. Returns the stopped Readers."""
     readers = Readers(device, wanted, count)
     time.sleep(seconds)
     return readers.join()
 
 
 def soon(condition):
-    """Waits until the condition holds, 60 * SLOW seconds at most. Returns whether it holds at the end."""
+    """Waits until the condition is true, for 60 * SLOW seconds at most. Returns whether it is."""
     for _ in range(1200 * SLOW):
         if condition():
             return True
@@ -212,7 +212,8 @@ def needs_any(victim, start, end, sectors):
 
 
 def dust(victim):
-    """With single bad sectors, the reads that need one fail, and no others. When dm-dust is disabled, all succeed."""
+    """With some bad sectors, exactly the reads that need one of them fail. Once dm-dust is disabled, all reads
+    succeed."""
     need_module("dm-dust")
     (lower,), device = victim.open()
     lower.swap(line(0, lower.sectors, "dust", lower.loop.path, 0, 512))
@@ -242,7 +243,7 @@ def dust(victim):
 # ---- dm-delay ----
 
 def delay(victim):
-    """With a slow lower device, reads are slow, but right, and do not wait for each other."""
+    """On a slow lower device, reads are slow, but correct, and do not wait for each other."""
     need_module("dm-delay")
     (lower,), device = victim.open()
     lower.swap(line(0, lower.sectors, "delay", lower.loop.path, 0, 40))
@@ -303,7 +304,7 @@ def one_layer():
 
 # ---- devices that disappear ----
 
-@test("a loop device that is detached while in use stays until its last close")
+@test("a loop device that is detached while in use: reads still succeed")
 def detached():
     for victim in victims():
         def once(victim=victim):
@@ -313,7 +314,7 @@ def detached():
             loop.clear()
             time.sleep(0.2)
             readers.join()
-            # The loop device stays until its last close, so reads go on.
+            # The kernel detaches the loop device only when its last user closes it.
             equal(readers.failed, 0, f"{victim.title}: failed reads")
         alone(once)
 
@@ -351,7 +352,7 @@ def pulled(kind, victim):
 
 
 def medium_errors(kind):
-    """The error of the disk for a bad sector is that of the read of the device on top."""
+    """If a device on a disk reads a bad sector, its read fails with the same error as the disk."""
     raw = image.zfile(DATA)
     bad = 41
     disk = machine.Disk(kind, raw, bad_sectors=[bad])
@@ -381,7 +382,7 @@ for each in victims():
     add(f"{each.title}: dm-delay", delay, each)
     add(f"{each.title}: fail_make_request", failing_requests, each)
     add(f"nvme: {each.title}: the disk is pulled out under load", pulled, "nvme", each)
-# The last device of the loop again, on a SCSI disk.
+# The last device of the loop also on a SCSI disk.
 add(f"scsi: {each.title}: the disk is pulled out under load", pulled, "scsi", each)
 for each_kind in ("nvme", "scsi"):
     add(f"{each_kind}: a medium error is passed up unchanged", medium_errors, each_kind)

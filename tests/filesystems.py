@@ -48,7 +48,8 @@ def change_tree(root, turn):
 
 
 def manifest(root):
-    """Returns the properties of everything in a tree."""
+    """Returns the mode of each file and directory of a tree, with the content's SHA-256 or the link's target, by
+    path."""
     out = {}
     for place, directories, files in os.walk(root):
         for name in directories + files:
@@ -93,7 +94,7 @@ def file_system(kind):
     for path, what in wanted.items():
         equal(got[path], what, path)
     umount(where)
-    # obdsetup without the kernel module must read the same.
+    # obdsetup, which reads without the kernel module, must return the same.
     obdsetup("dump", *layers, "-o", f"{work}/dump", "--sparse")
     run("cmp", device, f"{work}/dump")
     obdsetup("close", name)
@@ -101,7 +102,8 @@ def file_system(kind):
 
 
 def layers_by_mounting(kind, work, tree, where, raw, layers):
-    """Makes a base and two layers of changes, by mounting the disk and writing to it."""
+    """Makes layers[0] and two layers with changes, by mounting the disk and writing to it. Returns the files of the
+    two."""
     run("truncate", "-s", KINDS[kind], raw)
     run(f"mkfs.{kind}", "-q", raw)
     more = []
@@ -124,7 +126,8 @@ def layers_by_mounting(kind, work, tree, where, raw, layers):
 
 
 def not_unmounted(kind, options):
-    """A copy of a mounted disk, with something in its journal, and a copy of the disk after unmounting."""
+    """Opens the layer of a disk that was unmounted, and that of a copy of the mounted disk, whose journal has entries.
+    `open' warns about the copy and names the mount options that it needs."""
     need("obdsetup")
     if not shutil.which(f"mkfs.{kind}"):
         raise Skip(f"no mkfs for {kind}")
@@ -138,7 +141,7 @@ def not_unmounted(kind, options):
     with open(f"{where}/file", "wb") as file:
         file.write(image.sample(70000, 3))
     os.sync()
-    # What is synced alone is in the log, with btrfs in a tree of its own.
+    # fsync() writes the changes of this file to the journal, which in btrfs is the log tree.
     with open(f"{where}/file", "ab") as file:
         file.write(b"more")
         file.flush()
@@ -152,13 +155,13 @@ def not_unmounted(kind, options):
         done = subprocess.run([OBDSETUP, "open", name, f"{work}/layer"], capture_output=True, text=True, check=True)
         defer(close, name)
         said = f"was not unmounted cleanly, and a read-only device cannot replay its journal: mount -o {options} "
-        equal(said in done.stderr, is_dirty, f"open tells of {disk}: {done.stderr!r}")
+        equal(said in done.stderr, is_dirty, f"open warns about {disk}: {done.stderr!r}")
         plain = subprocess.run(["mount", "-t", kind, "-o", "ro", device, where], capture_output=True, check=False)
         defer(umount, where)
         equal(plain.returncode != 0, is_dirty, f"mount -o ro of {disk} fails")
         umount(where)
         mount(device, where, options, kind)
-        check(os.path.exists(f"{where}/file") or is_dirty, "the file is there")
+        check(os.path.exists(f"{where}/file") or is_dirty, "the file is missing")
         umount(where)
         obdsetup("close", name)
 
@@ -166,7 +169,7 @@ def not_unmounted(kind, options):
 for fs in KINDS:
     add(fs, file_system, fs)
 for fs, needed in (("ext4", "ro,noload"), ("xfs", "ro,norecovery"), ("btrfs", "ro,rescue=nologreplay")):
-    add(f"{fs}: a disk that was not unmounted is noted", not_unmounted, fs, needed)
+    add(f"{fs}: open warns about a disk that was not unmounted", not_unmounted, fs, needed)
 
 if __name__ == "__main__":
     main()

@@ -1,6 +1,6 @@
 #!/usr/bin/env python3
 # SPDX-License-Identifier: GPL-2.0
-"""Every golden image and stack reads as recorded by upstream's tools."""
+"""Every golden image and stack has the content that upstream's tools have recorded for it."""
 
 import bisect
 import errno
@@ -11,7 +11,7 @@ from obdtest import dm, golden, image, stack
 from obdtest.disk import Disk, fails_with, verify, verify_sha256
 from obdtest.ktap import add, alone, check, equal, main, same_bytes
 
-# Larger disks take too long to be read whole; parts of them are compared.
+# Disks with more bytes than WHOLE take too long to read: only about PARTS bytes of them are compared.
 WHOLE = 64 << 20
 PARTS = 32 << 20
 
@@ -19,7 +19,7 @@ MANIFEST = golden.rows("MANIFEST.tsv")
 
 
 def open_row(row):
-    """Returns the device of a row."""
+    """Returns a device with the image of a row of the manifest."""
     raws = [golden.load(name) for name in row["layers_lowest_first"].split(",")]
     size = int(row["virtual_size"])
     if row["kind"] == "zfile":
@@ -42,7 +42,7 @@ def golden_image(name):
 
 
 def golden_layers():
-    """Tests members of stacks, each as a disk of its own; only some of the 256 small ones."""
+    """Tests layers of stacks, each as a disk of its own. Of the many small layers of stack/deep, tests every 25th."""
     rows = [row for row in MANIFEST.values() if row["kind"] == "layer"]
     deep = [row for row in rows if row["path"].startswith("stack/deep/")]
     rows = [row for row in rows if row not in deep] + deep[::25]
@@ -65,7 +65,8 @@ def golden_layer(row):
 
 
 def check_sparse(device, row):
-    """Compares parts of a large disk with the tests' own reader: segments with data, and the sectors around them."""
+    """Compares parts of a large disk with what the tests' own reader returns: segments with data, random sectors, and
+    the sectors after segments."""
     layers = [stack.layer(golden.load(name)) for name in row["layers_lowest_first"].split(",")]
     merged = image.merge(layers)
     disk = Disk(device)
@@ -122,7 +123,7 @@ def refused(name, phrase):
 REFUSED = {
     "stack/s256": "Invalid number of layers",
     "special/idx-1000001.obd": "Too many LSMT index entries",
-    # These layers need another target, with a file that their data is in.
+    # TurboOCI layers: a part of their data is in another file.
     "turbo/warp-plain.obd": "LSMT entry maps outside of the data",
     "turbo/warp-lz4.obd": "LSMT entry maps outside of the data",
     "turbo/cli-warp.obd": "LSMT entry maps outside of the data",

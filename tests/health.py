@@ -38,7 +38,7 @@ def open_stack(name=NAME, raws=tuple(RAWS)):
 
 
 def corrupt(path, block):
-    """Changes a byte of a block in a file."""
+    """Changes a byte of a block of RAWS[0] in a file."""
     offset, length = image.Zfile(RAWS[0]).places()[block]
     with open(path, "r+b") as file:
         file.seek(offset + length // 2)
@@ -51,7 +51,7 @@ def report(status=0, name=NAME):
     return json.loads(obdsetup("status", "--json", name, status=status)[0])
 
 
-@test("a healthy stack: status says so first, in a few lines; all of it with --verbose")
+@test("a healthy stack: status begins with the health and has a few lines; --verbose adds the counters")
 def healthy():
     layers = open_stack()
     text = obdsetup("status", NAME)[0].splitlines()
@@ -72,7 +72,7 @@ def healthy():
     table = obdsetup("list")[0].splitlines()
     equal(table[1].split(), [NAME, "256.00", "KiB", "2", "ok", "-", "-"], "list")
     disk = Disk(f"/dev/mapper/{NAME}")
-    equal(obdsetup("status", NAME)[0].splitlines()[1].split(", ")[2], "in use", "when it is open")
+    equal(obdsetup("status", NAME)[0].splitlines()[1].split(", ")[2], "in use", "use of an open disk")
     disk.close()
 
 
@@ -184,7 +184,7 @@ def half_built():
         first = obdsetup("status", NAME, status=4)[0].splitlines()[0]
         check(first.startswith("health: HALF BUILT: ") and f"`obdsetup close {NAME}'" in first, first)
         equal(report(4)["health"], "half-built", "health")
-        check("HALF BUILT" in obdsetup("list", "--check", status=4)[0], "list")
+        check("HALF BUILT" in obdsetup("list", "--check", status=4)[0], "list does not report it")
         obdsetup("close", NAME)
         err = obdsetup("status", NAME, status=4)[1]
         equal(err, f"obdsetup: no stack {NAME} is set up; `obdsetup list' shows those that are\n", "afterwards")
@@ -228,11 +228,11 @@ def others():
     for command in ("status", "close"):
         err = obdsetup(command, foreign.name, status=4)[1]
         check(f"device {foreign.name} was not set up by obdsetup: it has no UUID" in err, err)
-    check(foreign.name not in obdsetup("list")[0], "list")
+    check(foreign.name not in obdsetup("list")[0], "list shows the other program's device")
 
 
 def snippets():
-    """Returns the programs in Documentation/monitoring.rst, by the first word of their comment."""
+    """Returns the programs in Documentation/monitoring.rst, by the file name that their comment begins with."""
     path = os.path.join(os.path.dirname(__file__), "../Documentation/monitoring.rst")
     with open(path, encoding="utf-8") as file:
         blocks = file.read().split(".. code:: python\n\n")[1:]
@@ -255,7 +255,7 @@ def monitors():
         return subprocess.run([sys.executable, "-c", programs[name], *args], capture_output=True, text=True, check=False)
 
     def metrics():
-        equal(example("obdsetup-textfile", work).returncode, 0, "status of the textfile's program")
+        equal(example("obdsetup-textfile", work).returncode, 0, "exit status of obdsetup-textfile")
         with open(f"{work}/overlaybd.prom", encoding="utf-8") as file:
             return dict(line.rsplit(" ", 1) for line in file.read().splitlines())
 

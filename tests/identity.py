@@ -16,18 +16,18 @@ from obdtest.programs import close, obdsetup, quietly, run
 
 SIZE = 4 << 20
 NAME = f"obdtest-{os.getpid()}"
-# A directory on the host, over 9p, which doesn't support a rename that replaces nothing.
+# A directory on the host, over 9p, which has no rename that fails if the new name exists.
 SHARED = "/run/vm"
 
 
 def devices():
-    """Returns how many devices of each type there are."""
+    """Returns the number of obdsetup's devices of each type."""
     return collections.Counter(uuid.split("-")[1] for uuid in left.devices().values())
 
 
 def make_stack(work, count):
-    """Makes layers with every wrapping, whose disks differ in incompressible parts. Returns the layers and the last
-    disk."""
+    """Makes layers with several options. Each changes an incompressible part of the disk. Returns the files of the
+    layers and the content of the disk."""
     wrappings = ([], ["--tar"], ["--algorithm", "zstd", "--block-size", "64k"], ["--algorithm", "none"],
                  ["--algorithm", "zstd", "--tar"], ["--no-crc"])
     content, layers = bytearray(image.sample(SIZE, 91)), []
@@ -54,7 +54,7 @@ def one_loop_each():
     equal((sorted(loops()), devices()), (sorted(before), {}), "what is left")
 
 
-@test("open: a wrong stack is refused and leaves nothing; an option opens it")
+@test("open: a wrong stack is refused and leaves no devices; --ignore-identity opens it")
 def wrong_stack():
     work = work_directory()
     (first, second, third), content = make_stack(work, 3)
@@ -72,7 +72,7 @@ def wrong_stack():
     obdsetup("close", NAME)
 
 
-@test("create and convert: a mounted disk, or one under a mounted loop device")
+@test("create and convert: a disk that is mounted read-write or open for writing is refused")
 def mounted_disk():
     work = work_directory()
     raw, mnt = f"{work}/raw", f"{work}/mnt"
@@ -127,7 +127,7 @@ def mounted_output():
             if options == "ro":
                 equal(hashlib.sha256(read(loop)).digest(), before, "the device")
         run("umount", mnt)
-    # Another device is on it.
+    # A mapped device is on the loop device.
     run("dmsetup", "create", f"{NAME}-over", "--readonly", "--table", f"0 8 linear {loop} 0")
     defer(quietly, "dmsetup", "remove", f"{NAME}-over")
     said = obdsetup("dump", "--force", "-o", loop, layer, status=5)[1]
@@ -137,9 +137,10 @@ def mounted_output():
     check(hashlib.sha256(read(loop)).digest() != before, "nothing was written")
 
 
-@test("open: a layer on a device that is mounted")
+@test("open: a layer on a device that is mounted is refused")
 def mounted_layer():
-    # The data of the layer begins at 4096, a btrfs at 65536; index and trailer follow it.
+    # A file that is both a layer and a btrfs: a btrfs uses no bytes before 65536, and the layer's index and trailer are
+    # after the end of the btrfs.
     work = work_directory()
     mnt, size = f"{work}/mnt", 128 << 20
     os.mkdir(mnt)
@@ -168,7 +169,7 @@ def mounted_layer():
     obdsetup("close", NAME)
 
 
-@test("open: a layer that is open for writing")
+@test("open: a layer that is open for writing is refused")
 def written_layer():
     work = work_directory()
     layers, content = make_stack(work, 2)
@@ -198,7 +199,7 @@ def layout(work, layer):
     return f"{work}/layout"
 
 
-@test("9p: files and directories are created, and replace nothing")
+@test("9p: files and directories are created, and replace nothing without --force")
 def network_file_system():
     if not os.path.ismount(SHARED):
         raise Skip(f"{SHARED} is not a 9p file system")

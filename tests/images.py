@@ -1,6 +1,6 @@
 #!/usr/bin/env python3
 # SPDX-License-Identifier: GPL-2.0
-"""Images of every kind in the format, made by the tests' own writer."""
+"""Images of every kind that the formats allow, made by the tests' own writer."""
 
 import random
 
@@ -32,7 +32,7 @@ for algorithm in image.NAMES:
         add(f"ZFile, {image.NAMES[algorithm]}, {block}", zfile_kinds, algorithm, block)
 
 
-@test("data that does not compress, in blocks stored larger than they are")
+@test("data that does not compress: the stored blocks are longer than the blocks")
 def incompressible():
     data = random.Random(1).randbytes(200000)
     for algorithm in image.NAMES:
@@ -73,7 +73,7 @@ def zeros():
         alone(zfile_kind, raw, bytes(1 << 20))
 
 
-@test("tar headers: long pax payloads, GNU magic, a blob of odd length")
+@test("tar headers: a long pax payload, GNU magic, and a wrapped layer")
 def tars():
     data = image.sample(50000, 8)
     raw = image.zfile(data, overwrite=False)

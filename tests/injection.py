@@ -1,6 +1,6 @@
 #!/usr/bin/env python3
 # SPDX-License-Identifier: GPL-2.0
-"""Failing allocations: one after the other in constructors, and all of them during reads."""
+"""Failing allocations: each in turn while a table or the module is loaded, and all or many during reads."""
 
 import errno
 import os
@@ -26,7 +26,7 @@ PLAIN = image.flatten([image.Lsmt(layer) for layer in LAYERS])
 
 
 def walk(what, table, wanted):
-    """Makes each allocation of a constructor fail in turn, until none is left to fail."""
+    """Makes each allocation of a constructor fail in turn, until the constructor has no further allocation."""
     device = dm.Device()
     nth = inject.Nth(module_only=True)
     outcomes = {}
@@ -46,14 +46,14 @@ def walk(what, table, wanted):
         outcomes[outcome] = outcomes.get(outcome, 0) + 1
         if outcome == "success":
             device.clear()
-        check(count < 5000, "there is no end to it")
+        check(count < 5000, "the constructor still has allocations")
     equal(outcome, "success", "without a failure")
     device.resume()
     note(f"{what}: {count - 1} allocations, outcomes {outcomes}")
     check(outcomes.get("ENOMEM", 0) > 5, f"outcomes {outcomes}")
     check(set(outcomes) <= {"ENOMEM", "success"}, f"outcomes {outcomes}")
     disk = Disk(device)
-    same_bytes(disk.whole(), wanted, "content after all that")
+    same_bytes(disk.whole(), wanted, "content after all failures")
     disk.close()
     device.remove()
     equal(use_count(), 0, "use count of the module")
@@ -104,7 +104,7 @@ def module_walk():
             error = finit_module(fd)
             if not nth.disarm():
                 break
-            equal(os.path.exists(MODULE), not error, f"whether it is there, with error {error} at {count}")
+            equal(os.path.exists(MODULE), not error, f"whether the module is loaded, with error {error} at {count}")
             outcome = errno.errorcode[error] if error else "success"
             outcomes[outcome] = outcomes.get(outcome, 0) + 1
             if not error:
@@ -117,7 +117,7 @@ def module_walk():
     equal([row for row in log.lines() if worse.search(row)], [], "complaints")
     log.mark(log.LOOKED)
     loop = dm.Loop(image.zfile(DATA))
-    same_bytes(Disk(dm.zfile(loop, "-", len(DATA))).whole(), PADDED, "content after all that")
+    same_bytes(Disk(dm.zfile(loop, "-", len(DATA))).whole(), PADDED, "content after all failures")
 
 
 class Reads:
@@ -143,7 +143,8 @@ class Reads:
 
 
 def devices_of_all_kinds():
-    """Returns (device, its bytes) for each kind of read: whole blocks, parts of blocks, each cache mode, stacked."""
+    """Returns (device, content) for each kind: both algorithms, small and large blocks, several cache options, a
+    stack."""
     found = []
     for algorithm in image.NAMES:
         for block in (4096, 65536):
@@ -161,8 +162,8 @@ def devices_of_all_kinds():
 
 
 def no_memory(start, *args):
-    """None or only some of the module's allocations succeed: reads go on with the spare buffers, with correct data.
-    Without spare buffers, this test fails."""
+    """All or some of the module's allocations fail: reads still return the correct data, by means of the spare buffers.
+    Without spare buffers, this test would fail."""
     disks = [(Disk(device), wanted) for device, wanted in devices_of_all_kinds()]
     for disk, _ in disks:
         disk.flush()
@@ -195,7 +196,8 @@ def in_pieces(order):
 
 
 def start_readers(disk, offsets, length=4096):
-    """Starts a thread for each offset that reads there. Returns the threads and a dictionary of their data."""
+    """Starts a thread for each offset, which reads there. Returns the threads, and a dictionary of the data by
+    offset."""
     found = {}
     threads = [threading.Thread(target=lambda at=at: found.update({at: disk.read(at, length)})) for at in offsets]
     for thread in threads:
@@ -211,7 +213,7 @@ def on_slow(milliseconds, *options):
     return dm.create(line(0, dm.sectors(len(DATA)), "zfile", slow.path, len(raw), len(options), *options))
 
 
-@test("reads that wait for memory all go on when there is memory again")
+@test("all reads that wait for memory continue when there is memory again")
 def memory_is_back():
     delay, count = 1000, 24
     device = on_slow(delay, "cache_blocks", 0)
@@ -220,7 +222,7 @@ def memory_is_back():
     end = inject.allocations(100)
     start = time.monotonic()
     threads, found = start_readers(disk, offsets)
-    # One read at a time has the spare buffer, all others wait for it.
+    # One read at a time has the spare buffer. All others wait for it.
     time.sleep(2.5 * delay / 1000)
     done = len(found)
     took, waiting = time.monotonic() - start, count - done
@@ -237,7 +239,8 @@ def memory_is_back():
 
 
 def no_read_ahead(*options):
-    """Without memory, a read-ahead fails immediately; it doesn't wait in front of other reads."""
+    """Without memory, a read-ahead fails immediately. It doesn't wait for the spare buffer, where it would delay other
+    reads."""
     delay = 500
     device = on_slow(delay, *options)
     disk = Disk(device)
@@ -256,7 +259,7 @@ def no_read_ahead(*options):
     equal(found | found_next, {0: DATA[:4096], 8192: DATA[8192:12288]}, "what was read")
     equal(int(device.info()[5]) - reads, 2, "reads of the lower device")
     check(took < 6 * delay / 1000, f"{took:.1f} s, one read takes {delay} ms")
-    same_bytes(disk.read_buffered(0, len(DATA)), DATA, "all of it, with memory")
+    same_bytes(disk.read_buffered(0, len(DATA)), DATA, "the whole device, with memory")
 
 
 for each, each_block, each_cache in ((image.LZ4, 4096, 0), (image.ZSTD, 65536, 64)):
@@ -264,9 +267,9 @@ for each, each_block, each_cache in ((image.LZ4, 4096, 0), (image.ZSTD, 65536, 6
         zfile_walk, each, each_block, each_cache)
 for each_options in (("cache_blocks", 0), ("cache_all",)):
     add(f"a read-ahead doesn't wait for memory ({' '.join(map(str, each_options))})", no_read_ahead, *each_options)
-add("all allocations during reads fail: reads go on", no_memory, inject.allocations, 100)
-add("some allocations during reads fail", no_memory, inject.allocations, 30)
-add("memory is fragmented into single pages: reads go on", no_memory, inject.contiguous_pages)
+add("all allocations during reads fail: reads succeed", no_memory, inject.allocations, 100)
+add("some allocations during reads fail: reads succeed", no_memory, inject.allocations, 30)
+add("memory is fragmented into single pages: reads succeed", no_memory, inject.contiguous_pages)
 for each_order in (1, 3):
     add(f"no pages of order {each_order} and above: a large read is still one lower read", in_pieces, each_order)
 

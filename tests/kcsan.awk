@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: GPL-2.0
-# Prints the kernel's log without KCSAN's reports of races that don't concern the module: a kernel has many of its
-# own. The module is concerned if it makes one of the accesses or calls the code that does; not if it was interrupted,
-# or passed on a bio or work item.
+# Prints the kernel's log without KCSAN's reports of races that don't concern the module: the kernel has many races of
+# its own. A race concerns the module if the module makes one of the accesses, or calls the code that makes it. It does
+# not if that code only interrupted the module, or processes a bio or work item that the module passed on.
 
 /BUG: KCSAN/ { finish(); report = 1 }
 
-# Messages of other CPUs within a report.
+# Messages from other CPUs in the middle of a report.
 report && /WARNING:|BUG: [^K]|Oops|panic|INFO: task/ { print; next }
 
 report {

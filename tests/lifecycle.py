@@ -1,6 +1,6 @@
 #!/usr/bin/env python3
 # SPDX-License-Identifier: GPL-2.0
-"""Life of devices: suspend, reload, removal, leaks, and the module itself."""
+"""Suspending, reloading and removing devices, leaks of memory, and unloading the module."""
 
 import errno
 import os
@@ -27,7 +27,7 @@ ROUNDS = 30 if SLOW == 1 else 2
 
 
 class Readers:
-    """Threads that read and compare until told to stop."""
+    """Threads that read and compare until join() is called."""
 
     def __init__(self, device, wanted, count=3):
         self.errors, self.reads, self.stop = [], 0, False
@@ -82,7 +82,7 @@ def suspended_read():
     same_bytes(got[0], DATA[4096:12288], "content")
 
 
-@test("reload under load: other options for the same image, many times")
+@test("reload under load: ZFiles of other formats with the same data, many times")
 def reload():
     blobs = [dm.Loop(image.zfile(DATA, algorithm, block)) for algorithm in image.NAMES for block in (512, 4096, 65536)]
     tables = [line(0, LENGTH, "zfile", blob.path, "-") for blob in blobs]
@@ -97,7 +97,7 @@ def reload():
     verify(device, PADDED, rounds=20)
 
 
-@test("reload to a larger and to another image; a refused table leaves the old one")
+@test("reload to a larger image; a refused or cleared table leaves the live one")
 def reload_other():
     small, large = image.sample(50000, 1), image.sample(120000, 2)
     raws = [image.zfile(data) for data in (small, large)]
@@ -139,14 +139,14 @@ def deferred():
     device = dm.zfile(dm.Loop(RAW), len(RAW), len(DATA))
     disk = Disk(device)
     device.try_remove(deferred=True)
-    check(device.exists(), "it is gone although open")
+    check(device.exists(), "the device is gone although it is open")
     same_bytes(disk.read(0, 65536), DATA[:65536], "content")
     disk.close()
     for _ in range(100):
         if not device.exists():
             break
         time.sleep(0.02)
-    check(not device.exists(), "it is still there")
+    check(not device.exists(), "the device is still there")
 
 
 @test("removal of a device with an inactive table, and of one that was never resumed")
@@ -159,7 +159,7 @@ def unused_tables():
             device.resume()
             device.load(line(0, 1, "zfile", loop.path, len(RAW)))
         device.remove()
-        check(not device.exists(), "it is still there")
+        check(not device.exists(), "the device is still there")
     equal(use_count(), 0, "use count of the module")
 
 
@@ -217,7 +217,7 @@ def parallel():
     check(not errors, f"{errors[:1]}")
 
 
-@test("the module can't be unloaded while a device exists; afterwards it can be unloaded and loaded")
+@test("the module can't be unloaded while a device exists; the device still reads")
 def module():
     device = dm.zfile(dm.Loop(RAW), len(RAW), len(DATA))
     check(use_count() > 0, "the module isn't in use")
@@ -237,7 +237,7 @@ def module_again():
     for _ in range(5):
         equal(use_count(), 0, "use count")
         subprocess.run(["rmmod", "dm_overlaybd"], check=True)
-        check(not os.path.exists(MODULE), "it is still there")
+        check(not os.path.exists(MODULE), "the module is still loaded")
         fails_with(errno.EINVAL, dm.zfile, dm.Loop(RAW), len(RAW), len(DATA))
         subprocess.run(["insmod", path], check=True)
         alone(lambda: verify(dm.zfile(dm.Loop(RAW), len(RAW), len(DATA)), PADDED, rounds=5))

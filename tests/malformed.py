@@ -1,6 +1,6 @@
 #!/usr/bin/env python3
 # SPDX-License-Identifier: GPL-2.0
-"""Malformed golden images, with their verdicts, and an image that changes: none may give wrong data.
+"""Malformed golden images, with their recorded verdicts, and an image that changes: none may give wrong data.
 
 The malformed images that the tests make are in mutants.py.
 """
@@ -33,8 +33,8 @@ def try_device(make, *args):
 
 
 def claimed_size(raw, limit=1 << 40):
-    """Returns the size of the original file as the header or else the trailer of a ZFile has it, checked only against
-    the limit; 512 if there is none."""
+    """Returns the size of the original file that the header of a ZFile or, if that is 0 or too large, the trailer
+    claims; 512 if both are 0 or too large."""
     for at in (0, len(raw) - 512):
         size = struct.unpack_from("<Q", raw, at + 56)[0] if len(raw) >= 512 else 0
         if 0 < size < limit:
@@ -43,7 +43,7 @@ def claimed_size(raw, limit=1 << 40):
 
 
 def read_all(device, wanted):
-    """Reads in small pieces. Returns how many reads failed; the others must be correct."""
+    """Reads 4 KiB at a time. Returns how many reads failed; the data of the others must be correct."""
     disk = Disk(device)
     equal(disk.size, len(wanted), "size of the device")
     failed = 0
@@ -58,7 +58,8 @@ def read_all(device, wanted):
 
 
 def open_like_a_tool(raw, size):
-    """Returns a blob as an lsmt device of size bytes. Raises Refused."""
+    """Returns an lsmt device of size bytes on a blob, with a zfile device below if the blob is a ZFile. Raises
+    Refused."""
     loop = dm.Loop(raw)
     layer = loop, len(raw)
     try:

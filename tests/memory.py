@@ -1,6 +1,6 @@
 #!/usr/bin/env python3
 # SPDX-License-Identifier: GPL-2.0
-"""Reads go on when memory is short, and the cache is given back."""
+"""Reads succeed when memory is short. The memory of the cache and of removed devices is freed."""
 
 import os
 import random
@@ -26,7 +26,7 @@ def not_too_much():
 
 
 def until_short():
-    """Waits until the hog has taken the memory."""
+    """Waits until the process of hog() has used up the memory."""
     for _ in range(1000 * SLOW):
         if meminfo()["MemAvailable"] < 128 << 10:
             break
@@ -59,7 +59,7 @@ def short_of_memory():
 
 
 def set_limit(size):
-    """Sets the limit of the cache for this test."""
+    """Sets the limit of the cache in bytes. 0 sets the default."""
     with open("/sys/module/dm_overlaybd/parameters/cache_limit_bytes", "w", encoding="ascii") as file:
         file.write(str(size))
 
@@ -76,7 +76,7 @@ def killed():
         return next(int(row.split()[1]) for row in file if row.startswith("oom_kill "))
 
 
-@test("500 devices free the cache under memory pressure, before a process is killed, and go on")
+@test("many devices: under memory pressure, they free the cache before a process is killed, and still read")
 def many_devices():
     not_too_much()
     data = compressible()
@@ -138,7 +138,7 @@ def given_back():
 
 
 def kib_each(count, table):
-    """Returns the KiB of kernel memory that an idle device takes."""
+    """Returns the KiB of kernel memory for each of count idle devices with this table."""
     before = kernel_memory()
     devices = [dm.create(table) for _ in range(count)]
     grown = kernel_memory() - before

@@ -2,8 +2,8 @@
 # SPDX-License-Identifier: GPL-2.0
 """File systems that obdsetup makes have all metadata of their source: random trees, from directories and tars.
 
-Besides fixed trees there is one that differs each day, or is that of OBD_METADATA_SEED: each run prints its own. If
-there are several, with blanks in between, all are tried.
+Some trees are the same in each run. One more is different each day; OBD_METADATA_SEED replaces it with the trees of
+other seeds, separated by blanks. Each test prints the seed of its tree.
 """
 
 import fcntl
@@ -24,7 +24,7 @@ OPTIONS = {"btrfs": "ro,norecovery"}
 THROUGH_TAR = ("squashfs",)
 SEEDS = {"ext2": (11,), "ext3": (), "ext4": (1,), "erofs": (1,), "btrfs": (1,), "squashfs": (1,)}
 OF_THE_DAY = os.environ.get("OBD_METADATA_SEED", str(int(time.time() // 86400))).split()
-# What this kernel's ext4 can do.
+# The features of this kernel's ext4.
 FEATURES = "/sys/fs/ext4/features"
 # FS_IOC_*
 GETFLAGS, SETFLAGS = 0x80086601, 0x40086602
@@ -59,7 +59,7 @@ def fitted(kind, wanted, from_tar):
             if path == b".":
                 seen["xattrs"] = {name: value for name, value in seen["xattrs"].items() if value}
         if from_tar and seen["mode"][0] in "bcp":
-            # GNU tar writes each name of such a file as a file of its own.
+            # GNU tar stores each hard link to such a file as another file.
             del seen["names"]
         large = seen.get("device", (0, 0))[1] >= 1 << 19
         if seen["mode"][0] == "s" and (from_tar or kind in THROUGH_TAR) or large and kind in THROUGH_TAR:
@@ -75,7 +75,7 @@ def compare(got, wanted):
 
 
 def holes(where, source):
-    """The file system has data where the source isn't zero, and holes elsewhere."""
+    """Checks that files have data in the blocks that are not all zeros, and holes elsewhere."""
     count = 0
     for path, seen in source.items():
         if "content" in seen:
@@ -83,7 +83,7 @@ def holes(where, source):
             wanted = tree.non_zero_blocks(there)
             equal(tree.data_blocks(there, seen["content"][0]), wanted, f"{path}: blocks with data")
             count += len(wanted) * tree.BLOCK < seen["content"][0]
-    check(count, "some files have holes")
+    check(count, "no file has holes")
 
 
 def round_trip(kind, seed, from_tar):
@@ -105,7 +105,7 @@ def round_trip(kind, seed, from_tar):
         _, said = obdsetup("create", "--directory", source, "--fs", kind, *loss, layer)
     if kind == "squashfs":
         for what in ("POSIX ACLs", "fractions of a second", "times before 1970"):
-            check(f"squashfs cannot hold {what}" in said, f"a warning of {what}: {said}")
+            check(f"squashfs cannot hold {what}" in said, f"no warning of {what}: {said}")
     elif kind not in THROUGH_TAR:
         equal(said, "", "warnings")
     mounted(kind, layer, where)
@@ -116,14 +116,14 @@ def round_trip(kind, seed, from_tar):
 
 
 def workplace():
-    """Returns a directory with a mount point."""
+    """Returns a new directory with the mount point `mnt`."""
     work = work_directory()
     os.mkdir(f"{work}/mnt")
     return work
 
 
 def unsaid(kind):
-    """A tar without directories."""
+    """A tar without entries for directories: these get default properties, and the time of the file in them."""
     need_kind(kind)
     work = workplace()
     with tarfile.open(f"{work}/source.tar", "w") as tar:
@@ -140,7 +140,7 @@ def unsaid(kind):
 
 
 def private(kind):
-    """A directory without access for others, and its ACL."""
+    """The root directory keeps its mode, owner, time and extended attribute."""
     need_kind(kind)
     work = workplace()
     os.mkdir(f"{work}/source")
@@ -184,7 +184,7 @@ def sparse(kind):
     obdsetup("create", "--directory", f"{work}/source", "--fs", kind, f"{work}/layer.obd")
     took = time.monotonic() - start
     check(took < 60, f"took {took} s")
-    check(os.stat(f"{work}/layer.obd").st_size < 1 << 20, "the layer is small")
+    check(os.stat(f"{work}/layer.obd").st_size < 1 << 20, "the layer is not small")
     mounted(kind, f"{work}/layer.obd", f"{work}/mnt")
     with open(f"{work}/mnt/large", "rb") as file:
         equal(os.fstat(file.fileno()).st_size, 500 << 30, "size")
@@ -193,21 +193,21 @@ def sparse(kind):
 
 
 def of_ext4(work):
-    """Mounts a new ext4 with all features that a file can have. Returns its root."""
+    """Mounts a new ext4 that can have encrypted, verity and case-insensitive files. Returns its root."""
     need_kind("ext4")
     with open(f"{work}/ext4", "wb") as file:
         file.truncate(64 << 20)
     missing = [name for name in ("encryption", "verity", "casefold") if not os.path.exists(f"{FEATURES}/{name}")]
     if missing:
         raise Skip(f"the ext4 of this kernel has no {', '.join(missing)}")
-    # verity needs blocks that are no larger than those of the file system, which has small ones otherwise.
+    # The blocks of verity must not be larger than those of the file system, which are small by default.
     run("mkfs.ext4", "-q", "-b", "4096", "-O", "encrypt,verity,casefold", "-E", "encoding=utf8", f"{work}/ext4")
     mount(f"{work}/ext4", f"{work}/source", "loop")
     return f"{work}/source"
 
 
 def ioctl(path, number, argument):
-    """Returns what the call gives back."""
+    """Calls ioctl() on a file. Returns the argument as the kernel leaves it."""
     fd = os.open(path, os.O_RDONLY)
     try:
         return fcntl.ioctl(fd, number, argument)
@@ -221,14 +221,15 @@ def chattr(path, flags):
 
 
 def encrypt(root, path):
-    """Encrypts an empty directory: AES-256-XTS, by a key of 64 bytes that the file system gets."""
-    # struct fscrypt_add_key_arg, which gets the key's identifier, and struct fscrypt_policy_v2.
+    """Encrypts an empty directory with AES-256-XTS and a key of 64 bytes, which it adds to the file system."""
+    # struct fscrypt_add_key_arg, in which the kernel returns the key's identifier, and struct fscrypt_policy_v2.
     added = ioctl(root, ADD_KEY, struct.pack("=II32xII32x", 2, 0, 64, 0) + bytes(range(64)))
     ioctl(path, SET_POLICY, struct.pack("=BBBBI", 2, 1, 4, 0, 0) + added[8:24])
 
 
 def flags(kind):
-    """Flags that are not kept are told of, once, and what they say is true; the rest is as if there were none."""
+    """`create' warns once about flags and once about encryption, which are not kept. The files are readable as
+    usual."""
     need_kind(kind)
     work = workplace()
     source = of_ext4(work)
@@ -261,11 +262,11 @@ def flags(kind):
 
 
 for fs in ("ext4", "erofs", "btrfs", "squashfs"):
-    add(f"{fs}: flags of files that are not kept are told of", flags, fs)
+    add(f"{fs}: create warns about flags of files that are not kept", flags, fs)
 for fs in FILE_SYSTEMS:
-    add(f"{fs}: a tar without directories", unsaid, fs)
+    add(f"{fs}: a tar without entries for directories", unsaid, fs)
     add(f"{fs}: a private root directory", private, fs)
-add("squashfs: ACLs are refused", refused)
+add("squashfs: ACLs are refused without --allow-loss", refused)
 for fs in ("ext4", "erofs", "btrfs"):
     add(f"{fs}: holes take no space", sparse, fs)
 for fs in FILE_SYSTEMS:

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 # SPDX-License-Identifier: GPL-2.0
-"""obdsetup where something is missing - the module, device-mapper, loop devices, a node in /dev: its message says what,
-and what to do; nothing is left behind."""
+"""obdsetup on systems where something is missing: the module, device-mapper, loop devices, or a node in /dev. Its
+message names what is missing and says what to do, and it leaves nothing behind."""
 
 import contextlib
 import glob
@@ -28,7 +28,7 @@ NO_MODULE = ("the kernel module dm_overlaybd is not loaded: run `modprobe dm_ove
 
 def make_layer():
     work = work_directory()
-    # Called when all is there again.
+    # Runs after the other deferred functions, which restore what a test removes.
     defer(nothing_left, work)
     return work, files.write(f"{work}/layer.obd", image.zfile(image.lsmt(SIZE, [(0, DATA)])))
 
@@ -43,7 +43,7 @@ def fails(*args, status=4, prefix=()):
 
 
 def says(wanted, *args, **options):
-    """obdsetup fails with a message of one line that has this text."""
+    """Checks that obdsetup fails with a message of one line that has this text. There may also be notes."""
     said = fails(*args, **options)
     check(wanted in said, f"obdsetup {' '.join(args)} says {said!r}, wanted {wanted!r}")
     errors = [line for line in said.splitlines() if not line.startswith("obdsetup: note: ")]
@@ -57,7 +57,7 @@ def write(path, text):
 
 
 def no_autoload():
-    """The kernel finds no module."""
+    """Keeps the kernel from loading modules by itself until the test ends."""
     if "OBD_VM" not in os.environ:
         raise Skip("in the test VM only")
     with open(MODPROBE, encoding="ascii") as file:
@@ -66,7 +66,7 @@ def no_autoload():
 
 
 def unload(module):
-    """Unloads a module, and those that need it, until the test ends."""
+    """Unloads a module, and those that need it. Loads them again at the end of the test."""
     path = f"/sys/module/{module}"
     if not os.path.exists(f"{path}/initstate"):
         if os.path.exists(path):
@@ -86,7 +86,7 @@ def unload_ours():
 
 @contextlib.contextmanager
 def node(path, kind, number):
-    """Puts a node of a device at path, instead of what is there."""
+    """Makes a device node at path, in place of the one that is there. Restores that at the end of the block."""
     with away(path):
         os.makedirs(os.path.dirname(path), exist_ok=True)
         os.mknod(path, kind | 0o600, os.makedev(*number))
@@ -98,7 +98,7 @@ def node(path, kind, number):
 
 @contextlib.contextmanager
 def away(path):
-    """A path that leads to nothing."""
+    """Moves the file at path away. Restores it at the end of the block."""
     there = os.path.lexists(path)
     if there:
         os.rename(path, f"{path}.away")
@@ -110,7 +110,7 @@ def away(path):
 
 
 def with_dev(work, *names):
-    """Returns what to put in front of a command, for it to have a /dev that is read-only, with only these nodes."""
+    """Returns a prefix for a command, with which it runs with a read-only /dev that has only these nodes."""
     dev = f"{work}/dev"
     os.makedirs(f"{dev}/mapper")
     for name in names:
@@ -135,7 +135,7 @@ def no_module():
     says(f"no stack {NAME} is set up", "status", NAME)
 
 
-@test("a module that is installed and does not load: open says so")
+@test("the module is installed, but not loaded: open says so")
 def not_loadable():
     _, layer = make_layer()
     no_autoload()
@@ -189,7 +189,7 @@ def no_device_mapper():
             says(f"{DM_CONTROL}: this kernel has no device-mapper: run `modprobe dm_mod'", *command)
 
 
-@test("a module of device-mapper that is not loaded, and no node: the node that is made loads it")
+@test("the module of device-mapper is not loaded, and its node is missing: obdsetup makes the node and so loads it")
 def loaded_by_node():
     make_layer()
     if "OBD_VM" not in os.environ:
@@ -202,7 +202,7 @@ def loaded_by_node():
     unload("dm_mod")
     with away(DM_CONTROL):
         says(f"no stack {NAME} is set up", "status", NAME)
-        check(os.path.exists("/sys/module/dm_mod"), "dm_mod is loaded")
+        check(os.path.exists("/sys/module/dm_mod"), "dm_mod is not loaded")
         equal(stat.S_IMODE(os.stat(DM_CONTROL).st_mode), 0o600, "mode of the node")
 
 
@@ -230,7 +230,7 @@ def denied():
             ([LOOP_CONTROL],
              f"{LOOP_CONTROL}: permission denied: must be root, and in a container must be given this device"),
             (loops, "permission denied: must be root, and in a container must be given this device")):
-        # A mount with nodev on the node.
+        # Mount each node on itself with the option nodev.
         mounts = " && ".join(["true", *(f"mount --bind {path} {path} && mount -o remount,bind,nodev {path}"
                                         for path in paths)])
         if not paths:

@@ -2,9 +2,9 @@
 # SPDX-License-Identifier: GPL-2.0
 """Thousands of malformed images, as zfile and lsmt devices: none may give wrong data.
 
-Each is a valid image that was changed in one way (obdtest/mutate.py). The kernel has to refuse it with the phrase
-of a strict reader (obdtest/reader.py); or to fail the reads of corrupt blocks with EIO and return the correct bytes of
-all others. obdsetup must agree. To examine a case by hand:
+Each is a valid image that was changed in one way (obdtest/mutate.py). A strict reader (obdtest/reader.py) determines
+what the kernel has to do: refuse the image with a certain phrase, or make a device, fail the reads of corrupt blocks
+with EIO, and return the correct bytes of all others. obdsetup must agree. To examine a case by hand:
 
  mutants.py --list [WORD]        prints the names of the cases
  mutants.py --write DIR NAME     writes the blobs of a case, lowest layer first, as DIR/0, DIR/1, ...
@@ -34,8 +34,8 @@ WORKERS = 2
 # Largest number of different layers in a case.
 LAYERS = 3
 LEAST = 3000 // SAMPLE // (2 if SAMPLE > 1 else 1)
-# One case in FRESH gets new devices, which is slow; one in BY_COMMAND gets devices made by dmsetup(8), which is
-# slower. The others load their tables into the devices of the case before.
+# One case in FRESH gets new devices, which is slow; the others load their tables into the devices of the case before.
+# One case in BY_COMMAND is tested again, on devices made by dmsetup(8), which is slower.
 FRESH = 20
 BY_COMMAND = 200
 # Time limit of a case in seconds, on a slow, emulated, busy machine, without a checker of memory or races.
@@ -47,7 +47,7 @@ TOO_LARGE = "Device is larger than its image"
 # Messages that the kernel may log while an image is refused or read.
 EXPECTED_LOG = re.compile(r"device-mapper: (table|ioctl): |dm_overlaybd: \d+:\d+: |loop\d+: detected capacity change|"
                           r".*: \d+ callbacks suppressed|obdtest: |clocksource: |hrtimer: interrupt took")
-# Bytes after a blob on its loop device, which must not be taken for a part of it.
+# Bytes after a blob on its loop device. Readers must not use them as a part of the blob.
 BEHIND = b"\x5a" * 8192
 
 counts = collections.Counter()
@@ -257,13 +257,13 @@ def in_processes(cases, log):
 
 
 def look_at(log):
-    """Checks the kernel's messages now: by the time of run.sh's check, the log has lost the first of them."""
+    """Checks the kernel's messages now: when run.sh checks the log, it may have lost the first of them."""
     for line in log.lines():
         check(EXPECTED_LOG.match(line), f"kernel log: {line}")
 
 
 def work_and_exit(cases, numbers, pipe):
-    """Checks some of the cases, in a process of its own."""
+    """Checks the cases with these numbers, writes the results to the pipe, and ends the process."""
     signal.alarm(0)
     results = []
     try:
@@ -332,7 +332,7 @@ def every_bit(algorithm, block):
     for nth in range(len(stored)):
         got = read_or_none(disk, nth * block, block)
         if stored[nth] == good:
-            same_bytes(got or b"", data, f"block {nth}, which is right")
+            same_bytes(got or b"", data, f"block {nth}, which is unchanged")
             continue
         check(got is None, f"block {nth} of {len(good)} bytes, with a bit flipped, was read")
         if nth % 4 == 1:
@@ -343,9 +343,9 @@ def every_bit(algorithm, block):
 
 def enough():
     note(f"{sum(counts.values())} malformed images: " + ", ".join(f"{n} {what}" for what, n in sorted(counts.items())))
-    check(sum(counts.values()) >= LEAST, "too few")
+    check(sum(counts.values()) >= LEAST, "too few malformed images")
     for outcome in ("refused", "read", "read with errors"):
-        check(counts[outcome], f"none {outcome}")
+        check(counts[outcome], f"no image was {outcome}")
 
 
 def by_hand(option, *args):

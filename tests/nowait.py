@@ -18,7 +18,7 @@ LAYER = image.lsmt(VSIZE, [(0, image.sample(1500 * 512, 61)), (1600, image.sampl
 PLAIN = image.flatten([image.Lsmt(LAYER)])
 OPTIONS = ("cache_blocks 0", "", "cache_all")
 READ_ERRORS, CACHED = 8, 10
-# Far from the blocks that lsmt reads for its index, which are cached.
+# An offset far from the blocks that lsmt reads for its index and that are therefore cached.
 FAR = 262144
 
 
@@ -63,7 +63,7 @@ def again(algorithm, block, options):
             for length in (512, 65536, 131072):
                 start = time.monotonic()
                 fails_with(errno.EAGAIN, nowait, disk, FAR, length)
-                check(time.monotonic() - start < 2 * SLOW, "it has waited")
+                check(time.monotonic() - start < 2 * SLOW, "the read has waited")
     finally:
         stack.below.resume()
     info = stack.zfile.info()
@@ -87,10 +87,10 @@ def uring(options):
             ring.submit(disk.direct, FAR, 65536, os.RWF_NOWAIT)
             equal(ring.wait(), -errno.EAGAIN, "with RWF_NOWAIT")
             later.submit(disk.direct, FAR + 65536, 65536)
-            check(time.monotonic() - start < 2 * SLOW, "it has waited")
+            check(time.monotonic() - start < 2 * SLOW, "the read has waited")
         finally:
             stack.below.resume()
-        same_bytes(later.wait(), wanted[FAR + 65536:FAR + 2 * 65536], "without")
+        same_bytes(later.wait(), wanted[FAR + 65536:FAR + 2 * 65536], "without RWF_NOWAIT")
         ring.submit(disk.direct, FAR, 65536, os.RWF_NOWAIT)
         same_bytes(ring.wait(), wanted[FAR:FAR + 65536], "with RWF_NOWAIT, afterwards")
 
@@ -109,7 +109,7 @@ def no_memory(options):
 
 
 def not_below():
-    """On a lower device without support for such reads, they fail with that device's error."""
+    """On a lower device that doesn't support RWF_NOWAIT, reads with it fail with the error of that device."""
     stack = Stack(image.LZ4, 4096, "")
     late = dm.delayed(stack.loop, stack.sectors, 0)
     fails_with(errno.EOPNOTSUPP, nowait, Disk(late), 0, 4096)
@@ -126,7 +126,7 @@ for each_options in OPTIONS:
         add(f"{each_title}: reads that would have to wait fail with EAGAIN", again, each_algorithm, each_block, each_options)
     add(f"io_uring, {each_options or 'default cache'}: EAGAIN, and submission doesn't wait", uring, each_options)
     add(f"no memory, {each_options or 'default cache'}: reads fail with EAGAIN", no_memory, each_options)
-add("a lower device without support for such reads", not_below)
+add("a lower device without support for RWF_NOWAIT", not_below)
 
 
 if __name__ == "__main__":

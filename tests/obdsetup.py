@@ -1,6 +1,6 @@
 #!/usr/bin/env python3
 # SPDX-License-Identifier: GPL-2.0
-"""The module reads the layers that obdsetup writes; open sets up stacks, and close removes all their devices."""
+"""The module reads the layers that obdsetup writes. open sets up stacks; close removes all their devices."""
 
 import json
 import os
@@ -19,14 +19,14 @@ DATA = image.sample(SIZE - 8192, 81) + bytes(8192)
 
 
 def open_device(name, *layers):
-    """Opens a stack. Returns the device."""
+    """Opens a stack. Returns the path of its disk, /dev/dm-N."""
     obdsetup("open", name, *layers)
     defer(close, name)
     return os.path.realpath(f"/dev/mapper/{name}")
 
 
 def wrapping(algorithm, block, crc, tar):
-    """Makes a layer with one wrapping, and reads it with the tests' own reader and through the module."""
+    """Makes a layer with these options, and reads it with the tests' own reader and through the module."""
     work = work_directory()
     raw, layer = write(f"{work}/raw", DATA), f"{work}/layer"
     args = ["--algorithm", algorithm] + (["--block-size", block] if block else [])
@@ -68,7 +68,7 @@ def difference():
     same_bytes(read(f"{work}/dump"), bytes(content), "dump")
 
 
-@test("commit: wraps a layer, and unwraps it again")
+@test("commit: compresses and wraps a layer, and undoes that")
 def commit():
     work = work_directory()
     layer = image.lsmt(SIZE, [(0, DATA[:100 * 512]), (300, 40), (350, DATA[20480:40960])])
@@ -211,10 +211,10 @@ def paths():
         defer(close, name)
         with_path("open", name, layer)
         same_bytes(read(f"/dev/mapper/{name}"), DATA, f"PATH={path}: content")
-        check("health: ok" in with_path("status", name), "health")
-        check(name in with_path("list"), "list")
+        check("health: ok" in with_path("status", name), "status does not say `health: ok'")
+        check(name in with_path("list"), "list does not show the stack")
         with_path("close", name)
-        check(not os.path.exists(f"/dev/mapper/{name}"), "closed")
+        check(not os.path.exists(f"/dev/mapper/{name}"), "the disk is still there")
 
 
 @test("open and dump read the same, on golden stacks")

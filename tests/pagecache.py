@@ -24,14 +24,14 @@ FILES = {"common": COMMON, "hole": COMMON[:9000] + bytes(70000) + COMMON[:5000],
 
 
 class Image:
-    """An open image with the common files, and a file of its own."""
+    """An open image with the common files, and a file that only this image has."""
 
     def __init__(self, work, name):
         self.name, self.work = f"{NAME}-{name}", work
         self.tree, self.mnt, self.layer = f"{work}/{name}", f"{work}/{name}.mnt", f"{work}/{name}.obd"
         os.mkdir(self.tree)
         os.mkdir(self.mnt)
-        # Makes the common files start at different places on the disks.
+        # This file makes the common files start at different places on the disks.
         own = {"aaa-own": name.encode() * (10000 + 5000 * len(name))}
         for path, content in {**own, **FILES}.items():
             write(f"{self.tree}/{path}", content)
@@ -74,8 +74,8 @@ def images():
 
 
 def both(first, second, *options):
-    """Reads the common file in the first image, then in the second. Returns the sectors read for the second, and the
-    KiB of page cache that each took."""
+    """Reads the file `common` in the first image, then in the second. Returns the sectors and the KiB of page cache
+    that the second read took."""
     drop_caches()
     for image, more in zip((first, second), options):
         image.mount(*more)
@@ -90,7 +90,7 @@ def both(first, second, *options):
     return sectors, grown
 
 
-@test("in one domain, the second image reads no data for a common file, and it is cached once")
+@test("in one domain, the second image reads no data for a common file, which is cached once")
 def shared():
     first, second = images()
     option = ("inode_share", "domain_id=obdtest")
@@ -102,7 +102,7 @@ def shared():
             same_bytes(image.read(path)[0], wanted, f"{path} in {image.name}")
     for image in (first, second):
         same_bytes(image.read("aaa-own")[0], open(f"{image.tree}/aaa-own", "rb").read(), f"what only {image.name} has")
-    # The first image is unmounted; the pages that it has read stay for the other.
+    # When the first image is unmounted, the second one keeps the pages that the first one has read.
     with open(f"{second.mnt}/common", "rb") as file, mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ) as area:
         first.umount()
         same_bytes(bytes(area), COMMON, "a mapping when the first is unmounted")
@@ -111,7 +111,7 @@ def shared():
     fails_with(errno.EINVAL, os.open, f"{second.mnt}/common", os.O_RDONLY | os.O_DIRECT)
 
 
-@test("without the option, or with another domain, each image reads it, and caches it separately")
+@test("without the option, or with another domain, each image reads and caches a common file separately")
 def not_shared():
     first, second = images()
     for options in (((), ()), (("inode_share", "domain_id=a"), ("inode_share", "domain_id=b"))):

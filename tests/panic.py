@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 # SPDX-License-Identifier: GPL-2.0
-"""The kernel panics on a corrupt block if the table line asks for it. The guest doesn't survive that, so
-scripts/check.sh boots one for this test and checks how it ended."""
+"""The kernel panics on a corrupt block if the table line asks for it. This ends the guest, so scripts/check.sh boots a
+guest for this test and checks how it ended."""
 
 from obdtest import dm, image
 from obdtest.disk import Disk, same_bytes

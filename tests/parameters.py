@@ -26,7 +26,7 @@ def put(name, value):
         file.write(str(value))
 
 
-@test("at_once_bytes says up to which length LZ4 is decompressed without a worker")
+@test("at_once_bytes is the size of the largest read that is decompressed without a worker, with LZ4")
 def at_once():
     default = get("at_once_bytes")
     equal(default, "16384", "at_once_bytes")
@@ -43,7 +43,7 @@ def at_once():
                 at = nth * 4096
                 same_bytes(disk.read(at, length), DATA[at:at + length], f"{length} bytes at {at}")
             works = sum(name.endswith("workqueue_queue_work") for name, _ in trace.lines())
-            what = f"{works} works for {count} reads of {length} with {limit}, {image.NAMES[algorithm]}"
+            what = f"{works} work items for {count} reads of {length} with {limit}, {image.NAMES[algorithm]}"
             # If another task wants the CPU, a worker decompresses.
             if few and algorithm == image.LZ4:
                 check(works <= count // 2, what)
@@ -51,7 +51,7 @@ def at_once():
                 check(works > count // 2, what)
 
 
-@test("values that are no number are refused")
+@test("values that are not one number of 0 or more are refused")
 def refused():
     for name in ("at_once_bytes", "cache_limit_bytes"):
         before = get(name)
@@ -61,7 +61,7 @@ def refused():
             except OSError as error:
                 check(error.errno in (errno.EINVAL, errno.ERANGE), f"{name}: {error}")
             else:
-                check(False, f"{name} takes {value}")
+                check(False, f"{name} accepts {value!r}")
         equal(get(name), before, name)
 
 
@@ -72,7 +72,7 @@ def read_only():
     subprocess.run(["rmmod", "dm_overlaybd"], check=True)
     run = subprocess.run(["insmod", path, "cache_bytes=1"], capture_output=True, text=True, check=False)
     check(run.returncode > 0 and os.strerror(errno.EPERM) in run.stderr, f"{run.returncode}, {run.stderr!r}")
-    check(not os.path.exists(MODULE), "it is loaded")
+    check(not os.path.exists(MODULE), "the module is loaded")
 
 
 if __name__ == "__main__":

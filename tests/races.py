@@ -21,7 +21,7 @@ from obdtest.ktap import SLOW, Failure, Skip, add, alone, check, defer, equal, m
 from obdtest.memory import kernel_memory
 from obdtest.module import MODULE, module_file, use_count
 
-# A fifth, or a tenth on slow kernels, unless OBD_FULL is set.
+# The numbers below are divided by 5, on slow kernels by 10, unless OBD_FULL is set.
 LESS = 1 if os.environ.get("OBD_FULL") else 5 * min(SLOW, 2)
 CYCLES = 1000 // LESS
 DEVICES = 2000 // LESS
@@ -104,7 +104,7 @@ def every_operation(device, tables, wanted):
         except OSError as error:
             check(error.errno in (errno.EINVAL, errno.EIO, errno.ENXIO), f"message: {error}")
         else:
-            raise Failure("a message was taken")
+            raise Failure("a message was accepted")
 
     def status(nth):
         rows = device.status((0, dm.TABLE, dm.IMA)[nth % 3], inactive=bool(nth & 1))
@@ -146,7 +146,7 @@ def lsmt_operations():
 
 
 def comes_back(function):
-    """Runs a test, and checks that the kernel memory for it is free again."""
+    """Runs a test, and checks that the kernel has freed the memory that it used for the test."""
     before = kernel_memory()
     alone(function)
     equal(use_count(), 0, "use count of the module")
@@ -157,7 +157,7 @@ def comes_back(function):
         time.sleep(0.2)
     note(f"{grown} KiB more kernel memory than before")
     # Kernels with checkers free memory late, and find leaks themselves at the end of the run.
-    check(grown < (24 << 10) * SLOW, f"{grown} KiB are not free again")
+    check(grown < (24 << 10) * SLOW, f"{grown} KiB are not freed")
 
 
 def many_devices():
@@ -199,7 +199,7 @@ def many_devices():
 
 
 def late(raw, milliseconds=100):
-    """Returns a blob on a device that delays each read once start() is called."""
+    """Returns a device with the blob, and a function. Once the function was called, the device delays each read."""
     loop = dm.Loop(raw)
     total = loop.size // 512
     lower = dm.create(line(0, total, "linear", loop.path, 0))
@@ -269,10 +269,10 @@ def maker_killed():
     os.kill(child, signal.SIGKILL)
     killed_at = time.monotonic()
     _, status = os.waitpid(child, 0)
-    equal(os.WTERMSIG(status), signal.SIGKILL, "how it ended")
+    equal(os.WTERMSIG(status), signal.SIGKILL, "signal that ended the process")
     took = time.monotonic() - killed_at
     note(f"{took:.1f} s")
-    check(took < 6, f"it took {took:.1f} s to die")
+    check(took < 6, f"the process took {took:.1f} s to end")
     equal(use_count(), 0, "use count of the module")
     equal(device.status(inactive=True), [], "a loaded table")
 
@@ -308,7 +308,7 @@ def replaced():
     check(set(results) <= {True, "EIO"}, f"{set(results)}")
 
 
-@test("a CPU goes offline and online while it works on reads")
+@test("a CPU goes offline and online while it runs workers")
 def cpu_goes():
     switch = "/sys/devices/system/cpu/cpu1/online"
     if not os.path.exists(switch):
@@ -327,7 +327,7 @@ def cpu_goes():
     def reader(seed):
         disk, rng = Disk(device), random.Random(seed)
         while not over.is_set():
-            # Reads of a MiB need many workers.
+            # Reads of 1 MiB need several workers.
             at = rng.randrange(2048) * 512
             same_bytes(disk.read(at, 1 << 20), large[at:at + (1 << 20)], f"at {at}")
             reads[0] += 1
@@ -350,8 +350,8 @@ def cpu_goes():
 
 
 class Memory:
-    """Memory that is mapped twice: readers use one mapping, which is removed and restored; others write through the
-    other one."""
+    """Memory that is mapped twice. Disks are read into one mapping, which is removed and restored meanwhile; another
+    thread writes to the other mapping."""
 
     SIZE = 1 << 20
 
@@ -372,13 +372,14 @@ class Memory:
         defer(self.libc.munmap, self.address, self.SIZE)
 
     def read(self, disk, at, length, offset):
-        """Reads into the mapping that comes and goes. Returns the number of bytes, or the negative errno."""
+        """Reads into the mapping that unmap() removes and restores. Returns the number of bytes, or the negative
+        errno."""
         got = self.libc.pread(disk.direct, self.address + at, length, offset)
         return got if got >= 0 else -ctypes.get_errno()
 
     def unmap(self):
         """Removes the mapping and restores it, between reads and during reads."""
-        # Always keep a mapping there: other memory could be mapped into a hole.
+        # Always keep a mapping at this address, so that no other memory is mapped there.
         fixed = 0x10
         for access, how, fd in ((0, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS, -1), (3, mmap.MAP_SHARED, self.fd)):
             got = self.libc.mmap(self.address, self.SIZE, access, how | fixed, fd, 0)
@@ -386,7 +387,8 @@ class Memory:
 
 
 def scribbled(raw, cache):
-    """Memory changes and is unmapped while it is read into: other readers aren't affected."""
+    """The buffers of some readers change and are unmapped during the reads. Other readers still get the correct
+    data."""
     options = cache.split()
     device = dm.create(line(0, LENGTH, "zfile", dm.Loop(raw).path, len(raw), len(options), *options))
     memory = Memory()
@@ -394,7 +396,7 @@ def scribbled(raw, cache):
     outcome = {"read": 0, "fault": 0}
 
     def over():
-        # Ends when enough has happened, even on a slow machine.
+        # On a slow machine, go on until there were enough reads and faults.
         spent = time.monotonic() - start
         return spent > 4 and (outcome["read"] > 20 and outcome["fault"] > 0 or spent > 100)
 
@@ -435,7 +437,7 @@ def scribbled(raw, cache):
     verify(device, PADDED, rounds=20)
 
 
-@test("the module is unloaded and loaded while devices are made", timeout=400)
+@test("the module is unloaded and loaded while devices are created", timeout=400)
 def unload_race():
     path = module_file()
     loop = dm.Loop(RAW)
@@ -486,7 +488,8 @@ add(f"lsmt over zfile: {CYCLES} cycles of every operation concurrently, with rea
 add(f"{DEVICES} devices at the same time", comes_back, many_devices, timeout=900)
 for each_name, each_raw in (("LZ4 in 4 KiB", RAW), ("LZ4 in 64 KiB", image.zfile(DATA, image.LZ4, 65536)),
                             ("zstd in 64 KiB", image.zfile(DATA, image.ZSTD, 65536)),
-                            # A frame's checksum is computed from the output memory, which has changed by then.
+                            # The checksum of a frame is computed from the output memory, which may have changed by
+                            # then.
                             ("zstd in 4 KiB with checksums",
                              image.zfile(DATA, image.ZSTD, compressor=lambda data: image.zstd_frame(data, True)))):
     for each_cache in ("cache_blocks 0", "cache_blocks 64", "cache_all"):

@@ -22,18 +22,18 @@ PLAIN = image.flatten([image.Lsmt(LAYER)])
 
 
 def zfile_disk(block=4096, algorithm=image.LZ4, **loop_options):
-    """Returns a ZFile as a disk, and its content."""
+    """Returns a zfile device, and its content."""
     raw = image.zfile(PLAIN, algorithm, block)
     return dm.zfile(dm.Loop(raw, **loop_options), len(raw), len(PLAIN)), PLAIN
 
 
 def lsmt_disk():
-    """Returns a layer as a disk, and its content."""
+    """Returns an lsmt device on a loop device that can be written to, and its content."""
     return stack.open_stack(LAYER, readonly=False), PLAIN
 
 
 def stacked_disk():
-    """Returns a layer in a ZFile as a disk, and its content."""
+    """Returns an lsmt device on a zfile device, and its content."""
     return stack.open_stack(image.zfile(LAYER, image.ZSTD, 16384)), PLAIN
 
 
@@ -52,7 +52,7 @@ def every_size(make):
     last = len(wanted) // 512
     for count in (1, 2, 9, 130):
         same_bytes(disk.read((last - count) * 512, count * 512), wanted[-count * 512:], f"the last {count} sectors")
-    equal(disk.read(len(wanted), 512), b"", "read behind the end")
+    equal(disk.read(len(wanted), 512), b"", "read after the end")
 
 
 def scattered(make):
@@ -74,7 +74,7 @@ def unaligned_memory(make):
     disk = Disk(device)
     with open(f"{device.sysfs}/queue/dma_alignment", encoding="ascii") as file:
         step = int(file.read()) + 1
-    check(step <= 512, f"dma_alignment {step - 1} is above a sector's")
+    check(step <= 512, f"dma_alignment {step - 1} requires more than the size of a sector")
     area = memoryview(mmap.mmap(-1, 1 << 20))
     rng = random.Random(6)
     for _ in range(60):
@@ -89,7 +89,7 @@ def unaligned_memory(make):
 
 
 def many_readers(make):
-    """Eight concurrent readers in the same places."""
+    """Eight concurrent readers, two for each sequence of places."""
     device, wanted = make()
     disk = Disk(device)
     errors = []
@@ -109,7 +109,7 @@ def many_readers(make):
 
 
 def no_writes(make):
-    """Writes, discards and zeroing are all refused, and nothing changes."""
+    """Writes, discards and requests to write zeros are refused, and nothing changes."""
     device, wanted = make()
     equal(device.readonly(), True, "read-only flag")
     with open(f"{device.sysfs}/ro", encoding="ascii") as file:
@@ -165,7 +165,7 @@ def asynchronous(engine):
          "--io_size=6m", "--thread", "--output-format=terse", "--terse-version=3"],
         capture_output=True, text=True, check=False)
     equal(run.returncode, 0, f"status of fio ({run.stderr.strip()[:300]})")
-    check(int(run.stdout.split(";")[5]) > 1000, "KiB read")
+    check(int(run.stdout.split(";")[5]) > 1000, "fio has read too little")
     same_bytes(Disk(device).whole(), wanted, "content afterwards")
 
 
@@ -207,7 +207,7 @@ def zfile_limits():
         equal(limits["write_zeroes_max_bytes"], 0, "write zeroes")
 
 
-@test("queue limits: lsmt has those of its lower devices")
+@test("queue limits: lsmt has the limits of its lower devices")
 def lsmt_limits():
     device, _ = stacked_disk()
     limits = queue(device)

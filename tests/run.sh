@@ -2,12 +2,13 @@
 # SPDX-License-Identifier: GPL-2.0
 # Runs the tests on the running kernel with the module loaded: all, those named, or all but those named.
 # run.sh [[--but] NAME...]
-# OBD_BEGIN_WITHIN=SECONDS skips the scripts that have not begun by then, but not the first one. The list then begins
-# with another script each day, so that it is not always the same ones that are skipped. With OBD_MOST, it is a failure
-# if most of them are.
-# The tests in system/ need more of a system, and run only if named: one as system/NAME, or all but those in
-# NAMED as system.
-# Prints KTAP with a subtest for each script. A script fails if it leaves anything behind.
+# OBD_BEGIN_WITHIN=SECONDS skips the scripts that have not begun after this time, but not the first one. The list then
+# begins with another script each day, so that the skipped scripts are not always the same. With OBD_MOST, skipping most
+# of the scripts is a failure.
+# The tests in system/ need udev, systemd, LVM or the like, and run only if named: one as system/NAME, or all but those
+# in NAMED as system.
+# Prints KTAP with a subtest for each script. A script also fails if it leaves anything behind, or if the kernel's log
+# has a complaint.
 set -u
 
 cd "$(dirname "$0")" || exit 1
@@ -23,7 +24,7 @@ FIRST=(golden malformed)
 # These run only if named.
 NAMED=(panic soak system/nested system/guests)
 
-# scripts [DIR/]: print the names of all scripts, the most revealing first.
+# scripts [DIR/]: print the names of the scripts, except for those in NAMED. Those in FIRST come first.
 scripts() {
 	local file
 	[ $# != 0 ] || printf '%s\n' "${FIRST[@]}"
@@ -32,7 +33,7 @@ scripts() {
 	done
 }
 
-# state: print mapped devices, loop devices, mounts of tests, and users of the module, a line each.
+# state: print mapped devices, loop devices, mounts of tests, and the use count of the module, a line each.
 state() {
 	local path
 	for path in /sys/block/dm-*; do
@@ -49,7 +50,7 @@ state() {
 	fi
 }
 
-# left_behind BEFORE: print what is in the state now but not in BEFORE, after up to two seconds for it to go.
+# left_behind BEFORE: print the lines of the state that are not in BEFORE. Waits up to two seconds until there are none.
 left_behind() {
 	local now i
 	for ((i = 0; i < 40; i++)); do
@@ -60,7 +61,7 @@ left_behind() {
 	echo "$now"
 }
 
-# tidy: remove what a failed test has left, so that it doesn't affect the next ones.
+# tidy: remove what a failed test has left, so that it doesn't affect the next tests.
 tidy() {
 	local path name _
 	grep -o ' /tmp/obdtest[^ ]*' /proc/mounts | xargs -r umount
@@ -80,7 +81,7 @@ complaints() {
 	dmesg | awk -v mark="$1" '
 		index($0, mark) { seen = 1; looks = / looks$/ }
 		seen && !looks
-		END { if (!seen || looks) print "BUG: the log has no room" }' |
+		END { if (!seen || looks) print "BUG: messages of the kernel were lost or not checked" }' |
 		awk -f kcsan.awk | grep -E "$COMPLAINTS"
 }
 
@@ -104,20 +105,21 @@ run_one() {
 	return "$status"
 }
 
-# scan_leaks: have kmemleak scan twice, after a pause: it reports a block only some time after it was lost.
+# scan_leaks: make kmemleak scan twice, after a pause: it reports only blocks that are at least 5 s old and have not
+# changed since the scan before.
 scan_leaks() {
 	sleep 6
 	echo scan >"$KMEMLEAK" && echo scan >"$KMEMLEAK"
 }
 
-# leaks NR: one test, of what kmemleak has found since the tests began.
+# leaks NR: print the result of a test: kmemleak has found nothing since the tests began.
 leaks() {
 	if [ ! -w "$KMEMLEAK" ]; then
 		echo "ok $1 no leaked memory # SKIP this kernel has no kmemleak"
 		return
 	fi
 	if ! scan_leaks || dmesg | grep -E 'kmemleak: .*(disabled|Cannot allocate a kmemleak_object)'; then
-		echo "# kmemleak has given up"
+		echo "# kmemleak has stopped working"
 		echo "not ok $1 no leaked memory"
 		failed=1
 	elif grep -q . "$KMEMLEAK"; then
@@ -129,9 +131,9 @@ leaks() {
 	fi
 }
 
-# lost_pages: print the stacks that allocated pages which weren't freed, if the module allocated them itself. What
-# allocators and checkers keep is not the module's; the codecs' working memory stays allocated. Pages in the pool are
-# freed first.
+# lost_pages: print the call stacks in the module that allocated pages which were not freed. Pages that allocators and
+# checkers keep don't count, nor does the codecs' working memory, which stays allocated. Frees the pages in the pool
+# first.
 lost_pages() {
 	[ -r "$PAGE_OWNER" ] || return 0
 	echo 2 >/proc/sys/vm/drop_caches
@@ -139,7 +141,8 @@ lost_pages() {
 		"$PAGE_OWNER"
 }
 
-# pages NR: one test, of whether the kernel records owners of pages. Lost pages are checked after each script.
+# pages NR: print the result of a test: the kernel records the owners of pages, so that lost_pages, which runs after
+# each script, can find any.
 pages() {
 	if [ ! -r "$PAGE_OWNER" ]; then
 		echo "ok $1 owners of pages are known # SKIP this kernel has no page owners"
@@ -151,7 +154,7 @@ pages() {
 	fi
 }
 
-# checkers NR: one test, of whether lockdep and KCSAN, if the kernel has them, were active to the end.
+# checkers NR: print the result of a test: lockdep and KCSAN, if the kernel has them, were active to the end.
 checkers() {
 	local stopped=()
 	[ ! -r /proc/lockdep_stats ] || grep -Eq 'debug_locks: +1' /proc/lockdep_stats || stopped+=(lockdep)

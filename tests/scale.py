@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 # SPDX-License-Identifier: GPL-2.0
-"""Computes the tables of Documentation/scale.rst and compares. Nothing is measured: this is a model with the
-parameters in that document.
+"""Computes the tables of Documentation/scale.rst and compares them with the document. Nothing is measured: this is a
+model with the parameters in the document.
 
 With an argument, prints the tables.
 """
@@ -14,20 +14,20 @@ from obdtest.ktap import check, equal, main, test
 
 DOCUMENT = os.path.join(os.path.dirname(os.path.abspath(__file__)), "../Documentation/scale.rst")
 MB, GB = 10**6, 10**9
-# Stored size of an image in bytes; the part of it that is read until its container runs; the part of it that is in
-# layers which other images have, too.
+# The stored size of an image in bytes; the fraction of the image that is read until its container runs; the fraction in
+# layers that other images have, too.
 STORED, START, COMMON = 156 * MB, 0.064, 0.8
-# Bytes per second that a server sends; how many seconds a start may wait for the network.
+# The bytes per second that a server sends; the seconds for which a start may wait for the network.
 LINK, PATIENCE = 3 * GB, 10
 NODES = (10, 1000, 100000)
-# The fleet: base images; images on each base image, where of all images, image n is started 1/n times as often as
-# image 1; starts per node; bytes that a node keeps.
+# The fleet: the number of base images; of images on each base image; of starts per node; of bytes that a node keeps.
+# Of all images, image n is started 1/n times as often as image 1.
 BASES, IMAGES, STARTS, KEPT = 20, 10, 40, 2 * GB
 SEED = 14
 
 
 def amount(count):
-    """Returns a number of bytes with two digits."""
+    """Returns a number of bytes as text, with at least two digits and a unit."""
     for unit, name in ((10**12, "TB"), (10**9, "GB"), (10**6, "MB")):
         if count >= unit:
             value = count / unit
@@ -47,13 +47,14 @@ def cold():
 
 
 class Node:
-    """The data that a node has locally, least recently used first."""
+    """The data that a node has locally, least recently used first. shared: images share layers; whole: layers are
+    fetched entirely, not only what is read."""
 
     def __init__(self, shared, whole):
         self.shared, self.whole, self.kept, self.fetched = shared, whole, {}, 0
 
     def start(self, base, image):
-        """Starts an image: fetches its base's part, which other images may share, and its own part."""
+        """Starts an image: fetches the part of its base image, which other images may share, and its own part."""
         share = STORED if self.whole else STORED * START
         parts = {("own", base, image): share * (1 - COMMON),
                  ("base", base, None if self.shared else image): share * COMMON}
@@ -82,7 +83,7 @@ def fleet(nodes, shared, whole, seed=SEED):
 
 
 def popular(nodes=1000):
-    """Returns rows of bytes fetched per start, with private and with shared layers."""
+    """Returns rows of the bytes fetched per start: with private layers, with shared layers, and their ratio."""
     starts = nodes * STARTS
     rows = []
     for what, whole in (("whole layers", True), ("what is read", False)):
@@ -92,7 +93,7 @@ def popular(nodes=1000):
 
 
 def rows_of(first):
-    """Returns the rows of the document's table whose first cell is this."""
+    """Returns the rows of the document's table whose first cell is `first`."""
     with open(DOCUMENT, encoding="utf-8") as file:
         lines = file.read().splitlines()
     start = next(nth for nth, line in enumerate(lines) if line.startswith(first + "  "))

@@ -1,6 +1,6 @@
 #!/bin/bash
 # SPDX-License-Identifier: GPL-2.0
-# shellcheck disable=SC2317,SC2016 # test calls them; what is in quotes is for another shell
+# shellcheck disable=SC2317,SC2016 # test calls the functions; other shells expand what is in quotes
 # Tests of the scripts, in some seconds: unusual paths and environments, locks, interrupts, counting of results.
 # Prints KTAP. Needs the tool-chain root, which 'make setup' makes.
 set -u
@@ -34,7 +34,7 @@ equal() {
 	[ "$1" = "$2" ] || { diff <(echo "$2") <(echo "$1") && false; }
 }
 
-# soon CMD...: wait until it succeeds, up to half a minute, since a machine may be busy.
+# soon CMD...: repeat the command until it succeeds, for up to half a minute, since the machine may be busy.
 soon() {
 	local _
 	for _ in {1..300}; do
@@ -77,7 +77,7 @@ tools_of_the_machine() {
 	! (cd "$odd" && bash -c '. scripts/lib.sh; . scripts/kdir.sh; KDIR_IN_ROOT= KDIR_USED="/a b"; kdir_place') || return
 }
 
-# lock_of_a_step: a lock that a step takes ends with the step.
+# lock_of_a_step: a lock that a step takes is released at the end of the step.
 lock_of_a_step() {
 	(cd "$odd" && timeout 20 bash -c '. scripts/lib.sh
 		take() { lock "$BUILD/some.lock" "test"; }
@@ -85,7 +85,7 @@ lock_of_a_step() {
 		step first take && step second flock -n "$BUILD/some.lock" true')
 }
 
-# two_at_once: a second run in a clone waits for the first, but what the first calls doesn't wait.
+# two_at_once: a second run in a clone waits for the first, but a script that the first one calls doesn't wait.
 two_at_once() {
 	local order=$work/order run='. scripts/lib.sh; alone; echo "$0 begins" >>"$1"; bash -c ". scripts/lib.sh; alone"; sleep 0.7
 		echo "$0 ends" >>"$1"'
@@ -100,7 +100,7 @@ cache_is_free() {
 	! ls -d "$work"/cache/dm-overlaybd/tmp-*
 }
 
-# cache_interrupted SIGNAL: interrupt a set-up.
+# cache_interrupted SIGNAL: interrupt a set-up, and check that it leaves nothing.
 cache_interrupted() {
 	local pid
 	# Below nohup, HUP would be ignored.
@@ -116,8 +116,8 @@ cache_interrupted() {
 	[ "$?" -gt 128 ] && soon cache_is_free
 }
 
-# step_interrupted SIGNAL: everything that a step has started ends, also a command in the root that another script
-# runs.
+# step_interrupted SIGNAL: when a step is interrupted, all that it has started ends, even a command in the root that
+# another script runs.
 step_interrupted() {
 	local seconds=398.$RANDOM$RANDOM pid status=0
 	(cd "$odd" && exec env --default-signal="$1" bash -c '. scripts/lib.sh
@@ -139,7 +139,7 @@ cache_twice() {
 		done') && soon cache_is_free && [ -d "$work/cache/dm-overlaybd/thing-1" ]
 }
 
-# running SECONDS: whether a sleep of so many seconds runs.
+# running SECONDS: whether a `sleep SECONDS' runs.
 running() {
 	grep -slzx "$1" /proc/[0-9]*/cmdline | while read -r file; do
 		cat "${file%/*}/comm"
@@ -163,7 +163,7 @@ ktap() {
 		"  ok 3 z # SKIP no thing" "  not ok 4 u" "not ok 1 a" "  # Subtest: b" "  KTAP version 1" "  1..0 # SKIP no other thing" \
 		"ok 2 b # SKIP all of it" "  KTAP version 1" "  1..2" "  ok 1 v # SKIP no thing" "  ok 2 w # SKIP no other thing" \
 		"ok 3 c # SKIP all of it" "ok 4 d" "  1..2" "  ok 1 t" "ok 5 e" >"$work/ktap"
-	# One of the two results that e's plan announces is missing.
+	# The plan of e has two tests, but only one has a result.
 	equal "$(awk -f scripts/ktap.awk "$work/ktap" | sort)" $'2 no other thing\n3 2\n3 no thing' || return
 	equal "$(awk -f scripts/ktap.awk "$work/ktap" "$work/ktap" | sort)" $'4 no other thing\n6 4\n6 no thing'
 }
@@ -177,8 +177,8 @@ cargo() {
 		$'1 ignored unless cargo test is asked for it\n1 no machine\n2 no golden images, see OBD_GOLDENS\n3 1'
 }
 
-# stubbed_check PART...: run check.sh in a copy with stubs of what it calls. VMs print KTAP with a failure and with
-# tests skipped for one cause.
+# stubbed_check PART...: run check.sh in a copy of scripts/, in which stubs replace the scripts that it calls. The stub
+# of the VM prints KTAP with a failed and a skipped test.
 stubbed_check() {
 	local copy=$work/stubbed name
 	mkdir -p "$copy/tests"
@@ -223,7 +223,7 @@ sums() {
 15 passed, 3 failed, 1 skipped'
 }
 
-# too_late: a part that cannot begin in time is not run, and counts as skipped; a part that can is run.
+# too_late: a part that cannot begin in time is skipped; other parts run.
 too_late() {
 	local said status=0
 	said=$(stubbed_check --within 0 kills debug) || status=$?
@@ -283,7 +283,7 @@ documents() {
 	return "$bad"
 }
 
-# versions: the packages, obdsetup and the documents have the version of dkms.conf, which the module has, too.
+# versions: the packages, obdsetup and the documents have the version in dkms.conf, which is also the module's.
 versions() {
 	local version bad=0
 	version=$(sed -n 's/^PACKAGE_VERSION="\(.*\)"$/\1/p' dkms.conf)
@@ -300,8 +300,8 @@ test "help in a read-only clone" help
 test "the caller's environment has no effect" surroundings
 test "a clone with unusual characters in its path" odd_place
 test "a clone through a symbolic link" by_link
-test "the tools of this machine, in such a clone" tools_of_the_machine
-test "a step's lock ends with it" lock_of_a_step
+test "a kernel tree of this machine, and a clone with unusual characters in its path" tools_of_the_machine
+test "a step's lock ends with the step" lock_of_a_step
 test "two runs at the same time in a clone" two_at_once
 test "an interrupted set-up leaves nothing: TERM" cache_interrupted TERM
 test "an interrupted set-up leaves nothing: HUP" cache_interrupted HUP
@@ -316,5 +316,5 @@ test "sums of make check" sums
 test "a part of make check that is too late" too_late
 test "pictures are up to date" pictures
 test "links between documents" documents
-test "one version" versions
+test "all files have the same version" versions
 exit "$failed"

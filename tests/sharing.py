@@ -1,9 +1,10 @@
 #!/usr/bin/env python3
 # SPDX-License-Identifier: GPL-2.0
-"""Stacks with layers in common: one device for each file, none removed while it is used, and never a wrong byte.
+"""Stacks with layers in common: there is one device for each file, no device is removed while it is used, and no read
+returns wrong data.
 
-OBD_SHARING is the duration of the storm of opens, closes and kills in seconds, OBD_SHARING_AT_ONCE the number of
-concurrent users. OBD_SEED determines what they do: each run prints its seed.
+OBD_SHARING is the duration in seconds of the test with concurrent opens, closes and kills, OBD_SHARING_AT_ONCE the
+number of its users. OBD_SEED determines what the users do: each run prints its seed.
 """
 
 import contextlib
@@ -36,7 +37,7 @@ STORM = int(os.environ.get("OBD_SHARING_AT_ONCE", "50"))
 
 
 def devices(kind=""):
-    """Returns the devices of obdsetup, of one type or all, as UUIDs with names."""
+    """Returns the names of obdsetup's devices, of one type or all, by their UUIDs."""
     return {uuid: name for name, uuid in left.devices().items() if uuid.startswith(f"OVERLAYBD-{kind}")}
 
 
@@ -52,7 +53,7 @@ def nothing_left(before=()):
 
 
 def clear():
-    """Removes what a failed test has left."""
+    """Removes the devices and locks that a failed test has left."""
     left.clear()
     for path in locks(NAME):
         with contextlib.suppress(OSError):
@@ -70,7 +71,7 @@ class Layers:
         self.raws = {}
 
     def make(self, name, wrap=image.zfile, odd=False):
-        """Makes a layer of random content. Returns its path."""
+        """Makes a layer of random content. Returns its path. If odd is set, its size is not a multiple of 512."""
         while True:
             layer = image.lsmt(SIZE, image.random_layer(self.rng, SIZE, count=20))
             raw = wrap(layer)
@@ -90,7 +91,7 @@ class Layers:
 
 
 def content(*layers):
-    """Returns the disk of LSMT files."""
+    """Returns the content of the disk of LSMT files, filled up to SIZE with zeros."""
     whole = image.flatten([image.Lsmt(layer) for layer in layers])
     return whole + bytes(SIZE - len(whole))
 
@@ -110,7 +111,8 @@ def below(name):
 
 
 def is_there(name):
-    """Returns whether a device of that name exists. Without udev, some nodes in /dev/mapper stay."""
+    """Returns whether a device of that name exists. Without udev, a node in /dev/mapper may be left of a removed
+    device."""
     for path in glob.glob("/sys/block/dm-*/dm/name"):
         with contextlib.suppress(OSError):
             with open(path, encoding="ascii") as file:
@@ -142,7 +144,7 @@ def one_each():
     obdsetup("open", one, base)
     look(one, layers.content(base))
     obdsetup("close", two)
-    equal(loops(), [base], "loop devices when the other one is closed")
+    equal(loops(), [base], "loop devices when the other stack is closed")
     look(one, layers.content(base))
     obdsetup("close", one)
     nothing_left()
@@ -175,7 +177,7 @@ def told():
     nothing_left()
 
 
-@test("--private, and other options: devices of their own, and open says so", timeout=LONG)
+@test("open --private, or with other options, makes separate devices; open notes the latter", timeout=LONG)
 def private():
     layers = Layers()
     base = layers.make("a.obd")
@@ -309,7 +311,7 @@ def deferred():
         equal(loops(), sorted([base, mid]), "loop devices")
         if first == one:
             disk.close()
-            eventually("loop devices when the first has gone", loops, [base])
+            eventually("loop devices when the first stack is removed", loops, [base])
             look(two, layers.content(base))
             obdsetup("close", two)
         else:
@@ -340,7 +342,7 @@ def left_by_kill():
     nothing_left()
 
 
-@test("half a shared device: open removes it, and makes a whole one", timeout=LONG)
+@test("a half-built shared device: open removes it, and makes a complete one", timeout=LONG)
 def half_built():
     layers = Layers()
     base = layers.make("a.obd")
@@ -377,10 +379,10 @@ def not_used():
         run("dmsetup", "create", name, "--readonly", "--uuid", uuid, "--table", f"0 {sectors} linear {loop} 0")
         said = obdsetup("open", two, base, status=5)[1]
         run("dmsetup", "remove", name)
-        check(what in said and "--private" in said, f"by hand: {said}")
+        check(what in said and "--private" in said, f"a device made by hand: {said}")
     obdsetup("open", two, base)
     look(two, layers.content(base))
-    # Give its loop device another file, which read-only loop devices allow.
+    # Give the loop device another file, which is possible if a loop device is read-only.
     path, = glob.glob("/sys/dev/block/" + below(name)[0] + "/loop/..")
     with open(f"/dev/{os.path.basename(os.path.realpath(path))}", "rb") as disk, open(other, "rb+") as file:
         file.truncate(os.path.getsize(base))
@@ -397,7 +399,7 @@ def not_used():
 OTHER_RUN = ["unshare", "--mount", "sh", "-c", 'mount -t tmpfs $OPTIONS tmpfs /run && exec "$@"', "sh"]
 
 
-@test("a layer that takes long to open, opened at the same time with another /run", timeout=LONG)
+@test("a layer that takes long to open is opened at the same time by programs with different /run", timeout=LONG)
 def two_runs():
     layers = Layers()
     base = layers.make("a.obd")
@@ -483,30 +485,31 @@ def cache():
     read(one)
     before = zfile(one)[1]
     read(two)
-    equal(zfile(one)[1], before, "what the second read has cost below")
+    equal(zfile(one)[1], before, "lower reads and decompressed blocks after the second read")
     obdsetup("open", three, base)
     obdsetup("close", one)
-    equal(zfile(two)[2], "all", "mode when two of three are left")
+    equal(zfile(two)[2], "all", "mode when two of three stacks are left")
     obdsetup("close", three)
-    equal(zfile(two)[2], "parts", "mode when one is left")
+    equal(zfile(two)[2], "parts", "mode when one stack is left")
     # A mode set by hand stays.
     for mode in ("none", "all"):
         run("dmsetup", "message", device, "0", "cache", mode)
         obdsetup("open", one, base)
-        equal(zfile(one)[2], mode, f"mode {mode} by hand, when the second comes")
+        equal(zfile(one)[2], mode, f"mode {mode} by hand, with a second stack")
         obdsetup("close", one)
-        equal(zfile(two)[2], mode, f"mode {mode} by hand, when it is alone again")
+        equal(zfile(two)[2], mode, f"mode {mode} by hand, when the stack is alone again")
     run("dmsetup", "message", device, "0", "cache", "auto")
     obdsetup("open", one, base)
     run("dmsetup", "message", device, "0", "cache", "parts")
     obdsetup("open", three, base)
-    equal(zfile(one)[2], "parts", "mode by hand, when the third comes")
+    equal(zfile(one)[2], "parts", "mode by hand, with a third stack")
     for name in (one, two, three):
         obdsetup("close", name)
     # An open that fails at its end leaves the mode unchanged.
     obdsetup("open", one, base)
     with open("/dev/full", "wb") as full:
-        check(subprocess.call([OBDSETUP, "open", two, base], stdout=full, stderr=subprocess.DEVNULL), "open to a full device")
+        check(subprocess.call([OBDSETUP, "open", two, base], stdout=full, stderr=subprocess.DEVNULL),
+              "an open whose output is a full device succeeded")
     equal(zfile(one)[2], "parts", "mode after an open that failed")
     obdsetup("close", one)
     for name in (one, two):
@@ -546,18 +549,18 @@ def unloaded():
         nothing_left()
         if not os.path.exists(MODULE):
             subprocess.run(["insmod", path], check=True)
-    note(f"{opened} of 16 opens came through")
-    check(opened, "no open came through")
+    note(f"{opened} of 16 opens succeeded")
+    check(opened, "no open succeeded")
     obdsetup("open", NAME, base, mid)
-    check(quietly("rmmod", "dm_overlaybd") != 0, "the module goes while a stack is open")
+    check(quietly("rmmod", "dm_overlaybd") != 0, "the module is unloaded while a stack is open")
     look(NAME, wanted)
     obdsetup("close", NAME)
     nothing_left()
 
 
 class User(threading.Thread):
-    """Opens a stack of common layers and one of its own again and again, reads it, and closes it; some of these are
-    killed."""
+    """A thread that repeatedly opens a stack of common layers and a layer of its own, reads it, and closes it. Kills
+    some of the programs that it runs."""
 
     def __init__(self, nth, common, layers, end):
         super().__init__()
@@ -589,14 +592,14 @@ class User(threading.Thread):
         return child.returncode, said
 
     def _open(self, *paths):
-        """Opens the stack, whatever is left of it."""
+        """Opens the stack, even if killed programs have left parts of it."""
         while True:
-            # Checking all that the others have open would take most of the time.
+            # Without --allow-in-use, looking for programs that have the files open would take most of the time.
             status, said = self._run("open", "--allow-in-use", self.name_, *paths, kill=self.rng.random() < 0.2)
             if status == 0:
                 return
             if status == 5 and f"device {self.name_} exists already" in said:
-                # The kill came too late.
+                # The killed program had already made the stack.
                 self._close()
             elif status != -signal.SIGKILL:
                 raise Failure(f"open {self.name_}: status {status}: {said}")
@@ -634,7 +637,7 @@ class User(threading.Thread):
             self.errors.append(error)
 
 
-@test("a storm: 50 users open, read, close, are killed, and have their files replaced, all concurrently",
+@test("concurrent users open, read and close stacks, replace files, and kill their programs",
       timeout=600 + 20 * SECONDS)
 def storm():
     note(f"OBD_SEED={SEED}")
@@ -643,7 +646,7 @@ def storm():
     for name, wrap in (("a", image.zfile), ("b", image.zfile), ("c", bytes), ("d", image.zfile)):
         path = layers.make(f"{name}.obd", wrap, odd=name in "b")
         common[path] = layers.raws[path]
-    # A stack of all common layers that stays open; and a device made by hand over one of the files.
+    # A stack of all common layers stays open, and so does a device made by hand over one of the files.
     keeper = f"{NAME}-keeper"
     obdsetup("open", keeper, *common)
     loop = run("losetup", "--find", "--show", "--read-only", sorted(common)[0]).strip()
@@ -664,17 +667,17 @@ def storm():
         user.join()
     errors = [error for user in users for error in user.errors]
     done, kills = sum(user.done for user in users), sum(user.kills for user in users)
-    note(f"{done} times opened and closed, {kills} kills, {rounds} looks at the one that stays")
+    note(f"{done} times opened and closed, {kills} kills, {rounds} checks of the stack that stays open")
     check(not errors, f"{len(errors)} errors, the first: {errors[:1]}")
     check(done >= STORM and kills, f"{done} stacks, {kills} kills")
     now = devices()
     check(all(now.get(uuid) == name for uuid, name in kept.items()), f"devices: {now}, before {kept}")
-    check(hand.exists(), "the device that was made by hand is there")
+    check(hand.exists(), "the device that was made by hand is gone")
     look(keeper, wanted)
     hand.remove()
     quietly("losetup", "--detach", loop)
     obdsetup("close", keeper)
-    # Killed users have left locks for their names.
+    # Killed programs have left the lock files of their stacks.
     for user in users:
         quietly(OBDSETUP, "close", user.name_)
     nothing_left()

@@ -1,10 +1,10 @@
 #!/usr/bin/env python3
 # SPDX-License-Identifier: GPL-2.0
-"""A random mix of everything for OBD_SOAK_MINUTES (1): episodes of some seconds, each with a stack of its own,
-readers that verify, and a choice of troubles: faults of lower devices, no memory, reloads, other devices.
+"""A random mix of everything for OBD_SOAK_MINUTES minutes (default: 1). It consists of episodes of some seconds. Each
+has a new stack, readers that verify, and some troubles: faults of lower devices, no memory, reloads, other devices.
 
-A read may fail only if a fault is on, or was on since the read began. OBD_SOAK_SEED repeats an episode by its seed,
-apart from timing.
+A read may fail only if a fault was active at some time during the read. OBD_SOAK_SEED repeats an episode by its seed,
+apart from the timing.
 """
 
 import collections
@@ -24,7 +24,7 @@ from obdtest.programs import need_module
 
 MINUTES = float(os.environ.get("OBD_SOAK_MINUTES", "1"))
 SECONDS = 12
-# Time limit in seconds for everything to end when told to.
+# Time limit in seconds for all threads to end after they were told to stop.
 BOUND = 30 * SLOW
 
 
@@ -49,7 +49,7 @@ def describe(counts):
 
 
 def unless_late(function, *args):
-    """Suspends or resumes. That fails if another thread has just done it."""
+    """Calls suspend() or resume(). Ignores EINVAL, which a concurrent call of another thread causes."""
     try:
         function(*args)
     except OSError as error:
@@ -94,11 +94,11 @@ class Scene:
             self.counts[what] = self.counts.get(what, 0) + number
 
     def pause(self, rng, most=0.3):
-        """Waits a little. Returns whether to go on."""
+        """Waits for up to `most` seconds. Returns False if the thread is to stop."""
         return not self.stop.wait(rng.random() * most)
 
     def trouble(self, error, begin):
-        """Records that a trouble begins or ends that may cause this error."""
+        """Records that a trouble which may cause this error begins or ends."""
         with self.lock:
             self.active[error] += 1 if begin else -1
             self.changes[error] += 1
@@ -109,7 +109,8 @@ class Scene:
             return dict(self.changes)
 
     def excuse(self, error, since):
-        """Raises an error again unless its trouble is on, or was on since then."""
+        """Raises the error again unless a trouble that may cause it is active, or was active since then. since is from
+        now()."""
         with self.lock:
             if not self.active.get(error.errno) and self.changes.get(error.errno) == since.get(error.errno):
                 raise error
@@ -253,14 +254,14 @@ class Scene:
         if stuck:
             for command in ("info", "table", "status"):
                 note(subprocess.run(["dmsetup", command], capture_output=True, text=True, check=False).stdout)
-            raise Failure(f"not over after {BOUND} s: {stuck}; {errors}")
+            raise Failure(f"threads still run after {BOUND} s: {stuck}; {errors}")
         note(describe(self.counts))
         check(not errors, f"{errors}")
         check(self.counts.get("reads", 0) > 0, "nothing was read")
 
 
 def episode(seed, totals):
-    """Runs one episode; at its end all faults are gone and the content is right."""
+    """Runs one episode. Checks that the content is correct when all faults are gone."""
     rng = random.Random(seed)
     scene = Scene(rng)
     note(f"seed {seed}: {scene.size >> 10} KiB in {len(scene.lowers)} layers, {len(scene.zfiles)} of them ZFiles")
@@ -290,7 +291,7 @@ def soak():
             check(totals[what], f"no {what}")
         check(totals["failed allocations"] or not inject.possible(), "no allocation has failed")
     if grown > (32 << 10) * SLOW:
-        raise Failure(f"{grown} KiB are not free again")
+        raise Failure(f"{grown} KiB are not freed")
 
 
 add(f"a random mix of everything for {MINUTES:g} minutes", soak, timeout=int(MINUTES * 60) + 300)

@@ -22,7 +22,8 @@ PADDED = DATA + bytes(-len(DATA) % 512)
 
 
 def refused(target, phrase, error, length, *args, readonly=True):
-    """Loads a line in which ZDEV and LDEV stand for devices. Checks how it is refused."""
+    """Loads a line in which ZDEV and LDEV stand for devices. Checks that it is refused with this error and phrase, and
+    that the devices are closed."""
     devices = {"ZDEV": dm.Loop(ZFILE).path, "LDEV": dm.Loop(LAYER).path}
     for device in devices.values():
         with open(device, "rb"):
@@ -33,7 +34,7 @@ def refused(target, phrase, error, length, *args, readonly=True):
     fails_with(error, lambda: device.load(line(0, length, target, *args), readonly=readonly))
     lines = [text for text in log.lines() if text.startswith("device-mapper: table: ")]
     equal(len(lines), 1, f"lines of device-mapper in the kernel log, {lines}")
-    # Some kernels have no names of errors.
+    # Kernels without names of errors log their numbers.
     endings = [f" {target}: {phrase} (-{text})" for text in (errno.errorcode[error], error)]
     check(lines[0].endswith(tuple(endings)), f"the kernel log says {lines[0]!r}, wanted {phrase!r}")
     # The failed constructor has closed its devices.

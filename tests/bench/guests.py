@@ -1,10 +1,10 @@
 #!/usr/bin/env python3
 # SPDX-License-Identifier: GPL-2.0
-"""Guests whose images have layers in common: the memory that they take of this machine, and how long they take to boot.
+"""Guests whose images have layers in common: the memory of this machine that they use, and how long they take to boot.
 
-guests.py DIRECTORY KERNEL ACCELERATOR [WAY...], in the tool-chain root with the stock kernel at /kernel; KERNEL is what
-QEMU boots. DIRECTORY gets the images, and guests.json. A guest's image has the layers base and app, which all have, and
-one of its own. It boots from it, then reads all of it.
+guests.py DIRECTORY KERNEL ACCELERATOR [WAY...], in the tool-chain root with the stock kernel at /kernel. QEMU boots
+KERNEL. The images, until the end, and guests.json are in DIRECTORY. The image of each guest has the common layers base
+and app, and a layer of its own. Each guest boots from its image, then reads all files of the image.
 """
 
 import functools
@@ -25,10 +25,10 @@ from obdtest import guest, ktap
 
 MIB = 1 << 20
 COUNTS = (1, 2, 4)
-# Bytes of a file, and the files of each layer.
+# The bytes of each file, and the number of files that each layer adds.
 FILE, BASE, APP, OWN = 4 * MIB, 12, 8, 1
 DISK = 128 * MIB
-# MiB of a guest: enough for the page cache of all of its image.
+# The memory of a guest in MiB: enough to cache all of its image.
 MEMORY = 320
 
 
@@ -66,7 +66,7 @@ class Images:
         self.sums[os.path.basename(path)] = hashlib.md5(data).hexdigest()
 
     def _add(self, below, name, count, layers):
-        """Makes a disk, which is another one with so many more files, and the layer of them."""
+        """Makes a disk, a copy of the disk below with count more files, and the layer with these files."""
         run("cp", "--sparse=always", f"{below}.raw", f"{name}.raw")
         for nth in range(count):
             self._file(f"{name}-{nth}")
@@ -76,12 +76,12 @@ class Images:
 
     def _layer(self, name, below):
         base = [word for layer in below for word in ("--base", f"{layer}.lsmt")]
-        # The layers below have their own lengths until all are made.
+        # pad() changes the lengths of the layers only when all are made.
         run("obdsetup", "create", "--dax", *base, "--image", f"{name}.raw", f"{name}.lsmt")
         self.sizes[name] = os.path.getsize(f"{name}.lsmt")
 
     def pad(self):
-        """Pads the layers, as a pmem device has whole pages of 2 MiB."""
+        """Pads the layers to multiples of 2 MiB, the unit of pmem devices."""
         for name, size in self.sizes.items():
             os.truncate(f"{name}.lsmt", -(-size // guest.HUGE) * guest.HUGE)
         for name in os.listdir("."):
@@ -90,7 +90,8 @@ class Images:
                     os.fsync(file.fileno())
 
     def table(self, names, target):
-        """Returns a function that returns the line of a table for a guest with these layers."""
+        """Returns a function that takes the names of a guest's disks, which are these layers, and returns the table
+        line."""
         def line(disks):
             words = [word for disk, name in zip(disks, names) for word in (disk, str(self.sizes[name]))]
             return f"0 {DISK // 512} {target} {len(names)} {' '.join(words)}"
@@ -106,7 +107,7 @@ def image(_images, nth, **options):
     return {"files": [f"own{nth}.raw"], **options}
 
 
-# By name: what it is, and what makes the arguments of guest nth.
+# By name: a description, and a function that returns the arguments of guest.qemu() for guest nth.
 WAYS = {
     "pmem-layers": ("virtio-pmem, a device for each layer",
                     lambda images, nth: layers(images, nth, "lsmt-dax", pmem=True)),
@@ -119,13 +120,13 @@ WAYS = {
 
 
 def drop(path):
-    """Has the page cache forget a file."""
+    """Drops a file from the page cache."""
     with open(path, "rb") as file:
         os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
 def memory(guests):
-    """Returns what is measured, in MiB, while guests run."""
+    """Returns the figures of running guests, in MiB, by name."""
     maps = [one.mappings() for one in guests]
     files = {path for one in guests for path in one.files}
     rams = sum(one["ram"]["Rss"] for one in maps)
@@ -140,7 +141,8 @@ def memory(guests):
 
 
 def measure(images, way, counts, command):
-    """Starts guests one after the other. Returns figures by the number of guests, and the times of each."""
+    """Starts guests one after the other. Returns the memory figures by the number of guests, and the times of each
+    guest."""
     for name in os.listdir("."):
         if name.endswith((".raw", ".lsmt")):
             drop(name)

@@ -20,7 +20,7 @@
  *	0. Both threads are bound to the same CPU
  *
  * PLAN is a file of struct piece. It is read before the measurement starts.
- * beside starts again at its beginning when it ends.
+ * At the end of a plan, beside continues at its beginning.
  * Callers repeat commands, and drop caches between them, themselves.
  */
 #include <linux/bio.h>
@@ -42,7 +42,7 @@
 #include <linux/vmalloc.h>
 #include <linux/zstd.h>
 
-/* A read's memory is in pieces of this order, as in the page cache. */
+/* A read's memory is in chunks of this order, as in the page cache. */
 #define CHUNK_ORDER 4
 #define CHUNK_BYTES (PAGE_SIZE << CHUNK_ORDER)
 #define MAX_BYTES SZ_1M
@@ -56,8 +56,8 @@ static const char blanks[] = { ' ', '\n', '\0' };
 
 struct piece {
 	u64 offset;	/* bytes */
-	u32 len;	/* bytes to read, or that are stored */
-	u32 extra;	/* bytes of the block; number of the file */
+	u32 len;	/* bytes to read; codec: stored bytes of a block */
+	u32 extra;	/* codec: bytes of the block; file: number in LIST */
 };
 
 struct plan {
@@ -105,7 +105,7 @@ static int compare_u32(const void *a, const void *b)
 	return x < y ? -1 : x > y;
 }
 
-/* Writes the result. Sorts @times, in ns for each request, for that. */
+/* Writes the result. Sorts @times, the ns of each request, or NULL. */
 static void report(size_t count, u64 bytes, u64 ns, u32 *times)
 {
 	result_len = scnprintf(result, sizeof(result),
@@ -163,7 +163,7 @@ static int worker_run(void *data)
 	return 0;
 }
 
-/* Runs @job's work in its threads and reports. One thread is the caller. */
+/* Runs @job's work and reports. If there is one thread, it is the caller. */
 static int job_run(struct job *job)
 {
 	size_t count = job->plan.count;
@@ -377,7 +377,7 @@ out_plan:
 	return error;
 }
 
-/* A reader of small ranges, beside a thread that reads much. */
+/* A thread reads small ranges, while another one reads much. */
 
 struct beside {
 	struct plan plan, scan;
@@ -393,7 +393,7 @@ struct beside {
 	int error, scan_error;
 };
 
-/* What happens to a process when it returns from a system call. */
+/* Reschedules like a process that returns from a system call. */
 static void as_at_user_mode(void)
 {
 	if (need_resched() || test_thread_flag(TIF_NEED_RESCHED_LAZY))
@@ -430,7 +430,7 @@ static int scan_run(void *data)
 		at = (at + 1) % beside->scan.count;
 		as_at_user_mode();
 	}
-	/* Those that were never submitted are on the list, too. */
+	/* Slots that were never submitted are on the list, too. */
 	for (back = 0; back < depth; back++)
 		slot_get(&nodes, &list);
 	slots_free(slots, depth);
@@ -890,8 +890,9 @@ static ssize_t run_write(struct file *file, const char __user *data,
 	mutex_lock(&run_lock);
 	result_len = 0;
 	/*
-	 * Otherwise a worker would do what vfree() has postponed, with a system
-	 * call for each page on User-Mode Linux, during the measurement.
+	 * Unmap now what vfree() has postponed. Otherwise a worker would do so
+	 * during the measurement, with a system call for each page on
+	 * User-Mode Linux.
 	 */
 	vm_unmap_aliases();
 	error = run(line);

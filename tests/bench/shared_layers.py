@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: GPL-2.0
-"""Images with layers in common: what many of them cost.
+"""Images with layers in common: the memory, reads and time that many of them cost.
 
-Each image is an erofs with the same 8 files, and 2 of its own. They are layers of one file each, by obdsetup with private
-devices, with shared ones, and with shared ones and shared inodes; or, as peers, one plain file of erofs or of squashfs for
-each image, on a loop device. All of it is on an ext4 on a mapped device of a RAM disk, whose reads are counted.
+Each image is a file system with 8 files that all images have, and 2 of its own. With obdsetup, each file is a layer of
+an erofs, opened with private devices, with shared ones, and with shared ones and shared inodes. To compare, each image
+is also a plain file with an erofs or a squashfs, on a loop device. All files are on an ext4, on a mapped device over a
+RAM disk; the reads of the mapped device are counted.
 """
 
 import contextlib
@@ -23,10 +24,10 @@ from obdtest.memory import drop_caches, kernel_memory, meminfo
 
 KIB, MIB = 1 << 10, 1 << 20
 COMMON, OWN = 8, 2
-# Bytes of a file that all images have, and of one of an image's own.
+# The bytes of a file that all images have, and of a file that one image has.
 LARGE, SMALL = 512 * KIB, 64 * KIB
 NAME = "obdbench"
-# Milliseconds that each read of a slow disk takes.
+# The milliseconds that each read of the slow disk takes.
 DELAY = 5
 LOOP_CTL_REMOVE = 0x4C81
 
@@ -45,7 +46,7 @@ def timed(function, *args):
 
 
 def page_cache():
-    """KiB, that of files and that of block devices."""
+    """Returns the KiB of page cache of files and of block devices."""
     fields = meminfo()
     return fields["Cached"] + fields["Buffers"]
 
@@ -71,7 +72,7 @@ def content(path):
 
 
 def files(nth):
-    """What image nth is made of: names, and bytes."""
+    """Yields the name and content of each file of image nth."""
     for number in range(COMMON):
         yield f"common{number}", image.sample(LARGE, number)
     for number in range(OWN):
@@ -84,12 +85,12 @@ def write(path, data):
 
 
 class Store:
-    """A file system on the RAM disk `ram`, with the files of all images. A read of it takes `delay` milliseconds more."""
+    """A file system on the RAM disk `ram`, for the files of all images. Each read takes `delay` milliseconds longer."""
 
     def __init__(self, ram, delay=0):
         with open(f"/sys/block/{os.path.basename(ram)}/size", encoding="ascii") as file:
             sectors = int(file.read())
-        # RAM disks don't count what is read.
+        # RAM disks don't count reads, mapped devices do.
         target = ("delay", ram, 0, delay, ram, 0, 0) if delay else ("linear", ram, 0)
         self.disk, self.path = dm.create(dm.line(0, sectors, *target), readonly=False), f"/run/{NAME}"
         try:
@@ -101,12 +102,12 @@ class Store:
             raise
 
     def kib_read(self):
-        """KiB that were read of the disk."""
+        """Returns how many KiB were read from the disk."""
         with open(f"/sys/block/{os.path.basename(self.disk.path)}/stat", encoding="ascii") as file:
             return int(file.read().split()[2]) // 2
 
     def layers(self, nth):
-        """Files of the layers of image nth, lowest first."""
+        """Returns the files of the layers of image nth, lowest first. Makes those that don't exist."""
         paths = []
         for name, data in files(nth):
             path = f"{self.path}/{name}.obd"
@@ -126,7 +127,7 @@ class Store:
         os.unlink(f"{path}.tar")
 
     def file(self, nth, kind):
-        """Image nth as one file, an erofs or a squashfs."""
+        """Returns the file of image nth, an erofs or a squashfs. Makes it if it doesn't exist."""
         path, tree = f"{self.path}/image{nth}.{kind}", f"{self.path}/tree"
         if not os.path.exists(path):
             os.makedirs(tree, exist_ok=True)
@@ -148,14 +149,14 @@ def place(nth):
 
 
 def decompressed(word=""):
-    """Blocks that the zfile devices with `word` in their names have decompressed."""
+    """Returns how many blocks the zfile devices with `word` in their names have decompressed."""
     rows = run("dmsetup", "status", "--noflush", "--target", "zfile").splitlines()
     rows = [row for row in rows if " zfile " in row and word in row.split(":")[0]]
     return sum(int(row.split(" zfile ")[1].split()[7]) for row in rows)
 
 
 class Stacks:
-    """Images of layers, mounted."""
+    """Images of layers, opened by obdsetup with these options, and mounted."""
 
     def __init__(self, store, *options, mount=""):
         self.store, self.options, self.mount = store, options, mount
@@ -172,13 +173,13 @@ class Stacks:
         run("obdsetup", "close", f"{NAME}{nth}")
 
     def counted(self):
-        """By the module: blocks decompressed, and KiB of blocks kept."""
+        """Returns figures of the module: blocks decompressed, and KiB in the cache."""
         with open("/sys/module/dm_overlaybd/parameters/cache_bytes", encoding="ascii") as file:
             return {"blocks decompressed": decompressed(), "KiB of the module's cache": int(file.read()) // KIB}
 
 
 class Files:
-    """Images of one plain file each, mounted."""
+    """Images that are one plain file each, mounted."""
 
     def __init__(self, store, kind):
         self.store, self.kind = store, kind
@@ -194,12 +195,12 @@ class Files:
         os.unlink(self.store.file(nth, self.kind))
 
     def counted(self):
-        """Not by the kernel."""
+        """Returns nothing: the kernel does not count this for these file systems."""
         return {}
 
 
 def ways(store):
-    """The columns."""
+    """Returns the ways to open images, by their names in the results."""
     return {"private": Stacks(store, "--private"), "shared": Stacks(store),
             "inode_share": Stacks(store, mount=f",inode_share,domain_id={NAME}"),
             "erofs": Files(store, "erofs"), "squashfs": Files(store, "squashfs")}
@@ -211,18 +212,18 @@ def read(nth):
 
 
 def block_devices():
-    """How many mapped devices and loop devices are in use."""
+    """Returns the numbers of mapped devices and loop devices in use."""
     mapped = sum(name.startswith("dm-") for name in os.listdir("/sys/block"))
     return {"mapped devices": mapped, "loop devices": len(run("losetup", "--noheadings", "--list").splitlines())}
 
 
 def around(times, nth):
-    """Of how long it took, the median of the three that end with the nth."""
+    """Returns the median of the nth time, counted from 1, and of the two before it."""
     return round(statistics.median(times[max(nth - 3, 0):nth]), 3)
 
 
 def measure(store, way, count):
-    """Opens so many images, and reads all of each, in random order."""
+    """Opens count images, and reads all files of each, image by image in random order. Returns the figures by name."""
     for nth in range(count):
         os.makedirs(place(nth), exist_ok=True)
         way.prepare(nth)
@@ -251,7 +252,8 @@ def measure(store, way, count):
 
 
 def second(store, mode):
-    """What each of two images reads of the files that both have. With `mode`, the caches are set to it by hand."""
+    """Opens two images, and reads the common files from one, then from the other. Returns the figures of both. With
+    mode, sets the caches to this mode."""
     way, figures = Stacks(store), {}
     for nth in range(2):
         os.makedirs(place(nth), exist_ok=True)
@@ -265,7 +267,7 @@ def second(store, mode):
             run("dmsetup", "message", row.split()[0], "0", "cache", mode)
         drop_caches()
         for nth, which in enumerate(("first", "second")):
-            # Where they are is in layers that each has of its own.
+            # Read the metadata of the files first: it is in the layers that only this image has.
             for number in range(COMMON):
                 os.stat(f"{place(nth)}/common{number}")
             kib, blocks = store.kib_read(), decompressed("common")
@@ -279,7 +281,7 @@ def second(store, mode):
 
 
 def main(ram, counts, fact):
-    """Measures on the RAM disk `ram`; fact() takes a figure."""
+    """Measures on the RAM disk `ram`. Calls fact(name, value) with each figure."""
     store = Store(ram)
     try:
         for count in counts:

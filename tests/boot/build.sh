@@ -7,7 +7,7 @@ set -euo pipefail
 release=$1
 cd /srv
 
-# debugfs_of DIR: print commands that copy the directory into an ext4 file system.
+# debugfs_of DIR: print commands for debugfs that copy the directory into the file system.
 debugfs_of() {
 	local path mode
 	(cd "$1" && find . -mindepth 1 -printf '%P\n' | sort) | while read -r path; do
@@ -22,8 +22,8 @@ debugfs_of() {
 	done
 }
 
-# Layer 1 is the unchanged root. Layer 2 has the installed files, and a file that shows that it is used. In a tar
-# wrapper, a layer can be at the start of a larger partition.
+# Layer 1 is the unchanged root. Layer 2 has the installed files, and a file that shows that the layer is used. Both
+# are in a tar wrapper, so that they can be at the start of a larger partition.
 obdsetup create --tar --directory /mnt --fs ext4 --size 600m base.obd
 obdsetup export --output disk.raw base.obd
 debugfs_of /srv/stage >commands
@@ -38,7 +38,7 @@ ln base.obd app.obd store/
 mke2fs -q -t ext4 -d store store.img 250m
 truncate -s 64m cow.img
 
-# part NAME FILE: add a partition with the content of the file.
+# part NAME FILE: print a line for sfdisk for a partition that has room for the file, and add the file to `parts'.
 parts=()
 part() {
 	parts+=("$2")
@@ -66,10 +66,10 @@ depmod "$release"
 printf 'MODULES=list\nCOMPRESS=zstd\nCOMPRESSLEVEL=1\n' >/etc/initramfs-tools/conf.d/boot-test
 printf '%s\n' virtio_pci virtio_blk >/etc/initramfs-tools/modules
 
-# has FILE: whether the initramfs of initramfs-tools has obdsetup or the module.
+# has FILE: whether an initramfs made by initramfs-tools has obdsetup or the module.
 has() { lsinitramfs "$1" | grep -E '(^|/)usr/sbin/obdsetup$|dm_overlaybd'; }
 
-# dracut_wants: whether our dracut module asks to be included. dracut is told to include it below in any case.
+# dracut_wants: whether the project's dracut module asks to be included. Below, dracut is told to include it anyway.
 dracut_wants() (
 	require_binaries() { type -P "$@" >/dev/null; }
 	# shellcheck source=tools/initramfs/dracut/95overlaybd/module-setup.sh
@@ -77,8 +77,8 @@ dracut_wants() (
 	check
 )
 
-# initramfs-tools and dracut leave obdsetup out if nothing needs it. The initramfs to boot need it for a line of the
-# table.
+# initramfs-tools and dracut leave obdsetup out if nothing needs it. The guests' initramfs need it because of a line in
+# /etc/overlaybdtab.
 mv /etc/overlaybdtab /tmp/
 mkinitramfs -o /tmp/initrd "$release"
 ! has /tmp/initrd || exit

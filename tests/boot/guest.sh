@@ -1,7 +1,8 @@
 #!/bin/bash
 # SPDX-License-Identifier: GPL-2.0
 # Runs in the guest, from boot-test.service, when the system is up: checks the system, prints the results, and powers
-# off. The kernel's command line says what is above the stack (overlay or snapshot): boot-test=TYPE,STACK.
+# off. boot-test=TYPE,STACK on the kernel's command line gives the stack of the root file system, and the type of what
+# is above it, overlay or snapshot.
 
 here=/usr/share/boot-test
 IFS=, read -r type stack <<<"$(sed 's/.*boot-test=\([^ ]*\).*/\1/' /proc/cmdline)"
@@ -18,7 +19,7 @@ check() {
 	fi
 }
 
-# shellcheck disable=SC2317 # check calls it, and those below
+# shellcheck disable=SC2317 # check calls this function and those below
 root_is() {
 	local found
 	found=$(findmnt -nro FSTYPE,SOURCE /)
@@ -26,7 +27,7 @@ root_is() {
 	[ "$found" = "$1" ]
 }
 
-# stack_is NAME TARGETS: the stack has these targets, topmost first, and none has seen corruption.
+# stack_is NAME TARGETS: the stack has these targets, topmost first, and no target has found a corrupt block.
 stack_is() {
 	local found
 	obdsetup status "$1"
@@ -43,7 +44,7 @@ takes_writes() {
 		echo 3 >/proc/sys/vm/drop_caches && [ "$(cat /root/new)" = "$text" ] && [ ! -e "$file" ]
 }
 
-# entry_is NAME: the unit of the line is active, its device is mounted, and the files are right.
+# entry_is NAME: the unit of this line of overlaybdtab is active, its disk is mounted, and the files are correct.
 entry_is() {
 	systemctl status "systemd-overlaybdsetup@$(systemd-escape "$1").service"
 	systemctl is-active "systemd-overlaybdsetup@$(systemd-escape "$1").service" &&
@@ -51,7 +52,7 @@ entry_is() {
 		(cd "/data/$1" && sha256sum --check --quiet "$here/data.sums")
 }
 
-# goes NAME: stopping the unit removes the device; mounting it again brings it back.
+# goes NAME: stopping the unit removes the disk; starting the mount unit sets the disk up again.
 goes() {
 	local unit
 	unit=systemd-overlaybdsetup@$(systemd-escape "$1").service
@@ -60,7 +61,7 @@ goes() {
 		systemctl start "data-$(systemd-escape "$1").mount" && entry_is "$1"
 }
 
-# initrd_entry_stays: the unit leaves alone what the initramfs has set up.
+# initrd_entry_stays: the unit does not start, because the initramfs has already set up the stack.
 initrd_entry_stays() {
 	local state unit=systemd-overlaybdsetup@system.service
 	for state in LoadState=loaded ActiveState=inactive ConditionResult=no; do
@@ -71,7 +72,8 @@ initrd_entry_stays() {
 	[ "$(systemctl show -P ConditionTimestampMonotonic "$unit")" != 0 ] && obdsetup status system
 }
 
-# cow_is_taken: a device with the changes to the root file system isn't used for another image. This is said once.
+# cow_is_taken: a device with the changes to the root file system isn't used for another image. The message about that
+# is printed once.
 cow_is_taken() (
 	# shellcheck source=tools/initramfs/overlaybd.sh
 	. /usr/lib/overlaybd/initramfs.sh
@@ -85,8 +87,8 @@ cow_is_taken() (
 		[ ! -e /dev/mapper/extra-rw ]
 )
 
-# overlay_on_device: rd.overlaybd.overlay=DEVICE. A boot can have only one overlay, so this one is not in the
-# initramfs.
+# overlay_on_device: rd.overlaybd.overlay=DEVICE. A boot can have only one overlay, so this test calls the function of
+# the initramfs in the running system.
 overlay_on_device() (
 	# shellcheck source=tools/initramfs/overlaybd.sh
 	. /usr/lib/overlaybd/initramfs.sh
@@ -120,15 +122,15 @@ esac
 	check "multi-user.target is reached" systemctl is-active multi-user.target
 	check "root file system: $root" root_is "$root"
 	check "its stack has two compressed layers" stack_is "$stack" "lsmt zfile zfile"
-	check "the upper layer is there" grep -x upper /etc/boot-test-layer
+	check "the upper layer is used" grep -x upper /etc/boot-test-layer
 	check "checksums of files of the lower layer" sha256sum --check --quiet "$here/root.sums"
-	check "it takes writes" takes_writes
+	check "the root file system takes writes" takes_writes
 	check "overlaybdtab: files on the root file system" entry_is files
 	check "overlaybdtab: device, noauto, pulled in by fstab" entry_is on-part
 	check "a unit stops and starts" goes on-part
 	case $type in
 	overlay)
-		# If the initramfs had set it up, the unit would have left it alone.
+		# If the initramfs had set up the stack, the unit would not be active.
 		check "rd.overlaybdtab=no" systemctl is-active systemd-overlaybdsetup@system.service
 		check "an overlayfs on a device" overlay_on_device
 		;;

@@ -43,7 +43,7 @@ class Group:
         defer(self._remove)
 
     def _remove(self):
-        # A process leaves the group a short time after it was waited for.
+        # A process may be in the group for a short time after waitpid() has returned.
         for _ in range(100):
             try:
                 os.rmdir(self.path)

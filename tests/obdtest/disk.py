@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0
-"""Reads a block device by all kinds of reads, and compares the data with the expected content."""
+"""Reads block devices in several ways, and compares the data with the expected content."""
 
 import errno
 import fcntl
@@ -44,7 +44,7 @@ class Disk:
         return self.buffers[key]
 
     def read(self, offset, length):
-        """Reads whole sectors with direct I/O."""
+        """Reads whole sectors with direct I/O; offset and length are in bytes. Stops at the end of the device."""
         view = memoryview(self._buffer(length))[:length]
         done = 0
         while done < length:
@@ -55,7 +55,8 @@ class Disk:
         return bytes(view[:done])
 
     def read_pieces(self, offset, lengths, gap=512):
-        """Reads with one direct read into several buffers, gap bytes apart. The lengths are whole sectors."""
+        """Reads with one direct read into several buffers, which are gap bytes apart in memory. The lengths, in bytes,
+        are multiples of 512."""
         total = sum(lengths)
         area = memoryview(self._buffer(total + gap * (len(lengths) + 1)))
         pieces, at = [], gap
@@ -66,7 +67,7 @@ class Disk:
         return b"".join(bytes(piece) for piece in pieces)[:got]
 
     def read_buffered(self, offset, length):
-        """Reads any bytes through the page cache."""
+        """Reads any bytes through the page cache. Stops at the end of the device."""
         out = b""
         while len(out) < length:
             got = os.pread(self.buffered, length - len(out), offset + len(out))
@@ -81,7 +82,7 @@ class Disk:
 
 
 def fails_with(error, function, *args):
-    """Checks that a call fails with that errno."""
+    """Checks that a call fails with this errno."""
     try:
         function(*args)
     except OSError as caught:

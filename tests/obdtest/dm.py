@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: GPL-2.0
 """Mapped devices and loop devices, made with ioctls.
 
-No program runs for a device, so that hundreds of them are quick to make even in an emulated machine. The devices are
+Making a device runs no program, so hundreds of devices can be made quickly even in an emulated machine. The devices are
 removed at the end of the test that made them.
 """
 
@@ -39,8 +39,8 @@ def _ioctl(command, name, flags=0, data=b"", targets=0, event=0, room=16384):
                      name.encode(), b"")
     buf[header:header + len(data)] = data
     with open("/dev/mapper/control", "rb+", buffering=0) as control:
-        # fcntl.ioctl() would block the other threads for the whole call. An array type for each size is no
-        # alternative: several threads would create and drop such types at the same time.
+        # Not fcntl.ioctl(), which would block the other threads for the whole call. The buffer is passed as the address
+        # of one char: with an array type for each size, several threads would create and drop types at the same time.
         area = ctypes.c_char.from_buffer(buf)
         if _libc.ioctl(control.fileno(), (3 << 30) | (header << 16) | (0xFD << 8) | command, ctypes.addressof(area)):
             error = ctypes.get_errno()
@@ -106,7 +106,7 @@ class Device:
         _ioctl(_SUSPEND, self.name, SUSPEND | (NOFLUSH if noflush else 0))
 
     def status(self, kind=0, inactive=False):
-        """Returns the lines of the status. kind is 0 for INFO, TABLE or IMA."""
+        """Returns the lines of the status. kind is 0 (for INFO), TABLE or IMA."""
         flags = kind | (INACTIVE if inactive else 0)
         flags, _, targets, _, data = _ioctl(_TABLE_STATUS, self.name, flags)
         if flags & (1 << 8):
@@ -122,7 +122,7 @@ class Device:
         _ioctl(_TARGET_MSG, self.name, 0, struct.pack("=Q", sector) + text.encode() + b"\0")
 
     def deps(self):
-        """Returns the numbers of the devices below."""
+        """Returns the numbers (major:minor) of the devices that the table uses, sorted."""
         data = _ioctl(_DEPS, self.name)[4]
         count = struct.unpack_from("=I", data)[0]
         return sorted(f"{os.major(d)}:{os.minor(d)}" for d in struct.unpack_from(f"={count}Q", data, 8))
@@ -176,18 +176,21 @@ def create(*table, readonly=True):
 
 
 def linear(device, sectors, readonly=False):
-    """Returns a linear device over another device. Tests can replace its table."""
+    """Returns a linear device over the first `sectors` sectors of another device. Tests can replace the table of the
+    linear device."""
     return create(line(0, sectors, "linear", device.path, 0), readonly=readonly)
 
 
 def delayed(device, count, milliseconds):
-    """Returns a dm-delay device over so many sectors of another device. It passes reads on later, from a kernel thread."""
+    """Returns a dm-delay device over the first `count` sectors of another device. It passes each read on from a kernel
+    thread, after this number of milliseconds."""
     need_module("dm-delay")
     return create(line(0, count, "delay", device.path, 0, milliseconds))
 
 
 class Loop:
-    """A loop device over bytes in memory."""
+    """A loop device over a file in memory that begins with content. size, in bytes, is that of the file: by default,
+    whole pages of 4 KiB. block is the size of the logical blocks; direct is for direct I/O to the file."""
 
     def __init__(self, content, block=512, size=None, direct=False, readonly=True):
         self.fd = os.memfd_create("obdtest")
@@ -216,7 +219,7 @@ class Loop:
         self.size = os.fstat(self.fd).st_size
 
     def write(self, offset, content):
-        """Changes bytes of the backing file and drops the loop device's pages, unnoticed by devices above."""
+        """Changes bytes of the backing file, and drops the loop device's pages. The devices above do not notice."""
         write(self.fd, content, offset)
         with open(self.path, "rb", buffering=0) as loop:
             fcntl.ioctl(loop, 0x1261)
@@ -285,7 +288,7 @@ def sectors(size):
 
 
 def zfile(device, blob_bytes, size, target="zfile"):
-    """Returns a zfile device of size bytes on the first blob_bytes bytes (or -) of a device."""
+    """Returns a zfile device of size bytes, rounded up to sectors, on the first blob_bytes bytes (or -) of a device."""
     return create(line(0, max(sectors(size), 1), target, device.path, blob_bytes))
 
 

@@ -32,7 +32,7 @@ def read(path, start=0, length=-1):
 
 
 def write(path, content, at=None):
-    """Makes a file of these bytes, or changes a file at a place. Returns the path."""
+    """Makes a file of these bytes, or overwrites bytes of an existing file from byte `at` on. Returns the path."""
     with open(path, "wb" if at is None else "r+b") as file:
         file.seek(at or 0)
         file.write(content)
@@ -40,13 +40,13 @@ def write(path, content, at=None):
 
 
 def mount(device, where, options, kind=None):
-    """Mounts a device on a directory, which is made if it is missing, until the end of the test."""
+    """Mounts a device on a directory until the end of the test. Makes the directory if it is missing."""
     os.makedirs(where, exist_ok=True)
     run("mount", *(["-t", kind] if kind else []), "-o", options, device, where)
     defer(umount, where)
 
 
 def umount(where):
-    """Unmounts what is mounted there, if anything is."""
+    """Unmounts the file system that is mounted on a directory, if there is one."""
     if os.path.ismount(where):
         run("umount", where)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0
-"""Guests: QEMUs that this machine runs, their initrds, and the memory that they take of it.
+"""Guests: QEMU processes on this machine, their initrds, and the memory of this machine that they use.
 
 A guest's disks are pmem devices, one for each layer, or virtio-blk. Its initrd opens and mounts the image and runs a
 shell on the serial port, to which ask() sends commands.
@@ -28,8 +28,9 @@ KERNEL = os.environ.get("OBD_VM_KERNEL", "")
 RELEASE = os.environ.get("OBD_VM_RELEASE", os.uname().release)
 MODULES = os.environ.get("OBD_VM_MODULES", "/")
 
-# What the initrd does. In the guest's command line, obd.table is the line of a mapped device, obd.last the last disk,
-# for which it waits up to a second, obd.device what is mounted, and obd.mount are the options.
+# What the initrd does. In the guest's command line, obd.table is the table line of the mapped device, if there is one;
+# obd.last, the last disk, for which the initrd waits up to a second; obd.device, the device to mount; and obd.mount,
+# the mount options.
 INIT = r"""#!/bin/busybox sh
 export PATH=/bin DM_DISABLE_UDEV=1
 mount -t proc proc /proc
@@ -57,7 +58,7 @@ while read -r line; do
 done </dev/ttyS0
 """
 
-# The file "guest" of an image: what it runs.
+# The file "guest" of an image: the script that the guest runs from the mounted image.
 GUEST = r"""export PATH=/bin
 busybox mount -t proc proc /proc
 busybox mount -t sysfs sys /sys
@@ -66,7 +67,7 @@ busybox mount -t devtmpfs dev /dev
 
 
 def module_files(release, names):
-    """Returns the files of modules and of those that they need, in the order in which they are loaded."""
+    """Returns the files of modules and of the modules that they need, in the order in which they are loaded."""
     files = []
     for name in names:
         done = subprocess.run(["modprobe", "-d", MODULES, "-S", release, "--show-depends", name], capture_output=True,
@@ -85,8 +86,8 @@ def _libraries(program):
 
 
 def make_initrd(path, init, release, modules, programs=(), module=None):
-    """Makes an initrd with busybox, other programs, and modules: those of the kernel, and, if given, the file module.
-    /modules/order has their names in the order in which they are loaded."""
+    """Makes an initrd with busybox, other programs, and modules: the named ones of the kernel, the file `module` if it
+    is given, and all modules that these need. /modules/order has their names in the order in which they are loaded."""
     tree = f"{path}.tree"
     for name in ("bin", "modules", "proc", "sys", "dev", "mnt"):
         os.makedirs(f"{tree}/{name}")
@@ -127,8 +128,8 @@ def make_initrd(path, init, release, modules, programs=(), module=None):
 def qemu(kernel, initrd, files, pmem=True, table=None, memory=192, cache="writeback", accel="tcg"):
     """Returns the command of a guest that begins with INIT.
 
-    files are its disks: pmem devices if pmem is set, else virtio-blk. table is a function of the names of the disks that
-    returns a line of dmsetup, or None, if the file system is on the first disk.
+    files are its disks: pmem devices if pmem is set, else virtio-blk. table is a function that takes the names of the
+    disks and returns a table line for dmsetup; without `table`, the first disk is mounted. memory is in MiB.
     """
     disks = [f"/dev/pmem{nth}" if pmem else f"/dev/vd{'abcdefghij'[nth]}" for nth in range(len(files))]
     words = {"last": disks[-1], "device": "/dev/mapper/image" if table else disks[0],
@@ -158,7 +159,8 @@ def qemu(kernel, initrd, files, pmem=True, table=None, memory=192, cache="writeb
 
 
 class Guest:
-    """A QEMU whose serial port is its standard input and output. files are those that it maps, or has as disks."""
+    """A QEMU process whose standard input and output are the serial port of the guest. files are the files of its
+    disks."""
 
     def __init__(self, name, command, files, enter=None, timeout=600):
         self.name, self.files, self.timeout, self.rest = name, files, timeout * SLOW, ""
@@ -178,7 +180,7 @@ class Guest:
         while True:
             while "\n" in self.rest:
                 line, self.rest = self.rest.split("\n", 1)
-                # What the firmware says may be on the same line.
+                # Output of the firmware may be on the same line.
                 at = line.find(mark)
                 if at >= 0:
                     return before, line[at:].rstrip("\r")
@@ -192,7 +194,7 @@ class Guest:
             self.rest += got.decode("ascii", "replace")
 
     def boot(self, *marks):
-        """Waits for the marks. Returns the seconds since the start of QEMU at each."""
+        """Waits for each of the marks. Returns the seconds from the start of QEMU to each."""
         times = []
         for mark in marks:
             self.wait_for(mark)
@@ -200,12 +202,12 @@ class Guest:
         return times
 
     def send(self, command):
-        """Has the guest begin a command, the result of which answer() returns."""
+        """Starts a command in the guest. answer() waits for it and returns its output."""
         self.process.stdin.write(f"{command}\n".encode())
         self.process.stdin.flush()
 
     def answer(self):
-        """Returns the lines that a command has printed. Fails if it has failed."""
+        """Waits for the end of the command. Returns the lines that it has printed. Fails if it has failed."""
         lines, mark = self.wait_for("@status")
         if mark != "@status 0":
             raise Failure(f"{self.name}: {mark}: {' '.join(lines)}")
@@ -220,7 +222,8 @@ class Guest:
         return {row.split(":")[0]: int(row.split()[1]) for row in self.ask("busybox cat /proc/meminfo")}
 
     def mappings(self):
-        """Returns the fields of smaps in KiB, for its memory ("ram") and for each of its files that it maps."""
+        """Returns the fields of QEMU's smaps in KiB, for the guest's memory ("ram") and for each of `files` that QEMU
+        maps."""
         names = {os.path.realpath(path): path for path in self.files}
         found, fields = {}, {}
         with open(f"/proc/{self.pid}/smaps", encoding="utf-8") as file:
@@ -244,7 +247,7 @@ class Guest:
 
 
 def size_of(path):
-    """Returns the bytes of a file or of a block device."""
+    """Returns the size in bytes of a file or of a block device."""
     with open(path, "rb") as file:
         return file.seek(0, os.SEEK_END)
 

@@ -30,7 +30,7 @@ INVALID = struct.pack("<QQ", (1 << 50) - 1, 0)
 
 
 def crc32c(seed, data):
-    """Returns the CRC-32C without inversion."""
+    """Returns the CRC-32C without the inversions before and after it."""
     return _crc(seed, data, len(data))
 
 
@@ -92,7 +92,7 @@ def sample(size, seed=1):
 
 def zfile_struct(flags, index_offset=0, count=0, size=0, index_crc=0, block=4096, algorithm=LZ4, verify=1,
                  digest=True, **other):
-    """Returns a header or trailer."""
+    """Returns the header or trailer of a ZFile."""
     raw = bytearray(512)
     flags |= 16 if digest else 0
     struct.pack_into("<24sIIQQQQIIIBBBxIIB", raw, 0, MAGIC, 96, 0, flags, index_offset, count, size, index_crc,
@@ -103,7 +103,7 @@ def zfile_struct(flags, index_offset=0, count=0, size=0, index_crc=0, block=4096
 
 
 def zfile(data, algorithm=LZ4, block=4096, crc=True, overwrite=True, digest=True, compressor=None):
-    """Returns data as a ZFile. A compressor, if given, compresses the blocks."""
+    """Returns data as a ZFile. If compressor is given, this function compresses the blocks."""
     stored = []
     for at in range(0, len(data), block):
         piece = data[at:at + block]
@@ -126,7 +126,7 @@ def zfile_of(stored, size, algorithm=LZ4, block=4096, crc=True, overwrite=True, 
 
 
 class Zfile:
-    """A ZFile in memory, read as the format says."""
+    """A ZFile in memory, read as its format prescribes."""
 
     def __init__(self, raw):
         if raw[:24] != MAGIC:
@@ -171,7 +171,7 @@ def lsmt_entry(offset, length, moffset, zeroed=False, tag=0):
 
 
 def lsmt_struct(flags, virtual_size, index_offset=0, count=0):
-    """Returns a header or trailer."""
+    """Returns the header or trailer of an LSMT file."""
     raw = bytearray(4096)
     struct.pack_into("<24sIIQQQ", raw, 0, LSMT_MAGIC, 390, flags, index_offset, count, virtual_size)
     raw[132] = raw[133] = 1
@@ -189,7 +189,8 @@ def lsmt_of(entries, data, virtual_size, pad=True):
 
 
 def lsmt(virtual_size, extents, pad=True):
-    """Returns a layer of extents: (sector, bytes), or (sector, number of sectors) for zeroed ones."""
+    """Returns a layer with these parts of the disk: (sector, bytes), or (sector, number of sectors) if zeroed. A long
+    part becomes several segments."""
     entries, data = [], bytearray()
     for sector, what in sorted(extents, key=lambda extent: extent[0]):
         zeroed = isinstance(what, int)
@@ -205,7 +206,7 @@ def lsmt(virtual_size, extents, pad=True):
 
 
 class Lsmt:
-    """A layer in memory, bytes or a Zfile, read as the format says."""
+    """A layer in memory, bytes or a Zfile, read as its format prescribes."""
 
     def __init__(self, file):
         self.file = file
@@ -224,13 +225,14 @@ class Lsmt:
         return self.file[start:start + length]
 
     def extents(self):
-        """Yields (sector, bytes) for extents with data, (sector, length) for zeroed ones."""
+        """Yields (sector, bytes) for segments with data, (sector, number of sectors) for zeroed ones."""
         for offset, length, moffset, zeroed in self.entries:
             yield (offset, length if zeroed else self.read(moffset * 512, length * 512))
 
 
 def merge(layers):
-    """Merges layers, lowest first. Returns sorted (sector, length, layer, sector in the layer or None if zeroed)."""
+    """Merges layers, lowest first. Returns the segments, sorted: (sector, number of sectors, layer, sector in the
+    layer's file or None if zeroed)."""
     merged = []
     for layer in layers:
         upper = [(offset, length, layer, None if zeroed else moffset)
@@ -255,7 +257,7 @@ def merge(layers):
 
 
 def flatten(layers, size=None):
-    """Returns the disk of a stack of layers in memory, lowest first, computed in the simplest way."""
+    """Returns the content of the disk of these layers, lowest first, computed in the simplest way. size is in bytes."""
     if size is None:
         size = [layer.size for layer in layers if layer.size][-1]
     out = bytearray(-(-size // 512) * 512)
@@ -269,7 +271,7 @@ def flatten(layers, size=None):
 
 
 def random_layer(rng, virtual_size, count=60, longest=64, unit=1):
-    """Returns the extents of a random layer, aligned to unit sectors."""
+    """Returns the parts of the disk for a random layer, as lsmt() takes them, aligned to unit sectors."""
     total = virtual_size // 512 // unit
     marks = sorted(rng.sample(range(total), min(2 * count, total) // 2 * 2))
     extents = []

@@ -56,7 +56,8 @@ def _prepare(which, **settings):
 
 @functools.lru_cache
 def _module_text(_loaded):
-    """Returns the addresses of the module's code: its start, and its end at most. _loaded differs for each load."""
+    """Returns the start of the module's code, and an upper bound of its end. _loaded differs for each load of the
+    module, so that the cached result is not used for another load."""
     inside, outside = [], []
     with open("/proc/kallsyms", encoding="utf-8") as file:
         for row in file:
@@ -85,7 +86,7 @@ def possible():
 
 
 def requests(*devices, probability):
-    """Makes so many percent of the requests to devices fail. Returns the function that stops it."""
+    """Makes the given percentage of the requests to devices fail. Returns the function that stops the faults."""
     which = "fail_make_request"
     _prepare(which)
     for device in devices:
@@ -97,8 +98,8 @@ def requests(*devices, probability):
 
 
 def allocations(probability):
-    """Makes so many percent of the allocations fail that the module causes. Returns the function that stops it and
-    returns the number of faults."""
+    """Makes the given percentage of the allocations that the module causes fail. Returns the function that stops the
+    faults and returns their number."""
     _prepare_allocators(module_only=True)
     # Drop the pages in the pool: reads that reuse them don't allocate.
     _write("/proc/sys/vm/drop_caches", 2)
@@ -108,8 +109,8 @@ def allocations(probability):
 
 
 def contiguous_pages(order=1):
-    """Makes all allocations of this order and above fail that the module causes, as on fragmented memory. Returns the
-    function that stops it and returns the number of faults."""
+    """Makes the allocations of this order and above that the module causes fail, as if memory were fragmented. Returns
+    the function that stops the faults and returns their number."""
     _prepare_allocators(module_only=True)
     _write("/proc/sys/vm/drop_caches", 2)
     _set("fail_page_alloc", min_order=order, probability=100)
@@ -129,7 +130,7 @@ class Nth:
         os.pwrite(self.fd, b"%d" % number, 0)
 
     def disarm(self):
-        """Returns whether an allocation has failed."""
+        """Stops counting. Returns whether the armed allocation has failed."""
         left = int(os.pread(self.fd, 32, 0))
         os.pwrite(self.fd, b"0", 0)
         return left == 0

@@ -21,10 +21,10 @@ _tests = []
 _deferred = []
 _checks = 0
 
-# About how much slower kernels with checkers (kmemleak and KASAN, KCSAN) are.
+# The factor by which kernels with checkers (KASAN and kmemleak, or KCSAN) are slower, roughly.
 SLOW = 4 if any(os.path.exists(f"/sys/kernel/debug/{name}") for name in ("kmemleak", "kcsan")) else 1
 
-# Seconds after which a test fails by default.
+# Seconds after which a test fails by default; on slow kernels, SLOW times as many.
 TIMEOUT = 150
 
 
@@ -55,7 +55,7 @@ def defer(function, *args):
 
 
 def check(condition, what):
-    """Fails the test with the message what if condition is false."""
+    """Fails the test with the message `what` if condition is false."""
     global _checks
     _checks += 1
     if not condition:
@@ -95,7 +95,7 @@ def _short(value):
 
 
 def alone(function, *args):
-    """Calls a part of a test, then calls what it deferred."""
+    """Calls function, which is a part of a test, then the functions that it deferred."""
     level = len(_deferred)
     try:
         return function(*args)
@@ -106,7 +106,7 @@ def alone(function, *args):
 
 
 def _undo(level=0):
-    """Calls what was deferred since level. Returns the first error."""
+    """Calls the functions that were deferred since level. Returns the first error."""
     first = None
     while len(_deferred) > level:
         function, args = _deferred.pop()
@@ -118,7 +118,7 @@ def _undo(level=0):
 
 
 def _timeout(_signal, _frame):
-    raise Failure("not over in time")
+    raise Failure("timed out")
 
 
 def _explain(error):

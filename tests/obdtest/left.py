@@ -13,10 +13,10 @@ _LOCKS = "/run/obdsetup"
 
 
 def devices():
-    """Returns the UUIDs of obdsetup's mapped devices by their names, also of those without a table, and of
+    """Returns the UUIDs of obdsetup's mapped devices by their names, including devices without a table, and
     partitions."""
     rows = run("dmsetup", "info", "-c", "--noheadings", "--separator", "|", "-o", "name,uuid").splitlines()
-    # Without any device, there is a sentence.
+    # If there is no device, dmsetup prints a sentence instead.
     rows = [row.split("|") for row in rows if "|" in row]
     return {name: uuid for name, uuid in rows if "OVERLAYBD-" in uuid}
 
@@ -32,17 +32,18 @@ def loops():
 
 
 def own_loops(*paths):
-    """Returns the loop devices over files at or below these paths, and over what obdsetup has in memory."""
+    """Returns the loop devices over files at or below these paths, and those over files that obdsetup has in memory."""
     return {name: file for name, file in loops().items() if "obdsetup" in file or file.startswith(paths)}
 
 
 def locks(name=""):
-    """Returns the files of locks: of stacks whose names begin with that, and of devices."""
+    """Returns the lock files of the stacks whose names begin with name, and those of devices."""
     return sorted(glob.glob(f"{_LOCKS}/{name}*") + glob.glob(f"{_LOCKS}/.*"))
 
 
 def eventually(what, found, wanted):
-    """Waits until found() returns what is wanted."""
+    """Waits until found() returns the wanted value. Fails the test if that takes longer than 5 s (more on slow
+    kernels)."""
     got = None
     for _ in range(100 * SLOW):
         got = found()
@@ -53,8 +54,8 @@ def eventually(what, found, wanted):
 
 
 def nothing_left(*paths):
-    """Checks that obdsetup has left nothing. The loop devices are those over files at or below these paths, or, without
-    any, in the current directory."""
+    """Checks that obdsetup has left nothing behind. Of the loop devices, those over files at or below these paths count
+    (by default, the current directory)."""
     paths = paths or (os.getcwd(),)
     eventually("devices that are left", devices, {})
     eventually("loop devices that are left", lambda: own_loops(*paths), {})

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0
-"""The machine that the tests run in: plugging disks in and out.
+"""Disks of the machine in which the tests run: plugging them in and pulling them out.
 
 The test VM connects QEMU's monitor to a virtio port of the guest. Elsewhere, a Disk raises Skip.
 """
@@ -71,7 +71,7 @@ class Disk:
     count = 0
 
     def __init__(self, kind, content, bad_sectors=()):
-        # Scan only what is needed: a bus has 256 places, and scanning all takes long in an emulated machine.
+        # Scan only the place of the disk: a bus has 256 places, and scanning all takes long in an emulated machine.
         for module, *options in {"nvme": [("nvme",)],
                                  "scsi": [("scsi_mod", "scan=manual"), ("virtio_scsi",), ("sd_mod",)]}[kind]:
             need_module(module, options=options)
@@ -142,6 +142,6 @@ class Disk:
 
 
 def linear(disk):
-    """Returns a linear device over a disk, to compare its errors with those of the targets."""
+    """Returns a linear device over a disk, so that its errors can be compared with those of the targets."""
     with open(f"/sys/block/{disk.name}/size", encoding="ascii") as file:
         return dm.linear(disk, int(file.read()), readonly=True)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0
-"""Measures the kernel's memory, to find leaks; and a process that uses up all memory."""
+"""Measures the kernel's memory, to find leaks. Starts a process that uses up all memory."""
 
 import mmap
 import os
@@ -20,8 +20,8 @@ def page_cache():
 
 
 def _on_cpu_lists():
-    """Returns the KiB of free memory that aren't in MemFree: each CPU keeps some, tens of MiB after much was
-    freed."""
+    """Returns the KiB of free memory that MemFree does not include: each CPU has lists of free pages, with tens of MiB
+    after much memory was freed."""
     with open("/proc/zoneinfo", encoding="ascii") as file:
         return sum(int(row.split()[1]) for row in file if row.split()[:1] == ["count:"]) * 4
 
@@ -41,8 +41,8 @@ def kernel_memory():
 
 
 def grown_after(rounds, function, *args):
-    """Returns the growth of kernel memory over so many rounds in KiB: the lowest of three tries, as others use
-    memory, too."""
+    """Calls function rounds times. Returns by how many KiB the kernel's memory has grown: the lowest result of up to
+    three tries, since other users of memory add to it."""
     grown = []
     for _ in range(3):
         alone(function, *args)
@@ -56,7 +56,8 @@ def grown_after(rounds, function, *args):
 
 
 def hog(leave):
-    """Starts a process that takes all memory but so many KiB until it is killed. Returns its number."""
+    """Starts a process that uses up all memory except for about `leave` KiB, until it is killed. Returns its process
+    ID."""
     child = os.fork()
     if child:
         return child

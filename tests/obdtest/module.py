@@ -13,7 +13,7 @@ _FINIT_MODULE = {"x86_64": 313, "aarch64": 273}
 
 
 def use_count():
-    """Returns how many targets use the module."""
+    """Returns the reference count of the module: each target of a table has one, for example."""
     with open(f"{MODULE}/refcnt", encoding="ascii") as file:
         return int(file.read())
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0
-"""Malformed images: valid ones of every kind, each changed in one way. Every run makes the same ones.
+"""Malformed images: valid ones of every kind, each changed in one way. Every run makes the same images.
 
 A case is a name that describes the change, a target, and the blobs of its disk. If a digest or CRC covers the change,
 there are two cases: one with wrong checksums, and one with correct checksums, which tests the checks that follow.
@@ -36,7 +36,7 @@ class Case(NamedTuple):
 # ---- values ----
 
 def _values(old, bits, others=()):
-    """Yields (name, value) for a changed field of some bits."""
+    """Yields (name, value) for changes of a field that has the value old and this number of bits."""
     top = (1 << bits) - 1
     wanted = [("0", 0), ("1", 1), ("max", top), ("max/2", top >> 1), ("sign", 1 << bits - 1), ("+1", old + 1),
               ("-1", old - 1), ("negated", -old)]
@@ -51,7 +51,7 @@ def _values(old, bits, others=()):
 
 
 def _bytes_values(old):
-    """Yields (name, bytes) for a changed field that is no number."""
+    """Yields (name, bytes) for changes of a field that is not a number."""
     for name, new in (("0", bytes(len(old))), ("max", b"\xff" * len(old)), ("swapped", old[::-1]),
                       ("first bit", bytes([old[0] ^ 1]) + old[1:]), ("last bit", old[:-1] + bytes([old[-1] ^ 0x80]))):
         if new != old:
@@ -82,7 +82,7 @@ def _fields(raw, at, fields, others):
 
 
 def _cuts(raw, edges):
-    """Yields (name, blob) cut at the edges of structures, and a byte before and after them."""
+    """Yields (name, blob) cut at each edge of a structure, a byte before it, and a byte after it."""
     seen = set()
     for name, edge in edges:
         for by in (-1, 0, 1):
@@ -141,16 +141,16 @@ class _Zfile:
         return raw
 
     def digest_of(self, raw, at):
-        """Returns raw with a correct digest in the structure at byte at."""
+        """Returns raw with a correct digest in the structure that begins at byte `at`."""
         block = raw[at:at + 28] + bytes(4) + raw[at + 32:at + 512]
         return _put(raw, at + 28, struct.pack("<I", image.crc32c(0, block)))
 
     def of(self, stored, **other):
-        """Returns the ZFile with other blocks."""
+        """Returns the ZFile with other stored blocks."""
         return image.zfile_of(stored, len(self.data), **{**self.options, **other})
 
     def seal(self, payload):
-        """Returns a stored block, with its CRC."""
+        """Returns the stored block of a payload: with a CRC, if the ZFile has CRCs."""
         return payload + (struct.pack("<I", image.crc32c(image.BLOCK_SEED, payload)) if self.crc else b"")
 
     def with_index(self, lengths):
@@ -184,7 +184,7 @@ def _zfile_structs(zf):
             covered = zf.digest and not name.startswith("digest") and raw[at + 32] & 16
             if covered:
                 yield f"{struct_name}.{name}, digest fixed", zf.digest_of(raw, at)
-            # The digest detects any change; test only some of each field.
+            # The digest detects any change, so test only some changes of each field.
             if not covered or name.endswith(("=0", "=1", "=max", "=+1", "swapped")):
                 yield f"{struct_name}.{name}", raw
     # Fields that must agree, changed together.
@@ -242,7 +242,7 @@ def _zfile_index(zf):
 
 
 def _lz4_blocks(length):
-    """Yields (name, payload) of invalid LZ4 blocks. Some are valid or not depending on the decoder."""
+    """Yields (name, payload) of invalid LZ4 blocks. Some decoders accept some of them."""
     tail = b"\x50abcde"
 
     def run(extra):
@@ -301,7 +301,7 @@ def _zstd_frame(blocks, size=None, window=None, unused=0, checksum=b"", dictiona
 
 
 def _zstd_blocks(length):
-    """Yields (name, payload) of invalid zstd frames. Some are valid or not depending on the decoder."""
+    """Yields (name, payload) of invalid zstd frames. Some decoders accept some of them."""
     good = [(1, length, b"R")]
     width = (4, length)
     skip = struct.pack("<II", 0x184D2A50, 4) + b"skip"
@@ -452,7 +452,8 @@ def _lsmt_structs(la):
 
 
 def _lsmt_entries(la, full=True):
-    """Yields (name, blob) with entries changed in every way; with full unset, mostly those of one entry."""
+    """Yields (name, blob) with entries changed in every way. With full unset, the fields of only one entry are
+    changed."""
     limit, index = 1 << 50, la.index_offset // 512
     for nth in sorted({0, 1, la.used // 2, la.used - 1} if full else {1}):
         word = int.from_bytes(la.entries[nth], "little")
@@ -547,7 +548,7 @@ def _tar_structs(raw, headers):
                 continue
             if not name.startswith("chksum"):
                 yield f"{struct_name}.{name}, checksum fixed", _checksum(new, at)
-            # The checksum detects any change; test only some of each field.
+            # The checksum detects any change, so test only some changes of each field.
             if name.startswith("chksum") or name.endswith(("=0", "=max", "swapped")):
                 yield f"{struct_name}.{name}", new
 
@@ -614,7 +615,7 @@ def _content(size, seed):
 
 
 def _extents(seed, zeroed=True):
-    """Returns extents in 64 KiB: data, holes and, if wanted, zeros."""
+    """Returns parts of a disk of 64 KiB: with data, and, if zeroed is set, a zeroed one. Between them are holes."""
     data = _content(24 << 10, seed)
     extents = [(0, data[:4096]), (10, data[4096:5632]), (16, data[5632:12800]), (40, data[12800:13312]),
                (64, data[13312:21504]), (100, data[21504:])]
@@ -685,7 +686,8 @@ def _tar_mutants(raw, headers, data, rng):
 
 
 def _zlsmt(layer, rng, structs=True, **options):
-    """Yields (name, blob) of layers in a ZFile: the layer is malformed, or a block is corrupt."""
+    """Yields (name, blob) of layers in a ZFile. In each, the layer is malformed, a block is corrupt, or bits are
+    flipped."""
     for name, raw in [*(_lsmt_structs(layer) if structs else ()), *_lsmt_entries(layer, full=structs)]:
         if not name.startswith(("header", "trailer.uuid", "trailer.parent", "trailer.user", "trailer.rest")):
             yield f"inside: {name}", image.zfile(raw, **options)

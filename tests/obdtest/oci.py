@@ -10,7 +10,7 @@ LAYER = "application/vnd.oci.image.layer.v1.tar"
 
 
 class Layout:
-    """An OCI image layout of one image."""
+    """An OCI image layout with one image, whose layers are these tars."""
 
     def __init__(self, root, tars, command=("/bin/true",), env=()):
         self.root = root

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: GPL-2.0
-"""Programs that tests run, obdsetup among them; what they need to run; and those that still run."""
+"""Runs obdsetup and other programs, checks that programs and kernel modules exist, and finds programs that still
+run."""
 
 import contextlib
 import glob
@@ -23,7 +24,7 @@ def _run(command, options):
 
 
 def run(*command, **options):
-    """Runs a program, which must succeed. Returns its standard output. This alone is no check of a test."""
+    """Runs a program, which must succeed. Returns its standard output. Does not count as a check of the test."""
     done = _run(command, options)
     if done.returncode:
         raise Failure(f"{' '.join(command)}: status {done.returncode}: {done.stderr.strip() or done.stdout.strip()}")
@@ -65,7 +66,7 @@ def need_module(*names, options=()):
 
 
 def running():
-    """Returns the command lines of all that run, without those that udevd has started."""
+    """Returns the command lines of the programs in _NAMES that run, without those that udev's rules run."""
     found = []
     for path in glob.glob("/proc/[0-9]*/cmdline"):
         with contextlib.suppress(OSError):

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: GPL-2.0
-"""A strict reader of blobs: which images must be refused, and with which phrase; which blocks are corrupt; the data.
+"""A strict reader of blobs. It tells which images must be refused, and with which phrase, which blocks are corrupt, and
+what the data is.
 
-It implements Documentation/formats and shares no code with the module and obdsetup, so that it finds checks that both
-of them lack. It is slow: use it for images of some KiB.
+It implements Documentation/formats and shares no code with the module and obdsetup, so it finds checks that both of
+them lack. It is slow: use it for images of some KiB.
 """
 
 import re
@@ -255,7 +256,7 @@ class Layer:
 # ---- disks ----
 
 class Disk:
-    """The device on blobs: its size in bytes, and the result of reading any sector.
+    """The device that a target makes of blobs: its size in bytes, and the result of reading any sector.
 
     Pieces are (first sector, sectors, bytes or None). None means that the sectors are in one corrupt block.
     """
@@ -270,7 +271,7 @@ class Disk:
         raise NotImplementedError
 
     def windows(self):
-        """Returns ranges of sectors (start, end) to be tested: all of a small disk."""
+        """Returns the ranges of sectors (start, end) to test: all of the disk if it is small."""
         return [(0, self.sectors())] if self.size else []
 
     def pieces(self):

@@ -25,11 +25,12 @@ APP = random.Random(92).randbytes(500 << 10)
 
 
 def recipe(title):
-    """Returns the command blocks of a section: those that follow text, which excludes diagrams."""
+    """Returns the command blocks of a section: the literal blocks after text that ends with a double colon. Diagrams
+    follow a double colon alone, so they are not included."""
     with open(DOCUMENT, encoding="ascii") as file:
         text = file.read()
     start = re.search(rf"^{re.escape(title)}.*\n[=-]+$", text, re.MULTILINE)
-    check(start, f"there is a recipe: {title}")
+    check(start, f"there is no recipe {title}")
     body = re.split(r"^.+\n[=-]{4,}$", text[start.end():], maxsplit=1, flags=re.MULTILINE)[0]
     return re.findall(r"\S::\n\n((?:    .*\n|\n)+)", body)
 
@@ -47,7 +48,7 @@ def sh(script, timeout=60):
 
 
 class Work:
-    """A directory with two layers for the commands, and the expected content."""
+    """A directory with two layers, base.obd and app.obd, for the commands, and the expected content."""
 
     made = None
 
@@ -78,7 +79,7 @@ class Work:
         return [read(name) for name in ("base.obd", "app.obd", "disk.raw")]
 
     def down(self):
-        """Removes what a failed test has left."""
+        """Removes the devices and the mount that a failed test has left."""
         quietly("umount", "/mnt")
         # The names don't show which device is above which, so go over them twice.
         for name in DEVICES * 2:
@@ -87,18 +88,19 @@ class Work:
                 quietly("dmsetup", "remove", name)
 
     def same(self, name="app"):
-        """Checks that the device has the content of the source, and so have its files, if mounted."""
+        """Checks that the device has the expected content. If it is mounted on /mnt, checks the files, too."""
         same_bytes(whole(name), self.disk, f"content of {name}")
         if os.path.ismount("/mnt"):
             equal(digest(read("/mnt/data") + read("/mnt/app")), digest(DATA + APP), "files in it")
 
     def same_base(self):
-        """Does the same for a device of the lower layer alone."""
+        """Checks the content of `base`, a device with the lower layer alone, and its files in /mnt."""
         same_bytes(whole("base"), image.flatten([image.Lsmt(image.Zfile(self.base))]), "content of base")
         equal(digest(read("/mnt/data") + read("/mnt/text")), digest(DATA + TEXT), "files in it")
 
     def pieces(self, name="app"):
-        """Returns how many pieces of a device read correctly and how many fail with EIO. Fails on wrong data."""
+        """Reads a device in pieces of 64 KiB. Returns how many read correctly and how many fail with EIO. Fails on
+        wrong data."""
         disk = Disk(f"/dev/mapper/{name}")
         right = failed = 0
         for at in range(0, SIZE, PIECE):
@@ -145,7 +147,8 @@ def nothing_left():
 
 
 def main_in_vm(main):
-    """Runs the tests in the VM, where nothing else uses the commands' names."""
+    """Runs the tests, but only in the test VM: elsewhere, the names of devices and hosts in the recipes may be in
+    use."""
     if "OBD_VM" not in os.environ:
         skip_all("the recipes' names of devices and hosts are free in the test VM only")
     # cargo install puts programs here.

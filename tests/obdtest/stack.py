@@ -5,13 +5,14 @@ from . import dm, image
 
 
 def layer(raw):
-    """Returns the layer in a blob, for reading in memory."""
+    """Returns the layer in a blob, to read it in memory."""
     inner = image.unwrap(raw)
     return image.Lsmt(image.Zfile(inner) if inner[:24] == image.MAGIC else inner)
 
 
 def open_layer(raw, **options):
-    """Returns a blob as (device, bytes). The device is a zfile device if the blob is a ZFile."""
+    """Returns (device, bytes) of a blob, as dm.lsmt() takes them. The device is a zfile device if the blob is a
+    ZFile."""
     loop = dm.Loop(raw, **options)
     inner = image.unwrap(raw)
     if inner[:24] != image.MAGIC:

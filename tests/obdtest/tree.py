@@ -1,11 +1,10 @@
 # SPDX-License-Identifier: GPL-2.0
-"""Random trees of files with all metadata that Linux has for files, and what a reader sees of a tree."""
+"""Makes random trees of files with all metadata that Linux has for files. Reads the properties of a tree's files."""
 
 import errno
 import hashlib
 import os
 import random
-import socket
 import stat
 import struct
 
@@ -147,7 +146,7 @@ class Maker:
 
 
 def data_blocks(path, size):
-    """Returns the blocks in which a file has data, not holes."""
+    """Returns the numbers of the 4 KiB blocks in which a file has data, not holes."""
     blocks = []
     with open(path, "rb") as file:
         at = 0
@@ -167,14 +166,14 @@ def data_blocks(path, size):
 
 
 def non_zero_blocks(path):
-    """Returns the blocks that are not all zeros."""
+    """Returns the numbers of the 4 KiB blocks that are not all zeros."""
     with open(path, "rb") as file:
         blocks = iter(lambda: file.read(BLOCK), b"")
         return [nth for nth, block in enumerate(blocks) if any(block)]
 
 
 def look(path):
-    """Returns the properties of a file, apart from other times than mtime and its other names."""
+    """Returns the properties of a file, except for its other names, atime and ctime."""
     status = os.lstat(path)
     names = os.listxattr(path, follow_symlinks=False)
     seen = {
@@ -193,7 +192,7 @@ def look(path):
 
 
 def manifest(root):
-    """Returns the properties of everything in a tree, by path, without lost+found."""
+    """Returns the properties of all files and directories of a tree, by path, without lost+found."""
     root = os.fsencode(root)
     seen, inodes = {}, {}
     for place, directories, files in os.walk(root):

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: GPL-2.0
-"""systemd-udevd with the project's rules, as on other machines; the test VM runs without udevd.
+"""systemd-udevd with the project's rules, as on other machines; the test VM normally runs without udevd.
 
-start() also reverts what the VM's set-up has configured for programs because udevd is missing: DM_DISABLE_UDEV for
-libdevmapper, and LVM's lvmlocal.conf. At the end of the script, udevd stops and the configuration is restored.
+start() also reverts the settings that the VM has because udevd does not run there: DM_DISABLE_UDEV for libdevmapper,
+and LVM's lvmlocal.conf. At the end of the script, udevd stops and the configuration is restored.
 """
 
 import atexit

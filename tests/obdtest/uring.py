@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0
-"""Reads through io_uring, one at a time, with its system calls."""
+"""Reads through io_uring, one at a time, with the system calls instead of liburing."""
 
 import ctypes
 import mmap
@@ -24,7 +24,7 @@ def _call(number, *args):
 
 
 class Ring:
-    """A ring of one entry that reads into a buffer of its own."""
+    """A ring of one entry, with a buffer of `room` bytes for the data."""
 
     def __init__(self, room):
         params = bytearray(120)
@@ -45,7 +45,7 @@ class Ring:
         return struct.unpack_from("=I", self.rings, offset)[0]
 
     def submit(self, fd, offset, length, flags=0):
-        """Starts a read. Returns immediately if the kernel doesn't block."""
+        """Starts a read of length bytes at offset; flags are those of preadv2(). Does not wait for its end."""
         address = ctypes.addressof(ctypes.c_char.from_buffer(self.area))
         tail = self._get(self.tail)
         slot = tail & self._get(self.mask)

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: GPL-2.0
 """Malformed images with the expected results, computed once and stored in files.
 
-The strict reader computes the expected result of a case. obdsetup then runs on it as a user would run it; both must
-agree. That takes thousands of processes, so scripts/vm.sh does it before the emulated machine starts.
+The strict reader computes the expected result of each case. Then obdsetup reads the case, as a user would run it, and
+its result must be the same. That takes thousands of processes, so scripts/vm.sh does it before the VM starts.
 """
 
 import hashlib
@@ -60,7 +60,7 @@ _FIELDS = {
 
 
 class Refused(NamedTuple):
-    """The kernel makes no device and logs this phrase. told is what obdsetup prints: field, byte, expected."""
+    """The kernel refuses the table and logs this phrase. told is what obdsetup prints: field, byte, expected."""
 
     phrase: str
     told: tuple
@@ -76,7 +76,8 @@ class Disk(NamedTuple):
 
 
 class Verdict(NamedTuple):
-    """A case, the size of each layer that is a ZFile, the expected result, and how obdsetup differs from it."""
+    """A case, the size of each layer that is a ZFile (see _zfile_size), the expected result, and how the result of
+    obdsetup differs from it, or None."""
 
     case: mutate.Case
     zfiles: tuple
@@ -88,7 +89,7 @@ def told(message):
     """Returns (field, byte, expected) of a message about a fault by obdsetup or the kernel, or None."""
     special = {"image is truncated": r".*bytes wanted at byte (\d+) are", "bytes are wanted at": r".*wanted at byte (\d+)",
                "the file is empty": r"()", "a ZFile in a ZFile": None, "not an OverlayBD layer": None}
-    # obdsetup can put an explanation first; the fault is in parentheses then.
+    # If obdsetup prints an explanation first, the fault follows in parentheses.
     detail = re.search(r" \(((?:zfile|lsmt|tar) [^()]*)\)$", message)
     message = detail[1] if detail else message
     for start, place in special.items():
@@ -210,7 +211,8 @@ def _obdsetup():
 
 
 class _Packed:
-    """The verdicts of a kind. Blobs and contents are stored as differences from the first ones."""
+    """The verdicts of a kind. Blobs are stored as differences from those of the first case; pieces with the same data
+    as the first readable disk are left out."""
 
     def __init__(self, verdicts):
         self.blobs = verdicts[0].case.blobs
@@ -258,7 +260,7 @@ class _Packed:
 
 
 def kinds():
-    """Returns the kinds of images. Makes the verdicts if there are none for the present key."""
+    """Returns the kinds of images. Computes the verdicts if there are none for the present key."""
     directory = f"{BUILD}/verdicts-{_key()}"
     if not os.path.exists(directory):
         _make(directory)

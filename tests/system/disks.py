@@ -1,9 +1,9 @@
 #!/usr/bin/env python3
 # SPDX-License-Identifier: GPL-2.0
-"""Whole disks: obdsetup open --partitions makes devices of what a partition table has, and takes them down with the
-disk, after a kill, too; a chain of qcow2 images becomes a stack, and a stack such a chain, byte for byte.
+"""Whole disks. `obdsetup open --partitions' makes a device for each partition; close removes them with the disk, also
+after a kill. A chain of qcow2 images becomes a stack with the same bytes, and a stack becomes such a chain.
 
-OBD_KILLS is the number of kills, and OBD_SEED says when they come.
+OBD_KILLS is the number of kills. OBD_SEED determines their times.
 """
 
 import glob
@@ -37,12 +37,12 @@ disk.raw2 : start=14336, size=16384, type=5
 disk.raw5 : start=16384, size=1024
 disk.raw6 : start=20480, size=2048
 """
-# Seconds for a test, on a machine that does other things, too.
+# Time limit of a test in seconds, on a machine that runs other programs, too.
 LONG = 600
 
 
 def refused(status, said, *args):
-    """It is refused with these words, and nothing is left."""
+    """Checks that a command fails with this exit status and message, and leaves nothing behind."""
     _, err = obdsetup(*args, status=status)
     check(said in err, f"obdsetup {' '.join(args)} said: {err.strip()}")
     nothing_left()
@@ -58,13 +58,13 @@ def nothing_left():
 
 
 def clear():
-    """Takes down what a failed test has left."""
+    """Removes the mount and the devices that a failed test has left."""
     quietly("umount", "mnt")
     left.clear(NAME)
 
 
 def work():
-    """A directory of its own."""
+    """Changes to a new directory with the mount point `mnt` until the end of the test."""
     enter_work_directory()
     defer(clear)
     os.mkdir("mnt")
@@ -72,7 +72,7 @@ def work():
 
 
 def disk_of(table, size=SIZE, *options):
-    """Makes disk.raw with a partition table, and noise in its partitions; the content."""
+    """Makes disk.raw with a partition table, and sample data in its partitions. Returns the content."""
     write("disk.raw", image.sample(size, 7))
     write("disk.raw", bytes(MIB), at=0)
     write("disk.raw", bytes(64 << 10), at=size - (64 << 10))
@@ -81,12 +81,12 @@ def disk_of(table, size=SIZE, *options):
 
 
 def layer():
-    """Makes base.obd of disk.raw."""
+    """Makes the layer base.obd of disk.raw."""
     obdsetup("create", "--raw", "--image", "disk.raw", "--skip-zeros", "--force", "base.obd")
 
 
 def file_system(start, size):
-    """Makes an ext4 with a file in the partition of disk.raw that has these sectors."""
+    """Makes an ext4 with a file in the partition of disk.raw with this first sector and number of sectors."""
     os.makedirs("tree", exist_ok=True)
     write("tree/file", b"what is in the file")
     run("mkfs.ext4", "-q", "-F", "-d", "tree", "-L", "obdtest-fs", "-U", "6f626474-0000-4000-8000-0000000000aa", "-E",
@@ -98,7 +98,7 @@ def status(code=0):
 
 
 def links(*names):
-    """They lead to the partitions."""
+    """Checks that each link in /dev/disk leads to its partition."""
     udevd.settle()
     for place, name in names:
         equal(os.path.realpath(f"/dev/disk/{place}"), os.path.realpath(f"{DISK}-{name}"), place)
@@ -130,7 +130,7 @@ def gpt():
     check("not in use\n" in text and f"partition 1: {DISK}-part1, " in text, text)
     [row] = [row for row in json.loads(obdsetup("list", "--json")[0]) if row["name"] == NAME]
     equal(row["partitions"], wanted, "partitions of list")
-    check("  1,2         -\n" in obdsetup("list")[0], "list")
+    check("  1,2         -\n" in obdsetup("list")[0], "list does not show the partitions")
 
     run("mount", "-o", "ro", f"{DISK}-part1", "mnt")
     equal(read("mnt/file"), b"what is in the file", "file")
@@ -149,7 +149,7 @@ def gpt():
     nothing_left()
 
 
-@test("file systems in partitions that were not unmounted cleanly are noted, but not where the disk takes writes")
+@test("open notes file systems in partitions that were not unmounted cleanly, but not if the disk takes writes")
 def journals():
     work()
     disk_of(GPT)
@@ -159,7 +159,7 @@ def journals():
     _, err = obdsetup("open", "--partitions", NAME, "base.obd")
     equal(err, f"obdsetup: note: the ext4 file system on {DISK}-part1 was not unmounted cleanly, and a read-only device "
           "cannot replay its journal: mount -o ro,noload shows it without what is in the journal\n", "what open says")
-    check(quietly("mount", "-o", "ro", f"{DISK}-part1", "mnt"), "a mount without noload fails")
+    check(quietly("mount", "-o", "ro", f"{DISK}-part1", "mnt"), "a mount without noload succeeded")
     run("mount", "-o", "ro,noload", f"{DISK}-part1", "mnt")
     equal(read("mnt/file"), b"what is in the file", "file")
     run("umount", "mnt")
@@ -173,7 +173,7 @@ def journals():
     nothing_left()
 
 
-@test("close --deferred: a partition in use keeps the disk until it no longer is")
+@test("close --deferred: the disk and a partition in use stay until the partition is closed")
 def deferred():
     work()
     disk_of(GPT)
@@ -181,11 +181,11 @@ def deferred():
     obdsetup("open", "--partitions", NAME, "base.obd")
     with open(f"{DISK}-part2", "rb"):
         obdsetup("close", "--deferred", NAME)
-        check(os.path.exists(f"{DISK}-part2") and not os.path.exists(f"{DISK}-part1"), "what is left")
+        check(os.path.exists(f"{DISK}-part2") and not os.path.exists(f"{DISK}-part1"), "partitions that are left")
     nothing_left()
 
 
-@test("a DOS partition table, logical partitions; sectors of 4096 bytes; the copy of a GUID partition table")
+@test("a DOS partition table with logical partitions; sectors of 4096 bytes; the backup of a GUID partition table")
 def tables():
     work()
     content = disk_of(DOS)
@@ -205,12 +205,12 @@ def tables():
     write("disk.raw", b"xx", at=512)
     layer()
     obdsetup("open", "--partitions", NAME, "base.obd")
-    equal(len(nodes()), 3, "devices by the copy of the table")
+    equal(len(nodes()), 3, "devices from the backup of the table")
     obdsetup("close", NAME)
     nothing_left()
 
 
-@test("no partition table, a damaged one, partitions behind the end: a clear message, and nothing is left")
+@test("no partition table, a damaged one, partitions after the end of the disk: a clear message, nothing is left")
 def damaged():
     work()
     write("disk.raw", bytes(SIZE))
@@ -229,7 +229,7 @@ def damaged():
     layer()
     refused(3, "the GUID partition table and its copy at the end of the disk are damaged or missing", "open",
             "--partitions", NAME, "base.obd")
-    # Without, it can be looked at.
+    # Without --partitions, the disk can be opened.
     obdsetup("open", NAME, "base.obd")
     obdsetup("close", NAME)
     disk_of(DOS)
@@ -237,7 +237,7 @@ def damaged():
     layer()
     refused(3, "partition 2 begins at sector 14336 and has 16384 sectors, but the disk has 18432 sectors only", "open",
             "--partitions", NAME, "base.obd")
-    # Another device has the name.
+    # Another device has the name of a partition's device.
     disk_of(GPT)
     layer()
     run("dmsetup", "create", f"{NAME}-part2", "--table", "0 8 zero")
@@ -249,7 +249,7 @@ def damaged():
     nothing_left()
 
 
-@test("a disk that takes writes: its partitions do, too, and what is written becomes a layer", timeout=LONG)
+@test("the partitions of a disk that takes writes take them, too, and the changes become a layer", timeout=LONG)
 def writable():
     need_module("dm-snapshot")
     work()
@@ -272,7 +272,7 @@ def writable():
     equal(read("mnt/new"), b"written", "new file")
     run("umount", "mnt")
     obdsetup("close", NAME)
-    # A store that was there is as it was before, where there are no partitions.
+    # If the disk has no partition table, open also removes the new store.
     write("empty.raw", bytes(SIZE))
     obdsetup("create", "--raw", "--image", "empty.raw", "empty.obd")
     _, err = obdsetup("open", "--partitions", "--create", "--writable", "other", NAME, "empty.obd", status=1)
@@ -281,7 +281,7 @@ def writable():
     check(not os.path.exists("other"), "a store is left")
 
 
-@test("overlaybdtab has the option")
+@test("overlaybdtab has the option partitions")
 def tab():
     work()
     disk_of(GPT)
@@ -294,12 +294,12 @@ def tab():
     obdsetup("close", NAME)
     write("tab", f"{NAME} {os.getcwd()}/base.obd\n".encode())
     obdsetup("open", "--partitions", NAME)
-    equal(len(nodes()), 3, "nodes by the command line")
+    equal(len(nodes()), 3, "nodes with --partitions on the command line")
     obdsetup("close", NAME)
     nothing_left()
 
 
-@test("without udevd, and with --zfile, private devices and the longest name")
+@test("partitions without udevd: with private devices, with --zfile, and of a disk with the longest name")
 def ways():
     work()
     content = disk_of(GPT)
@@ -317,12 +317,12 @@ def ways():
     nothing_left()
     longest = NAME + "-" * (100 - len(NAME))
     obdsetup("open", "--partitions", longest, "base.obd")
-    check(os.path.exists(f"/dev/mapper/{longest}-part2"), "partition of the longest name")
+    check(os.path.exists(f"/dev/mapper/{longest}-part2"), "no partition of the disk with the longest name")
     obdsetup("close", longest)
     nothing_left()
 
 
-@test("what a kill has left before the partitions were there is told, and cleared by open and by close")
+@test("a stack that was killed before all partitions were made: status reports it, open and close clear it")
 def half_built():
     work()
     disk_of(GPT)
@@ -343,7 +343,7 @@ def half_built():
         nothing_left()
 
 
-@test("partitions that kpartx would make go with the disk, too")
+@test("close also removes partitions' devices that other programs, such as kpartx, have made")
 def by_others():
     work()
     disk_of(GPT)
@@ -356,7 +356,7 @@ def by_others():
     nothing_left()
 
 
-@test("open and close killed at any moment: the next one clears what is left", timeout=LONG + 30 * KILLS)
+@test("open and close are killed at random moments: the next one clears what is left", timeout=LONG + 30 * KILLS)
 def kills():
     work()
     content = disk_of(GPT)
@@ -370,7 +370,8 @@ def kills():
         args = ["close", NAME] if which == 2 else ["open", "--partitions", NAME, "base.obd"]
         child = subprocess.Popen(["obdsetup", *args], stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
                                  stderr=subprocess.DEVNULL)
-        # Of five devices, the mark too, or of four that are left, so many are there.
+        # The kill comes when open has made so many of its five devices (with the mark), or when close has left so many
+        # of four.
         wanted = rng.randint(0, 3) if which == 2 else rng.randint(1, 5)
         while child.poll() is None:
             there = len(glob.glob("/sys/block/dm-*"))
@@ -397,7 +398,8 @@ def kills():
 
 
 def disks_of_chain():
-    """Makes the disks 0.raw, 1.raw and 2.raw, each with changes of the one before, and a partition table."""
+    """Makes the disks 0.raw, 1.raw and 2.raw with a partition table. Each is the one before with changes. Returns the
+    content of the last one."""
     content = bytearray(disk_of(GPT))
     content[12 * MIB:15 * MIB] = bytes(3 * MIB)
     for nth in range(3):
@@ -423,7 +425,7 @@ def chains():
     same_bytes(read(DISK), content, "disk")
     same_bytes(read(f"{DISK}-part1"), content[2048 * 512:14336 * 512], "partition 1")
     equal(len(status()["layers"]), 3, "layers")
-    # QEMU sees the same.
+    # QEMU reads the same content.
     run("qemu-img", "compare", "-f", "qcow2", "-F", "raw", "c.qcow2", DISK)
     obdsetup("close", NAME)
 
@@ -442,7 +444,7 @@ def chains():
     nothing_left()
 
 
-@test("no room for an export or a conversion: a clear message, and nothing is left", timeout=LONG)
+@test("no space for an export or a conversion: a clear message, and nothing is left", timeout=LONG)
 def no_room():
     work()
     disks_of_chain()
@@ -458,7 +460,7 @@ def no_room():
         _, err = obdsetup("export", *kind, "-o", "small/out", "0.obd", "1.obd", status=4)
         check("No space left on device" in err, err)
         equal(os.listdir("small"), [], "what is left")
-    # Room for the raw image, and not for what is made of it.
+    # There is space for the raw image, but not for the qcow2 image that is made of it.
     if shutil.which("qemu-img"):
         run("mount", "-o", "remount,size=16m", "small")
         for kind in kinds[1:]:

@@ -1,6 +1,6 @@
 #!/usr/bin/env python3
 # SPDX-License-Identifier: GPL-2.0
-"""Documentation/recipes.rst, virtual machines that share memory."""
+"""The recipe `Virtual machines that share memory' in Documentation/recipes.rst."""
 
 import contextlib
 import hashlib
@@ -19,7 +19,7 @@ THIRD = random.Random(93).randbytes(300 << 10)
 LAYERS = ("base", "app", "more")
 SUMS = {"data": digest(DATA), "app": digest(APP), "third": digest(THIRD)}
 
-# The recipe's commands are put where %s is.
+# The recipe's commands replace %s.
 INIT = r"""#!/bin/busybox sh
 export PATH=/bin DM_DISABLE_UDEV=1
 mount -t proc proc /proc
@@ -34,7 +34,7 @@ while [ ! -b /dev/pmem$last ]; do sleep 0.1; done
 
 
 def make_more(work):
-    """Makes a third layer."""
+    """Makes a third layer, more.obd."""
     with open("disk.raw", "wb") as file:
         file.write(work.disk)
     sh("mount -o loop disk.raw /mnt")
@@ -44,7 +44,7 @@ def make_more(work):
 
 
 def remove_devices():
-    """Removes what a failed test has left."""
+    """Removes the devices that a failed test has left."""
     for name in LAYERS:
         quietly("bash", "-c", f"deps=$(dmsetup deps -o blkdevname {name}-pages) && dmsetup remove {name}-pages && "
                 "losetup --detach /dev/$(sed 's/.*(\\(.*\\))/\\1/' <<<\"$deps\")")
@@ -60,19 +60,20 @@ def file_digest(path):
 
 
 def checksums(guest, names, when):
-    """Has a guest read its files, and checks what it has read."""
+    """Makes a guest compute checksums of its files, and checks them."""
     rows = guest.ask(f"sha256sum {' '.join(f'/mnt/{name}' for name in names)}")
     equal({row.split()[1][5:]: row.split()[0] for row in rows}, {name: SUMS[name] for name in names},
           f"checksums in the {guest.name}, {when}")
 
 
 def cached(names):
-    """KiB of the layers in the page cache of this machine."""
+    """Returns how many KiB of the layers are in the page cache of this machine."""
     return sum(in_page_cache(pages(name)) for name in names)
 
 
 def shared(guests, names, when):
-    """Checks that guests have the same memory for these layers, and that nothing of it is their own."""
+    """Checks that the guests share the memory of these layers, and that no page of it is private to a guest or
+    written."""
     maps = [guest.mappings() for guest in guests]
     for name in names:
         fields = [one[pages(name)] for one in maps]
@@ -80,16 +81,16 @@ def shared(guests, names, when):
         here = in_page_cache(pages(name))
         note(f"{name}, {when}: Rss {rss} KiB, sum of Pss {pss}, page cache {here}")
         check(min(rss) >= 400, f"Rss of {name} in each guest: {rss} KiB")
-        # What only one of both has read may be there, too.
-        check(pss <= max(rss) * 1.2, f"{name} is there once: Rss {rss}, sum of Pss {pss}")
-        check(here <= max(rss) * 1.5 + 1024, f"{name} is in the page cache once: Rss {rss}, page cache {here}")
+        # Pages that only one guest has read add to the sum.
+        check(pss <= max(rss) * 1.2, f"{name} is in memory more than once: Rss {rss}, sum of Pss {pss}")
+        check(here <= max(rss) * 1.5 + 1024, f"{name} is cached more than once: Rss {rss}, page cache {here}")
         for one, guest in zip(fields, guests):
             equal((one["Private_Dirty"], one["Shared_Dirty"], one["Anonymous"]), (0, 0, 0),
-                  f"memory of {name} that is written, or the {guest.name}'s own")
+                  f"memory of {name} that is written, or private to the {guest.name}")
 
 
 def reclaim(group, names):
-    """Has the group give memory back, until little of the layers is left."""
+    """Reclaims memory of the group until less than 256 KiB of the layers are in the page cache."""
     for _ in range(50):
         with contextlib.suppress(OSError):
             group.write("memory.reclaim", "4M")
@@ -97,7 +98,7 @@ def reclaim(group, names):
             break
 
 
-@test("two guests with layers in common have their memory once, and this machine takes it back", timeout=3000)
+@test("two guests share the memory of their common layers, and this machine can reclaim it", timeout=3000)
 def two_guests():
     need("qemu-system-x86_64", "cpio", "strip", "ldd")
     if not os.path.exists(KERNEL) or not os.path.exists(MODULE):
@@ -130,23 +131,23 @@ def two_guests():
     for guest, names in zip(guests, files):
         checksums(guest, names, "first time")
     for guest, had in zip(guests, before):
-        check(guest.meminfo()["Cached"] - had < 512, "the guest's page cache stays as it is")
+        check(guest.meminfo()["Cached"] - had < 512, "the guest's page cache has grown")
     shared(guests, LAYERS[:2], "read by both")
     fields = two.mappings()[pages("more")]
-    check(fields["Rss"] >= 300 and fields["Pss"] == fields["Rss"], f"the third layer is in one guest: {fields}")
+    check(fields["Rss"] >= 300 and fields["Pss"] == fields["Rss"], f"the third layer is not in one guest only: {fields}")
 
-    # What is mapped stays there.
+    # Dropping caches does not drop mapped pages.
     drop_caches()
     note(f"dropping caches leaves {cached(LAYERS)} KiB")
     reclaim(group, LAYERS)
     rss = sum(fields["Rss"] for guest in guests for path, fields in guest.mappings().items() if path != "ram")
     note(f"reclaim leaves {cached(LAYERS)} KiB, and {rss} mapped")
-    check(cached(LAYERS) < 256 and rss < 512, "this machine takes the memory back")
+    check(cached(LAYERS) < 256 and rss < 512, "this machine has not reclaimed the memory")
     for guest, names in zip(guests, files):
         checksums(guest, names, "after reclaim")
     shared(guests, LAYERS[:2], "read again")
 
-    # Under a limit that leaves no room for all of it.
+    # Under a limit that leaves no room for all pages of the layers.
     reclaim(group, LAYERS)
     group.write("memory.high", str(int(group.read("memory.current")) + (1 << 20)))
     for _ in range(2):
@@ -154,7 +155,7 @@ def two_guests():
             checksums(guest, names, "under a limit")
     events = dict(row.split() for row in group.read("memory.events").splitlines())
     note(f"events: {events}")
-    check(int(events["high"]) > 0, "the limit was reached")
+    check(int(events["high"]) > 0, "the limit was not reached")
     equal(events["oom_kill"], "0", "processes killed")
     group.write("memory.high", "max")
 

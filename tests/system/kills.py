@@ -1,9 +1,9 @@
 #!/usr/bin/env python3
 # SPDX-License-Identifier: GPL-2.0
-"""obdsetup killed or signalled at any moment, where udevd runs, is stopped, is absent, or sits in another IPC
-namespace: no other stack is affected, and the next open or close of that name clears what is left.
+"""obdsetup is killed or gets a signal at any moment, while udevd runs, is stopped, is absent, or is in another IPC
+namespace. Other programs can still work, and the next open or close of the same name clears what is left.
 
-OBD_KILLS is the number of kills of each kind. OBD_SEED is the seed of their random moments; each run prints its own.
+OBD_KILLS is the number of kills of each kind. OBD_SEED is the seed of their random times; each run prints its seed.
 """
 
 import contextlib
@@ -24,17 +24,18 @@ from obdtest.left import clear, devices, eventually, locks, own_loops
 
 KILLS = int(os.environ.get("OBD_KILLS", "1"))
 SEED = os.environ.get("OBD_SEED") or str(random.SystemRandom().randrange(1 << 32))
-# With as many, some must come while a stack is half built.
+# Of at least this many kills, some must come while a stack is half built.
 MANY = 50
 NAME = f"obdtest-{os.getpid()}"
 SIZE = 300 << 10
 DATA = image.sample(SIZE, 91)
-# What the bound on waits for udev is in obdsetup.
+# obdsetup stops waiting for udev if udev has handled no event of the stack for so many seconds.
 UDEV_BOUND = 60
 
 
 def make_layers(count=2):
-    """Files of a stack, of odd length; and their content."""
+    """Makes the files of a stack, with lengths that are not multiples of 512. Returns the files and the content of the
+    disk."""
     work = work_directory()
     layers = []
     for nth in range(count):
@@ -48,7 +49,7 @@ def make_layers(count=2):
 
 
 class Way:
-    """How obdsetup runs."""
+    """A way to run obdsetup: while udevd is running, stopped or absent, or in another IPC namespace than udevd's."""
 
     def __init__(self, name):
         self.name = name
@@ -57,7 +58,7 @@ class Way:
         self.env.pop("DM_DISABLE_UDEV", None)
 
     def begin(self):
-        """Makes udevd what it is to be, until the test is over."""
+        """If this way is without udevd, stops it until the end of the test."""
         if self.name == "absent":
             udevd.stop()
             defer(udevd.start)
@@ -67,14 +68,14 @@ class Way:
                                 stdout=subprocess.PIPE, stderr=subprocess.PIPE)
 
     def run(self, *args, status=0):
-        """Runs it; what it said on standard error."""
+        """Runs obdsetup, and checks its exit status. Returns its standard error."""
         done = subprocess.run([*self.prefix, "obdsetup", *args], env=self.env, text=True, stdin=subprocess.DEVNULL,
                               capture_output=True, check=False)
         equal(done.returncode, status, f"{self.name}: status of obdsetup {' '.join(args)} ({done.stderr.strip()})")
         return done.stderr
 
     def stop(self):
-        """What is to be in force when the kill comes."""
+        """If this way is with a stopped udevd, suspends it. go_on() resumes it."""
         if self.name == "stopped":
             udevd.pause()
 
@@ -89,7 +90,7 @@ def links():
 
 
 def semaphores():
-    """The cookies of libdm."""
+    """Returns the keys of libdm's cookies, which are semaphores."""
     with open("/proc/sysvipc/sem", encoding="ascii") as file:
         rows = [row.split() for row in file.readlines()[1:]]
     return [row[0] for row in rows if int(row[0]) >> 16 == 0x0D4D]
@@ -104,7 +105,7 @@ def nothing_left(layers):
 
 
 def others_can_work(layers):
-    """The next free loop device can be attached."""
+    """Checks that the next free loop device can be attached."""
     done = subprocess.run(["losetup", "--find", "--show", "--read-only", layers[0]], capture_output=True, text=True,
                           check=False)
     equal(done.returncode, 0, f"losetup ({done.stderr.strip()})")
@@ -112,7 +113,7 @@ def others_can_work(layers):
 
 
 def close_whatever():
-    """After a test that failed."""
+    """Resumes udevd and removes the devices that a failed test has left."""
     udevd.go_on()
     clear()
 
@@ -123,13 +124,14 @@ def read_back(content):
 
 
 def kills(way, command):
-    """Kills open or close at random moments."""
+    """Kills open or close at random times. Checks that the next open clears what is left, or reports a complete
+    stack."""
     way.begin()
     layers, content = make_layers()
     defer(close_whatever)
     note(f"OBD_SEED={SEED}")
     rng = random.Random(f"{SEED} {way.name} {command}")
-    # The first time, much is read from disk.
+    # Measure the second time: the first one reads more from the disk.
     for _ in range(2):
         start = time.monotonic()
         way.run("open", NAME, *layers)
@@ -149,10 +151,10 @@ def kills(way, command):
         eventually(f"kill {nth}: processes left", programs.running, [])
         way.go_on()
         if child.returncode != -signal.SIGKILL:
-            # It was over before the kill, which doesn't count.
+            # The command ended before the kill. Such kills don't count.
             equal(child.returncode, 0, f"status of {command} ({said.strip()})")
             late += 1
-            check(late < 10 + KILLS, f"{late} kills came too late, the last ones within {lasts:.3f} s")
+            check(late < 10 + KILLS, f"{late} kills came too late, the last ones after up to {lasts:.3f} s")
             lasts /= 2
             if command == "open":
                 way.run("close", NAME)
@@ -166,8 +168,8 @@ def kills(way, command):
                               capture_output=True, check=False)
         if left and done.returncode == 0:
             half += 1
-            # Devices of layers alone are used again.
-            check(not top or "half built" in done.stderr, f"kill {nth}: not a word on {left}: {done.stderr}")
+            # If only devices of layers are left, open uses them without a message.
+            check(not top or "half built" in done.stderr, f"kill {nth}: open does not mention {left}: {done.stderr}")
         elif left:
             whole += 1
             equal(done.returncode, 5, f"kill {nth}: status of open ({done.stderr.strip()}) with {left}")
@@ -177,12 +179,12 @@ def kills(way, command):
         read_back(content)
         way.run("close", NAME)
         nothing_left(layers)
-    note(f"{KILLS} kills within {lasts:.2f} s: {half} left half a stack, {whole} a whole one; {late} came too late")
+    note(f"{KILLS} kills within {lasts:.2f} s: {half} left half a stack, {whole} a whole one; {late} more came too late")
     check(half or command != "open" or KILLS < MANY, "no kill of open left half a stack")
 
 
 def killed_then_closed():
-    """What a killed open has left is cleared by close, too."""
+    """close, too, clears what a killed open has left."""
     way = Way("running")
     layers, _ = make_layers()
     defer(close_whatever)
@@ -231,7 +233,7 @@ def half_attached():
     for number in (numbers[0], numbers[-1]):
         for command in ("open", "close"):
             equal(traced("-e", f"inject=ioctl:signal=KILL:when={number}"), -signal.SIGKILL, "status after the kill")
-            check(own_loops(*layers), "the kill has left no loop device: it came at another moment")
+            check(own_loops(*layers), "no loop device is left: the kill came at another moment")
             others_can_work(layers)
             if command == "open":
                 way.run("open", NAME, *layers)
@@ -243,8 +245,8 @@ def half_attached():
 
 
 def signalled(way, number, *command):
-    """An obdsetup that waits for a udevd that is stopped gets a signal: it ends immediately, and leaves no process and
-    no cookie."""
+    """Sends a signal to an obdsetup that waits for a stopped udevd. Checks that it ends immediately, and leaves no
+    process and no cookie."""
     way.stop()
     before = semaphores()
     child = way.start(*command)
@@ -260,13 +262,13 @@ def signalled(way, number, *command):
 
 
 def bounded(way, *command):
-    """An obdsetup that waits for a udevd that is stopped ends by itself, and says what it was waiting for."""
+    """Checks that an obdsetup that waits for a stopped udevd ends after UDEV_BOUND, and says what it has waited for."""
     way.stop()
     before = semaphores()
     start = time.monotonic()
     said = way.run(*command, status=4)
     took = time.monotonic() - start
-    check("udev" in said and NAME in said and "stopped" in said, f"message: {said}")
+    check("udev" in said and NAME in said and "stopped" in said, f"unexpected message: {said}")
     check(UDEV_BOUND <= took < UDEV_BOUND + 40 * SLOW, f"ended after {took:.1f} s")
     equal(semaphores(), before, "cookies")
 
@@ -284,7 +286,8 @@ def signals():
 
 
 def waits(child):
-    """Waits until a process has run no program for two seconds, and is still there."""
+    """Waits until a process has run no program for two seconds, on slow kernels longer. Checks that it has not
+    ended."""
     quiet = 0
     while quiet < 100 * SLOW:
         equal(child.poll(), None, "status of a process that should wait")
@@ -296,7 +299,7 @@ def waits(child):
         time.sleep(0.02)
 
 
-@test("signals end a wait for another obdsetup immediately, and it says for what it waited", timeout=300)
+@test("a signal ends an obdsetup that waits for another one immediately; it says what it has waited for", timeout=300)
 def signals_at_locks():
     way = Way("running")
     layers, content = make_layers()
@@ -309,7 +312,7 @@ def signals_at_locks():
     nothing_left(layers)
     plain, writable = ["open", NAME, *layers], ["open", "--writable", store, NAME, *layers]
     at_work = "another obdsetup, which is at work on device"
-    # What others hold, the command, and what it says.
+    # The file that another process has locked, a command to run before, the command that waits, and its message.
     for path, before, command, said in (
             (f"/run/obdsetup/{NAME}", None, plain, f"waited for {at_work} {NAME}"),
             (f"/run/obdsetup/{NAME}", plain, ["close", NAME], f"waited for {at_work} {NAME}"),
@@ -330,7 +333,7 @@ def signals_at_locks():
                 equal(child.returncode, 130, f"{command[0]}: status after {number.name} ({text.strip()})")
                 equal(text, f"obdsetup: {said}: interrupted\n", f"{command[0]}: message after {number.name}")
                 check(took < 5 * SLOW, f"{command[0]}, {number.name}: ended after {took:.1f} s")
-                check(os.path.exists(path), f"{path} was removed, which another process holds")
+                check(os.path.exists(path), f"{path} was removed, although another process has locked it")
         if path != store:
             os.unlink(path)
         if before:
@@ -339,7 +342,7 @@ def signals_at_locks():
         nothing_left(layers)
 
 
-@test("a wait for udev has an end, and says what it was for", timeout=300)
+@test("open waits for udev for a limited time, and then says what it has waited for", timeout=300)
 def bound():
     way = Way("stopped")
     layers, _ = make_layers()
@@ -350,7 +353,7 @@ def bound():
     nothing_left(layers)
 
 
-@test("signals end a close that waits for udev, and the next one removes the rest", timeout=300)
+@test("signals end a close that waits for udev, and the next close removes the rest", timeout=300)
 def signals_of_close():
     way = Way("stopped")
     layers, _ = make_layers()
@@ -366,7 +369,7 @@ def signals_of_close():
         nothing_left(layers)
 
 
-@test("the wait of a close for udev has an end", timeout=300)
+@test("close waits for udev for a limited time", timeout=300)
 def bound_of_close():
     way = Way("stopped")
     layers, _ = make_layers()
@@ -381,7 +384,7 @@ def bound_of_close():
     nothing_left(layers)
 
 
-@test("in an IPC namespace of its own, udevd is not waited for, and does its work")
+@test("in another IPC namespace, obdsetup does not wait for udevd, which still makes its links")
 def namespace():
     way = Way("namespace")
     layers, content = make_layers()
@@ -397,7 +400,7 @@ def namespace():
     nothing_left(layers)
 
 
-@test("block devices: several open them at the same time")
+@test("several programs open stacks on the same block devices at the same time")
 def parallel_devices():
     way = Way("running")
     layers, content = make_layers()
@@ -421,7 +424,7 @@ def parallel_devices():
     eventually("devices left", devices, {})
 
 
-@test("one name, opened at the same time with another /run: one gets it, and keeps it")
+@test("two programs with different /run open the same name at the same time: one succeeds, and its stack stays")
 def two_runs():
     way = Way("absent")
     way.begin()
@@ -439,7 +442,7 @@ def two_runs():
         nothing_left(layers)
 
 
-@test("several open and close at the same time")
+@test("several programs open and close stacks at the same time")
 def parallel():
     for way in (Way("running"), Way("absent")):
         way.begin()
@@ -456,7 +459,7 @@ def parallel():
                     with open(f"/dev/mapper/{name}", "rb") as file:
                         same_bytes(file.read(), content, f"{way.name}: {name}")
         nothing_left(layers)
-        # Of two that open the same, one does.
+        # Of two that open the same name, one succeeds.
         children = [way.start("open", NAME, *layers) for _ in range(2)]
         for child in children:
             child.communicate()
@@ -466,7 +469,7 @@ def parallel():
         nothing_left(layers)
 
 
-@test("half a stack is told, and cleared by open and by close")
+@test("a half-built stack: status reports it, open and close clear it")
 def half_built():
     way = Way("running")
     layers, content = make_layers()
@@ -496,7 +499,7 @@ def half_built():
         nothing_left(layers)
 
 
-@test("a renamed device is found by both its names")
+@test("a renamed stack is found by both names")
 def renamed():
     way = Way("running")
     layers, content = make_layers()
@@ -516,7 +519,7 @@ def renamed():
         nothing_left(layers)
 
 
-@test("a loop device that the kernel offers in vain is passed over")
+@test("open skips a loop device that the kernel offers as free but that another program has claimed")
 def poisoned():
     way = Way("running")
     layers, content = make_layers()
@@ -536,7 +539,7 @@ def poisoned():
     nothing_left(layers)
 
 
-@test("nodes that are missing in /dev are made")
+@test("open makes nodes that are missing in /dev")
 def nodes():
     way = Way("absent")
     way.begin()

@@ -1,6 +1,6 @@
 #!/usr/bin/env python3
 # SPDX-License-Identifier: GPL-2.0
-"""The recipes of Documentation/lvm.rst, with real udev and real LVM: the commands are read from there."""
+"""The recipes of Documentation/lvm.rst, with real udev and real LVM. The commands are read from the document."""
 
 import atexit
 import functools
@@ -20,7 +20,7 @@ LVM_LOCAL = "/etc/lvm/lvmlocal.conf"
 
 
 def blocks():
-    """The literal blocks of the document, by the titles that they are under."""
+    """Returns the literal blocks of the document, by the titles of their sections."""
     with open(RECIPES, encoding="utf-8") as file:
         lines = file.read().splitlines()
     found, title, literal = {}, None, False
@@ -41,7 +41,7 @@ BLOCKS = blocks()
 
 
 def script(text):
-    """What commands print; none may fail or warn."""
+    """Runs commands, none of which may fail or warn. Returns their output."""
     done = subprocess.run(["bash", "-euo", "pipefail", "-c", text], capture_output=True, text=True, check=False)
     said = f"{text.strip()}:\n{done.stdout}{done.stderr}"
     equal(done.returncode, 0, f"status of {said}")
@@ -51,12 +51,12 @@ def script(text):
 
 
 def quiet(text):
-    """Undoes what may be left of a test that has failed."""
+    """Runs commands that may fail, to remove what a failed test has left."""
     subprocess.run(text, shell=True, capture_output=True, check=False)
 
 
 class Recipe:
-    """The blocks of a section, each of which is to be run."""
+    """The blocks of a section. Blocks that the test has not run at its end are a failure."""
 
     def __init__(self, title):
         self.title, self.blocks = title, list(BLOCKS[title])
@@ -70,7 +70,7 @@ class Recipe:
 
 
 def lvm_is_content():
-    """LVM's commands say nothing on standard error."""
+    """Checks that LVM's commands succeed, without warnings and without output on standard error."""
     for command in ("vgchange --activate y vg", "pvs --all", "lvs --all", "vgs"):
         done = subprocess.run(command.split(), capture_output=True, text=True, check=False)
         equal((done.returncode, done.stderr), (0, ""), f"status and standard error of {command}")
@@ -86,7 +86,7 @@ def sha256(path):
 
 
 def files(root):
-    """The files of a tree with their sums."""
+    """Returns the SHA-256 of each file of a tree, by path."""
     found = {}
     for directory, _, names in os.walk(root):
         for name in names:
@@ -98,11 +98,11 @@ def files(root):
 
 def same_files(wanted, root="/mnt"):
     equal(files(root), wanted, f"files in {root}")
-    check(wanted, "there are files")
+    check(wanted, "there are no files")
 
 
 def state():
-    """What is to be as before when a recipe is over."""
+    """Returns the mapped devices, the loop devices, and whether /mnt is mounted. A recipe must restore them."""
     return (sorted(name for name in os.listdir("/sys/block") if name.startswith("dm-")),
             sorted(path.split("/")[3] for path in glob.glob("/sys/block/loop*/loop")),
             os.path.ismount("/mnt"))
@@ -115,7 +115,7 @@ def gone(before):
 
 @functools.cache
 def images():
-    """A directory with two layers; the files and the sum of what they are together."""
+    """Makes two layers. Returns their directory, the sums of the files on their disk, and the sum of the disk."""
     work = tempfile.mkdtemp(prefix="obdtest-")
     atexit.register(shutil.rmtree, work)
     # The second layer has the changes on the disk.
@@ -134,7 +134,7 @@ def images():
 
 
 class Host:
-    """The directory of the layers, where commands are run, and a volume group."""
+    """Makes a volume group `vg', and changes to the directory of the layers until the end of the test."""
 
     def __init__(self):
         work, self.files, self.sum = images()
@@ -151,7 +151,7 @@ class Host:
         udevd.settle()
 
     def open(self):
-        """The stack `app', on files."""
+        """Opens the stack `app' on the files."""
         script("obdsetup open app base.obd app.obd")
         defer(quiet, "obdsetup close app")
         equal(sha256("/dev/mapper/app"), self.sum, "content of the stack")
@@ -171,7 +171,7 @@ class Host:
 
 
 def forget():
-    """LVM hasn't seen the volumes that came and went."""
+    """Makes LVM forget volumes that no longer exist, by deleting its records of them."""
     udevd.settle()
     for path in glob.glob("/run/lvm/*_online/*") + glob.glob("/run/lvm/hints"):
         os.unlink(path)
@@ -183,7 +183,7 @@ def write(text):
 
 
 def after_boot(mount):
-    """Takes all down, and sets it up again as after a boot: what write() has written is there."""
+    """Takes all down, and sets it up again as after a boot. Checks that the file of write() is still there."""
     script("obdsetup close app; vgchange --activate n vg")
     script("vgchange --activate y vg; obdsetup open app base.obd app.obd")
     script(mount)
@@ -204,7 +204,7 @@ def layers():
     lvm_is_content()
     tree = script("lsblk --noheadings --list --inverse --output NAME,TYPE,RO /dev/mapper/app")
     kinds = sorted(row.split()[1:] for row in tree.splitlines() if not row.startswith(("loop", "app ")))
-    equal(kinds, [["lvm", "1"]] * 2 + [["overlaybd", "1"]] * 2, f"what is below: {tree}")
+    equal(kinds, [["lvm", "1"]] * 2 + [["overlaybd", "1"]] * 2, f"devices below: {tree}")
     recipe.step()
     script("vgchange --activate n vg")
     gone(before)
@@ -224,7 +224,7 @@ def thin():
     write("first\n")
     defer(quiet, "rm -f work.xml new.obd slow.obd")
     recipe.step()
-    # The same as of the whole disk.
+    # `create' makes the same layer of the whole disk.
     script("obdsetup create --image /dev/mapper/work --base base.obd --base app.obd slow.obd; cmp new.obd slow.obd")
     down = recipe.blocks[0]
     recipe.step()
@@ -259,7 +259,8 @@ def snapshot():
 
 
 def make_guest():
-    """vm.obd: a disk that is a physical volume, as a virtual machine has written it. The files on it."""
+    """Makes vm.obd, a disk that is a physical volume, like one that a virtual machine has written. Returns the sums of
+    its files."""
     if not os.path.exists("vm.obd"):
         script("""truncate --size=64M vm.raw
             losetup --find vm.raw
@@ -275,8 +276,8 @@ def make_guest():
 
 
 def guest_mounted(title):
-    """Takes the first two steps of a recipe for the image of a virtual machine: its files are there. Returns the state
-    before, and the recipe."""
+    """Runs the first two blocks of a recipe, which mount the image of a virtual machine, and checks its files. Returns
+    the state before, and the recipe."""
     Host()
     wanted = make_guest()
     before = state()
@@ -287,14 +288,14 @@ def guest_mounted(title):
     return before, recipe
 
 
-@test("an image with a physical volume is taken for the host's where nothing keeps LVM off it")
+@test("an image with a physical volume: without a filter or a devices file, the host's LVM activates its volumes")
 def activated():
     Host()
     make_guest()
     before = state()
     script("obdsetup open vm vm.obd")
     udevd.settle()
-    check(os.path.exists("/dev/guest/root"), "the guest's volume isn't activated: what the document says isn't so")
+    check(os.path.exists("/dev/guest/root"), "the guest's volume isn't activated, but the document says so")
     script("vgchange --activate n guest; obdsetup close vm")
     gone(before)
 
@@ -303,7 +304,7 @@ def activated():
 def devices_file():
     before, recipe = guest_mounted("With a devices file")
     lvm_is_content()
-    check("guest" not in script("vgs; pvs; lvs"), "the host's LVM knows the guest")
+    check("guest" not in script("vgs; pvs; lvs"), "the host's LVM shows the volume group of the guest")
     equal(sha256("/dev/mapper/vm"), sha256("vm.raw"), "content of the image")
     script("umount /mnt")
     said = script("blkdeactivate --lvmoptions retry /dev/mapper/vm")
@@ -339,13 +340,13 @@ def down():
     lvm_is_content()
     said = Recipe("Taking everything down").step()
     order = re.findall(r": deactivating (?:Logical Volume |\w+ device )([\w/.-]*\w)", said)
-    # The names of layers have digits.
+    # The names of the layers' devices contain 16 digits.
     order = [re.sub(r"^(base|app\.obd)-[0-9a-f]{16}-", r"\1-", name) for name in order]
     wanted = {"work", "app", "base-zfile", "app.obd-zfile", "vg/base", "vg/cow"}
     check(wanted <= set(order) and "skipping" not in said, f"blkdeactivate: {said}")
     for above, below in (("work", "app"), ("work", "vg/cow"), ("app", "base-zfile"), ("app", "app.obd-zfile"),
                          ("base-zfile", "vg/base")):
-        check(order.index(above) < order.index(below), f"{above} before {below}: {said}")
+        check(order.index(above) < order.index(below), f"{above} was not taken down before {below}: {said}")
     gone(before)
 
 

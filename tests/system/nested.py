@@ -1,6 +1,6 @@
 #!/usr/bin/env python3
 # SPDX-License-Identifier: GPL-2.0
-"""Documentation/recipes.rst, a disk of a virtual machine, and a microVM of a container image."""
+"""The recipes `A disk of a virtual machine' and `A microVM of an image' in Documentation/recipes.rst."""
 
 import io
 import os
@@ -29,7 +29,7 @@ busybox reboot -f
 """
 
 
-@test("a guest has the device as virtio-blk: it reads the bytes of the source, and can't write", timeout=1500)
+@test("a guest with the device as a virtio-blk disk reads the expected bytes, and can't write", timeout=1500)
 def guest():
     need("qemu-system-x86_64", "cpio")
     if not os.path.exists(KERNEL):
@@ -40,11 +40,11 @@ def guest():
     (run,) = recipe("A disk of a virtual machine")
     out = sh(run, timeout=1400)
     note(out[-600:])
-    # What the firmware says may be on the same line.
+    # Output of the firmware may be on the same line.
     got = dict(re.findall(r"\b(disk|data|app) ([0-9a-f]{64})", out))
     wanted = {"disk": digest(work.disk), "data": digest(DATA), "app": digest(APP)}
     equal(got, wanted, "checksums in the guest")
-    check("takes writes" not in out, "the disk is read-only")
+    check("takes writes" not in out, "the guest could write to the disk")
     nothing_left()
 
 

@@ -1,6 +1,7 @@
 #!/usr/bin/env python3
 # SPDX-License-Identifier: GPL-2.0
-"""Images of containers become stacks: mounted, these are what the layers, put together by GNU tar and by umoci, are."""
+"""`convert' makes stacks of container images. The mounted stack equals the trees that GNU tar and umoci make of the
+same layers."""
 
 import io
 import json
@@ -23,13 +24,13 @@ from obdtest.recipes import recipe, sh
 
 NAME = f"obdtest-{os.getpid()}-oci"
 DEVICE = f"/dev/mapper/{NAME}"
-# What scripts/debian-image.sh has made, in the VM.
+# The image that scripts/debian-image.sh has made, as the VM sees it.
 DEBIAN = "/mnt/debian-image"
 PAX = ("--format=pax", "--xattrs", "--xattrs-include=*", "--acls", "--numeric-owner")
 
 
 def run(*command, timeout=300):
-    """Runs a command; what it prints."""
+    """Runs a command, which must succeed. Returns its standard output."""
     return programs.run(*command, timeout=timeout * SLOW)
 
 
@@ -50,7 +51,7 @@ def tar_of_file(path, name, text):
 
 
 def mounted(work, stack):
-    """Opens and mounts a stack."""
+    """Opens and mounts a stack. Returns the mount point."""
     run("obdsetup", "open", NAME, stack)
     defer(quietly, "obdsetup", "close", NAME)
     run("mount", "-t", "erofs", "-o", "ro", DEVICE, f"{work}/mnt")
@@ -98,7 +99,7 @@ def down(work):
 
 
 class Reference:
-    """The merged tree: GNU tar unpacks, what whiteouts hide is removed before that."""
+    """The merged tree of layers: GNU tar unpacks each layer, after the files that its whiteouts hide were removed."""
 
     def __init__(self, root):
         self.root = root
@@ -115,7 +116,7 @@ class Reference:
             os.unlink(path)
 
     def apply(self, name):
-        """Puts the layer in the tar `name` over what is there."""
+        """Applies the layer in the tar `name` to the tree."""
         with tarfile.open(name, errors="surrogateescape") as tar:
             members = tar.getmembers()
         special, others = [], []
@@ -142,23 +143,23 @@ class Reference:
 
 
 class LayerMaker:
-    """A layer of random changes to what is in a reference."""
+    """Makes a layer with random changes to the tree of a reference."""
 
     def __init__(self, reference, seed, number):
         self.rng = random.Random(seed)
         self.reference, self.number = reference, number
         self.members = []
-        # The names that the layer has, and all that is below the one or other.
+        # The paths that the layer changes.
         self.touched = set()
 
     def free(self, path):
-        """Whether no other change is of a path above or below this one."""
+        """Returns whether the layer changes neither this path nor one above or below it."""
         parts = path.split("/")
         above = {"/".join(parts[:end]) for end in range(1, len(parts) + 1)}
         return not above & self.touched and not any(other.startswith(f"{path}/") for other in self.touched)
 
     def choose(self, wanted):
-        """A path that nothing is done with so far."""
+        """Returns a random path that wanted() accepts and that the layer doesn't change yet; None if there is none."""
         found = []
         for place, directories, files in os.walk(self.reference.root):
             for name in directories + files:
@@ -184,7 +185,7 @@ class LayerMaker:
             place, last = os.path.split(path)
             self.add(os.path.join(place, f".wh.{last}"))
             if self.rng.random() < 0.4:
-                # Another one in its place, before or behind the whiteout.
+                # Make another file of this name, before or after the whiteout.
                 self.add(path, content=b"anew")
 
     def opaque(self):
@@ -206,7 +207,7 @@ class LayerMaker:
             self.add(f"linked{self.number}-{len(self.members)}", tarfile.LNKTYPE, linkname=path)
 
     def make(self, name):
-        """Makes the tar: a random tree of its own, and changes in front of it or behind it."""
+        """Makes the tar: a new random tree, and the changes before or after it."""
         with tempfile.TemporaryDirectory(prefix="obdtest-") as stage:
             own = f"{stage}/new{self.number}"
             os.mkdir(own)
@@ -224,7 +225,7 @@ class LayerMaker:
             with open(f"{stage}/own.tar", "rb") as file:
                 random_tree = file.read()
             parts = [changes.getvalue()[:end], random_tree]
-            # The end marker is that of the last part.
+            # Only the last part may have an end marker.
             while not front and parts[1].endswith(bytes(512)):
                 parts[1] = parts[1][:-512]
             if not front:
@@ -234,21 +235,23 @@ class LayerMaker:
 
 
 def without_times_of_directories(manifest):
-    """Unpacking changes these where the layer says nothing of the directory."""
+    """Removes the times and link counts of directories from a manifest. Unpacking changes the times of directories that
+    a layer doesn't contain."""
     for seen in manifest.values():
         if seen["mode"][0] == "d":
             del seen["mtime"]
-            # Every file system counts those in its own way.
+            # File systems count the links of directories in different ways.
             seen.pop("names", None)
     return manifest
 
 
-# What tar writes for ACLs, umoci passes over; a record without a value is none to it.
+# umoci ignores tar's records of ACLs, and records without a value.
 NOT_UMOCI = ("system.posix_acl_access", "system.posix_acl_default", "trusted.empty")
 
 
 def same_tree(got, wanted, umoci=False):
-    """Compares two manifests, the latter perhaps umoci's. Of the root directory nothing is said."""
+    """Compares two manifests; umoci is set if the second one is umoci's. The properties of the root directory are
+    ignored."""
     equal(sorted(got), sorted(wanted), "names")
     for path, seen in wanted.items():
         for what, value in seen.items():
@@ -256,14 +259,14 @@ def same_tree(got, wanted, umoci=False):
             if umoci and what == "xattrs":
                 here, value = ({name: of[name] for name in of if name not in NOT_UMOCI} for of in (here, value))
             elif umoci and what == "mtime":
-                # It counts nanoseconds in 64 bits.
+                # umoci has the nanoseconds since 1970 in 64 bits, which overflow.
                 here = (here + (1 << 63)) % (1 << 64) - (1 << 63)
             if path != b".":
                 equal(here, value, f"{path}: {what}")
 
 
 def umoci_tree(work, layout, timeout=300):
-    """The manifest of what umoci unpacks an image to, if it is there."""
+    """Returns the manifest of the tree to which umoci unpacks an image; None without umoci."""
     if not shutil.which("umoci"):
         return None
     run("umoci", "unpack", "--image", f"{layout}:latest", f"{work}/umoci", timeout=timeout)
@@ -293,7 +296,7 @@ def merged(seed):
     if shutil.which("fsck.erofs"):
         run("obdsetup", "export", "--output", f"{work}/disk", f"{work}/app/config.v1.json")
         run("fsck.erofs", f"{work}/disk")
-    # The same for a registry, and back.
+    # Convert the image for a registry, and that back.
     run("obdsetup", "convert", f"{work}/layout", f"{work}/pushed", "--oci", "--cache", f"{work}/cache")
     run("obdsetup", "convert", f"{work}/pushed", f"{work}/back")
     where = mounted(work, f"{work}/back/config.v1.json")
@@ -301,7 +304,7 @@ def merged(seed):
     down(work)
 
 
-@test("what skopeo makes of an image is taken, and gives the same layers; what is made for a registry, skopeo takes",
+@test("convert reads archives and layouts that skopeo copied, with the same layers; skopeo copies images of --oci",
       timeout=600)
 def skopeo():
     need("skopeo")
@@ -318,11 +321,11 @@ def skopeo():
         for layer in ("layer0.obd", "layer1.obd"):
             run("cmp", f"{work}/app/{layer}", f"{work}/app{number}/{layer}")
     run("obdsetup", "convert", f"{work}/layout", f"{work}/pushed", "--oci")
-    # It checks digests and sizes, and says what it doesn't know.
+    # skopeo checks digests and sizes. By default, it compresses layers when it copies.
     copy = ("skopeo", "--insecure-policy", "copy", "--quiet", f"oci:{work}/pushed:latest")
     run(*copy, f"oci:{work}/packed:latest")
     done = subprocess.run(["obdsetup", "convert", f"{work}/packed", f"{work}/x"], capture_output=True, check=False)
-    check(b"which was compressed: copy the image again" in done.stderr, f"refused: {done.stderr}")
+    check(b"which was compressed: copy the image again" in done.stderr, f"message of the refusal: {done.stderr}")
     run(*copy, "--preserve-digests", f"oci:{work}/pulled:latest")
     told = json.loads(run("skopeo", "inspect", "--config", f"oci:{work}/pulled:latest"))
     equal(told["config"]["Cmd"], ["/bin/true"], "command of the image")
@@ -386,11 +389,11 @@ def debian():
     same_tree(got, without_times_of_directories(tree.manifest(reference.root)))
     same_tree(got, umoci_tree(work, f"{work}/layout"), umoci=True)
     said = run("chroot", where, "/bin/sh", "-c", "echo one | sed s/one/two/ | grep two && grep ^ID= /etc/os-release")
-    equal(said, "two\nID=debian\n", "what its programs say")
+    equal(said, "two\nID=debian\n", "output of its programs")
     down(work)
 
 
-@test("Debian of mmdebstrap, of which umoci made three layers: as umoci and GNU tar have it, and its programs run",
+@test("Debian by mmdebstrap, in three layers by umoci: the same tree as that of umoci and GNU tar; the programs run",
       timeout=3600)
 def debian_image():
     need("umoci")
@@ -411,7 +414,7 @@ def debian_image():
     same_tree(got, without_times_of_directories(tree.manifest(f"{work}/tree")))
     said = run("chroot", where, "/bin/sh", "-c",
                "cat /etc/hostname; dpkg-query -W -f '${Package} ${db:Status-Status}\\n' dash; test -e /usr/bin/less || echo gone")
-    equal(said, "another machine\ndash installed\ngone\n", "what its programs say")
+    equal(said, "another machine\ndash installed\ngone\n", "output of its programs")
     down(work)
 
 
@@ -437,7 +440,7 @@ def hello():
     down(work)
 
 
-@test("two images share the layers that they have in common, byte for byte; below overlayfs, both are writable",
+@test("common layers of two images are the same, byte for byte; below overlayfs, both images are writable",
       timeout=600)
 def shared():
     need_module("overlay")
@@ -470,7 +473,7 @@ def shared():
         down(work)
 
 
-@test("Documentation/recipes.rst, a container: its program runs, and what it writes goes to the directory above",
+@test("Documentation/recipes.rst, a container: its program runs, and its writes go to the upper directory",
       timeout=600)
 def container():
     if "OBD_VM" not in os.environ:
@@ -481,7 +484,7 @@ def container():
     if not os.path.exists("/sys/fs/cgroup/cgroup.procs"):
         run("mount", "-t", "cgroup2", "none", "/sys/fs/cgroup")
         defer(quietly, "umount", "/sys/fs/cgroup")
-    # systemd-nspawn wants one, and in the VM the file is empty.
+    # systemd-nspawn needs a machine ID, and in the VM this file is empty.
     with open("/etc/machine-id", "a+", encoding="ascii") as file:
         if not file.tell():
             file.write(f"{uuid.uuid4().hex}\n")
@@ -516,11 +519,11 @@ def container():
         equal("written" in os.listdir("upper"), script != above, "what it wrote is in the directory above")
         equal(sorted(os.listdir("lower")), ["bin", "etc", "usr"], "what is below")
     sh(down_again)
-    check(not os.path.exists("/dev/mapper/app"), "the device is gone")
+    check(not os.path.exists("/dev/mapper/app"), "the device is still there")
 
 
 for number in (1, 2, 3):
-    add(f"the layers of image {number}, put together: as GNU tar has them", merged, number, timeout=900)
+    add(f"the stack of image {number} has the same tree as that of GNU tar", merged, number, timeout=900)
 
 if __name__ == "__main__":
     main()

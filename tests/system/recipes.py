@@ -1,6 +1,6 @@
 #!/usr/bin/env python3
 # SPDX-License-Identifier: GPL-2.0
-"""Documentation/recipes.rst: the commands are taken from there, and run as they stand."""
+"""The recipes of Documentation/recipes.rst: the commands are read from the document and run unchanged."""
 
 import glob
 import json
@@ -18,7 +18,7 @@ from obdtest.programs import need, need_module, quietly
 from obdtest.recipes import APP, DATA, PIECE, SIZE, Work, main_in_vm, nothing_left, recipe, sh, target_status, whole
 
 
-@test("dm-verity below: the bytes of the source; reads of a changed block fail with EIO, others are right")
+@test("dm-verity below: the disk is correct; reads of a changed block fail with EIO, others are correct")
 def verity_below():
     need("veritysetup")
     need_module("dm-verity")
@@ -38,11 +38,11 @@ def verity_below():
     nothing_left()
     # Without verity, the changed bytes are read, and no read fails.
     sh("obdsetup open app base.obd app.obd")
-    check(whole("app") != work.disk, "without verity, the disk has the changed bytes")
+    check(whole("app") != work.disk, "without verity, the disk doesn't have the changed bytes")
     sh("obdsetup close app")
 
 
-@test("dm-verity above: the bytes of the source; reads of a changed block fail with EIO, others are right")
+@test("dm-verity above: the disk is correct; reads of a changed block fail with EIO, others are correct")
 def verity_above():
     need("veritysetup")
     need_module("dm-verity")
@@ -54,14 +54,15 @@ def verity_above():
     work.corrupt()
     right, failed = work.pieces("app-verified")
     check(right and failed, f"{right} pieces right, {failed} with EIO")
-    check(whole("app") != work.disk, "below verity, the disk has the changed bytes")
+    check(whole("app") != work.disk, "below verity, the disk doesn't have the changed bytes")
     equal(target_status("app-verified")[3], "C", "state of verity")
     sh(down)
     nothing_left()
 
 
 def work_of_server():
-    """Returns a Work with the layers' files where a server has them. The name of the server means this machine."""
+    """Returns a Work whose layers are where the recipes' server has them, in /srv/images. `server' is a name of this
+    machine."""
     work = Work()
     os.mkdir("images")
     for name in ("base", "app"):
@@ -76,7 +77,7 @@ def work_of_server():
 
 
 class NvmeTcp:
-    """What the recipe with NVMe over TCP needs: a server with the layers' files, and the name of that server."""
+    """Prepares the recipe with NVMe over TCP: makes this machine the server with the layers' files."""
 
     TARGET = "/sys/kernel/config/nvmet"
 
@@ -89,7 +90,7 @@ class NvmeTcp:
         defer(self._down)
 
     def _down(self):
-        """Takes down whatever a failed test has left."""
+        """Removes what a failed test has left."""
         self.work.down()
         for path in glob.glob("/sys/class/nvme/nvme*/delete_controller"):
             quietly("sh", "-c", f"echo 1 >{path}")
@@ -102,7 +103,7 @@ class NvmeTcp:
                 os.rmdir(path)
 
     def lose(self):
-        """Takes the export away, so that the node loses the server."""
+        """Removes the export, so that the node loses its connection to the server."""
         os.unlink(f"{self.TARGET}/ports/1/subsystems/images")
 
     def come_back(self):
@@ -121,7 +122,7 @@ def nvme_tcp():
     remote_.lose()
     disk = Disk("/dev/mapper/app")
     start = time.monotonic()
-    check(None in (read_or_none(disk, at, PIECE) for at in range(0, SIZE, PIECE)), "a read ends with EIO")
+    check(None in (read_or_none(disk, at, PIECE) for at in range(0, SIZE, PIECE)), "no read ended with EIO")
     took = time.monotonic() - start
     note(f"the first read that failed ended within {took:.1f} s")
     disk.close()
@@ -142,7 +143,7 @@ def nvme_tcp():
     nothing_left()
 
 
-@test("overlayfs: one image several times, one page cache")
+@test("overlayfs: containers of one image cache its files once")
 def several_times():
     need_module("overlay")
     Work()
@@ -154,16 +155,16 @@ def several_times():
     same_bytes(read("/run/c1/data"), DATA, "content in the first")
     before = page_cache()
     same_bytes(read("/run/c2/data"), DATA, "content in the second")
-    check(page_cache() - before < len(DATA) >> 12, f"the second has taken {page_cache() - before} KiB of page cache")
+    check(page_cache() - before < len(DATA) >> 12, f"the second read took {page_cache() - before} KiB of page cache")
     with open("/run/c1/data", "ab") as file:
         file.write(b"more")
-    same_bytes(read("/run/c1/data"), DATA + b"more", "what the first has written")
-    same_bytes(read("/run/c2/data"), DATA, "and the second hasn't")
+    same_bytes(read("/run/c1/data"), DATA + b"more", "file that the first has changed")
+    same_bytes(read("/run/c2/data"), DATA, "the same file in the second")
     sh(down)
     nothing_left()
 
 
-@test("open --writable: a third layer of what was written, in six commands")
+@test("open --writable: six commands make a third layer of changes")
 def third_layer():
     need_module("dm-snapshot")
     Work()
@@ -176,18 +177,18 @@ def third_layer():
     sh(make)
     nothing_left()
     sh(use)
-    same_bytes(read("/mnt/data") + read("/mnt/app"), DATA + APP, "what was there")
-    same_bytes(read("/mnt/more") + read("/mnt/text"), APP[:70000] + b"another", "what was written")
+    same_bytes(read("/mnt/data") + read("/mnt/app"), DATA + APP, "old files")
+    same_bytes(read("/mnt/more") + read("/mnt/text"), APP[:70000] + b"another", "new files")
     sh(down)
     nothing_left()
-    # The layer equals one that is made by comparing the whole disk.
+    # The layer equals the one that `create' makes by comparing the whole disk.
     sh("""obdsetup open --writable new.changes work base.obd app.obd
         obdsetup create --base base.obd --base app.obd --image /dev/mapper/work --tar slow.tar
         obdsetup close work""")
     same_bytes(read("new.tar"), read("slow.tar"), "the layer")
 
 
-@test("erofs with inode_share: two images, and what they have in common is cached once")
+@test("erofs with inode_share: the common files of two images are cached once")
 def one_page_cache():
     need_module("erofs")
     Work()
@@ -209,14 +210,14 @@ def one_page_cache():
     same_bytes(read("/mnt/data"), DATA, "content in the first")
     before = page_cache()
     same_bytes(read("/mnt2/data"), DATA, "content in the second")
-    check(page_cache() - before < len(DATA) >> 12, f"the second has taken {page_cache() - before} KiB of page cache")
-    same_bytes(read("/mnt2/own"), b"two" * 20000, "what only the second has")
+    check(page_cache() - before < len(DATA) >> 12, f"the second read took {page_cache() - before} KiB of page cache")
+    same_bytes(read("/mnt2/own"), b"two" * 20000, "file that only the second has")
     sh(down)
     nothing_left()
 
 
 def processes(name):
-    """The processes of that name."""
+    """Returns the IDs of the processes with this name."""
     found = []
     for path in glob.glob("/proc/[0-9]*/comm"):
         try:
@@ -242,7 +243,7 @@ def wait(condition, what, seconds=60):
 
 
 def host(name):
-    """Another name of this machine."""
+    """Makes name another name of this machine until the end of the test."""
     with open("/etc/hosts", encoding="ascii") as file:
         before = file.read()
     with open("/etc/hosts", "w", encoding="ascii") as file:
@@ -255,7 +256,8 @@ def host(name):
 
 
 class Remote:
-    """What the recipe with nbdkit needs: a server with the layers' files, a volume group without them."""
+    """Prepares the recipes with nbdkit: makes this machine the server with the layers' files, and an empty volume
+    group."""
 
     def __init__(self):
         need("nbdkit", "nbd-client", "lvm")
@@ -281,11 +283,11 @@ class Remote:
 
 
 def hydrated(name):
-    """(local, all) regions of a clone."""
+    """Returns the number of local regions of a dm-clone device, and of all regions."""
     return tuple(map(int, target_status(name)[6].split("/")))
 
 
-@test("nbdkit and dm-clone: in use before anything is local, and when the server is gone")
+@test("nbdkit and dm-clone: the disk reads correctly before anything is local, and when the server has gone")
 def remote():
     remotes = Remote()
     work = remotes.work
@@ -293,7 +295,7 @@ def remote():
     remotes.node()
     equal(hydrated("base-local")[0] + hydrated("app-local")[0], 0, "local regions")
     work.same()
-    equal(hydrated("base-local")[0] + hydrated("app-local")[0], 0, "local regions after all was read")
+    equal(hydrated("base-local")[0] + hydrated("app-local")[0], 0, "local regions after reads")
     sh(remotes.blocks[2])
     for name in ("base-local", "app-local"):
         local, regions = hydrated(name)
@@ -310,11 +312,11 @@ def remote():
     nothing_left()
 
 
-@test("nbdkit and dm-clone: reads fail with EIO if the server hangs or dies; what was copied stays")
+@test("nbdkit and dm-clone: reads fail with EIO if the server hangs or dies; copied regions stay local")
 def remote_dies():
     remotes = Remote()
     work = remotes.work
-    # Half a megabyte each second, so that the copy can be stopped before all is local.
+    # 4 Mbit/s, so that the copy can be stopped before all is local.
     remotes.server("--filter=rate", "rate=4M")
     remotes.node()
     work.same()
@@ -326,7 +328,7 @@ def remote_dies():
     kill("nbdkit", signal.SIGSTOP)
     disk = Disk("/dev/mapper/app")
     start = time.monotonic()
-    check(None in (read_or_none(disk, at, PIECE) for at in range(0, SIZE, PIECE)), "a read ends with EIO")
+    check(None in (read_or_none(disk, at, PIECE) for at in range(0, SIZE, PIECE)), "no read ended with EIO")
     note(f"the read ended after {time.monotonic() - start:.1f} s")
     disk.close()
     kill("nbdkit")
@@ -341,17 +343,17 @@ def remote_dies():
         nbd-client -d /dev/nbd0
         nbd-client -d /dev/nbd1""")
     nothing_left()
-    # Make the clone devices again with the same volumes: what was copied is still local.
+    # Make the dm-clone devices again with the same volumes: the copied regions are still local.
     remotes.server()
     sh("\n".join(line for line in remotes.blocks[1].splitlines() if "lvcreate" not in line))
     check(hydrated("base-local")[0] >= before[0], f"local: {hydrated('base-local')}, before {before}")
     work.same()
     sh("dmsetup message base-local 0 enable_hydration")
-    wait(lambda: hydrated("base-local")[0] > before[0], "the copy goes on")
+    wait(lambda: hydrated("base-local")[0] > before[0], "the copy continues")
     sh("umount /mnt; obdsetup close app; dmsetup remove base-local app-local")
 
 
-@test("nbdkit and dm-cache: the bytes of the source, at any time")
+@test("nbdkit and dm-cache: the device reads correctly, again and again")
 def cached():
     need_module("dm-cache", "dm-cache-smq")
     remotes = Remote()
@@ -360,12 +362,12 @@ def cached():
     sh(up)
     for _ in range(3):
         remotes.work.same_base()
-    check(int(target_status("base-local")[7]) + int(target_status("base-local")[8]), "reads that the cache has seen")
+    check(int(target_status("base-local")[7]) + int(target_status("base-local")[8]), "the cache has seen no reads")
     sh(down)
     nothing_left()
 
 
-@test("nbdkit with its curl plugin: the bytes of a web server")
+@test("nbdkit with its curl plugin: the device reads correctly from a web server")
 def web():
     need("nbdkit", "nbd-client", "busybox")
     need_module("nbd")
@@ -388,7 +390,7 @@ def web():
 
 
 def ublk_up():
-    """The layers, served by rublk."""
+    """Opens the layers from devices of rublk. Returns the Work, and the commands that take all down."""
     need("rublk")
     need_module("ublk_drv")
     work = Work()
@@ -399,7 +401,7 @@ def ublk_up():
     return work, down
 
 
-@test("ublk: the bytes of the source")
+@test("ublk: the disk reads correctly")
 def ublk():
     _, down = ublk_up()
     sh(down)

@@ -1,6 +1,6 @@
 #!/usr/bin/env python3
 # SPDX-License-Identifier: GPL-2.0
-"""What udev makes of the devices: disks are scanned and get links, what is inside a stack is left alone."""
+"""The udev rules: disks are scanned and get links; inner devices are not scanned and get none."""
 
 import glob
 import json
@@ -16,7 +16,7 @@ from obdtest.left import devices
 from obdtest.programs import close, quietly, run
 
 RULES = "/run/udev/rules.d"
-# The rules of device-mapper as all but Debian number them.
+# The file names of device-mapper's rules in Debian, and in other distributions.
 UPSTREAM = {"55-dm.rules": "10-dm.rules", "56-lvm.rules": "11-dm-lvm.rules",
             "60-persistent-storage-dm.rules": "13-dm-disk.rules"}
 UUID, LABEL = "0b2f3c4d-1111-4222-8333-444455556666", "obdtest-fs"
@@ -28,8 +28,9 @@ def remove(name):
 
 
 def make_layers():
-    """Files of a stack, of odd length: an ext4 file system, and a change. What the first layer decompresses to looks
-    like swap space to those who scan it: a header has room for that."""
+    """Makes the files of a stack, an ext4 file system and a change, with lengths that are not multiples of 512.
+    Programs that scan the decompressed first layer take it for swap space: the unused part of its header has swap's
+    header."""
     work = work_directory()
     os.mkdir(f"{work}/tree")
     with open(f"{work}/tree/file", "w", encoding="ascii") as file:
@@ -40,7 +41,7 @@ def make_layers():
     run("mkswap", f"{work}/swap")
     run("obdsetup", "create", "--algorithm", "none", "--image", f"{work}/disk", f"{work}/bare")
     bare, swap = read(f"{work}/bare"), read(f"{work}/swap")
-    # The page with swap's header, but for its first sectors. The end of the file is where swap's is not.
+    # The first page is that of the swap space, except for the first 1024 bytes.
     crafted = bare[:1024] + swap[1024:4096] + bare[4096:]
     layers = []
     for name, layer in (("base", crafted), ("top", image.lsmt(8 << 20, [(16000, 8)]))):
@@ -50,7 +51,7 @@ def make_layers():
 
 
 def open_stack():
-    """A stack by obdsetup, which udev has dealt with when it is there."""
+    """Opens a stack. obdsetup returns when udev has processed its devices."""
     layers = make_layers()
     equal(run("obdsetup", "open", NAME, *layers), f"/dev/mapper/{NAME}\n", "open")
     defer(close, NAME)
@@ -61,18 +62,18 @@ def names():
 
 
 def inner():
-    """The devices below the disk, by what they are and the layer's file: names and UUIDs."""
+    """Returns the names and UUIDs of the devices below the disk, by (kind, layer's file)."""
     return {(name.split("-")[-1], name.split(".")[0]): (name, uuid) for name, uuid in devices().items()
             if uuid.startswith(("OVERLAYBD-LAYER-", "OVERLAYBD-BLOB-"))}
 
 
 def look(what):
-    """Checks what udev has of the stack."""
+    """Checks udev's properties of the stack's devices, and its links to them."""
     top = f"/dev/mapper/{NAME}"
     has = udevd.properties(top)
     equal(has.get("ID_FS_TYPE"), "ext4", f"{what}: type of the file system")
     equal(has.get("DM_UUID"), f"OVERLAYBD-LSMT-{NAME}", f"{what}: UUID of the device")
-    check(has.get("SYSTEMD_READY") != "0", f"{what}: systemd takes the disk for one that isn't ready")
+    check(has.get("SYSTEMD_READY") != "0", f"{what}: to systemd, the disk isn't ready")
     wanted = {f"mapper/{NAME}", f"disk/by-id/dm-name-{NAME}", f"disk/by-id/dm-uuid-OVERLAYBD-LSMT-{NAME}",
               f"disk/by-uuid/{UUID}", f"disk/by-label/{LABEL}"}
     check(wanted <= udevd.links(top), f"{what}: links {udevd.links(top)}")
@@ -99,14 +100,14 @@ def trigger(action):
     udevd.settle()
 
 
-@test("the rules have no mistakes that udevadm sees")
+@test("udevadm verify finds no mistake in the rules")
 def verify():
     files = glob.glob(f"{RULES}/*overlaybd.rules")
     equal(sorted(map(os.path.basename, files)), ["11-dm-overlaybd.rules", "56-dm-overlaybd.rules"], "files")
     run("udevadm", "verify", *files)
 
 
-@test("the layer that is to be hidden looks like swap space")
+@test("the decompressed layer that the next tests use looks like swap space")
 def crafted():
     layer = make_layers()[0]
     plain = tempfile.NamedTemporaryFile(prefix="obdtest-")
@@ -116,7 +117,7 @@ def crafted():
     equal(run("blkid", "--probe", "--output", "value", "--match-tag", "TYPE", plain.name).strip(), "swap", "blkid")
 
 
-@test("a disk is scanned and gets links, inner devices don't; nor do they later")
+@test("a disk is scanned and gets links, inner devices don't, not after later events, either")
 def stack():
     open_stack()
     look("when open is over")
@@ -130,7 +131,7 @@ def stack():
     equal(left, [], "links that are left")
 
 
-@test("the same where device-mapper's rules have their own numbers")
+@test("the same if device-mapper's rules have the numbers of other distributions than Debian")
 def upstream():
     for name, other in UPSTREAM.items():
         if not os.path.exists(f"/usr/lib/udev/rules.d/{name}"):
@@ -149,7 +150,7 @@ def upstream():
     run("obdsetup", "close", NAME)
 
 
-@test("by hand: the UUID tells what is hidden, not the name")
+@test("devices made by dmsetup: the UUID determines whether a device is hidden, not the name")
 def by_hand():
     open_stack()
     sectors = 8 << 11
@@ -157,7 +158,7 @@ def by_hand():
     shown, hide = {}, {}
     for kind, uuid in (("lsmt", "OVERLAYBD-LSMT-x-zfile0"), ("zfile", "OVERLAYBD-ZFILE-x-0"), ("none", ""),
                        ("layer", "OVERLAYBD-LAYER-x"), ("blob", "OVERLAYBD-BLOB-x")):
-        # Names that obdsetup gives to others.
+        # Names that obdsetup gives to inner devices.
         name = f"{NAME}-{kind}-zfile0" if kind in ("lsmt", "zfile", "none") else f"{NAME}-{kind}"
         run("dmsetup", "create", name, "--readonly", *(["--uuid", uuid] if uuid else []), "--table", table)
         defer(remove, name)
@@ -172,7 +173,7 @@ def by_hand():
         hidden(name, "made by dmsetup")
 
 
-@test("lsblk, dmsetup ls and info show a stack as it is")
+@test("lsblk, dmsetup ls and dmsetup info show the devices of a stack correctly")
 def shown():
     open_stack()
     seen, parents = {}, {}
@@ -210,13 +211,13 @@ def shown():
     equal(set(depth), names(), "dmsetup ls --tree: names")
 
 
-@test("a plain ZFile is a disk, too")
+@test("the disk of open --zfile gets links, too")
 def zfile():
     work = work_directory()
     run("truncate", "--size=8M", f"{work}/disk")
     run("mkfs.ext4", "-q", "-U", UUID, "-L", LABEL, f"{work}/disk")
     write(f"{work}/disk.zf", image.zfile(read(f"{work}/disk"), image.ZSTD, 65536))
-    # A name with a number behind it, which is not that of a layer.
+    # The name ends with a number, as UUIDs of inner devices do.
     name = f"{NAME}-1"
     run("obdsetup", "open", "--zfile", name, f"{work}/disk.zf")
     defer(close, name)

@@ -1,9 +1,9 @@
 #!/usr/bin/env python3
 # SPDX-License-Identifier: GPL-2.0
-"""obdsetup open --writable and create --changes: what is written survives and becomes a layer, a store is accepted only
-with the layers that it was made for, and after a kill, a crash or a full store, no wrong layer is made.
+"""obdsetup open --writable and create --changes. Changes are kept, and become a layer. A store is accepted only with
+the layers that it was made for. After a kill, a crash or a full store, no wrong layer is made.
 
-OBD_KILLS is the number of kills. OBD_SEED is the seed of the random moments at which they come.
+OBD_KILLS is the number of kills. OBD_SEED is the seed of their random times.
 """
 
 import contextlib
@@ -31,13 +31,13 @@ RNG = random.Random(101)
 
 
 def refused(status, said, *args):
-    """It is refused with these words."""
+    """Checks that a command fails with this exit status and message."""
     _, err = obdsetup(*args, status=status)
     check(said in err, f"obdsetup {' '.join(args)} said: {err.strip()}")
 
 
 def write_disk(at, content, path=DISK):
-    """Writes content at byte at of the disk, and syncs it."""
+    """Writes content to the disk from byte `at` on, and syncs it."""
     fd = os.open(path, os.O_WRONLY)
     try:
         equal(os.pwrite(fd, content, at), len(content), "bytes written")
@@ -47,13 +47,14 @@ def write_disk(at, content, path=DISK):
 
 
 def clear():
-    """Takes down what a failed test has left."""
+    """Removes the mount and the devices that a failed test has left."""
     quietly("umount", "mnt")
     left.clear(NAME, f"{NAME}2")
 
 
 def work():
-    """A directory of its own, with the layers base.obd and app.obd of a disk."""
+    """Changes to a new directory with the layers base.obd and app.obd of a disk, until the end of the test. Returns the
+    content of the disk."""
     enter_work_directory()
     defer(clear)
     os.mkdir("mnt")
@@ -67,7 +68,7 @@ def work():
 
 
 LAYERS = ("base.obd", "app.obd")
-# Seconds for a test, on a machine that does other things, too.
+# Time limit of a test in seconds, on a machine that runs other programs, too.
 LONG = 600
 BASES = ("--base", "base.obd", "--base", "app.obd")
 
@@ -76,7 +77,8 @@ MADE = "note: store: made a new store of changes, of up to "
 
 
 def open_writable(*args, layers=LAYERS, name=NAME):
-    """Opens the disk; the store is made where it isn't there. What it says besides that."""
+    """Opens the disk, and makes the store if it doesn't exist. Returns the messages, except for that about a new
+    store."""
     is_there = os.path.exists("store")
     new = [] if is_there else ["--create"]
     said = obdsetup("open", *new, "--writable", "store", *args, name, *layers)[1]
@@ -86,13 +88,13 @@ def open_writable(*args, layers=LAYERS, name=NAME):
 
 
 def changes(name=NAME, status=0):
-    """What status says of the store."""
+    """Returns the health and the report on the store from obdsetup status."""
     out, _ = obdsetup("status", "--json", name, status=status)
     report = json.loads(out)
     return report["health"], report["changes"]
 
 
-@test("what is written survives a close; the layer of a store equals the layer of the whole disk", timeout=LONG)
+@test("changes survive a close; the layer of a store equals the layer of the whole disk", timeout=LONG)
 def loop_of_layers():
     work()
     for name in LAYERS:
@@ -116,12 +118,12 @@ def loop_of_layers():
         obdsetup("close", NAME)
         nothing_left()
         equal(os.stat("store").st_mode & 0o777, 0o600, "mode of the store")
-        check(os.stat("store").st_blocks * 512 < 4 << 20, "the store takes room for what was written only")
+        check(os.stat("store").st_blocks * 512 < 4 << 20, "the store takes more space than the changes")
         # As after a reboot.
         equal(open_writable(layers=layers), "", "what open says the second time")
         run("mount", DISK, "mnt")
         same_bytes(read(f"mnt/new{nth}"), more, "what was written")
-        check(not os.path.exists("mnt/old"), "what was removed is there no more")
+        check(not os.path.exists("mnt/old"), "the removed file is there again")
         run("umount", "mnt")
         disk = read(DISK)
         health, store = changes()
@@ -129,7 +131,7 @@ def loop_of_layers():
         check(200_000 < store["used"] < 4 << 20 < store["size"], f"store: {store}")
         text, _ = obdsetup("status", NAME)
         check("writes go to " in text and " % of what it can hold" in text, text)
-        check(NAME in obdsetup("list")[0], "list shows the disk")
+        check(NAME in obdsetup("list")[0], "list doesn't show the disk")
         obdsetup("create", *bases, "--image", DISK, "slow.obd", "--force")
         obdsetup("close", NAME)
         obdsetup("create", "--changes", "store", *bases, layer)
@@ -142,7 +144,7 @@ def loop_of_layers():
     nothing_left()
 
 
-@test("the store of another disk is refused, and so is what is no store; nothing is written to either", timeout=LONG)
+@test("a store of another disk is refused, and so are other files and devices; all stay unchanged", timeout=LONG)
 def others():
     work()
     open_writable()
@@ -160,7 +162,7 @@ def others():
     device = run("losetup", "--find", "--show", "disk.raw").strip()
     defer(quietly, "losetup", "--detach", device)
     refused(5, f"{device}: is no store of changes, and not empty", "open", "--writable", device, NAME, *LAYERS)
-    same_bytes(read("disk.raw"), disk, "what was on the device")
+    same_bytes(read("disk.raw"), disk, "content of the device")
     run("losetup", "--detach", device)
     os.truncate("store", len(before) - 512)
     refused(3, "store: the store of changes is cut short", "open", "--writable", "store", NAME, *LAYERS)
@@ -176,7 +178,7 @@ def device_store():
     defer(quietly, "losetup", "--detach", device)
     refused(4, f"{device}: the device is empty, and no store", "open", "--writable", device, NAME, *LAYERS)
     obdsetup("open", "--create", "--writable", device, "--lsmt-opt", "no_such_option", NAME, *LAYERS, status=4)
-    check(not any(read("volume")), "the device is empty again")
+    check(not any(read("volume")), "the device is not empty again")
     for nth in range(2):
         new = [] if nth else ["--create"]
         obdsetup("open", *new, "--writable", device, NAME, *LAYERS)
@@ -190,12 +192,12 @@ def device_store():
         write("disk.raw", content)
         obdsetup("create", "--image", "disk.raw", *BASES, "slow.obd", "--force")
         same_bytes(read("fast.obd"), read("slow.obd"), "the layer")
-    # Another has it, as a mount does.
+    # Another program has the device open exclusively, as a mount does.
     before = read("volume")[:4096]
     fd = os.open(device, os.O_RDONLY | os.O_EXCL)
     obdsetup("open", "--writable", device, NAME, *LAYERS, status=5)
     os.close(fd)
-    same_bytes(read("volume")[:4096], before, "the head")
+    same_bytes(read("volume")[:4096], before, "the start of the store")
     # Another loop device over the same file is the same store.
     obdsetup("open", "--writable", device, NAME, *LAYERS)
     other = run("losetup", "--find", "--show", "volume").strip()
@@ -217,7 +219,7 @@ def large_sectors():
     new = ("open", "--create", "--writable", device, NAME)
     refused(4, f"{device}: has logical blocks of 4096 bytes, and the size of the disk, {SIZE + 512} bytes, is no ",
             *new, "odd.obd")
-    check(not any(read("volume")), "the device is empty still")
+    check(not any(read("volume")), "the device is no longer empty")
     _, said = obdsetup(*new, *LAYERS)
     check(f"note: {device}: has logical blocks of 4096 bytes, and so has the disk with it" in said, said)
     equal(run("blockdev", "--getss", DISK).strip(), "4096", "sectors of the disk")
@@ -235,7 +237,7 @@ def large_sectors():
 
 
 def fill():
-    """Writes to the disk until a write fails. Returns the number of bytes written."""
+    """Writes to all of the disk, until a write fails. Returns the number of bytes written."""
     done = 0
     try:
         for at in range(0, SIZE, 64 << 10):
@@ -246,7 +248,7 @@ def fill():
     return done
 
 
-@test("a store that gets full: status tells before and after, and a larger one goes on", timeout=LONG)
+@test("a store that gets full: status reports it before and after, and --store-size makes room", timeout=LONG)
 def full():
     work()
     open_writable("--store-size", "2m")
@@ -258,17 +260,17 @@ def full():
     check("NEARLY FULL: 9" in err, err)
     refused(4, "NEARLY FULL", "list", "--check")
     first = read(DISK)[:30 << 16]
-    check(fill() < SIZE, "writes fail")
+    check(fill() < SIZE, "no write failed")
     health, store = changes(status=4)
     equal((health, store["overflowed"], store["lost"]), ("full", True, False), "status of a full store")
-    equal(len(read(DISK)), SIZE, "bytes that can be read still")
+    equal(len(read(DISK)), SIZE, "bytes that can still be read")
     obdsetup("close", NAME)
     words = "store: was full, and writes to the disk failed"
     refused(3, words, "create", "--changes", "store", *BASES, "none")
     refused(3, words, "open", "--writable", "store", NAME, *LAYERS)
     said = open_writable("--store-size", "16m")
     check("note: store: was full, and writes to the disk failed: check the file system" in said, said)
-    check(len(first) == 30 << 16 and fill() == SIZE, "now there is room for all")
+    check(len(first) == 30 << 16 and fill() == SIZE, "there is not enough space in the larger store")
     disk = read(DISK)
     obdsetup("close", NAME)
     obdsetup("create", "--changes", "store", *BASES, "third.obd")
@@ -300,7 +302,7 @@ def last_chunk():
     nothing_left()
 
 
-@test("a store whose file system gets full: the changes are lost, and this is said", timeout=LONG)
+@test("a store whose file system gets full: the changes are lost, and status reports it", timeout=LONG)
 def lost():
     work()
     run("mount", "-t", "tmpfs", "-o", "size=3m", "tmpfs", "mnt")
@@ -316,7 +318,7 @@ def lost():
     nothing_left()
 
 
-@test("a crash: the store is not closed, can be opened, and makes no layer before it was closed", timeout=LONG)
+@test("after a crash, a store can be opened, but no layer can be made of it before it was closed", timeout=LONG)
 def crash():
     content = work()
     open_writable()
@@ -325,7 +327,7 @@ def crash():
     content[50_000:150_000] = more
     for name in (NAME, f"{NAME}-image", f"{NAME}-store"):
         run("dmsetup", "remove", "--retry", name)
-    # Removes the devices of the layers, which are left of the crash.
+    # This close also removes the devices of the layers that the crash has left.
     obdsetup("open", NAME, *LAYERS)
     obdsetup("close", NAME)
     nothing_left()
@@ -335,7 +337,7 @@ def crash():
     same_bytes(read(DISK), bytes(content), "content")
     obdsetup("close", NAME)
     obdsetup("create", "--changes", "store", *BASES, "third.obd")
-    # The kernel removes a disk that is in use later. Then no obdsetup runs that could mark the store as closed.
+    # The kernel removes the disk when its last user closes it. No obdsetup runs then to mark the store as closed.
     open_writable()
     with open(DISK, "rb"):
         _, said = obdsetup("close", "--deferred", NAME)
@@ -348,7 +350,7 @@ def crash():
 
 
 def kill(rng, lasts, *args):
-    """Runs obdsetup and kills it within lasts seconds. Returns whether it was still running."""
+    """Runs obdsetup and kills it at a random time within lasts seconds. Returns whether it was still running."""
     child = subprocess.Popen(["obdsetup", *args], stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
                              stderr=subprocess.DEVNULL)
     time.sleep(rng.random() * lasts)
@@ -358,7 +360,7 @@ def kill(rng, lasts, *args):
     return child.returncode == -signal.SIGKILL
 
 
-@test("open and close are killed: the next one clears what is left, and the store has what was written",
+@test("open and close are killed: the next one clears what is left, and the store keeps the changes",
       timeout=LONG + 100 * KILLS)
 def kills():
     content = work()
@@ -399,7 +401,7 @@ def kills():
     write("disk.raw", content)
     obdsetup("create", "--image", "disk.raw", *BASES, "slow.obd")
     same_bytes(read("fast.obd"), read("slow.obd"), "the layer")
-    # A new store is there, or it isn't, and open makes it.
+    # After a kill, the new store may exist; if not, open makes it.
     os.unlink("store")
     for _ in range(KILLS):
         kill(rng, lasts["open"], "open", "--create", "--writable", "store", NAME, *LAYERS)
@@ -410,24 +412,24 @@ def kills():
     nothing_left()
 
 
-@test("an open that fails leaves neither devices nor a new store, and an old one as it was", timeout=LONG)
+@test("an open that fails leaves neither devices nor a new store, and an old store unchanged", timeout=LONG)
 def failed_open():
     work()
     run("dmsetup", "create", f"{NAME}-store", "--notable")
     defer(quietly, "dmsetup", "remove", f"{NAME}-store")
     new = ("open", "--create", "--writable", "store")
     refused(5, f"device {NAME}-store exists already", *new, NAME, *LAYERS)
-    check(not os.path.exists("store"), "no store")
+    check(not os.path.exists("store"), "a store is left")
     obdsetup(*new, "--lsmt-opt", "no_such_option", NAME, *LAYERS, status=5)
     quietly("dmsetup", "remove", f"{NAME}-store")
     obdsetup(*new, "--lsmt-opt", "no_such_option", NAME, *LAYERS, status=4)
-    check(not os.path.exists("store"), "no store")
-    # This open fails last of all, when it has made the disk: it cannot write its output.
+    check(not os.path.exists("store"), "a store is left")
+    # This open fails at its end, after it has made the disk: it cannot write its output.
     with open("/dev/full", "wb") as full:
         done = subprocess.run(["obdsetup", *new, NAME, *LAYERS], stdout=full, stderr=subprocess.PIPE, check=False)
-    check(done.returncode != 0 and not os.path.exists("store"), f"no store: {done}")
+    check(done.returncode != 0 and not os.path.exists("store"), f"open succeeded, or a store is left: {done}")
     refused(1, "a store of ", *new, "--store-size", "1048576t", NAME, *LAYERS)
-    check(not os.path.exists("store"), "no store")
+    check(not os.path.exists("store"), "a store is left")
     open_writable()
     write_disk(0, b"written")
     obdsetup("close", NAME)
@@ -438,8 +440,8 @@ def failed_open():
 
 
 def open_and_hold(*args):
-    """Opens the disk so that `open` fails in the end, and somebody has written to it by then, and has it in use; what
-    it says.
+    """Runs an `open` that fails at its end. Tries to write to the disk before that, and to keep it in use until `open`
+    has failed. Returns the message of `open`, and whether that worked.
     """
     with open("/dev/full", "wb") as full:
         child = subprocess.Popen(["obdsetup", "open", *args, "--writable", "store", NAME, *LAYERS], stdout=full,
@@ -454,14 +456,14 @@ def open_and_hold(*args):
     os.fsync(fd)
     said = child.communicate()[1]
     os.close(fd)
-    check(child.returncode != 0, f"open fails: {said}")
+    check(child.returncode != 0, f"open did not fail: {said}")
     return said, True
 
 
 HELD = b"written meanwhile" * 100
 
 
-@test("an open that fails while the disk is in use: the store stays, and has what was written", timeout=LONG)
+@test("an open that fails while the disk is in use: the store stays, and keeps the changes", timeout=LONG)
 def failed_in_use():
     work()
     for args in (["--create"], [], ["--store-size", "64m"]):
@@ -469,7 +471,7 @@ def failed_in_use():
             said, held = open_and_hold(*args)
             if held:
                 break
-        check(held, "the disk is in use while open fails")
+        check(held, "the disk was never in use when open failed")
         check("note: store: is kept, and counts as not closed: " in said, said)
         refused(5, f"stack {NAME} has it open", "create", "--changes", "store", *BASES, "none")
         same_bytes(read(DISK)[:len(HELD)], HELD, "what was written")
@@ -481,7 +483,7 @@ def failed_in_use():
         nothing_left()
 
 
-@test("two opens of one store at the same time: one has it", timeout=LONG)
+@test("two opens with the same store at the same time: one succeeds, the other fails", timeout=LONG)
 def two_at_once():
     work()
     names = (NAME, f"{NAME}2")
@@ -491,14 +493,14 @@ def two_at_once():
                                  stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) for name in names]
         said = [child.communicate()[1] for child in both]
         codes = [child.returncode for child in both]
-        equal(sorted(codes), [0, 5], f"exit codes; they said {said}")
+        equal(sorted(codes), [0, 5], f"exit codes; messages: {said}")
         obdsetup("close", names[codes.index(0)])
         nothing_left()
         if nth % 2:
             os.unlink("store")
 
 
-@test("a write to the store fails: obdsetup records it, though dm-snapshot's header says valid", timeout=LONG)
+@test("a write to the store fails: obdsetup records it, although dm-snapshot's header says valid", timeout=LONG)
 def failed_writes():
     work()
     with open("volume", "wb") as file:
@@ -545,7 +547,7 @@ def other_machine():
                   'exec obdsetup "$@"')
         done = subprocess.run(["unshare", "--mount", "sh", "-c", script, "sh", *args], capture_output=True, text=True,
                               check=False)
-        equal(done.returncode, status, f"status of obdsetup {args} there ({done.stderr.strip()})")
+        equal(done.returncode, status, f"status of obdsetup {args} on that machine ({done.stderr.strip()})")
         return done.stderr
 
     reopen = ("open", "--writable", "store", NAME, *LAYERS)
@@ -554,7 +556,7 @@ def other_machine():
         run("dmsetup", "remove", "--retry", name)
     said = on_machine("2", "2", *reopen, status=5)
     check(f"is open on another machine, or was not closed there; its machine-id is {'1' * 32}" in said, said)
-    # A container on the same machine, and that machine after it went down.
+    # A container on the same machine (another machine-id), and the same machine after a reboot (another boot_id).
     for machine, boot in (("2", "1"), ("1", "2")):
         on_machine(machine, boot, *reopen)
         obdsetup("close", NAME)
@@ -569,7 +571,7 @@ def other_machine():
     nothing_left()
 
 
-@test("killed before or after devices are made, and before or after they are removed", timeout=LONG)
+@test("obdsetup is killed before or after it makes a device, and before or after it removes one", timeout=LONG)
 def kill_points():
     content = work()
     open_writable()
@@ -617,27 +619,27 @@ def udev():
     obdsetup("create", "--image", "disk.raw", "base.obd", "--force")
     open_writable(layers=("base.obd", ))
     uuid = run("blkid", "-p", "-s", "UUID", "-o", "value", DISK).strip()
-    equal(os.path.realpath(f"/dev/disk/by-uuid/{uuid}"), os.path.realpath(DISK), "what the file system is on")
+    equal(os.path.realpath(f"/dev/disk/by-uuid/{uuid}"), os.path.realpath(DISK), "device of the file system")
     links = glob.glob(f"/dev/disk/by-id/*{NAME}-*")
     equal(links, [], "links to the devices below")
     obdsetup("close", NAME)
     nothing_left()
 
 
-@test("overlaybdtab has the store", timeout=LONG)
+@test("a line of overlaybdtab can name a store", timeout=LONG)
 def tab():
     work()
     write("tab", f"{NAME} {os.getcwd()}/base.obd,{os.getcwd()}/app.obd writable={os.getcwd()}/store,noauto\n".encode())
     os.environ["OVERLAYBDTAB"] = f"{os.getcwd()}/tab"
     defer(os.environ.pop, "OVERLAYBDTAB")
-    # As where its file system isn't mounted.
+    # The store doesn't exist, as if its file system weren't mounted.
     refused(4, "store: there is no store of changes; `open --create' makes it", "open", NAME)
-    check(not os.path.exists("store"), "no store")
+    check(not os.path.exists("store"), "a store is left")
     obdsetup("open", "--create", NAME)
     write_disk(0, b"written")
     obdsetup("close", NAME)
     obdsetup("create", "--changes", "store", *BASES, "third.obd")
-    # Larger than the table says: by hand, and at each boot after that.
+    # A store that was enlarged on the command line may be larger than the table says, at each boot after that, too.
     text = read("tab").decode().replace(",noauto", ",noauto,store-size=2m")
     write("tab", text.encode())
     obdsetup("open", "--store-size", "32m", NAME)
