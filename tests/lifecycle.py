@@ -125,7 +125,7 @@ def busy():
     fails_with(errno.EBUSY, device.try_remove)
     same_bytes(disk.read(0, 4096), DATA[:4096], "content")
     below = stack.open_stack(image.zfile(LAYER))
-    lower = [name for name in os.listdir("/sys/block") if os.path.exists(f"/sys/block/{name}/holders/dm-") or
+    lower = [name for name in os.listdir("/sys/block") if
              os.listdir(f"/sys/block/{name}/holders") == [os.path.basename(below.path)]]
     equal(len(lower), 1, "devices below")
     with open(f"/sys/block/{lower[0]}/dm/name", encoding="ascii") as file:
