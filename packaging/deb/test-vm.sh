@@ -1,7 +1,8 @@
 #!/bin/bash
 # SPDX-License-Identifier: GPL-2.0
 # shellcheck disable=SC2317 # check calls them
-# In the VM: load the module that DKMS has built by its aliases, and as device-mapper does. Prints a line for each test.
+# Tests, in the VM, that the module built by DKMS is loaded by its aliases, by tables and by obdsetup. Prints a line for
+# each test.
 set -u
 
 failed=0
@@ -23,12 +24,13 @@ unloaded() {
 	! loaded
 }
 
-# modprobe finds the package's module, not one that was built in the clone.
+# modprobe finds the package's module, not one that was built in the working tree.
 the_package_s() { [[ $(modinfo -n dm_overlaybd) = */updates/dkms/dm_overlaybd.ko* ]]; }
 
 by_alias() { unloaded && modprobe "$1" && loaded; }
 
-# Of tables that name nothing: the type is looked up first.
+# by_table TARGET: creating a device loads the module. The creation fails, because the table names no device; but
+# device-mapper looks up the target type first.
 by_table() {
 	unloaded || return
 	dmsetup create none --readonly --table "0 8 $1 none" 2>/dev/null

@@ -1,9 +1,9 @@
 #!/bin/bash
 # SPDX-License-Identifier: GPL-2.0
 # shellcheck disable=SC2317 # check calls them
-# As root, in new namespaces: test the packages in DEBS: test.sh ROOT WORK DEBS RELEASE USER. ROOT is a Debian with
-# kernel RELEASE and all that the packages depend on; it stays as it is, what changes goes to WORK. WORK/share, for USER, gets
-# what the VM needs. Prints a line for each test.
+# Tests the packages in the directory DEBS: test.sh ROOT WORK DEBS RELEASE USER. Called as root, in new namespaces. ROOT
+# is a Debian with kernel RELEASE and all packages that these depend on. ROOT is not changed: an overlayfs keeps the
+# changes in WORK. WORK/share gets the files that the VM needs, owned by USER. Prints a line for each test.
 set -euo pipefail
 
 root=$1 work=$2 debs=$3 release=$4 user=$5
@@ -11,7 +11,7 @@ failed=0
 
 mkdir "$work"/{lower,upper,overlay,new}
 new=$work/new
-# By relative names: colons and commas have a meaning there.
+# With relative names: overlayfs does not accept colons and commas in its options.
 mount --bind "$root" "$work/lower"
 (cd "$work" && mount -t overlay overlay -o lowerdir=lower,upperdir=upper,workdir=overlay new)
 mount -t proc proc "$new/proc"
@@ -25,13 +25,13 @@ source=/usr/src/dm-overlaybd-$version
 headers=/usr/src/linux-headers-$release
 tree=/var/cache/dm-overlaybd/$release
 
-# there CMD...: run it in that Debian.
+# there CMD...: run CMD in the copy of that Debian.
 there() {
 	chroot "$new" /usr/bin/env -i -C / PATH=/usr/sbin:/usr/bin:/sbin:/bin HOME=/root LANG=C.UTF-8 \
 		DEBIAN_FRONTEND=noninteractive "$@" </dev/null
 }
 
-# check TITLE CMD...: a test that passes when the command does.
+# check TITLE CMD...: run a test, which passes if CMD succeeds.
 check() {
 	local title=$1 start=$SECONDS
 	shift
@@ -43,7 +43,7 @@ check() {
 	fi
 }
 
-# says TEXT CMD...: return whether CMD fails and prints one line, which has TEXT in it.
+# says TEXT CMD...: return whether CMD fails and prints exactly one line, which contains TEXT.
 says() {
 	local text=$1 out
 	shift
@@ -60,7 +60,7 @@ install_packages() {
 	du -sm "$new$tree" && there dkms status -m dm-overlaybd -v "$version" -k "$release" | grep ": installed\$" >/dev/null
 }
 
-# for_this_kernel: vermagic is that of a module of the kernel's own; DKMS has signed it.
+# for_this_kernel: the module has the same vermagic as a module of the kernel package.
 for_this_kernel() {
 	there modinfo -k "$release" dm_overlaybd &&
 		[ "$(there modinfo -k "$release" -F vermagic dm_overlaybd)" = "$(there modinfo -k "$release" -F vermagic dm_bufio)" ]
@@ -73,7 +73,7 @@ signed() {
 	[ -n "$key" ] && [ "$(there modinfo -k "$release" -F sig_key dm_overlaybd)" = "$key" ]
 }
 
-# aliases: each resolves to the module, and depmod knows what that needs.
+# aliases: each alias resolves to the module, and depmod knows the modules that it depends on.
 aliases() {
 	local alias
 	grep ' dm_overlaybd$' "$new/usr/lib/modules/$release/modules.alias" || return
@@ -89,7 +89,7 @@ runs() {
 		there test -s /usr/share/man/man8/obdsetup.8.gz -a -s /usr/lib/udev/rules.d/56-dm-overlaybd.rules
 }
 
-# unchanged: files are those of the packages.
+# unchanged: the installed files are the same as in the packages.
 unchanged() {
 	local changed
 	changed=$(there dpkg --verify obdsetup dm-overlaybd-dkms 2>&1) && [ -z "$changed" ] && return
@@ -99,7 +99,7 @@ unchanged() {
 
 probe() { there "$source/scripts/dkms.sh" check "$@"; }
 
-# fake_headers NAME SED: headers that differ in their configuration, at /tmp/NAME.
+# fake_headers NAME SED: make headers in /tmp/NAME, with the configuration of the kernel changed by the sed command SED.
 fake_headers() {
 	mkdir -p "$new/tmp/$1/include/config"
 	touch "$new/tmp/$1/Makefile"
@@ -117,7 +117,7 @@ other_rustc() {
 	says 'not rustc 1.99.9' probe "$release" /tmp/rustc
 }
 
-# without FILE CMD...: run it while the file is not there.
+# without FILE CMD...: run CMD while FILE is missing.
 without() {
 	local file=$new$1 status=0
 	shift
@@ -129,7 +129,7 @@ without() {
 
 no_bindgen() { without /usr/bin/bindgen says 'no bindgen' probe "$release"; }
 no_headers() { says 'no headers' probe 7.3.0-none; }
-# no_source: nor a tree made from it. With that, none is needed.
+# no_source: without the source and without the tree made from it. If the tree exists, the source is not needed.
 no_source() {
 	local package
 	package=linux-source-$(cut -d. -f1,2 <<<"$release")
@@ -137,7 +137,7 @@ no_source() {
 	without "$tree/made-of" without "/usr/src/$package.tar.xz" says "apt install $package=" probe "$release"
 }
 
-# older_recipe: a tree that an older recipe made fits as long as the source is not this kernel's.
+# older_recipe: a tree that an older version of the scripts has made is used, if the source of this kernel is missing.
 older_recipe() {
 	local status=0
 	cp "$new$tree/made-of" "$new/tmp/made-of"
@@ -147,7 +147,7 @@ older_recipe() {
 	return "$status"
 }
 
-# with_version PACKAGE VERSION CMD...: run it while that package seems to have that version.
+# with_version PACKAGE VERSION CMD...: run CMD while dpkg shows VERSION as the version of PACKAGE.
 with_version() {
 	local package=$1 version=$2 file=$new/var/lib/dpkg/status status=0
 	shift 2
@@ -160,7 +160,7 @@ with_version() {
 
 not_installed() { ! there dkms status -m dm-overlaybd -v "$version" -k "$release" | grep ": installed\$" >/dev/null; }
 
-# kernel_hook DIR: what an update of the kernel runs does not fail, but says what lacks.
+# kernel_hook DIR: the hook that an update of the kernel runs prints which source package is missing, but does not fail.
 kernel_hook() {
 	local out
 	! there dkms remove -m dm-overlaybd -v "$version" -k "$release" || there dkms add -m dm-overlaybd -v "$version" || return
@@ -170,13 +170,13 @@ kernel_hook() {
 	grep '^dm-overlaybd: cannot build .*apt install linux-source-.*=9.9-1' <<<"$out" && not_installed
 }
 
-# source_comes: after the headers of its kernel.
+# source_comes: the module is built when the source is installed after the headers of its kernel.
 source_comes() {
 	not_installed && there dpkg-trigger --no-await --by-package=linux-source /usr/src &&
 		there dpkg --triggers-only dm-overlaybd-dkms && ! not_installed
 }
 
-# apt_says_why: what apt shows, not only a log, and it goes on.
+# apt_says_why: the output of apt has the reason, not only a log; and apt does not fail.
 apt_says_why() {
 	local out
 	out=$(without /usr/bin/bindgen there /var/lib/dpkg/info/dm-overlaybd-dkms.postinst configure 2>&1) || return
@@ -184,7 +184,7 @@ apt_says_why() {
 	grep '^dm-overlaybd: cannot build .*no bindgen' <<<"$out"
 }
 
-# excluded: a kernel without Rust is left out, which is no failure of apt's.
+# excluded: DKMS skips a kernel without Rust (exit code 77), so that apt does not fail.
 excluded() {
 	local status=0
 	mkdir -p "$new/usr/lib/modules/7.3.0-norust"
@@ -194,7 +194,7 @@ excluded() {
 	[ "$status" = 77 ]
 }
 
-# upgrade: to the same as another version, which takes the tree that is there.
+# upgrade: install the same package with another version, which uses the existing kernel tree.
 upgrade() {
 	local before
 	before=$(stat -c %Y "$new$tree/made-of") || return
@@ -212,7 +212,8 @@ upgrade() {
 
 purge() { there apt-get purge -y dm-overlaybd-dkms obdsetup; }
 
-# left: what the packages have left: files that are new, gone or changed, apart from what apt, dpkg and DKMS itself keep.
+# left: print the files that the packages have left behind, deleted or changed, except for those that apt, dpkg and DKMS
+# itself keep.
 left() {
 	local path
 	find "$work/upper" -mindepth 1 -printf '%y %P\n' | while read -r type path; do
@@ -220,9 +221,9 @@ left() {
 		var/log/* | var/lib/apt/* | var/cache/apt/* | var/cache/ldconfig/* | etc/ld.so.cache) ;;
 		var/lib/dpkg/info/*overlaybd* | var/lib/dpkg/info/obdsetup*) echo "$path" ;;
 		var/lib/dpkg/*) ;;
-		# The machine's own key, which DKMS makes once and for all modules.
+		# The key of this machine, which DKMS makes once, for all modules.
 		var/lib/dkms/mok.key | var/lib/dkms/mok.pub) ;;
-		# Made anew when hooks come and go.
+		# Made again when hooks are installed or removed.
 		boot/initrd.img-*) ;;
 		*)
 			if [ "$type" = d ]; then
@@ -250,25 +251,25 @@ check "depmod has the aliases" aliases
 check "obdsetup runs; manual page, notices and udev rule are there" runs
 check "the files are those of the packages" unchanged
 
-# The VM takes these.
+# The files that the VM needs.
 share=$work/share
 mkdir -p "$share/modules"
 cp -r "$new/usr/lib/modules/$release"/{modules.*,updates} "$share/modules/"
 cp "$new/usr/sbin/obdsetup" "$share/"
 chown -R "$user" "$share"
 
-check "a build is possible, says the probe" probe "$release"
-check "the probe names a kernel without Rust" no_rust
-check "the probe names another rustc" other_rustc
-check "the probe names bindgen that lacks" no_bindgen
-check "the probe names headers that lack" no_headers
-check "the probe names the source that lacks" no_source
-check "a tree of an older recipe does, without the source" older_recipe
-check "an update of the kernel goes on without the source: headers" kernel_hook header_postinst.d
-check "an update of the kernel goes on without the source: image" kernel_hook postinst.d
-check "the module is built when the source comes" source_comes
+check "the probe reports that a build is possible" probe "$release"
+check "the probe reports a kernel without Rust" no_rust
+check "the probe reports another rustc" other_rustc
+check "the probe reports that bindgen is missing" no_bindgen
+check "the probe reports that the headers are missing" no_headers
+check "the probe reports that the source is missing" no_source
+check "a tree of older scripts is used, if its source is missing" older_recipe
+check "an update of the kernel does not fail without the source: headers" kernel_hook header_postinst.d
+check "an update of the kernel does not fail without the source: image" kernel_hook postinst.d
+check "the module is built when the source is installed" source_comes
 check "apt shows why there is no module" apt_says_why
-check "DKMS leaves out a kernel without Rust" excluded
+check "DKMS skips a kernel without Rust" excluded
 check "an upgrade of the package builds with the same tree" upgrade
 check "apt purges the packages" purge
 check "nothing is left" nothing_left
