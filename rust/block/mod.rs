@@ -14,7 +14,7 @@
 //!   the cache.
 //! - [`Tidy`]: a function that runs every few seconds.
 //! - [`Workers`]: the workers of a device, one for each CPU; [`Queue`]: the workqueue on which
-//!   workers of many devices run.
+//!   workers of many devices run; [`order`]: the order in which workers take jobs.
 //!
 //! C headers: `include/linux/bio.h`, `include/linux/blk_types.h`.
 
@@ -22,6 +22,7 @@ mod buffer;
 mod counter;
 mod data;
 pub(crate) mod memory;
+mod order;
 mod pages;
 mod piece;
 mod pool;

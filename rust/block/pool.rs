@@ -6,7 +6,7 @@
 //!
 //! Each CPU has a shelf. When it is full, pages go to the common shelf, and from there to the CPUs
 //! whose shelves are empty: a read may end on another CPU than it began on. The size of each shelf
-//! is bounded. [`Pool::trim`] frees pages that were not used for a while, and [`Pool::drain`] frees
+//! is bounded. A [`Tidier`] frees pages that were not used for a while, and [`Pool::drain`] frees
 //! pages when the kernel is short of memory.
 //!
 //! Lock order: no other lock is taken with the lock of a shelf held. It may be taken in any context
@@ -20,6 +20,7 @@ use kernel::sync::Arc;
 
 use super::memory::MAX_ORDER;
 use super::piece::Piece;
+use super::tidy::{Tidier, Tidy};
 use super::Lock;
 
 /// Number of the orders of pieces: 0 to [`MAX_ORDER`].
@@ -165,19 +166,14 @@ impl Shelf {
     }
 }
 
-/// A pool of pages for all devices.
-pub(crate) struct Pool {
+/// The shelves of a pool.
+struct Shelves {
     each: KVec<Pin<KBox<Shelf>>>,
     common: Pin<KBox<Shelf>>,
 }
 
-impl Pool {
-    /// Makes an empty pool. May sleep.
-    ///
-    /// # Errors
-    ///
-    /// [`ENOMEM`].
-    pub(crate) fn new() -> Result<Arc<Self>> {
+impl Shelves {
+    fn new() -> Result<Arc<Self>> {
         let cpus = kernel::cpu::nr_cpu_ids() as usize;
         let mut each = KVec::with_capacity(cpus, GFP_KERNEL)?;
         for _ in 0..cpus {
@@ -193,18 +189,65 @@ impl Pool {
         here.unwrap_or(&self.common)
     }
 
+    fn all(&self) -> impl Iterator<Item = &Shelf> {
+        let each = self.each.iter().map(|shelf| &**shelf);
+        Iterator::chain(core::iter::once(&*self.common), each)
+    }
+
+    /// Returns the number of pages on all shelves.
+    fn pages(&self) -> usize {
+        self.all().map(|shelf| shelf.pages.load(Relaxed)).sum()
+    }
+}
+
+impl Tidy for Shelves {
+    /// Frees pages that were not used since the last call.
+    fn tidy(&self) -> bool {
+        for shelf in self.all() {
+            shelf.trim();
+        }
+        // While there are pages, a later call may free some.
+        self.pages() > 0
+    }
+}
+
+/// A pool of pages for all devices. The last reference is dropped in process context, since that
+/// waits for the tidier.
+pub(crate) struct Pool {
+    shelves: Arc<Shelves>,
+    /// Armed each time after a piece was put on a shelf, since it stops when all shelves are empty.
+    ///
+    /// No piece stays without a later call. A call takes the lock of each shelf. If it takes the
+    /// lock after the thread that has put the piece there, it finds the piece. If it takes the lock
+    /// before, the thread finds that the tidier isn't armed.
+    tidier: Pin<KBox<Tidier<Shelves>>>,
+}
+
+impl Pool {
+    /// Makes an empty pool. May sleep.
+    ///
+    /// # Errors
+    ///
+    /// [`ENOMEM`].
+    pub(crate) fn new() -> Result<Arc<Self>> {
+        let shelves = Shelves::new()?;
+        let tidier = Tidier::new(shelves.clone())?;
+        Ok(Arc::new(Self { shelves, tidier }, GFP_KERNEL)?)
+    }
+
     /// Returns a piece of `1 << order` pages: from this CPU's shelf, the common shelf, or newly
     /// allocated without waiting.
     pub(super) fn get(&self, order: u32) -> Option<Piece> {
-        let here = self.here();
+        let (here, common) = (self.shelves.here(), &self.shelves.common);
         if let Some(piece) = here.with(order, Stack::pop).flatten() {
             return Some(piece);
         }
-        if self.common.pages.load(Relaxed) > 0 {
-            let mut batch = self.common.with(order, |stack| stack.take(BATCH))?;
+        if common.pages.load(Relaxed) > 0 {
+            let mut batch = common.with(order, |stack| stack.take(BATCH))?;
             let first = batch.0.iter_mut().find_map(Option::take);
             if first.is_some() {
                 here.with(order, |stack| stack.put(&mut batch));
+                self.tidier.arm();
                 return first;
             }
         }
@@ -215,45 +258,33 @@ impl Pool {
     /// common shelf. Pieces that fit on neither are freed.
     pub(super) fn put(&self, piece: Piece) {
         let order = piece.order();
-        let here = self.here();
-        let Some(Some(piece)) = here.with(order, |stack| stack.push(piece)) else {
-            return;
-        };
-        let Some(mut batch) = here.with(order, |stack| stack.take(BATCH)) else {
-            return;
-        };
-        self.common.with(order, |stack| stack.put(&mut batch));
-        // Frees the piece if the shelf is full again.
-        drop(here.with(order, |stack| stack.push(piece)));
-    }
-
-    fn shelves(&self) -> impl Iterator<Item = &Shelf> {
-        let each = self.each.iter().map(|shelf| &**shelf);
-        Iterator::chain(core::iter::once(&*self.common), each)
+        let (here, common) = (self.shelves.here(), &self.shelves.common);
+        if let Some(Some(piece)) = here.with(order, |stack| stack.push(piece)) {
+            let Some(mut batch) = here.with(order, |stack| stack.take(BATCH)) else {
+                return;
+            };
+            common.with(order, |stack| stack.put(&mut batch));
+            // Frees the piece if the shelf is full again.
+            drop(here.with(order, |stack| stack.push(piece)));
+        }
+        self.tidier.arm();
     }
 
     /// Returns the number of pages in the pool.
     pub(crate) fn pages(&self) -> usize {
-        self.shelves().map(|shelf| shelf.pages.load(Relaxed)).sum()
+        self.shelves.pages()
     }
 
     /// Frees about `target` pages: up to a batch more, or fewer if the pool has fewer. Returns the
     /// number of pages freed.
     pub(crate) fn drain(&self, target: usize) -> usize {
         let mut freed = 0;
-        for shelf in self.shelves() {
+        for shelf in self.shelves.all() {
             if freed >= target {
                 break;
             }
             freed += shelf.drain(target - freed);
         }
         freed
-    }
-
-    /// Frees pages that were not used since the last call. Called in process context.
-    pub(crate) fn trim(&self) {
-        for shelf in self.shelves() {
-            shelf.trim();
-        }
     }
 }

@@ -64,6 +64,9 @@ impl<T: Tidy> Tidier<T> {
     /// Arms the tidier: it calls [`Tidy::tidy`] after at least [`SECONDS`] seconds, and again as
     /// long as that returns true. Cheap if the tidier is armed already; the call then comes at the
     /// time that was set first. May be called in any context but NMI.
+    ///
+    /// A call that comes later sees what the caller has done before with a lock held that
+    /// [`Tidy::tidy`] takes, too.
     pub(crate) fn arm(&self) {
         // Two threads may both get here: queueing work that is already queued does nothing.
         if !self.armed.load(Relaxed) {

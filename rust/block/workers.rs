@@ -27,8 +27,7 @@
 //! `nohz_full=`, isolated cpuset partitions) are not woken.
 //!
 //! Small jobs overtake other ones, so a small read does not wait for all parts of the large reads
-//! before it. When small jobs of [`SHARE`] bytes or more have overtaken the first of the other jobs,
-//! that job has its turn. A small job never waits for a job that was queued later.
+//! before it: see [`order`](super::order), which has the rules.
 //!
 //! Lock order: the list's lock, then the workqueue's own. Both may be taken in any context but NMI.
 //!
@@ -43,23 +42,18 @@ use kernel::prelude::*;
 use kernel::sync::Arc;
 use kernel::types::Opaque;
 
+use super::order::{Kind, Ticket, Turns};
 use super::Lock;
 use crate::sys;
 
 /// Jobs that a worker runs before it lets other work items run on its CPU.
 const BATCH: usize = 64;
 
-/// Number of bytes of small jobs after which the first of the other jobs has its turn.
-const SHARE: u32 = 128 << 10;
-
 /// A step for a worker to run. It is embedded in another structure, such as the frame of an `Io`.
 pub(crate) struct Job {
     next: *mut Job,
     run: Option<unsafe fn(NonNull<Job>)>,
-    /// Number of bytes to process, if the job is small.
-    small: Option<u32>,
-    /// Number of jobs that were queued before it on this list.
-    order: u64,
+    ticket: Ticket,
 }
 
 impl Job {
@@ -68,8 +62,7 @@ impl Job {
         Self {
             next: core::ptr::null_mut(),
             run: None,
-            small: None,
-            order: 0,
+            ticket: Ticket::none(),
         }
     }
 }
@@ -102,11 +95,10 @@ impl Fifo {
         self.first.is_null()
     }
 
-    /// Returns the first job.
-    fn first(&self) -> Option<&Job> {
-        // SAFETY: By the type invariant it is valid if there is one, and stays so while it is in
-        // the queue.
-        unsafe { self.first.as_ref() }
+    /// Returns the ticket of the first job.
+    fn first(&self) -> Option<Ticket> {
+        // SAFETY: By the type invariant it is valid if there is one.
+        unsafe { self.first.as_ref() }.map(|job| job.ticket)
     }
 
     /// Appends a job.
@@ -150,10 +142,7 @@ impl Fifo {
 struct List {
     small: Fifo,
     others: Fifo,
-    /// Number of jobs queued so far.
-    queued: u64,
-    /// Bytes of small jobs that have overtaken the first other job.
-    overtaken: u32,
+    turns: Turns,
     idle: KBox<CpumaskVar>,
     busy: usize,
     /// A mask for [`List::wake`] to compute in.
@@ -164,42 +153,32 @@ struct List {
 unsafe impl Send for List {}
 
 impl List {
-    /// Appends a job.
+    /// Returns the queue of the jobs of `kind`.
+    fn queue(&mut self, kind: Kind) -> &mut Fifo {
+        match kind {
+            Kind::Small => &mut self.small,
+            Kind::Other => &mut self.others,
+        }
+    }
+
+    /// Appends a job. For `small` see [`Workers::push`].
     ///
     /// # Safety
     ///
     /// As for [`Fifo::push`]. If no worker is busy, the caller wakes one before it unlocks the
     /// list.
-    unsafe fn push(&mut self, mut job: NonNull<Job>) {
+    unsafe fn push(&mut self, mut job: NonNull<Job>, small: Option<u32>) {
+        let ticket = self.turns.ticket(small);
         // SAFETY: The caller's promise.
-        let fields = unsafe { job.as_mut() };
-        fields.order = self.queued;
-        self.queued += 1;
-        let queue = match fields.small {
-            Some(_) => &mut self.small,
-            None => &mut self.others,
-        };
+        unsafe { job.as_mut() }.ticket = ticket;
         // SAFETY: The caller's promise.
-        unsafe { queue.push(job) };
+        unsafe { self.queue(ticket.kind()).push(job) };
     }
 
-    /// Removes and returns the next job: the first small one, unless the first other one came
-    /// before it and has been overtaken by [`SHARE`] bytes.
+    /// Removes and returns the next job.
     fn next(&mut self) -> Option<NonNull<Job>> {
-        let (small, other) = (self.small.first(), self.others.first());
-        match (small, other) {
-            (Some(small), Some(other)) if small.order < other.order => self.small.pop(),
-            (Some(small), Some(_)) if self.overtaken < SHARE => {
-                let bytes = small.small.unwrap_or(0);
-                self.overtaken = self.overtaken.saturating_add(bytes);
-                self.small.pop()
-            }
-            (_, Some(_)) => {
-                self.overtaken = 0;
-                self.others.pop()
-            }
-            (_, None) => self.small.pop(),
-        }
+        let kind = self.turns.next(self.small.first(), self.others.first())?;
+        self.queue(kind).pop()
     }
 
     /// Chooses the worker to wake for a new job from CPU `here`: that of `here`, or the next idle
@@ -322,8 +301,7 @@ impl Workers {
         let list = List {
             small: Fifo::new(),
             others: Fifo::new(),
-            queued: 0,
-            overtaken: 0,
+            turns: Turns::new(),
             idle,
             busy: 0,
             scratch: mask()?,
@@ -369,15 +347,13 @@ impl Workers {
         run: unsafe fn(NonNull<Job>),
     ) {
         // SAFETY: The caller's promise.
-        let fields = unsafe { job.as_mut() };
-        fields.run = Some(run);
-        fields.small = small;
+        unsafe { job.as_mut() }.run = Some(run);
         // SAFETY: The caller's promise. No worker can take a job, and so `this` stays valid, until
         // the lock is released.
         let lock = unsafe { &(*this.as_ptr()).list };
         let mut list = lock.lock();
         // SAFETY: The caller's promise; the worker that `wake` chooses is queued below.
-        unsafe { list.push(job) };
+        unsafe { list.push(job, small) };
         let chosen = list.wake(CpuId::current());
         if let Some(cpu) = chosen {
             // With the lock held, as `this` may be freed once it is released.

@@ -869,8 +869,8 @@ impl Shrink for Cache {
 }
 
 impl Tidy for Cache {
+    /// Evicts blocks if the user has lowered the limit.
     fn tidy(&self) -> bool {
-        // The user may have lowered the limit.
         let over = quota::used().saturating_sub(quota::limit());
         let (mut left, mut turns) = (over, over / kernel::page::PAGE_SIZE / STEPS + 1);
         while left > 0 && turns > 0 {
@@ -878,8 +878,7 @@ impl Tidy for Cache {
             turns -= 1;
             dm::cond_resched();
         }
-        self.pool.trim();
-        // While there is memory, a later call may free some.
-        self.pool.pages() > 0 || quota::used() > 0
+        // While there are blocks, the user may lower the limit.
+        quota::used() > 0
     }
 }

@@ -329,7 +329,6 @@ impl Zfile {
     /// instead.
     fn launch(mut io: Io<Self>, buffer: Option<Buffer>) {
         let len = io.request().read_len;
-        io.target().shared.tidier.arm();
         if let Some(buffer) = buffer.or_else(|| Buffer::try_new(&io.target().shared.pool, len)) {
             io.attach(buffer);
             Self::start(io);
@@ -359,9 +358,6 @@ impl Zfile {
 
     /// Completion of the lower read. Called in any context.
     fn read_done(mut io: Io<Self>, result: Result<(), Status>) {
-        // This read's buffer will return to the pool. The tidier, which frees unused pages of the
-        // pool, stops when the pool is empty, so it may have stopped during the read.
-        io.target().shared.tidier.arm();
         if let Err(status) = result {
             if status != Status::AGAIN {
                 io.target().stats.read_errors.fetch_add(1, Relaxed);
@@ -470,6 +466,8 @@ impl Zfile {
         }
         pages.zero(pages.left());
         drop(loader);
+        // Only after the blocks were counted, since the tidier stops when the cache is empty.
+        io.target().shared.tidier.arm();
         // Nothing is borrowed from the target any more: once its last I/O has ended, it may be
         // destroyed.
         io.end(result);

@@ -31,6 +31,7 @@ use cache::{Cache, Part};
 pub(crate) struct Shared {
     /// Declared before the cache, so that it is unregistered before the cache is freed.
     _shrinker: Shrinker<Cache>,
+    /// Armed when blocks were added to the cache. The pool has a tidier of its own.
     tidier: Pin<KBox<Tidier<Cache>>>,
     cache: Arc<Cache>,
     pool: Arc<Pool>,
