@@ -26,7 +26,7 @@ bool obd_bdev_may_stack(struct block_device *bdev);
 sector_t obd_get_start_sect(struct block_device *bdev);
 sector_t obd_get_capacity(struct gendisk *disk);
 unsigned int obd_disk_openers(struct gendisk *disk);
-/* Gets a reference that keeps the memory of @disk, even after it is deleted. */
+/* Gets a reference: it keeps the memory of @disk after the disk is deleted. */
 void obd_get_disk(struct gendisk *disk);
 /* Puts the reference. May sleep. */
 void obd_put_disk(struct gendisk *disk);
