@@ -152,7 +152,8 @@ impl Segment {
         self.offset() + self.length()
     }
 
-    /// Returns the first sector of the data in the LSMT file.
+    /// Returns the first sector of the data in the LSMT file; in the merged index of a target, on
+    /// the layer's lower device.
     #[inline]
     pub const fn moffset(&self) -> u64 {
         self.source & Self::MOFFSET_MASK
@@ -328,8 +329,8 @@ impl Layer {
         })
     }
 
-    /// Checks the entry at byte `at`, which must not begin before sector `previous_end`. Returns
-    /// `None` for padding.
+    /// Checks the index entry at byte `at`. Its segment must not begin before sector `previous_end`
+    /// of the disk. Returns `None` for padding.
     fn parse_entry(
         &self,
         entry: &[u8; 16],
