@@ -5,14 +5,14 @@
 //! The kernel stores the file and the offset of a mapped page in its `struct page`: see
 //! `Documentation/dax.rst`. So each page may be at one place of one disk only. Pages may stay
 //! mapped until the disk is closed, even if its table is destroyed. The target ensures that its own
-//! disk has each page only once. A [`Claim`] ensures it across disks, and across the tables of one
-//! disk.
+//! table has each page only once. A [`Claim`] ensures the same across disks, and across the tables
+//! of one disk.
 //!
 //! # Locks
 //!
-//! The mutex of [`Claims`] covers both the search for other claims and the change that depends on
-//! it. It is the innermost lock: the holder takes no other one, and allocates nothing. It is taken
-//! by
+//! The mutex of [`Claims`] is held over both the search for other claims and the change that
+//! depends on its result. It is the innermost lock: the holder takes no other lock, and allocates
+//! nothing. It is taken by
 //!
 //! - constructors, with device-mapper's `type_lock` held, after the devices were opened
 //!   (`dm_get_device` takes `table_devices_lock` and releases it),

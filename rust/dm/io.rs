@@ -158,8 +158,8 @@ impl<T: Deferred> Io<T> {
     }
 
     /// Returns whether to decompress `bytes` bytes now, on this CPU, instead of in a worker: if
-    /// they are few, interrupts are on, no other task needs the CPU, and the read isn't of the idle
-    /// class.
+    /// `bytes` is at most the module parameter `at_once_bytes`, interrupts are on, no other task
+    /// needs the CPU, and the read isn't of the idle class.
     pub(crate) fn at_once(&self, bytes: u64) -> bool {
         // SAFETY: By the type invariant the bio hasn't ended, and no one else changes it.
         let ioprio = unsafe { (*self.bio().as_ptr()).bi_ioprio };
@@ -183,8 +183,8 @@ impl<T: Deferred> Io<T> {
         unsafe { Pages::new(self.bio()) }
     }
 
-    /// Gives the I/O a buffer for a lower read, which will fill all of it. Releases the buffer that
-    /// it had.
+    /// Gives the I/O a buffer, all of which its lower read will fill. Releases the buffer that the
+    /// I/O had before.
     pub(crate) fn attach(&mut self, buffer: Buffer) {
         self.release_buffer();
         self.frame_mut().buffer = Some(buffer);
@@ -277,7 +277,7 @@ impl<T: Deferred> Io<T> {
             flags &= !sys::OBD_REQ_NOWAIT;
         }
         // SAFETY: The frame, the buffer in it and the device stay valid and in place until the I/O
-        // ends. It doesn't end before `read_done` has uninitialised the lower bio.
+        // ends. The I/O doesn't end before `read_done` has uninitialised the lower bio.
         let ready = unsafe { buffer.init_read(lower, vec, core::ptr::null_mut(), flags) };
         if ready.is_err() {
             // SAFETY: Initialised above, and not in flight.
@@ -446,7 +446,8 @@ impl<T: Deferred> Drop for Io<T> {
 ///
 /// # Invariants
 ///
-/// `first` starts a list of I/Os, linked by `next`. Unless it is empty, `last` is its last frame.
+/// `first` starts a list of I/Os, linked by `next`. Unless the list is empty, `last` is the frame
+/// of the last I/O in it.
 pub(crate) struct IoQueue<T: Deferred> {
     first: Option<Io<T>>,
     last: *mut Frame<T>,

@@ -335,7 +335,8 @@ impl<T: Target> Registration<T> {
         let fields = unsafe { &mut *ti };
         fields.private = live.cast();
         fields.per_io_data_size = T::PER_BIO_DATA as u32;
-        // A target with per-bio data submits its lower reads with `dm_submit_bio_remap`.
+        // A target with per-bio data submits its lower reads with `dm_submit_bio_remap`, except
+        // those into the spare buffer.
         fields.set_accounts_remapped_io(T::PER_BIO_DATA != 0);
         Ok(())
     }

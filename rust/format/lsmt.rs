@@ -88,7 +88,7 @@ impl RawHeader {
     }
 }
 
-/// Consecutive sectors of the disk, and the place of their data, packed as on disk.
+/// Consecutive sectors of the disk, and the place of their data, packed as in an index entry.
 ///
 /// First word, from the lowest bit: 50 bits of offset, 14 bits of length. Second word: 55 bits of
 /// `moffset`, the zeroed bit, 8 bits of tag. Offsets and lengths are in sectors of 512 bytes.

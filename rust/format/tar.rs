@@ -212,6 +212,7 @@ impl Pax {
 
         self.left = self.left.checked_sub(1)?;
         let last = self.left == 0;
+        // The last byte of a record must be a newline. Only skipped parts may have more newlines.
         if last != (byte == b'\n') && (last || self.state != State::Skip) {
             return None;
         }

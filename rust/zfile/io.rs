@@ -439,7 +439,7 @@ impl Zfile {
             && io.at_once(bytes)
     }
 
-    /// Decompresses the blocks into the bio, and ends it. Called in a worker.
+    /// Decompresses the blocks into the bio, and ends the bio. Called in a worker.
     fn decode(io: Io<Self>) {
         let this = io.target();
         let result = {
