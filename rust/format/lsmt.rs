@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! LSMT: a layer: data, and an index of its segments.
+//! LSMT, the format of a layer: data, and an index of its segments.
 //!
 //! ```text
 //! header (4096 bytes) | data | index: 16-byte entries, ascending | padding | trailer (4096 bytes)

@@ -205,8 +205,8 @@ pub enum Extent {
 const RUN_SEGMENTS: u64 = 16;
 
 /// Up to this number of segments, an [`Index`] has up to one run for each segment. If the segments
-/// are spread evenly, almost nothing is left to search. This costs 4 bytes for each segment, which
-/// matters little for so few.
+/// are spread evenly, almost nothing is left to search. This takes up to 4 bytes for each segment,
+/// which is little memory in total.
 const FEW_SEGMENTS: usize = 4096;
 
 /// A merged index for lookups of sectors.

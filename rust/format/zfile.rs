@@ -50,7 +50,7 @@ pub mod flag {
 
 /// Byte offsets of the fields that a reader needs, in the header and in the trailer.
 pub mod field {
-    /// `u32` CRC-32C of all 512 bytes, with these four as 0.
+    /// `u32` CRC-32C of all 512 bytes, computed with the four bytes of this field as 0.
     pub const DIGEST: usize = 28;
     /// `u64` flag bits.
     pub const FLAGS: usize = 32;
@@ -532,7 +532,7 @@ impl<B: Deref<Target = [u64]>, D: Deref<Target = [u16]>> JumpTable<B, D> {
     }
 
     /// Returns the byte offset of the start of block `block`, or of the end of the last block if
-    /// `block` is the number of blocks; `None` if it is larger.
+    /// `block` is the number of blocks; `None` if `block` is larger.
     #[inline]
     pub fn offset(&self, block: u64) -> Option<u64> {
         if block >= self.blocks {

@@ -430,7 +430,7 @@ impl Index {
         run
     }
 
-    /// Adds to `count` the number of blocks that the caller may add to the cache, at most `wanted`,
+    /// Adds to [`Self::count`] how many blocks the caller may add to the cache, at most `wanted`,
     /// and returns that number. If the device would have more than `share` blocks, evicts some of
     /// its blocks; the number is below `wanted` if that isn't enough.
     fn reserve(&self, wanted: usize, share: usize) -> usize {
