@@ -29,8 +29,8 @@ use crate::format::num::{to_u64, to_usize};
 use crate::format::zfile::{block_crc, Geometry};
 use crate::format::SECTOR_SIZE;
 
-/// Largest number of bytes of the original file that one lower read is for: two blocks or more, as a
-/// block has 64 KiB at most. Longer bios are cut, so that several CPUs work on a large read.
+/// Largest number of bytes of the original file that one lower read is for: two blocks or more, as
+/// a block has 64 KiB at most. Longer bios are cut, so that several CPUs work on a large read.
 pub(super) const MAX_REQUEST: u32 = 128 << 10;
 
 /// A read whose blocks have at most this number of bytes in total overtakes larger reads that wait
