@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0
-# What a user types; 'make help' tells. The kernel's build reads Kbuild, the work is done by scripts/.
+# The commands of the project, which 'make help' describes. Each one runs a script. The kernel's build uses Kbuild.
 
 ifneq ($(KERNELRELEASE),)
 include $(src)/Kbuild
@@ -8,7 +8,7 @@ else
 MAKEFLAGS += --no-print-directory
 S := scripts
 
-# Passed on to the scripts when given on the command line or in the environment.
+# Variables that are set on the command line or in the environment, for the scripts.
 export KDIR KERNEL MIRROR V DESTDIR PREFIX RUN SHARE TIMEOUT CARGO MINUTES
 export QEMU_MEM QEMU_SMP QEMU_ARGS KERNEL_ARGS OBD_GOLDENS RECORD VM COMPARE PARTS
 
@@ -31,27 +31,27 @@ demo:
 check:
 	@$S/check.sh
 
-# Tests of what an administrator puts together: tests/system.
+# Runs the tests in tests/system, which need udev, LVM and other programs of a whole system.
 check-system:
 	@$S/check.sh system
 
-# A Debian whose root file system is an image boots, under systemd.
+# Boots a Debian with systemd whose root file system is an image.
 check-boot:
 	@$S/check-boot.sh
 
-# The tests of check with the kernel of Debian forky.
+# Builds the module for the kernel of Debian forky, and runs the tests in the VM with that kernel.
 check-forky:
 	@$S/check.sh forky
 
-# ... with one that has KASAN, lockdep and all.
+# Runs the tests in the VM with a kernel that has KASAN, lockdep and other checkers.
 check-debug:
 	@$S/check.sh debug
 
-# ... that finds data races.
+# Runs the tests of concurrency in the VM with a kernel that finds data races (KCSAN).
 check-kcsan:
 	@$S/check.sh kcsan
 
-# What CI does not run, and what is left out of that.
+# Runs the checks that CI (.ci/run) does not run, or not always. Prints what it leaves out.
 check-all:
 	@$S/check-all.sh
 
@@ -67,7 +67,7 @@ fuzz:
 bench:
 	@$S/bench.sh
 
-# The VM runs what is built for its own kernel; NOBUILD=1 takes what there is.
+# Builds the module for the VM's kernel, and obdsetup for the VM's Debian. NOBUILD=1: boots what is built already.
 vm:
 ifeq ($(NOBUILD),)
 	@USE_ROOT=1 QUIET=1 $S/build-module.sh
@@ -84,7 +84,7 @@ deb:
 check-deb:
 	@$S/check-deb.sh
 
-# Drawn anew from their sources; what comes out is committed.
+# Draws the pictures from their sources, the .dot files, again. Commit the results.
 pictures:
 	@$S/pictures.sh
 

@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: GPL-2.0 */
 /*
- * The input of bindgen. If the kernel crate has bindings for a type, these are
- * used; rust/sys/bindgen_parameters lists the names to generate.
+ * The input of bindgen. rust/sys/bindgen_parameters lists the names to
+ * generate. If the kernel crate has a binding for a type, that binding is used.
  */
 #ifndef _DM_OVERLAYBD_BINDINGS_H
 #define _DM_OVERLAYBD_BINDINGS_H
@@ -37,13 +37,13 @@ static const gfp_t OBD_GFP_PAGE = GFP_NOWAIT | __GFP_NORETRY | __GFP_NOWARN |
 static const gfp_t OBD_GFP_PAGES = __GFP_NORETRY | __GFP_NOWARN |
 				   __GFP_NOMEMALLOC | __GFP_RECLAIMABLE |
 				   __GFP_COMP;
-/* Flags that a lower read inherits from the read that it is for. */
+/* Flags that a lower read inherits from the bio that needs its data. */
 static const blk_opf_t OBD_REQ_INHERITED = REQ_FAILFAST_MASK | REQ_SYNC |
 					   REQ_META | REQ_PRIO | REQ_RAHEAD |
 					   REQ_BACKGROUND | REQ_NOWAIT;
 /*
- * Not inherited if other reads may wait for the lower read: it must neither
- * fail early nor be late.
+ * Flags that are not inherited if other reads may wait for the lower read,
+ * which must then neither fail early nor be delayed.
  */
 static const blk_opf_t OBD_REQ_ALONE = REQ_FAILFAST_MASK | REQ_RAHEAD |
 				       REQ_BACKGROUND;

@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: GPL-2.0 */
 /*
  * Shims for inline functions and macros of the kernel, which Rust cannot call.
- * A shim without a comment does the same as the function or macro with its name
+ * A shim without a comment calls the function or macro that has the same name
  * without "obd_".
  */
 #ifndef _DM_OVERLAYBD_H
@@ -26,32 +26,35 @@ bool obd_bdev_may_stack(struct block_device *bdev);
 sector_t obd_get_start_sect(struct block_device *bdev);
 sector_t obd_get_capacity(struct gendisk *disk);
 unsigned int obd_disk_openers(struct gendisk *disk);
-/* Keeps the memory of @disk, also when the disk is gone. */
+/* Gets a reference: it keeps the memory of @disk after the disk is deleted. */
 void obd_get_disk(struct gendisk *disk);
-/* May sleep. */
+/* Puts the reference. May sleep. */
 void obd_put_disk(struct gendisk *disk);
 
 /* DAX. */
-/* With DAX_ACCESS; -EOPNOTSUPP in a kernel without DAX. */
+/*
+ * dax_direct_access() with DAX_ACCESS. Returns -EOPNOTSUPP in a kernel without
+ * CONFIG_FS_DAX.
+ */
 long obd_dax_direct_access(struct dax_device *dax_dev, pgoff_t pgoff,
 			   long nr_pages, void **kaddr, unsigned long *pfn);
 void *obd_dax_holder(struct dax_device *dax_dev);
 
-/* This module. */
-/* Must be called by code that runs with a reference to the module. */
+/* References to this module. */
+/* Gets one. The module must have a reference already. */
 void obd_module_get(void);
 void obd_module_put(void);
 
 /* Bios and pages. */
-/* memcpy() and memset(), also for memory that user space changes meanwhile. */
+/* memcpy() and memset(). User space may change the memory at the same time. */
 void obd_memcpy(void *to, const void *from, size_t len);
 void obd_memset(void *to, int byte, size_t len);
 void *obd_page_address(struct page *page);
 /*
  * Adds @pages, the number of pages from @page on, to the reclaimable memory:
  * KReclaimable and MemAvailable in /proc/meminfo. If @pages is negative, the
- * pages are about to be freed: subtracts them, and reports them to reclaim if
- * this is called in reclaim.
+ * caller is about to free -@pages pages: subtracts them, and counts them as
+ * reclaimed if the current task is reclaiming memory.
  */
 void obd_count_reclaimable(struct page *page, long pages);
 void obd_bio_set_dev(struct bio *bio, struct block_device *bdev);
@@ -70,19 +73,20 @@ void obd_bio_associate_root(struct bio *bio);
 /* Returns whether interrupts are off, or this is a hard interrupt. */
 bool obd_in_interrupt_off(void);
 /*
- * Returns whether @bytes bytes should be decompressed in the current context,
- * and not by a worker, for a read with the I/O priority @ioprio: at most
- * at_once_bytes (a parameter) bytes, interrupts on, no reschedule pending, and
- * not the idle class.
+ * Returns whether to decompress @bytes bytes in the current context, and not in
+ * a worker, for a read with the I/O priority @ioprio: if @bytes is at most the
+ * module parameter at_once_bytes, interrupts are on, no reschedule is pending,
+ * and the priority is not of the idle class.
  */
 bool obd_at_once(unsigned int bytes, u16 ioprio);
 /* Returns whether the I/O priority @ioprio is of the idle class. */
 bool obd_is_idle_class(u16 ioprio);
 /*
- * bio_endio() with bio_in_atomic() true in any context, so that the completion
- * of the layer above does nothing that may wait.
+ * bio_endio(), with bio_in_atomic() true in any context, so that the completion
+ * of the file system or device on top does nothing that may wait.
  */
 void obd_bio_endio_atomic(struct bio *bio);
+/* For the current task. */
 bool obd_fatal_signal_pending(void);
 void obd_cond_resched(void);
 void obd_cond_resched_tasks_rcu_qs(void);
@@ -96,9 +100,11 @@ void obd_spin_unlock_irq_enable(spinlock_t *lock);
 #endif
 bool obd_cpu_online(u32 cpu);
 /*
- * Returns the CPU to run a job from CPU @here: @here, or the next CPU of @idle
- * that is online and not isolated; nr_cpu_ids or more if there is none. Called
- * on @here with interrupts off. Overwrites @scratch.
+ * Returns the CPU whose worker to wake for a job that CPU @here queues: @here
+ * if it is in @idle and not isolated, otherwise the next CPU in @idle that is
+ * online and not isolated; nr_cpu_ids or more if there is none. @idle has the
+ * CPUs whose worker has nothing to do. Must be called on @here with interrupts
+ * off. Overwrites @scratch.
  */
 u32 obd_cpu_for_work(const struct cpumask *idle, struct cpumask *scratch,
 		     u32 here);
@@ -106,32 +112,33 @@ void obd_init_work(struct work_struct *work, work_func_t func);
 bool obd_schedule_work(struct work_struct *work);
 /* INIT_DEFERRABLE_WORK(): the timer may be late if the CPU is idle. */
 void obd_init_delayed_work(struct delayed_work *work, work_func_t func);
-/* Queues on the power-efficient workqueue, @seconds seconds from now. */
+/* Queues @work on the power-efficient workqueue, @seconds seconds from now. */
 bool obd_schedule_delayed_work(struct delayed_work *work, unsigned int seconds);
 /* alloc_workqueue() with the name @name and WQ_MAX_ACTIVE. */
 struct workqueue_struct *obd_alloc_workqueue(const char *name,
 					     unsigned int flags);
 
-/* Per-CPU counters. A sum may miss what other CPUs add meanwhile. */
+/* Per-CPU counters. A sum may miss what other CPUs add at the same time. */
 u64 __percpu *obd_counter_alloc(void);
 void obd_counter_add(u64 __percpu *counter, u64 n);
 u64 obd_counter_sum(u64 __percpu *counter);
 
 /*
- * The memory of the cache of all zfile devices in bytes: what it has (parameter
- * cache_bytes) and its limit (cache_limit_bytes).
+ * The cache of all zfile devices: the memory that it uses (module parameter
+ * cache_bytes) and the limit of that (cache_limit_bytes), both in bytes.
  */
-/* Sets the limit to its default if it is 0. */
+/* Sets the limit to its default if the limit is 0. */
 void obd_cache_init(void);
 u64 obd_cache_limit(void);
 u64 obd_cache_bytes(void);
-/* Adds @bytes, which may be negative, to the memory that the cache has. */
+/* Adds @bytes, which may be negative, to the memory that the cache uses. */
 void obd_cache_add(s64 bytes);
 
 /* Messages and events. */
 void obd_ratelimit_default_init(struct ratelimit_state *rs);
 /*
- * Sends a change uevent of @disk with the variable @variable=@value. May sleep.
+ * Sends a change uevent of @disk with the variable @variable, set to @value.
+ * May sleep.
  */
 void obd_alert_uevent(struct gendisk *disk, const char *variable, u64 value);
 

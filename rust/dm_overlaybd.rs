@@ -55,7 +55,7 @@ struct OverlayBd {
     lsmt: Registration<Lsmt<false>>,
     #[pin]
     lsmt_dax: Registration<Lsmt<true>>,
-    // Must be the last field: it is dropped when no target type is registered any more.
+    // Must be the last field, so that it is dropped after all target types are unregistered.
     _last_out: dm::LastOut,
 }
 

@@ -15,7 +15,7 @@ use crate::sys;
 ///
 /// # Invariants
 ///
-/// The pointer is per-CPU memory for a `u64` on each CPU. This object owns the memory.
+/// The pointer refers to per-CPU memory with a `u64` for each CPU. This object owns the memory.
 pub(crate) struct Counter(NonNull<u64>);
 
 // SAFETY: Per-CPU memory may be used and freed by any thread.

@@ -11,8 +11,8 @@ use super::memory::{self, MAX_ORDER};
 use super::piece::{pages_for, Piece};
 use super::{Dest, Pool};
 
-/// The decompressed bytes of a cached block: in pages of a [`Pool`], to which they return, or in
-/// slab memory if they are half a page or less.
+/// The decompressed bytes of a cached block: in pages of a [`Pool`], to which the pages return, or,
+/// if the block has half a page or less, in slab memory.
 ///
 /// # Invariants
 ///
@@ -57,7 +57,7 @@ impl Data {
         })
     }
 
-    /// Returns the size of the memory in bytes, at least the number of bytes that it is for.
+    /// Returns the size of the memory in bytes: at least the `len` of [`Data::try_new`].
     pub(crate) fn memory(&self) -> usize {
         match &self.memory {
             Memory::Small(bytes) => bytes.capacity(),
@@ -67,8 +67,8 @@ impl Data {
         }
     }
 
-    /// Marks the memory as empty, and returns all of it as the destination of a write; `None` if it
-    /// isn't contiguous.
+    /// Marks the memory as empty, and returns all of it as the destination of a write; `None` if
+    /// the memory isn't contiguous.
     pub(crate) fn dest(&mut self) -> Option<Dest<'_>> {
         self.filled = 0;
         match &mut self.memory {
@@ -76,7 +76,7 @@ impl Data {
                 bytes.clear();
                 Some(Dest::from(bytes.spare_capacity_mut()))
             }
-            // SAFETY: The piece is ours, and borrowed for as long as the result is.
+            // SAFETY: `self` owns the piece, and is borrowed as long as the result lives.
             Memory::One(piece) => Some(unsafe { Dest::new(piece.start(), piece.len()) }),
             Memory::Many(_) | Memory::None => None,
         }
@@ -102,7 +102,7 @@ impl Data {
             Memory::Many(pieces) => {
                 for piece in &*pieces {
                     let (now, later) = rest.split_at(rest.len().min(piece.len()));
-                    // SAFETY: The piece is ours, and has at least `now` bytes.
+                    // SAFETY: `self` owns the piece, which has `len` bytes.
                     let dest = unsafe { Dest::new(piece.start(), piece.len()) };
                     dest.copy_from(now);
                     rest = later;
@@ -110,7 +110,7 @@ impl Data {
             }
             _ => self.dest()?.copy_from(bytes),
         }
-        // INVARIANT: All of `bytes` fitted, and was copied.
+        // INVARIANT: All of `bytes` was copied: it fits.
         self.filled = bytes.len();
         Some(())
     }

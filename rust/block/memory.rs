@@ -4,19 +4,21 @@
 //!
 //! | Allocation                          | Flags        | If there is no memory                   |
 //! |-------------------------------------|--------------|-----------------------------------------|
-//! | with a device or the module         | `GFP_KERNEL` | making it fails                         |
-//! | the same, of any size               | [`LARGE`]    | making it fails, without a warning and  |
+//! | when a table or the module is       | `GFP_KERNEL` | loading fails                           |
+//! | loaded                              |              |                                         |
+//! | the same, if it may be large        | [`LARGE`]    | loading fails, without a warning and    |
 //! |                                     |              | without the OOM killer                  |
-//! | page for a lower read or the cache  | [`PAGE`]     | a shorter read, then the spare buffer;  |
-//! |                                     |              | a read without the cache                |
-//! | contiguous pages for the same       | [`PAGES`]    | smaller pieces                          |
-//! | list of such pieces                 | [`OPTIONAL`] | as for a page                           |
-//! | place in the cache, small block     | [`CACHE`]    | a read without the cache                |
+//! | page for a lower read               | [`PAGE`]     | a shorter read, then the spare buffer   |
+//! | page for a block in the cache       | [`PAGE`]     | a read without the cache                |
+//! | contiguous pages for either         | [`PAGES`]    | smaller pieces                          |
+//! | list of the pieces of a lower read  | [`OPTIONAL`] | a shorter read, then the spare buffer   |
+//! | data structures of the cache, block | [`CACHE`]    | a read without the cache                |
+//! | of half a page or less              |              |                                         |
 //!
-//! Allocations on the path of an I/O neither wait nor retry, since the I/O can do without them.
-//! They leave the kernel's reserves to allocations that must succeed, and may be made in any
-//! context. Pieces of several pages have an order of [`MAX_ORDER`] at most; allocating them does
-//! not wake kswapd. Pages come from a [`Pool`] and return there.
+//! The last five are made on the path of an I/O. They neither wait nor retry, since the I/O can
+//! continue without them. They leave the kernel's reserves to allocations that must succeed, and
+//! may be made in any context. Pieces of several pages have an order of [`MAX_ORDER`] at most;
+//! allocating them does not wake kswapd. Pages come from a [`Pool`] and return to it.
 //!
 //! [`Pool`]: super::Pool
 //!
@@ -31,7 +33,7 @@ use crate::sys;
 /// to this one, and does not regard them as costly (`PAGE_ALLOC_COSTLY_ORDER`).
 pub(crate) const MAX_ORDER: u32 = 3;
 
-/// For allocations that are made with a device and may be large.
+/// For allocations that are made when a table or the module is loaded, and may be large.
 pub(crate) const LARGE: Flags = gfp(sys::OBD_GFP_LARGE);
 
 /// For one page. Flags for `alloc_pages()`.
@@ -40,9 +42,9 @@ pub(crate) const PAGE: sys::gfp_t = sys::OBD_GFP_PAGE;
 /// For several contiguous pages. Flags for `alloc_pages()`.
 pub(crate) const PAGES: sys::gfp_t = sys::OBD_GFP_PAGES;
 
-/// For small allocations that live as long as an I/O.
+/// For small allocations that are freed when an I/O ends.
 pub(crate) const OPTIONAL: Flags = gfp(sys::OBD_GFP_OPTIONAL);
 
-/// For allocations of the cache. The shrinker frees them, so the kernel groups them apart from
-/// memory that cannot be freed (`__GFP_RECLAIMABLE`).
+/// For allocations of the cache, which the shrinker frees. So the kernel keeps them apart from
+/// memory that it cannot reclaim (`__GFP_RECLAIMABLE`).
 pub(crate) const CACHE: Flags = gfp(sys::OBD_GFP_CACHE);

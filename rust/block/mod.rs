@@ -10,8 +10,8 @@
 //! - [`memory`]: the flags of memory allocations.
 //! - [`Lock`]: a spinlock that interrupt handlers may take, held with interrupts off.
 //! - [`Counter`]: a counter with a number for each CPU.
-//! - [`Shrinker`]: frees memory of a cache when the kernel is short of it; [`quota`]: the limit of
-//!   the cache.
+//! - [`Shrinker`]: frees memory of a cache when memory is short; [`quota`]: the memory that the
+//!   cache uses, and its limit.
 //! - [`Tidy`]: a function that runs every few seconds.
 //! - [`Workers`]: the workers of a device, one for each CPU; [`Queue`]: the workqueue on which
 //!   workers of many devices run; [`order`]: the order in which workers take jobs.

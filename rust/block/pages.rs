@@ -3,8 +3,9 @@
 //! The memory of a bio that a read fills.
 //!
 //! With `O_DIRECT` the pages of a bio are mapped in user space, which may write to them at any
-//! time. So Rust code never makes a reference to them, and never bases a decision on their content.
-//! C code writes to them: in Rust that would be a data race, which is undefined behaviour.
+//! time. So Rust code never makes a reference to these pages, and never bases a decision on their
+//! content. Only C code writes to them: in Rust that would be a data race, which is undefined
+//! behaviour.
 //!
 //! C header: `include/linux/bvec.h`.
 
@@ -18,8 +19,8 @@ use crate::sys;
 ///
 /// # Invariants
 ///
-/// `ptr` is valid for writes of `len` bytes for `'a`. Code relies on the content only through
-/// volatile or C accesses.
+/// `ptr` is valid for writes of `len` bytes for `'a`. During that time, only C code accesses these
+/// bytes.
 pub(crate) struct Dest<'a> {
     ptr: NonNull<u8>,
     len: usize,
@@ -62,7 +63,7 @@ impl<'a> Dest<'a> {
         let len = bytes.len().min(self.len);
         // SAFETY: By the type invariant, and since `bytes` is a slice, both are valid for `len`
         // bytes. They don't overlap, as no mutable reference exists to the bytes of a shared slice.
-        // C code may write to memory that user space changes meanwhile.
+        // C code may write to memory that user space changes at the same time.
         unsafe { sys::obd_memcpy(self.ptr.as_ptr().cast(), bytes.as_ptr().cast(), len) };
     }
 }
@@ -160,7 +161,7 @@ impl<'a> Pages<'a> {
                 return;
             }
             // SAFETY: `dest` is valid for writes of `now` bytes. C code may write to memory that
-            // user space changes meanwhile.
+            // user space changes at the same time.
             unsafe { sys::obd_memset(dest.as_ptr().cast(), 0, now) };
             self.advance(now);
             len -= now;

@@ -2,8 +2,8 @@
 
 //! Pieces: contiguous pages.
 //!
-//! They are pages and not slab memory, because lower devices may take references to them: the
-//! network does, below loop devices and others.
+//! Buffers are made of pages and not of slab memory, because lower devices may take references to
+//! the pages of a bio: the network stack does, for example below a loop device.
 //!
 //! C header: `include/linux/gfp.h`.
 
@@ -41,7 +41,7 @@ impl Piece {
         };
         // SAFETY: May be called in any context with these flags.
         let page = NonNull::new(unsafe { sys::alloc_pages(flags, order) })?;
-        // SAFETY: The pages are ours, and are counted once.
+        // SAFETY: The pages were just allocated, and are counted once.
         unsafe { sys::obd_count_reclaimable(page.as_ptr(), 1 << order) };
         // INVARIANT: Just allocated.
         Some(Self { page, order })
@@ -79,9 +79,9 @@ impl Piece {
 
 impl Drop for Piece {
     fn drop(&mut self) {
-        // SAFETY: As above; they were counted when they were allocated.
+        // SAFETY: By the type invariant the pages are valid. `try_new` has counted them.
         unsafe { sys::obd_count_reclaimable(self.page.as_ptr(), -(1 << self.order)) };
-        // SAFETY: By the type invariant the pages are ours.
+        // SAFETY: By the type invariant this object owns the pages.
         unsafe { sys::__free_pages(self.page.as_ptr(), self.order) };
     }
 }

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! Shrinkers: the kernel calls them to free memory when it is short of it.
+//! Shrinkers, which the kernel calls to free memory when memory is short.
 //!
 //! C header: `include/linux/shrinker.h`.
 

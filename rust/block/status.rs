@@ -37,8 +37,8 @@ impl Status {
         }
     }
 
-    /// Returns whether the request is the cause: it would have had to wait, or is not one that the
-    /// device takes. Nothing is wrong with the storage then.
+    /// Returns whether the request caused the error, and not the storage: the request would have
+    /// had to wait, or the device does not support it.
     pub(crate) fn is_of_request(self) -> bool {
         matches!(
             self.0,

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! A function that runs every few seconds, as long as there is something for it to do.
+//! A function that runs every few seconds, as long as it has something to do.
 //!
 //! C header: `include/linux/workqueue.h`.
 
@@ -17,8 +17,8 @@ const SECONDS: u32 = 5;
 
 /// An object that must be tidied from time to time.
 pub(crate) trait Tidy: Send + Sync + 'static {
-    /// Frees what is no longer needed. Called in process context. Returns whether there must be
-    /// another call, after [`SECONDS`].
+    /// Frees what is no longer needed. Returns whether to call this again after [`SECONDS`]. Called
+    /// in process context.
     fn tidy(&self) -> bool;
 }
 
@@ -62,10 +62,10 @@ impl<T: Tidy> Tidier<T> {
     }
 
     /// Arms the tidier: it calls [`Tidy::tidy`] after at least [`SECONDS`] seconds, and again as
-    /// long as that returns true. Cheap if the tidier is armed already; the call then comes at the
-    /// time that was set first. May be called in any context but NMI.
+    /// long as that returns true. Cheap if the tidier is armed already: this does not postpone the
+    /// next call. May be called in any context but NMI.
     ///
-    /// A call that comes later sees what the caller has done before with a lock held that
+    /// A later call of [`Tidy::tidy`] sees what the caller has done before while it held a lock that
     /// [`Tidy::tidy`] takes, too.
     pub(crate) fn arm(&self) {
         // Two threads may both get here: queueing work that is already queued does nothing.
@@ -91,7 +91,8 @@ impl<T: Tidy> Tidier<T> {
         // the tidier. The tidier is valid: dropping it waits for this function.
         let this = unsafe { &*work.cast::<Self>() };
         // Cleared before the call, so that a thread that arms the tidier from now on causes another
-        // call. A thread that found it armed before now has queued nothing: it relies on this call.
+        // call. A thread that found `armed` set before now has queued nothing, and relies on this
+        // call.
         this.armed.store(false, Relaxed);
         if this.what.tidy() {
             this.arm();
@@ -103,7 +104,7 @@ impl<T: Tidy> Tidier<T> {
 impl<T: Tidy> PinnedDrop for Tidier<T> {
     fn drop(self: Pin<&mut Self>) {
         // SAFETY: By the type invariant the work item is initialised. This cancels it, waits for
-        // its function if that runs, and prevents that it queues itself again.
+        // its function if that runs, and prevents the function from queueing it again.
         unsafe { sys::cancel_delayed_work_sync(self.work.get()) };
     }
 }

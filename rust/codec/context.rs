@@ -2,9 +2,9 @@
 
 //! Codec contexts: the working memory of decompression.
 //!
-//! A worker borrows the context of its CPU while it decompresses: one block for the cache, or all
-//! blocks of a read that doesn't go through it. The thread that has a context doesn't wait for I/O
-//! or for free memory, so others wait for the context only briefly.
+//! A worker borrows the context of its CPU while it decompresses one block for the cache, or all
+//! blocks of a read that bypasses the cache. The thread that has a context doesn't wait for I/O or
+//! for free memory, so other threads wait for the context only briefly.
 
 use kernel::cpu::CpuId;
 use kernel::prelude::*;
@@ -20,8 +20,8 @@ use crate::sys;
 pub(crate) struct Context {
     /// The decompressor and its memory.
     pub(crate) decoder: Decoder,
-    /// Room for the stored bytes of a block, with its CRC. They are copied here if the buffer of
-    /// the lower read has them in several pieces.
+    /// Room for the stored bytes of a block, which include its CRC. They are copied to this room if
+    /// they are in several pieces of the buffer of the lower read.
     pub(crate) stored: VVec<u8>,
 }
 
@@ -77,7 +77,8 @@ impl Decoder {
     /// # Errors
     ///
     /// [`Corrupt`] if `stored` is malformed or decompresses to another length, if `data` has no
-    /// room for `len` bytes, or if `data` is in several pieces and `len` above [`MAX_BLOCK_SIZE`].
+    /// room for `len` bytes, or if `data` is in several pieces and `len` is above
+    /// [`MAX_BLOCK_SIZE`].
     pub(crate) fn decompress_into(
         &mut self,
         stored: &[u8],
@@ -96,7 +97,7 @@ impl Decoder {
     }
 
     /// Decompresses `stored`, the stored bytes of a block without its CRC, into the bounce buffer,
-    /// and returns the decompressed bytes, which must be `len`.
+    /// and returns the decompressed bytes. There must be `len` of them.
     ///
     /// # Errors
     ///
@@ -113,9 +114,9 @@ impl Decoder {
     }
 }
 
-/// The contexts of one algorithm, shared by all devices that use it: one for CPU 0, and one for
-/// each CPU that was online when such a device was made. Until the next one is made, a CPU without
-/// a context uses that of the next lower CPU that has one.
+/// The contexts of one algorithm, shared by all devices that use the algorithm: one for CPU 0, and
+/// one for each CPU that was online when such a device was made. A CPU that came online later uses
+/// the context of the next lower CPU that has one, until another such device is made.
 ///
 /// Lock order: spinlocks may be taken with a context's mutex held. The thread that holds it must
 /// not wait for I/O, and must not end a bio.
@@ -170,8 +171,8 @@ impl Contexts {
     }
 
     /// Borrows the context of this CPU, or of the next lower CPU that has one. Called in process
-    /// context. Waits while another thread has it: a thread that borrowed it on this CPU and was
-    /// preempted or moved, or one on another CPU that uses the same context.
+    /// context. Waits while another thread has that context: a thread that borrowed it on this CPU
+    /// and was preempted or moved, or a thread on another CPU that uses the same context.
     pub(crate) fn borrow(&self) -> MutexGuard<'_, Context> {
         let upto = self.others.get(..CpuId::current().as_u32() as usize);
         let context = upto.and_then(|upto| upto.iter().rev().find_map(SetOnce::as_ref));

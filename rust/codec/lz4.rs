@@ -8,7 +8,7 @@ use super::Corrupt;
 use crate::block::Dest;
 use crate::sys;
 
-/// Decompresses `stored`, which must fill `dest` exactly. May be called in any context.
+/// Decompresses `stored`. The result must fill `dest` exactly. May be called in any context.
 ///
 /// # Errors
 ///
@@ -17,8 +17,8 @@ pub(super) fn decompress(stored: &[u8], dest: &Dest<'_>) -> Result<(), Corrupt> 
     let stored_len = i32::try_from(stored.len()).map_err(|_| Corrupt)?;
     let dest_len = i32::try_from(dest.len()).map_err(|_| Corrupt)?;
     // SAFETY: The source is valid for reads and the destination for writes of their lengths. The
-    // function accesses nothing else, whatever the source contains. It reads back what it has
-    // written only to copy it, and makes no decision on it.
+    // function accesses nothing else, whatever the source contains. It reads bytes that it has
+    // written only to copy them, and makes no decision based on them.
     let len = unsafe {
         sys::LZ4_decompress_safe(
             stored.as_ptr().cast(),

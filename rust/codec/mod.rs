@@ -15,8 +15,8 @@ use crate::format::zfile::Algorithm;
 use crate::sys;
 
 /// Decompresses `stored`, the stored bytes of a block without its CRC, without a codec context. The
-/// result must fill `dest` exactly. Doesn't sleep, and may be called in process and interrupt
-/// context. Returns `None` if the algorithm needs a codec context.
+/// result must fill `dest` exactly. Doesn't sleep; may be called in process and interrupt context.
+/// Returns `None` if the algorithm needs a codec context.
 pub(crate) fn decompress_at_once(
     algorithm: Algorithm,
     stored: &[u8],
@@ -33,14 +33,14 @@ pub(crate) fn works_at_once(algorithm: Algorithm) -> bool {
     matches!(algorithm, Algorithm::Lz4)
 }
 
-/// Returns the CRC-32C of `data`, starting with `seed`. Neither the seed nor the result is
-/// inverted, unlike in most libraries.
+/// Returns the CRC-32C of `data`, continued from `seed`. Unlike in most libraries, neither the seed
+/// nor the result is inverted.
 pub(crate) fn crc32c(seed: u32, data: &[u8]) -> u32 {
     // SAFETY: The slice is valid for reads of its length.
     unsafe { sys::crc32c(seed, data.as_ptr().cast(), data.len()) }
 }
 
-/// A block cannot be decompressed: its CRC is wrong, its compressed bytes are malformed, or they do
-/// not decompress to the length of the block. Also returned if the source or the destination has
-/// not the room that the block needs, which callers rule out.
+/// The error for a block that cannot be decompressed: its CRC is wrong, its compressed bytes are
+/// malformed, or their decompressed length is not that of the block. Also the error for a buffer
+/// that is too small for the block, which callers rule out.
 pub(crate) struct Corrupt;

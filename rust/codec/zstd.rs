@@ -45,16 +45,17 @@ impl Decompressor {
         })
     }
 
-    /// Decompresses `stored`, which must fill `dest` exactly.
+    /// Decompresses `stored`. The result must fill `dest` exactly.
     ///
     /// # Errors
     ///
     /// [`Corrupt`] if `stored` is malformed, or decompresses to another length.
     pub(super) fn decompress(&mut self, stored: &[u8], dest: &Dest<'_>) -> Result<(), Corrupt> {
-        // SAFETY: By the type invariant the context is valid. Source and destination are valid for
-        // reads and writes of their lengths. The function accesses nothing else of them, whatever
-        // the source contains. Of the destination it reads back only literals and matches, to copy
-        // them.
+        // SAFETY: By the type invariant the context is valid. The source is valid for reads and the
+        // destination for writes of their lengths. Apart from the context, the function accesses
+        // nothing else, whatever the source contains. It reads bytes that it has written to the
+        // destination only to copy them (literals and matches), and to compute the checksum of a
+        // frame that has one.
         let len = unsafe {
             sys::zstd_decompress_dctx(
                 self.dctx.as_ptr(),

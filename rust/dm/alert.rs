@@ -5,8 +5,8 @@
 //! waits, and a uevent.
 //!
 //! A fault may be found in any context, but events must be sent in process context. A work item on
-//! the system's workqueue sends them, not a worker of the target: sending takes mutexes of
-//! device-mapper and allocates memory. The target's workers must wait for neither.
+//! a workqueue of the kernel sends them, not a worker of the target: sending takes mutexes of
+//! device-mapper and allocates memory, and the target's workers must wait for neither.
 //!
 //! C headers: `include/linux/device-mapper.h`, `include/linux/ratelimit.h`.
 
@@ -114,9 +114,9 @@ impl Alerts {
         unsafe { sys::panic(c"dm_overlaybd: %s: corrupt block".as_char_ptr(), name) }
     }
 
-    /// Logs the name of the device, because users know the name and not the number. The name is
-    /// read when the fault is logged, because it may change. Must be called in process context,
-    /// with a valid `device`.
+    /// Logs the name of the mapped device, because users know its name and not its number. Reads
+    /// the name now, because it may have changed since the table was loaded. Must be called in
+    /// process context, with a valid `device`.
     fn log_name(&self, device: *mut sys::mapped_device) {
         let mut name = [0u8; sys::OBD_DM_NAME_LEN];
         let text = name.as_mut_ptr().cast();

@@ -8,7 +8,7 @@ use kernel::prelude::*;
 
 use super::{Device, Emit, Failure};
 
-/// The arguments that were not taken yet.
+/// The arguments of a table line or a message that were not taken yet.
 ///
 /// # Invariants
 ///
@@ -51,14 +51,13 @@ impl<'a> Args<'a> {
         Some(unsafe { CStr::from_char_ptr(arg) })
     }
 
-    /// Removes and returns the next argument. If none is left, returns an error whose text in the
-    /// kernel's log is `phrase`.
+    /// Removes and returns the next argument. If none is left, fails with [`EINVAL`] and `phrase`.
     pub(crate) fn required(&mut self, phrase: &'static CStr) -> Result<&'a CStr, Failure> {
         self.next().ok_or(Failure::new(phrase, EINVAL))
     }
 }
 
-/// Parses a decimal number. Returns `None` if `arg` isn't one, or if it doesn't fit.
+/// Parses a decimal number. Returns `None` if `arg` isn't one, or is above `u64::MAX`.
 pub(crate) fn number(arg: &CStr) -> Option<u64> {
     let digits = arg.to_bytes().iter().all(u8::is_ascii_digit);
     arg.to_str().ok().filter(|_| digits)?.parse().ok()
@@ -76,8 +75,8 @@ pub(crate) fn blob_bytes(args: &mut Args<'_>) -> Result<Option<u64>, Failure> {
     }
 }
 
-/// Takes the argument `<#opt_params>`, if there is one, and checks that it is the number of
-/// arguments after it.
+/// Takes the argument `<#opt_params>`, if there is one. Fails with [`EINVAL`] if its value isn't
+/// the number of the arguments that follow.
 pub(crate) fn option_count(args: &mut Args<'_>) -> Result<(), Failure> {
     let Some(count) = args.next() else {
         return Ok(());

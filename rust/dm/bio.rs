@@ -26,7 +26,7 @@ pub(crate) struct Bio<'a, T: Target> {
 /// The result of mapping a [`Bio`]: what a map function returns.
 pub(crate) struct Mapped<'a> {
     code: u32,
-    /// Ties the result to its call of the map function: it can't be kept or sent.
+    /// Ties the result to its call of the map function: it can't be kept or sent to another thread.
     _bio: PhantomData<*mut &'a ()>,
 }
 

@@ -5,22 +5,22 @@
 //! The kernel stores the file and the offset of a mapped page in its `struct page`: see
 //! `Documentation/dax.rst`. So each page may be at one place of one disk only. Pages may stay
 //! mapped until the disk is closed, even if its table is destroyed. The target ensures that its own
-//! disk has each page only once. A [`Claim`] ensures it across disks, and across the tables of one
-//! disk.
+//! table has each page only once. A [`Claim`] ensures the same across disks, and across the tables
+//! of one disk.
 //!
 //! # Locks
 //!
-//! The mutex of [`Claims`] covers both the search for other claims and the change that depends on
-//! it. It is the innermost lock: the holder takes no other one, and allocates nothing. It is taken
-//! by
+//! The mutex of [`Claims`] is held over both the search for other claims and the change that
+//! depends on its result. It is the innermost lock: the holder takes no other lock, and allocates
+//! nothing. It is taken by
 //!
-//! - constructors, below device-mapper's `type_lock`, after the devices were opened
+//! - constructors, with device-mapper's `type_lock` held, after the devices were opened
 //!   (`dm_get_device` takes `table_devices_lock` and releases it),
-//! - `preresume`, below device-mapper's `suspend_lock`,
+//! - `preresume`, with device-mapper's `suspend_lock` held,
 //! - destructors.
 //!
-//! References to disks and to the module are put without it. `map` and `direct_access` don't take
-//! it.
+//! References to disks and to the module are put without this mutex held. `map` and `direct_access`
+//! don't take it.
 //!
 //! C headers: `include/linux/dax.h`, `include/linux/device-mapper.h`.
 
@@ -69,8 +69,8 @@ pub(crate) struct Dax<T: Target> {
     pub(crate) claims: fn(Arc<T::Context>) -> Arc<Claims>,
 }
 
-/// A reference to the disk of a mapped device. The disk may be deleted, but the reference keeps its
-/// memory.
+/// A reference to the disk of a mapped device. It keeps the memory of the disk after the disk is
+/// deleted.
 ///
 /// # Invariants
 ///
@@ -90,8 +90,8 @@ impl Disk {
         Ok(Self(disk))
     }
 
-    /// Returns how often the disk is open. An open that is in progress may not be counted yet. It
-    /// can map only pages of the table that is live now, or of a later one.
+    /// Returns how often the disk is open. An open that is still in progress may be missing from
+    /// the count. Its file can map only pages of the table that is live now, or of a later one.
     fn openers(&self) -> u32 {
         // SAFETY: By the type invariant the disk is valid.
         unsafe { sys::obd_disk_openers(self.0.as_ptr()) }
@@ -147,9 +147,10 @@ impl Drop for ModuleReference {
 /// Recorded when the table is made: a partition may be resized while it is open.
 #[derive(Clone, Copy)]
 struct Range {
-    /// Address of the DAX device. It is only compared. The DAX device of a table exists. That of a
-    /// parked claim may have been freed, and another DAX device may have its address. Then a table
-    /// is refused without need, until the disk of the claim is closed.
+    /// Address of the DAX device, only for comparisons. While the table of a claim exists, its DAX
+    /// devices do, too. A DAX device of a parked claim may have been freed, and a new DAX device
+    /// may have its address. A table with the new one is then refused without need, until the disk
+    /// of the claim is closed.
     dax: usize,
     first: u64,
     end: u64,
@@ -196,13 +197,13 @@ struct Entry {
 }
 
 impl Entry {
-    /// Returns whether pages of its table may be mapped.
+    /// Returns whether pages of the claim's table may be mapped.
     fn may_be_mapped(&self) -> bool {
         !matches!(self.state, State::Made)
     }
 
     /// Returns whether this claim forbids a new table of `disk` to use `ranges`. Two tables of one
-    /// device may have the same ranges while neither has been live, because [`Claim::begin`] allows
+    /// disk may have the same ranges while neither has been live, because [`Claim::begin`] allows
     /// mappings for only one of them.
     fn excludes(&self, disk: &Disk, ranges: &[Range]) -> bool {
         let overlap = |range| self.ranges.iter().any(|other| other.overlaps(range));
@@ -236,7 +237,8 @@ impl Claims {
         })
     }
 
-    /// Makes room for `count` entries, unless another thread has done so. Allocates without the
+    /// Moves the entries to memory for at least `count` of them, unless other threads have added so
+    /// many meanwhile that they don't fit: then the caller has to try again. Allocates without the
     /// lock, because a resume takes the lock while bios wait.
     fn reserve(&self, count: usize) -> Result<(), Failure> {
         let mut larger = KVec::with_capacity(count, GFP_KERNEL)?;
@@ -270,8 +272,9 @@ impl Claims {
     }
 }
 
-/// The claim of a target on its devices. No other target with DAX may use them while this exists.
-/// If pages may have been mapped, that holds until the disk of the mapped device is closed.
+/// The claim of a target on its lower devices. While it exists, tables with DAX of other mapped
+/// devices must not use these devices. If pages may have been mapped, the claim outlives the table,
+/// until the disk of the mapped device is closed.
 pub(super) struct Claim {
     claims: Arc<Claims>,
     id: u64,
@@ -355,12 +358,12 @@ impl Claim {
         })
     }
 
-    /// Allows mappings, unless pages of another table of the mapped device may be mapped. That
-    /// happens if both tables were loaded before either was live, and the other one became live
-    /// first. Then bios work, but mappings fail until the device is resumed once more while it is
-    /// closed.
+    /// Allows mappings, unless pages of another table of the mapped device may be mapped. This is
+    /// the case if both tables were loaded before either was live, and the other one became live
+    /// first. Then bios work, but mappings fail until the mapped device is closed, suspended and
+    /// resumed again.
     ///
-    /// Called before device-mapper resumes the device, each time.
+    /// Called each time before device-mapper resumes the mapped device.
     pub(super) fn begin(&self) {
         if self.has_begun() {
             return;
@@ -399,8 +402,8 @@ impl Claim {
         self.begun.load(Relaxed)
     }
 
-    /// Logs that page `page` is in a hole, once for each target. CPUs that find the first hole at
-    /// the same time may each log it.
+    /// Logs that page `page` is in a hole, once for each target. If several CPUs find a first hole
+    /// at the same time, each may log one.
     fn tell_hole(&self, page: u64) {
         if !self.told.load(Relaxed) {
             self.told.store(true, Relaxed);
@@ -515,7 +518,7 @@ impl<C> Setup<'_, C> {
         unsafe { sys::dm_disk(md) }
     }
 
-    /// Checks that a device has DAX, and that no other device has the same memory.
+    /// Checks that a device can be a layer with DAX.
     ///
     /// # Errors
     ///

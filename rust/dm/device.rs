@@ -77,7 +77,7 @@ impl Device {
             .unwrap_or("-")
     }
 
-    /// Returns the size in sectors, without a partial block at the end.
+    /// Returns the size in sectors, without a partial logical block at the end.
     pub(crate) fn sectors(&self) -> u64 {
         // SAFETY: By the type invariant the device is open.
         let sectors = unsafe { sys::obd_bdev_nr_sectors(self.bdev()) };
@@ -86,26 +86,27 @@ impl Device {
     }
 
     /// Returns whether I/O of the device may wait for another device of this module, now or after
-    /// it gets another table. This is so for mapped devices, and for others that pass bios on.
+    /// the device gets another table: `true` for mapped devices, and for others that pass bios on.
     ///
-    /// It isn't so for devices with request queues. Below these is hardware, a server, or a file
-    /// (loop, nbd, ublk). The server or file may use one of our devices, too. But these drivers
-    /// have no rescuer thread, so nothing can rely on them when memory is short. The kernel's own
-    /// storage targets (nvmet behind nvme-loop, LIO) do have one. So a zfile device behind such a
-    /// target on the same host must not be below another zfile device.
+    /// Returns `false` for devices with request queues. Below these is hardware, a server, or a
+    /// file (loop, nbd, ublk). The server or file may use a device of this module, too. But these
+    /// drivers have no rescuer thread, so nothing can rely on them when memory is short. The
+    /// kernel's own storage targets (nvmet behind nvme-loop, LIO) do have a rescuer thread. So a
+    /// zfile device behind such a target on the same host must not be below another zfile device.
     pub(super) fn may_stack(&self) -> bool {
         // SAFETY: By the type invariant the device is open.
         unsafe { sys::obd_bdev_may_stack(self.bdev()) }
     }
 
-    /// Records that the target uses only the first `bytes` bytes.
+    /// Records that the target uses only the first `bytes` bytes of the device.
     pub(super) fn set_used(&mut self, bytes: u64) {
         self.used = bytes.div_ceil(512);
     }
 
     /// Returns how many sectors the target uses, counted from the first one, rounded up to blocks
-    /// of `block` bytes. `block` is a power of two: the largest logical block size of all lower
-    /// devices, which the mapped device has as well.
+    /// of `block` bytes, or down if the device ends before. `block` is a power of two: the largest
+    /// logical block size of all lower devices. An lsmt device has this block size, too, and
+    /// device-mapper refuses a table whose ranges are not multiples of the block size.
     pub(super) fn used(&self, block: u32) -> u64 {
         let block = u64::from(block / 512).max(1);
         let whole = self.sectors() & !(block - 1);

@@ -6,8 +6,8 @@
 //! takes the `Io` by value, so it always has exactly one owner, and it ends once.
 //!
 //! The state of an I/O is in device-mapper's per-bio data, together with the lower bio. Only the
-//! buffer is allocated. Each device keeps a spare buffer for reads when no memory is available
-//! ([`Spares`]).
+//! buffer is allocated separately. Each device keeps a spare buffer for reads when no memory is
+//! available ([`Spares`]).
 //!
 //! Lock order: no other lock is held together with the lock of [`Spares`].
 
@@ -24,7 +24,7 @@ use crate::sys;
 
 /// A function that continues an I/O.
 type Step<T> = fn(Io<T>);
-/// A function that continues an I/O after its lower read. Gets the result of the read.
+/// A function that continues an I/O after its lower read, whose result it gets.
 type ReadStep<T> = fn(Io<T>, Result<(), Status>);
 
 /// The state of an I/O in device-mapper's per-bio data.
@@ -37,8 +37,8 @@ pub(super) struct Frame<T: Deferred> {
     step: Option<Step<T>>,
     /// Length in bytes of the buffer that the I/O needs.
     wanted: usize,
-    /// Whether a worker has processed the I/O. From then on it may sleep, even if its bio has
-    /// `REQ_NOWAIT`.
+    /// Whether a worker has processed the I/O. From then on, only workers submit its lower reads,
+    /// and workers may sleep, even if the bio has `REQ_NOWAIT`.
     deferred: bool,
     read_step: Option<ReadStep<T>>,
     /// The next I/O in the queue of those that wait for memory.
@@ -158,8 +158,8 @@ impl<T: Deferred> Io<T> {
     }
 
     /// Returns whether to decompress `bytes` bytes now, on this CPU, instead of in a worker: if
-    /// they are few, interrupts are on, no other task needs the CPU, and the read isn't of the idle
-    /// class.
+    /// `bytes` is at most the module parameter `at_once_bytes`, interrupts are on, no other task
+    /// needs the CPU, and the read isn't of the idle class.
     pub(crate) fn at_once(&self, bytes: u64) -> bool {
         // SAFETY: By the type invariant the bio hasn't ended, and no one else changes it.
         let ioprio = unsafe { (*self.bio().as_ptr()).bi_ioprio };
@@ -183,16 +183,16 @@ impl<T: Deferred> Io<T> {
         unsafe { Pages::new(self.bio()) }
     }
 
-    /// Gives the I/O a buffer for a lower read, which will fill all of it. Releases the buffer that
-    /// it had.
+    /// Gives the I/O a buffer, all of which its lower read will fill. Releases the buffer that the
+    /// I/O had before.
     pub(crate) fn attach(&mut self, buffer: Buffer) {
         self.release_buffer();
         self.frame_mut().buffer = Some(buffer);
     }
 
-    /// Returns the status with which to end the I/O if there is no memory for it: it isn't worth
-    /// waiting for a read-ahead, and a bio with `REQ_NOWAIT` must not wait. Returns `None` for
-    /// other I/Os, which wait.
+    /// Returns the status with which to end the I/O if there is no memory for its buffer: a bio
+    /// with `REQ_NOWAIT` must not wait, and a read-ahead should not. Returns `None` for all other
+    /// I/Os, which have to wait.
     pub(crate) fn without_memory(&self) -> Option<Status> {
         // SAFETY: By the type invariant the bio hasn't ended, and no one else changes it.
         let flags = unsafe { (*self.bio().as_ptr()).bi_opf };
@@ -203,9 +203,9 @@ impl<T: Deferred> Io<T> {
         }
     }
 
-    /// Gives the I/O the device's spare buffer, now or when another I/O has returned it, and
-    /// continues with `step`. If there is memory before that, the I/O may get another buffer. The
-    /// I/O fails if the spare buffer is shorter than `len` bytes.
+    /// Gives the I/O the device's spare buffer, now or when another I/O has returned that buffer,
+    /// and continues with `step`. If memory becomes available while the I/O waits, it may get
+    /// another buffer instead. The I/O fails if the spare buffer is shorter than `len` bytes.
     pub(crate) fn wait_for_spare(mut self, len: usize, step: Step<T>) {
         let frame = self.frame_mut();
         frame.step = Some(step);
@@ -229,10 +229,11 @@ impl<T: Deferred> Io<T> {
         }
     }
 
-    /// Takes over the spare buffer, and sets it to the length that is needed, with nothing filled.
+    /// Takes over the spare buffer, and sets its length to that which the I/O needs. Nothing of it
+    /// counts as filled.
     fn adopt(&mut self, mut buffer: Buffer) {
         let frame = self.frame_mut();
-        // If it is too short, its length is set to 0, and `read` fails.
+        // If the buffer is too short, its length is set to 0, and `read` fails.
         if buffer.reset(frame.wanted).is_err() {
             let _ = buffer.reset(0);
         }
@@ -241,7 +242,8 @@ impl<T: Deferred> Io<T> {
 
     /// Reads from sector `sector` of `device` until the buffer is full, and continues with `step`,
     /// which may be called in interrupt context. May sleep, except if called from the map function
-    /// with a bio that has `REQ_NOWAIT`: then the read may end with [`Status::AGAIN`].
+    /// with a bio that has `REQ_NOWAIT`: then the read may end with [`Status::AGAIN`]. Ends the I/O
+    /// with an error if the target has no such device, or the I/O has no buffer.
     ///
     /// `shared` is set if other reads may wait for this one. Then the lower read is neither a
     /// read-ahead nor one that fails fast, nor of the idle class or in the background.
@@ -275,7 +277,7 @@ impl<T: Deferred> Io<T> {
             flags &= !sys::OBD_REQ_NOWAIT;
         }
         // SAFETY: The frame, the buffer in it and the device stay valid and in place until the I/O
-        // ends. It doesn't end before `read_done` has uninitialised the lower bio.
+        // ends. The I/O doesn't end before `read_done` has uninitialised the lower bio.
         let ready = unsafe { buffer.init_read(lower, vec, core::ptr::null_mut(), flags) };
         if ready.is_err() {
             // SAFETY: Initialised above, and not in flight.
@@ -365,12 +367,12 @@ impl<T: Deferred> Io<T> {
     ///
     /// # Safety
     ///
-    /// `job` is the job of a frame. [`Io::defer`] has pushed it, and passed the ownership of the
+    /// `job` is the job of a frame. [`Io::queue`] has pushed it, and passed the ownership of the
     /// I/O to this function.
     unsafe fn run(job: NonNull<Job>) {
         // SAFETY: The job is a field of a frame.
         let frame = unsafe { job.byte_sub(core::mem::offset_of!(Frame<T>, job)) };
-        // SAFETY: `defer` has passed the ownership of the I/O to this function.
+        // SAFETY: `queue` has passed the ownership of the I/O to this function.
         let mut io = unsafe { Self::from_raw(frame.as_ptr().cast()) };
         io.frame_mut().deferred = true;
         if io.frame().buffer.as_ref().is_some_and(Buffer::is_spare) {
@@ -440,11 +442,12 @@ impl<T: Deferred> Drop for Io<T> {
     }
 }
 
-/// A FIFO queue of I/Os. If it is dropped, they end with an error.
+/// A FIFO queue of I/Os. If the queue is dropped, the I/Os in it end with an error.
 ///
 /// # Invariants
 ///
-/// `first` starts a list of I/Os, linked by `next`. Unless it is empty, `last` is its last frame.
+/// `first` starts a list of I/Os, linked by `next`. Unless the list is empty, `last` is the frame
+/// of the last I/O in it.
 pub(crate) struct IoQueue<T: Deferred> {
     first: Option<Io<T>>,
     last: *mut Frame<T>,
@@ -504,7 +507,7 @@ impl<T: Deferred> Default for IoQueue<T> {
 
 impl<T: Deferred> Drop for IoQueue<T> {
     fn drop(&mut self) {
-        // One by one: dropping the list recursively could overflow the kernel stack.
+        // One by one: a recursive drop of the list could overflow the kernel stack.
         while let Some(io) = self.pop() {
             drop(io);
         }
@@ -575,8 +578,8 @@ impl<T: Deferred> Spares<T> {
         io.go_on();
     }
 
-    /// If memory is available again, lets I/Os that wait for the spare buffer continue with buffers
-    /// from `pool`, as many as get one. Called by a worker whose I/O has the spare buffer.
+    /// Gets buffers from `pool` for the I/Os that wait for the spare buffer, until `pool` has no
+    /// memory, and continues these I/Os. Called by a worker whose I/O has the spare buffer.
     fn retry(&self, pool: &Pool) {
         loop {
             let first = self.state.lock().waiting.pop();

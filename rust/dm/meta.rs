@@ -74,9 +74,9 @@ impl Blob for MetaReader<'_> {
         }
         let block = u64::from(self.device.logical_block_size());
         let end = offset + len;
-        // Whole blocks of the device are read, up to byte `stop`. `ahead` is where the next bio
-        // will start, `at` where the bio starts that `sink` gets next. No overflow: `stop` is
-        // within the device, whose size is a multiple of the block size.
+        // Whole blocks of the device are read, up to byte `stop`. The next bio to submit starts at
+        // byte `ahead`; the bio whose bytes `sink` gets next starts at byte `at`. No overflow:
+        // `stop` is within the device, whose size is a multiple of the block size.
         let mut ahead = offset - offset % block;
         let stop = end.next_multiple_of(block);
 
@@ -118,7 +118,7 @@ impl MetaReader<'_> {
     }
 }
 
-/// A read for a caller that waits for it in process context.
+/// A read of a device. The caller waits for it in process context.
 ///
 /// # Invariants
 ///
@@ -157,8 +157,8 @@ impl Read {
 
     /// Starts reading `len` bytes from byte `at` of `device`. Both are multiples of its block size.
     fn submit(mut self: Pin<&mut Self>, device: &Device, at: u64, len: usize) -> Result {
-        // The status of a read that was started before, and that no one has waited for, doesn't
-        // matter.
+        // Waits for an earlier read that is still in flight. The caller doesn't want its bytes, so
+        // its status doesn't matter.
         let _ = self.as_mut().settle();
         let bio = NonNull::new(self.bio.get()).ok_or(EINVAL)?;
         let vec = NonNull::new(self.vec.get()).ok_or(EINVAL)?;
@@ -210,7 +210,7 @@ impl Read {
         if !*this.busy {
             return Ok(());
         }
-        // SAFETY: By the type invariant it is initialised, and it is completed once for this bio.
+        // SAFETY: By the type invariant `done` is initialised, and is completed once for this bio.
         unsafe { sys::wait_for_completion_io(this.done.get()) };
         let bio = this.bio.get();
         // SAFETY: The bio has ended, and no one else uses it any more.

@@ -11,18 +11,18 @@
 //!                 Bio::zero, end, refuse         ended immediately
 //!                 Bio::begin -> Io               the target processes it:
 //!                   Io::attach -> read -> defer -> … -> Io::end
-//! page       -> Target::DAX -> Memory            must not sleep; for file systems that map it
+//! page       -> Target::DAX -> Memory            a file system maps it; must not sleep
 //! ```
 //!
 //! A [`Bio`] or an [`Io`] owns an I/O that hasn't ended. Each of their final methods takes it by
 //! value, so an I/O ends once. An [`Io`] that is dropped ends with an error.
 //!
 //! Devices belong to the table, not to the target, so they cannot outlive the table. A target
-//! refers to them by [`DeviceId`]. Device-mapper destroys a table only when no I/O of it is left,
-//! so a target outlives its I/O. [`Io::end`] consumes the I/O with every reference to the target; a
-//! step must release everything else that it owns before that. The work items of a target are
-//! cancelled and waited for before the target is freed. Unloading the module waits for tasks that
-//! are still in its code ([`LastOut`]).
+//! refers to them by [`DeviceId`]. Device-mapper destroys a table only when the table has no I/O
+//! left, so a target outlives its I/O. [`Io::end`] takes the [`Io`], and with it all references to
+//! the target that were borrowed from it. A step must drop everything else that it owns before it
+//! ends the I/O. Before a target is freed, its work items are cancelled and waited for. Unloading
+//! the module waits for tasks that are still in the module's code ([`LastOut`]).
 //!
 //! C header: `include/linux/device-mapper.h`.
 
@@ -59,8 +59,8 @@ pub(crate) fn cond_resched() {
 /// When dropped, waits until no task is in the module's code any more. Must be dropped last.
 ///
 /// If the lower device completes a read in a task, [`Io`]'s completion function runs in that task.
-/// It ends the I/O or hands it to a worker. After that, the device may be removed while the task is
-/// still preempted inside this function.
+/// The function ends the I/O or hands it to a worker. From then on, the device may be removed, even
+/// if the task has been preempted before it returns from the function.
 pub(crate) struct LastOut;
 
 impl Drop for LastOut {
@@ -70,7 +70,11 @@ impl Drop for LastOut {
     }
 }
 
-/// Returns an error if the current task was killed.
+/// Checks that the current task has no fatal signal pending.
+///
+/// # Errors
+///
+/// [`EINTR`] if it has one.
 pub(crate) fn check_killed() -> Result<(), Failure> {
     // SAFETY: This only reads the state of the current task.
     if unsafe { crate::sys::obd_fatal_signal_pending() } {

@@ -20,8 +20,8 @@ use super::{Args, Bio, Dax, Device, DeviceId, Emit, Failure, Mapped, Setup, Spar
 use crate::block::{Pool, Queue, Status, Workers};
 use crate::sys;
 
-/// A function that handles a message. Gets the words of the message; the first one is its name.
-/// Returns an error if the message is refused.
+/// A function that handles a message. Gets the words of the message; the first word is the
+/// message's name. Returns an error if the message is refused.
 pub(crate) type Message<T> = fn(&T, Args<'_>) -> Result<(), Failure>;
 
 /// A read-only target.
@@ -49,11 +49,11 @@ pub(crate) trait Target: Send + Sync + Sized + 'static {
     /// block, or the error number of a failed read.
     const ALERT: &'static CStr;
     /// The functions for DAX; `None` for a target without DAX. A target with DAX is alone in its
-    /// table. No other target with DAX uses its devices, and it shows each of their pages at one
-    /// place only.
+    /// table, and no other target with DAX uses its devices (see [`Claim`]). The target must show
+    /// each page of its devices at one place of the mapped device only.
     const DAX: Option<Dax<Self>> = None;
 
-    /// Makes a target from the arguments of its table line.
+    /// Makes a target from the arguments of its table line. Called in process context. May sleep.
     ///
     /// # Errors
     ///
@@ -73,7 +73,8 @@ pub(crate) trait Target: Send + Sync + Sized + 'static {
     /// Writes the values that IMA measures, each as `,key=value`.
     fn ima(&self, devices: &[Device], out: &mut Emit<'_>);
 
-    /// Adjusts the limits of the device.
+    /// Adjusts the limits of the mapped device, which were computed from those of the lower
+    /// devices.
     fn limits(&self, limits: &mut Limits<'_>);
 }
 
@@ -82,7 +83,7 @@ pub(crate) trait Deferred: Target {
     /// The target's own state of an I/O.
     type Request: Send;
 
-    /// Returns the holder of the device's spare buffer.
+    /// Returns the object that keeps the device's spare buffer.
     fn spares(&self) -> &Spares<Self>;
 
     /// Returns the pool that the other buffers come from and go back to.
@@ -93,9 +94,10 @@ pub(crate) trait Deferred: Target {
 pub(crate) struct Limits<'a>(&'a mut sys::queue_limits);
 
 impl Limits<'_> {
-    /// Sets the logical block size, and allows reads of any number of blocks at any block. The
-    /// lower devices' limits on chunks and alignment don't apply, because the device's sectors
-    /// aren't at the same places there.
+    /// Sets the logical block size to `bytes` bytes, and allows reads of any number of logical
+    /// blocks from any block on, into memory that is aligned to `bytes`. Removes the limits on
+    /// chunks and alignment: those of the lower devices don't apply, because the sectors of the
+    /// mapped device are at other places on the lower devices.
     pub(crate) fn set_logical_block_size(&mut self, bytes: u32) {
         self.0.logical_block_size = bytes;
         self.0.dma_alignment = bytes - 1;
@@ -125,11 +127,12 @@ impl Limits<'_> {
 /// `devices` are in the order in which they were opened, that of their [`DeviceId`]s. `workers` is
 /// set for targets with per-bio data, `claim` for targets with DAX.
 pub(super) struct Live<T> {
-    // Dropped first. This waits for workers that have ended their I/O and are about to return.
+    // Dropped first. Dropping it waits for workers that have ended their I/O and are about to
+    // return.
     workers: Option<Pin<KBox<Workers>>>,
-    // Dropped before the target: this waits for an event that is being sent.
+    // Dropped before the target. Dropping it waits for an event that is being sent.
     alerts: Pin<KBox<Alerts>>,
-    // Dropped before the devices that it claims.
+    // Dropped before `devices`, which it claims.
     claim: Option<Claim>,
     target: T,
     devices: KVec<Device>,
@@ -313,8 +316,8 @@ impl<T: Target> Registration<T> {
             None => None,
             Some(queue) => Some(Workers::new(setup.queue(queue)?)?),
         };
-        // SAFETY: The target is valid until `dtr` has dropped the `Live`, or until this function
-        // has failed and dropped the alerts.
+        // SAFETY: The target is valid until `dtr` has dropped the `Live` with the alerts, or until
+        // this function has failed and dropped the alerts.
         let alerts = unsafe { Alerts::new(setup.target, T::ALERT) }?;
         // SAFETY: The target is valid.
         let begin = unsafe { (*ti).begin };
@@ -332,7 +335,8 @@ impl<T: Target> Registration<T> {
         let fields = unsafe { &mut *ti };
         fields.private = live.cast();
         fields.per_io_data_size = T::PER_BIO_DATA as u32;
-        // A target with per-bio data submits its lower reads with `dm_submit_bio_remap`.
+        // A target with per-bio data submits its lower reads with `dm_submit_bio_remap`, except
+        // those into the spare buffer.
         fields.set_accounts_remapped_io(T::PER_BIO_DATA != 0);
         Ok(())
     }
@@ -551,8 +555,9 @@ impl<T: Target> PinnedDrop for Registration<T> {
     fn drop(self: Pin<&mut Self>) {
         // SAFETY: By the type invariant the type is registered. When the module is unloaded, no
         // target of the type is left, because each one has a reference to the module. If the module
-        // fails to load, a target may have been made meanwhile. All modules with target types have
-        // this gap. To make it small, the names that may be taken are registered first.
+        // fails to load, a target of a type that was already registered may exist. All modules with
+        // target types have this gap. To make it small, the names that another module may have
+        // registered are registered first.
         unsafe { sys::dm_unregister_target(self.raw.get()) };
     }
 }

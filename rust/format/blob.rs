@@ -15,7 +15,7 @@ pub trait Blob {
     /// Returns the length in bytes.
     fn size(&self) -> u64;
 
-    /// Reads from byte `offset` to all of `buf`.
+    /// Fills all of `buf` with the bytes from byte `offset` on.
     ///
     /// # Errors
     ///
@@ -48,7 +48,7 @@ impl<'a, B: Blob> Window<'a, B> {
     ///
     /// # Errors
     ///
-    /// [`Fault::Truncated`] if they aren't all within the blob.
+    /// [`Fault::Truncated`] if these bytes aren't all within `blob`.
     pub fn new(blob: &'a B, start: u64, len: u64) -> Result<Self, Error> {
         check_range(blob.size(), start, len)?;
         // INVARIANT: Checked above.

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! Checks whether file systems can map the pages of a layer, see `Documentation/dax.rst`.
+//! Checks whether file systems can map the pages of a layer: see `Documentation/dax.rst`.
 
 use super::heap;
 use super::lsmt::Segment;
@@ -26,7 +26,8 @@ impl Place {
     }
 }
 
-/// Returns two of `places` that have a sector in common, `None` if there are none. Reorders `places`.
+/// Returns two of `places` that have a sector in common, `None` if there are none. Reorders
+/// `places`.
 ///
 /// Takes time n · log(n), and allocates nothing. `pause` is called every [`PAUSE`] places.
 ///

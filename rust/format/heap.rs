@@ -11,7 +11,8 @@ pub fn make<T: Copy + PartialOrd>(heap: &mut [T]) {
     }
 }
 
-/// Replaces the first item of `heap` by `item`, or removes it if `item` is `None`. Returns the heap.
+/// Replaces the first item of `heap` by `item`, or removes the first item if `item` is `None`.
+/// Returns the heap with the remaining items.
 pub fn replace_first<T: Copy + PartialOrd>(heap: &mut [T], item: Option<T>) -> &mut [T] {
     let (heap, item) = match (item, heap.split_last_mut()) {
         (Some(_), _) | (None, None) => (heap, item),
@@ -28,7 +29,8 @@ pub fn replace_first<T: Copy + PartialOrd>(heap: &mut [T], item: Option<T>) -> &
     heap
 }
 
-/// Puts `item` at index `at` of `heap` or below it, and moves smaller children up.
+/// Puts `item` at index `at` of `heap`. As long as a child is smaller than `item`, moves the
+/// smallest child up, and `item` down to the child's place.
 fn sift_down<T: Copy + PartialOrd>(heap: &mut [T], mut at: usize, item: T) {
     loop {
         let left = 2 * at + 1;

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! LSMT: a layer: data, and an index of its segments.
+//! LSMT, the format of a layer: data, and an index of its segments.
 //!
 //! ```text
 //! header (4096 bytes) | data | index: 16-byte entries, ascending | padding | trailer (4096 bytes)
@@ -88,7 +88,7 @@ impl RawHeader {
     }
 }
 
-/// Consecutive sectors of the disk, and the place of their data, packed as on disk.
+/// Consecutive sectors of the disk, and the place of their data, packed as in an index entry.
 ///
 /// First word, from the lowest bit: 50 bits of offset, 14 bits of length. Second word: 55 bits of
 /// `moffset`, the zeroed bit, 8 bits of tag. Offsets and lengths are in sectors of 512 bytes.
@@ -152,7 +152,8 @@ impl Segment {
         self.offset() + self.length()
     }
 
-    /// Returns the first sector of the data in the LSMT file.
+    /// Returns the first sector of the data in the LSMT file; in the merged index of a target, on
+    /// the layer's lower device.
     #[inline]
     pub const fn moffset(&self) -> u64 {
         self.source & Self::MOFFSET_MASK
@@ -328,8 +329,8 @@ impl Layer {
         })
     }
 
-    /// Checks the entry at byte `at`, which must not begin before sector `previous_end`. Returns
-    /// `None` for padding.
+    /// Checks the index entry at byte `at`. Its segment must not begin before sector `previous_end`
+    /// of the disk. Returns `None` for padding.
     fn parse_entry(
         &self,
         entry: &[u8; 16],

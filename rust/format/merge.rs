@@ -135,7 +135,7 @@ where
     heap::make(heap);
 
     let mut open = LayerSet::default();
-    // The visible segment with its layer, and the sector from which on it is visible.
+    // The visible segment with its layer. It is visible from sector `since` on.
     let mut top: Option<(u8, Segment)> = None;
     let mut since = 0;
     let mut count = 0;
@@ -182,14 +182,14 @@ where
     Ok(())
 }
 
-/// The result of looking up a sector: where it and the sectors after it are read from.
+/// The result of looking up a sector: where to read this sector and the sectors after it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Extent {
-    /// The data of `len` sectors is in layer `layer`, from sector `sector` of its LSMT file on.
+    /// The data of `len` sectors is in layer `layer`, from sector `sector` on.
     Data {
         /// Number of the layer; the lowest is 0.
         layer: u8,
-        /// First sector in the LSMT file.
+        /// First sector of the data, counted as in [`Segment::moffset`].
         sector: u64,
         /// Number of sectors up to the end of the segment.
         len: u64,
@@ -205,16 +205,16 @@ pub enum Extent {
 const RUN_SEGMENTS: u64 = 16;
 
 /// Up to this number of segments, an [`Index`] has up to one run for each segment. If the segments
-/// are spread evenly, almost nothing is left to search. This costs 4 bytes for each segment, which
-/// matters little for so few.
+/// are spread evenly, almost nothing is left to search. This takes up to 4 bytes for each segment,
+/// which is little memory in total.
 const FEW_SEGMENTS: usize = 4096;
 
 /// A merged index for lookups of sectors.
 ///
 /// A search in a large index mostly waits for memory. So the disk is divided into runs of sectors,
-/// each for several segments. The number of segments before each run leaves few segments to search.
-/// If most segments are in few runs, a search may take log(segments) steps, as it would without
-/// runs.
+/// with several segments on average. An array has the number of segments before each run. Two
+/// neighbouring elements of the array bound the few segments that a lookup has to search. If most
+/// segments are in few runs, the search may take log(segments) steps, as it would without runs.
 pub struct Index<S, R> {
     /// Segments with data, in ascending order and without overlap.
     segments: S,
@@ -244,8 +244,8 @@ where
     S: Deref<Target = [Segment]>,
     R: Deref<Target = [u32]>,
 {
-    /// Makes an index of `segments`, which [`merge`] has made; at most [`MAX_SEGMENTS`]. `allocate`
-    /// returns an array of as many elements as it is called with: at most the number of segments
+    /// Makes an index of `segments`, which [`merge`] has made; at most [`MAX_SEGMENTS`].
+    /// `allocate(n)` must return an array of `n` elements; `n` is at most the number of segments
     /// plus 2. `pause` is called every [`PAUSE`] segments.
     ///
     /// # Errors
@@ -329,8 +329,8 @@ where
 
 /// Returns the number of `segments` that begin at or before sector `sector`.
 ///
-/// Uses branches, unlike [`slice::partition_point`]: a CPU that predicts them fetches the next
-/// segment while it waits for this one.
+/// Unlike [`slice::partition_point`], this uses branches: a CPU that predicts them requests the
+/// next segment from memory while it waits for this one.
 fn begun(segments: &[Segment], sector: u64) -> usize {
     let (mut start, mut end) = (0, segments.len());
     while start < end {

@@ -3,13 +3,13 @@
 //! The on-disk formats (tar wrapper, ZFile and LSMT), and the merge of layers.
 //!
 //! This code makes no kernel calls, allocates nothing, and has no `unsafe`. The same files are
-//! compiled into the kernel module and into the user-space library, whose tests test them. Every
-//! value from an image is checked against its bounds before it is used.
+//! compiled into the kernel module and into the user-space library, which has the tests of this
+//! code. Every value from an image is checked against its bounds before it is used.
 //!
-//! Only what the kernel module runs is here. What else the tools need to know of the formats is in
-//! `tools/overlaybd/src/on_disk.rs`.
+//! Only what the kernel module uses is here. The other parts of the formats, which only the tools
+//! use, are in `tools/overlaybd/src/on_disk.rs`.
 //!
-//! A blob is opened from the outside in; the parts in `[]?` are optional:
+//! A blob is opened from the outside in; the steps in `[]?` are for optional wrappers:
 //!
 //! ```text
 //! blob -> [tar::payload]? -> [zfile::Geometry::read]? -> lsmt::Layer::read

@@ -9,8 +9,8 @@ use super::{Blob, Error, Fault};
 
 /// Length of a tar block in bytes.
 const BLOCK: u64 = 512;
-/// Largest number of headers that are read to find the file, its own included. Real tars have one
-/// or two.
+/// Largest number of headers that are read to find the file, its own included. Wrappers usually
+/// have one or two.
 const MAX_HEADERS: u32 = 64;
 /// Length of the longest pax payload that is read, in bytes.
 const MAX_PAX: u64 = 1 << 20;
@@ -137,8 +137,8 @@ fn octal(field: &[u8]) -> Option<u64> {
         })
 }
 
-/// Reads the pax payload of `len` bytes at byte `at`. Returns the value of its last `size` record,
-/// if it has one.
+/// Reads the pax payload of `len` bytes at byte `at`. Returns the value of the last `size` record,
+/// if there is one.
 fn read_pax<B: Blob>(blob: &B, at: u64, len: u64) -> Result<Option<u64>, B::Error> {
     if len > MAX_PAX {
         return Err(Error::new(Fault::TarPax, at, len).into());
@@ -212,6 +212,7 @@ impl Pax {
 
         self.left = self.left.checked_sub(1)?;
         let last = self.left == 0;
+        // The last byte of a record must be a newline. Only skipped parts may have more newlines.
         if last != (byte == b'\n') && (last || self.state != State::Skip) {
             return None;
         }

@@ -39,8 +39,8 @@ pub mod flag {
     pub const DATA_FILE: u64 = 1 << 1;
     /// The file is complete.
     pub const SEALED: u64 = 1 << 2;
-    /// In the header: it was overwritten when the file was complete, and has all fields. The
-    /// trailer isn't needed.
+    /// In the header: the header was overwritten when the file was complete, and has all fields.
+    /// The trailer isn't needed.
     pub const OVERWRITTEN: u64 = 1 << 3;
     /// `digest` and `index_crc` are valid.
     pub const DIGEST: u64 = 1 << 4;
@@ -50,7 +50,7 @@ pub mod flag {
 
 /// Byte offsets of the fields that a reader needs, in the header and in the trailer.
 pub mod field {
-    /// `u32` CRC-32C of all 512 bytes, with these four as 0.
+    /// `u32` CRC-32C of all 512 bytes, computed with the four bytes of this field as 0.
     pub const DIGEST: usize = 28;
     /// `u64` flag bits.
     pub const FLAGS: usize = 32;
@@ -115,7 +115,7 @@ impl Algorithm {
 pub struct RawHeader {
     /// CRC-32C of the header or trailer.
     pub digest: u32,
-    /// Flag bits. In files without digest, those above `DIGEST` may be garbage.
+    /// Flag bits. In files without digest, the bits above `DIGEST` may be garbage.
     pub flags: u64,
     /// Byte offset of the index.
     pub index_offset: u64,
@@ -301,7 +301,8 @@ impl Geometry {
         })
     }
 
-    /// Checks the digest of a trailer that isn't needed, if there is one after the index.
+    /// Checks the digest of the trailer of a file whose header has all fields, if there is a
+    /// trailer directly after the index.
     fn check_spare_trailer<B: Blob>(&self, blob: &B, crc32c: Crc32c) -> Result<(), B::Error> {
         let at = self.index_offset + self.index_len();
         if blob.size() - at < HEADER_SIZE {
@@ -367,8 +368,8 @@ impl Geometry {
 
     /// Returns the lengths of the arrays of this file's jump table.
     pub fn table_shape(&self) -> TableShape {
-        // Distances within a group must fit in 16 bits. A group has as many blocks as that allows,
-        // rounded down to a power of two.
+        // Deltas must fit in 16 bits. A group has as many blocks as that allows, rounded down to a
+        // power of two.
         let per_group = u32::from(u16::MAX) / self.stored_max() + 1;
         let group_shift = per_group.ilog2();
         TableShape {
@@ -383,7 +384,7 @@ impl Geometry {
     }
 
     /// Reads the index, checks every entry and the CRC of the index, and fills the jump table.
-    /// `bases` and `deltas` have the lengths in [`Geometry::table_shape`].
+    /// `bases` and `deltas` must have the lengths that [`Geometry::table_shape`] returns.
     ///
     /// # Errors
     ///
@@ -508,9 +509,10 @@ impl<'a> Filler<'a> {
 
 /// The byte offset of each block in the file.
 ///
-/// Consecutive blocks form groups. The table has the 64-bit offset of each group, its base, and the
-/// 16-bit distance of each block from its base. This takes 2.5 bytes for each block of 4 KiB, and 8
-/// bytes for each block of 64 KiB, where each group has one block.
+/// Consecutive blocks form groups. The table has a base for each group, the 64-bit offset of its
+/// first block, and a delta for each block, the 16-bit distance of the block from the base of its
+/// group. This takes 2.5 bytes for each block of 4 KiB, and 8 bytes for each block of 64 KiB, where
+/// each group has one block, and there are no deltas.
 pub struct JumpTable<B, D> {
     group_shift: u32,
     blocks: u64,
@@ -530,7 +532,7 @@ impl<B: Deref<Target = [u64]>, D: Deref<Target = [u16]>> JumpTable<B, D> {
     }
 
     /// Returns the byte offset of the start of block `block`, or of the end of the last block if
-    /// `block` is the number of blocks; `None` after that.
+    /// `block` is the number of blocks; `None` if `block` is larger.
     #[inline]
     pub fn offset(&self, block: u64) -> Option<u64> {
         if block >= self.blocks {

@@ -41,13 +41,13 @@ pub(crate) struct Lsmt<const DAX: bool> {
     tail: Option<Tail>,
     /// The `<blob bytes>` of each layer in the table line, which `table` prints; `None` for `-`.
     blob_bytes: KVec<Option<u64>>,
-    /// Whether the table line has the form of `lsmt_target`, in which `table` prints it, too.
+    /// Whether the table line has the form of `lsmt_target`. `table` prints it in the same form.
     legacy: bool,
     /// Number of reads that have failed since the table was loaded.
     failed: Atomic<u64>,
 }
 
-/// The sector in which the disk ends: bytes of the disk, and zeros after its end.
+/// The sector within which the disk ends: the last bytes of the disk, then zeros.
 struct Tail {
     sector: u64,
     bytes: [u8; 512],
@@ -84,14 +84,14 @@ impl<const DAX: bool> Lsmt<DAX> {
         }
     }
 
-    /// Returns the place of sector `sector` on the device of its layer, and the number of sectors
-    /// that follow each other there. Adds segments as long as they are contiguous on that device
-    /// and there are fewer than `most` sectors. The last segment is added whole, so the result may
-    /// have more than `most` sectors. Returns `None` in a hole.
+    /// Returns the place of sector `sector` on the device of its layer, and how many sectors are
+    /// contiguous there. Adds segments as long as they are contiguous on that device and the result
+    /// has fewer than `most` sectors. The last segment is added whole, so the result may have more
+    /// than `most` sectors. Returns `None` in a hole.
     ///
-    /// The result doesn't go beyond the end of the target, since the index has no segments after
-    /// that end. The loop has at most one turn for each page of `most`: segments of `lsmt-dax`
-    /// consist of whole pages, so each segment adds a page or more.
+    /// The result doesn't go beyond the end of the target, since no segment of the index does. The
+    /// loop has at most one turn for each page of `most`: segments of `lsmt-dax` consist of whole
+    /// pages, so each segment adds a page or more.
     fn find_memory(&self, sector: u64, most: u64) -> Option<Memory> {
         let (layer, first, mut sectors) = match self.index.lookup(sector) {
             Extent::Data { layer, sector, len } => (layer, sector, len),

@@ -135,8 +135,8 @@ impl<const DAX: bool> dm::Target for Lsmt<DAX> {
 
     fn ima(&self, devices: &[Device], out: &mut Emit<'_>) {
         out.put(fmt!(",layers={},size={}", devices.len(), self.size));
-        // The topmost layer first: if there isn't room for all, the upper layers, which hide the
-        // lower ones, are included.
+        // The topmost layer first: if there isn't room for all layers, the lowest ones, which the
+        // others hide, are left out.
         for (nth, device) in devices.iter().enumerate().rev() {
             if out.room() < IMA_DEVICE {
                 break;
@@ -151,7 +151,7 @@ impl<const DAX: bool> dm::Target for Lsmt<DAX> {
     }
 }
 
-/// Reads a layer's index. Each `moffset` of the result is a sector of the device.
+/// Reads a layer's index. In the result, each `moffset` is a sector of the lower device.
 fn open_layer(
     setup: &mut Setup<'_, Claims>,
     device: DeviceId,
@@ -204,7 +204,8 @@ fn merge_layers(layers: &[Opened], limit: u64) -> Result<KVVec<Segment>, Failure
     Ok(merged)
 }
 
-/// Checks that a read of whole blocks is still a read of whole blocks after it is remapped.
+/// Checks that a read of whole logical blocks of the mapped device is a read of whole logical
+/// blocks of the lower device after it is remapped.
 fn check_alignment(
     setup: &Setup<'_, Claims>,
     segments: &[Segment],
@@ -233,7 +234,7 @@ fn check_alignment(
     Ok(())
 }
 
-/// Returns the result of [`dax::alignment`], and calls [`pause`] in between.
+/// Returns the result of [`dax::alignment`]. Calls [`pause`] regularly.
 fn alignment(segments: &[Segment]) -> Result<u64, Failure> {
     let mut all = 0;
     for part in segments.chunks(1 << 16) {
@@ -256,7 +257,7 @@ fn check_pages(setup: &Setup<'_, Claims>, segments: &[Segment], size: u64) -> Re
 }
 
 /// Checks that no two segments of a layer have data in common. Segments that other layers hide are
-/// checked, too. The alternative would be to sort a copy of the merged index.
+/// checked, too: to check only visible ones, a copy of the merged index would have to be sorted.
 fn check_overlap(layer: &Opened) -> Result<(), Failure> {
     let mut places = KVVec::with_capacity(layer.segments.len(), memory::LARGE)?;
     for place in layer.segments.iter().filter_map(Place::of) {
@@ -271,7 +272,7 @@ fn check_overlap(layer: &Opened) -> Result<(), Failure> {
     }
 }
 
-/// Reads the last sector, if the disk of `size` bytes ends within it.
+/// Reads the last sector of the disk, if the disk, of `size` bytes, ends within that sector.
 fn read_tail(
     setup: &Setup<'_, Claims>,
     index: &Index<KVVec<Segment>, KVVec<u32>>,

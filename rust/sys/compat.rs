@@ -2,15 +2,15 @@
 
 //! Differences between the kernels that the module is built for. All of them are handled here.
 //!
-//! The oldest kernel is 7.2. If a later kernel has something that can be written with what 7.2 has,
-//! it is written so, once, for all kernels; then no code depends on the kernel's version. Otherwise
-//! `Kbuild` sets a `cfg`.
+//! The oldest kernel is 7.2. What only later kernels have is written here by means of what 7.2 has,
+//! if possible, and used with all kernels, so that no code depends on the kernel's version. If that
+//! isn't possible, `Kbuild` sets a `cfg`.
 //!
 //! - 7.3 has `Vec::zeroed`; here it is [`zeroed`].
 //! - 7.3 has a `SpinLockIrq` whose `lock()` counts the locks that a CPU holds; here it is
 //!   [`SpinLockIrq`].
 //!
-//! No kernel has names for all allocation flags yet: see [`gfp`].
+//! The kernel crate, of any version so far, lacks names for some allocation flags: see [`gfp`].
 
 #[cfg(obd_spinlock_irq)]
 pub(crate) use kernel::sync::SpinLockIrq;
@@ -24,8 +24,8 @@ use kernel::prelude::*;
 
 /// Makes allocation flags that the kernel crate has no names for.
 pub(crate) const fn gfp(raw: super::gfp_t) -> Flags {
-    // SAFETY: `Flags` is a structure with one number of this type, which may have any value. If its
-    // size differs, this does not compile.
+    // SAFETY: `Flags` is a structure with one number of this type, which may have any value. If the
+    // sizes of the two types differed, this would not compile.
     unsafe { core::mem::transmute(raw) }
 }
 
@@ -54,8 +54,9 @@ mod spinlock_irq {
 
     use crate::sys;
 
-    /// A spinlock that is held with interrupts off. Each CPU counts the locks that it holds, so
-    /// guards may be dropped in any order: unlocking the last one restores the interrupt state.
+    /// A spinlock that is held with interrupts off. Each CPU counts the locks of this kind that it
+    /// holds, so guards may be dropped in any order: unlocking the last lock restores the interrupt
+    /// state.
     pub(crate) type SpinLockIrq<T> = Lock<T, SpinLockIrqBackend>;
 
     /// The backend of a [`SpinLockIrq`].

@@ -150,7 +150,6 @@ void obd_bio_associate_root(struct bio *bio)
 #endif
 }
 
-/* Whether this is a hard interrupt, or interrupts are off. */
 bool obd_in_interrupt_off(void)
 {
 	return in_hardirq() || irqs_disabled();
@@ -207,13 +206,13 @@ void obd_synchronize_rcu_tasks(void)
 }
 
 /*
- * Only for kernels before 7.3: later ones have a Rust SpinLockIrq of their own,
- * for which Kbuild sets OBD_SPINLOCK_IRQ.
+ * Only for kernels before 7.3. From 7.3 on, the kernel crate has a SpinLockIrq,
+ * and Kbuild defines OBD_SPINLOCK_IRQ.
  */
 #ifndef OBD_SPINLOCK_IRQ
 /*
- * Number of locks of obd_spin_lock_irq_disable() that a CPU holds, and its
- * interrupt state before it took the first one.
+ * The number of locks that a CPU has taken with obd_spin_lock_irq_disable() and
+ * still holds, and its interrupt state before it took the first one.
  */
 static DEFINE_PER_CPU(unsigned int, obd_irq_depth);
 static DEFINE_PER_CPU(unsigned long, obd_irq_flags);
@@ -267,11 +266,6 @@ bool obd_cpu_online(u32 cpu)
 	return cpu_online(cpu);
 }
 
-/*
- * Returns the CPU whose worker to wake: @here if possible, otherwise the next
- * one that is online and not isolated; nr_cpu_ids if there is none. @idle has
- * the CPUs whose worker of the device has nothing to do.
- */
 u32 obd_cpu_for_work(const struct cpumask *idle, struct cpumask *scratch,
 		     u32 here)
 {
@@ -281,7 +275,10 @@ u32 obd_cpu_for_work(const struct cpumask *idle, struct cpumask *scratch,
 	if (!cpumask_test_cpu(here, idle) ||
 	    !housekeeping_cpu(here, HK_TYPE_DOMAIN) ||
 	    !housekeeping_cpu(here, HK_TYPE_WQ)) {
-		/* Masks, not a loop: thousands of CPUs may be offline or isolated. */
+		/*
+		 * Combines masks instead of testing CPU by CPU: thousands of
+		 * CPUs may be offline or isolated.
+		 */
 		if (cpumask_and(scratch, idle, cpu_online_mask) &&
 		    cpumask_and(scratch, scratch,
 				housekeeping_cpumask(HK_TYPE_DOMAIN)))
@@ -370,8 +367,8 @@ MODULE_PARM_DESC(cache_limit_bytes,
 		 "Limit of the cache of all zfile devices in bytes; 0 for 5 % of all memory");
 
 /*
- * Needed in spite of mode 0444: the kernel calls it, without a check for NULL,
- * if the module is loaded with a value for this parameter.
+ * Needed although the parameter is read-only: if the module is loaded with a
+ * value for it, the kernel calls this function, without a check for NULL.
  */
 static int cache_bytes_set(const char *val, const struct kernel_param *kp)
 {

@@ -39,22 +39,23 @@ use crate::format::num::{to_u64, to_usize};
 
 /// Number of consecutive blocks in a leaf.
 const LEAF: usize = 64;
-/// Shards of a device's index. Each has a lock.
+/// Number of shards of a device's index. Each shard has a lock.
 const SHARDS: usize = 8;
 /// Largest number of blocks that one lookup returns.
 pub(super) const RUN: usize = 32;
 /// Largest number of blocks that are evicted with a lock held.
 const TAKE: usize = 16;
-/// Largest number of slots for leaves, or of devices, that are examined with a lock held.
+/// Largest number of slots for leaves, or of devices, that are examined with a lock held, except
+/// when a device is added or removed.
 const SCAN: usize = 256;
-/// Slots for leaves that are initialised between two calls of `cond_resched`.
+/// Number of slots for leaves that are initialised between two calls of `cond_resched`.
 const PAUSE: usize = 1 << 16;
-/// Largest number of steps that a read may take in one attempt to make room. A step takes the lock
-/// of the list of devices, or of a shard; the last step for a device takes a shard's lock, and then
-/// that of the list.
+/// Largest number of steps that a read may take in one attempt to make room. A step takes one lock:
+/// that of the list of devices, or that of a shard. Only the step at which the hand reaches the end
+/// of a device takes both locks, one after the other.
 const STEPS: usize = 64;
-/// Bytes of memory that a block takes in addition to its data: the [`Block`] and its reference
-/// count.
+/// Bytes of memory that a block takes in addition to its data: the [`Block`] and the reference
+/// count of its `Arc`.
 const OVERHEAD: usize = size_of::<Block>() + size_of::<usize>();
 /// Bytes of memory that a leaf takes: `kmalloc` rounds up to a power of two.
 const LEAF_MEMORY: usize = size_of::<Leaf>().next_power_of_two();
@@ -100,7 +101,7 @@ impl Block {
         self.data().map_or(0, |data| data.memory() + OVERHEAD)
     }
 
-    /// Queues `io` until the block is loaded. Returns `io` if loading has already ended.
+    /// Queues `io` until loading of the block has ended. Returns `io` if that is already so.
     pub(super) fn wait(&self, io: Io<Zfile>) -> Option<Io<Zfile>> {
         match &mut *self.waiting.lock() {
             Some(queue) => {
@@ -130,7 +131,7 @@ pub(super) struct Run {
 }
 
 impl Run {
-    /// Appends `block`. Returns it if the run is full.
+    /// Appends `block`. Returns `block` if the run is full.
     fn push(&mut self, block: Arc<Block>) -> Option<Arc<Block>> {
         let Some(slot) = self.blocks.get_mut(self.len) else {
             return Some(block);
@@ -181,15 +182,15 @@ impl Loader {
         rest
     }
 
-    /// Returns the next block to load; `None` if the device was removed, and its blocks with it.
-    /// Must be called only while blocks are left.
+    /// Returns the next block to load; `None` if it isn't in the cache any more, because the device
+    /// was removed. Must be called only while blocks are left.
     pub(super) fn block(&self) -> Option<Arc<Block>> {
         self.index.find(self.blocks.start)
     }
 
     /// Allocates memory for the decompressed bytes of the next block, `len` bytes, without waiting.
-    /// If the cache would exceed its limit, evicts blocks of any device. Returns `None` if that
-    /// does not make enough room, or if there is no memory.
+    /// If the cache would exceed its limit, evicts blocks of any device first. Returns `None` if
+    /// not enough can be evicted, or if there is no memory.
     pub(super) fn room(&self, len: usize) -> Option<Data> {
         let cache = &self.index.cache;
         let wanted = len + OVERHEAD;
@@ -201,8 +202,8 @@ impl Loader {
         Data::try_new(&cache.pool, len)
     }
 
-    /// Ends loading of the next block, which is `block`, and returns the reads that wait for it. A
-    /// block without data is removed from the cache.
+    /// Ends loading of the next block, which is `block`, and returns the reads that wait for it. If
+    /// the block has no data, removes it from the cache.
     pub(super) fn finish(&mut self, block: Option<Arc<Block>>) -> IoQueue<Zfile> {
         let Some(number) = self.blocks.next() else {
             return IoQueue::new();
@@ -215,9 +216,9 @@ impl Loader {
         waited.unwrap_or_default()
     }
 
-    /// Stops loading the next block. The first read that waits for it has to load it instead:
-    /// returns that read, and a loader for the block. The other reads continue to wait. If no read
-    /// waits, the block is removed from the cache.
+    /// Stops loading the next block. The first read that waits for the block has to load it
+    /// instead: returns that read, and a loader for the block. The other reads continue to wait. If
+    /// no read waits, removes the block from the cache and returns `None`.
     pub(super) fn pass_on(&mut self) -> Option<(Io<Zfile>, Self)> {
         let block = self.block();
         let Some(io) = block.as_ref().and_then(|block| block.first_waiting()) else {
@@ -248,8 +249,8 @@ impl Drop for Loader {
 pub(super) enum Lookup {
     /// The block is cached or being loaded.
     Found(Arc<Block>),
-    /// The block was not in the cache. It has been added as a block being loaded, with the missing
-    /// blocks directly after it. The caller must load them with this loader.
+    /// The block was not in the cache. It and the missing blocks directly after it have been added
+    /// as blocks being loaded. The caller must load them with this loader.
     Missing(Loader),
     /// The cache has no room or no memory for the block. The caller must read without the cache.
     Bypass,
@@ -366,7 +367,7 @@ impl Index {
     /// after it as blocks being loaded, and returns a loader for them. If the device would then
     /// have more than `share` blocks, evicts some of its blocks first.
     pub(super) fn get(this: &Arc<Self>, blocks: Range<u64>, share: usize) -> Lookup {
-        // Twice: another thread may change the leaf while this one allocates memory.
+        // Tries twice: another thread may change the leaf while this one allocates memory.
         for _ in 0..2 {
             let (missing, new_leaf) = match this.look_up(blocks.clone()) {
                 Ok(block) => return Lookup::Found(block),
@@ -389,8 +390,8 @@ impl Index {
         Lookup::Bypass
     }
 
-    /// Looks up the first of `blocks`. If it is missing, returns as the error the number of missing
-    /// blocks from there on, and whether their leaf is missing, too.
+    /// Looks up the first of `blocks`. If that block is missing, returns as the error how many
+    /// consecutive blocks are missing from there on, and whether their leaf is missing, too.
     fn look_up(&self, blocks: Range<u64>) -> Result<Arc<Block>, (usize, bool)> {
         let (shard, place, first) = self.place(blocks.start);
         let most = to_usize(blocks.end - blocks.start)
@@ -429,9 +430,9 @@ impl Index {
         run
     }
 
-    /// Counts up to `wanted` blocks that are about to be added. If the device would have more than
-    /// `share` blocks, evicts some of its blocks; if that isn't enough, counts fewer. Returns how
-    /// many it has counted: the caller may add that many blocks.
+    /// Adds to [`Self::count`] how many blocks the caller may add to the cache, at most `wanted`,
+    /// and returns that number. If the device would have more than `share` blocks, evicts some of
+    /// its blocks; the number is below `wanted` if that isn't enough.
     fn reserve(&self, wanted: usize, share: usize) -> usize {
         let now = self.count.fetch_add(wanted, Relaxed) + wanted;
         let over = now.saturating_sub(share);
@@ -457,9 +458,9 @@ impl Index {
         wanted - over
     }
 
-    /// Adds up to `count` blocks to one leaf, from block `number` on. Stops before a block that the
-    /// leaf has already. Allocates the leaf if `new_leaf` is set. Returns the number of blocks
-    /// added.
+    /// Adds up to `count` blocks to the leaf of block `number`, from that block on. Stops before a
+    /// block that the leaf already has. Allocates the leaf if `new_leaf` is set. Returns the number
+    /// of blocks added.
     fn add(&self, number: u64, count: usize, new_leaf: bool) -> usize {
         let mut run = Run::default();
         for _ in 0..count {
@@ -492,7 +493,7 @@ impl Index {
                 }
             }
         }
-        // What was not added is freed after unlocking.
+        // Blocks and a leaf that were not added are freed here, after unlocking.
         drop((run, new_leaf));
         placed
     }
@@ -505,7 +506,8 @@ impl Index {
         leaf.block(at).cloned()
     }
 
-    /// Records that loading of `block` has ended. If it has no data, removes it.
+    /// Records that loading of `block`, whose number is `number`, has ended. If the block has no
+    /// data, removes it.
     fn loaded(&self, number: u64, block: &Arc<Block>) {
         let (shard, place, at) = self.place(number);
         let Some(shard) = shard else { return };
@@ -539,8 +541,8 @@ impl Index {
 
     /// Evicts blocks that weren't used, from the position of the hand on, until both numbers in
     /// `wanted` are reached, the hand has reached the end, no block may be evicted, or no steps are
-    /// left. Decrements `steps` each time that it takes a lock. Returns what it has evicted, and
-    /// whether the hand has reached the end.
+    /// left. Decrements `steps` for each lock taken. Returns the amount evicted, and whether the
+    /// hand has reached the end.
     fn evict(&self, wanted: &Amount, steps: &mut usize) -> (Amount, bool) {
         let mut taken = Amount::default();
         let mut end = false;
@@ -559,7 +561,7 @@ impl Index {
             let (next, mut blocks) =
                 self.sweep(hand, most, wanted.bytes.saturating_sub(taken.bytes));
             end = next >= self.places * LEAF * SHARDS;
-            // Several threads may do this at once; then the hand passes some blocks twice.
+            // If several threads do this at once, the hand may pass some blocks twice.
             self.hand.store(if end { 0 } else { next }, Relaxed);
             for block in blocks.iter_mut().filter_map(Option::take) {
                 taken.blocks += 1;
@@ -572,9 +574,10 @@ impl Index {
         (taken, end)
     }
 
-    /// Passes the hand over the next leaf from `hand` on. Evicts up to `most` of its blocks; if
-    /// `bytes` isn't 0, stops when these have that many bytes. Returns the new position of the
-    /// hand, and the blocks, which the caller frees.
+    /// Passes the hand, from position `hand` on, over the next leaf in [`SCAN`] slots, or over all
+    /// of these slots if they are empty. Evicts up to `most` blocks of the leaf; if `bytes` isn't
+    /// 0, stops when the evicted blocks have that many bytes. Returns the new position of the hand,
+    /// and the evicted blocks, which the caller frees.
     fn sweep(&self, hand: usize, most: usize, bytes: usize) -> (usize, [Option<Arc<Block>>; TAKE]) {
         let mut blocks = [const { None }; TAKE];
         let leaf = hand / LEAF;
@@ -638,8 +641,9 @@ impl Index {
 
 impl Leaf {
     /// Passes the hand over this leaf, from bit `from` on: clears the used bits, and evicts up to
-    /// `most` loaded blocks that weren't used. If `bytes` isn't 0, stops when these have that many
-    /// bytes. Returns the bit at which the hand has stopped.
+    /// `most` loaded blocks that weren't used. If `bytes` isn't 0, stops when the evicted blocks
+    /// have that many bytes. Stores these in `blocks`. Returns the bit at which the hand has
+    /// stopped, [`LEAF`] at the end.
     fn sweep(
         &mut self,
         from: usize,
@@ -781,7 +785,7 @@ impl Cache {
                 }
                 devices.all.len() * 2 + 8
             };
-            // Allocated without the lock.
+            // Allocated without the lock held.
             more = KVVec::with_capacity(wanted, memory::LARGE)?;
         }
     }
@@ -802,7 +806,7 @@ impl Cache {
         }
     }
 
-    /// Returns the device at the hand, or the next one that has blocks to evict. Examines at most
+    /// Returns the first device, from the hand on, that has blocks to evict. Examines at most
     /// [`SCAN`] devices. If none of these has any, returns the number of all devices as the error.
     fn current(&self) -> Result<Arc<Index>, usize> {
         let mut devices = self.devices.lock();
@@ -820,7 +824,7 @@ impl Cache {
     }
 
     /// Evicts blocks of any device, `wanted` bytes in total, or fewer if `steps` steps are not
-    /// enough: see [`STEPS`]. Returns the bytes.
+    /// enough: see [`STEPS`]. Returns the number of bytes evicted.
     fn evict(&self, wanted: usize, mut steps: usize) -> usize {
         let (mut bytes, mut without) = (0, 0);
         while bytes < wanted && steps > 0 {
@@ -878,7 +882,8 @@ impl Tidy for Cache {
             turns -= 1;
             dm::cond_resched();
         }
-        // While there are blocks, the user may lower the limit.
+        // As long as the cache has blocks, a later call may be able to free some: the user may lower
+        // the limit.
         quota::used() > 0
     }
 }

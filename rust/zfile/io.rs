@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! The path of a read: the bio, its blocks, one lower read of their stored bytes, decompression.
+//! The path of a read: from the bio to its blocks, one lower read of their stored bytes, and their
+//! decompression.
 //!
 //! ```text
 //! map_read -> map_blocks -> launch -> [lower read] -> read_done -> [worker] decode -----> end
@@ -10,7 +11,8 @@
 //!                        -> being loaded: waits
 //! ```
 //!
-//! A read that waits for a block is ended by `decode_shared` of the read that loads the block.
+//! A read that waits for a block is usually ended by `decode_shared` of the read that loads the
+//! block.
 
 use core::ops::Range;
 
@@ -27,11 +29,12 @@ use crate::format::num::{to_u64, to_usize};
 use crate::format::zfile::{block_crc, Geometry};
 use crate::format::SECTOR_SIZE;
 
-/// Largest number of bytes of the original file that one lower read is for: at least two blocks, as
+/// Largest number of bytes of the original file that one lower read is for: two blocks or more, as
 /// a block has 64 KiB at most. Longer bios are cut, so that several CPUs work on a large read.
 pub(super) const MAX_REQUEST: u32 = 128 << 10;
 
-/// Largest number of bytes in small blocks that a worker decompresses before larger reads.
+/// A read whose blocks have at most this number of bytes in total overtakes larger reads that wait
+/// for a worker, even if it has several blocks.
 const SMALL: u32 = 16 << 10;
 
 /// Share of a device: the largest number of its blocks in the cache, if the table line sets none
@@ -60,16 +63,18 @@ pub(crate) struct Request {
 }
 
 impl Request {
-    /// Returns the number of bytes of the original file in whole blocks of this part.
+    /// Returns the number of bytes that the blocks of this part have when decompressed. The last
+    /// block of the file counts as a whole one.
     pub(super) fn block_bytes(&self, geometry: &Geometry) -> u32 {
         let blocks = self.blocks.end.saturating_sub(self.blocks.start);
-        // No overflow: a part has at most `MAX_REQUEST` bytes, and a block before and after.
+        // No overflow: the blocks have at most `MAX_REQUEST` bytes, and the rest of the first and
+        // the last block.
         u32::try_from(blocks << geometry.block_shift()).unwrap_or(u32::MAX)
     }
 }
 
 /// Returns the bytes that a spare buffer needs: enough for the stored bytes of one block, in whole
-/// logical blocks of the lower device. `device_block` is the length of these in bytes.
+/// logical blocks of the lower device, which have `device_block` bytes each.
 pub(super) fn spare_len(geometry: &Geometry, device_block: u64) -> usize {
     to_usize(u64::from(geometry.stored_max()) + 2 * (device_block - 1))
 }
@@ -77,16 +82,16 @@ pub(super) fn spare_len(geometry: &Geometry, device_block: u64) -> usize {
 /// Why a block was not decompressed.
 enum Problem {
     Corrupt,
-    /// Decompression needs working memory, which the caller did not pass.
+    /// Decompression needs a codec context, and the caller has passed none.
     NeedsContext,
 }
 
 /// The decompressed bytes of a block.
 #[derive(Clone, Copy)]
 enum Loaded<'a> {
-    /// In pages of the pool, which the cache keeps.
+    /// In memory of the block itself, which the cache keeps.
     Kept(&'a Data),
-    /// In the bounce buffer of a context: there is no memory to cache them.
+    /// In the bounce buffer of a codec context, because the cache has no room for the block.
     Bytes(&'a [u8]),
 }
 
@@ -107,8 +112,8 @@ impl From<Corrupt> for Problem {
 }
 
 impl Zfile {
-    /// Starts a read: cuts the bio to the part that [`Zfile::map_cached`] or [`Zfile::map_blocks`]
-    /// handles.
+    /// Starts a read: determines which part of the bio [`Zfile::map_cached`] or
+    /// [`Zfile::map_blocks`] has to handle. That function cuts the bio.
     pub(super) fn map_read<'a>(&self, bio: Bio<'a, Self>) -> Mapped<'a> {
         let start = bio.sector() * SECTOR_SIZE;
         let end = start + bio.sectors() * SECTOR_SIZE;
@@ -157,7 +162,8 @@ impl Zfile {
     }
 
     /// Starts a read through the cache. If the first block is being loaded, cuts the bio to that
-    /// block; otherwise to the blocks from there on that are all cached, or all missing.
+    /// block. Otherwise cuts it to the first block and those directly after it in the same state:
+    /// cached or missing.
     fn map_cached<'a>(
         &self,
         mut bio: Bio<'a, Self>,
@@ -257,7 +263,7 @@ impl Zfile {
     }
 
     /// Copies `block`, which is the first of `blocks`, and the cached blocks directly after it to
-    /// the bio, and ends it. Cuts the bio to these.
+    /// the bio. Cuts the bio to these blocks, and ends it.
     fn map_hits<'a>(
         &self,
         mut bio: Bio<'a, Self>,
@@ -294,8 +300,8 @@ impl Zfile {
         bio.end()
     }
 
-    /// Returns the blocks that have bytes `start` to `end` of the original file; `None` if it has
-    /// none of these bytes.
+    /// Returns the numbers of the blocks that have bytes `start` to `end` of the original file;
+    /// `None` if the file has none of these bytes.
     fn blocks(&self, start: u64, end: u64) -> Option<Range<u64>> {
         let shift = self.geometry.block_shift();
         let end = end.min(self.geometry.size());
@@ -303,8 +309,8 @@ impl Zfile {
     }
 
     /// Plans the lower read for bytes `start` to `end` of the original file: the stored bytes of
-    /// their blocks, in whole logical blocks of the lower device. Bytes after the end of the file
-    /// are left out: the rest of its last sector. Returns `None` if `start` isn't in the file.
+    /// their blocks, in whole logical blocks of the lower device. `end` may be after the end of the
+    /// file, in its last sector. Returns `None` if `start` isn't in the file.
     fn plan(&self, start: u64, end: u64) -> Option<Request> {
         let shift = self.geometry.block_shift();
         let blocks = self.blocks(start, end)?;
@@ -414,10 +420,10 @@ impl Zfile {
         io.end(status);
     }
 
-    /// Returns whether to try to decompress the blocks in the completion, and not by a worker: if
-    /// they are LZ4, the read begins with a block, the memory for the first block is contiguous,
-    /// and [`Io::at_once`] agrees. If a later block needs working memory, a worker decompresses
-    /// all blocks.
+    /// Returns whether to try to decompress the blocks in the completion, and not in a worker: if
+    /// they are LZ4, the read begins at the start of a block, the memory for the first block is
+    /// contiguous, and [`Io::at_once`] returns true. If a later block then needs a codec context, a
+    /// worker decompresses all blocks again.
     fn decodes_at_once(&self, io: &Io<Self>) -> bool {
         let request = io.request();
         let bytes = request.block_bytes(&self.geometry).into();
@@ -428,7 +434,7 @@ impl Zfile {
             && io.at_once(bytes)
     }
 
-    /// Decompresses the blocks into the bio, and ends it. Called in a worker.
+    /// Decompresses the blocks into the bio, and ends the bio. Called in a worker.
     fn decode(io: Io<Self>) {
         let this = io.target();
         let result = {
@@ -455,8 +461,8 @@ impl Zfile {
         let mut skip = io.request().skip;
         for number in loader.blocks() {
             let (loaded, mut waited) = Self::share(&io, &mut loader, number, skip, &mut pages);
-            // No context is borrowed here: the file system or device on top may do work, or wait,
-            // in the completion of a read.
+            // No context is borrowed here: the completion of the file system or device on top may
+            // take long.
             while let Some(other) = waited.pop() {
                 other.end(loaded);
                 dm::cond_resched();
@@ -466,10 +472,10 @@ impl Zfile {
         }
         pages.zero(pages.left());
         drop(loader);
-        // Only after the blocks were counted, since the tidier stops when the cache is empty.
+        // Armed only after the blocks were counted, since the tidier stops when the cache is empty.
         io.target().shared.tidier.arm();
-        // Nothing is borrowed from the target any more: once its last I/O has ended, it may be
-        // destroyed.
+        // Nothing is borrowed from the target any more: the target may be destroyed once its last
+        // I/O has ended.
         io.end(result);
     }
 
@@ -546,7 +552,8 @@ impl Zfile {
         }
     }
 
-    /// Copies to the pages of `io` its part of `block`, and zeros to the rest.
+    /// Copies the part of `block` that `io` reads to the pages of `io`, and zeros the rest of
+    /// these pages.
     fn copy(io: &Io<Self>, block: Loaded<'_>) {
         let mut pages = io.pages();
         block.copy_to(io.request().skip, &mut pages);
@@ -561,8 +568,9 @@ impl Zfile {
         })
     }
 
-    /// Decompresses the blocks of `request` into `pages`, and zeros the rest. The error has the
-    /// number of the block that failed. Without `context`, does only what needs no working memory.
+    /// Decompresses the blocks of `request` into `pages`, and zeros the rest of `pages`. The error
+    /// has the number of the block that failed. Without `context`, fails at the first block that
+    /// needs one.
     fn fill(
         &self,
         request: &Request,
@@ -605,8 +613,8 @@ impl Zfile {
                 return match decoder {
                     Some(decoder) => {
                         // A decompressor may check its output, which the owner of the pages may
-                        // have changed meanwhile. That isn't corruption, so decompress to memory of
-                        // our own.
+                        // have changed meanwhile. That isn't corruption. So decompress once more,
+                        // to the bounce buffer.
                         if decoder.decompress(stored, &dest).is_err() {
                             dest.copy_from(decoder.decompress_bounced(stored, len)?);
                         }

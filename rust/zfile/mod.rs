@@ -25,8 +25,8 @@ use crate::format::zfile::{Algorithm, Geometry, JumpTable};
 
 use cache::{Cache, Part};
 
-/// State that all `zfile` targets share: the cache, and the codec contexts of each algorithm, which
-/// are made with the first device that needs them.
+/// State that all `zfile` targets share: the cache, the pool, and the codec contexts of each
+/// algorithm, which are made with the first device that needs them.
 #[pin_data]
 pub(crate) struct Shared {
     /// Declared before the cache, so that it is unregistered before the cache is freed.
@@ -64,7 +64,7 @@ impl Shared {
     }
 
     /// Returns the codec contexts of `algorithm`. Makes them for the first device that needs them;
-    /// later, adds those of CPUs that have come online since.
+    /// for later devices, adds those of CPUs that have come online since.
     ///
     /// # Errors
     ///
@@ -80,7 +80,7 @@ impl Shared {
             return Ok(contexts);
         }
         // Made without the lock, since allocation may wait long. If two threads do this at the same
-        // time, the first result is kept, and the other freed.
+        // time, the first result is kept, and the other one is freed.
         let contexts = Contexts::new(algorithm)?;
         Ok(made.lock().get_or_insert(contexts).clone())
     }
@@ -184,7 +184,7 @@ struct Stats {
     cache_hits: Counter,
     /// Lower reads that failed, other than with `BLK_STS_AGAIN`.
     read_errors: Atomic<u64>,
-    /// Corrupt blocks found; a block counts each time.
+    /// How often a block was found corrupt. A block counts each time.
     corrupt: Atomic<u64>,
 }
 

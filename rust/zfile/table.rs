@@ -116,8 +116,8 @@ impl dm::Target for Zfile {
         if let Some(device) = devices.first() {
             dm::put_blob(out, device, self.blob_bytes);
         }
-        // The current mode, also if a message has set it: a table that is loaded again then keeps
-        // it.
+        // Prints the current mode, even if a message has set it, so that a table which is loaded
+        // again keeps the mode.
         let mode = self.modes.get();
         let words = 2 * usize::from(self.cache_blocks.is_some())
             + usize::from(mode != Mode::Parts)
@@ -152,8 +152,8 @@ impl dm::Target for Zfile {
     }
 
     fn limits(&self, limits: &mut Limits<'_>) {
-        // A read of a part of a block is decompressed to a bounce buffer, so reads may start at any
-        // sector.
+        // For a read of a part of a block, the whole block is decompressed to other memory, so
+        // reads may start at any sector.
         limits.set_logical_block_size(512);
         limits.set_preferred(self.geometry.block_size(), io::MAX_REQUEST);
         limits.clear_poll();
@@ -161,8 +161,8 @@ impl dm::Target for Zfile {
 }
 
 impl Zfile {
-    /// Handles the message `cache all|parts|none|default|auto`. The last two words set the mode of
-    /// the table line.
+    /// Handles the message `cache all|parts|none|default|auto`. `default` and `auto` restore the
+    /// mode of the table line.
     fn handle_message(&self, mut args: Args<'_>) -> Result<(), Failure> {
         let mode = match (args.next(), args.next(), args.next()) {
             (Some(what), Some(word), None) if what == c"cache" => {
