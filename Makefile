@@ -10,7 +10,7 @@ S := scripts
 
 # Variables that are set on the command line or in the environment, for the scripts.
 export KDIR KERNEL MIRROR V DESTDIR PREFIX RUN SHARE TIMEOUT CARGO MINUTES
-export QEMU_MEM QEMU_SMP QEMU_ARGS KERNEL_ARGS OBD_GOLDENS RECORD VM COMPARE PARTS
+export QEMU_MEM QEMU_SMP QEMU_ARGS KERNEL_ARGS OBD_GOLDENS RECORD VM COMPARE PARTS RUNS
 
 .PHONY: all module tools setup demo check check-system check-boot check-forky check-debug check-kcsan check-all soak lint fuzz bench vm install deb check-deb pictures clean help
 

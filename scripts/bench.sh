@@ -3,7 +3,7 @@
 # Measures, and compares with the goals: bench.sh. VM=uml (the default) runs everything at the machine's speed, with
 # one CPU and with two, or only with one if PARTS has neither block nor file; VM=qemu runs a part of it with the stock
 # kernel. COMPARE=FILE prints what changed since that result. VM=guests measures the memory of guests instead:
-# bench-guests.sh.
+# bench-guests.sh. VM=tools measures obdsetup, without a VM: bench-tools.sh.
 . "$(dirname "$0")/lib.sh"
 . "$SCRIPTS/cache.sh"
 . "$SCRIPTS/kernel.sh"
@@ -13,7 +13,8 @@ case $VM in
 uml) kernels=(uml uml-smp) ;;
 qemu) kernels=(stock) ;;
 guests) exec "$SCRIPTS/bench-guests.sh" ;;
-*) die "VM=$VM: must be uml, qemu or guests" ;;
+tools) exec "$SCRIPTS/bench-tools.sh" ;;
+*) die "VM=$VM: must be uml, qemu, guests or tools" ;;
 esac
 [ -z "${COMPARE:-}" ] || [ -s "$COMPARE" ] || die "COMPARE=$COMPARE: no such file"
 out=$BUILD/bench

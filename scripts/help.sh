@@ -27,7 +27,9 @@ make bench            measure, and compare with goals and with others: in User-M
                       (VM=qemu: a part of it with the stock kernel; COMPARE=FILE: what is new since that result.json;
                       PARTS='NAME...' of block file cache latency fairness lookup cost sharing;
                       VM=guests: memory and start of virtual machines that share layers by DAX, and by other ways,
-                      PARTS='WAY...' of pmem-layers pmem-image blk-layers blk-image blk-image-none)
+                      PARTS='WAY...' of pmem-layers pmem-image blk-layers blk-image blk-image-none;
+                      VM=tools: how long obdsetup, mkfs.erofs, mksquashfs and qemu-img take to make images, in no VM,
+                      RUNS=3 rounds, OBD_TREE_MIB=1024 of files, PARTS='NAME...' of PARTS in tests/bench/tools.py)
 make vm               a shell in the test VM, with the module loaded (leave with exit, or Ctrl-a x)
 make vm RUN='CMD'     run one command there; fails as it does ("Error N" has its status, make's own is then 2;
                       RUN='CMD' scripts/vm.sh exits with the status itself: 124 is time out, 125 a dead VM)
