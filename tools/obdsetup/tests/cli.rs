@@ -35,6 +35,9 @@ tests! {
     a_colon_in_a_name needs needs::e2fsprogs();
     options_that_do_not_apply;
     output_that_cannot_be_written;
+    full_disks needs needs::mounts(), needs::e2fsprogs(), needs::mkfs_erofs(), needs::mksquashfs(),
+        needs::program("qemu-img");
+    files_beyond_the_limit_of_the_shell;
     a_reader_that_does_not_read;
     images_beyond_4_gib;
     benchmark;
@@ -1065,6 +1068,68 @@ fn output_that_cannot_be_written() {
         .code(4)
         .stderr(starts_with("obdsetup: /dev/full: cannot write: No space"));
     assert_eq!(place.names(), ["disk.raw", "layer.obd"]);
+}
+
+/// Files of 8 MiB are in `tree`; the file system with the output has 3 MiB.
+fn full_disks() {
+    let place = Place::new();
+    for name in ["tree", "small"] {
+        fs::create_dir(place.path(name)).unwrap();
+    }
+    place.write("tree/f", &noise(8 << 20, 3));
+    place.ok("create --directory tree --fs erofs --algorithm none big.obd");
+    place.tool("qemu-img convert -q -f raw -O qcow2 tree/f big.qcow2");
+    place.tool("tar --format=ustar -cf big.tar tree");
+    for line in [
+        "create --directory tree --fs ext4 small/o",
+        "create --directory tree --fs ext4 --size 64m small/o",
+        "create --directory tree --fs btrfs small/o",
+        "create --directory tree --fs erofs small/o",
+        "create --directory tree --fs erofs --mkfs-arg=-zlz4 small/o",
+        "create --directory tree --fs squashfs small/o",
+        "convert big.tar small/o",
+        "convert big.qcow2 small/o",
+        "export -o small/o big.obd",
+        "export --to qcow2 -o small/o big.obd",
+        "export --to qcow2 --chain -o small/o big.obd",
+        "commit --algorithm none big.obd small/o",
+    ] {
+        let script = format!(
+            "mount -t tmpfs -o size=3m none small || exit; '{}' {line}; code=$?; ls -A small; exit $code",
+            cargo_bin!("obdsetup").display()
+        );
+        let done = std::process::Command::new("unshare")
+            .args(["--mount", "sh", "-c", &script])
+            .current_dir(place.dir())
+            .output()
+            .unwrap();
+        let said = String::from_utf8(done.stderr).unwrap();
+        assert_eq!(done.status.code(), Some(4), "{line}: {said}");
+        assert_eq!(done.stdout, b"", "{line}");
+        assert!(said.contains("obdsetup: small"), "{line}: {said}");
+        assert!(said.contains("No space left on device"), "{line}: {said}");
+        // Another size does not help, and nobody knows the name of a temporary file.
+        for not in ["--size", ".obdsetup-"] {
+            assert!(!said.contains(not), "{line}: {said}");
+        }
+    }
+}
+
+fn files_beyond_the_limit_of_the_shell() {
+    let place = Place::new();
+    fs::create_dir(place.path("tree")).unwrap();
+    place.write("tree/f", &noise(1 << 20, 3));
+    let script = format!(
+        "ulimit -f 1000; exec '{}' create --directory tree --fs erofs o",
+        cargo_bin!("obdsetup").display()
+    );
+    Command::new("sh")
+        .args(["-c", &script])
+        .current_dir(place.dir())
+        .assert()
+        .code(4)
+        .stderr(contains("File too large"));
+    assert_eq!(place.names(), ["tree"]);
 }
 
 fn a_reader_that_does_not_read() {

@@ -9,7 +9,7 @@ use anyhow::Result;
 use tempfile::NamedTempFile;
 
 use crate::files::in_use::InUseArgs;
-use crate::files::place::directory;
+use crate::files::place::{directory, name_full};
 use crate::input::archive::{self, Package};
 use crate::input::kind::{unpacked, Input, Kind};
 use crate::input::layer_name::LayerArg;
@@ -207,7 +207,10 @@ pub(crate) fn run(args: &Args) -> Result<()> {
     let made = match (kind, kind.for_qemu()) {
         (Kind::Directory, _) => Some(make_fs(args, Files::Directory(&args.input), place)?),
         (Kind::Tar, _) => Some(make_fs(args, Files::Tar(&args.input), place)?),
-        (_, Some(format)) => Some(qemu::read(disk, format, place)?),
+        (_, Some(format)) => {
+            let read = qemu::read(disk, format, place);
+            Some(read.map_err(|error| name_full(place, error))?)
+        }
         (_, None) => None,
     };
     let options = args.compare.options(true, &args.new)?;
@@ -228,7 +231,8 @@ fn convert_chain(args: &Args, chain: &[qemu::Link]) -> Result<()> {
     let wrapping = args.new.wrap.wrapping()?;
     for (nth, link) in chain.iter().enumerate() {
         // This file is deleted when it is dropped.
-        let raw = link.read(made.path())?;
+        let raw = link.read(made.path());
+        let raw = raw.map_err(|error| name_full(directory(&args.output), error))?;
         let below: Vec<LayerArg> = made
             .layers()
             .into_iter()

@@ -22,8 +22,8 @@ use super::stage::Stage;
 use super::tree::{show, Id, Kind, Names, Tree, ROOT};
 use super::{Options, Stamp};
 use crate::files::place::temp_file;
-use crate::program::Program;
-use crate::terminal::exit::Failure;
+use crate::program::{is_about_room, Program};
+use crate::terminal::exit::{Failure, Full};
 use crate::terminal::warn;
 
 /// Smallest size for a journal in ext3 and ext4 with 4 KiB blocks: 2048 blocks.
@@ -265,6 +265,9 @@ impl Mend<'_> {
             .filter(|line| !line.starts_with("debugfs 1."));
         match errors.next() {
             Some(error) => {
+                if is_about_room(error) {
+                    return Err(Full(format!("debugfs failed: {error}")).into());
+                }
                 self.fits(error)?;
                 bail!("debugfs failed: {error}")
             }
