@@ -93,7 +93,22 @@ fn layers_for_dax() {
     place
         .run("verify --dax wrapped")
         .code(3)
-        .stderr(contains("is compressed"));
+        .stderr("obdsetup: wrapped: is compressed: `commit --dax' unwraps it\n");
+    let report = place.run("verify --dax --json --ignore-identity wrapped");
+    report
+        .code(3)
+        .stdout(contains("\"ok\": false").and(contains("is compressed")));
+    // What the identity says comes first, and only for that there is the option.
+    place
+        .run("verify --dax wrapped wrapped")
+        .code(3)
+        .stderr(contains("the same layer twice").and(contains("--ignore-identity")));
+    place
+        .run("verify --dax --ignore-identity wrapped wrapped")
+        .code(3)
+        .stderr(contains(
+            "wrapped: is compressed: `commit --dax' unwraps it (and 1 more of this kind)\n",
+        ));
     place.ok("commit --dax wrapped plain");
     place.ok("verify --dax plain");
     place.ok("commit --algorithm none --tar plain tar");

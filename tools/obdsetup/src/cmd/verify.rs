@@ -82,11 +82,13 @@ pub(crate) fn run(args: &Args) -> Result<()> {
     let stack = Stack::new(opened)?;
     let layers = check(&stack)?;
     let report = Report {
-        ok: found.errors.is_empty() && layers.iter().all(|layer| layer.corrupt_blocks == 0),
+        ok: found.errors.is_empty()
+            && found.misfits.is_empty()
+            && layers.iter().all(|layer| layer.corrupt_blocks == 0),
         virtual_size: stack.virtual_size(),
         merged_segments: to_u64(stack.merged().len()),
         layers,
-        chain_errors: found.errors.clone(),
+        chain_errors: [found.errors.as_slice(), &found.misfits].concat(),
         warnings: found.warnings.clone(),
     };
     warn(&report.warnings);
