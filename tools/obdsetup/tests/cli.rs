@@ -38,6 +38,7 @@ tests! {
     full_disks needs needs::mounts(), needs::e2fsprogs(), needs::mkfs_erofs(), needs::mksquashfs(),
         needs::program("qemu-img");
     files_beyond_the_limit_of_the_shell;
+    inputs_of_other_kinds;
     a_reader_that_does_not_read;
     images_beyond_4_gib;
     benchmark;
@@ -516,7 +517,29 @@ fn stacks_of_containerd() {
             1,
             "writable layer",
         ),
-        (r#"{"lowers":[{"file":"gone"}]}"#, 4, "gone: cannot open"),
+        (
+            r#"{"lowers":[{"file":"gone"}]}"#,
+            4,
+            "layer 0: stack/gone does not exist\n",
+        ),
+        (
+            r#"{"lowers":[{"file":"/old/a.obd"}]}"#,
+            4,
+            "layer 0: /old/a.obd does not exist, but stack/a.obd does: if the directory was moved",
+        ),
+        (
+            &format!(r#"{{"lowers":[{{"file":"{}"}}]}}"#, "x/".repeat(10_000)),
+            4,
+            "... (20006 bytes) is longer than the 4095 bytes",
+        ),
+        (
+            &format!(
+                r#"{{"lowers":[{}{{"file":"gone"}}]}}"#,
+                r#"{"file":"a.obd"},"#.repeat(255)
+            ),
+            1,
+            "lists 256 layers, expected 1 to 255",
+        ),
     ] {
         config(text);
         place
@@ -1145,6 +1168,61 @@ fn files_beyond_the_limit_of_the_shell() {
         .code(4)
         .stderr(contains("File too large"));
     assert_eq!(place.names(), ["tree"]);
+}
+
+/// What can be taken for a layer or an image, but isn't one.
+fn inputs_of_other_kinds() {
+    let place = Place::with_layer();
+    fs::create_dir_all(place.path("tree")).unwrap();
+    place.write("tree/empty", b"");
+    place.write("tree/text", &b"text ".repeat(1000));
+    for (tar, files) in [("a.tar", "empty text"), ("b.tar", "text"), ("c.tar", ".")] {
+        place.tool(&format!("tar -C tree -cf {tar} {files}"));
+        for command in ["info", "verify", "export -o x"] {
+            place
+                .run(&format!("{command} {tar}"))
+                .code(3)
+                .stderr(starts_with(format!(
+                    "obdsetup: {tar}: a tar, but the first file in it is no OverlayBD layer: `obdsetup convert'"
+                )));
+        }
+    }
+    fs::create_dir(place.path("stack")).unwrap();
+    place.write("stack/config.v1.json", b"{}");
+    fs::create_dir(place.path("layout")).unwrap();
+    place.write("layout/oci-layout", b"{}");
+    place.tool("mkfifo pipe");
+    for (name, code, said) in [
+        ("tree", 1, "is a directory, not a file or block device\n"),
+        ("stack", 1, "give stack/config.v1.json, which lists"),
+        (
+            "layout",
+            1,
+            "an OCI image layout: `obdsetup convert layout OUT' makes",
+        ),
+        ("pipe", 1, "is a pipe, "),
+        ("-", 4, "standard input cannot be the input"),
+    ] {
+        for command in ["info", "verify", "dump", "table", "export -o x"] {
+            place
+                .run(&format!("{command} {name}"))
+                .code(code)
+                .stderr(starts_with(format!("obdsetup: {name}: ")).and(contains(said)));
+        }
+    }
+    for (name, text) in [("pipe", "is a pipe"), ("-", "standard input")] {
+        for line in [
+            format!("convert {name} x"),
+            format!("create --image {name} x"),
+        ] {
+            let said = place.run(&line).failure();
+            said.stderr(starts_with(format!("obdsetup: {name}: ")).and(contains(text)));
+        }
+    }
+    place.run("create x").code(1).stderr(contains(
+        "<--image <FILE>|--changes <STORE>|--directory <DIR>>",
+    ));
+    assert!(!place.path("x").exists());
 }
 
 fn a_reader_that_does_not_read() {

@@ -7,6 +7,7 @@ use std::ffi::OsString;
 use std::path::{Path, PathBuf};
 
 use anyhow::{bail, Result};
+use clap::ArgGroup;
 use overlaybd::changes::Mapped;
 use overlaybd::format::{merge, Blob};
 use overlaybd::{FileBlob, LayerReader, Stack};
@@ -31,6 +32,7 @@ use crate::terminal::size;
 // requirement if the required argument conflicts with one that is given.
 /// Arguments of `create`.
 #[derive(clap::Args)]
+#[command(group(ArgGroup::new("input").args(["image", "changes", "directory"]).required(true)))]
 #[command(after_help = "Examples:
   obdsetup create --image disk.raw base.obd
   obdsetup create --directory rootfs --fs ext4 base.obd
@@ -52,12 +54,7 @@ pub(crate) struct Args {
     output: PathBuf,
 
     /// A disk image
-    #[arg(
-        long,
-        value_name = "FILE",
-        required_unless_present_any = ["directory", "changes"],
-        conflicts_with_all = ["directory", "changes"]
-    )]
+    #[arg(long, value_name = "FILE", conflicts_with_all = ["directory", "changes"])]
     image: Option<PathBuf>,
 
     /// Take the image as it is, even if it is an archive or in another format
