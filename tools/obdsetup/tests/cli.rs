@@ -39,6 +39,7 @@ tests! {
         needs::program("qemu-img");
     files_beyond_the_limit_of_the_shell;
     inputs_of_other_kinds;
+    help_on_80_columns;
     a_reader_that_does_not_read;
     images_beyond_4_gib;
     benchmark;
@@ -1223,6 +1224,44 @@ fn inputs_of_other_kinds() {
         "<--image <FILE>|--changes <STORE>|--directory <DIR>>",
     ));
     assert!(!place.path("x").exists());
+}
+
+/// No line is cut, and none is broken before it is full.
+fn help_on_80_columns() {
+    let place = Place::new();
+    let help = |line: &str| {
+        let done = place.command(line).env("COLUMNS", "80").assert().success();
+        String::from_utf8(done.get_output().stdout.clone()).unwrap()
+    };
+    let main = help("--help");
+    let commands = main.split("Commands:\n").nth(1).unwrap();
+    let commands = commands.split("\n\n").next().unwrap();
+    let names: Vec<&str> = commands
+        .lines()
+        .filter_map(|line| line.strip_prefix("  ")?.split(' ').next())
+        .filter(|name| !name.is_empty() && *name != "help")
+        .collect();
+    assert!(names.len() >= 16, "{names:?}");
+    for name in names {
+        let help = help(&format!("{name} --help"));
+        let lines: Vec<&str> = help.lines().collect();
+        // The line with the usage is as long as the command line.
+        for line in lines.iter().filter(|line| !line.starts_with("Usage: ")) {
+            assert!(line.chars().count() <= 80, "{name}: {line}");
+        }
+        let rest = help.split("\nExamples:\n").nth(1).unwrap();
+        let lines: Vec<&str> = rest.lines().collect();
+        for pair in lines.windows(2) {
+            let [line, next] = pair else { unreachable!() };
+            if line.is_empty() || next.is_empty() || next.starts_with(' ') {
+                continue;
+            }
+            assert!(!line.starts_with(' '), "{name}: too long: {line}\n{next}");
+            let word = next.split(' ').next().unwrap();
+            let together = line.chars().count() + 1 + word.chars().count();
+            assert!(together > 80, "{name}: {line}\n{next}");
+        }
+    }
 }
 
 fn a_reader_that_does_not_read() {

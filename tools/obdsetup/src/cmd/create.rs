@@ -36,17 +36,20 @@ use crate::terminal::size;
 #[command(after_help = "Examples:
   obdsetup create --image disk.raw base.obd
   obdsetup create --directory rootfs --fs ext4 base.obd
-  obdsetup create --directory rootfs --fs ext4 --size 1g base.obd     with room to grow
+  obdsetup create --directory rootfs --fs ext4 --size 1g base.obd
+      with room to grow
   obdsetup create --directory rootfs --fs erofs --algorithm none base.lsmt
-  obdsetup create --base base.obd --image changed.raw app.obd     the difference only
-  obdsetup create --changes app.changes --base base.obd app.obd     what was written to a disk
+  obdsetup create --base base.obd --image changed.raw app.obd
+      the difference only
+  obdsetup create --changes app.changes --base base.obd app.obd
+      what was written to a disk
 
-Holes of an image stay out of the layer; --skip-zeros keeps zeros out too. With --base, what
-changed is data, and what became zero is marked as zeros (a discard). Of a store of changes, which
-`open --writable' makes, only what was written is read and compared; the layer is the one that the
-whole disk would give. An image that is no disk for
-sure, such as an archive or a qcow2, is refused, and so is one that is no whole number of
-sectors; --raw takes it as it is. For qcow2, vmdk, tars and
+Holes of an image stay out of the layer; --skip-zeros keeps zeros out too. With --base, what \
+changed is data, and what became zero is marked as zeros (a discard). Of a store of changes, which \
+`open --writable' makes, only what was written is read and compared; the layer is the one that the \
+whole disk would give. An image that is no disk for \
+sure, such as an archive or a qcow2, is refused, and so is one that is no whole number of \
+sectors; --raw takes it as it is. For qcow2, vmdk, tars and \
 OCI images, see `convert`.")]
 pub(crate) struct Args {
     /// The file to make

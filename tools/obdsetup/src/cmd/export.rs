@@ -35,14 +35,16 @@ enum Format {
 #[derive(clap::Args)]
 #[command(after_help = "Examples:
   obdsetup export -o disk.raw base.obd app.obd
-  obdsetup export -o disk.raw config.v1.json     a stack of containerd's, if its layers are here
+  obdsetup export -o disk.raw config.v1.json
+      a stack of containerd's, if its layers are here
   obdsetup export -o - base.obd app.obd | zstd >disk.raw.zst
   obdsetup export --force -o /dev/vg/disk base.obd app.obd
   obdsetup export --to qcow2 -o disk.qcow2 base.obd app.obd
-  obdsetup export --to qcow2 --chain -o vm base.obd app.obd     vm/layer0.qcow2 below vm/layer1.qcow2
+  obdsetup export --to qcow2 --chain -o vm base.obd app.obd
+      vm/layer0.qcow2 below vm/layer1.qcow2
 
-The file has holes where no layer has data and where there are zeros. Every block that is read is
-checked. Needs no kernel module. qcow2 images are made of a raw one, which is there beside them for that
+The file has holes where no layer has data and where there are zeros. Every block that is read is \
+checked. Needs no kernel module. qcow2 images are made of a raw one, which is there beside them for that \
 time, with holes. For a part of the disk, or what a ZFile holds, see `dump`.")]
 pub(crate) struct Args {
     /// Layers, lowest first, DEVICE:size=BYTES, or a config.v1.json that lists them
