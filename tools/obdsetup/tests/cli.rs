@@ -1099,9 +1099,17 @@ fn output_that_cannot_be_written() {
         assert_eq!(done.status.code(), Some(141), "{line}");
         assert_eq!(done.stderr, b"", "{line}");
     }
-    let mut help = std::process::Command::new(cargo_bin!("obdsetup"));
-    let done = help.arg("--help").stdout(full()).status().unwrap();
-    assert_eq!(done.code(), Some(4));
+    for line in ["--help", "help convert", "convert --help", "--version"] {
+        let mut help = std::process::Command::new(cargo_bin!("obdsetup"));
+        let help = help.args(line.split(' ')).stdout(full());
+        let done = help.output().unwrap();
+        assert_eq!(done.status.code(), Some(4), "{line}");
+        let said = String::from_utf8(done.stderr).unwrap();
+        assert_eq!(
+            said, "obdsetup: standard output: cannot write: No space left on device\n",
+            "{line}"
+        );
+    }
     place
         .run("dump -o /dev/full layer.obd")
         .code(4)
