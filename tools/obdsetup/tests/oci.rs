@@ -1363,7 +1363,7 @@ fn hostile_images() {
                 file("x", ""),
             ]),
             1,
-            "cannot hold extended attributes other than user, trusted and security: 1 file loses them: \
+            "cannot hold extended attributes other than user, trusted and security: 1 file stored without them: \
              ./x: --allow-loss makes the layer without them",
         ),
         (

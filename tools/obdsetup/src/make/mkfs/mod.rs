@@ -259,10 +259,10 @@ fn holes(tree: &Tree, fs: FileSystem, cost: &str) -> Result<Option<String>> {
         }
     }
     let text = format!(
-        "holes of {} are read as zeros for {}, which takes {cost}; ext4, btrfs, and erofs \
-         without --mkfs-arg need none",
+        "the files have holes of {} in all, which {} reads as zeros: this takes {cost}; with --fs ext4 or btrfs, or \
+         erofs without --mkfs-arg, holes are skipped",
         crate::terminal::size::show(holes),
-        fs.name()
+        fs.program()
     );
     Ok((holes >= LONG_HOLES).then_some(text))
 }
@@ -282,7 +282,9 @@ mod tests {
         };
         assert_eq!(said(LONG_HOLES - 1)?, None);
         let text = said(LONG_HOLES)?.unwrap_or_default();
-        assert!(text.starts_with("holes of 4294967296 bytes (4.00 GiB) are read as zeros for squashfs, which takes long"), "{text}");
+        let start = "the files have holes of 4294967296 bytes (4.00 GiB) in all, which mksquashfs reads as \
+                     zeros: this takes long";
+        assert!(text.starts_with(start), "{text}");
         // A hard link to it is no other file.
         std::fs::hard_link(dir.path().join("file"), dir.path().join("link"))?;
         assert_eq!(said(LONG_HOLES - 1)?, None);
