@@ -167,7 +167,7 @@ def refused():
     os.mkdir(f"{work}/source")
     os.setxattr(f"{work}/source", "system.posix_acl_access", tree.access_acl(0o755, 1234))
     _, said = obdsetup("create", "--directory", f"{work}/source", "--fs", "squashfs", f"{work}/layer.obd", status=1)
-    check("squashfs cannot hold POSIX ACLs: 1 file loses them: ./" in said and "--allow-loss" in said, said)
+    check("squashfs cannot hold POSIX ACLs: 1 file stored without them: ./" in said and "--allow-loss" in said, said)
     equal(sorted(os.listdir(work)), ["mnt", "source"], "what is left")
 
 
@@ -252,7 +252,7 @@ def flags(kind):
     lines = [line for line in said.splitlines() if "fraction" not in line]
     equal(lines, [
         "obdsetup: warning: flags are not kept, see chattr(1) (immutable, append only, no dump, case-insensitive names, "
-        "verity): 5 files lose them: ./append ./folded ./immutable ...",
+        "verity): 5 files stored without them: ./append ./folded ./immutable ...",
         "obdsetup: warning: encryption is not kept: 2 files readable by all who have the layer: ./secret ./secret/file",
     ], "warnings")
     mounted(kind, f"{work}/layer.obd", f"{work}/mnt")

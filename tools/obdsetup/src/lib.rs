@@ -61,24 +61,29 @@ pub fn main() -> ExitCode {
             } else {
                 exit::SUCCESS
             };
-            return ExitCode::from(match error.print() {
-                Err(error) if code == exit::SUCCESS => exit::io(error.kind()),
+            return match error.print() {
+                Err(error) if code == exit::SUCCESS => {
+                    report(&anyhow::Error::from(error).context(terminal::NO_OUTPUT))
+                }
                 // Ignored: if standard error fails, there is no other way to report it.
-                _ => code,
-            });
+                _ => ExitCode::from(code),
+            };
         }
     };
     match interrupt::watch().and_then(|()| cli.command.run()) {
         Ok(()) => ExitCode::from(exit::SUCCESS),
-        Err(error) => {
-            let code = exit::code(&error);
-            // Not reported if standard output was closed by a reader that needs no more, for example head(1).
-            if code != exit::PIPE {
-                tell(&message(&error));
-            }
-            ExitCode::from(code)
-        }
+        Err(error) => report(&error),
     }
+}
+
+/// Prints an error. Returns its exit code.
+fn report(error: &anyhow::Error) -> ExitCode {
+    let code = exit::code(error);
+    // Not reported if standard output was closed by a reader that needs no more, for example head(1).
+    if code != exit::PIPE {
+        tell(&message(error));
+    }
+    ExitCode::from(code)
 }
 
 /// Runs the command line `args`, of which the first is the name of the command. Does not catch signals.

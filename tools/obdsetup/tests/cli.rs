@@ -35,6 +35,11 @@ tests! {
     a_colon_in_a_name needs needs::e2fsprogs();
     options_that_do_not_apply;
     output_that_cannot_be_written;
+    full_disks needs needs::mounts(), needs::e2fsprogs(), needs::mkfs_erofs(), needs::mksquashfs(),
+        needs::program("qemu-img");
+    files_beyond_the_limit_of_the_shell;
+    inputs_of_other_kinds;
+    help_on_80_columns;
     a_reader_that_does_not_read;
     images_beyond_4_gib;
     benchmark;
@@ -90,7 +95,22 @@ fn layers_for_dax() {
     place
         .run("verify --dax wrapped")
         .code(3)
-        .stderr(contains("is compressed"));
+        .stderr("obdsetup: wrapped: is compressed: `commit --dax' unwraps it\n");
+    let report = place.run("verify --dax --json --ignore-identity wrapped");
+    report
+        .code(3)
+        .stdout(contains("\"ok\": false").and(contains("is compressed")));
+    // What the identity says comes first, and only for that there is the option.
+    place
+        .run("verify --dax wrapped wrapped")
+        .code(3)
+        .stderr(contains("the same layer twice").and(contains("--ignore-identity")));
+    place
+        .run("verify --dax --ignore-identity wrapped wrapped")
+        .code(3)
+        .stderr(contains(
+            "wrapped: is compressed: `commit --dax' unwraps it (and 1 more of this kind)\n",
+        ));
     place.ok("commit --dax wrapped plain");
     place.ok("verify --dax plain");
     place.ok("commit --algorithm none --tar plain tar");
@@ -498,7 +518,29 @@ fn stacks_of_containerd() {
             1,
             "writable layer",
         ),
-        (r#"{"lowers":[{"file":"gone"}]}"#, 4, "gone: cannot open"),
+        (
+            r#"{"lowers":[{"file":"gone"}]}"#,
+            4,
+            "layer 0: stack/gone does not exist\n",
+        ),
+        (
+            r#"{"lowers":[{"file":"/old/a.obd"}]}"#,
+            4,
+            "layer 0: /old/a.obd does not exist, but stack/a.obd does: if the directory was moved",
+        ),
+        (
+            &format!(r#"{{"lowers":[{{"file":"{}"}}]}}"#, "x/".repeat(10_000)),
+            4,
+            "... (20006 bytes) is longer than the 4095 bytes",
+        ),
+        (
+            &format!(
+                r#"{{"lowers":[{}{{"file":"gone"}}]}}"#,
+                r#"{"file":"a.obd"},"#.repeat(255)
+            ),
+            1,
+            "lists 256 layers, expected 1 to 255",
+        ),
     ] {
         config(text);
         place
@@ -1057,14 +1099,177 @@ fn output_that_cannot_be_written() {
         assert_eq!(done.status.code(), Some(141), "{line}");
         assert_eq!(done.stderr, b"", "{line}");
     }
-    let mut help = std::process::Command::new(cargo_bin!("obdsetup"));
-    let done = help.arg("--help").stdout(full()).status().unwrap();
-    assert_eq!(done.code(), Some(4));
+    for line in ["--help", "help convert", "convert --help", "--version"] {
+        let mut help = std::process::Command::new(cargo_bin!("obdsetup"));
+        let help = help.args(line.split(' ')).stdout(full());
+        let done = help.output().unwrap();
+        assert_eq!(done.status.code(), Some(4), "{line}");
+        let said = String::from_utf8(done.stderr).unwrap();
+        assert_eq!(
+            said, "obdsetup: standard output: cannot write: No space left on device\n",
+            "{line}"
+        );
+    }
     place
         .run("dump -o /dev/full layer.obd")
         .code(4)
         .stderr(starts_with("obdsetup: /dev/full: cannot write: No space"));
     assert_eq!(place.names(), ["disk.raw", "layer.obd"]);
+}
+
+/// Files of 8 MiB are in `tree`; the file system with the output has 3 MiB.
+fn full_disks() {
+    let place = Place::new();
+    for name in ["tree", "small"] {
+        fs::create_dir(place.path(name)).unwrap();
+    }
+    place.write("tree/f", &noise(8 << 20, 3));
+    place.ok("create --directory tree --fs erofs --algorithm none big.obd");
+    place.tool("qemu-img convert -q -f raw -O qcow2 tree/f big.qcow2");
+    place.tool("tar --format=ustar -cf big.tar tree");
+    for line in [
+        "create --directory tree --fs ext4 small/o",
+        "create --directory tree --fs ext4 --size 64m small/o",
+        "create --directory tree --fs btrfs small/o",
+        "create --directory tree --fs erofs small/o",
+        "create --directory tree --fs erofs --mkfs-arg=-zlz4 small/o",
+        "create --directory tree --fs squashfs small/o",
+        "convert big.tar small/o",
+        "convert big.qcow2 small/o",
+        "export -o small/o big.obd",
+        "export --to qcow2 -o small/o big.obd",
+        "export --to qcow2 --chain -o small/o big.obd",
+        "commit --algorithm none big.obd small/o",
+    ] {
+        let script = format!(
+            "mount -t tmpfs -o size=3m none small || exit; '{}' {line}; code=$?; ls -A small; exit $code",
+            cargo_bin!("obdsetup").display()
+        );
+        let done = std::process::Command::new("unshare")
+            .args(["--mount", "sh", "-c", &script])
+            .current_dir(place.dir())
+            .output()
+            .unwrap();
+        let said = String::from_utf8(done.stderr).unwrap();
+        assert_eq!(done.status.code(), Some(4), "{line}: {said}");
+        assert_eq!(done.stdout, b"", "{line}");
+        assert!(said.contains("obdsetup: small"), "{line}: {said}");
+        assert!(said.contains("No space left on device"), "{line}: {said}");
+        // Another size does not help, and nobody knows the name of a temporary file.
+        for not in ["--size", ".obdsetup-"] {
+            assert!(!said.contains(not), "{line}: {said}");
+        }
+    }
+}
+
+fn files_beyond_the_limit_of_the_shell() {
+    let place = Place::new();
+    fs::create_dir(place.path("tree")).unwrap();
+    place.write("tree/f", &noise(1 << 20, 3));
+    let script = format!(
+        "ulimit -f 1000; exec '{}' create --directory tree --fs erofs o",
+        cargo_bin!("obdsetup").display()
+    );
+    Command::new("sh")
+        .args(["-c", &script])
+        .current_dir(place.dir())
+        .assert()
+        .code(4)
+        .stderr(contains("File too large"));
+    assert_eq!(place.names(), ["tree"]);
+}
+
+/// What can be taken for a layer or an image, but isn't one.
+fn inputs_of_other_kinds() {
+    let place = Place::with_layer();
+    fs::create_dir_all(place.path("tree")).unwrap();
+    place.write("tree/empty", b"");
+    place.write("tree/text", &b"text ".repeat(1000));
+    for (tar, files) in [("a.tar", "empty text"), ("b.tar", "text"), ("c.tar", ".")] {
+        place.tool(&format!("tar -C tree -cf {tar} {files}"));
+        for command in ["info", "verify", "export -o x"] {
+            place
+                .run(&format!("{command} {tar}"))
+                .code(3)
+                .stderr(starts_with(format!(
+                    "obdsetup: {tar}: a tar, but the first file in it is no OverlayBD layer: `obdsetup convert'"
+                )));
+        }
+    }
+    fs::create_dir(place.path("stack")).unwrap();
+    place.write("stack/config.v1.json", b"{}");
+    fs::create_dir(place.path("layout")).unwrap();
+    place.write("layout/oci-layout", b"{}");
+    place.tool("mkfifo pipe");
+    for (name, code, said) in [
+        ("tree", 1, "is a directory, not a file or block device\n"),
+        ("stack", 1, "give stack/config.v1.json, which lists"),
+        (
+            "layout",
+            1,
+            "an OCI image layout: `obdsetup convert layout OUT' makes",
+        ),
+        ("pipe", 1, "is a pipe, "),
+        ("-", 4, "standard input cannot be the input"),
+    ] {
+        for command in ["info", "verify", "dump", "table", "export -o x"] {
+            place
+                .run(&format!("{command} {name}"))
+                .code(code)
+                .stderr(starts_with(format!("obdsetup: {name}: ")).and(contains(said)));
+        }
+    }
+    for (name, text) in [("pipe", "is a pipe"), ("-", "standard input")] {
+        for line in [
+            format!("convert {name} x"),
+            format!("create --image {name} x"),
+        ] {
+            let said = place.run(&line).failure();
+            said.stderr(starts_with(format!("obdsetup: {name}: ")).and(contains(text)));
+        }
+    }
+    place.run("create x").code(1).stderr(contains(
+        "<--image <FILE>|--changes <STORE>|--directory <DIR>>",
+    ));
+    assert!(!place.path("x").exists());
+}
+
+/// No line is cut, and none is broken before it is full.
+fn help_on_80_columns() {
+    let place = Place::new();
+    let help = |line: &str| {
+        let done = place.command(line).env("COLUMNS", "80").assert().success();
+        String::from_utf8(done.get_output().stdout.clone()).unwrap()
+    };
+    let main = help("--help");
+    let commands = main.split("Commands:\n").nth(1).unwrap();
+    let commands = commands.split("\n\n").next().unwrap();
+    let names: Vec<&str> = commands
+        .lines()
+        .filter_map(|line| line.strip_prefix("  ")?.split(' ').next())
+        .filter(|name| !name.is_empty() && *name != "help")
+        .collect();
+    assert!(names.len() >= 16, "{names:?}");
+    for name in names {
+        let help = help(&format!("{name} --help"));
+        let lines: Vec<&str> = help.lines().collect();
+        // The line with the usage is as long as the command line.
+        for line in lines.iter().filter(|line| !line.starts_with("Usage: ")) {
+            assert!(line.chars().count() <= 80, "{name}: {line}");
+        }
+        let rest = help.split("\nExamples:\n").nth(1).unwrap();
+        let lines: Vec<&str> = rest.lines().collect();
+        for pair in lines.windows(2) {
+            let [line, next] = pair else { unreachable!() };
+            if line.is_empty() || next.is_empty() || next.starts_with(' ') {
+                continue;
+            }
+            assert!(!line.starts_with(' '), "{name}: too long: {line}\n{next}");
+            let word = next.split(' ').next().unwrap();
+            let together = line.chars().count() + 1 + word.chars().count();
+            assert!(together > 80, "{name}: {line}\n{next}");
+        }
+    }
 }
 
 fn a_reader_that_does_not_read() {

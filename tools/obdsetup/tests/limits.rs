@@ -42,7 +42,7 @@ fn flags_are_told_of_once() {
     for fs in ["erofs", "btrfs"] {
         let said =
             "obdsetup: warning: flags are not kept, see chattr(1) (no dump, no atime updates): \
-                    4 files lose them: ./a ./b ./sub ...\n";
+                    4 files stored without them: ./a ./b ./sub ...\n";
         place
             .run(&format!("create --directory tree --fs {fs} after.{fs}"))
             .success()
@@ -54,7 +54,7 @@ fn flags_are_told_of_once() {
     place
         .run("convert tree root.obd --fs erofs")
         .success()
-        .stderr(contains("5 files lose them: ./ ./a ./b ..."));
+        .stderr(contains("5 files stored without them: ./ ./a ./b ..."));
 }
 
 /// Longer than the kernel allows, no file in a directory has them.

@@ -307,6 +307,8 @@ const NO_MESSAGES: &[(&str, &str, &str)] = &[
         "{NAME}: for obdsetup's",
         "nobody runs it by hand",
     ),
+    ("program/mod.rs", "No space left", "what programs say"),
+    ("program/mod.rs", "Disk quota", "as above"),
     (
         "program/mod.rs",
         "the user has to see",

@@ -4,6 +4,7 @@
 //! reader of erofs of its own.
 
 use std::fs;
+use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
 use std::time::{Duration, Instant};
 
@@ -970,6 +971,17 @@ fn for_a_registry() {
     );
     let blobs = place.names_in("pushed/blobs/sha256");
     assert_eq!(blobs.len(), 4);
+    // Nothing in it has the name of its directory, which only a config.v1.json needs as text.
+    let odd = std::ffi::OsStr::from_bytes(b"odd\xff");
+    let mut command = place.command("convert layout --oci");
+    command.arg(odd).assert().success().stderr("");
+    assert_eq!(
+        fs::read(place.dir().join(odd).join("index.json")).unwrap(),
+        place.read("pushed/index.json")
+    );
+    let mut command = place.command("convert layout");
+    let refused = command.arg(place.dir().join(odd).join("x"));
+    refused.assert().code(1).stderr(contains("is not UTF-8"));
     let blob = |digest: &str| {
         let hex = digest.strip_prefix("sha256:").unwrap();
         fs::read(place.path("pushed/blobs/sha256").join(hex)).unwrap()
@@ -1351,7 +1363,7 @@ fn hostile_images() {
                 file("x", ""),
             ]),
             1,
-            "cannot hold extended attributes other than user, trusted and security: 1 file loses them: \
+            "cannot hold extended attributes other than user, trusted and security: 1 file stored without them: \
              ./x: --allow-loss makes the layer without them",
         ),
         (

@@ -14,6 +14,7 @@ tests! {
     programs_of_the_administrator_are_found needs in_sbin("mkfs.ext4");
     warnings_are_shown;
     errors_are_quoted_whole_and_once;
+    programs_without_room;
     versions_that_are_too_old_are_told_of;
     signals_while_files_are_copied needs needs::e2fsprogs();
     a_program_dies_with_obdsetup;
@@ -160,6 +161,25 @@ fn errors_are_quoted_whole_and_once() {
     );
     assert_eq!(said(&output).matches("no room").count(), 1);
     assert!(place.left().is_empty(), "{:?}", place.left());
+}
+
+fn programs_without_room() {
+    let text = "echo 'Write failed because No space left on device' >&2; exit 1";
+    for (script, wanted) in [
+        (text, "Write failed because No space left on device"),
+        ("kill -XFSZ $$", "`ulimit -f`"),
+    ] {
+        let place = Mksquashfs::new(script);
+        let output = place.create().output().unwrap();
+        assert_eq!(output.status.code(), Some(4), "{}", said(&output));
+        let start = "obdsetup: .: no room for the output, or for temporary files, which are made beside it: mksquashfs";
+        let said = said(&output);
+        assert!(
+            said.lines().any(|line| line.starts_with(start)) && said.contains(wanted),
+            "{said}"
+        );
+        assert!(place.left().is_empty(), "{:?}", place.left());
+    }
 }
 
 /// A program that is too old isn't run: it may make something else of options that it doesn't know.

@@ -67,10 +67,14 @@ impl FileBlob {
         // Check before opening: opening a FIFO would wait for a writer.
         let kind = path.metadata().map_err(error)?.file_type();
         if !kind.is_file() && !kind.is_block_device() {
-            return Err(Error::Invalid(match kind.is_dir() {
-                true => "is a directory, not a file or block device".to_owned(),
-                false => "not a file or block device".to_owned(),
-            }));
+            let what = match () {
+                () if kind.is_dir() => "is a directory, not a file or block device",
+                () if kind.is_fifo() => {
+                    "is a pipe, not a file or block device: write its data to a file first"
+                }
+                () => "not a file or block device",
+            };
+            return Err(Error::Invalid(what.to_owned()));
         }
         Self::new(options.open(path).map_err(error)?, path, size)
     }

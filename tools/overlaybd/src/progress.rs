@@ -13,3 +13,12 @@ pub type Progress<'a> = &'a (dyn Fn(u64) -> Result<()> + Sync);
 pub fn silent(_: u64) -> Result<()> {
     Ok(())
 }
+
+/// Called often during long operations, possibly from several threads. If it returns an error, such as
+/// [`Error::Interrupted`](crate::Error::Interrupted), the operation stops.
+pub type Check<'a> = &'a (dyn Fn() -> Result<()> + Sync);
+
+/// Never stops the operation.
+pub fn never() -> Result<()> {
+    Ok(())
+}

@@ -4,6 +4,7 @@
 
 use std::io::{Seek, Write};
 
+use crate::progress::Check;
 use crate::zfile_writer::{seek, write_error, Options, ZfileWriter};
 use crate::{tar_writer, Result};
 
@@ -20,14 +21,15 @@ pub struct Wrapping {
 pub type Sink<'a> = &'a mut dyn FnMut(&[u8]) -> Result<()>;
 
 /// Writes a blob to `out`, which must be empty. Returns its length in bytes. `produce` passes the
-/// bytes of the content to its sink.
+/// bytes of the content to its sink. `check` is called before each block is compressed.
 ///
 /// # Errors
 ///
-/// The error of `produce`, and errors of compressing or writing.
+/// Those of `produce` and `check`, and errors of compressing or writing.
 pub fn write<W: Write + Seek>(
     mut out: W,
     wrapping: Wrapping,
+    check: Check<'_>,
     produce: impl FnOnce(Sink<'_>) -> Result<()>,
 ) -> Result<u64> {
     let head = if wrapping.tar {
@@ -38,7 +40,7 @@ pub fn write<W: Write + Seek>(
     seek(&mut out, head)?;
     let (mut out, len) = match wrapping.zfile {
         Some(options) => {
-            let mut zfile = ZfileWriter::new(out, options)?;
+            let mut zfile = ZfileWriter::new(out, options, check)?;
             produce(&mut |bytes| zfile.write(bytes))?;
             zfile.finish()?
         }

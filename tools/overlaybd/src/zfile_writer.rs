@@ -14,6 +14,7 @@ use crate::format::num::{to_u64, to_usize};
 use crate::format::zfile::{self, field, flag};
 use crate::format::SECTOR_SIZE;
 use crate::on_disk::zfile as on_disk;
+use crate::progress::Check;
 use crate::{crc32c, Error, Result};
 
 /// Approximate number of bytes compressed at once.
@@ -36,9 +37,10 @@ pub struct Options {
 }
 
 /// A ZFile that is being written.
-pub struct ZfileWriter<W> {
+pub struct ZfileWriter<'a, W> {
     out: W,
     options: Options,
+    check: Check<'a>,
     /// Byte offset of the ZFile in `out`.
     start: u64,
     /// Bytes that aren't compressed yet.
@@ -51,13 +53,14 @@ pub struct ZfileWriter<W> {
     size: u64,
 }
 
-impl<W: Write + Seek> ZfileWriter<W> {
-    /// Starts a ZFile at the current position of `out`.
+impl<'a, W: Write + Seek> ZfileWriter<'a, W> {
+    /// Starts a ZFile at the current position of `out`. `check` is called before each block is compressed: high
+    /// levels take seconds for what is compressed at once.
     ///
     /// # Errors
     ///
     /// [`Error::Invalid`] if the block size is out of range, and write errors.
-    pub fn new(mut out: W, options: Options) -> Result<Self> {
+    pub fn new(mut out: W, options: Options, check: Check<'a>) -> Result<Self> {
         let size = options.block_size;
         if !size.is_power_of_two()
             || !(zfile::MIN_BLOCK_SIZE..=zfile::MAX_BLOCK_SIZE).contains(&size)
@@ -72,6 +75,7 @@ impl<W: Write + Seek> ZfileWriter<W> {
         let mut writer = Self {
             out,
             options,
+            check,
             start,
             pending: Vec::new(),
             index: Vec::new(),
@@ -87,7 +91,7 @@ impl<W: Write + Seek> ZfileWriter<W> {
     ///
     /// # Errors
     ///
-    /// Errors of compressing or writing.
+    /// Those of `check`, and errors of compressing or writing.
     pub fn write(&mut self, data: &[u8]) -> Result<()> {
         self.pending.extend_from_slice(data);
         self.size += to_u64(data.len());
@@ -104,7 +108,7 @@ impl<W: Write + Seek> ZfileWriter<W> {
     ///
     /// # Errors
     ///
-    /// Errors of compressing or writing.
+    /// Those of `check`, and errors of compressing or writing.
     pub fn finish(mut self) -> Result<(W, u64)> {
         self.compress(self.pending.len())?;
         if self.options.whole_sectors {
@@ -134,12 +138,14 @@ impl<W: Write + Seek> ZfileWriter<W> {
         let rest = self.pending.split_off(len);
         let data = std::mem::replace(&mut self.pending, rest);
         let Options { method, crc, .. } = self.options;
+        let check = self.check;
         let blocks: Vec<Vec<u8>> = data
             .par_chunks(to_usize(self.options.block_size.into()))
             .with_min_len(16)
             .map_init(
                 || Encoder::new(method),
                 |encoder, block| {
+                    check()?;
                     let encoder = encoder.as_mut().map_err(|error| {
                         Error::Invalid(format!(
                             "cannot set up {}: {error}",

@@ -6,6 +6,8 @@
 
 mod common;
 
+use std::io::Cursor;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::Arc;
 
 use common::{file, lsmt, lz4, run, wrapped, zfile, Memory};
@@ -16,9 +18,9 @@ use overlaybd::format::{tar, Blob};
 use overlaybd::lsmt_writer::{cut, LayerWriter, Run};
 use overlaybd::on_disk::zfile::Metadata;
 use overlaybd::progress::silent;
-use overlaybd::wrap::Wrapping;
+use overlaybd::wrap::{self, Wrapping};
 use overlaybd::zfile_writer::Options;
-use overlaybd::{crc32c, flatten, tar_writer, FileBlob, LayerReader, Payload, Stack};
+use overlaybd::{crc32c, flatten, tar_writer, Error, FileBlob, LayerReader, Payload, Stack};
 use proptest::collection::vec;
 use proptest::prelude::*;
 
@@ -496,4 +498,38 @@ fn differences() {
     let size = image.size();
     let of = |below| uuid(size, below, &found.runs, &found.pieces);
     assert_eq!(of(Below::Nothing), "6F626431-342C-800A-8964-B1472934FFD9");
+}
+
+/// Compressing what is written at once takes many seconds with high levels.
+#[test]
+fn compressing_stops_after_a_few_blocks() {
+    let method = Method {
+        algorithm: Algorithm::Zstd,
+        level: Some(22),
+    };
+    let options = Options {
+        method,
+        block_size: 65_536,
+        crc: true,
+        overwrite_header: true,
+        whole_sectors: true,
+    };
+    let wrapping = Wrapping {
+        zfile: Some(options),
+        tar: false,
+    };
+    let asked = AtomicUsize::new(0);
+    let check = || match asked.fetch_add(1, Ordering::Relaxed) {
+        0..3 => Ok(()),
+        _ => Err(Error::Interrupted),
+    };
+    // Not empty blocks, and many of them.
+    let data: Vec<u8> = (0..8 << 20).map(|at: u32| (at >> 3) as u8).collect();
+    let done = wrap::write(Cursor::new(Vec::new()), wrapping, &check, |sink| {
+        sink(&data)
+    });
+    assert!(matches!(done, Err(Error::Interrupted)), "{done:?}");
+    let blocks = data.len() / 65_536;
+    let asked = asked.into_inner();
+    assert!((4..blocks / 2).contains(&asked), "{asked} of {blocks}");
 }

@@ -16,7 +16,7 @@ use overlaybd::codec::Method;
 use overlaybd::format::zfile::Algorithm;
 use overlaybd::format::Blob;
 use overlaybd::lsmt_writer::{LayerWriter, Run};
-use overlaybd::progress::silent;
+use overlaybd::progress::{never, silent};
 use overlaybd::wrap::{self, Wrapping};
 use overlaybd::zfile_writer::Options;
 use overlaybd::{FileBlob, LayerReader, Payload, Stack};
@@ -70,7 +70,7 @@ fn rewrap(from: &str, to: &str, overwrite_header: bool) {
         tar: wanted.in_tar(),
     };
     let mut out = Cursor::new(Vec::new());
-    let len = wrap::write(&mut out, wrapping, |sink| {
+    let len = wrap::write(&mut out, wrapping, &never, |sink| {
         source.stream(0, source.size(), &mut |piece| sink(piece))
     })
     .unwrap();
@@ -170,7 +170,7 @@ fn zstd_frames() {
             tar: false,
         };
         let mut out = Cursor::new(Vec::new());
-        wrap::write(&mut out, wrapping, |sink| {
+        wrap::write(&mut out, wrapping, &never, |sink| {
             wanted.stream(0, wanted.size(), &mut |piece| sink(piece))
         })
         .unwrap();

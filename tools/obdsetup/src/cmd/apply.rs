@@ -25,9 +25,9 @@ use crate::terminal::exit::Failure;
   obdsetup apply layer.tar.gz --base app/config.v1.json next.obd
   obdsetup apply changes.tar --base base.obd --base app.obd next.obd
 
-TAR is a layer of a container image, as the OCI image specification has it: what is in it replaces
-what is there; whiteouts (.wh.NAME) and opaque directories (.wh..wh..opq) hide it. The layers below must
-make an erofs that obdsetup has made: `convert' of a container image, or `create' or `convert' with
+TAR is a layer of a container image, as the OCI image specification has it: what is in it replaces \
+what is there; whiteouts (.wh.NAME) and opaque directories (.wh..wh..opq) hide it. The layers below must \
+make an erofs that obdsetup has made: `convert' of a container image, or `create' or `convert' with \
 --fs erofs. Nothing is mounted, and no privileges are needed.")]
 pub(crate) struct Args {
     /// The tar, compressed or not

@@ -20,10 +20,10 @@ use crate::terminal::{print, print_json};
 #[derive(clap::Args)]
 #[command(after_help = "Examples:
   obdsetup benchmark
-  obdsetup benchmark --json | jq '.decompression[] | select(.block_size == 65536)'
+  obdsetup benchmark --json | jq '.decompression[] | select(.block_size==65536)'
 
-In memory, with one thread and no I/O: what comes out per second. The sample is made up, the same
-everywhere, and compressed as `create` does it by default. The libraries here are not the kernel's
+In memory, with one thread and no I/O: what comes out per second. The sample is made up, the same \
+everywhere, and compressed as `create` does it by default. The libraries here are not the kernel's \
 decompressors; what those do may differ. Takes a few seconds.")]
 pub(crate) struct Args {
     /// Print JSON

@@ -30,7 +30,7 @@ const PATIENCE: Duration = Duration::from_secs(2);
   obdsetup close app
   obdsetup close --deferred app      as soon as nobody uses it
 
-Takes the partitions of the disk down, too, and the devices below it, but for those that other stacks
+Takes the partitions of the disk down, too, and the devices below it, but for those that other stacks \
 use; their loop devices go with them. The store of a disk that takes writes stays, with all that was written.")]
 pub(crate) struct Args {
     /// Name that was given to `open`

@@ -23,13 +23,14 @@ use crate::terminal::bar::Bar;
 /// Arguments of `commit`.
 #[derive(clap::Args)]
 #[command(after_help = "Examples:
-  obdsetup commit layer.lsmt layer.obd                               LZ4, 4k blocks
+  obdsetup commit layer.lsmt layer.obd
+      LZ4, 4k blocks
   obdsetup commit --algorithm zstd --block-size 64k --tar in.obd out.obd
   obdsetup commit --algorithm none layer.obd layer.lsmt              unwrap
 
-The LSMT file inside stays as it is, byte for byte. With --compact, or where an identity is given,
-it is written anew: data dense and in order, dead blocks left out. Then a layer
-without a UUID gets one made of its content if it has a parent UUID, and one that obdsetup has made
+The LSMT file inside stays as it is, byte for byte. With --compact, or where an identity is given, \
+it is written anew: data dense and in order, dead blocks left out. Then a layer \
+without a UUID gets one made of its content if it has a parent UUID, and one that obdsetup has made \
 gets another UUID with another parent.")]
 pub(crate) struct Args {
     /// The layer, wrapped or not, or DEVICE:size=BYTES

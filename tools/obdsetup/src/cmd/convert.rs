@@ -9,7 +9,7 @@ use anyhow::Result;
 use tempfile::NamedTempFile;
 
 use crate::files::in_use::InUseArgs;
-use crate::files::place::directory;
+use crate::files::place::{directory, name_full};
 use crate::input::archive::{self, Package};
 use crate::input::kind::{unpacked, Input, Kind};
 use crate::input::layer_name::LayerArg;
@@ -28,43 +28,48 @@ use crate::terminal::size;
 #[derive(clap::Args)]
 #[command(after_help = "Examples:
   obdsetup convert disk.qcow2 base.obd
-  obdsetup convert snapshot.qcow2 vm     with backing files: a layer of each, and vm/config.v1.json
+  obdsetup convert snapshot.qcow2 vm
+      with backing files: a layer of each, and vm/config.v1.json
   obdsetup convert rootfs.tar.gz base.obd --fs erofs
   obdsetup convert rootfs base.obd --size 4g
-  obdsetup convert layout app && obdsetup open app app/config.v1.json     a container image
+  obdsetup convert layout app && obdsetup open app app/config.v1.json
+      a container image
   obdsetup convert saved.tar app --oci     the same for a registry
 
 The type of IN is detected by its content, never by its name; --from overrides it:
 
-  disk                 partition table or known file system (ext4, xfs, btrfs, FAT, ISO, LVM, LUKS,
-                       swap...): taken as it is
-  qcow2, vmdk, vhdx, vpc, vdi, qed, parallels: read by qemu-img, which must be installed
-  tar                  put in a file system, by its mkfs, which must be installed
-  directory            likewise
-  OCI image layout, or an archive of one (docker save, podman save): see below
-  gzip, bzip2, xz, lzma, lzip, zstd, lz4 of a tar or disk: decompressed
+  disk          with a partition table or a known file system (ext4, xfs, btrfs,
+                FAT, ISO, LVM, LUKS, swap...): taken as it is
+  qcow2, vmdk, vhdx, vpc, vdi, qed, parallels
+                read by qemu-img, which must be installed
+  tar           put in a file system, by its mkfs, which must be installed
+  directory     likewise
+  OCI image layout, or an archive of one (docker save, podman save)
+                see below
+  gzip, bzip2, xz, lzma, lzip, zstd, lz4
+                of a tar or disk: decompressed
 
-OVA, Vagrant boxes, disks in a tar, images of LXD and Incus, zip, cpio, 7-Zip, deb, rpm, Android
-sparse images and others are refused with what to do. Anything else, and a disk that is no whole number of sectors, needs
---from raw. A tar is read to its end first: a damaged or incomplete one is refused.
+OVA, Vagrant boxes, disks in a tar, images of LXD and Incus, zip, cpio, 7-Zip, deb, rpm, Android \
+sparse images and others are refused with what to do. Anything else, and a disk that is no whole \
+number of sectors, needs --from raw. A tar is read to its end first: a damaged or incomplete one is refused.
 
-qemu-img also reads what an image refers to, such as its backing file: convert only what you trust,
-and use --from raw for a raw disk that others wrote. OUT is one layer, the lowest of a stack, without
+qemu-img also reads what an image refers to, such as its backing file: convert only what you trust, \
+and use --from raw for a raw disk that others wrote. OUT is one layer, the lowest of a stack, without \
 the zeros.
 
-Of a qcow2 image with backing files, OUT is a directory: a layer for each file of the chain, with what
+Of a qcow2 image with backing files, OUT is a directory: a layer for each file of the chain, with what \
 differs in it from the files below, and a config.v1.json that lists them. With --flatten, it is one layer.
 
-Of a container image, as `skopeo copy docker://... oci:layout` or `docker save` makes it, OUT is a
-directory: a layer for each layer of the image, a config.v1.json that lists them with absolute names,
-which all commands take in the place of layers, and image.json, the image's description with its
-command, environment and user. The layers make an erofs; what a layer leaves alone stays where it
-is, so that each holds only what it changes, and images that have layers in common share them byte
-for byte. With --oci, OUT is an OCI image layout for a registry, as containerd's converter makes it;
-`skopeo copy --preserve-digests` copies it there.
+Of a container image, as `skopeo copy docker://... oci:layout` or `docker save` makes it, OUT is a \
+directory: a layer for each layer of the image, a config.v1.json that lists them with absolute names, \
+which all commands take in the place of layers, and image.json, the image's description with its \
+command, environment and user. The layers make an erofs; what a layer leaves alone stays where it \
+is, so that each holds only what it changes, and images that have layers in common share them byte \
+for byte. With --oci, OUT is an OCI image layout for a registry, as containerd's converter makes it; \
+`skopeo copy --preserve-digests` copies it there. \
 Layers that are OverlayBD layers already stay as they are, and no options for layers apply.
 
---cache keeps layers, and takes those that an earlier run made of the same layers with the same
+--cache keeps layers, and takes those that an earlier run made of the same layers with the same \
 options. There is none if not given, and nothing is ever removed from it.
 
 For a layer over others, the difference to them, see `create --base`.")]
@@ -207,7 +212,10 @@ pub(crate) fn run(args: &Args) -> Result<()> {
     let made = match (kind, kind.for_qemu()) {
         (Kind::Directory, _) => Some(make_fs(args, Files::Directory(&args.input), place)?),
         (Kind::Tar, _) => Some(make_fs(args, Files::Tar(&args.input), place)?),
-        (_, Some(format)) => Some(qemu::read(disk, format, place)?),
+        (_, Some(format)) => {
+            let read = qemu::read(disk, format, place);
+            Some(read.map_err(|error| name_full(place, error))?)
+        }
         (_, None) => None,
     };
     let options = args.compare.options(true, &args.new)?;
@@ -228,7 +236,8 @@ fn convert_chain(args: &Args, chain: &[qemu::Link]) -> Result<()> {
     let wrapping = args.new.wrap.wrapping()?;
     for (nth, link) in chain.iter().enumerate() {
         // This file is deleted when it is dropped.
-        let raw = link.read(made.path())?;
+        let raw = link.read(made.path());
+        let raw = raw.map_err(|error| name_full(directory(&args.output), error))?;
         let below: Vec<LayerArg> = made
             .layers()
             .into_iter()

@@ -7,6 +7,7 @@ use std::ffi::OsString;
 use std::path::{Path, PathBuf};
 
 use anyhow::{bail, Result};
+use clap::ArgGroup;
 use overlaybd::changes::Mapped;
 use overlaybd::format::{merge, Blob};
 use overlaybd::{FileBlob, LayerReader, Stack};
@@ -31,20 +32,24 @@ use crate::terminal::size;
 // requirement if the required argument conflicts with one that is given.
 /// Arguments of `create`.
 #[derive(clap::Args)]
+#[command(group(ArgGroup::new("input").args(["image", "changes", "directory"]).required(true)))]
 #[command(after_help = "Examples:
   obdsetup create --image disk.raw base.obd
   obdsetup create --directory rootfs --fs ext4 base.obd
-  obdsetup create --directory rootfs --fs ext4 --size 1g base.obd     with room to grow
+  obdsetup create --directory rootfs --fs ext4 --size 1g base.obd
+      with room to grow
   obdsetup create --directory rootfs --fs erofs --algorithm none base.lsmt
-  obdsetup create --base base.obd --image changed.raw app.obd     the difference only
-  obdsetup create --changes app.changes --base base.obd app.obd     what was written to a disk
+  obdsetup create --base base.obd --image changed.raw app.obd
+      the difference only
+  obdsetup create --changes app.changes --base base.obd app.obd
+      what was written to a disk
 
-Holes of an image stay out of the layer; --skip-zeros keeps zeros out too. With --base, what
-changed is data, and what became zero is marked as zeros (a discard). Of a store of changes, which
-`open --writable' makes, only what was written is read and compared; the layer is the one that the
-whole disk would give. An image that is no disk for
-sure, such as an archive or a qcow2, is refused, and so is one that is no whole number of
-sectors; --raw takes it as it is. For qcow2, vmdk, tars and
+Holes of an image stay out of the layer; --skip-zeros keeps zeros out too. With --base, what \
+changed is data, and what became zero is marked as zeros (a discard). Of a store of changes, which \
+`open --writable' makes, only what was written is read and compared; the layer is the one that the \
+whole disk would give. An image that is no disk for \
+sure, such as an archive or a qcow2, is refused, and so is one that is no whole number of \
+sectors; --raw takes it as it is. For qcow2, vmdk, tars and \
 OCI images, see `convert`.")]
 pub(crate) struct Args {
     /// The file to make
@@ -52,12 +57,7 @@ pub(crate) struct Args {
     output: PathBuf,
 
     /// A disk image
-    #[arg(
-        long,
-        value_name = "FILE",
-        required_unless_present_any = ["directory", "changes"],
-        conflicts_with_all = ["directory", "changes"]
-    )]
+    #[arg(long, value_name = "FILE", conflicts_with_all = ["directory", "changes"])]
     image: Option<PathBuf>,
 
     /// Take the image as it is, even if it is an archive or in another format

@@ -11,7 +11,7 @@ use overlaybd::Stack;
 use tempfile::NamedTempFile;
 
 use crate::files::in_use::InUseArgs;
-use crate::files::place::{directory, temp_file};
+use crate::files::place::{directory, name_full, temp_file};
 use crate::input::chain::ChainArgs;
 use crate::input::layer_name::LayerArg;
 use crate::input::layers::{expand, open_layers, open_stack, paths};
@@ -35,14 +35,16 @@ enum Format {
 #[derive(clap::Args)]
 #[command(after_help = "Examples:
   obdsetup export -o disk.raw base.obd app.obd
-  obdsetup export -o disk.raw config.v1.json     a stack of containerd's, if its layers are here
+  obdsetup export -o disk.raw config.v1.json
+      a stack of containerd's, if its layers are here
   obdsetup export -o - base.obd app.obd | zstd >disk.raw.zst
   obdsetup export --force -o /dev/vg/disk base.obd app.obd
   obdsetup export --to qcow2 -o disk.qcow2 base.obd app.obd
-  obdsetup export --to qcow2 --chain -o vm base.obd app.obd     vm/layer0.qcow2 below vm/layer1.qcow2
+  obdsetup export --to qcow2 --chain -o vm base.obd app.obd
+      vm/layer0.qcow2 below vm/layer1.qcow2
 
-The file has holes where no layer has data and where there are zeros. Every block that is read is
-checked. Needs no kernel module. qcow2 images are made of a raw one, which is there beside them for that
+The file has holes where no layer has data and where there are zeros. Every block that is read is \
+checked. Needs no kernel module. qcow2 images are made of a raw one, which is there beside them for that \
 time, with holes. For a part of the disk, or what a ZFile holds, see `dump`.")]
 pub(crate) struct Args {
     /// Layers, lowest first, DEVICE:size=BYTES, or a config.v1.json that lists them
@@ -105,15 +107,23 @@ pub(crate) fn run(args: &Args) -> Result<()> {
             // Check all layers before anything is written.
             drop(open_stack(&layers, &args.chain, &args.in_use)?);
             export_chain(&layers, &args.in_use, &args.output)
+                .map_err(|error| name_full(directory(&args.output), error))
         }
         Format::Qcow2 => {
             let stack = open_stack(&layers, &args.chain, &args.in_use)?;
             let output = Output::create(&args.output, args.force, inputs)?;
-            let raw = raw(&stack, directory(output.path()))?;
-            qemu::write(&program::path(raw.path())?, &output.file_path()?)?;
-            output.commit()
+            let place = directory(output.path()).to_owned();
+            export_qcow2(&stack, output).map_err(|error| name_full(&place, error))
         }
     }
+}
+
+/// Makes a qcow2 image of the disk of `stack`.
+fn export_qcow2(stack: &Stack, output: Output) -> Result<()> {
+    let place = directory(output.path());
+    let raw = raw(stack, place, place)?;
+    qemu::write(&program::path(raw.path())?, &output.file_path()?)?;
+    output.commit()
 }
 
 /// Makes a directory with a qcow2 image of each layer.
@@ -124,7 +134,7 @@ fn export_chain(layers: &[LayerArg], in_use: &InUseArgs, out: &Path) -> Result<(
     for nth in 0..layers.len() {
         let upto = layers.get(..=nth).unwrap_or_default();
         let stack = Stack::new(open_layers(upto, in_use)?)?;
-        let raw = raw(&stack, &place)?;
+        let raw = raw(&stack, &place, out)?;
         let name = format!("layer{nth}.qcow2");
         // Made here, so that it gets the permissions from the umask. qemu-img keeps them.
         made.write(&name, b"")?;
@@ -139,11 +149,10 @@ fn export_chain(layers: &[LayerArg], in_use: &InUseArgs, out: &Path) -> Result<(
     made.finish()
 }
 
-/// Makes a raw image of the disk of `stack`, with holes.
-fn raw(stack: &Stack, place: &Path) -> Result<NamedTempFile> {
+/// Makes a raw image of the disk of `stack`, with holes, in the directory `place`. Messages have the path `shown`.
+fn raw(stack: &Stack, place: &Path, shown: &Path) -> Result<NamedTempFile> {
     let mut raw = temp_file(place)?;
-    let path = raw.path().to_owned();
     raw_out::write_file(stack, 0, stack.virtual_size(), raw.as_file_mut(), true)
-        .map_err(|error| error.in_file(&path))?;
+        .map_err(|error| error.in_file(shown))?;
     Ok(raw)
 }

@@ -101,7 +101,7 @@ pub(crate) fn run(args: &Args) -> Result<()> {
 }
 
 fn collect(arg: &LayerArg) -> Result<Info> {
-    let payload = Payload::open(arg.open()?)?;
+    let payload = Payload::open(arg.open()?).map_err(|error| arg.no_layer(error))?;
     let tar = payload.in_tar().then(|| Tar {
         data_offset: payload.blob().start(),
         data_size: payload.blob().size(),
@@ -121,7 +121,7 @@ fn collect(arg: &LayerArg) -> Result<Info> {
         {
             None
         }
-        Err(error) => return Err(error.into()),
+        Err(error) => return Err(arg.no_layer(error)),
     };
     Ok(Info {
         path: arg.to_string(),

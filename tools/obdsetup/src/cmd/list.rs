@@ -23,11 +23,12 @@ const NONE: &str = "-";
 #[derive(clap::Args)]
 #[command(after_help = "Examples:
   obdsetup list
-  obdsetup list --check >/dev/null               for cron: one line for each stack that is not well
+  obdsetup list --check >/dev/null
+      for cron: one line for each stack that is not well
   obdsetup list --json | jq -r '.[] | select(.health != \"ok\") | .name'
 
-PARTITIONS are the numbers of those that have devices (open --partitions). SHARED WITH names the stacks
-that use a file or device of this one, too. Users other than root see
+PARTITIONS are the numbers of those that have devices (open --partitions). SHARED WITH names the stacks \
+that use a file or device of this one, too. Users other than root see \
 names and sizes only, and exit code 2.")]
 pub(crate) struct Args {
     /// Exit as `status` does where a stack is not well, and say so on standard error

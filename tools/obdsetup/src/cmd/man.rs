@@ -71,7 +71,8 @@ fn rest(help: &str) -> Result<Vec<u8>> {
     roff.control("SH", ["EXAMPLES"]);
     roff.control("nf", []);
     for line in examples.lines().filter(|line| line.starts_with(' ')) {
-        roff.text([roman(line.trim())]);
+        // What an example does may be in the line below, further to the right.
+        roff.text([roman(line.strip_prefix("  ").unwrap_or(line))]);
     }
     roff.control("fi", []);
     roff.control("SH", ["SEE ALSO"]);

@@ -23,14 +23,15 @@ use crate::terminal::warn;
 #[derive(clap::Args)]
 #[command(after_help = "Examples:
   obdsetup merge -o app.obd base.obd lib.obd app-1.obd
-  obdsetup merge -o updates.obd monday.obd tuesday.obd     two layers in the middle of a stack
+  obdsetup merge -o updates.obd monday.obd tuesday.obd
+      two layers in the middle of a stack
   obdsetup merge --lowest --algorithm zstd -o all.obd base.obd app.obd
 
-The new layer reads as the layers did together, alone and in their place in a larger stack: what
-they set to zero still hides what is below. With --lowest, it does so as the lowest layer only.
-It takes the UUID of the topmost layer and the parent UUID of the lowest one, if none are given: what
-was above them fits on it, and it fits on what was below them. If the topmost layer has no UUID, or
-one that obdsetup made while the lowest layer does not say what is below, it gets one made of its
+The new layer reads as the layers did together, alone and in their place in a larger stack: what \
+they set to zero still hides what is below. With --lowest, it does so as the lowest layer only. \
+It takes the UUID of the topmost layer and the parent UUID of the lowest one, if none are given: what \
+was above them fits on it, and it fits on what was below them. If the topmost layer has no UUID, or \
+one that obdsetup made while the lowest layer does not say what is below, it gets one made of its \
 content.")]
 pub(crate) struct Args {
     /// Layers, lowest first, DEVICE:size=BYTES, or a config.v1.json that lists them

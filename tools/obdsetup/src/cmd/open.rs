@@ -51,24 +51,27 @@ const FILES: u64 = 64;
 #[command(after_help = "Examples:
   obdsetup open app base.obd app.obd && mount -o ro /dev/mapper/app /mnt
   obdsetup open vol /dev/vdb /dev/vdc:size=758556     blobs on block devices
-  obdsetup open app config.v1.json               what containerd set up, if its layers are here
-  obdsetup open app                              what /etc/overlaybdtab has under that name
+  obdsetup open app config.v1.json
+      what containerd set up, if its layers are here
+  obdsetup open app
+      what /etc/overlaybdtab has under that name
   obdsetup open --zfile data data.zf             the content of a plain ZFile
-  obdsetup open --partitions vm disk.obd && mount -o ro /dev/mapper/vm-part1 /mnt
-  obdsetup open --create --writable app.changes app base.obd     what is written goes to app.changes
+  obdsetup open --partitions vm vm.obd && mount -o ro /dev/mapper/vm-part1 /mnt
+  obdsetup open --create --writable app.changes app base.obd
+      what is written goes to app.changes
 
-A file system that was not unmounted cleanly needs an option to be mounted without replaying its
+A file system that was not unmounted cleanly needs an option to be mounted without replaying its \
 journal: noload (ext4), norecovery (xfs), rescue=nologreplay (btrfs).
 
-Files get read-only loop devices, which vanish with the device. Stacks that have a layer's file in
-common use one device for it, if they ask for the same options. If any step fails, what was set up
+Files get read-only loop devices, which vanish with the device. Stacks that have a layer's file in \
+common use one device for it, if they ask for the same options. If any step fails, what was set up \
 before it is taken down. Needs dmsetup(8).
 
-With --partitions, the partitions are read once, when the disk is opened, and go with it. A partition that
+With --partitions, the partitions are read once, when the disk is opened, and go with it. A partition that \
 only holds others, an extended one, gets no device. Needs partx(8).
 
-With --writable, the disk takes writes, which go to a store beside the layers and are there again when
-the disk is opened with it the next time. A store belongs to the layers that it was made with. `create
+With --writable, the disk takes writes, which go to a store beside the layers and are there again when \
+the disk is opened with it the next time. A store belongs to the layers that it was made with. `create \
 --changes' makes a layer of what is in it.")]
 pub(crate) struct Args {
     /// Name of the device, /dev/mapper/NAME

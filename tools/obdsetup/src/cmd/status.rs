@@ -33,9 +33,9 @@ const SYS: &str = "/sys";
   obdsetup status app >/dev/null || echo app needs a look
   obdsetup status --json app | jq '.layers[] | select(.health != \"ok\") | .file'
 
-The first line says whether all is well; a line for each layer follows, lowest first. The exit code
-is 0 only then: 3 if a corrupt block was read, 4 if reads failed, if the file of a layer is shorter
-than it was, if the store of what is written is full to 90 %, or if the stack is half built or
+The first line says whether all is well; a line for each layer follows, lowest first. The exit code \
+is 0 only then: 3 if a corrupt block was read, 4 if reads failed, if the file of a layer is shorter \
+than it was, if the store of what is written is full to 90 %, or if the stack is half built or \
 suspended.")]
 pub(crate) struct Args {
     /// Name that was given to `open`

@@ -19,12 +19,14 @@ use crate::terminal::{print, print_json};
 #[derive(clap::Args)]
 #[command(after_help = "Examples:
   obdsetup table base.obd app.obd
-  obdsetup table --name app                              what /etc/overlaybdtab has under that name
-  obdsetup table --name vol --concise /dev/vdb:size=758556     for dmsetup create --concise
+  obdsetup table --name app
+      what /etc/overlaybdtab has under that name
+  obdsetup table --name vol --concise /dev/vdb:size=758556
+      for dmsetup create --concise
 
-Prints `DEVICE: LINE` for each device, lowest first, as `dmsetup table` does. Needs neither root nor
-the kernel module. A block device stands there as MAJOR:MINOR. For a file, LOOP(FILE) stands in the
-place of its loop device, and TAIL(FILE) in that of the loop device over its last bytes, which the
+Prints `DEVICE: LINE` for each device, lowest first, as `dmsetup table` does. Needs neither root nor \
+the kernel module. A block device stands there as MAJOR:MINOR. For a file, LOOP(FILE) stands in the \
+place of its loop device, and TAIL(FILE) in that of the loop device over its last bytes, which the \
 first one doesn't show where the file doesn't end with a sector.")]
 pub(crate) struct Args {
     /// Name of the device

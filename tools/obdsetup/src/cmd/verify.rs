@@ -27,8 +27,8 @@ const NAMED: usize = 100;
   obdsetup verify base.obd app.obd        a stack, lowest layer first
   obdsetup verify --json layer.obd
 
-Reads all of every layer. Exit code 3 says that one is malformed or corrupt, or that their UUIDs say
-that they do not fit on each other. Many tools write no UUIDs: then the order of the layers cannot be
+Reads all of every layer. Exit code 3 says that one is malformed or corrupt, or that their UUIDs say \
+that they do not fit on each other. Many tools write no UUIDs: then the order of the layers cannot be \
 checked. A single layer is checked alone, without those below it.")]
 pub(crate) struct Args {
     /// Layers, lowest first, DEVICE:size=BYTES, or a config.v1.json that lists them
@@ -82,11 +82,13 @@ pub(crate) fn run(args: &Args) -> Result<()> {
     let stack = Stack::new(opened)?;
     let layers = check(&stack)?;
     let report = Report {
-        ok: found.errors.is_empty() && layers.iter().all(|layer| layer.corrupt_blocks == 0),
+        ok: found.errors.is_empty()
+            && found.misfits.is_empty()
+            && layers.iter().all(|layer| layer.corrupt_blocks == 0),
         virtual_size: stack.virtual_size(),
         merged_segments: to_u64(stack.merged().len()),
         layers,
-        chain_errors: found.errors.clone(),
+        chain_errors: [found.errors.as_slice(), &found.misfits].concat(),
         warnings: found.warnings.clone(),
     };
     warn(&report.warnings);

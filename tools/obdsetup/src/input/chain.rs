@@ -61,6 +61,8 @@ pub(crate) enum Part {
 pub(crate) struct Findings {
     /// Problems for which the stack must be wrong.
     pub(crate) errors: Vec<String>,
+    /// Reasons why file systems cannot map the pages of layers.
+    pub(crate) misfits: Vec<String>,
     /// Problems that may be harmless.
     pub(crate) warnings: Vec<String>,
 }
@@ -96,17 +98,22 @@ impl Findings {
 
     /// Returns whether nothing was found.
     pub(crate) fn is_empty(&self) -> bool {
-        self.errors.is_empty() && self.warnings.is_empty()
+        self.errors.is_empty() && self.misfits.is_empty() && self.warnings.is_empty()
     }
 
     /// Returns all errors as one; `None` if there are none.
     pub(crate) fn into_error(self) -> Option<anyhow::Error> {
-        let first = self.errors.first()?;
-        let more = match self.errors.len() - 1 {
-            0 => String::new(),
-            more => format!(" (and {more} more of this kind)"),
+        let all = |texts: &[String]| {
+            let first = texts.first()?;
+            Some(match texts.len() - 1 {
+                0 => first.clone(),
+                more => format!("{first} (and {more} more of this kind)"),
+            })
         };
-        let message = format!("{first}{more}; --ignore-identity makes this a warning");
+        let wrong = all(&self.errors);
+        let wrong = wrong.map(|text| format!("{text}; --ignore-identity makes this a warning"));
+        // Nothing makes the layer fit.
+        let message = wrong.or_else(|| all(&self.misfits))?;
         Some(Failure::error(exit::BAD_IMAGE, message))
     }
 
@@ -161,7 +168,7 @@ impl Findings {
         for layer in layers {
             if let Err(misfit) = dax::page_size(layer)? {
                 let text = format!("{}: {misfit}", layer.path().display());
-                self.errors.push(text);
+                self.misfits.push(text);
             }
         }
         Ok(())

@@ -2,15 +2,21 @@
 
 //! Reads `config.v1.json`, with which containerd's overlaybd snapshotter describes a stack.
 
+use std::io::ErrorKind;
+use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 
 use anyhow::Result;
+use overlaybd::format::merge::MAX_LAYERS;
 use serde::{Deserialize, Serialize};
 
 use crate::files::json;
+use crate::input::archive::brief;
 use crate::input::layer_name::LayerArg;
-use crate::terminal::exit::Failure;
+use crate::terminal::exit::{self, Failure};
 
+/// Longest path in bytes (PATH_MAX without the zero at the end).
+const MAX_PATH: usize = 4095;
 /// Names of a layer's file in its directory, in the order in which the snapshotter looks for them.
 const NAMES: [&str; 3] = ["overlaybd.commit", ".commit", "overlaybd.sealed"];
 
@@ -74,13 +80,50 @@ pub(crate) fn layers(path: &Path) -> Result<Vec<LayerArg>> {
             ));
         }
     }
+    if config.lowers.len() > MAX_LAYERS {
+        return Err(refuse(format!(
+            "lists {} layers, expected 1 to {MAX_LAYERS}",
+            config.lowers.len()
+        )));
+    }
     let layers = config.lowers.iter().enumerate();
     layers
         .map(|(nth, lower)| {
-            let path = file(lower, place).map_err(|what| refuse(format!("layer {nth}: {what}")))?;
-            Ok(LayerArg { path, size: None })
+            let file = file(lower, place).map_err(|what| refuse(format!("layer {nth}: {what}")))?;
+            if let Some(what) = missing(&file, place) {
+                let message = format!("{}: layer {nth}: {what}", path.display());
+                return Err(Failure::error(exit::DEVICE, message));
+            }
+            Ok(LayerArg {
+                path: file,
+                size: None,
+            })
         })
         .collect()
+}
+
+/// Returns what is wrong with the name of a layer's file, if it is too long or the file doesn't exist.
+fn missing(file: &Path, place: &Path) -> Option<String> {
+    let bytes = file.as_os_str().as_bytes();
+    if bytes.len() > MAX_PATH {
+        return Some(format!(
+            "the path {} is longer than the {MAX_PATH} bytes that a path can have",
+            brief(bytes)
+        ));
+    }
+    let exists = file.symlink_metadata();
+    if exists.map_err(|error| error.kind()).err() != Some(ErrorKind::NotFound) {
+        return None;
+    }
+    let moved = file.file_name().map(|name| place.join(name));
+    Some(match moved.filter(|moved| moved.exists()) {
+        Some(moved) => format!(
+            "{} does not exist, but {} does: if the directory was moved, change the paths in the file",
+            file.display(),
+            moved.display()
+        ),
+        None => format!("{} does not exist", file.display()),
+    })
 }
 
 /// Returns the file of a layer, or the reason why there is none.

@@ -17,8 +17,10 @@ use std::sync::Arc;
 
 use anyhow::Result;
 use clap::builder::{OsStringValueParser, TryMapValueParser, TypedValueParser, ValueParserFactory};
+use overlaybd::format::Fault;
 use overlaybd::{FileBlob, LayerReader};
 
+use crate::input::kind::{is_dash, is_tar_at, DASH};
 use crate::terminal::exit::{self, Failure};
 use crate::terminal::{interrupt, size};
 
@@ -71,6 +73,9 @@ impl LayerArg {
     /// Opens the file or device.
     pub(crate) fn open(&self) -> Result<Arc<FileBlob>> {
         interrupt::check()?;
+        if self.path.is_dir() {
+            return Err(Failure::usage(format!("{self}: {}", directory(&self.path))));
+        }
         let file = FileBlob::open(&self.path, self.size).map_err(|error| self.explain(error))?;
         if self.size.is_some() && !self.is_device() {
             let message = format!("{self}: only a block device takes :size=BYTES");
@@ -83,6 +88,9 @@ impl LayerArg {
     /// size.
     fn explain(&self, error: overlaybd::Error) -> anyhow::Error {
         let missing = error.io_kind() == Some(ErrorKind::NotFound) && self.size.is_none();
+        if missing && is_dash(&self.path) {
+            return Failure::error(exit::DEVICE, DASH);
+        }
         match suggest(&self.path).filter(|_| missing) {
             Some(word) => {
                 let message = format!("{error}; if the end is a size, write {word}");
@@ -94,12 +102,48 @@ impl LayerArg {
 
     /// Opens the layer.
     pub(super) fn open_layer(&self) -> Result<LayerReader> {
-        Ok(LayerReader::from_file(self.open()?)?)
+        LayerReader::from_file(self.open()?).map_err(|error| self.no_layer(error))
+    }
+
+    /// Returns the error for a file that cannot be read as a layer. A tar of other files is named as such.
+    pub(crate) fn no_layer(&self, error: overlaybd::Error) -> anyhow::Error {
+        let other = match error.fault() {
+            Some(Fault::LsmtMagic | Fault::TarMember) => is_tar_at(&self.path, false),
+            // The first file has only a few bytes, or the tar is incomplete.
+            Some(Fault::Truncated) => is_tar_at(&self.path, true),
+            _ => false,
+        };
+        if other {
+            // The tests that compare with the kernel look for the fault.
+            let message = format!(
+                "{self}: a tar, but the first file in it is no OverlayBD layer: `obdsetup convert' makes a layer of \
+                 the files in a tar ({})",
+                error.cause()
+            );
+            return Failure::error(exit::BAD_IMAGE, message);
+        }
+        error.into()
     }
 
     /// Returns whether it is a block device.
     pub(crate) fn is_device(&self) -> bool {
         std::fs::metadata(&self.path).is_ok_and(|meta| meta.file_type().is_block_device())
+    }
+}
+
+/// Returns the error for a directory that was given for a layer.
+fn directory(path: &Path) -> String {
+    let shown = path.display();
+    let is_in = |name: &str| path.join(name).is_file();
+    match () {
+        () if is_in("config.v1.json") => format!(
+            "is a directory, not a file or block device: give {}, which lists the layers in it",
+            path.join("config.v1.json").display()
+        ),
+        () if is_in("oci-layout") => format!(
+            "is a directory, an OCI image layout: `obdsetup convert {shown} OUT' makes layers of an image in it"
+        ),
+        () => "is a directory, not a file or block device".to_owned(),
     }
 }
 

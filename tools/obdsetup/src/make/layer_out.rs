@@ -16,6 +16,7 @@ use crate::make::layer_args::NewLayerArgs;
 use crate::make::output::Output;
 use crate::terminal::bar::Bar;
 use crate::terminal::exit::Failure;
+use crate::terminal::interrupt;
 
 /// The file of a new layer.
 pub(crate) struct LayerOut {
@@ -87,10 +88,15 @@ impl LayerOut {
     ) -> Result<()> {
         let path = self.output.path().to_owned();
         let here = |error: overlaybd::Error| error.in_file(&path);
-        wrap::write(self.output.file(), self.wrapping, |sink| {
-            // Errors of the sink are about this file. Other errors are about an input.
-            produce(&mut |bytes| sink(bytes).map_err(here))
-        })
+        wrap::write(
+            self.output.file(),
+            self.wrapping,
+            &interrupt::check,
+            |sink| {
+                // Errors of the sink are about this file. Other errors are about an input.
+                produce(&mut |bytes| sink(bytes).map_err(here))
+            },
+        )
         .map_err(here)?;
         self.output.commit()
     }

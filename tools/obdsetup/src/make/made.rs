@@ -92,8 +92,8 @@ impl NewDirectory {
 /// A new directory with layers, and with a file that lists them.
 pub(crate) struct Made {
     directory: NewDirectory,
-    /// Its final absolute path.
-    place: String,
+    /// Its final absolute path, if the file lists the layers by it.
+    place: Option<String>,
     config: Config,
 }
 
@@ -106,6 +106,15 @@ impl Deref for Made {
 }
 
 impl Made {
+    /// Begins the directory `out`, which gets no list of its layers.
+    pub(crate) fn without_list(out: &Path) -> Result<Self> {
+        Ok(Self {
+            directory: NewDirectory::new(out)?,
+            place: None,
+            config: Config::default(),
+        })
+    }
+
     /// Begins the directory `out`.
     pub(crate) fn new(out: &Path) -> Result<Self> {
         let made = NewDirectory::new(out)?;
@@ -123,7 +132,7 @@ impl Made {
         };
         Ok(Self {
             directory: made,
-            place: place.to_owned(),
+            place: Some(place.to_owned()),
             config: Config::default(),
         })
     }
@@ -145,7 +154,7 @@ impl Made {
     pub(crate) fn add(&mut self, digest: Option<String>) {
         let name = layer_name(self.config.lowers.len());
         self.config.lowers.push(Lower {
-            file: Some(format!("{}/{name}", self.place)),
+            file: self.place.as_ref().map(|place| format!("{place}/{name}")),
             digest,
             ..Lower::default()
         });

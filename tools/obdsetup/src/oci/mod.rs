@@ -30,7 +30,10 @@ use crate::terminal::exit::Failure;
 /// Makes a directory from an image. It gets its name only when it is complete.
 pub(crate) fn convert(job: &Job<'_>) -> Result<()> {
     let place = directory(job.out);
-    let made = Made::new(job.out)?;
+    let made = match job.choice.oci {
+        true => Made::without_list(job.out)?,
+        false => Made::new(job.out)?,
+    };
     let layout = match job.input.is_dir() {
         true => Layout::of(job.input),
         false => packed::unpack(job.input, place)?,

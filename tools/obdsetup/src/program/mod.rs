@@ -18,7 +18,7 @@ use std::ffi::{OsStr, OsString};
 use std::fmt;
 use std::fs::File;
 use std::io::{self, BufRead, BufReader};
-use std::os::unix::process::CommandExt;
+use std::os::unix::process::{CommandExt, ExitStatusExt};
 use std::path::{Path, PathBuf};
 use std::process::{Child, ExitStatus, Stdio};
 use std::sync::{Mutex, PoisonError};
@@ -27,7 +27,7 @@ use std::time::{Duration, Instant};
 use anyhow::{bail, Context, Result};
 use rustix::process::{kill_process_group, waitid, Pid, Signal, WaitId, WaitIdOptions};
 
-use crate::terminal::exit::Failure;
+use crate::terminal::exit::{self, Failure};
 use crate::terminal::interrupt;
 use lines::Lines;
 pub(crate) use progress::Patience;
@@ -123,6 +123,30 @@ impl fmt::Display for ProgramFailure {
 }
 
 impl std::error::Error for ProgramFailure {}
+
+impl ProgramFailure {
+    /// Returns the error, which has the exit code for a full disk if that is the cause.
+    fn into_error(self) -> anyhow::Error {
+        if self.status.signal() == Some(Signal::XFSZ.as_raw()) {
+            let text = format!(
+                "{}: a file that it writes became larger than the limit of the shell allows (`ulimit -f`)",
+                self.name
+            );
+            return exit::Full(text).into();
+        }
+        match self.lines.iter().any(|line| is_about_room(line)) {
+            true => exit::Full(self.to_string()).into(),
+            false => self.into(),
+        }
+    }
+}
+
+/// Returns whether a program says in `line` that there is no room for what it writes. Programs have no exit code
+/// for that, but print the system's text.
+pub(crate) fn is_about_room(line: &str) -> bool {
+    let texts = ["No space left on device", "Disk quota exceeded"];
+    texts.iter().any(|text| line.contains(text))
+}
 
 impl Program {
     /// Prepares to run the program `name`. `need` says what it is needed for.
@@ -230,11 +254,12 @@ impl Program {
         if status.success() {
             return Ok(said);
         }
-        Err(anyhow::Error::from(ProgramFailure {
+        let failure = ProgramFailure {
             name: said.name,
             status,
             lines: said.lines,
-        }))
+        };
+        Err(failure.into_error())
     }
 
     /// Runs the program to its end, with any status. Fails if the program cannot be started, is

@@ -64,6 +64,33 @@ impl std::fmt::Display for Failure {
 
 impl std::error::Error for Failure {}
 
+/// A program failed because there is no room for what it writes.
+#[derive(Debug)]
+pub(crate) struct Full(pub(crate) String);
+
+impl std::fmt::Display for Full {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(&self.0)
+    }
+}
+
+impl std::error::Error for Full {}
+
+/// Returns whether the cause of `error` is that there is no room for what is written: a file system is full, or a
+/// limit for the user is reached.
+pub(crate) fn is_full(error: &anyhow::Error) -> bool {
+    let full = |kind| matches!(kind, ErrorKind::StorageFull | ErrorKind::QuotaExceeded);
+    error.chain().any(|cause| {
+        let io = cause.downcast_ref::<std::io::Error>();
+        let library = cause.downcast_ref::<overlaybd::Error>();
+        cause.is::<Full>()
+            || io.is_some_and(|error| full(error.kind()))
+            || library
+                .and_then(overlaybd::Error::io_kind)
+                .is_some_and(full)
+    })
+}
+
 /// Returns the exit code for `error`: that of the first cause that has one.
 pub(crate) fn code(error: &anyhow::Error) -> u8 {
     error.chain().find_map(known).unwrap_or(USAGE)
@@ -72,6 +99,9 @@ pub(crate) fn code(error: &anyhow::Error) -> u8 {
 fn known(cause: &(dyn std::error::Error + 'static)) -> Option<u8> {
     if let Some(failure) = cause.downcast_ref::<Failure>() {
         return Some(failure.code);
+    }
+    if cause.is::<Full>() {
+        return Some(DEVICE);
     }
     if let Some(error) = cause.downcast_ref::<overlaybd::Error>() {
         return match error.cause() {

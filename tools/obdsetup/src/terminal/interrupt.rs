@@ -7,7 +7,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, OnceLock};
 
 use anyhow::{Context, Result};
-use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
+use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM, SIGXFSZ};
 
 use crate::terminal::exit::INTERRUPTED;
 
@@ -22,6 +22,9 @@ pub(crate) fn watch() -> Result<()> {
         signal_hook::flag::register(signal, Arc::clone(stop))
             .context("cannot watch for signals")?;
     }
+    // A write beyond `ulimit -f` fails, and does not end the program, which removes what is half-made. Not
+    // ignored, since programs that this one starts would inherit that.
+    signal_hook::flag::register(SIGXFSZ, Arc::default()).context("cannot watch for signals")?;
     Ok(())
 }
 

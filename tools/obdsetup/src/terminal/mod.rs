@@ -21,12 +21,15 @@ use anyhow::{Context, Result};
 /// The advice if a file is no layer.
 const NO_LAYER: &str = "`obdsetup convert' makes layers of disk images, tars and directories";
 
+/// The error if standard output fails.
+pub(crate) const NO_OUTPUT: &str = "standard output: cannot write";
+
 /// Prints `text` on standard output. A closed pipe is an error, not a panic.
 pub(crate) fn print(text: &str) -> Result<()> {
     let mut out = io::stdout().lock();
     // Flushed here, because an error at the end of the process would be ignored.
     let done = out.write_all(text.as_bytes()).and_then(|()| out.flush());
-    done.context("standard output: cannot write")
+    done.context(NO_OUTPUT)
 }
 
 /// Prints a value as JSON.

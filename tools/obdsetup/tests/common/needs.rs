@@ -114,6 +114,20 @@ pub(crate) fn flags() -> Need {
     Some(format!("no flags for temporary files: {error}"))
 }
 
+/// Mounts that only this test sees.
+pub(crate) fn mounts() -> Need {
+    root().or_else(|| {
+        let place = TempDir::new().unwrap();
+        let done = Command::new("unshare")
+            .args(["--mount", "mount", "-t", "tmpfs", "none"])
+            .arg(place.path())
+            .stderr(Stdio::null())
+            .status();
+        let done = done.is_ok_and(|status| status.success());
+        (!done).then(|| "nothing can be mounted".to_owned())
+    })
+}
+
 /// A namespace of its own for the name of the host.
 pub(crate) fn other_host() -> Need {
     root().or_else(|| {

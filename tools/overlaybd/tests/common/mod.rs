@@ -15,7 +15,7 @@ use overlaybd::format::zfile::{self, Algorithm};
 use overlaybd::format::{Blob, Error};
 use overlaybd::layer::Ident;
 use overlaybd::lsmt_writer::{LayerWriter, Run};
-use overlaybd::progress::silent;
+use overlaybd::progress::{never, silent};
 use overlaybd::wrap::{self, Wrapping};
 use overlaybd::zfile_writer::Options;
 use tempfile::NamedTempFile;
@@ -78,7 +78,7 @@ pub fn lz4() -> Options {
 /// Returns `content` with its wrapping.
 pub fn wrapped(content: &[u8], wrapping: Wrapping) -> Vec<u8> {
     let mut out = Cursor::new(Vec::new());
-    let len = wrap::write(&mut out, wrapping, |sink| {
+    let len = wrap::write(&mut out, wrapping, &never, |sink| {
         // This size divides neither blocks nor sectors.
         content.chunks(1234).try_for_each(sink)
     })

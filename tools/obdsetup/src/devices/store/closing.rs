@@ -69,7 +69,7 @@ impl Closing {
     pub(crate) fn end(mut self) -> Result<()> {
         let why = match self.outcome {
             _ if system::number_of_uuid(&self.uuid).is_some() => "is still in use",
-            None => "did not tell how its writes went",
+            None => "has not reported whether its writes succeeded",
             Some(_) => return self.close(),
         };
         crate::terminal::tell(&format!(

@@ -148,7 +148,7 @@ impl Archive {
             }
         };
         if matches!(kind, MemberKind::Symlink(ref link) if link.is_empty()) {
-            return Err(here("a symbolic link to nothing"));
+            return Err(here("a symbolic link without a target"));
         }
         if path.is_empty() && kind != MemberKind::Directory {
             return Err(here("only a directory can be the root directory"));
@@ -211,10 +211,10 @@ impl Archive {
             )))
         };
         if name.contains(&0) {
-            return here("a NUL in it");
+            return here("has a zero byte, which no name can have");
         }
         if name.is_empty() {
-            return here("empty");
+            return here("is empty");
         }
         match member::normal(name) {
             Some(name) => Ok(name),

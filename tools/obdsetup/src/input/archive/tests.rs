@@ -319,13 +319,16 @@ fn what_is_refused() {
         (end(member("../a", b'0', b"a")), "\"..\" leads out"),
         (end(member("a/../../b", b'0', b"a")), "\"..\" leads out"),
         (end(member("x", b'1', b"")), "empty"),
-        (end(member("x", b'2', b"")), "symbolic link to nothing"),
+        (
+            end(member("x", b'2', b"")),
+            "symbolic link without a target",
+        ),
         (end(member("x", b'Z', b"")), "type 'Z'"),
         (end(member("x", b'M', b"")), "another volume"),
         (end(member("./.", b'0', b"")), "only a directory"),
         (
             end([pax(&[("path", b"a\0b")]), one.clone()].concat()),
-            "NUL",
+            "zero byte",
         ),
         (
             end([pax(&[("size", b"-1")]), one.clone()].concat()),

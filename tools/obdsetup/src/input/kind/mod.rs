@@ -23,7 +23,7 @@ use overlaybd::format::{lsmt, zfile, Blob, SECTOR_SIZE};
 use overlaybd::{FileBlob, LayerReader};
 
 use crate::input::archive::{self, is_header, unpack_error, Compression, Unpack, BLOCK};
-use crate::terminal::exit::Failure;
+use crate::terminal::exit::{self, Failure};
 
 /// What a layer can be made of.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
@@ -170,6 +170,15 @@ pub(crate) fn check_disk(path: &Path) -> Result<()> {
     Err(Failure::usage(text))
 }
 
+/// Returns whether `path` is the usual word for standard input, and no file has that name.
+pub(crate) fn is_dash(path: &Path) -> bool {
+    path.as_os_str() == "-" && !path.exists()
+}
+
+/// The error for such a word.
+pub(crate) const DASH: &str =
+    "-: standard input cannot be the input, since places in it are read in any order: give a file";
+
 /// Examines what is at `path`.
 ///
 /// # Errors
@@ -183,6 +192,9 @@ pub(crate) fn look(path: &Path) -> Result<Seen> {
         }))
     };
     let name = path.display();
+    if is_dash(path) {
+        return Err(Failure::error(exit::DEVICE, DASH));
+    }
     if path.is_dir() {
         if path.join("oci-layout").exists() {
             return known(Kind::Oci);
@@ -320,6 +332,13 @@ fn content(path: &Path, head: &[u8], tail: &[u8]) -> Seen {
             "{name}: no partition table, file system, archive or other format that obdsetup knows: \
              --from raw for a disk"
         ),
+    })
+}
+
+/// Returns whether an uncompressed tar is at `path`; with `whole`, one that ends with zeros, as a complete one does.
+pub(crate) fn is_tar_at(path: &Path, whole: bool) -> bool {
+    ends(path).is_ok_and(|(head, tail)| {
+        is_signed(&head) && (!whole || tail.iter().all(|&byte| byte == 0))
     })
 }
 

@@ -90,14 +90,13 @@ impl Loss {
     }
 
     /// Returns what happens to the files.
-    fn becomes(self, one: bool) -> &'static str {
+    fn becomes(self) -> &'static str {
         match self {
             Self::Devices | Self::Sockets => "left out",
             Self::Fraction => "rounded down",
             Self::Range => "changed to the nearest time possible",
             Self::Encryption => "readable by all who have the layer",
-            _ if one => "loses them",
-            _ => "lose them",
+            _ => "stored without them",
         }
     }
 
@@ -195,7 +194,7 @@ pub(super) fn fit(tree: &mut Tree, options: &Options<'_>, instead: &str) -> Resu
             "{}: {} {plural} {}: {}{more}",
             loss.what(fs, flags),
             places.count,
-            loss.becomes(places.count == 1),
+            loss.becomes(),
             places.first.join(" "),
         );
         match loss.is_data() && !allow {

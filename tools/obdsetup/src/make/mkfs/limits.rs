@@ -58,11 +58,13 @@ pub(super) fn node(node: &Node) -> Result<(), String> {
 
 fn link(target: &[u8]) -> Result<(), String> {
     match target.len() {
-        0 => Err("a symbolic link to nothing".to_owned()),
+        0 => Err("a symbolic link without a target".to_owned()),
         len if len > PATH => Err(format!(
             "a symbolic link to a path of {len} bytes, more than {PATH}"
         )),
-        _ if target.contains(&0) => Err("a NUL in what the symbolic link leads to".to_owned()),
+        _ if target.contains(&0) => {
+            Err("a zero byte in the target of the symbolic link, which no path can have".to_owned())
+        }
         _ => Ok(()),
     }
 }
@@ -78,7 +80,7 @@ pub(super) fn xattrs(meta: &Meta) -> Result<(), String> {
             return bad(format!("a name of {} bytes, more than {NAME}", name.len()));
         }
         if name.contains(&0) {
-            return bad("a NUL in its name".to_owned());
+            return bad("its name has a zero byte, which no name can have".to_owned());
         }
         if value.len() > VALUE {
             return bad(format!(

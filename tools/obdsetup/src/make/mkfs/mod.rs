@@ -43,10 +43,11 @@ use uuid::Builder;
 use self::stamp::Stamp;
 use self::tree::{Kind, Tree};
 use self::usage::Usage;
+use crate::files::place::name_full;
 use crate::input::archive::Archive;
 use crate::make::layer_out::{plan, LayerOut};
 use crate::program;
-use crate::terminal::exit::Failure;
+use crate::terminal::exit::{is_full, Failure};
 use crate::terminal::warn;
 
 /// A file system that obdsetup can make and fill.
@@ -106,6 +107,10 @@ pub(crate) enum Files<'a> {
 
 /// Makes a file system with `files`, in a temporary file in the directory `place`.
 pub(crate) fn make(files: Files<'_>, options: &Options<'_>, place: &Path) -> Result<NamedTempFile> {
+    make_in(files, options, place).map_err(|error| name_full(place, error))
+}
+
+fn make_in(files: Files<'_>, options: &Options<'_>, place: &Path) -> Result<NamedTempFile> {
     let fs = options.fs;
     let from = match files {
         Files::Directory(path) | Files::Tar(path) => program::path(path)?,
@@ -156,12 +161,15 @@ pub(crate) fn make(files: Files<'_>, options: &Options<'_>, place: &Path) -> Res
             place,
         ),
     };
-    made.with_context(|| match (options.size, size) {
-        (None, Some(size)) => format!(
+    made.map_err(|error| match (options.size, size) {
+        // Another size would not help.
+        _ if is_full(&error) => error,
+        // A failure of obdsetup's own has another cause, or says itself that the size is too small.
+        (None, Some(size)) if !error.is::<Failure>() => error.context(format!(
             "cannot make a file system of {} (estimated; --size gives another size)",
             crate::terminal::size::show(size)
-        ),
-        _ => "cannot make a file system".to_owned(),
+        )),
+        _ => error.context("cannot make a file system"),
     })
 }
 
@@ -251,10 +259,10 @@ fn holes(tree: &Tree, fs: FileSystem, cost: &str) -> Result<Option<String>> {
         }
     }
     let text = format!(
-        "holes of {} are read as zeros for {}, which takes {cost}; ext4, btrfs, and erofs \
-         without --mkfs-arg need none",
+        "the files have holes of {} in all, which {} reads as zeros: this takes {cost}; with --fs ext4 or btrfs, or \
+         erofs without --mkfs-arg, holes are skipped",
         crate::terminal::size::show(holes),
-        fs.name()
+        fs.program()
     );
     Ok((holes >= LONG_HOLES).then_some(text))
 }
@@ -274,7 +282,9 @@ mod tests {
         };
         assert_eq!(said(LONG_HOLES - 1)?, None);
         let text = said(LONG_HOLES)?.unwrap_or_default();
-        assert!(text.starts_with("holes of 4294967296 bytes (4.00 GiB) are read as zeros for squashfs, which takes long"), "{text}");
+        let start = "the files have holes of 4294967296 bytes (4.00 GiB) in all, which mksquashfs reads as \
+                     zeros: this takes long";
+        assert!(text.starts_with(start), "{text}");
         // A hard link to it is no other file.
         std::fs::hard_link(dir.path().join("file"), dir.path().join("link"))?;
         assert_eq!(said(LONG_HOLES - 1)?, None);

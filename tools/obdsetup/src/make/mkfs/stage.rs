@@ -15,7 +15,7 @@ use anyhow::{Context, Result};
 use rustix::fs::{mknodat, FileType, Mode, CWD};
 use tempfile::TempDir;
 
-use super::tree::{Content, Id, Kind, Name, Node, Tree};
+use super::tree::{show, Content, Id, Kind, Name, Node, Tree};
 
 /// The directory. Dropping it deletes it.
 pub(super) struct Stage(TempDir);
@@ -40,7 +40,13 @@ impl Stage {
                 Some(first) => fs::hard_link(path_of(first), &path).map_err(Into::into),
                 None => make(&path, tree.node(name.id)?),
             };
-            done.with_context(|| format!("{}: cannot make it", path.display()))?;
+            done.with_context(|| {
+                format!(
+                    "{}: cannot make it in a temporary directory in {}",
+                    show(&names.path(name)),
+                    place.display()
+                )
+            })?;
             made.entry(name.id).or_insert(name);
         }
         Ok(stage)

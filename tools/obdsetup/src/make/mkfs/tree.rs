@@ -46,7 +46,7 @@ pub(super) enum Unread {
 }
 
 /// Metadata of all kinds of files.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, Default)]
 pub(super) struct Meta {
     /// Permissions, setuid, setgid and sticky.
     pub(super) mode: u32,

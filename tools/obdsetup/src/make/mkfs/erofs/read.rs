@@ -438,7 +438,7 @@ impl Reader<'_> {
         if !(1..=to_u64(limits::PATH)).contains(&inode.size) {
             return Err(bad(
                 inode.at,
-                "a symbolic link to nothing, or to too long a path",
+                "a symbolic link whose target is empty or too long",
             ));
         }
         self.content(inode)

@@ -19,11 +19,11 @@ use tempfile::{NamedTempFile, TempDir};
 use self::entries::{Entry, Geometry};
 use self::script::Script;
 use super::stage::Stage;
-use super::tree::{show, Id, Kind, Names, Tree, ROOT};
+use super::tree::{show, Id, Kind, Name, Names, Tree, ROOT};
 use super::{Options, Stamp};
 use crate::files::place::temp_file;
-use crate::program::Program;
-use crate::terminal::exit::Failure;
+use crate::program::{is_about_room, Program};
+use crate::terminal::exit::{Failure, Full};
 use crate::terminal::warn;
 
 /// Smallest size for a journal in ext3 and ext4 with 4 KiB blocks: 2048 blocks.
@@ -34,6 +34,11 @@ const NEED: &str = "ext2, ext3 and ext4 file systems";
 const XATTRS: usize = 3800;
 /// Inode of the root directory.
 const ROOT_INODE: u32 = 2;
+/// Largest number of names of a file, as in the kernel (EXT4_LINK_MAX). A field of 16 bits has it.
+const LINKS: u64 = 65_000;
+/// Number of entries of a directory from which on a warning says that mke2fs is slow: for each new entry, it reads
+/// the directory from its start.
+const LARGE_DIRECTORY: usize = 10_000;
 /// Longest value that fits in a line for debugfs, with each byte as `\ooo`.
 const LONG_VALUE: usize = 500;
 
@@ -47,6 +52,9 @@ pub(super) fn make(
     stamp: &Stamp,
     place: &Path,
 ) -> Result<NamedTempFile> {
+    let names = tree.names();
+    let links = check_links(&names)?;
+    warn(slow_directory(tree, &names)?.as_slice());
     let image = temp_file(place)?;
     let work = tempfile::Builder::new()
         .prefix(".obdsetup-")
@@ -72,7 +80,8 @@ pub(super) fn make(
     }
     let mut mend = Mend {
         tree,
-        names: tree.names(),
+        names,
+        links,
         inodes: HashMap::from([(ROOT, ROOT_INODE)]),
         others: Vec::new(),
         work: &work,
@@ -84,6 +93,44 @@ pub(super) fn make(
     mend.all(image.path(), geometry.inode_size() > 128)?;
     mend.entries(&image, &geometry)?;
     Ok(image)
+}
+
+/// Returns the number of names of each node. Fails if a file has more than ext2, ext3 and ext4 can count.
+fn check_links(names: &Names) -> Result<HashMap<Id, u64>> {
+    let mut links: HashMap<Id, u64> = HashMap::new();
+    for name in names.iter() {
+        *links.entry(name.id).or_default() += 1;
+    }
+    let too_many = |name: &&Name| links.get(&name.id).is_some_and(|&count| count > LINKS);
+    match names.iter().find(too_many) {
+        Some(name) => Err(Failure::usage(format!(
+            "{}: has {} names (hard links), and ext2, ext3 and ext4 allow {LINKS}: use --fs erofs, btrfs or squashfs",
+            show(&names.path(name)),
+            links.get(&name.id).copied().unwrap_or_default()
+        ))),
+        None => Ok(links),
+    }
+}
+
+/// Returns a warning that names the largest directory, if that is so large that mke2fs is slow.
+fn slow_directory(tree: &Tree, names: &Names) -> Result<Option<String>> {
+    let mut largest = (0, None);
+    let root = std::iter::once((ROOT, None));
+    for (id, name) in root.chain(names.iter().map(|name| (name.id, Some(name)))) {
+        if let Kind::Directory(children) = &tree.node(id)?.kind {
+            if children.len() > largest.0 {
+                largest = (children.len(), name);
+            }
+        }
+    }
+    let (count, name) = largest;
+    let path = name.map(|name| names.path(name)).unwrap_or_default();
+    let text = format!(
+        "{}: has {count} entries: mke2fs is slow with so many in one directory, and twice as many take four times as \
+         long; --fs erofs, btrfs or squashfs is fast",
+        show(&path)
+    );
+    Ok((count >= LARGE_DIRECTORY).then_some(text))
 }
 
 /// A call of mke2fs.
@@ -150,6 +197,8 @@ impl Mke2fs<'_> {
 struct Mend<'a> {
     tree: &'a Tree,
     names: Names,
+    /// Number of names of each node.
+    links: HashMap<Id, u64>,
     /// The inode of a node.
     inodes: HashMap<Id, u32>,
     /// Additional inodes made for a node with several names: index of the name, and inode.
@@ -265,6 +314,9 @@ impl Mend<'_> {
             .filter(|line| !line.starts_with("debugfs 1."));
         match errors.next() {
             Some(error) => {
+                if is_about_room(error) {
+                    return Err(Full(format!("debugfs failed: {error}")).into());
+                }
                 self.fits(error)?;
                 bail!("debugfs failed: {error}")
             }
@@ -301,10 +353,10 @@ impl Mend<'_> {
     fn kinds(&self, script: &mut Script) -> Result<()> {
         for &(nth, inode) in &self.others {
             let name = self.names.get(nth).context("no such name")?;
-            let links = self.names.iter().filter(|other| other.id == name.id);
+            let count = self.links.get(&name.id).copied().unwrap_or(1);
             script.line(format!("kill_file <{inode}>").as_bytes())?;
             script.line(format!("clri <{inode}>").as_bytes())?;
-            let (first, count) = (self.inode(name.id)?, links.count());
+            let first = self.inode(name.id)?;
             script.line(format!("sif <{first}> links_count {count}").as_bytes())?;
         }
         for name in self.names.iter().filter(|name| name.first) {
@@ -477,8 +529,52 @@ fn escape(value: &[u8]) -> String {
 
 #[cfg(test)]
 mod tests {
-    use super::{device_words, entry, escape, quote};
-    use crate::make::mkfs::tree::Device;
+    use super::{
+        check_links, device_words, entry, escape, quote, slow_directory, LARGE_DIRECTORY, LINKS,
+    };
+    use crate::make::mkfs::tree::{Content, Device, Kind, Meta, Node, Tree, ROOT};
+
+    fn add(tree: &mut Tree, kind: Kind) -> usize {
+        let meta = Meta::default();
+        tree.add(Node { meta, kind })
+    }
+
+    #[test]
+    fn files_with_too_many_names() -> anyhow::Result<()> {
+        let mut tree = Tree::new(Meta::default());
+        let file = add(&mut tree, Kind::File(Content::in_place(0)));
+        for nth in 0..LINKS {
+            tree.link(ROOT, format!("{nth:05}").into(), file)?;
+        }
+        let links = check_links(&tree.names())?;
+        assert_eq!(links.get(&file), Some(&LINKS));
+        tree.link(ROOT, b"one more".to_vec(), file)?;
+        let error = check_links(&tree.names()).err();
+        let error = error.map(|error| error.to_string()).unwrap_or_default();
+        assert!(
+            error.starts_with("./00000: has 65001 names (hard links)"),
+            "{error}"
+        );
+        Ok(())
+    }
+
+    #[test]
+    fn directories_that_take_long() -> anyhow::Result<()> {
+        let mut tree = Tree::new(Meta::default());
+        let directory = add(&mut tree, Kind::Directory(Default::default()));
+        tree.link(ROOT, b"large".to_vec(), directory)?;
+        let said = |tree: &Tree| slow_directory(tree, &tree.names());
+        for nth in 0..LARGE_DIRECTORY {
+            if nth % 1000 == 999 {
+                assert_eq!(said(&tree)?, None);
+            }
+            let file = add(&mut tree, Kind::Fifo);
+            tree.link(directory, format!("{nth}").into(), file)?;
+        }
+        let text = said(&tree)?.unwrap_or_default();
+        assert!(text.starts_with("./large: has 10000 entries: "), "{text}");
+        Ok(())
+    }
 
     #[test]
     fn words() {
