@@ -43,8 +43,8 @@ impl Archive {
                 self.global_len += to_u64(payload.len());
                 if self.global_len > MAX_GLOBAL {
                     return Err(self.bad(&format!(
-                        "the headers for all members have more than {MAX_GLOBAL} bytes with that \
-                         at byte {at}"
+                        "the headers for all members, up to the one at byte {at}, have more than \
+                         {MAX_GLOBAL} bytes"
                     )));
                 }
                 let parsed = self.global.parse(payload);
@@ -66,8 +66,8 @@ impl Archive {
     fn check_global(&self, at: u64) -> Result<()> {
         if self.global.count() > MAX_GLOBAL_RECORDS {
             return Err(self.bad(&format!(
-                "the headers for all members have more than {MAX_GLOBAL_RECORDS} records with that \
-                 at byte {at}"
+                "the headers for all members, up to the one at byte {at}, have more than \
+                 {MAX_GLOBAL_RECORDS} records"
             )));
         }
         match self.global.has_sparse() {

@@ -51,12 +51,12 @@ impl Package {
         self.message(
             path,
             &format!("unpack it, `tar -xf {}`, then ", path.display()),
-        ) + "; --from tar takes it for files"
+        ) + "; --from tar converts its files"
     }
 
     /// Returns the message that the directory `path` is not converted, with what to do.
     pub(crate) fn refusal_of_directory(self, path: &Path) -> String {
-        self.message(path, "") + "; --from directory takes it for files"
+        self.message(path, "") + "; --from directory converts its files"
     }
 
     fn message(self, path: &Path, first: &str) -> String {

@@ -191,7 +191,7 @@ pub(crate) fn look(path: &Path) -> Result<Seen> {
         if path.join("version").is_file() && path.join("manifest.json").is_file() {
             return Ok(Seen::Refused(format!(
                 "{name}: an image in a directory (dir:), no tree of files: make an OCI layout of \
-                 it, `skopeo copy dir:{name} oci:LAYOUT`; --from directory takes it for files"
+                 it, `skopeo copy dir:{name} oci:LAYOUT`; --from directory converts its files"
             )));
         }
         return match archive::check_directory(path)? {
@@ -204,7 +204,7 @@ pub(crate) fn look(path: &Path) -> Result<Seen> {
     let size = blob.size();
     if LayerReader::from_file(blob).is_ok() {
         return Ok(Seen::Refused(format!(
-            "{name}: is an OverlayBD layer; `obdsetup commit` wraps it otherwise"
+            "{name}: is an OverlayBD layer; `obdsetup commit` changes its wrapping"
         )));
     }
     let (head, tail) = ends(path)?;
