@@ -251,8 +251,8 @@ fn large_files_with_holes() {
         ]);
         place.convert(&tar, "--fs erofs").success();
         let dump = place.dump("out.obd");
-        // Finds the inode, of 64 bytes, by its size. The data must be in chunks (layout 4), and the chunk format must
-        // have no bits but those of the chunk size.
+        // Finds the inode by the size of the file. The data must be in chunks (layout 4), and in the chunk format only
+        // bits of the chunk size may be set.
         let size: u64 = size.parse().unwrap();
         let at = dump
             .chunks(32)

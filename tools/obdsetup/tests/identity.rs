@@ -239,7 +239,7 @@ fn layers_without_identity_are_as_they_were() {
         .run("info over")
         .success()
         .stdout(contains("cannot be checked"));
-    // A layer merged from layers without UUIDs has none, and fits over the same layer.
+    // A layer merged from layers without UUIDs fits over the same layer.
     place.ok("merge -o fbc fb fc");
     place.ok("verify fa fbc");
     // `commit` makes no UUID for a layer without one, because a stack may have the same content twice.

@@ -5,7 +5,7 @@
 //! [`Archive`] reads each byte once, checks all that it can, and has byte offsets in its errors.
 //! The crate `tar` cannot replace it. That crate ends a record at a newline in an extended attribute,
 //! doesn't support sparse files of pax archives or times before 1970, and doesn't tell its offset;
-//! it reads names of any length into memory, and takes a missing header for the end.
+//! it reads names of any length into memory, and if a header is missing, it stops without an error.
 //!
 //! [`Archive`] behaves like GNU tar run by root. Where GNU tar drops or changes something with at
 //! most a warning, [`Archive`] returns an error:

@@ -25,10 +25,10 @@ use overlaybd::{FileBlob, LayerReader};
 use crate::input::archive::{self, is_header, unpack_error, Compression, Unpack, BLOCK};
 use crate::terminal::exit::Failure;
 
-/// What a layer can be made of.
+/// The types of inputs that a layer can be made of.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub(crate) enum Kind {
-    /// A disk image as it is, or a block device
+    /// A raw disk image, or a block device
     Raw,
     /// QEMU's format
     Qcow2,
@@ -348,8 +348,8 @@ fn compression(head: &[u8]) -> Option<Compression> {
     }
 }
 
-/// Returns the first [`disk::HEAD`] bytes of a file, or all if it is shorter, and its last 512 bytes, or none if it
-/// is shorter.
+/// Returns the start of a file, at most [`disk::HEAD`] bytes, and its last 512 bytes. If the file has fewer, the
+/// second part is empty.
 fn ends(path: &Path) -> Result<(Vec<u8>, Vec<u8>)> {
     let read = || -> std::io::Result<_> {
         let mut file = File::open(path)?;
