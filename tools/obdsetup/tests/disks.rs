@@ -261,7 +261,7 @@ fn chains_that_are_refused() {
     place.chain_refused("c.qcow2", 1, "does not say which format its backing file, ");
 }
 
-/// The backing file must be in the directory of the image, also after symbolic links are followed, unless
+/// The backing file must be in or below the directory of the image, also after symbolic links are followed, unless
 /// --allow-outside is given. A FIFO or character device is always refused.
 fn files_of_others() {
     let place = Place::with_chain();
