@@ -284,7 +284,7 @@ fn directories_with_packed_images() {
         assert!(!place.path("out.obd").exists());
     };
     refused(
-        "`tar -C saved -cf saved.tar .`, and convert that; --from directory takes it for files",
+        "`tar -C saved -cf saved.tar .`, and convert that; --from directory converts its files",
     );
     place
         .run("convert --from directory saved out.obd --fs erofs")

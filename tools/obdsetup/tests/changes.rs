@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! `obdsetup create --changes`: the layer of a store is the one that the whole disk gives, and other
-//! stores are refused by name.
+//! `obdsetup create --changes`: a layer made of a store equals the layer made of the whole changed disk.
+//! Stores that cannot be used are refused with the reason.
 
 use std::fs::File;
 use std::os::unix::fs::FileExt;
@@ -26,14 +26,14 @@ tests! {
 
 const CREATE: &str = "create --changes store --base a --base b";
 
-/// A store, open in no disk, and the disk that it makes.
+/// The head and the chunks of a store that no disk uses.
 struct Changes {
     head: Head,
     chunks: Vec<Chunk>,
 }
 
 impl Place {
-    /// One with two layers, `a` and `b`, of a disk of `size` bytes.
+    /// Returns a place with two layers, `a` and `b`, of a disk of `size` bytes, and with that disk as `disk`.
     fn with_two_layers(size: u64) -> Self {
         let place = Self::new();
         File::create(place.path("disk"))
@@ -48,20 +48,20 @@ impl Place {
         place
     }
 
-    /// Writes to a file, and closes it: one that is open for writing is refused.
+    /// Writes to a file, and closes it, because obdsetup refuses files that are open for writing.
     fn edit(&self, name: &str, at: u64, bytes: &[u8]) {
         let file = File::options().write(true).open(self.path(name));
         file.unwrap().write_all_at(bytes, at).unwrap();
     }
 
-    /// What the layers are known by, and the sectors of the disk.
+    /// Returns the origin that identifies the layers, and the number of sectors of their disk.
     fn origin(&self, layers: &[&str]) -> (Origin, u64) {
         let paths: Vec<_> = layers.iter().map(|layer| self.path(layer)).collect();
         let stack = Stack::open(&paths).unwrap();
         (Origin::of(&stack, true).unwrap(), stack.sectors())
     }
 
-    /// Writes `chunks` to a store, `store`, and to `disk`.
+    /// Writes `chunks` to a new store, the file `store`, and to `disk`.
     fn change(&self, chunks: Vec<Chunk>) -> Changes {
         let (origin, sectors) = self.origin(&["a", "b"]);
         let head = head(sectors, full_size(sectors) / 8, origin);
@@ -74,7 +74,7 @@ impl Place {
         changes
     }
 
-    /// Writes the store, with another head.
+    /// Writes the file `store`, with the head as changed by `edit`.
     fn store(&self, changes: &Changes, edit: impl FnOnce(&mut Head)) {
         let mut head = changes.head.clone();
         edit(&mut head);
@@ -86,7 +86,8 @@ impl Place {
     }
 }
 
-/// Some chunks: changed in part, written as they were, zeroed, and the last one.
+/// Returns chunks that are changed, changed in part, written without a change, or zeroed, and the last chunk of
+/// the disk.
 fn some(place: &Place, size: u64) -> Vec<Chunk> {
     let disk = place.read("disk");
     let old = |at: usize| {
@@ -103,7 +104,7 @@ fn some(place: &Place, size: u64) -> Vec<Chunk> {
         (4, noise(4096, 8)),
         (30, old(30)),
         (2, vec![0; 4096]),
-        // Nothing is below.
+        // The layers have no data here.
         (200, vec![0; 4096]),
         (201, noise(4096, 9)),
         (last, noise(4096, 10)),
@@ -133,7 +134,7 @@ fn same_layer_as_of_the_whole_disk() {
         place.ok("export a b fast -o out");
         assert!(place.read("out") == place.read("disk"));
     }
-    // Nothing was written.
+    // A store to which nothing was written.
     let place = Place::with_two_layers(3 << 20);
     place.change(Vec::new());
     place.ok(&format!("{CREATE} fast"));
@@ -141,7 +142,7 @@ fn same_layer_as_of_the_whole_disk() {
     assert!(place.read("fast") == place.read("slow"));
 }
 
-/// 10 MiB of 100 GiB, all over the disk.
+/// 10 MiB of changes, spread over a disk of 100 GiB.
 fn a_large_disk() {
     let size = 100 << 30;
     let place = Place::with_two_layers(size);
@@ -153,7 +154,7 @@ fn a_large_disk() {
     let took = start.elapsed();
     place.ok("create --image disk --base a --base b slow");
     assert!(place.read("fast") == place.read("slow"));
-    // Much less than reading it takes.
+    // Much less than reading the whole disk would take.
     assert!(took.as_secs() < 60, "{took:?}");
 }
 
@@ -236,22 +237,22 @@ fn bases_that_are_wrong() {
             .code(3);
         done.stderr(contains(other));
     }
-    // Whose UUID says what is below it, which is something else: the same UUID does not help.
+    // The topmost layer, `b`, is the right one, but the layer below it is another one.
     place.edit("disk", 0, &noise(4096, 77));
     place.ok("create --image disk e");
     let done = place.run("create --changes store --base e --base b --ignore-identity out");
     done.code(3)
         .stderr(contains("has the changes of another disk"));
-    // Wrapped in another way, it is the same disk.
+    // A layer that is only wrapped in another way is accepted.
     place.ok("commit --algorithm none b d");
     place.ok("create --changes store --base a --base d out");
-    // And so it is as one layer that has the UUID of the topmost.
+    // So is the merged layer, which has the UUID of the topmost one.
     place.ok("merge a b -o both");
     place.ok("create --changes store --base both out2");
     assert!(place.read("out") == place.read("out2"));
 }
 
-/// None is taken and left out of account.
+/// An option that doesn't apply to the input is refused, not ignored.
 fn options_of_other_inputs() {
     let place = Place::with_two_layers(3 << 20);
     std::fs::create_dir(place.path("dir")).unwrap();
@@ -281,7 +282,7 @@ fn options_of_other_inputs() {
     }
 }
 
-/// A file stands for the volume: all that tells it from another is the list of its blocks.
+/// A file takes the place of a thin volume. `--thin-map` gives the list of its mapped blocks.
 fn thin_volumes() {
     let size = 3 << 20;
     let place = Place::with_two_layers(size);
@@ -317,7 +318,8 @@ fn thin_volumes() {
     let out = place.read("out");
     assert!(out[..1 << 16] == after[..1 << 16] && out[1 << 16..] == before[1 << 16..]);
 
-    // As of a thin_dump that was killed, or of another time.
+    // A list that is cut off, as by a thin_dump that was killed, and one with another number of blocks than it
+    // says.
     for (blocks, end) in [(changed.len(), "cut"), (changed.len() + 1, "")] {
         map(blocks, &mappings);
         let text = place.read("map");

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! Disks of virtual machines: a chain of qcow2 images becomes a stack of layers and a stack such a chain,
-//! file by file; what cannot be done is refused by name.
+//! Disk images of virtual machines: `convert` makes a stack of layers from a chain of qcow2 images, and `export` makes
+//! a chain from a stack, with one image for each layer. Images that cannot be converted are refused with the reason.
 
 use std::ffi::OsStr;
 use std::fs;
@@ -36,17 +36,17 @@ tests! {
     nothing_is_left_of_a_chain;
 }
 
-/// The program.
+/// Requires the program qemu-img.
 fn qemu_img() -> needs::Need {
     needs::program("qemu-img")
 }
 
-/// A disk with data and holes; those with other `nth` differ in some clusters, and in size.
+/// Returns a disk with data and zeros. Disks with different `nth` differ in some clusters, and in size.
 fn disk(nth: usize) -> Vec<u8> {
     let mut disk = vec![0; (2 + nth) << 20];
     disk[..1 << 20].copy_from_slice(&noise(1 << 20, 5));
     for n in 1..=nth {
-        // Overwritten, zeroed, and where nothing was.
+        // Data is overwritten, data is zeroed, and there is data where none was.
         disk[n << 17..][..4096].copy_from_slice(&noise(4096, n as u32));
         disk[(n << 17) + 65536..][..65536].fill(0);
         disk[(1 << 20) + (n << 18)..][..700].fill(n as u8);
@@ -71,8 +71,8 @@ impl Place {
         fs::remove_file(self.path("difference")).unwrap();
     }
 
-    /// A place with the chain `a.qcow2`, `b.qcow2`, `c.qcow2`, and the disks `0.raw` to `2.raw` that they
-    /// make. The one in the middle is compressed.
+    /// Returns a place with the chain `a.qcow2`, `b.qcow2`, `c.qcow2`, lowest first, and the disks `0.raw` to
+    /// `2.raw` that these images show. `b.qcow2` is compressed.
     fn with_chain() -> Self {
         let place = Self::new();
         for nth in 0..3 {
@@ -84,7 +84,7 @@ impl Place {
         place
     }
 
-    /// UUIDs and parents' UUIDs of layers.
+    /// Returns the UUID and the parent UUID of each layer.
     fn idents(&self, layers: &str) -> Vec<(String, String)> {
         let json = self.json(&format!("info --json {layers}"));
         let field = |layer: &serde_json::Value, name: &str| {
@@ -96,7 +96,8 @@ impl Place {
             .collect()
     }
 
-    /// `convert` refuses `name` with this code, and nothing is made.
+    /// Checks that `convert` refuses `name` with exit code `code` and a message that contains `said`, and makes no
+    /// file.
     fn chain_refused(&self, name: &str, code: i32, said: &str) {
         let before = self.names();
         self.run(&format!("convert {name} out"))
@@ -113,7 +114,7 @@ fn a_chain_becomes_layers() {
         crate::common::names(&place.path("vm")),
         ["config.v1.json", "layer0.obd", "layer1.obd", "layer2.obd"]
     );
-    // Each file of the chain is the stack up to its layer.
+    // The layers up to layer N show the same disk as image N of the chain.
     let mut layers = String::new();
     for nth in 0..3 {
         layers += &format!(" vm/layer{nth}.obd");
@@ -127,10 +128,10 @@ fn a_chain_becomes_layers() {
         .run("dump vm/layer0.obd vm/layer2.obd")
         .code(3)
         .stderr(contains("a layer is missing"));
-    // Only what differs is in a layer.
+    // A layer has only the differences from the layers below.
     let size = |name: &str| place.path(name).metadata().unwrap().len();
     assert!(size("vm/layer1.obd") < 20 << 10 && size("vm/layer2.obd") < 20 << 10);
-    // They are those that `create` makes of the disks, however these are wrapped.
+    // The layers have the UUIDs of those that `create` makes of the disks, whatever the compression.
     place.ok("create --image 0.raw --skip-zeros --raw 0.obd");
     place.ok("create --base 0.obd --image 1.raw --raw --grow 1.obd");
     assert_eq!(place.idents("0.obd 1.obd"), idents[..2]);
@@ -138,7 +139,7 @@ fn a_chain_becomes_layers() {
     let others = " other/layer0.obd other/layer1.obd other/layer2.obd";
     assert_eq!(place.idents(others), idents);
 
-    // From anywhere, by a link, and with a raw file lowest.
+    // From another directory, through a symbolic link, and with a raw image as the lowest one.
     fs::create_dir(place.path("sub")).unwrap();
     std::os::unix::fs::symlink("../c.qcow2", place.path("sub/link")).unwrap();
     place.ok("convert sub/link sub/vm");
@@ -149,7 +150,7 @@ fn a_chain_becomes_layers() {
         place.idents(" raw/layer0.obd raw/layer1.obd raw/layer2.obd"),
         idents
     );
-    // What is there stays.
+    // An existing directory stays.
     place
         .run("convert c.qcow2 vm")
         .code(5)
@@ -161,7 +162,7 @@ fn one_layer_of_a_chain() {
     let place = Place::with_chain();
     place.ok("convert --flatten c.qcow2 one.obd");
     assert!(place.dump("one.obd") == disk(2));
-    // Of an image without backing files, there is one anyway.
+    // An image without a backing file becomes one layer without --flatten, too.
     place.ok("convert a.qcow2 a.obd");
     assert!(place.dump("a.obd") == disk(0));
     place
@@ -186,7 +187,7 @@ fn one_layer_of_a_chain() {
             )
             .success();
     }
-    // Snapshots within an image are no layers.
+    // Internal snapshots of an image don't become layers.
     place.tool("qemu-img snapshot -c before b.qcow2");
     place.run("convert c.qcow2 vm").success().stderr(contains(
         "b.qcow2: has 1 internal snapshots, which are left out",
@@ -196,7 +197,7 @@ fn one_layer_of_a_chain() {
 
 fn chains_that_are_refused() {
     let place = Place::with_chain();
-    // Longer than its own backing file allows.
+    // An image that is smaller than its backing file.
     place.tool("qemu-img create -q -f qcow2 -F qcow2 -b c.qcow2 small.qcow2 1M");
     place.chain_refused(
         "small.qcow2",
@@ -247,7 +248,8 @@ fn chains_that_are_refused() {
         rebase(&format!("-F {format} -b {backing} a.qcow2"));
         place.chain_refused("c.qcow2", code, said);
     }
-    // One that has no word on the format of its backing file, as of old tools: its extension is renamed.
+    // An image that doesn't say the format of its backing file, as old tools make it: here, the header extension
+    // with the format gets an unknown type.
     rebase("-F raw -b 0.raw a.qcow2");
     let mut bytes = place.read("a.qcow2");
     let at = bytes
@@ -259,7 +261,8 @@ fn chains_that_are_refused() {
     place.chain_refused("c.qcow2", 1, "does not say which format its backing file, ");
 }
 
-/// Names in an image lead nowhere but to files beside it, also through symbolic links, and to no pipe.
+/// The backing file must be in or below the directory of the image, also after symbolic links are followed, unless
+/// --allow-outside is given. A FIFO or character device is always refused.
 fn files_of_others() {
     let place = Place::with_chain();
     fs::create_dir(place.path("in")).unwrap();
@@ -308,7 +311,7 @@ fn files_of_others() {
         .run("convert --allow-outside 0.raw --from raw out")
         .code(1)
         .stderr(contains("names no other files; --allow-outside is for"));
-    // Then, what each layer is made of is told.
+    // With --allow-outside, messages say of which file each layer is made.
     place
         .run("convert --allow-outside c.qcow2 vm")
         .success()
@@ -316,7 +319,7 @@ fn files_of_others() {
 }
 
 impl Place {
-    /// `convert` refuses `name`, whatever the options, and says this.
+    /// Checks that `convert` refuses `name`, with and without --allow-outside, and that the message contains `said`.
     fn never_converted(&self, name: &str, said: &str) {
         for options in ["", "--allow-outside"] {
             self.run(&format!("convert {name} out.obd {options}"))
@@ -327,7 +330,7 @@ impl Place {
     }
 }
 
-/// A vmdk names the files with its data.
+/// The files with data that a vmdk image names are checked as a backing file is.
 fn extents_of_others() {
     let place = Place::with_chain();
     fs::create_dir_all(place.path("in/sub")).unwrap();
@@ -376,7 +379,7 @@ fn extents_of_others() {
             fs::remove_file(place.path("out.obd")).unwrap();
         }
     }
-    // An extent of an image in the directory that describes others itself.
+    // An extent in the directory of the image, whose own descriptor names a file outside.
     flat("../0.raw");
     let mut bytes = b"KDMV\x01".to_vec();
     bytes.resize(512, 0);
@@ -393,7 +396,7 @@ fn extents_of_others() {
     place.tool("mkfifo in/pipe");
     flat("pipe");
     place.never_converted("in/x.vmdk", "pipe, is neither a file nor a block device");
-    // No server: a name without a slash in front is that of a file in the directory.
+    // Not the address of a server: a name that doesn't begin with a slash is relative to the directory.
     flat("nbd://localhost/x");
     place
         .run("convert in/x.vmdk out.obd")
@@ -408,7 +411,7 @@ fn extents_of_others() {
         assert!(place.dump("out.obd") == disk(0), "{name}");
         fs::remove_file(place.path("out.obd")).unwrap();
     }
-    // Compressed, the name would lead elsewhere.
+    // If the image is compressed, the name would lead elsewhere.
     flat("sub/disk");
     place.tool("gzip -k in/x.vmdk");
     place.never_converted(
@@ -417,7 +420,7 @@ fn extents_of_others() {
     );
 }
 
-/// A descriptor that would make obdsetup or qemu-img read what it should not, or for ever.
+/// Descriptors that would make obdsetup or qemu-img read files that they must not read, or wait for ever.
 fn extents_that_hide() {
     let place = Place::with_chain();
     fs::create_dir(place.path("in")).unwrap();
@@ -435,7 +438,7 @@ fn extents_that_hide() {
             .stderr(contains(said));
         assert!(!place.path("out.obd").exists(), "{said}");
     };
-    // Whoever reads it waits.
+    // A read of /proc/kmsg waits.
     for kind in ["FLAT", "SPARSE"] {
         describe(&format!("RW 1 {kind} \"/proc/kmsg\" 0"));
         refused("", 1, "/proc/kmsg, is outside ");
@@ -458,7 +461,7 @@ fn extents_that_hide() {
     }
     describe(&(lines(4096) + "RW 1 FLAT \"../0.raw\" 0\n"));
     refused("", 3, "x.vmdk: names more than 4096 files");
-    // The header's offset of the descriptor, with the highest bit.
+    // A header in which the offset of the descriptor has the highest bit.
     let mut bytes = b"KDMV\x01".to_vec();
     bytes.resize(512, 0);
     bytes[28] = 1;
@@ -468,7 +471,7 @@ fn extents_that_hide() {
     refused("", 3, "x.vmdk: the offset of its descriptor is too large");
 }
 
-/// What is said of a name from which qemu-img's output doesn't tell the file.
+/// The message about a name for which qemu-img's output doesn't show which file it is.
 const SAID: &str = "has a name that is not UTF-8, or has the character U+FFFD";
 
 /// qemu-img prints the same character for all bytes that are not UTF-8.
@@ -486,7 +489,7 @@ fn names_that_are_not_utf8() {
         text.extend(b"\" 0\n");
         place.write("in/x.vmdk", &text);
     };
-    // The name of the backing file, in its place in the header.
+    // Makes an image whose header has `name` as the name of its backing file.
     let over = |name: &[u8]| {
         fs::remove_file(place.path("in/x.qcow2")).ok();
         let same = "x".repeat(name.len());
@@ -518,7 +521,7 @@ fn names_that_are_not_utf8() {
             refused(options, "x.qcow2", SAID);
         }
     }
-    // The other way round.
+    // The other way round: the name with U+FFFD leads outside, the one that is not UTF-8 doesn't.
     fs::remove_file(path(odd)).unwrap();
     fs::rename(path(shown), path(odd)).unwrap();
     std::os::unix::fs::symlink("../0.raw", path(shown)).unwrap();
@@ -528,7 +531,7 @@ fn names_that_are_not_utf8() {
     refused("", "x.vmdk", "0.raw, is outside ");
     refused("--allow-outside", "x.vmdk", SAID);
 
-    // Directories with such names, one beside the other.
+    // Two directories with these names.
     for (at, name) in [odd.as_slice(), shown].into_iter().enumerate() {
         fs::remove_file(path(name)).unwrap();
         fs::create_dir(path(name)).unwrap();
@@ -558,7 +561,7 @@ fn names_that_are_not_utf8() {
         assert!(place.dump("out.obd") == disk(0), "{name:?}");
         fs::remove_file(place.path("out.obd")).unwrap();
     }
-    // An absolute name that looks like one of the own directory.
+    // An absolute name in the other directory, which looks like the directory of the image.
     let mut other = path(shown).canonicalize().unwrap().into_os_string();
     other.push("/disk");
     flat(other.as_bytes());
@@ -599,7 +602,7 @@ fn backing_files_of_other_formats() {
         assert!(place.dump("out.obd") == disk(0), "{kind}");
         fs::remove_file(place.path("out.obd")).unwrap();
     }
-    // qemu-img would guess the format.
+    // An image that doesn't say the format of its backing file: qemu-img would guess it.
     place.tool("qemu-img create -q -u -f qed -F raw -b 0.raw in/x.qed 2M");
     let mut bytes = place.read("in/x.qed");
     // QED_F_BACKING_FORMAT_NO_PROBE
@@ -608,7 +611,7 @@ fn backing_files_of_other_formats() {
     place.never_converted("in/x.qed", "does not say which format its backing file, ");
 }
 
-/// What a copy has as holes, `--dax` would have to store.
+/// `--dax` refuses images that are copied to a raw image first: zeros that `--dax` must store would be holes there.
 fn copies_for_dax() {
     let place = Place::with_chain();
     for input in ["a.qcow2", "c.qcow2", "--flatten c.qcow2"] {
@@ -625,7 +628,7 @@ fn images_that_are_refused() {
     place.chain_refused("locked.qcow2", 1, "locked.qcow2: is encrypted");
     place.tool("qemu-img create -q -f qcow2 -F qcow2 -b locked.qcow2 over.qcow2 1M");
     place.chain_refused("over.qcow2", 1, "locked.qcow2: is encrypted");
-    // The bit of the header that says so.
+    // The bit of the header that marks an image as corrupt.
     let mut bytes = place.read("b.qcow2");
     bytes[79] |= 2;
     place.write("b.qcow2", &bytes);
@@ -634,10 +637,10 @@ fn images_that_are_refused() {
         .run("convert --flatten c.qcow2 one.obd")
         .code(3)
         .stderr(contains("b.qcow2: is marked as corrupt"));
-    // The name of a backing file leads from where the image is.
+    // The name of a backing file is relative to the image, and would lead elsewhere from the decompressed copy.
     place.tool("gzip -k c.qcow2");
     place.chain_refused("c.qcow2.gz", 1, "is compressed, and has a backing file");
-    // qemu-img finds it from the current directory, and it may be any file.
+    // qemu-img looks for the data file in the current directory, and it may be any file.
     place.tool("qemu-img create -q -f qcow2 -o data_file=data data.qcow2 2M");
     place.tool("qemu-img convert -n -f raw -O qcow2 0.raw data.qcow2");
     place.chain_refused("data.qcow2", 1, "has its data in another file, data");
@@ -647,7 +650,7 @@ fn images_that_are_refused() {
     place.chain_refused("over.qcow2", 1, "data.qcow2: has its data in another file");
 }
 
-/// A stack of three layers, `0.obd` to `2.obd`, of [`disk`]s.
+/// Returns a place with a stack of three layers, `0.obd` to `2.obd`, of the disks [`disk`]`(0)` to `disk(2)`.
 fn with_stack() -> Place {
     let place = Place::new();
     let mut below = String::new();
@@ -671,7 +674,7 @@ fn a_qcow2_of_a_stack() {
     place.tool("qemu-img check -q -f qcow2 disk.qcow2");
     place.tool("qemu-img convert -f qcow2 -O raw disk.qcow2 back.raw");
     assert!(place.read("back.raw") == disk(2));
-    // Zeros take no place.
+    // Zeros take no space.
     let len = place.path("disk.qcow2").metadata().unwrap().len();
     assert!(len < 2 << 20, "{len}");
     place.ok("convert disk.qcow2 back.obd");
@@ -686,7 +689,7 @@ fn a_qcow2_of_a_stack() {
     assert!(!place.names().iter().any(|name| name.starts_with('.')));
 }
 
-/// As an ordinary user, who may not write to the file, and gets one with the same mode.
+/// An ordinary user can replace a file that they may not write to. The new file has the same mode.
 fn a_qcow2_over_a_file_that_is_read_only() {
     let place = with_stack();
     let mode = |name: &str| place.path(name).metadata().unwrap().mode() & 0o7777;
@@ -713,7 +716,7 @@ fn a_qcow2_over_a_file_that_is_read_only() {
     }
 }
 
-/// A user who may do nothing.
+/// The ID of a user and of a group without privileges.
 const NOBODY: u32 = 65534;
 
 fn a_chain_of_a_stack() {
@@ -738,7 +741,7 @@ fn a_chain_of_a_stack() {
             below.map(|_| "qcow2")
         );
     }
-    // What a layer changes, and no more: two clusters with data, zeros as such.
+    // An image has only the changes of its layer: two clusters with data, and zeros without data.
     let len = place.path("vm/layer1.qcow2").metadata().unwrap().len();
     assert!(len <= 7 << 16, "{len}");
     place.ok("convert vm/layer2.qcow2 back");
@@ -787,7 +790,8 @@ fn what_export_does_not_do() {
     assert_eq!(place.names(), ["bad.obd", "disk.raw", "layer.obd", "x"]);
 }
 
-/// What a layer changes: blocks of 512 bytes from the first to the second, which get this byte.
+/// The changes of a layer: the first block of 512 bytes, the number of blocks, and a byte. If the byte is 0, the
+/// blocks become zeros; otherwise their content is computed from it.
 type Changes = Vec<(usize, usize, u8)>;
 
 fn any_stack_there_and_back() {
@@ -824,7 +828,7 @@ fn any_stack_there_and_back() {
         let last = stack.len() - 1;
         place.ok(&format!("convert vm/layer{last}.qcow2 back"));
         let back = match last {
-            // Without a backing file, one layer.
+            // The only image has no backing file, so it becomes a single file.
             0 => "back".to_owned(),
             _ => {
                 let names = (0..=last).map(|nth| format!("back/layer{nth}.obd"));
@@ -846,7 +850,7 @@ fn any_stack_there_and_back() {
 fn nothing_is_left_of_a_chain() {
     let place = Place::with_layer();
     place.write("x.qcow2", b"QFI\xfb\0\0\0\x03");
-    // It tells of an image over another, and then takes for ever.
+    // A script in place of qemu-img: `info` describes an image and its backing file, all else takes for ever.
     place.script(
         "qemu-img",
         "case \"$1 $5\" in\n\
@@ -871,7 +875,7 @@ fn nothing_is_left_of_a_chain() {
             assert!(soon(|| !runs(&pid)), "{line}: qemu-img goes on");
             fs::remove_file(place.path("called")).unwrap();
             if signal == Signal::KILL {
-                // What is left is hidden, and nothing that could be taken for what was asked for.
+                // Temporary files may be left, but they are hidden, and there is no output.
                 for name in place.names() {
                     if name.starts_with(".obdsetup-") {
                         let path = place.path(&name);

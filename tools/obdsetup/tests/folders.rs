@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! The folders of obdsetup's sources use each other in one direction only: that of the list in `src/lib.rs`.
+//! A folder of obdsetup's sources uses only itself and the folders after it in the list in `src/lib.rs`.
 
 use std::fs;
 use std::path::Path;
@@ -14,7 +14,7 @@ tests! {
     what_counts_as_a_use;
 }
 
-/// Returns the folders that `text` uses, with the lines. Comments are no uses.
+/// Returns the folders that `text` uses, each with the line of the use. Comments don't count.
 fn uses(text: &str) -> impl Iterator<Item = (&str, &str)> {
     let code = text.lines().filter(|line| !line.trim().starts_with("//"));
     code.flat_map(|line| {
@@ -56,7 +56,7 @@ fn folders_use_only_those_below() {
             }
             let text = fs::read_to_string(file.path()).unwrap();
             for (folder, line) in uses(&text) {
-                // What is in lib.rs itself is for tests.
+                // The only other module of lib.rs, `tars`, is for tests.
                 let Some(used) = place(folder) else {
                     assert_eq!(folder, "tars", "{}: {line}", file.path().display());
                     continue;

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! Layers know what they are and what is below them; wrong stacks are refused. What is written keeps
-//! what was there, and what others write to isn't read.
+//! Layers have a UUID and the UUID of the layer below them; stacks whose UUIDs don't match are refused. A file that
+//! replaces another keeps its permissions. Files to which other processes may write are not read.
 
 use std::fs::{self, File};
 use std::os::unix::fs::{symlink, MetadataExt, PermissionsExt};
@@ -25,8 +25,8 @@ tests! {
 }
 
 impl Place {
-    /// One with a stack of three layers, `a`, `b` and `c`, and the disks that they make, `a.raw` and
-    /// so on.
+    /// Returns a place with a stack of three layers, `a`, `b` and `c`, and with the disks of which they were made,
+    /// `a.raw`, `b.raw` and `c.raw`.
     fn with_stack() -> Self {
         let place = Self::new();
         let mut below = String::new();
@@ -38,7 +38,7 @@ impl Place {
         place
     }
 
-    /// UUID and parent UUID.
+    /// Returns the UUID and the parent UUID of a layer.
     fn ident(&self, layer: &str) -> (String, String) {
         let json = self.json(&format!("info --json {layer}"));
         let field = |name: &str| json[0]["lsmt"][name].as_str().unwrap().to_owned();
@@ -47,10 +47,10 @@ impl Place {
 }
 
 const NIL: &str = "00000000-0000-0000-0000-000000000000";
-/// Makes a layer as other tools do.
+/// With this option, `create` makes a layer without UUID, as other tools do.
 const FOREIGN: &str = "--uuid 00000000-0000-0000-0000-000000000000";
 
-/// A disk of 3 MiB, of which every piece has data; each `nth` differs in some blocks.
+/// Returns a disk of 3 MiB, with data in each MiB. Disks with different `nth` differ in some blocks.
 fn disk(nth: usize) -> Vec<u8> {
     let mut disk = vec![0; 3 << 20];
     for (at, byte) in disk.iter_mut().enumerate() {
@@ -88,14 +88,14 @@ fn layers_know_themselves_and_their_parents() {
         ));
         assert_eq!(place.ident("other"), b, "{options}");
     }
-    // The same input and options, the same bytes.
+    // The same input and options give the same bytes.
     place.ok("create --base a --image b.raw other --force");
     assert!(place.read("other") == place.read("b"));
     place.ok("convert --from raw a.raw again");
     place.ok("create --skip-zeros --image a.raw other --force");
     assert_eq!(place.ident("again"), place.ident("other"));
 
-    // Another content, another size, another parent: another UUID.
+    // A layer over another parent, or with other segments, has another UUID.
     place.ok("create --image b.raw alone");
     place.ok("create --granularity 512 --base a --image c.raw fine");
     place
@@ -107,7 +107,7 @@ fn layers_know_themselves_and_their_parents() {
         "11111111-2222-4333-8444-555566667777"
     );
 
-    // Wrapping keeps the LSMT file as it is; writing it anew keeps the UUID.
+    // `commit` keeps the UUID, whether it keeps the LSMT file unchanged or writes a new one.
     for options in [
         "--algorithm none",
         "--compact",
@@ -117,7 +117,7 @@ fn layers_know_themselves_and_their_parents() {
         place.ok(&format!("commit b other --force {options}"));
         assert_eq!(place.ident("other"), b, "{options}");
     }
-    // A merged layer stands in the place of those that it was made of.
+    // A merged layer has the UUID of the topmost layer and the parent UUID of the lowest one.
     place.ok("merge -o bc b c");
     assert_eq!(place.ident("bc"), (c.0.clone(), a.0.clone()));
     place.ok("merge -o abc --lowest a b c");
@@ -126,7 +126,7 @@ fn layers_know_themselves_and_their_parents() {
     place.ok("verify abc");
 }
 
-/// Every command that takes a stack, with a stack of `layers`.
+/// Returns a command line with the stack `layers` for each command that takes a stack.
 fn commands(layers: &str) -> Vec<String> {
     let bases: Vec<&str> = layers
         .split(' ')
@@ -168,7 +168,7 @@ fn wrong_stacks_are_refused() {
                 .stderr(contains(&said).and(contains("--ignore-identity")));
             assert!(!place.path("out").exists(), "{command}");
         }
-        // A merge of layers in the middle doesn't ask for what is below, but for what is between.
+        // A merge of layers from the middle of a stack doesn't need the layers below, but all between.
         if layers != "b c" {
             place.run(&format!("merge -o out {layers}")).code(3).stderr(contains(&said));
         }
@@ -188,7 +188,7 @@ fn wrong_stacks_are_refused() {
     assert_eq!(report["ok"], false);
     assert_eq!(report["chain_errors"].as_array().unwrap().len(), 1);
 
-    // An upper layer alone is a part of a stack.
+    // An upper layer alone is no whole stack, but `verify`, `info` and `merge` take it.
     for command in [
         "dump b --force -o out",
         "table b",
@@ -231,7 +231,7 @@ fn layers_without_identity_are_as_they_were() {
         .run("info b")
         .success()
         .stdout(contains("over the parent only"));
-    // A layer over one that has no UUID has one, but doesn't say that it is the lowest.
+    // A layer over one without UUID has a UUID, but is not marked as a lowest layer.
     place.ok("create --base fa --image b.raw over");
     place.ok("verify fa over");
     place.ok("verify a over");
@@ -239,21 +239,21 @@ fn layers_without_identity_are_as_they_were() {
         .run("info over")
         .success()
         .stdout(contains("cannot be checked"));
-    // Merged from the middle, too; with the layer's own UUIDs where there are some.
+    // A layer merged from layers without UUIDs fits over the same layer.
     place.ok("merge -o fbc fb fc");
     place.ok("verify fa fbc");
-    // Nor is one made where the same content may be there twice.
+    // `commit` makes no UUID for a layer without one, because a stack may have the same content twice.
     place.ok("commit --compact fb compact");
     place.ok("commit --compact --tar fb compact2");
     assert_eq!(place.ident("compact").0, NIL);
     place.ok("verify fa compact compact2");
-    // Of ours, one that lost its UUID in other hands is missed.
+    // A layer that obdsetup made over a layer with a UUID is refused over a layer that has lost its UUID.
     place.ok(&format!("commit {FOREIGN} b lost"));
     place
         .run("verify a lost c")
         .code(3)
         .stderr(contains("has no UUID: whether it is the right layer"));
-    // A smaller layer over a larger one is what other tools may have meant.
+    // With layers of other tools, a smaller layer over a larger one is only a warning.
     place.write("small.raw", &disk(0)[..1 << 20]);
     place.ok(&format!("create {FOREIGN} --image small.raw small"));
     place
@@ -262,12 +262,12 @@ fn layers_without_identity_are_as_they_were() {
         .stderr(contains("the end is cut off"));
 }
 
-/// A UUID that says where its layer belongs is not that of a layer elsewhere.
+/// If the UUID of a layer is computed from its parent, the layer gets another UUID over another parent.
 fn another_place_is_another_uuid() {
     const OTHER: &str = "11111111-2222-4333-8444-555566667777";
     let place = Place::with_stack();
     let [a, b, c] = ["a", "b", "c"].map(|name| place.ident(name));
-    // As other tools make one: with a UUID, without a parent.
+    // A layer as other tools make it: with a UUID, without a parent UUID.
     place.ok(&format!(
         "create --base a --uuid {OTHER} --parent-uuid {NIL} --image b.raw foreign"
     ));
@@ -299,7 +299,7 @@ fn another_place_is_another_uuid() {
     let text = format!("back: has UUID {}, and no longer {}", c.0, moved.0);
     tells(&format!("commit --parent-uuid {} moved back", b.0), &text);
     assert_eq!(place.ident("back"), c);
-    // Who gives one knows it.
+    // If the user gives the UUID, there is no note.
     place.ok(&format!(
         "commit --parent-uuid {OTHER} --uuid {} c asked",
         c.0
@@ -307,7 +307,7 @@ fn another_place_is_another_uuid() {
     let lower = b.0.to_lowercase();
     place.ok(&format!("commit --parent-uuid {lower} c same"));
     assert_eq!(place.ident("same").0, c.0);
-    // What others have given stays.
+    // A UUID that another tool gave stays.
     place.ok(&format!("commit --parent-uuid {} foreign named", a.0));
     assert_eq!(place.ident("named").0, OTHER);
     let text = format!("none: has no UUID, and had {}", b.0);
@@ -344,7 +344,7 @@ fn images_of_another_size() {
     place.ok("verify a out");
     place.ok("export -o back.raw a out");
     assert!(place.read("back.raw") == longer);
-    // The device of a disk ends on a sector.
+    // Sizes are compared in whole sectors, because the device of a disk has only those.
     place.write("odd.raw", &longer[..size + 100]);
     place.write("even.raw", &longer[..size + 512]);
     place.ok("create --raw --image odd.raw odd");
@@ -409,7 +409,8 @@ fn what_is_replaced_keeps_its_permissions() {
             assert_eq!(mode(), wanted, "{command}");
         }
     }
-    // Of a link, what it leads to is replaced or made; other names of the file are told of.
+    // If the output is a symbolic link, its target is replaced or made. If the replaced file has other names,
+    // a message says so.
     symlink("target", place.path("link")).unwrap();
     place.ok("commit --force a link");
     assert!(place.path("link").is_symlink() && place.read("target") == place.read("a"));
@@ -421,7 +422,7 @@ fn what_is_replaced_keeps_its_permissions() {
     assert!(place.read("name") == place.read("a"));
 }
 
-/// An administrator keeps the owner, too.
+/// Run by root, obdsetup keeps the owner, too.
 fn what_is_replaced_keeps_its_owner() {
     let place = Place::with_stack();
     place.write("out", b"old");
@@ -493,14 +494,14 @@ fn what_others_write_to_is_not_read() {
     place.ok("export --allow-in-use -o out a b --force");
     place.ok("dump --allow-in-use -o out a --force");
     place.ok("verify --allow-in-use a b");
-    // What only shows the layer, or its names, does not read what is in it.
+    // `info` doesn't read the data of a layer, so it takes one that is in use.
     place.ok("info a");
     drop((layer, archive));
     fs::remove_file(place.path("out")).unwrap();
     place.ok("create --allow-in-use --image a.raw out");
     place.ok("convert --from raw --allow-in-use a.raw out --force");
     drop(image);
-    // To read it is no harm.
+    // A file that is open only for reading is not in use.
     let reader = File::open(place.path("a.raw")).unwrap();
     place.ok("create --image a.raw out --force");
     drop(reader);

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! What is at a limit, or takes long: directories with the longest and the largest that a file can
-//! have, and work that a signal ends.
+//! Directories with the longest names, paths and links, the largest extended attributes and device
+//! numbers, and flags of files; and a signal during long work.
 
 use std::fs;
 use std::os::fd::OwnedFd;
@@ -24,8 +24,8 @@ tests! {
     an_interrupt_ends_the_btrfs_writer_at_once;
 }
 
-/// Flags of chattr(1) that the layer loses: one warning, whatever their number. What they are about only
-/// where a file is stored is no loss.
+/// One warning names all flags of chattr(1) that a layer doesn't keep. Flags that concern only how a file is
+/// stored are not reported.
 fn flags_are_told_of_once() {
     let place = Place::new();
     fs::create_dir_all(place.path("tree/sub")).unwrap();
@@ -47,7 +47,7 @@ fn flags_are_told_of_once() {
             .run(&format!("create --directory tree --fs {fs} after.{fs}"))
             .success()
             .stderr(said);
-        // They make no difference else.
+        // The flags don't change the layer.
         assert!(place.read(&format!("before.{fs}")) == place.read(&format!("after.{fs}")));
     }
     needs::set_flags(&place.path("tree"), IFlags::NODUMP).unwrap();
@@ -57,7 +57,7 @@ fn flags_are_told_of_once() {
         .stderr(contains("5 files stored without them: ./ ./a ./b ..."));
 }
 
-/// Longer than the kernel allows, no file in a directory has them.
+/// Names of 255 bytes, the longest that the kernel allows.
 fn longest_names() {
     let place = Place::new();
     let long = "n".repeat(255);
@@ -77,7 +77,7 @@ fn longest_names() {
     }
 }
 
-/// Makes a chain of directories in `top`, each with a name of 200 bytes.
+/// Makes `count` directories in `top`, one inside the other, each with a name of 200 bytes.
 fn chain(top: &std::path::Path, count: usize) {
     let flags = OFlags::RDONLY | OFlags::DIRECTORY;
     let mut at: OwnedFd = openat(CWD, top, flags, Mode::empty()).unwrap();
@@ -107,7 +107,7 @@ fn longest_paths() {
     assert_eq!(place.names(), ["deep", "out.obd", "tree"]);
 }
 
-/// The kernel takes targets of 4095 bytes at most.
+/// The kernel allows targets of up to 4095 bytes.
 fn links_that_are_as_long_as_can_be() {
     let place = Place::new();
     fs::create_dir(place.path("tree")).unwrap();
@@ -123,7 +123,8 @@ fn links_that_are_as_long_as_can_be() {
     }
 }
 
-/// Attributes up to what the kernel allows: what cannot hold one says so, and names the file.
+/// Extended attributes up to the size that the kernel allows. If a file system cannot hold one, the message
+/// names the file.
 fn large_attributes() {
     let place = Place(needs::with_large_xattrs().unwrap());
     fs::create_dir(place.path("tree")).unwrap();
@@ -151,7 +152,7 @@ fn large_attributes() {
     };
     refused("ext4", "extended attribute user.large");
     refused("btrfs", "extended attribute user.large");
-    // Its lengths have 16 bits.
+    // In erofs, the length of a value has 16 bits.
     set(65_536);
     refused("erofs", "more extended attributes");
     assert_eq!(
@@ -172,7 +173,8 @@ fn largest_device_numbers() {
     for fs in ["erofs", "btrfs", "ext4"] {
         place.ok(&format!("create --directory tree --fs {fs} {fs}.obd"));
     }
-    // As the kernel writes such a number: minor, major, rest of the minor.
+    // The kernel's encoding, from the lowest bit: 8 bits of the minor number, the major number, the other bits
+    // of the minor number.
     let number = (((0xfffff & !0xff) << 12) | (4095 << 8) | 0xff_u32).to_le_bytes();
     let disk = place.dump("erofs.obd");
     assert!(disk.chunks(4).any(|word| word == number));
@@ -206,12 +208,12 @@ fn an_interrupt_ends_the_btrfs_writer_at_once() {
         std::thread::sleep(whole * nth / 10);
         let asked = Instant::now();
         match stop(&mut child, Signal::INT) {
-            // It was faster this time.
+            // This time, obdsetup ended before the signal.
             Some(0) => fs::remove_file(place.path("out.obd")).unwrap(),
             code => {
                 let took = asked.elapsed();
                 assert_eq!(code, Some(130), "after {nth}/10 of {whole:?}");
-                // A machine with much else to do is slow in all.
+                // On a busy machine, both the whole run and the end after the signal take longer.
                 assert!(
                     took < Duration::from_secs(2).max(whole / 10),
                     "{took:?}, after {nth}/10 of {whole:?}"
@@ -221,6 +223,7 @@ fn an_interrupt_ends_the_btrfs_writer_at_once() {
         }
         assert_eq!(place.names(), ["tree"], "after {nth}/10 of {whole:?}");
     }
-    // Later runs may be faster than the first one, which finds nothing in the page cache.
+    // Later runs may be faster than the first one, for which the files were not in the page cache. So some
+    // signals may come too late, but not all.
     assert!(stopped >= 1, "none was stopped in {whole:?}");
 }

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! `obdsetup` as its users run it. All files of tests are one program, so that they share what is in
-//! [`common`], and so that a test which cannot run here counts as skipped and says why.
+//! Tests that run `obdsetup` as users do. All test files are one program, so that they share [`common`].
+//! The program has its own harness: a test whose requirements are missing is skipped, with the reason.
 
 #![allow(missing_docs, clippy::unwrap_used, clippy::expect_used)]
 
@@ -53,7 +53,8 @@ fn main() {
     libtest_mimic::run(&args, trials).exit();
 }
 
-/// The compiler leaves out what has the attribute of tests for its own harness, without a word.
+/// Fails if a function has the attribute `#[test]`, which this harness doesn't run, or if a file of tests is missing
+/// in `main`. The compiler reports neither.
 fn no_test_is_left_out() {
     let dir = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests");
     for name in names(&dir).iter().filter(|name| name.ends_with(".rs")) {

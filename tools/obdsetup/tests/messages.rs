@@ -19,14 +19,14 @@ tests! {
     what_counts_as_a_message;
 }
 
-/// Fewest words of a piece of a message that can be searched for.
+/// Pieces of messages with fewer words are not searched for.
 const WORDS: usize = 2;
 
 fn clone() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("../..")
 }
 
-/// A text with one blank where there are several, or line breaks.
+/// Replaces blanks and line breaks in a row by one blank.
 fn plain(text: &str) -> String {
     text.split_whitespace().collect::<Vec<_>>().join(" ")
 }
@@ -34,11 +34,11 @@ fn plain(text: &str) -> String {
 fn page() -> String {
     let page = fs::read_to_string(clone().join("Documentation/troubleshooting.rst")).unwrap();
     let page = plain(&page);
-    // What is literal in the page is quoted in a message.
+    // Literals are in double backquotes in the page, and in single ones in messages.
     format!("{page} {}", page.replace("``", "`"))
 }
 
-/// What a file of Rust has in front of its tests, without comments.
+/// Returns a Rust source up to its tests, without lines of comments.
 fn source(path: &Path) -> String {
     let text = fs::read_to_string(path).unwrap();
     let text = text.split("#[cfg(test)]").next().unwrap();
@@ -48,12 +48,12 @@ fn source(path: &Path) -> String {
     lines.collect::<Vec<_>>().join("\n")
 }
 
-/// The string literals in a source, those with `prefix` in front of them.
+/// Returns the string literals of a source that have `prefix` before the quote.
 fn literals(source: &str, prefix: &str) -> Vec<String> {
     let mut found = Vec::new();
     let mut rest = source;
     while let Some(start) = rest.find('"') {
-        // The character, as in `'"'`, begins nothing.
+        // The character literal `'"'` begins no string.
         let alone = rest[..start].ends_with('\'') && rest[start + 1..].starts_with('\'');
         let wanted = !alone && rest[..start].ends_with(prefix);
         rest = &rest[start + 1..];
@@ -70,7 +70,7 @@ fn literals(source: &str, prefix: &str) -> Vec<String> {
                     break;
                 }
                 '\\' => match chars.next() {
-                    // A line that goes on: all blanks after it are left out.
+                    // The string continues in the next line, after the blanks at its start.
                     Some((_, '\n')) => {
                         while chars.as_str().starts_with(char::is_whitespace) {
                             chars.next();
@@ -91,7 +91,7 @@ fn literals(source: &str, prefix: &str) -> Vec<String> {
     found
 }
 
-/// What of a format string is the same in each message.
+/// Returns the parts of a format string, of at least [`WORDS`] words, that are the same in each message.
 fn pieces(format: &str) -> Vec<String> {
     let mut pieces = vec![String::new()];
     let mut depth = 0;
@@ -140,7 +140,7 @@ fn phrases_of_the_kernel() {
             }
         }
     }
-    // Those of the image, and those of the table line.
+    // Phrases for each fault of an image, and for errors in a table line.
     assert!(count >= Fault::ALL.len() + 15, "{count}");
 }
 
@@ -172,7 +172,7 @@ fn errors_of_user_space() {
     assert!(count >= 25, "{count}");
 }
 
-/// Texts of two words and more that are no messages, by file and beginning, and why.
+/// String literals of two words or more that are no messages: file, start of the literal, reason.
 const NO_MESSAGES: &[(&str, &str, &str)] = &[
     ("cmd/benchmark.rs", "# In memory", "a heading of results"),
     (
@@ -312,12 +312,12 @@ const NO_MESSAGES: &[(&str, &str, &str)] = &[
     (
         "program/mod.rs",
         "the user has to see",
-        "for who changes obdsetup",
+        "for developers of obdsetup",
     ),
 ];
 
-/// Whatever has two words may be a message, warning or note, unless it is known not to be one: so
-/// none is missed, however it is told.
+/// Each string literal of two words or more is taken for a message, unless it is in [`NO_MESSAGES`]. So no
+/// message is missed, whichever function prints it.
 fn what_obdsetup_says() {
     let page = page();
     let src = clone().join("tools/obdsetup/src");

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! `obdsetup convert` of container images, and `apply`: what the layers put together are, read with a
-//! reader of erofs of its own.
+//! `obdsetup convert` of container images, and `apply`. The disk that the layers make is read with the reader of
+//! erofs that the tests have.
 
 use std::fs;
 use std::os::unix::ffi::OsStrExt;
@@ -51,12 +51,12 @@ const OCI_TAR: &str = "application/vnd.oci.image.layer.v1.tar";
 const CONFIG: &str = "application/vnd.oci.image.config.v1+json";
 
 impl Place {
-    /// The names in a directory, hidden ones too.
+    /// Returns the sorted names in a directory, hidden ones included.
     fn names_in(&self, name: &str) -> Vec<String> {
         names(&self.path(name))
     }
 
-    /// Converts the image of `layers`, and returns its files.
+    /// Makes and converts an image of the tars `layers`, and returns the files of the resulting disk.
     fn files(&self, layers: &[Vec<u8>]) -> Files {
         let _ = fs::remove_dir_all(self.path("app"));
         image(&self.path("layout"), layers);
@@ -73,7 +73,7 @@ fn digest(bytes: &[u8]) -> String {
 struct Layout<'a> {
     root: &'a Path,
     manifests: Vec<String>,
-    /// Those of the next manifests.
+    /// The annotations of the manifests that are added from now on, as JSON.
     annotations: String,
 }
 
@@ -97,19 +97,20 @@ impl<'a> Layout<'a> {
         format!(r#"{{"mediaType":"{kind}","digest":"sha256:{hex}","size":{size}}}"#)
     }
 
-    /// Adds an image of these descriptors, and completes the layout.
+    /// Adds an image with these descriptors of layers, and writes the index. `more` is added to the fields of the
+    /// manifest's descriptor.
     fn image(&mut self, layers: &[String], diff_ids: &[String], more: &str) {
         self.image_for("amd64", layers, diff_ids, more);
     }
 
-    /// The same, for another machine than others are.
+    /// As [`Self::image`], for the architecture `arch`.
     fn image_for(&mut self, arch: &str, layers: &[String], diff_ids: &[String], more: &str) {
         let config = config(diff_ids).replace("amd64", arch);
         let config = self.blob(config.as_bytes(), CONFIG);
         self.with(&config, layers, more);
     }
 
-    /// The same, with the descriptor of another description.
+    /// As [`Self::image`], with `config` as the descriptor of the image's description.
     fn with(&mut self, config: &str, layers: &[String], more: &str) {
         let layers = layers.join(",");
         let notes = &self.annotations;
@@ -126,7 +127,7 @@ impl<'a> Layout<'a> {
     }
 }
 
-/// The description of an image.
+/// Returns the description of an image.
 fn config(diff_ids: &[String]) -> String {
     let ids: Vec<String> = diff_ids
         .iter()
@@ -147,7 +148,7 @@ fn image(root: &Path, tars: &[Vec<u8>]) {
     layout.image(&layers, &ids, "");
 }
 
-/// A file of nothing but a hole.
+/// Returns a member: a file with one hole and no data.
 fn hole(name: &str, size: u64) -> Vec<u8> {
     let size = size.to_string();
     let records: [(&[u8], &[u8]); 2] = [
@@ -157,7 +158,7 @@ fn hole(name: &str, size: u64) -> Vec<u8> {
     [pax(&records), file(name, "")].concat()
 }
 
-/// A link: its kind is '1' or '2'.
+/// Returns a member: a hard link (`kind` is '1') or a symbolic link ('2').
 fn link(name: &str, kind: u8, target: &str) -> Vec<u8> {
     let mut block = header(name, kind, 0);
     block[157..157 + target.len()].copy_from_slice(target.as_bytes());
@@ -215,7 +216,7 @@ fn whiteouts() {
         file("b/one", "1"),
         file("top", "t"),
     ]);
-    // The whiteout in front, or behind what the layer has there: it hides what is below only.
+    // A whiteout hides only what layers below have, before or after the members of its own layer.
     for order in [0, 1] {
         let mut members = vec![
             file(".wh.a", ""),
@@ -232,7 +233,7 @@ fn whiteouts() {
         );
         assert_eq!(content(&files, "/a/one"), "I");
     }
-    // The same where the layer names only what is inside.
+    // The same if the layer has only a file in the directory, without members for the directory.
     for order in [0, 1] {
         let mut members = vec![file(".wh.a", ""), file("a/sub/new", "n")];
         members.rotate_left(order);
@@ -242,7 +243,8 @@ fn whiteouts() {
             ["/a", "/a/sub", "/a/sub/new", "/b", "/b/one", "/top"]
         );
     }
-    // Opaque: all below is hidden, in front or behind, and what is deeper, too.
+    // An opaque whiteout, before or after other members, hides all that layers below have in the directory, also in
+    // subdirectories.
     for order in [0, 1, 2] {
         let mut members = vec![
             file("a/.wh..wh..opq", ""),
@@ -262,7 +264,7 @@ fn whiteouts() {
         tar(&[file(".wh..wh..opq", ""), file("z", "z")]),
     ]);
     assert_eq!(paths(&files), ["/z"]);
-    // A name that is as long as can be.
+    // A whiteout of a name of 255 bytes, the maximum.
     let long = "n".repeat(255);
     let hidden = [
         pax(&[(b"path", format!("a/.wh.{long}").as_bytes())]),
@@ -274,7 +276,8 @@ fn whiteouts() {
     ];
     let files = place.files(&[tar(&shown), tar(&hidden)]);
     assert_eq!(paths(&files), ["/a"]);
-    // Of nothing, of what is below a file, of what AUFS has; and back again in a third layer.
+    // Whiteouts of names that don't exist, or are below a file, and a name that AUFS uses. A third layer adds a
+    // hidden file again.
     let files = place.files(&[
         lower.clone(),
         tar(&[
@@ -320,7 +323,7 @@ fn kinds_change() {
     );
     assert_eq!(content(&files, "/dir"), "now a file");
     assert_eq!(files["/link"].mode, 0o040_755);
-    // A directory becomes a link: what comes behind it goes where it leads, and never out of the image.
+    // A directory becomes a symbolic link: later members below it go to its target, and never out of the image.
     let files = place.files(&[
         lower.clone(),
         tar(&[
@@ -336,7 +339,7 @@ fn kinds_change() {
         ["/away", "/away/c", "/dir", "/file", "/link", "/other", "/top", "/up"]
     );
     assert_eq!(content(&files, "/dir"), "/../../away");
-    // Through a link of the layer below.
+    // Members below a symbolic link of the layer below.
     let files = place.files(&[lower, tar(&[file("link/c", "c"), file("link/.wh.a", "")])]);
     assert_eq!(
         paths(&files),
@@ -367,7 +370,7 @@ fn hard_links_over_layers() {
         (2, "content")
     );
     assert_eq!(files["/s"].inode, files["/t"].inode);
-    // One of the names is replaced: the other keeps what it had.
+    // If one of the names is replaced, the other keeps the content.
     let files = place.files(&[lower, tar(&[file("d/a", "new")])]);
     assert_eq!((content(&files, "/d/a"), files["/d/a"].links), ("new", 1));
     assert_eq!(
@@ -425,7 +428,7 @@ fn attributes_devices_and_holes() {
     assert!(content(&files, "/big") == big && content(&files, r"/a\nnewline") == "n");
 }
 
-/// [`read`] checks each one.
+/// [`read`] also checks the value of each fingerprint.
 fn fingerprints() {
     let place = Place::new();
     let bare = tar(&[dir("d"), file("empty", "")]);
@@ -433,7 +436,7 @@ fn fingerprints() {
     let two = tar(&[file("b", "the same"), link("d/other", b'1', "other")]);
     let files = place.files(std::slice::from_ref(&bare));
     assert!(files.values().all(|node| node.fingerprint.is_none()));
-    // The table of prefixes comes with the first file that needs it, and stays.
+    // The table of prefixes is made with the first fingerprint, and stays.
     let files = place.files(&[bare.clone(), one, two, bare]);
     assert!(files["/a"].fingerprint.is_some());
     assert_eq!(files["/a"].fingerprint, files["/b"].fingerprint);
@@ -441,7 +444,8 @@ fn fingerprints() {
     assert!(files["/empty"].fingerprint.is_none());
 }
 
-/// A layer's size is that of what it changes, however much is below, and nothing else moves.
+/// The size of a layer depends on what it changes, not on how much is below. All other files keep their inodes and
+/// blocks.
 fn layers_are_small() {
     let place = Place::new();
     let mut members = vec![dir("usr"), dir("usr/share")];
@@ -453,7 +457,7 @@ fn layers_are_small() {
     let before = place.files(&[base.clone()]);
     let layers = [
         base.clone(),
-        // In the middle of the order, replaced, deleted, and new in a new directory.
+        // A new file in the middle of a directory, a replaced one, a deleted one, and a new directory with a file.
         tar(&[
             member("usr/share/file200a", b'0', &noise(9000, 1000)),
             member("usr/share/file100", b'0', &noise(9000, 1001)),
@@ -489,7 +493,7 @@ fn layers_are_small() {
         many.push(tar(&names.collect::<Vec<_>>()));
     }
     assert_eq!(place.files(&many).len(), after.len() + 480);
-    // One whose entries are in blocks gets fewer of them.
+    // A directory whose entries are in blocks gets fewer entries.
     let files = place.files(&[
         tar(&[
             dir("d"),
@@ -503,7 +507,7 @@ fn layers_are_small() {
         ]),
     ]);
     assert_eq!(paths(&files), ["/a", "/d"]);
-    // And one without names becomes one with many; the root directory, too.
+    // A root directory without entries gets many.
     let names = (0..300).map(|nth| file(&format!("name{nth}"), "x"));
     let files = place.files(&[tar(&[]), tar(&names.collect::<Vec<_>>())]);
     assert_eq!(files.len(), 301);
@@ -517,7 +521,7 @@ fn the_same_bytes() {
     place.files(&[one.clone(), two.clone()]);
     let read = |name: &str| fs::read(place.path(name)).unwrap();
     let first = (read("app/layer0.obd"), read("app/layer1.obd"));
-    // Images that have layers in common have them in common then; the cache changes nothing.
+    // For layers that images have in common, the converted files are equal. The cache makes no difference.
     for run in ["", "--cache cache", "--cache cache"] {
         let _ = fs::remove_dir_all(place.path("other"));
         image(
@@ -534,7 +538,8 @@ fn the_same_bytes() {
         );
     }
     assert_eq!(place.names_in("cache").len(), 3);
-    // Only what is new is made: one over layers of the cache is that over those just made.
+    // Only the layer that is not in the cache is made: the tar of the lowest one, which is damaged here, isn't read.
+    // The new layer equals the one that was made over new layers.
     let unused = place.path("layout2/blobs/sha256").join(digest(&one));
     fs::write(unused, vec![0; one.len()]).unwrap();
     let third = read("other/layer2.obd");
@@ -550,13 +555,13 @@ fn the_same_bytes() {
         .success()
         .stderr("");
     assert!(read("other/layer2.obd") == third);
-    // Other options, other layers.
+    // Other options give other layers.
     image(&place.path("layout2"), &[one, two, three]);
     place
         .run("convert layout2 zstd --cache cache --algorithm zstd")
         .success();
     assert_eq!(place.names_in("cache").len(), 6);
-    // A damaged one is made anew.
+    // Damaged layers in the cache are made anew.
     for name in place.names_in("cache") {
         fs::write(place.path("cache").join(name), "damaged").unwrap();
     }
@@ -568,7 +573,7 @@ fn the_same_bytes() {
     assert!(read("other/layer2.obd") == third);
 }
 
-/// A layer is the difference to the one below it: over another one it is of no use.
+/// A layer has the differences from the layer below. So a cached layer is not used over another layer.
 fn cached_layers_are_over_their_own() {
     let place = Place::new();
     let one = etc_tar();
@@ -589,7 +594,7 @@ fn cached_layers_are_over_their_own() {
     let wrong_name = cached(&wrong);
     convert(&[one.clone(), two.clone()]);
     let right_name = cached(&place.read("app/layer0.obd"));
-    // The lowest layer becomes another, as one that another version has made.
+    // Replaces the lowest layer in the cache by another one, as another version might make it.
     let (key, _) = right_name.split_once('-').unwrap();
     let (_, hash) = wrong_name.split_once('-').unwrap();
     fs::remove_file(place.path("cache").join(&right_name)).unwrap();
@@ -621,7 +626,7 @@ fn forms_of_images() {
             .stderr("");
         assert!(read(&place.dump("out/config.v1.json")) == wanted, "{name}");
     };
-    // Compressed layers. zstd comes with a program, where there is one.
+    // Layers that are compressed with gzip and zstd.
     let ids: Vec<String> = tars.iter().map(|tar| digest(tar)).collect();
     let root = place.path("packed");
     let mut layout = Layout::new(&root);
@@ -652,7 +657,7 @@ fn forms_of_images() {
     same("oci.tar");
     fs::write(place.path("oci.tar.gz"), gzip(&tar(&members))).unwrap();
     same("oci.tar.gz");
-    // What docker wrote until it wrote layouts; a layer is a link to another directory's.
+    // The old format of docker. One layer is a symbolic link to a layer in another directory.
     let config = config(&ids);
     let name = format!("{}.json", digest(config.as_bytes()));
     let list = format!(
@@ -693,7 +698,7 @@ fn forms_of_images() {
         .run("convert bad.tar x")
         .code(3)
         .stderr(contains("is missing"));
-    // For one of several machines, by default this one.
+    // A layout with images for several platforms: by default, the one for this machine is converted.
     let arch = match std::env::consts::ARCH {
         "aarch64" => "arm64",
         "x86_64" => "amd64",
@@ -720,7 +725,7 @@ fn forms_of_images() {
     assert!(place.names().iter().all(|name| !name.starts_with('.')));
 }
 
-/// The archive of a layout.
+/// Returns a tar of the layout in the directory `root`.
 fn packed(root: &Path) -> Vec<u8> {
     let blobs = root.join("blobs/sha256");
     let mut members = vec![file("oci-layout", "{}")];
@@ -733,7 +738,7 @@ fn packed(root: &Path) -> Vec<u8> {
     tar(&members)
 }
 
-/// Messages name a file of an archive as it is in there, and not where it was unpacked to.
+/// Messages name a file by its name in the archive, not by the place where it was unpacked.
 fn names_of_files_of_archives() {
     let place = Place::new();
     let root = place.path("layout");
@@ -745,7 +750,7 @@ fn names_of_files_of_archives() {
         let said = format!("packed.tar: {said}");
         done.stderr(contains(said.as_str()).and(contains(".obdsetup-").not()))
     };
-    // The index, a manifest, a description.
+    // The index, and a manifest.
     image(&root, std::slice::from_ref(&layer));
     let index = fs::read_to_string(root.join("index.json")).unwrap();
     fs::write(root.join("index.json"), format!("{index}{long}")).unwrap();
@@ -761,7 +766,7 @@ fn names_of_files_of_archives() {
     fs::write(root.join("index.json"), index).unwrap();
     place.write("packed.tar", &packed(&root));
     told("blobs/sha256/").code(3);
-    // What docker wrote before.
+    // The list and the description in the old format of docker.
     for (name, list) in [
         ("manifest.json", "[]"),
         ("c.json", r#"[{"Config":"c.json","Layers":["l.tar"]}]"#),
@@ -787,8 +792,8 @@ fn names_of_files_of_archives() {
     told("blobs/sha256/");
 }
 
-/// What crane, ko, kaniko and jib write: as `docker save`, but with layers that are compressed, and
-/// names made of digests.
+/// Archives as crane, ko, kaniko and jib write them: like those of `docker save`, but with compressed
+/// layers, and names made of digests.
 fn archives_of_builders() {
     let place = Place::new();
     let tars = two_tars();
@@ -805,7 +810,7 @@ fn archives_of_builders() {
             "blobs/sha256/",
             ".tar.gz",
         ),
-        // Names that say nothing.
+        // Names of layers without a known form.
         (format!("sha256:{config_digest}"), "parts/of/it/", ""),
     ] {
         let names: Vec<String> = zipped
@@ -844,7 +849,7 @@ fn archives_of_builders() {
         }
         assert!(!place.path("x").exists());
     }
-    // Files of these names alone are files.
+    // A tar with only some of these names is a tree of files.
     let hex = digest(b"");
     let plain = tar(&[file("manifest.json", "{}"), file("a.tar.gz", "")]);
     place.write("plain.tar", &plain);
@@ -858,7 +863,7 @@ fn archives_of_builders() {
     place.ok("convert plain.tar plain2.obd --fs erofs");
 }
 
-/// Indexes need not say what machine an image is for: its description does.
+/// If an index doesn't say for which platform an image is, the description of the image does.
 fn platforms_in_descriptions() {
     let place = Place::new();
     let root = place.path("layout");
@@ -890,7 +895,7 @@ fn platforms_in_descriptions() {
         .code(1)
         .stderr(contains("no such image; there are: "))
         .stderr(contains("linux/mips64le sha256:"));
-    // An index that says something else than the description.
+    // An index with another platform than the description.
     let on = |arch: &str| format!(r#","platform":{{"os":"linux","architecture":{arch}}}"#);
     let mut layout = Layout::new(&root);
     add(&mut layout, "amd64", &on(r#""arm64""#));
@@ -905,7 +910,8 @@ fn platforms_in_descriptions() {
     let mut layout = Layout::new(&root);
     add(&mut layout, "arm", &on(r#""arm","variant":"v7""#));
     place.ok("convert layout arm --platform linux/arm/v7");
-    // One that cannot be read, because its size is wrong, says nothing of an image where it is right.
+    // Two images have the same description, but the first one gives a wrong size for it, so it cannot be read. The
+    // other image is found nevertheless.
     let own = tar(&[file("a", "")]);
     let mut layout = Layout::new(&root);
     let blob = layout.blob(&own, OCI_TAR);
@@ -917,8 +923,8 @@ fn platforms_in_descriptions() {
     place.ok("convert layout x --platform linux/amd64");
 }
 
-/// Newer versions of docker, and containerd, have the whole name in one annotation, and the tag in
-/// that where it used to be.
+/// Newer versions of docker, and containerd, put the whole name into an annotation of its own, and only
+/// the tag into the annotation that had the name before.
 fn long_and_short_names() {
     let place = Place::new();
     let root = place.path("layout");
@@ -949,7 +955,7 @@ fn long_and_short_names() {
             .stderr(contains("several images"))
             .stderr(contains("registry.example/library/a:1 linux/amd64 sha256:"));
     }
-    // What is made of one has both again.
+    // The layout that `--oci` makes has both annotations, too.
     place.ok("convert layout pushed --oci --ref registry.example/library/a:1");
     let index = String::from_utf8(place.read("pushed/index.json")).unwrap();
     assert!(index.contains(r#""io.containerd.image.name":"registry.example/library/a:1""#));
@@ -1039,7 +1045,8 @@ fn for_a_registry() {
         .stderr(contains("which stay"));
 }
 
-/// Makes a layout of one image, with this in front of the fields of its description.
+/// Makes a layout of one image, with `more` before the fields of its description. Returns the descriptor of the
+/// description.
 fn described(root: &Path, layer: &[u8], more: &str) -> String {
     let mut layout = Layout::new(root);
     let ids = [digest(layer)];
@@ -1050,7 +1057,7 @@ fn described(root: &Path, layer: &[u8], more: &str) -> String {
     own
 }
 
-/// What `--oci` makes is an image for `convert`, whatever the description of the image says.
+/// `convert` takes the layout that `--oci` has made, whatever the description of the image says.
 fn what_a_registry_gets_can_be_read() {
     let place = Place::new();
     let root = place.path("layout");
@@ -1073,7 +1080,7 @@ fn what_a_registry_gets_can_be_read() {
         place.ok("convert layout pushed --oci");
         place.ok("convert pushed back");
         assert!(read(&place.dump("back/config.v1.json")) == wanted, "{now}");
-        // The same from what docker wrote before.
+        // The same in the old format of docker.
         place.write(
             "saved.tar",
             &saved(&config, &format!("[{}]", entry(&[], &["l.tar"]))),
@@ -1086,7 +1093,7 @@ fn what_a_registry_gets_can_be_read() {
     }
 }
 
-/// For a registry more is read of a description, which is found wrong before a layer is made.
+/// With `--oci`, more of the description is read. Errors in it are found before a layer is made.
 fn descriptions_are_read_first() {
     let place = Place::new();
     let root = place.path("layout");
@@ -1119,7 +1126,7 @@ fn descriptions_are_read_first() {
         fs::remove_dir_all(place.path("app")).unwrap();
         assert_eq!(place.names(), ["layout"], "{said}");
     }
-    // Annotations of the manifest stay as well.
+    // The annotations of the manifest are kept, so they count for the size of the new manifest.
     let mut layout = Layout::new(&root);
     layout.annotations = format!(r#"{{"a":"{}"}}"#, "l".repeat(4_193_000));
     let blob = layout.blob(&layer, OCI_TAR);
@@ -1194,7 +1201,7 @@ fn apply() {
     assert!(!place.path("x.obd").exists());
 }
 
-/// The root directory cannot move, and gets more in a later layer all the same.
+/// The inode of the root directory cannot move. A later layer can nevertheless give it extended attributes.
 fn the_root_gets_attributes() {
     let place = Place::new();
     let lower = etc_tar();
@@ -1206,7 +1213,7 @@ fn the_root_gets_attributes() {
     assert_eq!(files[""].xattrs[b"security.label".as_slice()], value);
 }
 
-/// Where the parts of a sparse file are isn't read, and has no limit.
+/// The places of the chunks of sparse files in the layers below are not read, so their number has no limit.
 fn many_sparse_files() {
     let place = Place::new();
     let mut members: Vec<Vec<u8>> = (0..600)
@@ -1220,7 +1227,7 @@ fn many_sparse_files() {
     place.ok("convert layout app");
 }
 
-/// Holes are hashed, too: of all files together, no more than 1 GiB beyond what data there is.
+/// For fingerprints, holes are hashed, too: in all files together, at most 1 GiB more than there is data.
 fn holes_of_a_tree() {
     let place = Place::new();
     let members = [
@@ -1235,7 +1242,7 @@ fn holes_of_a_tree() {
     assert_eq!(prints.count(), 2);
 }
 
-/// Each place of an erofs that is read is checked: nothing but an error comes of damage, or a layer.
+/// `apply` checks all that it reads from an erofs: if that is damaged, the result is an error or a layer.
 fn damaged_file_systems() {
     let place = Place::new();
     let tars = tar(&[
@@ -1266,9 +1273,9 @@ fn damaged_file_systems() {
         let said = String::from_utf8_lossy(&output.stderr);
         match output.status.code() {
             Some(1 | 3) if said.contains("the layers below: ") => refused += 1,
-            // Nothing can tell another name or time from damage.
+            // Damage that changes only a name or a time cannot be detected.
             Some(0) => {}
-            // The directory that the tar names became something else.
+            // The directory of the file in the tar became something else.
             Some(3) if said.contains("./etc/b") => {}
             _ => unreachable!("byte {at}: {:?} {said}", output.status),
         }
@@ -1297,7 +1304,7 @@ fn hostile_images() {
         .iter()
         .map(|name| (name.as_bytes(), value.as_slice()))
         .collect();
-    // One layer of each kind.
+    // Images of a good layer and one of these.
     for (layer, code, said) in [
         (tar(&[file("../a", "")]), 3, "\"..\" leads out"),
         (tar(&[file("a/../../b", "")]), 3, "\"..\" leads out"),
@@ -1378,7 +1385,7 @@ fn hostile_images() {
         image(&root, &[good.clone(), layer]);
         refused(code, said);
     }
-    // Descriptors that don't fit.
+    // Descriptors that don't match the blobs.
     let id = digest(&good);
     let with = |edit: &dyn Fn(String) -> String, ids: &[String]| {
         let mut layout = Layout::new(&root);
@@ -1411,7 +1418,7 @@ fn hostile_images() {
     with(&|blob| blob.replace(OCI_TAR, foreign), &[id.clone()]);
     fs::remove_file(root.join("blobs/sha256").join(&id)).unwrap();
     refused(1, "a foreign layer");
-    // More layers than a stack has, and many that are fewer.
+    // More layers than a stack can have, no layers, and a number that is allowed.
     let empty = tar(&[]);
     image(&root, &vec![empty.clone(); 256]);
     refused(3, "has 256 layers, expected 1 to 255");
@@ -1420,7 +1427,7 @@ fn hostile_images() {
     let mut many = vec![empty; 129];
     many.push(good);
     assert_eq!(paths(&place.files(&many)), ["/a"]);
-    // What is for other inputs.
+    // Options for other inputs.
     for option in [
         "--fs ext4",
         "--size 1g",
@@ -1434,7 +1441,7 @@ fn hostile_images() {
     assert!(!place.path("y").exists());
 }
 
-/// What is in a layout is found by its digest: links and other files make no difference to what is read.
+/// The content of a blob must match its digest, so links and other kinds of files cannot change what is read.
 fn hostile_layouts() {
     let place = Place::new();
     let root = place.path("layout");
@@ -1448,7 +1455,7 @@ fn hostile_layouts() {
             .stderr(contains(said));
         assert_eq!(place.names(), ["layout", "other"]);
     };
-    // A link to the same bytes is as good as these; one to others isn't.
+    // A symbolic link to a file with the right bytes is accepted, one to a file with other bytes isn't.
     fs::rename(&blob, place.path("other")).unwrap();
     std::os::unix::fs::symlink(place.path("other"), &blob).unwrap();
     place.ok("convert layout x");
@@ -1464,7 +1471,7 @@ fn hostile_layouts() {
             "{done}"
         );
     }
-    // Nobody waits for a FIFO.
+    // A FIFO is never waited for.
     for name in [blob.as_path(), &root.join("index.json")] {
         fs::remove_file(name).unwrap();
         place.output_of("mkfifo", &[name.to_str().unwrap()]);
@@ -1475,7 +1482,7 @@ fn hostile_layouts() {
         );
         assert_eq!(place.names(), ["layout", "other"]);
     }
-    // An index of 200 images, 100 times: few bytes, and much to remember.
+    // An index of 200 images that is named 100 times has few bytes, but its entries would take much memory.
     let mut layout = Layout::new(&root);
     let layer = layout.blob(&good, OCI_TAR);
     layout.image(&[layer], &[digest(&good)], "");
@@ -1528,7 +1535,7 @@ fn hostile_layouts() {
             "has more than 1024 bytes in the name, digest, type or platform of an image",
         );
     }
-    // Where something is, a directory isn't made; what a link leads to is left alone.
+    // If the output exists, even as a symbolic link to nothing, or if the cache is no directory, nothing is made.
     image(&root, std::slice::from_ref(&good));
     std::os::unix::fs::symlink("none", place.path("link")).unwrap();
     place.run("convert layout link").code(5);
@@ -1539,7 +1546,7 @@ fn hostile_layouts() {
     assert_eq!(place.names(), ["layout", "link", "other"]);
 }
 
-/// What takes few bytes doesn't take hours, or all memory.
+/// Images of few bytes don't take hours to convert, and don't use up the memory.
 fn much_work_of_few_bytes() {
     let place = Place::new();
     const MANY: usize = 20_000;
@@ -1552,7 +1559,7 @@ fn much_work_of_few_bytes() {
     assert_eq!(files.len(), MANY + 2);
     assert!(!files.contains_key("/d/old"));
 
-    // A header for all members gives each one the same 60 KB.
+    // A header for all members gives each of them the same attribute of 60 KB.
     let value = vec![b'v'; 60_000];
     let mut all = pax(&[(b"SCHILY.xattr.user.a", &value)]);
     all[156] = b'g';
@@ -1564,7 +1571,7 @@ fn much_work_of_few_bytes() {
         "those of the members before it have more than 268435456 bytes",
     ));
 
-    // An erofs whose directories all have the same names, each 128 KiB of them.
+    // An erofs whose directories share the same 128 KiB of entries.
     const DIRECTORIES: u64 = 240;
     let put16 = |to: &mut [u8], at: usize, number: usize| {
         to[at..at + 2].copy_from_slice(&u16::try_from(number).unwrap().to_le_bytes());
@@ -1591,7 +1598,7 @@ fn much_work_of_few_bytes() {
     let base = tar(&[file("a", "")]);
     place.files(&[base]);
     let mut disk = place.dump("app/config.v1.json");
-    // Behind the superblock: the root directory, the file, then the directories, 128 bytes each.
+    // The inodes behind the superblock: the root directory, the file, and the directories, with 128 bytes for each.
     let root = 1184_usize;
     let place_of = |nth: u64| 4096 + nth * 128;
     put16(&mut disk, 1024 + 14, root / 32);
@@ -1628,7 +1635,7 @@ fn much_work_of_few_bytes() {
         disk[at + 64..at + 64 + tail.len()].copy_from_slice(&tail);
     }
     place.write("raw", &disk);
-    // A large disk, of which little is there.
+    // A large disk, most of which is a hole.
     let raw = fs::File::options().write(true).open(place.path("raw"));
     raw.unwrap().set_len(64 << 20).unwrap();
     place.write("one.tar", &tar(&[file("b", "")]));
@@ -1639,7 +1646,7 @@ fn much_work_of_few_bytes() {
         .stderr(contains("shares its bytes with others"));
 }
 
-/// A file that `docker save` could have written: one layer, one description.
+/// Returns an archive in the old format of `docker save`, with one layer and one description.
 fn saved(config: &str, list: &str) -> Vec<u8> {
     tar(&[
         member("l.tar", b'0', &etc_tar()),
@@ -1648,14 +1655,14 @@ fn saved(config: &str, list: &str) -> Vec<u8> {
     ])
 }
 
-/// An image in a `manifest.json`.
+/// Returns the entry of an image in a `manifest.json`.
 fn entry(tags: &[String], layers: &[&str]) -> String {
     let tags: Vec<String> = tags.iter().map(|tag| format!("{tag:?}")).collect();
     let tags = tags.join(",");
     format!(r#"{{"Config":"c.json","RepoTags":[{tags}],"Layers":{layers:?}}}"#)
 }
 
-/// Each name and layer in a manifest.json takes a few bytes there, and hundreds in memory.
+/// The names and layers in a manifest.json are limited: each takes a few bytes there, but hundreds in memory.
 fn many_names_in_few_bytes() {
     let place = Place::new();
     let layer = etc_tar();
@@ -1671,7 +1678,7 @@ fn many_names_in_few_bytes() {
             .stderr(contains(said));
         assert_eq!(place.names(), ["saved.tar"]);
     };
-    // An index of so many long tags would be larger than one may be.
+    // An OCI index of so many long tags would be larger than the largest index that is read.
     let tags: Vec<String> = (0..10_001).map(|nth| format!("x:{nth:0300}")).collect();
     write(&[entry(&tags, &["l.tar"])]);
     refused("saved.tar: manifest.json: has more than 10000 images and tags");
@@ -1684,7 +1691,7 @@ fn many_names_in_few_bytes() {
     refused("saved.tar: manifest.json: has more than 20000 layers in all its images");
     write(&[entry(&[], &["l.tar"; 20_000])]);
     refused("has 20000 layers, expected 1 to 255");
-    // Another image is not spoiled by it.
+    // An image with too many layers makes no difference to another image.
     let other = entry(&["x:0".to_owned()], &["l.tar"; 256]);
     write(&[other, entry(&["x:1".to_owned()], &["l.tar"])]);
     place
@@ -1695,7 +1702,7 @@ fn many_names_in_few_bytes() {
     fs::remove_dir_all(place.path("out")).unwrap();
     write(&[entry(&["n".repeat(1025)], &["l.tar"])]);
     refused("has more than 1024 bytes in the name");
-    // A name that no file has: a compressed archive could have thousands of them.
+    // A name that is too long for a file. A compressed archive could have thousands of such names.
     let name = format!("{}.tar", "n".repeat(5000));
     let members = [
         [
@@ -1715,7 +1722,7 @@ fn many_names_in_few_bytes() {
         assert_eq!(place.names(), ["saved.tar"]);
     };
     refused("has a name of 5004 bytes, more than 1024");
-    // Each name is short enough, and the one that a link leads to isn't.
+    // Each name is short enough, but the name to which the link leads isn't.
     let long = |name: &str, kind: u8, target: &str| {
         let records: [(&[u8], &[u8]); 2] =
             [(b"path", name.as_bytes()), (b"linkpath", target.as_bytes())];
@@ -1739,7 +1746,7 @@ fn many_names_in_few_bytes() {
     refused("has more than 8388608 bytes in the names of files that may be parts of an image");
 }
 
-/// A description or index is read once, and not for each of hundreds of images that name it.
+/// A description or index is read once, not for each of the hundreds of images that name it.
 fn long_files_of_many_names() {
     let place = Place::new();
     let layer = etc_tar();

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! What names mean, and what messages say.
+//! The meaning of names of layers, messages about incomplete layers and other files, and `list` without stacks.
 
 use std::fs;
 use std::path::Path;
@@ -27,10 +27,10 @@ fn a_name_means_the_same_whatever_exists() {
     run("info a:4096").code(4).stderr(contains(said));
     run("create --image disk.raw a:4096").success();
     run("info a:4096").success().stdout(contains("a:4096: "));
-    // `a' alone does not make a size of the rest.
+    // Even if there is a file `a', the word is a name, not `a' and a size.
     run("create --image disk.raw a").success();
     run("info a:4096").success().stdout(contains("a:4096: "));
-    // A name that ends as if it had a size.
+    // A name whose end looks like a size.
     run("create --image disk.raw a:size=512").success();
     run("info a:size=512").code(1);
     run("info a:size=512:size=-")
@@ -42,7 +42,7 @@ fn a_name_means_the_same_whatever_exists() {
     run("info missing").code(4).stderr(contains("write").not());
 }
 
-/// The errors of all commands that read a layer, for one that is cut at each of `places`.
+/// Cuts off `layer` at each length in `places`. Returns the messages of the commands that read the result.
 fn cut(place: &Place, layer: &str, places: &[usize]) -> Vec<String> {
     let bytes = fs::read(place.path(layer)).unwrap();
     let mut said = Vec::new();
@@ -102,7 +102,7 @@ fn what_is_no_layer() {
     }
 }
 
-/// Of a machine that has some, nothing is known here; nor is anything where sysfs is not mounted.
+/// Requires sysfs, and a machine without device-mapper devices, since those may belong to a stack.
 fn no_stacks() -> Option<String> {
     let Ok(mut devices) = fs::read_dir("/sys/block") else {
         return Some("no /sys/block".to_owned());
@@ -113,6 +113,7 @@ fn no_stacks() -> Option<String> {
         .then(|| "this machine has mapped devices".to_owned())
 }
 
+/// Requires that sysfs is not mounted.
 fn no_sysfs() -> Option<String> {
     let there = Path::new("/sys/block").exists();
     there.then(|| "/sys is mounted".to_owned())

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! The programs that obdsetup runs: what they get, what becomes of what they say, how they end.
-//! A script plays mksquashfs.
+//! The programs that obdsetup starts: their environment, their messages, and their end. A script takes the place
+//! of mksquashfs.
 
 use std::fs;
 use std::path::Path;
@@ -28,8 +28,8 @@ fn in_sbin(program: &str) -> needs::Need {
     (!there).then(|| format!("no {program} in /usr/sbin or /sbin"))
 }
 
-/// A place with a directory `tree`, and `bin/mksquashfs`, a script. If it doesn't look for
-/// `-version` itself, it does nothing when it is asked for its version.
+/// A place with a directory `tree` and the script `bin/mksquashfs`. Unless the script handles `-version` itself,
+/// it succeeds without output when obdsetup asks for the version.
 struct Mksquashfs(Place);
 
 impl Mksquashfs {
@@ -54,19 +54,19 @@ impl Mksquashfs {
         String::from_utf8(self.0.read(name)).unwrap()
     }
 
-    /// obdsetup, which finds the script.
+    /// Returns the command `obdsetup`, not started yet, which finds the script.
     fn obdsetup(&self) -> Command {
         self.0.with_programs("bin")
     }
 
-    /// obdsetup, about to make a layer.
+    /// Returns the command, not started yet, that makes a layer of `tree`.
     fn create(&self) -> Command {
         let mut command = self.obdsetup();
         command.args("create --directory tree --fs squashfs out.obd".split(' '));
         command
     }
 
-    /// What lies in the place, but for what was put there.
+    /// Returns the names in the place, except those that the test has made.
     fn left(&self) -> Vec<String> {
         let mut names = self.0.names();
         names.retain(|name| !["tree", "bin", "pid"].contains(&name.as_str()));
@@ -78,7 +78,7 @@ fn said(output: &Output) -> String {
     String::from_utf8_lossy(&output.stderr).into_owned()
 }
 
-/// Waits until the script has told its number; the number.
+/// Waits until the script has written its process ID to the file `pid`. Returns the process ID.
 fn number(place: &Mksquashfs, child: &mut Child) -> String {
     let told = soon(|| {
         assert!(child.try_wait().unwrap().is_none(), "obdsetup has ended");
@@ -182,18 +182,18 @@ fn programs_without_room() {
     }
 }
 
-/// A program that is too old isn't run: it may make something else of options that it doesn't know.
+/// A program that is too old isn't run: it may misinterpret options that it doesn't know.
 fn versions_that_are_too_old_are_told_of() {
     let old =
         "if [ \"$1\" = -version ]; then echo 'mksquashfs version 4.5.1 (2022/03/17)'; exit 0; fi";
-    // Debian 12's takes the options for something else, and succeeds.
+    // mksquashfs of Debian 12 misinterprets the options, and succeeds.
     let place = Mksquashfs::new(&format!("{old}; touch \"$PLACE/run\""));
     let output = place.create().output().unwrap();
     assert_eq!(output.status.code(), Some(1), "{}", said(&output));
     let wanted = "mksquashfs is version 4.5, and squashfs file systems need version 4.6 or later";
     assert!(said(&output).contains(wanted), "{}", said(&output));
     assert!(place.left().is_empty(), "{:?}", place.left());
-    // Another failure of one that is new enough, and one that doesn't say what it is.
+    // A failure of a program that is new enough, and of one whose version is unknown.
     for said_of_it in ["mksquashfs version 4.6.1 (2023/03/25)", "no version"] {
         let new = old.replace("mksquashfs version 4.5.1 (2022/03/17)", said_of_it);
         let place = Mksquashfs::new(&format!("{new}; echo no room >&2; exit 1"));

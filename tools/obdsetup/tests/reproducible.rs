@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! The same files make the same bytes, whatever the clock, the time zone, the locale, the user, the
-//! host, the umask, the order in directories, of attributes and of names, inodes and holes.
+//! The same files give the same bytes. The clock, the time zone, the locale, the user, the host and
+//! the umask make no difference, nor do inode numbers, holes, and the order of directory entries,
+//! extended attributes and hard links.
 
 use std::fs::{self, File};
 use std::os::unix::fs::{chown, FileExt, PermissionsExt};
@@ -26,13 +27,13 @@ const FILE_SYSTEMS: [(&str, Needs); 6] = [
     ("squashfs", needs::mksquashfs),
 ];
 
-/// Why a file system cannot be made here.
+/// Returns why a file system cannot be made here; `None` if it can.
 type Needs = fn() -> Need;
 
 /// A test for a file system.
 type Test = fn(&'static str);
 
-/// A test for each file system, and those that need none.
+/// Returns the tests: most of them once for each file system, and those that don't depend on one.
 pub(crate) fn trials() -> Vec<Trial> {
     let xattrs = needs::xattrs();
     let root = needs::device_nodes().or_else(|| xattrs.clone());
@@ -59,7 +60,7 @@ pub(crate) fn trials() -> Vec<Trial> {
     ];
     for (name, test, need) in tests {
         for (fs, of_fs) in FILE_SYSTEMS {
-            // mksquashfs reads all of a hole.
+            // mksquashfs reads the whole hole.
             if name == "large_holes_cost_nothing" && fs == "squashfs" {
                 continue;
             }
@@ -71,7 +72,7 @@ pub(crate) fn trials() -> Vec<Trial> {
     trials
 }
 
-/// Names of files in the tree, in the order in which one of the trees is made.
+/// Names of files in the tree, in the order in which the first tree gets them.
 const NAMES: [&str; 8] = [
     "zeta",
     "alpha",
@@ -83,13 +84,13 @@ const NAMES: [&str; 8] = [
     "10",
 ];
 
-/// Where and by whom obdsetup is run.
+/// The environment in which obdsetup is run.
 #[derive(Default)]
 struct Here {
     env: Vec<(String, String)>,
-    /// What the shell does before.
+    /// Commands that the shell runs before obdsetup.
     before: &'static str,
-    /// What runs the shell.
+    /// A program and its arguments that runs the shell.
     through: &'static [&'static str],
 }
 
@@ -102,7 +103,7 @@ impl Here {
         }
     }
 
-    /// Another time zone, another umask, another home, and what other programs obey.
+    /// Another time zone, umask, home directory and user name, and variables that change what programs do.
     fn elsewhere() -> Self {
         let mut there = Self::with(&[
             ("TZ", "Pacific/Auckland"),
@@ -130,14 +131,14 @@ impl Here {
     }
 }
 
-/// Runs obdsetup with words as arguments, and checks that it succeeds.
+/// Runs obdsetup with the words of `line` as arguments, and checks that it succeeds.
 fn run(place: &Path, line: &str, here: &Here) {
     let output = here.output(place, line);
     let said = String::from_utf8_lossy(&output.stderr).into_owned();
     assert!(output.status.success(), "{line}: {said}");
 }
 
-/// Sets when a file was changed, and of a link the link's own time.
+/// Sets the times of the last access and the last change of a file. For a symbolic link, sets its own times.
 fn set_time(path: &Path, seconds: i64, nanoseconds: i64) {
     let time = Timespec {
         tv_sec: seconds,
@@ -150,13 +151,13 @@ fn set_time(path: &Path, seconds: i64, nanoseconds: i64) {
     rustix::fs::utimensat(CWD, path, &times, AtFlags::SYMLINK_NOFOLLOW).unwrap();
 }
 
-/// For trees that have nothing more.
+/// The argument `more` of [`make`] for a tree without additions.
 fn nothing(_: &Path, _: usize) {}
 
-/// Makes the tree `root`, and then in it what `more` makes; `turn` changes how, but not what it is.
+/// Makes the tree `root`, and calls `more` to add to it. Another `turn` makes the same tree in another way.
 fn make(root: &Path, turn: usize, more: impl Fn(&Path, usize)) {
     fs::create_dir_all(root.join("sub/empty")).unwrap();
-    // Other inodes, and another order in directories of some file systems.
+    // Files that are removed again. They change the inode numbers and, in some file systems, the order of entries.
     for nth in 0..turn * 5 {
         fs::write(root.join(format!("gone{nth}")), b"").unwrap();
     }
@@ -173,10 +174,10 @@ fn make(root: &Path, turn: usize, more: impl Fn(&Path, usize)) {
     sparse.set_len(1 << 20).unwrap();
     sparse.write_all_at(&[7; 5000], 300_000).unwrap();
     if turn > 0 {
-        // Zeros in the place of a hole.
+        // Zeros instead of a hole.
         sparse.write_all_at(&[0; 200_000], 400_000).unwrap();
     }
-    // Either of the names may be the first.
+    // Another name of two files. The order in which the two names are made differs between the trees.
     let links = [["zeta", "sub/hard"], ["link", "sub/again"]];
     std::os::unix::fs::symlink("sub/hard", root.join("link")).unwrap();
     for [one, two] in links {
@@ -200,7 +201,7 @@ fn make(root: &Path, turn: usize, more: impl Fn(&Path, usize)) {
     set_time(root, 5_000_000_000, 123_456_789);
 }
 
-/// Makes `NAME.tar` of a tree, with all that GNU tar can tell.
+/// Makes a tar of a tree, with all metadata that GNU tar can store. The name is that of the tree with `.tar`.
 fn pack(place: &Path, tree: &str) {
     let done = Command::new("tar")
         .args(["--format=pax", "--sparse", "--numeric-owner"])
@@ -212,13 +213,13 @@ fn pack(place: &Path, tree: &str) {
     assert!(done.status.success(), "{done:?}");
 }
 
-/// The trees `one` and `two`, which `more` makes a part of, become the same bytes: one here, and the
-/// other there, each of them from the directory and from a tar.
+/// Checks that the trees `one` and `two` in `place` give the same bytes: `one` in the environment `here`, `two` in
+/// the environment `there`, and each of them from the directory and from a tar.
 fn is_the_same(fs: &str, place: &Path, here: &Here, there: &Here) {
     for (nth, (tree, at)) in [("one", here), ("two", there)].into_iter().enumerate() {
         pack(place, tree);
         let options = match fs {
-            // It cannot hold access control lists.
+            // squashfs cannot hold access control lists.
             "squashfs" => "--fs squashfs --allow-loss",
             fs => &format!("--fs {fs}"),
         };
@@ -232,7 +233,7 @@ fn is_the_same(fs: &str, place: &Path, here: &Here, there: &Here) {
             &format!("convert {tree}.tar tar{nth}.obd {options}"),
             at,
         );
-        // Clocks count seconds.
+        // So that the second tree is converted in another second.
         std::thread::sleep(Duration::from_millis(if nth == 0 { 1100 } else { 0 }));
     }
     let read = |name: &str| fs::read(place.join(name)).unwrap();
@@ -246,7 +247,7 @@ fn here() -> Here {
     Here::with(&[("TZ", "UTC0"), ("LC_ALL", "C")])
 }
 
-/// Trees made in both ways, and then [`is_the_same`].
+/// Makes the tree in both ways, and checks [`is_the_same`].
 fn trees_are_the_same(fs: &str, there: &Here, more: impl Fn(&Path, usize)) {
     let place = Place::new();
     for (turn, tree) in ["one", "two"].iter().enumerate() {
@@ -259,7 +260,7 @@ fn same_tree_same_bytes(fs: &str) {
     trees_are_the_same(fs, &Here::elsewhere(), nothing);
 }
 
-/// Sets extended attributes in one order or the other.
+/// Sets extended attributes: in the given order if `turn` is 0, otherwise in reverse order.
 fn set_xattrs(path: &Path, turn: usize, xattrs: &[(&str, &[u8])]) {
     let mut xattrs = xattrs.to_vec();
     if turn > 0 {
@@ -275,7 +276,7 @@ fn make_node(path: &Path, kind: FileType, device: (u32, u32)) {
     mknodat(CWD, path, kind, Mode::from_raw_mode(0o640), device).unwrap();
 }
 
-/// What any user may have in a tree.
+/// Adds to a tree what any user may make: a FIFO, extended attributes and access control lists.
 fn more_of_a_user(root: &Path, turn: usize) {
     make_node(&root.join("fifo"), FileType::Fifo, (0, 0));
     let xattrs: [(&str, &[u8]); 4] = [
@@ -313,7 +314,7 @@ fn what_only_root_has(fs: &str) {
         }
         chown(root.join("zeta"), Some(4_000_000_000), Some(70_000)).unwrap();
         chown(root.join("null"), Some(0), Some(5)).unwrap();
-        // CAP_NET_BIND_SERVICE, permitted and effective, as the kernel has it: revision 2.
+        // CAP_NET_BIND_SERVICE, permitted and effective, in the kernel's format, revision 2.
         let mut capability = [0; 20];
         capability[..6].copy_from_slice(&[1, 0, 0, 2, 0, 4]);
         let xattrs: [(&str, &[u8]); 2] = [
@@ -343,7 +344,7 @@ fn another_host(fs: &str) {
     trees_are_the_same(fs, &there, nothing);
 }
 
-/// What runs a program as another user, who owns nothing.
+/// A program and its arguments that runs another program as a user who owns no files.
 const AS_NOBODY: &[&str] = &[
     "setpriv",
     "--reuid=65534",
@@ -351,7 +352,7 @@ const AS_NOBODY: &[&str] = &[
     "--clear-groups",
 ];
 
-/// Why obdsetup cannot be run as another user.
+/// Returns why obdsetup cannot be run as another user; `None` if it can.
 fn no_other_user() -> Need {
     needs::root()
         .or_else(|| needs::program("setpriv"))
@@ -405,7 +406,7 @@ fn all_wrappings(fs: &str) {
     }
     for (nth, wrapping) in wrappings.iter().enumerate() {
         assert!(made[0][nth] == made[1][nth], "{wrapping}");
-        // Times are what they are told to be.
+        // With SOURCE_DATE_EPOCH, the times in the layer are others.
         assert!(made[0][nth] != made[2][nth], "{wrapping}");
         let others = made[0].iter().filter(|other| **other == made[0][nth]);
         assert_eq!(others.count(), 1, "{wrapping}");

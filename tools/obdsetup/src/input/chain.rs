@@ -18,13 +18,13 @@ use crate::terminal::warn;
 /// Arguments of all commands that take a stack of layers.
 #[derive(Args, Clone, Debug, Default)]
 pub(crate) struct ChainArgs {
-    /// Warn, and go on, where the UUIDs of the layers say that they do not fit on each other
+    /// Only warn if the UUIDs or sizes of the layers show that they do not fit on each other
     #[arg(long)]
     ignore_identity: bool,
 }
 
 impl ChainArgs {
-    /// Checks `layers`, lowest first. Prints warnings. Returns an error if the stack must be wrong.
+    /// Checks `layers`, lowest first. Prints warnings. Returns an error if the stack is certainly wrong.
     pub(crate) fn check(&self, layers: &[LayerReader], part: Part) -> Result<()> {
         let mut found = Findings::of(layers, part);
         self.apply(&mut found);
@@ -47,7 +47,7 @@ impl BitOrAssign<&Self> for ChainArgs {
     }
 }
 
-/// Which part of a stack some layers are.
+/// Which part of a stack the given layers are.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Part {
     /// All of it: the lowest layer has no parent.
@@ -59,7 +59,7 @@ pub(crate) enum Part {
 /// The problems that were found.
 #[derive(Debug, Default)]
 pub(crate) struct Findings {
-    /// Problems for which the stack must be wrong.
+    /// Problems that show that the stack is wrong.
     pub(crate) errors: Vec<String>,
     /// Reasons why file systems cannot map the pages of layers.
     pub(crate) misfits: Vec<String>,
@@ -128,7 +128,7 @@ impl Findings {
         }
     }
 
-    /// Checks two neighbouring layers. `given` says whether the parent of `above` is among the layers.
+    /// Checks two neighbouring layers. `given` is whether the parent of `above` is one of the checked layers.
     fn check_pair(&mut self, below: &LayerReader, above: &LayerReader, given: bool) {
         let (uuid, parent) = (&below.ident().uuid, &above.ident().parent);
         let (path, below_path) = (above.path(), below.path());
@@ -163,7 +163,7 @@ impl Findings {
         }
     }
 
-    /// Adds the reasons why file systems cannot map the pages of a layer, for each layer.
+    /// For each layer whose pages a file system cannot map with DAX, adds the reason to the errors.
     pub(crate) fn add_dax(&mut self, layers: &[LayerReader]) -> overlaybd::Result<()> {
         for layer in layers {
             if let Err(misfit) = dax::page_size(layer)? {
@@ -174,10 +174,10 @@ impl Findings {
         Ok(())
     }
 
-    /// Checks sizes. A layer may be larger than the layers below it. A smaller layer cuts off data.
+    /// Checks virtual sizes. A layer may be larger than the layers below it. A smaller layer cuts off the end.
     fn check_sizes(&mut self, layers: &[LayerReader]) {
         let size = |layer: &&LayerReader| layer.lsmt().virtual_size();
-        // A layer without a size has the size of the layer below.
+        // A layer with the virtual size 0 has the size of the layer below.
         let sized: Vec<&LayerReader> = layers.iter().filter(|layer| size(layer) != 0).collect();
         for pair in sized.windows(2) {
             let [below, above] = pair else { continue };

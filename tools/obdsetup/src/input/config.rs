@@ -20,7 +20,7 @@ const MAX_PATH: usize = 4095;
 /// Names of a layer's file in its directory, in the order in which the snapshotter looks for them.
 const NAMES: [&str; 3] = ["overlaybd.commit", ".commit", "overlaybd.sealed"];
 
-/// The fields of a `config.v1.json` that matter for reading.
+/// The fields of a `config.v1.json` that obdsetup reads or writes.
 #[derive(Debug, Default, Deserialize, Serialize)]
 #[serde(default, rename_all = "camelCase")]
 pub(crate) struct Config {
@@ -29,7 +29,7 @@ pub(crate) struct Config {
     pub(crate) repo_blob_url: Option<String>,
     /// Layers, lowest first.
     pub(crate) lowers: Vec<Lower>,
-    /// A writable layer on top, if it names files.
+    /// The writable layer on top. If it names no files, there is none.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub(crate) upper: Option<Upper>,
 }
@@ -58,13 +58,13 @@ pub(crate) struct Upper {
     pub(crate) data: Option<String>,
 }
 
-/// Returns whether `layer` has the name of a description of a stack.
+/// Returns whether `layer` is a `config.v1.json`: whether its name ends with `.json`, without a size.
 pub(crate) fn is_config(layer: &LayerArg) -> bool {
     layer.size.is_none() && layer.path.extension().is_some_and(|name| name == "json")
 }
 
-/// Returns the layers that the `config.v1.json` at `path` lists, lowest first. Relative names are relative to
-/// its directory.
+/// Returns the layers that the `config.v1.json` at `path` lists, lowest first. Relative names in the file are
+/// relative to the directory of `path`.
 pub(crate) fn layers(path: &Path) -> Result<Vec<LayerArg>> {
     let text = json::read(path, path)?;
     let config: Config = json::parse(&text, path, "a config.v1.json")?;
@@ -126,7 +126,7 @@ fn missing(file: &Path, place: &Path) -> Option<String> {
     })
 }
 
-/// Returns the file of a layer, or the reason why there is none.
+/// Returns the file of a layer, or the reason why there is none. Relative names are relative to `place`.
 fn file(lower: &Lower, place: &Path) -> Result<PathBuf, String> {
     if given(&lower.target_file)
         .or(given(&lower.target_digest))

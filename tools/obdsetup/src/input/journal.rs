@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: GPL-2.0
 
 //! Detects file systems that were not unmounted cleanly. On a read-only device, their journals cannot be
-//! replayed, and mounting fails without an option that skips this.
+//! replayed, and mounting fails without an option that skips the replay.
 
 use overlaybd::format::blob::Window;
 use overlaybd::format::num::le32;
@@ -19,7 +19,7 @@ const EXT_RECOVER: u32 = 0x4;
 
 /// Byte offset of the superblock of btrfs.
 const BTRFS_AT: u64 = 64 << 10;
-/// Byte offsets in that superblock: the magic, and the address of the log tree, or 0.
+/// Byte offsets in that superblock: the magic, and the address of the log tree, which is 0 if there is none.
 const BTRFS_MAGIC: usize = 0x40;
 const BTRFS_LOG: usize = 0x60;
 
@@ -33,7 +33,7 @@ mod xfs {
     const RECORD: u32 = 0xfeed_babe;
     /// Largest number of sectors of a record with its headers.
     const LONGEST: u64 = (256 << 10) / SECTOR + 8;
-    /// Bytes of data for one sector of headers.
+    /// Number of bytes of data for which a record has one header sector.
     const DATA_OF_HEADER: u64 = 32 << 10;
     /// Flag of an operation: the file system was unmounted.
     const UNMOUNT: u8 = 0x20;
@@ -47,7 +47,7 @@ mod xfs {
         (u64::from(be32(bytes, at)) << 32) | u64::from(be32(bytes, at + 4))
     }
 
-    /// A log, in sectors.
+    /// A log. `start` and `len` are in sectors. Sector numbers start at 0, and wrap around at `len`.
     struct Log<'a, B> {
         disk: &'a B,
         start: u64,
@@ -70,8 +70,9 @@ mod xfs {
             })
         }
 
-        /// Returns the sector after the last record. The sectors before it have the same cycle number. Those
-        /// from it on have a number that is smaller by one, or zero.
+        /// Returns the head of the log: the sector after the last record. All sectors before the head have the
+        /// same cycle number. The head and all sectors after it have a cycle number that is smaller by one, or
+        /// zeros.
         fn head(&self) -> Option<u64> {
             let first = self.cycle(0)?;
             let (mut same, mut other) = (0, self.len);
@@ -87,8 +88,8 @@ mod xfs {
     }
 
     /// Returns whether the file system on `disk` was not unmounted: whether the last record of its log isn't
-    /// an unmount record. Returns `None` if it is no XFS, if the log is on another device, or if this is
-    /// unknown.
+    /// an unmount record. Returns `None` if the file system is no XFS, if its log is on another device, or if
+    /// the log cannot be read or is invalid.
     pub(super) fn is_dirty(disk: &impl Blob) -> Option<bool> {
         let mut sb = [0; 512];
         disk.read_at(0, &mut sb).ok()?;
@@ -160,7 +161,8 @@ pub(crate) fn options(disk: &impl Blob) -> Option<(&'static str, &'static str)> 
     (is_btrfs && has_log).then_some(("btrfs", "ro,rescue=nologreplay"))
 }
 
-/// Returns the note about [`options`] for the user.
+/// Returns a note for the user, with the [`options`] to mount the file system on `disk`; `None` if it needs none.
+/// `node` is the device node of `disk`.
 pub(crate) fn note(disk: &impl Blob, node: &str) -> Option<String> {
     let (kind, options) = options(disk)?;
     Some(format!(
@@ -169,7 +171,7 @@ pub(crate) fn note(disk: &impl Blob, node: &str) -> Option<String> {
     ))
 }
 
-/// As [`note`], for a partition of `disk`, which has the node `node`.
+/// As [`note`], for the partition `part` of `disk`. `node` is the device node of the partition.
 pub(crate) fn note_of_part(disk: &impl Blob, part: Partition, node: &str) -> Option<String> {
     let bytes = |sectors: u64| sectors.checked_mul(SECTOR_SIZE);
     let (start, len) = (bytes(part.start)?, bytes(part.len)?);
@@ -246,7 +248,7 @@ mod tests {
         }
     }
 
-    /// Number of sectors of the log of [`xfs_disk`], and its start: in the third group of 1000 blocks.
+    /// Length and start of the log of [`xfs_disk`], in sectors. The log is in the third group of 1000 blocks.
     const LOG: usize = 8000;
     const LOG_AT: usize = (2 * 1000 + 10) * 8;
 
@@ -265,7 +267,7 @@ mod tests {
         disk
     }
 
-    /// Writes the cycle number to sectors of the log.
+    /// Writes the cycle number `cycle` to `sectors` of the log.
     fn cycle(disk: &mut Disk, sectors: std::ops::Range<usize>, cycle: u32) {
         for sector in sectors {
             let at = (LOG_AT + sector % LOG) * 512;
@@ -296,8 +298,8 @@ mod tests {
         // If the state is unknown, there is no note.
         let mut disk = xfs_disk();
         assert_eq!(options(&disk), None);
-        // A log in its first cycle, with zeros after the head; in later cycles; and with a record around or
-        // at the end.
+        // Logs in their first cycle, with zeros after the head; in a later cycle; with a last record that wraps
+        // around the end of the log; and with one that ends there.
         for (head, now, before) in [(2, 1, 0), (100, 1, 0), (100, 7, 6), (1, 7, 6), (LOG, 7, 6)] {
             disk = xfs_disk();
             let at = (head + LOG - 2) % LOG;
@@ -306,24 +308,25 @@ mod tests {
             if head > 1 {
                 cycle(&mut disk, head - 2..head, now);
             } else {
-                // The record begins in the cycle before.
+                // The last sector of the log, where the record begins, is from the previous cycle.
                 cycle(&mut disk, LOG - 1..LOG, before);
             }
             record(&mut disk, at, if head == 1 { before } else { now }, UNMOUNT);
             assert_eq!(options(&disk), None, "{head}");
-            // The same record with another content.
+            // The same record with another operation.
             record(&mut disk, at, if head == 1 { before } else { now }, 0x8);
             assert_eq!(options(&disk), dirty, "{head}");
         }
-        // Something after the record.
+        // The log goes on after the unmount record.
         disk = xfs_disk();
         cycle(&mut disk, 0..100, 7);
         cycle(&mut disk, 100..LOG, 6);
         record(&mut disk, 50, 7, UNMOUNT);
         assert_eq!(options(&disk), dirty);
-        // The log is on another device, or the disk is cut off.
+        // The disk is cut off.
         disk.0.truncate(disk.0.len() - 512);
         assert_eq!(options(&disk), None);
+        // The log is on another device.
         disk = xfs_disk();
         disk.0[48..56].fill(0);
         assert_eq!(options(&disk), None);

@@ -3,7 +3,7 @@
 //! Parses the words that name a layer: `PATH`, or `DEVICE:size=BYTES` if the blob is shorter than its device.
 //!
 //! The meaning of a word depends only on the word, never on which files exist: a line of overlaybdtab must
-//! have the same meaning at boot, when a disk is still missing, as later. In `/dev/disk` and elsewhere, names
+//! mean the same at boot, when a disk may still be missing, and later. In `/dev/disk` and elsewhere, names
 //! of devices may end with `:0` and the like. So the short form `DEVICE:BYTES` is allowed only for names that
 //! cannot have a colon: see [`has_short_form`].
 
@@ -26,7 +26,7 @@ use crate::terminal::{interrupt, size};
 
 /// Separates a path from the size of its blob.
 const SIZE: &[u8] = b":size=";
-/// The size that means the whole file or device. Needed for names that end as if they had a size.
+/// The size that means the whole file or device. Needed if the end of a name looks like a size.
 const ALL: &[u8] = b"-";
 
 /// Directories in `/dev` that belong to no volume group, and whose entries may have a colon.
@@ -34,7 +34,7 @@ const NO_GROUPS: &[&str] = &[
     "block", "bsg", "bus", "char", "disk", "fd", "mapper", "md", "mqueue", "pts", "shm",
 ];
 
-/// A layer that was named and is not open yet.
+/// A layer as it is named on the command line. It is not open yet.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct LayerArg {
     /// The file or block device.
@@ -70,7 +70,7 @@ impl fmt::Display for LayerArg {
 }
 
 impl LayerArg {
-    /// Opens the file or device.
+    /// Opens the file or device. Returns an error if a size was given for something that is no block device.
     pub(crate) fn open(&self) -> Result<Arc<FileBlob>> {
         interrupt::check()?;
         if self.path.is_dir() {
@@ -84,7 +84,7 @@ impl LayerArg {
         Ok(Arc::new(file))
     }
 
-    /// Returns the error for a failed open, with a hint if the user may have meant a part of the name as a
+    /// Returns the error for a failed open, with a hint if the user may have meant the end of the name as a
     /// size.
     fn explain(&self, error: overlaybd::Error) -> anyhow::Error {
         let missing = error.io_kind() == Some(ErrorKind::NotFound) && self.size.is_none();
@@ -125,7 +125,7 @@ impl LayerArg {
         error.into()
     }
 
-    /// Returns whether it is a block device.
+    /// Returns whether the path leads to a block device.
     pub(crate) fn is_device(&self) -> bool {
         std::fs::metadata(&self.path).is_ok_and(|meta| meta.file_type().is_block_device())
     }
@@ -172,7 +172,7 @@ fn parse(word: OsString) -> Result<(PathBuf, Option<u64>), String> {
     }
 }
 
-/// Returns what to write instead of `path`, if its end may have been meant as a size.
+/// Returns the word to write instead of `path`, if the end of `path` may have been meant as a size.
 fn suggest(path: &Path) -> Option<String> {
     let (device, size) = split_number(path.as_os_str().as_bytes())?;
     let device = String::from_utf8_lossy(device);
@@ -256,7 +256,7 @@ mod tests {
         }
     }
 
-    /// Names from udev, device-mapper, md and people. None is split.
+    /// Names that udev, device-mapper, md and users give. None is split at a colon.
     #[test]
     fn names_with_colons() {
         for word in [
@@ -282,7 +282,7 @@ mod tests {
     }
 
     proptest! {
-        /// Any name can be written, with a size or without.
+        /// For any name, there is a word with that name and a size, and one without a size.
         #[test]
         fn any_name(name in "[ -~]{0,12}(:size=|:|)[0-9k-]{0,4}", size: u64) {
             let all = parse(format!("{name}:size=-").into());

@@ -15,7 +15,7 @@ use super::config;
 use super::layer_name::LayerArg;
 use crate::files::in_use::InUseArgs;
 
-/// Returns the layers that are named, lowest first. A `config.v1.json` is replaced by the layers that it
+/// Returns the layers that `args` name, lowest first. A `config.v1.json` is replaced by the layers that it
 /// lists.
 pub(crate) fn expand(args: &[LayerArg]) -> Result<Vec<LayerArg>> {
     let mut layers = Vec::new();
@@ -34,16 +34,17 @@ pub(crate) fn paths<'a>(lists: &[&'a [LayerArg]]) -> Vec<&'a Path> {
     layers.map(|layer| layer.path.as_path()).collect()
 }
 
-/// Opens layers, lowest first, to read their data. Returns an error if someone may write to them.
+/// Opens layers, lowest first, to read their data. Returns an error if a layer is in use: see
+/// [`InUseArgs::check`].
 pub(crate) fn open_layers(args: &[LayerArg], in_use: &InUseArgs) -> Result<Vec<LayerReader>> {
     let layers = open_any(args)?;
-    // Checked after opening, so that a layer that is missing or is no layer is reported as such.
+    // Checked after opening, so that a missing file, or one that is no layer, gives the error for that.
     in_use.check(paths(&[args]))?;
     Ok(layers)
 }
 
 fn open_any(args: &[LayerArg]) -> Result<Vec<LayerReader>> {
-    // Checked before hundreds of files are opened.
+    // Checked first, so that hundreds of files aren't opened in vain.
     if args.len() > MAX_LAYERS {
         let fault = format::Error::new(Fault::LsmtLayerCount, 0, to_u64(args.len()));
         return Err(overlaybd::Error::from(fault).into());
@@ -70,8 +71,8 @@ pub(crate) fn open_stack(
     Ok(Stack::new(layers)?)
 }
 
-/// Opens all layers of a stack as [`open_stack`] does, for a table. Doesn't check who may write to them;
-/// `open` does.
+/// Opens all layers of a stack as [`open_stack`] does, to compute the tables of its devices. Doesn't check
+/// whether the layers are in use: the command `open` checks that.
 pub(crate) fn plan_stack(args: &[LayerArg], chain: &ChainArgs) -> Result<Stack> {
     let layers = open_any(args)?;
     chain.check(&layers, Part::Whole)?;

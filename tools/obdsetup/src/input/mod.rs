@@ -1,12 +1,13 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! What is read.
+//! The inputs of the commands.
 //!
-//! - [`kind`]: what a file is, by its content.
+//! - [`kind`]: detects the type of a file by its content.
 //! - [`layer_name`]: a layer's name on the command line. [`layers`] opens the layers of a stack, [`config`] reads
-//!   the list of them that containerd's snapshotter writes, [`chain`] checks whether they fit on each other.
-//! - [`archive`]: tars, packed or not.
-//! - [`qemu`]: disk images of virtual machines. [`partitions`] and [`journal`] look into a disk.
+//!   the list of layers that containerd's snapshotter writes, [`chain`] checks whether layers fit on each other.
+//! - [`archive`]: tars, compressed or not.
+//! - [`qemu`]: disk images of virtual machines. [`partitions`] reads the partitions of a disk, [`journal`] detects
+//!   file systems that were not unmounted cleanly.
 
 pub(crate) mod archive;
 pub(crate) mod chain;

@@ -12,7 +12,7 @@ use anyhow::{Context, Result};
 use crate::program::Program;
 use crate::terminal::exit::{self, Failure};
 
-/// Number of bytes at the start of a disk in which its partition table begins.
+/// Number of bytes to read from the start of a disk. A partition table begins within them.
 const HEAD: u64 = 8192;
 /// Types of partitions that only contain others, as partx prints them.
 const EXTENDED: [&str; 3] = ["0x5", "0xf", "0x85"];
@@ -25,14 +25,18 @@ const MOST: usize = 255;
 pub(crate) struct Partition {
     /// Its number in the table, from 1.
     pub(crate) number: u32,
-    /// Its first sector.
+    /// Its first sector, in units of 512 bytes.
     pub(crate) start: u64,
-    /// Length in sectors.
+    /// Length in units of 512 bytes.
     pub(crate) len: u64,
 }
 
-/// Reads the partitions of the disk `name` with `sectors` sectors and the node `node`. Leaves out partitions
-/// that only contain others.
+/// Reads the partitions of the disk `name` with `sectors` sectors of 512 bytes and the device node `node`.
+/// Leaves out partitions that are empty or only contain others.
+///
+/// # Errors
+///
+/// If `node` cannot be read, if the table is damaged, or if it has no partitions.
 pub(crate) fn read(name: &str, node: &Path, sectors: u64) -> Result<Vec<Partition>> {
     let mut head = Vec::new();
     File::open(node)
@@ -41,7 +45,7 @@ pub(crate) fn read(name: &str, node: &Path, sectors: u64) -> Result<Vec<Partitio
     let mut program = Program::new("partx", "partitions");
     program.args(["--raw", "--noheadings"]);
     program.args(["--output", "NR,START,SECTORS,TYPE"]);
-    // Not what the device has, which depends on where the layers are.
+    // partx must not use the sector size of the device: that depends on the devices that store the layers.
     let sector_size = match has_large_sectors(&head) {
         true => "4096",
         false => "512",
@@ -87,8 +91,7 @@ pub(crate) fn read(name: &str, node: &Path, sectors: u64) -> Result<Vec<Partitio
     )))
 }
 
-/// Parses a line of partx. Returns the partition, and whether to leave it out: it only contains others, or is
-/// empty.
+/// Parses a line that partx printed. Returns the partition, and `true` if it only contains others or is empty.
 fn parse(line: &str) -> Option<(Partition, bool)> {
     let mut words = line.split_whitespace();
     let partition = Partition {
@@ -126,18 +129,18 @@ fn damaged(name: &str, what: &str) -> anyhow::Error {
     Failure::error(exit::BAD_IMAGE, message)
 }
 
-/// Returns whether a GUID partition table begins at byte `at`.
+/// Returns whether the header of a GUID partition table begins at byte `at`.
 fn has_gpt_at(head: &[u8], at: usize) -> bool {
     let head = head.get(at..);
     head.is_some_and(|head| head.starts_with(b"EFI PART"))
 }
 
-/// Returns whether the disk has a table for sectors of 4096 bytes.
+/// Returns whether the disk has a GUID partition table for sectors of 4096 bytes, and none for 512 bytes.
 fn has_large_sectors(head: &[u8]) -> bool {
     has_gpt_at(head, 4096) && !has_gpt_at(head, 512)
 }
 
-/// Returns whether the disk has a GUID partition table, or a protective MBR of one.
+/// Returns whether the disk has a GUID partition table, or the protective MBR that belongs to such a table.
 fn has_gpt(head: &[u8]) -> bool {
     let signed = head.get(510..512) == Some(b"\x55\xaa");
     let table = head.get(446..510).unwrap_or_default();

@@ -23,7 +23,7 @@ use crate::input::kind::Kind;
 use crate::program::{self, Program};
 use crate::terminal::exit::{self, Failure};
 
-/// Formats, as qemu-img calls them: that in which this module writes images, that of VMware, and a disk
+/// qemu-img's names of formats: the format in which this module writes images, the format of VMware, and a disk
 /// without a format.
 const QCOW2: &str = "qcow2";
 const VMDK: &str = "vmdk";
@@ -43,7 +43,7 @@ struct Info {
     encrypted: bool,
     /// The name of the backing file, as it is in the image.
     backing_filename: Option<String>,
-    /// The path of the backing file, which qemu-img makes of that name and the path of the image.
+    /// The path of the backing file, which qemu-img computes from this name and the path of the image.
     full_backing_filename: Option<String>,
     backing_filename_format: Option<String>,
     #[serde(default)]
@@ -86,8 +86,8 @@ pub(crate) struct Link {
 }
 
 impl Link {
-    /// Makes a raw image, with holes, of the disk that this image shows together with the images below it.
-    /// Returns `None` if this image is raw, so that it can be read as it is.
+    /// Makes a temporary raw image, with holes, in the directory `place`: the disk that this image shows together
+    /// with the images below it. Returns `None` if this image is raw, so that it can be read directly.
     pub(crate) fn read(&self, place: &Path) -> Result<Option<NamedTempFile>> {
         match self.format.as_str() {
             RAW => Ok(None),
@@ -96,7 +96,7 @@ impl Link {
     }
 }
 
-/// Makes a raw image, with holes, from an image in another format.
+/// Makes a temporary raw image, with holes, in the directory `place` from an image in another format.
 pub(crate) fn read(path: &Path, format: &str, place: &Path) -> Result<NamedTempFile> {
     let from = program::path(path)?;
     let image = temp_file(place)?;
@@ -107,12 +107,12 @@ pub(crate) fn read(path: &Path, format: &str, place: &Path) -> Result<NamedTempF
     Ok(image)
 }
 
-/// What the caller wants of a chain, and permits.
+/// What the caller makes of a chain, and which files the images may name.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Rules {
     /// Whether each image of the chain becomes a layer. Otherwise the whole chain becomes one layer.
     pub(crate) layers: bool,
-    /// Whether other files may be outside the directory of the topmost image.
+    /// Whether the files that the images name may be outside the directory of the topmost image.
     pub(crate) outside: bool,
 }
 
@@ -130,8 +130,8 @@ pub(crate) fn chain(
         false => Home::of(path)?,
     };
     // All files that will be read. The search for processes that may write to them is slow if there are many
-    // processes, so it is done once for all files. Its error takes precedence over an error of `walk`, because
-    // qemu-img also fails if such a process has locked a file.
+    // processes, so it is done once for all files. The error of this search takes precedence over an error of
+    // `walk`, because qemu-img also fails if such a process has locked a file.
     let mut used = BTreeSet::new();
     let walked = walk(path, format, rules.layers, &home, &mut used);
     in_use.check(used.iter().map(PathBuf::as_path))?;
@@ -185,8 +185,9 @@ fn walk(
         for part in info.parts(&path) {
             crate::terminal::interrupt::check()?;
             let part = one_unknown(part);
-            // qemu-img puts the directory before a relative name. If the name in the image begins with this text
-            // itself, the check before qemu-img was started has seen the file that the name leads to.
+            // qemu-img puts the directory before a relative name; it is removed to get the name in the image. The
+            // result is wrong if the image has an absolute name that begins with the directory. That is harmless:
+            // `vmdk::each_part` has checked the file to which this name leads.
             let given = part.strip_prefix(&place);
             let given = given.and_then(|given| given.strip_prefix('/'));
             let part = local(&name, DATA, given.unwrap_or(&part), &part, &path)?;
@@ -217,8 +218,7 @@ fn walk(
 enum Home {
     /// In this directory, or below it.
     Directory(PathBuf),
-    /// Nowhere: the image is on a block device. The directory of a block device also has all other devices of
-    /// this machine.
+    /// Nowhere: the image is on a block device. In its directory are all other devices of this machine, too.
     Nowhere,
     Anywhere,
 }
@@ -237,7 +237,8 @@ impl Home {
         })
     }
 
-    /// Checks that the file `other` of the image `name` is where it may be. `what` is [`BACKING`] or [`DATA`].
+    /// Checks that the file `other`, which the image `name` names, is in a permitted place. `what` is [`BACKING`] or
+    /// [`DATA`].
     fn check(&self, name: &Path, what: &str, other: &Path) -> Result<()> {
         let (home, outside) = match self {
             Self::Anywhere => return Ok(()),
@@ -258,8 +259,8 @@ impl Home {
     }
 }
 
-/// Returns a name with one [`UNKNOWN`] where it has several in a row: for the same bytes, qemu-img and Rust may
-/// have different numbers of them.
+/// Replaces several [`UNKNOWN`] in a row in a name by one: for the same bytes, qemu-img and Rust may write this
+/// character a different number of times.
 fn one_unknown(name: &str) -> String {
     let mut one = String::with_capacity(name.len());
     for c in name.chars() {
@@ -270,11 +271,11 @@ fn one_unknown(name: &str) -> String {
     one
 }
 
-/// Returns the path of another file of the image `name`. `what` is [`BACKING`] or [`DATA`], `given` the name of
-/// the other file in the image, and `full` its path as qemu-img prints it, where [`UNKNOWN`] stands for bytes that
-/// are not UTF-8. `image` is the absolute path of the image.
+/// Returns the path of a file that the image `name` names. `what` is [`BACKING`] or [`DATA`]. `given` is the name
+/// of the file as stored in the image, and `full` is the path of the file as qemu-img prints it, with [`UNKNOWN`]
+/// in place of bytes that are not UTF-8. `image` is the absolute path of the image.
 fn local(name: &Path, what: &str, given: &str, full: &str, image: &Path) -> Result<PathBuf> {
-    // qemu-img's rule to recognise a protocol.
+    // By this rule, qemu-img recognises a name with a protocol.
     let is_remote = full
         .split('/')
         .next()
@@ -294,7 +295,7 @@ fn local(name: &Path, what: &str, given: &str, full: &str, image: &Path) -> Resu
         );
         return Err(refused(name, &what));
     }
-    // `given` has no such bytes, so they are in the name of the image's directory, which `image` has.
+    // `given` has only UTF-8. So the other bytes are in the name of the image's directory, which `image` has exactly.
     Ok(match full.contains(UNKNOWN) {
         true => directory(image).join(given),
         false => PathBuf::from(full),
@@ -331,8 +332,8 @@ fn check_file(name: &Path, what: &str, path: &Path) -> Result<()> {
     Ok(())
 }
 
-/// Checks that the image at `path`, which has the format `format`, needs no other file. It is a temporary file,
-/// decompressed from the file `name`: a relative name of another file would lead from the wrong directory.
+/// Checks that the image at `path`, which has the format `format`, needs no other file. The image is a temporary
+/// file, decompressed from the file `name`: relative names in it would lead from the wrong directory.
 pub(crate) fn check_alone(path: &Path, name: &Path, format: &str) -> Result<()> {
     let path = program::path(path)?;
     let has_data = |other: &str| {
@@ -365,8 +366,8 @@ pub(crate) fn check_alone(path: &Path, name: &Path, format: &str) -> Result<()> 
 }
 
 impl Info {
-    /// Checks that a layer can be made from the image `name`. If that image is a backing file, and each image
-    /// becomes a layer, `above` is the image over it.
+    /// Checks that a layer can be made from the image `name`. `above` is the image that has `name` as its backing
+    /// file; `None` if there is no such image, or if the images don't become separate layers.
     fn check(&self, name: &Path, above: Option<&Link>) -> Result<()> {
         if self.encrypted {
             return Err(refused(
@@ -410,7 +411,8 @@ impl Info {
         Ok(())
     }
 
-    /// Returns the paths of the files with the data of the image at `path`, without the image itself.
+    /// Returns the paths, as qemu-img prints them, of the files with the data of the image at `path`, without the
+    /// image itself.
     fn parts<'a>(&'a self, path: &'a Path) -> impl Iterator<Item = &'a str> {
         let extents = self.format_specific.data.extents.iter();
         let names = extents.map(|extent| extent.filename.as_str());
@@ -479,9 +481,9 @@ pub(crate) fn write(from: &Path, to: &Path) -> Result<()> {
 /// `below` and the raw image `from`. `from` is an absolute path; `below` is the name of a file in the directory
 /// of `to`.
 pub(crate) fn write_over(from: &Path, below: &OsStr, to: &Path) -> Result<()> {
-    // create: an empty image, with `from` as its backing file. rebase: the backing file becomes `below`, and
-    // the differences are copied to the image, with zeros as blocks of data. convert: blocks of zeros become
-    // marks without data.
+    // create: makes an empty image with the backing file `from`. rebase: makes `below` the backing file, and
+    // copies the differences to the image, with zeros as data. convert: replaces clusters of zeros by marks
+    // without data.
     let difference = temp_file(directory(to))?;
     let run = |args: &[&OsStr]| {
         let mut command = qemu_img(QCOW2);
@@ -566,12 +568,12 @@ mod tests {
         let image = Path::new(OsStr::from_bytes(b"/d\xff/image"));
         let name = Path::new("image");
         let path = |given: &str, full: &str| local(name, BACKING, given, full, image).ok();
-        // For the bytes of this directory's name, qemu-img prints U+FFFD.
+        // qemu-img prints U+FFFD for the byte 0xff in the name of this directory.
         let wanted = Path::new(OsStr::from_bytes(b"/d\xff/x"));
         assert_eq!(path("x", "/d\u{fffd}/x").as_deref(), Some(wanted));
         assert_eq!(path("/a/x", "/a/x").as_deref(), Some(Path::new("/a/x")));
         assert_eq!(path("x\u{fffd}", "/a/x\u{fffd}"), None);
-        // An absolute name in the image, with this character in the name of a directory.
+        // An absolute name in the image, in which a directory has U+FFFD in its name.
         assert_eq!(path("/d\u{fffd}/x", "/d\u{fffd}/x"), None);
         assert_eq!(path("nbd:x", "nbd:x"), None);
     }
@@ -580,7 +582,7 @@ mod tests {
     fn numbers_of_unknown_characters() -> Result<()> {
         use std::os::unix::ffi::OsStrExt;
 
-        // A half of a pair of UTF-16: one character for qemu-img, three bytes for Rust.
+        // Half of a UTF-16 surrogate pair: qemu-img prints U+FFFD once, Rust three times.
         let image = Path::new(OsStr::from_bytes(b"/d\xed\xa0\x80/image"));
         assert_eq!(image.to_string_lossy(), "/d\u{fffd}\u{fffd}\u{fffd}/image");
         let info: Info = serde_json::from_str(

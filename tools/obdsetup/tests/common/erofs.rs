@@ -1,26 +1,28 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! A reader of erofs that shares nothing with the writer: it panics at what a kernel would refuse.
+//! A reader of erofs that shares no code with the writer. It panics if it finds what the kernel would refuse.
 
 use std::collections::BTreeMap;
 
 use sha2::{Digest, Sha256};
 
-/// What there is of a file.
+/// A file, directory or other object.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct Node {
     pub(crate) mode: u16,
     pub(crate) links: u32,
-    /// Content, target of a link, or number of a device.
+    /// The content, the target of a symbolic link, or the device number as stored.
     pub(crate) what: Vec<u8>,
-    /// Without the fingerprint.
+    /// The extended attributes, without the fingerprint.
     pub(crate) xattrs: BTreeMap<Vec<u8>, Vec<u8>>,
     pub(crate) fingerprint: Option<Vec<u8>>,
     pub(crate) inode: u64,
+    /// The first block of each chunk, or of the content if it has no chunks.
     pub(crate) blocks: Vec<u32>,
 }
 
-/// The files, by their path, with what is not printable ASCII escaped; that of the root directory is empty.
+/// All files by their path. The path of the root directory is empty. In paths, all that is not printable ASCII is
+/// escaped.
 pub(crate) type Files = BTreeMap<String, Node>;
 
 struct Erofs<'a>(&'a [u8]);
@@ -78,7 +80,7 @@ impl Erofs<'_> {
                 }
                 let start = u64::from(what) * 4096;
                 if layout == 0 && mode & 0o170_000 == 0o040_000 {
-                    // The kernel takes what is there for a part of the last name.
+                    // The kernel would take bytes after the content for a part of the last name.
                     let behind = self.bytes(start + size, size.next_multiple_of(4096) - size);
                     assert!(behind.iter().all(|&byte| byte == 0));
                 }
@@ -140,7 +142,7 @@ impl Erofs<'_> {
                     };
                     let name = own.bytes(start, end - start);
                     let name = name.split(|&b| b == 0).next().unwrap().to_vec();
-                    // The kernel searches by halves.
+                    // The kernel does a binary search, so the names must be sorted.
                     assert!(name > last, "{path}: {name:?} behind {last:?}");
                     last = name.clone();
                     let child = own.u64(nth * 12);
@@ -172,7 +174,7 @@ impl Erofs<'_> {
     }
 }
 
-/// The files of an erofs, in which all must be consistent.
+/// Returns the files of an erofs. Panics if anything in it is inconsistent.
 pub(crate) fn read(disk: &[u8]) -> Files {
     let erofs = Erofs(disk);
     assert_eq!(erofs.u32(1024), 0xe0f5_e1e2);
@@ -183,8 +185,8 @@ pub(crate) fn read(disk: &[u8]) -> Files {
     let root = u64::from(erofs.u16(1024 + 14));
     let mut files = Files::new();
     erofs.walk("", root, root, &mut files);
-    // Each file with content has a fingerprint, and then there is a table for it. Layers below may
-    // have needed that, too.
+    // Each file with content has a fingerprint. If there is one, there is a table of prefixes. There may
+    // also be a table without one, because a file of a layer below had one.
     let mut prints = false;
     for (path, node) in &files {
         let wanted = node.mode & 0o170_000 == 0o100_000 && !node.what.is_empty();
@@ -192,7 +194,7 @@ pub(crate) fn read(disk: &[u8]) -> Files {
         assert_eq!(node.fingerprint, wanted, "{path}");
         prints |= wanted.is_some();
     }
-    // One prefix; its place, 1152, in units of 4 bytes.
+    // The number of prefixes, 1, and the offset of the table, 1152, in units of 4 bytes.
     let table = [1, 32, 1, 0, 0];
     let has_table = erofs.u32(1024 + 8) == 0x33;
     assert!(has_table || !prints && erofs.u32(1024 + 8) == 3);
@@ -201,7 +203,7 @@ pub(crate) fn read(disk: &[u8]) -> Files {
     if has_table {
         assert_eq!(&disk[1152..1157], b"\x03\0\0fp");
     }
-    // Names of one inode, counted.
+    // The number of names of each inode.
     let mut names: BTreeMap<u64, u32> = BTreeMap::new();
     for node in files.values() {
         *names.entry(node.inode).or_default() += 1;

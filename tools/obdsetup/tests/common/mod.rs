@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! What all tests share: a directory of its own for each, `obdsetup` run in it, and what a test needs
-//! that may be missing.
+//! What the tests share: a directory for each test, in which it runs `obdsetup`, and checks for
+//! requirements that may be missing.
 
 #[path = "../../../overlaybd/tests/common/changes.rs"]
 pub(crate) mod changes;
@@ -24,16 +24,16 @@ use predicates::str::contains;
 use rustix::process::{Pid, Signal};
 use tempfile::TempDir;
 
-/// Nothing may wait for what doesn't come.
+/// Time limit for each run of `obdsetup` by [`Place::command`].
 const PATIENCE: Duration = Duration::from_secs(120);
-/// The name of the file that [`Place::convert`] converts, which says something else than it is.
+/// The name of the file that [`Place::convert`] converts. It usually doesn't match the content.
 pub(crate) const INPUT: &str = "rootfs.tar.gz";
 
-/// Makes the function `trials`, which gives the tests of a file: a line for each, its name and what it
-/// needs. A test that no line names is code that nobody calls, of which the compiler warns.
+/// Makes the function `trials`, which returns the tests of a file. Each line has the name of a test and, after
+/// `needs`, its requirements. If no line names a test, the compiler warns of an unused function.
 macro_rules! tests {
     ($($test:ident $(needs $($need:expr),+)?;)+) => {
-        /// The tests of this file.
+        /// Returns the tests of this file.
         pub(crate) fn trials() -> Vec<libtest_mimic::Trial> {
             vec![$($crate::common::trial(
                 module_path!(),
@@ -46,8 +46,8 @@ macro_rules! tests {
 }
 pub(crate) use tests;
 
-/// A test, which is skipped where one of `needs` says why it cannot be met. The cause is in its name,
-/// since that is what is printed of it.
+/// Returns a test. The test is skipped if one of `needs` is a reason why it cannot run. The reason is added to
+/// the name of the test, because nothing else is printed for a skipped test.
 pub(crate) fn trial(
     module: &str,
     name: &str,
@@ -64,7 +64,7 @@ pub(crate) fn trial(
     Trial::test(format!("{module}::{name}{skipped}"), run).with_ignored_flag(cause.is_some())
 }
 
-/// A directory of its own, and `obdsetup` run in it.
+/// A temporary directory in which a test runs `obdsetup`.
 pub(crate) struct Place(pub(crate) TempDir);
 
 impl Place {
@@ -72,7 +72,7 @@ impl Place {
         Self(TempDir::new().unwrap())
     }
 
-    /// One that has [`image`] as `disk.raw`, and a layer of it, `layer.obd`.
+    /// Returns a place with [`image`] as `disk.raw`, and `layer.obd`, a layer made from `disk.raw`.
     pub(crate) fn with_layer() -> Self {
         let place = Self::new();
         place.write("disk.raw", &image());
@@ -105,12 +105,12 @@ impl Place {
         fs::set_permissions(self.path(name), fs::Permissions::from_mode(0o755)).unwrap();
     }
 
-    /// The names that are there, hidden ones too.
+    /// Returns the sorted names in the directory, hidden ones included.
     pub(crate) fn names(&self) -> Vec<String> {
         names(self.dir())
     }
 
-    /// `obdsetup` with the words of `line`.
+    /// Returns the command `obdsetup`, not started yet, with the words of `line` as arguments.
     pub(crate) fn command(&self, line: &str) -> Command {
         let obdsetup = std::process::Command::new(cargo_bin!("obdsetup"));
         let mut command = Command::from_std(obdsetup);
@@ -124,7 +124,7 @@ impl Place {
         self.command(line).assert()
     }
 
-    /// Runs it without a word of its own.
+    /// Runs `obdsetup`, which must succeed and print nothing on standard error.
     pub(crate) fn ok(&self, line: &str) {
         self.run(line).success().stderr("");
     }
@@ -134,14 +134,14 @@ impl Place {
         serde_json::from_slice(&done.get_output().stdout).unwrap()
     }
 
-    /// What layers read as, lowest first.
+    /// Returns the bytes of the disk that `layers`, lowest first, make.
     pub(crate) fn dump(&self, layers: &str) -> Vec<u8> {
         let done = self.run(&format!("dump {layers}")).success();
         done.get_output().stdout.clone()
     }
 
-    /// `obdsetup`, about to be started, with directory `programs` in front of those that have the
-    /// programs that it finds.
+    /// Returns the command `obdsetup`, not started yet. It looks for programs in the directory `programs`
+    /// first.
     pub(crate) fn with_programs(&self, programs: &str) -> std::process::Command {
         let mut command = std::process::Command::new(cargo_bin!("obdsetup"));
         let path = std::env::var("PATH").unwrap_or_default();
@@ -150,7 +150,8 @@ impl Place {
         command
     }
 
-    /// Starts it, with the place in front of the programs that it finds.
+    /// Starts `obdsetup` with the words of `line` as arguments. It looks for programs in this directory
+    /// first.
     pub(crate) fn start(&self, line: &str) -> Child {
         self.with_programs("")
             .args(line.split_whitespace())
@@ -160,7 +161,8 @@ impl Place {
             .unwrap()
     }
 
-    /// `convert` of `bytes` as [`INPUT`], to `out.obd`; what is made must be all or nothing.
+    /// Writes `bytes` to [`INPUT`], and runs `convert` with the output `out.obd`. Afterwards, `out.obd` must
+    /// exist if `convert` has succeeded, and no other file.
     pub(crate) fn convert(&self, bytes: &[u8], options: &str) -> Assert {
         self.write(INPUT, bytes);
         let _ = fs::remove_file(self.path("out.obd"));
@@ -172,17 +174,17 @@ impl Place {
         done
     }
 
-    /// `convert` refuses `bytes` with code 1 and says this.
+    /// Checks that `convert` refuses `bytes` with exit code 1 and a message that contains `said`.
     pub(crate) fn refused(&self, bytes: &[u8], said: &str) {
         self.convert(bytes, "").code(1).stderr(contains(said));
     }
 
-    /// `convert` says that `bytes` are damaged.
+    /// Checks that `convert` refuses `bytes` as damaged, with exit code 3 and a message that contains `said`.
     pub(crate) fn damaged(&self, bytes: &[u8], said: &str) {
         self.convert(bytes, "").code(3).stderr(contains(said));
     }
 
-    /// Runs another program here, successfully; gives what it prints.
+    /// Runs another program in this directory. It must succeed. Returns its standard output.
     pub(crate) fn output_of(&self, program: &str, args: &[&str]) -> Vec<u8> {
         let mut command = std::process::Command::new(needs::find(program).unwrap());
         let command = command.args(args).current_dir(self.dir());
@@ -191,14 +193,14 @@ impl Place {
         done.stdout
     }
 
-    /// [`Self::output_of`] with the words of `line`, of what prints text.
+    /// Runs the program and arguments in `line` as [`Self::output_of`] does. Returns the output as text.
     pub(crate) fn tool(&self, line: &str) -> String {
         let words: Vec<&str> = line.split_whitespace().collect();
         String::from_utf8(self.output_of(words[0], &words[1..])).unwrap()
     }
 }
 
-/// The names in a directory, hidden ones too.
+/// Returns the sorted names in a directory, hidden ones included.
 pub(crate) fn names(directory: &Path) -> Vec<String> {
     let mut names: Vec<String> = fs::read_dir(directory)
         .unwrap()
@@ -208,7 +210,7 @@ pub(crate) fn names(directory: &Path) -> Vec<String> {
     names
 }
 
-/// Bytes that don't compress.
+/// Returns pseudo-random bytes, which don't compress.
 pub(crate) fn noise(len: usize, seed: u32) -> Vec<u8> {
     let mut state = seed;
     (0..len)
@@ -219,7 +221,7 @@ pub(crate) fn noise(len: usize, seed: u32) -> Vec<u8> {
         .collect()
 }
 
-/// The bytes, compressed by gzip.
+/// Returns the bytes, compressed with gzip.
 pub(crate) fn gzip(bytes: &[u8]) -> Vec<u8> {
     let mut gzip = flate2::write::GzEncoder::new(Vec::new(), flate2::Compression::fast());
     gzip.write_all(bytes).unwrap();
@@ -235,7 +237,7 @@ pub(crate) fn image() -> Vec<u8> {
     image
 }
 
-/// Whether something comes true within half a minute.
+/// Calls `true_now` until it returns `true`, for at most 30 seconds. Returns whether it did.
 pub(crate) fn soon(mut true_now: impl FnMut() -> bool) -> bool {
     let start = Instant::now();
     while start.elapsed() < Duration::from_secs(30) {
@@ -247,13 +249,14 @@ pub(crate) fn soon(mut true_now: impl FnMut() -> bool) -> bool {
     false
 }
 
-/// Whether a process runs: one that nobody waited for doesn't.
+/// Returns whether a process runs. A zombie doesn't run.
 pub(crate) fn runs(pid: &str) -> bool {
     let stat = fs::read_to_string(Path::new("/proc").join(pid).join("stat"));
     stat.is_ok_and(|stat| !stat.contains(") Z "))
 }
 
-/// Sends a signal, and waits for the end of the process. Returns its exit code, if it has one.
+/// Sends a signal to the process, and waits until it ends. Kills it after 30 seconds. Returns the exit code;
+/// `None` if a signal ended it.
 pub(crate) fn stop(child: &mut Child, signal: Signal) -> Option<i32> {
     rustix::process::kill_process(Pid::from_child(child), signal).unwrap();
     soon(|| child.try_wait().unwrap().is_some());

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! What a test needs that may be missing.
+//! Requirements of tests that may be missing.
 
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
@@ -8,10 +8,11 @@ use std::process::{Command, Stdio};
 use rustix::fs::{IFlags, XattrFlags};
 use tempfile::TempDir;
 
-/// Why a test cannot run here; `None` where it can.
+/// Why a test cannot run here; `None` if it can.
 pub(crate) type Need = Option<String>;
 
-/// Where a program is: obdsetup looks at these places, too.
+/// Returns the path of a program; `None` if it is missing. As obdsetup does, looks in `PATH`, `/usr/sbin` and
+/// `/sbin`.
 pub(crate) fn find(program: &str) -> Option<PathBuf> {
     let path = std::env::var("PATH").unwrap_or_default();
     format!("{path}:/usr/sbin:/sbin")
@@ -20,12 +21,13 @@ pub(crate) fn find(program: &str) -> Option<PathBuf> {
         .find(|file| file.is_file())
 }
 
-/// A program that is installed.
+/// Requires that a program is installed.
 pub(crate) fn program(name: &str) -> Need {
     find(name).is_none().then(|| format!("no {name}"))
 }
 
-/// What `run` prints must name a version as new as this.
+/// Requires at least version `needed` of a program that prints its version with `arg`. If no version is found
+/// in its output, the requirement counts as met.
 fn version(name: &str, arg: &str, needed: (u32, u32)) -> Need {
     let Some(file) = find(name) else {
         return program(name);
@@ -47,34 +49,34 @@ fn version(name: &str, arg: &str, needed: (u32, u32)) -> Need {
     (found? < needed).then(|| format!("{name} is older than {major}.{minor}"))
 }
 
-/// A mksquashfs that obdsetup can use.
+/// Requires a mksquashfs that obdsetup can use.
 pub(crate) fn mksquashfs() -> Need {
     version("mksquashfs", "-version", (4, 6))
 }
 
-/// A mkfs.erofs that obdsetup can use.
+/// Requires a mkfs.erofs that obdsetup can use.
 pub(crate) fn mkfs_erofs() -> Need {
     version("mkfs.erofs", "--version", (1, 8))
 }
 
-/// The programs for ext2, ext3 and ext4.
+/// Requires the programs for ext2, ext3 and ext4.
 pub(crate) fn e2fsprogs() -> Need {
     program("mkfs.ext4").or_else(|| program("debugfs"))
 }
 
-/// An administrator.
+/// Requires that the test is run by root.
 pub(crate) fn root() -> Need {
     let is_root = rustix::process::geteuid().is_root();
     (!is_root).then(|| "for root only".to_owned())
 }
 
-/// An ordinary user.
+/// Requires that the test is not run by root.
 pub(crate) fn ordinary_user() -> Need {
     let is_root = rustix::process::geteuid().is_root();
     is_root.then(|| "not for root".to_owned())
 }
 
-/// To make device nodes, which not even root may in some containers.
+/// Requires root, and that device nodes can be made. In some containers, not even root can make them.
 pub(crate) fn device_nodes() -> Need {
     root().or_else(|| {
         let place = TempDir::new().unwrap();
@@ -88,7 +90,7 @@ pub(crate) fn device_nodes() -> Need {
     })
 }
 
-/// Extended attributes and access control lists where temporary files are.
+/// Requires extended attributes and access control lists in the directory for temporary files.
 pub(crate) fn xattrs() -> Need {
     let place = TempDir::new().unwrap();
     let flags = XattrFlags::empty();
@@ -100,21 +102,21 @@ pub(crate) fn xattrs() -> Need {
     ))
 }
 
-/// Sets flags of a file or directory, beside those that the system sets.
+/// Sets flags of a file or directory, in addition to those that it has.
 pub(crate) fn set_flags(path: &Path, flags: IFlags) -> std::io::Result<()> {
     let file = std::fs::File::open(path)?;
     let before = rustix::fs::ioctl_getflags(&file)?;
     Ok(rustix::fs::ioctl_setflags(&file, before | flags)?)
 }
 
-/// Flags of chattr(1) where temporary files are.
+/// Requires flags of chattr(1) in the directory for temporary files.
 pub(crate) fn flags() -> Need {
     let place = TempDir::new().unwrap();
     let error = set_flags(place.path(), IFlags::NODUMP | IFlags::NOATIME).err()?;
     Some(format!("no flags for temporary files: {error}"))
 }
 
-/// Mounts that only this test sees.
+/// Requires root, and a mount namespace in which a tmpfs can be mounted.
 pub(crate) fn mounts() -> Need {
     root().or_else(|| {
         let place = TempDir::new().unwrap();
@@ -128,7 +130,7 @@ pub(crate) fn mounts() -> Need {
     })
 }
 
-/// A namespace of its own for the name of the host.
+/// Requires root, and a UTS namespace in which the host name can be changed.
 pub(crate) fn other_host() -> Need {
     root().or_else(|| {
         let command = "hostname elsewhere 2>/dev/null || echo elsewhere >/proc/sys/kernel/hostname";
@@ -141,10 +143,10 @@ pub(crate) fn other_host() -> Need {
     })
 }
 
-/// The extended attribute that an access control list is.
+/// The extended attribute that holds the access control list of a file.
 pub(crate) const ACL: &str = "system.posix_acl_access";
 
-/// A list as the kernel has it: user `uid` may read.
+/// Returns an access control list in the kernel's format, in which user `uid` may read.
 pub(crate) fn acl(uid: u32) -> Vec<u8> {
     let entry = |tag: u16, permissions: u16, id: u32| {
         let (tag, permissions) = (tag.to_le_bytes(), permissions.to_le_bytes());
@@ -161,14 +163,15 @@ pub(crate) fn acl(uid: u32) -> Vec<u8> {
     .concat()
 }
 
-/// A locale that sorts and changes case in other ways than C, and the variables that choose it.
+/// A locale that sorts and changes case in other ways than C.
 pub(crate) struct Locale {
+    /// The environment variables that choose the locale.
     pub(crate) env: Vec<(String, String)>,
-    /// What it was made in.
+    /// The directory with the locale if it was compiled for the test.
     _made: Option<TempDir>,
 }
 
-/// One that is installed, or made of the sources that are installed; or why there is none.
+/// Returns an installed locale, or one compiled from installed sources; or the reason why there is none.
 pub(crate) fn locale() -> Result<Locale, String> {
     let installed = Command::new("locale").arg("-a").output();
     let installed = installed.map(|output| String::from_utf8_lossy(&output.stdout).into_owned());
@@ -199,7 +202,8 @@ pub(crate) fn locale() -> Result<Locale, String> {
     }
 }
 
-/// Where a file can have an extended attribute of 64 KiB, the most that the kernel allows.
+/// Returns a temporary directory in which a file can have an extended attribute of 64 KiB, the largest that the
+/// kernel allows; `None` if there is no such file system.
 pub(crate) fn with_large_xattrs() -> Option<TempDir> {
     let places = [std::env::temp_dir(), "/dev/shm".into()];
     let dirs = places

@@ -2,7 +2,7 @@
 
 //! Makes tars, block by block.
 
-/// A header with a right checksum.
+/// Returns a header with a correct checksum.
 pub(crate) fn header(name: &str, kind: u8, size: usize) -> Vec<u8> {
     let mut block = vec![0; 512];
     let mut put = |at: usize, bytes: &[u8]| block[at..at + bytes.len()].copy_from_slice(bytes);
@@ -18,14 +18,14 @@ pub(crate) fn header(name: &str, kind: u8, size: usize) -> Vec<u8> {
     block
 }
 
-/// Makes the checksum of a header right.
+/// Corrects the checksum of the header at the start of `block`.
 pub(crate) fn sign(block: &mut [u8]) {
     block[148..156].fill(b' ');
     let sum: u32 = block[..512].iter().map(|&byte| u32::from(byte)).sum();
     block[148..156].copy_from_slice(format!("{sum:06o}\0 ").as_bytes());
 }
 
-/// A header and content.
+/// Returns a header and the content, padded to whole blocks.
 pub(crate) fn member(name: &str, kind: u8, content: &[u8]) -> Vec<u8> {
     let mut block = header(name, kind, content.len());
     block.extend_from_slice(content);
@@ -33,7 +33,7 @@ pub(crate) fn member(name: &str, kind: u8, content: &[u8]) -> Vec<u8> {
     block
 }
 
-/// An extended header for the next member.
+/// Returns an extended header for the next member, with these keys and values.
 pub(crate) fn pax(records: &[(&[u8], &[u8])]) -> Vec<u8> {
     let mut text = Vec::new();
     for (key, value) in records {
@@ -48,7 +48,7 @@ pub(crate) fn pax(records: &[(&[u8], &[u8])]) -> Vec<u8> {
     member("PaxHeaders/x", b'x', &text)
 }
 
-/// A whole archive.
+/// Returns a whole archive, with an end marker.
 pub(crate) fn tar(members: &[Vec<u8>]) -> Vec<u8> {
     let mut tar = members.concat();
     tar.resize(tar.len() + 1024, 0);

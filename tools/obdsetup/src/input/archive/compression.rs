@@ -8,7 +8,7 @@ pub(crate) enum Compression {
     Gzip,
     Bzip2,
     Xz,
-    /// The format before xz, of `.lzma` files: it has no magic.
+    /// The format of `.lzma` files, which is older than xz. It has no magic number.
     Lzma,
     Lzip,
     Zstd,
@@ -60,7 +60,7 @@ impl Compression {
 }
 
 fn is_bzip2(head: &[u8]) -> bool {
-    // The magic is followed by that of the first block, or by that of the end if there is no block.
+    // After the magic number of the file comes that of the first block or, without blocks, that of the end.
     let first = head.get(4..10);
     head.starts_with(b"BZh")
         && matches!(head.get(3), Some(b'1'..=b'9'))
@@ -68,8 +68,8 @@ fn is_bzip2(head: &[u8]) -> bool {
             || first == Some(b"\x17\x72\x45\x38\x50\x90"))
 }
 
-/// Returns whether `head` is a frame that decoders of zstd and LZ4 skip; pzstd and others start
-/// with one.
+/// Returns whether `head` begins with a frame that decoders of zstd and LZ4 skip. Files of pzstd and
+/// others begin with one.
 fn is_skippable(head: &[u8]) -> bool {
     matches!(head, [0x50..=0x5f, 0x2a, 0x4d, 0x18, ..])
 }
@@ -83,7 +83,7 @@ fn is_lzma(head: &[u8]) -> bool {
     };
     let dictionary = u32::from_le_bytes([d0, d1, d2, d3]);
     let length = u64::from_le_bytes(*length);
-    // One or two bits: 2^n or 2^n + 2^(n - 1).
+    // One bit, or two adjacent bits: 2^n or 2^n + 2^(n - 1).
     let bits = dictionary.count_ones();
     let usual = bits == 1
         || bits == 2 && dictionary.leading_zeros() + dictionary.trailing_zeros() == u32::BITS - 2;

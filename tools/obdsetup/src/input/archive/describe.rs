@@ -11,13 +11,14 @@ use super::pax::{BadRecord, Extended};
 use super::reader::Archive;
 use super::{member, Device, Member, MemberKind, Time};
 
-/// Size limit for all headers that apply to all members. git writes one of 52 bytes.
+/// Limit in bytes for all headers together that apply to all members. git writes one of 52 bytes.
 const MAX_GLOBAL: u64 = 64 << 10;
 /// Largest number of records, with different keys, that apply to all members. Each member gets all of them.
 const MAX_GLOBAL_RECORDS: usize = 100;
 
 impl Archive {
-    /// Adds an extended header, for the next member (`to`) or for all.
+    /// Adds the extended header of type `kind` at byte `at` to `to`, which is for the next member, or to the
+    /// records for all members.
     pub(super) fn extend(
         &mut self,
         kind: u8,
@@ -42,8 +43,8 @@ impl Archive {
                 self.global_len += to_u64(payload.len());
                 if self.global_len > MAX_GLOBAL {
                     return Err(self.bad(&format!(
-                        "the headers for all members have more than {MAX_GLOBAL} bytes with that \
-                         at byte {at}"
+                        "the headers for all members, up to the one at byte {at}, have more than \
+                         {MAX_GLOBAL} bytes"
                     )));
                 }
                 let parsed = self.global.parse(payload);
@@ -60,13 +61,13 @@ impl Archive {
         })
     }
 
-    /// Checks what applies to all members, after the header at byte `at`. There may be little of it, because it is
-    /// looked at again for each member.
+    /// Checks the records that apply to all members, after those of the header at byte `at` were added. Their number
+    /// is limited, because they are copied and searched for each member.
     fn check_global(&self, at: u64) -> Result<()> {
         if self.global.count() > MAX_GLOBAL_RECORDS {
             return Err(self.bad(&format!(
-                "the headers for all members have more than {MAX_GLOBAL_RECORDS} records with that \
-                 at byte {at}"
+                "the headers for all members, up to the one at byte {at}, have more than \
+                 {MAX_GLOBAL_RECORDS} records"
             )));
         }
         match self.global.has_sparse() {
@@ -78,7 +79,8 @@ impl Archive {
         }
     }
 
-    /// Returns the member that the headers describe.
+    /// Returns the member that the headers describe. `start` is the offset of the first of them, `at` that of
+    /// `header`, and `size` the size in `header`.
     pub(super) fn member(
         &mut self,
         start: u64,
@@ -115,7 +117,7 @@ impl Archive {
         let link = link.or(extended.link).unwrap_or_else(|| header.link());
         let device = || -> Result<Device> {
             let number = |key, number| {
-                // A record has numbers that don't fit in the header.
+                // Numbers that don't fit in the header are in a record.
                 let number = match pax.number(key).map_err(record)? {
                     Some(number) => number,
                     None => field(number)?,
@@ -127,7 +129,7 @@ impl Archive {
                 minor: number("SCHILY.devminor", header.minor())?,
             })
         };
-        // Number of bytes after the header.
+        // Number of bytes of content that follow the header.
         let mut stored = size;
         let kind = match header.kind() {
             b'0' | b'\0' | b'7' if is_directory => MemberKind::Directory,
@@ -201,7 +203,8 @@ impl Archive {
         })
     }
 
-    /// Returns the normalized name of a member, or of the target of a hard link.
+    /// Returns the name of a member, or the target of a hard link, in the form of [`Member::path`]. Fails
+    /// if it is empty, or has a NUL or `..`.
     pub(super) fn checked_name(&self, at: u64, name: &[u8]) -> Result<Vec<u8>> {
         let here = |text: &str| {
             let name = member::brief(name);
@@ -222,6 +225,7 @@ impl Archive {
         }
     }
 
+    /// Returns a number of the header at byte `at`, or the error if it is invalid.
     pub(super) fn in_header(&self, at: u64, number: Result<i128, BadField>) -> Result<u64> {
         match number.map(u64::try_from) {
             Ok(Ok(number)) => Ok(number),

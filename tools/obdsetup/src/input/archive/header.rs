@@ -36,7 +36,7 @@ mod field {
 
 /// Length of an entry in the map of a sparse file, in bytes.
 pub(super) const MAP_ENTRY: usize = 24;
-/// Offset of the byte that says whether another block continues the map.
+/// Offset, in a block that continues the map, of the byte that says whether another block follows.
 const CONTINUED: usize = 504;
 
 /// A number that cannot be parsed: the name of the field and its offset in the header.
@@ -65,8 +65,8 @@ impl<'a> Header<'a> {
         number(self.field(range)).ok_or(BadField(name, start))
     }
 
-    /// Returns whether this is a POSIX header, which can have the start of a long name in another
-    /// field.
+    /// Returns whether this is a POSIX header, which can have the start of a long name in the field
+    /// [`field::PREFIX`].
     fn is_ustar(&self) -> bool {
         self.field(field::MAGIC).starts_with(b"ustar\0")
     }
@@ -81,7 +81,7 @@ impl<'a> Header<'a> {
         self.0.get(field::TYPE).copied().unwrap_or_default()
     }
 
-    /// Returns the name in the header.
+    /// Returns the name of the member in this header; an extended header may have another one.
     pub(super) fn name(&self) -> Vec<u8> {
         let name = self.text(field::NAME);
         match self.text(field::PREFIX) {
@@ -158,7 +158,8 @@ pub(crate) fn is_header(block: &[u8; BLOCK]) -> bool {
     wanted == unsigned || wanted == signed
 }
 
-/// Parses a number: octal with blanks around it, or GNU's signed base-256 form. Only blanks mean 0.
+/// Parses a number: octal with blanks or NULs around it, or GNU's signed base-256 form. A field
+/// with nothing else than blanks or NULs is 0.
 pub(super) fn number(field: &[u8]) -> Option<i128> {
     if let Some((&first @ 0x80.., rest)) = field.split_first() {
         // The first bit marks the form; the others are a two's complement number.
@@ -180,7 +181,7 @@ pub(super) fn number(field: &[u8]) -> Option<i128> {
     })
 }
 
-/// Returns the length of the padding after `size` bytes.
+/// Returns the number of bytes of padding after `size` bytes of content.
 pub(super) fn pad(size: u64) -> u64 {
     size.wrapping_neg() % to_u64(BLOCK)
 }

@@ -23,7 +23,7 @@ pub(crate) struct Device {
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) enum MemberKind {
     File,
-    /// Another name of an earlier member, in the form of [`Member::path`].
+    /// The path of the earlier member of which this is another name, in the form of [`Member::path`].
     HardLink(Vec<u8>),
     /// The target, unchanged.
     Symlink(Vec<u8>),
@@ -74,7 +74,7 @@ impl Member {
     }
 }
 
-/// Returns a name for messages. A very long name is cut off, and its length added.
+/// Returns a name for messages. A name of more than [`LONG`] bytes is cut off, and its length is added.
 pub(crate) fn brief(name: &[u8]) -> String {
     match name.get(..LONG) {
         Some(start) if name.len() > LONG => {
@@ -85,7 +85,7 @@ pub(crate) fn brief(name: &[u8]) -> String {
     }
 }
 
-/// Removes `.` and empty parts of a name. Returns `None` if it has `..`.
+/// Removes `.` and empty parts from a name. Returns `None` if the name has a part `..`.
 pub(super) fn normal(name: &[u8]) -> Option<Vec<u8>> {
     let mut path = Vec::with_capacity(name.len());
     for part in name.split(|&byte| byte == b'/') {

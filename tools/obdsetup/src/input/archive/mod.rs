@@ -3,18 +3,18 @@
 //! Tar archives, compressed or not, as a stream of members.
 //!
 //! [`Archive`] reads each byte once, checks all that it can, and has byte offsets in its errors.
-//! The crate `tar` cannot replace it: it ends a record at a newline in an extended attribute,
-//! doesn't support sparse files of pax archives or times before 1970, and doesn't know its offset;
-//! it reads names of any length into memory, and ends where a header is missing.
+//! The crate `tar` cannot replace it. That crate ends a record at a newline in an extended attribute,
+//! doesn't support sparse files of pax archives or times before 1970, and doesn't tell its offset;
+//! it reads names of any length into memory, and if a header is missing, it stops without an error.
 //!
-//! It behaves like GNU tar run by root. Where GNU tar drops or changes something with at most a
-//! warning, [`Archive`] returns an error:
+//! [`Archive`] behaves like GNU tar run by root. Where GNU tar drops or changes something with at
+//! most a warning, [`Archive`] returns an error:
 //!
 //! - names with `..`, unknown types, sizes that don't fit;
-//! - an archive that is not compressed and ends without an end marker, a block of zeros: it may
-//!   have been cut off just between two members. A compressed one says itself where it ends.
+//! - an uncompressed archive without an end marker, a block of zeros: it may have been cut off
+//!   between two members. Compressed data shows its end itself.
 //!
-//! Memory is bounded, whatever the archive says.
+//! The use of memory is limited, whatever the archive contains.
 
 mod compression;
 mod describe;

@@ -14,17 +14,17 @@ const SPARSE: &[u8] = b"GNU.sparse.";
 /// Prefix of keys of extended attributes.
 const XATTR: &[u8] = b"SCHILY.xattr.";
 
-/// Records in their order in the tar. If several have the same key, the last one is valid.
+/// Records in their order in the tar. If several have the same key, the last one counts.
 #[derive(Clone, Debug, Default)]
 pub(super) struct Records(List);
 
-/// Names and values.
+/// Keys, or names of extended attributes, and values.
 type List = Vec<(Vec<u8>, Vec<u8>)>;
 
-/// A record with an invalid value. Has the key.
+/// The key of a record with an invalid value.
 pub(super) struct BadRecord(pub(super) &'static str);
 
-/// The extended headers before a member.
+/// The content of the extended headers before a member: pax records, and GNU's long names.
 #[derive(Default)]
 pub(super) struct Extended {
     pub(super) pax: Records,
@@ -33,7 +33,8 @@ pub(super) struct Extended {
 }
 
 impl Records {
-    /// Appends the records in the payload of a header. Returns `None` if it is malformed.
+    /// Appends the records in the payload of an extended header. Returns `None` if the payload is
+    /// malformed.
     pub(super) fn parse(&mut self, mut bytes: &[u8]) -> Option<()> {
         while !bytes.is_empty() {
             // Some writers pad with zeros.
@@ -70,12 +71,13 @@ impl Records {
         self.0.iter().any(|(key, _)| key.starts_with(SPARSE))
     }
 
-    /// Returns the records of the global headers, followed by these.
+    /// Returns the records of the global headers, followed by those of `self`.
     pub(super) fn over(&self, global: &Self) -> Self {
         Self(global.0.iter().chain(&self.0).cloned().collect())
     }
 
-    /// Returns the value of `key`. An empty value cancels an earlier one.
+    /// Returns the value of `key`; `None` if there is no such record, or if the last one has an empty
+    /// value, which cancels the earlier ones.
     pub(super) fn get(&self, key: &[u8]) -> Option<&[u8]> {
         let found = self.0.iter().rev().find(|(name, _)| name == key);
         found
@@ -133,7 +135,7 @@ impl Records {
         extents.collect::<Option<_>>().map(Some).ok_or(bad)
     }
 
-    /// Returns the extended attributes, and all records that this module doesn't interpret.
+    /// Returns the extended attributes, and all other records that the reader doesn't interpret.
     pub(super) fn rest(self) -> (List, List) {
         const KNOWN: [&[u8]; 9] = [
             b"path",
@@ -191,7 +193,7 @@ pub(super) fn decimal(text: &[u8]) -> Option<i128> {
     text.parse().ok()
 }
 
-/// Parses seconds with an optional fraction, of which nine digits are used.
+/// Parses a decimal number of seconds. Of its fraction, nine digits are used.
 fn time(text: &[u8]) -> Option<Time> {
     let mut parts = text.splitn(2, |&byte| byte == b'.');
     let (whole, fraction) = (parts.next()?, parts.next().unwrap_or_default());
@@ -203,7 +205,7 @@ fn time(text: &[u8]) -> Option<Time> {
     let digits = fraction.iter().chain(std::iter::repeat(&b'0')).take(9);
     let nanoseconds = digits.fold(0u32, |n, &digit| n * 10 + u32::from(digit - b'0'));
     Some(match (negative, nanoseconds) {
-        // A negative time with a fraction is before that second.
+        // Nanoseconds count forward: -1.5 is half a second after -2.
         (true, 1..) => Time {
             seconds: seconds.checked_sub(1)?,
             nanoseconds: 1_000_000_000 - nanoseconds,
@@ -228,7 +230,7 @@ mod tests {
         let (xattrs, rest) = records.rest();
         assert_eq!(xattrs, [(b"x".to_vec(), b"\n\n\0=".to_vec())]);
         assert_eq!(rest, []);
-        // The last one of a key is valid, and where that is stays.
+        // The last record of each key stays, in its place among the others.
         let mut records = Records::default();
         let text = b"7 a=12\n6 b=3\n6 a=4\n6 c=5\n";
         assert!(records.parse(text).is_some());

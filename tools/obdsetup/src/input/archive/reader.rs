@@ -17,7 +17,7 @@ use super::header::{is_header, pad, Header, BLOCK};
 use super::pax::{Extended, Records};
 use super::{Compression, Member, Unpack};
 
-/// Size limit for all names and extended headers before a member.
+/// Limit in bytes for all extended headers and long names before a member.
 const MAX_HEADER: u64 = 8 << 20;
 /// Number of bytes of content passed on at once.
 const PIECE: usize = 256 << 10;
@@ -29,7 +29,7 @@ pub(crate) struct Archive {
     input: Unpack,
     /// Number of bytes read so far, decompressed.
     at: u64,
-    /// Bytes of the last member's content that weren't read, and the padding after them.
+    /// Number of bytes of the last member's content that are not read yet, and of the padding after them.
     pub(super) left: u64,
     pub(super) padding: u64,
     pub(super) global: Records,
@@ -37,11 +37,11 @@ pub(crate) struct Archive {
     /// The name of the last member, for errors.
     pub(super) name: String,
     ended: bool,
-    /// Whether to print warnings: not if an earlier pass has printed them.
+    /// Whether to print warnings; `false` if an earlier pass has printed them.
     warns: bool,
     /// Whether an end marker is required, because nothing else shows that the archive is complete.
     needs_marker: bool,
-    /// Hashes all bytes of the decompressed tar.
+    /// Hashes all bytes of the decompressed tar; `None` unless it is a [`Self::layer`].
     hasher: Option<Sha256>,
 }
 
@@ -63,7 +63,7 @@ impl Archive {
         let mut start = (&mut file).take(to_u64(BLOCK));
         start.read_to_end(&mut head).with_context(cannot)?;
         std::io::Seek::rewind(&mut file).with_context(cannot)?;
-        // A tar may begin with a name that looks like a compressed file.
+        // A tar begins with a name, which may look like the magic number of a compression.
         let compression = match head.first_chunk().is_some_and(is_header) {
             true => None,
             false => Compression::of(&head),
@@ -85,8 +85,9 @@ impl Archive {
         })
     }
 
-    /// Opens an image's layer in the file `path`. The caller has checked its digest, which shows
-    /// that it is complete. Messages use `name`; `warns` is whether to print warnings.
+    /// Opens the layer of a container image in the file `path`. The caller has checked the digest,
+    /// which shows that the file is complete. Messages use `name`; `warns` is whether to print
+    /// warnings.
     ///
     /// # Errors
     ///
@@ -105,8 +106,8 @@ impl Archive {
         self.compression
     }
 
-    /// Returns the SHA-256 of all bytes of a [`Self::layer`] read so far, in hexadecimal. At the
-    /// end, it is OCI's DiffID.
+    /// Returns the SHA-256, in hexadecimal, of the decompressed bytes of a [`Self::layer`] that were
+    /// read so far. After [`Self::next`] has returned `None`, this is OCI's DiffID.
     pub(crate) fn diff_id(&self) -> String {
         let hasher = self.hasher.clone().unwrap_or_default();
         format!("{:x}", hasher.finalize())
@@ -129,7 +130,7 @@ impl Archive {
     ///
     /// # Errors
     ///
-    /// If the archive is damaged or has impossible values, and read errors.
+    /// If the archive is damaged, has impossible values, or cannot be read.
     pub(crate) fn next(&mut self) -> Result<Option<Member>> {
         if self.ended {
             return Ok(None);
@@ -186,8 +187,8 @@ impl Archive {
         }
     }
 
-    /// Passes the content of the last member to `sink`: offset in the file, and the bytes. Leaves
-    /// out holes.
+    /// Passes the content of `member`, which must be the last one that [`Self::next`] returned, to
+    /// `sink`: offsets in the file, and the bytes there. Leaves out holes.
     ///
     /// # Errors
     ///
@@ -212,8 +213,9 @@ impl Archive {
         Ok(())
     }
 
-    /// Reads what follows the last member; `marked` is whether that began with a block of zeros.
-    /// Warns about other data there.
+    /// Reads the rest of the file after the last member. `marked` is whether it begins with an end
+    /// marker, a block of zeros. Warns if other data follows. Fails if another archive follows, or if
+    /// a required end marker is missing.
     fn end(&mut self, marked: bool) -> Result<()> {
         self.ended = true;
         let end = self.at;
@@ -255,7 +257,8 @@ impl Archive {
         Ok(())
     }
 
-    /// Reads the payload of an extended header, and takes its size from `room`.
+    /// Reads the payload of an extended header. Subtracts its size from `room`, the number of bytes
+    /// that are still allowed.
     fn payload(&mut self, at: u64, size: u64, room: &mut u64) -> Result<Vec<u8>> {
         *room = room.checked_sub(size).ok_or_else(|| {
             self.bad(&format!(
@@ -271,7 +274,7 @@ impl Archive {
         Ok(payload)
     }
 
-    /// Reads the next bytes of content. Fails if there are fewer.
+    /// Fills `buf` with the next bytes of the last member's content. Fails if fewer are left.
     pub(super) fn read_content(&mut self, buf: &mut [u8]) -> Result<()> {
         let wanted = to_u64(buf.len());
         if wanted > self.left {
@@ -285,7 +288,7 @@ impl Archive {
         }
     }
 
-    /// Skips the rest of the last member.
+    /// Skips the rest of the last member and the padding after it.
     fn skip(&mut self) -> Result<()> {
         let rest = self.left.checked_add(self.padding);
         let Some(mut rest) = rest else {
@@ -307,7 +310,7 @@ impl Archive {
         Ok(())
     }
 
-    /// Fills `buf` up to the end of the archive. Returns the number of bytes.
+    /// Reads until `buf` is full or the archive ends. Returns the number of bytes read.
     pub(super) fn fill(&mut self, buf: &mut [u8]) -> Result<usize> {
         let mut done = 0;
         while let Some(rest) = buf.get_mut(done..).filter(|rest| !rest.is_empty()) {
@@ -329,7 +332,7 @@ impl Archive {
         Ok(done)
     }
 
-    /// Returns an error of the file, or of its compression.
+    /// Returns the error for a failed read of the file, or for a failed decompression.
     fn unreadable(&self, error: std::io::Error) -> anyhow::Error {
         let path = self.path.display();
         if error.raw_os_error().is_some() {

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! Finds out from its names what a tar or directory is, and checks that a tar is complete.
+//! Finds out what a tar or directory is by the names in it, and checks that a tar is complete.
 
 use std::fs::DirEntry;
 use std::os::unix::ffi::OsStrExt;
@@ -22,7 +22,7 @@ pub(crate) fn is_whiteout(name: &[u8]) -> bool {
     name.starts_with(WHITEOUT)
 }
 
-/// An archive with another purpose than a tree of files, or a directory that one was unpacked to.
+/// An archive with another purpose than a tree of files, or a directory with the content of such an archive.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Package {
     /// The output of `docker save`.
@@ -41,7 +41,7 @@ pub(crate) enum Package {
     LxdMetadata,
     /// A backup of LXD or Incus.
     LxdBackup,
-    /// Nothing but a disk, as clouds take it.
+    /// One disk and no other file, except perhaps a `manifest.json`: the form in which clouds import disks.
     Disk,
 }
 
@@ -51,18 +51,18 @@ impl Package {
         self.message(
             path,
             &format!("unpack it, `tar -xf {}`, then ", path.display()),
-        ) + "; --from tar takes it for files"
+        ) + "; --from tar converts its files"
     }
 
     /// Returns the message that the directory `path` is not converted, with what to do.
     pub(crate) fn refusal_of_directory(self, path: &Path) -> String {
-        self.message(path, "") + "; --from directory takes it for files"
+        self.message(path, "") + "; --from directory converts its files"
     }
 
     fn message(self, path: &Path, first: &str) -> String {
         let name = path.display();
         match self {
-            // Only for directories: `convert` reads an archive of this kind.
+            // Used for directories only, because `convert` reads such archives.
             Self::Docker | Self::Oci => format!(
                 "{name}: a container image (docker save) in a directory, no tree of files: make the archive again, \
                  `tar -C {name} -cf saved.tar .`, and convert that"
@@ -108,20 +108,20 @@ pub(crate) struct Scan {
     /// Number of files. A `manifest.json` doesn't count: it may describe a disk that is the only other file.
     files: u64,
     manifest: bool,
-    /// Whether something is there that a manifest would name.
+    /// Whether there is a layer or a blob, which a manifest would name.
     layers: bool,
     layout: bool,
     index: bool,
-    /// Whether a description of OVF is in the root directory; and whether it comes first.
+    /// Whether an OVF description is in the root directory, and whether it is the first member.
     ovf: bool,
     ovf_first: bool,
-    /// Whether a disk is in the root directory, or where Hyper-V has it.
+    /// Whether a disk is in the root directory or in Hyper-V's directory for disks.
     disk: bool,
     metadata_json: bool,
     metadata_yaml: bool,
-    /// Whether a `rootfs` or `rootfs.img` is there.
+    /// Whether there is a directory `rootfs` or a file `rootfs.img`.
     rootfs: bool,
-    /// Whether files are there that an archive with only a description, [`Package::LxdMetadata`], lacks.
+    /// Whether there is a file that is not part of [`Package::LxdMetadata`].
     others: bool,
     backup: bool,
     ova_xml: bool,
@@ -173,7 +173,7 @@ impl Scan {
             (self.manifest && self.layers, Package::Docker),
             (self.layout && self.index, Package::Oci),
             (self.ova_xml && self.pieces, Package::Xva),
-            // Such a box has a description of OVF, too.
+            // Checked before OVA, because boxes of VirtualBox also have an OVF description.
             (self.metadata_json && self.disk, Package::Vagrant),
             (self.ovf_first || self.ovf && self.disk, Package::Ova),
             (self.backup, Package::LxdBackup),
@@ -189,8 +189,8 @@ impl Scan {
     }
 }
 
-/// Whether it has the name of a layer or description as tools that build images without docker write them
-/// beside a `manifest.json`: `<SHA-256>.tar.gz`, and `sha256:<SHA-256>`.
+/// Returns whether `path` is the name of a layer, `<SHA-256>.tar.gz`, or of a configuration, `sha256:<SHA-256>`, as
+/// tools that build images without docker write them beside a `manifest.json`.
 fn is_of_builder(path: &[u8]) -> bool {
     let hex = path.strip_suffix(b".tar.gz");
     let hex = hex.or_else(|| path.strip_prefix(b"sha256:"));
@@ -201,7 +201,7 @@ fn is_of_builder(path: &[u8]) -> bool {
 ///
 /// # Errors
 ///
-/// If it is damaged, and read errors.
+/// If the tar is damaged or cannot be read.
 pub(crate) fn check(path: &Path) -> Result<Findings> {
     let mut archive = Archive::open(path)?;
     let mut scan = Scan::default();
@@ -211,17 +211,18 @@ pub(crate) fn check(path: &Path) -> Result<Findings> {
     Ok(scan.finish())
 }
 
-/// Returns what the directory `root` is, if it is no tree of files.
+/// Returns what the directory `root` is; `None` if it is an ordinary tree of files.
 ///
 /// # Errors
 ///
-/// If it cannot be read.
+/// If the directory cannot be read.
 pub(crate) fn check_directory(root: &Path) -> Result<Option<Package>> {
     let mut scan = Scan::default();
     for (name, entry) in entries(root)? {
         let is_directory = entry.file_type()?.is_dir();
         scan.name(&name, is_directory);
-        // The names that matter are at most one level deep. If a directory cannot be read, `convert` reports it.
+        // The names that matter are at most one level down. If a directory there cannot be read, `convert` reports
+        // this later.
         if let (true, Ok(below)) = (is_directory, entries(&entry.path())) {
             for (below, entry) in below {
                 let is_directory = entry.file_type().is_ok_and(|kind| kind.is_dir());
@@ -234,7 +235,7 @@ pub(crate) fn check_directory(root: &Path) -> Result<Option<Package>> {
     Ok(package.filter(|package| *package != Package::Disk))
 }
 
-/// Returns the entries of a directory, by name.
+/// Returns the entries of a directory, sorted by name.
 fn entries(path: &Path) -> std::io::Result<Vec<(Vec<u8>, DirEntry)>> {
     let entries = std::fs::read_dir(path)?.map(|entry| {
         let entry = entry?;

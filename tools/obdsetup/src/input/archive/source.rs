@@ -17,7 +17,7 @@ pub(super) struct Source {
 }
 
 impl Source {
-    /// Reads `file` from its present position, which must be its start.
+    /// Reads `file`, whose position must be 0.
     pub(super) fn new(file: File) -> Self {
         Self {
             file: BufReader::with_capacity(BUFFER, file),

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! Sparse files in a tar: the places of their data. There are four formats.
+//! The maps of sparse files in a tar, which say where the data is. There are four formats.
 //!
 //! Source: GNU tar's manual, "Storing Sparse Files".
 
@@ -16,8 +16,8 @@ use super::Extent;
 const MAX_EXTENTS: usize = 1 << 22;
 
 impl Archive {
-    /// Returns the size of a file with holes, and its extents with data. Reads the map if there is
-    /// one.
+    /// Returns the size of a file in bytes, holes included, and its extents with data. Reads the map if
+    /// the file is sparse; other files have one extent, or none if they are empty.
     pub(super) fn extents(
         &mut self,
         at: u64,
@@ -134,8 +134,8 @@ impl Archive {
         }
     }
 
-    /// Reads the map of a sparse file in format 1.0: lines of decimal numbers before its data,
-    /// padded to whole blocks.
+    /// Reads the map of a sparse file in format 1.0: lines of decimal numbers before the data of the
+    /// file, padded to whole blocks.
     pub(super) fn map_in_content(&mut self, at: u64) -> Result<Vec<Extent>> {
         let wrong = format!(
             "member {:?} at byte {at}: the map of a sparse file is wrong",
@@ -169,7 +169,7 @@ impl Archive {
                     break;
                 }
             }
-            // No valid number is that long.
+            // No valid number has so many digits.
             if digits.len() > BLOCK {
                 return Err(self.bad(&wrong));
             }

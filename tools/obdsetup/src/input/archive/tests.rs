@@ -27,7 +27,7 @@ fn end(members: Vec<u8>) -> Vec<u8> {
     tars::tar(&[members])
 }
 
-/// Returns members with their content, which is as long as the file.
+/// Returns the members, each with its content. Holes are zeros in the content.
 fn read(path: &Path) -> anyhow::Result<Vec<(Member, Vec<u8>)>> {
     let mut archive = Archive::open(path)?;
     let mut all = Vec::new();
@@ -52,7 +52,7 @@ fn read_bytes(bytes: &[u8]) -> anyhow::Result<Vec<(Member, Vec<u8>)>> {
     read(file.path())
 }
 
-/// Returns the error that the archive is refused with.
+/// Returns the message with which the archive is refused. Checks that the exit code is `BAD_IMAGE`.
 fn refused(bytes: &[u8]) -> String {
     match read_bytes(bytes) {
         Ok(members) => panic!("{members:?}"),
@@ -144,7 +144,7 @@ fn archives_of_gnu_tar() {
     std::os::unix::fs::symlink("t".repeat(150), tree.join("symlink")).unwrap();
     fs::write(tree.join("plain"), vec![7; 100_000]).unwrap();
     fs::hard_link(tree.join("plain"), tree.join("plain2")).unwrap();
-    // Enough extents to need further blocks in old maps, and a hole at the end.
+    // So many extents that maps of the old format need more blocks, and a hole at the end.
     let mut sparse = vec![0; 2 << 20];
     let file = fs::File::create(tree.join("sparse")).unwrap();
     for part in 0..60 {
@@ -278,7 +278,7 @@ fn compressions() {
         assert_eq!(all.len(), 2, "{compression:?}");
         assert!(all[0].1 == text(300_000), "{compression:?}");
 
-        // Several in a row; but only one for the compression without a magic number.
+        // Several compressed files in a row are allowed, except for lzma, which has no magic number.
         if *compression != Compression::Lzma {
             fs::write(&path, [two.as_slice(), &rest].concat()).unwrap();
             assert_eq!(read(&path).unwrap().len(), 2, "{compression:?}");
@@ -292,7 +292,7 @@ fn compressions() {
                 "{compression:?}: {error}"
             );
         }
-        // If the cut is near the end of the file, the tar itself can be complete.
+        // This must also fail if the cut is so near the end that the tar itself is complete.
         for cut in [1, 5, 9, 100, whole.len() / 2] {
             let error = refused(&whole[..whole.len() - cut]);
             assert!(
@@ -300,7 +300,7 @@ fn compressions() {
                 "{compression:?} {cut}: {error}"
             );
         }
-        // These have no checksum here.
+        // Changed data is detected, except in these formats, which have no checksum here.
         if !matches!(
             compression,
             Compression::Lzma | Compression::Lz4Legacy | Compression::Lz4
@@ -399,7 +399,7 @@ fn what_is_tolerated() {
     old.extend_from_slice(b"old");
     old.resize(1024, 0);
     assert_eq!(read_bytes(&end(old)).unwrap()[0].1, b"old");
-    // An archive without members, as git makes from an empty tree.
+    // An archive without members, as git makes it from an empty tree.
     let global = member("pax_global_header", b'g', b"20 comment=01234567\n");
     assert!(read_bytes(&end(global.clone())).unwrap().is_empty());
     let both = read_bytes(&end([global, member("a", b'0', b"a")].concat())).unwrap();
@@ -407,14 +407,14 @@ fn what_is_tolerated() {
         both[0].0.records,
         [(b"comment".to_vec(), b"01234567".to_vec())]
     );
-    // An owner as NFS writes it, in base 256.
+    // The owner -2, which NFS uses, in base 256.
     let mut nobody = header("n", b'0', 0);
     nobody[108..116].copy_from_slice(b"\xff\xff\xff\xff\xff\xff\xff\xfe");
     sign(&mut nobody);
     assert_eq!(read_bytes(&end(nobody)).unwrap()[0].0.uid, u32::MAX - 1);
 }
 
-/// Names of members, and what such an archive is.
+/// Names of members, and the kind of archive that has these names.
 fn packages() -> Vec<(&'static [&'static str], Option<super::scan::Package>)> {
     use super::scan::Package;
     vec![
@@ -449,7 +449,7 @@ fn packages() -> Vec<(&'static [&'static str], Option<super::scan::Package>)> {
             &["backup/index.yaml", "backup/container/rootfs/x"],
             Some(Package::LxdBackup),
         ),
-        // A project, a tree of files that has such names, and files beside a disk.
+        // Trees of files with some of these names, and a disk with other files beside it.
         (&["metadata.json", "Vagrantfile", "README.md"], None),
         (&["metadata.yaml", "etc/hostname"], None),
         (&["srv/disk.raw"], None),
@@ -471,9 +471,8 @@ fn directories_with_packed_images() {
         check_directory(dir.path()).unwrap()
     };
     for (names, wanted) in packages() {
-        // The disk is what is meant with a file, and the directory with a directory.
+        // A directory with one disk is an ordinary tree of files.
         let wanted = wanted.filter(|package| *package != Package::Disk);
-        // Which is first is known of an archive only.
         assert_eq!(named(names), wanted, "{names:?}");
     }
     assert_eq!(
@@ -538,7 +537,7 @@ fn what_it_is_for() {
 
 #[test]
 fn bombs_stay_small() {
-    // Many zeros in a small gzip: they are read but not kept in memory.
+    // Many zeros in a small gzip file. They are read, but not all kept in memory at once.
     let mut gzip = flate2::write::GzEncoder::new(Vec::new(), flate2::Compression::best());
     gzip.write_all(&header("zeros", b'0', 1 << 27)).unwrap();
     let zeros = vec![0; 1 << 20];
@@ -551,7 +550,7 @@ fn bombs_stay_small() {
     let mut archive = Archive::open(file.path()).unwrap();
     assert_eq!(archive.next().unwrap().unwrap().size, 1 << 27);
     assert!(archive.next().unwrap().is_none());
-    // Data whose decoders would need an unusual amount of memory.
+    // Data whose decoder would need an unusual amount of memory is refused.
     let mut huge = zstd::Encoder::new(Vec::new(), 1).unwrap();
     huge.window_log(30).unwrap();
     huge.include_contentsize(false).unwrap();
@@ -591,7 +590,7 @@ fn sample() -> Vec<u8> {
 proptest! {
     #![proptest_config(ProptestConfig { cases: 300, ..ProptestConfig::default() })]
 
-    /// No input causes a panic or an endless loop.
+    /// Changed or cut-off archives cause no panic and no endless loop.
     #[test]
     fn mutations(
         which in 0..8usize,
@@ -608,7 +607,7 @@ proptest! {
         for (at, byte) in &changes {
             let at = at.index(bytes.len());
             bytes[at] = *byte;
-            // Otherwise the checksum would stop the reader before the change.
+            // Corrects the checksum of the block. A wrong one would stop the reader before the changed field.
             if fix && which == 0 && bytes[at / 512 * 512..].len() >= 512 {
                 sign(&mut bytes[at / 512 * 512..]);
             }
@@ -619,6 +618,7 @@ proptest! {
         let _ = read_bytes(&bytes);
     }
 
+    /// Random bytes cause no panic and no endless loop.
     #[test]
     fn noise(bytes in prop::collection::vec(any::<u8>(), 0..3000)) {
         let _ = read_bytes(&bytes);

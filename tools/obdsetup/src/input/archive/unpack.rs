@@ -26,7 +26,7 @@ pub(crate) struct Unpack {
 enum State {
     /// Not compressed.
     Plain(Source),
-    /// Between two compressed files. `true` if one must follow.
+    /// Before the first compressed file (`true`: one must follow), or after one (`false`: none need follow).
     Between(Source, bool),
     Gzip(Box<flate2::bufread::GzDecoder<Source>>),
     Bzip2(bzip2::bufread::BzDecoder<Source>),
@@ -35,12 +35,12 @@ enum State {
     Zstd(zstd::stream::read::Decoder<'static, Source>),
     Lz4(lz4::Decoder<Source>),
     Lz4Legacy(Legacy),
-    /// At the end or after an error, with the offset.
+    /// At the end or after an error, with the offset in the compressed file.
     Done(u64),
 }
 
 impl Unpack {
-    /// Decompresses `file`, which must be at its start.
+    /// Decompresses `file`, whose position must be 0. `None` means that it is not compressed.
     pub(crate) fn new(file: File, compression: Option<Compression>) -> Self {
         let source = Source::new(file);
         let state = match compression {
@@ -64,7 +64,8 @@ impl Unpack {
         }
     }
 
-    /// Starts the next compressed file. At the end, returns [`State::Done`].
+    /// Starts to decompress the next compressed file. At the end, returns [`State::Done`], unless a
+    /// compressed file `must` follow.
     fn begin(&self, mut source: Source, must: bool) -> io::Result<State> {
         let Some(compression) = self.compression else {
             return Ok(State::Plain(source));
@@ -78,7 +79,7 @@ impl Unpack {
             skip_zeros(&mut source)?;
             return self.begin(source, false);
         }
-        // The buffer may end within the magic.
+        // If the buffer ends within the magic number, the decoder checks it.
         let head: Vec<u8> = head.iter().copied().take(Compression::LOOKS_AT).collect();
         let continues = head.len() < Compression::LOOKS_AT
             || Compression::of(&head).is_some_and(|found| compression.may_be_followed_by(found));
@@ -202,7 +203,7 @@ impl Legacy {
         })
     }
 
-    /// Decodes the next block. Returns `false` at the end.
+    /// Decodes the next block. Returns `false` at the end of the file or before the next magic number.
     fn next_block(&mut self) -> io::Result<bool> {
         let corrupt = || io::Error::new(ErrorKind::InvalidData, "corrupt block");
         let head = self.source.fill_buf()?;

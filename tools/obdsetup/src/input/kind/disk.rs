@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! Recognises disks: by a partition table, a file system, or another user of block devices.
+//! Recognises disks: by a partition table, a file system, swap, or data of LVM, RAID, LUKS or a similar user of
+//! block devices.
 
 /// Number of bytes from the start of a disk that are examined.
 pub(super) const HEAD: usize = 72 << 10;
@@ -67,8 +68,8 @@ pub(super) fn is_disk(head: &[u8]) -> bool {
     MAGIC.iter().any(there) || is_ext(head) || has_boot_sector(head)
 }
 
-/// Returns whether this is ext2, ext3 or ext4. Their magic number has two bytes, so that the fields
-/// near it must be valid, too.
+/// Returns whether `head` has the superblock of ext2, ext3 or ext4. The magic number has only two bytes, so the
+/// fields near it must be valid, too.
 fn is_ext(head: &[u8]) -> bool {
     let Some(superblock) = head.get(1024..1024 + 88) else {
         return false;
@@ -85,9 +86,9 @@ fn is_ext(head: &[u8]) -> bool {
         && revision <= 1
 }
 
-/// Returns whether this is a master boot record or a boot sector of FAT. Their signature has two
-/// bytes, so that there must also be a jump at the start, or a table whose partitions are all
-/// marked active or inactive.
+/// Returns whether `head` begins with a master boot record or a boot sector of FAT. The signature has only two
+/// bytes, so there must also be a jump at the start, or a table whose partitions are all marked active or
+/// inactive.
 fn has_boot_sector(head: &[u8]) -> bool {
     let signed = head.get(510..512) == Some(b"\x55\xaa");
     let jump = matches!(head, [0xeb, _, 0x90, ..] | [0xe9, ..]);

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! Magic numbers of formats that need a conversion first, or aren't supported.
+//! Magic numbers of the formats that qemu-img reads, and of formats that obdsetup cannot convert.
 
 use super::Kind;
 
@@ -32,7 +32,7 @@ pub(super) struct Stranger {
 const UNPACK: &str = "unpack it, then `obdsetup convert DIRECTORY`";
 const DECOMPRESS: &str = "decompress it first";
 
-/// Formats that cannot be converted. If several match, the first one is valid.
+/// Formats that cannot be converted: magic number, name, advice. The first match counts.
 const STRANGERS: &[(Magic, &str, &str)] = &[
     ((0, b"PK\x03\x04"), "a zip archive", UNPACK),
     ((0, b"PK\x05\x06"), "an empty zip archive", UNPACK),
@@ -131,9 +131,9 @@ const CPIO: &str =
 const NO_DISK: &str = "it is no disk; --from raw takes it as it is";
 const PAGE: &str = "the download went wrong";
 
-/// First bytes of the last 512 bytes: a VHD of fixed size has the disk itself before them.
+/// Start of the last 512 bytes of a VHD. A VHD of fixed size has the disk itself before them, and no header.
 const VHD_FOOTER: &[u8] = b"conectix";
-/// The same for a disk image of macOS.
+/// Start of the last 512 bytes of a disk image of macOS.
 const DMG_FOOTER: &[u8] = b"koly\0\0\0\x04";
 
 fn matches(bytes: &[u8], &(at, magic): &Magic) -> bool {
@@ -169,8 +169,8 @@ pub(super) fn stranger(head: &[u8], tail: &[u8]) -> Option<Stranger> {
     found.map(|&(_, name, advice)| Stranger { name, advice })
 }
 
-/// Returns whether this is a cpio archive with binary headers, of either byte order. The magic
-/// number has only two bytes, so that the name after the header must be valid, too.
+/// Returns whether `head` begins with a cpio archive with binary headers, of either byte order. The magic
+/// number has only two bytes, so the name after the header must be valid, too.
 fn is_old_cpio(head: &[u8]) -> bool {
     let number = |at: usize| {
         let pair = head.get(at..at + 2)?.first_chunk()?;

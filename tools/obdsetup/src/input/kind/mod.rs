@@ -1,10 +1,10 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! The inputs that a layer can be made of, recognised by content, not by name.
+//! Detects the type of an input by its content, not by its name.
 //!
-//! - [`magic`]: what files of other formats begin with.
-//! - [`disk`]: how disks look.
-//! - [`unpacked`]: disks that are compressed as a whole.
+//! - [`magic`]: the magic numbers of files of other formats.
+//! - [`disk`]: recognises disks.
+//! - [`unpacked`]: decompresses disks that are compressed as a whole.
 
 mod disk;
 mod magic;
@@ -25,10 +25,10 @@ use overlaybd::{FileBlob, LayerReader};
 use crate::input::archive::{self, is_header, unpack_error, Compression, Unpack, BLOCK};
 use crate::terminal::exit::{self, Failure};
 
-/// What a layer can be made of.
+/// The types of inputs that a layer can be made of.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub(crate) enum Kind {
-    /// A disk image as it is, or a block device
+    /// A raw disk image, or a block device
     Raw,
     /// QEMU's format
     Qcow2,
@@ -48,7 +48,7 @@ pub(crate) enum Kind {
     Directory,
     /// A tar, compressed or not, to be put in a file system
     Tar,
-    /// An OCI image layout whose layers are OverlayBD layers
+    /// An OCI image layout in a directory
     Oci,
 }
 
@@ -67,7 +67,7 @@ impl Kind {
         }
     }
 
-    /// Returns whether qemu-img reads the format that it calls so, and it is one of these.
+    /// Returns whether `format` is qemu-img's name of one of these types.
     pub(crate) fn is_for_qemu(format: &str) -> bool {
         let mut kinds = Self::value_variants().iter();
         kinds.any(|kind| kind.for_qemu() == Some(format))
@@ -78,7 +78,7 @@ impl Kind {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Input {
     pub(crate) kind: Kind,
-    /// The compression of the whole file.
+    /// The compression of the whole file, if it is compressed.
     pub(crate) compression: Option<Compression>,
 }
 
@@ -87,18 +87,18 @@ pub(crate) struct Input {
 pub(crate) enum Seen {
     /// An input that a layer can be made of.
     Known(Input),
-    /// Anything else, with a message that has the reason and advice.
+    /// Certainly no such input. The message has the reason and advice.
     Refused(String),
-    /// Possibly a disk, but not certainly. The message says so.
+    /// Of no known type. It may be a disk. The message says so.
     Unknown(String),
 }
 
 impl Input {
-    /// Returns the input at `path`, recognised by its content.
+    /// Returns the input at `path`, recognised by its content. A block device of no known type is a raw disk.
     ///
     /// # Errors
     ///
-    /// If it cannot be read, if no layer can be made of it, or if that isn't certain.
+    /// If the input cannot be read, if no layer can be made of it, or if it is a file of no known type.
     pub(crate) fn of(path: &Path) -> Result<Self> {
         match look(path)? {
             Seen::Known(input) => Ok(input),
@@ -107,11 +107,11 @@ impl Input {
         }
     }
 
-    /// Returns the input at `path`, which the user has said is a `kind`.
+    /// Returns the input at `path`, which is a `kind` according to the user. Detects only the compression.
     ///
     /// # Errors
     ///
-    /// If it cannot be read.
+    /// If the input cannot be read.
     pub(crate) fn told(path: &Path, kind: Kind) -> Result<Self> {
         let compression = match kind {
             Kind::Raw | Kind::Directory | Kind::Oci => None,
@@ -134,11 +134,12 @@ fn is_block_device(path: &Path) -> bool {
         .is_ok_and(|meta| meta.file_type().is_block_device())
 }
 
-/// Checks that the file `path`, which is used as a disk, isn't certainly anything else.
+/// Checks that the file `path`, which is to be read as a raw disk, isn't of another known type. If it is of no
+/// known type, its size must be a multiple of 512 bytes.
 ///
 /// # Errors
 ///
-/// If it is anything else, or cannot be read.
+/// If the file is of another type, has another size, or cannot be read.
 pub(crate) fn check_disk(path: &Path) -> Result<()> {
     let text = match look(path)? {
         Seen::Unknown(_) => {
@@ -179,11 +180,11 @@ pub(crate) fn is_dash(path: &Path) -> bool {
 pub(crate) const DASH: &str =
     "-: standard input cannot be the input, since places in it are read in any order: give a file";
 
-/// Examines what is at `path`.
+/// Examines the file, directory or block device at `path`.
 ///
 /// # Errors
 ///
-/// If it cannot be read, or its compressed data is damaged.
+/// If it is something else, cannot be read, or has damaged compressed data.
 pub(crate) fn look(path: &Path) -> Result<Seen> {
     let known = |kind| {
         Ok(Seen::Known(Input {
@@ -202,7 +203,7 @@ pub(crate) fn look(path: &Path) -> Result<Seen> {
         if path.join("version").is_file() && path.join("manifest.json").is_file() {
             return Ok(Seen::Refused(format!(
                 "{name}: an image in a directory (dir:), no tree of files: make an OCI layout of \
-                 it, `skopeo copy dir:{name} oci:LAYOUT`; --from directory takes it for files"
+                 it, `skopeo copy dir:{name} oci:LAYOUT`; --from directory converts its files"
             )));
         }
         return match archive::check_directory(path)? {
@@ -210,12 +211,12 @@ pub(crate) fn look(path: &Path) -> Result<Seen> {
             None => known(Kind::Directory),
         };
     }
-    // Fails for what is neither a file nor a block device, without waiting for a FIFO.
+    // Fails if `path` is neither a file nor a block device. Doesn't wait if it is a FIFO.
     let blob = Arc::new(FileBlob::open(path, None)?);
     let size = blob.size();
     if LayerReader::from_file(blob).is_ok() {
         return Ok(Seen::Refused(format!(
-            "{name}: is an OverlayBD layer; `obdsetup commit` wraps it otherwise"
+            "{name}: is an OverlayBD layer; `obdsetup commit` changes its wrapping"
         )));
     }
     let (head, tail) = ends(path)?;
@@ -249,8 +250,9 @@ pub(crate) fn look(path: &Path) -> Result<Seen> {
     }
 }
 
-/// Examines the content of a compressed file. `.lzma` files have no magic number: if decompression
-/// fails, or the content isn't recognised, the result is `otherwise`.
+/// Examines the content of a compressed file; `inside` decompresses it. A file that looks like a `.lzma` file,
+/// which has no magic number, may be something else: if it cannot be decompressed, or its content isn't
+/// recognised, the result is `otherwise`.
 fn compressed(
     path: &Path,
     compression: Compression,
@@ -295,7 +297,8 @@ fn compressed(
     })
 }
 
-/// Examines an uncompressed file by its start and end.
+/// Examines uncompressed content by its start `head` and its last 512 bytes `tail`. If `tail` is empty, footers
+/// are not looked for.
 fn content(path: &Path, head: &[u8], tail: &[u8]) -> Seen {
     let name = path.display();
     let known = |kind| {
@@ -342,21 +345,21 @@ pub(crate) fn is_tar_at(path: &Path, whole: bool) -> bool {
     })
 }
 
-/// Returns whether this is a tar: each header has a checksum, and all except those of v7 a magic
-/// number.
+/// Returns whether `head` is the start of a tar: whether it has the magic number, or a name and the right checksum
+/// as headers of v7 do, which have no magic number.
 fn is_tar(head: &[u8]) -> bool {
     head.get(257..262) == Some(b"ustar") || is_signed(head)
 }
 
-/// Returns whether `head` begins with the header of a member whose checksum is right.
+/// Returns whether `head` begins with the header of a member, with a name and the right checksum.
 fn is_signed(head: &[u8]) -> bool {
-    // The name comes first. A disk may match the checksum by chance, but then has no name.
+    // A header begins with a name. Without this condition, a disk could match by chance.
     let named = head.first().is_some_and(|&byte| byte != 0);
     named && head.first_chunk::<BLOCK>().is_some_and(is_header)
 }
 
-/// Returns the compression of a file that begins with `head`. A tar can begin with a name that
-/// looks like it.
+/// Returns the compression of a file that begins with `head`; `None` for a tar, even if the name of its first
+/// member looks like the magic number of a compression.
 fn compression(head: &[u8]) -> Option<Compression> {
     match is_tar(head) {
         true => None,
@@ -364,7 +367,8 @@ fn compression(head: &[u8]) -> Option<Compression> {
     }
 }
 
-/// Returns the start of a file, and its last 512 bytes.
+/// Returns the start of a file, at most [`disk::HEAD`] bytes, and its last 512 bytes. If the file has fewer, the
+/// second part is empty.
 fn ends(path: &Path) -> Result<(Vec<u8>, Vec<u8>)> {
     let read = || -> std::io::Result<_> {
         let mut file = File::open(path)?;

@@ -17,15 +17,16 @@ use crate::input::archive::{unpack_error, Compression, Unpack};
 use crate::terminal::exit::{self, Failure};
 use crate::terminal::interrupt;
 
-/// Number of bytes written at once, or not at all if all are zero.
+/// Number of bytes to decompress and write at once. If all of them are zero, they become a hole.
 const PIECE: usize = 64 << 10;
 
 /// Decompresses the disk at `path` into a temporary file in the directory `place`, with holes for
-/// zeros. Dropping the file deletes it. With `sectors`, the size must be a whole number of sectors.
+/// zeros. Dropping the file deletes it. With `sectors`, the size must be a multiple of 512 bytes.
 ///
 /// # Errors
 ///
-/// If the file is damaged or ends early, and errors of reading or writing.
+/// If the file at `path` cannot be read, is damaged or ends early, if the temporary file cannot be written, or
+/// if the size is not allowed.
 pub(crate) fn unpack(
     path: &Path,
     compression: Compression,
@@ -78,7 +79,7 @@ pub(crate) fn unpack(
     Ok(output)
 }
 
-/// Fills `buf` up to the end of `input`. Returns the number of bytes.
+/// Reads until `buf` is full or `input` ends. Returns the number of bytes read.
 fn fill(input: &mut Unpack, buf: &mut [u8]) -> std::io::Result<usize> {
     let mut done = 0;
     while let Some(rest) = buf.get_mut(done..).filter(|rest| !rest.is_empty()) {

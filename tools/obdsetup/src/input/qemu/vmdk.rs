@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! Finds the files that a vmdk image names: its descriptor, which is a text, has a line for each file with
-//! data. Finds all that qemu-img would open, and perhaps more: qemu-img takes its words apart with sscanf(3),
-//! for which a line may end between any two of them.
+//! Finds the files that a vmdk image names. The descriptor of the image is a text with a line for each file with
+//! data. Finds all files that qemu-img would open, and perhaps more: qemu-img parses the descriptor with sscanf(3),
+//! which accepts a line end between any two words.
 
 use std::collections::BTreeSet;
 use std::ffi::{OsStr, OsString};
@@ -21,21 +21,22 @@ use crate::terminal::interrupt;
 
 /// Longest descriptor that qemu-img reads, in bytes.
 const LONGEST: usize = (1 << 20) - 1;
-/// Longest name of a file that qemu-img takes. It cuts off the rest.
+/// Longest name of a file in bytes. qemu-img cuts off the rest of a longer name.
 const NAME: usize = 511;
 /// Largest number of files.
 const FILES: usize = 4096;
-/// Largest number of names in all descriptors: a file may have many, and be named often.
+/// Largest number of names in all descriptors together. A file may have several names, and each of them may be
+/// there several times.
 const NAMES: usize = 65_536;
-/// The magic number of a file with data that has a header.
+/// The magic number at the start of a header, which a file with sparse data has.
 const MAGIC: &[u8] = b"KDMV";
 /// Ends of the words before a name: FLAT, VMFS, SPARSE, VMFSSPARSE, SESPARSE.
 const TYPES: [&[u8]; 3] = [b"FLAT", b"VMFS", SPARSE];
 /// End of the words before the name of a file that may have a descriptor itself.
 const SPARSE: &[u8] = b"SPARSE";
-/// A word before a name that ends in the same way: such a file has no descriptor.
+/// A type that ends with [`SPARSE`], too. Such a file has no descriptor.
 const SESPARSE: &[u8] = b"SESPARSE";
-/// Length of the part of a header that is looked at.
+/// Length in bytes of the part of a header that is read.
 const HEAD: usize = 36;
 
 /// A file that a descriptor names.
@@ -47,12 +48,12 @@ pub(super) struct Named {
     is_sparse: bool,
 }
 
-/// Calls `check` with the path of each file that the image at the absolute path `path` names, and with those
-/// of the files that these name. A file is opened after `check` has accepted it, and only if qemu-img would
-/// look for a descriptor in it.
+/// Calls `check` with the path of each file that the image at the absolute path `path` names, and of each file
+/// that those files name. A file is opened after `check` has accepted it, and only if qemu-img would look for a
+/// descriptor in it.
 pub(super) fn each_part(path: &Path, mut check: impl FnMut(&Path) -> Result<()>) -> Result<()> {
     let mut parts = BTreeSet::new();
-    // By device and inode: a file has any number of names, and they don't change what is in it.
+    // Device and inode numbers. A file is opened once, even if it has several names.
     let mut opened = BTreeSet::new();
     let mut left = Vec::new();
     let mut count = 0_usize;
@@ -65,8 +66,8 @@ pub(super) fn each_part(path: &Path, mut check: impl FnMut(&Path) -> Result<()>)
         }
         for Named { name, is_sparse } in found {
             interrupt::check()?;
-            // Not relative to the file that names it. A colon means nothing here. An absolute name stays as
-            // it is.
+            // A relative name is relative to the directory of the image, even if another file has the name. A
+            // colon has no special meaning. An absolute name replaces the directory.
             let part = directory(path).join(name);
             if !parts.contains(&part) {
                 if parts.len() == FILES {
@@ -100,9 +101,9 @@ pub(super) fn named(path: &Path) -> Result<Vec<Named>> {
 /// The role of a file in an image.
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Place {
-    /// The file that was given to qemu-img. All of it may be a descriptor.
+    /// The file that was given to qemu-img. The whole file may be a descriptor.
     First,
-    /// Another one with data that isn't flat. It has a descriptor only behind its header.
+    /// Another file, with sparse data. Only a file with a header can have a descriptor.
     Sparse,
 }
 
@@ -116,7 +117,7 @@ fn names_at(path: &Path, place: Place) -> Result<Vec<Named>> {
 /// Returns the descriptor, which may be empty; `None` if its offset is too large.
 fn descriptor(path: &Path, place: Place) -> io::Result<Option<Vec<u8>>> {
     let file = open(path)?;
-    // qemu-img takes what is behind the end for zeros.
+    // Behind the end of the file, qemu-img reads zeros.
     let mut head = [0; HEAD];
     read(&file, &mut head, 0)?;
     if !head.starts_with(MAGIC) {
@@ -129,16 +130,16 @@ fn descriptor(path: &Path, place: Place) -> io::Result<Option<Vec<u8>>> {
         let bytes = head.get(at..).and_then(|bytes| bytes.first_chunk());
         bytes.map_or(0, |bytes| u64::from_le_bytes(*bytes))
     };
-    // The capacity, and the sector of the descriptor. With a capacity, the data is in this file.
+    // The capacity, and the sector of the descriptor. If the capacity is not 0, the data is in this file.
     match (number(12), number(28)) {
-        // qemu-img loses the highest bits.
+        // The offset in bytes has more than 64 bits. qemu-img would cut off the highest bits.
         (0, sector) if sector > u64::MAX >> 9 => Ok(None),
         (0, sector) if sector != 0 => read_to_vec(&file, sector << 9).map(Some),
         _ => Ok(Some(Vec::new())),
     }
 }
 
-/// Opens a file or block device. Fails, and does not wait, if it is anything else.
+/// Opens a file or block device. If `path` is anything else, such as a FIFO, fails without waiting.
 fn open(path: &Path) -> io::Result<File> {
     let file = File::options()
         .read(true)
@@ -158,7 +159,7 @@ fn read_to_vec(file: &File, at: u64) -> io::Result<Vec<u8>> {
     Ok(bytes)
 }
 
-/// Reads at `at` as many bytes as there are. Returns their number.
+/// Reads from byte `at` until `bytes` is full or the file ends. Returns the number of bytes read.
 fn read(file: &File, bytes: &mut [u8], at: u64) -> io::Result<usize> {
     let mut len = 0;
     while let Some(left) = bytes.get_mut(len..).filter(|left| !left.is_empty()) {
@@ -166,7 +167,7 @@ fn read(file: &File, bytes: &mut [u8], at: u64) -> io::Result<usize> {
         match file.read_at(left, offset) {
             Ok(0) => break,
             Ok(count) => len += count,
-            // Behind the largest offset.
+            // The offset is larger than any file offset.
             Err(error) if error.kind() == io::ErrorKind::InvalidInput => break,
             Err(error) => return Err(error),
         }
@@ -291,7 +292,7 @@ mod tests {
         assert_eq!(parts(&path)?, [PathBuf::from("b")]);
         write("a", b"RW 1 SPARSE \"b\"".to_vec())?;
         assert_eq!(parts(&path)?, [PathBuf::from("b")]);
-        // Nor does a header of a flat file.
+        // In a flat file, a descriptor behind a header doesn't count, either.
         write("b", head(2, 0, "RW 1 SPARSE \"c\""))?;
         for (kind, count) in [("FLAT", 1), ("VMFS", 1), ("SESPARSE", 1), ("SPARSE", 2)] {
             write("a", format!("RW 1 {kind} \"b\"").into_bytes())?;
@@ -301,7 +302,7 @@ mod tests {
 
         write("a", head(2, 1, "RW 1 SPARSE \"b\""))?;
         assert!(named(&path)?.is_empty());
-        // Behind the largest offset, and with bits that qemu-img would lose.
+        // Descriptors behind the largest file offset, and at offsets whose highest bits qemu-img would cut off.
         write("a", head(u64::MAX >> 9, 0, "RW 1 SPARSE \"b\""))?;
         assert!(named(&path)?.is_empty());
         for sector in [u64::MAX, (1 << 55) + 2] {
@@ -309,7 +310,7 @@ mod tests {
             let error = named(&path).err().map(|error| error.to_string());
             assert!(error.is_some_and(|error| error.contains("too large")));
         }
-        // Zeros are behind the end.
+        // The file ends within the header: the rest of the header is zeros.
         write("a", MAGIC.to_vec())?;
         assert!(named(&path)?.is_empty());
         assert!(named(&dir.path().join("none")).is_err());
@@ -320,11 +321,11 @@ mod tests {
     fn nothing_is_opened_before_it_is_checked() -> Result<()> {
         let dir = tempfile::tempdir()?;
         let path = dir.path().join("a");
-        // Opening it would fail.
+        // The named file doesn't exist: opening it would fail.
         std::fs::write(&path, "RW 1 SPARSE \"none\"")?;
         let done = each_part(&path, |_| anyhow::bail!("refused"));
         assert!(done.is_err_and(|error| error.to_string() == "refused"));
-        // Nothing waits for a pipe.
+        // A FIFO is never waited for.
         let pipe = dir.path().join("pipe");
         let mode = rustix::fs::Mode::from_raw_mode(0o600);
         rustix::fs::mknodat(rustix::fs::CWD, &pipe, rustix::fs::FileType::Fifo, mode, 0)?;
@@ -356,7 +357,7 @@ mod tests {
         Ok(())
     }
 
-    /// A file is read once, whatever names it has. If it were read for each, there would be too many names.
+    /// A file with several names is read once. If it were read for each name, the limit [`NAMES`] would be exceeded.
     #[test]
     fn many_names_of_a_file() -> Result<()> {
         let dir = tempfile::tempdir()?;
