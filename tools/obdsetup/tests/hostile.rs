@@ -83,7 +83,7 @@ fn names_that_no_file_has() {
         &link(&long(4096)),
         "a symbolic link to a path of 4096 bytes",
     );
-    place.impossible(&link(b"a\0b"), "a NUL in what the symbolic link leads to");
+    place.impossible(&link(b"a\0b"), "a NUL in the target of the symbolic link");
     // Short by themselves, but each link leads further down.
     let mut members = vec![];
     let mut deep = b"l".to_vec();
