@@ -71,8 +71,8 @@ pub(crate) struct WrapArgs {
     #[arg(long)]
     tar: bool,
 
-    /// Make a layer for `open --dax': not compressed, in whole pages, with all zeros of the disk that
-    /// are not in a hole
+    /// Make a layer for `open --dax': not compressed, in whole pages, with zeros stored unless they
+    /// are in a hole of the disk
     #[arg(long, conflicts_with = "tar")]
     pub(crate) dax: bool,
 

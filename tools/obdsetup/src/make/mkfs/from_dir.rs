@@ -257,6 +257,6 @@ fn next_data(file: &File, at: u64, size: u64) -> io::Result<Option<(u64, u64)>> 
     let end = rustix::fs::seek(file, SeekFrom::Hole(start))?;
     let start = start - start % BLOCK;
     let end = end.next_multiple_of(BLOCK).min(size);
-    // The last data may have ended within this block.
+    // Never before `at`, up to which the file was read.
     Ok((start.max(at) < end).then_some((start.max(at), end)))
 }

@@ -115,7 +115,7 @@ struct Reader<'a> {
     /// The tar in messages.
     path: &'a Path,
     tree: &'a mut Tree,
-    /// Directories of which no member has been read yet: their metadata is that of [`unsaid`].
+    /// Directories for which the tar has had no member yet: their metadata is that of [`unsaid`].
     unsaid: HashSet<Id>,
     /// The temporary file with the content of files, for writing.
     spool: BufWriter<Arc<File>>,

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: GPL-2.0
 
 //! Limits that Linux has for files. A tar can exceed them. Some file systems have lower limits, which the
-//! code that makes them checks.
+//! code or the program that makes them checks.
 
 use super::tree::{Kind, Meta, Node};
 use crate::input::archive::brief;

@@ -63,7 +63,7 @@ pub(crate) enum FileSystem {
 
 impl FileSystem {
     /// Returns the number of bytes to add to the estimate for the files; `None` for a file system that
-    /// grows as needed, and takes no size.
+    /// is as large as its files need, and takes no size.
     fn overhead(self) -> Option<u64> {
         match self {
             Self::Ext2 | Self::Ext3 | Self::Ext4 => Some(32 << 20),
@@ -93,7 +93,7 @@ pub(crate) struct Options<'a> {
     pub(crate) args: &'a [OsString],
     /// Whether data that the file system cannot store may be left out.
     pub(crate) allow_loss: bool,
-    /// Whether the names of whiteouts are ordinary names in a directory. Otherwise, they are an error.
+    /// Whether files of a directory may have the names of whiteouts. Otherwise, such a name is an error.
     pub(crate) keep_whiteouts: bool,
 }
 
