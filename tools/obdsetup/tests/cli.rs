@@ -947,7 +947,7 @@ fn hostile_names_and_files() {
         place
             .run(command)
             .code(1)
-            .stderr(contains("is no regular file"));
+            .stderr(contains("exists, and is not a regular file"));
     }
     // If the output is a symbolic link, the link stays, and its target is replaced.
     std::os::unix::fs::symlink("../target", place.path("dir/link")).unwrap();

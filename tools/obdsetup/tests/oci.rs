@@ -561,7 +561,7 @@ fn the_same_bytes() {
         .run("convert layout2 zstd --cache cache --algorithm zstd")
         .success();
     assert_eq!(place.names_in("cache").len(), 6);
-    // Damaged layers in the cache are made anew.
+    // A damaged one is made again.
     for name in place.names_in("cache") {
         fs::write(place.path("cache").join(name), "damaged").unwrap();
     }
@@ -569,7 +569,9 @@ fn the_same_bytes() {
     place
         .run("convert layout2 other --cache cache")
         .success()
-        .stderr(contains("is not what its name says: made anew"));
+        .stderr(contains(
+            "does not match the digest in its name: the layer is made again",
+        ));
     assert!(read("other/layer2.obd") == third);
 }
 

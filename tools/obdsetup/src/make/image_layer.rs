@@ -23,15 +23,15 @@ use crate::terminal::warn;
 /// How an image is compared.
 #[derive(clap::Args, Debug, Default, PartialEq, Eq)]
 pub(crate) struct CompareArgs {
-    /// Compare and skip in units of this: a power of two from 512 to 1m (4k if not given; more where
-    /// the index of the layer would become too large)
+    /// Unit in which to compare and to skip zeros: a power of two from 512 to 1m (4k if not given;
+    /// larger if the index of the layer would become too large)
     #[arg(long, value_name = "SIZE", value_parser = granule)]
     granularity: Option<u64>,
 }
 
 impl CompareArgs {
-    /// Returns the options for the comparison. `skip_zeros` says whether to leave zeros out of the layer,
-    /// unless it is for DAX.
+    /// Returns the options for the comparison. `skip_zeros` says whether to leave zeros out of a lowest layer; a
+    /// layer for DAX keeps them.
     pub(crate) fn options(&self, skip_zeros: bool, new: &NewLayerArgs) -> Result<diff::Options> {
         let [page, ..] = dax::PAGE_SIZES;
         let granule = self.granularity.unwrap_or(page);
@@ -104,7 +104,7 @@ pub(crate) fn write_image(
                 )]);
                 options.granule = granule;
             }
-            // If no unit is large enough, the writer returns the error.
+            // The units are large enough. If no unit is, `plan` below returns the error.
             _ => break diff,
         }
     };
@@ -120,7 +120,7 @@ pub(crate) fn write_image(
     let runs = cut(diff.runs);
     let writer = plan(output.path(), image.size(), ident, runs, way_out)?;
     let read = |offset: u64, buf: &mut [u8]| {
-        // After the end of the image, its last sector is padded with zeros.
+        // If the image ends within a sector, zeros fill up this sector.
         let inside = image.size().saturating_sub(offset).min(to_u64(buf.len()));
         let (data, tail) = buf.split_at_mut(to_usize(inside));
         tail.fill(0);
@@ -143,7 +143,7 @@ mod tests {
     use super::*;
     use crate::make::layer_args::NewLayerArgs;
 
-    /// Data in every second sector: far more segments than an index can have.
+    /// A disk with data in every second sector: more segments than an index can have.
     struct Comb;
 
     const SECTORS: u64 = 2 * lsmt::MAX_ENTRIES + 4096;

@@ -16,7 +16,7 @@ use uuid::Uuid;
 use crate::terminal::exit::Failure;
 use crate::terminal::size;
 
-/// Largest number of threads: more than is useful, and fewer than a system refuses.
+/// Largest number of threads: more are not useful, and the system can start so many.
 const MAX_THREADS: u64 = 1024;
 /// Largest length of a user tag in bytes.
 const MAX_TAG: usize = 256;
@@ -50,7 +50,7 @@ pub(crate) enum Algorithm {
 #[derive(Args, Debug, Default, PartialEq, Eq)]
 #[command(next_help_heading = "Wrapping")]
 pub(crate) struct WrapArgs {
-    /// How to compress (lz4 if not given)
+    /// How to compress (if not given: lz4, or none with --dax)
     #[arg(long, value_enum)]
     algorithm: Option<Algorithm>,
 
@@ -58,24 +58,25 @@ pub(crate) struct WrapArgs {
     #[arg(long, value_name = "N")]
     level: Option<i32>,
 
-    /// Bytes in a compressed block: 4k, 8k, 16k, 32k or 64k (4k if not given); larger ones are
-    /// smaller in sum, and slower to read a little of
+    /// Bytes in a block: 4k, 8k, 16k, 32k or 64k (4k if not given); larger blocks make a smaller
+    /// layer, and small reads slower
     #[arg(long, value_name = "SIZE", value_parser = block_size)]
     block_size: Option<u32>,
 
-    /// Leave out the CRC behind each block: corruption may then go unnoticed
+    /// Leave out the CRC after each block: corruption may then go unnoticed
     #[arg(long)]
     no_crc: bool,
 
-    /// Put the layer in a tar, as a registry wants it
+    /// Put the layer in a tar, which registries require
     #[arg(long)]
     tar: bool,
 
-    /// Make a layer for `open --dax': plain, in whole pages, with zeros where the disk has blocks
+    /// Make a layer for `open --dax': not compressed, in whole pages, with zeros stored unless they
+    /// are in a hole of the disk
     #[arg(long, conflicts_with = "tar")]
     pub(crate) dax: bool,
 
-    /// Threads that compress (all CPUs if not given); the result does not depend on it
+    /// Number of threads that compress (one for each CPU if not given); the result is always the same
     #[arg(long, value_name = "N", value_parser = RangedU64ValueParser::<usize>::new().range(1..=MAX_THREADS))]
     threads: Option<usize>,
 }
@@ -89,7 +90,8 @@ fn block_size(text: &str) -> Result<u32, String> {
 }
 
 impl WrapArgs {
-    /// Returns the wrapping that the arguments ask for.
+    /// Returns the wrapping that the arguments ask for. With `--threads`, starts the threads of the
+    /// process that compress, so a second call is an error.
     pub(crate) fn wrapping(&self) -> Result<Wrapping> {
         let zfile = match self.algorithm {
             Some(Algorithm::Lz4 | Algorithm::Zstd) if self.dax => {
@@ -137,26 +139,27 @@ impl WrapArgs {
     }
 }
 
-/// What a new layer says of itself.
+/// The identity of a new layer, and its user tag.
 #[derive(Args, Debug, Default, PartialEq, Eq)]
 #[command(next_help_heading = "Identity")]
 pub(crate) struct IdentArgs {
-    /// UUID of the layer (made of its content if not given; all zeros for none)
+    /// UUID of the layer (made from its content if not given; all zeros for none)
     #[arg(long, value_name = "UUID")]
     pub(crate) uuid: Option<Uuid>,
 
-    /// UUID of the layer below (that of the layer below, if it has one, if not given)
+    /// UUID of the layer below, to record in this layer (if not given: the one that the layer below has)
     #[arg(long, value_name = "UUID")]
     pub(crate) parent_uuid: Option<Uuid>,
 
-    /// Text of your own, 256 bytes at most
+    /// Any text to store in the layer, at most 256 bytes
     #[arg(long, value_name = "TEXT", value_parser = user_tag)]
     pub(crate) user_tag: Option<String>,
 }
 
 impl IdentArgs {
-    /// Returns the identity of a layer that is made over `below`. It has the UUIDs and tag from the
-    /// arguments. If there is no UUID, `uuid` makes one; it gets what is below the layer.
+    /// Returns the identity of a layer that is made over `below`, with the UUIDs and the tag from the
+    /// arguments. `--parent-uuid` replaces `below`. Without `--uuid`, calls `uuid` with what is below the
+    /// layer to make the UUID.
     pub(crate) fn ident(
         &self,
         below: Below<'_>,

@@ -40,7 +40,7 @@ impl LayerOut {
         })
     }
 
-    /// Begins the new file `path` with this wrapping.
+    /// Begins the new file `path` with this wrapping. An error if the file exists.
     pub(crate) fn with(path: &Path, wrapping: Wrapping) -> Result<Self> {
         Ok(Self {
             wrapping,
@@ -49,7 +49,8 @@ impl LayerOut {
         })
     }
 
-    /// Makes `writer` write a layer for DAX. Returns an error if that is impossible.
+    /// Returns `writer`, changed to write a layer for DAX. Returns an error if file systems could not map the
+    /// layer.
     fn for_dax(&self, writer: LayerWriter) -> Result<LayerWriter> {
         let [page, ..] = dax::PAGE_SIZES;
         let writer = writer.with_data_at(dax::DATA_START)?;
@@ -67,7 +68,8 @@ impl LayerOut {
         self.output.path()
     }
 
-    /// Writes a layer and completes the file. `read` reads the disk: byte offset, buffer.
+    /// Writes the layer that `writer` has planned, and completes the file. `what` names the work in the progress
+    /// bar. `read` fills a buffer with the bytes of the disk from an offset on.
     pub(crate) fn write(
         self,
         mut writer: LayerWriter,
@@ -81,7 +83,7 @@ impl LayerOut {
         self.wrap(|sink| writer.write(read, sink, &|bytes| bar.advance(bytes)))
     }
 
-    /// Writes the bytes from `produce`, an LSMT file, and completes the file.
+    /// Writes the LSMT file whose bytes `produce` passes to its sink, with the wrapping, and completes the file.
     pub(crate) fn wrap(
         mut self,
         produce: impl FnOnce(Sink<'_>) -> overlaybd::Result<()>,
@@ -93,7 +95,8 @@ impl LayerOut {
             self.wrapping,
             &interrupt::check,
             |sink| {
-                // Errors of the sink are about this file. Other errors are about an input.
+                // Errors of the sink get the path of this file. Other errors of `produce` are about an
+                // input.
                 produce(&mut |bytes| sink(bytes).map_err(here))
             },
         )
@@ -102,12 +105,12 @@ impl LayerOut {
     }
 }
 
-/// Plans the layer of `runs` for the file `path`. `way_out` is the advice for the error that the format
-/// cannot have that many segments.
+/// Plans the layer of `runs` for the file `path`. `way_out` is the advice at the end of the message that the layer
+/// would have too many segments.
 ///
 /// # Errors
 ///
-/// As [`LayerWriter::new`].
+/// As [`LayerWriter::new`], with `path`.
 pub(crate) fn plan(
     path: &Path,
     virtual_size: u64,
@@ -125,8 +128,8 @@ pub(crate) fn plan(
     })
 }
 
-/// Returns the UUID that is made from the content of a layer of `runs`. The runs are ascending, and adjacent
-/// ones are joined. `read` reads the disk: byte offset, buffer.
+/// Returns the UUID that a layer of `runs` gets from its content. The runs must be ascending, and adjacent ones
+/// joined. `read` fills a buffer with the bytes of the disk from an offset on.
 pub(crate) fn derive(
     virtual_size: u64,
     below: Below<'_>,

@@ -22,7 +22,7 @@ pub(crate) struct NewDirectory {
 }
 
 impl NewDirectory {
-    /// Begins the directory `out`.
+    /// Begins the directory `out`. An error if anything exists there.
     pub(crate) fn new(out: &Path) -> Result<Self> {
         if out.symlink_metadata().is_ok() {
             return Err(there(out));
@@ -42,17 +42,17 @@ impl NewDirectory {
         })
     }
 
-    /// Returns its path until it is complete.
+    /// Returns the temporary path of the directory, which is valid until [`Self::finish`].
     pub(crate) fn path(&self) -> &Path {
         self.made.path()
     }
 
-    /// Returns the final path of a file in it, for messages.
+    /// Returns the final path of the file `name` in the directory, for messages.
     pub(crate) fn shown(&self, name: impl AsRef<Path>) -> PathBuf {
         self.out.join(name)
     }
 
-    /// Writes a file in it.
+    /// Writes and syncs a new file in the directory.
     pub(crate) fn write(&self, name: &str, bytes: &[u8]) -> Result<()> {
         let write = || {
             let mut file = File::create_new(self.path().join(name))?;
@@ -62,18 +62,18 @@ impl NewDirectory {
         write().with_context(|| cannot(&self.out))
     }
 
-    /// Makes a directory in it.
+    /// Makes a subdirectory, and its missing parents.
     pub(crate) fn directory(&self, name: &str) -> Result<()> {
         let made = std::fs::create_dir_all(self.path().join(name));
         made.with_context(|| cannot(&self.out))
     }
 
-    /// Syncs a file or directory in it.
+    /// Syncs the file or subdirectory `name`.
     pub(crate) fn sync(&self, name: &str) -> Result<()> {
         sync_directory(&self.path().join(name)).with_context(|| cannot(&self.out))
     }
 
-    /// Completes the directory.
+    /// Completes the directory: syncs it, then renames it.
     pub(crate) fn finish(self) -> Result<()> {
         let Self { made, out } = self;
         let context = || cannot(&out);
@@ -92,7 +92,7 @@ impl NewDirectory {
 /// A new directory with layers, and with a file that lists them.
 pub(crate) struct Made {
     directory: NewDirectory,
-    /// Its final absolute path, if the file lists the layers by it.
+    /// The final path of the directory, absolute, if the file lists the layers by it.
     place: Option<String>,
     config: Config,
 }
@@ -125,7 +125,7 @@ impl Made {
         let place = place.join(out.file_name().unwrap_or_default());
         let Some(place) = place.to_str() else {
             let message = format!(
-                "{}: a config.v1.json cannot name it, since it is not UTF-8: give another",
+                "{}: not UTF-8, so a config.v1.json cannot contain it: give another path",
                 place.display()
             );
             return Err(Failure::usage(message));
@@ -150,7 +150,8 @@ impl Made {
             .collect()
     }
 
-    /// Counts the next layer as made. `digest` is the digest of its file in a registry.
+    /// Adds the next layer, whose file is complete, to the list. `digest` is the digest of the file as a
+    /// registry's blob, `None` if it isn't known.
     pub(crate) fn add(&mut self, digest: Option<String>) {
         let name = layer_name(self.config.lowers.len());
         self.config.lowers.push(Lower {
@@ -160,7 +161,7 @@ impl Made {
         });
     }
 
-    /// Writes the list of the layers, and completes the directory.
+    /// Writes the list of the layers, `config.v1.json`, and completes the directory.
     pub(crate) fn finish_config(self) -> Result<()> {
         let mut text = serde_json::to_string_pretty(&self.config)?;
         text.push('\n');

@@ -1,11 +1,11 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! What is made.
+//! Writes layers, disk images and directories.
 //!
-//! - [`output`]: a file that gets its name only when it is complete; [`made`], a directory.
+//! - [`output`]: a file that gets its name only when it is complete; [`made`]: such a directory.
 //! - [`layer_args`]: arguments of all commands that make a layer. [`layer_out`] writes the layer.
-//! - [`mkfs`]: makes a file system of a directory or a tar.
-//! - [`image_layer`]: makes a layer of a disk image. [`raw_out`] makes a disk image of layers.
+//! - [`mkfs`]: makes a file system from a directory or a tar.
+//! - [`image_layer`]: makes a layer from a disk image. [`raw_out`] writes the disk of layers.
 
 pub(crate) mod image_layer;
 pub(crate) mod layer_args;

@@ -25,27 +25,29 @@ pub(crate) struct Output {
     file: NamedTempFile,
     path: PathBuf,
     force: bool,
-    /// The mode of the file when it gets its name, if its owner may not read or write it then. Until then, the
-    /// owner may: a program that writes it opens it again.
+    /// The final mode of the file, if it denies the owner reading or writing. The file gets this mode just before
+    /// its name. Until then, the owner may read and write it, because a program that writes the file opens it
+    /// again.
     mode: Option<u32>,
 }
 
-/// The owner may read and write a file.
+/// The mode bits by which the owner may read and write a file.
 const OWNER: u32 = 0o600;
 
 impl Output {
-    /// Begins the file `path`. With `force`, an existing file is replaced at the end, unless it is one of
-    /// `inputs`. Anything but a regular file, for example the node of a device, is never replaced.
+    /// Begins the file `path`. With `force`, an existing file is replaced at the end. An error if the file is one of
+    /// `inputs`, or is not a regular file, for example the node of a device: these are never replaced.
     pub(crate) fn create<'a>(
         path: &Path,
         force: bool,
         inputs: impl IntoIterator<Item = &'a Path>,
     ) -> Result<Self> {
-        // A new file gets the same mode as from other tools.
+        // The mode that programs usually give to a new file.
         Self::with_mode(path, force, inputs, 0o666 & !umask())
     }
 
-    /// As [`Self::create`]. A new file has this mode from the moment when it gets its name.
+    /// As [`Self::create`], with this mode for a new file, which has it as soon as it has its name. A file that
+    /// replaces another one gets the mode of that one.
     pub(crate) fn with_mode<'a>(
         path: &Path,
         force: bool,
@@ -60,7 +62,7 @@ impl Output {
             return refuse("is an input as well: give another name");
         }
         if there.is_some() && !path.is_file() {
-            return refuse("is there, and is no regular file: give another name");
+            return refuse("exists, and is not a regular file: give another name");
         }
         if !force && path.symlink_metadata().is_ok() {
             return Err(exists(path));
@@ -107,7 +109,7 @@ impl Output {
         self.complete().map(drop)
     }
 
-    /// As [`Self::commit`], and returns the file.
+    /// As [`Self::commit`]. Returns the file, still open.
     pub(crate) fn complete(self) -> Result<File> {
         let Self {
             file,
@@ -136,10 +138,10 @@ impl Output {
     }
 }
 
-/// Renames `file` to `path` if nothing exists there. Each file system supports at least one of the three
-/// ways.
+/// Renames `file` to `path` if nothing exists there. Tries three ways: each file system supports at least one of
+/// them.
 fn persist_new(file: NamedTempFile, path: &Path) -> Result<File, PersistError> {
-    // This renames without replacing, or makes a hard link.
+    // The first two ways: this renames without replacing, or makes a hard link.
     let error = match file.persist_noclobber(path) {
         Err(error) if is_unsupported(&error.error) => error,
         done => return done,
@@ -166,7 +168,7 @@ pub(crate) fn rename_new_directory(from: &Path, to: &Path) -> io::Result<()> {
 fn rename_over_empty(from: &Path, to: &Path) -> io::Result<()> {
     std::fs::create_dir(to)?;
     std::fs::rename(from, to).or_else(|_| {
-        // Some file systems never replace a directory.
+        // Some file systems never replace a directory, not even an empty one.
         std::fs::remove_dir(to)?;
         std::fs::rename(from, to)
     })
@@ -206,14 +208,14 @@ fn is_unsupported(error: &io::Error) -> bool {
     )
 }
 
-/// The extended attribute with the access control list of a file. Exists only if the list is more than a
-/// mode.
+/// The extended attribute with the access control list of a file. It exists only if the list has more than the
+/// mode can express.
 const ACL: &str = "system.posix_acl_access";
 /// The extended attribute with the SELinux label of a file.
 const LABEL: &str = "security.selinux";
 
 /// Gives `file` the attributes of the file at `path`, which it will replace: owner and group if that is
-/// allowed, mode, access control list, label. If some cannot be kept, fewer users get access, never more.
+/// allowed, mode, access control list, label. If an attribute cannot be kept, fewer users get access, never more.
 fn keep_attributes(file: &File, path: &Path, old: &Metadata) -> io::Result<()> {
     if old.nlink() > 1 {
         crate::terminal::tell(&format!(
@@ -241,7 +243,7 @@ fn keep_attributes(file: &File, path: &Path, old: &Metadata) -> io::Result<()> {
     }
     set_mode(file, mode)?;
     if let Some(label) = attribute(path, LABEL) {
-        // Ignored, because only an administrator may do this.
+        // An error is ignored: only an administrator may set the label.
         let _ = fsetxattr(file, LABEL, &label, XattrFlags::empty());
     }
     Ok(())
@@ -278,7 +280,7 @@ fn exists(path: &Path) -> anyhow::Error {
     )
 }
 
-/// Returns the process's umask. Reading it means to set it; this restores it immediately.
+/// Returns the process's umask. The only way to read it is to set another one; this function restores it at once.
 pub(crate) fn umask() -> u32 {
     let all = rustix::fs::Mode::from_raw_mode(0o022);
     let mask = rustix::process::umask(all);

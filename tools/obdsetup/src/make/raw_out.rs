@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! Writes the content of a disk to a file, perhaps with holes, to a device, or to standard output.
+//! Writes the content of a disk to a file, with holes if wanted, to a device, or to standard output.
 
 use std::fs::{File, Metadata};
 use std::io::{self, IsTerminal, Seek, SeekFrom, Write};
@@ -21,7 +21,7 @@ use crate::terminal::interrupt;
 
 /// Number of bytes that are read at once.
 const PIECE: u64 = 1 << 20;
-/// Number of zero bytes that become a hole.
+/// Size in bytes of the parts that become holes if all their bytes are zero.
 const HOLE: usize = 4096;
 
 /// A disk that can be read.
@@ -50,18 +50,18 @@ pub(crate) struct Dest<'a> {
     pub(crate) force: bool,
     /// Whether a file gets holes for zeros.
     pub(crate) sparse: bool,
-    /// The files and devices that are read, and so must not be written to.
+    /// The files and devices that the disk is read from. `path` must not be one of them.
     pub(crate) inputs: &'a [&'a Path],
 }
 
-/// Writes bytes `start` to `end` of `source`.
+/// Writes the bytes of `source` from `start` up to, not including, `end`.
 pub(crate) fn write(source: &dyn Source, start: u64, end: u64, dest: &Dest<'_>) -> Result<()> {
     if dest.path.as_os_str() == "-" {
         if io::stdout().is_terminal() && !dest.force {
             let message = "a disk is not for a terminal: give a file with --output, or use --force";
             return Err(Failure::usage(message));
         }
-        // There is no file to remove, and a write would block for ever if the reader doesn't read.
+        // A signal must end the program even while a write blocks because nobody reads. No file has to be removed.
         interrupt::end_at_once()?;
         let mut out = Stream(io::stdout().lock());
         let done = copy(source, start, end, &mut out, false);
@@ -70,7 +70,7 @@ pub(crate) fn write(source: &dyn Source, start: u64, end: u64, dest: &Dest<'_>) 
         return Ok(done.map_err(|error| error.in_file(Path::new("standard output")))?);
     }
     if let Some(mut file) = open_device(dest, end - start)? {
-        // Without holes, which would keep the old data of the device.
+        // Never skips zeros: the old data of the device would stay there.
         let done = copy(source, start, end, &mut file, false);
         done.map_err(|error| error.in_file(dest.path))?;
         let synced = file.sync_all().or_else(|error| match error.kind() {
@@ -86,7 +86,8 @@ pub(crate) fn write(source: &dyn Source, start: u64, end: u64, dest: &Dest<'_>) 
     output.commit()
 }
 
-/// Writes bytes `start` to `end` of `source` to a new file, perhaps with holes.
+/// Writes the bytes of `source` from `start` up to, not including, `end` to a new file; `sparse` makes holes for
+/// zeros.
 pub(crate) fn write_file(
     source: &dyn Source,
     start: u64,
@@ -98,8 +99,9 @@ pub(crate) fn write_file(
     file.set_len(end - start).map_err(write_error)
 }
 
-/// Opens the output if it is a device; returns `None` otherwise. A device is overwritten in place, unlike a
-/// file. So `force` must be set for a disk, and it must be large enough, not in use, and none of the layers.
+/// Opens the output if it is a device; returns `None` otherwise. A device is overwritten in place, unlike a file,
+/// and must not be one of the inputs. A block device must have at least `len` bytes and must not be in use, and
+/// `force` must be set.
 fn open_device(dest: &Dest<'_>, len: u64) -> Result<Option<File>> {
     let context = || dest.path.display().to_string();
     let Ok(meta) = std::fs::metadata(dest.path) else {
@@ -139,7 +141,7 @@ fn open_device(dest: &Dest<'_>, len: u64) -> Result<Option<File>> {
         let input = std::fs::metadata(layer).with_context(|| layer.display().to_string())?;
         if input.file_type().is_block_device() && input.rdev() == opened.rdev() {
             let message = format!(
-                "{}: is the output as well: give another one",
+                "{}: is the output as well: give another output",
                 layer.display()
             );
             return Err(Failure::usage(message));
@@ -168,7 +170,7 @@ fn not_opened(path: &Path, meta: &Metadata, error: io::Error) -> anyhow::Error {
 /// A destination for bytes.
 trait Out {
     fn write(&mut self, bytes: &[u8]) -> io::Result<()>;
-    /// Leaves `len` bytes as zeros.
+    /// Skips `len` bytes, which read as zeros then.
     fn skip(&mut self, len: u64) -> io::Result<()>;
 }
 

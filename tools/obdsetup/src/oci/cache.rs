@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! A directory with layers that were made before. The name of a file is a hash of everything that the layer
-//! depends on, and the digest of the file.
+//! A directory with layers of earlier conversions. The name of a file has two parts: a hash of everything that the
+//! layer depends on, and the digest of the file.
 
 use std::fs;
 use std::io::ErrorKind;
@@ -19,16 +19,16 @@ use crate::terminal::warn;
 /// Suffix of the names of files.
 const SUFFIX: &str = ".obd";
 
-/// What a layer is made from.
+/// The input of a layer.
 pub(super) struct Key<'a> {
     /// The chain ID of its tar and the tars below.
     pub(super) chain: &'a str,
-    /// The digest of the layer below. The layer fits only on that one: another version of obdsetup or other
-    /// options may make a different layer from the same tars.
+    /// The digest of the layer below. The layer fits only on this one: another version of obdsetup, or other
+    /// options, may make a different layer from the same tars.
     pub(super) below: Option<&'a str>,
 }
 
-/// The cache.
+/// The cache, for layers that are made with certain options.
 pub(super) struct Cache {
     place: PathBuf,
     options: String,
@@ -46,7 +46,7 @@ impl Cache {
         })
     }
 
-    /// Returns the first part of the name of a layer.
+    /// Returns the first part of the file name of a layer, with the separator.
     fn key(&self, of: &Key<'_>) -> String {
         let below = of.below.unwrap_or("nothing");
         let text = format!(
@@ -56,7 +56,8 @@ impl Cache {
         format!("{:x}-", Sha256::digest(text))
     }
 
-    /// Copies a layer to the new file `to`. Returns its digest; `None` if it is missing or damaged.
+    /// Copies a layer from the cache to the new file `to`, and syncs that. Returns the digest of the layer;
+    /// `None` if the cache doesn't have it. Warns about a damaged file in the cache, and ignores it.
     pub(super) fn take(&self, of: &Key<'_>, to: &Path) -> Result<Option<String>> {
         let context = || format!("{}: cannot read", self.place.display());
         let key = self.key(of);
@@ -76,12 +77,15 @@ impl Cache {
             };
             let copied = match copied {
                 Ok(copied) => copied,
-                // If all of `from` can be read, writing has failed.
+                // If all of `from` can be read, the failure was in writing.
                 Err(error) if is_file && is_readable(&from)? => {
                     return Err(error).with_context(|| format!("{}: cannot write", to.display()));
                 }
                 Err(_) => {
-                    warn(&[format!("{}: cannot read it: made anew", from.display())]);
+                    warn(&[format!(
+                        "{}: cannot read it: the layer is made again",
+                        from.display()
+                    )]);
                     let _ = fs::remove_file(to);
                     continue;
                 }
@@ -90,7 +94,7 @@ impl Cache {
             let digest = hash(to, &bar)?;
             if digest.strip_prefix("sha256:") != Some(hex) {
                 warn(&[format!(
-                    "{}: is not what its name says: made anew",
+                    "{}: does not match the digest in its name: the layer is made again",
                     from.display()
                 )]);
                 fs::remove_file(to)?;
@@ -103,7 +107,7 @@ impl Cache {
         Ok(None)
     }
 
-    /// Copies the layer in the file `from` to the cache.
+    /// Copies the layer in the file `from`, which has this digest, to the cache.
     pub(super) fn keep(&self, of: &Key<'_>, from: &Path, digest: &str) -> Result<()> {
         let hex = digest.strip_prefix("sha256:").unwrap_or_default();
         let to = self.place.join(format!("{}{hex}{SUFFIX}", self.key(of)));
@@ -118,11 +122,11 @@ impl Cache {
     }
 }
 
-/// Returns whether all of a file can be read.
+/// Returns whether all of a file can be read. Reads it to its end.
 ///
 /// # Errors
 ///
-/// If a signal asked to stop.
+/// If a signal has asked to stop.
 fn is_readable(path: &Path) -> Result<bool> {
     let len = path.metadata().map_or(0, |meta| meta.len());
     let read = hash(path, &Bar::new("checking", len));

@@ -1,8 +1,9 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! Ordinary images. Each layer, a tar, becomes an OverlayBD layer: the difference that it makes to the disk
-//! of the layers below. It depends only on its tar and that disk. So if images share layers, the OverlayBD
-//! layers are the same, too.
+//! Ordinary images. Each layer, a tar, becomes an OverlayBD layer: the blocks in which the disk with this layer
+//! differs from the disk of the layers below. With the same version of obdsetup and the same options, an
+//! OverlayBD layer depends only on its tar and the tars below. So if images share layers, the OverlayBD layers
+//! are the same, too.
 
 use std::path::{Path, PathBuf};
 
@@ -33,7 +34,7 @@ use crate::terminal::exit::Failure;
 
 /// Suffixes of the media types of layers, by compression.
 const COMPRESSED: [&str; 4] = ["", "+gzip", "+zstd", ".gzip"];
-/// Media types of layers that are not in the image, and that only their publisher distributes.
+/// Media types of foreign layers, which are not in the image: only their publisher distributes them.
 const FOREIGN: [&str; 2] = [
     "application/vnd.oci.image.layer.nondistributable.v1.tar",
     "application/vnd.docker.image.rootfs.foreign.diff.tar",
@@ -45,12 +46,13 @@ const ANNOTATION: &str = "containerd.io/snapshot/overlaybd/";
 
 /// Name of a config in messages.
 const DESCRIPTION: &str = "an image's description";
-/// Largest number of values in a config of which another is made.
+/// Largest number of JSON values in a config that is written again with other DiffIDs.
 const VALUES: usize = 100_000;
-/// More bytes than a manifest has for each layer, and for all that isn't a layer or annotation.
+/// Upper limit for the bytes that a new manifest has for each layer, and for everything except layers and
+/// annotations together.
 const LAYER: usize = 1024;
 
-/// The digits of the nil UUID.
+/// The digits of the nil UUID, in the place of a chain ID.
 const NO_UUID: &str = "00000000000000000000000000000000";
 
 /// The fields of an image's config that are used here.
@@ -69,7 +71,7 @@ struct RootFs {
     diff_ids: Vec<String>,
 }
 
-/// Makes the directory: the layers, and the file that lists them.
+/// Fills and completes the directory `made`: the layers, and the file that lists them or the OCI image layout.
 pub(super) fn convert(
     job: &Job<'_>,
     layout: &Layout,
@@ -118,7 +120,8 @@ pub(super) fn convert(
     let config: Config = json::parse(&config_bytes, &config_name, DESCRIPTION)?;
     let diff_ids = diff_ids(&config, layers.len()).map_err(|what| bad(&config_name, &what))?;
     if job.choice.oci {
-        // More is read of it than above. New digests are as long as the old ones.
+        // Done only to find errors before the layers are made: it parses the whole config. The digests of the new
+        // layers are as long as those here.
         describing(&config_bytes, &config_name, &config.rootfs.diff_ids)?;
         check_annotations(layout, image, manifest)?;
     }
@@ -186,7 +189,7 @@ pub(super) fn convert(
     layout_of(image, manifest, (descriptor, &own), platform, &blobs, made)
 }
 
-/// Returns the image's config with other DiffIDs.
+/// Returns the image's config with other DiffIDs. Messages call the config `name`.
 fn describing(bytes: &[u8], name: &Path, diff_ids: &[String]) -> Result<Vec<u8>> {
     // An object of a few bytes takes hundreds in memory.
     if values(bytes) > VALUES {
@@ -199,7 +202,7 @@ fn describing(bytes: &[u8], name: &Path, diff_ids: &[String]) -> Result<Vec<u8>>
         None => return Err(bad(name, &format!("not {DESCRIPTION}"))),
     }
     let bytes = serde_json::to_vec(&own)?;
-    // For example, "1e5" becomes "100000.0".
+    // It can be longer than the old config: for example, "1e5" becomes "100000.0".
     if to_u64(bytes.len()) > MAX {
         let what = format!(
             "as it is written for a registry, has more than {MAX} bytes, too many for such a file"
@@ -209,7 +212,8 @@ fn describing(bytes: &[u8], name: &Path, diff_ids: &[String]) -> Result<Vec<u8>>
     Ok(bytes)
 }
 
-/// Returns how many values are in others in a JSON text. An object or array counts twice if it is empty.
+/// Returns the number of values in all objects and arrays of a JSON text. An empty object or array counts as if
+/// it had one value.
 fn values(bytes: &[u8]) -> usize {
     let mut count = 0;
     let mut is_text = false;
@@ -241,18 +245,18 @@ fn check_annotations(layout: &Layout, image: &Found, manifest: &Manifest) -> Res
     Err(bad(layout.name(), &what))
 }
 
-/// Returns an error if a layer is not in the image.
+/// Returns an error if the media type is that of a foreign layer.
 fn check_foreign(media_type: &str) -> Result<(), String> {
     match is_one_of(&FOREIGN, media_type) {
         true => Err(format!(
-            "is {media_type}: a foreign layer, which is not in the image but with whoever made it, \
-             and cannot be converted"
+            "is {media_type}: a foreign layer, which only its publisher distributes: it is not in \
+             the image, and cannot be converted"
         )),
         false => Ok(()),
     }
 }
 
-/// Returns an error if a layer is no tar.
+/// Returns an error if the media type is not that of a tar.
 fn check_type(media_type: &str) -> Result<(), String> {
     match is_one_of(&TAR_TYPES, media_type) {
         true => Ok(()),
@@ -271,7 +275,7 @@ fn is_one_of(types: &[&str], media_type: &str) -> bool {
     })
 }
 
-/// Returns the hexadecimal digits of the DiffIDs.
+/// Returns the hexadecimal digits of the DiffIDs, of which there must be one for each of `layers` layers.
 fn diff_ids(config: &Config, layers: usize) -> Result<Vec<String>, String> {
     let ids = &config.rootfs.diff_ids;
     if ids.len() != layers {
@@ -293,13 +297,14 @@ fn diff_ids(config: &Config, layers: usize) -> Result<Vec<String>, String> {
 struct Maker<'a> {
     layout: &'a Layout,
     wrapping: Wrapping,
-    /// Whether UUIDs are made from chain IDs, as by containerd's converter, or from the content.
+    /// Whether the UUIDs of layers are made from chain IDs, as containerd's converter does; otherwise, from their
+    /// content.
     by_chain: bool,
     allow_loss: bool,
 }
 
 impl Maker<'_> {
-    /// Returns everything on which the bytes of a layer depend, except the tars.
+    /// Returns everything on which the bytes of a layer depend, except the tars, as a text for [`Cache::open`].
     fn options(&self) -> String {
         let Self {
             wrapping,
@@ -314,7 +319,9 @@ impl Maker<'_> {
         )
     }
 
-    /// Makes the next layer of `made` from the tar `layer`, whose chain ID is `chain`, over the disk `below`.
+    /// Makes the next layer of `made` from the tar `layer`. `chain` is the chain ID of this tar and those
+    /// below, `below` that of the tars below without this one; `None` for the lowest layer. Checks the digest
+    /// and the DiffID of the tar.
     fn layer(
         &self,
         layer: &Descriptor,
@@ -396,7 +403,9 @@ fn chain_uuid(chain: &str) -> String {
     text
 }
 
-/// Makes an OCI image layout from the layers in `made`, in the form that containerd's converter writes.
+/// Makes an OCI image layout from the layers in `made`, in the form that containerd's converter writes, and
+/// completes the directory. `config` describes the old config, `own` is the new one; `layers` has the digest
+/// and the size of each layer.
 fn layout_of(
     image: &Found,
     manifest: &Manifest,

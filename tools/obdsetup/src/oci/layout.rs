@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! OCI image layouts: an index, and blobs that are named by their digests. Data of a blob gets into a result
-//! only if its size and digest are right.
+//! OCI image layouts: an index, and blobs that are named by their digests. Data of a blob gets into the result
+//! only if the size and the digest of the blob are right.
 
 use std::collections::{HashMap, HashSet};
 use std::fmt;
@@ -29,9 +29,9 @@ use crate::terminal::exit::Failure;
 const INDEX: &str = "an image index";
 /// Name of a manifest in messages.
 const MANIFEST: &str = "an image's manifest";
-/// Largest number of indexes that are read.
+/// Largest number of nested indexes. One that several names refer to counts once for each name.
 const INDEXES: usize = 1000;
-/// Largest number of images and indexes that they may name.
+/// Largest number of entries, images or indexes, in all indexes together.
 pub(super) const ENTRIES: usize = 10_000;
 /// Largest number of images that a message lists.
 const NAMED: usize = 20;
@@ -41,10 +41,10 @@ const PIECE: usize = 256 << 10;
 /// A layout.
 pub(super) struct Layout {
     root: PathBuf,
-    /// The archive from which it was unpacked, and the temporary directory, which is deleted when this is
-    /// dropped.
+    /// The archive from which the layout was unpacked, and the temporary directory with the layout, which is
+    /// deleted when this is dropped.
     archive: Option<(PathBuf, TempDir)>,
-    /// The index, if it was made of something else and isn't in a file.
+    /// The index, if it was made from a `manifest.json`; otherwise, it is in a file.
     index: Option<Index>,
 }
 
@@ -58,8 +58,8 @@ impl Layout {
         }
     }
 
-    /// Returns the layout in the temporary directory `root`, which was unpacked from `archive`. Its index is
-    /// `index`, or in a file.
+    /// Returns the layout in the temporary directory `root`, which was unpacked from `archive`. If `index` is
+    /// `None`, the index is in the file `index.json`.
     pub(super) fn of_archive(archive: &Path, root: TempDir, index: Option<Index>) -> Self {
         Self {
             root: root.path().to_owned(),
@@ -76,7 +76,7 @@ impl Layout {
         }
     }
 
-    /// Returns the path of a file in it for messages.
+    /// Returns the path of the file `name` in the layout, for messages.
     pub(super) fn shown(&self, name: &str) -> PathBuf {
         match &self.archive {
             Some((archive, _)) => format!("{}: {name}", archive.display()).into(),
@@ -94,7 +94,7 @@ impl Layout {
         }
         let fits = |found: &&Found| found.is_called(choice) && found.is_for(choice);
         let mut fitting: Vec<&Found> = all.iter().filter(fits).collect();
-        // If there is one image for several platforms, take that for this machine.
+        // If all images have the same name, and so are for several platforms, take the one for this machine.
         let same_name = fitting.iter().all(|found| {
             let first = fitting.first();
             first.is_some_and(|first| first.names == found.names)
@@ -132,8 +132,7 @@ impl Layout {
         )))
     }
 
-    /// Returns the manifests in the layout's index and in the indexes that it names, with the names of their
-    /// images.
+    /// Returns the images in the layout's index and in nested indexes, with their names. Leaves attestations out.
     fn collect(&self) -> Result<Vec<Found>> {
         let index = match &self.index {
             Some(index) => index.clone(),
@@ -146,10 +145,11 @@ impl Layout {
         let mut entries = 0;
         let mut open = vec![(Vec::new(), self.entries(index, &mut entries)?)];
         let mut found = Vec::new();
-        // Each index is put in only once for each name. Otherwise a small file could cause endless work, with
-        // many entries for the same indexes.
+        // The entries of an index are added only once for each name. Otherwise, a small file with many entries
+        // for the same indexes could cause endless work.
         let mut seen = HashSet::new();
-        // Each is read only once. One of a wrong size is another.
+        // Each index is read only once. The size is a part of the key, so that an entry with a wrong size is an
+        // error.
         let mut known: HashMap<(String, u64), Rc<[Found]>> = HashMap::new();
         while let Some((names, index)) = open.pop() {
             for image in index.iter() {
@@ -189,8 +189,8 @@ impl Layout {
         Ok(found)
     }
 
-    /// Returns what an index has, and counts it. Annotations are left out: they may be long, and an index that is
-    /// named often has them each time.
+    /// Returns the entries of an index, and counts them in `entries`. Leaves out all annotations but the names:
+    /// they may be long, and each reference to the index makes a copy of its entries.
     fn entries(&self, index: Index, entries: &mut usize) -> Result<Rc<[Found]>> {
         self.count(index.manifests.len(), entries)?;
         let all = index.manifests.into_iter().map(|mut descriptor| {
@@ -211,7 +211,7 @@ impl Layout {
         all.collect()
     }
 
-    /// Adds to the number of entries of all indexes.
+    /// Adds `more` to `entries`, the number of entries of all indexes. An error if there are too many.
     fn count(&self, more: usize, entries: &mut usize) -> Result<()> {
         *entries += more;
         match *entries > ENTRIES {
@@ -226,10 +226,11 @@ impl Layout {
         bad(self.name(), &what)
     }
 
-    /// Sets the platforms of the images with the chosen name for which the index has none. They are read from
-    /// the images' configs.
+    /// Sets the platform of each image that has the chosen name and no platform in the index. Reads it from the
+    /// image's config.
     fn complete(&self, all: &mut [Found], choice: &Choice) -> Result<()> {
-        // Each file is read only once: many entries may be for the same image. One of a wrong size is another.
+        // Each manifest and config is read only once: many entries may be for the same image. The size is a
+        // part of the key, so that an entry with a wrong size gets no platform.
         let mut known: HashMap<(String, u64), Option<Platform>> = HashMap::new();
         for found in all.iter_mut().filter(|found| found.is_called(choice)) {
             if found.descriptor.platform.is_some() {
@@ -241,7 +242,7 @@ impl Layout {
             let platform = match known.get(&key) {
                 Some(platform) => platform.clone(),
                 None => {
-                    // Errors are ignored here. They are reported if this is the image that is chosen.
+                    // Errors are ignored here. They are reported later if this image is chosen.
                     let manifest: Option<Manifest> = self.read_json(descriptor, MANIFEST).ok();
                     let config = manifest.and_then(|manifest| manifest.config);
                     config.and_then(|config| {
@@ -256,14 +257,15 @@ impl Layout {
         Ok(())
     }
 
-    /// Returns the platform in an image's config.
+    /// Returns the platform in an image's config; `None` if the config cannot be read or has none.
     fn described(&self, config: &Descriptor) -> Option<Platform> {
         let (bytes, _) = self.read(config).ok()?;
         let platform: Platform = serde_json::from_slice(&bytes).ok()?;
         Some(platform).filter(Platform::is_said)
     }
 
-    /// Checks that an image's config has the same operating system and architecture as the index.
+    /// Checks that an image's config has the same operating system and architecture as the index, if both have a
+    /// platform.
     fn check_platform(&self, image: &Found, manifest: &Manifest) -> Result<()> {
         let config = manifest.config.as_ref();
         let own = config.and_then(|config| self.described(config));
@@ -280,8 +282,8 @@ impl Layout {
         Err(bad(self.name(), &what))
     }
 
-    /// Returns the file of the blob that `descriptor` describes, and its name in the layout. Checks the
-    /// length.
+    /// Returns the path of the blob that `descriptor` describes, and its name in the layout. Checks its length,
+    /// but not its digest.
     pub(super) fn blob(&self, descriptor: &Descriptor) -> Result<(PathBuf, String)> {
         let hex = descriptor.digest.strip_prefix("sha256:");
         // Checked, because it becomes a part of a path.
@@ -308,8 +310,8 @@ impl Layout {
         )
     }
 
-    /// Opens the blob that `descriptor` describes. Messages call it as the user knows it, which is not its path
-    /// if it is from an archive.
+    /// Opens the blob that `descriptor` describes. Checks its length, but not its digest. Messages have the
+    /// name that the user knows: for a blob from an archive, not the path of the temporary file.
     pub(super) fn open(&self, descriptor: &Descriptor) -> Result<FileBlob> {
         let (path, name) = self.blob(descriptor)?;
         let shown = self.shown(&name);
@@ -318,7 +320,8 @@ impl Layout {
         Ok(FileBlob::from_file(file, &shown)?)
     }
 
-    /// Reads the blob that `descriptor` describes.
+    /// Reads the blob that `descriptor` describes, and checks its digest. Returns the bytes, and the name for
+    /// messages.
     pub(super) fn read(&self, descriptor: &Descriptor) -> Result<(Vec<u8>, PathBuf)> {
         let (path, name) = self.blob(descriptor)?;
         let shown = self.shown(&name);
@@ -338,7 +341,8 @@ impl Layout {
         json::parse(&bytes, &path, what)
     }
 
-    /// Checks the digest of a blob that is too large to be in memory. Returns its file, and its name.
+    /// Checks length and digest of a blob, which may be larger than memory. Returns its path, and its name in the
+    /// layout.
     pub(super) fn checked(&self, descriptor: &Descriptor) -> Result<(PathBuf, String)> {
         let (path, name) = self.blob(descriptor)?;
         let bar = Bar::new("checking", descriptor.size);
@@ -350,7 +354,7 @@ impl Layout {
     }
 }
 
-/// Returns whether these are the same image, perhaps with several names.
+/// Returns whether all of these are one image, which may have several names. Returns `false` for none.
 fn is_one(images: &[&Found]) -> bool {
     match images {
         [first, others @ ..] => {
@@ -361,7 +365,7 @@ fn is_one(images: &[&Found]) -> bool {
     }
 }
 
-/// Returns the digest of a file.
+/// Returns the digest of a file. Advances `bar` by the bytes read.
 pub(super) fn hash(path: &Path, bar: &Bar) -> Result<String> {
     let mut file = File::open(path)?;
     let mut hasher = Sha256::new();
@@ -376,7 +380,7 @@ pub(super) fn hash(path: &Path, bar: &Bar) -> Result<String> {
     }
 }
 
-/// Returns whether `text` is a SHA-256 in the form of a descriptor, without prefix.
+/// Returns whether `text` is a SHA-256 as in a descriptor, without the prefix: 64 digits, lower case.
 pub(super) fn is_hex(text: &[u8]) -> bool {
     let is_digit = |byte: &u8| byte.is_ascii_digit() || matches!(byte, b'a'..=b'f');
     text.len() == 64 && text.iter().all(is_digit)
@@ -385,25 +389,25 @@ pub(super) fn is_hex(text: &[u8]) -> bool {
 /// An image in a layout, and its names.
 #[derive(Clone)]
 pub(super) struct Found {
-    /// The values of the annotations [`NAMES`]; none if it has no name.
+    /// The values of the annotations [`NAMES`], in that order; empty if the image has no name.
     pub(super) names: Vec<Option<String>>,
     pub(super) descriptor: Descriptor,
 }
 
 impl Found {
-    /// Returns its names, the longest first.
+    /// Returns the names of the image, in the order of [`NAMES`]: the whole name first.
     fn names(&self) -> impl Iterator<Item = &String> {
         self.names.iter().flatten()
     }
 
-    /// Returns whether it has the chosen name or digest.
+    /// Returns whether the image has the chosen name or digest. Any image has it if none was chosen.
     fn is_called(&self, choice: &Choice) -> bool {
         let digest = &self.descriptor.digest;
         let named = choice.name.as_ref();
         named.is_none_or(|name| self.names().any(|own| own == name) || name == digest)
     }
 
-    /// Returns whether it is for the chosen platform.
+    /// Returns whether the image is for the chosen platform. Any image is if none was chosen.
     fn is_for(&self, choice: &Choice) -> bool {
         let platform = self.descriptor.platform.as_ref().map(ToString::to_string);
         let platform = platform.unwrap_or_default();
@@ -413,13 +417,14 @@ impl Found {
         })
     }
 
-    /// Returns whether this is an attestation. An index lists them like images, with an unknown system.
+    /// Returns whether this is an attestation, which an index lists like an image, with the operating system
+    /// [`UNKNOWN`].
     fn is_attestation(&self) -> bool {
         let platform = self.descriptor.platform.as_ref();
         platform.is_some_and(|platform| platform.os == UNKNOWN)
     }
 
-    /// Returns whether the index says that it is for this machine.
+    /// Returns whether the image is for Linux and the architecture of this machine.
     fn is_for_this_machine(&self) -> bool {
         let architecture = match std::env::consts::ARCH {
             "x86_64" => "amd64",

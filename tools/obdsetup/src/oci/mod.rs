@@ -1,15 +1,14 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! Converts container images to files of a stack.
+//! Converts container images to layers.
 //!
-//! - [`layout`]: reads an OCI image layout, and finds the image that is chosen. [`packed`] unpacks a layout
-//!   from an archive.
-//! - [`spec`]: names and structures of the image specification. [`job`] has what is asked for.
+//! - [`layout`]: reads an OCI image layout, and finds the chosen image. [`packed`] makes a layout from an
+//!   archive.
+//! - [`spec`]: names and structures of the image specification. [`job`]: the options.
 //! - [`ready`]: converts images whose layers are OverlayBD layers already.
-//! - [`image`]: converts ordinary images, whose layers are tars. [`cache`] keeps the layers that were made
-//!   from them.
+//! - [`image`]: converts ordinary images, whose layers are tars. [`cache`] keeps the new layers.
 //!
-//! The result is a [directory](crate::make::made), in one of two forms.
+//! The result is a [directory](crate::make::made): layers with a `config.v1.json`, or an OCI image layout.
 
 mod cache;
 mod image;
@@ -27,7 +26,7 @@ use crate::files::place::directory;
 use crate::make::made::Made;
 use crate::terminal::exit::Failure;
 
-/// Makes a directory from an image. It gets its name only when it is complete.
+/// Makes a directory from an image. The directory gets its name only when it is complete.
 pub(crate) fn convert(job: &Job<'_>) -> Result<()> {
     let place = directory(job.out);
     let made = match job.choice.oci {
@@ -42,8 +41,8 @@ pub(crate) fn convert(job: &Job<'_>) -> Result<()> {
     if ready::is_ready(&layout, &manifest) {
         if job.shapes_layers || job.choice.oci || job.choice.cache.is_some() {
             return Err(Failure::usage(format!(
-                "{}: is an image whose layers are OverlayBD layers, which stay as they are: no \
-                 wrapping, no --allow-loss, no --oci and no --cache is for it",
+                "{}: is an image whose layers are OverlayBD layers, which stay as they are: \
+                 options for wrapping, --allow-loss, --oci and --cache do not apply",
                 job.input.display()
             )));
         }

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! Unpacks archives of images: an OCI image layout in a tar, or the output of `docker save`. The files that
-//! are needed are written to a new layout. No name in the archive is ever used as a path.
+//! Unpacks archives of images: an OCI image layout in a tar, or the output of `docker save`. Writes the files
+//! that are needed to a new layout. Never uses a name from the archive as a path.
 
 use std::collections::{BTreeMap, HashMap, HashSet};
 use std::io::{BufWriter, Write};
@@ -24,14 +24,15 @@ use crate::input::archive::{brief, Archive, Member, MemberKind};
 
 /// Largest number of files of an archive that may belong to images. An image has a few for each layer.
 const FILES: usize = 10_000;
-/// Largest number of links that are followed for one name. Old versions of docker wrote a layer once, and
-/// links to it.
+/// Largest number of links that are followed for one name. Old versions of docker wrote a layer of several
+/// images once, with links to it.
 const LINKS: usize = 8;
-/// Longest name of a file and target of a link that are remembered, in bytes. Tools write short ones.
+/// Longest name of a file, and longest target of a link, that are kept in memory, in bytes. Tools write short ones.
 const NAME: usize = 1024;
-/// Largest number of bytes in all of them. A compressed archive has millions of bytes of names in a few thousand.
+/// Largest number of bytes in all these names and targets. A compressed archive of a few thousand bytes can
+/// have millions of bytes of names.
 const NAMES: usize = 8 << 20;
-/// Largest number of layers of all images in a `manifest.json`. Many images may share a few layers.
+/// Largest number of layers of all images in a `manifest.json`. A layer counts once for each image that has it.
 const LAYERS: usize = 20_000;
 /// The directory of the blobs in a layout.
 const BLOBS: &str = "blobs/sha256/";
@@ -47,9 +48,9 @@ struct Saved {
     layers: Vec<String>,
 }
 
-/// Returns what is wrong if there is more of something than images have. Checked before anything is made of it: of
-/// one byte for a name or layer come hundreds. An image that has more layers than a stack is no error here, as
-/// another may be chosen.
+/// Returns an error if there are more images, tags or layers than real archives have. Called before manifests
+/// are made, which can have hundreds of bytes for a tag or layer of one byte. An image with more layers than a
+/// stack can have is no error here, because another image may be chosen.
 fn check(images: &[Saved]) -> Result<(), String> {
     let entries = images.iter().map(|image| {
         let tags = image.repo_tags.as_ref().map_or(0, Vec::len);
@@ -78,14 +79,15 @@ struct Unpack<'a> {
     root: TempDir,
     files: BTreeMap<Vec<u8>, Stored>,
     links: BTreeMap<Vec<u8>, Target>,
-    /// Number of bytes in the names of all of them, and of those that they have replaced.
+    /// Number of bytes in the names and targets of all files and links, including those that later members
+    /// replaced.
     names: usize,
 }
 
 /// What a link leads to.
 enum Target {
     Name(Vec<u8>),
-    /// A name of so many bytes, too many to be remembered.
+    /// The length in bytes of a name that is too long to be kept.
     Long(usize),
 }
 
@@ -125,9 +127,10 @@ pub(super) fn unpack(input: &Path, place: &Path) -> Result<Layout> {
     Ok(Layout::of_archive(input, unpack.root, saved))
 }
 
-/// Returns the names of files in `manifest.json`, because tools use arbitrary names for layers. Returns none
-/// if that file is missing, can't be parsed or has too much in it; if it is needed, the error is reported
-/// later. The archive is read up to it first, because it is usually at the end.
+/// Returns the names of the files that `manifest.json` lists: tools use arbitrary names for layers. Returns no
+/// names if `manifest.json` is missing, can't be parsed or lists too much; if it is needed, the error is
+/// reported later. Reads the archive up to `manifest.json`, which is usually at the end, so the caller must
+/// read the archive again.
 fn named(input: &Path) -> Result<HashSet<Vec<u8>>> {
     let mut archive = Archive::again(input)?;
     while let Some(member) = archive.next()? {
@@ -151,7 +154,7 @@ fn named(input: &Path) -> Result<HashSet<Vec<u8>>> {
     Ok(HashSet::new())
 }
 
-/// Returns whether a file may be a part of an image, by its name.
+/// Returns whether a file with this name may be a part of an image.
 fn is_wanted(path: &[u8]) -> bool {
     let slashes = path.iter().filter(|&&byte| byte == b'/').count();
     match path.strip_prefix(BLOBS.as_bytes()) {
@@ -224,7 +227,7 @@ impl Unpack<'_> {
         Ok(())
     }
 
-    /// Counts a name that is remembered.
+    /// Counts a name of `len` bytes that is kept. An error if all names together are too long.
     fn count(&mut self, len: usize) -> Result<()> {
         self.names = self.names.saturating_add(len);
         if self.names > NAMES {
@@ -236,7 +239,7 @@ impl Unpack<'_> {
         Ok(())
     }
 
-    /// Stores a file of the archive as a blob.
+    /// Stores a file of the archive as a blob. An error if the file has holes.
     fn store(&self, member: &Member, archive: &mut Archive) -> Result<Stored> {
         let blobs = self.root.path().join(BLOBS);
         let file = tempfile::NamedTempFile::new_in(&blobs).context(WRITE)?;
@@ -295,7 +298,7 @@ impl Unpack<'_> {
                 None => break,
             }
         }
-        let what = format!("{}, of which manifest.json tells, is missing", brief(name));
+        let what = format!("{}, which manifest.json names, is missing", brief(name));
         Err(self.bad(&what))
     }
 
@@ -315,12 +318,12 @@ impl Unpack<'_> {
         Ok(descriptor)
     }
 
-    /// Makes manifests from the output of `docker save`. Returns their index, which may be larger than one in a file
-    /// may be.
+    /// Makes manifests from the output of `docker save`. Returns their index, which is not limited to the size
+    /// of an index in a file.
     fn saved(&self) -> Result<Index> {
         if !self.files.contains_key(b"manifest.json".as_slice()) {
             return Err(self.bad(
-                "has layers of an image, but no manifest.json: load it in docker, and save it anew",
+                "has layers of an image, but no manifest.json: load it in docker, and save it again",
             ));
         }
         let (bytes, _) = self.read("manifest.json")?;
@@ -328,7 +331,7 @@ impl Unpack<'_> {
         let images: Vec<Saved> = json::parse(&bytes, &shown, "what `docker save' writes")?;
         check(&images).map_err(|what| bad(&shown, &what))?;
         let mut manifests = Vec::new();
-        // Each config is read only once: many images may name the same.
+        // Each config is read only once: many images may name the same one.
         let mut platforms: HashMap<String, Option<Platform>> = HashMap::new();
         for image in images {
             crate::terminal::interrupt::check()?;
@@ -378,7 +381,7 @@ impl Unpack<'_> {
         Ok(Index { manifests })
     }
 
-    /// Returns the platform in the config with this name, if it says what an index can have.
+    /// Returns the platform in the config with this name; `None` if an index cannot have this platform.
     fn platform(&self, config: &str) -> Result<Option<Platform>> {
         let (bytes, _) = self.read(config)?;
         let shown = self.shown(config);
@@ -391,7 +394,7 @@ const DOCKER_MANIFEST: &str = MANIFEST_TYPES[1];
 const DOCKER_CONFIG: &str = CONFIG_TYPES[1];
 const DOCKER_TAR: &str = TAR_TYPES[1];
 
-/// Returns the name in the archive that a symbolic link leads to; `None` if it leads out of the archive.
+/// Returns the name in the archive to which the symbolic link `path` leads; `None` if it leads out of the archive.
 fn relative(path: &[u8], target: &[u8]) -> Option<Vec<u8>> {
     let mut parts: Vec<&[u8]> = path.split(|&byte| byte == b'/').collect();
     parts.pop();

@@ -45,7 +45,7 @@ pub(super) fn is_ready(layout: &Layout, manifest: &Manifest) -> bool {
     manifest.layers.iter().any(is_said) || manifest.layers.first().is_some_and(is_one)
 }
 
-/// Makes the directory: the layers, and the file that lists them.
+/// Fills and completes the directory `made`: the layers, and the file that lists them.
 pub(super) fn convert(
     layout: &Layout,
     image: &Found,
@@ -53,7 +53,7 @@ pub(super) fn convert(
     mut made: Made,
 ) -> Result<()> {
     let stack = open(layout, &image.descriptor, &manifest.layers)?;
-    // Before gigabytes are copied.
+    // Read before gigabytes are copied: an error should not come after that.
     let config = manifest.config.as_ref();
     let config = config.map(|config| layout.read(config)).transpose()?;
     let files: Vec<&FileBlob> = stack
@@ -75,8 +75,8 @@ pub(super) fn convert(
     made.finish_config()
 }
 
-/// Opens the layers of an image, and checks that they are OverlayBD layers and make a stack. Called before
-/// gigabytes are copied.
+/// Opens the layers of an image, and checks that they are OverlayBD layers that a stack can have. Warns if they
+/// don't fit on each other. Called before gigabytes are copied.
 fn open(layout: &Layout, image: &Descriptor, layers: &[Descriptor]) -> Result<Stack> {
     if layers.is_empty() || layers.len() > MAX_LAYERS {
         let what = format!(
@@ -102,8 +102,8 @@ fn open(layout: &Layout, image: &Descriptor, layers: &[Descriptor]) -> Result<St
                     kind => format!(" but {kind}"),
                 };
                 let message = format!(
-                    "layer {nth}, {}, is not an OverlayBD layer{kind}, but the image has or \
-                     promises such layers: {}",
+                    "layer {nth}, {}, is not an OverlayBD layer{kind}, although annotations or \
+                     the lowest layer show that the image has such layers: {}",
                     layer.digest,
                     error.cause()
                 );
@@ -111,14 +111,16 @@ fn open(layout: &Layout, image: &Descriptor, layers: &[Descriptor]) -> Result<St
             })?,
         );
     }
-    // Only warnings: the layers are copied unchanged, and commands that open them refuse a wrong stack.
+    // Errors of the stack are only warnings here: the layers are copied unchanged, and commands that open them
+    // refuse a wrong stack.
     let found = Findings::of(&opened, Part::Whole);
     warn(&found.errors);
     warn(&found.warnings);
     Ok(Stack::new(opened)?)
 }
 
-/// Copies a layer to the file `to`, which messages call `shown`, and checks its digest.
+/// Copies the layer `from` to the new file `to`, which messages call `shown`. Checks the digest, and syncs the
+/// file.
 fn copy(
     layout: &Layout,
     from: &FileBlob,

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! Names and structures of the image specification, and of docker's before it.
+//! Names and structures of the OCI image specification, and of docker's older formats.
 
 use std::collections::BTreeMap;
 use std::fmt;
@@ -28,8 +28,8 @@ pub(super) const TAR_TYPES: [&str; 2] = [
     "application/vnd.oci.image.layer.v1.tar",
     "application/vnd.docker.image.rootfs.diff.tar",
 ];
-/// Annotations with the name of an image in an index. Some tools write the whole name to the first one, and
-/// only the tag to the other.
+/// Annotations with the name of an image, in an index. Some tools write the whole name to the first one, and only
+/// the tag to the second one.
 pub(super) const NAMES: [&str; 2] = ["io.containerd.image.name", REF_NAME];
 pub(super) const REF_NAME: &str = "org.opencontainers.image.ref.name";
 
@@ -57,19 +57,20 @@ pub(super) struct Platform {
     pub(super) variant: Option<String>,
 }
 
-/// The operating system of what is no image but an attestation.
+/// The operating system of an attestation, which an index lists like an image.
 pub(super) const UNKNOWN: &str = "unknown";
-/// Largest length of a name, digest, type or platform in an index. An index of few bytes may give one to each of
-/// thousands of images.
+/// Largest length in bytes of a name, digest, type or platform in an index. Each image of a nested index can get a
+/// copy of the name of that index, so a small file could take much memory.
 pub(super) const MAX_TEXT: usize = 1024;
 
 impl Platform {
-    /// Returns whether it says what an image is for, in few bytes.
+    /// Returns whether operating system and architecture are given, and no text is longer than [`MAX_TEXT`].
     pub(super) fn is_said(&self) -> bool {
         !self.os.is_empty() && !self.architecture.is_empty() && self.is_short()
     }
 
-    /// Returns whether it can be in an index, where that of an image isn't taken for that of an attestation.
+    /// Returns whether an image can have this platform in an index: with the operating system [`UNKNOWN`], the
+    /// image would be taken for an attestation.
     pub(super) fn is_for_index(&self) -> bool {
         self.is_said() && self.os != UNKNOWN
     }
@@ -97,7 +98,7 @@ pub(super) struct Index {
 }
 
 impl Descriptor {
-    /// Returns whether each of its texts has few bytes, all but those of annotations other than names.
+    /// Returns whether no text is longer than [`MAX_TEXT`]. Of the annotations, only names are checked.
     pub(super) fn is_short(&self) -> bool {
         let names = NAMES.iter().filter_map(|key| self.annotations.get(*key));
         let mut all = names.chain([&self.media_type, &self.digest]);
@@ -117,7 +118,7 @@ pub(super) struct Manifest {
     pub(super) annotations: BTreeMap<String, String>,
 }
 
-/// Returns the digest in the form of a descriptor.
+/// Returns the digest in the form of a descriptor: `sha256:` and 64 hexadecimal digits.
 pub(super) fn sha256(hasher: Sha256) -> String {
     format!("sha256:{:x}", hasher.finalize())
 }

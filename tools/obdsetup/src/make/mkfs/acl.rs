@@ -8,12 +8,12 @@ use crate::input::archive::brief;
 
 /// Version of the binary format.
 const VERSION: u32 = 2;
-/// Id in entries that have no id.
+/// The id in entries that are not for a certain user or group.
 const NONE: u32 = u32::MAX;
 
 /// Returns the bytes of an ACL such as `user::rwx,user:1000:r-x,group::r-x,mask::r-x,other::---`.
-/// libarchive and star add a fourth part after names, the number. Returns `None` if an entry has
-/// only a name: it can have another number on each machine.
+/// libarchive and star add a fourth part to entries with a name: its number. Returns `None` if an
+/// entry has a name without number: the name can have another number on each machine.
 pub(super) fn from_text(text: &[u8]) -> Result<Option<Vec<u8>>, String> {
     let text = std::str::from_utf8(text).map_err(|_| "not text".to_owned())?;
     let lines = text
@@ -35,8 +35,9 @@ pub(super) fn from_text(text: &[u8]) -> Result<Option<Vec<u8>>, String> {
     Ok(Some(bytes))
 }
 
-/// Returns the permissions of an access ACL if it has nothing else: the kernel makes them the mode,
-/// and stores no ACL. GNU tar stores such an ACL for a directory with a default ACL.
+/// Returns the permissions as a mode if an access ACL has only entries for owner, owning group and
+/// others: the kernel stores such an ACL as the mode. GNU tar writes such an ACL for a directory with
+/// a default ACL.
 pub(super) fn as_mode(acl: &[u8]) -> Option<u32> {
     let entries = acl.strip_prefix(&VERSION.to_le_bytes())?;
     let mut mode = None;
@@ -55,7 +56,7 @@ pub(super) fn as_mode(acl: &[u8]) -> Option<u32> {
     mode
 }
 
-/// Returns tag, permissions and id of an entry; `None` if it has no id.
+/// Returns tag, permissions and id of an entry; `None` if it names a user or group without a number.
 fn entry(line: &str) -> Result<Option<(u16, u16, u32)>, String> {
     let bad = || format!("{:?} is no entry", brief(line.as_bytes()));
     let parts: Vec<&str> = line.split(':').map(str::trim).collect();

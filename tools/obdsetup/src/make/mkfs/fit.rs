@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! Handles what a file system cannot store, and what obdsetup doesn't. Losing data is an error unless
-//! the user allows it; losing precision, or flags, is a warning. Every loss is reported.
+//! Handles what a file system, or obdsetup itself, cannot store. A loss of data is an error unless the
+//! user allows it. Other losses, such as of precision, flags or sockets, are warnings. Every loss is
+//! reported.
 
 use std::collections::BTreeMap;
 
@@ -15,11 +16,12 @@ use crate::terminal::warn;
 
 /// Prefix of the names of POSIX ACLs.
 const ACL: &[u8] = b"system.posix_acl_";
-/// Prefixes of extended attributes that every [`FileSystem`] stores.
+/// Prefixes of the extended attributes that every [`FileSystem`] can store.
 const KINDS: [&[u8]; 3] = [b"user.", b"trusted.", b"security."];
 
-/// Flags of chattr(1) that change what programs see of a file or may do with it, by the names of that page.
-/// The others are about how a file system stores a file.
+/// Flags of chattr(1) that change what programs see of a file, or may do with it, with their names in
+/// chattr(1). All other flags but encryption are about how a file system stores a file, and their loss is not
+/// reported.
 const FLAGS: [(IFlags, &str); 9] = [
     (IFlags::IMMUTABLE, "immutable"),
     (IFlags::APPEND, "append only"),
@@ -38,7 +40,7 @@ const FLAGS: [(IFlags, &str); 9] = [
 /// FS_ENCRYPT_FL.
 const ENCRYPTED: IFlags = IFlags::from_bits_retain(0x0800);
 
-/// mksquashfs and mkfs.erofs misread minor numbers from this one on as negative numbers in a tar.
+/// In a tar, mksquashfs and mkfs.erofs misread this minor number, and all larger ones, as negative numbers.
 const MINORS: u32 = 1 << 19;
 
 /// The kinds of losses, in the order of the messages.
@@ -60,7 +62,7 @@ enum Loss {
 }
 
 impl Loss {
-    /// Returns what is lost. `flags` are the flags that files have.
+    /// Returns the first part of the message: what is lost. `flags` are the flags that files have.
     fn what(self, fs: FileSystem, flags: IFlags) -> String {
         let what = match self {
             Self::Flags => {
@@ -115,7 +117,7 @@ impl Loss {
     }
 }
 
-/// The files with a loss: their number, and the first of them.
+/// The files with a loss: their number, and the paths of the first [`NAMED`] of them.
 #[derive(Default)]
 struct Places {
     count: u64,
@@ -125,9 +127,9 @@ struct Places {
 /// Largest number of paths in a message.
 const NAMED: usize = 3;
 
-/// Removes from `tree` what the file system cannot hold, and prints warnings. Returns an error if
-/// data would be lost, unless the options allow that. The error ends with `instead`, which tells
-/// the user what to do.
+/// Removes from `tree` what the file system cannot hold, and warns about it. Returns an error if data
+/// would be lost, unless the options allow that. The error ends with `instead`, which tells the user
+/// what to do.
 pub(super) fn fit(tree: &mut Tree, options: &Options<'_>, instead: &str) -> Result<()> {
     let (fs, allow) = (options.fs, options.allow_loss);
     // mksquashfs reads the files from a tar, and so does mkfs.erofs. Without arguments, obdsetup
@@ -148,8 +150,8 @@ pub(super) fn fit(tree: &mut Tree, options: &Options<'_>, instead: &str) -> Resu
     let root = &mut tree.node_mut(ROOT)?.meta;
     flags |= flags_of(root);
     fit_meta(root, fs, through_tar, |loss| note(loss, b""));
-    // mksquashfs gets the root directory's attributes on its command line, where an empty value is
-    // an error.
+    // mksquashfs gets the root directory's attributes on its command line. There, an empty value is an
+    // error.
     let count = root.xattrs.len();
     root.xattrs
         .retain(|_, value| fs != FileSystem::Squashfs || !value.is_empty());
@@ -217,6 +219,7 @@ fn flags_of(meta: &Meta) -> IFlags {
     flags.fold(IFlags::empty(), |all, flags| all | flags)
 }
 
+/// Removes from `meta` what `fs` cannot hold. Calls `note` once for each kind of loss.
 fn fit_meta(meta: &mut Meta, fs: FileSystem, through_tar: bool, mut note: impl FnMut(Loss)) {
     let mut noted = Vec::new();
     for unread in std::mem::take(&mut meta.unread) {
@@ -237,7 +240,7 @@ fn fit_meta(meta: &mut Meta, fs: FileSystem, through_tar: bool, mut note: impl F
                 (fs != FileSystem::Btrfs).then_some(Loss::Properties)
             }
             () if !KINDS.iter().any(|kind| name.starts_with(kind)) => Some(Loss::Xattr),
-            // The attribute goes through a tar, where `=` ends the name.
+            // mkfs reads the attribute from a tar, in which `=` ends the name.
             () if through_tar && name.contains(&b'=') => Some(Loss::XattrName),
             () => None,
         };

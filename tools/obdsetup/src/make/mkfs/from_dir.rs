@@ -24,11 +24,10 @@ use crate::terminal::bar::Bar;
 use crate::terminal::exit::Failure;
 use crate::terminal::interrupt;
 
-/// Number of bytes read at once, in whole blocks.
+/// Number of bytes read at once: a multiple of the block size.
 const PIECE: u64 = 1 << 20;
 
-/// Reads the directory `root`. Names with which a layer of an image hides files are an error, unless they
-/// are to be kept.
+/// Reads the directory `root`. The name of a whiteout is an error, unless `keep_whiteouts` is set.
 pub(super) fn read(root: &Path, keep_whiteouts: bool) -> Result<Tree> {
     let (_, mut meta) = look(root)?;
     meta.unread.extend(flags_of_directory(root));
@@ -92,12 +91,12 @@ pub(super) fn read(root: &Path, keep_whiteouts: bool) -> Result<Tree> {
     Ok(tree)
 }
 
-/// Returns an error with the path of the file that exceeds a limit.
+/// Adds the path of the file to the error of a check in [`limits`].
 fn possible(path: &Path, result: Result<(), String>) -> Result<()> {
     result.map_err(|what| anyhow!("{}: {what}", path.display()))
 }
 
-/// Returns the metadata of a file.
+/// Returns the metadata of a file, in the system's form and in that of the tree, without its flags.
 fn look(path: &Path) -> Result<(Metadata, Meta)> {
     let status = path.symlink_metadata();
     let status = status.map_err(|error| unseen(path, error))?;
@@ -122,8 +121,8 @@ fn unseen(path: &Path, error: io::Error) -> anyhow::Error {
     let bytes = path.as_os_str().as_bytes();
     match bytes.len() > limits::PATH {
         true => Failure::usage(format!(
-            "{}: longer than the system takes, more than {} bytes: move the directory, or mount it, \
-             where its own name is shorter",
+            "{}: a path of more than {} bytes, which Linux does not accept: move the directory, or \
+             bind-mount it, to a place with a shorter path",
             brief(bytes),
             limits::PATH
         )),
@@ -160,7 +159,7 @@ fn kind(path: &Path, status: &Metadata) -> Result<Kind> {
     })
 }
 
-/// Calls `get` with larger buffers until the result fits.
+/// Calls `get` with larger and larger buffers, up to 1 MiB, until the result fits.
 fn grow(get: impl Fn(&mut [u8]) -> rustix::io::Result<usize>) -> rustix::io::Result<Vec<u8>> {
     let mut buffer = vec![0; 256];
     loop {
@@ -207,11 +206,11 @@ fn flags(file: &File) -> Option<Unread> {
 
 /// As [`flags`], for the directory at `path`.
 fn flags_of_directory(path: &Path) -> Option<Unread> {
-    // If it can't be opened, reading it will fail, too.
+    // If the directory can't be opened, reading it will fail later.
     flags(&File::open(path).ok()?)
 }
 
-/// Returns the content of a file, and its flags.
+/// Reads a file whose metadata is `status`. Returns its content, and its flags.
 fn content(path: PathBuf, status: &Metadata, bar: &Bar) -> Result<(Content, Option<Unread>)> {
     let context = || format!("{}: cannot read, or it changed", path.display());
     let file = File::open(&path).with_context(context)?;
@@ -242,7 +241,8 @@ fn content(path: PathBuf, status: &Metadata, bar: &Bar) -> Result<(Content, Opti
     Ok((maker.finish(size, Source::Path(path)), flags(&file)))
 }
 
-/// Returns start and end of the next data at or after `at`, in whole blocks, before `size`.
+/// Returns start and end of the next data at or after `at`, which must be at the start of a block, or `None`
+/// if there is none before `size`. Rounded to whole blocks, but the end is not after `size`.
 fn next_data(file: &File, at: u64, size: u64) -> io::Result<Option<(u64, u64)>> {
     if at >= size {
         return Ok(None);
@@ -257,6 +257,6 @@ fn next_data(file: &File, at: u64, size: u64) -> io::Result<Option<(u64, u64)>> 
     let end = rustix::fs::seek(file, SeekFrom::Hole(start))?;
     let start = start - start % BLOCK;
     let end = end.next_multiple_of(BLOCK).min(size);
-    // The last data may have ended within this block.
+    // Never before `at`, up to which the file was read.
     Ok((start.max(at) < end).then_some((start.max(at), end)))
 }

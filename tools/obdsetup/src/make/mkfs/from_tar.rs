@@ -32,15 +32,15 @@ use crate::terminal::warn;
 const ACL: &[u8] = b"system.posix_acl_access";
 /// The name of the only member of a tar with an OverlayBD layer.
 const PACKED: &[u8] = b"overlaybd.commit";
-/// Bytes of names and values of extended attributes of all members: a header for all of them has the same
-/// ones for each, in no more bytes of the tar.
+/// Largest number of bytes in the names and values of the extended attributes of all members. A global header
+/// gives the same attributes to each member, without taking more bytes of the tar.
 const XATTRS: usize = 256 << 20;
-/// Symbolic links that are followed for one name.
+/// Largest number of symbolic links that are followed for one path.
 const LINKS: u32 = 40;
 /// Largest number of unknown record keys that are reported.
 const UNKNOWN: usize = 20;
 
-/// Reads the tar at `path`. Content goes to a temporary file in `place`, without holes.
+/// Reads the tar at `path`. The content of files goes to one temporary file in `place`, without holes.
 pub(super) fn read(path: &Path, place: &Path) -> Result<Tree> {
     let mut tree = empty();
     let unsaid = HashSet::from([ROOT]);
@@ -57,8 +57,8 @@ pub(super) fn read(path: &Path, place: &Path) -> Result<Tree> {
 /// - Paths follow symbolic links as if the tree were the root directory: nothing leads out of it.
 ///
 /// `is_new` is whether there is no layer below, so that no layer has set the root directory's
-/// metadata. Messages call the tar `name`. Content goes to a temporary file in `place`, without
-/// holes.
+/// metadata. Messages call the tar `name`. The content of files goes to one temporary file in `place`,
+/// without holes.
 pub(super) fn apply(
     archive: &mut Archive,
     name: &Path,
@@ -79,7 +79,7 @@ pub(super) fn empty() -> Tree {
 
 const SPOOL: &str = "cannot write a temporary file with the content of the tar";
 
-/// Returns the metadata of a directory that the tar doesn't have. The time is set at the end.
+/// Returns the metadata of a directory that the tar doesn't have. [`Reader::all`] sets the time at the end.
 fn unsaid() -> Meta {
     Meta {
         mode: 0o755,
@@ -98,33 +98,36 @@ fn time(member: &Member) -> Time {
     }
 }
 
-/// Data about a layer besides its files.
+/// What is recorded about a layer while it is read.
 #[derive(Default)]
 struct Layer {
-    /// The names that the layer has set.
+    /// The names that the layer has set and hidden.
     own: Own,
-    /// Number of extended attributes that were left out, and the first file with one.
+    /// Number of extended attributes of overlayfs that were left out, and the first file with one.
     overlay: Option<(u64, String)>,
 }
 
-/// Prefixes of extended attributes that overlayfs uses internally: a lower image must not have
-/// them.
+/// Prefixes of extended attributes that overlayfs uses internally: files of a lower directory of overlayfs
+/// must not have them.
 const OVERLAY: [&[u8]; 2] = [b"trusted.overlay.", b"user.overlay."];
 
 struct Reader<'a> {
+    /// The tar in messages.
     path: &'a Path,
     tree: &'a mut Tree,
-    /// Directories that the tar hasn't had yet.
+    /// Directories for which the tar has had no member yet: their metadata is that of [`unsaid`].
     unsaid: HashSet<Id>,
+    /// The temporary file with the content of files, for writing.
     spool: BufWriter<Arc<File>>,
+    /// The same file, for the tree.
     file: Arc<File>,
     /// Length of the spool in bytes.
     end: u64,
     /// Keys of pax records that obdsetup doesn't know, and the first members with them.
     unknown: BTreeMap<String, String>,
-    /// Bytes of extended attributes.
+    /// Number of bytes in the extended attributes of all members so far.
     xattrs: usize,
-    /// Where the tar is a layer of an image.
+    /// `Some` if the tar is a layer of an image.
     layer: Option<Layer>,
 }
 
@@ -146,7 +149,7 @@ impl<'a> Reader<'a> {
         })
     }
 
-    /// Reads all members.
+    /// Reads all members, and sets the times of directories that the tar doesn't have.
     fn all(mut self, archive: &mut Archive) -> Result<()> {
         let mut newest = None;
         while let Some(member) = archive.next()? {
@@ -186,7 +189,8 @@ impl Reader<'_> {
             match Special::of(&member.path) {
                 Ok(None) => {}
                 Ok(Some(special)) => {
-                    // The name of a whiteout is longer than the name that it hides.
+                    // Checks the hidden path, not that of the whiteout, whose name may be longer than Linux
+                    // allows.
                     possible(limits::path(&special.path()))?;
                     return self.special(&special, member);
                 }
@@ -199,8 +203,8 @@ impl Reader<'_> {
                          `skopeo copy --preserve-digests'"
                     }
                     None => {
-                        "an OverlayBD layer, no tar of files: it is a layer as it is, and all below \
-                         it must be such layers, too"
+                        "an OverlayBD layer, no tar of files: use it unchanged, and only over other \
+                         OverlayBD layers"
                     }
                 };
                 return Err(self.bad(member, what));
@@ -279,9 +283,9 @@ impl Reader<'_> {
         Ok(())
     }
 
-    /// Checks that the node of a name may be replaced.
+    /// Checks that a member may replace the node `there`, if any.
     fn clear(&self, there: Option<Id>, member: &Member) -> Result<()> {
-        // In an image, directories are replaced this way.
+        // A layer of an image may replace a directory that is not empty.
         if self.layer.is_some() {
             return Ok(());
         }
@@ -296,7 +300,7 @@ impl Reader<'_> {
         self.tree.child(parent, name)
     }
 
-    /// Returns the node that a hard link leads to.
+    /// Returns the node to which a hard link leads. An error if it is a directory, or doesn't exist yet.
     fn linked(&mut self, target: &[u8], member: &Member) -> Result<Id> {
         let (parent, name) = match target.iter().rposition(|&byte| byte == b'/') {
             Some(slash) => {
@@ -313,21 +317,22 @@ impl Reader<'_> {
             _ => Err(self.bad(
                 member,
                 &format!(
-                    "a hard link to {}, which is no file before it",
+                    "a hard link to {}, but no file before it has this name",
                     show(target)
                 ),
             )),
         }
     }
 
-    /// Returns the directory `path` for a member named `last`. Creates missing directories.
+    /// Returns the directory `path` for a member whose name in it is `last`. Creates missing directories.
     fn directory(&mut self, path: &[u8], last: &[u8], member: &Member) -> Result<Id> {
         let walked = self.walk(path, last, member, true)?;
         walked.context("a directory was not made")
     }
 
-    /// Returns the directory `path`. If a part is missing, creates it or returns `None`, depending
-    /// on `make`. `last` is the name of the member there.
+    /// Returns the directory `path`, following symbolic links. If a part is missing, creates it or, without
+    /// `make`, returns `None`. `last` is the name of the member in the directory: it counts for the limit of
+    /// the path's length.
     fn walk(
         &mut self,
         path: &[u8],
@@ -343,8 +348,8 @@ impl Reader<'_> {
         while let Some(name) = left.pop_front() {
             let &(at, len) = way.last().unwrap_or(&(ROOT, 0));
             if name == b".." {
-                // Only targets of links have `..`, and only layers' links get here. The root is its
-                // own parent.
+                // Only targets of links have `..`, and such links are followed only in layers. The root
+                // directory is its own parent.
                 if way.len() > 1 {
                     way.pop();
                 }
@@ -397,7 +402,7 @@ impl Reader<'_> {
                         left.push_front(part);
                     }
                 }
-                // A whiteout for a missing name.
+                // A whiteout below something that is no directory hides nothing.
                 _ if !make => return Ok(None),
                 _ => {
                     let what = format!("is below {}, which is no directory", show(&name));
@@ -408,7 +413,7 @@ impl Reader<'_> {
         Ok(way.last().map(|&(id, _)| id))
     }
 
-    /// Hides the names that a whiteout hides.
+    /// Hides the names that the whiteout `special` hides.
     fn special(&mut self, special: &Special<'_>, member: &Member) -> Result<()> {
         let (directory, name) = match *special {
             Special::Nothing => return Ok(()),
@@ -423,7 +428,8 @@ impl Reader<'_> {
             Some(name) => layer.own.hide(self.tree, directory, name)?,
             None => layer.own.hide_all(self.tree, directory)?,
         };
-        // The layer has members in these directories, but not the directories themselves.
+        // The layer has members in these directories, but not the directories themselves, whose old metadata is
+        // hidden.
         for id in reset {
             self.tree.node_mut(id)?.meta = unsaid();
             self.unsaid.insert(id);
@@ -535,14 +541,14 @@ impl Reader<'_> {
         })
     }
 
-    /// Copies the content of a file to the spool.
+    /// Copies the content of a file to the spool, without blocks of zeros.
     fn content(&mut self, member: &Member, archive: &mut Archive) -> Result<Content> {
         let mut maker = ContentMaker::new();
         let mut block = Vec::with_capacity(to_usize(BLOCK));
         let mut start = 0;
         let size = member.size;
         let mut finish = |block: &mut Vec<u8>, start: u64| -> Result<()> {
-            // A hole may follow, up to the end of the block or file.
+            // The data may end before the block or file does: a hole follows.
             let len = (size - start).min(BLOCK);
             block.resize(to_usize(len), 0);
             if maker.block(start, block, self.end) {
@@ -578,7 +584,7 @@ impl Reader<'_> {
     }
 }
 
-/// Returns the parts of a path.
+/// Returns the parts of a path, without empty ones and `.`.
 fn parts(path: &[u8]) -> VecDeque<Vec<u8>> {
     let parts = path.split(|&byte| byte == b'/');
     let parts = parts.filter(|part| !part.is_empty() && *part != b".");

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! Limits of files in Linux. A tar can exceed them; what passes these checks fits in the fields of
-//! all file systems, and in the input of their mkfs.
+//! Limits that Linux has for files. A tar can exceed them. Some file systems have lower limits, which the
+//! code or the program that makes them checks.
 
 use super::tree::{Kind, Meta, Node};
 use crate::input::archive::brief;
@@ -14,10 +14,10 @@ pub(super) const PATH: usize = 4095;
 const VALUE: usize = 65_536;
 /// Largest major and minor numbers of devices.
 const DEVICE: (u32, u32) = (4095, 1_048_575);
-/// Prefixes of names of extended attributes.
+/// Prefixes of the names of extended attributes: none of them is a name by itself.
 const PREFIXES: [&[u8]; 5] = [b"user.", b"trusted.", b"security.", b"system.", b"btrfs."];
 
-/// Checks a path relative to the root directory of the tree. Returns the violation.
+/// Checks a path relative to the root directory of the tree. The error says which limit it exceeds.
 pub(super) fn path(path: &[u8]) -> Result<(), String> {
     if path.len() > PATH {
         let len = path.len();
@@ -33,7 +33,8 @@ pub(super) fn path(path: &[u8]) -> Result<(), String> {
     }
 }
 
-/// Checks the metadata and content of a file. Returns the violation.
+/// Checks extended attributes, size, link target and device number of a file. The error says which limit it
+/// exceeds.
 pub(super) fn node(node: &Node) -> Result<(), String> {
     xattrs(&node.meta)?;
     match &node.kind {
@@ -69,7 +70,7 @@ fn link(target: &[u8]) -> Result<(), String> {
     }
 }
 
-/// Checks extended attributes. Returns the violation.
+/// Checks names and values of extended attributes. The error says which limit they exceed.
 pub(super) fn xattrs(meta: &Meta) -> Result<(), String> {
     for (name, value) in &meta.xattrs {
         let bad = |what: String| Err(format!("extended attribute {:?}: {what}", brief(name)));

@@ -1,12 +1,13 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! Makes file systems of the files in a directory or a tar.
+//! Makes file systems from the files of a directory or a tar.
 //!
-//! - [`tree`]: the files in memory, read by [`from_dir`] and [`from_tar`].
-//! - [`fit`]: handles what a file system cannot store; [`stamp`]: its UUIDs and time.
+//! - [`tree`]: the tree of files in memory. [`from_dir`] and [`from_tar`] read it.
+//! - [`fit`]: handles what a file system cannot store. [`stamp`]: UUIDs and time of a file system.
 //! - [`ext`], [`erofs`], [`btrfs`], [`squashfs`]: make each file system. [`pax`] and [`stage`]
 //!   write the input of their mkfs.
-//! - [`apply`]: puts a layer of an image over the layers below, in which [`whiteouts`] hide files.
+//! - [`apply`]: puts a layer of an image over the layers below. [`whiteouts`] hide files of the layers
+//!   below.
 
 mod acl;
 mod btrfs;
@@ -62,8 +63,8 @@ pub(crate) enum FileSystem {
 }
 
 impl FileSystem {
-    /// Returns the bytes needed in addition to the files, if the size of the file system must be
-    /// given.
+    /// Returns the number of bytes to add to the estimate for the files; `None` for a file system that
+    /// is as large as its files need, and takes no size.
     fn overhead(self) -> Option<u64> {
         match self {
             Self::Ext2 | Self::Ext3 | Self::Ext4 => Some(32 << 20),
@@ -93,7 +94,7 @@ pub(crate) struct Options<'a> {
     pub(crate) args: &'a [OsString],
     /// Whether data that the file system cannot store may be left out.
     pub(crate) allow_loss: bool,
-    /// Whether names with which a layer of an image hides files are those of files, in a directory.
+    /// Whether files of a directory may have the names of whiteouts. Otherwise, such a name is an error.
     pub(crate) keep_whiteouts: bool,
 }
 
@@ -105,7 +106,7 @@ pub(crate) enum Files<'a> {
     Tar(&'a Path),
 }
 
-/// Makes a file system with `files`, in a temporary file in the directory `place`.
+/// Makes a file system with `files`. Returns a temporary file in the directory `place`.
 pub(crate) fn make(files: Files<'_>, options: &Options<'_>, place: &Path) -> Result<NamedTempFile> {
     make_in(files, options, place).map_err(|error| name_full(place, error))
 }
@@ -173,7 +174,7 @@ fn make_in(files: Files<'_>, options: &Options<'_>, place: &Path) -> Result<Name
     })
 }
 
-/// A layer of an image: its difference to the disk of the layers below.
+/// A layer of an image: what it changes on the disk of the layers below.
 pub(crate) struct Delta {
     /// Size of the disk with this layer, in bytes.
     pub(crate) size: u64,
@@ -184,7 +185,7 @@ pub(crate) struct Delta {
 }
 
 impl Delta {
-    /// Reads what the layer writes at byte `at` of the disk.
+    /// Fills `buf` with the bytes of the layer from byte `at` of the disk on, which must be in [`Self::runs`].
     pub(crate) fn read(&self, at: u64, buf: &mut [u8]) -> overlaybd::Result<()> {
         let read = self.file.read_exact_at(buf, at);
         read.map_err(|source| overlaybd::Error::Io {
@@ -193,11 +194,11 @@ impl Delta {
         })
     }
 
-    /// Writes the layer.
+    /// Writes the layer to `output`, and completes that file.
     pub(crate) fn write(&self, ident: Ident, output: LayerOut) -> Result<()> {
         let way_out =
-            "unpack the files of all layers to one directory, or export them to one tar, of which \
-                       `obdsetup convert` makes one layer";
+            "unpack the files of all layers to one directory, or export them to one tar: `obdsetup \
+                       convert` makes one layer from that";
         let runs = cut(self.runs.clone());
         let writer = plan(output.path(), self.size, ident, runs, way_out)?;
         output.write(writer, "writing", |at, buf| self.read(at, buf))
@@ -206,10 +207,10 @@ impl Delta {
 
 /// Applies a tar, which is a layer of an image, to the erofs on the disk of the layers `below`;
 /// makes an erofs if there are none. `name` is the tar's name in messages. The UUID of the file
-/// system is made from the tar and `seed`, which identifies the layers below. Temporary files go to
-/// `place`.
+/// system is made from the content of the tar and `seed`, which must depend on the layers below.
+/// Temporary files go to `place`.
 ///
-/// Reads the archive to its end. The caller checks its digest.
+/// Reads the archive to its end. The caller must check its digest.
 pub(crate) fn apply(
     archive: &mut Archive,
     name: &Path,
@@ -241,10 +242,10 @@ pub(crate) fn apply(
     growing.finish((uuid, stamp::time()?))
 }
 
-/// Bytes of holes that take a few seconds to read as zeros: more of them cause a warning.
+/// Number of bytes of holes from which on there is a warning. Reading so many as zeros takes a few seconds.
 const LONG_HOLES: u64 = 4 << 30;
 
-/// Warns if a program that doesn't support holes must read many; `cost` is what that takes.
+/// Warns if the program that makes `fs` must read many bytes of holes as zeros. `cost` is what that takes.
 fn tell_of_holes(tree: &Tree, fs: FileSystem, cost: &str) -> Result<()> {
     warn(holes(tree, fs, cost)?.as_slice());
     Ok(())
@@ -285,7 +286,7 @@ mod tests {
         let start = "the files have holes of 4294967296 bytes (4.00 GiB) in all, which mksquashfs reads as \
                      zeros: this takes long";
         assert!(text.starts_with(start), "{text}");
-        // A hard link to it is no other file.
+        // The holes count once, not for each hard link.
         std::fs::hard_link(dir.path().join("file"), dir.path().join("link"))?;
         assert_eq!(said(LONG_HOLES - 1)?, None);
         Ok(())

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! Writes a tree as a tar in the pax format, as input for mkfs programs. All metadata is in
-//! extended headers, whose values have no limits.
+//! Writes a tree as a tar in the pax format, as input for mkfs programs. Names, numbers and times are in
+//! extended headers, whose values can have any length; modes and device numbers are in the ordinary headers.
 //!
 //! Source: POSIX.1-2017 `pax`.
 
@@ -24,7 +24,8 @@ pub(super) enum Reader {
     Mksquashfs,
 }
 
-/// Writes `tree` to `out`: the root directory first, then all names in order.
+/// Writes `tree` to `out`: the root directory first if `reader` needs it, then all names in order. `out` must
+/// be an empty file: zeros become holes.
 pub(super) fn write(tree: &Tree, reader: Reader, mut out: impl Write + Seek) -> Result<()> {
     let mut tar = Pax {
         out: &mut out,
@@ -83,8 +84,9 @@ impl<W: Write + Seek> Pax<W> {
         }
     }
 
-    // Not as a sparse member: mkfs.erofs doesn't support those, and mksquashfs 4.6.1 rejects a tar
-    // with GNU's form 1.0 as corrupt. The tar file itself has holes instead.
+    /// Writes a file with its content. Never as a sparse member: mkfs.erofs doesn't support those, and
+    /// mksquashfs 4.6.1 rejects a tar with GNU's sparse format 1.0 as corrupt. The tar file itself has holes
+    /// instead.
     fn file(&mut self, path: &[u8], node: &Node, content: &Content) -> Result<()> {
         self.header(path, node, b'0', content.size, &[])?;
         let mut at = 0;
@@ -97,7 +99,8 @@ impl<W: Write + Seek> Pax<W> {
         self.pad()
     }
 
-    /// Writes the headers of a member of `size` bytes.
+    /// Writes the headers of a member with `size` bytes of content, and the records `more`. `kind` is the
+    /// type flag of the tar header.
     fn header(
         &mut self,
         path: &[u8],
@@ -130,7 +133,7 @@ impl<W: Write + Seek> Pax<W> {
         self.block(kind, meta.mode, size, device)
     }
 
-    /// Writes a header block. The extended header before it has the name and long numbers.
+    /// Writes a header block, without name, owner and time, which are in the extended header before it.
     fn block(&mut self, kind: u8, mode: u32, size: u64, device: Option<(u32, u32)>) -> Result<()> {
         let size = size.min(0o777_7777_7777);
         let (major, minor) = device.unwrap_or_default();
@@ -166,14 +169,14 @@ impl<W: Write + Seek> Pax<W> {
         Ok(())
     }
 
-    /// Pads to a whole block.
+    /// Pads the tar to a whole block.
     fn pad(&mut self) -> Result<()> {
         self.zeros(self.at.next_multiple_of(BLOCK) - self.at)
     }
 }
 
-/// Returns seconds with a fraction of nine digits, because mkfs.erofs reads the fraction as a
-/// number. Rounded down.
+/// Returns the time as seconds, a point and nine digits, because mkfs.erofs reads the digits as a number of
+/// nanoseconds. It adds them to the seconds also before 1970: half a second before 1970 is `-1.500000000`.
 fn mtime(node: &Node) -> String {
     let time = node.meta.mtime;
     format!("{}.{:09}", time.seconds, time.nanoseconds)

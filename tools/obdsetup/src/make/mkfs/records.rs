@@ -4,8 +4,8 @@
 //!
 //! Source: star(5); libarchive, tar(5), "Pax Interchange Format".
 
-/// Records that don't affect the new file system: times and names that aren't used, and properties
-/// of the file system that the tar was made from.
+/// Records that don't affect the new file system: times and names of users and groups that obdsetup doesn't
+/// use, and properties of the file system that the tar was made from.
 const NOTHING: [&[u8]; 19] = [
     b"comment",
     b"charset",
@@ -31,7 +31,9 @@ const NOTHING: [&[u8]; 19] = [
 /// The meaning of a record.
 #[derive(Debug, PartialEq, Eq)]
 pub(super) enum Meaning {
+    /// The record has no effect.
     Nothing,
+    /// Name and value of an extended attribute.
     Xattr(Vec<u8>, Vec<u8>),
     /// The value is invalid.
     Bad,
@@ -52,7 +54,7 @@ pub(super) fn meaning(key: &[u8], value: &[u8]) -> Meaning {
     }
 }
 
-/// Decodes `%HH`.
+/// Decodes `%HH` in the name of an extended attribute.
 fn unquote(name: &[u8]) -> Vec<u8> {
     let mut plain = Vec::with_capacity(name.len());
     let mut rest = name;
@@ -75,7 +77,7 @@ fn hex(digit: u8) -> Option<u8> {
     u8::try_from(digit).ok()
 }
 
-/// Decodes base64, with or without padding.
+/// Decodes base64, with or without padding; `None` if `text` isn't base64.
 fn base64(text: &[u8]) -> Option<Vec<u8>> {
     let end = text.iter().rposition(|&byte| byte != b'=');
     let digits = text.get(..end.map_or(0, |end| end + 1))?;

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: GPL-2.0
 
 //! Makes squashfs with mksquashfs from a tar: with a tar, obdsetup determines the order, and any
-//! user can set owners. The root directory's metadata is passed separately.
+//! user can set owners. Options of mksquashfs give it the metadata of the root directory.
 
 use std::ffi::OsString;
 use std::io::Seek;
@@ -27,7 +27,7 @@ pub(super) fn make(
     tell_of_holes(tree, options.fs, "time")?;
     let image = temp_file(place)?;
     let mut command = Program::new(options.fs.program(), "squashfs file systems");
-    // The first version with -root-time, and with extended attributes by -p.
+    // The first version that has -root-time, and sets extended attributes with -p.
     command.needs_version("-version", (4, 6));
     command.arg("-").arg(image.path());
     command.args(["-tar", "-noappend", "-quiet", "-no-progress", "-xattrs"]);
@@ -40,7 +40,7 @@ pub(super) fn make(
         .arg("-root-time")
         .arg(meta.mtime.seconds.to_string());
     for (name, value) in &meta.xattrs {
-        // Not in hexadecimal: with more than a few bytes, 4.6.1 corrupts its memory.
+        // Not in hexadecimal: mksquashfs 4.6.1 corrupts its memory if a value has more than a few bytes.
         let value = base64(value);
         let text = [b"/ x ", name.as_slice(), b"=0s", value.as_bytes()].concat();
         command.arg("-p").arg(OsString::from_vec(text));

@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! Writes a tree as files in a directory, for a mkfs that reads nothing else. Only names, kinds and
-//! content are right there: the other metadata is set in the file system, so that any user can do
-//! this.
+//! Writes a tree as files in a directory, for a mkfs that reads only directories. The directory has the
+//! right names and content, but fifos in place of devices and sockets, and no other metadata: any user
+//! can make these files. The rest is set in the file system.
 
 use std::collections::HashMap;
 use std::ffi::OsStr;
@@ -17,12 +17,11 @@ use tempfile::TempDir;
 
 use super::tree::{show, Content, Id, Kind, Name, Node, Tree};
 
-/// The directory. Dropping it deletes it.
+/// The directory. Dropping this deletes it.
 pub(super) struct Stage(TempDir);
 
 impl Stage {
-    /// Makes the directory in `place`. Files that this user cannot make, and all devices, become
-    /// fifos.
+    /// Makes the directory in `place`, and writes `tree` to it. Devices and sockets become fifos.
     pub(super) fn new(tree: &Tree, place: &Path) -> Result<Self> {
         let directory = tempfile::Builder::new()
             .prefix(".obdsetup-")

@@ -15,12 +15,12 @@ use crate::terminal::exit::Failure;
 /// The UUIDs and the time of creation of a file system.
 pub(super) struct Stamp {
     pub(super) uuid: Uuid,
-    /// A second UUID: ext4 and the like use it as the hash seed, and [`Self::derived`] makes more
+    /// A second UUID: ext2, ext3 and ext4 use it as the hash seed, and [`Self::derived`] makes more
     /// UUIDs from it.
     pub(super) seed: Uuid,
     /// The time of creation in seconds since 1970: `SOURCE_DATE_EPOCH`, or 1 if that is not set. It
     /// is never 0, which file systems use for an unknown time. It is not the newest time of the
-    /// files, which might be in the future: fsck reports this as an error.
+    /// files, which might be in the future: fsck reports a future time as an error.
     pub(super) time: u32,
 }
 
@@ -53,8 +53,8 @@ impl Stamp {
         Builder::from_custom_bytes(bytes).into_uuid()
     }
 
-    /// Makes a program of e2fsprogs use this time as the present time, and its built-in
-    /// configuration instead of the machine's.
+    /// Makes a program of e2fsprogs use [`Self::time`] as the present time, and its built-in configuration
+    /// instead of the machine's: the file `none` doesn't exist.
     pub(super) fn give_to_e2fsprogs(&self, command: &mut Program, work: &TempDir) {
         command.env("E2FSPROGS_FAKE_TIME", self.time.to_string());
         command.env("MKE2FS_CONFIG", work.path().join("none"));
@@ -67,7 +67,7 @@ pub(super) fn time() -> Result<u32> {
     Ok(u32::try_from(time.max(1)).unwrap_or(u32::MAX))
 }
 
-/// Returns the limit for all times in a file system, if the user gave one.
+/// Returns `SOURCE_DATE_EPOCH`, the limit for all times in a file system, if it is set.
 pub(super) fn source_date_epoch() -> Result<Option<i64>> {
     const NAME: &str = "SOURCE_DATE_EPOCH";
     let Some(text) = std::env::var_os(NAME) else {

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! A tree of files in memory, without their content, from which a file system is made. The order
-//! depends only on the tree, not on its source.
+//! A tree of files in memory, without their content, from which a file system is made. The order of files
+//! depends only on their names, not on the source of the tree.
 
 use std::collections::BTreeMap;
 use std::fs::File;
@@ -17,7 +17,7 @@ use sha2::{Digest, Sha256};
 /// Size of a block of content in bytes. Blocks of zeros are holes.
 pub(super) const BLOCK: u64 = 4096;
 
-/// Index of a node.
+/// Index of a node in its tree.
 pub(super) type Id = usize;
 
 /// A point in time: seconds since 1970, which may be negative, and nanoseconds after that.
@@ -48,21 +48,24 @@ pub(super) enum Unread {
 /// Metadata of all kinds of files.
 #[derive(Clone, Debug, Default)]
 pub(super) struct Meta {
-    /// Permissions, setuid, setgid and sticky.
+    /// The bits of the permissions, setuid, setgid and sticky: `st_mode` without the kind of the file.
     pub(super) mode: u32,
     pub(super) uid: u32,
     pub(super) gid: u32,
     pub(super) mtime: Time,
     /// Names, such as `user.name`, and values of the extended attributes.
     pub(super) xattrs: BTreeMap<Vec<u8>, Vec<u8>>,
+    /// Metadata that is lost; [`super::fit`] reports it.
     pub(super) unread: Vec<Unread>,
 }
 
 /// The kind of a file.
 #[derive(Clone, Debug)]
 pub(super) enum Kind {
+    /// The names in the directory, and their nodes.
     Directory(BTreeMap<Vec<u8>, Id>),
     File(Content),
+    /// The target of the link.
     Symlink(Vec<u8>),
     CharDevice(Device),
     BlockDevice(Device),
@@ -78,7 +81,7 @@ pub(super) struct Node {
 }
 
 impl Node {
-    /// Returns the bits of `st_mode`.
+    /// Returns the mode as in `st_mode`: the kind of the file, and the bits of [`Meta::mode`].
     pub(super) fn st_mode(&self) -> u32 {
         let kind = match self.kind {
             Kind::Directory(_) => 0o040_000,
@@ -92,7 +95,7 @@ impl Node {
         kind | self.meta.mode
     }
 
-    /// Returns the number of a device.
+    /// Returns the device number; `None` if the node is no device.
     pub(super) fn device(&self) -> Option<Device> {
         match self.kind {
             Kind::CharDevice(device) | Kind::BlockDevice(device) => Some(device),
@@ -101,7 +104,7 @@ impl Node {
     }
 }
 
-/// A range of a file that has data, in whole blocks up to the end of the file.
+/// A range of a file that has data: whole blocks, except at the end of the file. In bytes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Extent {
     pub(super) offset: u64,
@@ -113,9 +116,9 @@ pub(super) struct Extent {
 /// The source of content.
 #[derive(Clone, Debug)]
 pub(super) enum Source {
-    /// A file of its own.
+    /// The file with this path.
     Path(PathBuf),
-    /// A file with the content of several files.
+    /// A temporary file with the content of several files.
     Shared(Arc<File>),
     /// The content is in the file system already and isn't read.
     InPlace,
@@ -125,7 +128,7 @@ pub(super) enum Source {
 #[derive(Clone, Debug)]
 pub(super) struct Content {
     pub(super) size: u64,
-    /// Ascending, not empty, disjoint. The file has only zeros between them.
+    /// The ranges with data: ascending, not empty, disjoint. All other bytes of the file are zeros.
     pub(super) extents: Vec<Extent>,
     source: Source,
     /// Hash of size, offsets and data.
@@ -148,7 +151,7 @@ impl Content {
         self.extents.iter().map(|extent| extent.len).sum()
     }
 
-    /// Passes on the data with its offset in the file, at most 1 MiB of an extent at a time.
+    /// Passes the data of each extent to `each`, with its offset in the file, at most 1 MiB at a time.
     pub(super) fn read(&self, mut each: impl FnMut(u64, &[u8]) -> Result<()>) -> Result<()> {
         let opened;
         let file = match &self.source {
@@ -184,8 +187,8 @@ impl Content {
     }
 }
 
-/// Collects the content of a file in order. The extents depend only on the content, not on the
-/// holes of the source.
+/// Collects the content of a file, whose blocks are added in order. The file gets a hole for each block of zeros,
+/// whether or not the source has a hole there.
 pub(super) struct ContentMaker {
     extents: Vec<Extent>,
     hash: Sha256,
@@ -200,7 +203,8 @@ impl ContentMaker {
     }
 
     /// Adds the block at `offset`, a multiple of the block size; only the last block may be
-    /// shorter. Its data is at `from` in the source. Returns whether it has data.
+    /// shorter. Its data is at byte `from` of the source. Returns `false` for a block of zeros, which is not
+    /// added.
     pub(super) fn block(&mut self, offset: u64, data: &[u8], from: u64) -> bool {
         if data.iter().all(|&byte| byte == 0) {
             return false;
@@ -217,6 +221,7 @@ impl ContentMaker {
         true
     }
 
+    /// Returns the content of a file of `size` bytes, whose data is in `source`.
     pub(super) fn finish(mut self, size: u64, source: Source) -> Content {
         self.hash.update(size.to_le_bytes());
         Content {
@@ -231,9 +236,11 @@ impl ContentMaker {
 /// A name in a tree.
 pub(super) struct Name {
     last: Vec<u8>,
-    /// Which of all names that of its directory is; none of the root directory.
+    /// The index in [`Names`] of the name of the directory that the name is in; `None` for the root directory.
     above: Option<usize>,
+    /// The directory that the name is in.
     pub(super) parent: Id,
+    /// The node with the name.
     pub(super) id: Id,
     /// Whether this is the first name of its node.
     pub(super) first: bool,
@@ -246,12 +253,12 @@ impl Name {
     }
 }
 
-/// All names of a tree. Paths are made when they are needed: they may be 4095 bytes long, however few
-/// a name has.
+/// All names of a tree. Paths are made only when they are needed, to save memory: a short name may have a path of
+/// 4095 bytes.
 pub(super) struct Names(Vec<Name>);
 
 impl Names {
-    /// The path of a name, from the root directory, without a slash at either end.
+    /// Returns the path of a name, from the root directory, without a slash at either end.
     pub(super) fn path(&self, name: &Name) -> Vec<u8> {
         let mut parts = vec![name.last()];
         let mut above = name.above;
@@ -272,14 +279,15 @@ impl std::ops::Deref for Names {
     }
 }
 
-/// Returns a path for messages.
+/// Returns a path relative to the root directory of a tree, for messages: with `./` in front, and
+/// shortened if it is long.
 pub(super) fn show(path: &[u8]) -> String {
     format!("./{}", crate::input::archive::brief(path))
 }
 
 /// A tree of files.
 pub(super) struct Tree {
-    /// The root directory first, the others in any order. Some may have no name.
+    /// The root directory first, the others in any order. Nodes whose name was removed or replaced stay.
     nodes: Vec<Node>,
 }
 
@@ -297,19 +305,20 @@ impl Tree {
         }
     }
 
-    /// Adds a node that has no name yet.
+    /// Adds a node that has no name yet. Returns its index.
     pub(super) fn add(&mut self, node: Node) -> Id {
         self.nodes.push(node);
         self.nodes.len() - 1
     }
 
-    /// Gives `id` a name in the directory `parent`. A node with that name loses it.
+    /// Gives `id` a name in the directory `parent`. A node that had this name loses it. An error if `parent`
+    /// is no directory.
     pub(super) fn link(&mut self, parent: Id, name: Vec<u8>, id: Id) -> Result<()> {
         self.children_mut(parent)?.insert(name, id);
         Ok(())
     }
 
-    /// Removes a name.
+    /// Removes a name from the directory `parent`. An error if `parent` is no directory.
     pub(super) fn unlink(&mut self, parent: Id, name: &[u8]) -> Result<()> {
         self.children_mut(parent)?.remove(name);
         Ok(())
@@ -348,12 +357,12 @@ impl Tree {
         }
     }
 
-    /// All names but that of the root directory: sorted by their bytes, a directory before what is
-    /// in it.
+    /// Returns all names but that of the root directory. The names in a directory are sorted by their bytes;
+    /// a directory is followed by everything in it.
     pub(super) fn names(&self) -> Names {
         let mut names: Vec<Name> = Vec::new();
         let mut seen = vec![false; self.nodes.len()];
-        // What is still to be visited, the next one last.
+        // Parent, index of the parent's name, name and node of all names still to be visited, the next one last.
         let mut left: Vec<(Id, Option<usize>, &[u8], Id)> = Vec::new();
         let push = |left: &mut Vec<_>, parent: Id, above: Option<usize>| {
             let at = left.len();
@@ -380,7 +389,7 @@ impl Tree {
         Names(names)
     }
 
-    /// Returns a hash of everything in the tree, and of `more`.
+    /// Returns a hash of the root directory, of everything that has a name in the tree, and of `more`.
     pub(super) fn hash(&self, more: &[&[u8]]) -> Result<[u8; 32]> {
         let mut hash = Sha256::new();
         for bytes in more {
@@ -456,7 +465,7 @@ mod tests {
         }
         let names = tree.names();
         assert_eq!(names.len(), 2000);
-        // What is kept of a name is that name alone.
+        // Each name is stored alone, without its path.
         let kept: usize = names.iter().map(|name| name.last.capacity()).sum();
         assert!(kept <= 2000 * 3);
         let mut firsts = names.iter().filter(|name| name.first && name.id == file);

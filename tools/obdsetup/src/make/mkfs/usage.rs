@@ -10,12 +10,12 @@ use super::tree::{Kind, Node, Tree, ROOT};
 /// Size of a block of a file system in bytes.
 const BLOCK: u64 = 4096;
 
-/// Space for files.
+/// The space that files need.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(super) struct Usage {
-    /// Number of files, directories and others with an inode.
+    /// Number of inodes: files, directories and all others.
     entries: u64,
-    /// Bytes of data in whole blocks, without holes.
+    /// Bytes of data, directories, links, maps of extents, and extended attributes, in whole blocks, without holes.
     bytes: u64,
 }
 
@@ -32,7 +32,7 @@ impl Usage {
 
     fn add(&mut self, node: &Node) {
         let (data, map) = match &node.kind {
-            // Many short extents need a map.
+            // A map with 16 bytes for each extent: with many short extents, it takes much space.
             Kind::File(content) => (content.data_len(), to_u64(content.extents.len()) * 16),
             Kind::Symlink(target) => (to_u64(target.len()), 0),
             Kind::Directory(children) => {
@@ -49,14 +49,15 @@ impl Usage {
         }
     }
 
-    /// Returns the size in bytes of a file system with inodes and free space. It is generous: a
-    /// layer only has what mkfs writes, so that free space costs almost nothing.
+    /// Returns the size in bytes of a file system for these files, with free space and `fixed` more
+    /// bytes. The size is generous: a layer only has what mkfs writes, so free space costs almost
+    /// nothing.
     pub(super) fn with_room(self, fixed: u64) -> u64 {
         // mke2fs makes an inode for each 16 KiB, or for each 4 KiB below 512 MiB.
         let inodes = self.entries.saturating_mul(16 << 10);
         let sum = self.bytes.saturating_add(self.bytes / 4);
         let sum = sum.saturating_add(inodes).saturating_add(fixed);
-        // If a tar has absurd sizes, a size that no file system has.
+        // If a tar has absurd sizes, the result is a size that no file system can have.
         sum.min(1 << 60).next_multiple_of(1 << 20)
     }
 }

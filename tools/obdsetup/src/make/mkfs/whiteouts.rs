@@ -17,19 +17,19 @@ const META: &[u8] = b".wh..wh.";
 /// The whiteout that hides everything in its directory.
 const OPAQUE: &[u8] = b".wh..wh..opq";
 
-/// A member of a layer that is no file.
+/// A member of a layer that is not a file, by its name: an instruction, or nothing.
 #[derive(Debug, PartialEq, Eq)]
 pub(super) enum Special<'a> {
-    /// Hides a name in a directory.
+    /// Hides a name in a directory: the path of the directory, and the name.
     Whiteout(&'a [u8], &'a [u8]),
-    /// Hides everything in a directory.
+    /// Hides everything in the directory with this path.
     Opaque(&'a [u8]),
     /// Hides nothing, and is left out.
     Nothing,
 }
 
 impl<'a> Special<'a> {
-    /// Returns what the member `path` is if it is no file.
+    /// Returns what the member `path` is; `None` for an ordinary file.
     pub(super) fn of(path: &'a [u8]) -> Result<Option<Self>, &'static str> {
         let slash = path.iter().rposition(|&byte| byte == b'/');
         let (directory, name) = match slash {
@@ -60,7 +60,7 @@ impl<'a> Special<'a> {
         }
     }
 
-    /// Returns the path that is hidden, or of the directory in which everything is hidden.
+    /// Returns the hidden path, or the path of the directory in which everything is hidden.
     pub(super) fn path(&self) -> Vec<u8> {
         match *self {
             Self::Whiteout(b"", name) => name.to_vec(),
@@ -74,16 +74,17 @@ impl<'a> Special<'a> {
 /// What a layer has set and hidden so far.
 #[derive(Default)]
 pub(super) struct Own {
-    /// The names that it has set, by directory.
+    /// The names that the layer has set, by directory.
     names: HashMap<Id, HashSet<Vec<u8>>>,
-    /// The names that it has hidden, each in its directory. A second time there is nothing to hide, and
-    /// many times would be endless work.
+    /// The names that whiteouts have hidden, each with its directory. Hiding a name again has no effect, so it is
+    /// skipped: many whiteouts of one name could cause endless work.
     hidden: HashSet<(Id, Vec<u8>)>,
-    /// Directories of which all is hidden that the layers below have, as deep as it goes.
+    /// Directories in which everything of the layers below is hidden, at all depths.
     emptied: HashSet<Id>,
 }
 
 impl Own {
+    /// Records that the layer has set a name.
     pub(super) fn add(&mut self, directory: Id, name: &[u8]) {
         self.names
             .entry(directory)
@@ -96,8 +97,8 @@ impl Own {
         names.is_some_and(|names| names.contains(name))
     }
 
-    /// Hides a name, and everything below it, if layers below have set it. Returns directories that
-    /// stay only because the layer has set names in them.
+    /// Hides a name, and everything below it, except what the layer itself has set. Returns directories
+    /// that stay only because the layer has set names in them.
     pub(super) fn hide(&mut self, tree: &mut Tree, directory: Id, name: &[u8]) -> Result<Vec<Id>> {
         let mut stay = Vec::new();
         if let Some(id) = tree.child(directory, name) {
@@ -108,15 +109,16 @@ impl Own {
         Ok(stay)
     }
 
-    /// Hides all names in a directory, like [`Self::hide`].
+    /// Hides all names in a directory, as [`Self::hide`] does.
     pub(super) fn hide_all(&mut self, tree: &mut Tree, directory: Id) -> Result<Vec<Id>> {
         let mut stay = Vec::new();
         self.hide_inside(tree, directory, &mut stay)?;
         Ok(stay)
     }
 
-    /// Does nothing where that was done before: what came since is the layer's own. Calls itself as deep as
-    /// directories are: paths are checked, and have 4095 bytes at most.
+    /// Hides all names in a directory, and adds the directories that stay to `stay`. Does nothing if this was done
+    /// before: names that were added since then are the layer's own. Is recursive, but not deep: paths have 4095
+    /// bytes at most.
     fn hide_inside(&mut self, tree: &mut Tree, directory: Id, stay: &mut Vec<Id>) -> Result<()> {
         if !self.emptied.insert(directory) {
             return Ok(());
@@ -131,6 +133,7 @@ impl Own {
         Ok(())
     }
 
+    /// Hides the name of the node `id`, unless the layer has set it or something below it.
     fn hide_one(
         &mut self,
         tree: &mut Tree,
@@ -160,7 +163,7 @@ mod tests {
     use crate::make::mkfs::from_tar;
     use crate::make::mkfs::tree::{Kind, Meta, Node, Tree, ROOT};
 
-    /// Directories at any depth may be opaque: the work is that of what is in them, once.
+    /// Nested opaque directories: each name is visited once, not once for each directory above it.
     #[test]
     fn hidden_once() -> anyhow::Result<()> {
         const DEPTH: usize = 300;
@@ -179,7 +182,7 @@ mod tests {
                 if name == b"d" {
                     chain.push(id);
                 }
-                // The last one is the layer's own, for which all others stay.
+                // The layer has set the last directory, so all directories above it stay.
                 if depth + 1 == DEPTH && name == b"d" {
                     own.add(above, name);
                 }

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! Places the chunks on the device: for the chunk tree, data, and metadata. No chunk covers a copy
-//! of the superblock.
+//! Divides the device into chunks: one for the chunk tree, then those for data, then those for metadata. No
+//! chunk covers a copy of the superblock.
 
 /// Size of a block of a tree in bytes.
 pub(super) const NODE: u64 = 16384;
@@ -20,14 +20,15 @@ const FIRST: u64 = UNIT;
 const SYSTEM_LEN: u64 = 4 << 20;
 /// Longest chunk, as in the kernel.
 const LONGEST: u64 = 1 << 30;
-/// Places of the superblock's copies. Each has 64 KiB; a whole MiB is left out here.
+/// Addresses of the superblock's copies. 64 KiB are reserved for each; here, chunks leave out the whole MiB.
 const COPIES: [u64; 2] = [64 << 20, 256 << 30];
 
-/// A range of the device with one purpose.
+/// A range of the device with one purpose, in bytes.
 #[derive(Clone, Debug)]
 pub(super) struct Chunk {
     pub(super) start: u64,
     pub(super) len: u64,
+    /// One of the constants in the module [`kind`].
     pub(super) kind: u64,
 }
 
@@ -37,7 +38,7 @@ impl Chunk {
     }
 }
 
-/// Returns chunks for `len` bytes from `start` on.
+/// Returns chunks with room for `len` bytes, from byte `start` of the device on.
 fn place(mut start: u64, len: u64, kind: u64) -> Vec<Chunk> {
     let mut chunks = Vec::new();
     let mut left = len.next_multiple_of(UNIT);
@@ -55,7 +56,7 @@ fn place(mut start: u64, len: u64, kind: u64) -> Vec<Chunk> {
     chunks
 }
 
-/// Returns chunks for `len` bytes of data. They follow the chunk of the chunk tree.
+/// Returns chunks with room for `len` bytes of data, after the chunk of the chunk tree.
 pub(super) fn for_data(len: u64) -> Vec<Chunk> {
     place(FIRST + SYSTEM_LEN, len, kind::DATA)
 }
@@ -68,7 +69,8 @@ pub(super) struct Layout {
 }
 
 impl Layout {
-    /// Adds chunks for `blocks` blocks of metadata to those for data.
+    /// Returns the chunks `data`, the one for the chunk tree, and chunks with room for `blocks` blocks of
+    /// metadata.
     pub(super) fn new(data: Vec<Chunk>, blocks: u64) -> Self {
         let system = Chunk {
             start: FIRST,

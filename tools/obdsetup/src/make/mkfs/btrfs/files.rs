@@ -12,18 +12,18 @@ use super::format::{self, file_type, key, kind, root, Inode, Items, ITEM_HEADER,
 use crate::make::mkfs::tree::{show, Content, Id, Kind, Name, Node, Tree, ROOT};
 use crate::terminal::exit::Failure;
 
-/// Longest content stored in the tree, as by default in the kernel.
+/// Largest size of content that is stored in the tree: the kernel's default.
 const INLINE: u64 = 2048;
-/// Longest extent.
+/// Largest size of an extent in bytes.
 const LONGEST: u64 = 128 << 20;
-/// Largest size of the names in one item. Further names get their own items.
+/// Largest size of an item with the names of a file in one directory. Each further name gets an item of its own.
 const REFS: usize = 4096;
 /// The first index in a directory.
 const FIRST_INDEX: u64 = 2;
-/// Longest name and value of an extended attribute together: an item with its header fills a block.
+/// Largest size of name and value of an extended attribute together: the item then fills a block.
 const XATTR: usize = ROOM - ITEM_HEADER - 30;
 
-/// A range of a file.
+/// A range of a file whose content is outside of the tree.
 pub(super) struct Extent {
     pub(super) id: Id,
     pub(super) inode: u64,
@@ -35,14 +35,14 @@ pub(super) struct Extent {
     pub(super) len: u64,
 }
 
-/// The items, and the extents of all content outside of them.
+/// The items of the tree of files, and the extents of all content outside of the tree.
 pub(super) struct Files {
     pub(super) items: Items,
-    /// By file, each in order.
+    /// The extents of one file after the other, those of a file in order.
     pub(super) extents: Vec<Extent>,
 }
 
-/// Returns whether content is stored in the tree.
+/// Returns whether content is stored in the tree: it is short, and has no holes.
 fn is_inline(content: &Content) -> bool {
     content.size <= INLINE && content.data_len() == content.size
 }
@@ -111,7 +111,7 @@ struct Builder<'a> {
 }
 
 impl Builder<'_> {
-    /// Adds an item. Appends to an existing item with that key.
+    /// Adds an item. If there is an item with that key, appends the bytes to it.
     fn add(&mut self, key: format::Key, bytes: &[u8]) {
         let item = self.files.items.entry(key).or_default();
         item.extend_from_slice(bytes);
@@ -124,6 +124,7 @@ impl Builder<'_> {
             .context("a file without inode")
     }
 
+    /// Adds the items of a name: the entry in its directory, and the reference from its inode.
     fn name(&mut self, name: &Name, index: u64) -> Result<()> {
         let (parent, inode) = (self.inode(name.parent)?, self.inode(name.id)?);
         let last = name.last();
@@ -151,7 +152,7 @@ impl Builder<'_> {
         Ok(())
     }
 
-    /// Adds a node with its extended attributes and content.
+    /// Adds the items of a node, its extended attributes and its content. `path` is for messages.
     fn node(&mut self, id: Id, path: &[u8]) -> Result<()> {
         let node = self.tree.node(id)?;
         let inode = self.inode(id)?;
@@ -193,12 +194,12 @@ impl Builder<'_> {
         Ok(())
     }
 
-    /// Adds the content of a node. Returns its size, and the bytes that it occupies.
+    /// Adds the items of a node's content. Returns the size of the node, and the bytes that the content occupies.
     fn content(&mut self, id: Id, inode: u64, node: &Node) -> Result<(u64, u64)> {
         let at = |offset| key(inode, kind::EXTENT_DATA, offset);
         match &node.kind {
             Kind::Directory(children) => {
-                // Each name counts twice.
+                // The size of a directory has each name twice: for DIR_ITEM and DIR_INDEX.
                 let names = children.keys().map(|name| to_u64(name.len()));
                 Ok((names.sum::<u64>() * 2, 0))
             }
@@ -247,12 +248,12 @@ impl Builder<'_> {
 /// The chunks for data, filled from the start.
 struct Space<'a> {
     chunks: &'a [Chunk],
-    /// Number of used bytes in the first one.
+    /// Number of used bytes in the first chunk.
     used: u64,
 }
 
 impl Space<'_> {
-    /// Allocates at most `len` bytes. Returns their address and number.
+    /// Allocates at most `len` bytes: fewer if the chunk has no more. Returns their address and number.
     fn take(&mut self, len: u64) -> Result<(u64, u64)> {
         while let Some((first, rest)) = self.chunks.split_first() {
             if self.used < first.len {

@@ -25,14 +25,14 @@ const HEADER: usize = 101;
 pub(super) const ROOM: usize = 16384 - HEADER;
 /// Length of an item without its data.
 pub(super) const ITEM_HEADER: usize = 25;
-/// Largest number of pointers to lower blocks in a block.
+/// Largest number of pointers to blocks of the level below in a block.
 pub(super) const POINTERS: usize = ROOM / 33;
 /// Everything belongs to the first transaction.
 const GENERATION: u64 = 1;
 /// Length of the stripes in a chunk.
 const STRIPE: u64 = 64 << 10;
 
-/// Numbers of trees and other objects.
+/// Numbers of trees, and of other objects in keys.
 pub(super) mod root {
     pub(in super::super) const ROOT: u64 = 1;
     pub(in super::super) const EXTENT: u64 = 2;
@@ -151,23 +151,23 @@ fn raw_crc32c(seed: u32, bytes: &[u8]) -> u32 {
     !crc32c::crc32c_append(!seed, bytes)
 }
 
-/// Returns the offset in the key of a name in a directory.
+/// Returns the hash of the name of a directory entry or extended attribute, which is the offset in its key.
 pub(super) fn name_hash(name: &[u8]) -> u64 {
     raw_crc32c(!1, name).into()
 }
 
-/// Returns the offset in the key of an extended reference to a name in the directory `parent`.
+/// Returns the hash that is the offset in the key of an extended reference, for a name in the directory `parent`.
 pub(super) fn extref_hash(parent: u64, name: &[u8]) -> u64 {
     let [a, b, c, d, ..] = parent.to_le_bytes();
     raw_crc32c(u32::from_le_bytes([a, b, c, d]), name).into()
 }
 
-/// Returns a length as 16 bits. Longer ones were refused before.
+/// Returns a length as 16 bits. Larger lengths were refused before.
 fn len16(bytes: &[u8]) -> u16 {
     u16::try_from(bytes.len()).unwrap_or(u16::MAX)
 }
 
-/// A file.
+/// The inode of a file.
 #[derive(Default)]
 pub(super) struct Inode {
     pub(super) size: u64,
@@ -210,33 +210,33 @@ pub(super) fn inode_extref(parent: u64, index: u64, name: &[u8]) -> Bytes {
     put.u16(len16(name)).bytes(name).0
 }
 
-/// Returns an entry of a directory, or an extended attribute.
+/// Returns an entry of a directory, which has no `value`, or an extended attribute.
 pub(super) fn dir_item(to: &Key, kind: u8, name: &[u8], value: &[u8]) -> Bytes {
     let put = Put::default().key(to).u64(GENERATION);
     let put = put.u16(len16(value)).u16(len16(name)).u8(kind);
     put.bytes(name).bytes(value).0
 }
 
-/// Returns an extent with content in the tree.
+/// Returns a file's extent whose content is in the tree.
 pub(super) fn inline_extent(data: &[u8]) -> Bytes {
     let put = Put::default().u64(GENERATION).u64(to_u64(data.len()));
     put.u32(0).u8(0).bytes(data).0
 }
 
-/// Returns an extent with content at `address`.
+/// Returns a file's extent of `len` bytes whose content is at `address` on the device.
 pub(super) fn file_extent(address: u64, len: u64) -> Bytes {
     let put = Put::default().u64(GENERATION).u64(len).u32(0).u8(1);
     put.u64(address).u64(len).u64(0).u64(len).0
 }
 
-/// Returns the item of a data extent that belongs to a file.
+/// Returns the extent tree's item for an extent of data, which the file `inode` has at `offset`.
 pub(super) fn data_extent(inode: u64, offset: u64) -> Bytes {
     let put = Put::default().u64(1).u64(GENERATION).u64(1);
     let put = put.u8(kind::EXTENT_DATA_REF).u64(root::FS);
     put.u64(inode).u64(offset).u32(1).0
 }
 
-/// Returns the item of a block that belongs to a tree.
+/// Returns the extent tree's item for a block of the tree `owner`.
 pub(super) fn metadata_extent(owner: u64) -> Bytes {
     let put = Put::default().u64(1).u64(GENERATION).u64(2);
     put.u8(kind::TREE_BLOCK_REF).u64(owner).0
@@ -275,7 +275,7 @@ pub(super) struct Root {
     pub(super) level: u8,
     /// The UUID of a subvolume.
     pub(super) subvolume: Option<Uuid>,
-    /// The root directory, if the tree has one.
+    /// The inode number of the root directory; 0 if the tree has none.
     pub(super) directory: u64,
     pub(super) time: u32,
 }
@@ -287,7 +287,7 @@ impl Root {
             nbytes: NODE,
             nlink: 1,
             mode: 0o040_755,
-            // Fields that the original format doesn't have are initialized.
+            // Says that the fields that the original format doesn't have are initialized.
             flags: 1 << 31,
             ..Default::default()
         };
@@ -297,10 +297,10 @@ impl Root {
         };
         let put = Put::default().bytes(&inode.bytes()).u64(GENERATION);
         let put = put.u64(self.directory).u64(self.address).u64(0).u64(NODE);
-        // Last snapshot and flags; references; progress of its deletion.
+        // Last snapshot and flags; number of references; progress of the tree's deletion.
         let put = put.zeros(8 + 8).u32(1).zeros(17 + 1).u8(self.level);
         let put = put.u64(GENERATION).uuid(self.subvolume.unwrap_or_default());
-        // Parent's and received UUID, four transactions; times of change and creation.
+        // UUIDs of the parent and of the received subvolume, four transactions; times of change and creation.
         put.zeros(16 + 16 + 32).time(time).time(time).up_to(439).0
     }
 }
@@ -343,7 +343,7 @@ impl Superblock {
     }
 }
 
-/// Sets the checksum, which is before everything that it covers.
+/// Sets the checksum, which is at the start of the block and covers everything after its field.
 fn seal(mut block: Bytes) -> Bytes {
     let (sum, rest) = block.split_at_mut(32);
     let crc = crc32c::crc32c(rest);

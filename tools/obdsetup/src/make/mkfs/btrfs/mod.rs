@@ -7,9 +7,8 @@
 //! The result has one device and one copy of everything, blocks of 4 KiB, nodes of 16 KiB and the
 //! default features of mkfs.btrfs. Addresses in the file system equal those on the device.
 //!
-//! - [`format`]: bytes of single structures. [`files`]: the tree of files. [`pack`]: trees as
-//!   blocks.
-//! - [`chunks`]: places on the device.
+//! - [`format`]: the bytes of each structure. [`files`]: the items of the tree of files.
+//! - [`pack`]: distributes the items of a tree over blocks. [`chunks`]: divides the device into chunks.
 //!
 //! Source: Linux, `include/uapi/linux/btrfs_tree.h`, and the checks in `fs/btrfs/tree-checker.c`.
 
@@ -105,7 +104,7 @@ pub(in crate::make::mkfs) fn make(
     Ok(image)
 }
 
-/// Writes the content of all files. Returns its checksums.
+/// Writes the content of all files at the addresses in `extents`. Returns the items of the tree of checksums.
 fn write_data(tree: &Tree, extents: &[Extent], file: &File) -> Result<Items> {
     let mut sums: Vec<(u64, u32)> = Vec::new();
     let bar = Bar::new("writing", extents.iter().map(|extent| extent.len).sum());
@@ -156,7 +155,7 @@ fn write_data(tree: &Tree, extents: &[Extent], file: &File) -> Result<Items> {
     Ok(items)
 }
 
-/// Returns the tree that the kernel needs to move data.
+/// Returns the items of the data relocation tree, which the kernel needs to move data.
 fn relocation_tree() -> Items {
     let mut items = Items::new();
     let directory = format::Inode {
@@ -192,13 +191,15 @@ struct Done {
     extent: Packed,
     root: Packed,
     chunk: Packed,
-    /// Addresses of the blocks of the trees, in the order of [`Done::packed`].
+    /// Addresses of the blocks of each tree, in the order of [`Done::packed`], and of the chunk tree at the end.
     places: Vec<Vec<u64>>,
+    /// Number of bytes of data and of blocks of trees.
     used: u64,
 }
 
 impl Maker<'_> {
-    /// Builds the trees that record the places of all blocks, including their own.
+    /// Builds the trees that record the places of all blocks, including the blocks of these trees. `data` are the
+    /// chunks for data.
     fn trees(&self, data: Vec<Chunk>) -> Result<Done> {
         // More blocks need more items in the trees, which need more blocks.
         let mut blocks = 1;
@@ -216,6 +217,7 @@ impl Maker<'_> {
         }
     }
 
+    /// Builds the trees for these chunks, which may have too few blocks.
     fn trees_in(&self, layout: Layout) -> Result<Done> {
         let device = Packed::new(root::DEVICE, self.device_tree(&layout));
         let chunk = Packed::new(root::CHUNK, self.chunk_tree(&layout));
@@ -230,7 +232,7 @@ impl Maker<'_> {
             places: Vec::new(),
             used: 0,
         };
-        // At most twice: in the first pass, their own blocks are missing.
+        // Repeated until the numbers of blocks stay the same: the first pass doesn't know them.
         let mut own = (0, 0, 0);
         loop {
             done.place(self)?;
@@ -306,14 +308,14 @@ impl Done {
         Ok(())
     }
 
-    /// Returns the address of the root of the tree at `nth` in [`Self::packed`].
+    /// Returns the address of the root of the tree at `nth` in [`Self::places`].
     fn root_of(&self, nth: usize) -> Result<u64> {
         let last = self.places.get(nth).and_then(|blocks| blocks.last());
-        // In the first pass there is none yet.
+        // In the first pass, a tree may have no place yet.
         Ok(last.copied().unwrap_or_default())
     }
 
-    /// Returns the number of used bytes in a chunk: they are at its start.
+    /// Returns the number of used bytes in a chunk. All used bytes are at the start of the chunk.
     fn used_in(&self, chunk: &Chunk, maker: &Maker<'_>) -> u64 {
         let inside = |address: u64| (chunk.start..chunk.end()).contains(&address);
         let blocks = self.places.iter().flatten();
@@ -387,7 +389,7 @@ impl Done {
             };
             items.insert(key(packed.owner(), kind::ROOT_ITEM, 0), tree.bytes());
         }
-        // A directory there has the name of the default subvolume.
+        // A directory in the root tree has one entry, `default`: the default subvolume.
         let directory = format::Inode {
             size: 0,
             nbytes: NODE,

@@ -8,12 +8,12 @@ use overlaybd::format::num::to_u64;
 
 use super::format::{Body, Bytes, Items, Key, ITEM_HEADER, POINTERS, ROOM};
 
-/// A tree, and the distribution of its items over blocks. The blocks are in this order: the leaves,
-/// the nodes above, and so on; the root is last.
+/// A tree, and the distribution of its items over blocks. The order of the blocks is: all leaves, then the
+/// nodes above the leaves, then those above them, and so on; the root is last.
 pub(super) struct Packed {
     owner: u64,
     items: Vec<(Key, Bytes)>,
-    /// The first item of each leaf.
+    /// The index of the first item of each leaf.
     leaves: Vec<usize>,
 }
 
@@ -59,13 +59,13 @@ impl Packed {
         u8::try_from(self.in_levels().len() - 1).unwrap_or(u8::MAX)
     }
 
-    /// Returns the level of each block.
+    /// Returns the level of each block, in the order of the blocks.
     pub(super) fn levels(&self) -> impl Iterator<Item = u8> {
         let levels = (0u8..).zip(self.in_levels());
         levels.flat_map(|(level, count)| std::iter::repeat_n(level, count))
     }
 
-    /// Passes on all blocks with their addresses, which are `places`.
+    /// Passes each block to `each`, with its address from `places`.
     pub(super) fn write(
         &self,
         places: &[u64],

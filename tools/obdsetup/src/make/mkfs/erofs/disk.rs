@@ -30,7 +30,7 @@ pub(super) struct Disk {
     /// The written blocks, at their offsets.
     file: File,
     written: RefCell<Blocks>,
-    /// Cached windows of the layers below, by their offset.
+    /// Cached windows of the layers below, by their offsets.
     windows: RefCell<HashMap<u64, Vec<u8>>>,
 }
 
@@ -55,7 +55,7 @@ impl Disk {
         self.blocks
     }
 
-    /// Returns the size of the files of the layers below, in bytes.
+    /// Returns the sum of the sizes of the layers' files, in bytes.
     pub(super) fn stored(&self) -> u64 {
         let layers = self.below.iter().flat_map(Stack::layers);
         layers.map(|layer| layer.payload().file().size()).sum()
@@ -73,10 +73,10 @@ impl Disk {
         (self.file, runs.collect())
     }
 
-    /// Reads a part of a block.
+    /// Fills `bytes` with the bytes of the disk from `at` on, which must be within one block.
     fn read_in_block(&self, bytes: &mut [u8], at: u64) -> Result<()> {
         if self.written.borrow().contains(at / BLOCK) {
-            // If the file ends within the block, the rest is zeros.
+            // If the file ends within the block, the rest of the block is zeros.
             let mut done = 0;
             while let Some(rest) = bytes.get_mut(done..).filter(|rest| !rest.is_empty()) {
                 match self.file.read_at(rest, at + to_u64(done)).context(WRITE)? {
@@ -99,14 +99,14 @@ impl Disk {
         }
         let window = windows.get(&start).map(Vec::as_slice).unwrap_or_default();
         let from = window.get(to_usize(at - start)..).unwrap_or_default();
-        // A window has whole blocks.
+        // A window has whole blocks, so it has all of the bytes.
         for (to, from) in bytes.iter_mut().zip(from) {
             *to = *from;
         }
         Ok(())
     }
 
-    /// Reads a window of the layers below, with zeros after their end.
+    /// Reads the window at byte `start` of the layers below, with zeros after their end.
     fn read_below(&self, start: u64) -> Result<Vec<u8>> {
         let mut window = vec![0; to_usize(WINDOW)];
         if let Some(below) = &self.below {
@@ -119,7 +119,7 @@ impl Disk {
         Ok(window)
     }
 
-    /// Writes a part of a block of the layers below; the rest of the block stays.
+    /// Writes a part of a block of the layers below, if it differs; the rest of the block stays as it is.
     fn write_in_block(&self, bytes: &[u8], at: u64) -> Result<()> {
         let mut old = vec![0; bytes.len()];
         self.read_in_block(&mut old, at)?;
@@ -140,7 +140,7 @@ impl Disk {
 }
 
 impl Out for Disk {
-    /// Writes the bytes that differ from the present ones.
+    /// Writes the bytes. A block of the layers below counts as written only if they change it.
     fn write(&self, mut bytes: &[u8], mut at: u64) -> Result<()> {
         while !bytes.is_empty() && at / BLOCK < self.blocks {
             let room = to_usize(BLOCK - at % BLOCK).min(bytes.len());
@@ -170,7 +170,8 @@ impl Out for Disk {
     }
 }
 
-/// Ranges of block numbers: start of each range, and its end.
+/// Ranges of block numbers: the first block of each range, and the block after its last one. The ranges are
+/// disjoint, and not adjacent.
 #[derive(Debug, Default)]
 struct Blocks(BTreeMap<u64, u64>);
 

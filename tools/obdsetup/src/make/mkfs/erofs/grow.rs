@@ -1,15 +1,16 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! Puts a layer of an image over an erofs. Existing data keeps its place, new data is written after
-//! the end. So the layer is the difference between the two disks: its content, and the inodes and
-//! directories that it changes.
+//! Puts a layer of an image over an erofs. Existing data keeps its place, and new data is written after
+//! the end of the disk. So the OverlayBD layer has only new content, and the inodes and directories that
+//! change.
 //!
-//! - Files, links and devices never change: a layer replaces them. Only the count of their names may.
-//! - A directory stays where it is while its inode fits there. Entries that don't fit beside it
-//!   any more go in blocks behind the end.
-//! - The superblock says the place of the root directory in 16 bits, so that can't move: its entries
-//!   are always in blocks, and in a new file system the next inode is in the next block, so that its
-//!   extended attributes may become more.
+//! - The inodes of files, links and devices never change, except for their link counts: a layer that
+//!   changes a file replaces it by a new one.
+//! - The inode of a directory stays where it is while it fits there. Entries that don't fit beside
+//!   the inode any more are moved to blocks after the end of the disk.
+//! - The superblock has only 16 bits for the place of the root directory's inode, so this inode never
+//!   moves. Its entries are always in blocks. In a new file system, the next inode is in the next block,
+//!   which leaves room for more extended attributes of the root directory.
 //!
 //! The result depends only on the disk below and the tree.
 
@@ -31,13 +32,13 @@ use crate::terminal::exit::Failure;
 
 /// What the user can do if the file system becomes too large.
 const FULL: &str = "make one layer of the image's files, with --fs btrfs";
-/// What to do where a file has too many extended attributes.
+/// What the user can do if a file has too many extended attributes.
 const TOO_LONG: &str = "make one layer of the image's files, with --fs squashfs";
-/// Where an inode has the count of its names.
+/// Offset of the link count in an inode, in bytes.
 const LINKS_AT: u64 = 44;
 
-/// Writes the tree of `state`, parts of which are on `disk` already. Returns the new number of
-/// blocks of the file system.
+/// Writes the tree of `state` to `disk`, which has parts of it already. `stamp` is the UUID and the time of
+/// creation. Returns the new number of blocks of the file system.
 pub(super) fn write(state: &State, disk: &Disk, stamp: (Uuid, u32)) -> Result<u64> {
     let (tree, placed) = (&state.tree, &state.placed);
     let names = tree.names();
@@ -132,7 +133,7 @@ pub(super) fn write(state: &State, disk: &Disk, stamp: (Uuid, u32)) -> Result<u6
         writer.node(id, u32::from_le_bytes([a, b, c, d]), &bar)?;
     }
     for (id, there) in placed {
-        // Nodes without a name have no plan; moved nodes have been written.
+        // A node without a name has no plan. A node that has moved was written above, with its link count.
         let plan = writer.plans.get(id).filter(|plan| plan.at == there.at);
         if let Some(plan) = plan.filter(|plan| plan.links != there.links) {
             disk.write(&plan.links.to_le_bytes(), there.at + LINKS_AT)?;
@@ -148,8 +149,8 @@ pub(super) fn write(state: &State, disk: &Disk, stamp: (Uuid, u32)) -> Result<u6
     Ok(next)
 }
 
-/// Returns whether the inode of a directory can stay at `at`, where it has `room`. Moves its
-/// entries to blocks if necessary.
+/// Returns whether the inode of a directory can stay at `at`, where there are `room` bytes for the inode and the
+/// data beside it. Changes the plan to have the entries in blocks if they cannot be beside the inode.
 fn stays(plan: &mut Plan, at: u64, room: Option<u64>) -> bool {
     let room = room.unwrap_or_default();
     let needed = |plan: &Plan| INODE + to_u64(plan.xattrs.len()) + plan.beside();
@@ -159,8 +160,8 @@ fn stays(plan: &mut Plan, at: u64, room: Option<u64>) -> bool {
     needed(plan) <= room
 }
 
-/// Returns the space for the inode of the root directory at its place: up to the next inode, or the
-/// end of the block. Data is in later blocks.
+/// Returns the number of bytes for the inode of the root directory at its place: up to the next inode or the
+/// end of the block. Data is only in later blocks.
 fn root_room(placed: &HashMap<Id, Placed>) -> Option<u64> {
     let root = placed.get(&ROOT)?;
     let others = placed.values().map(|other| other.at);

@@ -1,11 +1,12 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! Makes erofs. Without compression, obdsetup writes it itself ([`write`]): mkfs.erofs stores holes
-//! as zeros, and uses the source's order of a directory, or loses sockets and some device numbers.
-//! With options for mkfs.erofs, such as compression, mkfs.erofs is used ([`program`]).
+//! Makes erofs. Without options for mkfs.erofs, obdsetup writes the file system itself ([`write`]):
+//! mkfs.erofs stores holes as zeros; from a directory, it writes files in the order in which the directory
+//! is read; from a tar, it loses sockets and some device numbers. With options, such as for compression,
+//! mkfs.erofs makes the file system ([`program`]).
 //!
-//! A layer of an image is added to the file system on the disk of the layers below ([`read`]), so
-//! that little of it changes ([`grow`], [`disk`]).
+//! A layer of an image is added to the file system on the disk of the layers below, which is read first
+//! ([`read`]), so that little of the disk changes ([`grow`], [`disk`]).
 
 mod disk;
 mod grow;
@@ -40,15 +41,15 @@ pub(super) fn make(
     }
 }
 
-/// A file system on the disk of layers, to which a layer is added.
+/// The file system on the disk of the layers below, while a layer is added to it.
 pub(super) struct Growing {
     disk: Disk,
     state: State,
 }
 
 impl Growing {
-    /// Reads the file system on the disk of `below`, or starts an empty one. New data goes to a
-    /// temporary file in `place`.
+    /// Reads the file system on the disk of `below`, or starts a new one with the tree `empty`. New data
+    /// goes to a temporary file in `place`.
     pub(super) fn open(below: Option<Stack>, empty: Tree, place: &Path) -> Result<Self> {
         let file = tempfile::tempfile_in(place);
         let file = file.with_context(|| format!("{}: cannot make a file", place.display()))?;
@@ -71,7 +72,8 @@ impl Growing {
         &mut self.state.tree
     }
 
-    /// Writes the changes.
+    /// Writes the changes. `stamp` is the UUID and the time of creation of the file system. Returns what
+    /// has changed on the disk.
     pub(super) fn finish(self, stamp: (Uuid, u32)) -> Result<Delta> {
         let blocks = grow::write(&self.state, &self.disk, stamp)?;
         let (file, runs) = self.disk.into_written();

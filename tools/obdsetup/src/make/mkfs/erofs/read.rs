@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: GPL-2.0
 
 //! Reads the tree of an erofs made by [`super::write`] and [`super::grow`], to add a layer: names,
-//! directories with their metadata, and the place of each inode. The content of files stays in
-//! place.
+//! directories with their metadata, and the place of each inode. The content of files, and the metadata
+//! of all but directories, stay on the disk and are not in the tree.
 //!
 //! The file system isn't trusted: each place is checked, and memory is limited in proportion to the
 //! size of the layers' files.
@@ -21,11 +21,11 @@ use crate::make::mkfs::limits;
 use crate::make::mkfs::tree::{Content, Device, Id, Kind, Meta, Node, Time, Tree, ROOT};
 use crate::terminal::exit::{self, Failure};
 
-/// Size limit of a directory in bytes: no real one is as large.
+/// Largest size of a directory in bytes. Real directories are smaller.
 const DIRECTORY: u64 = 1 << 30;
-/// Bytes of inodes, directories and links that may be there whatever the layers have, and for each byte of
-/// their files. Layers may be compressed, and have the same bytes at many places. Maps of chunks, which
-/// compress best of all, are not read, and not counted.
+/// Limit for the bytes of inodes, directories and links: a fixed number, and a number for each byte of the
+/// layers' files. Layers may be compressed, and may have the same data in many places of the disk. Maps of
+/// chunks, which compress best of all, are not read, and don't count.
 const METADATA: (u64, u64) = (4 << 20, 64);
 /// Length of the fixed part of a directory entry.
 const ENTRY: usize = 12;
@@ -33,20 +33,21 @@ const ENTRY: usize = 12;
 /// The place of a node.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Placed {
-    /// Offset of its inode.
+    /// Offset of its inode on the disk.
     pub(super) at: u64,
-    /// Bytes there for the inode and the data beside it.
+    /// Number of bytes there for the inode, its extended attributes and the data beside it.
     pub(super) room: u64,
-    /// First block of a directory's data, and number of blocks.
+    /// First block of a directory's data, and number of blocks; 0 for other nodes.
     pub(super) block: u64,
     pub(super) blocks: u64,
     /// Link count in the inode.
     pub(super) links: u32,
 }
 
-/// The content of a file system.
+/// The tree of a file system, and what is known about its form.
 pub(super) struct State {
     pub(super) tree: Tree,
+    /// The places of the nodes that are on the disk already.
     pub(super) placed: HashMap<Id, Placed>,
     /// Whether files may be stored in chunks.
     pub(super) chunks: bool,
@@ -58,7 +59,7 @@ pub(super) struct State {
 ///
 /// # Errors
 ///
-/// If there is none, it was made by another program, or is damaged; and read errors.
+/// If the disk has no erofs, or one that another program made or that is damaged, or if it cannot be read.
 pub(super) fn read(disk: &Disk) -> Result<State> {
     let mut superblock = vec![0; to_usize(SUPERBLOCK.1)];
     disk.read(&mut superblock, SUPERBLOCK.0)?;
@@ -120,6 +121,7 @@ pub(super) fn read(disk: &Disk) -> Result<State> {
     Ok(reader.state)
 }
 
+/// Returns empty metadata, for nodes whose metadata is not read.
 fn nothing() -> Meta {
     Meta {
         mode: 0,
@@ -206,7 +208,7 @@ impl Inode {
         }
     }
 
-    /// How many of these are read into memory.
+    /// Returns how many of the bytes of [`Self::beside`] are read into memory.
     fn read_beside(&self) -> u64 {
         match self.layout {
             layout::CHUNKS => 0,
@@ -214,6 +216,7 @@ impl Inode {
         }
     }
 
+    /// Returns the offset after inode and extended attributes.
     fn tail(&self) -> u64 {
         self.at + INODE + self.xattrs
     }
@@ -232,24 +235,26 @@ struct Reader<'a> {
     state: State,
     /// Nodes by the offsets of their inodes.
     known: HashMap<u64, Id>,
-    /// Remaining bytes of inodes, directories and data beside them that may be read.
+    /// Number of bytes of inodes, directories and links that may still be read: see [`METADATA`].
     metadata: u64,
     /// Directories whose entries are still to be read: id, parent, and length of the path in bytes.
     left: VecDeque<(Id, Id, usize, Inode)>,
 }
 
 impl Reader<'_> {
-    /// Counts bytes read into memory. Inodes don't share such bytes.
+    /// Counts bytes that are read into memory for the inode at `at`. An error if there are too many in all,
+    /// because then inodes share them.
     fn count(&mut self, at: u64, bytes: u64) -> Result<()> {
         let left = self.metadata.checked_sub(bytes);
         self.metadata = left.ok_or_else(|| bad(at, "shares its bytes with others"))?;
         Ok(())
     }
 
+    /// Reads and checks the inode at byte `at`.
     fn inode(&mut self, at: u64) -> Result<Inode> {
         let end = self.disk.blocks() * BLOCK;
         if at < INODES_AT || at % BLOCK + INODE > BLOCK || at >= end {
-            return Err(bad(at, "none can be there"));
+            return Err(bad(at, "no inode can be there"));
         }
         let mut bytes = vec![0; to_usize(INODE)];
         self.disk.read(&mut bytes, at)?;
@@ -292,7 +297,7 @@ impl Reader<'_> {
         Ok(inode)
     }
 
-    /// Reads the metadata of a directory, except its entries.
+    /// Reads the metadata of the directory `id`, but not its entries.
     fn directory_of(&mut self, id: Id, inode: &Inode) -> Result<()> {
         let xattrs = self.xattrs(inode)?;
         let meta = &mut self.state.tree.node_mut(id)?.meta;
@@ -329,7 +334,7 @@ impl Reader<'_> {
         let mut bytes = vec![0; to_usize(inode.xattrs)];
         self.disk.read(&mut bytes, inode.at + INODE)?;
         let header = bytes.get(..XATTR_HEADER).unwrap_or_default();
-        // Shared attributes: none are written.
+        // The header has a filter of names and the number of shared attributes: obdsetup writes neither.
         if header.iter().any(|&byte| byte != 0) {
             return Err(wrong());
         }
@@ -351,7 +356,7 @@ impl Reader<'_> {
         Ok(found)
     }
 
-    /// Returns the content of a directory or link.
+    /// Reads the content of a directory or link.
     fn content(&mut self, inode: &Inode) -> Result<Vec<u8>> {
         let in_blocks = match inode.layout {
             layout::INLINE => inode.size - inode.size % BLOCK,
@@ -369,7 +374,7 @@ impl Reader<'_> {
         Ok(bytes)
     }
 
-    /// Reads the entries of the directory `id` in `parent`. `len` is the length of its path.
+    /// Reads the entries of the directory `id`, whose parent is `parent` and whose path has `len` bytes.
     fn children(&mut self, id: Id, parent: Id, len: usize, inode: &Inode) -> Result<()> {
         let content = self.content(inode)?;
         let (mut own, mut above) = (None, None);
@@ -391,6 +396,7 @@ impl Reader<'_> {
         }
     }
 
+    /// Adds the entry `name` of the directory `parent`, whose path has `len` bytes. The inode is at byte `at`.
     fn child(&mut self, parent: Id, name: &[u8], len: usize, at: u64) -> Result<()> {
         let len = len + name.len() + 1;
         let is_name = !name.is_empty()
@@ -399,7 +405,7 @@ impl Reader<'_> {
         if !is_name || len > limits::PATH + 1 || self.state.tree.child(parent, name).is_some() {
             return Err(bad(
                 at,
-                "the name that leads to it is none, too long, or there twice",
+                "an entry for it has an invalid name, too long a path, or a name that is used twice",
             ));
         }
         if let Some(&id) = self.known.get(&at) {
@@ -434,6 +440,7 @@ impl Reader<'_> {
         Ok(())
     }
 
+    /// Reads the target of a symbolic link.
     fn link(&mut self, inode: &Inode) -> Result<Vec<u8>> {
         if !(1..=to_u64(limits::PATH)).contains(&inode.size) {
             return Err(bad(
@@ -452,7 +459,8 @@ fn device(number: u32) -> Device {
     }
 }
 
-/// Returns the names in a block of a directory, and the offsets of their inodes.
+/// Returns the names in a block of a directory, and the offsets of their inodes; `None` if the block is
+/// malformed.
 fn entries(block: &[u8]) -> Option<Vec<(&[u8], u64)>> {
     let first = usize::from(Fields(block).u16(8));
     if first == 0 || first % ENTRY != 0 || first > block.len() {

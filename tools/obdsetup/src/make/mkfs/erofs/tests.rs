@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! The layers below are hostile: any bytes must lead to an error or to a layer.
+//! Hostile layers below: whatever bytes they have, the result must be an error or a layer.
 
 use std::path::{Path, PathBuf};
 use std::sync::OnceLock;
@@ -69,7 +69,7 @@ fn layers() -> &'static [PathBuf] {
     layers
 }
 
-/// Adds a layer to the disk with these bytes changed. Returns the error about the disk, if any.
+/// Changes bytes of the disk of [`layers`], and adds a layer. Returns the error about the disk, if any.
 fn changed(changes: &[(u64, Vec<u8>)]) -> Option<String> {
     let stack = Stack::open(layers()).unwrap();
     let size = stack.size();
@@ -91,7 +91,7 @@ fn changed(changes: &[(u64, Vec<u8>)]) -> Option<String> {
     ];
     std::fs::write(&path, tar(&members)).unwrap();
     let mut archive = Archive::layer(&path, &path, false).unwrap();
-    // Directories may have other names now.
+    // An error here is not about the disk: the changed bytes may have renamed directories.
     from_tar::apply(&mut archive, &path, growing.tree(), false, place.path()).ok()?;
     match grow::write(&growing.state, &growing.disk, (uuid::Uuid::nil(), 1)) {
         Ok(blocks) => assert!(blocks * BLOCK >= size),

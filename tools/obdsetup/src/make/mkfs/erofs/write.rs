@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: GPL-2.0
 
 //! Writes an erofs without compression: the superblock, all inodes with small data beside them,
-//! then blocks of data. Blocks have 4 KiB, all inodes the extended form.
+//! then blocks of data. A block has 4 KiB; all inodes have the extended form.
 //!
 //! Files have fingerprints of their content, as mkfs.erofs makes them with `--xattr-inode-digest`:
 //! with the mount option `inode_share`, images share the page cache of files with the same
@@ -34,37 +34,38 @@ pub(super) const SUPERBLOCK: (u64, u64) = (1024, 128);
 pub(super) const SLOT: u64 = 32;
 /// Length of an inode.
 pub(super) const INODE: u64 = 64;
-/// Longest end of a file, directory or link that is stored beside its inode.
+/// Largest number of bytes after the last whole block of a file, directory or link that are stored beside its
+/// inode.
 const INLINE: u64 = 2048;
 /// Largest number of chunks in a file with holes.
 const CHUNKS: u64 = 1 << 16;
-/// log2 of the number of blocks in the largest chunk: the field has five bits. The largest files
-/// have more than [`CHUNKS`] chunks then.
+/// log2 of the number of blocks in the largest chunk: the field has five bits. So the largest files have
+/// more than [`CHUNKS`] chunks.
 const CHUNK_BITS: u16 = 31;
 /// The address of a chunk that is a hole.
 const HOLE: u32 = u32::MAX;
 /// Length of the header of extended attributes.
 pub(super) const XATTR_HEADER: usize = 12;
-/// The table of attribute prefixes, with one prefix: its length, the number of no known prefix, the
-/// rest.
+/// The table of attribute prefixes, which has one prefix: the length of the rest in 16 bits; 0, because it
+/// does not start with a known prefix; its text.
 pub(super) const PREFIXES: [u8; 5] = [3, 0, 0, b'f', b'p'];
 /// Offset of the table, if there is one.
 pub(super) const PREFIXES_AT: u64 = SUPERBLOCK.0 + SUPERBLOCK.1;
 /// First offset for inodes: after the table.
 pub(super) const INODES_AT: u64 = PREFIXES_AT + 5;
-/// The superblock's fields about the table, at byte 91: number of prefixes, and offset in units of
-/// 4 bytes; the first prefix is that of fingerprints.
+/// The superblock's fields about the table, at byte 91: number of prefixes, and offset of the table in units
+/// of 4 bytes. The next field stays 0: fingerprints have the first prefix.
 pub(super) const PREFIXES_SAID: (usize, [u8; 5]) = {
     let [a, b, c, d, ..] = (PREFIXES_AT / 4).to_le_bytes();
     (91, [1, a, b, c, d])
 };
 /// Prefix number of an extended attribute whose whole name is the first prefix.
 const FIRST_PREFIX: u8 = 0x80;
-/// Start of a fingerprint; SHA-256 follows.
+/// Start of a fingerprint; the SHA-256 of the content follows.
 const DIGEST: &[u8] = b"sha256:";
 const DIGEST_LEN: usize = 32;
-/// Bytes of holes in all files with fingerprints, beyond the bytes of data: they are hashed, too, and few
-/// bytes of a tar make any number of them.
+/// Largest number of bytes of holes that are hashed for fingerprints, in addition to as many as the tree has
+/// bytes of data. A small tar can have any number of bytes in holes.
 const HASHED_HOLES: u64 = 1 << 30;
 pub(super) const WRITE: &str = "cannot write the file system";
 
@@ -72,9 +73,9 @@ pub(super) const WRITE: &str = "cannot write the file system";
 pub(super) const MAGIC: u32 = 0xe0f5_e1e2;
 /// Features that a reader need not support: a checksum, and times of modification.
 pub(super) const COMPATIBLE: u32 = 3;
-/// More of these: fingerprints, and a table of prefixes with its own offset.
+/// Further features that a reader need not support: fingerprints, and a table of prefixes with its own offset.
 pub(super) const PRINTS: u32 = 0x30;
-/// The feature of files in chunks.
+/// The feature that files may be in chunks, which a reader must support.
 pub(super) const CHUNKED_FILES: u32 = 4;
 /// Prefixes of extended attributes, and their numbers.
 pub(super) const KINDS: [(&[u8], u8); 5] = [
@@ -92,7 +93,7 @@ pub(super) mod layout {
     pub(in super::super) const CHUNKS: u16 = 4;
 }
 
-/// The output of a file system.
+/// The file or disk that a file system is written to.
 pub(super) trait Out {
     /// Writes `bytes` at byte `at`.
     fn write(&self, bytes: &[u8], at: u64) -> Result<()>;
@@ -110,7 +111,7 @@ impl Out for File {
     }
 }
 
-/// Properties of a node that are known before any address.
+/// The form of a node in the file system, and its place, which is set after the form.
 pub(super) struct Plan {
     /// Size of the content in bytes.
     pub(super) size: u64,
@@ -128,7 +129,8 @@ pub(super) struct Plan {
 }
 
 impl Plan {
-    /// Returns the plan of a node that exists already and isn't changed.
+    /// Returns the plan of a node whose inode is at `at` already and isn't written again, except for its link
+    /// count.
     pub(super) fn in_place(at: u64, links: u32) -> Self {
         Self {
             size: 0,
@@ -151,10 +153,12 @@ impl Plan {
         }
     }
 
+    /// Returns the size of a chunk in bytes.
     fn chunk(&self) -> u64 {
         BLOCK << self.chunk_bits
     }
 
+    /// Returns the number of chunks in the file.
     fn chunks(&self) -> u64 {
         self.size.div_ceil(self.chunk())
     }
@@ -234,7 +238,7 @@ pub(super) struct Summary {
     pub(super) prints: bool,
 }
 
-/// The link count of each node, and the directory that it is in.
+/// The number of names of each node, and the directory that it is in, that of the last name if it has several.
 pub(super) struct Relations {
     pub(super) links: HashMap<Id, u32>,
     pub(super) parents: HashMap<Id, Id>,
@@ -262,6 +266,7 @@ pub(super) fn check_end(blocks: u64, instead: &str) -> Result<()> {
     }
 }
 
+/// Returns the number of directories in the directory `id`.
 pub(super) fn subdirectories(tree: &Tree, id: Id) -> Result<u32> {
     let mut count = 0;
     for (_, child) in tree.children(id) {
@@ -278,7 +283,8 @@ pub(super) struct Planner<'a> {
 }
 
 impl<'a> Planner<'a> {
-    /// For the nodes `all` of a tree; what is in place already isn't hashed again.
+    /// Returns a planner for the nodes `all` of a tree. The data of files that are in the file system already
+    /// doesn't count for [`HASHED_HOLES`].
     pub(super) fn new(tree: &'a Tree, all: impl Iterator<Item = Id>) -> Result<Self> {
         let mut holes = HASHED_HOLES;
         for id in all {
@@ -289,15 +295,15 @@ impl<'a> Planner<'a> {
         Ok(Self { tree, holes })
     }
 
-    /// Whether so many bytes of holes may be hashed; then there are fewer for other files.
+    /// Returns whether so many bytes of holes may be hashed. If so, fewer are left for other files.
     fn takes(&mut self, holes: u64) -> bool {
         let left = self.holes.checked_sub(holes);
         self.holes = left.unwrap_or(self.holes);
         left.is_some()
     }
 
-    /// Plans a node; `None` where it has too many extended attributes. Files get their fingerprints in the
-    /// order of these calls.
+    /// Plans a node; returns `None` if it has too many extended attributes. The order of the calls decides
+    /// which files get fingerprints if there are too many holes to hash.
     pub(super) fn plan(&mut self, id: Id) -> Result<Option<Plan>> {
         let node = self.tree.node(id)?;
         let with_digest = match &node.kind {
@@ -355,8 +361,8 @@ pub(super) fn place_inode(end: u64, plan: &Plan) -> u64 {
     at
 }
 
-/// Returns whether an inode can be at `at`: neither the inode nor the data beside it crosses a
-/// block.
+/// Returns whether an inode can be at `at`: neither the inode nor the end of the content beside it may
+/// cross the end of a block. Extended attributes and maps of chunks may.
 pub(super) fn can_be_at(at: u64, plan: &Plan) -> bool {
     let crosses = |start: u64, len: u64| start % BLOCK + len > BLOCK;
     let tail = at + INODE + to_u64(plan.xattrs.len());
@@ -376,8 +382,8 @@ pub(super) fn blocks(node: &Node, plan: &Plan) -> u64 {
     }
 }
 
-/// Returns the chunks of a file that have data: the first block, relative to the file's first
-/// block, and the number of blocks.
+/// Returns the chunks of a file that have data, by their numbers: the first block of a chunk, counted from
+/// the file's first block, and its number of blocks.
 fn stored_chunks(content: &Content, plan: &Plan) -> BTreeMap<u64, (u64, u64)> {
     let mut chunks = BTreeMap::new();
     let mut next = 0;
@@ -396,8 +402,8 @@ fn stored_chunks(content: &Content, plan: &Plan) -> BTreeMap<u64, (u64, u64)> {
     chunks
 }
 
-/// The extended attributes of an inode, and where among them the digest of its content is to be; `None`
-/// where they are too many.
+/// Returns the extended attributes of an inode as bytes, and the offset in them for the digest of the content;
+/// `None` if they are too many or too long. If the digest does not fit, leaves it out.
 fn xattrs(
     all: &BTreeMap<Vec<u8>, Vec<u8>>,
     with_digest: bool,
@@ -445,7 +451,7 @@ pub(super) fn too_long(names: &Names, name: Option<&Name>, instead: &str) -> any
     ))
 }
 
-/// Returns the length of extended attributes in an inode's format.
+/// Returns the length of extended attributes as an inode has it; `None` if they are too long.
 fn xattr_count(len: usize) -> Option<u16> {
     match len.checked_sub(XATTR_HEADER) {
         None => Some(0),
@@ -456,7 +462,7 @@ fn xattr_count(len: usize) -> Option<u16> {
 /// A name in a directory, and its node.
 type DirEntry<'a> = (&'a [u8], Id);
 
-/// Returns the names and nodes of a directory, sorted.
+/// Returns the names and nodes of a directory, with `.` and `..`, sorted.
 fn entries(tree: &Tree, id: Id, parent: Id) -> Vec<DirEntry<'_>> {
     let dots = [(b".".as_slice(), id), (b"..".as_slice(), parent)];
     let mut entries: Vec<_> = tree.children(id).chain(dots).collect();
@@ -503,6 +509,7 @@ impl Hash {
         }
     }
 
+    /// Adds zeros up to the offset `end`.
     fn zeros(&mut self, end: u64) {
         const ZEROS: &[u8] = &[0; 64 << 10];
         while self.end < end {
@@ -548,7 +555,7 @@ impl Writer<'_> {
         self.plans.values().any(|plan| plan.digest.is_some())
     }
 
-    /// Writes the inode of a node and its content.
+    /// Writes the inode of a node and its content. `number` is the inode's number for 32-bit stat calls.
     pub(super) fn node(&self, id: Id, number: u32, bar: &Bar) -> Result<()> {
         let node = self.tree.node(id)?;
         let plan = self.plan(id)?;
@@ -602,7 +609,8 @@ impl Writer<'_> {
         self.write(&inode, plan.at)
     }
 
-    /// Writes the content of a file. Returns its SHA-256 if the file gets a fingerprint.
+    /// Writes the content of a file. Returns the content's SHA-256 if the file gets a fingerprint, another value
+    /// otherwise.
     fn file(&self, plan: &Plan, content: &Content, bar: &Bar) -> Result<[u8; DIGEST_LEN]> {
         let mut hash = Hash {
             sha: Sha256::new(),
@@ -624,7 +632,7 @@ impl Writer<'_> {
         Ok(hash.finish(plan.size))
     }
 
-    /// Writes a part of a node's content.
+    /// Writes the part of a node's content that is at `offset` in it, in blocks and beside the inode.
     fn data(&self, plan: &Plan, offset: u64, bytes: &[u8]) -> Result<()> {
         let in_blocks = match plan.layout {
             layout::INLINE => plan.size - plan.size % BLOCK,
@@ -722,7 +730,7 @@ impl Writer<'_> {
         bytes.extend(u64::from(time).to_le_bytes());
         bytes.extend(0_u32.to_le_bytes());
         bytes.extend(u32::try_from(summary.blocks)?.to_le_bytes());
-        // Inode numbers start at 0; no shared extended attributes.
+        // Inode numbers count from the start of the disk; there are no shared extended attributes.
         bytes.extend([0; 8]);
         bytes.extend_from_slice(uuid.as_bytes());
         bytes.extend([0; 16]);

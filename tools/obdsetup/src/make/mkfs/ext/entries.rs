@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: GPL-2.0
 
 //! Changes directory entries of ext2, ext3 or ext4 in place: the inode number and the file type in
-//! the entry of a given name. debugfs could remove an entry and add it again, but cannot handle a
-//! name that has a newline.
+//! the entry of a given name. debugfs could remove an entry and add it again, but not if the name has a
+//! newline.
 //!
 //! Source: Linux, `Documentation/filesystems/ext4/directory.rst` and `checksums.rst`.
 
@@ -43,7 +43,9 @@ impl Entry {
 
 /// Fields of the superblock that are needed here.
 pub(super) struct Geometry {
+    /// Size of a block in bytes.
     block: u64,
+    /// Size of an inode in bytes.
     inode_size: u16,
     /// Whether a directory entry has a field for the file type (the feature `filetype`).
     kinds: bool,

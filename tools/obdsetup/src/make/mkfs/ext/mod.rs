@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! Makes ext2, ext3 and ext4 with mke2fs. mke2fs loses much: metadata of the root directory, times
-//! beyond seconds and 32 bits, hard links to symbolic links; and its order of extended attributes
-//! is that of the source. So it gets names and content only, and debugfs sets everything else.
+//! Makes ext2, ext3 and ext4 with mke2fs. mke2fs loses much: metadata of the root directory, fractions of
+//! a second, times that need more than 32 bits, hard links to symbolic links. It writes extended attributes
+//! in the order of the source. So mke2fs makes only names and content, and debugfs sets everything else.
 
 mod entries;
 mod script;
@@ -30,7 +30,7 @@ use crate::terminal::warn;
 const EXT_JOURNAL: u64 = 8 << 20;
 /// What the programs are needed for.
 const NEED: &str = "ext2, ext3 and ext4 file systems";
-/// Names and values of extended attributes longer than this may not fit in an inode and a block.
+/// If names and values of a file's extended attributes have more bytes, they may not fit in an inode and a block.
 const XATTRS: usize = 3800;
 /// Inode of the root directory.
 const ROOT_INODE: u32 = 2;
@@ -39,7 +39,8 @@ const LINKS: u64 = 65_000;
 /// Number of entries of a directory from which on a warning says that mke2fs is slow: for each new entry, it reads
 /// the directory from its start.
 const LARGE_DIRECTORY: usize = 10_000;
-/// Longest value that fits in a line for debugfs, with each byte as `\ooo`.
+/// Largest size of a value that is in the command for debugfs, with each byte as `\ooo`. A longer one goes to
+/// a file.
 const LONG_VALUE: usize = 500;
 
 /// Makes the file system of `tree` in a file of `size` bytes in `place`. `directory` is the source
@@ -67,7 +68,7 @@ pub(super) fn make(
         image: image.path(),
         work: &work,
     };
-    // Before 1.47.1, mke2fs always copied extended attributes.
+    // Before 1.47.1, mke2fs always copies extended attributes. Then it gets a copy of the files without them.
     let direct = match directory {
         Some(directory) => mke2fs.run(directory, true)?,
         None => false,
@@ -143,8 +144,8 @@ struct Mke2fs<'a> {
 }
 
 impl Mke2fs<'_> {
-    /// Runs mke2fs on `directory`. Returns `false` if it should ignore extended attributes but
-    /// cannot.
+    /// Runs mke2fs on `directory`. With `no_xattrs`, mke2fs ignores extended attributes; returns `false` if
+    /// this version cannot.
     fn run(&self, directory: &Path, no_xattrs: bool) -> Result<bool> {
         let file = std::fs::File::create(self.image)?;
         let sized = file.set_len(self.size);
@@ -162,14 +163,14 @@ impl Mke2fs<'_> {
         if no_xattrs {
             extended.push("no_copy_xattrs".into());
         }
-        // Below 512 MiB the default is 1 KiB: a page of a file is then in up to four places, and in
-        // at least as many compressed blocks.
+        // Below 512 MiB, the default is 1 KiB. A page of a file can then be in four places, and in as many
+        // compressed blocks.
         if self.size >= EXT_JOURNAL {
             command.args(["-b", "4096"]);
         }
         // Times with 34 bits and nanoseconds need more than the original 128 bytes.
         command.args(["-I", "256"]);
-        // mke2fs only uses the last of several -E.
+        // mke2fs uses only the last -E option, so all are joined into one.
         let mut args = self.options.args.iter();
         while let Some(arg) = args.next() {
             match arg.as_bytes().strip_prefix(b"-E") {
@@ -201,10 +202,10 @@ struct Mend<'a> {
     links: HashMap<Id, u64>,
     /// The inode of a node.
     inodes: HashMap<Id, u32>,
-    /// Additional inodes made for a node with several names: index of the name, and inode.
+    /// Additional inodes that mke2fs made for a node with several names: index of the name, and inode.
     others: Vec<(usize, u32)>,
     work: &'a TempDir,
-    /// Number of files with values of extended attributes.
+    /// Number of files in `work` with values of extended attributes.
     values: usize,
     stamp: &'a Stamp,
 }
@@ -279,7 +280,7 @@ impl Mend<'_> {
         Script::new(&self.script_path())
     }
 
-    /// Writes the commands that set everything, and runs debugfs with them.
+    /// Writes the commands that set all metadata, and runs debugfs with them. `large`: see [`Self::node`].
     fn all(&mut self, image: &Path, large: bool) -> Result<()> {
         let mut script = self.script()?;
         self.kinds(&mut script)?;
@@ -305,8 +306,9 @@ impl Mend<'_> {
             .arg(self.script_path())
             .arg(image);
         self.stamp.give_to_e2fsprogs(&mut command, self.work);
-        // With -f, debugfs exits with 0 whatever failed, and it has no other form of output than text: all
-        // that it says but its banner is an error. Where the banner changes, this fails, and nothing is lost.
+        // With -f, debugfs exits with 0 even if a command failed. So each line that it prints, except its
+        // banner, is taken for an error. If a new version has another banner, this fails, and no metadata is
+        // lost silently.
         let said = command.writes(image).run()?;
         let mut errors = said
             .lines()
@@ -324,7 +326,7 @@ impl Mend<'_> {
         }
     }
 
-    /// Fails if debugfs had no room for extended attributes, and names a file with too many.
+    /// If the message of debugfs is about extended attributes, returns an error that names a file with too many.
     fn fits(&self, error: &str) -> Result<()> {
         if !error.contains("ea_set") {
             return Ok(());
@@ -349,7 +351,8 @@ impl Mend<'_> {
         Ok(())
     }
 
-    /// Writes commands for the additional inodes of files with several names, and for devices.
+    /// Writes commands that remove the additional inodes of files with several names, and set the link counts
+    /// and device numbers.
     fn kinds(&self, script: &mut Script) -> Result<()> {
         for &(nth, inode) in &self.others {
             let name = self.names.get(nth).context("no such name")?;
@@ -370,7 +373,8 @@ impl Mend<'_> {
         Ok(())
     }
 
-    /// Changes directory entries that lead to the wrong inode, or have the wrong kind.
+    /// Sets inode and type in the directory entries of devices, sockets and additional names, which mke2fs
+    /// may have written with another inode or the type of a fifo.
     fn entries(&self, image: &NamedTempFile, geometry: &Geometry) -> Result<()> {
         let mut wanted: BTreeMap<u32, HashMap<&[u8], Entry>> = BTreeMap::new();
         let others = self.others.iter().map(|&(nth, _)| nth);
@@ -418,8 +422,8 @@ impl Mend<'_> {
         inode.context("a file has no inode")
     }
 
-    /// Writes commands for one node. Returns whether its time needs a `large` inode and it has
-    /// none.
+    /// Writes commands for the metadata of one node. `large` says that inodes have more than 128 bytes. Returns
+    /// whether the time needs a large inode, but the inodes are not large.
     fn node(&mut self, script: &mut Script, id: Id, path: &[u8], large: bool) -> Result<bool> {
         let inode = self.inode(id)?;
         let node = self.tree.node(id)?;
@@ -445,7 +449,7 @@ impl Mend<'_> {
         script.line(format!("sif <{inode}> uid {}", meta.uid).as_bytes())?;
         script.line(format!("sif <{inode}> gid {}", meta.gid).as_bytes())?;
         let seconds = meta.mtime.seconds;
-        // The low half is signed; the high one counts its overflows.
+        // `low` is signed. Two bits of the field `_hi` count how often 2^32 seconds are added to it.
         let low = i32::from_le_bytes(low_half(seconds));
         let around = (seconds - i64::from(low)) >> 32;
         let extra = (i64::from(meta.mtime.nanoseconds) << 2) | (around & 3);
@@ -467,8 +471,8 @@ fn low_half(seconds: i64) -> [u8; 4] {
     [a, b, c, d]
 }
 
-/// Returns the two words for a device in an inode: the old form for small numbers, else the new
-/// form.
+/// Returns the first two block numbers in the inode of a device: the old form of the device number in the
+/// first one if major and minor are below 256, otherwise the new form in the second one.
 fn device_words(device: super::tree::Device) -> (u32, u32) {
     let super::tree::Device { major, minor } = device;
     match major < 256 && minor < 256 {
@@ -477,8 +481,9 @@ fn device_words(device: super::tree::Device) -> (u32, u32) {
     }
 }
 
-/// Parses name and inode in a line of `ls -l`: inode, mode, kind, owner, group, size, date, time,
-/// and after one blank the name, in which bytes outside ASCII are `\xHH`.
+/// Returns name and inode from a line of debugfs's `ls -l`. The line has inode, mode, kind, owner, group, size,
+/// date, time, and after one blank the name, in which backslashes and bytes other than printable ASCII are
+/// `\xHH`.
 fn entry(line: &str) -> Option<(Vec<u8>, u32)> {
     let mut rest = line;
     let mut inode = None;
@@ -497,11 +502,11 @@ fn entry(line: &str) -> Option<(Vec<u8>, u32)> {
     Some((bytes, inode?.parse().ok()?))
 }
 
-/// Quotes a word for debugfs, which cannot handle a newline.
+/// Quotes a word for debugfs. An error if it has a newline, which debugfs cannot handle.
 fn quote(bytes: &[u8]) -> Result<Vec<u8>> {
     if bytes.iter().any(|byte| matches!(byte, b'\n' | b'\r' | 0)) {
         return Err(Failure::usage(
-            "debugfs cannot be told a name with a newline: use --fs erofs or btrfs",
+            "debugfs cannot take a name with a newline: use --fs erofs or btrfs",
         ));
     }
     let mut quoted = vec![b'"'];

@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! Writes the input of debugfs -f: a command in each line. debugfs takes what exceeds its buffer of
-//! 8 KiB as the next command, and runs a command that begins with `!` in the shell. So all lines
-//! are much shorter, whatever names and paths they have.
+//! Writes the input of `debugfs -f`: a command in each line. If a line is longer than its buffer of 8 KiB,
+//! debugfs takes the rest of the line as the next command, and it passes a command that begins with `!` to
+//! the shell. So lines are limited to a much shorter length.
 
 use std::fs::File;
 use std::io::{BufWriter, Write};
@@ -26,7 +26,8 @@ impl Script {
         Ok(Self(BufWriter::new(file)))
     }
 
-    /// Writes one command. Its names must be quoted.
+    /// Writes one command, in which names must be quoted. An error if it is too long, has a newline, or
+    /// begins with `!`.
     pub(super) fn line(&mut self, command: &[u8]) -> Result<()> {
         if command.len() > LONGEST {
             return Err(Failure::usage(format!(
@@ -38,7 +39,7 @@ impl Script {
             || command.first() == Some(&b'!')
         {
             return Err(Failure::usage(
-                "debugfs cannot be told a name with a newline: use --fs erofs or btrfs",
+                "debugfs cannot take a name with a newline: use --fs erofs or btrfs",
             ));
         }
         self.0.write_all(command).context(WRITE)?;
