@@ -195,8 +195,8 @@ pub(crate) fn run(args: &Args) -> Result<()> {
     let unpacked = match input.compression {
         // The reader of tars decompresses them.
         Some(compression) if kind != Kind::Tar => {
-            let sectors = kind == Kind::Raw;
-            Some(unpacked::unpack(&args.input, compression, sectors, place)?)
+            let is_raw = kind == Kind::Raw;
+            Some(unpacked::unpack(&args.input, compression, is_raw, place)?)
         }
         _ => None,
     };
@@ -207,7 +207,7 @@ pub(crate) fn run(args: &Args) -> Result<()> {
     let made = match (kind, kind.for_qemu()) {
         (Kind::Directory, _) => Some(make_fs(args, Files::Directory(&args.input), place)?),
         (Kind::Tar, _) => Some(make_fs(args, Files::Tar(&args.input), place)?),
-        (_, Some(format)) => Some(qemu::read(disk, format, place)?),
+        (_, Some(format)) => Some(qemu::read(disk, &args.input, format, place)?),
         (_, None) => None,
     };
     let options = args.compare.options(true, &args.new)?;

@@ -12,6 +12,8 @@ use overlaybd::format::num::to_u64;
 use overlaybd::format::SECTOR_SIZE;
 use tempfile::NamedTempFile;
 
+use super::disk::HEAD;
+use super::too_short;
 use crate::files::place::temp_file;
 use crate::input::archive::{unpack_error, Compression, Unpack};
 use crate::terminal::exit::{self, Failure};
@@ -21,7 +23,8 @@ use crate::terminal::interrupt;
 const PIECE: usize = 64 << 10;
 
 /// Decompresses the disk at `path` into a temporary file in the directory `place`, with holes for
-/// zeros. Dropping the file deletes it. With `sectors`, the size must be a whole number of sectors.
+/// zeros. Dropping the file deletes it. With `is_raw`, the size must be a whole number of sectors, and as large as the
+/// disk says itself.
 ///
 /// # Errors
 ///
@@ -29,7 +32,7 @@ const PIECE: usize = 64 << 10;
 pub(crate) fn unpack(
     path: &Path,
     compression: Compression,
-    sectors: bool,
+    is_raw: bool,
     place: &Path,
 ) -> Result<NamedTempFile> {
     let name = path.display();
@@ -66,7 +69,7 @@ pub(crate) fn unpack(
     }
     output.as_file().set_len(size).with_context(cannot_write)?;
     output.flush().with_context(cannot_write)?;
-    if sectors && size % SECTOR_SIZE != 0 {
+    if is_raw && size % SECTOR_SIZE != 0 {
         return Err(Failure::error(
             exit::BAD_IMAGE,
             format!(
@@ -75,7 +78,22 @@ pub(crate) fn unpack(
             ),
         ));
     }
-    Ok(output)
+    let mut head = Vec::new();
+    let read = File::open(output.path()).and_then(|file| {
+        let head_len = to_u64(HEAD);
+        file.take(head_len).read_to_end(&mut head)
+    });
+    read.with_context(cannot_read)?;
+    match too_short(&head, size).filter(|_| is_raw) {
+        None => Ok(output),
+        Some(what) => Err(Failure::error(
+            exit::BAD_IMAGE,
+            format!(
+                "{name}: decompressed, {what}: incomplete download or copy? Decompress it, then --from raw takes it \
+                 as it is"
+            ),
+        )),
+    }
 }
 
 /// Fills `buf` up to the end of `input`. Returns the number of bytes.

@@ -22,13 +22,13 @@ use crate::terminal::interrupt;
 /// Longest descriptor that qemu-img reads, in bytes.
 const LONGEST: usize = (1 << 20) - 1;
 /// Longest name of a file that qemu-img takes. It cuts off the rest.
-const NAME: usize = 511;
+pub(super) const NAME: usize = 511;
 /// Largest number of files.
 const FILES: usize = 4096;
 /// Largest number of names in all descriptors: a file may have many, and be named often.
 const NAMES: usize = 65_536;
 /// The magic number of a file with data that has a header.
-const MAGIC: &[u8] = b"KDMV";
+pub(super) const MAGIC: &[u8] = b"KDMV";
 /// Ends of the words before a name: FLAT, VMFS, SPARSE, VMFSSPARSE, SESPARSE.
 const TYPES: [&[u8]; 3] = [b"FLAT", b"VMFS", SPARSE];
 /// End of the words before the name of a file that may have a descriptor itself.
@@ -99,7 +99,7 @@ pub(super) fn named(path: &Path) -> Result<Vec<Named>> {
 
 /// The role of a file in an image.
 #[derive(Clone, Copy, PartialEq, Eq)]
-enum Place {
+pub(super) enum Place {
     /// The file that was given to qemu-img. All of it may be a descriptor.
     First,
     /// Another one with data that isn't flat. It has a descriptor only behind its header.
@@ -114,7 +114,7 @@ fn names_at(path: &Path, place: Place) -> Result<Vec<Named>> {
 }
 
 /// Returns the descriptor, which may be empty; `None` if its offset is too large.
-fn descriptor(path: &Path, place: Place) -> io::Result<Option<Vec<u8>>> {
+pub(super) fn descriptor(path: &Path, place: Place) -> io::Result<Option<Vec<u8>>> {
     let file = open(path)?;
     // qemu-img takes what is behind the end for zeros.
     let mut head = [0; HEAD];
@@ -139,7 +139,7 @@ fn descriptor(path: &Path, place: Place) -> io::Result<Option<Vec<u8>>> {
 }
 
 /// Opens a file or block device. Fails, and does not wait, if it is anything else.
-fn open(path: &Path) -> io::Result<File> {
+pub(super) fn open(path: &Path) -> io::Result<File> {
     let file = File::options()
         .read(true)
         .custom_flags(OFlags::NONBLOCK.bits() as i32)
@@ -159,7 +159,7 @@ fn read_to_vec(file: &File, at: u64) -> io::Result<Vec<u8>> {
 }
 
 /// Reads at `at` as many bytes as there are. Returns their number.
-fn read(file: &File, bytes: &mut [u8], at: u64) -> io::Result<usize> {
+pub(super) fn read(file: &File, bytes: &mut [u8], at: u64) -> io::Result<usize> {
     let mut len = 0;
     while let Some(left) = bytes.get_mut(len..).filter(|left| !left.is_empty()) {
         let offset = at.saturating_add(u64::try_from(len).unwrap_or(u64::MAX));
