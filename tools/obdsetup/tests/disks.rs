@@ -26,6 +26,13 @@ tests! {
     extents_of_others needs qemu_img();
     extents_that_hide needs qemu_img();
     names_that_are_not_utf8 needs qemu_img();
+    images_that_are_cut_off needs qemu_img();
+    images_that_are_preallocated needs qemu_img(), needs::program("qemu-io");
+    compressed_clusters_at_the_end needs qemu_img();
+    files_of_a_chain_that_are_cut_off needs qemu_img();
+    extents_that_are_cut_off needs qemu_img();
+    raw_disks_that_are_cut_off needs needs::e2fsprogs(), needs::program("mkfs.xfs"), needs::program("mkfs.btrfs"),
+        needs::mksquashfs(), needs::mkfs_erofs(), needs::program("sfdisk");
     backing_files_of_other_formats needs qemu_img();
     copies_for_dax needs qemu_img();
     a_qcow2_of_a_stack needs qemu_img();
@@ -648,6 +655,503 @@ fn images_that_are_refused() {
     place.chain_refused("data.qcow2.gz", 1, "has its data in another file, data");
     place.tool("qemu-img create -q -f qcow2 -F qcow2 -b data.qcow2 over.qcow2 2M");
     place.chain_refused("over.qcow2", 1, "data.qcow2: has its data in another file");
+}
+
+/// What is said of an image without its last bytes.
+const TRUNCATED: &str = ": truncated: the file ends at byte ";
+
+/// Who sees that an image is cut off, and what is said.
+#[derive(Clone, Copy, Debug)]
+enum Seen {
+    /// qemu-img, with these words.
+    ByQemu(&'static str),
+    /// obdsetup, which says [`TRUNCATED`].
+    Here,
+    /// Nobody: what is missing is not needed.
+    NotNeeded,
+}
+
+use Seen::{ByQemu, Here, NotNeeded};
+
+/// Formats, options of qemu-img, and who sees it if this is missing: all but the first 100 bytes, all but the first
+/// quarter, the last quarter, the last byte with data, the last byte of the file.
+///
+/// As seen with qemu-img 10.0. Without the check of obdsetup, each case of `Here` but those of a compressed
+/// vmdk and of qed gave a disk with zeros instead of data.
+const CUTS: &[(&str, &str, [Seen; 5])] = &[
+    (
+        "qcow2",
+        "",
+        [ByQemu("header too short"), Here, Here, Here, Here],
+    ),
+    (
+        "qcow2",
+        "-c",
+        [ByQemu("header too short"), Here, Here, Here, Here],
+    ),
+    (
+        "qcow2",
+        "-o compression_type=zstd -c",
+        [ByQemu("header too short"), Here, Here, Here, Here],
+    ),
+    ("qcow2", "-o compat=0.10", [Here; 5]),
+    (
+        "qcow2",
+        "-o cluster_size=4k",
+        [ByQemu("header too short"), Here, Here, Here, Here],
+    ),
+    (
+        "qcow2",
+        "-o extended_l2=on,cluster_size=128k",
+        [ByQemu("header too short"), Here, Here, Here, Here],
+    ),
+    (
+        "vmdk",
+        "",
+        [ByQemu("File truncated"), Here, Here, Here, Here],
+    ),
+    (
+        "vmdk",
+        "-o subformat=streamOptimized",
+        [ByQemu("File truncated"), Here, Here, Here, NotNeeded],
+    ),
+    (
+        "vdi",
+        "",
+        [ByQemu("unsupported VDI image"), Here, Here, Here, Here],
+    ),
+    (
+        "vdi",
+        "-o static=on",
+        [ByQemu("unsupported VDI image"), Here, Here, Here, Here],
+    ),
+    (
+        "vpc",
+        "",
+        [
+            ByQemu("Invalid header magic"),
+            ByQemu("has been truncated"),
+            ByQemu("has been truncated"),
+            Here,
+            NotNeeded,
+        ],
+    ),
+    (
+        "vhdx",
+        "-o block_size=1M",
+        [
+            ByQemu("No valid VHDX header found"),
+            ByQemu("Could not open"),
+            ByQemu("Could not open"),
+            Here,
+            Here,
+        ],
+    ),
+    (
+        "qed",
+        "",
+        [
+            ByQemu("QED table offset is invalid"),
+            Here,
+            Here,
+            Here,
+            Here,
+        ],
+    ),
+    ("parallels", "", [Here; 5]),
+    ("parallels", "-o cluster_size=64k", [Here; 5]),
+];
+
+impl Place {
+    /// Makes the file `name` `len` bytes long.
+    fn cut(&self, name: &str, len: u64) {
+        let file = fs::File::options()
+            .write(true)
+            .open(self.path(name))
+            .unwrap();
+        file.set_len(len).unwrap();
+    }
+
+    /// Makes a file of `len` zeros.
+    fn cut_new(&self, name: &str, len: u64) {
+        self.write(name, b"");
+        self.cut(name, len);
+    }
+
+    /// Converts the image `image`, and checks that all is as said. If it is converted, it must be the disk `raw`.
+    fn converted_or(&self, image: &str, seen: Seen, raw: &[u8], case: &str) {
+        let before = self.names();
+        let done = self.run(&format!("convert {image} out.obd"));
+        let stderr = String::from_utf8(done.get_output().stderr.clone()).unwrap();
+        let code = done.get_output().status.code().unwrap();
+        if let NotNeeded = seen {
+            assert_eq!((code, stderr.as_str()), (0, ""), "{case}");
+            assert!(self.dump("out.obd").starts_with(raw), "{case}");
+            fs::remove_file(self.path("out.obd")).unwrap();
+            return;
+        }
+        let said = match seen {
+            ByQemu(said) => said,
+            _ => TRUNCATED,
+        };
+        let image = image.split(' ').next().unwrap();
+        assert!(
+            stderr.contains(said) && stderr.contains(image),
+            "{case}: {seen:?}: {stderr}"
+        );
+        assert_eq!(
+            code,
+            if let Here = seen { 3 } else { 1 },
+            "{case}: {stderr}"
+        );
+        assert_eq!(self.names(), before, "{case}");
+    }
+}
+
+/// Returns where the data should end, of what was said.
+fn end_of_data(stderr: &[u8]) -> Option<u64> {
+    let stderr = std::str::from_utf8(stderr).unwrap();
+    let (_, end) = stderr.split_once("its data should end at byte ")?;
+    end.split_whitespace().next().unwrap().parse().ok()
+}
+
+/// A disk with data at its end, not compressed by any of the formats, and holes.
+fn disk_with_end() -> Vec<u8> {
+    let mut disk = disk(2);
+    let len = disk.len();
+    disk[len - 100_000..].copy_from_slice(&noise(100_000, 7));
+    disk
+}
+
+fn images_that_are_cut_off() {
+    let place = Place::new();
+    let raw = disk_with_end();
+    place.write("0.raw", &raw);
+    for &(format, options, seen) in CUTS {
+        let image = format!("x.{format}");
+        place.tool(&format!(
+            "qemu-img convert -f raw -O {format} {options} 0.raw {image}"
+        ));
+        let bytes = place.read(&image);
+        let len = bytes.len() as u64;
+        // The end of the data, as a file without it shows.
+        let mut end = len;
+        for less in [1, 513, 1025, 65_537] {
+            place.cut(&image, len - less);
+            let done = place.run(&format!("convert {image} out.obd --force"));
+            if let Some(found) = end_of_data(&done.get_output().stderr) {
+                end = found;
+                break;
+            }
+        }
+        place.tool("rm -f out.obd");
+        let cuts = [100, len / 4, len / 4 * 3, end - 1, len - 1];
+        for (cut, seen) in cuts.into_iter().zip(seen) {
+            place.write(&image, &bytes);
+            place.cut(&image, cut);
+            let case = format!("{format} {options}: {cut} of {len}, data ends at {end}");
+            place.converted_or(&image, seen, &raw, &case);
+        }
+        for len in [end, len, len + 1, len + 512] {
+            place.write(&image, &bytes);
+            place.cut(&image, len);
+            place.converted_or(
+                &image,
+                NotNeeded,
+                &raw,
+                &format!("{format} {options}: {len}, {end}"),
+            );
+        }
+        // Compressed, the image has another name when it is read.
+        place.write(&image, &bytes[..bytes.len() / 4 * 3]);
+        place.tool(&format!("gzip -kf {image}"));
+        let gzip = format!("{image}.gz");
+        place.converted_or(&gzip, seen[2], &raw, &format!("{format} {options}: gzip"));
+        fs::remove_file(place.path(&gzip)).unwrap();
+        fs::remove_file(place.path(&image)).unwrap();
+    }
+    // Without its footer, an image of fixed size is a raw disk.
+    place.tool("qemu-img convert -f raw -O vpc -o subformat=fixed 0.raw x.vpc");
+    place.converted_or("x.vpc", NotNeeded, &raw, "fixed");
+    let len = place.path("x.vpc").metadata().unwrap().len();
+    place.cut("x.vpc", len - 512);
+    place.converted_or(
+        "x.vpc --from vpc",
+        ByQemu("invalid VPC image"),
+        &raw,
+        "no footer",
+    );
+}
+
+/// Images in which places for data were allocated before there is any, and images with few writes, of which a
+/// file may end within a cluster.
+fn images_that_are_preallocated() {
+    // Not a whole number of clusters.
+    const LEN: usize = 3_000_832;
+    let place = Place::new();
+    for (format, options) in [
+        ("qcow2", "preallocation=metadata"),
+        ("qcow2", "preallocation=metadata,compat=0.10"),
+        ("qcow2", "preallocation=metadata,cluster_size=512"),
+        (
+            "qcow2",
+            "preallocation=metadata,extended_l2=on,cluster_size=64k",
+        ),
+        ("qcow2", "preallocation=falloc"),
+        ("qcow2", "preallocation=full"),
+        ("qcow2", "cluster_size=2M"),
+        ("qcow2", "extended_l2=on,cluster_size=2M"),
+        ("vdi", "static=on"),
+        ("vdi", "static=off"),
+        ("vhdx", "subformat=fixed"),
+        ("vhdx", "subformat=dynamic"),
+        ("vpc", "subformat=fixed"),
+        ("vpc", "subformat=dynamic"),
+        ("vmdk", "subformat=monolithicSparse"),
+        ("vmdk", "subformat=monolithicFlat"),
+        ("vmdk", "subformat=monolithicSparse,zeroed_grain=on"),
+        ("qed", "cluster_size=4k"),
+        ("parallels", "cluster_size=1M"),
+    ] {
+        let image = format!("x.{format}");
+        let mut raw = vec![0; LEN];
+        place.tool(&format!(
+            "qemu-img create -q -f {format} -o {options} {image} {LEN}"
+        ));
+        place.converted_or(&image, NotNeeded, &raw, options);
+        for at in [65_024, 512, LEN - 65_536] {
+            let write = format!("write -q -P 90 {at} 512");
+            place.output_of("qemu-io", &["-f", format, "-c", &write, &image]);
+            raw[at..at + 512].fill(90);
+            place.converted_or(
+                &image,
+                NotNeeded,
+                &raw,
+                &format!("{format} {options}: {at}"),
+            );
+        }
+        let zeros = "write -q -z 0 65536";
+        place.output_of("qemu-io", &["-f", format, "-c", zeros, &image]);
+        raw[..65_536].fill(0);
+        place.converted_or(
+            &image,
+            NotNeeded,
+            &raw,
+            &format!("{format} {options}: zeros"),
+        );
+        for name in place.names() {
+            fs::remove_file(place.path(&name)).unwrap();
+        }
+    }
+}
+
+/// Of the last sector with a compressed cluster, the file needs the bytes that are used.
+fn compressed_clusters_at_the_end() {
+    let place = Place::new();
+    let mut raw = noise(1 << 20, 9);
+    // Both types of clusters, the compressed one last.
+    for byte in &mut raw[(1 << 20) - 65_536..] {
+        *byte &= 3;
+    }
+    place.write("0.raw", &raw);
+    for (kind, cluster) in [("zlib", "64k"), ("zlib", "2M"), ("zstd", "64k")] {
+        place.tool(&format!(
+            "qemu-img convert -f raw -O qcow2 -c -o compression_type={kind},cluster_size={cluster} 0.raw x.qcow2"
+        ));
+        let len = place.path("x.qcow2").metadata().unwrap().len();
+        assert_eq!(len % 512, 0);
+        // Some zeros are there for the end of the sector, and then all bytes are needed.
+        let bytes = place.read("x.qcow2");
+        let used = bytes.iter().rposition(|&byte| byte != 0).unwrap() as u64 + 1;
+        assert!(len - used < 511, "{kind} {cluster}");
+        for cut in [len, used + 1, used] {
+            place.cut("x.qcow2", cut);
+            place.converted_or(
+                "x.qcow2",
+                NotNeeded,
+                &raw,
+                &format!("{kind} {cluster}: {cut}"),
+            );
+        }
+        for less in [1, 2, 3, 4, 9, 100, 500, 600, 9000] {
+            place.cut("x.qcow2", used - less);
+            let done = place.run("convert x.qcow2 out.obd");
+            // The last bytes may have the mark of the end only.
+            if less < 9 && done.get_output().status.success() {
+                assert!(place.dump("out.obd") == raw, "{kind} {cluster}: {less}");
+                fs::remove_file(place.path("out.obd")).unwrap();
+                continue;
+            }
+            let done = done.code(3);
+            assert_eq!(end_of_data(&done.get_output().stderr), Some(len));
+        }
+        fs::remove_file(place.path("x.qcow2")).unwrap();
+    }
+    // A cluster that is damaged, of a file with the right length: the image is named, too.
+    place.tool("qemu-img convert -f raw -O qcow2 -c -o compression_type=zstd 0.raw x.qcow2");
+    let mut bytes = place.read("x.qcow2");
+    let at = bytes.iter().rposition(|&byte| byte != 0).unwrap();
+    bytes[at - 12_000..at - 6000].fill(0xff);
+    place.write("x.qcow2", &bytes);
+    place.chain_refused("x.qcow2", 1, "x.qcow2: cannot read: qemu-img failed");
+}
+
+fn files_of_a_chain_that_are_cut_off() {
+    let place = Place::with_chain();
+    for name in ["a.qcow2", "b.qcow2", "c.qcow2"] {
+        let bytes = place.read(name);
+        for cut in [bytes.len() / 2, bytes.len() - 513] {
+            place.write(name, &bytes[..cut]);
+            let said = format!("{name}{TRUNCATED}{cut}, and its data should end at byte ");
+            place.chain_refused("c.qcow2", 3, &said);
+            place.chain_refused("--flatten c.qcow2", 3, &said);
+        }
+        place.write(name, &bytes);
+    }
+    // Of a raw file, the rest is zeros in fact.
+    place.tool("qemu-img create -q -f qcow2 -F raw -b 0.raw over.qcow2 4M");
+    place.cut("0.raw", 1 << 20);
+    place.ok("convert --flatten over.qcow2 out.obd");
+    assert!(place.dump("out.obd").starts_with(&disk(0)[..1 << 20]));
+}
+
+/// Each file with data of a vmdk.
+fn extents_that_are_cut_off() {
+    let place = Place::new();
+    let raw = disk_with_end();
+    place.write("0.raw", &raw);
+    for (kind, part) in [
+        ("monolithicFlat", "x-flat.vmdk"),
+        ("twoGbMaxExtentFlat", "x-f001.vmdk"),
+        ("twoGbMaxExtentSparse", "x-s001.vmdk"),
+    ] {
+        place.tool(&format!(
+            "qemu-img convert -f raw -O vmdk -o subformat={kind} 0.raw x.vmdk"
+        ));
+        let bytes = place.read(part);
+        place.converted_or("x.vmdk", NotNeeded, &raw, kind);
+        let end = bytes.len() as u64;
+        for cut in [end - 1, end - 512, end - 65_536, end / 2] {
+            place.cut(part, cut);
+            let said =
+                format!("{part}{TRUNCATED}{cut}, and its data should end at byte {end} or later");
+            place.chain_refused("x.vmdk", 3, &said);
+        }
+        place.write(part, &bytes);
+        place.converted_or("x.vmdk", NotNeeded, &raw, kind);
+        fs::remove_file(place.path(part)).unwrap();
+    }
+    // The data begins later, and the file has that of two extents.
+    let len = raw.len() as u64 / 512;
+    let describe = |line: &str| {
+        let text = format!(
+            "# Disk DescriptorFile\nversion=1\nCID=fffffffe\nparentCID=ffffffff\n\
+             createType=\"monolithicFlat\"\n{line}\n"
+        );
+        place.write("x.vmdk", text.as_bytes());
+    };
+    describe(&format!(
+        "RW 100 FLAT \"0.raw\" 8\nRW {} VMFS \"0.raw\"\n",
+        len - 8
+    ));
+    place.ok("convert x.vmdk out.obd");
+    fs::remove_file(place.path("out.obd")).unwrap();
+    describe(&format!(
+        "RW 8 FLAT \"0.raw\" 0\nRW\n{}\tFLAT\n\"0.raw\" 9",
+        len - 8
+    ));
+    let (end, more) = (len * 512, (len + 1) * 512);
+    let said = format!("0.raw{TRUNCATED}{end}, and its data should end at byte {more} or later");
+    place.chain_refused("x.vmdk", 3, &said);
+    // One with the place of its tables in a footer, as in images of VMware: before the end marker.
+    place.tool("qemu-img convert -f raw -O vmdk -o subformat=streamOptimized 0.raw x.vmdk");
+    let mut bytes = place.read("x.vmdk");
+    let header = bytes[..512].to_vec();
+    bytes[56..64].fill(0xff);
+    bytes.resize(bytes.len().next_multiple_of(512), 0);
+    let tail = bytes.len();
+    // A marker of the footer: one sector, of type 3.
+    let mut marker = vec![0; 512];
+    (marker[0], marker[12]) = (1, 3);
+    bytes.extend([marker, header, vec![0; 512]].concat());
+    place.write("x.vmdk", &bytes);
+    place.converted_or("x.vmdk", NotNeeded, &raw, "footer");
+    // Without the last bytes of the data, but with the footer.
+    bytes.drain(tail - 4096..tail);
+    place.write("x.vmdk", &bytes);
+    place.chain_refused("x.vmdk", 3, &format!("x.vmdk{TRUNCATED}"));
+    place.cut("x.vmdk", bytes.len() as u64 - 4096);
+    place.chain_refused("x.vmdk", 1, "x.vmdk: cannot read: qemu-img failed");
+}
+
+/// Disks that are shorter than they say themselves.
+fn raw_disks_that_are_cut_off() {
+    let place = Place::new();
+    let partitions = |name: &str, table: &str| {
+        place.write(&format!("{name}.table"), table.as_bytes());
+        place.cut_new(name, 64 << 20);
+        let line = format!("sfdisk -q --no-reread --no-tell-kernel {name} <{name}.table");
+        place.output_of("sh", &["-c", &line]);
+    };
+    fs::create_dir(place.path("files")).unwrap();
+    place.write("files/a", &noise(100_000, 3));
+    place.tool("mkfs.ext4 -q -b 1024 ext4 8M");
+    place.tool("mkfs.ext4 -q -O 64bit -b 4096 ext4-64 8M");
+    place.cut_new("xfs", 300 << 20);
+    place.tool("mkfs.xfs -q xfs");
+    place.cut_new("btrfs", 128 << 20);
+    place.tool("mkfs.btrfs -q btrfs");
+    place.tool("mksquashfs files squashfs -quiet -no-progress -nopad");
+    place.tool("mkfs.erofs --quiet erofs files");
+    partitions(
+        "dos",
+        "label: dos\nstart=2048, size=10000\nstart=20000, size=5000, type=5\n",
+    );
+    partitions(
+        "gpt",
+        "label: gpt\nstart=2048, size=10000\nstart=20000, size=5000\n",
+    );
+    let len = |name: &str| place.path(name).metadata().unwrap().len();
+    for (name, kind, end) in [
+        ("ext4", "ext file system", 8 << 20),
+        ("ext4-64", "ext file system", 8 << 20),
+        ("xfs", "XFS", len("xfs")),
+        ("btrfs", "btrfs", len("btrfs")),
+        ("squashfs", "squashfs", len("squashfs")),
+        ("erofs", "erofs", len("erofs")),
+        ("dos", "partition table", 25_000 * 512),
+        ("gpt", "partition table", 25_000 * 512),
+    ] {
+        let cut = (end - 1) / 512 * 512;
+        place.cut(name, cut);
+        let names = place.names();
+        let said = format!(
+            "{name}: a disk, but it has {cut} bytes, and its {kind} needs {end}: incomplete"
+        );
+        for line in ["convert NAME out.obd", "create --image NAME out.obd"] {
+            let done = place.run(&line.replace("NAME", name)).code(1);
+            done.stderr(contains(&said));
+            assert_eq!(place.names(), names, "{name}");
+        }
+        if cut > 32 << 20 {
+            continue;
+        }
+        place.tool(&format!("gzip -1k {name}"));
+        let said =
+            format!("{name}.gz: decompressed, it has {cut} bytes, and its {kind} needs {end}");
+        place
+            .run(&format!("convert {name}.gz out.obd"))
+            .code(3)
+            .stderr(contains(&said));
+        fs::remove_file(place.path(&format!("{name}.gz"))).unwrap();
+        assert_eq!(place.names(), names, "{name}");
+        // The user knows better.
+        place.ok(&format!("convert --from raw {name} out.obd"));
+        fs::remove_file(place.path("out.obd")).unwrap();
+        place.cut(name, end.next_multiple_of(512));
+        place.ok(&format!("convert {name} out.obd"));
+        fs::remove_file(place.path("out.obd")).unwrap();
+    }
 }
 
 /// Returns a place with a stack of three layers, `0.obd` to `2.obd`, of the disks [`disk`]`(0)` to `disk(2)`.

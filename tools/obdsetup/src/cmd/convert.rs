@@ -200,8 +200,8 @@ pub(crate) fn run(args: &Args) -> Result<()> {
     let unpacked = match input.compression {
         // The reader of tars decompresses them.
         Some(compression) if kind != Kind::Tar => {
-            let sectors = kind == Kind::Raw;
-            Some(unpacked::unpack(&args.input, compression, sectors, place)?)
+            let is_raw = kind == Kind::Raw;
+            Some(unpacked::unpack(&args.input, compression, is_raw, place)?)
         }
         _ => None,
     };
@@ -213,7 +213,7 @@ pub(crate) fn run(args: &Args) -> Result<()> {
         (Kind::Directory, _) => Some(make_fs(args, Files::Directory(&args.input), place)?),
         (Kind::Tar, _) => Some(make_fs(args, Files::Tar(&args.input), place)?),
         (_, Some(format)) => {
-            let read = qemu::read(disk, format, place);
+            let read = qemu::read(disk, &args.input, format, place);
             Some(read.map_err(|error| name_full(place, error))?)
         }
         (_, None) => None,

@@ -2,6 +2,7 @@
 
 //! Reads and writes disk images of virtual machines with qemu-img(1).
 
+mod truncated;
 mod vmdk;
 
 use std::collections::BTreeSet;
@@ -20,7 +21,7 @@ use crate::files::in_use::InUseArgs;
 use crate::files::json::bad;
 use crate::files::place::{directory, temp_file};
 use crate::input::kind::Kind;
-use crate::program::{self, Program};
+use crate::program::{self, Program, ProgramFailure};
 use crate::terminal::exit::{self, Failure};
 
 /// qemu-img's names of formats: the format in which this module writes images, the format of VMware, and a disk
@@ -91,19 +92,20 @@ impl Link {
     pub(crate) fn read(&self, place: &Path) -> Result<Option<NamedTempFile>> {
         match self.format.as_str() {
             RAW => Ok(None),
-            format => read(&self.path, format, place).map(Some),
+            format => read(&self.path, &self.path, format, place).map(Some),
         }
     }
 }
 
-/// Makes a temporary raw image, with holes, in the directory `place` from an image in another format.
-pub(crate) fn read(path: &Path, format: &str, place: &Path) -> Result<NamedTempFile> {
+/// Makes a temporary raw image, with holes, in the directory `place` from the image at `path`, which has another format.
+/// `name` is the name of the image in messages.
+pub(crate) fn read(path: &Path, name: &Path, format: &str, place: &Path) -> Result<NamedTempFile> {
     let from = program::path(path)?;
     let image = temp_file(place)?;
     let mut command = qemu_img(format);
     command.args(["convert", "-f", format, "-O", RAW]);
     command.arg(from).arg(image.path()).writes(image.path());
-    command.run()?.tell();
+    command.run().map_err(|error| named(name, error))?.tell();
     Ok(image)
 }
 
@@ -180,7 +182,7 @@ fn walk(
                 Ok(())
             })?;
         }
-        let info = info(&path, &format)?;
+        let info = info(&path, &name, &format)?;
         let place = one_unknown(&directory(&path).to_string_lossy());
         for part in info.parts(&path) {
             crate::terminal::interrupt::check()?;
@@ -196,6 +198,7 @@ fn walk(
             used.insert(part);
         }
         info.check(&name, links.last().filter(|_| layers))?;
+        truncated::check(&path, &name, &format, info.virtual_size)?;
         let next = info.backing(&name, &path)?;
         if let Some((next, _)) = &next {
             home.check(&name, BACKING, next)?;
@@ -348,13 +351,13 @@ pub(crate) fn check_alone(path: &Path, name: &Path, format: &str) -> Result<()> 
             return has_data(&part.name.to_string_lossy());
         }
     }
-    let info = info(&path, format)?;
+    let info = info(&path, name, format)?;
     info.check(name, None)?;
     if let Some(part) = info.parts(&path).next() {
         return has_data(part);
     }
     match &info.backing_filename {
-        None => Ok(()),
+        None => truncated::check(&path, name, format, info.virtual_size),
         Some(backing) => {
             let what = format!(
                 "is compressed, and has a backing file, {backing}: decompress the image where this name leads to \
@@ -450,21 +453,21 @@ impl Info {
     }
 }
 
-/// Returns the information from qemu-img on the image at `path`, which is absolute. qemu-img reads only the
-/// header of the image.
-fn info(path: &Path, format: &str) -> Result<Info> {
+/// Returns the information from qemu-img on the image at `path`, which is absolute. Messages call it `name`.
+/// qemu-img reads only the header of the image.
+fn info(path: &Path, name: &Path, format: &str) -> Result<Info> {
     let mut text = String::new();
     let mut command = qemu_img(format);
     command.args(["info", "--output=json", "-f", format]);
     let said = command.arg(path).each_line(|line| {
         text.push_str(line);
         text.push('\n');
-    })?;
-    said.tell();
+    });
+    said.map_err(|error| named(name, error))?.tell();
     serde_json::from_str(&text).with_context(|| {
         format!(
             "{}: cannot understand what `qemu-img info' prints",
-            path.display()
+            name.display()
         )
     })
 }
@@ -532,6 +535,15 @@ pub(crate) fn write_over(from: &Path, below: &OsStr, to: &Path) -> Result<()> {
 /// Returns the program qemu-img, which is not started yet. If it is missing, the message names `format`.
 fn qemu_img(format: &str) -> Program {
     Program::new("qemu-img", format!("{format} images"))
+}
+
+/// Returns the error with the name of the image, which qemu-img doesn't print if it cannot read the data, and of
+/// which it prints the path if the image is a temporary file.
+fn named(name: &Path, error: anyhow::Error) -> anyhow::Error {
+    match error.is::<ProgramFailure>() {
+        true => error.context(format!("{}: cannot read", name.display())),
+        false => error,
+    }
 }
 
 fn refused(path: &Path, what: &str) -> anyhow::Error {

@@ -238,6 +238,12 @@ pub(crate) fn look(path: &Path) -> Result<Seen> {
                      incomplete download or copy? --from raw takes it as it is"
                 ))
             }
+            Seen::Known(input) if input == Input::raw() => match too_short(&head, size) {
+                Some(what) => Seen::Refused(format!(
+                    "{name}: a disk, but {what}: incomplete download or copy? --from raw takes it as it is"
+                )),
+                None => seen,
+            },
             seen => seen,
         });
     }
@@ -248,6 +254,13 @@ pub(crate) fn look(path: &Path) -> Result<Seen> {
             compressed(path, compression, inside, seen)
         }
     }
+}
+
+/// Returns what is wrong with a disk of `size` bytes that begins with `head`, if it is shorter than it says itself.
+fn too_short(head: &[u8], size: u64) -> Option<String> {
+    let (needed, what) = disk::needed(head)?;
+    let short = size < needed;
+    short.then(|| format!("it has {size} bytes, and its {what} needs {needed}"))
 }
 
 /// Examines the content of a compressed file; `inside` decompresses it. A file that looks like a `.lzma` file,

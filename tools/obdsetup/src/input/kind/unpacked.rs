@@ -12,6 +12,8 @@ use overlaybd::format::num::to_u64;
 use overlaybd::format::SECTOR_SIZE;
 use tempfile::NamedTempFile;
 
+use super::disk::HEAD;
+use super::too_short;
 use crate::files::place::temp_file;
 use crate::input::archive::{unpack_error, Compression, Unpack};
 use crate::terminal::exit::{self, Failure};
@@ -21,7 +23,8 @@ use crate::terminal::interrupt;
 const PIECE: usize = 64 << 10;
 
 /// Decompresses the disk at `path` into a temporary file in the directory `place`, with holes for
-/// zeros. Dropping the file deletes it. With `sectors`, the size must be a multiple of 512 bytes.
+/// zeros. Dropping the file deletes it. With `is_raw`, the size must be a multiple of 512 bytes, and not less than the
+/// disk's own partition table or file system says.
 ///
 /// # Errors
 ///
@@ -30,7 +33,7 @@ const PIECE: usize = 64 << 10;
 pub(crate) fn unpack(
     path: &Path,
     compression: Compression,
-    sectors: bool,
+    is_raw: bool,
     place: &Path,
 ) -> Result<NamedTempFile> {
     let name = path.display();
@@ -67,7 +70,7 @@ pub(crate) fn unpack(
     }
     output.as_file().set_len(size).with_context(cannot_write)?;
     output.flush().with_context(cannot_write)?;
-    if sectors && size % SECTOR_SIZE != 0 {
+    if is_raw && size % SECTOR_SIZE != 0 {
         return Err(Failure::error(
             exit::BAD_IMAGE,
             format!(
@@ -76,7 +79,22 @@ pub(crate) fn unpack(
             ),
         ));
     }
-    Ok(output)
+    let mut head = Vec::new();
+    let read = File::open(output.path()).and_then(|file| {
+        let head_len = to_u64(HEAD);
+        file.take(head_len).read_to_end(&mut head)
+    });
+    read.with_context(cannot_read)?;
+    match too_short(&head, size).filter(|_| is_raw) {
+        None => Ok(output),
+        Some(what) => Err(Failure::error(
+            exit::BAD_IMAGE,
+            format!(
+                "{name}: decompressed, {what}: incomplete download or copy? Decompress it, then --from raw takes it \
+                 as it is"
+            ),
+        )),
+    }
 }
 
 /// Reads until `buf` is full or `input` ends. Returns the number of bytes read.

@@ -22,14 +22,14 @@ use crate::terminal::interrupt;
 /// Longest descriptor that qemu-img reads, in bytes.
 const LONGEST: usize = (1 << 20) - 1;
 /// Longest name of a file in bytes. qemu-img cuts off the rest of a longer name.
-const NAME: usize = 511;
+pub(super) const NAME: usize = 511;
 /// Largest number of files.
 const FILES: usize = 4096;
 /// Largest number of names in all descriptors together. A file may have several names, and each of them may be
 /// there several times.
 const NAMES: usize = 65_536;
 /// The magic number at the start of a header, which a file with sparse data has.
-const MAGIC: &[u8] = b"KDMV";
+pub(super) const MAGIC: &[u8] = b"KDMV";
 /// Ends of the words before a name: FLAT, VMFS, SPARSE, VMFSSPARSE, SESPARSE.
 const TYPES: [&[u8]; 3] = [b"FLAT", b"VMFS", SPARSE];
 /// End of the words before the name of a file that may have a descriptor itself.
@@ -100,7 +100,7 @@ pub(super) fn named(path: &Path) -> Result<Vec<Named>> {
 
 /// The role of a file in an image.
 #[derive(Clone, Copy, PartialEq, Eq)]
-enum Place {
+pub(super) enum Place {
     /// The file that was given to qemu-img. The whole file may be a descriptor.
     First,
     /// Another file, with sparse data. Only a file with a header can have a descriptor.
@@ -115,7 +115,7 @@ fn names_at(path: &Path, place: Place) -> Result<Vec<Named>> {
 }
 
 /// Returns the descriptor, which may be empty; `None` if its offset is too large.
-fn descriptor(path: &Path, place: Place) -> io::Result<Option<Vec<u8>>> {
+pub(super) fn descriptor(path: &Path, place: Place) -> io::Result<Option<Vec<u8>>> {
     let file = open(path)?;
     // Behind the end of the file, qemu-img reads zeros.
     let mut head = [0; HEAD];
@@ -140,7 +140,7 @@ fn descriptor(path: &Path, place: Place) -> io::Result<Option<Vec<u8>>> {
 }
 
 /// Opens a file or block device. If `path` is anything else, such as a FIFO, fails without waiting.
-fn open(path: &Path) -> io::Result<File> {
+pub(super) fn open(path: &Path) -> io::Result<File> {
     let file = File::options()
         .read(true)
         .custom_flags(OFlags::NONBLOCK.bits() as i32)
@@ -160,7 +160,7 @@ fn read_to_vec(file: &File, at: u64) -> io::Result<Vec<u8>> {
 }
 
 /// Reads from byte `at` until `bytes` is full or the file ends. Returns the number of bytes read.
-fn read(file: &File, bytes: &mut [u8], at: u64) -> io::Result<usize> {
+pub(super) fn read(file: &File, bytes: &mut [u8], at: u64) -> io::Result<usize> {
     let mut len = 0;
     while let Some(left) = bytes.get_mut(len..).filter(|left| !left.is_empty()) {
         let offset = at.saturating_add(u64::try_from(len).unwrap_or(u64::MAX));
