@@ -98,7 +98,8 @@ in_debian() {
 	chown -R "$user" "$work/srv"
 }
 
-# boot TITLE INITRD ARGS: boot the disk and print the results that the guest prints.
+# boot TITLE INITRD ARGS: boot the disk with initrd.INITRD and kernel arguments ARGS. Print the results that the guest
+# prints, and two more. (TITLE only says at the call what it is.)
 boot() {
 	local dir=$WORK/$2
 	mkdir -p "$dir"
@@ -130,11 +131,13 @@ systemd.default_device_timeout_sec=400 systemd.default_timeout_start_sec=400 $3"
 	fi
 }
 
+# boot_overlay: boot with initramfs-tools, and an overlayfs above the image.
 boot_overlay() {
 	boot "initramfs-tools" initramfs-tools "boot-test=overlay,root root=/dev/mapper/root ro rd.overlaybdtab=no \
 rd.overlaybd.store=/dev/disk/by-partlabel/store rd.overlaybd=root,base.obd,app.obd rd.overlaybd.overlay=tmpfs"
 }
 
+# boot_snapshot: boot with dracut, and a dm-snapshot above the image.
 boot_snapshot() {
 	boot "dracut" dracut "boot-test=snapshot,system root=/dev/mapper/system-rw rw \
 rd.overlaybd.snapshot=system,/dev/disk/by-partlabel/cow \

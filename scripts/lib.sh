@@ -31,8 +31,11 @@ SUDO=()
 # The same for commands that take long: they are killed when this process ends.
 LONG_SUDO=("${SUDO[@]}" "$SCRIPTS/with-caller.sh" "$$")
 
+# say TEXT...: print a line. (echo would take some texts for options.)
 say() { printf '%s\n' "$*"; }
+# warn TEXT...: print a line on standard error.
 warn() { printf '%s\n' "$*" >&2; }
+# die TEXT...: print an error, and exit with 1.
 die() {
 	warn "error: $*"
 	exit 1
@@ -109,7 +112,7 @@ below() {
 short_hash() { sha256sum | cut -c1-12; }
 
 # lock FILE WHAT: take an exclusive lock, until unlock or the end of this process and its children. If it has to wait,
-# it prints "waiting for another WHAT". unlock releases the lock that was taken last.
+# it prints "waiting for another WHAT".
 lock() {
 	mkdir -p "$(dirname "$1")"
 	exec {LOCK_FD}>>"$1"
@@ -118,6 +121,7 @@ lock() {
 	flock "$LOCK_FD"
 }
 
+# unlock: release the lock that lock has taken last.
 unlock() { exec {LOCK_FD}>&-; }
 
 # alone: wait until no other script with steps runs in this clone, since they share logs and results. Scripts called

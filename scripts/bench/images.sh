@@ -69,8 +69,8 @@ for algorithm in lz4 zstd; do
 		mkfs.erofs --quiet -z$algorithm -C$((block << 10)) $algorithm-${block}k.erofs "$tree"
 	done
 done
-# -C is the size of a compressed block. Here an extent is limited to 64 KiB before compression, as in a ZFile with
-# blocks of 64 KiB.
+# -C limits the size of an extent after compression. Here, its size before compression is limited, too, as in a ZFile
+# with blocks of 64 KiB.
 mkfs.erofs --quiet -zzstd -C65536 --max-extent-bytes=65536 zstd-64k-extents.erofs "$tree"
 
 echo "== squashfs"

@@ -56,7 +56,7 @@ const DENIED: &str =
 /// What to do if the targets are missing. Appended to dmsetup's message.
 const NO_MODULE: &str = "; the kernel module dm_overlaybd is not loaded: run `modprobe \
                          dm_overlaybd', or install the package dm-overlaybd-dkms";
-/// The same if the module's file is there.
+/// What to do if the targets are missing, but the module is installed. Appended to dmsetup's message.
 const NOT_LOADED: &str =
     "; the kernel module dm_overlaybd is installed, but not loaded: `modprobe \
                           dm_overlaybd' says why";

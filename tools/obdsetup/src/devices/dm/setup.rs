@@ -277,7 +277,7 @@ impl<'a> SetUp<'a> {
         for (_, device) in self.devices(todo) {
             let layer = identity::parse(&device.uuid).map(|(_, layer)| layer);
             if let Some(other) = identity::with_other_options(all, &device.uuid) {
-                // Once for each layer: a layer may have a device below that one, too.
+                // Once for each layer: a layer may have a zfile device and a blob device.
                 if !told.insert(layer) {
                     continue;
                 }
@@ -341,7 +341,7 @@ impl<'a> SetUp<'a> {
 
     /// Creates the first device that isn't shared, which has the index `nth`. The kernel chooses its number.
     /// Otherwise, if the kernel refused the table, dmsetup could not remove the device, and it would be
-    /// unknown whether the device is ours.
+    /// unknown whether this process has made the device.
     fn create_first(&mut self, wait: &Wait<'_>, nth: usize, below: &dyn Below) -> Result<()> {
         let Some(device) = self.plan.devices.get(nth) else {
             return Ok(());
