@@ -67,7 +67,7 @@ registry, as containerd's converter makes it; `skopeo copy --preserve-digests` c
 Layers that are OverlayBD layers already are copied unchanged, and options for layers are refused.
 
 --cache keeps the layers that are made, and reuses those that an earlier run made from the same
-layers with the same options. Nothing is ever removed from the cache. Without --cache, there is none.
+layers with the same options. Nothing is ever removed from the cache. By default, there is none.
 
 To make a layer of the difference to other layers, see `create --base`.")]
 pub(crate) struct Args {

@@ -15,7 +15,7 @@ use clap_mangen::Man;
 #[command(after_help = "Examples:
   obdsetup man /usr/local/share/man/man8
 
-Writes obdsetup-SUBCOMMAND.8 for each subcommand, from the text of --help. `make tools` runs this.")]
+Writes obdsetup-SUBCOMMAND.8 for each subcommand, from the text of --help. `make tools` does this.")]
 pub(crate) struct Args {
     /// An existing directory
     #[arg(value_name = "DIR")]

@@ -104,7 +104,7 @@ pub(crate) struct Args {
     #[arg(long)]
     partitions: bool,
 
-    /// Open a store that was not closed on another machine, and that this machine no longer has open
+    /// Open a store that another machine has not closed; it must not be open there any more
     #[arg(long)]
     take_over: bool,
 

@@ -23,9 +23,9 @@ use crate::terminal::{print, print_json};
   obdsetup table --name vol --concise /dev/vdb:size=758556     for dmsetup create --concise
 
 Prints `DEVICE: LINE` for each device, lowest first, as `dmsetup table` does. Needs neither root nor
-the kernel module. A block device is printed as MAJOR:MINOR. LOOP(FILE) stands for the loop device of
-a file. If the size of the file is no whole number of sectors, TAIL(FILE) stands for a second loop
-device, which has the last bytes.")]
+the kernel module. A block device is printed as MAJOR:MINOR. LOOP(FILE) stands for the loop device
+of a file. If the size of the file is no whole number of sectors, TAIL(FILE) stands for a second
+loop device, which has the last bytes.")]
 pub(crate) struct Args {
     /// Name of the device
     #[arg(long, default_value = "obd")]
