@@ -184,7 +184,7 @@ pub enum BlockFault {
     },
 }
 
-/// No file has so many bytes: a larger number is corrupt.
+/// No file has so many bytes: this number or a larger one is corrupt.
 const MOST: u64 = 1 << 50;
 
 /// Displays a format error.
