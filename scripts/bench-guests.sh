@@ -23,6 +23,7 @@ measure() {
 		mv "$out/guests/guests.json" "$out/"
 }
 
+# must TITLE CMD...: run a step; exit if it fails.
 must() { step "$@" || die "no result"; }
 
 export USE_ROOT=1 KDIR='' CARGO='' QUIET=1 KERNEL=stock

@@ -45,6 +45,7 @@ install_module() {
 	rm -rf "$staging"
 }
 
+# build: build the module, and copy it to build/RELEASE/ if it has changed.
 build() {
 	start_afresh
 	kdir_run make "${args[@]}" modules

@@ -2,10 +2,10 @@
 # shellcheck shell=bash disable=SC2034 # variables are for those who source this
 # The cached tool-chain roots, and functions that put things into the cache completely or not at all. Sourced.
 
-# A root's key is made of its packages and of the functions that make it.
 # shellcheck source=scripts/root-recipe.sh
 . "$SCRIPTS/root-recipe.sh"
 
+# root_key: print the key of the tool-chain root, a hash of its packages and of the functions that make it.
 root_key() { { root_packages && declare -f root_sources build_root; } | short_hash; }
 ROOT=$CACHE/root-$(root_key)
 

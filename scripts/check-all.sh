@@ -8,6 +8,7 @@
 ALL=(debug forky kcsan boot deb nested soak kills fuzz bench)
 SOAK_MINUTES=5 FUZZ_SECONDS=120
 
+# run_PART: run a part.
 run_debug() { "$SCRIPTS/check.sh" debug; }
 run_forky() { "$SCRIPTS/check.sh" forky; }
 run_kcsan() { "$SCRIPTS/check.sh" kcsan; }

@@ -27,6 +27,7 @@ what=${1:-} release=${2:-}
 kdir=${3:-/lib/modules/$release/build}
 tree=$TREES/$release
 
+# impossible REASON...: print why no module can be built, and exit with 1.
 impossible() {
 	warn "dm-overlaybd: cannot build for $release: $*"
 	exit 1

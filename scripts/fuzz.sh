@@ -19,6 +19,7 @@ bin=$out/x86_64-unknown-linux-gnu/release
 # libFuzzer keeps inputs that reach new code here, for the next run.
 corpus=$CACHE/fuzz
 
+# build: install cargo-fuzz in the cache, unless it is there, and build the targets.
 build() {
 	[ -x "$CACHE/cargo/cargo-fuzz-$CARGO_FUZZ/bin/cargo-fuzz" ] ||
 		"$SCRIPTS/in-root.sh" env -u CARGO_TARGET_DIR cargo install --quiet --locked --debug \

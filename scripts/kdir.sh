@@ -17,6 +17,7 @@ kdir_choose() {
 	kdir_place
 }
 
+# kdir_choose_tree: kdir_choose without KDIR_CLONE.
 kdir_choose_tree() {
 	local problems running
 	running=/lib/modules/$(uname -r)/build

@@ -107,6 +107,7 @@ kernel_of_ours() {
 	K_CONFIG=("${@/#/$SCRIPTS/kernel-}")
 }
 
+# Kernels with checkers, from the source of the stock kernel.
 kernel_look_up_debug() { kernel_of_ours debug test test.config debug.config; }
 
 kernel_look_up_kcsan() { kernel_of_ours kcsan test test.config kcsan.config; }

@@ -32,6 +32,7 @@ shell_sources() {
 	done 2>/dev/null
 }
 
+# lint_NAME: run the check NAME.
 lint_rustfmt() {
 	local files
 	mapfile -t files < <(sources '*.rs')

@@ -38,6 +38,7 @@ host_mirror() {
 	rm -f "$probe"
 }
 
+# need_mmdebstrap: install mmdebstrap and the keys of the Debian archive on this machine, unless they are there.
 need_mmdebstrap() {
 	command -v mmdebstrap >/dev/null && [ -s /usr/share/keyrings/debian-archive-keyring.gpg ] && return
 	command -v apt-get >/dev/null ||

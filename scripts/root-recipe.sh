@@ -6,6 +6,7 @@
 
 SUITE=trixie
 
+# root_packages: print the packages of the tool-chain root, one per line.
 root_packages() { sed 's/#.*//; /^[[:space:]]*$/d' "$SCRIPTS/root-packages"; }
 
 # module_packages GCC: print the packages in the list's part "the module", with GCC for its gcc.

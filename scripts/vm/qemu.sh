@@ -3,7 +3,8 @@
 # Runs in the tool-chain root: boots the kernel at /kernel in QEMU, with the run directory $VM_RUN, until the VM ends.
 set -euo pipefail
 
-shared() { # TAG DIR OPTIONS: one directory over 9p
+# shared TAG DIR OPTIONS: print QEMU's arguments that share DIR over 9p, as TAG.
+shared() {
 	echo "-fsdev local,id=$1,path=$2,security_model=none,multidevs=remap$3 -device virtio-9p-pci,fsdev=$1,mount_tag=$1"
 }
 
