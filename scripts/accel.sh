@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: GPL-2.0
 # shellcheck shell=bash
-# Chooses how QEMU runs a CPU on this machine. Sourced after cache.sh.
+# Chooses whether QEMU uses KVM or emulates the CPU (TCG). Sourced after cache.sh.
 
-# accel: set VM_ACCEL to KVM if a boot with it has succeeded on this machine, else to TCG. The log goes to $VM_RUN.
+# accel: set VM_ACCEL, unless it is set: to KVM if a boot with KVM succeeds on this machine, else to TCG. The cache
+# keeps the result for this kernel, machine and CPU. The log of the boot goes to $VM_RUN.
 accel() {
 	local seen
 	[ -z "${VM_ACCEL:-}" ] || return 0

@@ -1,7 +1,7 @@
 #!/bin/bash
 # SPDX-License-Identifier: GPL-2.0
-# Measures guests whose images have layers in common, as guests of this machine: bench-guests.sh. PARTS='WAY...' selects
-# how they get their images, see WAYS in tests/bench/guests.py.
+# Measures virtual machines (guests) whose images have layers in common, on this machine: bench-guests.sh.
+# PARTS='WAY...' selects how the guests get their images, see WAYS in tests/bench/guests.py.
 . "$(dirname "$0")/lib.sh"
 . "$SCRIPTS/cache.sh"
 . "$SCRIPTS/kernel.sh"
@@ -10,7 +10,7 @@
 out=$BUILD/bench
 
 # shellcheck disable=SC2317 # step calls it
-# measure WAYS...: run the guests, with KVM where it works.
+# measure WAYS...: run the guests, with KVM if it works on this machine.
 measure() {
 	rm -rf "$out/guests"
 	mkdir -p "$out/guests"
@@ -23,6 +23,7 @@ measure() {
 		mv "$out/guests/guests.json" "$out/"
 }
 
+# must TITLE CMD...: run a step; exit if it fails.
 must() { step "$@" || die "no result"; }
 
 export USE_ROOT=1 KDIR='' CARGO='' QUIET=1 KERNEL=stock

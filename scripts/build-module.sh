@@ -1,7 +1,7 @@
 #!/bin/bash
 # SPDX-License-Identifier: GPL-2.0
 # Builds the module into build/RELEASE/: build-module.sh [build | bench | clippy | install]. KDIR=, KERNEL=, V= as for
-# make. bench builds the load generator of the benchmark.
+# make. bench builds the load generator of the benchmark instead; clippy checks the module with clippy.
 . "$(dirname "$0")/lib.sh"
 . "$SCRIPTS/kdir.sh"
 
@@ -17,7 +17,7 @@ args=(-C "$KDIR_USED" "M=$KDIR_CLONE${source#"$CLONE"}" "MO=$KDIR_CLONE${obj#"$C
 [ -z "${QUIET:-}" ] || args+=(-s)
 [ -z "${V:-}" ] || args+=("V=$V")
 
-# Objects built with another tree of the same release are useless.
+# start_afresh: delete the objects if they were built with another tree of the same release.
 start_afresh() {
 	[ "$(cat "$obj/.kdir" 2>/dev/null)" = "$KDIR_ID" ] && return
 	rm -rf "$obj"
@@ -34,7 +34,7 @@ install_module() {
 		kdir_run make "${args[@]}" modules_install
 		return
 	fi
-	# We don't have Debian's signing key.
+	# Don't sign: Debian's key for signing modules is not available.
 	[ -z "$KDIR_IN_ROOT" ] || args+=(CONFIG_MODULE_SIG_ALL=)
 	rm -rf "$staging"
 	mkdir -p "$staging"
@@ -45,6 +45,7 @@ install_module() {
 	rm -rf "$staging"
 }
 
+# build: build the module, and copy it to build/RELEASE/ if it has changed.
 build() {
 	start_afresh
 	kdir_run make "${args[@]}" modules

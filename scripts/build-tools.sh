@@ -32,7 +32,7 @@ if [ -n "${CARGO:-}" ]; then
 	[ "$what" != build ] || generate "$target-host/release" "$target-host/release" "$target-host/release/obdsetup"
 else
 	"$SCRIPTS/setup.sh"
-	# Bind them to a directory that the root has.
+	# Mount the golden images at a directory that the root has.
 	binds=()
 	[ ! -d "$GOLDENS" ] || binds=(-b "$(realpath "$GOLDENS"):/srv")
 	"$SCRIPTS/in-root.sh" "${binds[@]}" env -C tools OBD_GOLDENS="${binds:+/srv}" cargo "${args[@]}"

@@ -2,10 +2,10 @@
 # shellcheck shell=bash disable=SC2034 # variables are for those who source this
 # The cached tool-chain roots, and functions that put things into the cache completely or not at all. Sourced.
 
-# A root's key is made of its packages and of the functions that make it.
 # shellcheck source=scripts/root-recipe.sh
 . "$SCRIPTS/root-recipe.sh"
 
+# root_key: print the key of the tool-chain root, a hash of its packages and of the functions that make it.
 root_key() { { root_packages && declare -f root_sources build_root; } | short_hash; }
 ROOT=$CACHE/root-$(root_key)
 
@@ -15,11 +15,11 @@ root_mirror() { sed -n "s/^deb \([^ ]*\) $SUITE main\$/\1/p" "$ROOT/etc/apt/sour
 # What debian-image.sh makes.
 DEBIAN_IMAGE=$CACHE/image-$(cat "$SCRIPTS"/debian-{image,root}.sh | short_hash)
 
-# A thing is made in a directory of its own, CACHE_TMP, and renamed when complete. Each thing has its own lock,
-# because making a kernel takes long.
+# A thing is made in a directory of its own, CACHE_TMP, and moved to its place when it is complete. Each thing has its
+# own lock, because making a kernel takes long.
 
-# cache_begin NAME: lock NAME, remove what interrupted set-ups have left, set TMP to a new directory. Returns 1 if
-# $CACHE/NAME exists by now.
+# cache_begin NAME: lock NAME, remove what interrupted set-ups have left, and set TMP to the path at which the caller
+# makes the thing. If another process has made $CACHE/NAME meanwhile: unlock, and return 1.
 cache_begin() {
 	CACHE_TMP=$CACHE/tmp-$1
 	mkdir -p "$CACHE"
@@ -38,7 +38,8 @@ cache_begin() {
 # cache_drop: remove what is incomplete.
 cache_drop() { "${SUDO[@]}" rm -rf "$CACHE_TMP"; }
 
-# cache_sweep NAME: remove what killed set-ups have left: of NAME, which we have locked, and of others.
+# cache_sweep NAME: remove what killed set-ups have left of NAME, whose lock the caller holds, and of things that nobody
+# has locked.
 cache_sweep() {
 	local old name
 	for old in "$CACHE"/tmp-*/; do
@@ -58,8 +59,7 @@ cache_commit() {
 	unlock
 }
 
-# cache_prune NAME: before a new thing of a kind (the name up to its first dash) is made, remove those of the kind
-# that weren't used for two weeks.
+# cache_prune NAME: remove the things of NAME's kind (the name up to its first dash) that weren't used for two weeks.
 cache_prune() {
 	local old
 	for old in "$CACHE/${1%%-*}"-*/; do
@@ -71,5 +71,5 @@ cache_prune() {
 	done
 }
 
-# cache_used NAME: record that it is used today.
+# cache_used NAME: record that NAME is used today.
 cache_used() { touch "$CACHE/used-$1"; }

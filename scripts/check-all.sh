@@ -8,6 +8,7 @@
 ALL=(debug forky kcsan boot deb nested soak kills fuzz bench)
 SOAK_MINUTES=5 FUZZ_SECONDS=120
 
+# run_PART: run a part.
 run_debug() { "$SCRIPTS/check.sh" debug; }
 run_forky() { "$SCRIPTS/check.sh" forky; }
 run_kcsan() { "$SCRIPTS/check.sh" kcsan; }
@@ -65,6 +66,6 @@ done
 for part in "${parts[@]}"; do
 	grep -hE '^ *skipped: ' "$LOGS/check-all-$part.log" | sed "s/^ */left out: $part: /" | sort -u || :
 done
-say "left out: check, check-system: CI runs them; .ci/run does here"
+say "left out: check, check-system: CI runs them; to run them here: .ci/run"
 say "$((${#parts[@]} - failed)) passed, $failed failed"
 [ "$failed" = 0 ]

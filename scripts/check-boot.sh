@@ -1,7 +1,8 @@
 #!/bin/bash
 # SPDX-License-Identifier: GPL-2.0
-# Tests setting images up at boot: check-boot.sh. A Debian 13 of two layers boots with systemd and Debian's kernel:
-# with initramfs-tools and an overlayfs above the image, and with dracut and a dm-snapshot. The last line sums up.
+# Tests that images are opened at boot: check-boot.sh. A Debian 13 in two layers boots twice, with systemd and Debian's
+# kernel: with initramfs-tools and an overlayfs above the image, and with dracut and a dm-snapshot. The last line has
+# the sums.
 . "$(dirname "$0")/lib.sh"
 . "$SCRIPTS/cache.sh"
 . "$SCRIPTS/debian-root.sh"
@@ -17,8 +18,10 @@ build_debian() {
 		--include=systemd-sysv,udev,dmsetup,e2fsprogs,fdisk,kmod,zstd,initramfs-tools,dracut-core,cpio
 }
 
-# make_debian: set DEBIAN to the cached root.
+# debian_name: set DEBIAN to the name that the root has in the cache.
 debian_name() { DEBIAN=boot-$({ declare -f build_debian && cat "$SCRIPTS/debian-root.sh"; } | short_hash); }
+
+# make_debian: make that root, unless the cache has it.
 make_debian() {
 	if [ ! -d "$CACHE/$DEBIAN" ] && cache_begin "$DEBIAN"; then
 		build_debian "$TMP"
@@ -27,7 +30,7 @@ make_debian() {
 	cache_used "$DEBIAN"
 }
 
-# stage: collect the content of layer 2: the module, obdsetup with everything that is installed with it, and the test.
+# stage: collect the files of layer 2: the module, obdsetup with everything that is installed with it, and the test.
 stage() {
 	local stage=$WORK/srv/stage
 	"${SUDO[@]}" rm -rf "$WORK"
@@ -75,7 +78,7 @@ build() {
 	stage
 	attend "${LONG_SUDO[@]}" unshare --mount --propagation private --pid --fork --kill-child \
 		"$0" --in-debian "$(realpath "$CACHE/$DEBIAN")" "$WORK" "$K_DIR" "$K_RELEASE" "$CLONE" "$(id -u):$(id -g)"
-	# These are root's files. Mounts in them are gone with the name space.
+	# Files in the tree belong to root. The mounts in it ended with the mount namespace.
 	"${SUDO[@]}" rm -rf --one-file-system "$WORK/tree"
 }
 
@@ -95,7 +98,8 @@ in_debian() {
 	chown -R "$user" "$work/srv"
 }
 
-# boot TITLE INITRD ARGS: boot the disk and print the results that the guest prints.
+# boot TITLE INITRD ARGS: boot the disk with initrd.INITRD and kernel arguments ARGS. Print the results that the guest
+# prints, and two more. (TITLE only says at the call what it is.)
 boot() {
 	local dir=$WORK/$2
 	mkdir -p "$dir"
@@ -119,19 +123,21 @@ systemd.default_device_timeout_sec=400 systemd.default_timeout_start_sec=400 $3"
 	else
 		say "not ok - it powers off"
 	fi
-	# Failures of stopping and unmounting at the end, which the guest cannot see.
+	# Failures to stop and unmount at shutdown, after the guest's own tests.
 	if grep FAILED "$LOGS/console-boot-$2.log" | sed 's/^/# /' | grep .; then
-		say "not ok - nothing failed, says systemd on the console"
+		say "not ok - systemd reports no failure on the console"
 	else
-		say "ok - nothing failed, says systemd on the console"
+		say "ok - systemd reports no failure on the console"
 	fi
 }
 
+# boot_overlay: boot with initramfs-tools, and an overlayfs above the image.
 boot_overlay() {
 	boot "initramfs-tools" initramfs-tools "boot-test=overlay,root root=/dev/mapper/root ro rd.overlaybdtab=no \
 rd.overlaybd.store=/dev/disk/by-partlabel/store rd.overlaybd=root,base.obd,app.obd rd.overlaybd.overlay=tmpfs"
 }
 
+# boot_snapshot: boot with dracut, and a dm-snapshot above the image.
 boot_snapshot() {
 	boot "dracut" dracut "boot-test=snapshot,system root=/dev/mapper/system-rw rw \
 rd.overlaybd.snapshot=system,/dev/disk/by-partlabel/cow \

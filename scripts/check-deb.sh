@@ -1,8 +1,8 @@
 #!/bin/bash
 # SPDX-License-Identifier: GPL-2.0
 # Tests the Debian packages: check-deb.sh. Makes them, installs them in a Debian 13 with Debian's 7.3 kernel, where
-# DKMS builds the module, and purges them; a VM with that kernel loads the module by its aliases. The last line sums
-# up.
+# DKMS builds the module, and purges them; a VM with that kernel loads the module by its aliases. The last line has
+# the sums.
 . "$(dirname "$0")/lib.sh"
 . "$SCRIPTS/cache.sh"
 . "$SCRIPTS/debian-root.sh"
@@ -31,7 +31,8 @@ depends() {
 	for package in "$DEB"/*.deb; do "$SCRIPTS/in-root.sh" dpkg-deb -f "build/deb/${package##*/}" Depends; done | paste -sd,
 }
 
-# make_debian: set DEBIAN to the cached root, which is made again for other dependencies or another kernel.
+# make_debian: make the root, unless the cache has one for these dependencies and this kernel, and make build/deb-root a
+# link to it.
 make_debian() {
 	local name depends
 	depends=$(depends)
@@ -46,7 +47,7 @@ make_debian() {
 	ln -sfn "$CACHE/$name" "$BUILD/deb-root"
 }
 
-# in_debian: install, test and purge the packages there. Output goes to $WORK.
+# in_debian: install, test and purge the packages in that Debian. Files that this makes or changes are in $WORK.
 in_debian() {
 	"${SUDO[@]}" rm -rf "$WORK"
 	mkdir -p "$WORK/share"

@@ -1,26 +1,28 @@
 #!/bin/bash
 # SPDX-License-Identifier: GPL-2.0
-# Runs everything that a change has to pass: check.sh [PART...] [--within SECONDS PART...]. The last line
-# sums up. A part behind --within that cannot begin within that time counts as skipped. LIMIT=SECONDS is the time for
-# all: in its last 25 minutes no script begins in a VM, and those that have not begun count as skipped.
+# Runs everything that a change has to pass: check.sh [PART...] [--within SECONDS PART...]... The last line has the
+# sums. The parts after --within, up to the next --within, count as skipped if they cannot begin within SECONDS after
+# the start of check.sh. LIMIT=SECONDS is the time for all parts: in its last 25 minutes, no test script begins in a VM,
+# and those that have not begun count as skipped.
 #   stock   lints, builds, tests in user space and, with Debian's kernel, in the VM (the default)
 #   system  with Debian's kernel, in the VM: tests that combine parts of a system, in tests/system
 #   both    stock and system at the same time
 #   cpus    with Debian's kernel, in a VM with CPUs that are offline or isolated from boot: which CPUs run workers;
 #           and in another VM: panic_on_corruption panics
 #   forky   lint and build of the module, and the tests in the VM, with the kernel and the tool chain of Debian forky
-#   debug   the tests in the VM with the debug kernel; a third of the tests that are alike, different ones each day
+#   debug   the tests in the VM with the debug kernel, without those that mainly test obdsetup; of tests that are alike,
+#           a third, different ones each day
 #   kcsan   the tests with concurrency, with the KCSAN kernel
 #   nested  with User-Mode Linux as the VM: guests of the VM, which run Debian's kernel
-#   kills   with Debian's kernel, in the VM: obdsetup killed $OBD_KILLS (50) times in each way
-#   soak    a random mix of everything for $MINUTES (30), with the debug kernel
+#   kills   with Debian's kernel, in the VM: tests that kill obdsetup, $OBD_KILLS (50) times in each way
+#   soak    tests/soak.py for $MINUTES (30), with the debug kernel: random reads, faults, reloads and more, together
 . "$(dirname "$0")/lib.sh"
 
 passed=0 failed=0
 # Number of skipped tests by cause.
 declare -A causes=()
 
-# show_causes NAME: print the array of causes of that name.
+# show_causes NAME: print the causes in the array NAME, each with its number of tests.
 show_causes() {
 	local -n of=$1
 	local cause tests
@@ -55,8 +57,8 @@ counts() {
 	fi
 }
 
-# add STATUS: add the results of a step's tests, in ktap.awk's format. A failed step without a failed test counts as
-# one failure.
+# add STATUS: print the results of a step's tests, read from standard input in ktap.awk's format, and add them to the
+# sums. A step without a failed test counts as one failure if its STATUS is not 0 or no test has passed.
 add() {
 	local status=$1 p f tests cause
 	local -A now=()
@@ -74,7 +76,8 @@ add() {
 	fi
 }
 
-# cargo_results LOG: print cargo's results in ktap.awk's format. The cause is in a test's name, or in its attribute.
+# cargo_results LOG: print cargo's results in ktap.awk's format. The cause of a skipped test is in the test's name, or
+# in its attribute `ignore'.
 cargo_results() {
 	awk '
 		/^test result:/ { p += $4; f += $6 }
@@ -112,9 +115,9 @@ kernel_log_clean() {
 	! grep -nE 'WARNING:|BUG:|Oops|Call Trace|KASAN|UBSAN|KCSAN|kmemleak: [0-9]+ new|unreferenced object|general protection|possible (circular|recursive)|inconsistent lock|suspicious RCU|pagealloc: |INFO: task .* blocked|detected stall|soft lockup|refcount_t:|Kernel panic|printk messages dropped' <<<"$log"
 }
 
-# nothing_skipped KERNEL FILE...: fail, and print the lines, if tests were skipped. With a kernel made for the tests
-# all can run, except tests that need something that takes long to build, or images that are missing, and those for
-# which LIMIT leaves no time.
+# nothing_skipped KERNEL FILE...: fail, and print the lines, if tests were skipped. A kernel made for the tests has what
+# the tests need, except what takes long to build. Tests may also be skipped if images are missing, or if LIMIT leaves
+# no time.
 nothing_skipped() {
 	local lacks='btrfs|xfs|IMA|io.max|tracing|cpuset'
 	[ "$1" != kcsan ] || lacks+='|kmemleak|page owners'
@@ -130,7 +133,7 @@ instrumented() {
 	grep -q "$calls" "$BUILD"/*-"$1"/obj/rust/dm_overlaybd.o
 }
 
-# panics KERNEL: fail unless a corrupt block makes a guest panic when the table asks for it, and only then.
+# panics KERNEL: fail unless a corrupt block makes a guest panic if the table has panic_on_corruption, and only then.
 panics() {
 	local out=$LOGS/panic-$1.log log=$LOGS/panic-kernel-$1.log status=0
 	KERNEL=$1 RUN="tests/run.sh panic" TIMEOUT=300 VM_LOG=$log "$SCRIPTS/vm.sh" >"$out" 2>&1 || status=$?
@@ -181,7 +184,7 @@ user_space() {
 	status=0
 	step "scripts" "$CLONE/tests/scripts.sh" || status=$?
 	add "$status" < <(awk -f "$SCRIPTS/ktap.awk" "$STEP_LOG")
-	# All but oci, whose build takes minutes: check-all.sh runs it, too.
+	# All targets but oci, whose build takes minutes: check-all.sh runs oci, too.
 	RECORD='' counts "fuzz" "$SCRIPTS/fuzz.sh" 10 image codec merge lsmt zfile tar changes
 }
 
@@ -206,7 +209,7 @@ side_by_side() {
 	return "$status"
 }
 
-# other_system: print the names of the system tests that are not in long_system, but for those with nested guests.
+# other_system: print the names of the system tests that are neither in long_system nor in nested.
 other_system() {
 	local file name names=()
 	for file in "$CLONE"/tests/system/*.py; do
@@ -216,12 +219,12 @@ other_system() {
 	say "${names[*]}"
 }
 
-# with_pmem COMMAND...: run it with VMs that have two pmem devices, for the test dax, and as much other memory.
+# with_pmem COMMAND...: run it with VMs that have two pmem devices, for the test dax, and as much other memory as usual.
 with_pmem() {
 	KERNEL_ARGS=$PMEM QEMU_MEM=${QEMU_MEM:-2304} "$@"
 }
 
-# rublk: build a ublk server for a recipe in the system tests, since Debian has none. Quick if it is built already.
+# rublk: build the ublk server that a recipe in the system tests uses: Debian has none. Quick if it is built already.
 rublk() {
 	counts "rublk" "$SCRIPTS/in-root.sh" env -u CARGO_TARGET_DIR cargo install --locked rublk@0.2.13
 }
@@ -248,7 +251,7 @@ in_vm() {
 	counts "log of the $KERNEL kernel" "$0" --kernel-log "$LOGS/kernel-$KERNEL"-*.log
 }
 
-# time_for PART: fail if it is too late to begin it, and count it as skipped.
+# time_for PART: if it is too late to begin PART, count it as skipped and fail.
 time_for() {
 	local within=${limits[$1]:-}
 	[ -n "$within" ] && [ "$SECONDS" -ge "$within" ] || return 0
@@ -257,21 +260,23 @@ time_for() {
 	return 1
 }
 
-# debian_image: an image of Debian for a test of the system tests, which is skipped where no mirror can be reached.
+# debian_image: make an image of Debian for one of the system tests. That test is skipped if no mirror can be reached.
 debian_image() { step "image of Debian" "$SCRIPTS/debian-image.sh" || :; }
 
 read -ra lints <<<"$("$SCRIPTS/lint.sh" --list)"
 export USE_ROOT=1 KDIR='' CARGO='' NOBUILD=1
-# Each in a VM of its own, and a third VM for the rest: with the debug kernel the three take about the same time.
+# Each of these lists runs in a VM of its own, and the rest in a third VM: with the debug kernel, the three take about
+# the same time.
 thirds=("mutants memory" "injection golden faults")
 # The test dax has a part of the VM's memory as pmem devices; the other tests do not use them.
 PMEM="memmap=128M!1G memmap=128M!1280M"
 rest="--but dax ${thirds[*]}"
-# The longest system tests, which "both" runs in the VM that is ready first.
+# The longest system tests, which "both" runs in the VM that otherwise ends first.
 long_system=(system/disks system/write)
-# Those with guests of the VM: in the part nested, the VM is User-Mode Linux, so only its guests are emulated.
+# The system tests that run virtual machines in the VM. In the part nested, the VM is User-Mode Linux, so only the CPUs of
+# these machines are emulated.
 nested=(system/nested system/guests)
-# These mainly test obdsetup: they are left out with a slow kernel.
+# Without the tests that mainly test obdsetup: they are left out with a slow kernel.
 rest_of_module="$rest metadata health identity sharing pagecache"
 parts=()
 # Seconds within which a part must begin, by part.
@@ -342,8 +347,8 @@ for part in "${parts[@]}"; do
 	forky) in_vm forky tests "${thirds[@]}" "$rest" ;;
 	debug) OBD_SAMPLE=3 in_vm debug tests "${thirds[@]}" "$rest_of_module" ;;
 	kcsan)
-		# The checker is off at boot: run.sh switches it on. It watches more accesses, for longer, because the CPUs are
-		# slow.
+		# KCSAN is off at boot: run.sh switches it on. It watches more accesses than by default, and each one for
+		# longer, because the CPUs are slow.
 		KERNEL_ARGS="kcsan.early_enable=0 kcsan.skip_watch=500 kcsan.udelay_task=1000 kcsan.udelay_interrupt=200" \
 			in_vm kcsan "concurrent tests" "reads errors lifecycle cache" "faults races"
 		;;

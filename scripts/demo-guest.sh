@@ -24,6 +24,7 @@ run() {
 	eval "$1" 2>&1 | cut -c1-150 | sed 's/^/   /'
 }
 
+# finish: after a failure, print the step and the end of the kernel log.
 finish() {
 	local status=$?
 	[ "$status" = 0 ] && return

@@ -1,6 +1,6 @@
 #!/bin/bash
 # SPDX-License-Identifier: GPL-2.0
-# Sets up, builds, and runs scripts/demo-guest.sh in the test VM; build/demo is its /mnt/share.
+# Sets up, builds, and runs scripts/demo-guest.sh in the test VM; /mnt/share in the VM is build/demo.
 . "$(dirname "$0")/lib.sh"
 
 export USE_ROOT=1 KDIR='' CARGO=''

@@ -27,6 +27,7 @@ what=${1:-} release=${2:-}
 kdir=${3:-/lib/modules/$release/build}
 tree=$TREES/$release
 
+# impossible REASON...: print why no module can be built, and exit with 1.
 impossible() {
 	warn "dm-overlaybd: cannot build for $release: $*"
 	exit 1
@@ -36,7 +37,7 @@ impossible() {
 # is not installed.
 version() { dpkg-query -W -f '${source:Version}' "$1" 2>/dev/null || :; }
 
-# made_with: print names and versions of the packages that a tree depends on. If one changes, the tree no longer fits.
+# made_with: print names and versions of the packages that a tree is made with. If one changes, the tree no longer fits.
 made_with() { dpkg-query -W "linux-headers-$release" rustc rust-src bindgen 2>/dev/null || :; }
 
 # recipe: print a hash of the functions that make a tree.
@@ -50,7 +51,7 @@ tree_is_there() { [ "$(cat "$tree/made-of" 2>/dev/null)" = "$(made_with && recip
 tree_fits() { [ -s "$tree/made-of" ] && [ "$(sed '$d' "$tree/made-of")" = "$(made_with)" ]; }
 
 # find_source: set SOURCE to the archive that a tree is made from, which must have the version of the headers. If there
-# is none, as always on Ubuntu, fail, with the reason in LACK.
+# is none, fail, with the reason in LACK. On Ubuntu there is none: its packages linux-lib-rust have the metadata.
 find_source() {
 	local package want have newer=
 	want=$(version "linux-headers-$release")
@@ -64,18 +65,18 @@ find_source() {
 	SOURCE=/usr/src/$package.tar.xz
 	have=$([ ! -f "$SOURCE" ] || version "$package")
 	[ "$have" != "$want" ] || return 0
-	# If the source is newer, that of this kernel may no longer be there to install.
+	# If a newer source is installed, the archive may no longer have the one for this kernel.
 	[ -z "$have" ] || ! dpkg --compare-versions "$have" gt "$want" || newer=", or boot the newer kernel"
 	LACK="Debian's headers have no Rust metadata, it is made from the source${have:+, which is $have here}:"
 	LACK+=" apt install $package=$want$newer"
 	return 1
 }
 
-# find_tree: check that there is a tree, or the source to make one. If the source is for another kernel by now, a
-# tree of an older recipe is used. Otherwise, print the reason and exit.
+# find_tree: check that there is a tree, or the source to make one; else print the reason and exit. If only the source
+# of another kernel is installed, a tree that older functions made is used.
 find_tree() { tree_is_there || find_source || tree_fits || impossible "$LACK"; }
 
-# thin DIR: delete everything that is not needed to build modules.
+# thin DIR: delete everything in the tree DIR that is not needed to build modules.
 thin() {
 	local arch
 	find "$1" -mindepth 1 -maxdepth 1 ! -name .config ! -name Makefile ! -name Module.symvers ! -name arch \
@@ -92,7 +93,7 @@ make_tree() {
 	lock "$TREES/lock" "set-up in $TREES"
 	! tree_is_there || return 0
 	if ! find_source && tree_fits; then
-		say "$tree is of an older recipe, but fits"
+		say "using $tree, which an older version of dm-overlaybd made"
 		return
 	fi
 	for old in "$TREES"/*/; do

@@ -1,11 +1,15 @@
 #!/usr/bin/python3
 # SPDX-License-Identifier: GPL-2.0
-"""Finds the token `unsafe` in Rust files that must not have it. Comments and literals don't count."""
+"""Finds the token `unsafe` in Rust files that must not have it. Comments and literals don't count.
+
+find-unsafe.py FILE... prints a line for each place. Exits with 1 if there is one.
+"""
 
 import re
 import sys
 
-# What is not code, longest forms first. A lifetime such as 'a is no character literal.
+# What is not code: line comments, the start of block comments, raw strings, strings, characters. A lifetime such as 'a
+# is no character literal.
 NOT_CODE = re.compile(
     r"""//[^\n]*
       | /\*
@@ -23,7 +27,7 @@ def blank(text: str) -> str:
 
 
 def block_comment_end(text: str, start: int) -> int:
-    """Returns the end of a block comment. Block comments nest."""
+    """Returns the end of the block comment that begins at start. Block comments nest."""
     depth = 0
     for mark in re.finditer(r"/\*|\*/", text[start:]):
         depth += 1 if mark.group() == "/*" else -1

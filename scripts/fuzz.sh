@@ -2,7 +2,7 @@
 # SPDX-License-Identifier: GPL-2.0
 # Runs the fuzz targets for some seconds each, as many in parallel as there are CPUs: fuzz.sh [SECONDS|-b
 # [TARGET...]] (-b: build only). For oci, all of obdsetup is built once more, which takes minutes. The last lines are
-# the results; RECORD=FILE gets a line for each target, too.
+# the results. With RECORD=FILE, a line for each target is appended to FILE, too.
 . "$(dirname "$0")/lib.sh"
 . "$SCRIPTS/cache.sh"
 
@@ -12,19 +12,20 @@ TARGETS=(image codec merge lsmt zfile tar changes oci)
 LIMITS=(-timeout=10 -rss_limit_mb=512 -max_len=8192)
 
 RECORD=${RECORD:+$(realpath -m "$RECORD")}
-# Paths as the root sees them; this directory is the clone in both.
+# These paths are relative to the clone, which is the current directory here and in the tool-chain root.
 cd "$CLONE"
 out=build/fuzz
 bin=$out/x86_64-unknown-linux-gnu/release
-# Inputs that reach new code are kept for the next run.
+# libFuzzer keeps inputs that reach new code here, for the next run.
 corpus=$CACHE/fuzz
 
+# build: install cargo-fuzz in the cache, unless it is there, and build the targets.
 build() {
 	[ -x "$CACHE/cargo/cargo-fuzz-$CARGO_FUZZ/bin/cargo-fuzz" ] ||
 		"$SCRIPTS/in-root.sh" env -u CARGO_TARGET_DIR cargo install --quiet --locked --debug \
 			--root "/cargo/cargo-fuzz-$CARGO_FUZZ" --version "$CARGO_FUZZ" cargo-fuzz
 	mkdir -p "$out"
-	# Debian's compiler has no sanitizers; our code has no unsafe.
+	# No sanitizer: Debian's rustc has none, and the code under test has no unsafe.
 	local features=()
 	[[ " ${TARGETS[*]} " != *" oci "* ]] || features=(--features images)
 	"$SCRIPTS/in-root.sh" env -C tools "CARGO_TARGET_DIR=$IN_ROOT/$out" \
@@ -32,7 +33,7 @@ build() {
 		cargo fuzz build --sanitizer none "${features[@]}"
 }
 
-# run TARGET: run a target, with its output to a log. Returns libFuzzer's status.
+# run TARGET: write the target's seeds, then fuzz for $seconds; the output goes to a log. Returns libFuzzer's status.
 run() {
 	local target=$1 log=$LOGS/fuzz-$1.log
 	mkdir -p "$corpus/$target" "$out/seeds/$target" "$out/findings"
@@ -45,7 +46,8 @@ run() {
 # stat_of NAME LOG: print a number of libFuzzer's final statistics.
 stat_of() { awk -v name="stat::$1:" '$1 == name { n = $2 } END { print n + 0 }' "$2"; }
 
-# report TARGET STATUS SECONDS: print a line, and add one to the record.
+# report TARGET STATUS SECONDS: print a line with the results, and add one to the record; of a failure, print the cause
+# and the input.
 report() {
 	local target=$1 log=$LOGS/fuzz-$1.log findings=0 verdict="no finding" runs peak inputs cov
 	[ "$2" = 0 ] || findings=1 verdict=FAILED
@@ -91,6 +93,7 @@ commit=$(git -c safe.directory="*" -C "$CLONE" describe --always --dirty --abbre
 
 failed=0
 declare -A names=() starts=()
+# wait_one: wait until one target ends, and report it.
 wait_one() {
 	local pid status=0
 	wait -n -p pid || status=$?

@@ -1,7 +1,7 @@
 #!/bin/bash
 # SPDX-License-Identifier: GPL-2.0
-# Runs as root with mounts of its own: mounts the clone at a path without blanks, for a build with the tools of this
-# machine, and runs the command there as its user: host-enter.sh CLONE PLACE UID GID CMD...
+# Runs as root in a new mount namespace: mounts the clone at PLACE, a path without blanks, for a build with the tools of
+# this machine, and runs the command as UID and GID, in /: host-enter.sh CLONE PLACE UID GID CMD...
 set -euo pipefail
 
 mount --bind "$1" "$2"

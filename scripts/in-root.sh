@@ -2,8 +2,9 @@
 # SPDX-License-Identifier: GPL-2.0
 # Runs a command as the calling user in the tool-chain root, a directory with a Debian, by chroot:
 # in-root.sh [-r OTHER_ROOT] [-k KERNEL_DIR] [-b SRC:DST]... CMD...
-# This git clone is at /clone, which is the current directory. If possible, its path on the host is a link to /clone.
-# -k: a kernel's directory in the cache, at /kernel. -b: SRC, at DST. -r: another root. All mounts end with the command.
+# This git clone is mounted at /clone, the current directory. If possible, its path on the host is a link to /clone.
+# -k: mount a kernel's directory in the cache at /kernel. -b: mount SRC at DST. -r: use another root. All mounts end
+# with the command.
 . "$(dirname "$0")/lib.sh"
 . "$SCRIPTS/cache.sh"
 
@@ -23,7 +24,7 @@ need_root
 [ -d "$ROOT" ] || die "no tool-chain root yet; 'make setup' makes it"
 mkdir -p "$CACHE/cargo" "$BUILD"
 
-# The environment is a fixed one, plus those variables of the caller that are listed here.
+# The environment is fixed, except for the caller's variables that are listed here.
 env=(PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin HOME=/root LANG=C.UTF-8
 	"TERM=${TERM:-dumb}" CARGO_HOME=/cargo "CARGO_TARGET_DIR=$IN_ROOT/build/cargo"
 	CARGO_HTTP_CAINFO=/etc/ssl/certs/ca-certificates.crt)
@@ -34,7 +35,7 @@ while IFS='=' read -r -d '' name value; do
 	esac
 done < <(env -0)
 
-# The command ends if this process or its caller does: with-caller.sh.
+# The command is killed when this process or its caller ends: with-caller.sh.
 attend "${SUDO[@]}" "$SCRIPTS/with-caller.sh" "$PPID,$$" unshare --mount --propagation private --pid --fork --kill-child \
 	"$SCRIPTS/root-enter.sh" "$ROOT" "$CLONE" "$IN_ROOT" "$CACHE/cargo" "$kernel" "$(id -u):$(id -g)" \
 	"${#binds[@]}" "${binds[@]}" env -i "${env[@]}" "$@"

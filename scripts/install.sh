@@ -1,15 +1,16 @@
 #!/bin/bash
 # SPDX-License-Identifier: GPL-2.0
-# Installs what was built: the module, obdsetup, its udev rules, what sets images up at boot, the manual pages,
-# completions. install.sh tools: all except the module. DESTDIR=, PREFIX= (/usr/local), KDIR= as for make. Builds what
-# isn't built yet.
+# Installs what was built: the module, obdsetup, its udev rules, the units and hooks that open images at boot, the
+# manual pages, completions. install.sh tools: all except the module. DESTDIR=, PREFIX= (/usr/local), KDIR= as for make.
+# Builds what isn't built yet.
 . "$(dirname "$0")/lib.sh"
 
 [ -z "${DESTDIR:-}" ] || DESTDIR=$(realpath -m "$DESTDIR")
 [[ ${PREFIX:-/} == /* ]] || die "PREFIX=$PREFIX: must begin with /"
 prefix=${DESTDIR:-}${PREFIX:-/usr/local}
 
-# The obdsetup that this machine's cargo has built, or that of the tool-chain root if it runs on this machine, too.
+# OBDSETUP if it is set, else the obdsetup that this machine's cargo has built, else that of the tool-chain root.
+# Without DESTDIR, it must run on this machine.
 obdsetup=${OBDSETUP:-$BUILD/cargo-host/release/obdsetup}
 [ -x "$obdsetup" ] || obdsetup=$BUILD/cargo/release/obdsetup
 if [ ! -x "$obdsetup" ]; then

@@ -19,11 +19,11 @@ kdir_compiler() {
 	fi
 }
 
-# As a problem, also a mark: if it is the only one, dkms.sh makes a tree.
+# One of the problems that kdir_problems prints. If there is no other, dkms.sh makes a tree.
 KDIR_NO_METADATA='no Rust metadata in the tree (rust/libkernel.rmeta, rust/libmacros.so)'
 
 # kdir_problems DIR: print, on one line, why no Rust module can be built for the kernel tree DIR on this machine; an
-# empty line if it can.
+# empty line if one can be built.
 kdir_problems() {
 	local dir=$1 missing=() release want have cc
 	if [ ! -f "$dir/Makefile" ]; then

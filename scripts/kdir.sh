@@ -9,13 +9,15 @@
 # shellcheck source=scripts/kdir-check.sh
 . "$SCRIPTS/kdir-check.sh"
 
-# kdir_choose: use the user's KDIR; else the running kernel's tree if it is usable; else the stock kernel's, in the
-# root. Sets KDIR_USED, KDIR_RELEASE, KDIR_ARGS, KDIR_IN_ROOT, KDIR_CLONE and KDIR_ID, which identifies the tree.
+# kdir_choose: use the user's KDIR; else the running kernel's tree if it is usable and USE_ROOT is not set; else the
+# tree of KERNEL (stock by default), in the tool-chain root. Sets KDIR_USED (the tree's path), KDIR_RELEASE, KDIR_ARGS
+# (arguments for make), KDIR_IN_ROOT (1 if in the root), KDIR_CLONE and KDIR_ID, which identifies the tree.
 kdir_choose() {
 	kdir_choose_tree
 	kdir_place
 }
 
+# kdir_choose_tree: kdir_choose without KDIR_CLONE.
 kdir_choose_tree() {
 	local problems running
 	running=/lib/modules/$(uname -r)/build
@@ -49,21 +51,23 @@ kdir_choose_tree() {
 	[ -n "${USE_ROOT:-}" ] || say "Building for $K_RELEASE in the tool-chain root; KDIR= names another kernel's tree"
 }
 
-# kdir_place: set KDIR_CLONE to the clone's path for the kernel's build, which accepts no blank, colon and so on.
+# kdir_place: set KDIR_CLONE to a path of the clone without blanks, colons and the like, for the kernel's build.
+# kdir_run mounts the clone there if needed.
 kdir_place() {
 	local odd='[^A-Za-z0-9._/+@-]'
 	KDIR_CLONE=$CLONE
 	if [ -n "$KDIR_IN_ROOT" ]; then
 		KDIR_CLONE=$IN_ROOT
 	elif [[ $KDIR_USED =~ $odd ]]; then
-		die "KDIR=$KDIR_USED: the kernel's build takes no blank and no such character in a path: give it another name"
+		die "KDIR=$KDIR_USED: the kernel's build accepts only letters, digits and ._/+@- in a path: rename the tree"
 	elif [[ $CLONE =~ $odd ]]; then
 		KDIR_CLONE=/mnt
-		[[ $KDIR_USED != /mnt/* ]] || die "$CLONE: the kernel's build takes no such path: build in a clone of another name"
+		[[ $KDIR_USED != /mnt/* ]] ||
+			die "$CLONE: the kernel's build accepts only letters, digits and ._/+@- in a path: rename the clone"
 	fi
 }
 
-# kdir_run CMD...: run the command where the tree can be used.
+# kdir_run CMD...: run the command in the root if the tree is there, else on the host, with the clone at KDIR_CLONE.
 kdir_run() {
 	if [ -n "$KDIR_IN_ROOT" ]; then
 		"$SCRIPTS/in-root.sh" -r "$K_ROOT" -k "$K_DIR" "$@"

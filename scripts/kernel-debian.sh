@@ -1,13 +1,14 @@
 # SPDX-License-Identifier: GPL-2.0
 # shellcheck shell=bash
-# Makes a kernel directory from Debian's packages. The functions run in the root, where /srv is for apt's lists and
-# /kernel is the directory to fill. Sourced; a change makes a new directory.
+# Makes a kernel directory from Debian's packages. The functions run in the tool-chain root: /srv has apt's lists, and
+# /kernel is the directory to fill. Sourced. If the code of build_kernel_debian changes, the kernel directory is made
+# again.
 
 set -euo pipefail
 
 # newest_debian_kernel SERIES [SOURCES]: print "RELEASE VERSION GCC RUSTC" of the newest kernel of a series (a regular
-# expression) for which image, headers and source are available. GCC is the package of its compiler, RUSTC the version
-# of the archive's rustc. SOURCES are lines for apt instead of the root's.
+# expression) for which image, headers and source are available; nothing if there is none. GCC is the package of its
+# compiler, RUSTC the version of the archive's rustc. SOURCES are lines for sources.list, instead of those of the root.
 newest_debian_kernel() {
 	local series=$1 sources=${2:-} releases release version
 	mkdir -p /srv/lists/partial /srv/cache

@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: GPL-2.0
 # shellcheck shell=bash
 # Makes kernels for tests: Debian's source, a small configuration, and checkers. Built with clang, which KASAN needs
-# in combination with Rust. Sourced; a change makes a new directory.
+# in combination with Rust. Sourced. If the code of the function changes, the kernel directories are made again.
 
 set -euo pipefail
 
-# build_kernel_test RELEASE VERSION CONFIG...: like build_kernel_debian, with the configuration in the files.
+# build_kernel_test RELEASE VERSION CONFIG...: fill /kernel, as build_kernel_debian does, with a kernel that has the
+# options in the files CONFIG, and else as few as possible. Fails if an option is not possible.
 build_kernel_test() {
 	local release=$1 version=$2 series line missing=0
 	shift 2
@@ -31,7 +32,7 @@ build_kernel_test() {
 	done < <(grep CONFIG_ /kernel/wanted)
 	[ "$missing" = 0 ]
 	if grep -qx CONFIG_KCSAN=y .config; then
-		# All languages use the same runtime, but the kernel doesn't enable it for Rust yet.
+		# C and Rust use the same runtime of KCSAN, but the kernel doesn't enable KCSAN for Rust yet.
 		sed -i 's/"supported-sanitizers", \["kcfi", /&"thread", /' scripts/generate_rust_target.rs
 		grep -q '"kcfi", "thread"' scripts/generate_rust_target.rs
 		echo "-Zsanitizer=thread -Cllvm-args=-tsan-distinguish-volatile=1" \

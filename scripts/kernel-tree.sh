@@ -1,12 +1,13 @@
 # SPDX-License-Identifier: GPL-2.0
 # shellcheck shell=bash
-# Makes a tree for modules from Debian's source package, for the cache and for DKMS. Sourced; a change makes a new
-# kernel directory.
+# Makes a tree to build modules with from Debian's source package, for the cache and for DKMS. Sourced. If the code of
+# the function changes, kernel directories and the trees of DKMS are made again.
 
 set -euo pipefail
 
-# debian_tree RELEASE SOURCE HEADERS DIR: make a tree from linux-source-*.tar.xz and the unpacked headers of a kernel.
-# Debian's headers have no Rust metadata; the same compiler makes the same metadata from the same source.
+# debian_tree RELEASE SOURCE HEADERS DIR: make the tree DIR from SOURCE, a linux-source-*.tar.xz, and HEADERS, the
+# unpacked headers of a kernel. Debian's headers have no Rust metadata; the same compiler makes the same metadata from
+# the same source.
 debian_tree() {
 	local release=$1 source=$2 headers=$3 dir=$4 cc lost args
 	mkdir "$dir"
@@ -19,7 +20,7 @@ debian_tree() {
 	args=("CC=$cc" LOCALVERSION="${release#"$(make -s kernelversion)"}")
 	make "${args[@]}" olddefconfig
 
-	# A missing tool, such as pahole, changes the configuration, and with it types. Versions of tools may differ.
+	# A missing tool, such as pahole, changes the configuration, and so can change types. Versions of tools may differ.
 	lost=$(diff <(grep ^CONFIG_ "$headers/.config" | sort) <(grep ^CONFIG_ .config | sort) |
 		grep '^[<>]' | grep -vE '_VERSION(_TEXT)?=' || :)
 	if [ -n "$lost" ]; then

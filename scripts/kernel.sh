@@ -4,14 +4,15 @@
 # forky, with forky's tool chain. KERNEL=debug and KERNEL=kcsan are small kernels with checkers, from the source of
 # stock; KERNEL=uml and KERNEL=uml-smp are User-Mode Linux, for benchmarks, and KERNEL=uml-host to run virtual machines
 # in. Sourced after cache.sh.
-# A new kernel needs a kernel_look_up_NAME and, if it is made in another way, a build_kernel_RECIPE.
+# To add a KERNEL, write a function kernel_look_up_NAME and, if the existing recipes don't make it, a
+# build_kernel_RECIPE.
 #
 # A kernel directory in the cache, whatever it was made from, holds
 #   vmlinuz, lib/modules/RELEASE/   the kernel as it boots; for User-Mode Linux, the program
 #   kdir/                           the tree to build modules against, with Rust metadata
 #   release                         its release, one line
-#   cmdline, memory                 if it needs them: more of the command line, MiB
-#   rustflags, makeargs             if modules need them: KRUSTFLAGS, and what make gets, a line each
+#   cmdline, memory                 if it needs them: arguments for its command line, the VM's memory in MiB
+#   rustflags, makeargs             if modules need them: KRUSTFLAGS, and arguments for make, a line each
 
 # shellcheck source=scripts/kernel-debian.sh
 . "$SCRIPTS/kernel-debian.sh"
@@ -30,9 +31,9 @@ kernel_recipe() {
 	[ "$K_RECIPE" != debian ] || declare -f debian_tree
 }
 
-# kernel_look_up: set K_RELEASE, K_VERSION (of the packages), K_RECIPE, K_CONFIG (its files), K_APT (directory of
-# apt's lists), K_ROOT (the root that the kernel and its modules are built in), K_TOOLS (what of that root affects the
-# result) and K_DIR.
+# kernel_look_up: set K_RELEASE, K_VERSION (of the packages), K_RECIPE, K_CONFIG (files with its configuration), K_APT
+# (directory of apt's lists), K_ROOT (the root that the kernel and its modules are built in), K_TOOLS (the versions of
+# the tools in that root that affect the result) and K_DIR (its directory in the cache, which may not exist yet).
 kernel_look_up() {
 	K_CONFIG=()
 	K_ROOT=$ROOT
@@ -56,7 +57,7 @@ kernel_select() {
 ask_archive() {
 	local latest=$CACHE/kernel.$1
 	if [ -z "$(find "$latest" -mtime -1 2>/dev/null)" ]; then
-		# Two first runs may be here at the same time.
+		# Another run may ask at the same time.
 		lock "$K_APT.lock" "question to the Debian archive"
 		mkdir -p "$K_APT"
 		if [ -n "$(find "$latest" -mtime -1 2>/dev/null)" ]; then
@@ -97,7 +98,8 @@ kernel_look_up_forky() {
 		say "$K_TOOLS"; } | short_hash)
 }
 
-# kernel_of_ours NAME RECIPE CONFIG...: look up a kernel of the stock kernel's version.
+# kernel_of_ours NAME RECIPE CONFIG...: look up a kernel that is made here, from the source of the stock kernel. CONFIG
+# are the ends of names, scripts/kernel-CONFIG.
 kernel_of_ours() {
 	kernel_look_up_stock
 	K_RELEASE=${K_RELEASE%%[+-]*}-$1
@@ -106,6 +108,7 @@ kernel_of_ours() {
 	K_CONFIG=("${@/#/$SCRIPTS/kernel-}")
 }
 
+# Kernels with checkers, from the source of the stock kernel.
 kernel_look_up_debug() { kernel_of_ours debug test test.config debug.config; }
 
 kernel_look_up_kcsan() { kernel_of_ours kcsan test test.config kcsan.config; }

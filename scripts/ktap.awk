@@ -1,14 +1,14 @@
 # SPDX-License-Identifier: GPL-2.0
 # Counts the results in KTAP logs: prints "passed failed", and a line "tests cause" for each cause of skipped tests.
 # Only leaves count: the result of a test with subtests (which are indented by two more blanks) counts only if it
-# failed and no subtest did. A plan that doesn't match counts as a failure.
+# failed and no subtest did. A plan ("1..N") counts as a failure if N is not the number of results.
 
 function level(line) {
 	match(line, /^ */)
 	return int(RLENGTH / 2)
 }
 
-# close_subtests L: forget levels deeper than L; a plan there that doesn't match is a failure.
+# close_subtests L: check the plans of the levels deeper than L, and forget these levels.
 function close_subtests(l,   d) {
 	for (d in seen)
 		if (d + 0 > l) {
@@ -19,12 +19,13 @@ function close_subtests(l,   d) {
 		}
 }
 
-# skip LINE: count the cause, the text after SKIP.
+# skip LINE: count the cause of a skipped test, which is the text after SKIP.
 function skip(line) {
 	sub(/.*# *[Ss][Kk][Ii][Pp][A-Za-z]*[: ]*/, "", line)
 	causes[line == "" ? "no cause given" : line]++
 }
 
+# check_plan D: count a failure if level D has a plan that isn't the number of its results.
 function check_plan(d) {
 	if ((d in plan) && plan[d] != seen[d]) {
 		failed++

@@ -14,8 +14,8 @@ HOME=${HOME:-$(getent passwd "$(id -u)" | cut -d: -f6)}
 CLONE=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd -P)
 SCRIPTS=$CLONE/scripts
 BUILD=$CLONE/build
-# The path of the clone in the tool-chain root and in the VM, whatever its own path is: the kernel's build, QEMU and
-# others accept no blank, colon or comma in it.
+# The path of the clone in the tool-chain root and in the VM, since the kernel's build, QEMU and others accept no blank,
+# colon or comma, which the clone's path on the host may have.
 IN_ROOT=/clone
 [[ ${XDG_CACHE_HOME:-} == /* ]] || XDG_CACHE_HOME=${HOME:?HOME is not set}/.cache
 CACHE=$XDG_CACHE_HOME/dm-overlaybd
@@ -28,11 +28,14 @@ GOLDENS=${OBD_GOLDENS:-${near[0]}}
 # The command to become root: none if we are root, else sudo.
 SUDO=()
 [ "$(id -u)" = 0 ] || SUDO=(sudo)
-# For commands that take long: ends them with this process.
+# The same for commands that take long: they are killed when this process ends.
 LONG_SUDO=("${SUDO[@]}" "$SCRIPTS/with-caller.sh" "$$")
 
+# say TEXT...: print a line. (echo would take some texts for options.)
 say() { printf '%s\n' "$*"; }
+# warn TEXT...: print a line on standard error.
 warn() { printf '%s\n' "$*" >&2; }
+# die TEXT...: print an error, and exit with 1.
 die() {
 	warn "error: $*"
 	exit 1
@@ -64,11 +67,12 @@ need_places() {
 	done
 }
 
-# in_root PATH: print the path, in the root, of something in the clone.
+# in_root PATH: print the path that a file in the clone has in the tool-chain root.
 in_root() { say "$IN_ROOT${1#"$CLONE"}"; }
 
-# attend CMD...: run a command that takes long. An interrupt ends it and everything that it has started. A shell would
-# wait for a command in the foreground, sudo and unshare don't pass an interrupt on, and make only ends its own child.
+# attend CMD...: run a command that takes long. INT, TERM or HUP ends the command and everything that it has started. If
+# the command ran in the foreground, bash would act on the signal only after the command's end; sudo and unshare don't
+# pass signals on, and make ends only its own child.
 attend() {
 	local status=0
 	"$@" <&0 &
@@ -81,20 +85,20 @@ attend() {
 	return "$status"
 }
 
-# attend_end SIGNAL: end the command, then this process with the same signal.
+# attend_end SIGNAL: end the command and its descendants, then this process with SIGNAL.
 attend_end() {
 	local pids me=$BASHPID
 	trap '' INT TERM HUP
 	mapfile -t pids < <(below "$me")
 	kill -TERM "${pids[@]}" 2>/dev/null || :
-	# Only root can end sudo.
+	# Only root can kill sudo.
 	[ ! -e "/proc/$ATTENDED" ] || [ -O "/proc/$ATTENDED" ] || "${SUDO[@]}" kill -KILL "$ATTENDED" || :
 	wait "$ATTENDED" 2>/dev/null || :
 	trap - "$1"
 	kill "-$1" "$me"
 }
 
-# below PID: print its descendants, the topmost first.
+# below PID: print the process IDs of the descendants of PID, children before grandchildren.
 below() {
 	{ sed 's/^\([0-9]*\) (.*) . \([0-9]*\) .*/\1 \2/' /proc/[0-9]*/stat 2>/dev/null || :; } |
 		awk -v top="$1" '
@@ -107,7 +111,8 @@ below() {
 # short_hash: print the first 12 digits of the SHA-256 of standard input.
 short_hash() { sha256sum | cut -c1-12; }
 
-# lock FILE WHAT: take an exclusive lock, until unlock or the end of this process and its children.
+# lock FILE WHAT: take an exclusive lock, until unlock or the end of this process and its children. If it has to wait,
+# it prints "waiting for another WHAT".
 lock() {
 	mkdir -p "$(dirname "$1")"
 	exec {LOCK_FD}>>"$1"
@@ -116,6 +121,7 @@ lock() {
 	flock "$LOCK_FD"
 }
 
+# unlock: release the lock that lock has taken last.
 unlock() { exec {LOCK_FD}>&-; }
 
 # alone: wait until no other script with steps runs in this clone, since they share logs and results. Scripts called
@@ -133,7 +139,7 @@ STEP_NR=0
 STEP_TOTAL=0
 STEP_LOG=
 
-# steps N: announce N calls of step.
+# steps N: announce N calls of step. Checks what steps need, and asks for sudo's password.
 steps() {
 	STEP_NR=0
 	STEP_TOTAL=$1
@@ -141,13 +147,14 @@ steps() {
 	need_root
 }
 
-# last_line FILE [WIDTH]: print its last line that isn't empty, cut to fit after a step's title.
+# last_line FILE [WIDTH]: print the last line of FILE that isn't empty, at most WIDTH (60) characters of it.
 last_line() {
 	tail -c 400 "$1" 2>/dev/null | tr '\r' '\n' | tr -cd '[:print:]\n' |
 		awk -v max="${2:-60}" 'NF { l = $0 } END { print substr(l, 1, max) }'
 }
 
-# step_ticker HEAD LOG: show that the step is still running, until killed or orphaned.
+# step_ticker HEAD LOG: show the time and the log's last line, every second on a terminal, else every 30 s. Runs until
+# it is killed or the script ends.
 step_ticker() {
 	local head=$1 log=$2 start=$SECONDS parent=$$
 	while sleep 1 && kill -0 "$parent" 2>/dev/null; do
@@ -163,7 +170,7 @@ step_ticker() {
 }
 
 # step TITLE CMD [ARGS]: run a command as the next step, and return its status. The command runs in a process of its
-# own, so that a lock that it takes ends with it. A function run this way doesn't stop at an error.
+# own, so that locks that it takes are released at its end. A function run this way doesn't stop at an error.
 step() {
 	local title=$1 head status=0 start=$SECONDS
 	shift
@@ -190,8 +197,9 @@ step() {
 
 PASSED=0 FAILED=0 SKIPPED=0
 
-# results TITLE FUNCTION: run a function of this script, by its option --FUNCTION, as a step that prints a line "ok",
-# "not ok" or "skipped" for each test, and lines that begin with #. Print and count these.
+# results TITLE FUNCTION: run a function of the calling script, by the script's option --FUNCTION, as a step. The
+# function prints a line "ok", "not ok" or "skipped" for each test, and comments that begin with #. Print these lines,
+# and count the results; a step without a "not ok" counts as a failure if its status is not 0 or no test has passed.
 results() {
 	local status=0 p f s
 	step "$1" "$0" "--$2" || status=$?

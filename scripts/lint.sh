@@ -7,12 +7,13 @@
 
 LINTS=(rustfmt clippy-module clippy-tools checkpatch shellcheck unsafe)
 
+# with_kernel CMD...: run a command in the tool-chain root with the kernel's tree at /kernel/kdir.
 with_kernel() {
 	kernel_select
 	"$SCRIPTS/in-root.sh" -k "$K_DIR" "$@"
 }
 
-# sources PATTERN...: print the clone's files by name, one per line, without build results.
+# sources PATTERN...: print the clone's files whose names match a pattern, one per line, sorted, without build results.
 sources() {
 	local names=() pattern
 	for pattern; do names+=(-o -name "$pattern"); done
@@ -20,7 +21,7 @@ sources() {
 		sed 's,^\./,,' | sort
 }
 
-# shell_sources: print the files that a shell reads, recognised by name or first line.
+# shell_sources: print the clone's shell scripts, recognised by name or first line.
 shell_sources() {
 	local file first
 	sources '*' | while read -r file; do
@@ -31,6 +32,7 @@ shell_sources() {
 	done 2>/dev/null
 }
 
+# lint_NAME: run the check NAME.
 lint_rustfmt() {
 	local files
 	mapfile -t files < <(sources '*.rs')

@@ -1,7 +1,7 @@
 #!/bin/bash
 # SPDX-License-Identifier: GPL-2.0
-# Makes the Debian packages in build/deb: make-deb.sh. Uses this machine's cargo if this is a Debian 13 with all that
-# it needs, or with CARGO=; else the tool-chain root.
+# Makes the Debian packages in build/deb: make-deb.sh. Uses this machine's cargo if this is a Debian 13 with cargo, cc,
+# dpkg-shlibdeps and libclang, or if CARGO= names it; else the tool-chain root.
 . "$(dirname "$0")/lib.sh"
 
 DEB=$BUILD/deb
@@ -9,7 +9,7 @@ FILES=$BUILD/deb-files
 VERSION=$(sed -n 's/^version = "\(.*\)"/\1/p' "$CLONE/tools/Cargo.toml")
 grep -qxF "PACKAGE_VERSION=\"$VERSION\"" "$CLONE/dkms.conf" || die "dkms.conf: not version $VERSION, as tools/Cargo.toml has it"
 
-# With Debian's revision, which is increased when the same version is packaged again.
+# The version with Debian's revision, which is increased when the same version is packaged again.
 REVISION=$(sed -n "1s/^dm-overlaybd (\(${VERSION//./\\.}-[0-9.]*\)) .*/\1/p" "$CLONE/packaging/deb/changelog")
 [ -n "$REVISION" ] || die "packaging/deb/changelog: not version $VERSION, as tools/Cargo.toml has it"
 
@@ -17,7 +17,7 @@ REVISION=$(sed -n "1s/^dm-overlaybd (\(${VERSION//./\\.}-[0-9.]*\)) .*/\1/p" "$C
 DKMS_SOURCES=(COPYING Kbuild dkms.conf include rust scripts/{dkms,kdir-check,kernel-tree,lib}.sh)
 
 # notices: print the licences and notices of the crates that are linked into obdsetup, in the form of Debian's
-# copyright files. Of licences to choose from, use the MIT licence: Apache-2.0 is incompatible with GPL-2.0.
+# copyright files. If a crate offers several licences, use the MIT licence: Apache-2.0 is incompatible with GPL-2.0.
 notices() {
 	local crates name version dir files license
 	crates=$("${CARGO:-cargo}" tree --manifest-path "$CLONE/tools/Cargo.toml" --offline --locked -p obdsetup -e normal \
@@ -46,7 +46,8 @@ notices() {
 		"Rust's standard library. The text of the licence is that of the crate libc above."
 }
 
-# pack_one PACKAGE ARCH SHLIBS: make the package from its directory.
+# pack_one PACKAGE ARCH SHLIBS: make the package from the directory $DEB/PACKAGE, and remove the directory. SHLIBS are
+# the libraries that it depends on.
 pack_one() {
 	local package=$1 arch=$2 shlibs=$3 tree=$DEB/$1 script file=$DEB/$1_${REVISION}_$2.deb
 	install -D -m 644 "$CLONE/packaging/deb/copyright" "$tree/usr/share/doc/$package/copyright"
@@ -69,7 +70,7 @@ pack_one() {
 	rm -r "$tree"
 }
 
-# pack OBDSETUP: make both packages, where that program was built.
+# pack OBDSETUP: make both packages. Runs where the program OBDSETUP was built: here, or in the tool-chain root.
 pack() {
 	local source=$DEB/dm-overlaybd-dkms/usr/src/dm-overlaybd-$VERSION shlibs
 	rm -rf "$DEB"

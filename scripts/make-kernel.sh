@@ -1,6 +1,6 @@
 #!/bin/bash
 # SPDX-License-Identifier: GPL-2.0
-# Makes the selected kernel's directory in the cache: image, modules and a tree to build modules with.
+# Makes the directory of $KERNEL in the cache, unless it exists: image, modules and a tree to build modules with.
 . "$(dirname "$0")/lib.sh"
 . "$SCRIPTS/cache.sh"
 . "$SCRIPTS/kernel.sh"
@@ -15,7 +15,7 @@ mkdir -p "$TMP"
 "$SCRIPTS/in-root.sh" -r "$K_ROOT" -k "$TMP" -b "$K_APT:/srv" \
 	bash -c "$(kernel_recipe); set -euo pipefail; build_kernel_$K_RECIPE \"\$@\"" - "$K_RELEASE" "$K_VERSION" "${K_CONFIG[@]}"
 
-# For some days, a suite may have a newer rustc than the one that built its kernel.
+# A suite can have a newer rustc than the one that built its kernel, until the kernel is built again.
 want=$(grep ^CONFIG_RUSTC_VERSION_TEXT= "$TMP/config")
 have=$(grep ^CONFIG_RUSTC_VERSION_TEXT= "$TMP/kdir/.config")
 [ "$have" = "$want" ] || die "another rustc than the kernel's: ${have#*=}, not ${want#*=}"

@@ -5,7 +5,7 @@
 . "$(dirname "$0")/lib.sh"
 . "$SCRIPTS/cache.sh"
 
-# A directory of this machine doesn't exist in the new root.
+# The new root doesn't have the directory that TMPDIR names on this machine.
 unset TMPDIR
 root=$ROOT suite=$SUITE
 include=$(root_packages)
@@ -16,12 +16,14 @@ if [ "${1:-}" = kernel ]; then
 fi
 [ -d "$root" ] && cache_used "${root##*/}" && exit
 
-# host_apt_conf FILE: write the host's proxy and clock settings for apt, for a root on the same network.
+# host_apt_conf FILE: write apt's settings of this machine for proxies, and for checks of dates, to FILE: the root uses
+# the same network and clock.
 host_apt_conf() {
 	apt-config dump 2>/dev/null | grep -E '^Acquire::(https?::([^ ]*::)?Proxy|Check-(Valid-Until|Date)) ' >"$1" || :
 }
 
-# host_mirror: print the Debian mirror of this machine if it has what we need, else Debian's own.
+# host_mirror: print the first Debian mirror in this machine's settings that has the suite's backports; nothing if there
+# is none.
 host_mirror() {
 	local uri probe=$CACHE_TMP/probe
 	# shellcheck disable=SC2016 # apt's own $
@@ -36,6 +38,7 @@ host_mirror() {
 	rm -f "$probe"
 }
 
+# need_mmdebstrap: install mmdebstrap and the keys of the Debian archive on this machine, unless they are there.
 need_mmdebstrap() {
 	command -v mmdebstrap >/dev/null && [ -s /usr/share/keyrings/debian-archive-keyring.gpg ] && return
 	command -v apt-get >/dev/null ||
@@ -58,7 +61,7 @@ mirror=${mirror:-http://deb.debian.org/debian}
 say "== Debian $suite from $mirror"
 host_apt_conf "$CACHE_TMP/apt.conf"
 short=("${SUDO[@]}")
-# The recipe's commands for root take long.
+# build_root runs commands with SUDO that take long: end them with this process.
 attend_root() { SUDO=("${short[@]}") && attend "${LONG_SUDO[@]}" "$@"; }
 SUDO=(attend_root)
 build_root "$TMP" "$suite" "$mirror" "$include" "$CACHE_TMP/apt.conf"

@@ -3,7 +3,7 @@
 # Draws the pictures of the documentation from Documentation/pictures/*.dot as *.svg: pictures.sh [--check]
 # The result only depends on the source and the release of Graphviz, not on the machine's fonts. Each SVG has the hash
 # of its source; --check compares the hashes, needs no Graphviz, and fails for SVGs that are out of date.
-# Graphviz is that of the machine: only this script needs it, so it is not in the tool-chain root.
+# Uses this machine's Graphviz: only this script needs it, so the tool-chain root doesn't have it.
 . "$(dirname "$0")/lib.sh"
 
 PICTURES=$CLONE/Documentation/pictures
@@ -20,13 +20,13 @@ plugins() {
 	local from
 	from=$(dot -v -Tsvg -o /dev/null <<<'digraph {}' 2>&1 | sed -n 's/^libdir = "\(.*\)"$/\1/p')
 	set -- "$1" "$from"/config[0-9]*
-	[ -f "$2" ] || die "no list of plugins in '$from': is Graphviz installed as its package has it?"
+	[ -f "$2" ] || die "no list of plugins in '$from': install Graphviz from its package"
 	awk -v from="$from" '
 		/^[^ \t#{}]/ { wanted = /plugin_(core|dot_layout)/; if (wanted) $0 = from "/" $0 }
 		wanted' "$2" >"$1/${2##*/}"
 }
 
-# draw DOT
+# draw DOT: make its SVG.
 draw() {
 	local out=$TMP/${1##*/}
 	GVBINDIR=$TMP dot -Tsvg "$1" >"$out"

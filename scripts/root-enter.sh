@@ -30,8 +30,8 @@ link_clone() {
 	ln -s "$in_root" "$new$clone"
 }
 
-# The new root is a tmpfs, with usr, etc and var of the cached root mounted in it. So mount points and files in other
-# directories are not made in the cached root.
+# The new root is a tmpfs, with usr, etc and var of the cached root mounted in it. So new mount points and files outside
+# of these three don't change the cached root.
 ca=$(readlink -f "${SSL_CERT_FILE:-/etc/ssl/certs/ca-certificates.crt}" || :)
 new=$root/mnt
 mount -t tmpfs -o mode=755 tmpfs "$new"
@@ -42,8 +42,8 @@ for entry in "$root"/*; do
 	*) if [ -L "$entry" ]; then cp -P "$entry" "$new/$name"; else mkdir -p "$new/$name"; fi ;;
 	esac
 done
-# User-Mode Linux has this root as its root file system, and only the rights of the calling user. The programs on that
-# kernel make directories in /run and /mnt, so these are writable for all.
+# User-Mode Linux uses this root as its root file system, with the rights of the calling user only. Its programs make
+# directories in /run and /mnt, so these are writable for all.
 chmod 1777 "$new"/{tmp,root,run,mnt}
 mount -t tmpfs -o mode=1777 tmpfs "$new/tmp"
 mount -t proc proc "$new/proc"

@@ -1,16 +1,19 @@
 # SPDX-License-Identifier: GPL-2.0
 # shellcheck shell=bash
-# Makes tool-chain roots with mmdebstrap: a Debian 13 with everything, and for kernels of other suites one of that
-# suite, with what modules are built with. Sourced; a change makes new roots.
+# Makes tool-chain roots with mmdebstrap: a Debian 13 with everything, and for a kernel of another suite a root of that
+# suite, with the tools that build modules. Sourced. If the code of root_sources or build_root changes, roots are made
+# again.
 
 SUITE=trixie
 
+# root_packages: print the packages of the tool-chain root, one per line.
 root_packages() { sed 's/#.*//; /^[[:space:]]*$/d' "$SCRIPTS/root-packages"; }
 
-# module_packages GCC: print the first part of the list, with that gcc.
+# module_packages GCC: print the packages in the list's part "the module", with GCC for its gcc.
 module_packages() { sed -n '/^# the module/,/^$/p' "$SCRIPTS/root-packages" | sed "/^#/d; /^\$/d; s/^gcc-.*/$1/"; }
 
-# root_sources SUITE MIRROR: print lines for sources.list. A mirror's copy of testing may be older than apt accepts.
+# root_sources SUITE MIRROR: print lines for sources.list. A mirror's copy of another suite than trixie may be older
+# than apt accepts by default.
 root_sources() {
 	case $1 in
 	"$SUITE") printf "deb $2 %s main\n" "$1" "$1-updates" "$1-backports" ;;
@@ -18,7 +21,7 @@ root_sources() {
 	esac
 }
 
-# build_root DIR SUITE MIRROR PACKAGES APTCONF: make the root in DIR. No mounts are left, whatever happens.
+# build_root DIR SUITE MIRROR PACKAGES APTCONF: make the root in DIR. No mounts are left, also if this fails.
 # shellcheck disable=SC2016 # mmdebstrap's hooks get the root as their $1
 build_root() {
 	local dir=$1 suite=$2 mirror=$3 packages=$4 aptconf=$5 gcc sources

@@ -1,6 +1,7 @@
 #!/bin/bash
 # SPDX-License-Identifier: GPL-2.0
-# Sets up what everything else needs, in two steps; prints nothing if everything is there: setup.sh
+# Sets up the tool-chain root and the kernel, which everything else needs, as two steps: setup.sh. Prints nothing if
+# both exist.
 . "$(dirname "$0")/lib.sh"
 . "$SCRIPTS/cache.sh"
 . "$SCRIPTS/kernel.sh"

@@ -1,7 +1,8 @@
 #!/bin/bash
 # SPDX-License-Identifier: GPL-2.0
-# Boots the test VM for a shell, or for the one command in RUN, and returns its status. The VM is QEMU or User-Mode
-# Linux. Status 124: not over after TIMEOUT seconds; 125: the VM died (see its kernel log); 126: it did not start.
+# Boots the test VM for a shell, or for the command in RUN, and exits with the command's status. The VM is QEMU or
+# User-Mode Linux. Status 124: not over after TIMEOUT seconds; 125: the VM died (see its kernel log); 126: the VM did
+# not start, or did not begin the command.
 . "$(dirname "$0")/lib.sh"
 . "$SCRIPTS/cache.sh"
 . "$SCRIPTS/kernel.sh"
@@ -10,7 +11,7 @@
 "$SCRIPTS/setup.sh"
 kernel_select
 
-# The run directory, which is the guest's /run/vm. Directories of ended runs are removed.
+# The run directory, which is the guest's /run/vm. First remove those of runs that have ended.
 for old in "$BUILD"/vm/run.*; do
 	kill -0 "${old##*.}" 2>/dev/null || rm -rf "$old"
 done
@@ -18,8 +19,8 @@ VM_RUN=$BUILD/vm/run.$$
 mkdir -p "$VM_RUN"
 kernel_log=${VM_LOG:-$BUILD/vm/kernel.log}
 
-# boot_files: set VM_BOOT to the directory with what QEMU boots, from the kernel of $guest_dir. It is made when the kernel or the recipe changes;
-# directories that weren't used for a day are removed.
+# boot_files: set VM_BOOT to the directory with what QEMU boots: the kernel of $guest_dir, and an initrd. It is made if
+# there is none for this kernel, root and recipe; then directories that weren't used for a day are removed.
 boot_files() {
 	local key
 	key=$({ cat "$SCRIPTS"/vm/{init,boot-files.sh} && say "${guest_dir##*/} ${ROOT##*/}"; } | short_hash)
@@ -32,7 +33,7 @@ boot_files() {
 	touch "$VM_BOOT"
 }
 
-# guest_env: print variables for the guest's first script.
+# guest_env: print the variables that scripts/vm/guest.sh reads.
 guest_env() {
 	local size module=$BUILD/$K_RELEASE/dm_overlaybd.ko virtio=y end=reboot
 	[ "$monitor" = qemu ] || virtio='' end=poweroff
@@ -48,8 +49,8 @@ guest_env() {
 	done
 }
 
-# watch PID: when TIMEOUT is over, or the guest hasn't started its command after START_TIMEOUT seconds, have the
-# kernel print where it is, then end the VM.
+# watch PID: after TIMEOUT seconds, or if the guest hasn't started its command after START_TIMEOUT seconds, have the
+# kernel print its call traces (with QEMU, by an NMI), then end the VM, whose process is PID.
 watch() {
 	local i over=timeout
 	for ((i = 0; i < ${TIMEOUT:-1800}; i++)); do
@@ -66,18 +67,20 @@ watch() {
 	end_vm "$1"
 }
 
+# end_vm PID: end the VM, whose process is PID.
 end_vm() {
 	[ ! -p "$VM_RUN/monitor.in" ] || echo quit 1<>"$VM_RUN/monitor.in"
 	sleep 1
 	"${SUDO[@]}" kill -9 "$1" 2>/dev/null || :
 }
 
+# save_log: copy the guest's console to $kernel_log.
 save_log() {
 	mkdir -p "$(dirname "$kernel_log")"
 	[ ! -f "$VM_RUN/console" ] || tr -d '\r' <"$VM_RUN/console" >"$kernel_log"
 }
 
-# verdict QEMU_STATUS: set status to our exit status.
+# verdict QEMU_STATUS: set status to the exit status of this script; if the command has not ended, say why.
 verdict() {
 	if [ -s "$VM_RUN/status" ]; then
 		status=$(cat "$VM_RUN/status")
@@ -148,7 +151,7 @@ esac
 stdin=/dev/null
 [ -n "${RUN:-}" ] || stdin=/dev/stdin
 [ "$monitor" = qemu ] || binds+=(-b "$VM_RUN:/run/vm")
-# boot: start the guest in the background; set vm and, for a command, watcher.
+# boot: start the guest in the background; set vm to its process and, for a command, watcher to that of watch.
 boot() {
 	rm -f "$VM_RUN"/{monitor.in,monitor.out,in,qmp,console,hung,started}
 	"$SCRIPTS/in-root.sh" -k "$K_DIR" "${binds[@]}" env VM_RUN="$(in_root "$VM_RUN")" \
@@ -169,7 +172,7 @@ trap 'end_vm $vm; save_log; rm -rf "$VM_RUN"; exit 130' INT TERM HUP
 status=0
 wait "$vm" || status=$?
 if [ -e "$VM_RUN/hung" ]; then
-	# The module was not loaded yet, so this is the emulation, or a very busy machine. Boot again once.
+	# The module was not loaded yet, so it isn't the cause: the emulation is, or a very busy machine. Boot again once.
 	save_log
 	mv "$kernel_log" "$kernel_log.hung"
 	warn "vm: the guest did not begin its command within ${START_TIMEOUT:-300} s (see $kernel_log.hung); booting it again"

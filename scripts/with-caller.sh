@@ -1,14 +1,14 @@
 #!/bin/bash
 # SPDX-License-Identifier: GPL-2.0
-# Runs a command until it ends, or until one of the processes CALLERS ends: with-caller.sh CALLER[,CALLER] CMD...
-# It is run by sudo, as root. sudo doesn't end with its caller: the command would go on without the caller's lock.
-# Without sudo, a caller may have ended already.
+# Runs a command, and kills it if one of the processes CALLER ends first: with-caller.sh CALLER[,CALLER] CMD...
+# Runs as root, with sudo if needed. sudo doesn't end with its caller: the command would go on without the caller's
+# lock. If a caller has ended already, the command doesn't run.
 set -u
 
 IFS=, read -ra callers <<<"$1"
 shift
 
-# started PID: print its start time, which differs if the number was reused.
+# started PID: print the start time of a process, which differs if the PID was reused; nothing if there is none.
 started() { sed 's/.*) //' "/proc/$1/stat" 2>/dev/null | cut -d' ' -f20; }
 
 began=()
@@ -27,7 +27,7 @@ all_there() {
 }
 
 (
-	# Close inherited locks and pipes, so that nothing waits for this process.
+	# Close inherited locks and pipes, so that nobody waits for this process to close them.
 	for fd in "/proc/$BASHPID/fd"/*; do
 		fd=${fd##*/}
 		[ "$fd" -le 2 ] || [ "$fd" = 255 ] || eval "exec $fd>&-"

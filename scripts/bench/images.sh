@@ -1,6 +1,7 @@
 #!/bin/bash
 # SPDX-License-Identifier: GPL-2.0
-# In the root: make a tree of files, and images of it in every format that the benchmark compares: images.sh DIR
+# In the tool-chain root: makes a tree of files, and images of it in every format that the benchmark compares:
+# images.sh DIR
 set -euo pipefail
 
 out=$1
@@ -12,7 +13,7 @@ trap 'rm -rf "$tree"' EXIT
 mkdir -p "$out"
 cd /usr
 
-# Headers, scripts, data; then programs until it is large enough. Names in order, so that it is always the same.
+# Headers, scripts, data; then programs, in the order of their names, until the tree has $mib MiB.
 echo "== tree"
 cp -a include share lib/python3* "$tree/"
 mkdir "$tree/bin"
@@ -27,7 +28,7 @@ done
 
 echo "== layers"
 cd "$out"
-# Without checksums, as the others have none.
+# Without checksums in ext4, as the other file systems have none.
 obdsetup create --directory "$tree" --fs ext4 --size $((mib * 5 / 4))m --mkfs-arg=-O^metadata_csum --algorithm none raw.lsmt
 for algorithm in lz4 zstd; do
 	for block in 4 64; do
@@ -36,7 +37,7 @@ for algorithm in lz4 zstd; do
 done
 obdsetup commit --algorithm lz4 --block-size 4k raw.lsmt lz4-4k-crc.obd
 
-# A file system that is made to be read only, and doesn't compress.
+# A read-only file system that doesn't compress by itself.
 obdsetup create --directory "$tree" --fs erofs --algorithm none erofs.lsmt
 obdsetup commit --algorithm lz4 --block-size 4k --no-crc erofs.lsmt erofs-lz4-4k.obd
 obdsetup commit --algorithm zstd --block-size 64k --no-crc erofs.lsmt erofs-zstd-64k.obd
@@ -68,7 +69,8 @@ for algorithm in lz4 zstd; do
 		mkfs.erofs --quiet -z$algorithm -C$((block << 10)) $algorithm-${block}k.erofs "$tree"
 	done
 done
-# The blocks above have so many bytes when they are compressed; these have as many as ours before that.
+# -C limits the size of an extent after compression. Here, its size before compression is limited, too, as in a ZFile
+# with blocks of 64 KiB.
 mkfs.erofs --quiet -zzstd -C65536 --max-extent-bytes=65536 zstd-64k-extents.erofs "$tree"
 
 echo "== squashfs"

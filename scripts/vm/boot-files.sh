@@ -1,7 +1,7 @@
 #!/bin/bash
 # SPDX-License-Identifier: GPL-2.0
-# Runs in the root: makes what the VM boots from the kernel at /kernel: boot-files.sh INIT DIR. DIR gets kernel and
-# initrd.
+# Runs in the tool-chain root: makes DIR/kernel and DIR/initrd, which the VM boots, from the kernel at /kernel and the
+# script INIT: boot-files.sh INIT DIR
 set -euo pipefail
 
 init=$1 output=$2

@@ -1,7 +1,8 @@
 #!/bin/bash
 # SPDX-License-Identifier: GPL-2.0
-# Process 1 of the VM in the root: loads the module, runs the command or a shell, powers off. /run/vm is the host's
-# run directory: it has env and cmd (if any), and gets status.
+# Process 1 of the VM after its root file system is mounted: loads the module, runs the command or a shell, ends the VM.
+# /run/vm is the host's run directory: the host writes env and, for a command, cmd; this script writes started and
+# status.
 
 # shellcheck disable=SC1091 # written by scripts/vm.sh for each run
 . /run/vm/env
@@ -33,7 +34,7 @@ out_port() {
 	done
 }
 
-# The host waits for this file: before it exists, the host may boot the guest again.
+# Until this file exists, the host can give up waiting, and boot the guest again.
 : >/run/vm/started
 
 # Modules that udev would load on first use.
@@ -44,7 +45,7 @@ if [ -n "$VM_MODULE" ] && ! load_module; then
 	echo "vm: the module does not load" >/dev/kmsg
 fi
 if [ -e /run/vm/cmd ]; then
-	# Through a pipe, since a port can be opened only once.
+	# The command writes to a pipe, since the port can be opened only once.
 	mkfifo /run/out
 	cat /run/out >"$(out_port)" &
 	cat=$!

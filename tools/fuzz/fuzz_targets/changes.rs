@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! Stores of changes, against a reader that takes the list of exceptions apart one by one.
+//! Stores of changes. The target compares the reader with a model that reads one exception at a time.
 
 #![no_main]
 #![allow(missing_docs, clippy::expect_used, clippy::panic)]
@@ -17,10 +17,10 @@ use overlaybd::Error;
 use overlaybd_fuzz::common::{changes, put};
 use overlaybd_fuzz::{init, memory, Sparse};
 
-/// Bytes of memory besides the exceptions: a chunk, and a vector that has just grown.
+/// Memory limit in bytes, besides the exceptions: a buffer for a chunk, and a vector that has just grown.
 const BUFFER: usize = (1 << 20) + (1 << 16);
 
-/// What is wrong with the exceptions, as far as there are several kinds of it.
+/// The kinds of faults of an exception store.
 #[derive(Debug, PartialEq, Eq)]
 enum Wrong {
     Header,
@@ -29,8 +29,8 @@ enum Wrong {
     NoEnd,
 }
 
-/// The chunks of the disk and where they are; that of the store that is taken next, or 0 where it was never
-/// used.
+/// The chunks of the disk that were written, each with its chunk of the store; and the chunk of the store that
+/// dm-snapshot would use next, or 0 if it has not used the store yet.
 type Found = (BTreeMap<u64, u64>, u64);
 
 fn word(blob: &Sparse, at: u64) -> u64 {
@@ -39,7 +39,7 @@ fn word(blob: &Sparse, at: u64) -> u64 {
     le64(&bytes, 0)
 }
 
-/// What the store says.
+/// Returns the exceptions of the store, or its first fault.
 fn model(blob: &Sparse, head: &Head) -> std::result::Result<Found, Wrong> {
     let chunk = u64::from(head.chunk) * 512;
     let (disk, store) = (
@@ -100,7 +100,7 @@ fn check(data: &[u8]) -> Result<()> {
     let mut head = bytes;
     if fixes & 1 != 0 {
         put(&mut head, 0, b"obdsetup changes\x01\0\0\0");
-        // Sizes that are not beyond all, and a chunk.
+        // Make the state, the sizes and the chunk size valid more often.
         head[21..24].fill(0);
         head[27..32].fill(0);
         head[35..40].fill(0);
@@ -125,7 +125,7 @@ fn check(data: &[u8]) -> Result<()> {
         let header = [0x7041_6e53, 1, 1, wanted.chunk].map(u32::to_le_bytes);
         pieces[1].1 = header.concat();
     }
-    // Full areas before it.
+    // Put full areas before the list, up to 2000 exceptions.
     let areas = u64::from(area % 3);
     if fixes & 4 != 0 {
         for nth in 0..areas * (step - 1) {

@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! Blocks of a ZFile, of data that compresses well or not at all. The target compares reads of any
-//! range with the blocks decompressed one by one, and decompressed blocks with the data before
-//! compression.
+//! Blocks of a ZFile, some of which are compressed by the target and others the input's own bytes. The
+//! target compares reads of any range with the blocks decompressed one by one, and blocks that it has
+//! compressed with their content.
 
 #![no_main]
 #![allow(missing_docs, clippy::expect_used, clippy::panic)]

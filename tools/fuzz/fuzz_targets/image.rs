@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: GPL-2.0
 
 //! Whole images. The target makes layers, in ZFiles and tars or not, and then changes bytes at any
-//! level, with or without correcting the checksums. An unchanged image must read as a model says; a
-//! changed one must be refused, or read the same in parts and as a whole.
+//! level, with or without correcting the checksums. The content of an unchanged image must equal a
+//! model; a changed image must be refused, or reads of parts must equal the read of the whole.
 
 #![no_main]
 #![allow(missing_docs, clippy::expect_used, clippy::panic)]
@@ -27,7 +27,7 @@ const MAX_READ: u64 = 1 << 20;
 /// tables of files of some ten KiB.
 const MAX_MEMORY: usize = 4 << 20;
 
-/// The levels of a layer, innermost first.
+/// The levels of a layer that a patch can change, innermost first: the LSMT file, the ZFile, the tar.
 const LSMT: u8 = 0;
 const ZFILE: u8 = 1;
 const FILE: u8 = 2;

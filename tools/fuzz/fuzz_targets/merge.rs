@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! Merges layers and looks sectors up in the result. The target compares it with a model that
-//! assigns sectors one by one.
+//! Merges layers and looks sectors up in the merged index. The target compares the results with a
+//! model that assigns sectors one by one.
 
 #![no_main]
 #![allow(missing_docs, clippy::expect_used, clippy::panic)]
@@ -69,7 +69,8 @@ fn read(data: &[u8]) -> Result<Case> {
     Ok(case)
 }
 
-/// Returns the layer and the sector of its file that each sector of the disk reads.
+/// Returns, for each sector of the disk, the layer that has its data, and the sector of the layer's file;
+/// `None` if it reads as zeros.
 fn model(case: &Case) -> Vec<Option<(u8, u64)>> {
     let mut disk = vec![None; SECTORS as usize];
     for (segments, layer) in case.layers.iter().zip(0..) {

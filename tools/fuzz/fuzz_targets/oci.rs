@@ -1,12 +1,13 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! Container images, and tars, through `obdsetup convert`: layers of random members, whiteouts and links
-//! among them, in a layout, an archive of it, or what `docker save` writes. Any bytes may be changed, with
-//! sums and digests made right again or not.
+//! Container images and tars, converted by `obdsetup convert`. An input has layers of random members, such as
+//! files, links and whiteouts. They are an OCI layout, an archive of one, what `docker save` writes, or the first
+//! layer is converted as a tar of files. Patches change any bytes, before or after checksums and digests of these
+//! bytes are computed.
 //!
-//! What nobody has changed is put together as a model says, which knows only whole paths. What was changed is
-//! refused, with nothing left behind, or makes a file system in which all is consistent. The same layers
-//! make the same bytes in each form, and in any order of an archive's files.
+//! Without patches, the result must have the files that a model has, which knows only whole paths. With patches,
+//! the image is refused, and nothing is left behind, or the result is a consistent file system. The same layers
+//! give the same bytes in each form, and in any order of an archive's files.
 
 #![no_main]
 #![allow(missing_docs, clippy::expect_used, clippy::panic, clippy::unwrap_used)]
@@ -31,9 +32,9 @@ use overlaybd::{LayerReader, Stack};
 use overlaybd_fuzz::{init, memory};
 use sha2::{Digest, Sha256};
 
-/// Most bytes of memory: buffers, and an extended header as long as can be.
+/// Memory limit in bytes: buffers, and an extended header of the maximum length.
 const MAX_MEMORY: usize = 64 << 20;
-/// Parts of paths.
+/// Components of paths.
 const PARTS: [&str; 16] = [
     "a",
     "b",
@@ -52,23 +53,23 @@ const PARTS: [&str; 16] = [
     "d",
     ".wh..",
 ];
-/// What kinds of members there are.
+/// Kinds of members, as in a tar header. Those that are here twice are chosen more often.
 const KINDS: [u8; 8] = *b"05120536";
 const TAR: &str = "application/vnd.oci.image.layer.v1.tar";
 const MANIFEST: &str = "application/vnd.oci.image.manifest.v1+json";
 const INDEX: &str = "application/vnd.oci.image.index.v1+json";
 const XATTR: &[u8] = b"user.n";
 
-/// What is made of the layers.
+/// The form in which the layers are converted.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Form {
     /// An OCI image layout in a directory.
     Layout,
-    /// The same in an archive.
+    /// An OCI image layout in an archive.
     Archive,
     /// What `docker save` writes.
     Saved,
-    /// No image: the tar of the first layer, taken for files.
+    /// No image: the tar of the first layer, converted as a tar of files.
     Files,
 }
 
@@ -77,9 +78,9 @@ enum Form {
 enum Naming {
     Header,
     Pax,
-    /// GNU tar's member with a long name.
+    /// In a member of its own before this one, as GNU tar stores long names.
     Long,
-    /// The first part in a field of its own.
+    /// The first component in the header's field for a prefix.
     Prefix,
 }
 
@@ -91,21 +92,21 @@ struct Member {
     path: String,
     target: String,
     content: Vec<u8>,
-    /// The value of an extended attribute.
+    /// The value of the extended attribute [`XATTR`].
     xattr: Option<Vec<u8>>,
 }
 
 struct Layer {
-    /// Not compressed, gzip or zstd.
+    /// Compression: 0 for none, 1 for gzip, 2 for zstd.
     packing: u8,
-    /// Its name in what `docker save` writes.
+    /// The name of its file in what `docker save` writes.
     name: String,
     members: Vec<Member>,
 }
 
-/// What a change is made to. Levels below [`level::PACKED`] are the tars of layers.
+/// The bytes that a patch changes. Level `n` below [`level::PACKED`] is the tar of layer `n`.
 mod level {
-    /// The first layer, compressed.
+    /// The first layer, compressed; the others follow.
     pub(crate) const PACKED: u8 = 4;
     pub(crate) const CONFIG: u8 = 8;
     pub(crate) const MANIFEST: u8 = 9;
@@ -117,37 +118,39 @@ mod level {
     pub(crate) const COUNT: u8 = 13;
 }
 
-/// Bytes that are changed.
+/// A change of bytes.
 struct Patch {
     level: u8,
-    /// Whether they replace as many, are inserted, or that many are removed.
+    /// 0: `value` replaces as many bytes; 1: it is inserted; 2: as many bytes are removed.
     how: u8,
     at: u16,
     value: Vec<u8>,
 }
 
-/// How `docker save` stores a layer.
+/// How an archive of `docker save` stores a layer.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Stored {
-    /// By its digest.
+    /// Under its digest.
     Digest,
-    /// By any name.
+    /// Under any name.
     Name,
-    /// By any name, which is a link to another.
+    /// Under another name; the layer's name is a symbolic link to that.
     Symlink,
+    /// Under another name; the layer's name is a hard link to that.
     HardLink,
 }
 
-/// What is in an index besides the image: nothing of it may matter.
+/// What an image has besides manifest, config and layers. It must not change the result.
 struct Others {
-    /// Indexes that lead to it.
+    /// Number of nested indexes between `index.json` and the manifest.
     depth: u8,
-    /// Whether the image is there twice.
+    /// Whether the image is listed twice.
     twice: bool,
+    /// Whether the index has an attestation.
     attestation: bool,
     /// Whether there is an image for another platform, too.
     foreign: bool,
-    /// Whether the command line says for which platform the image is.
+    /// Whether the command line has `--platform`.
     told: bool,
 }
 
@@ -155,7 +158,7 @@ struct Others {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Second {
     Nothing,
-    /// An image for a registry is made, and taken again.
+    /// The image is converted to an image for a registry, and that is converted.
     Registry,
     /// The same layers in another form, or in another order.
     Other,
@@ -167,10 +170,10 @@ struct Case {
     form: Form,
     /// How an archive is compressed.
     packing: u8,
-    /// Whether sums of headers are made right after a change.
+    /// Whether the checksums of tar headers are corrected after a patch.
     sums: bool,
     stored: Stored,
-    /// Which file of an archive comes first; with the highest bit, backwards.
+    /// The file of an archive that comes first; with the highest bit, the order is reversed.
     order: u8,
     others: Others,
     second: Second,
@@ -286,7 +289,7 @@ fn pack(how: u8, bytes: Vec<u8>) -> Vec<u8> {
     }
 }
 
-/// A member of any kind, with what it links to.
+/// Returns a member of any kind, with the target of a link.
 fn link(name: &str, kind: u8, target: &str, content: &[u8]) -> Vec<u8> {
     let mut bytes = tars::member(name, kind, content);
     bytes[157..157 + target.len()].copy_from_slice(target.as_bytes());
@@ -294,7 +297,7 @@ fn link(name: &str, kind: u8, target: &str, content: &[u8]) -> Vec<u8> {
     bytes
 }
 
-/// Makes the sums right of all headers that can be reached from the first.
+/// Corrects the checksums of all headers that can be reached from the first.
 fn sign_all(tar: &mut [u8]) {
     let mut at = 0;
     while let Some(header) = tar.get_mut(at..at + 512) {
@@ -308,8 +311,8 @@ fn sign_all(tar: &mut [u8]) {
     }
 }
 
-/// Whether the tar may say of a file that it has more than a million bytes of holes: a few bytes of the tar make
-/// any number of them, and a gigabyte takes seconds to hash.
+/// Returns whether a file in the tar may have a million bytes or more of holes. A few bytes of the tar can make any
+/// number of them, and a gigabyte takes seconds to hash.
 fn has_large_holes(tar: &[u8]) -> bool {
     let is_digit = |byte: &&u8| byte.is_ascii_digit();
     let mut fields = tar.windows(5).zip(5..).filter(|(text, _)| text == b"size=");
@@ -354,19 +357,19 @@ impl Member {
         bytes
     }
 
-    /// Whether it hides something, or is left out.
+    /// Returns whether the member is a whiteout, or is left out.
     fn is_whiteout(&self) -> bool {
         self.path.split('/').any(|part| part.starts_with(".wh."))
     }
 }
 
-/// A descriptor with a platform.
+/// Returns a descriptor with a platform.
 fn on(described: &str, os: &str, architecture: &str) -> String {
     let start = described.strip_suffix('}').unwrap();
     format!(r#"{start},"platform":{{"architecture":"{architecture}","os":"{os}"}}}}"#)
 }
 
-/// The files of an image, by name, and links: name, kind, target.
+/// The files of an image by name, and its links: name, kind, target.
 #[derive(Default)]
 struct Image {
     files: BTreeMap<String, Vec<u8>>,
@@ -410,7 +413,7 @@ impl Case {
             .any(|patch| levels.contains(&patch.level))
     }
 
-    /// The tar of a layer, and that compressed.
+    /// Returns the tar of layer `nth`, and the compressed tar, both patched.
     fn layer(&self, nth: u8, layer: &Layer) -> (Vec<u8>, Vec<u8>) {
         let members: Vec<Vec<u8>> = layer.members.iter().map(Member::bytes).collect();
         let mut tar = tars::tar(&members);
@@ -423,7 +426,7 @@ impl Case {
         (tar, packed)
     }
 
-    /// The files of the image, as its form has them.
+    /// Returns the files of the image in a form.
     fn image(&self, form: Form) -> Image {
         let mut image = Image::default();
         let (mut layers, mut ids, mut names) = (Vec::new(), Vec::new(), Vec::new());
@@ -486,7 +489,7 @@ impl Case {
             entries.push(entries[0].clone());
         }
         if self.others.foreign {
-            // Only then must the index say what the image is for: this machine, which is an x86-64.
+            // With two platforms, the index must have the platform of each. That of this machine is x86-64.
             entries = entries
                 .iter()
                 .map(|own| on(own, "linux", "amd64"))
@@ -518,7 +521,7 @@ impl Case {
         image
     }
 
-    /// Writes the image to `place`.
+    /// Writes the image in a form to `place`.
     fn write(&self, place: &Path, form: Form, order: u8) {
         if form == Form::Files {
             fs::write(place, self.layer(0, &self.layers[0]).1).unwrap();
@@ -553,7 +556,8 @@ impl Case {
         fs::write(place, packed).unwrap();
     }
 
-    /// Whether the names of layers in what `docker save` writes are those of files: no others are looked for.
+    /// Returns whether `obdsetup` finds the layers in an archive of `docker save` by their names: not if a component
+    /// is `.` or `..`.
     fn names_fit(&self, form: Form) -> bool {
         let fits = |layer: &Layer| {
             layer
@@ -564,7 +568,8 @@ impl Case {
         form != Form::Saved || self.stored == Stored::Digest || self.layers.iter().all(fits)
     }
 
-    /// Another form and order that must make the same; none if changes are to what only this one has.
+    /// Returns another form and order that must give the same result; `None` if a patch changes bytes that only this
+    /// form and order have.
     fn other(&self) -> Option<(Form, u8)> {
         let form = match self.form {
             _ if self.is_patched(level::FILES..level::COUNT) => return None,
@@ -585,10 +590,12 @@ impl Layer {
     }
 }
 
-/// What the model knows of a file: type and mode, content, target or number, and the extended attribute.
+/// A file in the model: an inode.
 #[derive(Clone, Debug, PartialEq, Eq)]
 struct Node {
+    /// Type and permissions.
     mode: u16,
+    /// Content of a file, target of a symbolic link, or number of a device.
     what: Vec<u8>,
     xattr: Option<Vec<u8>>,
 }
@@ -602,25 +609,25 @@ impl Node {
         }
     }
 
-    /// A directory that no layer has said anything of.
+    /// Returns a directory that has no member of its own, only members in it.
     fn unsaid() -> Self {
         Self::new(DIRECTORY | 0o755, Vec::new())
     }
 }
 
-/// The tree, as a list of paths.
+/// A tree of files, as a list of paths.
 #[derive(Default)]
 struct Model {
     nodes: Vec<Node>,
-    /// Which node a path is; that of the root directory is empty.
+    /// The node of each path, as an index of `nodes`. The path of the root directory is empty.
     paths: BTreeMap<String, usize>,
-    /// The paths that the layer has set.
+    /// The paths that the layer that is being added has set.
     own: BTreeSet<String>,
-    /// Whether this is a tar of files, and no layer.
+    /// Whether a tar of files is read, which has no whiteouts.
     plain: bool,
 }
 
-/// The layer is refused.
+/// The error of a layer that must be refused.
 #[derive(Debug)]
 struct Refused;
 
@@ -644,7 +651,7 @@ impl Model {
         model
     }
 
-    /// All paths with their nodes.
+    /// Returns all paths with their nodes.
     fn tree(&self) -> BTreeMap<&String, &Node> {
         let paths = self.paths.iter();
         paths.map(|(path, &id)| (path, &self.nodes[id])).collect()
@@ -664,7 +671,8 @@ impl Model {
         self.link(path, self.nodes.len() - 1);
     }
 
-    /// Gives a node a name, which it takes from what has it.
+    /// Makes `path` a name of node `id`. If another node has this name, the name is taken from it, and everything
+    /// inside is removed.
     fn link(&mut self, path: String, id: usize) {
         let inside = format!("{path}/");
         if self.paths.get(&path) != Some(&id) && !path.is_empty() {
@@ -675,7 +683,7 @@ impl Model {
         self.paths.insert(path, id);
     }
 
-    /// Whether what has a name may lose it: in a tar of files, no directory with files in it.
+    /// Returns an error if the file at `path` must not be replaced: in a tar of files, a directory that isn't empty.
     fn clear(&self, path: &str) -> Step<()> {
         match self.plain && !self.inside(path).is_empty() {
             true => Err(Refused),
@@ -683,7 +691,8 @@ impl Model {
         }
     }
 
-    /// The directory that a path leads to, with links followed.
+    /// Follows symbolic links, and returns the path of the directory that `path` leads to. With `make`, makes missing
+    /// directories; without, returns `None` if one is missing.
     fn walk(&mut self, path: &str, make: bool) -> Step<Option<String>> {
         let mut left: VecDeque<String> = parts(path).map(str::to_owned).collect();
         let mut at = String::new();
@@ -725,14 +734,14 @@ impl Model {
         Ok(Some(at))
     }
 
-    /// What is in a directory, as deep as it goes.
+    /// Returns all paths below a directory.
     fn inside(&self, path: &str) -> Vec<String> {
         let start = format!("{path}/");
         let all = self.paths.keys().filter(|other| other.starts_with(&start));
         all.cloned().collect()
     }
 
-    /// Hides what layers below have of these paths.
+    /// Removes those of `paths` that only layers below have set.
     fn hide(&mut self, mut paths: Vec<String>) {
         // The deepest first.
         paths.sort();
@@ -743,20 +752,20 @@ impl Model {
             if self.inside(path).is_empty() {
                 self.paths.remove(path);
             } else {
-                // It stays for what the layer has in it.
+                // Keep the directory for the files of this layer in it.
                 self.nodes[id] = Node::unsaid();
             }
         }
     }
 
-    /// The last part of a path, and the directory that it is in.
+    /// Splits a path into the directory and the last component.
     fn split(path: &str) -> Option<(String, &str)> {
         let all: Vec<&str> = parts(path).collect();
         let (last, directory) = all.split_last()?;
         Some((directory.join("/"), last))
     }
 
-    /// Hides what a member is to hide. Returns whether it is no file.
+    /// Applies the member `name` in `directory` if it is a whiteout. Returns whether no file is made of it.
     fn whiteout(&mut self, directory: &str, name: &str) -> Step<bool> {
         for part in parts(directory) {
             if part.starts_with(".wh..wh.") {
@@ -843,7 +852,7 @@ impl Model {
     }
 }
 
-/// The files that the layers have; each layer's whiteouts may be moved to its front.
+/// Returns the files that the layers have. With `whiteouts_first`, each layer's whiteouts are moved to its front.
 fn model(case: &Case, whiteouts_first: bool) -> Step<Model> {
     let plain = case.form == Form::Files;
     let mut model = Model::new(plain);
@@ -860,7 +869,7 @@ fn model(case: &Case, whiteouts_first: bool) -> Step<Model> {
     Ok(model)
 }
 
-/// The files that the image has where nobody has changed it.
+/// Returns the files that the image must have if there are no patches.
 fn wanted(case: &Case) -> Step<Model> {
     if !case.names_fit(case.form) {
         return Err(Refused);
@@ -869,21 +878,22 @@ fn wanted(case: &Case) -> Step<Model> {
     let members = || case.layers.iter().flat_map(|layer| &layer.members);
     let links = members().any(|member| matches!(member.kind, b'1' | b'2'));
     if case.form != Form::Files && !links {
-        // Whiteouts hide what layers below have, wherever in the tar they are. A link may lead to what is hidden.
+        // Whiteouts hide files of layers below, wherever in the tar they are. (Not compared with links, which may lead
+        // to files that are hidden.)
         let other = model(case, true).expect("what is accepted in one order");
         assert_eq!(other.tree(), found.tree(), "the model: whiteouts first");
     }
     Ok(found)
 }
 
-/// `obdsetup convert`, with further arguments; what is wrong, with its exit code.
+/// Runs `obdsetup convert FROM TO` with more arguments. If it fails, returns the exit code and the message.
 fn convert(from: &Path, to: &Path, more: &[&str]) -> std::result::Result<(), (u8, String)> {
     let mut args: Vec<OsString> = vec!["obdsetup".into(), "convert".into(), from.into(), to.into()];
     args.extend(more.iter().map(OsString::from));
     obdsetup::run(args)
 }
 
-/// The names in a directory.
+/// Returns the sorted names in a directory.
 fn names(place: &Path) -> Vec<String> {
     let entries = fs::read_dir(place).expect("a directory");
     let names = entries.map(|entry| entry.unwrap().file_name().into_string().unwrap());
@@ -892,14 +902,14 @@ fn names(place: &Path) -> Vec<String> {
     names
 }
 
-/// What was made in the directory `app`.
+/// Returns the files in the directory `app` by name.
 fn made(app: &Path) -> BTreeMap<String, Vec<u8>> {
     let names = names(app).into_iter();
     let files = names.map(|name| (name.clone(), fs::read(app.join(name)).expect("a file")));
     files.collect()
 }
 
-/// The files of the layer `app`, or of the stack in that directory.
+/// Returns the files in the file system of the layer `app`, or of the stack in the directory `app`.
 fn files_of(app: &Path) -> erofs::Files {
     let mut layers: Vec<_> = (0..4)
         .map(|nth| app.join(format!("layer{nth}.obd")))
@@ -918,7 +928,7 @@ fn files_of(app: &Path) -> erofs::Files {
     erofs::read(&disk)
 }
 
-/// Compares what was made with the model.
+/// Compares the files of the result with the model.
 fn compare(files: &erofs::Files, model: &Model) {
     let wanted: Vec<&String> = model.paths.keys().collect();
     assert_eq!(files.keys().collect::<Vec<_>>(), wanted, "paths");
@@ -960,7 +970,7 @@ fn check(data: &[u8]) -> Result<()> {
     };
     let (done, used) = memory(|| convert(&image, &app, told));
     assert!(used <= MAX_MEMORY, "{used} bytes");
-    // Nothing is written to anywhere else.
+    // Nothing else is written.
     let alone = |wanted: &[&str]| {
         assert_eq!(names(root.path()), ["a"]);
         assert_eq!(names(&root.path().join("a")), ["b"]);
@@ -996,7 +1006,7 @@ fn check(data: &[u8]) -> Result<()> {
         (Second::Registry, Some(_), Some(files))
             if !case.is_patched(level::CONFIG..level::COUNT) =>
         {
-            // Of a changed config, more is read for a registry, which may be wrong there.
+            // Not with a patched config: for a registry, `convert` reads more of it, which the patch may have damaged.
             let told = [told, &["--oci"]].concat();
             convert(&image, &pushed, &told).expect("for a registry, too");
             fs::remove_dir_all(&app).expect("it is ours");
@@ -1006,7 +1016,7 @@ fn check(data: &[u8]) -> Result<()> {
         (Second::Other, Some((form, order)), _) => {
             let before = done.map(|()| made(&app)).map_err(|(code, _)| code);
             for path in [&image, &app] {
-                // Missing if it was refused.
+                // `app` is missing if the image was refused.
                 let _ = fs::remove_file(path).or_else(|_| fs::remove_dir_all(path));
             }
             case.write(&image, form, order);
@@ -1019,7 +1029,8 @@ fn check(data: &[u8]) -> Result<()> {
     Ok(())
 }
 
-/// A member as the input has it: kind and more bits, path and target as numbers of parts.
+/// Returns a member as an input has it: bits for the kind and more, then the components of path and target as indexes
+/// of [`PARTS`].
 fn seed_member(bits: u8, path: &[u8], target: &[u8]) -> Vec<u8> {
     let mut bytes = vec![bits, 0xf6, 7, b'x'];
     for path in [path, target].iter().filter(|path| !path.is_empty()) {
@@ -1032,7 +1043,7 @@ fn seed_member(bits: u8, path: &[u8], target: &[u8]) -> Vec<u8> {
 fn seeds() -> Vec<Vec<u8>> {
     let [file, directory, link, symlink]: [u8; 4] = [0, 1, 2, 3];
     let [pax, long, prefix, xattr]: [u8; 4] = [8, 16, 24, 32];
-    // Of the parts of paths.
+    // Indexes of `PARTS`.
     let [a, b, c, l, hide_a, opaque]: [u8; 6] = [0, 1, 2, 3, 5, 8];
     let member = seed_member;
     let lower = [
@@ -1068,7 +1079,7 @@ fn seeds() -> Vec<Vec<u8>> {
     for (nth, upper) in (0u8..).zip(&uppers) {
         for form in 0..4 {
             let packing = (form + nth) % 3;
-            // Names in what `docker save` writes, and what follows: each with each.
+            // Combine each `Stored` but one with each `Second`.
             let how = ((nth + 1) << 1) | (((form + nth) % 3) << 3);
             let others = 5 * form + 20 * nth;
             let mut seed = vec![1, 0, form | (packing << 2), how, nth, others];

@@ -93,7 +93,7 @@ fn pax(mut bytes: &[u8]) -> Option<Option<u128>> {
         if let Some(value) = body.strip_prefix(b"size=") {
             size = Some(decimal(value)?);
         } else {
-            // A newline within the bytes that match `size=` so far is an error.
+            // A newline after the first bytes of `size=` is an error.
             let same = body
                 .iter()
                 .zip(b"size=")

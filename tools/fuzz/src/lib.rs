@@ -3,7 +3,8 @@
 //! Shared by the fuzz targets: sparse blobs, measuring memory, seeds, test images.
 //!
 //! An input of a target is a few little-endian integers that say how to make the image, followed by
-//! bytes of the image. On request, checksums are corrected, so that inputs get past their checks.
+//! bytes of the image. Bits of these integers select checksums to correct, so that inputs get past
+//! the checks of checksums.
 
 #![allow(clippy::expect_used)]
 

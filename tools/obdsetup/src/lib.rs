@@ -1,17 +1,17 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! `obdsetup`: sets up OverlayBD images as block devices; makes, checks and dumps them. It is a library only for
-//! the fuzz targets.
+//! `obdsetup`: sets up OverlayBD images as block devices; makes, checks and dumps images. This is a library only
+//! because the fuzz targets use it.
 //!
 //! A module uses only modules of its own folder and of the folders below in this list:
 //!
 //! - [`boot`]: started by systemd under another name, makes units for the stacks in overlaybdtab.
 //! - [`cmd`]: a file for each subcommand, with its arguments and its work.
-//! - [`devices`]: what the kernel has: stacks, stores of changes, and what is to be set up at boot.
+//! - [`devices`]: stacks of device-mapper devices, stores of changes, and overlaybdtab.
 //! - [`oci`]: converts container images.
-//! - [`make`]: what is made: layers, file systems, disk images, and the files and directories for them.
-//! - [`input`]: what is read: layers, archives, disk images, and what tells them apart.
-//! - [`files`]: files of any kind: who else uses them, where temporary ones are made.
+//! - [`make`]: makes layers, file systems, disk images, and the files and directories for them.
+//! - [`input`]: reads layers, archives and disk images, and detects the type of a file.
+//! - [`files`]: finds out who else uses a file, makes temporary files, reads JSON.
 //! - [`program`]: starts other programs.
 //! - [`terminal`]: messages, exit codes, signals, the progress bar.
 

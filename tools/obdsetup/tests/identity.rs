@@ -290,7 +290,7 @@ fn another_place_is_another_uuid() {
             .stderr(contains(now).count(1).and(contains("note: ").count(1)));
     };
     let text = format!(
-        "and no longer {}, since its UUID says which layer is below",
+        "and no longer {}, since its UUID depends on the layer below",
         c.0
     );
     tells(&format!("commit --parent-uuid {OTHER} c moved"), &text);

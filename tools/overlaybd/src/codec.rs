@@ -60,8 +60,8 @@ impl Decoder {
 pub struct Method {
     /// The algorithm.
     pub algorithm: Algorithm,
-    /// The level; `None` for the level of upstream's tools: LZ4 fast, zstd 3. LZ4 from level 2 on
-    /// is LZ4 HC.
+    /// The level; `None` for the level of upstream's tools: LZ4 fast, zstd 3. LZ4 with a level of 2
+    /// or more is LZ4 HC.
     pub level: Option<i32>,
 }
 
@@ -96,7 +96,7 @@ impl Encoder {
     ///
     /// # Errors
     ///
-    /// If the codec fails, which happens only if memory is faulty.
+    /// If `block` has 4 GiB or more, or the codec fails. The codec gets enough room for any block.
     pub fn encode(&mut self, block: &[u8], out: &mut Vec<u8>) -> io::Result<usize> {
         let too_long = || io::Error::from(io::ErrorKind::InvalidInput);
         let len = u32::try_from(block.len()).map_err(|_| too_long())?;

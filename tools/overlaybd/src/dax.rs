@@ -13,11 +13,11 @@ use crate::{LayerReader, Result};
 /// The page sizes that kernels have, in bytes, ascending.
 pub const PAGE_SIZES: [u64; 3] = [4 << 10, 16 << 10, 64 << 10];
 
-/// Where data of a new layer begins, in bytes: the largest mapping, and behind all places at which the
-/// kernel looks for an info block.
+/// Byte of a new layer at which its data begins: 2 MiB, so that large mappings are aligned. It is after all
+/// bytes in which the kernel looks for an info block.
 pub const DATA_START: u64 = 2 << 20;
 
-/// Where the kernel's pmem driver looks for an info block, in bytes (`nd_btt_version`,
+/// Byte offsets at which the kernel's pmem driver looks for an info block (`nd_btt_version`,
 /// `nd_pfn_validate`).
 const INFO_BLOCKS: [u64; 2] = [0, 4096];
 
@@ -31,17 +31,17 @@ const SIGNATURES: [[u8; 16]; 3] = [
 /// Why the pages of a layer cannot be mapped.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Misfit {
-    /// It is compressed.
+    /// The layer is compressed.
     Zfile,
-    /// It is in a tar, where data begins within a page.
+    /// The layer is in a tar, where data begins within a page.
     Tar,
     /// The disk, of so many bytes, ends within a page.
     Size(u64),
     /// A segment begins or ends within a page, on the disk or in the layer.
     Alignment(Segment),
-    /// Two segments have data in common.
+    /// Two segments with these places in the layer have data in common.
     Overlap([Place; 2]),
-    /// At this byte it has what the kernel takes for an info block of the pmem device.
+    /// At this byte of the layer is what the kernel takes for an info block of the pmem device.
     InfoBlock(u64),
 }
 
@@ -64,8 +64,8 @@ impl fmt::Display for Misfit {
             ),
             Self::Overlap([first, second]) => write!(
                 f,
-                "two extents have data in common, sectors {} to {} and {} to {} of the layer: `commit \
-                 --dax' writes a layer that has it twice",
+                "two segments have data in common, sectors {} to {} and {} to {} of the layer: `commit \
+                 --dax' writes a layer with a copy for each",
                 first.start,
                 first.end - 1,
                 second.start,
@@ -80,8 +80,8 @@ impl fmt::Display for Misfit {
     }
 }
 
-/// Why pages of `page` bytes, a power of two, cannot be mapped of an LSMT file with these segments;
-/// `None` where they can.
+/// Returns why pages of `page` bytes (a power of two, at least 512) cannot be mapped if an LSMT file has these
+/// segments and a disk of `virtual_size` bytes; `None` if they can.
 pub fn misfit(segments: &[Segment], virtual_size: u64, page: u64) -> Option<Misfit> {
     if virtual_size % page != 0 {
         return Some(Misfit::Size(virtual_size));
@@ -96,11 +96,12 @@ pub fn misfit(segments: &[Segment], virtual_size: u64, page: u64) -> Option<Misf
     found.map(Misfit::Overlap)
 }
 
-/// Where `layer`, the bytes of a pmem device, has an info block, in bytes; `None` if it has none.
+/// Returns the byte offset of an info block that the kernel finds if `layer` is a pmem device; `None` if it finds
+/// none.
 fn info_block<B: Blob>(layer: &B) -> Result<Option<u64>, B::Error> {
     for at in INFO_BLOCKS {
         let mut start = [0; 16];
-        // A layer of less is no LSMT file.
+        // A file that is so short is no LSMT file.
         if at + 16 > layer.size() {
             break;
         }
@@ -112,7 +113,8 @@ fn info_block<B: Blob>(layer: &B) -> Result<Option<u64>, B::Error> {
     Ok(None)
 }
 
-/// [`misfit`] of a layer, with what it is wrapped in.
+/// Returns why pages of `page` bytes of a layer cannot be mapped: because of its wrapping, an info block, or
+/// [`misfit`]. `None` if they can.
 ///
 /// # Errors
 ///
@@ -130,7 +132,8 @@ pub fn layer_misfit(layer: &LayerReader, page: u64) -> Result<Option<Misfit>> {
     })
 }
 
-/// The largest page size of kernels that a layer fits, in bytes, or why it fits none.
+/// Returns the largest of [`PAGE_SIZES`] with which the pages of a layer can be mapped, or why they cannot be mapped
+/// even with the smallest.
 ///
 /// # Errors
 ///

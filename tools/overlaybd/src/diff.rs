@@ -22,8 +22,9 @@ pub struct Options {
     pub granule: u64,
     /// Whether the lowest layer leaves out granules of zeros.
     pub skip_zeros: bool,
-    /// Whether zeros that are in no hole of the image are data, even where the layers below have none
-    /// and read the same: file systems can map them then.
+    /// Whether the layer has data for pages of zeros that aren't in a hole of the image, even if the
+    /// layers below have no data there and read as zeros, too. File systems can map such pages. Without
+    /// layers below, this has no effect.
     pub keep_zeros: bool,
 }
 
@@ -41,14 +42,14 @@ pub struct Diff {
 
 /// A disk to make a layer of.
 pub trait Image: Blob<Error = Error> + Sync {
-    /// Returns bytes at or after `offset` that aren't in a hole: the first ones, perhaps not all that are
-    /// adjacent. `None` if a hole reaches to the end.
+    /// Returns the first range of bytes at or after `offset` that isn't in a hole. The bytes after it may not be
+    /// in a hole, either. `None` if a hole reaches to the end.
     fn next_data(&self, offset: u64) -> Option<Range<u64>>;
 
     /// Returns whether holes read like the layers below. Otherwise they read as zeros.
     fn shows_below(&self) -> bool;
 
-    /// Returns the file that read errors name.
+    /// Returns the path for messages about read errors.
     fn path(&self) -> &Path;
 }
 
@@ -66,10 +67,11 @@ impl Image for FileBlob {
     }
 }
 
-/// Returns what a layer over `base` needs so that the stack reads like `image`. Granules that
-/// became zero are zeroed runs; granules that read the same are left out.
+/// Returns what a layer over `base`, or a lowest layer, needs so that the stack reads like `image`.
+/// Over `base`, granules that became zero are zeroed runs, and granules that read the same are left
+/// out. A lowest layer has no zeroed runs.
 ///
-/// The caller must have merged `base` with the size of `image`.
+/// The caller must have merged `base` with the size of `image`, see [`Stack::with_size`].
 ///
 /// # Errors
 ///
@@ -86,7 +88,8 @@ pub fn of(
         base,
         options,
     };
-    // Enough pieces for all threads, few enough to keep their results in memory.
+    // Number of pieces that are compared at once: enough for all threads, few enough to keep their
+    // results in memory.
     let batch = 4 * rayon::current_num_threads();
     let mut runs = Runs::default();
     let mut hashes = Vec::new();
@@ -143,7 +146,7 @@ impl Default for Buffers {
     }
 }
 
-/// The runs of a piece, and the number of the piece with the hash of their data.
+/// The runs of a piece; the number of the piece, and the hash of its data if it has data.
 type Found = (Vec<Run>, Option<(u64, [u8; 32])>);
 
 /// The inputs of a comparison.
@@ -165,15 +168,15 @@ impl Compare<'_> {
         data.into_iter().chain(below).min()
     }
 
-    /// Whether the image has data at byte `at`, and no hole.
+    /// Returns whether byte `at` isn't in a hole of the image.
     fn has_data(&self, at: u64) -> bool {
         self.image
             .next_data(at)
             .is_some_and(|data| data.start == at)
     }
 
-    /// Compares the bytes `piece` of the disk. They end at a multiple of every granule or at the
-    /// end of the image.
+    /// Compares the bytes `piece` of the disk. The piece begins at a multiple of every granule, and
+    /// ends at one or at the end of the image.
     fn piece(&self, piece: &Range<u64>, buffers: &mut Buffers) -> Result<Found> {
         let granule = self.options.granule;
         let mut runs = Runs::default();

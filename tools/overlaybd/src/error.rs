@@ -21,8 +21,8 @@ pub enum Error {
     Format {
         /// The violation.
         error: format::Error,
-        /// Size of the file in bytes, if the error is in the file itself and not in the
-        /// decompressed content.
+        /// Size in bytes of the file or, for an error in the layer in a tar, of that layer. `None` if
+        /// the error is in decompressed content.
         size: Option<u64>,
     },
 
@@ -93,7 +93,8 @@ impl Error {
         }
     }
 
-    /// Adds the size of the file, which shows whether bytes are missing.
+    /// Adds the size in bytes of the file, or of the layer in a tar. The message uses it to find out
+    /// whether bytes are missing.
     pub(crate) fn with_size(self, bytes: u64) -> Self {
         match self {
             Self::Format { error, .. } => Self::Format {
@@ -183,7 +184,7 @@ pub enum BlockFault {
     },
 }
 
-/// Every image is smaller, in bytes.
+/// No file has so many bytes: this number or a larger one is corrupt.
 const MOST: u64 = 1 << 50;
 
 /// Displays a format error.
@@ -221,9 +222,8 @@ impl Described {
             self.error.fault,
             Fault::ZfileIndexRange | Fault::LsmtIndexRange
         );
-        // The index is near the end of a file, so a cut-off file has lost it. An index that is in
-        // the first half of the bytes, or at an offset that no file reaches, is a corrupt number
-        // instead.
+        // The index is near the end of a complete file, so a truncated file doesn't have it. If the
+        // offset is in the first half of the bytes, or larger than any file, it is corrupt instead.
         if is_index && found < size / 2 || found >= MOST {
             return None;
         }

@@ -22,7 +22,8 @@ use crate::{Progress, Result};
 pub const PIECE: u64 = 1 << 20;
 /// Start of the hashed bytes. A change of the number changes the UUID of every layer.
 const DOMAIN: &[u8] = b"dm-overlaybd layer identity 1\0";
-/// First bytes of a UUID that also says: the layer names the layer below, or is the lowest.
+/// First bytes of the UUID of a layer that is the lowest, or whose UUID is made from that of the layer
+/// below, too.
 const PLACED: [u8; 4] = *b"obd1";
 
 /// The hashes of a layer's data, with the number of each piece of the disk, ascending.
@@ -124,7 +125,7 @@ pub enum Below<'a> {
 }
 
 impl<'a> Below<'a> {
-    /// Returns [`Below::Layer`] if `uuid` is one, else [`Below::Unknown`].
+    /// Returns [`Below::Layer`] if `uuid` is a UUID other than zeros, else [`Below::Unknown`].
     pub fn of(uuid: &'a str) -> Self {
         match Ident::is_known(uuid) {
             true => Self::Layer(uuid),
@@ -169,7 +170,8 @@ pub fn uuid(virtual_size: u64, below: Below<'_>, runs: &[Run], pieces: &Pieces) 
     text(&bytes)
 }
 
-/// Returns whether `uuid` says that its layer names the layer below, or is the lowest.
+/// Returns whether `uuid` was made by [`uuid`] for the lowest layer, or from the UUID of the layer
+/// below, too. The content of the layers isn't checked.
 pub fn is_placed(uuid: &str) -> bool {
     let bytes = uuid.as_bytes();
     let mark = text(&PLACED);

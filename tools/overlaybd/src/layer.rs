@@ -13,7 +13,7 @@ use crate::{Error, FileBlob, Part, Result, ZfileReader};
 
 /// The content of a blob without the tar wrapper and the compression.
 pub enum Payload {
-    /// The bytes of the file, unchanged.
+    /// The bytes of the file, or of the member if it is a tar: not compressed.
     Plain(Part),
     /// The original file of a ZFile.
     Zfile(Box<ZfileReader>),
@@ -126,7 +126,7 @@ pub struct Ident {
 }
 
 impl Ident {
-    /// Takes the fields from those of a trailer.
+    /// Returns the texts in the fields of a trailer.
     fn of(labels: &Labels) -> Self {
         Self {
             uuid: String::from_utf8_lossy(text(&labels.uuid)).into_owned(),
@@ -219,13 +219,13 @@ impl LayerReader {
         &self.payload
     }
 
-    /// Returns the checked trailer.
+    /// Returns the fields of the trailer that readers need, checked.
     pub fn lsmt(&self) -> &lsmt::Layer {
         &self.lsmt
     }
 
-    /// Returns the trailer as it is on disk. It was read after the checks: a file that changes may
-    /// have any values in it.
+    /// Returns the trailer as it is on disk. It was read again after the checks: if the file has
+    /// changed in between, the values are unchecked.
     pub fn trailer(&self) -> &lsmt::RawHeader {
         &self.trailer
     }

@@ -2,9 +2,9 @@
 
 //! Reads and writes OverlayBD images.
 //!
-//! The formats are in [`format`], the source files that the kernel module is built from. This crate
-//! adds what needs an allocator, files and codecs, and what only writers and `info` need to know of
-//! the formats: [`on_disk`].
+//! The formats are in [`format`], whose source files the kernel module uses, too. This crate adds what
+//! needs an allocator, files and codecs, and the parts of the formats that only writers and `obdsetup
+//! info` need: [`on_disk`].
 //!
 //! ```text
 //! FileBlob -> [tar] -> Part -> [ZfileReader] -> LayerReader -> Stack

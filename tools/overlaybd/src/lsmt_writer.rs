@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: GPL-2.0
 
 //! Writes an LSMT layer as upstream's `overlaybd-commit` does: the data is contiguous and in the
-//! order of the index, without unused sectors. A layer for DAX has some before its data.
+//! order of the index, without unused sectors. A layer for DAX has unused sectors before its data.
 
 use crate::format::lsmt::{self, field, flag, Segment};
 use crate::format::num::{to_u64, to_usize};
@@ -165,11 +165,11 @@ impl LayerWriter {
         Ok(writer)
     }
 
-    /// Moves the data to byte `start` of the file, a multiple of the sector size behind the header.
+    /// Moves the data to byte `start` of the file, a multiple of the sector size after the header.
     ///
     /// # Errors
     ///
-    /// [`Error::Invalid`] if an entry cannot have its new place.
+    /// [`Error::Invalid`] if an index entry cannot hold the new place of its data.
     pub fn with_data_at(mut self, start: u64) -> Result<Self> {
         self.gap = (start / SECTOR_SIZE).saturating_sub(lsmt::DATA_START);
         for entry in &mut self.entries {
@@ -189,7 +189,7 @@ impl LayerWriter {
         self.entries.is_empty()
     }
 
-    /// Size in bytes of the virtual disk.
+    /// Returns the size in bytes of the virtual disk.
     pub fn virtual_size(&self) -> u64 {
         self.virtual_size
     }
@@ -200,7 +200,7 @@ impl LayerWriter {
     }
 
     /// Passes the bytes of the LSMT file to `sink`, in order. `read` reads the disk at a byte
-    /// offset into a buffer.
+    /// offset, whole sectors of one entry, into a buffer.
     ///
     /// # Errors
     ///

@@ -1,8 +1,7 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! What is on disk and no concern of the kernel module: the fields of headers and trailers that it
-//! doesn't look at, and index entries as they are written. Everything else is in
-//! [`format`](crate::format).
+//! The parts of the formats that the kernel module doesn't need: the fields of headers and trailers
+//! that it ignores, and writing index entries. Everything else is in [`format`](crate::format).
 
 /// LSMT, besides [`format::lsmt`](crate::format::lsmt).
 ///
@@ -100,7 +99,7 @@ pub mod zfile {
         pub const USE_DICT: usize = 78;
     }
 
-    /// The header or trailer of a ZFile, whichever has the values that readers take. None of the
+    /// The header or trailer of a ZFile, whichever has the values that readers use. None of the
     /// fields is checked.
     #[derive(Clone, Copy, Debug)]
     pub struct Metadata {
@@ -115,8 +114,8 @@ pub mod zfile {
     }
 
     impl Metadata {
-        /// Reads the header of the ZFile `blob`, or its trailer if the header doesn't have the
-        /// values.
+        /// Reads the header of the ZFile `blob`, or its trailer if the header was not written again
+        /// at the end.
         ///
         /// # Errors
         ///

@@ -92,7 +92,7 @@ impl Stack {
         self.merged.segments()
     }
 
-    /// Returns the virtual size in bytes, which needn't be a whole number of sectors.
+    /// Returns the virtual size in bytes, which may not be a whole number of sectors.
     pub fn virtual_size(&self) -> u64 {
         self.virtual_size
     }
@@ -103,8 +103,8 @@ impl Stack {
         merge::sectors(self.virtual_size)
     }
 
-    /// Returns the offset of the first byte from `offset` up to, not including, `end` for which a
-    /// layer has data.
+    /// Returns the offset of the first byte from `offset` up to, not including, `end` that is in a
+    /// segment with data.
     pub fn next_data(&self, offset: u64, end: u64) -> Option<u64> {
         if offset >= end {
             return None;
@@ -120,7 +120,7 @@ impl Stack {
             .filter(|&next| next < end)
     }
 
-    /// Whether a layer has data at byte `offset`, and not only zeros are there.
+    /// Returns whether byte `offset` is in a segment with data, and not in a hole or a zeroed segment.
     pub fn has_data(&self, offset: u64) -> bool {
         matches!(
             self.merged.lookup(offset / SECTOR_SIZE),

@@ -23,8 +23,8 @@ pub struct ZfileReader {
     blob: Part,
     geometry: Geometry,
     table: JumpTable<Vec<u64>, Vec<u16>>,
-    /// The number and content of the last block that was read in part: the next read often wants
-    /// the rest.
+    /// The number and content of the last block that was read in part, since the next read often
+    /// needs the rest.
     recent: Mutex<Option<(u64, Vec<u8>)>>,
 }
 
@@ -160,8 +160,8 @@ impl ZfileReader {
             .map_err(error)
     }
 
-    /// Fills `buf` from byte `within` of the recent block, if that is `block`. Returns whether it
-    /// is.
+    /// Fills `buf` from byte `within` of the recent block if its number is `block`. Otherwise,
+    /// returns false.
     fn copy_recent(&self, block: u64, within: usize, buf: &mut [u8]) -> bool {
         let recent = self.recent.lock().unwrap_or_else(PoisonError::into_inner);
         let bytes = match &*recent {

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! Stores of changes: random ones against a model, each fault, and ones that mean harm.
+//! Stores of changes: random ones against a model, each fault, and hostile ones.
 
 #![allow(missing_docs, clippy::unwrap_used)]
 
@@ -19,7 +19,7 @@ use overlaybd::{Error, FileBlob, Stack};
 use proptest::collection::{btree_map, vec};
 use proptest::prelude::*;
 
-/// What is wrong with the store that these bytes are.
+/// Returns the fault of the store in `bytes`; `None` if it has none.
 fn fault(bytes: &[u8]) -> Option<Fault> {
     let blob = Memory::new(bytes.to_vec());
     let read = Head::read(&blob).and_then(|head| Exceptions::read(&blob, &head));
@@ -38,7 +38,7 @@ fn small(count: u64) -> (Head, Vec<u8>) {
     (head, bytes)
 }
 
-/// Byte `at` of `bytes` and those behind it replaced, with a head that is right again.
+/// Returns `bytes` with `value` at byte `at`, and with a correct CRC of the head.
 fn with(bytes: &[u8], at: u64, value: &[u8]) -> Vec<u8> {
     let mut bytes = bytes.to_vec();
     put(&mut bytes, at as usize, value);
@@ -75,7 +75,7 @@ proptest! {
         let head = head(sectors, 900, Origin::of(&base, true).unwrap());
         let mut disk = vec![0; base.size() as usize];
         base.read_at(0, &mut disk).unwrap();
-        // In another order than on the disk.
+        // Exceptions in another order than on the disk.
         let changes: Vec<(u64, u8)> = changes.into_iter().filter(|(at, _)| at * 8 < sectors).collect();
         let mut order: Vec<usize> = (0..changes.len()).collect();
         order.sort_by_key(|&nth| (nth as u64 * step % 41, nth));
@@ -116,7 +116,7 @@ proptest! {
         prop_assert_eq!(slow, fast);
     }
 
-    /// Whatever the exceptions say, reading ends, and what is taken is on the disk and in the store.
+    /// Reading ends for any values of exceptions, and accepted exceptions are on the disk.
     #[test]
     fn hostile_exceptions(
         count in 0..300u64,
@@ -198,7 +198,7 @@ fn heads() {
         wanted: there + 1,
     };
     assert_eq!(fault(&bytes[..there as usize]), Some(short));
-    // Not only the head.
+    // The first sector of the head is complete, but the rest of the store is missing.
     assert!(matches!(fault(&bytes[..600]), Some(Fault::Short { .. })));
 }
 
@@ -215,7 +215,7 @@ fn what_the_kernel_says() {
         let right = matches!(found, Some(Fault::Field { field: name, .. }) if name == field);
         assert!(right, "{field}: {found:?}");
     }
-    // It has never had this store.
+    // dm-snapshot has not used this store yet.
     let new = with(&bytes, SIZE, &[0; 4]);
     let blob = Memory::new(new);
     let head = Head::read(&blob).unwrap();
@@ -233,7 +233,7 @@ fn wrong_exceptions() {
         (0, u64::MAX),
         (8, 400),
         (8, u64::MAX),
-        // Areas.
+        // Chunks of the store that have exceptions.
         (8, 1),
         (8, 258),
     ] {
@@ -272,7 +272,7 @@ fn wrong_exceptions() {
     ));
 }
 
-/// More exceptions than the disk has chunks: nothing is kept of them.
+/// More exceptions than the disk has chunks: reading fails before it has all of them in memory.
 #[test]
 fn more_exceptions_than_chunks() {
     let head = head(80, 400, Origin::default());
@@ -286,7 +286,7 @@ fn more_exceptions_than_chunks() {
 
 #[test]
 fn sizes() {
-    // With 255 chunks, an area would begin behind the chunk that stays free.
+    // With 255 chunks, an area would begin after the chunk that stays free.
     for disk in [
         1,
         8,
@@ -306,14 +306,14 @@ fn sizes() {
             ..head(disk, store / 8, Origin::default())
         };
         assert_eq!(usable(store), store, "{disk}");
-        // All chunks of the disk have room, and the area behind them.
+        // There is room for all chunks of the disk, and for the area after them.
         assert!(place(&head, chunks) <= store / 8, "{disk}");
         let all: Vec<Chunk> = (0..chunks).map(|nth| (nth, vec![1])).collect();
         let bytes = common::changes::store(&head, &all);
         let found = Exceptions::read(&Memory::new(bytes), &head).unwrap();
         assert!(found.len() == chunks && found.has_room(), "{disk}");
     }
-    // Not to where the second area would be, with no room for that.
+    // The exception store doesn't end where its second area would begin.
     assert_eq!(usable(258 * 8), 257 * 8);
     assert_eq!(usable(259 * 8 + 7), 259 * 8);
     let (head, bytes) = small(389);
@@ -338,7 +338,7 @@ fn hosts() {
         boot: [boot; 16],
     };
     let here = host(1, 1);
-    // The same machine, before it went down; a container on it; nobody knows.
+    // The same machine; after a reboot; a container on it; with an unknown machine or boot ID.
     for other in [here, host(1, 2), host(2, 1), host(0, 2), host(0, 0)] {
         assert!(
             !here.is_other(&other) && !other.is_other(&here),
@@ -361,7 +361,7 @@ fn origins() {
     assert_eq!(a, of(&layer(4096, &[run(0, 1, false)])));
     assert_ne!(a, of(&layer(4608, &[run(0, 1, false)])));
     assert_ne!(a, of(&layer(4096, &[run(1, 1, false)])));
-    // Rebuilt without UUID: the index is the same, the data isn't, somewhere.
+    // Layers without UUID, with the same index and other data, all of it or only the end.
     let long = |fill: u8| file(&lsmt(1 << 20, &[run(0, 2048, false)], |_| fill));
     assert_ne!(of(&long(1)), of(&long(2)));
     let end = |fill: u8| {
@@ -374,7 +374,7 @@ fn origins() {
     assert_eq!(of(&end(2)), of(&end(2)));
     assert_ne!(of(&end(1)), of(&end(2)));
     assert_eq!(a.uuid, "");
-    // A UUID that says all: no matter what else is known.
+    // A UUID that is made from the content of all layers: the index is not hashed, only the size of the disk.
     let placed = |size: u64, runs: &[overlaybd::lsmt_writer::Run]| {
         let mut bytes = lsmt(size, runs, |_| 1);
         let trailer = bytes.len() - 4096;
@@ -391,7 +391,7 @@ fn origins() {
     assert_eq!(b, of(&placed(4096, &[run(1, 1, false)])));
     assert_ne!(b, of(&placed(4608, &[run(0, 1, false)])));
     assert_eq!(b.uuid, uuid);
-    // Nobody has checked that what is below is what the UUID was made of.
+    // Nobody has checked that the UUID was made from these layers: the index is hashed, too.
     let unchecked = |file| Origin::of(&stack(&file), false).unwrap();
     let c = unchecked(placed(4096, &[run(0, 1, false)]));
     assert_ne!(b, c);

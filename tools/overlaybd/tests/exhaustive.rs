@@ -51,7 +51,7 @@ fn loads() {
     }
 }
 
-/// Places of data, up to four of them, in every order: what has a sector in common is found.
+/// Finds an overlap in lists of one to four places of data, in every order, if and only if there is one.
 #[test]
 fn overlaps() {
     use overlaybd::format::dax::{overlap, Place};
@@ -79,7 +79,7 @@ fn overlaps() {
         }
         lists = longer;
     }
-    // It can be stopped.
+    // `overlap` stops when its callback returns an error.
     let mut many: Vec<Place> = (0..1 << 17)
         .map(|start| Place {
             start,
@@ -97,7 +97,7 @@ fn overlaps() {
     assert_eq!(stopped, Err("stopped"));
 }
 
-/// Splits a short stream into pieces in every way, with an empty first piece as well.
+/// Splits short streams into pieces in every way, also with an empty first piece.
 #[test]
 fn records() {
     fn check<const N: usize>() {

@@ -135,7 +135,7 @@ fn read_stack(dir: &Path, row: &Row) -> Outcome {
     let stack = Stack::open(&layers(dir, row))?;
     let size = stack.virtual_size();
     same("virtual size", &size.to_string(), &row["virtual_size"])?;
-    // The manifest has no content for layers that are useless alone.
+    // The manifest has no hash of the content of layers that are useless alone.
     if row["sha256_raw"] != "-" {
         same("content", &sha256(&stack, size)?, &row["sha256_raw"])?;
     }
@@ -215,8 +215,8 @@ fn judge(dir: &Path, row: &Row) -> Outcome {
         }
         Err(error) => return Err(error.into()),
     };
-    // An upstream reader that accepts the image gives the good content, unless the row says
-    // another.
+    // The content must be that of the valid image, unless the row says what upstream's reader
+    // returns.
     let other = row["upstream_reader"].split("(size ").nth(1);
     let (good_size, good_sum) = match other {
         Some(text) => {

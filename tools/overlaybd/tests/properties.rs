@@ -362,7 +362,7 @@ fn round_trip(options: Options, tar: bool) {
         let mut found = vec![0; len];
         payload.read_at(0, &mut found).unwrap();
         assert!(found == wanted, "{options:?}, {len} bytes");
-        // Parts of blocks, forwards and backwards.
+        // Parts of blocks, some of which are read twice.
         for start in [0, 1, len / 2, len.saturating_sub(700)] {
             let end = (start + 600).min(len);
             if start < end {
@@ -480,7 +480,8 @@ fn differences() {
     ];
     assert_eq!(found.runs, wanted);
 
-    // Zeros that are no holes are data where the layer below has none, or other data.
+    // With `keep_zeros`, zeros that aren't in a hole of the image are data where the layer below has no
+    // data, or other data.
     let mut zeros = options;
     (zeros.keep_zeros, zeros.granule) = (true, 4096);
     let found_zeros = diff::of(&image, Some(&stack), zeros, &silent).unwrap();

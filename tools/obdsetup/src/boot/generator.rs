@@ -30,10 +30,11 @@ const TIMEOUT: u32 = 300;
 /// of machines have few.
 const PARTITIONS: u32 = 16;
 
-/// The name that this program goes by.
+/// The name under which systemd starts this program.
 pub(crate) const NAME: &str = "systemd-overlaybdsetup-generator";
 
-/// Makes the units in the first of the directories `args`. Returns whether this succeeded for all lines.
+/// Makes the units for overlaybdtab in the first of the directories `args`. Returns whether this succeeded for
+/// all lines. Prints the errors.
 pub(crate) fn run(args: &[OsString]) -> bool {
     // If systemd has started this, no one reads standard error, so errors also go to the kernel log. Tests
     // and users set the variable, to use another table.
@@ -63,8 +64,12 @@ pub(crate) fn run(args: &[OsString]) -> bool {
     wrong.is_empty()
 }
 
-/// Makes the units for the table `tab` in `directory`. Errors in some lines don't prevent the units for
-/// others. Returns these errors.
+/// Makes the units for the table `tab` in `directory`; they run `program`. Returns the errors in single lines,
+/// which don't prevent the units for other lines.
+///
+/// # Errors
+///
+/// If the table cannot be read.
 fn generate(tab: &Path, program: &Path, directory: &Path) -> Result<Vec<anyhow::Error>> {
     let mut wrong = Vec::new();
     let mut names = Vec::new();
@@ -110,6 +115,7 @@ fn partitions(entry: &Entry) -> impl Iterator<Item = String> + '_ {
     numbers.map(|number| escape(format!("{}-part{number}", entry.name).as_bytes()))
 }
 
+/// Makes the link to `unit` in the directory `by`, such as `x.target.wants`, in `directory`.
 fn want(directory: &Path, by: &str, unit: &str) -> Result<()> {
     let place = directory.join(by);
     fs::create_dir_all(&place)?;
@@ -170,7 +176,7 @@ Conflicts=umount.target
         }
     }
     if files {
-        // This service makes the nodes of loop devices.
+        // This service makes /dev/loop-control, which the first loop device needs.
         let service = "systemd-tmpfiles-setup-dev.service";
         writeln!(text, "Wants={service}\nAfter={service}")?;
     }

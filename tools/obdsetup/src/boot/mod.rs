@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! Early boot: makes the units for the stacks in overlaybdtab. They run `obdsetup open`.
+//! Early boot: makes the units for the stacks in overlaybdtab. The units run `obdsetup open`.
 
 pub(crate) mod generator;

@@ -25,10 +25,11 @@ use crate::terminal::exit::Failure;
   obdsetup apply layer.tar.gz --base app/config.v1.json next.obd
   obdsetup apply changes.tar --base base.obd --base app.obd next.obd
 
-TAR is a layer of a container image, as the OCI image specification has it: what is in it replaces \
-what is there; whiteouts (.wh.NAME) and opaque directories (.wh..wh..opq) hide it. The layers below must \
-make an erofs that obdsetup has made: `convert' of a container image, or `create' or `convert' with \
---fs erofs. Nothing is mounted, and no privileges are needed.")]
+TAR is a layer of a container image, as in the OCI image specification: its files replace those of \
+the layers below; whiteouts (.wh.NAME) and opaque directories (.wh..wh..opq) hide files of the \
+layers below. The layers below must make an erofs that obdsetup has made: by `convert' of a \
+container image, or by `create' or `convert' with --fs erofs. Nothing is mounted, and no privileges \
+are needed.")]
 pub(crate) struct Args {
     /// The tar, compressed or not
     #[arg(value_name = "TAR")]
@@ -68,7 +69,7 @@ pub(crate) fn run(args: &Args) -> Result<()> {
     let stack = Stack::new(base)?;
     let uuid = stack.layers().last().map(|top| top.ident().uuid.clone());
     let uuid = uuid.unwrap_or_default();
-    // Reads the whole tar, so that damage is found before anything is put in a file system.
+    // Reads the whole tar, so that damage is found before anything is made of it.
     let input = args.input.display();
     let what = match archive::check(&args.input)?.package {
         Some(Package::Docker | Package::Oci) => {

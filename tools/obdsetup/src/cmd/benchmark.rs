@@ -22,16 +22,17 @@ use crate::terminal::{print, print_json};
   obdsetup benchmark
   obdsetup benchmark --json | jq '.decompression[] | select(.block_size==65536)'
 
-In memory, with one thread and no I/O: what comes out per second. The sample is made up, the same \
-everywhere, and compressed as `create` does it by default. The libraries here are not the kernel's \
-decompressors; what those do may differ. Takes a few seconds.")]
+Decompresses in memory, with one thread and no I/O, and shows the decompressed bytes per second. The \
+sample is artificial, the same on all machines, and compressed with the levels that `create` uses by \
+default. The kernel has other decompressors than obdsetup, and their speed may differ. Takes a few \
+seconds.")]
 pub(crate) struct Args {
     /// Print JSON
     #[arg(long)]
     json: bool,
 }
 
-/// Bytes of the sample: more than fits in the caches close to a CPU.
+/// Bytes of the sample: more than the caches of a single CPU usually hold.
 const SAMPLE: usize = 4 << 20;
 /// Shortest time of a measurement.
 const AT_LEAST: Duration = Duration::from_millis(200);
@@ -89,7 +90,7 @@ pub(crate) fn run(args: &Args) -> Result<()> {
 fn describe(report: &Report) -> String {
     let mib = |rate: f64| rate / f64::from(1 << 20);
     let mut text = String::from(
-        "# In memory, one thread, no I/O; MiB/s of what comes out\n\
+        "# In memory, one thread, no I/O; MiB/s of decompressed data\n\
          # Algorithm | Block size | Compressed to |        Speed\n",
     );
     for speed in &report.decompression {
@@ -125,7 +126,7 @@ fn decompress(sample: &[u8], algorithm: Algorithm, block_size: usize) -> Result<
         ends.push(stored.len());
     }
     let mut decoder = Decoder::default();
-    // As large as the sample, because reading a disk doesn't write to the same memory again and again.
+    // As large as the sample: reads of a disk don't write to the same memory again and again, either.
     let mut out = vec![0; sample.len()];
     let bytes_per_second = rate(sample.len(), || {
         let mut start = 0;

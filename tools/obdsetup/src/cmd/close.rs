@@ -30,8 +30,9 @@ const PATIENCE: Duration = Duration::from_secs(2);
   obdsetup close app
   obdsetup close --deferred app      as soon as nobody uses it
 
-Takes the partitions of the disk down, too, and the devices below it, but for those that other stacks \
-use; their loop devices go with them. The store of a disk that takes writes stays, with all that was written.")]
+Also removes the devices of the disk's partitions, and the devices below the disk with their loop \
+devices, except those that other stacks use. The store of a writable disk is kept, with everything \
+that was written.")]
 pub(crate) struct Args {
     /// Name that was given to `open`
     name: String,
@@ -50,7 +51,7 @@ pub(crate) fn run(args: &Args) -> Result<()> {
     };
     let lock = Lock::take(&found.name)?;
     dm::clear_left(&lock);
-    // Another obdsetup may have changed it before this one got the lock.
+    // Look again: another obdsetup may have changed the stack before this one got the lock.
     let all = control.states()?;
     let Some(stack) = Stack::among(&all, &args.name) else {
         return Err(not_ours(&control, &args.name)?);
@@ -89,8 +90,8 @@ pub(crate) fn run(args: &Args) -> Result<()> {
     });
     setup::remove(&control, &lock, &own, &names, removal, Udev::find())?;
     drop(left.locks);
-    // An error of this is returned at the end. The rest must be removed anyway, because the stack can't be
-    // found by its name any more.
+    // An error of the store is returned at the end. The shared devices must be removed anyway, because the stack
+    // can't be found by its name any more.
     let ended = store.map_or(Ok(()), Closing::end);
     if shared.iter().any(|state| !names.contains(&state.name)) {
         remove_unused(&control, &lock, &shared)?;
@@ -101,9 +102,10 @@ pub(crate) fn run(args: &Args) -> Result<()> {
     ended
 }
 
-/// Removes the shared devices that nothing uses, and those of `shared`, upper ones first, that no other table
-/// names; the kernel removes them when they are closed. This is done after the stack was removed: if several
-/// stacks are closed at the same time, each close has first seen the tables of the other stacks.
+/// Removes the devices of `shared`, upper ones first, that no table names any more, and the shared devices that
+/// killed obdsetups have left. A device that is open is removed by the kernel when it is closed. Called after the
+/// stack was removed: if several stacks are closed at the same time, each close still saw the tables of the
+/// other stacks before.
 fn remove_unused(control: &Control, lock: &Lock, shared: &[&State]) -> Result<()> {
     let end = Instant::now() + PATIENCE;
     loop {
@@ -135,8 +137,8 @@ fn remove_unused(control: &Control, lock: &Lock, shared: &[&State]) -> Result<()
     }
 }
 
-/// Returns the names of the devices of `shared` that are in no table except those of the devices `own` and of
-/// each other. Upper ones come first, in `shared` and in the result.
+/// Returns the names of the devices of `shared` that no table names, except the tables of `own` and of devices in
+/// the result. Upper ones come first, in `shared` and in the result.
 fn unused(own: &[State], shared: &[&State]) -> Vec<String> {
     let mut gone: BTreeSet<String> = own.iter().map(|state| state.number.clone()).collect();
     let mut names = Vec::new();
@@ -149,8 +151,8 @@ fn unused(own: &[State], shared: &[&State]) -> Vec<String> {
     names
 }
 
-/// Called if there is no stack `name`. Removes the shared devices that an `open` or `close` of it has left
-/// because it was killed.
+/// Called if there is no stack `name`. Removes the shared devices that a killed `open` or `close` of this name
+/// has left. If there are none, returns the error that there is no stack `name`.
 fn close_nothing(control: &Control, name: &str) -> Result<()> {
     let lock = Lock::take(name)?;
     if lock.was_left() {
@@ -172,8 +174,8 @@ fn close_nothing(control: &Control, name: &str) -> Result<()> {
     Err(not_ours(control, name)?)
 }
 
-/// Returns the name of the disk of `stack` or of a partition that is in use. Waits for a while first, because
-/// udev may have it open for a moment. `name` is the name of the disk.
+/// Returns the name of a device that is in use: the disk of `stack`, named `name`, or a partition. First waits for
+/// up to [`PATIENCE`] until none is in use, because udev may have a device open for a moment.
 fn in_use(control: &Control, stack: &Stack, name: &str) -> Result<Option<String>> {
     let end = Instant::now() + PATIENCE;
     let mut used = stack.in_use().map(|state| state.name.clone());

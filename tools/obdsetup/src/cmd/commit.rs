@@ -28,10 +28,10 @@ use crate::terminal::bar::Bar;
   obdsetup commit --algorithm zstd --block-size 64k --tar in.obd out.obd
   obdsetup commit --algorithm none layer.obd layer.lsmt              unwrap
 
-The LSMT file inside stays as it is, byte for byte. With --compact, or where an identity is given, \
-it is written anew: data dense and in order, dead blocks left out. Then a layer \
-without a UUID gets one made of its content if it has a parent UUID, and one that obdsetup has made \
-gets another UUID with another parent.")]
+The LSMT file inside is copied unchanged. With --compact, --dax or an identity, it is written again: \
+its data in order and without gaps, and without data that the index doesn't use. Then a layer \
+without a UUID gets one made from its content if its parent UUID is known, and a UUID that obdsetup \
+has made changes if the parent UUID does.")]
 pub(crate) struct Args {
     /// The layer, wrapped or not, or DEVICE:size=BYTES
     #[arg(value_name = "IN")]
@@ -41,7 +41,7 @@ pub(crate) struct Args {
     #[arg(value_name = "OUT")]
     output: PathBuf,
 
-    /// Write the LSMT file anew, without dead blocks
+    /// Write the LSMT file again, without data that its index doesn't use
     #[arg(long)]
     compact: bool,
 
@@ -72,7 +72,7 @@ pub(crate) fn run(args: &Args) -> Result<()> {
     })
 }
 
-/// Writes the layer again, without dead blocks.
+/// Writes the layer again, with its data in order and without data that the index doesn't use.
 fn compact(new: &IdentArgs, layer: LayerReader, output: LayerOut) -> Result<()> {
     let size = layer.lsmt().virtual_size();
     let old = layer.ident().clone();
@@ -106,8 +106,9 @@ fn compact(new: &IdentArgs, layer: LayerReader, output: LayerOut) -> Result<()> 
     })?;
     if let Some(note) = other_uuid(new, &old.uuid, &ident.uuid) {
         crate::terminal::tell(&format!(
-            "note: {}: {note}, since its UUID says which layer is below, and now another is: \
-             layers that were made over {} do not go on it until they get --parent-uuid, too",
+            "note: {}: {note}, since its UUID depends on the layer below, which is another now: \
+             layers that were made over {} cannot be used on it until `commit --parent-uuid' changes \
+             them, too",
             output.path().display(),
             input.display()
         ));
@@ -115,7 +116,7 @@ fn compact(new: &IdentArgs, layer: LayerReader, output: LayerOut) -> Result<()> 
     if new.user_tag.is_none() {
         ident.user_tag = old.user_tag;
     }
-    // Can only happen if the layer has nearly the largest number of entries, and padding is added.
+    // Needed only if the layer has nearly the largest number of entries, and padding is added.
     let way_out =
         "leave it as it is, or `obdsetup export` the disk and `obdsetup create` a layer from it, \
                    with --base for the layers below: create compares in larger units if there are too many \

@@ -13,7 +13,7 @@ use clap_complete::Shell;
   obdsetup completions zsh >/usr/share/zsh/site-functions/_obdsetup
   obdsetup completions fish >/usr/share/fish/vendor_completions.d/obdsetup.fish
 
-`make install` puts them there, below its PREFIX.")]
+`make install` installs these files, below its PREFIX.")]
 pub(crate) struct Args {
     /// The shell
     #[arg(value_enum)]
@@ -22,7 +22,7 @@ pub(crate) struct Args {
 
 /// Runs `completions`. `all` describes the command line.
 pub(crate) fn run(args: &Args, all: &Command) -> Result<()> {
-    // Leave out hidden subcommands: the shell would offer them, too.
+    // Leave out hidden subcommands: otherwise, the shell would offer them.
     let shown = all.get_subcommands().filter(|sub| !sub.is_hide_set());
     let mut shown = Command::new("obdsetup")
         .version(env!("CARGO_PKG_VERSION"))

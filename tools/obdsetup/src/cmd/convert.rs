@@ -39,10 +39,10 @@ use crate::terminal::size;
 The type of IN is detected by its content, never by its name; --from overrides it:
 
   disk          with a partition table or a known file system (ext4, xfs, btrfs,
-                FAT, ISO, LVM, LUKS, swap...): taken as it is
+                FAT, ISO, LVM, LUKS, swap...): its bytes are the disk
   qcow2, vmdk, vhdx, vpc, vdi, qed, parallels
                 read by qemu-img, which must be installed
-  tar           put in a file system, by its mkfs, which must be installed
+  tar           its files are put in a new file system; see --fs
   directory     likewise
   OCI image layout, or an archive of one (docker save, podman save)
                 see below
@@ -50,35 +50,37 @@ The type of IN is detected by its content, never by its name; --from overrides i
                 of a tar or disk: decompressed
 
 OVA, Vagrant boxes, disks in a tar, images of LXD and Incus, zip, cpio, 7-Zip, deb, rpm, Android \
-sparse images and others are refused with what to do. Anything else, and a disk that is no whole \
-number of sectors, needs --from raw. A tar is read to its end first: a damaged or incomplete one is refused.
+sparse images and others are refused, with advice. Anything else, and a disk whose size is no whole \
+number of sectors, needs --from raw. A tar is read to its end first: a damaged or incomplete one is \
+refused.
 
-qemu-img also reads what an image refers to, such as its backing file: convert only what you trust, \
-and use --from raw for a raw disk that others wrote. OUT is one layer, the lowest of a stack, without \
-the zeros.
+qemu-img also reads the files that an image refers to, such as its backing file: convert only images \
+that you trust, and use --from raw for a raw disk that others wrote. OUT is one layer, the lowest of \
+a stack, without zeros.
 
-Of a qcow2 image with backing files, OUT is a directory: a layer for each file of the chain, with what \
-differs in it from the files below, and a config.v1.json that lists them. With --flatten, it is one layer.
+If IN is a qcow2 image with backing files, OUT is a directory with a layer for each file of the \
+chain, which has the differences to the files below, and a config.v1.json that lists the layers. \
+With --flatten, OUT is one layer.
 
-Of a container image, as `skopeo copy docker://... oci:layout` or `docker save` makes it, OUT is a \
-directory: a layer for each layer of the image, a config.v1.json that lists them with absolute names, \
-which all commands take in the place of layers, and image.json, the image's description with its \
-command, environment and user. The layers make an erofs; what a layer leaves alone stays where it \
-is, so that each holds only what it changes, and images that have layers in common share them byte \
-for byte. With --oci, OUT is an OCI image layout for a registry, as containerd's converter makes it; \
-`skopeo copy --preserve-digests` copies it there. \
-Layers that are OverlayBD layers already stay as they are, and no options for layers apply.
+If IN is a container image, from `skopeo copy docker://... oci:layout` or `docker save`, OUT is a \
+directory with a layer for each layer of the image; a config.v1.json that lists them with absolute \
+names, which all commands accept in the place of layers; and image.json, the image's description \
+with its command, environment and user. The file system is an erofs. Files that a layer of the image \
+does not change stay in their place, so each layer of OUT has only the changes, and images that have \
+layers in common get identical files for these. With --oci, OUT is an OCI image layout for a \
+registry, as containerd's converter makes it; `skopeo copy --preserve-digests` copies it there. \
+Layers that are OverlayBD layers already are copied unchanged, and options for layers are refused.
 
---cache keeps layers, and takes those that an earlier run made of the same layers with the same \
-options. There is none if not given, and nothing is ever removed from it.
+--cache keeps the layers that are made, and reuses those that an earlier run made from the same \
+layers with the same options. Nothing is ever removed from the cache. By default, there is none.
 
-For a layer over others, the difference to them, see `create --base`.")]
+To make a layer of the difference to other layers, see `create --base`.")]
 pub(crate) struct Args {
     /// A disk image, block device, directory, tar, or container image
     #[arg(value_name = "IN")]
     input: PathBuf,
 
-    /// The file to make; of a container image or a qcow2 image with backing files, the directory
+    /// The file to make, or the directory, for a container image or a qcow2 image with backing files
     #[arg(value_name = "OUT")]
     output: PathBuf,
 
@@ -108,7 +110,7 @@ pub(crate) struct Args {
     )]
     mkfs_arg: Vec<OsString>,
 
-    /// Take whiteouts (.wh.NAME), with which a layer of an image hides files, for files
+    /// Keep whiteouts (.wh.NAME), with which a layer of an image hides files, as ordinary files
     #[arg(long, help_heading = "Directories and tars")]
     keep_whiteouts: bool,
 
@@ -120,7 +122,7 @@ pub(crate) struct Args {
     #[arg(long)]
     flatten: bool,
 
-    /// Follow names of files that lead out of the directory of IN: backing files, extents of a vmdk;
+    /// Also read files outside the directory of IN that IN refers to: backing files, extents of a vmdk;
     /// whoever made IN may have named any file of this machine
     #[arg(long)]
     allow_outside: bool,
@@ -176,7 +178,7 @@ pub(crate) fn run(args: &Args) -> Result<()> {
     }
     let is_copied = kind.for_qemu().is_some() || kind == Kind::Raw && input.compression.is_some();
     if args.new.wrap.dax && is_copied {
-        // The zeros that --dax stores for the blocks of files are holes in the copy.
+        // With --dax, the layer stores the zeros of files, but these zeros are holes in the copy.
         return refuse(
             "--dax needs a disk as it is: `qemu-img convert -S 0 -O raw' makes one, of which `convert --from raw' \
              makes the layer",
@@ -254,7 +256,7 @@ fn convert_chain(args: &Args, chain: &[qemu::Link]) -> Result<()> {
             output,
         )?;
         made.add(None);
-        // It may be any file of this machine.
+        // The backing file may be any file of this machine.
         if args.allow_outside {
             crate::terminal::tell(&format!("layer {nth}: of {}", link.path.display()));
         }
@@ -299,8 +301,8 @@ fn convert_image(args: &Args) -> Result<()> {
         || args.keep_whiteouts
     {
         return refuse(
-            "its layers become an erofs, in which what a layer leaves alone stays where it is: no other \
-             --fs, no --size, no --mkfs-arg and no --keep-whiteouts is for it",
+            "its layers become an erofs in which unchanged files stay in their place: no other --fs, no \
+             --size, no --mkfs-arg and no --keep-whiteouts is for it",
         );
     }
     if args.new.wrap.dax {

@@ -44,13 +44,12 @@ use crate::terminal::size;
   obdsetup create --changes app.changes --base base.obd app.obd
       what was written to a disk
 
-Holes of an image stay out of the layer; --skip-zeros keeps zeros out too. With --base, what \
-changed is data, and what became zero is marked as zeros (a discard). Of a store of changes, which \
-`open --writable' makes, only what was written is read and compared; the layer is the one that the \
-whole disk would give. An image that is no disk for \
-sure, such as an archive or a qcow2, is refused, and so is one that is no whole number of \
-sectors; --raw takes it as it is. For qcow2, vmdk, tars and \
-OCI images, see `convert`.")]
+Holes of an image are left out of the layer; with --skip-zeros, other zeros are, too. With --base, \
+blocks that changed are data, and blocks that became zero are marked as zeros (a discard). Of a \
+store of changes, which `open --writable' makes, only the blocks that were written are read and \
+compared; the layer is the same as one made from the whole disk. A file that is certainly no disk, \
+such as an archive or a qcow2, is refused, and so is one whose size is no whole number of sectors; \
+--raw accepts them. For qcow2, vmdk, tars and OCI images, see `convert`.")]
 pub(crate) struct Args {
     /// The file to make
     #[arg(value_name = "OUT")]
@@ -60,7 +59,7 @@ pub(crate) struct Args {
     #[arg(long, value_name = "FILE", conflicts_with_all = ["directory", "changes"])]
     image: Option<PathBuf>,
 
-    /// Take the image as it is, even if it is an archive or in another format
+    /// Use the bytes of the image as the disk, even if it is an archive or in another format
     #[arg(long, requires = "image", conflicts_with_all = ["directory", "changes"])]
     raw: bool,
 
@@ -69,12 +68,12 @@ pub(crate) struct Args {
     #[arg(long, value_name = "STORE", requires = "base", conflicts_with_all = ["directory", "grow"])]
     changes: Option<PathBuf>,
 
-    /// The store is a thin volume whose external origin is the disk below; this is what thin_dump(8)
-    /// has written of it, or thin_delta(8)
+    /// The store is a thin volume whose external origin is the disk of --base; XML is the output of
+    /// thin_dump(8) or thin_delta(8) for it
     #[arg(long, value_name = "XML", requires = "changes", conflicts_with_all = ["image", "directory"])]
     thin_map: Option<PathBuf>,
 
-    /// A directory, to be put in a file system
+    /// A directory, whose files are put in a new file system
     #[arg(long, value_name = "DIR", requires = "fs")]
     directory: Option<PathBuf>,
 
@@ -106,7 +105,7 @@ pub(crate) struct Args {
     #[arg(long, requires = "directory", conflicts_with_all = ["image", "changes"])]
     allow_loss: bool,
 
-    /// Take whiteouts (.wh.NAME), with which a layer of an image hides files, for files
+    /// Keep whiteouts (.wh.NAME), with which a layer of an image hides files, as ordinary files
     #[arg(long, requires = "directory", conflicts_with_all = ["image", "changes"])]
     keep_whiteouts: bool,
 
@@ -114,11 +113,11 @@ pub(crate) struct Args {
     #[arg(long, value_name = "LAYER", conflicts_with = "directory")]
     base: Vec<LayerArg>,
 
-    /// Take an image that is larger than what is below: the disk grows
+    /// Accept an image that is larger than the disk of the layers below: the disk grows
     #[arg(long, requires = "base", conflicts_with = "directory")]
     grow: bool,
 
-    /// Leave zeros out where nothing is below
+    /// Leave zeros out of a layer that has none below
     #[arg(long, conflicts_with_all = ["base", "dax"])]
     skip_zeros: bool,
 
@@ -160,7 +159,7 @@ pub(crate) fn run(args: &Args) -> Result<()> {
         (None, Some(image)) => image.as_path(),
         (None, None) => bail!("neither --image nor --directory"),
     };
-    // A new file system has only what mkfs has written.
+    // Zeros are left out of the layer of a new file system, too.
     let options = args
         .compare
         .options(args.skip_zeros || made.is_some(), &args.new)?;
@@ -184,7 +183,8 @@ fn of_changes(args: &Args, store: &Path, below: &[LayerArg], output: LayerOut) -
     image_layer::write_image(&disk, Some(&base), options, &args.new.ident, output)
 }
 
-/// Makes a layer from the mapped blocks of a thin volume, over the layers `below`, which are its origin.
+/// Makes a layer from the mapped blocks of a thin volume, over the layers `below`, whose disk is its external
+/// origin. `map` is the output of thin_dump(8) or thin_delta(8).
 fn of_thin(
     args: &Args,
     volume: &Path,

@@ -24,7 +24,8 @@ use crate::terminal::size;
   obdsetup dump layer.obd --offset 1m --length 4k | xxd
   obdsetup dump --zfile compressed.zf -o original
 
-Reads as the kernel would, but needs no kernel module. Every block that is read is checked.")]
+The bytes are those of the block device that `open' makes, but no kernel module is needed. Every
+block that is read is checked.")]
 pub(crate) struct Args {
     /// Layers, lowest first, DEVICE:size=BYTES, or a config.v1.json that lists them
     #[arg(required = true, value_name = "LAYER")]
@@ -38,7 +39,7 @@ pub(crate) struct Args {
     #[arg(long, value_name = "SIZE", default_value = "0", value_parser = size::parse)]
     offset: u64,
 
-    /// How many bytes; up to the end if not given
+    /// Number of bytes (up to the end if not given)
     #[arg(long, value_name = "SIZE", value_parser = size::parse)]
     length: Option<u64>,
 
@@ -46,11 +47,11 @@ pub(crate) struct Args {
     #[arg(long)]
     sparse: bool,
 
-    /// The content of a ZFile, whatever it is
+    /// LAYER is a ZFile: write its content, of any format
     #[arg(long)]
     zfile: bool,
 
-    /// Up to the end of the last sector, as the block device has it
+    /// Fill up the last sector with zeros, as the block device does
     #[arg(long)]
     whole_sectors: bool,
 
@@ -120,7 +121,7 @@ pub(crate) fn run(args: &Args) -> Result<()> {
     let end = args.offset.checked_add(length).filter(|&end| end <= size);
     let end = end.ok_or_else(|| {
         Failure::usage(format!(
-            "--offset {} and --length {length} reach behind the end at {size}",
+            "--offset {} and --length {length} reach beyond the end at {size}",
             args.offset
         ))
     })?;

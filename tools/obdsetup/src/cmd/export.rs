@@ -22,7 +22,7 @@ use crate::make::raw_out::{self, Dest};
 use crate::program;
 use crate::terminal::exit::Failure;
 
-/// What a disk image can be.
+/// Formats of a disk image.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 enum Format {
     /// The bytes of the disk
@@ -44,8 +44,8 @@ enum Format {
       vm/layer0.qcow2 below vm/layer1.qcow2
 
 The file has holes where no layer has data and where there are zeros. Every block that is read is \
-checked. Needs no kernel module. qcow2 images are made of a raw one, which is there beside them for that \
-time, with holes. For a part of the disk, or what a ZFile holds, see `dump`.")]
+checked. Needs no kernel module. A qcow2 image is made from a raw image with holes, a temporary file \
+in the same directory. For a part of the disk, or the content of a ZFile, see `dump`.")]
 pub(crate) struct Args {
     /// Layers, lowest first, DEVICE:size=BYTES, or a config.v1.json that lists them
     #[arg(required = true, value_name = "LAYER")]
@@ -55,7 +55,7 @@ pub(crate) struct Args {
     #[arg(short, long, value_name = "FILE")]
     output: PathBuf,
 
-    /// What to make (raw if not given)
+    /// Format of the disk image (raw if not given)
     #[arg(long, value_enum, value_name = "FORMAT")]
     to: Option<Format>,
 
@@ -64,7 +64,7 @@ pub(crate) struct Args {
     #[arg(long = "chain", conflicts_with_all = ["no_sparse", "force"])]
     files: bool,
 
-    /// Write zeros, too: all of the file has its place on the disk
+    /// Write zeros, too, so that the file has no holes
     #[arg(long)]
     no_sparse: bool,
 

@@ -255,7 +255,7 @@ fn describe(info: &Info) -> String {
     text
 }
 
-/// Returns a text that says whether the layer's place in a stack can be checked.
+/// Returns a text that says where in a stack the layer belongs by its UUIDs, or that this cannot be checked.
 fn place(lsmt: &Lsmt) -> &'static str {
     let known = Ident::is_known;
     match (known(&lsmt.uuid), known(&lsmt.parent_uuid)) {

@@ -27,11 +27,12 @@ const NONE: &str = "-";
       for cron: one line for each stack that is not well
   obdsetup list --json | jq -r '.[] | select(.health != \"ok\") | .name'
 
-PARTITIONS are the numbers of those that have devices (open --partitions). SHARED WITH names the stacks \
-that use a file or device of this one, too. Users other than root see \
-names and sizes only, and exit code 2.")]
+PARTITIONS has the numbers of the partitions that have devices (open --partitions). SHARED WITH has \
+the names of other stacks that use a file or device of this one. Users other than root get names and \
+sizes only, and exit code 2.")]
 pub(crate) struct Args {
-    /// Exit as `status` does where a stack is not well, and say so on standard error
+    /// If stacks are not healthy, exit with the code that `status` has for the worst of them, and print a
+    /// line for each on standard error
     #[arg(long)]
     check: bool,
 

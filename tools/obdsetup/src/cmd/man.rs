@@ -15,9 +15,9 @@ use clap_mangen::Man;
 #[command(after_help = "Examples:
   obdsetup man /usr/local/share/man/man8
 
-Writes obdsetup-SUBCOMMAND.8 for each subcommand, from what --help says. `make tools` does so.")]
+Writes obdsetup-SUBCOMMAND.8 for each subcommand, from the text of --help. `make tools` does this.")]
 pub(crate) struct Args {
-    /// A directory that exists
+    /// An existing directory
     #[arg(value_name = "DIR")]
     directory: PathBuf,
 }
@@ -40,7 +40,7 @@ fn page(sub: &Command) -> Result<Vec<u8>> {
     let man = Man::new(sub.clone())
         .title(format!("obdsetup-{}", sub.get_name()))
         .section("8")
-        // Without a date, the next argument would be taken for it.
+        // Without a date, man(1) would take the next argument for the date.
         .date("2026-08-01")
         .source(concat!("obdsetup ", env!("CARGO_PKG_VERSION")))
         .manual("System Administration");

@@ -27,12 +27,12 @@ use crate::terminal::warn;
       two layers in the middle of a stack
   obdsetup merge --lowest --algorithm zstd -o all.obd base.obd app.obd
 
-The new layer reads as the layers did together, alone and in their place in a larger stack: what \
-they set to zero still hides what is below. With --lowest, it does so as the lowest layer only. \
-It takes the UUID of the topmost layer and the parent UUID of the lowest one, if none are given: what \
-was above them fits on it, and it fits on what was below them. If the topmost layer has no UUID, or \
-one that obdsetup made while the lowest layer does not say what is below, it gets one made of its \
-content.")]
+The new layer can replace the layers, alone or in a larger stack: sectors that they set to zero \
+still hide the layers below. With --lowest, it can replace them only as the lowest layer. \
+If none are given, it takes the UUID of the topmost layer and the parent UUID of the lowest one: so \
+layers above them can be used on it, and it can be used on the layers below them. If the topmost \
+layer has no UUID, or one that obdsetup made, but the UUID of the layer below the lowest one is not \
+known, the new layer gets a UUID made from its content.")]
 pub(crate) struct Args {
     /// Layers, lowest first, DEVICE:size=BYTES, or a config.v1.json that lists them
     #[arg(required = true, value_name = "LAYER")]
@@ -42,7 +42,7 @@ pub(crate) struct Args {
     #[arg(short, long, value_name = "FILE")]
     output: PathBuf,
 
-    /// Nothing will be below: leave out what only hides it
+    /// The new layer will be the lowest: leave out zeros that only hide layers below
     #[arg(long)]
     lowest: bool,
 
@@ -81,7 +81,7 @@ pub(crate) fn run(args: &Args) -> Result<()> {
             }
             warn(&[format!(
                 "{}: does not keep UUID {uuid}, since the UUID of the layer below is not known: \
-                 layers that were made over {} go on it with --ignore-identity only; with \
+                 layers that were made over {} can be used on it only with --ignore-identity; with \
                  --parent-uuid it keeps the UUID",
                 args.output.display(),
                 top.path().display()

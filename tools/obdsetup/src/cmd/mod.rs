@@ -41,37 +41,37 @@ fn command() -> clap::Command {
 /// The subcommand to run.
 #[derive(Subcommand)]
 pub(crate) enum Command {
-    /// Make a layer of a disk image, a directory, or the difference to other layers
+    /// Make a layer from a disk image, a directory, or the difference to other layers
     Create(create::Args),
-    /// Make a layer of whatever is there: qcow2, vmdk, raw, a directory, a tar, a container image
+    /// Make a layer from qcow2, vmdk, raw, a directory or a tar; make a stack from a container image
     Convert(convert::Args),
-    /// Put a layer of a container image, a tar, over others
+    /// Make a layer from a tar with whiteouts, a layer of a container image, over other layers
     Apply(apply::Args),
     /// Compress and wrap a layer, or unwrap it
     Commit(commit::Args),
-    /// Make one layer of several
+    /// Join several layers into one
     Merge(merge::Args),
     /// Show what a file is: wrapping, every field, sizes
     Info(info::Args),
     /// Set up a stack of layers as a block device
     Open(open::Args),
-    /// Take a block device of `open` down
+    /// Remove the devices of a stack that `open` has set up
     Close(close::Args),
-    /// Show whether all is well with a block device of `open`
+    /// Show the health of a stack that `open` has set up
     Status(status::Args),
-    /// List the block devices of `open`
+    /// List the stacks that `open` has set up
     List(list::Args),
     /// Print the device-mapper tables that `open` would load
     Table(table::Args),
     /// Check every index and every block of layers
     Verify(verify::Args),
-    /// Write what a stack of layers reads as, or a part of that, to standard output or a file
+    /// Write the content of a stack's disk, or a part of it, to standard output or a file
     Dump(dump::Args),
-    /// Make a disk image of a stack of layers
+    /// Make a disk image from a stack of layers
     Export(export::Args),
     /// Show how fast this machine decompresses
     Benchmark(benchmark::Args),
-    /// Print what completes commands in a shell
+    /// Print the completion script for a shell
     Completions(completions::Args),
     /// Write the manual pages of the subcommands
     #[command(hide = true)]

@@ -41,8 +41,8 @@ use crate::terminal::size;
 /// How long to wait until a half-built stack stays unchanged.
 const PATIENCE: Duration = Duration::from_secs(20);
 const POLL: Duration = Duration::from_millis(250);
-/// Largest number of open files for a layer: its own, two loop devices, two devices that are held, and two
-/// locks; and the number of all other open files.
+/// Largest number of open files for a layer: its own, two loop devices, two devices that are held open, and two
+/// locks. `FILES` is the largest number of all other open files.
 const FILES_EACH: u64 = 7;
 const FILES: u64 = 64;
 
@@ -52,9 +52,9 @@ const FILES: u64 = 64;
   obdsetup open app base.obd app.obd && mount -o ro /dev/mapper/app /mnt
   obdsetup open vol /dev/vdb /dev/vdc:size=758556     blobs on block devices
   obdsetup open app config.v1.json
-      what containerd set up, if its layers are here
+      a stack of containerd's, if its layers are here
   obdsetup open app
-      what /etc/overlaybdtab has under that name
+      the layers that /etc/overlaybdtab has for app
   obdsetup open --zfile data data.zf             the content of a plain ZFile
   obdsetup open --partitions vm vm.obd && mount -o ro /dev/mapper/vm-part1 /mnt
   obdsetup open --create --writable app.changes app base.obd
@@ -63,16 +63,17 @@ const FILES: u64 = 64;
 A file system that was not unmounted cleanly needs an option to be mounted without replaying its \
 journal: noload (ext4), norecovery (xfs), rescue=nologreplay (btrfs).
 
-Files get read-only loop devices, which vanish with the device. Stacks that have a layer's file in \
-common use one device for it, if they ask for the same options. If any step fails, what was set up \
-before it is taken down. Needs dmsetup(8).
+Files get read-only loop devices, which are removed with the devices over them. Stacks that have the \
+file of a layer in common share one device for it if their options for it are the same. If a step \
+fails, all that was set up before is removed. Needs dmsetup(8).
 
-With --partitions, the partitions are read once, when the disk is opened, and go with it. A partition that \
-only holds others, an extended one, gets no device. Needs partx(8).
+With --partitions, the partition table is read once, when the disk is opened; `close' removes the \
+devices of the partitions, too. An extended partition, which only holds other partitions, gets no \
+device. Needs partx(8).
 
-With --writable, the disk takes writes, which go to a store beside the layers and are there again when \
-the disk is opened with it the next time. A store belongs to the layers that it was made with. `create \
---changes' makes a layer of what is in it.")]
+With --writable, the disk takes writes, which go to a store. The next time that the disk is opened \
+with this store, it has what was written. A store can only be used with the layers that it was made \
+for. `create --changes' makes a layer of the changes in it.")]
 pub(crate) struct Args {
     /// Name of the device, /dev/mapper/NAME
     name: String,
@@ -81,7 +82,7 @@ pub(crate) struct Args {
     #[arg(long)]
     buffered: bool,
 
-    /// Make devices of its own for each layer, which no other stack uses
+    /// Make separate devices for the layers, which no other stack uses
     #[arg(long)]
     private: bool,
 
@@ -89,8 +90,8 @@ pub(crate) struct Args {
     #[arg(long, value_name = "FILE", conflicts_with = "zfile")]
     writable: Option<PathBuf>,
 
-    /// Bytes of a store that is made, or that one becomes larger to (a file has room for all of the disk
-    /// if not given, and takes room on its file system as it is filled; a device has all of it)
+    /// Size of the store that is made, or that an existing store grows to (if not given: a file has room for
+    /// all of the disk, and takes space on its file system only as it is filled; a device is used completely)
     #[arg(long, value_name = "SIZE", value_parser = size::parse)]
     store_size: Option<u64>,
 
@@ -98,15 +99,15 @@ pub(crate) struct Args {
     #[arg(skip)]
     size_of_tab: bool,
 
-    /// Make the store where it is not there, or the device is empty
+    /// Make the store if the file does not exist or the device is empty
     #[arg(long)]
     create: bool,
 
-    /// Make a device of each partition of the disk, too: /dev/mapper/NAME-partN
+    /// Make a device for each partition of the disk, too: /dev/mapper/NAME-partN
     #[arg(long)]
     partitions: bool,
 
-    /// Open a store that was not closed on another machine, which has it open no more
+    /// Open a store that another machine has not closed; it must not be open there any more
     #[arg(long)]
     take_over: bool,
 
@@ -117,8 +118,9 @@ pub(crate) struct Args {
 /// The layers to set up.
 #[derive(Clone, clap::Args)]
 pub(crate) struct LayersArgs {
-    /// Layers, lowest first: files or block devices; DEVICE:size=BYTES where the blob is shorter; or a
-    /// config.v1.json that lists them. Without, /etc/overlaybdtab has them, and options
+    /// Layers, lowest first: files or block devices; DEVICE:size=BYTES if the blob is shorter than the
+    /// device; or a config.v1.json that lists layers. If none is given, layers and options are those that
+    /// /etc/overlaybdtab has for NAME
     #[arg(value_name = "LAYER")]
     layers: Vec<LayerArg>,
 
@@ -130,11 +132,11 @@ pub(crate) struct LayersArgs {
     #[arg(long, conflicts_with = "zfile")]
     dax: bool,
 
-    /// An optional parameter for the lsmt target, passed on as it is
+    /// An optional parameter for the lsmt target, passed on unchanged
     #[arg(long, value_name = "OPTION", conflicts_with = "zfile")]
     lsmt_opt: Vec<String>,
 
-    /// An optional parameter for the zfile targets, passed on as it is, say "cache_blocks 64"
+    /// An optional parameter for the zfile targets, passed on unchanged, such as "cache_blocks 64"
     #[arg(long, value_name = "OPTION")]
     zfile_opt: Vec<String>,
 
@@ -232,7 +234,8 @@ impl Args {
             Some(_) if self.layers.zfile => {
                 "--writable and --zfile exclude each other (writable= and zfile in overlaybdtab)"
             }
-            // Linear devices may begin within a page, and overlap: one page, two files.
+            // Devices of partitions may begin within a page, and may overlap, so files of two file systems could
+            // have the same page.
             _ if self.partitions && self.layers.dax => {
                 "--partitions is not for --dax, with which one file system has the whole disk"
             }
@@ -289,7 +292,8 @@ impl Args {
 }
 
 impl LayersArgs {
-    /// As [`Args::or_tab`], for commands that have only these arguments, and plans the devices.
+    /// Plans the devices for `name`. As in [`Args::or_tab`], the table has layers and options if these arguments
+    /// have no layers. For commands that have only these arguments.
     pub(crate) fn plan_or_tab(&self, name: &str) -> Result<Planned> {
         let args = Args {
             name: name.to_owned(),
@@ -413,7 +417,7 @@ pub(crate) fn run(args: &Args) -> Result<()> {
     let (lock, states) = make_way(&control, &args.name, &plan)?;
     allow_files(named.len());
 
-    // Only now, because a stack that was left by a kill and is removed by now may have had the store open.
+    // Only after make_way(), because a stack that a killed obdsetup has left may have had the store open.
     let store = match args.store(&opened)? {
         Some(found) => {
             plan.set_store(found.sectors());
@@ -474,8 +478,8 @@ pub(crate) fn run(args: &Args) -> Result<()> {
     Ok(())
 }
 
-/// Plans the devices of the partitions of the disk `name`. The disk is the last device of `plan`, and exists.
-/// Returns the partitions, too.
+/// Plans the devices of the partitions of the disk `name`, which is the last device of `plan`, and exists.
+/// Returns the plan and the partitions. Fails if another device has a name or UUID of the plan's devices.
 fn plan_partitions(control: &Control, name: &str, plan: &Plan) -> Result<(Plan, Vec<Partition>)> {
     let sectors = plan.devices.last().map_or(0, plan::Device::sectors);
     let found = partitions::read(name, &dm::node(name), sectors)?;
@@ -584,9 +588,9 @@ fn half_built(all: &[State], name: &str) -> Option<dm::Stack> {
     dm::Stack::among(all, name).filter(|stack| stack.name == name && stack.is_half_built())
 }
 
-/// Waits until the half-built stack `name` has stayed unchanged for a while, because an obdsetup that has
+/// Waits until the half-built stack `name` has stayed unchanged for [`dm::QUIET`], because an obdsetup that has
 /// another `/run`, for example in a container, may be setting it up. Returns all devices after that. `all`
-/// are all devices now.
+/// are all devices now. Fails if the stack still changes after [`PATIENCE`].
 fn settled(control: &Control, name: &str, mut all: Vec<State>) -> Result<Vec<State>> {
     let mut last = Instant::now();
     let end = last + PATIENCE;

@@ -33,15 +33,15 @@ const SYS: &str = "/sys";
   obdsetup status app >/dev/null || echo app needs a look
   obdsetup status --json app | jq '.layers[] | select(.health != \"ok\") | .file'
 
-The first line says whether all is well; a line for each layer follows, lowest first. The exit code \
-is 0 only then: 3 if a corrupt block was read, 4 if reads failed, if the file of a layer is shorter \
-than it was, if the store of what is written is full to 90 %, or if the stack is half built or \
-suspended.")]
+The first line is the health; a line for each layer follows, lowest first. The exit code is 0 if no \
+problem was found, 3 if a corrupt block was read, 4 if reads failed, if the file of a layer is \
+shorter than it was, if the store of changes is lost or at least 90 % full, or if the stack is half \
+built or suspended.")]
 pub(crate) struct Args {
     /// Name that was given to `open`
     name: String,
 
-    /// Show every device with its table and what it counts
+    /// Show every device with its table, files and counters, too
     #[arg(short, long)]
     verbose: bool,
 

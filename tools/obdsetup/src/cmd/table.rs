@@ -20,14 +20,14 @@ use crate::terminal::{print, print_json};
 #[command(after_help = "Examples:
   obdsetup table base.obd app.obd
   obdsetup table --name app
-      what /etc/overlaybdtab has under that name
+      the layers that /etc/overlaybdtab has for app
   obdsetup table --name vol --concise /dev/vdb:size=758556
       for dmsetup create --concise
 
 Prints `DEVICE: LINE` for each device, lowest first, as `dmsetup table` does. Needs neither root nor \
-the kernel module. A block device stands there as MAJOR:MINOR. For a file, LOOP(FILE) stands in the \
-place of its loop device, and TAIL(FILE) in that of the loop device over its last bytes, which the \
-first one doesn't show where the file doesn't end with a sector.")]
+the kernel module. A block device is printed as MAJOR:MINOR. LOOP(FILE) stands for the loop device \
+of a file. If the size of the file is no whole number of sectors, TAIL(FILE) stands for a second \
+loop device, which has the last bytes.")]
 pub(crate) struct Args {
     /// Name of the device
     #[arg(long, default_value = "obd")]
@@ -68,8 +68,8 @@ pub(crate) fn run(args: &Args) -> Result<()> {
                 layer.map(ToString::to_string).unwrap_or_default()
             )
         }
-        // Doesn't happen. For a writable disk, this prints only the table of the device below it, and it
-        // doesn't plan partitions.
+        // Not in this plan: for a writable disk, this command prints only the table of the device below the
+        // store, and it plans no partitions.
         Lower::Store | Lower::Disk => String::new(),
         Lower::Device(nth) => {
             let device = plan.devices.get(nth);

@@ -27,9 +27,9 @@ const NAMED: usize = 100;
   obdsetup verify base.obd app.obd        a stack, lowest layer first
   obdsetup verify --json layer.obd
 
-Reads all of every layer. Exit code 3 says that one is malformed or corrupt, or that their UUIDs say \
-that they do not fit on each other. Many tools write no UUIDs: then the order of the layers cannot be \
-checked. A single layer is checked alone, without those below it.")]
+Reads all of every layer. The exit code is 3 if a layer is malformed or corrupt, or if a layer does \
+not belong on the one below it, by their UUIDs. Many tools write no UUIDs: then the order of the \
+layers cannot be checked. A single layer is checked without the layers below it.")]
 pub(crate) struct Args {
     /// Layers, lowest first, DEVICE:size=BYTES, or a config.v1.json that lists them
     #[arg(required = true, value_name = "LAYER")]

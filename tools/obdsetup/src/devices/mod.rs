@@ -3,7 +3,7 @@
 //! Stacks of layers as block devices.
 //!
 //! - [`dm`]: makes, finds and removes the devices of a stack.
-//! - [`store`]: the store of what is written to a disk.
+//! - [`store`]: stores of changes, which keep what is written to a disk.
 //! - [`overview`]: the state of all stacks, for `list` and `status`.
 //! - [`tab`]: the stacks to set up at boot.
 

@@ -13,7 +13,7 @@ use crate::terminal::exit::Failure;
 
 /// The path of the table.
 const PATH: &str = "/etc/overlaybdtab";
-/// The environment variable with another path.
+/// The environment variable that can name another table.
 pub(crate) const VARIABLE: &str = "OVERLAYBDTAB";
 
 /// A line.
@@ -34,8 +34,8 @@ pub(crate) fn path() -> PathBuf {
     std::env::var_os(VARIABLE).map_or_else(|| PATH.into(), PathBuf::from)
 }
 
-/// Parses the lines of the table at `path`. Returns an entry or an error for each line, and nothing if there
-/// is no table.
+/// Parses the lines of the table at `path`. Returns an entry or an error for each line that is neither empty nor a
+/// comment; no entries if there is no table.
 pub(crate) fn read(path: &Path) -> Result<Vec<Result<Entry>>> {
     let text = match std::fs::read(path) {
         Ok(text) => text,
@@ -150,7 +150,7 @@ impl Entry {
         self.options.iter().any(|option| option == "partitions")
     }
 
-    /// Returns the line as arguments of `open`, which begin with the name.
+    /// Returns the line as arguments of `open`. The first is the name of the command, as in `argv`.
     pub(crate) fn arguments(&self) -> Vec<OsString> {
         let mut arguments = vec!["open".into()];
         for option in &self.options {

@@ -24,7 +24,7 @@ use crate::terminal::interrupt;
 /// How many times to look before a process counts as a writer, and the time in between.
 const LOOKS: u32 = 10;
 const BETWEEN_LOOKS: Duration = Duration::from_millis(50);
-/// How many times a device must be found claimed if it is unknown by whom.
+/// How many times a device must be found claimed if it is unknown who has claimed it.
 const CLAIMS: u32 = 20;
 
 /// Arguments of all commands that read files or devices to which others may write.
@@ -36,14 +36,14 @@ pub(crate) struct InUseArgs {
 }
 
 impl InUseArgs {
-    /// Returns an error if it finds someone who may write to one of `paths`, which this process will read.
-    /// Ignores paths that don't exist or are neither a file nor a block device; the caller reports those.
+    /// Returns an error if someone may write to one of `paths`, which this process will read. Ignores paths that
+    /// don't exist or are neither a file nor a block device; the caller reports those.
     pub(crate) fn check<'a>(&self, paths: impl IntoIterator<Item = &'a Path>) -> Result<()> {
         self.look(paths, Claim::Try)
     }
 
-    /// As [`Self::check`], for `paths` that device-mapper will read. It claims block devices itself. This
-    /// doesn't claim them, because that would disturb another obdsetup that sets up the same device.
+    /// As [`Self::check`], for `paths` that device-mapper will read. Doesn't try to claim block devices:
+    /// device-mapper does that, and trying would disturb another obdsetup that sets up the same device.
     pub(crate) fn check_below<'a>(&self, paths: impl IntoIterator<Item = &'a Path>) -> Result<()> {
         self.look(paths, Claim::LeaveToKernel)
     }
@@ -74,7 +74,7 @@ enum Claim {
     LeaveToKernel,
 }
 
-/// Returns a description of who may write to one of `targets`.
+/// Returns a description of who may write to one of `targets`; `None` if nobody is found.
 fn find_user(targets: &[Target], claim: Claim) -> Result<Option<String>> {
     let loops = match targets.iter().any(|target| !target.is_device()) {
         true => writable_loops(Path::new("/sys")),
@@ -192,7 +192,8 @@ impl Target {
         }
     }
 
-    /// Returns who may write to it, as far as this can be found without looking at processes.
+    /// Returns a description of who may write to the target, as far as this can be found without looking at
+    /// processes.
     fn user(&self, claim: Claim) -> Result<Option<String>> {
         if self.is_device() {
             return device_user(self, claim);
@@ -255,7 +256,7 @@ fn device_user(device: &Target, claim: Claim) -> Result<Option<String>> {
     if claim == Claim::LeaveToKernel || !mounts.is_empty() || !holders.is_empty() {
         return Ok(None);
     }
-    // Programs that only examine the device have it for a moment.
+    // Programs that only examine the device claim it for a moment.
     for _ in 1..CLAIMS {
         if !is_claimed(&device.path) {
             return Ok(None);
@@ -401,12 +402,12 @@ fn open_in_processes(targets: &[Target]) -> Result<Option<String>> {
     Ok(None)
 }
 
-/// A file that a process has open for writing. There may be many targets to compare it with.
+/// A file that a process has open for writing, with what is needed to compare it with many targets.
 struct Opened {
     /// The link of the file descriptor in `/proc`.
     link: PathBuf,
     is_below_dev: bool,
-    /// `None` on kernels before 5.14, which don't show it.
+    /// Number of the inode; `None` on kernels before 5.14, which don't show it.
     inode: Option<String>,
 }
 
@@ -434,7 +435,8 @@ impl Opened {
     }
 }
 
-/// Returns the inode of the file of a descriptor. Returns `None` on kernels before 5.14.
+/// Returns the number of the inode that a process has open with a file descriptor, `file` in its `/proc/PID/fd`.
+/// Returns `None` on kernels before 5.14.
 fn inode(process: &Path, file: &Path) -> io::Result<Option<String>> {
     let number = file.file_name().unwrap_or_default();
     let text = fs::read_to_string(process.join("fdinfo").join(number))?;
@@ -450,8 +452,8 @@ mod tests {
 
     use super::{qemu_writes, with_partitions, writable_loops};
 
-    /// Read-only loop devices don't count, even if a process has their node open for writing: an obdsetup
-    /// that attaches one does.
+    /// Read-only loop devices don't count, even if a process has their node open for writing, as an obdsetup
+    /// that attaches one has.
     #[test]
     fn loops_that_can_be_written_to() -> io::Result<()> {
         let sys = tempfile::tempdir()?;

@@ -3,16 +3,16 @@
 //! Finds programs, and sets their environment.
 //!
 //! The user's environment could change what a program does: `TAR_OPTIONS`, `MKE2FS_CONFIG`, `GZIP`,
-//! `ZSTD_CLEVEL`, `SOURCE_DATE_EPOCH`. A program gets only what is named here, and what the caller
-//! sets for it.
+//! `ZSTD_CLEVEL`, `SOURCE_DATE_EPOCH`. A program gets only the variables that are named here, and
+//! those that the caller sets for it.
 
 use std::ffi::{OsStr, OsString};
 use std::path::{Path, PathBuf};
 
 use rustix::fs::Access;
 
-/// Directories that are searched after those of the user's `PATH`, which often lacks some: an
-/// ordinary user's on Debian, cron's.
+/// Directories that are searched after those of the user's `PATH`. The `PATH` of ordinary users on
+/// Debian, and that of cron, lacks some of these.
 const DIRECTORIES: [&str; 6] = [
     "/usr/local/sbin",
     "/usr/local/bin",
@@ -39,7 +39,7 @@ pub(super) fn passed_on() -> Vec<(&'static str, OsString)> {
     all
 }
 
-/// Returns the program `name`, which is absolute, or else searched for.
+/// Returns the path of the program `name`, which is an absolute path, or a name to search for.
 pub(super) fn find(name: &str) -> Option<PathBuf> {
     let path = std::env::var_os("PATH");
     directories(path.as_deref())
@@ -48,8 +48,8 @@ pub(super) fn find(name: &str) -> Option<PathBuf> {
         .find(|file| is_program(file))
 }
 
-/// Returns the absolute directories of `path`, then [`DIRECTORIES`]. A relative one would depend on
-/// where the user is.
+/// Returns the absolute directories of `path`, then [`DIRECTORIES`]. Relative directories are left
+/// out, because they depend on the current directory.
 fn directories(path: Option<&OsStr>) -> Vec<PathBuf> {
     let mut all: Vec<PathBuf> = Vec::new();
     let users = path.map(std::env::split_paths).into_iter().flatten();
@@ -80,7 +80,7 @@ mod tests {
         assert!(directories(None).contains(&"/sbin".into()));
         assert_eq!(find("/bin/sh").as_deref(), Some(Path::new("/bin/sh")));
         assert!(find("no-such-program").is_none());
-        // A directory is none.
+        // A directory is no program.
         assert!(find("/bin").is_none());
     }
 }

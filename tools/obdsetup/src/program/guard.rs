@@ -1,10 +1,10 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! Makes a program die when this process does, however that ends.
+//! Makes the kernel kill a program when this process ends, for whatever reason.
 //!
-//! Only a process itself can ask the kernel for that (`PR_SET_PDEATHSIG`). So this program runs
-//! again under the name [`NAME`], asks for it, and executes the other program. The kernel watches
-//! the thread that started the process, so the thread that starts a program must also wait for it.
+//! A process can ask for this only for itself (`PR_SET_PDEATHSIG`). So obdsetup runs once more under
+//! the name [`NAME`], asks for it, and executes the other program. The kernel kills the program when
+//! the thread ends that started it, so the thread that starts a program must also wait for it.
 
 use std::ffi::OsString;
 use std::os::unix::process::{parent_id, CommandExt};
@@ -30,13 +30,13 @@ pub(super) fn command(path: &Path) -> Command {
 
 const SELF: &str = "/proc/self/exe";
 
-/// Returns a command that runs the program at `path` to its end, even if this process ends before.
+/// Returns a command that runs the program at `path`, and is not killed if this process ends first.
 pub(super) fn outliving(path: &Path) -> Command {
     Command::new(path)
 }
 
-/// Executes the program that `args` name, as set by [`command`]: the number of the parent, the
-/// program's path, its arguments. Returns the error.
+/// Executes the program in `args`, as set by [`command`]: the process ID of the parent, the
+/// program's path, its arguments. Returns only if this fails, with the message.
 pub(crate) fn run(args: &[OsString]) -> String {
     let [parent, path, args @ ..] = args else {
         return format!("{NAME}: for obdsetup's own use only");
@@ -45,7 +45,7 @@ pub(crate) fn run(args: &[OsString]) -> String {
     if let Err(error) = set_parent_process_death_signal(Some(Signal::KILL)) {
         return format!("cannot make {shown} end with obdsetup: {error}");
     }
-    // The parent may have ended before that.
+    // The parent may have ended before the kernel was asked.
     if parent.to_str() != Some(&parent_id().to_string()) {
         return "obdsetup has ended".to_owned();
     }

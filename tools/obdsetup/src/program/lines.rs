@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! The lines that a program prints on standard error. Repeated lines are kept once, and only so
-//! many.
+//! The lines that a program prints on standard error. Repeated lines are kept once. The number of
+//! lines and their length are limited.
 
 use std::io::{self, Read};
 
@@ -22,7 +22,7 @@ pub(super) struct Lines {
 }
 
 impl Lines {
-    /// Reads all `input` to its end.
+    /// Reads each of `input` to its end.
     pub(super) fn read<R: Read>(&mut self, input: impl Iterator<Item = R>) -> io::Result<()> {
         let mut piece = [0; 4096];
         for mut input in input {

@@ -2,11 +2,11 @@
 
 //! Other programs that obdsetup runs: dmsetup, mkfs, tar, qemu-img. All of them are started here.
 //!
-//! A program gets an environment of its own ([`environment`]), dies when this process does
+//! A program gets an environment of its own ([`environment`]), is killed when this process ends
 //! ([`guard`]), and runs in a process group of its own, so that the terminal's signals reach only
-//! this process: a signal ends the wait, and then the program. A program without progress is ended,
-//! too ([`progress`]). Its standard error is kept ([`lines`]): the caller shows it as warnings if
-//! the program succeeds, and quotes it if it fails.
+//! this process. A signal ends the wait for the program, and then the program. A program without
+//! progress is ended, too ([`progress`]). The lines on its standard error are kept ([`lines`]): the
+//! caller shows them as warnings if the program succeeds; the error has them if it fails.
 
 mod environment;
 pub(crate) mod guard;
@@ -35,11 +35,11 @@ pub(crate) use progress::Patience;
 /// Shortest and longest time between two checks of a running program.
 const POLL: (Duration, Duration) = (Duration::from_millis(1), Duration::from_millis(16));
 
-/// What a program reads that gets no input.
+/// Standard input of a program that gets no input.
 const NULL: &str = "/dev/null";
 
-/// Returns the absolute path of an existing file. No program mistakes that for an option, or for a
-/// protocol such as `nbd:`.
+/// Returns the absolute path of an existing file. No program mistakes an absolute path for an option,
+/// or for a protocol such as `nbd:`.
 pub(crate) fn path(path: &Path) -> Result<PathBuf> {
     let absolute = path.canonicalize();
     absolute.with_context(|| format!("{}: cannot read", path.display()))
@@ -54,8 +54,8 @@ pub(crate) struct Program {
     patience: Patience,
     heeds_signals: bool,
     input: Option<File>,
-    /// Gets standard output. With this, the program finishes its work even if this process is
-    /// killed.
+    /// Gets the program's standard output. If set, the program finishes its work even if this
+    /// process is killed.
     note: Option<File>,
     version: Option<Version>,
 }
@@ -202,14 +202,15 @@ impl Program {
     }
 
     /// Makes the program write its standard output to `file`, and finish its work even if this
-    /// process is killed: `file` then shows what it has made. For programs that end quickly.
+    /// process is killed: `file` then shows what the program has done. For programs that end quickly.
     pub(crate) fn leaves_note(&mut self, file: File) -> &mut Self {
         self.note = Some(file);
         self
     }
 
-    /// Sets the needed version. The program is first run with `arg` to get its version. If that is
-    /// older, it isn't run: it may take an option for something else, and succeed.
+    /// Sets the needed version. The program is first run with `arg` to get its version. If the
+    /// version is older, the program isn't run with its arguments: it could misunderstand an option,
+    /// and succeed.
     pub(crate) fn needs_version(&mut self, arg: &'static str, needed: (u32, u32)) -> &mut Self {
         self.version = Some(Version { arg, needed });
         self
@@ -269,7 +270,7 @@ impl Program {
         let (out, errors) = (child.0.stdout.take(), child.0.stderr.take());
         let mut lines = Lines::default();
         let (status, read) = std::thread::scope(|scope| {
-            // Both end when the program and its children do, which wait() ensures.
+            // Both threads end when the program and its children have ended. wait() ends the children.
             let keeper = scope.spawn(|| lines.read(errors.into_iter()));
             let reader = scope.spawn(|| -> io::Result<()> {
                 for line in out
@@ -330,7 +331,8 @@ impl Program {
             .with_context(|| format!("cannot run {}", path.display()))
     }
 
-    /// Waits for the end of the program. If a signal asks to stop, returns immediately.
+    /// Waits for the end of the program. If a signal asks to stop, returns an error immediately, which
+    /// drops `child` and so ends the program.
     fn wait(&self, mut child: Running) -> Result<Wait> {
         let mut watch = self.patience.watch(child.group());
         let mut poll = POLL.0;
@@ -373,7 +375,7 @@ impl Running {
         Pid::from_child(&self.0)
     }
 
-    /// Returns whether the program has ended. Its process number isn't reused until `finish`.
+    /// Returns whether the program has ended. Its process ID isn't reused before `finish`.
     fn has_ended(&self) -> Result<bool> {
         let options = WaitIdOptions::EXITED | WaitIdOptions::NOHANG | WaitIdOptions::NOWAIT;
         Ok(waitid(WaitId::Pid(self.group()), options)?.is_some())
@@ -389,7 +391,7 @@ impl Running {
 
 impl Drop for Running {
     fn drop(&mut self) {
-        // After finish(), another process may have the number.
+        // Not after finish(): another process may have the process ID by then.
         if matches!(self.0.try_wait(), Ok(None)) {
             let _ = self.finish();
         }
@@ -481,7 +483,7 @@ mod tests {
     fn no_progress_ends_a_program_and_its_children() -> Result<()> {
         let dir = tempfile::tempdir()?;
         let pid = dir.path().join("pid");
-        // The child has our pipes, too, but nothing may wait for it.
+        // The child has the pipes open, too, but nothing may wait for the child.
         let script = format!(
             "sleep 1000 & echo $! >{}; echo odd >&2; while :; do :; done",
             pid.display()

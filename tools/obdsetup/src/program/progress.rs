@@ -3,9 +3,9 @@
 //! Detects whether a program makes progress. A program without progress is ended, since nobody
 //! would wait for it in a script or at boot.
 //!
-//! Signs of progress are bytes that it read or wrote (`/proc/PID/io`), and the size of a file that
-//! it writes. CPU time isn't, since an endless loop uses that, too. A thread that waits for a disk
-//! (state D) and a stopped program (state T) don't count as stalled.
+//! Signs of progress are bytes that the program read or wrote (`/proc/PID/io`), and the size of a file
+//! that it writes. CPU time is no sign, since an endless loop uses CPU time, too. A program with a
+//! thread that waits for a disk (state D), or with a stopped thread (state T), is not ended.
 //!
 //! The limit is generous: even an emulated compressor reads or writes within seconds.
 
@@ -18,7 +18,7 @@ use rustix::process::Pid;
 
 use crate::terminal::exit::{self, Failure};
 
-/// How long a program may make no progress.
+/// How long a program may make no progress by default.
 const BOUND: Duration = Duration::from_secs(600);
 /// How often progress is checked.
 const LOOK: Duration = Duration::from_secs(1);
@@ -48,8 +48,9 @@ impl Default for Patience {
 }
 
 impl Patience {
-    /// The program waits for something else; progress of that changes what `look` returns. If the
-    /// value stays the same for `bound`, the program is ended with the error `message`.
+    /// Returns the patience for a program that waits for something else, whose progress changes the
+    /// value that `look` returns. If the value stays the same for `bound`, the program is ended with
+    /// the error `message`.
     pub(crate) fn with(
         bound: Duration,
         look: impl Fn() -> String + 'static,

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! What the user, and the program that started obdsetup, see of it: messages, results, exit codes, progress.
+//! Output to the user and to the program that has started obdsetup: messages, results, exit codes, progress; and
+//! signals.
 //!
 //! - [`exit`]: exit codes.
 //! - [`interrupt`]: signals that ask to stop.
@@ -18,7 +19,7 @@ use std::io::{self, Write};
 
 use anyhow::{Context, Result};
 
-/// The advice if a file is no layer.
+/// Advice for a file that is no layer.
 const NO_LAYER: &str = "`obdsetup convert' makes layers of disk images, tars and directories";
 
 /// The error if standard output fails.
@@ -44,8 +45,8 @@ pub(crate) fn tell(message: &str) {
     let _ = io::stderr().write_all(text.as_bytes());
 }
 
-/// Escapes control characters in a text for people. Parts of it may come from an image, and must not control
-/// the terminal.
+/// Escapes control characters, except line breaks and tabs. Parts of a text may come from an image, and must not
+/// control the terminal.
 pub(crate) fn plain(text: &str) -> String {
     let mut plain = String::with_capacity(text.len());
     for c in text.chars() {

@@ -2,7 +2,8 @@
 
 //! Sizes on the command line.
 
-/// Parses a number of bytes: digits, perhaps followed by `k`, `m`, `g` or `t` (powers of 1024).
+/// Parses a number of bytes: digits, perhaps followed by `k`, `m`, `g` or `t` (powers of 1024), also as `kB` or
+/// `KiB`.
 pub(crate) fn parse(text: &str) -> Result<u64, String> {
     let wrong = || format!("`{text}` is not a size such as 512, 64k, 10m, 1g or 2t");
     let end = text.find(|c: char| !c.is_ascii_digit());

@@ -22,7 +22,7 @@ const VERSION: u32 = 1;
 const HEADER: usize = 16;
 /// Size of an exception in bytes: chunk of the disk, chunk of the store.
 const ENTRY: usize = 16;
-/// Largest number of written bytes in a range that `next` or `lookup` returns.
+/// Largest number of written bytes in a range that `next` or `lookup` returns; at least one chunk.
 const AHEAD: u64 = 1 << 20;
 
 /// Returns the number of exceptions in an area, for chunks of `chunk` sectors.
@@ -151,8 +151,8 @@ impl Exceptions {
         self.has_room
     }
 
-    /// Returns the first range of the disk at or after `offset` that was written. The bytes after the range
-    /// may have been written, too.
+    /// Returns the first range of bytes of the disk at or after `offset` that was written. The bytes after the
+    /// range may have been written, too.
     pub fn next(&self, offset: u64) -> Option<Range<u64>> {
         let wanted = offset / self.chunk;
         let first = self.all.partition_point(|e| e.old < wanted);
@@ -166,8 +166,9 @@ impl Exceptions {
         Some(offset.max(start * self.chunk)..end * self.chunk)
     }
 
-    /// Returns the place of byte `offset` of the disk as a byte offset in the file or device, or `None` if
-    /// the byte was not written. Also returns for how many consecutive bytes this is so.
+    /// Returns the byte offset in the file or device of byte `offset` of the disk, or `None` if this byte was not
+    /// written. Also returns the number of bytes from `offset` that are stored consecutively, or that were not
+    /// written.
     pub(super) fn lookup(&self, offset: u64) -> (Option<u64>, u64) {
         let (wanted, within) = (offset / self.chunk, offset % self.chunk);
         let first = self.all.partition_point(|e| e.old < wanted);

@@ -50,7 +50,7 @@ pub enum Fault {
         expected: &'static str,
     },
 
-    /// Two exceptions have the same chunk.
+    /// Two exceptions have the same chunk of the disk, or the same chunk of the store.
     #[error("exceptions of the store: {of} chunk {chunk} is there twice")]
     Twice {
         /// `disk` or `store`.

@@ -43,10 +43,10 @@ mod field {
 /// State of a store.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum State {
-    /// Closed. The store has every chunk that was written. Another write to a chunk in the store may have
-    /// failed; the writer got an error then.
+    /// Closed. The store has every chunk that was written. A later write to one of these chunks may have
+    /// failed, with an error to the writer.
     Closed,
-    /// Open; or it was not closed, because the machine went down or a close was killed.
+    /// Open, or not closed, because the machine went down or a close was killed.
     Open,
     /// The store has no room. Writes have failed because of this, or may have failed.
     Overflowed,
@@ -104,7 +104,7 @@ pub struct Head {
 }
 
 impl Head {
-    /// Reads the head of the store at the start of `blob`, and checks that `blob` is long enough.
+    /// Reads the head of the store at the start of `blob`, and checks that `blob` is long enough for the store.
     ///
     /// # Errors
     ///

@@ -17,8 +17,8 @@ pub struct Mapped<'a> {
 }
 
 impl<'a> Mapped<'a> {
-    /// Returns `disk` with `ranges` in bytes, which may be in any order and overlap. Parts after the end of
-    /// the disk are ignored.
+    /// Returns `disk`, of which `ranges`, in bytes, were written. They may be in any order and overlap. Parts
+    /// after the end of the disk are ignored.
     pub fn new(disk: &'a FileBlob, mut ranges: Vec<Range<u64>>) -> Self {
         ranges.sort_unstable_by_key(|range| range.start);
         let mut joined: Vec<Range<u64>> = Vec::new();

@@ -13,13 +13,12 @@ use crate::layer::Ident;
 use crate::on_disk::lsmt::entry;
 use crate::{LayerReader, Result, Stack};
 
-/// Prefixes of the hashed bytes: if the UUID of the topmost layer covers the layers below, and if all layers
-/// are hashed.
+/// Prefixes of the hashed bytes: `TOP` if only the UUID of the topmost layer is hashed, `ALL` if all layers are.
 const TOP: &[u8] = b"dm-overlaybd origin 1: top\0";
 const ALL: &[u8] = b"dm-overlaybd origin 1: all\0";
 
-/// Numbers of bytes that are hashed of the data of a layer without UUID: the first ones; the size of a piece
-/// of the rest, and the number of such pieces, which are evenly spaced.
+/// Samples of the data of a layer without UUID, in bytes: the first `FIRST`, and `PIECES` pieces of `PIECE` bytes,
+/// evenly spaced.
 const FIRST: u64 = 64 << 10;
 const PIECE: u64 = 4096;
 const PIECES: u64 = 64;
@@ -34,10 +33,10 @@ pub struct Origin {
 }
 
 impl Origin {
-    /// Returns what identifies the disk of `stack`. The digest is made from the UUID of the topmost layer, if that
-    /// UUID is made from the content of all layers, and if `fits` says that these layers are the same.
-    /// Otherwise, it is made from the UUIDs, sizes and indexes of all layers, and from samples of the data of
-    /// layers without UUID.
+    /// Returns what identifies the disk of `stack`. The digest is made from the size of the disk and from the UUID
+    /// of the topmost layer, if that UUID is made from the content of all layers. `fits` says whether the caller
+    /// has checked that the UUID was made from these layers. Otherwise, the digest is made from the size of the
+    /// disk, the UUIDs, sizes and indexes of all layers, and samples of the data of layers without UUID.
     ///
     /// # Errors
     ///

@@ -22,7 +22,7 @@ pub fn head(sectors: u64, chunks: u64, origin: Origin) -> Head {
     }
 }
 
-/// Exceptions in an area of a store with this head.
+/// Number of exceptions in an area of a store with this head.
 pub fn per_area(head: &Head) -> u64 {
     u64::from(head.chunk) * 512 / 16
 }
@@ -38,7 +38,7 @@ pub fn entry(head: &Head, nth: u64) -> u64 {
     SIZE + area * head.chunk_bytes() + nth % per_area(head) * 16
 }
 
-/// What is in the store after `chunks` were written in this order: bytes at some offsets.
+/// The bytes of the store that are not zeros, with their offsets, after `chunks` were written in this order.
 pub fn pieces(head: &Head, chunks: &[Chunk]) -> Vec<(u64, Vec<u8>)> {
     let header = [0x7041_6e53, 1, 1, head.chunk].map(u32::to_le_bytes);
     let mut pieces = vec![(0, head.to_bytes().to_vec()), (SIZE, header.concat())];
@@ -51,7 +51,7 @@ pub fn pieces(head: &Head, chunks: &[Chunk]) -> Vec<(u64, Vec<u8>)> {
     pieces
 }
 
-/// The same as a whole file.
+/// The whole store after `chunks` were written in this order.
 pub fn store(head: &Head, chunks: &[Chunk]) -> Vec<u8> {
     let mut bytes = vec![0; (SIZE + head.store * 512) as usize];
     for (at, piece) in pieces(head, chunks) {

@@ -23,8 +23,9 @@ pub(super) struct Part {
     number: &'static str,
     /// The mode of the control device's node, as devtmpfs or udev sets it.
     mode: u32,
+    /// Its name in messages.
     what: &'static str,
-    /// The module that it is in.
+    /// The name of its module.
     module: &'static str,
 }
 
@@ -55,7 +56,7 @@ const DENIED: &str =
 /// What to do if the targets are missing. Appended to dmsetup's message.
 const NO_MODULE: &str = "; the kernel module dm_overlaybd is not loaded: run `modprobe \
                          dm_overlaybd', or install the package dm-overlaybd-dkms";
-/// The same if the module's file is there.
+/// What to do if the targets are missing, but the module is installed. Appended to dmsetup's message.
 const NOT_LOADED: &str =
     "; the kernel module dm_overlaybd is installed, but not loaded: `modprobe \
                           dm_overlaybd' says why";
@@ -86,8 +87,8 @@ impl Part {
         }
     }
 
-    /// Makes the control device's node. If its module isn't loaded, the kernel loads it when the node is
-    /// opened, as it does with the nodes of devtmpfs.
+    /// Makes the control device's node. If the module isn't loaded, the kernel loads it when the node is
+    /// opened, as with the nodes of devtmpfs.
     fn make_control(&self) -> Result<MadeControl<'_>> {
         let path = Path::new(self.control);
         let number = std::fs::read_to_string(Path::new(self.sys).join("dev"));
@@ -141,14 +142,15 @@ impl Part {
     }
 }
 
-/// What was made for a control device of which the kernel has not told.
+/// What was made for a control device, and is removed after an error: the node, if the device isn't in sysfs, and the
+/// directory of the node.
 struct MadeControl<'a> {
     node: Option<&'a Path>,
     directory: Option<&'a Path>,
 }
 
 impl MadeControl<'_> {
-    /// Removes it: it leads to nothing.
+    /// Removes them.
     fn undo(self) {
         // Errors are ignored: what is left does no harm.
         if let Some(node) = self.node {
@@ -188,7 +190,7 @@ pub(super) fn no_target(target: &str) -> String {
     }
 }
 
-/// Returns whether a list of modules, a modules.dep, has ours.
+/// Returns whether a modules.dep has the module dm_overlaybd.
 fn has_module(list: &str) -> bool {
     list.lines().any(|line| {
         let file = line.split(':').next().unwrap_or_default();
@@ -243,7 +245,7 @@ mod tests {
         let (code, text) = said(19);
         assert!(code == 4 && text.contains("modprobe dm_mod"), "{text}");
         assert_eq!(said(5).0, 4);
-        // Said to other users only.
+        // Only users other than root get this error.
         assert_eq!(said(2), said(13));
         let (code, text) = LOOP.explain(&Error::from_raw_os_error(19));
         assert_eq!(code, 4);
@@ -276,7 +278,7 @@ mod tests {
         assert!(node.exists());
         undo(Some(&node));
         assert!(!directory.exists());
-        // A number that is none.
+        // Not a number.
         std::fs::write(dir.path().join("dev"), "x")?;
         let text = |path: &Path| -> &'static str { path.to_string_lossy().into_owned().leak() };
         let part = Part {

@@ -3,10 +3,10 @@
 //! Attaches files to loop devices that the kernel detaches when device-mapper closes them. The devices are
 //! read-only, except that of the store of a writable disk.
 //!
-//! A loop device must not be detached before device-mapper has opened it. Otherwise no one could attach a
-//! file to its number, although the kernel would offer it as a free one again and again. So programs that are
-//! started inherit the open loop devices. They keep them open until they end, even if obdsetup itself is
-//! killed.
+//! A loop device must not be detached before device-mapper has opened it. Otherwise, no one could attach a
+//! file to this loop device any more, although the kernel would offer it as free again and again. So programs
+//! that obdsetup starts inherit the open loop devices, and keep them open until they end, even if obdsetup
+//! itself is killed.
 //!
 //! One system call attaches the file to a loop device, and another one sets the flag that makes the kernel
 //! detach it. An obdsetup that is killed in between leaves the device attached. So there is a note on the
@@ -89,7 +89,7 @@ impl Backing {
         Self::of_loop(&device)
     }
 
-    /// Attaches a file in memory with these bytes to a loop device. Nothing of it is left on a disk.
+    /// Attaches a file in memory with these bytes to a loop device.
     pub(crate) fn bytes(bytes: &[u8], lock: &Lock) -> Result<Self> {
         let memory = rustix::fs::memfd_create("obdsetup-tail", MemfdFlags::CLOEXEC)
             .context("cannot make a file in memory")?;

@@ -5,8 +5,8 @@
 //! The reasons to use dmsetup and not the `devicemapper` crate: up to 0.34.7, the crate refuses every call if
 //! no udev daemon runs. 0.34.8 always waits for udev, without a time limit, and for one device after the
 //! other. If a signal ends the process, its semaphore is left. In another IPC namespace than udev's, it waits
-//! for ever. It makes no nodes either. libdm, on which dmsetup is a thin layer, has options for all of this,
-//! and a program can be killed.
+//! for ever. The crate makes no nodes, either. libdm, on which dmsetup is a thin layer, has options for all of
+//! this, and obdsetup can kill a program.
 //!
 //! Nothing here parses messages for people. If dmsetup fails, its message is quoted, and the reason is found
 //! by looking at the devices again.
@@ -27,7 +27,7 @@ use crate::terminal::exit::{self, Failure};
 /// If this variable is set, libdm doesn't use udev.
 pub(super) const DISABLE_UDEV: &str = "DM_DISABLE_UDEV";
 
-/// Returns the program dmsetup, not started.
+/// Returns dmsetup, to be run with arguments that the caller adds.
 pub(super) fn dmsetup() -> Program {
     let mut program = Program::new("dmsetup", "mapped devices");
     if let Some(value) = std::env::var_os(DISABLE_UDEV) {
@@ -88,7 +88,7 @@ impl State {
     }
 }
 
-/// Returns whether a column is set. It shows a word or a 1 then.
+/// Returns whether a column is set: it shows `word` or 1.
 fn is_set(column: &str, word: &str) -> bool {
     column == "1" || column.eq_ignore_ascii_case(word)
 }

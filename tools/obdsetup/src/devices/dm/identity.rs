@@ -13,23 +13,25 @@ use sha2::{Digest, Sha256};
 use super::control::State;
 use super::system::{disk, number_of};
 
-/// The UUIDs of all our devices start with this. The type follows, then the name of the stack. `LSMT`,
-/// `ZFILE` and `WRITABLE` are disks. The others are inner devices: `IMAGE` and `STORE` are below a writable
-/// disk; `LAYER` and `BLOB` have the number of their layer after the name; `MARK` is the mark of a stack
-/// whose partitions do not exist yet. The udev rules go by the type. For partitions, see `partition_uuid` in [`super::plan`].
+/// The UUIDs of all devices of obdsetup, except partitions, start with this. The type follows, then the name of the
+/// stack. `LSMT`, `ZFILE` and `WRITABLE` are disks. The others are inner devices: `IMAGE` and `STORE` are below a
+/// writable disk; `LAYER` and `BLOB` have the number of their layer after the name or, if they are shared, the digits
+/// of [`Identity::device`] instead of both; `MARK` is the mark of a stack whose partitions do not exist yet. The udev
+/// rules use the type. For partitions, see `partition_uuid` in [`super::plan`].
 pub(crate) const UUID_PREFIX: &str = "OVERLAYBD-";
 
 /// Numbers of hexadecimal digits in a UUID: for the layer, and for the options.
 const LAYER_DIGITS: usize = 32;
 const OPTION_DIGITS: usize = 8;
-/// Numbers of digits in a name, for the same.
+/// Numbers of these digits that are in a device's name.
 const NAME_DIGITS: (usize, usize) = (12, 4);
 /// Largest number of bytes of a file's name in a device's name.
 const LABEL: usize = 40;
-/// How many bytes at the beginning and at the end of a blob are hashed for the layer's key. They include
-/// headers and trailers, which have the checksum of the index.
+/// How many bytes at the beginning and at the end of a blob are hashed for the layer's key. They include the header
+/// and the trailer, which for a ZFile has the CRC of the index.
 const BEGIN: u64 = 4 << 10;
 const END: u64 = 16 << 10;
+
 /// What a layer is stored on.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Place {
@@ -72,7 +74,7 @@ pub(crate) struct Identity {
     /// A part of the file's name.
     label: String,
     digits: String,
-    /// The options of its loop device.
+    /// The options of the loop device over the file.
     loop_options: &'static str,
     /// How the kernel identifies the file or device.
     pub(crate) source: Source,
@@ -88,7 +90,8 @@ pub(crate) enum Source {
 }
 
 impl Identity {
-    /// Returns the key for the file or device of `payload`.
+    /// Returns the key for the file or device of `payload`. `buffered` says whether a loop device over the file uses
+    /// the page cache.
     pub(crate) fn of(payload: &Payload, place: Place, buffered: bool) -> Result<Self> {
         let blob = payload.file();
         let path = blob.path();

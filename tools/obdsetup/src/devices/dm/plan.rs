@@ -18,8 +18,8 @@
 //!                       NAME-image ─┴─> NAME
 //! ```
 //!
-//! Each partition is a device over the disk, `NAME-partN`. They have their own plan, because the partitions
-//! are known only when the disk can be read. Until they exist, the device `NAME-partitions`, which no one
+//! Each partition is a device over the disk, `NAME-partN`. These devices have their own plan, because the partitions
+//! are known only when the disk can be read. Until the devices exist, another device, `NAME-partitions`, which no one
 //! reads, marks the stack as half-built, in case obdsetup is killed before.
 //!
 //! In a plan with shared devices, the devices below the disk belong to the layers' files, not to the stack

@@ -1,10 +1,10 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! Sets up the devices of a plan with one dmsetup, and removes devices with another one.
+//! Sets up the devices of a plan, and removes devices, each with a few runs of dmsetup.
 //!
-//! `dmsetup create --concise` makes many devices. Tables refer to the devices below by their numbers, so this
-//! chooses free numbers in advance, except for the first device that isn't shared. If another program takes
-//! one of them first, everything starts again with other numbers.
+//! `dmsetup create --concise` makes many devices. Tables refer to the devices below by their numbers, so free
+//! numbers are chosen in advance, except for the first device that isn't shared. If another program takes one of
+//! these numbers first, everything starts again with other numbers.
 //!
 //! Shared devices are made first, and are held open before a table names them. While a device is held, no one
 //! can remove it, and no other device can get its number.
@@ -66,8 +66,8 @@ pub(crate) struct SetUp<'a> {
     lost: bool,
     /// How many times making shared devices has failed, presumably because another obdsetup interfered.
     conflicts: u32,
-    /// Whether the first device that isn't shared may be ours. Making that device reserves the name, because
-    /// locks don't exclude an obdsetup that has another `/run`.
+    /// Whether this process may have made the first device that isn't shared. Making this device reserves the
+    /// name, because locks don't exclude an obdsetup that has another `/run`.
     begun: bool,
     kept: bool,
 }
@@ -155,8 +155,8 @@ impl<'a> SetUp<'a> {
         devices.filter_map(|&nth| Some((nth, self.plan.devices.get(nth)?)))
     }
 
-    /// Returns the indexes of the devices that have to be made, lowest first. Devices that only held devices
-    /// are over aren't among them.
+    /// Returns the indexes of the devices that have to be made, lowest first. Shared devices that only held devices
+    /// need are left out.
     fn wanted(&self) -> Vec<usize> {
         let mut wanted: BTreeSet<usize> =
             self.plan.devices.len().checked_sub(1).into_iter().collect();
@@ -277,7 +277,7 @@ impl<'a> SetUp<'a> {
         for (_, device) in self.devices(todo) {
             let layer = identity::parse(&device.uuid).map(|(_, layer)| layer);
             if let Some(other) = identity::with_other_options(all, &device.uuid) {
-                // Once for each layer: a layer may have a device below that one, too.
+                // Once for each layer: a layer may have a zfile device and a blob device.
                 if !told.insert(layer) {
                     continue;
                 }
@@ -341,7 +341,7 @@ impl<'a> SetUp<'a> {
 
     /// Creates the first device that isn't shared, which has the index `nth`. The kernel chooses its number.
     /// Otherwise, if the kernel refused the table, dmsetup could not remove the device, and it would be
-    /// unknown whether the device is ours.
+    /// unknown whether this process has made the device.
     fn create_first(&mut self, wait: &Wait<'_>, nth: usize, below: &dyn Below) -> Result<()> {
         let Some(device) = self.plan.devices.get(nth) else {
             return Ok(());
@@ -429,8 +429,8 @@ impl<'a> SetUp<'a> {
         let is_made = |(_, device): (usize, &Device)| {
             device.shared.is_some() && now.iter().any(|state| state.uuid == device.uuid)
         };
-        // It may also have removed ours, because it took it for one that was left by a kill. Otherwise a
-        // device stays, even if the kernel has refused its table.
+        // The other obdsetup may also have removed a shared device that this one has made, because it took the
+        // device for one that a kill had left. Otherwise a device stays, even if the kernel has refused its table.
         let is_live = |device: &Device| {
             let mut live = now.iter().filter(|state| state.live);
             live.any(|state| state.uuid == device.uuid)
@@ -457,8 +457,8 @@ impl<'a> SetUp<'a> {
         let Some((device, number)) = devices.find(|device| !is_done(device)) else {
             return Ok(Some(error));
         };
-        // If it is there without a table, the kernel has refused the table: dmsetup cannot remove the device
-        // then, because it gives the kernel the number besides the name.
+        // If the device exists without a table, the kernel has refused the table: dmsetup fails to remove the
+        // device then, because it gives the kernel both the name and the number.
         if ours(&(device, number)).is_none() {
             if device.shared.is_some() && now.iter().any(|state| state.uuid == device.uuid) {
                 return Ok(None);
@@ -595,14 +595,14 @@ pub(crate) fn in_the_way(all: &[State], device: &Device) -> Option<anyhow::Error
 /// How devices are removed.
 #[derive(Clone, Copy)]
 pub(crate) struct Removal {
-    /// The kernel removes devices that are in use later, when they are closed.
+    /// Whether the kernel removes devices that are in use later, when they are closed.
     pub(crate) deferred: bool,
-    /// A signal doesn't end the removal. Set when cleaning up after a signal.
+    /// Whether signals are ignored during the removal. Set when cleaning up after a signal.
     pub(crate) despite_signals: bool,
 }
 
-/// Removes the devices `names`, top first, then the devices `shared` below them. If someone has one of the
-/// latter open, the kernel removes it when it is closed.
+/// Removes the devices `names`, top first, then the devices `shared` below them. If someone has one of `shared`
+/// open, the kernel removes it when it is closed. `lock` keeps the note on the wait for udev.
 pub(crate) fn remove(
     control: &Control,
     lock: &Lock,
@@ -617,7 +617,7 @@ pub(crate) fn remove(
     };
     let end = Instant::now() + PATIENCE;
     loop {
-        // Programs such as udev may have these open for a moment. The kernel removes them after that.
+        // Programs such as udev may have shared devices open for a moment: the kernel removes these devices later.
         let only_shared = left.iter().all(|name| shared.contains(name));
         how.deferred |= only_shared;
         let wait = udev.begin(control, lock)?;

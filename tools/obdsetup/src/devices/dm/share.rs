@@ -37,6 +37,7 @@ const MARK: &str = ".cache-";
 const SET: &str = "all";
 /// Largest number of changes of the mode of a cache, while other users come and go.
 const LOOKS: u32 = 10;
+
 /// Takes the lock for the shared device with `uuid`. Only its holder may make the device, or assume that it
 /// was left by a kill.
 pub(crate) fn lock_device(uuid: &str) -> Result<Lock> {
@@ -90,8 +91,7 @@ pub(crate) fn hold(state: &State, sectors: u64) -> Result<Attempt> {
     let name = &state.name;
     if size != sectors {
         let message = format!(
-            "device {name} has {size} sectors, and the layer that it is of has {sectors}: open with \
-             --private"
+            "device {name} has {size} sectors, but its layer has {sectors}: open with --private"
         );
         return Err(Failure::error(exit::BUSY, message));
     }
@@ -106,7 +106,7 @@ pub(crate) fn hold(state: &State, sectors: u64) -> Result<Attempt> {
     }))
 }
 
-/// Returns the error for a device that is suspended, although no obdsetup is making it.
+/// Returns the error for the shared device `name`, which is suspended although no obdsetup is making it.
 pub(crate) fn suspended(name: &str) -> anyhow::Error {
     let message = format!(
         "device {name}, which other stacks use, is suspended: run `dmsetup resume {name}', or open \
@@ -215,7 +215,7 @@ fn mark(uuid: &str) -> PathBuf {
     lock::place().join(format!("{MARK}{uuid}"))
 }
 
-/// Deletes that file: the device is new, or its mode isn't one that obdsetup has set.
+/// Deletes the file [`mark`] of the device with `uuid`: the device is new, or obdsetup has not set its present mode.
 pub(crate) fn forget_cache(uuid: &str) {
     let _ = fs::remove_file(mark(uuid));
 }
@@ -250,7 +250,7 @@ impl Mark {
     }
 }
 
-/// A shared zfile device whose cache is set.
+/// A shared zfile device. obdsetup sets the mode of its cache.
 struct Cached {
     number: String,
     name: String,

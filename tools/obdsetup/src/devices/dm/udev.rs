@@ -50,7 +50,7 @@ impl Udev {
         }
     }
 
-    /// Returns a value for which [`Self::begin`] makes nothing wait for udev.
+    /// Returns a value with which nothing waits for udev.
     pub(crate) fn unawaited(self) -> Self {
         match self {
             Self::Absent => Self::Absent,
@@ -58,7 +58,7 @@ impl Udev {
         }
     }
 
-    /// Begins an operation after which to wait for udev.
+    /// Makes a cookie if udev must be waited for. Called before the dmsetup commands whose events are waited for.
     pub(crate) fn begin<'a>(self, control: &Control, lock: &'a Lock) -> Result<Wait<'a>> {
         let cookie = match self {
             Self::Absent | Self::Deaf => None,

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! How full the store is of a disk that takes writes.
+//! How full the store of a writable disk is.
 
 use std::os::unix::fs::MetadataExt;
 use std::path::Path;
@@ -19,21 +19,21 @@ const NEARLY: u64 = 90;
 /// A store of changes.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 pub(crate) struct Changes {
-    /// The file or block device that it is on.
+    /// The file or block device of the store.
     pub(crate) file: String,
-    /// Bytes that are used.
+    /// Number of used bytes, without the head.
     pub(crate) used: u64,
-    /// Bytes that it has.
+    /// Size in bytes, without the head.
     pub(crate) size: u64,
-    /// Bytes that the file system of the file has free; nothing for a device, or where it isn't known.
+    /// Number of free bytes in the file system of the file; `None` for a device, or if unknown.
     pub(crate) free: Option<u64>,
-    /// Bytes of the file that have a place on its file system; nothing as for `free`.
+    /// Number of allocated bytes of the file; `None` for a device, or if unknown.
     pub(crate) allocated: Option<u64>,
-    /// Whether it has room for all of the disk.
+    /// Whether the store has room for all of the disk.
     pub(crate) holds_all: bool,
     /// Whether the store had no room for a write.
     pub(crate) overflowed: bool,
-    /// Whether a write to it has failed: what was written before is lost, too.
+    /// Whether a write to the store has failed. All changes are lost then, also earlier ones.
     pub(crate) lost: bool,
 }
 
@@ -104,8 +104,8 @@ impl Changes {
     }
 }
 
-/// Bytes that the file system of a store's file has free, and those of the file that have a place on it.
-/// Nothing where another file, or none, has the name by now: one that is smaller than the store.
+/// Returns the number of free bytes in the file system of a store's file, and the number of allocated bytes of the
+/// file. Returns `None` if the name no longer leads to a file that is larger than `size`, the size without the head.
 fn file_system(file: &Path, size: u64) -> Option<(u64, u64)> {
     let meta = file.metadata().ok().filter(|meta| meta.len() > size)?;
     let stat = rustix::fs::statvfs(file).ok()?;

@@ -40,11 +40,11 @@ pub(crate) struct Stack {
     pub(crate) devices: Vec<(Rank, Device)>,
     /// Lowest first.
     pub(crate) layers: Vec<Layer>,
-    /// The store of what is written, if the disk takes writes.
+    /// The store of changes, if the disk is writable.
     pub(crate) changes: Option<Changes>,
     /// Stacks that share a file or an inner device with this one.
     pub(crate) shared_with: Vec<String>,
-    /// Whether it is incomplete because an obdsetup is working on it.
+    /// Whether the stack is half-built because an obdsetup is working on it.
     pub(crate) busy: bool,
 }
 
@@ -123,11 +123,11 @@ impl Stack {
         partitions.collect()
     }
 
-    /// Returns how often the disk is open, or a partition of it.
+    /// Returns how many times the disk and its partitions are open; `None` if the disk doesn't exist.
     pub(crate) fn open_count(&self) -> Option<u32> {
         let mut count = self.top()?.state.open_count;
         for partition in self.partitions() {
-            // Each has the disk open.
+            // The device of the partition has the disk open: don't count that.
             count = count.saturating_sub(1).saturating_add(partition.open_count);
         }
         Some(count)
@@ -268,7 +268,7 @@ fn add_shared(
 /// Returns the numbers of the topmost devices of the layers, lowest layer first. In a stack without
 /// its disk, only those that exist.
 fn starts(devices: &[(Rank, Device)]) -> Vec<String> {
-    // Of a disk that takes writes, the one below.
+    // Below a writable disk, the image device has the table with the layers.
     let image = devices.iter().find(|(rank, _)| *rank == Rank::Image);
     let disk = match image.or_else(|| devices.first()) {
         Some((Rank::Top | Rank::Image, device)) => device.table.first().map(|line| (device, line)),
@@ -558,7 +558,7 @@ mod tests {
         assert_eq!(app.layers[1].shared_with, [""; 0]);
         assert!(stacks[1].top().is_none() && stacks[1].size().is_none());
         assert_eq!(stacks[1].layers.len(), 1);
-        // By the name that it has, and by the one that it had.
+        // By its current name, and by the name given to `open`.
         for name in ["new", "app"] {
             let stacks = group(
                 app.devices

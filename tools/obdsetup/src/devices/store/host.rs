@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! The machine on which a store is open. It is recorded in the store, because locks and sysfs only tell about
-//! this machine.
+//! The machine on which a store is open. The store records the machine, because locks and sysfs don't show what other
+//! machines have open.
 
 use std::fs;
 use std::path::Path;
@@ -11,7 +11,7 @@ use overlaybd::changes::Host;
 /// Returns this machine.
 pub(super) fn this() -> Host {
     Host {
-        // Not in an initramfs, which may have a different ID after each boot.
+        // Unknown in an initramfs, whose machine ID may differ after each boot.
         machine: match Path::new("/etc/initrd-release").exists() {
             true => [0; 16],
             false => id("/etc/machine-id"),

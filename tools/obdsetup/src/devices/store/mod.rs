@@ -43,12 +43,14 @@ const POLL: Duration = Duration::from_millis(20);
 /// The purpose for which a store is opened.
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Access {
+    /// To read the store, with a shared lock.
     Read,
-    /// To read and write it. No other obdsetup has it open meanwhile.
+    /// To read and write the store, with an exclusive lock.
     Write,
 }
 
-/// Opens the store at `path`, and locks it. The lock is released when the file is closed.
+/// Opens the store at `path`, and locks it; waits for up to [`PATIENCE`] for the lock. The lock is released when the
+/// file is closed.
 fn open(path: &Path, access: Access) -> Result<FileBlob> {
     let context = || path.display().to_string();
     loop {

@@ -41,7 +41,7 @@ const EMPTY: usize = 3 * 4096;
 pub(crate) struct Wish {
     /// Size in bytes for a store that is made or grown. If `None`, a file gets room for all of the disk.
     pub(crate) bytes: Option<u64>,
-    /// Whether a store may be larger than that.
+    /// Whether an existing store may be larger than `bytes`.
     pub(crate) at_least: bool,
     /// Whether to make a store if there is none.
     pub(crate) create: bool,
@@ -222,7 +222,7 @@ impl Opened {
         write_head(blob.file(), &self.head).with_context(context)
     }
 
-    /// Opens the store again. Fails if it is a device that is mounted or that another device is made of.
+    /// Opens the store again. Fails if the store is a device that is mounted or that is below another device.
     fn alone(&self) -> Result<FileBlob> {
         let flags = match is_device(&self.file)? {
             true => OFlags::EXCL,

@@ -30,8 +30,8 @@ pub(super) enum Signals {
     Ignore,
 }
 
-/// Returns an error if a device is over the store at `path`. `meta` is the metadata of this file or block
-/// device.
+/// Returns an error if a mapped device or a loop device is over the store at `path`. `meta` is the metadata of this
+/// file or block device. Waits for up to [`PATIENCE`] for a loop device over a file to be detached.
 pub(super) fn check(path: &Path, meta: &fs::Metadata, signals: Signals) -> Result<()> {
     let end = Instant::now() + PATIENCE;
     loop {
