@@ -29,7 +29,8 @@ pub(crate) const HELP: &str = "Exit codes:
   3    the image is malformed or corrupt
   4    a file or device does not exist, or reading or writing it failed
   5    a file or device exists already, or is in use
-  130  stopped by SIGINT, SIGTERM or SIGHUP; nothing half-made is left";
+  130  stopped by SIGINT, SIGTERM or SIGHUP; nothing half-made is left
+  141  standard output was closed before all was written";
 
 /// An error with an explicit exit code.
 #[derive(Debug)]
