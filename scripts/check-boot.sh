@@ -98,25 +98,25 @@ in_debian() {
 	chown -R "$user" "$work/srv"
 }
 
-# boot TITLE INITRD ARGS: boot the disk with initrd.INITRD and kernel arguments ARGS. Print the results that the guest
-# prints, and two more. (TITLE only says at the call what it is.)
+# boot INITRD ARGS: boot the disk with initrd.INITRD and kernel arguments ARGS. Print the results that the guest
+# prints, and two more.
 boot() {
-	local dir=$WORK/$2
+	local dir=$WORK/$1
 	mkdir -p "$dir"
 	VM_RUN=$dir accel
 	# The disk discards writes.
 	timeout "${TIMEOUT:-580}" "$SCRIPTS/in-root.sh" -k "$K_DIR" qemu-system-x86_64 -machine pc -accel "$VM_ACCEL" -cpu max,la57=off \
 		-smp "${QEMU_SMP:-2}" -m "${QEMU_MEM:-1024}" -nodefaults -no-reboot -display none \
 		-drive "file=build/boot/srv/disk.img,if=virtio,format=raw,snapshot=on" \
-		-kernel /kernel/vmlinuz -initrd "build/boot/srv/initrd.$2" \
+		-kernel /kernel/vmlinuz -initrd "build/boot/srv/initrd.$1" \
 		-append "console=ttyS0 panic=-1 oops=panic mitigations=off no_timer_check audit=0 lsm=capability cryptomgr.notests \
-systemd.default_device_timeout_sec=400 systemd.default_timeout_start_sec=400 $3" \
-		-serial "file:build/boot/$2/console" -serial "file:build/boot/$2/result" || say "# QEMU: status $?"
+systemd.default_device_timeout_sec=400 systemd.default_timeout_start_sec=400 $2" \
+		-serial "file:build/boot/$1/console" -serial "file:build/boot/$1/result" || say "# QEMU: status $?"
 	tr -d '\r' <"$dir/result"
-	tr -d '\r' <"$dir/console" >"$LOGS/console-boot-$2.log"
+	tr -d '\r' <"$dir/console" >"$LOGS/console-boot-$1.log"
 	if ! grep -q '^end' "$dir/result"; then
-		say "not ok - the guest did not come to the end of its tests; $LOGS/console-boot-$2.log:"
-		tail -n 30 "$LOGS/console-boot-$2.log" | sed 's/^/# /'
+		say "not ok - the guest did not come to the end of its tests; $LOGS/console-boot-$1.log:"
+		tail -n 30 "$LOGS/console-boot-$1.log" | sed 's/^/# /'
 	fi
 	if grep -q 'reboot: Power down' "$dir/console"; then
 		say "ok - it powers off"
@@ -124,7 +124,7 @@ systemd.default_device_timeout_sec=400 systemd.default_timeout_start_sec=400 $3"
 		say "not ok - it powers off"
 	fi
 	# Failures to stop and unmount at shutdown, after the guest's own tests.
-	if grep FAILED "$LOGS/console-boot-$2.log" | sed 's/^/# /' | grep .; then
+	if grep FAILED "$LOGS/console-boot-$1.log" | sed 's/^/# /' | grep .; then
 		say "not ok - systemd reports no failure on the console"
 	else
 		say "ok - systemd reports no failure on the console"
@@ -133,13 +133,13 @@ systemd.default_device_timeout_sec=400 systemd.default_timeout_start_sec=400 $3"
 
 # boot_overlay: boot with initramfs-tools, and an overlayfs above the image.
 boot_overlay() {
-	boot "initramfs-tools" initramfs-tools "boot-test=overlay,root root=/dev/mapper/root ro rd.overlaybdtab=no \
+	boot initramfs-tools "boot-test=overlay,root root=/dev/mapper/root ro rd.overlaybdtab=no \
 rd.overlaybd.store=/dev/disk/by-partlabel/store rd.overlaybd=root,base.obd,app.obd rd.overlaybd.overlay=tmpfs"
 }
 
 # boot_snapshot: boot with dracut, and a dm-snapshot above the image.
 boot_snapshot() {
-	boot "dracut" dracut "boot-test=snapshot,system root=/dev/mapper/system-rw rw \
+	boot dracut "boot-test=snapshot,system root=/dev/mapper/system-rw rw \
 rd.overlaybd.snapshot=system,/dev/disk/by-partlabel/cow \
 rd.overlaybd=extra,/dev/disk/by-partlabel/data"
 }

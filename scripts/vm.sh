@@ -62,7 +62,7 @@ watch() {
 		fi
 	done
 	: >"$VM_RUN/$over"
-	echo nmi 1<>"$VM_RUN/monitor.in"
+	[ ! -p "$VM_RUN/monitor.in" ] || echo nmi 1<>"$VM_RUN/monitor.in"
 	sleep 5
 	end_vm "$1"
 }

@@ -176,7 +176,7 @@ def overlaps():
     def of(*entries):
         return Pmem(image.lsmt_of([image.lsmt_entry(*entry) for entry in entries], data, SIZE))
 
-    phrase = "Extents of a layer have the same data"
+    phrase = "Segments of a layer have the same data"
     first = 8
     for entries in (
             [(0, unit, first), (4 * unit, unit, first)],

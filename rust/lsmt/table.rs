@@ -266,7 +266,7 @@ fn check_overlap(layer: &Opened) -> Result<(), Failure> {
     match dax::overlap(&mut places, pause)? {
         None => Ok(()),
         Some(_) => Err(Failure::new(
-            c"Extents of a layer have the same data",
+            c"Segments of a layer have the same data",
             EINVAL,
         )),
     }

@@ -69,7 +69,7 @@ fn read_layer(input: &mut Unstructured<'_>) -> Result<Layer> {
         block_size: 1 << (9 + shift % 8),
         crc: flags & 2 != 0,
         overwrite_header: flags & 4 != 0,
-        whole_sectors: flags & 32 != 0,
+        whole_sectors: flags & 64 != 0,
     };
     let mut layer = Layer {
         virtual_size: (u64::from(sectors) * 512).saturating_sub(odd.into()),
@@ -318,7 +318,7 @@ fn seeds() -> Vec<Vec<u8>> {
             &[0, FILE, 0xf0, 0xff, 3, 1, 2, 3],
         ] {
             let mut seed = vec![1, 15, 2];
-            seed.extend([flags | 32, 3, 4, 0, 90, 0, 15, 2, 0x87, 1, 31, 9, 3]);
+            seed.extend([flags | 96, 3, 4, 0, 90, 0, 15, 2, 0x87, 1, 31, 9, 3]);
             seed.extend([flags ^ 1, 5, 2, 77, 96, 4, 3, 20, 31]);
             seed.extend([5000u64.to_le_bytes(), 1u64.to_le_bytes()].concat());
             seed.extend([0xff, 0x0f, 0, 0]);
