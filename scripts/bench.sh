@@ -1,9 +1,11 @@
 #!/bin/bash
 # SPDX-License-Identifier: GPL-2.0
-# Measures, and compares with the goals: bench.sh. VM=uml (the default) runs everything at the machine's speed, with
-# one CPU and with two, or only with one if PARTS has neither block nor file; VM=qemu runs a part of it with the stock
-# kernel. COMPARE=FILE prints what changed since that result. VM=guests measures the memory of guests instead:
-# bench-guests.sh. VM=tools measures obdsetup, without a VM: bench-tools.sh.
+# Measures, and compares with the goals: bench.sh. PARTS='NAME...' selects parts of the benchmark, see PARTS in
+# tests/bench/run.py. VM=uml (the default) measures at the machine's speed: without PARTS, all parts with one CPU, and
+# block and file also with two; with PARTS, these parts with one CPU, and, if block or file is one of them, also with
+# two. VM=qemu measures for a shorter time with the stock kernel: PARTS, or block and file. COMPARE=FILE prints what
+# changed since that result. VM=guests measures the memory of guests instead: bench-guests.sh. VM=tools measures
+# obdsetup, without a VM: bench-tools.sh.
 . "$(dirname "$0")/lib.sh"
 . "$SCRIPTS/cache.sh"
 . "$SCRIPTS/kernel.sh"
@@ -16,9 +18,9 @@ guests) exec "$SCRIPTS/bench-guests.sh" ;;
 tools) exec "$SCRIPTS/bench-tools.sh" ;;
 *) die "VM=$VM: must be uml, qemu, guests or tools" ;;
 esac
-[ -z "${COMPARE:-}" ] || [ -s "$COMPARE" ] || die "COMPARE=$COMPARE: no such file"
+[ -z "${COMPARE:-}" ] || [ -s "$COMPARE" ] || die "COMPARE=$COMPARE: no such file, or it is empty"
 out=$BUILD/bench
-# Made again when the recipe changes, or the source of what obdsetup runs mkfs with.
+# The images are made again when images.sh, the tool-chain root, or obdsetup's source files in mkfs change.
 images=$CACHE/bench-$({ cat "$SCRIPTS/bench/images.sh" && root_key &&
 	find "$CLONE/tools/obdsetup/src" -path '*/mkfs*' -type f -print0 | sort -z | xargs -0r cat; } | short_hash)
 export OBD_RAM_DISKS=900 OBD_RAM_KIB=$((512 << 10))
@@ -59,7 +61,7 @@ mkdir -p "$out"
 [ -z "${COMPARE:-}" ] || cp "$COMPARE" "$out/older"
 rm -f "$out"/*.json
 read -ra parts <<<"${PARTS:-}"
-# The other parts bind their readers to one CPU, or count.
+# A second CPU says nothing about the other parts: they have one reader, readers on one CPU, or measure no reads.
 [[ ${#parts[@]} = 0 || " ${parts[*]} " =~ \ (block|file)\  || $VM != uml ]] || kernels=(uml)
 steps $((4 + 3 * ${#kernels[@]}))
 must "tool-chain root" "$SCRIPTS/make-root.sh"

@@ -72,7 +72,8 @@ def one_bad_sector():
         data = read_or_none(disk, at, min(4096, len(PADDED) - at))
         if data is None:
             failed.append(number)
-            check(offset // 512 <= bad <= (offset + length - 1) // 512, f"block {number} fails without the bad sector")
+            check(offset // 512 <= bad <= (offset + length - 1) // 512,
+                  f"block {number} fails, but the bad sector has none of its bytes")
         else:
             same_bytes(data, PADDED[at:at + 4096], f"block {number}")
     check(failed, "nothing has failed")

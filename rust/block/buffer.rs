@@ -2,9 +2,9 @@
 
 //! Buffers: memory for the stored bytes that a lower read fetches.
 //!
-//! A read gets pages from a [`Pool`], without waiting: up to four pages in one piece if there is
-//! one, otherwise pieces of up to eight pages. If there are no pages, it gets the device's spare
-//! buffer, which was allocated when the device was made.
+//! A read gets pages from a [`Pool`], without waiting. A buffer of up to four pages is one piece,
+//! if there is one. All other buffers are made of pieces of up to eight pages. If there are no
+//! pages, the read gets the device's spare buffer, which was allocated when the device was made.
 //!
 //! C headers: `include/linux/bio.h`, `include/linux/vmalloc.h`.
 

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: GPL-2.0
-"""Makes random trees of files with all metadata that Linux has for files. Reads the properties of a tree's files."""
+"""Makes random trees of files of all types, with modes, owners, times, ACLs and other extended attributes. Reads the
+properties of a tree's files."""
 
 import errno
 import hashlib

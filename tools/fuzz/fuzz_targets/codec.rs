@@ -222,7 +222,8 @@ fn check(data: &[u8]) -> Result<()> {
     ] {
         let mut found = vec![0xdd; end - start];
         let (result, used) = memory(|| zfile.read_at(start as u64, &mut found));
-        // The stored bytes, one block of which a part is wanted, and the recent block.
+        // The stored bytes, a block of which only a part is wanted, and the block that the reader keeps for the
+        // next read.
         let bound = bytes.len() + 2 * case.options.block_size as usize + 1024;
         assert!(used <= bound, "{used} bytes, at most {bound}");
         let blocks = start >> shift..if start == end {

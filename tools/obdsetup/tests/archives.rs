@@ -194,6 +194,21 @@ fn damaged_tars() {
         &tar(&[member("../../etc/passwd", b'0', b"x")]),
         "name \"../../etc/passwd\": \"..\" leads out",
     );
+    // A member below a link that may lead out of the tree, and one below a link to itself.
+    for (target, said) in [
+        (
+            "..",
+            "goes through the symbolic link ./link, whose target .. is absolute or has \"..\"",
+        ),
+        ("/etc", "whose target /etc is absolute"),
+        ("link", "goes through more than 40 symbolic links"),
+    ] {
+        let mut link = header("link", b'2', 0);
+        link[157..157 + target.len()].copy_from_slice(target.as_bytes());
+        sign(&mut link);
+        let start = rootfs[..rootfs.len() - 1024].to_vec();
+        place.damaged(&tar(&[start, link, member("link/x", b'0', b"x")]), said);
+    }
     place.damaged(
         &[rootfs.clone(), rootfs].concat(),
         "another archive follows",

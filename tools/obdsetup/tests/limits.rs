@@ -223,7 +223,7 @@ fn an_interrupt_ends_the_btrfs_writer_at_once() {
         }
         assert_eq!(place.names(), ["tree"], "after {nth}/10 of {whole:?}");
     }
-    // Later runs may be faster than the first one, for which the files were not in the page cache. So some
-    // signals may come too late, but not all.
+    // Later runs may be faster than the first one, by which the times of the signals are chosen. So some signals
+    // may come too late, but not all.
     assert!(stopped >= 1, "none was stopped in {whole:?}");
 }

@@ -1313,7 +1313,7 @@ fn hostile_images() {
         (
             tar(&[link("a", b'1', "none")]),
             3,
-            "a hard link to ./none, which is no file",
+            "a hard link to ./none, but no file before it has this name",
         ),
         (
             tar(&[link("a", b'1', "../../etc/passwd")]),
@@ -1323,7 +1323,7 @@ fn hostile_images() {
         (
             tar(&[dir("d"), link("a", b'1', "d")]),
             3,
-            "a hard link to ./d, which is no file",
+            "a hard link to ./d, but no file before it has this name",
         ),
         (
             tar(&[file("d/.wh.", "")]),
@@ -1344,12 +1344,12 @@ fn hostile_images() {
         (
             tar(&[link("l", b'2', "m"), link("m", b'2', "l"), file("l/x", "")]),
             3,
-            "goes through the symbolic link",
+            "goes through more than 40 symbolic links",
         ),
         (
             tar(&[file(".wh.a", ""), link("b", b'1', "a")]),
             3,
-            "a hard link to ./a, which is no file",
+            "a hard link to ./a, but no file before it has this name",
         ),
         (
             tar(&[pax(&[(b"path", &[b'n'; 256])]), file("x", "")]),

@@ -36,7 +36,8 @@ impl Pieces {
     ///
     /// # Errors
     ///
-    /// The first error of `read` or `progress`. `progress` counts the bytes of data.
+    /// An error of `read` or `progress`; if several threads fail, that of one of them. `progress`
+    /// counts the bytes of data.
     pub fn of(
         runs: &[Run],
         read: impl Fn(u64, &mut [u8]) -> Result<()> + Sync,

@@ -61,7 +61,8 @@ pub(crate) enum Part {
 pub(crate) struct Findings {
     /// Problems that show that the stack is wrong.
     pub(crate) errors: Vec<String>,
-    /// Reasons why file systems cannot map the pages of layers.
+    /// Reasons why file systems cannot map the pages of layers with DAX. No option turns them into
+    /// warnings.
     pub(crate) misfits: Vec<String>,
     /// Problems that may be harmless.
     pub(crate) warnings: Vec<String>,
@@ -112,7 +113,7 @@ impl Findings {
         };
         let wrong = all(&self.errors);
         let wrong = wrong.map(|text| format!("{text}; --ignore-identity makes this a warning"));
-        // Nothing makes the layer fit.
+        // No option makes a misfit a warning, so its text has no such hint.
         let message = wrong.or_else(|| all(&self.misfits))?;
         Some(Failure::error(exit::BAD_IMAGE, message))
     }
@@ -163,7 +164,7 @@ impl Findings {
         }
     }
 
-    /// For each layer whose pages a file system cannot map with DAX, adds the reason to the errors.
+    /// For each layer whose pages a file system cannot map with DAX, adds the reason to the misfits.
     pub(crate) fn add_dax(&mut self, layers: &[LayerReader]) -> overlaybd::Result<()> {
         for layer in layers {
             if let Err(misfit) = dax::page_size(layer)? {

@@ -115,7 +115,8 @@ struct Reader<'a> {
     /// The tar in messages.
     path: &'a Path,
     tree: &'a mut Tree,
-    /// Directories for which the tar has had no member yet: their metadata is that of [`unsaid`].
+    /// Directories that still have the metadata of [`unsaid`]: this tar has made or reset them, or it is the first
+    /// one and has the root directory, and no member of the tar has set their metadata yet.
     unsaid: HashSet<Id>,
     /// The temporary file with the content of files, for writing.
     spool: BufWriter<Arc<File>>,
@@ -387,9 +388,19 @@ impl Reader<'_> {
                     let is_absolute = target.starts_with(b"/");
                     let outside = self.layer.is_none()
                         && (is_absolute || target_parts.iter().any(|part| part == b".."));
-                    if outside || followed > LINKS {
+                    if outside {
                         let what = format!(
-                            "goes through the symbolic link {}, which leads to {}",
+                            "goes through the symbolic link {}, whose target {} is absolute or has \
+                             \"..\"",
+                            show(&name),
+                            archive::brief(target)
+                        );
+                        return Err(self.bad(member, &what));
+                    }
+                    if followed > LINKS {
+                        let what = format!(
+                            "goes through more than {LINKS} symbolic links; the last one is {}, with the \
+                             target {}",
                             show(&name),
                             archive::brief(target)
                         );
