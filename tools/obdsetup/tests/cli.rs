@@ -640,7 +640,9 @@ fn convert_with_qemu_img() {
     place
         .run("convert disk other.obd")
         .code(1)
-        .stderr(starts_with("obdsetup: qemu-img failed"));
+        .stderr(starts_with(
+            "obdsetup: disk: cannot read: qemu-img failed",
+        ));
     assert_eq!(place.names(), ["disk", "disk.raw", "layer.obd"]);
 }
 

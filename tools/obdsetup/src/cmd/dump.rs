@@ -24,7 +24,7 @@ use crate::terminal::size;
   obdsetup dump layer.obd --offset 1m --length 4k | xxd
   obdsetup dump --zfile compressed.zf -o original
 
-The bytes are those of the block device that `open' makes, but no kernel module is needed. Every
+The bytes are those of the block device that `open' makes, but no kernel module is needed. Every \
 block that is read is checked.")]
 pub(crate) struct Args {
     /// Layers, lowest first, DEVICE:size=BYTES, or a config.v1.json that lists them

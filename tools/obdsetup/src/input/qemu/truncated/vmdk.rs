@@ -187,7 +187,7 @@ fn extents(text: &[u8]) -> Vec<Extent<'_>> {
         let end = rest.iter().position(|&byte| byte == b'\n');
         let line = end.and_then(|end| rest.get(..end)).unwrap_or(rest);
         // Any number of lines may be blank: each of them is skipped once.
-        if line.trim_ascii_start().starts_with(b"RW") {
+        if after_blanks(line).starts_with(b"RW") {
             found.extend(extent(rest));
         }
         let Some(end) = end else {
@@ -203,7 +203,7 @@ fn extent(text: &[u8]) -> Option<Extent<'_>> {
     let (access, text) = word(text, |byte| !is_blank(byte));
     let (sectors, text) = word(text, |byte| byte.is_ascii_digit());
     let (kind, text) = word(text, |byte| !is_blank(byte) && byte != b'"');
-    let text = text.trim_ascii_start().strip_prefix(b"\"")?;
+    let text = after_blanks(text).strip_prefix(b"\"")?;
     let len = text.iter().position(|byte| b"\"\r\n".contains(byte));
     let (name, text) = text.split_at(len.unwrap_or(text.len()).min(NAME));
     let (start, _) = word(text.strip_prefix(b"\"")?, |byte| byte.is_ascii_digit());
@@ -217,14 +217,20 @@ fn extent(text: &[u8]) -> Option<Extent<'_>> {
     (access == b"RW" && !name.is_empty()).then_some(extent)
 }
 
+/// As isspace(3) in the C locale.
 fn is_blank(byte: u8) -> bool {
     byte.is_ascii_whitespace() || byte == 0x0b
 }
 
+/// Returns `text` without the blanks at its start.
+fn after_blanks(text: &[u8]) -> &[u8] {
+    let start = text.iter().position(|&byte| !is_blank(byte));
+    text.get(start.unwrap_or(text.len())..).unwrap_or_default()
+}
+
 /// Returns the bytes after blanks that are `part` of a word, and what comes after them.
 fn word(text: &[u8], part: impl Fn(u8) -> bool) -> (&[u8], &[u8]) {
-    let start = text.iter().position(|&byte| !is_blank(byte));
-    let text = text.get(start.unwrap_or(text.len())..).unwrap_or_default();
+    let text = after_blanks(text);
     let end = text.iter().position(|&byte| !part(byte));
     text.split_at(end.unwrap_or(text.len()))
 }
@@ -237,7 +243,7 @@ mod tests {
     fn of_descriptors() {
         let text = b"# Disk DescriptorFile\ncreateType=\"twoGbMaxExtentFlat\"\n\nRW 2048 FLAT \"a b.vmdk\" 7\n\
             RW\n1\tSPARSE\r\n\x0b\"c\"\nRDONLY 2 FLAT \"d\" 0\nRW x FLAT \"e\" 0\n\
-            RW 3 VMFS \"f\"\n\0RW 1 FLAT \"g\" 0\n";
+            \x0bRW 3 VMFS \"f\"\n\0RW 1 FLAT \"g\" 0\n";
         let extent = |kind, name, sectors, start| Extent {
             kind,
             name,
