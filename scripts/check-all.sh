@@ -26,7 +26,7 @@ left_out() {
 	forky | kcsan | boot | deb | nested | kills) ;;
 	soak) say "soak for longer than ${MINUTES:-$SOAK_MINUTES} minutes: make soak MINUTES=" ;;
 	fuzz) say "fuzz for longer than $FUZZ_SECONDS s a target: make fuzz SECONDS=" ;;
-	bench) say "bench but for latency, and with the stock kernel: make bench, make bench VM=qemu" ;;
+	bench) say "bench but for latency, and with the stock kernel: make bench, make bench VM=qemu, make bench VM=icount" ;;
 	esac
 }
 

@@ -8,6 +8,8 @@
 #   both    stock and system at the same time
 #   cpus    with Debian's kernel, in a VM with CPUs that are offline or isolated from boot: which CPUs run workers;
 #           and in another VM: panic_on_corruption panics
+#   icount  with Debian's kernel, on an emulated CPU: instructions of each kind of read, against the figures in
+#           tests/bench/instructions.json
 #   forky   lint and build of the module, and the tests in the VM, with the kernel and the tool chain of Debian forky
 #   debug   the tests in the VM with the debug kernel; a third of the tests that are alike, different ones each day
 #   kcsan   the tests with concurrency, with the KCSAN kernel
@@ -298,9 +300,10 @@ for part in "${parts[@]}"; do
 	kills | nested) total=$((total + 4)) ;;
 	both) total=$((total + ${#lints[@]} + 9)) ;;
 	cpus) total=$((total + 5)) ;;
+	icount) total=$((total + 2)) ;;
 	forky) total=$((total + 6)) ;;
 	debug | kcsan | soak) total=$((total + 7)) ;;
-	*) die "usage: check.sh [stock | system | both | cpus | forky | debug | kcsan | nested | kills | soak]... [--within SECONDS PART...]" ;;
+	*) die "usage: check.sh [stock | system | both | cpus | icount | forky | debug | kcsan | nested | kills | soak]... [--within SECONDS PART...]" ;;
 	esac
 done
 alone
@@ -329,6 +332,10 @@ for part in "${parts[@]}"; do
 		QEMU_SMP=12 KERNEL_ARGS="maxcpus=4 isolcpus=2 nohz_full=3" \
 			in_vm stock "tests with offline and isolated CPUs" cpus
 		counts "a corrupt block panics the stock kernel where it has to" "$0" --panics stock
+		;;
+	icount)
+		counts "instructions of reads, no more than in the tree" \
+			env VM=icount PARTS=block CPU_MODELS=erms UPDATE='' COMPARE='' TIMEOUT=600 "$SCRIPTS/bench.sh"
 		;;
 	nested)
 		QEMU_MEM=${QEMU_MEM:-3072} TIMEOUT=${TIMEOUT:-7200} in_vm stock "guests of the VM" "${nested[*]}"

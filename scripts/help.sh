@@ -26,6 +26,8 @@ make fuzz             run the fuzz targets (SECONDS=60 each, TARGET='NAME...', R
 make bench            measure, and compare with goals and with others: in User-Mode Linux, as fast as this machine is
                       (VM=qemu: a part of it with the stock kernel; COMPARE=FILE: what is new since that result.json;
                       PARTS='NAME...' of block file cache latency fairness lookup cost sharing;
+                      VM=icount: instructions of the stock kernel, against tests/bench/instructions.json
+                      (UPDATE=y: write that file anew), PARTS='NAME...' of block peers;
                       VM=guests: memory and start of virtual machines that share layers by DAX, and by other ways,
                       PARTS='WAY...' of pmem-layers pmem-image blk-layers blk-image blk-image-none)
 make vm               a shell in the test VM, with the module loaded (leave with exit, or Ctrl-a x)

@@ -1,10 +1,13 @@
 #!/usr/bin/env python3
 # SPDX-License-Identifier: GPL-2.0
-"""Runs the benchmark in the guest: run.py DIRECTORY RESULT [short] [PART...]. DIRECTORY has the images."""
+"""Runs the benchmark in the guest: run.py DIRECTORY RESULT [short | count] [PART...]. DIRECTORY has the images. With
+short, does less, for an emulated CPU. With count, also leaves out what needs two CPUs or real time: the guest's clock
+counts instructions then, one for each nanosecond."""
 
 import fcntl
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -23,6 +26,12 @@ ZFILES = ("lz4-4k", "lz4-4k-crc", "lz4-64k", "zstd-4k", "zstd-64k")
 EROFS = ("lz4-4k", "lz4-64k", "zstd-4k", "zstd-64k")
 SQUASHFS = ("lz4-4k", "lz4-128k", "zstd-128k")
 
+# cargo's programs are there, too.
+RUBLK_PATH = f"{os.environ['PATH']}:/cargo/bin"
+
+# What is measured: everything, less, or less and on one CPU.
+FULL, SHORT, COUNT = "full", "short", "count"
+
 # Reads of block devices: their title, the order of the places, the bytes, the number in flight, the threads.
 ROWS = (("4k random, 1 deep", "random", 4 * KIB, 1, 1), ("4k random, 32 deep", "random", 4 * KIB, 32, 1),
         ("4k random, 2 x 16 deep", "random", 4 * KIB, 16, 2), ("64k random, 1 deep", "random", 64 * KIB, 1, 1),
@@ -30,6 +39,7 @@ ROWS = (("4k random, 1 deep", "random", 4 * KIB, 1, 1), ("4k random, 32 deep", "
         ("128k sequential", "run", 128 * KIB, 1, 1), ("128k sequential, 8 deep", "run", 128 * KIB, 8, 1),
         ("128k sequential, 2 readers", "run", 128 * KIB, 1, 2),
         ("1m sequential", "run", MIB, 1, 1), ("1m sequential, 2 readers", "run", MIB, 1, 2))
+COUNTED_ROWS = ("4k random, 1 deep", "4k random, 32 deep", "128k sequential", "1m sequential")
 
 # Things that are compared take so many turns of about so long.
 TURNS, TURN_NS = 15, 50_000_000
@@ -106,18 +116,24 @@ def plan_of(places, length, on_disk=False):
     return load.Plan((place[on_disk], length, 0) for place in places)
 
 
+def output(*words):
+    """Returns the first line that a program prints."""
+    return subprocess.run(words, check=True, stdout=subprocess.PIPE, text=True).stdout.split("\n", maxsplit=1)[0]
+
+
 class Bench:
     """The devices, and the measurements on them."""
 
-    def __init__(self, images, result, short):
+    def __init__(self, images, result, mode):
         self.images, self.result = images, result
+        short = mode != FULL
         # An emulated CPU is ten times slower.
         self.less = 16 if short else 1
         self.rounds = 3 if short else 5
         self.turns = 3 if short else TURNS
-        self.short = short
+        self.short, self.count = short, mode == COUNT
         self.ram = Ram()
-        self.kinds = ("lz4-4k", "zstd-64k") if short else ZFILES
+        self.kinds = ("lz4-4k", "zstd-64k") if mode == SHORT else ZFILES
         self.layer = load.Layer(f"{images}/raw.lsmt", {kind: f"{images}/{kind}.obd" for kind in self.kinds})
         say("filling RAM disks")
         self.raw = self.ram.fill(f"{images}/raw.lsmt")
@@ -187,6 +203,9 @@ class Bench:
                 # What is compared is next to each other.
                 zfile, device = self.layer.zfiles[kind], self.devices[f"zfile {kind}"]
                 part = self.turn(read, device, fewer if zfile.block > length else places, length)
+                if self.count and zfile.block > length:
+                    # One place in each block, so that the cache makes no difference.
+                    part = list({file // zfile.block: (file, disk) for file, disk in part}.values())
                 stored = load.Plan(zfile.stored(part, length))
                 jobs[title, f"lower {kind}"] = read(self.lower[kind], load.Plan(zfile.lower(part, length)))
                 # Decompression runs on one CPU: the order of reads and their number in flight make no difference.
@@ -194,11 +213,27 @@ class Bench:
                 plan, on_disk = plan_of(part, length), plan_of(part, length, on_disk=True)
                 jobs[title, f"zfile {kind}"] = read(device, plan)
                 jobs[title, f"lsmt-zfile {kind}"] = read(self.devices[f"lsmt-zfile {kind}"], on_disk)
+                if self.count and zfile.block > 4 * KIB:
+                    jobs[title, f"zfile {kind}"] = self.cold(kind, read, plan)
+                    jobs[title, f"lsmt-zfile {kind}"] = self.cold(kind, read, on_disk, lsmt=True)
         self.repeat("block devices", jobs)
 
+    def cold(self, kind, read, plan, lsmt=False):
+        """Returns a job that reads from a new zfile device, or from an lsmt device on it, so that its cache has nothing
+        of the turn before."""
+        def job():
+            zfile = self.zfile(kind)
+            device = self.lsmt(zfile) if lsmt else zfile
+            figures = read(device, plan)()
+            device.remove()
+            if lsmt:
+                zfile.remove()
+            return figures
+        return job
+
     def turn(self, read, device, places, length):
-        """Returns as many of the places as can be read from the device in a turn. Where instructions are emulated, their
-        number is fixed."""
+        """Returns as many of the places as can be read from the device in a turn. Where instructions are emulated, or
+        counted, their number is fixed."""
         if self.short:
             return places
         some = places[:max(len(places) // 16, 16)]
@@ -210,12 +245,33 @@ class Bench:
         blocks. There are enough for a turn on any device."""
         many, few, total = (1024, 128, 4 * MIB) if self.short else (49152, 4096, 256 * MIB)
         for title, how, length, depth, threads in ROWS:
+            if self.count and title not in COUNTED_ROWS:
+                continue
             if how == "random":
                 places = self.layer.places(many if length == 4 * KIB else few, length, min(length, 64 * KIB))
                 yield title, length, depth, threads, places, places[:len(places) // 8] if self.short else places
             else:
                 places = self.layer.run(total, length)
                 yield title, length, depth, threads, places, places
+
+    def peers(self):
+        """Measures reads of the same data through a loop device and, if rublk is there, through a process: one that
+        does nothing, and one that reads."""
+        peers = {"loop": Disk(output("losetup", "--find", "--show", "--read-only", "--direct-io=on", self.raw.path), 0)}
+        if shutil.which("rublk", path=RUBLK_PATH):
+            subprocess.run(["modprobe", "ublk_drv"], check=True)
+            for number, words in enumerate((("null",), ("loop", "--file", self.raw.path))):
+                subprocess.run(["rublk", "add", *words, "--number", str(number), "--queue", "1"], check=True,
+                               env={**os.environ, "PATH": RUBLK_PATH})
+                peers[f"ublk {words[0]}"] = Disk(f"/dev/ublkb{number}", 0)
+        else:
+            say("  no rublk: no figures of ublk")
+        jobs = {}
+        for title, length, depth, threads, places, _ in self.rows():
+            plan = plan_of(places, length)
+            for name, device in peers.items():
+                jobs[title, name] = lambda d=device, p=plan, n=depth, t=threads: load.bios(d.path, p, n, t)
+        self.repeat("peers", jobs)
 
     def codec_job(self, kind, stored, requests):
         def job():
@@ -594,17 +650,17 @@ def read_time(disks, index_bytes):
     return total
 
 
-PARTS = ("block", "file", "cache", "latency", "fairness", "lookup", "cost", "sharing")
-SHORT_PARTS = ("block", "file")
+PARTS = {FULL: ("block", "file", "cache", "latency", "fairness", "lookup", "cost", "sharing"),
+         SHORT: ("block", "file"), COUNT: ("block", "peers")}
 
 
 def main():
     images, path, *words = sys.argv[1:]
-    result = Result(path)
-    bench = Bench(images, result, "short" in words)
-    for part in [word for word in words if word != "short"] or (SHORT_PARTS if "short" in words else PARTS):
+    mode = next((word for word in words if word in (SHORT, COUNT)), FULL)
+    bench = Bench(images, Result(path), mode)
+    for part in [word for word in words if word != mode] or PARTS[mode]:
         getattr(bench, part)()
-    result.save()
+    bench.result.save()
 
 
 if __name__ == "__main__":
