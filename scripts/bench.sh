@@ -3,9 +3,12 @@
 # Measures, and compares with the goals: bench.sh. PARTS='NAME...' selects parts of the benchmark, see PARTS in
 # tests/bench/run.py. VM=uml (the default) measures at the machine's speed: without PARTS, all parts with one CPU, and
 # block and file also with two; with PARTS, these parts with one CPU, and, if block or file is one of them, also with
-# two. VM=qemu measures for a shorter time with the stock kernel: PARTS, or block and file. COMPARE=FILE prints what
-# changed since that result. VM=guests measures the memory of guests instead: bench-guests.sh. VM=tools measures
-# obdsetup, without a VM: bench-tools.sh.
+# two. VM=qemu measures for a shorter time with the stock kernel: PARTS, or block and file. VM=icount counts the
+# instructions of reads with the stock kernel, on an emulated CPU whose clock ticks once for each instruction, with two
+# models of the CPU or those in CPU_MODELS (erms, no-erms); it fails if a row of this project has over 2 % more than in
+# tests/bench/instructions.json, or, with UPDATE=y, writes that file. COMPARE=FILE prints what changed since that result.
+# VM=guests measures the memory of guests instead: bench-guests.sh. VM=tools measures obdsetup, without a VM:
+# bench-tools.sh.
 . "$(dirname "$0")/lib.sh"
 . "$SCRIPTS/cache.sh"
 . "$SCRIPTS/kernel.sh"
@@ -13,15 +16,25 @@
 VM=${VM:-uml}
 case $VM in
 uml) kernels=(uml uml-smp) ;;
-qemu) kernels=(stock) ;;
+qemu | icount) kernels=(stock) ;;
 guests) exec "$SCRIPTS/bench-guests.sh" ;;
 tools) exec "$SCRIPTS/bench-tools.sh" ;;
-*) die "VM=$VM: must be uml, qemu, guests or tools" ;;
+*) die "VM=$VM: must be uml, qemu, icount, guests or tools" ;;
 esac
+# QEMU counts an instruction that copies or clears memory as one for each byte. The second CPU lacks those that are fast
+# for any size, so the kernel uses others, which handle 8 bytes at once.
+declare -A models=([erms]="" [no-erms]="-cpu max,la57=off,erms=off,fsrm=off,fzrm=off,fsrs=off,fsrc=off")
+read -ra chosen <<<"${CPU_MODELS:-erms no-erms}"
+for model in "${chosen[@]}"; do
+	[ -n "${models[$model]+is there}" ] || die "CPU_MODELS: no model $model; there are: erms no-erms"
+done
 [ -z "${COMPARE:-}" ] || [ -s "$COMPARE" ] || die "COMPARE=$COMPARE: no such file, or it is empty"
 out=$BUILD/bench
-# The images are made again when images.sh, the tool-chain root, or obdsetup's source files in mkfs change.
-images=$CACHE/bench-$({ cat "$SCRIPTS/bench/images.sh" && root_key &&
+# Counting needs smaller images, of data that is the same on every machine.
+size='' memory=6144
+[ "$VM" != icount ] || size=small memory=2048
+# The images are made again when images.sh, tree.py, the tool-chain root, or obdsetup's source files in mkfs change.
+images=$CACHE/bench-$({ cat "$SCRIPTS/bench/images.sh" "$CLONE/tests/bench/tree.py" && root_key && say "$size" &&
 	find "$CLONE/tools/obdsetup/src" -path '*/mkfs*' -type f -print0 | sort -z | xargs -0r cat; } | short_hash)
 export OBD_RAM_DISKS=900 OBD_RAM_KIB=$((512 << 10))
 
@@ -32,7 +45,7 @@ make_images() {
 	[ -d "$images" ] && cache_used "${images##*/}" && return
 	cache_begin "${images##*/}" || return 0
 	mkdir -p "$TMP"
-	"$SCRIPTS/in-root.sh" -b "$TMP:/srv" scripts/bench/images.sh /srv &&
+	"$SCRIPTS/in-root.sh" -b "$TMP:/srv" scripts/bench/images.sh /srv ${size:+"$size"} &&
 		cache_commit "${images##*/}" &&
 		cache_used "${images##*/}"
 }
@@ -43,14 +56,38 @@ modules() {
 }
 
 # shellcheck disable=SC2317
-# measure ARGUMENTS...: run the benchmark in the VM with $KERNEL.
+# measure RESULT ARGUMENTS...: run the benchmark in the VM with $KERNEL.
 measure() {
+	local result=$1
+	shift
 	kernel_look_up
 	rm -f "$images/result-$K_RELEASE.json"
-	SHARE=$images QEMU_MEM=6144 TIMEOUT=${TIMEOUT:-3000} VM_LOG=$LOGS/kernel-bench-$KERNEL.log \
+	SHARE=$images QEMU_MEM=$memory TIMEOUT=${TIMEOUT:-3000} VM_LOG=$LOGS/kernel-bench-$result.log \
 		KERNEL_ARGS="brd.rd_nr=$OBD_RAM_DISKS brd.rd_size=$OBD_RAM_KIB" \
 		RUN="tests/bench/guest.sh $*" "$SCRIPTS/vm.sh" &&
-		mv "$images/result-$K_RELEASE.json" "$out/$KERNEL.json"
+		mv "$images/result-$K_RELEASE.json" "$out/$result.json"
+}
+
+# shellcheck disable=SC2317
+# count MODEL: count instructions with that model of CPU. The guest's clock depends on nothing but their number, so
+# there is one CPU, run by one thread.
+count() {
+	export VM_ACCEL=tcg,thread=single QEMU_SMP=1
+	export QEMU_ARGS="-icount shift=0,sleep=off ${models[$1]}"
+	measure "icount-$1" count "${parts[@]}"
+}
+
+# counting: count with each model of CPU, then compare with the figures in the tree.
+counting() {
+	local model
+	if [[ ${#parts[@]} = 0 || " ${parts[*]} " == *" peers "* ]]; then
+		# Debian has no ublk server. It may be impossible to build it here, without a network.
+		step "rublk" "$SCRIPTS/in-root.sh" env -u CARGO_TARGET_DIR cargo install --locked rublk@0.2.13 || :
+	fi
+	for model in "${chosen[@]}"; do
+		must "counting instructions, CPU $model" count "$model"
+	done
+	"$SCRIPTS/in-root.sh" tests/bench/instructions.py build/bench ${UPDATE:+update}
 }
 
 must() { step "$@" || die "no result"; }
@@ -63,7 +100,12 @@ rm -f "$out"/*.json
 read -ra parts <<<"${PARTS:-}"
 # A second CPU says nothing about the other parts: they have one reader, readers on one CPU, or measure no reads.
 [[ ${#parts[@]} = 0 || " ${parts[*]} " =~ \ (block|file)\  || $VM != uml ]] || kernels=(uml)
-steps $((4 + 3 * ${#kernels[@]}))
+if [ "$VM" = icount ]; then
+	steps $((6 + ${#chosen[@]}))
+	[[ ${#parts[@]} != 0 && " ${parts[*]} " != *" peers "* ]] || STEP_TOTAL=$((STEP_TOTAL + 1))
+else
+	steps $((4 + 3 * ${#kernels[@]}))
+fi
 must "tool-chain root" "$SCRIPTS/make-root.sh"
 must "kernel and its Rust tree" "$SCRIPTS/make-kernel.sh"
 must "obdsetup" "$SCRIPTS/build-tools.sh"
@@ -72,11 +114,15 @@ for KERNEL in "${kernels[@]}"; do
 	export KERNEL
 	must "$KERNEL kernel" "$SCRIPTS/make-kernel.sh"
 	must "modules for the $KERNEL kernel" modules
+	if [ "$VM" = icount ]; then
+		counting
+		exit
+	fi
 	words=("${parts[@]}")
 	case $KERNEL in
 	stock) words=(short "${parts[@]}") ;;
 	uml-smp) [ "${#parts[@]}" != 0 ] || words=(block file) ;;
 	esac
-	must "measuring with the $KERNEL kernel" measure "${words[@]}"
+	must "measuring with the $KERNEL kernel" measure "$KERNEL" "${words[@]}"
 done
 "$SCRIPTS/in-root.sh" tests/bench/report.py build/bench ${COMPARE:+build/bench/older}

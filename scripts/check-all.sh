@@ -30,7 +30,7 @@ left_out() {
 	forky | kcsan | boot | deb | nested | kills) ;;
 	soak) say "soak for longer than ${MINUTES:-$SOAK_MINUTES} minutes: make soak MINUTES=" ;;
 	fuzz) say "fuzz for longer than $FUZZ_SECONDS s a target: make fuzz SECONDS=" ;;
-	bench) say "bench but for latency and for 16 MiB of files: make bench, make bench VM=qemu, make bench VM=tools" ;;
+	bench) say "bench but for latency and for 16 MiB of files: make bench, make bench VM=qemu, make bench VM=icount, make bench VM=tools" ;;
 	esac
 }
 

@@ -9,6 +9,8 @@
 #   both    stock and system at the same time
 #   cpus    with Debian's kernel, in a VM with CPUs that are offline or isolated from boot: which CPUs run workers;
 #           and in another VM: panic_on_corruption panics
+#   icount  with Debian's kernel, on an emulated CPU: instructions of each kind of read, against the figures in
+#           tests/bench/instructions.json
 #   forky   lint and build of the module, and the tests in the VM, with the kernel and the tool chain of Debian forky
 #   debug   the tests in the VM with the debug kernel, without those that mainly test obdsetup; of tests that are alike,
 #           a third, different ones each day
@@ -304,9 +306,10 @@ for part in "${parts[@]}"; do
 	nested) total=$((total + 6)) ;;
 	both) total=$((total + ${#lints[@]} + 9)) ;;
 	cpus) total=$((total + 5)) ;;
+	icount) total=$((total + 2)) ;;
 	forky) total=$((total + 6)) ;;
 	debug | kcsan | soak) total=$((total + 7)) ;;
-	*) die "usage: check.sh [stock | system | both | cpus | forky | debug | kcsan | nested | kills | soak]... [--within SECONDS PART...]" ;;
+	*) die "usage: check.sh [stock | system | both | cpus | icount | forky | debug | kcsan | nested | kills | soak]... [--within SECONDS PART...]" ;;
 	esac
 done
 alone
@@ -335,6 +338,10 @@ for part in "${parts[@]}"; do
 		QEMU_SMP=12 KERNEL_ARGS="maxcpus=4 isolcpus=2 nohz_full=3" \
 			in_vm stock "tests with offline and isolated CPUs" cpus
 		counts "a corrupt block panics the stock kernel where it has to" "$0" --panics stock
+		;;
+	icount)
+		counts "instructions of reads, no more than in the tree" \
+			env VM=icount PARTS=block CPU_MODELS=erms UPDATE='' COMPARE='' TIMEOUT=600 "$SCRIPTS/bench.sh"
 		;;
 	nested)
 		must "module for the stock kernel" "$SCRIPTS/build-module.sh"

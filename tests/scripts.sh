@@ -241,6 +241,37 @@ left out: debug: not begun within 0 s
 	equal "$said" "error: --within soon: must be a whole number of seconds"
 }
 
+# counts KERNEL LINEAR LSMT: print what the benchmark has counted, in one row of two devices. An outlier changes nothing.
+counts() {
+	local device n out=()
+	for device in "linear:$2" "lsmt-raw:$3"; do
+		n=${device#*:}
+		out+=("\"${device%:*}\": [{\"ns\": $((n * 10)), \"requests\": 10}, {\"ns\": $n, \"requests\": 1},
+			{\"ns\": $((n * 9)), \"requests\": 1}]")
+	done
+	echo "{\"kernel\": \"$1\", \"rows\": {\"4k\": {${out[0]}, ${out[1]}}}}"
+}
+
+# instructions: reads may cost up to 2 % more than in the tree; with another kernel, relative to its own code.
+instructions() {
+	local dir=$work/instructions
+	judge() {
+		counts "$1" "$2" "$3" >"$dir/icount-erms.json"
+		OBD_INSTRUCTIONS=/srv/figures scripts/in-root.sh -b "$dir:/srv" tests/bench/instructions.py /srv "${@:4}" >"$dir/said"
+	}
+	mkdir "$dir"
+	judge a 1000 2000 && return 1
+	grep -qx 'erms: costs more: 4k, lsmt-raw: 2000, and no figure' "$dir/said" || return
+	judge a 1000 2000 update && judge a 1000 2040 && judge a 1000 1000 || return
+	judge a 1000 2041 && return 1
+	grep -qx 'erms: costs more: 4k, lsmt-raw: 2000 -> 2041 (+2.0%)' "$dir/said" || return
+	# Code of others is only reported.
+	judge a 2000 2000 && grep -qx 'erms: differs: 4k, linear: 1000 -> 2000 (+100.0%)' "$dir/said" || return
+	judge b 2000 4080 || return
+	judge b 2000 4100 && return 1
+	grep -qx 'erms: costs more: 4k, lsmt-raw / code of others: 2.000 -> 2.050 (+2.5%)' "$dir/said"
+}
+
 # pictures: each picture exists and matches its source; a mismatch is reported.
 pictures() {
 	local copy=$work/pictures said none=$work/none
@@ -314,6 +345,7 @@ test "causes of skipped tests: KTAP" ktap
 test "causes of skipped tests: cargo" cargo
 test "sums of make check" sums
 test "a part of make check that is too late" too_late
+test "instructions of reads against the figures in the tree" instructions
 test "pictures are up to date" pictures
 test "links between documents" documents
 test "all files have the same version" versions

@@ -1,29 +1,41 @@
 #!/bin/bash
 # SPDX-License-Identifier: GPL-2.0
 # In the tool-chain root: makes a tree of files, and images of it in every format that the benchmark compares:
-# images.sh DIR
+# images.sh DIR [small]. The tree has 272 MiB of this root's files; with small, it has 21 MiB of text, the same on every
+# machine.
 set -euo pipefail
 
 out=$1
+small=${2:-}
 clone=$PWD
 mib=272
+[ -z "$small" ] || mib=24
 export PATH=$PWD/build/cargo/release:$PATH
 tree=$(mktemp -d)
 trap 'rm -rf "$tree"' EXIT
 mkdir -p "$out"
-cd /usr
 
-# Headers, scripts, data; then programs, in the order of their names, until the tree has $mib MiB.
-echo "== tree"
-cp -a include share lib/python3* "$tree/"
-mkdir "$tree/bin"
-size=$(du -sm "$tree" | cut -f1)
-for file in bin/*; do
-	[ "$size" -lt "$mib" ] || break
-	if [ ! -f "$file" ] || [ -L "$file" ]; then continue; fi
-	cp -a "$file" "$tree/bin/"
+# files_of_root: copy headers, scripts and data; then programs, in the order of their names, until the tree has $mib MiB.
+files_of_root() {
+	local file size
+	cd /usr
+	cp -a include share lib/python3* "$tree/"
+	mkdir "$tree/bin"
 	size=$(du -sm "$tree" | cut -f1)
-done
+	for file in bin/*; do
+		[ "$size" -lt "$mib" ] || break
+		if [ ! -f "$file" ] || [ -L "$file" ]; then continue; fi
+		cp -a "$file" "$tree/bin/"
+		size=$(du -sm "$tree" | cut -f1)
+	done
+}
+
+echo "== tree"
+if [ -n "$small" ]; then
+	"$clone/tests/bench/tree.py" "$tree"
+else
+	files_of_root
+fi
 (cd "$tree" && find . -type f -printf '%s %p\n' | sort -k2) >"$out/files"
 
 echo "== layers"
@@ -42,9 +54,11 @@ obdsetup create --directory "$tree" --fs erofs --algorithm none erofs.lsmt
 obdsetup commit --algorithm lz4 --block-size 4k --no-crc erofs.lsmt erofs-lz4-4k.obd
 obdsetup commit --algorithm zstd --block-size 64k --no-crc erofs.lsmt erofs-zstd-64k.obd
 
-# Two more layers on top, of 16 MiB and of 1 MiB in pieces of 64 KiB, among the first 128 MiB.
-for seed in b c; do
-	PYTHONPATH=$clone/tests python3 - $seed "$tree/bin" <<-'END'
+# Two more layers on top, of 16 MiB and of 1 MiB in pieces of 64 KiB, among the first 128 MiB: for the parts that need
+# large images.
+layer_on_top() {
+	local seed=$1
+	PYTHONPATH=$clone/tests python3 - "$seed" "$tree/bin" <<-'END'
 		import os, random, sys
 		from obdtest import image
 		seed, source = sys.argv[1:]
@@ -60,8 +74,12 @@ for seed in b c; do
 		with open(f"{seed}.lsmt", "wb") as file:
 		    file.write(image.lsmt(size, extents))
 	END
-	obdsetup commit --algorithm lz4 --block-size 4k --no-crc $seed.lsmt $seed.obd
-done
+	obdsetup commit --algorithm lz4 --block-size 4k --no-crc "$seed.lsmt" "$seed.obd"
+}
+if [ -z "$small" ]; then
+	layer_on_top b
+	layer_on_top c
+fi
 
 echo "== erofs"
 for algorithm in lz4 zstd; do

@@ -24,7 +24,7 @@ class Run:
         self.facts = data["facts"]
 
     def all(self, row, device):
-        """Returns the nanoseconds per request of each round."""
+        """Returns the nanoseconds per request of each turn."""
         return [one["ns"] / one["requests"] for one in self.rows[row][device]]
 
     def ns(self, row, device):
@@ -32,23 +32,32 @@ class Run:
         return statistics.median(self.all(row, device))
 
     def rate(self, row, device):
-        """Returns the MB/s: median, least and most."""
-        rates = sorted(one["bytes"] * 1000 / max(one["ns"], 1) for one in self.rows[row][device])
-        return statistics.median(rates), rates[0], rates[-1]
+        """Returns the MB/s: median, lower and upper quartile."""
+        return quartiles([one["bytes"] * 1000 / max(one["ns"], 1) for one in self.rows[row][device]])
 
     def figure(self, row, device, name):
         return statistics.median(one[name] for one in self.rows[row][device])
 
-    def limit(self, row, kind):
-        """Returns the least time of a request in nanoseconds: its lower read and decompression."""
-        base = row if f"codec {kind}" in self.rows[row] else LIKE[row]
-        return self.ns(base, f"codec {kind}") + self.ns(row, f"lower {kind}")
+    def times(self, row, device, other):
+        """Returns how many times as fast a device is as another one in the same row, from turns of both that follow one
+        another: median, lower and upper quartile."""
+        return quartiles([b / a for a, b in zip(self.all(row, device), self.all(row, other))])
+
+    def growth(self, rows, device):
+        """Returns how many times as fast the second row is as the first one: median, lower and upper quartile."""
+        return quartiles([a / b for a, b in zip(self.all(rows[0], device), self.all(rows[1], device))])
+
+    def share(self, row, kind, device="zfile"):
+        """Returns the share of the limit that a device reaches, from turns that follow one another. The limit is the
+        least time of a request: its lower read and decompression."""
+        least = [a + b for a, b in zip(self.all(row, f"lower {kind}"), self.all(row, f"codec {kind}"))]
+        return quartiles([a / b for a, b in zip(least, self.all(row, f"{device} {kind}"))])
 
 
-# Rows that decompress the same blocks as another row, in another order or by another thread.
-LIKE = {"4k random, 32 deep": "4k random, 1 deep", "4k random, 2 x 16 deep": "4k random, 1 deep",
-        "128k sequential, 8 deep": "128k sequential", "128k sequential, 2 readers": "128k sequential",
-        "1m sequential, 2 readers": "1m sequential"}
+def quartiles(values):
+    """Returns median, lower and upper quartile."""
+    low, mid, high = statistics.quantiles(values, n=4, method="inclusive")
+    return mid, low, high
 
 
 class Goals:
@@ -58,9 +67,14 @@ class Goals:
         self.lines = []
 
     def add(self, name, measured, least=None, most=None):
+        """Adds a goal for a figure, or for the median of (median, lower quartile, upper quartile)."""
         wanted = f">= {least:g}" if most is None else f"<= {most:g}"
+        spread = ""
+        if isinstance(measured, tuple):
+            measured, *rest = measured
+            spread = " ({:.3g} to {:.3g})".format(*rest)
         good = measured >= least if most is None else measured <= most
-        self.lines.append(f"goal: {name} measured {measured:.3g} wanted {wanted} {'ok' if good else 'short'}")
+        self.lines.append(f"goal: {name} measured {measured:.3g}{spread} wanted {wanted} {'ok' if good else 'short'}")
 
 
 def block_goals(run, goals):
@@ -69,14 +83,12 @@ def block_goals(run, goals):
         return
     for row, least in (("4k random, 1 deep", 0.85), ("4k random, 32 deep", 0.85), ("128k sequential", 0.9),
                        ("1m sequential", 0.9)):
-        share = run.limit(row, "lz4-4k") / run.ns(row, "zfile lz4-4k")
-        goals.add(f"zfile LZ4 4k, {row}, share of the limit", share, 0.85 if row.startswith("4k") else least)
+        goals.add(f"zfile LZ4 4k, {row}, share of the limit", run.share(row, "lz4-4k"), least)
     row = "4k random, 32 deep"
     p50, p99 = (run.figure(row, "zfile lz4-4k", name) for name in ("p50", "p99"))
     goals.add(f"zfile LZ4 4k, {row}, p99 / p50", p99 / p50, most=3)
     row = "4k random, 1 deep"
-    goals.add(f"lsmt on zfile LZ4 4k / zfile, {row}", run.ns(row, "zfile lz4-4k") / run.ns(row, "lsmt-zfile lz4-4k"),
-              0.97)
+    goals.add(f"lsmt on zfile LZ4 4k / zfile, {row}", run.times(row, "lsmt-zfile lz4-4k", "zfile lz4-4k"), 0.97)
 
 
 def growth_goals(run, goals):
@@ -88,8 +100,7 @@ def growth_goals(run, goals):
                        ("128k sequential, depth 8 / 1", ("128k sequential", "128k sequential, 8 deep")),
                        ("128k sequential, 2 readers / 1", ("128k sequential", "128k sequential, 2 readers")),
                        ("1m sequential, 2 readers / 1", ("1m sequential", "1m sequential, 2 readers"))):
-        goals.add(f"zfile LZ4 4k, two CPUs, {name}",
-                  run.ns(rows[0], "zfile lz4-4k") / run.ns(rows[1], "zfile lz4-4k"), 1)
+        goals.add(f"zfile LZ4 4k, two CPUs, {name}", run.growth(rows, "zfile lz4-4k"), 1)
 
 
 def file_goals(run, goals, squashfs_only=False):
@@ -101,10 +112,10 @@ def file_goals(run, goals, squashfs_only=False):
         for row in rows:
             if f"erofs {kind}" in run.rows[row] and not squashfs_only:
                 goals.add(f"ext4 on zfile / erofs, {kind}, {row}",
-                          run.ns(row, f"erofs {kind}") / run.ns(row, f"ext4 on lsmt on zfile {kind}"), 1)
+                          run.times(row, f"ext4 on lsmt on zfile {kind}", f"erofs {kind}"), 1)
     for row, least in zip(rows, (1.2, 1, 1)):
         goals.add(f"ext4 on zfile lz4-4k / squashfs lz4-128k, {row}",
-                  run.ns(row, "squashfs lz4-128k") / run.ns(row, "ext4 on lsmt on zfile lz4-4k"), least)
+                  run.times(row, "ext4 on lsmt on zfile lz4-4k", "squashfs lz4-128k"), least)
 
 
 def other_goals(run, goals):
@@ -112,13 +123,13 @@ def other_goals(run, goals):
     rows, facts = run.rows, run.facts
     row = "hot 4k random, zstd-64k"
     if row in rows:
-        goals.add(f"{row}, cache / no cache", run.ns(row, "no cache") / run.ns(row, "cache"), 5)
+        goals.add(f"{row}, cache / no cache", run.times(row, "cache", "no cache"), 5)
         for row in ("cold 128k scan, zstd-64k", "cold 1m scan, zstd-64k"):
-            goals.add(f"{row}, cache / no cache", run.ns(row, "no cache") / run.ns(row, "cache"), 0.97)
+            goals.add(f"{row}, cache / no cache", run.times(row, "cache", "no cache"), 0.97)
     for name, least in (("brd", 1.5), ("delay", 5)):
         row = f"shared layers, {name}"
         if row in rows:
-            goals.add(f"{row}, A+B+C after A+B / cold", run.ns(row, "A+B+C, cold") / run.ns(row, "A+B+C after A+B"), least)
+            goals.add(f"{row}, A+B+C after A+B / cold", run.times(row, "A+B+C after A+B", "A+B+C, cold"), least)
             for fact in facts:
                 if fact.startswith(row) and " of " in fact:
                     goals.add(fact, facts[fact], most=1 if "readers" in fact else 0)
@@ -132,9 +143,9 @@ def other_goals(run, goals):
     row = "4k random, by segments"
     if row in rows:
         for name, least in (("1000 segments, 1 layers", 0.97), ("1000000 segments, 255 layers", 0.93)):
-            goals.add(f"lsmt / linear, {name}", run.ns(row, f"linear as {name}") / run.ns(row, name), least)
+            goals.add(f"lsmt / linear, {name}", run.times(row, name, f"linear as {name}"), least)
         name = "1000000 segments, 255 layers"
-        goals.add(f"lsmt / linear on the same disks, {name}", run.ns(row, f"spread as {name}") / run.ns(row, name), 0.93)
+        goals.add(f"lsmt / linear on the same disks, {name}", run.times(row, name, f"spread as {name}"), 0.93)
     for name, most in (("1000000 segments, 255 layers", 150), ("zfile of 64 GiB", 250)):
         if f"construction, {name}, ms" in facts:
             goals.add(f"construction, {name}, ms beyond reading",
@@ -187,9 +198,8 @@ def scaling_goals(one, two, goals):
     limit."""
     row = "1m sequential"
     if row in one.rows and row in two.rows:
-        def share(run):
-            return run.limit(row, "lz4-4k") / run.ns(row, "zfile lz4-4k")
-        goals.add(f"zfile LZ4 4k, {row}, one reader, two CPUs / one", share(two) / share(one), 1.8)
+        goals.add(f"zfile LZ4 4k, {row}, one reader, two CPUs / one",
+                  two.share(row, "lz4-4k")[0] / one.share(row, "lz4-4k")[0], 1.8)
 
 
 def plots(directory, runs):
@@ -201,9 +211,7 @@ def plots(directory, runs):
         rows = []
         for row in ("4k random, 1 deep", "4k random, 32 deep", "64k random, 1 deep", "4k sequential", "128k sequential",
                     "1m sequential"):
-            limit = run.limit(row, "lz4-4k")
-            shares = sorted(limit / ns for ns in run.all(row, "zfile lz4-4k"))
-            rows.append((row, statistics.median(shares), shares[0], shares[-1]))
+            rows.append((row, *run.share(row, "lz4-4k")))
         plot.bars(f"{directory}/limit.svg", "zfile LZ4 4 KiB, one CPU: share of the limit", rows, 1)
         sizes = {"4k sequential": 4 << 10, "128k sequential": 128 << 10, "1m sequential": 1 << 20}
         series = {name: [(size, run.rate(row, name)[0]) for row, size in sizes.items()]
@@ -234,22 +242,41 @@ def table(run, rows, devices, out):
         cells = []
         for row in rows:
             if device in run.rows[row]:
-                median, least, most = run.rate(row, device)
-                cells.append(f"{median:.0f} ({least:.0f}-{most:.0f})")
+                cells.append("{:.0f} ({:.0f}-{:.0f})".format(*run.rate(row, device)))
             else:
                 cells.append("")
         out.append(f"| {device} | " + " | ".join(cells) + " |")
     out.append("")
 
 
+def share_table(run, out):
+    """Appends a Markdown table of the shares of the limit, and of lsmt on zfile beside zfile."""
+    rows = [row for row in run.rows if any(device.startswith("codec ") for device in run.rows[row])]
+    if not rows:
+        return
+    kinds = [device[len("codec "):] for device in run.rows[rows[0]] if device.startswith("codec ")]
+    out += ["Ratios of turns that follow one another: median (quartiles)", "", "| | " + " | ".join(rows) + " |",
+            "|---" * (len(rows) + 1) + "|"]
+    ratios = []
+    for kind in kinds:
+        ratios += [(f"limit / zfile {kind}", lambda row, kind=kind: run.share(row, kind)),
+                   (f"zfile / lsmt-zfile {kind}",
+                    lambda row, kind=kind: run.times(row, f"lsmt-zfile {kind}", f"zfile {kind}"))]
+    ratios.append(("linear / lsmt-raw", lambda row: run.times(row, "lsmt-raw", "linear")))
+    for name, ratio in ratios:
+        out.append(f"| {name} | " + " | ".join("{:.2f} ({:.2f}-{:.2f})".format(*ratio(row)) for row in rows) + " |")
+    out.append("")
+
+
 def markdown(runs):
     out = []
     for name, run in runs.items():
-        out += [f"## {name}: kernel {run.data['kernel']}, {run.data['cpus']} CPUs", "", "MB/s: median (least-most)", ""]
+        out += [f"## {name}: kernel {run.data['kernel']}, {run.data['cpus']} CPUs", "", "MB/s: median of turns (quartiles)", ""]
         for rows in ([row for row in run.rows if not row.endswith(("cold", "warm"))],
                      [row for row in run.rows if row.endswith(("cold", "warm"))]):
             if rows:
                 table(run, rows, sorted({device for row in rows for device in run.rows[row]}), out)
+        share_table(run, out)
         if "fairness" in run.data:
             fairness_table(run, out)
         if run.facts:

@@ -1,10 +1,13 @@
 #!/usr/bin/env python3
 # SPDX-License-Identifier: GPL-2.0
-"""Runs the benchmark in the guest: run.py DIRECTORY RESULT [short] [PART...]. DIRECTORY has the images."""
+"""Runs the benchmark in the guest: run.py DIRECTORY RESULT [short | count] [PART...]. DIRECTORY has the images. With
+short, does less, for an emulated CPU. With count, also leaves out what needs two CPUs or real time: the guest's clock
+counts instructions then, one for each nanosecond."""
 
 import fcntl
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -22,6 +25,24 @@ KIB, MIB = 1 << 10, 1 << 20
 ZFILES = ("lz4-4k", "lz4-4k-crc", "lz4-64k", "zstd-4k", "zstd-64k")
 EROFS = ("lz4-4k", "lz4-64k", "zstd-4k", "zstd-64k")
 SQUASHFS = ("lz4-4k", "lz4-128k", "zstd-128k")
+
+# cargo's programs are there, too.
+RUBLK_PATH = f"{os.environ['PATH']}:/cargo/bin"
+
+# What is measured: everything, less, or less and on one CPU.
+FULL, SHORT, COUNT = "full", "short", "count"
+
+# Reads of block devices: their title, the order of the places, the bytes, the number in flight, the threads.
+ROWS = (("4k random, 1 deep", "random", 4 * KIB, 1, 1), ("4k random, 32 deep", "random", 4 * KIB, 32, 1),
+        ("4k random, 2 x 16 deep", "random", 4 * KIB, 16, 2), ("64k random, 1 deep", "random", 64 * KIB, 1, 1),
+        ("4k sequential", "run", 4 * KIB, 1, 1),
+        ("128k sequential", "run", 128 * KIB, 1, 1), ("128k sequential, 8 deep", "run", 128 * KIB, 8, 1),
+        ("128k sequential, 2 readers", "run", 128 * KIB, 1, 2),
+        ("1m sequential", "run", MIB, 1, 1), ("1m sequential, 2 readers", "run", MIB, 1, 2))
+COUNTED_ROWS = ("4k random, 1 deep", "4k random, 32 deep", "128k sequential", "1m sequential")
+
+# Things that are compared take so many turns of about so long.
+TURNS, TURN_NS = 15, 50_000_000
 
 
 class Ram:
@@ -90,17 +111,29 @@ def say(text):
     print(text, flush=True)
 
 
+def plan_of(places, length, on_disk=False):
+    """Returns a plan of reads of places in the file, or on the disk."""
+    return load.Plan((place[on_disk], length, 0) for place in places)
+
+
+def output(*words):
+    """Returns the first line that a program prints."""
+    return subprocess.run(words, check=True, stdout=subprocess.PIPE, text=True).stdout.split("\n", maxsplit=1)[0]
+
+
 class Bench:
     """The devices, and the measurements on them."""
 
-    def __init__(self, images, result, short):
+    def __init__(self, images, result, mode):
         self.images, self.result = images, result
+        short = mode != FULL
         # An emulated CPU is ten times slower.
         self.less = 16 if short else 1
         self.rounds = 3 if short else 5
-        self.short = short
+        self.turns = 3 if short else TURNS
+        self.short, self.count = short, mode == COUNT
         self.ram = Ram()
-        self.kinds = ("lz4-4k", "zstd-64k") if short else ZFILES
+        self.kinds = ("lz4-4k", "zstd-64k") if mode == SHORT else ZFILES
         self.layer = load.Layer(f"{images}/raw.lsmt", {kind: f"{images}/{kind}.obd" for kind in self.kinds})
         say("filling RAM disks")
         self.raw = self.ram.fill(f"{images}/raw.lsmt")
@@ -137,12 +170,20 @@ class Bench:
         return self.lsmt(zfile, size=virtual_size(f"{self.images}/erofs.lsmt"))
 
     def repeat(self, title, jobs):
-        """Runs jobs in turn, for several rounds. A job is a function that returns figures, by (row, device)."""
+        """Runs jobs. A job is a function that returns figures, by (row, device). The jobs of similar rows (those with
+        the same words before the comma) take turns, those of the same device next to each other. So a ratio of two of
+        them is that of turns soon after one another: other work of the host affects both, or the ratio is an outlier.
+        Every other round goes backwards, so that no job is always the later one."""
         say(title)
         start = time.monotonic()
-        for _ in range(self.rounds):
-            for (row, device), job in jobs.items():
-                self.result.add(row, device, job())
+        groups = {}
+        for (row, device), job in jobs.items():
+            groups.setdefault(row.split(",")[0], {}).setdefault(device, []).append((row, job))
+        for devices in groups.values():
+            turns = [(row, device, job) for device, rows in devices.items() for row, job in rows]
+            for nth in range(self.turns):
+                for row, device, job in turns[::-1 if nth % 2 else 1]:
+                    self.result.add(row, device, job())
         say(f"  {len(jobs)} figures, {time.monotonic() - start:.0f} s")
         self.result.save()
 
@@ -151,44 +192,86 @@ class Bench:
     def block(self):
         """Measures reads of block devices, and the lower reads and decompression that limit them."""
         jobs = {}
-        many, few, total = 16384 // self.less, 2048 // self.less, 64 * MIB // self.less
-        rows = [("4k random, 1 deep", "random", 4 * KIB, 1, 1), ("4k random, 32 deep", "random", 4 * KIB, 32, 1),
-                ("4k random, 2 x 16 deep", "random", 4 * KIB, 16, 2), ("64k random, 1 deep", "random", 64 * KIB, 1, 1),
-                ("4k sequential", "run", 4 * KIB, 1, 1),
-                ("128k sequential", "run", 128 * KIB, 1, 1), ("128k sequential, 8 deep", "run", 128 * KIB, 8, 1),
-                ("128k sequential, 2 readers", "run", 128 * KIB, 1, 2),
-                ("1m sequential", "run", MIB, 1, 1), ("1m sequential, 2 readers", "run", MIB, 1, 2)]
-        for row, how, length, depth, threads in rows:
+        for title, length, depth, threads, places, fewer in self.rows():
+            def read(device, plan, depth=depth, threads=threads):
+                return lambda: load.bios(device.path, plan, depth, threads)
+
+            part = self.turn(read, self.devices["linear"], places, length)
+            for name in ("raw", "linear", "lsmt-raw"):
+                jobs[title, name] = read(self.devices[name], plan_of(part, length, on_disk=name == "lsmt-raw"))
+            for kind in self.kinds:
+                # What is compared is next to each other.
+                zfile, device = self.layer.zfiles[kind], self.devices[f"zfile {kind}"]
+                part = self.turn(read, device, fewer if zfile.block > length else places, length)
+                if self.count and zfile.block > length:
+                    # One place in each block, so that the cache makes no difference.
+                    part = list({file // zfile.block: (file, disk) for file, disk in part}.values())
+                stored = load.Plan(zfile.stored(part, length))
+                jobs[title, f"lower {kind}"] = read(self.lower[kind], load.Plan(zfile.lower(part, length)))
+                # Decompression runs on one CPU: the order of reads and their number in flight make no difference.
+                jobs[title, f"codec {kind}"] = self.codec_job(kind, stored, len(part))
+                plan, on_disk = plan_of(part, length), plan_of(part, length, on_disk=True)
+                jobs[title, f"zfile {kind}"] = read(device, plan)
+                jobs[title, f"lsmt-zfile {kind}"] = read(self.devices[f"lsmt-zfile {kind}"], on_disk)
+                if self.count and zfile.block > 4 * KIB:
+                    jobs[title, f"zfile {kind}"] = self.cold(kind, read, plan)
+                    jobs[title, f"lsmt-zfile {kind}"] = self.cold(kind, read, on_disk, lsmt=True)
+        self.repeat("block devices", jobs)
+
+    def cold(self, kind, read, plan, lsmt=False):
+        """Returns a job that reads from a new zfile device, or from an lsmt device on it, so that its cache has nothing
+        of the turn before."""
+        def job():
+            zfile = self.zfile(kind)
+            device = self.lsmt(zfile) if lsmt else zfile
+            figures = read(device, plan)()
+            device.remove()
+            if lsmt:
+                zfile.remove()
+            return figures
+        return job
+
+    def turn(self, read, device, places, length):
+        """Returns as many of the places as can be read from the device in a turn. Where instructions are emulated, or
+        counted, their number is fixed."""
+        if self.short:
+            return places
+        some = places[:max(len(places) // 16, 16)]
+        took = read(device, plan_of(some, length))()["ns"]
+        return places[:max(len(some) * TURN_NS // max(took, 1), 16)]
+
+    def rows(self):
+        """Yields rows: their title, bytes, number in flight, threads, places, and fewer places for devices with larger
+        blocks. There are enough for a turn on any device."""
+        many, few, total = (1024, 128, 4 * MIB) if self.short else (49152, 4096, 256 * MIB)
+        for title, how, length, depth, threads in ROWS:
+            if self.count and title not in COUNTED_ROWS:
+                continue
             if how == "random":
-                align = min(length, 64 * KIB)
-                count = many if length == 4 * KIB else few
-                places = self.layer.places(count, length, align)
-                fewer = places[:max(count // 8, 1)]
+                places = self.layer.places(many if length == 4 * KIB else few, length, min(length, 64 * KIB))
+                yield title, length, depth, threads, places, places[:len(places) // 8] if self.short else places
             else:
                 places = self.layer.run(total, length)
-                fewer = places
-            plans = {}
-            for name, part in (("all", places), ("few", fewer)):
-                plans[name] = {"file": load.Plan((file, length, 0) for file, _ in part),
-                               "disk": load.Plan((disk, length, 0) for _, disk in part)}
-            for name, device in self.devices.items():
-                kind = name.rsplit(" ", 1)[-1]
-                small = name.startswith("zfile") or name.startswith("lsmt-zfile")
-                large_blocks = small and self.layer.zfiles[kind].block > length
-                chosen = plans["few" if large_blocks else "all"]
-                plan = chosen["disk" if name.startswith("lsmt") else "file"]
-                jobs[row, name] = lambda d=device, p=plan, n=depth, t=threads: load.bios(d.path, p, n, t)
-            for kind in self.kinds:
-                zfile = self.layer.zfiles[kind]
-                part = fewer if zfile.block > length else places
-                below = load.Plan(zfile.lower(part, length))
-                stored = load.Plan(zfile.stored(part, length))
-                jobs[row, f"lower {kind}"] = (lambda d=self.lower[kind], p=below, n=depth, t=threads:
-                                              load.bios(d.path, p, n, t))
-                # Decompression runs on one CPU: the order of reads and their number in flight make no difference.
-                if depth == 1 and threads == 1:
-                    jobs[row, f"codec {kind}"] = self.codec_job(kind, stored, len(part))
-        self.repeat("block devices", jobs)
+                yield title, length, depth, threads, places, places
+
+    def peers(self):
+        """Measures reads of the same data through a loop device and, if rublk is there, through a process: one that
+        does nothing, and one that reads."""
+        peers = {"loop": Disk(output("losetup", "--find", "--show", "--read-only", "--direct-io=on", self.raw.path), 0)}
+        if shutil.which("rublk", path=RUBLK_PATH):
+            subprocess.run(["modprobe", "ublk_drv"], check=True)
+            for number, words in enumerate((("null",), ("loop", "--file", self.raw.path))):
+                subprocess.run(["rublk", "add", *words, "--number", str(number), "--queue", "1"], check=True,
+                               env={**os.environ, "PATH": RUBLK_PATH})
+                peers[f"ublk {words[0]}"] = Disk(f"/dev/ublkb{number}", 0)
+        else:
+            say("  no rublk: no figures of ublk")
+        jobs = {}
+        for title, length, depth, threads, places, _ in self.rows():
+            plan = plan_of(places, length)
+            for name, device in peers.items():
+                jobs[title, name] = lambda d=device, p=plan, n=depth, t=threads: load.bios(d.path, p, n, t)
+        self.repeat("peers", jobs)
 
     def codec_job(self, kind, stored, requests):
         def job():
@@ -232,10 +315,12 @@ class Bench:
                 def job():
                     if cold:
                         load.drop_caches()
+                    else:
+                        # Once more below, from the page cache.
+                        load.files(names, plan, at_once, keep=keep)
                     return load.files(names, plan, at_once, keep=keep)
                 return job
 
-            # The warm row reads what the row before has read.
             jobs["small files, cold", name] = read(small_names, each)
             jobs["random 4k, cold", name] = read(large_names, random, 4 * KIB, keep=True)
             jobs["sequential, cold", name] = read(large_names, sequential)
@@ -443,7 +528,7 @@ class Bench:
             self.result.fact(f"reading for it, {name}, ms", round(read_time(disks, segments // layers * 16) * 1000, 1))
             if segments == 1000000:
                 self.result.fact("bytes of memory per segment", int(device.info()[3]) / int(device.info()[1]))
-            picked = [(rng.randrange(segments), rng.randrange(made.length // 4096) * 4096) for _ in range(16384)]
+            picked = [(rng.randrange(segments), rng.randrange(made.length // 4096) * 4096) for _ in range(49152)]
             plan = load.Plan((made.where[nth] * 512 + at, 4096, 0) for nth, at in picked)
             # The same data through dm-linear.
             other = load.Plan((made.what[nth] + at, 4096, 0) for nth, at in picked)
@@ -565,17 +650,17 @@ def read_time(disks, index_bytes):
     return total
 
 
-PARTS = ("block", "file", "cache", "latency", "fairness", "lookup", "cost", "sharing")
-SHORT_PARTS = ("block", "file")
+PARTS = {FULL: ("block", "file", "cache", "latency", "fairness", "lookup", "cost", "sharing"),
+         SHORT: ("block", "file"), COUNT: ("block", "peers")}
 
 
 def main():
     images, path, *words = sys.argv[1:]
-    result = Result(path)
-    bench = Bench(images, result, "short" in words)
-    for part in [word for word in words if word != "short"] or (SHORT_PARTS if "short" in words else PARTS):
+    mode = next((word for word in words if word in (SHORT, COUNT)), FULL)
+    bench = Bench(images, Result(path), mode)
+    for part in [word for word in words if word != mode] or PARTS[mode]:
         getattr(bench, part)()
-    result.save()
+    bench.result.save()
 
 
 if __name__ == "__main__":
