@@ -2,7 +2,7 @@
 # SPDX-License-Identifier: GPL-2.0
 # Tests that images are opened at boot: check-boot.sh. A Debian 13 in two layers boots twice, with systemd and Debian's
 # kernel: with initramfs-tools and an overlayfs above the image, and with dracut and a dm-snapshot. The last line has
-# the sums.
+# the numbers of tests that passed, failed and were skipped.
 . "$(dirname "$0")/lib.sh"
 . "$SCRIPTS/cache.sh"
 . "$SCRIPTS/debian-root.sh"

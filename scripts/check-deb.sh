@@ -2,7 +2,7 @@
 # SPDX-License-Identifier: GPL-2.0
 # Tests the Debian packages: check-deb.sh. Makes them, installs them in a Debian 13 with Debian's 7.3 kernel, where
 # DKMS builds the module, and purges them; a VM with that kernel loads the module by its aliases. The last line has
-# the sums.
+# the numbers of tests that passed, failed and were skipped.
 . "$(dirname "$0")/lib.sh"
 . "$SCRIPTS/cache.sh"
 . "$SCRIPTS/debian-root.sh"

@@ -1,9 +1,10 @@
 #!/bin/bash
 # SPDX-License-Identifier: GPL-2.0
 # Runs everything that a change has to pass: check.sh [PART...] [--within SECONDS PART...]... The last line has the
-# sums. The parts after --within, up to the next --within, count as skipped if they cannot begin within SECONDS after
-# the start of check.sh. LIMIT=SECONDS is the time for all parts: in its last 25 minutes, no test script begins in a VM,
-# and those that have not begun count as skipped.
+# numbers of passed tests, of failed ones, and of causes why tests were skipped. The parts after --within, up to the
+# next --within, count as skipped if they cannot begin within SECONDS after the start of check.sh. LIMIT=SECONDS is the
+# time for all parts: in its last 25 minutes, no test script begins in a VM, and those that have not begun count as
+# skipped.
 #   stock   lints, builds, tests in user space and, with Debian's kernel, in the VM (the default)
 #   system  with Debian's kernel, in the VM: tests that combine parts of a system, in tests/system
 #   both    stock and system at the same time
@@ -35,7 +36,7 @@ show_causes() {
 	done | sort
 }
 
-# finish: print the sums and exit. A cause counts once, however many tests were skipped for it.
+# finish: print the numbers of passed tests, of failed ones, and of causes why tests were skipped, and exit.
 finish() {
 	show_causes causes
 	say "$passed passed, $failed failed, ${#causes[@]} skipped"

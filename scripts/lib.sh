@@ -211,7 +211,7 @@ results() {
 	PASSED=$((PASSED + p)) FAILED=$((FAILED + f)) SKIPPED=$((SKIPPED + s))
 }
 
-# results_sum: print the sums of results; fail if a test has failed.
+# results_sum: print the numbers of tests that passed, failed and were skipped; fail if one has failed.
 results_sum() {
 	say "$PASSED passed, $FAILED failed, $SKIPPED skipped"
 	[ "$FAILED" = 0 ]

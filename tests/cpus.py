@@ -163,7 +163,7 @@ def all_work():
 def removable():
     """Returns CPUs that can all be offline at the same time: at least one CPU stays online."""
     found = sorted(cpu for cpu in cpus("online") if os.path.exists(f"{SYSFS}/cpu{cpu}/online"))
-    # The one that stays may not be isolated: otherwise no CPU that may run workers is left.
+    # The one that stays must not be isolated: otherwise no CPU that may run workers is left.
     return found if housekeeping() - set(found) else sorted(set(found) - {min(housekeeping())})
 
 

@@ -12,7 +12,8 @@ BLOCKS = [512 << n for n in range(8)]
 
 
 def zfile_kinds(algorithm, block):
-    """Tests an algorithm and block size: with and without CRC, header or trailer, tar, and odd sizes."""
+    """Tests an algorithm and block size: with and without CRC and digest, with the header or the trailer in use, in
+    a tar or not, and with odd sizes."""
     for nth, (size, crc, overwrite, digest, wrap) in enumerate((
             (70001, True, True, True, None), (131072, True, False, True, "pax"), (66048, False, True, True, "ustar"),
             (65535, False, False, False, None), (1, True, False, False, "pax"))):

@@ -69,8 +69,8 @@ pub(crate) struct Dax<T: Target> {
     pub(crate) claims: fn(Arc<T::Context>) -> Arc<Claims>,
 }
 
-/// A reference to the disk of a mapped device. It keeps the memory of the disk after the disk is
-/// deleted.
+/// A reference to the disk of a mapped device. While it exists, the `gendisk` isn't freed, even
+/// after the disk was deleted.
 ///
 /// # Invariants
 ///
@@ -279,9 +279,9 @@ pub(super) struct Claim {
     claims: Arc<Claims>,
     id: u64,
     name: DeviceName,
-    /// In the order of the [`DeviceId`]s.
+    /// The range of each lower device. Its index is the number in the device's [`DeviceId`].
     ranges: Arc<KVec<Range>>,
-    /// Whether pages may be mapped.
+    /// Whether [`Claim::begin`] has allowed mappings.
     begun: Atomic<bool>,
     /// Whether a hole was reported in the log.
     told: Atomic<bool>,
@@ -397,7 +397,7 @@ impl Claim {
         self.begun.store(begun, Relaxed);
     }
 
-    /// Returns whether pages may be mapped.
+    /// Returns whether [`Claim::begin`] has allowed mappings.
     fn has_begun(&self) -> bool {
         self.begun.load(Relaxed)
     }

@@ -91,7 +91,8 @@ enum Problem {
 enum Loaded<'a> {
     /// In memory of the block itself, which the cache keeps.
     Kept(&'a Data),
-    /// In the bounce buffer of a codec context, because the cache has no room for the block.
+    /// In the bounce buffer of a codec context, because the cache has no room for the block, or the
+    /// device was removed.
     Bytes(&'a [u8]),
 }
 
@@ -357,7 +358,9 @@ impl Zfile {
         stats.reads.add(1);
         stats.read_bytes.add(to_u64(request.read_len));
         let sector = request.read_start / SECTOR_SIZE;
-        // Other reads may wait for a read that loads the cache; see [`Io::read`].
+        // Other reads may wait for a read that loads the cache. So the lower read for it must not
+        // fail early or have a low priority, even if the bio is a read-ahead, for example: see
+        // [`Io::read`].
         let shared = request.loader.is_some();
         io.read(DEVICE, sector, shared, Self::read_done);
     }
@@ -502,7 +505,7 @@ impl Zfile {
                 block.keep(data);
                 block.data().map(Loaded::Kept).ok_or(Status::IO_ERROR)
             }
-            // Doesn't happen: without a block, there is no `data`.
+            // Doesn't happen: if `block` is `None`, `data` was `None`, too.
             (Ok(Ok(data)), None) => Ok(Loaded::Kept(kept.insert(data))),
             (Ok(Err(bytes)), _) => Ok(Loaded::Bytes(bytes)),
             (Err(status), _) => Err(status),

@@ -36,14 +36,14 @@ const PAGE: u64 = 4096;
 pub struct Diff {
     /// The runs of sectors, ascending; adjacent runs of the same kind are joined.
     pub runs: Vec<Run>,
-    /// The hashes of the data of the runs.
+    /// The hash of the layer's data in each piece of the disk that has data.
     pub pieces: Pieces,
 }
 
 /// A disk to make a layer of.
 pub trait Image: Blob<Error = Error> + Sync {
-    /// Returns the first range of bytes at or after `offset` that isn't in a hole. The bytes after it may not be
-    /// in a hole, either. `None` if a hole reaches to the end.
+    /// Returns the first range of bytes at or after `offset` that isn't in a hole; `None` if a hole reaches to the
+    /// end. The range need not reach to the next hole: another range of data may follow it directly.
     fn next_data(&self, offset: u64) -> Option<Range<u64>>;
 
     /// Returns whether holes read like the layers below. Otherwise they read as zeros.
@@ -175,8 +175,8 @@ impl Compare<'_> {
             .is_some_and(|data| data.start == at)
     }
 
-    /// Compares the bytes `piece` of the disk. The piece begins at a multiple of every granule, and
-    /// ends at one or at the end of the image.
+    /// Compares the bytes `piece` of the disk. The piece begins at a multiple of [`PIECE`], and so of
+    /// the granule. It ends at the next multiple, or at the end of the image.
     fn piece(&self, piece: &Range<u64>, buffers: &mut Buffers) -> Result<Found> {
         let granule = self.options.granule;
         let mut runs = Runs::default();
@@ -187,7 +187,7 @@ impl Compare<'_> {
             at = at.max(next - next % granule);
             let mut end = piece.end;
             if self.base.is_none() || self.image.shows_below() {
-                // A hole follows the data.
+                // A hole may follow the range; other data is found in the next round.
                 let data = self.image.next_data(at).map(|data| data.end);
                 end = data.map_or(end, |data| end.min(data.next_multiple_of(granule)));
             }

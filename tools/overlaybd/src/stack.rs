@@ -92,7 +92,7 @@ impl Stack {
         self.merged.segments()
     }
 
-    /// Returns the virtual size in bytes, which may not be a whole number of sectors.
+    /// Returns the virtual size in bytes, which need not be a whole number of sectors.
     pub fn virtual_size(&self) -> u64 {
         self.virtual_size
     }

@@ -28,7 +28,7 @@ const HOLE: usize = 4096;
 pub(crate) trait Source {
     /// Reads all of `buf` at byte `offset`.
     fn read(&self, offset: u64, buf: &mut [u8]) -> overlaybd::Result<()>;
-    /// Returns the first byte at or after `offset` and before `end` that may not be zero.
+    /// Returns the offset of the first byte at or after `offset` and before `end` that isn't known to be zero.
     fn next_data(&self, offset: u64, end: u64) -> Option<u64>;
 }
 

@@ -116,7 +116,7 @@ fn look(path: &Path) -> Result<(Metadata, Meta)> {
     Ok((status, meta))
 }
 
-/// Returns the error for a file whose metadata cannot be read.
+/// Returns the error for a file whose metadata cannot be read: `error`, or that its path is too long for Linux.
 fn unseen(path: &Path, error: io::Error) -> anyhow::Error {
     let bytes = path.as_os_str().as_bytes();
     match bytes.len() > limits::PATH {
