@@ -3,6 +3,7 @@
 //! Runs `obdsetup` as users do, and checks its results, exit codes and messages, and which files are left.
 
 use std::fs;
+use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::process::Stdio;
 use std::time::Duration;
@@ -89,6 +90,19 @@ fn layers_for_dax() {
     place.ok("create --image upper.raw --base a --dax b");
     assert!(place.dump("a b") == upper);
     assert_eq!(place.json("info --json b")[0]["lsmt"]["zeroed_size"], 0);
+
+    // With units larger than a page, too, if only the second page of a unit has zeros that are not in a hole.
+    place.write("full.raw", &noise(131_072, 9));
+    place.ok("create --image full.raw --dax full");
+    let file = fs::File::create(place.path("holes.raw")).unwrap();
+    file.set_len(131_072).unwrap();
+    file.write_all_at(&[0; 4096], 4096).unwrap();
+    place.ok("create --image holes.raw --base full --dax --granularity 64k over");
+    let lsmt = &place.json("info --json over")[0]["lsmt"];
+    assert_eq!(
+        (&lsmt["data_size"], &lsmt["zeroed_size"]),
+        (&65_536.into(), &65_536.into())
+    );
 
     // A layer in a ZFile or a tar cannot be used for DAX. commit --dax makes one that can.
     place.ok("create --image disk.raw --tar wrapped");
@@ -1288,7 +1302,6 @@ fn a_reader_that_does_not_read() {
 }
 
 fn images_beyond_4_gib() {
-    use std::os::unix::fs::FileExt;
     let place = Place::new();
     let disk = fs::File::create(place.path("disk.raw")).unwrap();
     disk.set_len(9 << 30).unwrap();

@@ -208,10 +208,13 @@ impl Compare<'_> {
                 let zeroed = match self.base {
                     Some(base) if self.options.keep_zeros => {
                         let end = at + to_u64(new.len());
-                        let mut pages = (at..end).step_by(to_usize(PAGE));
-                        match pages.any(|page| self.has_data(page) && !base.has_data(page)) {
+                        let pages = (at..end).step_by(to_usize(PAGE));
+                        let mut with_data = pages.filter(|&page| self.has_data(page)).peekable();
+                        // No page that has data in the image may be without data in the layer.
+                        let any = with_data.peek().is_some();
+                        match with_data.any(|page| !base.has_data(page)) {
                             true => Some(false),
-                            false => (new != old).then(|| zero() && !self.has_data(at)),
+                            false => (new != old).then(|| zero() && !any),
                         }
                     }
                     Some(_) => (new != old).then(zero),
