@@ -475,7 +475,9 @@ impl Zfile {
         }
         pages.zero(pages.left());
         drop(loader);
-        // Armed only after the blocks were counted, since the tidier stops when the cache is empty.
+        // Armed after the blocks were counted, since the tidier stops when the cache is empty. A
+        // call on another CPU at this moment may not see the blocks yet and stop all the same: then
+        // the next read that fills the cache arms the tidier.
         io.target().shared.tidier.arm();
         // Nothing is borrowed from the target any more: the target may be destroyed once its last
         // I/O has ended.
