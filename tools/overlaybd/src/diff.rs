@@ -6,13 +6,11 @@
 use std::ops::Range;
 use std::path::Path;
 
-use rayon::prelude::*;
-
 use crate::format::num::{to_u64, to_usize};
 use crate::format::{Blob, SECTOR_SIZE};
 use crate::identity::{Hasher, Pieces, PIECE};
 use crate::lsmt_writer::{Run, Runs};
-use crate::{Error, FileBlob, Progress, Result, Stack};
+use crate::{parallel, Error, FileBlob, Progress, Result, Stack};
 
 /// How to compare.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -102,14 +100,17 @@ pub fn of(
             at = size.min(start + PIECE);
             pieces.extend(Some(start..at).filter(|piece| !piece.is_empty()));
         }
-        let found = pieces
-            .par_iter()
-            .map_init(Buffers::default, |buffers, piece| {
+        let found = parallel::map(
+            pieces.iter(),
+            usize::MAX,
+            Buffers::default,
+            |buffers, piece| {
                 let found = compare.piece(piece, buffers)?;
                 progress(piece.end - piece.start)?;
-                Ok(found)
-            })
-            .collect::<Result<Vec<_>>>()?;
+                Ok::<_, Error>(found)
+            },
+        );
+        let found = found.collect::<Result<Vec<_>>>()?;
         for (found, hash) in found {
             for Run {
                 offset,

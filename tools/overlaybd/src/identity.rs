@@ -9,14 +9,13 @@
 //!
 //! The format is described in `Documentation/formats/identity.rst`.
 
-use rayon::prelude::*;
 use sha2::{Digest, Sha256};
 
 use crate::format::num::{to_u64, to_usize};
 use crate::format::SECTOR_SIZE;
 use crate::layer::Ident;
 use crate::lsmt_writer::Run;
-use crate::{Progress, Result};
+use crate::{parallel, Progress, Result};
 
 /// Bytes of the disk in one piece: each piece has its own hash.
 pub const PIECE: u64 = 1 << 20;
@@ -55,10 +54,9 @@ impl Pieces {
             }
             Ok(hasher.finish(group.first().map_or(0, Part::piece)))
         };
-        let pieces = groups
-            .par_iter()
-            .map_init(|| vec![0; to_usize(PIECE)], hash)
-            .collect::<Result<Vec<_>>>()?;
+        let buffer = || vec![0; to_usize(PIECE)];
+        let pieces = parallel::map(groups.iter(), usize::MAX, buffer, hash);
+        let pieces = pieces.collect::<Result<Vec<_>>>()?;
         Ok(Self(pieces.into_iter().flatten().collect()))
     }
 

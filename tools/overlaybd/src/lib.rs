@@ -31,6 +31,7 @@ pub mod identity;
 pub mod layer;
 pub mod lsmt_writer;
 pub mod on_disk;
+pub mod parallel;
 pub mod progress;
 pub mod stack;
 pub mod tar_writer;

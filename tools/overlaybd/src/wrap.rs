@@ -5,7 +5,7 @@
 use std::io::{Seek, Write};
 
 use crate::progress::Check;
-use crate::zfile_writer::{seek, write_error, Options, ZfileWriter};
+use crate::zfile_writer::{self, seek, write_error, Options};
 use crate::{tar_writer, Result};
 
 /// The wrapping of a new blob.
@@ -39,11 +39,7 @@ pub fn write<W: Write + Seek>(
     };
     seek(&mut out, head)?;
     let (mut out, len) = match wrapping.zfile {
-        Some(options) => {
-            let mut zfile = ZfileWriter::new(out, options, check)?;
-            produce(&mut |bytes| zfile.write(bytes))?;
-            zfile.finish()?
-        }
+        Some(options) => zfile_writer::write(out, options, check, produce)?,
         None => {
             let mut len = 0;
             produce(&mut |bytes| {

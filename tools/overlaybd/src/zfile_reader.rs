@@ -4,8 +4,6 @@
 
 use std::sync::{Mutex, PoisonError};
 
-use rayon::prelude::*;
-
 use crate::codec::Decoder;
 use crate::error::{BlockError, BlockFault};
 use crate::file::stream_pieces;
@@ -13,7 +11,7 @@ use crate::format::blob::check_range;
 use crate::format::num::{le32, to_u64, to_usize};
 use crate::format::zfile::{self, Geometry, JumpTable};
 use crate::format::Blob;
-use crate::{crc32c, Error, Part, Progress, Result};
+use crate::{crc32c, parallel, Error, Part, Progress, Result};
 
 /// Approximate number of bytes of the original file that are read and decompressed at once.
 const BATCH: u64 = 1 << 20;
@@ -83,9 +81,11 @@ impl ZfileReader {
     pub fn verify(&self, progress: Progress<'_>) -> Result<Vec<BlockError>> {
         let step = self.batch_blocks();
         let batches = self.geometry.blocks().div_ceil(step);
-        let found: Vec<Vec<BlockError>> = (0..batches)
-            .into_par_iter()
-            .map(|batch| {
+        let found = parallel::map(
+            0..batches,
+            usize::MAX,
+            || (),
+            |(), batch| {
                 let first = batch * step;
                 let last = (first + step).min(self.geometry.blocks());
                 let mut bad = Vec::new();
@@ -100,9 +100,10 @@ impl ZfileReader {
                     }
                     progress(to_u64(len))?;
                 }
-                Ok(bad)
-            })
-            .collect::<Result<_>>()?;
+                Ok::<_, Error>(bad)
+            },
+        );
+        let found = found.collect::<Result<Vec<_>>>()?;
         Ok(found.into_iter().flatten().collect())
     }
 

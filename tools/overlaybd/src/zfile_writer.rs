@@ -3,11 +3,15 @@
 //! Writes a ZFile: byte for byte as upstream's tools do with the same codecs, or padded so that a
 //! loop device shows all of it.
 //!
-//! Several threads compress the blocks; the output doesn't depend on their number.
+//! Several threads compress the blocks; neither the output nor the error depends on their number.
 
 use std::io::{self, Seek, SeekFrom, Write};
+use std::panic::{catch_unwind, AssertUnwindSafe};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::mpsc::{self, Receiver};
+use std::sync::Arc;
 
-use rayon::prelude::*;
+use rayon::Scope;
 
 use crate::codec::{Encoder, Method};
 use crate::format::num::{to_u64, to_usize};
@@ -15,10 +19,14 @@ use crate::format::zfile::{self, field, flag};
 use crate::format::SECTOR_SIZE;
 use crate::on_disk::zfile as on_disk;
 use crate::progress::Check;
-use crate::{crc32c, Error, Result};
+use crate::wrap::Sink;
+use crate::{crc32c, parallel, Error, Result};
 
-/// Approximate number of bytes compressed at once.
-const BATCH: usize = 8 << 20;
+/// Number of bytes that one thread compresses at once, and whose stored bytes are written at once. A multiple of
+/// every block size, since all are powers of two.
+const GROUP: usize = to_usize(zfile::MAX_BLOCK_SIZE as u64);
+/// Number of bytes that all threads compress while the next ones are collected.
+const BATCH: usize = 128 * GROUP;
 
 /// The properties of a new ZFile.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -36,15 +44,58 @@ pub struct Options {
     pub whole_sectors: bool,
 }
 
-/// A ZFile that is being written.
-pub struct ZfileWriter<'a, W> {
+/// Writes a ZFile at the current position of `out`. `produce` passes the original file to its sink. Returns `out`,
+/// positioned at the end of the ZFile, and the length of the ZFile in bytes.
+///
+/// The threads of rayon's pool compress 8 MiB while this thread collects the next 8 MiB and writes the ones before.
+/// On a thread of the pool, one comes after the other, since such a thread must not wait for the pool. At most two
+/// such batches and the stored bytes of two are in memory, 35 MiB; the index, 4 bytes for each block; and for each
+/// thread the codec's state.
+///
+/// `check` is called before each block is compressed, and for all bytes that `produce` passes on: high levels take
+/// seconds for 8 MiB.
+///
+/// # Errors
+///
+/// [`Error::Invalid`] if the block size is out of range, the errors of `produce` and `check`, and errors of
+/// compressing or writing, which the sink returns, too. After an error, compression ends before the next block of
+/// each thread.
+pub fn write<W: Write + Seek>(
     out: W,
     options: Options,
-    check: Check<'a>,
+    check: Check<'_>,
+    produce: impl FnOnce(Sink<'_>) -> Result<()>,
+) -> Result<(W, u64)> {
+    rayon::in_place_scope(|scope| write_in(scope, out, options, check, produce))
+}
+
+/// As [`write`], with the threads of the scope's pool.
+fn write_in<'scope, W: Write + Seek>(
+    scope: &Scope<'scope>,
+    out: W,
+    options: Options,
+    check: Check<'scope>,
+    produce: impl FnOnce(Sink<'_>) -> Result<()>,
+) -> Result<(W, u64)> {
+    let mut writer = ZfileWriter::new(scope, out, options, check)?;
+    produce(&mut |bytes| writer.write(bytes))?;
+    writer.finish()
+}
+
+/// A ZFile that is being written.
+struct ZfileWriter<'a, 'scope, W> {
+    scope: &'a Scope<'scope>,
+    out: W,
+    options: Options,
+    check: Check<'scope>,
+    /// Ends compression when this object is dropped.
+    stop: Stop,
     /// Byte offset of the ZFile in `out`.
     start: u64,
-    /// Bytes that aren't compressed yet.
+    /// Bytes that aren't compressed yet: less than a batch.
     pending: Vec<u8>,
+    /// Receives the batch before them.
+    compressing: Option<Receiver<Result<Vec<Group>>>>,
     /// The index in its format on disk.
     index: Vec<u8>,
     /// Byte offset of the next block in the ZFile; after the last block, offset of the index.
@@ -53,14 +104,14 @@ pub struct ZfileWriter<'a, W> {
     size: u64,
 }
 
-impl<'a, W: Write + Seek> ZfileWriter<'a, W> {
-    /// Starts a ZFile at the current position of `out`. `check` is called before each block is compressed: high
-    /// levels take seconds for what is compressed at once.
-    ///
-    /// # Errors
-    ///
-    /// [`Error::Invalid`] if the block size is out of range, and write errors.
-    pub fn new(mut out: W, options: Options, check: Check<'a>) -> Result<Self> {
+impl<'a, 'scope, W: Write + Seek> ZfileWriter<'a, 'scope, W> {
+    /// Starts a ZFile at the current position of `out`.
+    fn new(
+        scope: &'a Scope<'scope>,
+        mut out: W,
+        options: Options,
+        check: Check<'scope>,
+    ) -> Result<Self> {
         let size = options.block_size;
         if !size.is_power_of_two()
             || !(zfile::MIN_BLOCK_SIZE..=zfile::MAX_BLOCK_SIZE).contains(&size)
@@ -73,11 +124,14 @@ impl<'a, W: Write + Seek> ZfileWriter<'a, W> {
         }
         let start = out.stream_position().map_err(write_error)?;
         let mut writer = Self {
+            scope,
             out,
             options,
             check,
+            stop: Stop::default(),
             start,
             pending: Vec::new(),
+            compressing: None,
             index: Vec::new(),
             offset: zfile::HEADER_SIZE,
             size: 0,
@@ -88,29 +142,34 @@ impl<'a, W: Write + Seek> ZfileWriter<'a, W> {
     }
 
     /// Appends `data` to the original file.
-    ///
-    /// # Errors
-    ///
-    /// Those of `check`, and errors of compressing or writing.
-    pub fn write(&mut self, data: &[u8]) -> Result<()> {
-        self.pending.extend_from_slice(data);
+    fn write(&mut self, mut data: &[u8]) -> Result<()> {
         self.size += to_u64(data.len());
-        if self.pending.len() >= BATCH {
-            // A batch is a multiple of every block size.
-            let whole = self.pending.len() / BATCH * BATCH;
-            self.compress(whole)?;
+        while !data.is_empty() {
+            // Threads that were interrupted are noticed only when the next batch is full.
+            (self.check)()?;
+            let room = BATCH - self.pending.len();
+            let (now, rest) = data.split_at(room.min(data.len()));
+            if now.len() > self.pending.capacity() - self.pending.len() {
+                // Grows as a vector does, but not beyond a batch.
+                let more = now.len().max(self.pending.len()).min(room);
+                self.pending.reserve_exact(more);
+            }
+            self.pending.extend_from_slice(now);
+            if self.pending.len() == BATCH {
+                self.compress()?;
+            }
+            data = rest;
         }
         Ok(())
     }
 
-    /// Writes the remaining blocks, the index, the trailer and the header. Returns `out`,
-    /// positioned at the end of the ZFile, and the length of the ZFile in bytes.
-    ///
-    /// # Errors
-    ///
-    /// Those of `check`, and errors of compressing or writing.
-    pub fn finish(mut self) -> Result<(W, u64)> {
-        self.compress(self.pending.len())?;
+    /// Writes the remaining blocks, the index, the trailer and the header. Returns `out`, and the length of the
+    /// ZFile in bytes.
+    fn finish(mut self) -> Result<(W, u64)> {
+        self.compress()?;
+        if let Some(last) = self.compressing.take() {
+            self.store(&last)?;
+        }
         if self.options.whole_sectors {
             // The header and the trailer have one sector each.
             let len = self.offset + to_u64(self.index.len());
@@ -133,46 +192,40 @@ impl<'a, W: Write + Seek> ZfileWriter<'a, W> {
         Ok((self.out, len))
     }
 
-    /// Compresses and writes the first `len` pending bytes.
-    fn compress(&mut self, len: usize) -> Result<()> {
-        let rest = self.pending.split_off(len);
-        let data = std::mem::replace(&mut self.pending, rest);
-        let Options { method, crc, .. } = self.options;
-        let check = self.check;
-        let blocks: Vec<Vec<u8>> = data
-            .par_chunks(to_usize(self.options.block_size.into()))
-            .with_min_len(16)
-            .map_init(
-                || Encoder::new(method),
-                |encoder, block| {
-                    check()?;
-                    let encoder = encoder.as_mut().map_err(|error| {
-                        Error::Invalid(format!(
-                            "cannot set up {}: {error}",
-                            method.algorithm.name()
-                        ))
-                    })?;
-                    let mut stored = Vec::new();
-                    encoder
-                        .encode(block, &mut stored)
-                        .map_err(|source| Error::Io {
-                            what: "compress",
-                            source,
-                        })?;
-                    if crc {
-                        let crc = zfile::block_crc(&stored, crc32c);
-                        stored.extend_from_slice(&crc.to_le_bytes());
-                    }
-                    Ok(stored)
-                },
-            )
-            .collect::<Result<_>>()?;
-        for stored in &blocks {
-            self.out.write_all(stored).map_err(write_error)?;
-            let len = u32::try_from(stored.len())
-                .map_err(|_| Error::Invalid("a block became too long".to_owned()))?;
-            self.index.extend_from_slice(&len.to_le_bytes());
-            self.offset += u64::from(len);
+    /// Begins to compress the pending bytes. Writes the batch before them, which was compressed while they were
+    /// collected.
+    fn compress(&mut self) -> Result<()> {
+        let data = std::mem::take(&mut self.pending);
+        let (options, check) = (self.options, self.check);
+        let stopped = Arc::clone(&self.stop.0);
+        let (sender, receiver) = mpsc::channel();
+        let work = move || {
+            let go_on = || match stopped.load(Ordering::Relaxed) {
+                true => Err(Error::Interrupted),
+                false => check(),
+            };
+            let groups = catch_unwind(AssertUnwindSafe(|| compress(&data, options, &go_on)));
+            drop(data);
+            // After an error, nobody receives it.
+            let _ = sender.send(groups.unwrap_or_else(|_| Err(panicked())));
+        };
+        // A thread of the pool must not wait for the pool: all of its threads could wait.
+        match rayon::current_thread_index() {
+            Some(_) => work(),
+            None => self.scope.spawn(move |_| work()),
+        }
+        match self.compressing.replace(receiver) {
+            Some(before) => self.store(&before),
+            None => Ok(()),
+        }
+    }
+
+    /// Waits for a batch and writes it.
+    fn store(&mut self, batch: &Receiver<Result<Vec<Group>>>) -> Result<()> {
+        for Group { stored, lengths } in batch.recv().map_err(|_| panicked())?? {
+            self.out.write_all(&stored).map_err(write_error)?;
+            self.index.extend_from_slice(&lengths);
+            self.offset += to_u64(stored.len());
         }
         Ok(())
     }
@@ -203,6 +256,81 @@ impl<'a, W: Write + Seek> ZfileWriter<'a, W> {
     }
 }
 
+/// Tells the threads that compress to stop when it is dropped.
+#[derive(Default)]
+struct Stop(Arc<AtomicBool>);
+
+impl Drop for Stop {
+    fn drop(&mut self) {
+        self.0.store(true, Ordering::Relaxed);
+    }
+}
+
+/// Consecutive blocks of a ZFile.
+struct Group {
+    /// Their stored bytes.
+    stored: Vec<u8>,
+    /// Their entries of the index.
+    lengths: Vec<u8>,
+}
+
+/// Compresses `data`, which begins with a whole block, with several threads.
+fn compress(data: &[u8], options: Options, check: Check<'_>) -> Result<Vec<Group>> {
+    let method = options.method;
+    let groups = parallel::map(
+        data.chunks(GROUP),
+        usize::MAX,
+        || Encoder::new(method),
+        |encoder, data| {
+            let encoder = encoder.as_mut().map_err(|error| {
+                Error::Invalid(format!(
+                    "cannot set up {}: {error}",
+                    method.algorithm.name()
+                ))
+            })?;
+            group(encoder, data, options, check)
+        },
+    );
+    groups.collect()
+}
+
+/// Compresses the blocks of `data`, one after the other.
+fn group(encoder: &mut Encoder, data: &[u8], options: Options, check: Check<'_>) -> Result<Group> {
+    let Options {
+        method, block_size, ..
+    } = options;
+    let blocks = data.chunks(to_usize(block_size.into()));
+    let most = u64::from(method.algorithm.bound(block_size) + zfile::CRC_SIZE);
+    let mut group = Group {
+        // So that it never grows.
+        stored: Vec::with_capacity(blocks.len() * to_usize(most)),
+        lengths: Vec::with_capacity(blocks.len() * 4),
+    };
+    for block in blocks {
+        check()?;
+        let start = group.stored.len();
+        encoder
+            .encode(block, &mut group.stored)
+            .map_err(|source| Error::Io {
+                what: "compress",
+                source,
+            })?;
+        if options.crc {
+            let stored = group.stored.get(start..).unwrap_or_default();
+            let crc = zfile::block_crc(stored, crc32c);
+            group.stored.extend_from_slice(&crc.to_le_bytes());
+        }
+        let len = u32::try_from(group.stored.len() - start)
+            .map_err(|_| Error::Invalid("a block became too long".to_owned()))?;
+        group.lengths.extend_from_slice(&len.to_le_bytes());
+    }
+    Ok(group)
+}
+
+fn panicked() -> Error {
+    Error::Invalid("a thread panicked while it compressed blocks".to_owned())
+}
+
 /// Copies `value` to byte `at` of `bytes`, up to the end of `bytes`.
 pub(crate) fn put(bytes: &mut [u8], at: usize, value: &[u8]) {
     for (byte, &source) in bytes.iter_mut().skip(at).zip(value) {
@@ -221,3 +349,6 @@ pub(crate) fn seek<W: Seek>(out: &mut W, at: u64) -> Result<()> {
     out.seek(SeekFrom::Start(at)).map_err(write_error)?;
     Ok(())
 }
+
+#[cfg(test)]
+mod tests;

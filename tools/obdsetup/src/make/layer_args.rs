@@ -76,7 +76,7 @@ pub(crate) struct WrapArgs {
     #[arg(long, conflicts_with = "tar")]
     pub(crate) dax: bool,
 
-    /// Number of threads that compress (one for each CPU if not given); the result is always the same
+    /// Number of threads that read and compress (one for each CPU if not given); the result is always the same
     #[arg(long, value_name = "N", value_parser = RangedU64ValueParser::<usize>::new().range(1..=MAX_THREADS))]
     threads: Option<usize>,
 }

@@ -12,12 +12,14 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{anyhow, bail, Context, Result};
 use overlaybd::format::num::to_usize;
+use overlaybd::parallel;
 use rustix::fs::SeekFrom;
 use rustix::io::Errno;
 
 use super::limits;
 use super::tree::{
-    Content, ContentMaker, Device, Id, Kind, Meta, Node, Source, Time, Tree, Unread, BLOCK, ROOT,
+    Content, ContentMaker, Device, Id, Kind, Meta, Node, Source, Time, Tree, Unread, BLOCK,
+    FILES_AT_ONCE, ROOT,
 };
 use crate::input::archive::{brief, is_whiteout};
 use crate::terminal::bar::Bar;
@@ -82,8 +84,14 @@ pub(super) fn read(root: &Path, keep_whiteouts: bool) -> Result<Tree> {
     }
     let stored = |(_, _, status): &(_, _, Metadata)| status.len().min(status.blocks() * 512);
     let bar = Bar::new("reading", files.iter().map(stored).sum());
-    for (id, path, status) in files {
-        let (content, flags) = content(path, &status, &bar)?;
+    let contents = parallel::map(
+        files.into_iter(),
+        FILES_AT_ONCE,
+        || (),
+        |(), (id, path, status)| Ok::<_, anyhow::Error>((id, content(path, &status, &bar)?)),
+    );
+    for found in contents {
+        let (id, (content, flags)) = found?;
         let node = tree.node_mut(id)?;
         node.meta.unread.extend(flags);
         node.kind = Kind::File(content);

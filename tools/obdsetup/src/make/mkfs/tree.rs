@@ -16,6 +16,8 @@ use sha2::{Digest, Sha256};
 
 /// Size of a block of content in bytes. Blocks of zeros are holes.
 pub(super) const BLOCK: u64 = 4096;
+/// Largest number of threads that read files at once. Each of them has a file open, and a buffer of up to 1 MiB.
+pub(super) const FILES_AT_ONCE: usize = 64;
 
 /// Index of a node in its tree.
 pub(super) type Id = usize;

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! Hostile layers below: whatever bytes they have, the result must be an error or a layer.
+//! Hostile layers below: whatever bytes they have, the result must be an error or a layer. How threads write.
 
 use std::path::{Path, PathBuf};
 use std::sync::OnceLock;
@@ -15,10 +15,10 @@ use tempfile::TempDir;
 
 use super::disk::Disk;
 use super::write::{Out, BLOCK, INODE};
-use super::{grow, read, Growing};
+use super::{grow, read, write, Growing};
 use crate::input::archive::Archive;
 use crate::make::layer_out::LayerOut;
-use crate::make::mkfs::from_tar;
+use crate::make::mkfs::{from_dir, from_tar, Stamp};
 use crate::tars::{self, member, pax, tar};
 
 /// Puts the tar of `members` over the layers below, and writes the layer.
@@ -107,6 +107,44 @@ fn nothing_changed() {
     assert!(changed(&[(1024, vec![0])]).is_some_and(|said| said.contains("no erofs")));
     let root = changed(&[(1024 + 14, vec![0xff, 0xff])]);
     assert!(root.is_some_and(|said| said.contains("inode at byte")));
+}
+
+/// Neither the file system nor the error depends on the number of threads.
+#[test]
+fn threads_do_not_matter() {
+    let place = TempDir::new().unwrap();
+    let files = place.path().join("files");
+    std::fs::create_dir(&files).unwrap();
+    for nth in 0..=200_u8 {
+        let content = vec![nth; usize::from(nth) * 137];
+        std::fs::write(files.join(nth.to_string()), content).unwrap();
+    }
+    let mut holes = vec![0; 3 << 20];
+    holes[1 << 20] = 1;
+    std::fs::write(files.join("holes"), holes).unwrap();
+    let make = |threads: usize, missing: &[&str]| -> Result<Vec<u8>> {
+        let pool = rayon::ThreadPoolBuilder::new().num_threads(threads);
+        pool.build()?.install(|| {
+            let tree = from_dir::read(&files, false)?;
+            for name in missing {
+                std::fs::remove_file(files.join(name))?;
+            }
+            let image = write::make(&tree, &Stamp::of(&tree, &[])?, place.path());
+            for name in missing {
+                std::fs::write(files.join(name), b"again")?;
+            }
+            Ok(std::fs::read(image?.path())?)
+        })
+    };
+    let wanted = make(1, &[]).unwrap();
+    for threads in [2, 5] {
+        assert!(make(threads, &[]).unwrap() == wanted, "{threads} threads");
+    }
+    for threads in [1, 2, 5] {
+        let error = make(threads, &["99", "98", "holes"]).unwrap_err();
+        let wanted = format!("{}: cannot read", files.join("98").display());
+        assert_eq!(error.to_string(), wanted, "{threads} threads");
+    }
 }
 
 /// Generates values that are likely to exceed a limit.
