@@ -97,6 +97,7 @@ fn layers_for_dax() {
     let file = fs::File::create(place.path("holes.raw")).unwrap();
     file.set_len(131_072).unwrap();
     file.write_all_at(&[0; 4096], 4096).unwrap();
+    drop(file);
     place.ok("create --image holes.raw --base full --dax --granularity 64k over");
     let lsmt = &place.json("info --json over")[0]["lsmt"];
     assert_eq!(
