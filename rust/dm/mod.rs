@@ -59,8 +59,9 @@ pub(crate) fn cond_resched() {
 /// When dropped, waits until no task is in the module's code any more. Must be dropped last.
 ///
 /// If the lower device completes a read in a task, [`Io`]'s completion function runs in that task.
-/// The function ends the I/O or hands it to a worker. From then on, the device may be removed, even
-/// if the task has been preempted before it returns from the function.
+/// The function ends the I/O or hands it to a worker. From then on, the mapped device may be
+/// removed, and the module unloaded, even if the task has been preempted before it returns from the
+/// function.
 pub(crate) struct LastOut;
 
 impl Drop for LastOut {

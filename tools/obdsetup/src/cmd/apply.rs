@@ -78,7 +78,7 @@ pub(crate) fn run(args: &Args) -> Result<()> {
         Some(Package::Ova | Package::Xva) => {
             Some("no layer of an image: `obdsetup convert' says what it is")
         }
-        // A layer may have files of these names.
+        // The other packages are recognised by names of files that a layer may have, too.
         _ => None,
     };
     if let Some(what) = what {

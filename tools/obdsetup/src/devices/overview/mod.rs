@@ -133,8 +133,8 @@ impl Stack {
         Some(count)
     }
 
-    /// Returns how many reads of the disk have failed, if no layer has counted a fault: layers
-    /// without a zfile device count none.
+    /// Returns how many reads of the disk have failed; 0 if a layer has counted a corrupt block or a
+    /// failed read. Layers without a zfile device count neither.
     pub(crate) fn failed_reads(&self) -> u64 {
         let counted = |layer: &Layer| layer.corrupt_blocks > 0 || layer.read_errors > 0;
         if self.layers.iter().any(counted) {

@@ -86,13 +86,14 @@ pub(super) fn find(image: &mut Image<'_>, size: u64) -> Result<()> {
     })
 }
 
-/// Compressed clusters in the file's last sector, of which the file has a part. Their length is known in sectors
-/// only, and a program that has written data to the last of them may have left the sector unfilled.
+/// Checks compressed clusters whose last sector is cut off by the end of the file. Entries have the lengths of
+/// clusters in sectors only, and the program that wrote the image need not have filled the last sector. So such a
+/// cluster is complete if the bytes in the file can be decompressed to it.
 struct Partial {
-    /// Length of a cluster.
+    /// Length of a decompressed cluster in bytes.
     cluster: u64,
     is_zstd: bool,
-    /// Offsets of those that were found to be complete.
+    /// Offsets of such clusters that were found to be complete.
     seen: BTreeSet<u64>,
 }
 
@@ -100,7 +101,8 @@ impl Partial {
     /// Returns whether the file has all of the cluster that is compressed at `at`, in sectors that end at `end`.
     fn is_complete(&mut self, image: &Image<'_>, at: u64, end: u64) -> Result<bool> {
         let is_partial = end > image.size && end - image.size < SECTOR && at < image.size;
-        // Each one has a byte at least in the last sector. Where something is missing anyway, none is decompressed.
+        // No cluster is decompressed any more after 512 complete ones, as each has at least one byte in the last
+        // sector, or if other data of the image is known to be missing, as the image is refused then.
         let is_known = to_u64(self.seen.len()) == SECTOR || image.end > image.size;
         if !is_partial || is_known {
             return Ok(end <= image.size);
@@ -117,7 +119,7 @@ impl Partial {
         Ok(true)
     }
 
-    /// Returns whether these bytes give a cluster, without any after them.
+    /// Returns whether `bytes` alone, without more bytes after them, can be decompressed to a whole cluster.
     fn can_decompress(&self, bytes: &[u8]) -> bool {
         let mut cluster = vec![0; to_usize(self.cluster)];
         match self.is_zstd {
