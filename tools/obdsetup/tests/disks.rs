@@ -32,7 +32,9 @@ tests! {
     files_of_a_chain_that_are_cut_off needs qemu_img();
     extents_that_are_cut_off needs qemu_img();
     raw_disks_that_are_cut_off needs needs::e2fsprogs(), needs::program("mkfs.xfs"), needs::program("mkfs.btrfs"),
-        needs::mksquashfs(), needs::mkfs_erofs(), needs::program("sfdisk");
+        needs::mksquashfs(), needs::mkfs_erofs(), needs::program("sfdisk"), needs::program("mkswap");
+    raw_disks_that_are_not_padded needs needs::mksquashfs(), needs::program("sfdisk");
+    raw_disks_with_traces needs needs::e2fsprogs(), needs::program("sfdisk");
     backing_files_of_other_formats needs qemu_img();
     copies_for_dax needs qemu_img();
     a_qcow2_of_a_stack needs qemu_img();
@@ -1084,14 +1086,22 @@ fn extents_that_are_cut_off() {
     place.chain_refused("x.vmdk", 1, "x.vmdk: cannot read: qemu-img failed");
 }
 
+impl Place {
+    /// Writes a partition table to the disk `name`, and leaves the rest of the disk as it is.
+    fn partition(&self, name: &str, table: &str) {
+        self.write(&format!("{name}.table"), table.as_bytes());
+        let options = "-q --no-reread --no-tell-kernel --wipe never --wipe-partitions never";
+        let line = format!("sfdisk {options} {name} <{name}.table");
+        self.output_of("sh", &["-c", &line]);
+    }
+}
+
 /// Disks that are shorter than they say themselves.
 fn raw_disks_that_are_cut_off() {
     let place = Place::new();
     let partitions = |name: &str, table: &str| {
-        place.write(&format!("{name}.table"), table.as_bytes());
         place.cut_new(name, 64 << 20);
-        let line = format!("sfdisk -q --no-reread --no-tell-kernel {name} <{name}.table");
-        place.output_of("sh", &["-c", &line]);
+        place.partition(name, table);
     };
     fs::create_dir(place.path("files")).unwrap();
     place.write("files/a", &noise(100_000, 3));
@@ -1103,6 +1113,8 @@ fn raw_disks_that_are_cut_off() {
     place.tool("mkfs.btrfs -q btrfs");
     place.tool("mksquashfs files squashfs -quiet -no-progress -nopad");
     place.tool("mkfs.erofs --quiet erofs files");
+    place.cut_new("swap", 8 << 20);
+    place.tool("mkswap -q -p 4096 swap");
     partitions(
         "dos",
         "label: dos\nstart=2048, size=10000\nstart=20000, size=5000, type=5\n",
@@ -1119,6 +1131,7 @@ fn raw_disks_that_are_cut_off() {
         ("btrfs", "btrfs", len("btrfs")),
         ("squashfs", "squashfs", len("squashfs")),
         ("erofs", "erofs", len("erofs")),
+        ("swap", "swap area", 8 << 20),
         ("dos", "partition table", 25_000 * 512),
         ("gpt", "partition table", 25_000 * 512),
     ] {
@@ -1152,6 +1165,86 @@ fn raw_disks_that_are_cut_off() {
         place.ok(&format!("convert {name} out.obd"));
         fs::remove_file(place.path("out.obd")).unwrap();
     }
+}
+
+/// Disks of which only the unused end of the last partition is missing are accepted with a warning.
+fn raw_disks_that_are_not_padded() {
+    let place = Place::new();
+    fs::create_dir(place.path("files")).unwrap();
+    place.write("files/a", &noise(100_000, 3));
+    place.tool("mksquashfs files squashfs -quiet -no-progress -nopad");
+    let squashfs = place.read("squashfs");
+    let (start, end) = (20_000 * 512, 25_000 * 512);
+    let make = |label: &str| {
+        place.cut_new("disk", 64 << 20);
+        let table = format!("label: {label}\nstart=2048, size=10000\nstart=20000, size=5000\n");
+        place.partition("disk", &table);
+        let mut disk = place.read("disk");
+        disk.truncate(start);
+        disk.extend(&squashfs);
+        disk.resize(disk.len().next_multiple_of(512), 0);
+        place.write("disk", &disk);
+        disk
+    };
+    let refused = |size: usize| {
+        place.cut("disk", size as u64);
+        let said = format!("it has {size} bytes, and its partition table needs {end}: incomplete");
+        let done = place.run("convert disk out.obd").code(1);
+        done.stderr(contains(said));
+    };
+    let disk = make("dos");
+    let size = disk.len();
+    place.tool("gzip -1k disk");
+    let warning = format!(
+        "it has {size} bytes, and its partition table needs {end}, but the squashfs in the last partition is complete: \
+         taken as it is; for `open --partitions', lengthen the disk with `truncate --size={end}' first\n"
+    );
+    for (line, name) in [
+        ("convert disk out.obd", "disk"),
+        ("create --image disk out.obd", "disk"),
+        ("convert disk.gz out.obd", "disk.gz"),
+    ] {
+        let said = format!("obdsetup: warning: {name}: {warning}");
+        place.run(line).success().stderr(said);
+        assert!(place.dump("out.obd") == disk, "{line}");
+        fs::remove_file(place.path("out.obd")).unwrap();
+    }
+    // Not if the end of the file system is missing, nothing is known about it, or it isn't there at all.
+    refused(size - 512);
+    refused(start + 512);
+    refused(start);
+    refused(size);
+    // The kernel does not use a GUID partition table that is for a larger disk.
+    make("gpt");
+    refused(size);
+}
+
+/// What is left of an earlier use of a disk does not say how long the disk is.
+fn raw_disks_with_traces() {
+    let place = Place::new();
+    place.tool("mkfs.ext4 -q -b 1024 disk 8M");
+    place.partition("disk", "label: dos\nstart=2048, size=4096\n");
+    // The superblock is still there.
+    assert_eq!(place.read("disk")[1080..1082], *b"\x53\xef");
+    place.cut("disk", 3 << 20);
+    place.ok("convert disk out.obd");
+    place.cut("disk", (3 << 20) - 512);
+    let said = "it has 3145216 bytes, and its partition table needs 3145728: incomplete";
+    place
+        .run("convert disk 1.obd")
+        .code(1)
+        .stderr(contains(said));
+
+    // A GUID partition table that has no place in the master boot record is none.
+    place.cut_new("disk", 64 << 20);
+    place.partition("disk", "label: gpt\nstart=2048, size=100000\n");
+    let gpt = place.read("disk");
+    place.cut_new("disk", 3 << 20);
+    place.partition("disk", "label: dos\nstart=2048, size=4096\n");
+    let mut disk = place.read("disk");
+    disk[512..17_408].copy_from_slice(&gpt[512..17_408]);
+    place.write("disk", &disk);
+    place.ok("convert disk 2.obd");
 }
 
 /// Returns a place with a stack of three layers, `0.obd` to `2.obd`, of the disks [`disk`]`(0)` to `disk(2)`.

@@ -11,7 +11,7 @@ mod magic;
 pub(crate) mod unpacked;
 
 use std::fs::File;
-use std::io::{Read, Seek, SeekFrom};
+use std::io::{self, Read, Seek, SeekFrom};
 use std::os::unix::fs::FileTypeExt;
 use std::path::Path;
 use std::sync::Arc;
@@ -23,6 +23,7 @@ use overlaybd::format::{lsmt, zfile, Blob, SECTOR_SIZE};
 use overlaybd::{FileBlob, LayerReader};
 
 use crate::input::archive::{self, is_header, unpack_error, Compression, Unpack, BLOCK};
+use crate::terminal;
 use crate::terminal::exit::{self, Failure};
 
 /// The types of inputs that a layer can be made of.
@@ -238,7 +239,7 @@ pub(crate) fn look(path: &Path) -> Result<Seen> {
                      incomplete download or copy? --from raw takes it as it is"
                 ))
             }
-            Seen::Known(input) if input == Input::raw() => match too_short(&head, size) {
+            Seen::Known(input) if input == Input::raw() => match cut_off(path, path, &head, size)? {
                 Some(what) => Seen::Refused(format!(
                     "{name}: a disk, but {what}: incomplete download or copy? --from raw takes it as it is"
                 )),
@@ -258,9 +259,59 @@ pub(crate) fn look(path: &Path) -> Result<Seen> {
 
 /// Returns what is wrong with a disk of `size` bytes that begins with `head`, if it is shorter than it says itself.
 fn too_short(head: &[u8], size: u64) -> Option<String> {
-    let (needed, what) = disk::needed(head)?;
-    let short = size < needed;
-    short.then(|| format!("it has {size} bytes, and its {what} needs {needed}"))
+    let needed = disk::needed(head)?;
+    let short = size < needed.size;
+    short.then(|| {
+        format!(
+            "it has {size} bytes, and its {} needs {}",
+            needed.what, needed.size
+        )
+    })
+}
+
+/// Returns what [`too_short`] returns for the disk at `path`, which the user knows as `name`. If only the unused end of
+/// the last partition is missing, as in images that were not padded, prints a warning, and returns `None`.
+fn cut_off(name: &Path, path: &Path, head: &[u8], size: u64) -> Result<Option<String>> {
+    let Some(what) = too_short(head, size) else {
+        return Ok(None);
+    };
+    let inside = in_last_partition(path, head, size);
+    let inside = inside.with_context(|| format!("{}: cannot read", name.display()))?;
+    let Some((kind, end)) = inside else {
+        return Ok(Some(what));
+    };
+    terminal::warn(&[format!(
+        "{}: {what}, but the {kind} in the last partition is complete: taken as it is; for `open --partitions', \
+         lengthen the disk with `truncate --size={end}' first",
+        name.display()
+    )]);
+    Ok(None)
+}
+
+/// Returns the type of the file system in the last partition, and the end of this partition, if the disk at `path`
+/// has all of this file system and of the other partitions.
+fn in_last_partition(
+    path: &Path,
+    head: &[u8],
+    size: u64,
+) -> io::Result<Option<(&'static str, u64)>> {
+    let Some((needed, last)) =
+        disk::needed(head).and_then(|needed| needed.last.map(|last| (needed, last)))
+    else {
+        return Ok(None);
+    };
+    if last.others > size || last.start >= size {
+        return Ok(None);
+    }
+    let mut file = File::open(path)?;
+    file.seek(SeekFrom::Start(last.start))?;
+    let mut head = Vec::new();
+    file.take(to_u64(disk::HEAD)).read_to_end(&mut head)?;
+    let inside = disk::needed(&head).filter(|inside| {
+        let is_there = (1..=size - last.start).contains(&inside.size);
+        inside.what != disk::TABLE && is_there
+    });
+    Ok(inside.map(|inside| (inside.what, needed.size)))
 }
 
 /// Examines the content of a compressed file; `inside` decompresses it. A file that looks like a `.lzma` file,
@@ -383,7 +434,7 @@ fn compression(head: &[u8]) -> Option<Compression> {
 /// Returns the start of a file, at most [`disk::HEAD`] bytes, and its last 512 bytes. If the file has fewer, the
 /// second part is empty.
 fn ends(path: &Path) -> Result<(Vec<u8>, Vec<u8>)> {
-    let read = || -> std::io::Result<_> {
+    let read = || -> io::Result<_> {
         let mut file = File::open(path)?;
         let mut head = Vec::new();
         (&mut file)

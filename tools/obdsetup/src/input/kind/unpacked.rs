@@ -12,8 +12,8 @@ use overlaybd::format::num::to_u64;
 use overlaybd::format::SECTOR_SIZE;
 use tempfile::NamedTempFile;
 
+use super::cut_off;
 use super::disk::HEAD;
-use super::too_short;
 use crate::files::place::temp_file;
 use crate::input::archive::{unpack_error, Compression, Unpack};
 use crate::terminal::exit::{self, Failure};
@@ -70,7 +70,10 @@ pub(crate) fn unpack(
     }
     output.as_file().set_len(size).with_context(cannot_write)?;
     output.flush().with_context(cannot_write)?;
-    if is_raw && size % SECTOR_SIZE != 0 {
+    if !is_raw {
+        return Ok(output);
+    }
+    if size % SECTOR_SIZE != 0 {
         return Err(Failure::error(
             exit::BAD_IMAGE,
             format!(
@@ -85,7 +88,7 @@ pub(crate) fn unpack(
         file.take(head_len).read_to_end(&mut head)
     });
     read.with_context(cannot_read)?;
-    match too_short(&head, size).filter(|_| is_raw) {
+    match cut_off(path, output.path(), &head, size)? {
         None => Ok(output),
         Some(what) => Err(Failure::error(
             exit::BAD_IMAGE,
