@@ -19,6 +19,7 @@ tests! {
     signals_while_files_are_copied needs needs::e2fsprogs();
     a_program_dies_with_obdsetup;
     a_signal_ends_the_program_and_leaves_nothing;
+    a_signal_for_both_is_no_failure_of_the_program;
     who_is_not_root_is_told_so needs needs::ordinary_user();
 }
 
@@ -257,6 +258,16 @@ fn a_signal_ends_the_program_and_leaves_nothing() {
         assert!(!runs(&pid), "{signal}: the program runs on");
         assert!(place.left().is_empty(), "{signal}: {:?}", place.left());
     }
+}
+
+/// The program may get the signal of Ctrl-C before obdsetup.
+fn a_signal_for_both_is_no_failure_of_the_program() {
+    let place = Mksquashfs::new(
+        "setsid sh -c \"sleep 0.4; kill -INT $PPID\" </dev/null >/dev/null 2>&1 &\nsleep 0.2\nkill -INT $$",
+    );
+    let output = place.create().output().unwrap();
+    assert_eq!(output.status.code(), Some(130), "{}", said(&output));
+    assert!(place.left().is_empty(), "{:?}", place.left());
 }
 
 fn who_is_not_root_is_told_so() {

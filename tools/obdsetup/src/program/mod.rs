@@ -35,6 +35,9 @@ pub(crate) use progress::Patience;
 /// Shortest and longest time between two checks of a running program.
 const POLL: (Duration, Duration) = (Duration::from_millis(1), Duration::from_millis(16));
 
+/// How often to look, [`POLL`]`.0` apart, whether a signal that has ended a program was for obdsetup, too.
+const SIGNAL_POLLS: u32 = 1000;
+
 /// Standard input of a program that gets no input.
 const NULL: &str = "/dev/null";
 
@@ -338,7 +341,15 @@ impl Program {
         let mut poll = POLL.0;
         loop {
             if child.has_ended()? {
-                return Ok(Wait::Ended(child.finish()?));
+                let status = child.finish()?;
+                // The signal may be meant for obdsetup, too, which may get it a moment later.
+                if self.heeds_signals && asks_to_stop(status) {
+                    for _ in 0..SIGNAL_POLLS {
+                        interrupt::check()?;
+                        std::thread::sleep(POLL.0);
+                    }
+                }
+                return Ok(Wait::Ended(status));
             }
             if self.heeds_signals {
                 interrupt::check()?;
@@ -350,6 +361,14 @@ impl Program {
             poll = (poll * 2).min(POLL.1);
         }
     }
+}
+
+/// Returns whether a program was ended by a signal that asks to stop.
+fn asks_to_stop(status: ExitStatus) -> bool {
+    let signals = [Signal::INT, Signal::TERM, Signal::HUP];
+    status
+        .signal()
+        .is_some_and(|number| signals.iter().any(|signal| signal.as_raw() == number))
 }
 
 /// Returns the first version in a line: two numbers with a dot between them.
