@@ -113,6 +113,9 @@ impl Input {
     ///
     /// If the input cannot be read.
     pub(crate) fn told(path: &Path, kind: Kind) -> Result<Self> {
+        if is_dash(path) {
+            return Err(Failure::error(exit::DEVICE, DASH));
+        }
         let compression = match kind {
             Kind::Raw | Kind::Directory | Kind::Oci => None,
             _ if path.is_dir() => None,
