@@ -30,6 +30,7 @@ tests! {
     images_that_are_preallocated needs qemu_img(), needs::program("qemu-io");
     compressed_clusters_at_the_end needs qemu_img();
     files_of_a_chain_that_are_cut_off needs qemu_img();
+    raw_backing_files_that_are_cut_off needs qemu_img(), needs::e2fsprogs();
     extents_that_are_cut_off needs qemu_img();
     raw_disks_that_are_cut_off needs needs::e2fsprogs(), needs::program("mkfs.xfs"), needs::program("mkfs.btrfs"),
         needs::mksquashfs(), needs::mkfs_erofs(), needs::program("sfdisk");
@@ -1008,11 +1009,44 @@ fn files_of_a_chain_that_are_cut_off() {
         }
         place.write(name, &bytes);
     }
-    // Of a raw file, the rest is zeros in fact.
+    // Of a raw file that doesn't say how long its disk is, the rest is zeros in fact.
     place.tool("qemu-img create -q -f qcow2 -F raw -b 0.raw over.qcow2 4M");
     place.cut("0.raw", 1 << 20);
     place.ok("convert --flatten over.qcow2 out.obd");
     assert!(place.dump("out.obd").starts_with(&disk(0)[..1 << 20]));
+}
+
+fn raw_backing_files_that_are_cut_off() {
+    let place = Place::new();
+    place.tool("mkfs.ext4 -q -b 1024 ext4 8M");
+    let end = 8 << 20;
+    place.cut("ext4", end);
+    place.tool("qemu-img create -q -f qcow2 -F raw -b ext4 middle.qcow2 16M");
+    place.tool("qemu-img create -q -f qcow2 -F qcow2 -b middle.qcow2 over.qcow2");
+    place.ok("convert over.qcow2 whole");
+    for (cut, what) in [
+        (end - 512, "and its ext file system needs 8388608"),
+        (end / 2, "and its ext file system needs 8388608"),
+        (end + 1, "no whole number of sectors"),
+    ] {
+        place.cut("ext4", cut);
+        for options in ["", "--flatten "] {
+            for said in [
+                what,
+                "/ext4: a disk, and the backing file of an image, but it",
+            ] {
+                place.chain_refused(&format!("{options}over.qcow2"), 3, said);
+            }
+        }
+    }
+    // The way out that the message names.
+    place.cut("ext4", end / 2);
+    place.tool("qemu-img convert -O raw over.qcow2 disk");
+    place.ok("convert --from raw disk out.obd");
+    let disk = place.dump("out.obd");
+    let half = place.read("ext4");
+    assert!(disk.len() == 16 << 20 && disk.starts_with(&half));
+    assert!(disk[half.len()..].iter().all(|&byte| byte == 0));
 }
 
 /// Each file with data of a vmdk.

@@ -259,6 +259,21 @@ pub(crate) fn look(path: &Path) -> Result<Seen> {
     }
 }
 
+/// Returns what is wrong with the raw disk at `path`, if it is shorter than it says itself, or if its size is not a
+/// multiple of 512 bytes.
+///
+/// # Errors
+///
+/// If the disk cannot be read.
+pub(crate) fn fault_of_raw(path: &Path) -> Result<Option<String>> {
+    let size = FileBlob::open(path, None)?.size();
+    if size % SECTOR_SIZE != 0 {
+        let what = format!("its {size} bytes are no whole number of sectors");
+        return Ok(Some(what));
+    }
+    Ok(too_short(&ends(path)?.0, size))
+}
+
 /// Returns what is wrong with a disk of `size` bytes that begins with `head`, if it is shorter than it says itself.
 fn too_short(head: &[u8], size: u64) -> Option<String> {
     let (needed, what) = disk::needed(head)?;

@@ -166,8 +166,15 @@ impl Tables {
                     None => image.has_data(at, block, (first + nth) * block, size),
                     Some(false) => image.has(at, 1),
                     Some(true) => {
-                        // A sector of the disk, then the length.
-                        let marker: [u8; 12] = image.head(at)?;
+                        // A sector of the disk, then the length. Each block begins in a sector of its own.
+                        let len = SECTOR.min(image.size.saturating_sub(at));
+                        let marker: [u8; 12] = match len {
+                            0 => [0; 12],
+                            _ => {
+                                image.claim(len)?;
+                                image.head(at)?
+                            }
+                        };
                         image.has(at, 12 + u64::from(le32(&marker, 8)));
                     }
                 }
