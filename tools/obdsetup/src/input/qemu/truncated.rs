@@ -10,9 +10,9 @@
 //! Only what belongs to the disk counts: the last block of a file may end with the disk. What comes after the
 //! data, such as a footer that is there twice, may be missing.
 //!
-//! Every value is hostile. A table is read in pieces, and no piece is kept. Tables that overlap are refused: so no
-//! more bytes are read than the file has, and the time grows with the size of the file only. qemu-img has checked the
-//! header before; for a header that it would refuse, nothing is found here.
+//! Every value is hostile. A table is read in pieces, and no piece is kept. Tables that overlap are refused, so that
+//! all tables together have no more bytes than the file, whose size bounds the time. qemu-img has checked the header
+//! before; for a header that it would refuse, nothing is found here.
 
 mod hypervisors;
 mod qcow2;
