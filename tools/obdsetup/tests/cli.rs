@@ -655,9 +655,7 @@ fn convert_with_qemu_img() {
     place
         .run("convert disk other.obd")
         .code(1)
-        .stderr(starts_with(
-            "obdsetup: disk: cannot read: qemu-img failed",
-        ));
+        .stderr(starts_with("obdsetup: disk: cannot read: qemu-img failed"));
     assert_eq!(place.names(), ["disk", "disk.raw", "layer.obd"]);
 }
 
@@ -1244,6 +1242,10 @@ fn inputs_of_other_kinds() {
             let said = place.run(&line).failure();
             said.stderr(starts_with(format!("obdsetup: {name}: ")).and(contains(text)));
         }
+    }
+    for kind in ["raw", "tar", "qcow2", "directory", "oci"] {
+        let said = place.run(&format!("convert --from {kind} - x")).code(4);
+        said.stderr(starts_with("obdsetup: -: standard input cannot be"));
     }
     place.run("create x").code(1).stderr(contains(
         "<--image <FILE>|--changes <STORE>|--directory <DIR>>",

@@ -30,7 +30,10 @@ tests! {
     images_that_are_preallocated needs qemu_img(), needs::program("qemu-io");
     compressed_clusters_at_the_end needs qemu_img();
     files_of_a_chain_that_are_cut_off needs qemu_img();
+    raw_backing_files_that_are_cut_off needs qemu_img(), needs::e2fsprogs();
     extents_that_are_cut_off needs qemu_img();
+    extents_of_nested_files needs qemu_img();
+    extents_of_vsphere needs qemu_img();
     raw_disks_that_are_cut_off needs needs::e2fsprogs(), needs::program("mkfs.xfs"), needs::program("mkfs.btrfs"),
         needs::mksquashfs(), needs::mkfs_erofs(), needs::program("sfdisk"), needs::program("mkswap");
     raw_disks_that_are_not_padded needs needs::mksquashfs(), needs::program("sfdisk");
@@ -1010,11 +1013,156 @@ fn files_of_a_chain_that_are_cut_off() {
         }
         place.write(name, &bytes);
     }
-    // Of a raw file, the rest is zeros in fact.
+    // Of a raw file that doesn't say how long its disk is, the rest is zeros in fact.
     place.tool("qemu-img create -q -f qcow2 -F raw -b 0.raw over.qcow2 4M");
     place.cut("0.raw", 1 << 20);
     place.ok("convert --flatten over.qcow2 out.obd");
     assert!(place.dump("out.obd").starts_with(&disk(0)[..1 << 20]));
+}
+
+fn raw_backing_files_that_are_cut_off() {
+    let place = Place::new();
+    place.tool("mkfs.ext4 -q -b 1024 ext4 8M");
+    let end = 8 << 20;
+    place.cut("ext4", end);
+    place.tool("qemu-img create -q -f qcow2 -F raw -b ext4 middle.qcow2 16M");
+    place.tool("qemu-img create -q -f qcow2 -F qcow2 -b middle.qcow2 over.qcow2");
+    place.ok("convert over.qcow2 whole");
+    for (cut, what) in [
+        (end - 512, "and its ext file system needs 8388608"),
+        (end / 2, "and its ext file system needs 8388608"),
+        (end + 1, "no whole number of sectors"),
+    ] {
+        place.cut("ext4", cut);
+        for options in ["", "--flatten "] {
+            for said in [
+                what,
+                "/ext4: a disk, and the backing file of an image, but it",
+            ] {
+                place.chain_refused(&format!("{options}over.qcow2"), 3, said);
+            }
+        }
+    }
+    // The way out that the message names.
+    place.cut("ext4", end / 2);
+    place.tool("qemu-img convert -O raw over.qcow2 disk");
+    place.ok("convert --from raw disk out.obd");
+    let disk = place.dump("out.obd");
+    let half = place.read("ext4");
+    assert!(disk.len() == 16 << 20 && disk.starts_with(&half));
+    assert!(disk[half.len()..].iter().all(|&byte| byte == 0));
+}
+
+/// A vmdk whose extent has a descriptor itself. The names in that are relative to the directory of the image, too.
+fn extents_of_nested_files() {
+    let place = Place::new();
+    let raw = disk_with_end();
+    let len = raw.len() / 512;
+    let descriptor = |line: &str| {
+        let text = format!(
+            "# Disk DescriptorFile\nversion=1\nCID=fffffffe\nparentCID=ffffffff\n\
+             createType=\"twoGbMaxExtentSparse\"\n{line}\n"
+        );
+        text.into_bytes()
+    };
+    fs::create_dir(place.path("sub")).unwrap();
+    let line = format!("RW {len} SPARSE \"sub/nested.vmdk\"");
+    place.write("x.vmdk", &descriptor(&line));
+    let mut nested = b"KDMV\x01".to_vec();
+    nested.resize(512, 0);
+    // The sector of the descriptor.
+    nested[28] = 1;
+    nested.extend(descriptor(&format!("RW {len} FLAT \"data\" 0")));
+    place.write("sub/nested.vmdk", &nested);
+    place.write("data", &raw);
+    place.converted_or("x.vmdk", NotNeeded, &raw, "nested");
+    // A file with this name beside the extent is not opened, wherever it leads.
+    std::os::unix::fs::symlink("/proc/kmsg", place.path("sub/data")).unwrap();
+    place.converted_or("x.vmdk", NotNeeded, &raw, "symbolic link");
+    fs::remove_file(place.path("sub/data")).unwrap();
+    place.write("sub/data", &raw);
+    let (end, cut) = (raw.len(), raw.len() / 2);
+    place.cut("data", cut as u64);
+    let said = format!("/data{TRUNCATED}{cut}, and its data should end at byte {end} or later");
+    place.chain_refused("x.vmdk", 3, &said);
+    place
+        .run("convert x.vmdk out.obd")
+        .code(3)
+        .stderr(contains("sub/data").not());
+}
+
+/// Extents of the type SESPARSE, as vSphere makes them.
+fn extents_of_vsphere() {
+    const TABLE: usize = 4096 * 8;
+    // The number of the last block. Its lowest 12 bits are stored apart from the others.
+    const LAST: u64 = 4097;
+    let place = Place::new();
+    let part = |len: usize, numbers: &[(usize, u64)]| {
+        let mut bytes = vec![0; len];
+        for &(at, number) in numbers {
+            bytes[at..at + 8].copy_from_slice(&number.to_le_bytes());
+        }
+        bytes
+    };
+    let block = |number: u64| (3 << 60) | ((number & 0xfff) << 48) | (number >> 12);
+    let head = [
+        (0, 0xcafe_babe),
+        (8, 0x2_0000_0001),
+        // Lengths in sectors: of the disk, which is 32 MiB, of blocks, and of tables.
+        (16, 65_536),
+        (24, 8),
+        (32, 64),
+        // Places and lengths of the second header, the first table, all other tables, and the blocks.
+        (80, 1),
+        (88, 1),
+        (128, 2),
+        (136, 1),
+        (144, 3),
+        (152, 128),
+        (192, 131),
+        (200, 8 * (LAST + 1)),
+    ];
+    let tables = [
+        // The second half of the disk.
+        (0, block(1)),
+        (TABLE - 8, block(LAST)),
+        // The first half, with two blocks of zeros.
+        (TABLE, block(0)),
+        (TABLE + 16, 2 << 60),
+        (TABLE + 24, (1 << 60) | 5),
+    ];
+    let data = noise(3 * 4096, 3);
+    let mut bytes = [
+        part(512, &head),
+        part(512, &[(0, 0xcafe_cafe)]),
+        part(512, &[(0, (1 << 60) | 1), (8, 1 << 60)]),
+        part(2 * TABLE, &tables),
+        data[..8192].to_vec(),
+    ]
+    .concat();
+    bytes.resize(131 * 512 + LAST as usize * 4096, 0);
+    bytes.extend(&data[8192..]);
+    let mut raw = vec![0; 32 << 20];
+    let middle = raw.len() / 2;
+    let last = raw.len() - 4096;
+    raw[..4096].copy_from_slice(&data[..4096]);
+    raw[middle..middle + 4096].copy_from_slice(&data[4096..8192]);
+    raw[last..].copy_from_slice(&data[8192..]);
+    place.write("x-s.vmdk", &bytes);
+    place.write(
+        "x.vmdk",
+        b"# Disk DescriptorFile\nversion=1\nCID=fffffffe\nparentCID=ffffffff\n\
+          createType=\"seSparse\"\nRW 65536 SESPARSE \"x-s.vmdk\"\n",
+    );
+    place.converted_or("x.vmdk", NotNeeded, &raw, "seSparse");
+    let end = bytes.len();
+    // The last ones have a part of the tables only.
+    for cut in [end - 1, end - 4096, end / 2, 67_072, 40_000] {
+        place.cut("x-s.vmdk", cut as u64);
+        let said =
+            format!("x-s.vmdk{TRUNCATED}{cut}, and its data should end at byte {end} or later");
+        place.chain_refused("x.vmdk", 3, &said);
+    }
 }
 
 /// Each file with data of a vmdk.

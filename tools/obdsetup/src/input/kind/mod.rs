@@ -114,6 +114,9 @@ impl Input {
     ///
     /// If the input cannot be read.
     pub(crate) fn told(path: &Path, kind: Kind) -> Result<Self> {
+        if is_dash(path) {
+            return Err(Failure::error(exit::DEVICE, DASH));
+        }
         let compression = match kind {
             Kind::Raw | Kind::Directory | Kind::Oci => None,
             _ if path.is_dir() => None,
@@ -255,6 +258,21 @@ pub(crate) fn look(path: &Path) -> Result<Seen> {
             compressed(path, compression, inside, seen)
         }
     }
+}
+
+/// Returns what is wrong with the raw disk at `path`, if it is shorter than it says itself, or if its size is not a
+/// multiple of 512 bytes.
+///
+/// # Errors
+///
+/// If the disk cannot be read.
+pub(crate) fn fault_of_raw(path: &Path) -> Result<Option<String>> {
+    let size = FileBlob::open(path, None)?.size();
+    if size % SECTOR_SIZE != 0 {
+        let what = format!("its {size} bytes are no whole number of sectors");
+        return Ok(Some(what));
+    }
+    cut_off(path, path, &ends(path)?.0, size)
 }
 
 /// Returns what is wrong with a disk of `size` bytes that begins with `head`, if it is shorter than it says itself.

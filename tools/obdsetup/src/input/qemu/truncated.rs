@@ -10,9 +10,9 @@
 //! Only what belongs to the disk counts: the last block of a file may end with the disk. What comes after the
 //! data, such as a footer that is there twice, may be missing.
 //!
-//! Every value is hostile. A table is read in pieces, and no piece is kept. The time is that for reading the
-//! tables, of which qemu-img reads each one, too. qemu-img has checked the header before; for a header that it
-//! would refuse, nothing is found here.
+//! Every value is hostile. A table is read in pieces, and no piece is kept. Tables that overlap are refused, so that
+//! all tables together have no more bytes than the file, whose size bounds the time. qemu-img has checked the header
+//! before; for a header that it would refuse, nothing is found here.
 
 mod hypervisors;
 mod qcow2;
@@ -27,6 +27,7 @@ use overlaybd::format::num::{to_u64, to_usize};
 
 use super::vmdk::{open, read};
 use crate::files::json::bad;
+use crate::input::kind;
 use crate::terminal::interrupt;
 
 /// Number of bytes of a table that are read at once, at most.
@@ -39,6 +40,9 @@ const SECTOR: u64 = 512;
 pub(super) fn check(path: &Path, name: &Path, format: &str, size: u64) -> Result<()> {
     if format == super::VMDK {
         return vmdk::check(path, name);
+    }
+    if format == super::RAW {
+        return raw(path, name);
     }
     let find = match format {
         super::QCOW2 => qcow2::find,
@@ -54,6 +58,18 @@ pub(super) fn check(path: &Path, name: &Path, format: &str, size: u64) -> Result
     image.finish()
 }
 
+/// Checks that the raw disk at `path`, a backing file, is not shorter than it says itself.
+fn raw(path: &Path, name: &Path) -> Result<()> {
+    let Some(what) = kind::fault_of_raw(path)? else {
+        return Ok(());
+    };
+    let what = format!(
+        "a disk, and the backing file of an image, but {what}: incomplete download or copy? `qemu-img convert -O raw' \
+         makes a disk of that image as it is, and `convert --from raw' takes that"
+    );
+    Err(bad(name, &what))
+}
+
 /// An image, or another file with its data.
 struct Image<'a> {
     name: &'a Path,
@@ -62,6 +78,8 @@ struct Image<'a> {
     size: u64,
     /// The end of what is known to belong to the image.
     end: u64,
+    /// Number of bytes given to [`Self::claim`].
+    claimed: u64,
 }
 
 impl<'a> Image<'a> {
@@ -77,6 +95,7 @@ impl<'a> Image<'a> {
             file,
             size,
             end: 0,
+            claimed: 0,
         })
     }
 
@@ -92,6 +111,20 @@ impl<'a> Image<'a> {
         if len != 0 {
             self.has(at, len);
         }
+    }
+
+    /// Called before `len` bytes of the file are read that nothing else in the image may have, such as those of a
+    /// table. Returns an error if all these bytes together are more than the file has.
+    fn claim(&mut self, len: u64) -> Result<()> {
+        self.claimed = self.claimed.saturating_add(len);
+        if self.claimed <= self.size {
+            return Ok(());
+        }
+        self.finish()?;
+        Err(bad(
+            self.name,
+            "damaged: its tables or compressed blocks overlap: `qemu-img check' may say more",
+        ))
     }
 
     /// Reads into `bytes` what is at `at`. What is behind the end is zeros.
@@ -121,14 +154,16 @@ impl<'a> Image<'a> {
         let len = to_u64(width);
         self.has(at, count.saturating_mul(len));
         let count = count.min(self.size.saturating_sub(at) / len);
-        let mut piece = vec![0; PIECE];
+        // No overflow, here and below: the table is in the file.
+        self.claim(count * len)?;
+        let at_once = count.min(to_u64(PIECE / width));
+        let mut piece = vec![0; to_usize(at_once) * width];
         let mut nth = 0;
         while nth < count {
             interrupt::check()?;
-            let entries = (count - nth).min(to_u64(PIECE / width));
+            let entries = (count - nth).min(at_once);
             let piece = piece.get_mut(..to_usize(entries) * width);
             let piece = piece.unwrap_or_default();
-            // No overflow: the table is in the file up to there.
             self.read(piece, at + nth * len)?;
             for entry in piece.chunks_exact(width) {
                 each(self, nth, entry)?;
@@ -139,7 +174,7 @@ impl<'a> Image<'a> {
     }
 
     /// Returns an error if the image goes on behind the end of the file.
-    fn finish(self) -> Result<()> {
+    fn finish(&self) -> Result<()> {
         if self.end <= self.size {
             return Ok(());
         }
@@ -252,6 +287,61 @@ mod tests {
         assert!(said("qcow2", &bytes, end - 1, size)?.contains(&cut_off));
         // The last cluster of the disk is not needed as a whole.
         assert_eq!(said("qcow2", &bytes, end - 1, size - 1)?, "");
+        Ok(())
+    }
+
+    /// Small files with many entries for the same bytes, which would be read again and again.
+    #[test]
+    fn tables_that_overlap() -> Result<()> {
+        const SAID: &str = "name: damaged: its tables or compressed blocks overlap: ";
+        let file = |parts: &[(usize, &[u8])]| {
+            let mut bytes = Vec::new();
+            for (at, part) in parts {
+                bytes.resize(bytes.len().max(at + part.len()), 0);
+                bytes[*at..at + part.len()].copy_from_slice(part);
+            }
+            bytes
+        };
+        // Clusters of 2 MiB. All entries of the first table have the same table.
+        let bytes = file(&[
+            (0, b"QFI\xfb\0\0\0\x02"),
+            (20, &21_u32.to_be_bytes()),
+            (36, &65_536_u32.to_be_bytes()),
+            (40, &(2_u64 << 20).to_be_bytes()),
+            (2 << 20, &(4_u64 << 20).to_be_bytes().repeat(65_536)),
+        ]);
+        let start = Instant::now();
+        assert!(said("qcow2", &bytes, 48 << 20, 1 << 55)?.starts_with(SAID));
+        // Clusters of 4 KiB, and tables of 16 clusters.
+        let bytes = file(&[
+            (0, b"QED\0"),
+            (4, &4096_u32.to_le_bytes()),
+            (8, &16_u32.to_le_bytes()),
+            (40, &65_536_u64.to_le_bytes()),
+            (65_536, &131_072_u64.to_le_bytes().repeat(8192)),
+        ]);
+        assert!(said("qed", &bytes, 1 << 20, 1 << 38)?.starts_with(SAID));
+        // Blocks with their lengths in front: 16 tables with 512 entries, all for the same block.
+        let (tables, entries) = (16_u64, 512_u64);
+        let firsts: Vec<u8> = (0..tables)
+            .flat_map(|nth| (2 + 4 * nth as u32).to_le_bytes())
+            .collect();
+        let seconds = 100_u32.to_le_bytes().repeat((tables * entries) as usize);
+        let bytes = file(&[
+            (0, b"KDMV"),
+            (8, &(1_u32 << 17).to_le_bytes()),
+            (12, &(tables * entries * 128).to_le_bytes()),
+            (20, &128_u64.to_le_bytes()),
+            (44, &(entries as u32).to_le_bytes()),
+            (56, &1_u64.to_le_bytes()),
+            (77, &[1, 0]),
+            (512, &firsts),
+            (1024, &seconds),
+        ]);
+        assert!(said("vmdk", &bytes, 256 << 10, 0)?.starts_with(SAID));
+        assert!(start.elapsed() < Duration::from_secs(60));
+        // The same number of entries, and a file that has room for so many blocks.
+        assert_eq!(said("vmdk", &bytes, 8 << 20, 0)?, "");
         Ok(())
     }
 }

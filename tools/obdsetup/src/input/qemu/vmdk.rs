@@ -10,7 +10,7 @@ use std::fs::File;
 use std::io;
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::{FileExt, FileTypeExt, MetadataExt, OpenOptionsExt};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result};
 use rustix::fs::OFlags;
@@ -66,9 +66,7 @@ pub(super) fn each_part(path: &Path, mut check: impl FnMut(&Path) -> Result<()>)
         }
         for Named { name, is_sparse } in found {
             interrupt::check()?;
-            // A relative name is relative to the directory of the image, even if another file has the name. A
-            // colon has no special meaning. An absolute name replaces the directory.
-            let part = directory(path).join(name);
+            let part = part(path, &name);
             if !parts.contains(&part) {
                 if parts.len() == FILES {
                     let what = format!("names more than {FILES} files");
@@ -90,6 +88,13 @@ pub(super) fn each_part(path: &Path, mut check: impl FnMut(&Path) -> Result<()>)
         };
         found = names_at(&next, Place::Sparse)?;
     }
+}
+
+/// Returns the path of a file that the image at the absolute path `image` names, in its own descriptor or in that of
+/// another file with its data: in both, a relative name is relative to the directory of the image. A colon has no
+/// special meaning. An absolute name replaces the directory.
+pub(super) fn part(image: &Path, name: &OsStr) -> PathBuf {
+    directory(image).join(name)
 }
 
 /// Returns what the descriptor of the image at `path` names; nothing if it has no descriptor that qemu-img
@@ -176,7 +181,7 @@ pub(super) fn read(file: &File, bytes: &mut [u8], at: u64) -> io::Result<usize> 
 }
 
 /// Returns what a descriptor names.
-fn names(text: &[u8]) -> Vec<Named> {
+pub(super) fn names(text: &[u8]) -> Vec<Named> {
     // For qemu-img, the text ends with the first NUL.
     let text = text.split(|&byte| byte == 0).next().unwrap_or_default();
     let mut names = Vec::new();
@@ -205,8 +210,6 @@ fn names(text: &[u8]) -> Vec<Named> {
 
 #[cfg(test)]
 mod tests {
-    use std::path::PathBuf;
-
     use super::*;
 
     fn flat_and_sparse(text: &[u8]) -> Vec<(String, bool)> {

@@ -6,14 +6,13 @@ use std::collections::BTreeSet;
 use std::ffi::OsStr;
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::MetadataExt;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 use anyhow::{Context, Result};
 use overlaybd::format::num::{le32, le64};
 
-use super::super::vmdk::{descriptor, Place, MAGIC, NAME};
+use super::super::vmdk::{descriptor, part, Place, MAGIC, NAME};
 use super::{Image, SECTOR};
-use crate::files::place::directory;
 use crate::terminal::interrupt;
 
 /// The magic number of a file of an ESX server.
@@ -36,12 +35,12 @@ struct Extent<'a> {
     start: u64,
 }
 
-/// Checks that the image at `path` and all files with its data are complete. Messages call the image `name`. All
+/// Checks that the image at `image` and all files with its data are complete. Messages call the image `name`. All
 /// files that it names were checked by the caller.
-pub(super) fn check(path: &Path, name: &Path) -> Result<()> {
+pub(super) fn check(image: &Path, name: &Path) -> Result<()> {
     // By device and inode, so that files that name each other come to an end.
     let mut seen = BTreeSet::new();
-    let mut left = vec![(path.to_owned(), name.to_owned(), Place::First)];
+    let mut left = vec![(image.to_owned(), name.to_owned(), Place::First)];
     while let Some((path, name, place)) = left.pop() {
         interrupt::check()?;
         let cannot_read = || format!("{}: cannot read", name.display());
@@ -49,25 +48,25 @@ pub(super) fn check(path: &Path, name: &Path) -> Result<()> {
         if !seen.insert((meta.dev(), meta.ino())) {
             continue;
         }
-        let mut image = Image::open(&path, &name)?;
-        find(&mut image)?;
-        image.finish()?;
+        let mut file = Image::open(&path, &name)?;
+        find(&mut file)?;
+        file.finish()?;
         let text = descriptor(&path, place).with_context(cannot_read)?;
         for extent in extents(&text.unwrap_or_default()) {
-            let part = part(&path, extent.name);
+            let part = part(image, OsStr::from_bytes(extent.name));
             match extent.kind {
                 b"FLAT" | b"VMFS" => flat(&part, &extent)?,
                 b"SPARSE" | b"VMFSSPARSE" => left.push((part.clone(), part, Place::Sparse)),
+                b"SESPARSE" => {
+                    let mut file = Image::open(&part, &part)?;
+                    find_of_vsphere(&mut file)?;
+                    file.finish()?;
+                }
                 _ => (),
             }
         }
     }
     Ok(())
-}
-
-/// Returns the path of a file that the image at `path` names.
-fn part(path: &Path, name: &[u8]) -> PathBuf {
-    directory(path).join(OsStr::from_bytes(name))
 }
 
 /// Checks that a file has all data of an extent without tables.
@@ -120,6 +119,51 @@ fn find(image: &mut Image<'_>) -> Result<()> {
     tables.find(image)
 }
 
+/// Finds the end of a file of vSphere, of the type SESPARSE. Its format is known from qemu-img, which refuses other
+/// versions, and other lengths of tables and blocks.
+fn find_of_vsphere(image: &mut Image<'_>) -> Result<()> {
+    /// Lengths of a table of the second level and of a block in sectors, and number of entries in such a table.
+    const TABLE: u64 = 64;
+    const BLOCK: u64 = 8;
+    const ENTRIES: u64 = 4096;
+    /// The highest bits of an entry say what it is.
+    const KIND: u64 = 0xf << 60;
+    const TABLE_IS_THERE: u64 = 1 << 60;
+    const BLOCK_IS_THERE: u64 = 3 << 60;
+    let head: [u8; 256] = image.head(0)?;
+    let sectors = le64(&head, 16);
+    if le64(&head, 0) != 0xcafe_babe || sectors > u64::MAX / SECTOR {
+        return Ok(());
+    }
+    let at = |place: usize| le64(&head, place).saturating_mul(SECTOR);
+    let (first, tables, data) = (at(128), at(144), at(192));
+    let blocks = sectors.div_ceil(BLOCK);
+    // The header has the length of the first table, too.
+    let count = blocks.div_ceil(ENTRIES).min(at(136) / 8);
+    image.table(first, count, 8, |image, nth, entry| {
+        let place = le64(entry, 0);
+        if place & KIND != TABLE_IS_THERE {
+            return Ok(());
+        }
+        // No overflow: a place has 32 bits, and both are less than the number of blocks.
+        let at = tables.saturating_add(u64::from(place as u32) * TABLE * SECTOR);
+        let first = nth * ENTRIES;
+        let count = ENTRIES.min(blocks - first);
+        image.table(at, count, 8, |image, nth, entry| {
+            let place = le64(entry, 0);
+            if place & KIND == BLOCK_IS_THERE {
+                // The lowest 12 bits of the number are in front of the others.
+                let number = ((place >> 48) & 0xfff) | ((place & 0xffff_ffff_ffff) << 12);
+                let at = number.saturating_mul(BLOCK * SECTOR);
+                let start = (first + nth) * BLOCK * SECTOR;
+                let at = data.saturating_add(at);
+                image.has_data(at, BLOCK * SECTOR, start, sectors * SECTOR);
+            }
+            Ok(())
+        })
+    })
+}
+
 /// Where the data of a file is. Places and lengths are in sectors.
 struct Tables {
     at: u64,
@@ -166,8 +210,15 @@ impl Tables {
                     None => image.has_data(at, block, (first + nth) * block, size),
                     Some(false) => image.has(at, 1),
                     Some(true) => {
-                        // A sector of the disk, then the length.
-                        let marker: [u8; 12] = image.head(at)?;
+                        // A sector of the disk, then the length. Each block begins in a sector of its own.
+                        let len = SECTOR.min(image.size.saturating_sub(at));
+                        let marker: [u8; 12] = match len {
+                            0 => [0; 12],
+                            _ => {
+                                image.claim(len)?;
+                                image.head(at)?
+                            }
+                        };
                         image.has(at, 12 + u64::from(le32(&marker, 8)));
                     }
                 }
@@ -237,6 +288,7 @@ fn word(text: &[u8], part: impl Fn(u8) -> bool) -> (&[u8], &[u8]) {
 
 #[cfg(test)]
 mod tests {
+    use super::super::super::vmdk::names;
     use super::*;
 
     #[test]
@@ -262,5 +314,36 @@ mod tests {
         // If each line were skipped again and again, this would take minutes.
         let long = "\n".repeat(1 << 20) + " RW 1 VMFS \"a\"";
         assert_eq!(extents(long.as_bytes()), [extent(b"VMFS", b"a", 1, 0)]);
+    }
+
+    /// What is opened here was checked: it is among what [`names`] finds.
+    #[test]
+    fn any_extent_is_checked_before() {
+        const WORDS: [&str; 16] = [
+            "RW", " ", " ", "\t", "\x0b", "\r", "\n", "1", "FLAT", "SPARSE", "VMFS", "SE", "\"",
+            "\"", "a", "\0",
+        ];
+        let mut state = 1_u32;
+        let mut random = || {
+            state = state.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
+            (state >> 24) as usize
+        };
+        let mut found = 0;
+        for _ in 0..20_000 {
+            let mut text = "RW 1 ".to_owned();
+            for _ in 0..random() % 24 {
+                text += WORDS[random() % WORDS.len()];
+            }
+            let names = names(text.as_bytes());
+            for extent in extents(text.as_bytes()) {
+                let is_read = [&b"FLAT"[..], b"VMFS", b"SPARSE", b"VMFSSPARSE", b"SESPARSE"];
+                if is_read.contains(&extent.kind) {
+                    found += 1;
+                    let name = OsStr::from_bytes(extent.name);
+                    assert!(names.iter().any(|named| named.name == name), "{text:?}");
+                }
+            }
+        }
+        assert!(found > 10, "{found}");
     }
 }
