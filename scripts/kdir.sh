@@ -9,9 +9,10 @@
 # shellcheck source=scripts/kdir-check.sh
 . "$SCRIPTS/kdir-check.sh"
 
-# kdir_choose: use the user's KDIR; else the running kernel's tree if it is usable and USE_ROOT is not set; else the
-# tree of KERNEL (stock by default), in the tool-chain root. Sets KDIR_USED (the tree's path), KDIR_RELEASE, KDIR_ARGS
-# (arguments for make), KDIR_IN_ROOT (1 if in the root), KDIR_CLONE and KDIR_ID, which identifies the tree.
+# kdir_choose: use the user's KDIR, unless it is a tree that `make setup` has made; without KDIR, the running kernel's
+# tree if it is usable and USE_ROOT is not set; else the tree of KERNEL (stock by default), in the tool-chain root. Sets
+# KDIR_USED (the tree's path), KDIR_RELEASE, KDIR_ARGS (arguments for make), KDIR_IN_ROOT (1 if in the root), KDIR_CLONE
+# (the clone's path for the build, see kdir_place) and KDIR_ID, which identifies the tree.
 kdir_choose() {
 	kdir_choose_tree
 	kdir_place

@@ -60,7 +60,8 @@ impl Many {
             KVec::with_capacity(pages.div_ceil(1 << MAX_ORDER) + 2, memory::OPTIONAL).ok()?;
         let whole = take_pieces(pool, pages, &mut pieces);
         let vecs = compat::zeroed(pieces.len(), memory::OPTIONAL).ok();
-        // If there is no memory for the lists, the pieces are freed.
+        // If there are too few pages, or there is no memory for the vector, the pieces are freed;
+        // they do not return to the pool.
         match (whole, vecs) {
             (Some(()), Some(vecs)) => KBox::new(Self { pieces, vecs }, memory::OPTIONAL).ok(),
             _ => None,
@@ -70,7 +71,7 @@ impl Many {
 
 /// Takes pieces with `pages` pages in total from `pool`, the largest that there are, and appends
 /// them to `pieces`. Returns `None` if there are not enough; then `pieces` has those that were
-/// found.
+/// found, and frees them when it is dropped.
 pub(super) fn take_pieces(pool: &Pool, pages: usize, pieces: &mut KVec<Piece>) -> Option<()> {
     let (mut left, mut order) = (pages, MAX_ORDER);
     while left > 0 {
@@ -136,7 +137,7 @@ impl Buffer {
     ///
     /// # Errors
     ///
-    /// [`ENOMEM`].
+    /// [`ENOMEM`], and [`EOVERFLOW`] if `len` cannot be rounded up.
     pub(crate) fn new_spare(len: usize) -> Result<Self> {
         let len = page_align(len).ok_or(EOVERFLOW)?;
         let memory = compat::zeroed(len, memory::LARGE)?;

@@ -135,8 +135,7 @@ impl<const DAX: bool> dm::Target for Lsmt<DAX> {
 
     fn ima(&self, devices: &[Device], out: &mut Emit<'_>) {
         out.put(fmt!(",layers={},size={}", devices.len(), self.size));
-        // The topmost layer first: if there isn't room for all layers, the lowest ones, which the
-        // others hide, are left out.
+        // The topmost layer first: if there isn't room for all layers, the lowest ones are left out.
         for (nth, device) in devices.iter().enumerate().rev() {
             if out.room() < IMA_DEVICE {
                 break;
@@ -219,8 +218,8 @@ fn check_alignment(
     }
     let mask = block / SECTOR_SIZE - 1;
     let mut all = alignment(segments)?;
-    // If the disk ends within a sector, that sector is kept in memory, and remapped reads end
-    // before it.
+    // If the disk ends within a sector, reads of that sector are answered from memory. Reads that
+    // are remapped end where that sector starts, so its start must be aligned, too.
     let end = size / SECTOR_SIZE;
     if size % SECTOR_SIZE != 0 && setup.len() > end {
         all |= end;
@@ -234,7 +233,8 @@ fn check_alignment(
     Ok(())
 }
 
-/// Returns the result of [`dax::alignment`]. Calls [`pause`] regularly.
+/// Returns the bitwise or of all offsets, lengths and starts of data, as [`dax::alignment`] does.
+/// Calls [`pause`] regularly.
 fn alignment(segments: &[Segment]) -> Result<u64, Failure> {
     let mut all = 0;
     for part in segments.chunks(1 << 16) {

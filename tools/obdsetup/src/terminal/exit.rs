@@ -65,7 +65,8 @@ impl std::fmt::Display for Failure {
 
 impl std::error::Error for Failure {}
 
-/// A program failed because there is no room for what it writes.
+/// A program that obdsetup ran has failed because it could not write its output: a file system is full, the user's
+/// disk quota is used up, or a file became larger than `ulimit -f` allows.
 #[derive(Debug)]
 pub(crate) struct Full(pub(crate) String);
 
@@ -77,8 +78,8 @@ impl std::fmt::Display for Full {
 
 impl std::error::Error for Full {}
 
-/// Returns whether the cause of `error` is that there is no room for what is written: a file system is full, or a
-/// limit for the user is reached.
+/// Returns whether the cause of `error` is that a file system is full (`ENOSPC`), that the user's disk quota is used
+/// up (`EDQUOT`), or [`Full`].
 pub(crate) fn is_full(error: &anyhow::Error) -> bool {
     let full = |kind| matches!(kind, ErrorKind::StorageFull | ErrorKind::QuotaExceeded);
     error.chain().any(|cause| {

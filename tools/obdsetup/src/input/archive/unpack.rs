@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! Decompresses a file and checks its checksums. Several compressed files in a row count as one. A
-//! file that ends early or is followed by other data is an error.
+//! Decompresses a file and checks its checksums. Several compressed files in a row count as one,
+//! except `.lzma` files. A file that ends early or is followed by other data is an error.
 
 use std::fs::File;
 use std::io::{self, BufRead, ErrorKind, Read};
@@ -75,7 +75,7 @@ impl Unpack {
             return Ok(State::Done(source.position()));
         }
         if !must && matches!(head, [0, ..]) {
-            // Tapes and downloads are padded with zeros, and so are files of xz.
+            // Files from tapes or downloads, and xz files, may be padded with zeros.
             skip_zeros(&mut source)?;
             return self.begin(source, false);
         }
@@ -156,7 +156,8 @@ impl Read for Unpack {
 }
 
 impl Compression {
-    /// Returns whether data of this compression may be followed by data of `next`.
+    /// Returns whether data of this compression may be followed by data of `next`: by data of the same
+    /// compression, and zstd and LZ4 also by a skippable frame, which [`Self::of`] takes for zstd.
     fn may_be_followed_by(self, next: Self) -> bool {
         let skippable = |one| matches!(one, Self::Zstd | Self::Lz4);
         self == next || skippable(self) && next == Self::Zstd
