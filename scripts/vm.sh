@@ -116,7 +116,7 @@ monitor=qemu
 ! grep -qx CONFIG_UML=y "$K_DIR/config" || monitor=uml
 # The kernel that guests of the VM run: that of the VM, or, if they cannot, the stock kernel.
 guest_dir=$K_DIR
-[ "$KERNEL" != uml-host ] || guest_dir=$(KERNEL=stock && kernel_select && say "$K_DIR")
+[ "$KERNEL" != uml-host ] || guest_dir=$(KERNEL=stock kernel_select && say "$K_DIR")
 if [ "$monitor" = qemu ]; then
 	boot_files
 	accel
