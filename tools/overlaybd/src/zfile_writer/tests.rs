@@ -182,7 +182,7 @@ fn one_thread_makes_progress() {
 }
 
 /// Produces a GiB. Counts the bytes that the sink accepts.
-fn endless<'a>(count: &'a AtomicU64) -> impl FnOnce(Sink<'_>) -> Result<()> + Send + 'a {
+fn endless(count: &AtomicU64) -> impl FnOnce(Sink<'_>) -> Result<()> + Send + '_ {
     move |sink: Sink<'_>| {
         let piece = content(1 << 20);
         for _ in 0..1024 {
