@@ -434,8 +434,8 @@ mod tests {
         // One sector in a cluster, one reserved sector, two tables.
         let fat: &[(usize, &[u8])] = &[sectors_512, (13, b"\x01\x01\0\x02")];
         let old: &[(usize, &[u8])] = &[(19, b"\0\x20"), (54, b"FAT12   ")];
-        let (large, name): ((usize, &[u8]), (usize, &[u8])) =
-            ((32, b"\0\0\x02"), (82, b"FAT32   "));
+        let large: (usize, &[u8]) = (32, b"\0\0\x02");
+        let name: (usize, &[u8]) = (82, b"FAT32   ");
         assert_eq!(
             boot(&[fat, old].concat()),
             Some((4 << 20, "FAT file system"))
