@@ -26,7 +26,7 @@ run_bench() {
 # left_out PART: print what a part leaves out, and the command that runs it in full.
 left_out() {
 	case $1 in
-	debug) say "two thirds of the tests that are alike (OBD_SAMPLE_FIRST= chooses which), dax, and those that mainly test obdsetup, with the debug kernel" ;;
+	debug) say "two thirds of the tests that are alike (OBD_SAMPLE_FIRST= chooses which), and those that mainly test obdsetup, with the debug kernel" ;;
 	forky | kcsan | boot | deb | nested | kills) ;;
 	soak) say "soak for longer than ${MINUTES:-$SOAK_MINUTES} minutes: make soak MINUTES=" ;;
 	fuzz) say "fuzz for longer than $FUZZ_SECONDS s a target: make fuzz SECONDS=" ;;

@@ -222,7 +222,8 @@ other_system() {
 	say "${names[*]}"
 }
 
-# with_pmem COMMAND...: run it with VMs that have two pmem devices, for the test dax, and as much other memory as usual.
+# with_pmem COMMAND...: run it with VMs that have two pmem devices, for the test dax, and as much other memory as usual
+# with Debian's kernel. QEMU_MEM: all memory, in MiB.
 with_pmem() {
 	KERNEL_ARGS=$PMEM QEMU_MEM=${QEMU_MEM:-2304} "$@"
 }
@@ -353,7 +354,8 @@ for part in "${parts[@]}"; do
 		TIMEOUT=7200 in_vm stock "$OBD_KILLS kills" system/kills "${long_system[*]}"
 		;;
 	forky) in_vm forky tests "${thirds[@]}" "$rest" ;;
-	debug) OBD_SAMPLE=3 in_vm debug tests "${thirds[@]}" "$rest_of_module" ;;
+	# The debug kernel needs more memory, see kernel-test.sh.
+	debug) OBD_SAMPLE=3 QEMU_MEM=${QEMU_MEM:-3328} with_pmem in_vm debug tests "${thirds[0]} dax" "${thirds[1]}" "$rest_of_module" ;;
 	kcsan)
 		# KCSAN is off at boot: run.sh switches it on. It watches more accesses than by default, and each one for
 		# longer, because the CPUs are slow.
