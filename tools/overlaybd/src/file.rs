@@ -7,7 +7,7 @@ use std::io::{Seek, SeekFrom};
 use std::ops::Range;
 use std::os::unix::fs::{FileExt, FileTypeExt};
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 
 use rustix::fs::seek;
 
@@ -25,6 +25,31 @@ pub struct FileBlob {
     file: File,
     path: PathBuf,
     size: u64,
+    /// What [`FileBlob::next_data`] found last.
+    found: Mutex<Option<Found>>,
+}
+
+/// The result of a look for data in a file.
+#[derive(Clone, Debug)]
+struct Found {
+    /// Byte where the look began.
+    from: u64,
+    /// The first range of data at or after `from`; `None` if only a hole is left.
+    data: Option<Range<u64>>,
+}
+
+impl Found {
+    /// Returns the first range of data at or after `offset`, if this result says which one that is.
+    fn at(&self, offset: u64) -> Option<Option<Range<u64>>> {
+        if offset < self.from {
+            return None;
+        }
+        match &self.data {
+            None => Some(None),
+            Some(data) if offset < data.end => Some(Some(data.start.max(offset)..data.end)),
+            Some(_) => None,
+        }
+    }
 }
 
 impl FileBlob {
@@ -93,6 +118,7 @@ impl FileBlob {
             file,
             path: path.to_owned(),
             size: size.unwrap_or(there),
+            found: Mutex::new(None),
         })
     }
 
@@ -103,10 +129,28 @@ impl FileBlob {
 
     /// Returns the first range of bytes at or after `offset` that isn't a hole; `None` if only a
     /// hole is left. If the file system doesn't report holes, all bytes count as data.
+    ///
+    /// The file system walks through the whole range to find its end: tmpfs, for example, looks at
+    /// each page. So the last result is kept, and asked first. It stays as it is if holes are
+    /// filled or punched later.
     pub fn next_data(&self, offset: u64) -> Option<Range<u64>> {
         if offset >= self.size {
             return None;
         }
+        let mut found = self.found.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(data) = found.as_ref().and_then(|found| found.at(offset)) {
+            return data;
+        }
+        let data = self.look_for_data(offset);
+        *found = Some(Found {
+            from: offset,
+            data: data.clone(),
+        });
+        data
+    }
+
+    /// Asks the file system for the first range of bytes at or after `offset` that isn't a hole.
+    fn look_for_data(&self, offset: u64) -> Option<Range<u64>> {
         let start = match seek(&self.file, rustix::fs::SeekFrom::Data(offset)) {
             Ok(start) => start,
             Err(rustix::io::Errno::NXIO) => return None,
@@ -233,4 +277,37 @@ pub(crate) fn stream_pieces<B: Blob<Error = Error>>(
         done += take;
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_end_of_a_range_of_data_is_looked_for_once(
+    ) -> std::result::Result<(), Box<dyn std::error::Error>> {
+        let file = tempfile::tempfile()?;
+        file.set_len(12 * PIECE)?;
+        file.write_all_at(&vec![1; to_usize(4 * PIECE)], 4 * PIECE)?;
+        let blob = FileBlob::from_file(file, Path::new("disk"))?;
+        let data = 4 * PIECE..8 * PIECE;
+        assert_eq!(blob.next_data(0), Some(data.clone()));
+        // A second look would see the hole.
+        let mode = rustix::fs::FallocateFlags::PUNCH_HOLE | rustix::fs::FallocateFlags::KEEP_SIZE;
+        rustix::fs::fallocate(blob.file(), mode, 6 * PIECE, PIECE)?;
+        for at in [0, PIECE, 4 * PIECE - 1, 4 * PIECE, 6 * PIECE, 8 * PIECE - 1] {
+            assert_eq!(
+                blob.next_data(at),
+                Some(at.max(data.start)..data.end),
+                "{at}"
+            );
+        }
+        // What was not part of the last result is looked for: the end of the file, then all from the start.
+        assert_eq!(blob.next_data(8 * PIECE), None);
+        assert_eq!(blob.next_data(9 * PIECE), None);
+        assert_eq!(blob.next_data(12 * PIECE), None);
+        assert_eq!(blob.next_data(0), Some(4 * PIECE..6 * PIECE));
+        assert_eq!(blob.next_data(6 * PIECE), Some(7 * PIECE..8 * PIECE));
+        Ok(())
+    }
 }

@@ -17,6 +17,7 @@ mod files;
 mod format;
 mod pack;
 
+use std::borrow::Cow;
 use std::fs::File;
 use std::os::unix::fs::FileExt;
 use std::path::Path;
@@ -119,18 +120,28 @@ fn write_data(tree: &Tree, extents: &[Extent], file: &File) -> Result<Items> {
         };
         let mut at = own.iter().copied().peekable();
         content.read(|offset, piece| {
-            for (sector, offset) in piece.chunks(to_usize(SECTOR)).zip((offset..).step_by(4096)) {
+            let (mut offset, mut rest) = (offset, piece);
+            while !rest.is_empty() {
                 while at
                     .next_if(|extent| extent.offset + extent.len <= offset)
                     .is_some()
                 {}
                 let extent = at.peek().context("data without a place")?;
+                let room = (extent.offset + extent.len - offset).min(to_u64(rest.len()));
+                let (here, after) = rest.split_at(to_usize(room));
                 let address = extent.address + (offset - extent.offset);
-                let mut whole = sector.to_vec();
-                whole.resize(to_usize(SECTOR), 0);
-                sums.push((address, crc32c::crc32c(&whole)));
+                let mut whole = Cow::Borrowed(here);
+                if here.len() % to_usize(SECTOR) != 0 {
+                    whole
+                        .to_mut()
+                        .resize(here.len().next_multiple_of(to_usize(SECTOR)), 0);
+                }
+                let sectors = whole.chunks(to_usize(SECTOR)).map(crc32c::crc32c);
+                sums.extend((address..).step_by(4096).zip(sectors));
                 file.write_all_at(&whole, address)
                     .context("cannot write the file system")?;
+                offset += room;
+                rest = after;
             }
             bar.advance(to_u64(piece.len()))?;
             Ok(())

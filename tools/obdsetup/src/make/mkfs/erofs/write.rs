@@ -684,9 +684,18 @@ impl<O: Out> Writer<'_, O> {
             let nth = offset / plan.chunk();
             let inside = offset % plan.chunk();
             let (at, _) = chunks.get(&nth).context("data without a place")?;
-            let room = to_usize((plan.chunk() - inside).min(to_u64(piece.len())));
-            let (now, rest) = piece.split_at(room);
-            self.write(now, (plan.block + at) * BLOCK + inside)?;
+            let start = at * BLOCK + inside;
+            // Chunks that are adjacent in the file mostly are so on the disk, too: one call writes them.
+            let mut room = plan.chunk() - inside;
+            for next in nth + 1.. {
+                let adjacent = chunks.get(&next).is_some_and(|(at, _)| at * BLOCK == start + room);
+                if !adjacent || room >= to_u64(piece.len()) {
+                    break;
+                }
+                room += plan.chunk();
+            }
+            let (now, rest) = piece.split_at(to_usize(room.min(to_u64(piece.len()))));
+            self.write(now, plan.block * BLOCK + start)?;
             offset += to_u64(now.len());
             piece = rest;
         }
