@@ -110,7 +110,7 @@ def partitions():
     verify(dm.zfile(part, len(raw), len(DATA)), PADDED, rounds=20)
 
 
-@test("lower device with blocks of 4096 bytes: zfile reads single sectors")
+@test("lower device with blocks of 4096 bytes: the zfile device has blocks of 512 bytes")
 def large_blocks_zfile():
     for algorithm, block, wrap in ((image.LZ4, 512, False), (image.LZ4, 4096, True), (image.ZSTD, 65536, True)):
         raw = image.zfile(DATA, algorithm, block, overwrite=wrap)
@@ -124,7 +124,7 @@ def large_blocks_zfile():
     verify(dm.lsmt(VSIZE, (lower, len(LAYER)), (dm.Loop(TOP), len(TOP))), PLAIN, rounds=60)
 
 
-@test("striped lower device: zfile doesn't inherit the limits for its chunks")
+@test("striped lower device: the zfile device doesn't inherit the limits that come from the stripes")
 def stripes():
     raw = image.zfile(DATA, image.LZ4, 65536, overwrite=True)
     raw += bytes(-len(raw) % 16384)
@@ -152,8 +152,8 @@ def large_blocks_lsmt():
     same_bytes(disk.whole(), wanted, "content")
     for sector in (0, 8, 304, 400, 600, 696):
         same_bytes(disk.read(sector * 512, 8192), wanted[sector * 512:sector * 512 + 8192], f"sector {sector}")
-    # The disk ends within a sector. The sectors before it, which are read from the device, are no whole number of
-    # blocks.
+    # The disk `odd` ends within a sector, which is not the first one of a block. Reads of the device end where that
+    # sector starts, so they would end within a block: refused, wherever the layer has data.
     end = VSIZE + 7 * 512 + 100
     odd = image.lsmt(end, [(0, image.sample(304 * 512, 52))])
     for size, *blobs in ((VSIZE, (LAYER, 4096)), (VSIZE, (LAYER_4K, 4096), (TOP, 512)), (VSIZE + 4096, (odd, 4096))):
@@ -174,7 +174,8 @@ def different_blocks():
         same_bytes(Disk(device).whole(), wanted, "content")
 
 
-@test("loop devices with direct I/O on the golden images' file system: in the test VM 9p, which references pages")
+@test("loop devices with direct I/O on the golden images' file system: in the test VM 9p, which takes references "
+      "to the pages of a bio")
 def network_file():
     raw = golden.load("zfile-lsmt/ext4-lz4-4k-tar.obd")
     path = run("losetup", "--read-only", "--direct-io=on", "--find", "--show",

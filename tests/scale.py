@@ -83,7 +83,8 @@ def fleet(nodes, shared, whole, seed=SEED):
 
 
 def popular(nodes=1000):
-    """Returns rows of the bytes fetched per start: with private layers, with shared layers, and their ratio."""
+    """Returns rows of the bytes fetched per start: with private layers, with shared layers, and the second divided by
+    the first."""
     starts = nodes * STARTS
     rows = []
     for what, whole in (("whole layers", True), ("what is read", False)):

@@ -341,7 +341,7 @@ fn records_of_other_programs() {
     let nfs = records(&[(b"SCHILY.acl.ace", b"owner@:rwx::allow")]);
     let done = place.convert(&nfs, "--fs erofs").code(1);
     done.stderr(contains(
-        "ACLs of NFS: 2 files stored without them: ./file ./more",
+        "ACLs of NFS are not kept: 2 files stored without them: ./file ./more",
     ));
     place.convert(&nfs, "--fs erofs --allow-loss").success();
     // The same attribute, as two programs write it.

@@ -44,7 +44,7 @@ impl Closing {
             return Ok(None);
         }
         let lower = system::lower(&store.number).into_iter().next();
-        let lower = lower.with_context(|| format!("device {} is over nothing", store.name))?;
+        let lower = lower.with_context(|| format!("device {} has no lower device", store.name))?;
         let file = backing::open_by_number(&lower)?;
         // If the store is a block device, the lock prevents that another disk is made with it before the head
         // is written.

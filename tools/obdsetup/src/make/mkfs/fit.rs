@@ -2,7 +2,7 @@
 
 //! Handles what a file system, or obdsetup itself, cannot store. A loss of data is an error unless the
 //! user allows it. Other losses, such as of precision, flags or sockets, are warnings. Every loss is
-//! reported.
+//! reported, except that of flags about how a file system stores a file: see [`FLAGS`].
 
 use std::collections::BTreeMap;
 
@@ -19,9 +19,9 @@ const ACL: &[u8] = b"system.posix_acl_";
 /// Prefixes of the extended attributes that every [`FileSystem`] can store.
 const KINDS: [&[u8]; 3] = [b"user.", b"trusted.", b"security."];
 
-/// Flags of chattr(1) that change what programs see of a file, or may do with it, with their names in
-/// chattr(1). All other flags but encryption are about how a file system stores a file, and their loss is not
-/// reported.
+/// Flags of chattr(1) that change what programs see of a file, what they may do with it, or when its data is on
+/// disk, with their names in chattr(1). All other flags but encryption are about how a file system stores a file,
+/// and their loss is not reported.
 const FLAGS: [(IFlags, &str); 9] = [
     (IFlags::IMMUTABLE, "immutable"),
     (IFlags::APPEND, "append only"),
@@ -72,10 +72,12 @@ impl Loss {
             }
             Self::Encryption => return "encryption is not kept".to_owned(),
             Self::Acl => "POSIX ACLs".to_owned(),
-            Self::AclNames => "POSIX ACLs that name users or groups (`tar --numeric-owner` stores \
-                               numbers)"
-                .to_owned(),
-            Self::NfsAcl => "ACLs of NFS".to_owned(),
+            Self::AclNames => {
+                return "POSIX ACLs with names of users or groups are not kept (`tar --numeric-owner` stores \
+                        numbers)"
+                    .to_owned()
+            }
+            Self::NfsAcl => return "ACLs of NFS are not kept".to_owned(),
             Self::Xattr => "extended attributes other than user, trusted and security".to_owned(),
             Self::XattrName => "extended attributes with \"=\" in the name".to_owned(),
             Self::XattrEmpty => "empty extended attributes of the root directory".to_owned(),
@@ -88,7 +90,14 @@ impl Loss {
                 _ => "times before 1901-12-13 or after 2446-05-10".to_owned(),
             },
         };
-        format!("{} cannot hold {what}", fs.name())
+        // The file system could hold these, but mkfs gets its files from a tar.
+        let made = match self {
+            Self::XattrName | Self::XattrEmpty | Self::Devices | Self::Sockets => {
+                " made from a tar"
+            }
+            _ => "",
+        };
+        format!("{}{made} cannot hold {what}", fs.name())
     }
 
     /// Returns what happens to the files.
