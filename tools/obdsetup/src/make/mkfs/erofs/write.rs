@@ -688,7 +688,9 @@ impl<O: Out> Writer<'_, O> {
             // Chunks that are adjacent in the file mostly are so on the disk, too: one call writes them.
             let mut room = plan.chunk() - inside;
             for next in nth + 1.. {
-                let adjacent = chunks.get(&next).is_some_and(|(at, _)| at * BLOCK == start + room);
+                let adjacent = chunks
+                    .get(&next)
+                    .is_some_and(|(at, _)| at * BLOCK == start + room);
                 if !adjacent || room >= to_u64(piece.len()) {
                     break;
                 }
