@@ -1,8 +1,8 @@
 /* SPDX-License-Identifier: GPL-2.0 */
 /*
  * Shims for inline functions and macros of the kernel, which Rust cannot call.
- * A shim without a comment calls the function or macro that has the same name
- * without "obd_".
+ * A shim calls the function or macro that has the same name without "obd_",
+ * unless its comment, or the comment of its group, describes something else.
  */
 #ifndef _DM_OVERLAYBD_H
 #define _DM_OVERLAYBD_H
@@ -92,7 +92,10 @@ void obd_cond_resched(void);
 void obd_cond_resched_tasks_rcu_qs(void);
 void obd_synchronize_rcu_tasks(void);
 
-/* Locks and work. The locks are for kernels before 7.3: see helpers.c. */
+/*
+ * Locks and work. The functions for locks are for kernels before 7.3, which do
+ * not have them: see helpers.c.
+ */
 #ifndef OBD_SPINLOCK_IRQ
 void obd_spin_lock_irq_disable(spinlock_t *lock);
 bool obd_spin_trylock_irq_disable(spinlock_t *lock);
@@ -102,9 +105,9 @@ bool obd_cpu_online(u32 cpu);
 /*
  * Returns the CPU whose worker to wake for a job that CPU @here queues: @here
  * if it is in @idle and not isolated, otherwise the next CPU in @idle that is
- * online and not isolated; nr_cpu_ids or more if there is none. @idle has the
- * CPUs whose worker has nothing to do. Must be called on @here with interrupts
- * off. Overwrites @scratch.
+ * online and not isolated, where CPU 0 comes after the last CPU; nr_cpu_ids or
+ * more if there is none. @idle has the CPUs whose worker has nothing to do.
+ * Must be called on @here with interrupts off. Overwrites @scratch.
  */
 u32 obd_cpu_for_work(const struct cpumask *idle, struct cpumask *scratch,
 		     u32 here);
@@ -118,14 +121,19 @@ bool obd_schedule_delayed_work(struct delayed_work *work, unsigned int seconds);
 struct workqueue_struct *obd_alloc_workqueue(const char *name,
 					     unsigned int flags);
 
-/* Per-CPU counters. A sum may miss what other CPUs add at the same time. */
+/*
+ * Counters: a u64 for each CPU, from alloc_percpu(). obd_counter_add() adds to
+ * that of this CPU; obd_counter_sum() adds up those of all possible CPUs, and
+ * may miss what other CPUs add at the same time.
+ */
 u64 __percpu *obd_counter_alloc(void);
 void obd_counter_add(u64 __percpu *counter, u64 n);
 u64 obd_counter_sum(u64 __percpu *counter);
 
 /*
- * The cache of all zfile devices: the memory that it uses (module parameter
- * cache_bytes) and the limit of that (cache_limit_bytes), both in bytes.
+ * The cache of all zfile devices. obd_cache_bytes() returns the memory that it
+ * uses (module parameter cache_bytes), obd_cache_limit() the limit of that
+ * (cache_limit_bytes), both in bytes.
  */
 /* Sets the limit to its default if the limit is 0. */
 void obd_cache_init(void);

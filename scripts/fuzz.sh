@@ -8,7 +8,7 @@
 
 CARGO_FUZZ=0.13.1
 TARGETS=(image codec merge lsmt zfile tar changes oci)
-# Limits besides the targets' own checks: seconds for one input, MiB for the process.
+# Limits besides the targets' own checks: seconds for one input, MiB for the process, bytes of an input.
 LIMITS=(-timeout=10 -rss_limit_mb=512 -max_len=8192)
 
 RECORD=${RECORD:+$(realpath -m "$RECORD")}

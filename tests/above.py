@@ -130,7 +130,7 @@ def verity():
     data.write(offset, bytes(broken))
     fails_with(errno.EIO, disk.read, number * 4096, 4096)
     same_bytes(disk.read(0, 4096), LAYER[:4096], "another block")
-    equal(device.info()[0], "V", "state: the error is verity's")
+    equal(device.info()[0], "V", "state: an error of the lower device is no corrupt block")
 
 
 if __name__ == "__main__":

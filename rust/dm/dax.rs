@@ -360,8 +360,8 @@ impl Claim {
 
     /// Allows mappings, unless pages of another table of the mapped device may be mapped. This is
     /// the case if both tables were loaded before either was live, and the other one became live
-    /// first. Then bios work, but mappings fail until the mapped device is closed, suspended and
-    /// resumed again.
+    /// first. Then bios work, but mappings fail until the mapped device is suspended and resumed
+    /// while nobody has it open.
     ///
     /// Called each time before device-mapper resumes the mapped device.
     pub(super) fn begin(&self) {
@@ -390,7 +390,7 @@ impl Claim {
         };
         if !begun {
             pr_warn!(
-                "{}: has no DAX, since it had another DAX table: close it, then suspend and resume it\n",
+                "{}: has no DAX, since it had another DAX table: unmount it, then suspend and resume it\n",
                 self.name.as_str()
             );
         }

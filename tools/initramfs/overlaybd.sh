@@ -4,10 +4,11 @@
 # command line and /etc/overlaybdtab say what to do: see boot.rst. Sourced, in an initramfs that may have little more
 # than a shell, cat, mkdir, mount, blkid, modprobe, dmsetup and obdsetup.
 
-# systemd leaves what is mounted in /run/initramfs alone at shutdown.
+# At shutdown, systemd does not unmount what is mounted below /run/initramfs.
 OVERLAYBD_RUN=/run/initramfs/overlaybd
 
-# overlaybd_say TEXT: on the console, but not again each time that it is tried; there may be no grep.
+# overlaybd_say TEXT: print TEXT on the console, unless it was printed before: failed steps are tried again and again.
+# Does not use grep, which the initramfs may lack.
 overlaybd_say() {
 	overlaybd_said=$(cat "$OVERLAYBD_RUN/said" 2>/dev/null)
 	case "
@@ -21,14 +22,14 @@ overlaybd: $1
 	echo "overlaybd: $1" >&2
 }
 
-# overlaybd_try CMD...: run it; say why it fails.
+# overlaybd_try CMD...: run a command; if it fails, print its error.
 overlaybd_try() {
 	overlaybd_error=$("$@" 2>&1 >/dev/null) && return
 	overlaybd_say "$overlaybd_error"
 	return 1
 }
 
-# overlaybd_there DEVICE FOR: return whether DEVICE exists. It may appear later.
+# overlaybd_there DEVICE FOR: return whether DEVICE exists; if not, print that FOR needs it. DEVICE may appear later.
 overlaybd_there() {
 	[ ! -b "$1" ] || return 0
 	overlaybd_say "no block device $1, for $2"
@@ -38,7 +39,8 @@ overlaybd_there() {
 # overlaybd_fstype DEVICE: print the type of the file system on DEVICE.
 overlaybd_fstype() { blkid -o value -s TYPE "$1"; }
 
-# overlaybd_store DEVICE: mount the file system that has the layers with relative names. Not a store of changes.
+# overlaybd_store DEVICE: mount the file system on DEVICE, in which the layers with relative names are. This is not a
+# store of changes.
 overlaybd_store() {
 	[ ! -e "$OVERLAYBD_RUN/store-mounted" ] || return 0
 	overlaybd_there "$1" rd.overlaybd.store= || return
@@ -87,7 +89,7 @@ overlaybd_snapshot() {
 		}
 	done
 	modprobe -q dm_snapshot
-	# Of the one line "0 SECTORS lsmt ...".
+	# The table has one line, "0 SECTORS lsmt ...".
 	overlaybd_sectors=$(dmsetup table "$overlaybd_name") || return
 	overlaybd_sectors=${overlaybd_sectors#0 }
 	overlaybd_try dmsetup create "$overlaybd_name-rw" --uuid "OVERLAYBD-SNAPSHOT-$overlaybd_name" --table \

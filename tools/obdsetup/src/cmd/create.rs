@@ -117,7 +117,7 @@ pub(crate) struct Args {
     #[arg(long, requires = "base", conflicts_with = "directory")]
     grow: bool,
 
-    /// Leave zeros out of a layer that has none below
+    /// Leave zeros out of a layer without --base
     #[arg(long, conflicts_with_all = ["base", "dax"])]
     skip_zeros: bool,
 

@@ -23,8 +23,9 @@ use crate::terminal::warn;
 /// How an image is compared.
 #[derive(clap::Args, Debug, Default, PartialEq, Eq)]
 pub(crate) struct CompareArgs {
-    /// Unit in which to compare and to skip zeros: a power of two from 512 to 1m (4k if not given;
-    /// larger if the index of the layer would become too large)
+    /// Unit in which the image is compared with the layers below, and in which zeros are left out:
+    /// a power of two from 512 to 1m (4k if not given; larger if the index of the layer would
+    /// become too large)
     #[arg(long, value_name = "SIZE", value_parser = granule)]
     granularity: Option<u64>,
 }

@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: GPL-2.0
 
 //! Ordinary images. Each layer, a tar, becomes an OverlayBD layer: the blocks in which the disk with this layer
-//! differs from the disk of the layers below. With the same version of obdsetup and the same options, an
-//! OverlayBD layer depends only on its tar and the tars below. So if images share layers, the OverlayBD layers
-//! are the same, too.
+//! differs from the disk of the layers below. With the same version of obdsetup, the same options and the same
+//! `SOURCE_DATE_EPOCH`, an OverlayBD layer depends only on its tar and the tars below. So if images share layers,
+//! the OverlayBD layers are the same, too.
 
 use std::path::{Path, PathBuf};
 

@@ -3,8 +3,8 @@
 //! The exception store of dm-snapshot, as the kernel's `drivers/md/dm-snap-persistent.c` writes it. An
 //! exception is a chunk of the disk that was written, and its place in the store.
 //!
-//! Chunk 0 is a header. Areas follow: a chunk of exceptions, and as many chunks of data. The first
-//! exception with chunk 0 of the store ends the list.
+//! Chunk 0 is a header. Areas follow: each has a chunk of exceptions, and a chunk of data for each of
+//! these. The first exception with chunk 0 of the store ends the list.
 
 use std::ops::Range;
 

@@ -46,11 +46,13 @@ pub enum State {
     /// Closed. The store has every chunk that was written. A later write to one of these chunks may have
     /// failed, with an error to the writer.
     Closed,
-    /// Open, or not closed, because the machine went down or a close was killed.
+    /// Open, or was not closed: the machine went down, an obdsetup was killed, or the kernel removed
+    /// the devices later (`close --deferred`).
     Open,
     /// The store has no room. Writes have failed because of this, or may have failed.
     Overflowed,
-    /// A write to the store has failed. Later writes may be missing.
+    /// dm-snapshot has given up the store, usually because a write to it failed. Changes may be
+    /// missing.
     Failed,
 }
 

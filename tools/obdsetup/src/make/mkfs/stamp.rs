@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! The UUIDs and the time of creation of a file system. They depend on the files and on
-//! `SOURCE_DATE_EPOCH`, but not on the clock or on chance: the same files make the same bytes.
+//! The UUIDs and the time of creation of a file system. They depend on the files, on the type, size and
+//! options of the file system, and on `SOURCE_DATE_EPOCH`, but not on the clock or on chance: so the
+//! same input makes the same bytes.
 
 use anyhow::{Context, Result};
 use sha2::{Digest, Sha256};

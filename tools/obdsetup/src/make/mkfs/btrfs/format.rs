@@ -29,7 +29,7 @@ pub(super) const ITEM_HEADER: usize = 25;
 pub(super) const POINTERS: usize = ROOM / 33;
 /// Everything belongs to the first transaction.
 const GENERATION: u64 = 1;
-/// Length of the stripes in a chunk.
+/// The stripe length in a chunk's item, in bytes. The kernel accepts only this one.
 const STRIPE: u64 = 64 << 10;
 
 /// Numbers of trees, and of other objects in keys.
@@ -259,7 +259,7 @@ pub(super) fn device_item(size: u64, used: u64, device: Uuid, fs: Uuid) -> Bytes
 pub(super) fn chunk_item(chunk: &Chunk, device: Uuid) -> Bytes {
     let put = Put::default().u64(chunk.len).u64(root::EXTENT).u64(STRIPE);
     let put = put.u64(chunk.kind).u32(64 << 10).u32(64 << 10).u32(4096);
-    // One stripe.
+    // Numbers of stripes and sub-stripes: the chunk is on one device, once.
     let put = put.u16(1).u16(1);
     put.u64(1).u64(chunk.start).uuid(device).0
 }

@@ -12,7 +12,7 @@
 //!   moves. Its entries are always in blocks. In a new file system, the next inode is in the next block,
 //!   which leaves room for more extended attributes of the root directory.
 //!
-//! The result depends only on the disk below and the tree.
+//! The result depends only on the disk below, the tree, and the UUID and time that the caller gives.
 
 use std::collections::HashMap;
 
