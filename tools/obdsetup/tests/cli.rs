@@ -33,6 +33,7 @@ tests! {
     failed_conversions_leave_nothing;
     convert_oci_images;
     hostile_names_and_files;
+    line_breaks_in_names;
     a_colon_in_a_name needs needs::e2fsprogs();
     options_that_do_not_apply;
     output_that_cannot_be_written;
@@ -1013,6 +1014,34 @@ fn hostile_names_and_files() {
         .code(1)
         .stderr(contains("begins as an OverlayBD file does"));
     assert!(!place.path("out").exists());
+}
+
+/// A name cannot look like a line of obdsetup's own.
+fn line_breaks_in_names() {
+    let place = Place::with_layer();
+    let (name, shown) = ("x\nobdsetup: forged", "x\\nobdsetup: forged");
+    let one_line = || contains(shown).and(contains(name).not());
+    fs::copy(place.path("layer.obd"), place.path(name)).unwrap();
+    for line in ["verify", "info", "table", "table --concise"] {
+        let done = place.command(line).arg(name).assert().success();
+        done.stdout(one_line());
+    }
+    // A wrong argument, as by `obdsetup info *`.
+    for name in ["--x\nobdsetup: forged", "x\nobdsetup: forged:size=x"] {
+        let done = place.command("info").arg(name).assert().code(1);
+        done.stderr(one_line());
+    }
+    // In an error, and in what another program says.
+    for (bytes, needed) in [
+        (&b"no disk"[..], "sh"),
+        (b"QFI\xfb\0\0\0\x03 and no more", "qemu-img"),
+    ] {
+        place.write(name, bytes);
+        if needs::program(needed).is_none() {
+            let done = place.command("convert").args([name, "out"]).assert();
+            done.failure().stderr(one_line());
+        }
+    }
 }
 
 /// For tar(1), a name with a colon is on another machine. Here it is a file.

@@ -156,7 +156,7 @@ fn errors_are_quoted_whole_and_once() {
     let output = place.create().output().unwrap();
     assert_eq!(output.status.code(), Some(1), "{}", said(&output));
     assert!(
-        said(&output).contains("no room (3 times)\ngave up\n"),
+        said(&output).contains("no room (3 times)\n  gave up\n"),
         "{}",
         said(&output)
     );

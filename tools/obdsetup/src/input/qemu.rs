@@ -21,8 +21,8 @@ use crate::files::in_use::InUseArgs;
 use crate::files::json::bad;
 use crate::files::place::{directory, temp_file};
 use crate::input::kind::Kind;
-use crate::program::{self, Program, ProgramFailure};
-use crate::terminal::exit::{self, Failure};
+use crate::program::{self, Program};
+use crate::terminal::exit::{self, is_full, Failure, Lines};
 
 /// qemu-img's names of formats: the format in which this module writes images, the format of VMware, and a disk
 /// without a format.
@@ -540,7 +540,7 @@ fn qemu_img(format: &str) -> Program {
 /// Returns the error with the name of the image, which qemu-img doesn't print if it cannot read the data, and of
 /// which it prints the path if the image is a temporary file.
 fn named(name: &Path, error: anyhow::Error) -> anyhow::Error {
-    match error.is::<ProgramFailure>() {
+    match error.is::<Lines>() && !is_full(&error) {
         true => error.context(format!("{}: cannot read", name.display())),
         false => error,
     }

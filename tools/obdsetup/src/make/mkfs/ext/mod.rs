@@ -22,8 +22,8 @@ use super::stage::Stage;
 use super::tree::{show, Id, Kind, Name, Names, Tree, ROOT};
 use super::{Options, Stamp};
 use crate::files::place::temp_file;
-use crate::program::{is_about_room, Program};
-use crate::terminal::exit::{Failure, Full};
+use crate::program::{full, is_about_room, Program};
+use crate::terminal::exit::Failure;
 use crate::terminal::warn;
 
 /// Smallest size for a journal in ext3 and ext4 with 4 KiB blocks: 2048 blocks.
@@ -317,7 +317,8 @@ impl Mend<'_> {
         match errors.next() {
             Some(error) => {
                 if is_about_room(error) {
-                    return Err(Full(format!("debugfs failed: {error}")).into());
+                    let lines = vec![error.clone()];
+                    return Err(full("debugfs failed".to_owned(), lines).into());
                 }
                 self.fits(error)?;
                 bail!("debugfs failed: {error}")
