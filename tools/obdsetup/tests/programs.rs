@@ -168,6 +168,10 @@ fn programs_without_room() {
     let text = "echo 'Write failed because No space left on device' >&2; exit 1";
     for (script, wanted) in [
         (text, "Write failed because No space left on device"),
+        (
+            "echo 'Could not resize file: File too large' >&2; exit 1",
+            "Could not resize file: File too large",
+        ),
         ("kill -XFSZ $$", "`ulimit -f`"),
     ] {
         let place = Mksquashfs::new(script);

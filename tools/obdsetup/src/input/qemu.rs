@@ -105,7 +105,12 @@ pub(crate) fn read(path: &Path, name: &Path, format: &str, place: &Path) -> Resu
     let mut command = qemu_img(format);
     command.args(["convert", "-f", format, "-O", RAW]);
     command.arg(from).arg(image.path()).writes(image.path());
-    command.run().map_err(|error| named(name, error))?.tell();
+    let done = command.run().map_err(|error| match is_full(&error) {
+        // Of the copy, not of the image.
+        true => error,
+        false => named(name, error),
+    });
+    done?.tell();
     Ok(image)
 }
 
@@ -538,11 +543,33 @@ fn qemu_img(format: &str) -> Program {
 }
 
 /// Returns the error with the name of the image, which qemu-img doesn't print if it cannot read the data, and of
-/// which it prints the path if the image is a temporary file.
-fn named(name: &Path, error: anyhow::Error) -> anyhow::Error {
-    match error.is::<Lines>() && !is_full(&error) {
-        true => error.context(format!("{}: cannot read", name.display())),
-        false => error,
+/// which it prints the path if the image is a temporary file. The exit code says whose fault it is.
+fn named(name: &Path, mut error: anyhow::Error) -> anyhow::Error {
+    let Some(said) = error.downcast_mut::<Lines>() else {
+        return error;
+    };
+    said.code = fault(&said.lines);
+    error.context(format!("{}: cannot read", name.display()))
+}
+
+/// Returns the exit code for a failure of qemu-img with these lines. qemu-img itself has one exit code for all, and
+/// says "Input/output error" of compressed data that is damaged.
+fn fault(lines: &[String]) -> u8 {
+    let causes = [
+        ("Permission denied", exit::PERMISSION),
+        // The image is locked by another process.
+        ("Failed to get ", exit::BUSY),
+        // This qemu-img was built without the format.
+        ("Unknown driver", exit::USAGE),
+        ("Cannot allocate memory", exit::USAGE),
+    ];
+    let says = |text: &str| lines.iter().any(|line| line.contains(text));
+    let found = causes.iter().find(|(text, _)| says(text));
+    match found {
+        Some((_, code)) => *code,
+        // Ended by a signal, or a bug.
+        None if lines.is_empty() => exit::USAGE,
+        None => exit::BAD_IMAGE,
     }
 }
 
@@ -571,6 +598,31 @@ mod tests {
         let said = said(&Home::Nowhere, "/dev/null");
         assert!(said.contains("is not on the block device"), "{said}");
         Ok(())
+    }
+
+    #[test]
+    fn failures_of_qemu_img() {
+        let code = |line: &str| fault(&[line.to_owned()]);
+        for (line, wanted) in [
+            (
+                "Could not open 'x': Image is not in qcow2 format",
+                exit::BAD_IMAGE,
+            ),
+            (
+                "error while reading at byte 0: Invalid argument",
+                exit::BAD_IMAGE,
+            ),
+            (
+                "error while reading at byte 0: Input/output error",
+                exit::BAD_IMAGE,
+            ),
+            ("Could not open 'x': Permission denied", exit::PERMISSION),
+            ("Failed to get shared \"write\" lock", exit::BUSY),
+            ("Could not open 'x': Unknown driver 'qed'", exit::USAGE),
+        ] {
+            assert_eq!(code(line), wanted, "{line}");
+        }
+        assert_eq!(fault(&[]), exit::USAGE);
     }
 
     #[test]

@@ -135,7 +135,11 @@ pub(crate) fn full(start: String, lines: Vec<String>) -> Lines {
 /// Returns whether a program says in `line` that there is no room for what it writes. Programs have no exit code
 /// for that, but print the system's text.
 pub(crate) fn is_about_room(line: &str) -> bool {
-    let texts = ["No space left on device", "Disk quota exceeded"];
+    let texts = [
+        "No space left on device",
+        "Disk quota exceeded",
+        "File too large",
+    ];
     texts.iter().any(|text| line.contains(text))
 }
 

@@ -74,7 +74,7 @@ pub(crate) struct Lines {
     /// The exit code.
     pub(crate) code: u8,
     /// Whether a program that obdsetup ran has failed because it could not write its output: a file system is full,
-    /// the user's disk quota is used up, or a file became larger than `ulimit -f` allows.
+    /// the user's disk quota is used up, or a file became larger than the file system or `ulimit -f` allows.
     pub(crate) is_full: bool,
     /// The start of the first line, in front of what a program has said; may be empty.
     pub(crate) start: String,
@@ -100,9 +100,14 @@ impl std::fmt::Display for Lines {
 impl std::error::Error for Lines {}
 
 /// Returns whether the cause of `error` is that a file system is full (`ENOSPC`), that the user's disk quota is used
-/// up (`EDQUOT`), or [`Lines::is_full`].
+/// up (`EDQUOT`), that a file cannot be so large (`EFBIG`), or [`Lines::is_full`].
 pub(crate) fn is_full(error: &anyhow::Error) -> bool {
-    let full = |kind| matches!(kind, ErrorKind::StorageFull | ErrorKind::QuotaExceeded);
+    let full = |kind| {
+        matches!(
+            kind,
+            ErrorKind::StorageFull | ErrorKind::QuotaExceeded | ErrorKind::FileTooLarge
+        )
+    };
     error.chain().any(|cause| {
         let io = cause.downcast_ref::<std::io::Error>();
         let library = cause.downcast_ref::<overlaybd::Error>();
