@@ -51,6 +51,7 @@ tests! {
     exit_codes;
     errors_tell_field_and_offset;
     existing_files_stay;
+    names_that_no_output_has;
     tables;
     signals_leave_nothing;
     signals_stop_started_programs;
@@ -1595,6 +1596,51 @@ fn existing_files_stay() {
     assert_ne!(place.read("out"), b"precious");
     assert_eq!(place.names(), ["bad", "disk.raw", "layer.obd", "out"]);
     assert!(place.read("disk.raw") == image());
+}
+
+/// Refused before any work is done, by all commands.
+fn names_that_no_output_has() {
+    let place = Place::with_layer();
+    fs::create_dir(place.path("layout")).unwrap();
+    place.write("layout/oci-layout", b"{}");
+    place.write("files.tar", &[0; 10_240]);
+    let before = place.names();
+    let commands = [
+        "convert --from raw disk.raw OUT",
+        "convert --from tar files.tar OUT",
+        "create --raw --image disk.raw OUT",
+        "create --directory layout --fs erofs OUT",
+        "commit layer.obd OUT",
+        "merge -o OUT layer.obd",
+        "apply files.tar --base layer.obd OUT",
+        "export -o OUT layer.obd",
+        "export --to qcow2 -o OUT layer.obd",
+        "dump -o OUT layer.obd",
+    ];
+    for command in commands {
+        for name in ["out/", "out/.", "./out//"] {
+            let done = place.run(&command.replace("OUT", name)).code(1);
+            let said = format!("{name}: is a name for a directory, and a file is to be made");
+            done.stderr(contains(said));
+            assert_eq!(place.names(), before, "{command}");
+        }
+    }
+    let makes_a_layer = |command: &&&str| !command.contains("export") && !command.contains("dump");
+    let others = ["convert layout OUT", "convert disk.raw OUT"];
+    for command in commands.iter().filter(makes_a_layer).chain(&others) {
+        let done = place.run(&command.replace("OUT", "-")).code(1);
+        done.stderr(contains("-: the output is not for standard output: "));
+        assert_eq!(place.names(), before, "{command}");
+    }
+    place.ok("commit layer.obd ./-");
+    // A directory may have such a name.
+    for name in ["a/", "b/."] {
+        let done = place.run(&format!("export --to qcow2 --chain -o {name} layer.obd"));
+        if needs::program("qemu-img").is_none() {
+            done.success();
+            assert!(place.path(name).join("layer0.qcow2").is_file(), "{name}");
+        }
+    }
 }
 
 fn tables() {

@@ -20,6 +20,7 @@ use crate::make::layer_args::{IdentArgs, NewLayerArgs};
 use crate::make::layer_out::LayerOut;
 use crate::make::made::Made;
 use crate::make::mkfs::{self, FileSystem, Files};
+use crate::make::output::check_dash;
 use crate::oci;
 use crate::terminal::exit::Failure;
 use crate::terminal::size;
@@ -142,6 +143,8 @@ pub(crate) struct Args {
 
 /// Runs `convert`.
 pub(crate) fn run(args: &Args) -> Result<()> {
+    // Before a tar is read, which may take long.
+    check_dash(&args.output)?;
     let input = match args.from {
         Some(kind) => Input::told(&args.input, kind)?,
         None => Input::of(&args.input)?,
