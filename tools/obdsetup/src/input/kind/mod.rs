@@ -288,9 +288,17 @@ fn too_short(head: &[u8], size: u64) -> Option<String> {
 }
 
 /// Returns what [`too_short`] returns for the disk at `path`, which the user knows as `name`. If only the unused end of
-/// the last partition is missing, as in images that were not padded, prints a warning, and returns `None`.
+/// the last partition is missing, as in images that were not padded, or the second copy of the partition table, prints
+/// a warning, and returns `None`.
 fn cut_off(name: &Path, path: &Path, head: &[u8], size: u64) -> Result<Option<String>> {
     let Some(what) = too_short(head, size) else {
+        if let Some(end) = disk::with_second_table(head).filter(|&end| size < end) {
+            terminal::warn(&[format!(
+                "{}: the second copy of its partition table, which ends at byte {end}, is missing, as the disk has \
+                 {size} bytes: incomplete download or copy? Taken as it is, since the kernel needs only the first copy",
+                name.display()
+            )]);
+        }
         return Ok(None);
     };
     let inside = in_last_partition(path, head, size);
@@ -327,7 +335,7 @@ fn in_last_partition(
     file.take(to_u64(disk::HEAD)).read_to_end(&mut head)?;
     let inside = disk::needed(&head).filter(|inside| {
         let is_there = (1..=size - last.start).contains(&inside.size);
-        inside.what != disk::TABLE && is_there
+        ![disk::TABLE, disk::LUKS].contains(&inside.what) && is_there
     });
     Ok(inside.map(|inside| (inside.what, needed.size)))
 }
