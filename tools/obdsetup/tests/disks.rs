@@ -640,6 +640,20 @@ fn images_that_are_refused() {
     place.chain_refused("locked.qcow2", 1, "locked.qcow2: is encrypted");
     place.tool("qemu-img create -q -f qcow2 -F qcow2 -b locked.qcow2 over.qcow2 1M");
     place.chain_refused("over.qcow2", 1, "locked.qcow2: is encrypted");
+    place.tool("qemu-img create -q -f qcow2 empty.qcow2 0");
+    let empty = "empty.qcow2: is for a disk of 0 bytes";
+    place.chain_refused("empty.qcow2", 1, empty);
+    place.tool("gzip -k empty.qcow2");
+    place.chain_refused(
+        "empty.qcow2.gz",
+        1,
+        "empty.qcow2.gz: is for a disk of 0 bytes",
+    );
+    place.tool("qemu-img create -q -f qcow2 -F qcow2 -b empty.qcow2 over.qcow2 1M");
+    place.chain_refused("over.qcow2", 1, empty);
+    place.ok("convert --flatten over.qcow2 zeros.obd");
+    assert!(place.dump("zeros.obd") == vec![0; 1 << 20]);
+    fs::remove_file(place.path("zeros.obd")).unwrap();
     // The bit of the header that marks an image as corrupt.
     let mut bytes = place.read("b.qcow2");
     bytes[79] |= 2;

@@ -203,6 +203,10 @@ fn walk(
             used.insert(part);
         }
         info.check(&name, links.last().filter(|_| layers))?;
+        // A backing file without a disk is fine if the chain becomes one layer.
+        if layers || links.is_empty() {
+            info.check_size(&name)?;
+        }
         truncated::check(&path, &name, &format, info.virtual_size)?;
         let next = info.backing(&name, &path)?;
         if let Some((next, _)) = &next {
@@ -358,6 +362,7 @@ pub(crate) fn check_alone(path: &Path, name: &Path, format: &str) -> Result<()> 
     }
     let info = info(&path, name, format)?;
     info.check(name, None)?;
+    info.check_size(name)?;
     if let Some(part) = info.parts(&path).next() {
         return has_data(part);
     }
@@ -417,6 +422,17 @@ impl Info {
             ));
         }
         Ok(())
+    }
+
+    /// Checks that the image `name` has a disk.
+    fn check_size(&self, name: &Path) -> Result<()> {
+        match self.virtual_size {
+            0 => Err(refused(
+                name,
+                "is for a disk of 0 bytes: no layer can be made of that; `qemu-img resize' makes the disk larger",
+            )),
+            _ => Ok(()),
+        }
     }
 
     /// Returns the paths, as qemu-img prints them, of the files with the data of the image at `path`, without the
