@@ -246,7 +246,13 @@ fn chains_that_are_refused() {
             "json:{\"driver\":\"file\",\"filename\":\"0.raw\"}",
             "raw",
             1,
-            "is no file on this machine",
+            "is described with options of QEMU, and obdsetup takes only the name of a file",
+        ),
+        (
+            "file:0.raw",
+            "raw",
+            1,
+            "its backing file, file:0.raw, is named with file: in front, and obdsetup takes only the name itself",
         ),
         (
             "0.raw",

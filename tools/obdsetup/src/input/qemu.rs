@@ -293,12 +293,16 @@ fn local(name: &Path, what: &str, given: &str, full: &str, image: &Path) -> Resu
         .next()
         .is_some_and(|start| start.contains(':'));
     if is_remote {
+        let why = match given.split(':').next() {
+            Some("json") => "is described with options of QEMU, and obdsetup takes only the name of a file",
+            Some("file") => "is named with file: in front, and obdsetup takes only the name itself",
+            _ => "is no file on this machine, or has a colon in its name and no directory in front of it",
+        };
         let or = match what {
-            BACKING => ": `qemu-img rebase' gives the image another one, or none",
+            BACKING => ": `qemu-img rebase -u' changes the name in the image",
             _ => "",
         };
-        let what = format!("{what}, {given}, is no file on this machine{or}");
-        return Err(refused(name, &what));
+        return Err(refused(name, &format!("{what}, {given}, {why}{or}")));
     }
     if given.contains(UNKNOWN) {
         let what = format!(
