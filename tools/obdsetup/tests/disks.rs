@@ -32,6 +32,7 @@ tests! {
     files_of_a_chain_that_are_cut_off needs qemu_img();
     raw_backing_files_that_are_cut_off needs qemu_img(), needs::e2fsprogs();
     extents_that_are_cut_off needs qemu_img();
+    extents_alone needs qemu_img();
     extents_of_nested_files needs qemu_img();
     extents_of_vsphere needs qemu_img();
     raw_disks_that_are_cut_off needs needs::e2fsprogs(), needs::program("mkfs.xfs"), needs::program("mkfs.btrfs"),
@@ -1248,6 +1249,38 @@ fn extents_that_are_cut_off() {
     place.chain_refused("x.vmdk", 3, &format!("x.vmdk{TRUNCATED}"));
     place.cut("x.vmdk", bytes.len() as u64 - 4096);
     place.chain_refused("x.vmdk", 3, "x.vmdk: cannot read: qemu-img failed");
+}
+
+/// An extent in place of the descriptor.
+fn extents_alone() {
+    let place = Place::new();
+    place.write("0.raw", &disk(0));
+    for (kind, part, said) in [
+        (
+            "twoGbMaxExtentSparse",
+            "x-s001.vmdk",
+            "is an extent of a vmdk",
+        ),
+        (
+            "twoGbMaxExtentFlat",
+            "x-f001.vmdk",
+            "its name is that of an extent of a vmdk",
+        ),
+        (
+            "monolithicFlat",
+            "x-flat.vmdk",
+            "its name is that of an extent of a vmdk",
+        ),
+    ] {
+        place.tool(&format!(
+            "qemu-img convert -f raw -O vmdk -o subformat={kind} 0.raw x.vmdk"
+        ));
+        place.chain_refused(part, 1, said);
+        place.ok("convert x.vmdk out.obd --force");
+    }
+    place.chain_refused("--from vmdk x-s001.vmdk", 1, "x-s001.vmdk: is an extent");
+    place.tool("gzip -k x-s001.vmdk");
+    place.chain_refused("x-s001.vmdk.gz", 1, "x-s001.vmdk.gz: is an extent");
 }
 
 impl Place {

@@ -180,6 +180,7 @@ fn walk(
         // qemu-img opens the files that a vmdk image names, even devices and FIFOs. So they are checked before
         // qemu-img is started.
         if format == VMDK {
+            vmdk::check_descriptor(&path, &name)?;
             vmdk::each_part(&path, |part| {
                 check_file(&name, DATA, part)?;
                 home.check(&name, DATA, part)?;
@@ -360,6 +361,7 @@ pub(crate) fn check_alone(path: &Path, name: &Path, format: &str) -> Result<()> 
         Err(refused(name, &what))
     };
     if format == VMDK {
+        vmdk::check_descriptor(&path, name)?;
         if let Some(part) = vmdk::named(&path)?.first() {
             return has_data(&part.name.to_string_lossy());
         }

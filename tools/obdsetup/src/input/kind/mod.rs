@@ -12,6 +12,7 @@ pub(crate) mod unpacked;
 
 use std::fs::File;
 use std::io::{self, Read, Seek, SeekFrom};
+use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::FileTypeExt;
 use std::path::Path;
 use std::sync::Arc;
@@ -104,7 +105,13 @@ impl Input {
         match look(path)? {
             Seen::Known(input) => Ok(input),
             Seen::Unknown(_) if is_block_device(path) => Ok(Self::raw()),
-            Seen::Refused(text) | Seen::Unknown(text) => Err(Failure::usage(text)),
+            Seen::Refused(text) | Seen::Unknown(text) => {
+                let hint = match may_be_extent(path) {
+                    true => EXTENT,
+                    false => "",
+                };
+                Err(Failure::usage(text + hint))
+            }
         }
     }
 
@@ -131,6 +138,26 @@ impl Input {
             compression: None,
         }
     }
+}
+
+/// Advice for a file that [`may_be_extent`].
+const EXTENT: &str =
+    "; its name is that of an extent of a vmdk, which has a part of the disk: if it is one, give the descriptor, a \
+     short text that names all extents";
+
+/// Returns whether `path` has a name that VMware and qemu-img give to an extent, whose bytes may be those of a disk.
+/// Only for advice, since names may be wrong.
+fn may_be_extent(path: &Path) -> bool {
+    let name = path.file_name().unwrap_or_default().as_bytes();
+    let Some(stem) = name.strip_suffix(b".vmdk") else {
+        return false;
+    };
+    let is_part = |part: &[u8]| {
+        let digits = part.strip_prefix(b"f").or_else(|| part.strip_prefix(b"s"));
+        digits.is_some_and(|digits| digits.len() >= 3 && digits.iter().all(u8::is_ascii_digit))
+    };
+    let part = stem.rsplit(|&byte| byte == b'-').next().unwrap_or_default();
+    part.len() < stem.len() && (part == b"flat" || part == b"sesparse" || is_part(part))
 }
 
 fn is_block_device(path: &Path) -> bool {
@@ -478,7 +505,26 @@ fn ends(path: &Path) -> Result<(Vec<u8>, Vec<u8>)> {
 
 #[cfg(test)]
 mod tests {
-    use super::{look, Input, Kind, Seen};
+    use std::path::Path;
+
+    use super::{look, may_be_extent, Input, Kind, Seen};
+
+    #[test]
+    fn names_of_extents() {
+        for (name, wanted) in [
+            ("x-flat.vmdk", true),
+            ("/a/x-s001.vmdk", true),
+            ("x-1-f1234.vmdk", true),
+            ("x-000001-sesparse.vmdk", true),
+            ("x.vmdk", false),
+            ("flat.vmdk", false),
+            ("x-flat", false),
+            ("x-s1.vmdk", false),
+            ("x-s00a.vmdk", false),
+        ] {
+            assert_eq!(may_be_extent(Path::new(name)), wanted, "{name}");
+        }
+    }
 
     #[test]
     fn kinds() -> Result<(), Box<dyn std::error::Error>> {
