@@ -35,6 +35,7 @@ tests! {
     extents_alone needs qemu_img();
     extents_of_nested_files needs qemu_img();
     extents_of_vsphere needs qemu_img();
+    disks_in_images_that_are_cut_off needs qemu_img(), needs::e2fsprogs();
     raw_disks_that_are_cut_off needs needs::e2fsprogs(), needs::program("mkfs.xfs"), needs::program("mkfs.btrfs"),
         needs::mksquashfs(), needs::mkfs_erofs(), needs::program("sfdisk"), needs::program("mkswap");
     raw_disks_that_are_not_padded needs needs::mksquashfs(), needs::program("sfdisk");
@@ -1291,6 +1292,39 @@ impl Place {
         let line = format!("sfdisk {options} {name} <{name}.table");
         self.output_of("sh", &["-c", &line]);
     }
+}
+
+/// Images of disks that were cut off before the images were made.
+fn disks_in_images_that_are_cut_off() {
+    let place = Place::new();
+    place.tool("mkfs.ext4 -q -b 1024 ext4 8M");
+    place.tool("qemu-img convert -f raw -O qcow2 ext4 whole.qcow2");
+    place.ok("convert whole.qcow2 out.obd");
+    fs::remove_file(place.path("out.obd")).unwrap();
+    place.cut("ext4", 4 << 20);
+    for format in ["qcow2", "vmdk", "vdi"] {
+        let image = format!("x.{format}");
+        place.tool(&format!("qemu-img convert -f raw -O {format} ext4 {image}"));
+        place.tool(&format!("gzip -k {image}"));
+        for name in [image.clone(), format!("{image}.gz")] {
+            let said = format!(
+                "{name}: its disk is shorter than it says itself: it has 4194304 bytes, and its ext file system needs \
+                 8388608"
+            );
+            place.chain_refused(&name, 3, &said);
+        }
+    }
+    // In a chain, of each image with its backing files.
+    place.tool("qemu-img create -q -f qcow2 -F qcow2 -b x.qcow2 over.qcow2");
+    place.chain_refused(
+        "over.qcow2",
+        3,
+        "x.qcow2: its disk is shorter than it says itself",
+    );
+    // The way out that the message names.
+    place.tool("qemu-img convert -O raw x.qcow2 disk");
+    place.ok("convert --from raw disk out.obd");
+    assert!(place.dump("out.obd") == place.read("ext4"));
 }
 
 /// Disks that are shorter than they say themselves.

@@ -20,7 +20,7 @@ use tempfile::NamedTempFile;
 use crate::files::in_use::InUseArgs;
 use crate::files::json::bad;
 use crate::files::place::{directory, temp_file};
-use crate::input::kind::Kind;
+use crate::input::kind::{self, Kind};
 use crate::program::{self, Program};
 use crate::terminal::exit::{self, is_full, Failure, Lines};
 
@@ -111,6 +111,13 @@ pub(crate) fn read(path: &Path, name: &Path, format: &str, place: &Path) -> Resu
         false => named(name, error),
     });
     done?.tell();
+    if let Some(what) = kind::fault_of_copy(name, image.path())? {
+        let what = format!(
+            "its disk is shorter than it says itself: {what}: incomplete when the image was made? `qemu-img convert -O \
+             raw' makes a disk of the image as it is, and `convert --from raw' takes that"
+        );
+        return Err(bad(name, &what));
+    }
     Ok(image)
 }
 

@@ -302,6 +302,16 @@ pub(crate) fn fault_of_raw(path: &Path) -> Result<Option<String>> {
     cut_off(path, path, &ends(path)?.0, size)
 }
 
+/// As [`cut_off`], for the raw copy at `path` of the disk in the image `name`.
+///
+/// # Errors
+///
+/// If the copy cannot be read.
+pub(crate) fn fault_of_copy(name: &Path, path: &Path) -> Result<Option<String>> {
+    let size = FileBlob::open(path, None)?.size();
+    cut_off(name, path, &ends(path)?.0, size)
+}
+
 /// Returns what is wrong with a disk of `size` bytes that begins with `head`, if it is shorter than it says itself.
 fn too_short(head: &[u8], size: u64) -> Option<String> {
     let needed = disk::needed(head)?;
