@@ -638,8 +638,37 @@ fn copies_for_dax() {
         place
             .run(&format!("convert --dax --algorithm none {input} out"))
             .code(1)
-            .stderr(contains("--dax needs a disk as it is"));
+            .stderr(contains(
+                "--dax needs an uncompressed raw disk: `qemu-img convert -S 0",
+            ));
     }
+    place.tool("gzip -k a.qcow2");
+    // A disk that is recognised.
+    let mut disk = disk(0);
+    disk[510..512].copy_from_slice(b"\x55\xaa");
+    disk[446..510].fill(0);
+    place.write("disk", &disk);
+    place.tool("gzip -k disk");
+    for (name, said) in [
+        (
+            "a.qcow2.gz",
+            "decompress this one; then `qemu-img convert -S 0",
+        ),
+        (
+            "disk.gz",
+            "decompress this one, and give a copy of that without holes",
+        ),
+    ] {
+        place
+            .run(&format!("convert --dax --algorithm none {name} out"))
+            .code(1)
+            .stderr(contains(format!(
+                "--dax needs an uncompressed raw disk: {said}"
+            )));
+    }
+    // What the last message says.
+    place.tool("cp --sparse=never disk copy");
+    place.ok("convert --dax --algorithm none copy out");
 }
 
 fn images_that_are_refused() {
