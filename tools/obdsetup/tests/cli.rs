@@ -522,7 +522,7 @@ fn stacks_of_containerd() {
         (
             r#"{"lowers":[{"file":"a.obd"},{"digest":"sha256:34","dir":"/nowhere"}]}"#,
             1,
-            "layer 1: sha256:34 is in a registry only: no overlaybd.commit in /nowhere",
+            "layer 1: sha256:34 is in a registry only: no overlaybd.commit, .commit or overlaybd.sealed in /nowhere",
         ),
         (r#"{"lowers":[{"size":3}]}"#, 1, "layer 0: neither"),
         (

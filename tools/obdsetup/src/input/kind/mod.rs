@@ -419,7 +419,7 @@ fn compressed(
         _ if !certain => otherwise,
         _ => Seen::Refused(format!(
             "{name}: compressed with {how}, but what is in it is no tar and no disk that obdsetup \
-             knows: decompress it first; --from raw takes it as it is"
+             knows: decompress it, then --from raw takes it"
         )),
     })
 }
