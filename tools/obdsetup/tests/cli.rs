@@ -307,12 +307,28 @@ fn create_from_a_directory() {
         .run("create --directory rootfs --fs ext4 --size 4m small.obd")
         .code(1)
         .stderr(starts_with(
-            "obdsetup: cannot make a file system: mkfs.ext4 failed",
+            "obdsetup: cannot make a file system: too small for these files: give a larger --size, or none, so that \
+             it is estimated: mkfs.ext4 failed",
         ));
     assert_eq!(
         place.names(),
         ["disk.raw", "large.obd", "layer.obd", "rootfs"]
     );
+    // A tree with a name that mke2fs makes itself.
+    fs::create_dir_all(place.path("tree/lost+found")).unwrap();
+    place.write("tree/lost+found/file", b"found");
+    place.ok("create --directory tree --fs ext4 found.obd");
+    place.write("disk.raw", &place.dump("found.obd"));
+    let said = place.output_of("debugfs", &["-R", "cat /lost+found/file", "disk.raw"]);
+    assert_eq!(said, b"found");
+    fs::remove_dir_all(place.path("tree/lost+found")).unwrap();
+    place.write("tree/lost+found", b"a file");
+    let done = place
+        .run("create --directory tree --fs ext4 lost.obd")
+        .code(1);
+    done.stderr(starts_with(
+        "obdsetup: cannot make a file system: ./lost+found: is no directory, and ext2, ext3 and ext4 need one",
+    ));
 }
 
 fn commit() {
