@@ -2,6 +2,8 @@
 # shellcheck shell=bash disable=SC2034 # variables are for those who source this
 # Chooses the kernel tree that a module is built with. Sourced.
 
+# The kernel that the user has named, if any: kernel.sh sets a default.
+KERNEL_GIVEN=${KERNEL:-}
 # shellcheck source=scripts/cache.sh
 . "$SCRIPTS/cache.sh"
 # shellcheck source=scripts/kernel.sh
@@ -9,10 +11,11 @@
 # shellcheck source=scripts/kdir-check.sh
 . "$SCRIPTS/kdir-check.sh"
 
-# kdir_choose: use the user's KDIR, unless it is a tree that `make setup` has made; without KDIR, the running kernel's
-# tree if it is usable and USE_ROOT is not set; else the tree of KERNEL (stock by default), in the tool-chain root. Sets
-# KDIR_USED (the tree's path), KDIR_RELEASE, KDIR_ARGS (arguments for make), KDIR_IN_ROOT (1 if in the root), KDIR_CLONE
-# (the clone's path for the build, see kdir_place) and KDIR_ID, which identifies the tree.
+# kdir_choose: use the user's KDIR, unless it is a tree that `make setup` has made; with KDIR, KERNEL is an error.
+# Without KDIR and KERNEL, use the running kernel's tree if it is usable and USE_ROOT is not set; else the tree of KERNEL
+# (stock by default), in the tool-chain root. Sets KDIR_USED (the tree's path), KDIR_RELEASE, KDIR_ARGS (arguments for
+# make), KDIR_IN_ROOT (1 if in the root), KDIR_CLONE (the clone's path for the build, see kdir_place) and KDIR_ID, which
+# identifies the tree.
 kdir_choose() {
 	kdir_choose_tree
 	kdir_place
@@ -25,10 +28,12 @@ kdir_choose_tree() {
 	KDIR_IN_ROOT=
 	KDIR_USED=
 	if [ -n "${KDIR:-}" ] && [[ $(realpath -m "$KDIR") != "$CACHE"/kernel-* ]]; then
+		[ -z "$KERNEL_GIVEN" ] || die "KDIR=$KDIR and KERNEL=$KERNEL_GIVEN name two kernels: leave one of them out"
 		problems=$(kdir_problems "$KDIR")
-		[ -z "$problems" ] || die "cannot build for $KDIR: $problems"
+		[ -z "$problems" ] || die "cannot build for $KDIR: $problems. README.md, \"Building for your own kernel\", says" \
+			"what is needed; KERNEL=stock instead of KDIR builds for Debian's kernel in the tool-chain root"
 		KDIR_USED=$(realpath "$KDIR")
-	elif [ -z "${KDIR:-}${USE_ROOT:-}" ] && [ -d "$running" ] && [ -z "$(kdir_problems "$running")" ]; then
+	elif [ -z "${KDIR:-}${USE_ROOT:-}$KERNEL_GIVEN" ] && [ -d "$running" ] && [ -z "$(kdir_problems "$running")" ]; then
 		KDIR_USED=$(realpath "$running")
 		say "Building for the running kernel ($KDIR_USED)"
 	fi

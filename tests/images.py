@@ -106,7 +106,7 @@ for number in range(8):
     add(f"random layers {number}, against a simple model", random_stack, number)
 
 
-@test("layers without data: empty, and all zeroed")
+@test("layers without data: no segments, or only zeroed ones")
 def no_data():
     empty = image.lsmt(65536, [])
     gone = image.lsmt(65536, [(0, 128)])

@@ -77,6 +77,15 @@ tools_of_the_machine() {
 	! (cd "$odd" && bash -c '. scripts/lib.sh; . scripts/kdir.sh; KDIR_IN_ROOT= KDIR_USED="/a b"; kdir_place') || return
 }
 
+# kernels: KDIR and KERNEL together are refused; a KDIR that cannot be used is refused with what to do.
+kernels() {
+	local said
+	said=$(KDIR=/usr KERNEL=forky scripts/build-module.sh 2>&1) && return 1
+	grep -qF 'KDIR=/usr and KERNEL=forky name two kernels: leave one of them out' <<<"$said" || { echo "$said" && return 1; }
+	said=$(KDIR=/usr KERNEL='' scripts/build-module.sh 2>&1) && return 1
+	grep -qF 'cannot build for /usr: not a kernel tree. README.md' <<<"$said" || { echo "$said" && return 1; }
+}
+
 # lock_of_a_step: a lock that a step takes is released at the end of the step.
 lock_of_a_step() {
 	(cd "$odd" && timeout 20 bash -c '. scripts/lib.sh
@@ -332,6 +341,7 @@ test "the caller's environment has no effect" surroundings
 test "a clone with unusual characters in its path" odd_place
 test "a clone through a symbolic link" by_link
 test "a kernel tree of this machine, and a clone with unusual characters in its path" tools_of_the_machine
+test "KDIR and KERNEL" kernels
 test "a step's lock ends with the step" lock_of_a_step
 test "two runs at the same time in a clone" two_at_once
 test "an interrupted set-up leaves nothing: TERM" cache_interrupted TERM

@@ -35,7 +35,7 @@ use clap::Parser;
 
 use crate::boot::generator;
 use crate::cmd::Cli;
-use crate::terminal::{exit, interrupt, message, plain, tell};
+use crate::terminal::{exit, interrupt, message, plain, tell, tell_error};
 
 /// Runs the command `obdsetup` with the arguments of the process. Returns its exit code; errors are printed.
 pub fn main() -> ExitCode {
@@ -53,9 +53,12 @@ pub fn main() -> ExitCode {
             return ExitCode::from(code);
         }
     }
-    let cli = match Cli::try_parse_from(args) {
+    let cli = match Cli::try_parse_from(&args) {
         Ok(cli) => cli,
         Err(error) => {
+            // The message has arguments as they are, which may be names with line breaks.
+            let plain = args.iter().map(|arg| plain(&arg.to_string_lossy()));
+            let error = Cli::try_parse_from(plain).err().unwrap_or(error);
             let code = if error.use_stderr() {
                 exit::USAGE
             } else {
@@ -81,7 +84,7 @@ fn report(error: &anyhow::Error) -> ExitCode {
     let code = exit::code(error);
     // Not reported if standard output was closed by a reader that needs no more, for example head(1).
     if code != exit::PIPE {
-        tell(&message(error));
+        tell_error(error);
     }
     ExitCode::from(code)
 }
@@ -94,7 +97,7 @@ fn report(error: &anyhow::Error) -> ExitCode {
 pub fn run(args: impl IntoIterator<Item = OsString>) -> Result<(), (u8, String)> {
     let cli = Cli::try_parse_from(args).map_err(|error| (exit::USAGE, error.to_string()))?;
     let done = cli.command.run();
-    done.map_err(|error| (exit::code(&error), plain(&message(&error))))
+    done.map_err(|error| (exit::code(&error), message(&error)))
 }
 
 #[cfg(test)]

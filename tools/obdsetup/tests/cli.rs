@@ -33,6 +33,7 @@ tests! {
     failed_conversions_leave_nothing;
     convert_oci_images;
     hostile_names_and_files;
+    line_breaks_in_names;
     a_colon_in_a_name needs needs::e2fsprogs();
     options_that_do_not_apply;
     output_that_cannot_be_written;
@@ -50,6 +51,7 @@ tests! {
     exit_codes;
     errors_tell_field_and_offset;
     existing_files_stay;
+    names_that_no_output_has;
     tables;
     signals_leave_nothing;
     signals_stop_started_programs;
@@ -305,12 +307,28 @@ fn create_from_a_directory() {
         .run("create --directory rootfs --fs ext4 --size 4m small.obd")
         .code(1)
         .stderr(starts_with(
-            "obdsetup: cannot make a file system: mkfs.ext4 failed",
+            "obdsetup: cannot make a file system: too small for these files: give a larger --size, or none, so that \
+             it is estimated: mkfs.ext4 failed",
         ));
     assert_eq!(
         place.names(),
         ["disk.raw", "large.obd", "layer.obd", "rootfs"]
     );
+    // A tree with a name that mke2fs makes itself.
+    fs::create_dir_all(place.path("tree/lost+found")).unwrap();
+    place.write("tree/lost+found/file", b"found");
+    place.ok("create --directory tree --fs ext4 found.obd");
+    place.write("disk.raw", &place.dump("found.obd"));
+    let said = place.output_of("debugfs", &["-R", "cat /lost+found/file", "disk.raw"]);
+    assert_eq!(said, b"found");
+    fs::remove_dir_all(place.path("tree/lost+found")).unwrap();
+    place.write("tree/lost+found", b"a file");
+    let done = place
+        .run("create --directory tree --fs ext4 lost.obd")
+        .code(1);
+    done.stderr(starts_with(
+        "obdsetup: cannot make a file system: ./lost+found: is no directory, and ext2, ext3 and ext4 need one",
+    ));
 }
 
 fn commit() {
@@ -520,7 +538,7 @@ fn stacks_of_containerd() {
         (
             r#"{"lowers":[{"file":"a.obd"},{"digest":"sha256:34","dir":"/nowhere"}]}"#,
             1,
-            "layer 1: sha256:34 is in a registry only: no overlaybd.commit in /nowhere",
+            "layer 1: sha256:34 is in a registry only: no overlaybd.commit, .commit or overlaybd.sealed in /nowhere",
         ),
         (r#"{"lowers":[{"size":3}]}"#, 1, "layer 0: neither"),
         (
@@ -654,7 +672,7 @@ fn convert_with_qemu_img() {
     place.write("disk", b"QFI\xfb\0\0\0\x03 and no more");
     place
         .run("convert disk other.obd")
-        .code(1)
+        .code(3)
         .stderr(starts_with("obdsetup: disk: cannot read: qemu-img failed"));
     assert_eq!(place.names(), ["disk", "disk.raw", "layer.obd"]);
 }
@@ -1013,6 +1031,32 @@ fn hostile_names_and_files() {
         .code(1)
         .stderr(contains("begins as an OverlayBD file does"));
     assert!(!place.path("out").exists());
+}
+
+/// A name cannot look like a line of obdsetup's own.
+fn line_breaks_in_names() {
+    let place = Place::with_layer();
+    let (name, shown) = ("x\nobdsetup: forged", "x\\nobdsetup: forged");
+    let one_line = || contains(shown).and(contains(name).not());
+    fs::copy(place.path("layer.obd"), place.path(name)).unwrap();
+    for line in ["verify", "info", "table", "table --concise"] {
+        let done = place.command(line).arg(name).assert().success();
+        done.stdout(one_line());
+    }
+    // A wrong argument, as by `obdsetup info *`.
+    for name in ["--x\nobdsetup: forged", "x\nobdsetup: forged:size=x"] {
+        let done = place.command("info").arg(name).assert().code(1);
+        done.stderr(one_line());
+    }
+    // In an error, and in what another program says.
+    for (bytes, code) in [(&b"no disk"[..], 1), (b"QFI\xfb\0\0\0\x03 and no more", 3)] {
+        place.write(name, bytes);
+        if code == 3 && needs::program("qemu-img").is_some() {
+            continue;
+        }
+        let done = place.command("convert").args([name, "out"]).assert();
+        done.code(code).stderr(one_line());
+    }
 }
 
 /// For tar(1), a name with a colon is on another machine. Here it is a file.
@@ -1568,6 +1612,51 @@ fn existing_files_stay() {
     assert_ne!(place.read("out"), b"precious");
     assert_eq!(place.names(), ["bad", "disk.raw", "layer.obd", "out"]);
     assert!(place.read("disk.raw") == image());
+}
+
+/// Refused before any work is done, by all commands.
+fn names_that_no_output_has() {
+    let place = Place::with_layer();
+    fs::create_dir(place.path("layout")).unwrap();
+    place.write("layout/oci-layout", b"{}");
+    place.write("files.tar", &[0; 10_240]);
+    let before = place.names();
+    let commands = [
+        "convert --from raw disk.raw OUT",
+        "convert --from tar files.tar OUT",
+        "create --raw --image disk.raw OUT",
+        "create --directory layout --fs erofs OUT",
+        "commit layer.obd OUT",
+        "merge -o OUT layer.obd",
+        "apply files.tar --base layer.obd OUT",
+        "export -o OUT layer.obd",
+        "export --to qcow2 -o OUT layer.obd",
+        "dump -o OUT layer.obd",
+    ];
+    for command in commands {
+        for name in ["out/", "out/.", "./out//"] {
+            let done = place.run(&command.replace("OUT", name)).code(1);
+            let said = format!("{name}: is a name for a directory, and a file is to be made");
+            done.stderr(contains(said));
+            assert_eq!(place.names(), before, "{command}");
+        }
+    }
+    let makes_a_layer = |command: &&&str| !command.contains("export") && !command.contains("dump");
+    let others = ["convert layout OUT", "convert disk.raw OUT"];
+    for command in commands.iter().filter(makes_a_layer).chain(&others) {
+        let done = place.run(&command.replace("OUT", "-")).code(1);
+        done.stderr(contains("-: the output is not for standard output: "));
+        assert_eq!(place.names(), before, "{command}");
+    }
+    place.ok("commit layer.obd ./-");
+    // A directory may have such a name.
+    for name in ["a/", "b/."] {
+        let done = place.run(&format!("export --to qcow2 --chain -o {name} layer.obd"));
+        if needs::program("qemu-img").is_none() {
+            done.success();
+            assert!(place.path(name).join("layer0.qcow2").is_file(), "{name}");
+        }
+    }
 }
 
 fn tables() {

@@ -17,6 +17,7 @@ use crate::common::{needs, noise, stop, tests, Place};
 tests! {
     longest_names;
     longest_paths;
+    names_with_the_same_hash;
     links_that_are_as_long_as_can_be needs needs::e2fsprogs();
     large_attributes needs needs::e2fsprogs(), needs::large_xattrs();
     largest_device_numbers needs needs::e2fsprogs(), needs::mksquashfs(), needs::device_nodes();
@@ -75,6 +76,42 @@ fn longest_names() {
         assert!(at(long.as_bytes()) >= 2, "{fs}");
         assert_eq!(at(b"what is in the file"), 1, "{fs}");
     }
+}
+
+/// In btrfs, all names in a directory with the same crc32c are in one item.
+fn names_with_the_same_hash() {
+    use std::os::unix::ffi::OsStrExt;
+
+    let place = Place::new();
+    fs::create_dir_all(place.path("tree/sub")).unwrap();
+    let mut made = 0;
+    for nth in 0.. {
+        let start = format!("{nth:0200}");
+        // The state of the CRC after `start`. With it in the last four bytes, the state at the end is always the same.
+        let state = !crc32c::crc32c_append(1, start.as_bytes());
+        let name = [start.as_bytes(), &state.to_le_bytes()].concat();
+        if name.iter().any(|byte| b"\0/".contains(byte)) {
+            continue;
+        }
+        let path = place
+            .path("tree/sub")
+            .join(std::ffi::OsStr::from_bytes(&name));
+        fs::write(path, b"").unwrap();
+        made += 1;
+        if made == 60 {
+            place.ok("create --directory tree --fs btrfs few.obd");
+        }
+        if made == 80 {
+            break;
+        }
+    }
+    place
+        .run("create --directory tree --fs btrfs many.obd")
+        .code(1)
+        .stderr(contains("./sub/000").and(contains(
+            "more names with the same hash (crc32c) are in one place than btrfs can hold",
+        )));
+    place.ok("create --directory tree --fs erofs many.obd");
 }
 
 /// Makes `count` directories in `top`, one inside the other, each with a name of 200 bytes.

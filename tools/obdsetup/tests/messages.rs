@@ -237,6 +237,13 @@ const NO_MESSAGES: &[(&str, &str, &str)] = &[
         "chunk tree",
         "what a UUID is made of",
     ),
+    (
+        "make/mkfs/ext/mod.rs",
+        "Could not allocate",
+        "what mke2fs says",
+    ),
+    ("make/mkfs/ext/mod.rs", "Not enough space", "as above"),
+    ("make/mkfs/ext/mod.rs", "Illegal inode", "as above"),
     ("make/mkfs/ext/mod.rs", "debugfs 1.", "what debugfs says"),
     ("make/mkfs/ext/mod.rs", "debugfs: ", "as above"),
     ("make/mkfs/ext/mod.rs", "ls -l ", "a command for debugfs"),

@@ -1689,10 +1689,15 @@ fn many_names_in_few_bytes() {
     fs::remove_dir_all(place.path("out")).unwrap();
     write(&vec![entry(&[], &["l.tar"]); 10_001]);
     refused("has more than 10000 images and tags");
-    write(&[entry(&[], &["l.tar"; 20_001])]);
+    let many = (0..81).map(|_| entry(&[], &["l.tar"; 250]));
+    write(&many.collect::<Vec<_>>());
     refused("saved.tar: manifest.json: has more than 20000 layers in all its images");
-    write(&[entry(&[], &["l.tar"; 20_000])]);
-    refused("has 20000 layers, expected 1 to 255");
+    // Refused before anything is unpacked: then, a missing layer would be told of.
+    for layers in [256, 20_001] {
+        write(&[entry(&[], &vec!["none.tar"; layers])]);
+        let said = format!("saved.tar: manifest.json: has {layers} layers, expected 1 to 255");
+        refused(&said);
+    }
     // An image with too many layers makes no difference to another image.
     let other = entry(&["x:0".to_owned()], &["l.tar"; 256]);
     write(&[other, entry(&["x:1".to_owned()], &["l.tar"])]);

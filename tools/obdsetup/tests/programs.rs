@@ -156,7 +156,7 @@ fn errors_are_quoted_whole_and_once() {
     let output = place.create().output().unwrap();
     assert_eq!(output.status.code(), Some(1), "{}", said(&output));
     assert!(
-        said(&output).contains("no room (3 times)\ngave up\n"),
+        said(&output).contains("no room (3 times)\n  gave up\n"),
         "{}",
         said(&output)
     );
@@ -168,6 +168,10 @@ fn programs_without_room() {
     let text = "echo 'Write failed because No space left on device' >&2; exit 1";
     for (script, wanted) in [
         (text, "Write failed because No space left on device"),
+        (
+            "echo 'Could not resize file: File too large' >&2; exit 1",
+            "Could not resize file: File too large",
+        ),
         ("kill -XFSZ $$", "`ulimit -f`"),
     ] {
         let place = Mksquashfs::new(script);

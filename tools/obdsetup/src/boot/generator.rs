@@ -40,7 +40,7 @@ pub(crate) fn run(args: &[OsString]) -> bool {
     // and users set the variable, to use another table.
     let by_systemd = std::env::var_os(tab::VARIABLE).is_none();
     let tell = |error: &anyhow::Error| {
-        let text = crate::terminal::plain(&format!("{NAME}: {error:#}\n"));
+        let text = crate::terminal::plain(&format!("{NAME}: {error:#}")) + "\n";
         let _ = io::stderr().write_all(text.as_bytes());
         if let (true, Ok(mut log)) = (by_systemd, OpenOptions::new().write(true).open("/dev/kmsg"))
         {

@@ -20,6 +20,7 @@ use crate::make::layer_args::{IdentArgs, NewLayerArgs};
 use crate::make::layer_out::LayerOut;
 use crate::make::made::Made;
 use crate::make::mkfs::{self, FileSystem, Files};
+use crate::make::output::check_dash;
 use crate::oci;
 use crate::terminal::exit::Failure;
 use crate::terminal::size;
@@ -142,6 +143,8 @@ pub(crate) struct Args {
 
 /// Runs `convert`.
 pub(crate) fn run(args: &Args) -> Result<()> {
+    // Before a tar is read, which may take long.
+    check_dash(&args.output)?;
     let input = match args.from {
         Some(kind) => Input::told(&args.input, kind)?,
         None => Input::of(&args.input)?,
@@ -179,10 +182,19 @@ pub(crate) fn run(args: &Args) -> Result<()> {
     let is_copied = kind.for_qemu().is_some() || kind == Kind::Raw && input.compression.is_some();
     if args.new.wrap.dax && is_copied {
         // With --dax, the layer stores the zeros of files, but these zeros are holes in the copy.
-        return refuse(
-            "--dax needs a disk as it is: `qemu-img convert -S 0 -O raw' makes one, of which `convert --from raw' \
-             makes the layer",
-        );
+        let what = match (kind.for_qemu(), input.compression) {
+            (Some(_), None) => {
+                "`qemu-img convert -S 0 -O raw' makes one, of which `convert --from raw' makes the layer"
+            }
+            (Some(_), Some(_)) => {
+                "decompress this one; then `qemu-img convert -S 0 -O raw' makes one, of which `convert --from raw' \
+                 makes the layer"
+            }
+            (None, _) => {
+                "decompress this one, and give a copy of that without holes, which `cp --sparse=never' makes"
+            }
+        };
+        return refuse(&format!("--dax needs an uncompressed raw disk: {what}"));
     }
     if let (Some(format), None) = (kind.for_qemu(), input.compression) {
         let layers = kind == Kind::Qcow2 && !args.flatten;

@@ -86,7 +86,7 @@ impl Source for Content {
 pub(crate) fn run(args: &Args) -> Result<()> {
     if args.sparse && args.output.as_os_str() == "-" {
         return Err(Failure::usage(
-            "--sparse needs --output FILE: standard output has no holes",
+            "--sparse needs --output FILE: standard output cannot have holes, even if redirected",
         ));
     }
     let layers = match args.zfile {

@@ -98,7 +98,7 @@ pub(crate) fn run(args: &Args) -> Result<()> {
             raw_out::write(&stack, 0, stack.virtual_size(), &dest)
         }
         Format::Qcow2 if args.no_sparse => Err(Failure::usage(
-            "--no-sparse is for raw images: a qcow2 image has no place for zeros",
+            "--no-sparse is for raw images: a qcow2 image never stores zeros",
         )),
         Format::Qcow2 if args.output.as_os_str() == "-" => Err(Failure::usage(
             "a qcow2 image is not for standard output: give a file with --output",

@@ -97,7 +97,7 @@ pub(crate) fn run(args: &Args) -> Result<()> {
         return print_json(&infos);
     }
     let texts: Vec<String> = infos.iter().map(describe).collect();
-    print(&plain(&texts.join("\n")))
+    print(&texts.join("\n"))
 }
 
 fn collect(arg: &LayerArg) -> Result<Info> {
@@ -192,7 +192,7 @@ fn lsmt_info(layer: &LayerReader) -> Result<Lsmt> {
 
 /// Returns the information as text for people.
 fn describe(info: &Info) -> String {
-    let mut text = format!("{}: {}\n", info.path, size::show(info.size));
+    let mut text = format!("{}: {}\n", plain(&info.path), size::show(info.size));
     let mut line = |name: &str, value: &dyn std::fmt::Display| {
         let _ = writeln!(text, "  {name:<18} {value}");
     };

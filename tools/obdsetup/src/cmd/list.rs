@@ -11,8 +11,8 @@ use serde::Serialize;
 use crate::devices::dm::{share, Control};
 use crate::devices::overview::health::{self, Health};
 use crate::devices::overview::{stacks, sysfs, Partition, Stack};
-use crate::terminal::exit::{self, Failure};
-use crate::terminal::{print, print_json};
+use crate::terminal::exit::{self, Failure, Lines};
+use crate::terminal::{plain, print, print_json};
 
 /// Where sysfs is mounted.
 const SYS: &str = "/sys";
@@ -89,7 +89,7 @@ pub(crate) fn run(args: &Args) -> Result<()> {
     } else if rows.is_empty() {
         crate::terminal::tell("no stack is set up");
     } else {
-        print(&crate::terminal::plain(&table(&rows)))?;
+        print(&table(&rows))?;
     }
     if !is_root && !rows.is_empty() {
         let message = "must be root to see the health of stacks: names and sizes only";
@@ -104,7 +104,13 @@ pub(crate) fn run(args: &Args) -> Result<()> {
                 .map(|row| format!("{}: {}", row.name, row.message))
                 .collect();
             let code = worst.health.map_or(exit::SUCCESS, Health::code);
-            Err(Failure::error(code, lines.join("\n")))
+            Err(Lines {
+                code,
+                is_full: false,
+                start: String::new(),
+                lines,
+            }
+            .into())
         }
         _ => Ok(()),
     }
@@ -127,7 +133,8 @@ fn row(stack: &Stack) -> Row {
 
 /// Returns the table for people.
 fn table(rows: &[Row]) -> String {
-    let width = rows.iter().map(|row| row.name.len()).max().unwrap_or(0);
+    let name = |row: &Row| plain(&row.name);
+    let width = rows.iter().map(|row| name(row).len()).max().unwrap_or(0);
     let width = width.max("NAME".len());
     let mut text = format!(
         "{:<width$}  {:>11}  {:>6}  {:<11}  {:<10}  SHARED WITH\n",
@@ -144,7 +151,7 @@ fn table(rows: &[Row]) -> String {
         let health = row.health.map_or("unknown", Health::word);
         let shared = match row.shared_with.as_slice() {
             [] => NONE.to_owned(),
-            names => names.join(","),
+            names => plain(&names.join(",")),
         };
         let numbers = row.partitions.iter();
         let numbers: Vec<String> = numbers.map(|part| part.number.to_string()).collect();
@@ -155,7 +162,7 @@ fn table(rows: &[Row]) -> String {
         let _ = writeln!(
             text,
             "{:<width$}  {size:>11}  {layers:>6}  {health:<11}  {partitions:<10}  {shared}",
-            row.name
+            name(row)
         );
     }
     text

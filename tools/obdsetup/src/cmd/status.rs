@@ -2,7 +2,6 @@
 
 //! `obdsetup status`.
 
-use std::fmt::Write;
 use std::path::Path;
 
 use anyhow::Result;
@@ -123,7 +122,7 @@ pub(crate) fn run(args: &Args) -> Result<()> {
                 .iter()
                 .for_each(|device| describe(device, &mut text));
         }
-        print(&plain(&text))?;
+        print(&text)?;
     }
     match report.health {
         Health::Ok | Health::Busy => Ok(()),
@@ -213,17 +212,23 @@ fn files(line: &Line, look: &dyn Fn(&str) -> Option<String>) -> Vec<LoopFile> {
     files.collect()
 }
 
+/// Appends a line to `text`. Names in it are escaped.
+fn add(text: &mut String, line: &str) {
+    text.push_str(&plain(line));
+    text.push('\n');
+}
+
 /// Returns a short summary for operators.
 fn summary(report: &Report) -> String {
-    let mut text = format!("health: {}\n", report.message);
+    let mut text = String::new();
+    add(&mut text, &format!("health: {}", report.message));
     for note in &report.notes {
-        let _ = writeln!(text, "note: {note}");
+        add(&mut text, &format!("note: {note}"));
     }
     let disk = report.devices.first().filter(|_| report.size.is_some());
     let (name, layers) = (&report.name, report.layers.len());
-    let _ = match (disk, report.size) {
-        (Some(disk), Some(bytes)) => writeln!(
-            text,
+    let line = match (disk, report.size) {
+        (Some(disk), Some(bytes)) => format!(
             "{}: {}, {layers} layers, {}",
             node(&disk.name).display(),
             size::show(bytes),
@@ -232,14 +237,12 @@ fn summary(report: &Report) -> String {
                 _ => "in use",
             }
         ),
-        _ => writeln!(text, "{name}: devices of {layers} layers, but no disk"),
+        _ => format!("{name}: devices of {layers} layers, but no disk"),
     };
+    add(&mut text, &line);
     if !report.shared_with.is_empty() {
-        let _ = writeln!(
-            text,
-            "layers in common with: {}",
-            report.shared_with.join(", ")
-        );
+        let line = format!("layers in common with: {}", report.shared_with.join(", "));
+        add(&mut text, &line);
     }
     for (nth, layer) in report.layers.iter().enumerate() {
         let file = layer.file.escape_debug();
@@ -247,15 +250,11 @@ fn summary(report: &Report) -> String {
             [] => String::new(),
             names => format!("  (one device with {})", names.join(", ")),
         };
-        let _ = writeln!(
-            text,
-            "{nth:>5}  {:<11}  {file}{shared}",
-            layer.health.word()
-        );
+        let line = format!("{nth:>5}  {:<11}  {file}{shared}", layer.health.word());
+        add(&mut text, &line);
     }
     for partition in &report.partitions {
-        let _ = writeln!(
-            text,
+        let line = format!(
             "partition {}: {}, {}, {}",
             partition.number,
             node(&partition.name).display(),
@@ -265,25 +264,27 @@ fn summary(report: &Report) -> String {
                 _ => "in use",
             }
         );
+        add(&mut text, &line);
     }
     if let Some(changes) = &report.changes {
-        let _ = writeln!(
-            text,
+        let line = format!(
             "writes go to {}: {} of {} used, {} % of what it can hold",
             changes.file.escape_debug(),
             indicatif::BinaryBytes(changes.used),
             indicatif::BinaryBytes(changes.size),
             changes.percent()
         );
+        add(&mut text, &line);
     }
     text
 }
 
 /// Appends everything that is known about a device to `text`.
 fn describe(device: &Device, text: &mut String) {
-    let _ = writeln!(text, "\n{}:", node(&device.name).display());
+    text.push('\n');
+    add(text, &format!("{}:", node(&device.name).display()));
     let mut line = |name: &str, value: &dyn std::fmt::Display| {
-        let _ = writeln!(text, "  {name:<20} {value}");
+        add(text, &format!("  {name:<20} {value}"));
     };
     line("device", &device.device);
     line("uuid", &device.uuid);

@@ -13,7 +13,7 @@ use crate::devices::dm::backing::Backing;
 use crate::devices::dm::node;
 use crate::devices::dm::plan::Lower;
 use crate::input::layer_name::LayerArg;
-use crate::terminal::{print, print_json};
+use crate::terminal::{plain, print, print_json};
 
 /// Arguments of `table`.
 #[derive(clap::Args)]
@@ -102,11 +102,11 @@ pub(crate) fn run(args: &Args) -> Result<()> {
             .iter()
             .map(|Device { name, uuid, table }| format!("{name},{uuid},,ro,{}", table.join(",")))
             .collect();
-        return print(&format!("{}\n", parts.join(";")));
+        return print(&format!("{}\n", plain(&parts.join(";"))));
     }
     for device in &devices {
         for line in &device.table {
-            print(&format!("{}: {line}\n", device.name))?;
+            print(&format!("{}\n", plain(&format!("{}: {line}", device.name))))?;
         }
     }
     Ok(())

@@ -144,16 +144,16 @@ fn file(lower: &Lower, place: &Path) -> Result<PathBuf, String> {
             return Ok(file);
         }
     }
+    let none = |dir: &Path| {
+        let [first, second, third] = NAMES;
+        format!("no {first}, {second} or {third} in {}", dir.display())
+    };
     Err(match (given(&lower.digest), dir) {
-        (Some(digest), Some(dir)) => format!(
-            "{digest} is in a registry only: no {} in {}",
-            NAMES[0],
-            dir.display()
-        ),
+        (Some(digest), Some(dir)) => format!("{digest} is in a registry only: {}", none(&dir)),
         (Some(digest), None) => {
             format!("{digest} is in a registry only: neither `file' nor `dir' is given")
         }
-        (None, Some(dir)) => format!("no {} in {}", NAMES[0], dir.display()),
+        (None, Some(dir)) => none(&dir),
         (None, None) => "neither `file' nor `dir' is given".to_owned(),
     })
 }

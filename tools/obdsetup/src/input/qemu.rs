@@ -20,9 +20,9 @@ use tempfile::NamedTempFile;
 use crate::files::in_use::InUseArgs;
 use crate::files::json::bad;
 use crate::files::place::{directory, temp_file};
-use crate::input::kind::Kind;
-use crate::program::{self, Program, ProgramFailure};
-use crate::terminal::exit::{self, Failure};
+use crate::input::kind::{self, Kind};
+use crate::program::{self, Program};
+use crate::terminal::exit::{self, is_full, Failure, Lines};
 
 /// qemu-img's names of formats: the format in which this module writes images, the format of VMware, and a disk
 /// without a format.
@@ -105,7 +105,19 @@ pub(crate) fn read(path: &Path, name: &Path, format: &str, place: &Path) -> Resu
     let mut command = qemu_img(format);
     command.args(["convert", "-f", format, "-O", RAW]);
     command.arg(from).arg(image.path()).writes(image.path());
-    command.run().map_err(|error| named(name, error))?.tell();
+    let done = command.run().map_err(|error| match is_full(&error) {
+        // Of the copy, not of the image.
+        true => error,
+        false => named(name, error),
+    });
+    done?.tell();
+    if let Some(what) = kind::fault_of_copy(name, image.path())? {
+        let what = format!(
+            "its disk is shorter than it says itself: {what}: incomplete when the image was made? `qemu-img convert -O \
+             raw' makes a disk of the image as it is, and `convert --from raw' takes that"
+        );
+        return Err(bad(name, &what));
+    }
     Ok(image)
 }
 
@@ -175,6 +187,7 @@ fn walk(
         // qemu-img opens the files that a vmdk image names, even devices and FIFOs. So they are checked before
         // qemu-img is started.
         if format == VMDK {
+            vmdk::check_descriptor(&path, &name)?;
             vmdk::each_part(&path, |part| {
                 check_file(&name, DATA, part)?;
                 home.check(&name, DATA, part)?;
@@ -198,6 +211,10 @@ fn walk(
             used.insert(part);
         }
         info.check(&name, links.last().filter(|_| layers))?;
+        // A backing file without a disk is fine if the chain becomes one layer.
+        if layers || links.is_empty() {
+            info.check_size(&name)?;
+        }
         truncated::check(&path, &name, &format, info.virtual_size)?;
         let next = info.backing(&name, &path)?;
         if let Some((next, _)) = &next {
@@ -284,12 +301,16 @@ fn local(name: &Path, what: &str, given: &str, full: &str, image: &Path) -> Resu
         .next()
         .is_some_and(|start| start.contains(':'));
     if is_remote {
+        let why = match given.split(':').next() {
+            Some("json") => "is described with options of QEMU, and obdsetup takes only the name of a file",
+            Some("file") => "is named with file: in front, and obdsetup takes only the name itself",
+            _ => "is no file on this machine, or has a colon in its name and no directory in front of it",
+        };
         let or = match what {
-            BACKING => ": `qemu-img rebase' gives the image another one, or none",
+            BACKING => ": `qemu-img rebase -u' changes the name in the image",
             _ => "",
         };
-        let what = format!("{what}, {given}, is no file on this machine{or}");
-        return Err(refused(name, &what));
+        return Err(refused(name, &format!("{what}, {given}, {why}{or}")));
     }
     if given.contains(UNKNOWN) {
         let what = format!(
@@ -347,12 +368,14 @@ pub(crate) fn check_alone(path: &Path, name: &Path, format: &str) -> Result<()> 
         Err(refused(name, &what))
     };
     if format == VMDK {
+        vmdk::check_descriptor(&path, name)?;
         if let Some(part) = vmdk::named(&path)?.first() {
             return has_data(&part.name.to_string_lossy());
         }
     }
     let info = info(&path, name, format)?;
     info.check(name, None)?;
+    info.check_size(name)?;
     if let Some(part) = info.parts(&path).next() {
         return has_data(part);
     }
@@ -412,6 +435,17 @@ impl Info {
             ));
         }
         Ok(())
+    }
+
+    /// Checks that the image `name` has a disk.
+    fn check_size(&self, name: &Path) -> Result<()> {
+        match self.virtual_size {
+            0 => Err(refused(
+                name,
+                "is for a disk of 0 bytes: no layer can be made of that; `qemu-img resize' makes the disk larger",
+            )),
+            _ => Ok(()),
+        }
     }
 
     /// Returns the paths, as qemu-img prints them, of the files with the data of the image at `path`, without the
@@ -538,11 +572,33 @@ fn qemu_img(format: &str) -> Program {
 }
 
 /// Returns the error with the name of the image, which qemu-img doesn't print if it cannot read the data, and of
-/// which it prints the path if the image is a temporary file.
-fn named(name: &Path, error: anyhow::Error) -> anyhow::Error {
-    match error.is::<ProgramFailure>() {
-        true => error.context(format!("{}: cannot read", name.display())),
-        false => error,
+/// which it prints the path if the image is a temporary file. The exit code says whose fault it is.
+fn named(name: &Path, mut error: anyhow::Error) -> anyhow::Error {
+    let Some(said) = error.downcast_mut::<Lines>() else {
+        return error;
+    };
+    said.code = fault(&said.lines);
+    error.context(format!("{}: cannot read", name.display()))
+}
+
+/// Returns the exit code for a failure of qemu-img with these lines. qemu-img itself has one exit code for all, and
+/// says "Input/output error" of compressed data that is damaged.
+fn fault(lines: &[String]) -> u8 {
+    let causes = [
+        ("Permission denied", exit::PERMISSION),
+        // The image is locked by another process.
+        ("Failed to get ", exit::BUSY),
+        // This qemu-img was built without the format.
+        ("Unknown driver", exit::USAGE),
+        ("Cannot allocate memory", exit::USAGE),
+    ];
+    let says = |text: &str| lines.iter().any(|line| line.contains(text));
+    let found = causes.iter().find(|(text, _)| says(text));
+    match found {
+        Some((_, code)) => *code,
+        // Ended by a signal, or a bug.
+        None if lines.is_empty() => exit::USAGE,
+        None => exit::BAD_IMAGE,
     }
 }
 
@@ -571,6 +627,31 @@ mod tests {
         let said = said(&Home::Nowhere, "/dev/null");
         assert!(said.contains("is not on the block device"), "{said}");
         Ok(())
+    }
+
+    #[test]
+    fn failures_of_qemu_img() {
+        let code = |line: &str| fault(&[line.to_owned()]);
+        for (line, wanted) in [
+            (
+                "Could not open 'x': Image is not in qcow2 format",
+                exit::BAD_IMAGE,
+            ),
+            (
+                "error while reading at byte 0: Invalid argument",
+                exit::BAD_IMAGE,
+            ),
+            (
+                "error while reading at byte 0: Input/output error",
+                exit::BAD_IMAGE,
+            ),
+            ("Could not open 'x': Permission denied", exit::PERMISSION),
+            ("Failed to get shared \"write\" lock", exit::BUSY),
+            ("Could not open 'x': Unknown driver 'qed'", exit::USAGE),
+        ] {
+            assert_eq!(code(line), wanted, "{line}");
+        }
+        assert_eq!(fault(&[]), exit::USAGE);
     }
 
     #[test]

@@ -12,7 +12,9 @@ use tempfile::TempDir;
 
 use crate::files::place::directory;
 use crate::input::config::{Config, Lower};
-use crate::make::output::{rename_new_directory, set_mode, sync, sync_directory, umask};
+use crate::make::output::{
+    check_dash, rename_new_directory, set_mode, sync, sync_directory, umask,
+};
 use crate::terminal::exit::{self, Failure};
 
 /// A directory that is being made. Dropping this deletes it.
@@ -24,6 +26,9 @@ pub(crate) struct NewDirectory {
 impl NewDirectory {
     /// Begins the directory `out`. An error if anything exists there.
     pub(crate) fn new(out: &Path) -> Result<Self> {
+        check_dash(out)?;
+        // A name may end with a slash or `/.`, to which nothing can be renamed.
+        let out: &Path = &out.components().collect::<PathBuf>();
         if out.symlink_metadata().is_ok() {
             return Err(there(out));
         }

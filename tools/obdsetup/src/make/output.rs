@@ -4,6 +4,7 @@
 
 use std::fs::{File, Metadata, Permissions};
 use std::io;
+use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::{MetadataExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 
@@ -54,10 +55,16 @@ impl Output {
         inputs: impl IntoIterator<Item = &'a Path>,
         mode: u32,
     ) -> Result<Self> {
+        check_dash(path)?;
         let place = |path: &Path| path.metadata().ok().map(|meta| (meta.dev(), meta.ino()));
         let there = place(path);
         let mut inputs = inputs.into_iter();
         let refuse = |what| Err(Failure::usage(format!("{}: {what}", path.display())));
+        // Found out only by the last step otherwise.
+        let name = path.as_os_str().as_bytes();
+        if name.ends_with(b"/") || name.ends_with(b"/.") {
+            return refuse("is a name for a directory, and a file is to be made: leave out what follows the name");
+        }
         if there.is_some() && inputs.any(|input| place(input) == there) {
             return refuse("is an input as well: give another name");
         }
@@ -135,6 +142,17 @@ impl Output {
         sync_directory(directory)
             .with_context(|| format!("{}: cannot sync the directory", directory.display()))?;
         Ok(file)
+    }
+}
+
+/// Returns an error if `path` is the usual word for standard output, to which a file or directory with its final name
+/// cannot be written.
+pub(crate) fn check_dash(path: &Path) -> Result<()> {
+    match path.as_os_str() == "-" {
+        true => Err(Failure::usage(
+            "-: the output is not for standard output: give it a name; ./- is a file of that name",
+        )),
+        false => Ok(()),
     }
 }
 

@@ -8,6 +8,7 @@ use std::io::{BufWriter, Write};
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result};
+use overlaybd::format::merge::MAX_LAYERS;
 use overlaybd::format::num::to_u64;
 use serde::Deserialize;
 use serde_json::json;
@@ -63,6 +64,16 @@ fn check(images: &[Saved]) -> Result<(), String> {
     match layers.sum::<usize>() > LAYERS {
         true => Err(format!("has more than {LAYERS} layers in all its images")),
         false => Ok(()),
+    }
+}
+
+/// Returns an error if all images have more layers than a stack can have.
+fn check_layers(images: &[Saved]) -> Result<(), String> {
+    match images.iter().map(|image| image.layers.len()).min() {
+        Some(layers) if layers > MAX_LAYERS => {
+            Err(format!("has {layers} layers, expected 1 to {MAX_LAYERS}"))
+        }
+        _ => Ok(()),
     }
 }
 
@@ -129,8 +140,8 @@ pub(super) fn unpack(input: &Path, place: &Path) -> Result<Layout> {
 
 /// Returns the names of the files that `manifest.json` lists: tools use arbitrary names for layers. Returns no
 /// names if `manifest.json` is missing, can't be parsed or lists too much; if it is needed, the error is
-/// reported later. Reads the archive up to `manifest.json`, which is usually at the end, so the caller must
-/// read the archive again.
+/// reported later. An error if each image has more layers than a stack can have: unpacking them may take long.
+/// Reads the archive up to `manifest.json`, which is usually at the end, so the caller must read the archive again.
 fn named(input: &Path) -> Result<HashSet<Vec<u8>>> {
     let mut archive = Archive::again(input)?;
     while let Some(member) = archive.next()? {
@@ -144,6 +155,8 @@ fn named(input: &Path) -> Result<HashSet<Vec<u8>>> {
             Ok(())
         })?;
         let images: Vec<Saved> = serde_json::from_slice(&bytes).unwrap_or_default();
+        let shown = format!("{}: manifest.json", input.display());
+        check_layers(&images).map_err(|what| bad(Path::new(&shown), &what))?;
         let images = Some(images).filter(|images| check(images).is_ok());
         let names = images.unwrap_or_default().into_iter().flat_map(|image| {
             let layers = image.layers.into_iter();

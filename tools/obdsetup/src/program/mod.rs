@@ -15,7 +15,6 @@ mod progress;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::ffi::{OsStr, OsString};
-use std::fmt;
 use std::fs::File;
 use std::io::{self, BufRead, BufReader};
 use std::os::unix::process::{CommandExt, ExitStatusExt};
@@ -27,9 +26,9 @@ use std::time::{Duration, Instant};
 use anyhow::{bail, Context, Result};
 use rustix::process::{kill_process_group, waitid, Pid, Signal, WaitId, WaitIdOptions};
 
-use crate::terminal::exit::{self, Failure};
+use crate::terminal::exit::{self, Failure, Lines};
 use crate::terminal::interrupt;
-use lines::Lines;
+use lines::Lines as Kept;
 pub(crate) use progress::Patience;
 
 /// Shortest and longest time between two checks of a running program.
@@ -102,52 +101,45 @@ impl Said {
     }
 }
 
-/// A program failed.
-#[derive(Debug)]
-pub(crate) struct ProgramFailure {
-    name: String,
-    status: ExitStatus,
-    lines: Vec<String>,
-}
-
-impl fmt::Display for ProgramFailure {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Self {
-            name,
-            status,
+/// Returns the error for a program that failed. It has the exit code for a full disk if that is the cause.
+fn failure(said: Said, status: ExitStatus) -> Lines {
+    let Said { name, lines } = said;
+    if status.signal() == Some(Signal::XFSZ.as_raw()) {
+        let text = format!(
+            "{name}: a file that it writes became larger than the limit of the shell allows (`ulimit -f`)"
+        );
+        return full(text, Vec::new());
+    }
+    let start = format!("{name} failed ({status})");
+    match lines.iter().any(|line| is_about_room(line)) {
+        true => full(start, lines),
+        false => Lines {
+            code: exit::USAGE,
+            is_full: false,
+            start,
             lines,
-        } = self;
-        write!(f, "{name} failed ({status})")?;
-        match lines.is_empty() {
-            true => Ok(()),
-            false => write!(f, ": {}", lines.join("\n")),
-        }
+        },
     }
 }
 
-impl std::error::Error for ProgramFailure {}
-
-impl ProgramFailure {
-    /// Returns the error, which has the exit code for a full disk if that is the cause.
-    fn into_error(self) -> anyhow::Error {
-        if self.status.signal() == Some(Signal::XFSZ.as_raw()) {
-            let text = format!(
-                "{}: a file that it writes became larger than the limit of the shell allows (`ulimit -f`)",
-                self.name
-            );
-            return exit::Full(text).into();
-        }
-        match self.lines.iter().any(|line| is_about_room(line)) {
-            true => exit::Full(self.to_string()).into(),
-            false => self.into(),
-        }
+/// Returns the error for a program that could not write its output.
+pub(crate) fn full(start: String, lines: Vec<String>) -> Lines {
+    Lines {
+        code: exit::DEVICE,
+        is_full: true,
+        start,
+        lines,
     }
 }
 
 /// Returns whether a program says in `line` that there is no room for what it writes. Programs have no exit code
 /// for that, but print the system's text.
 pub(crate) fn is_about_room(line: &str) -> bool {
-    let texts = ["No space left on device", "Disk quota exceeded"];
+    let texts = [
+        "No space left on device",
+        "Disk quota exceeded",
+        "File too large",
+    ];
     texts.iter().any(|text| line.contains(text))
 }
 
@@ -258,12 +250,7 @@ impl Program {
         if status.success() {
             return Ok(said);
         }
-        let failure = ProgramFailure {
-            name: said.name,
-            status,
-            lines: said.lines,
-        };
-        Err(failure.into_error())
+        Err(failure(said, status).into())
     }
 
     /// Runs the program to its end, with any status. Fails if the program cannot be started, is
@@ -271,7 +258,7 @@ impl Program {
     pub(crate) fn end(&mut self, mut each: impl FnMut(&str) + Send) -> Result<Ended> {
         let mut child = self.spawn()?;
         let (out, errors) = (child.0.stdout.take(), child.0.stderr.take());
-        let mut lines = Lines::default();
+        let mut lines = Kept::default();
         let (status, read) = std::thread::scope(|scope| {
             // Both threads end when the program and its children have ended. wait() ends the children.
             let keeper = scope.spawn(|| lines.read(errors.into_iter()));
@@ -457,7 +444,7 @@ mod tests {
         let text = error(shell("echo wrong >&2; echo wrong >&2; echo so it is >&2; exit 3").run());
         assert_eq!(
             text,
-            "sh failed (exit status: 3): wrong (2 times)\nso it is"
+            "sh failed (exit status: 3): wrong (2 times)\n  so it is"
         );
         assert_eq!(error(shell("exit 3").run()), "sh failed (exit status: 3)");
         let text = error(Program::new("no-such-program", "tests").run());

@@ -84,7 +84,7 @@ impl Patience {
             self.bound.as_secs()
         );
         if !said.is_empty() {
-            message = format!("{message}; it said: {}", said.join("\n"));
+            message = format!("{message}; it said: {}", said.join("; "));
         }
         Failure::error(exit::USAGE, message)
     }

@@ -4,6 +4,8 @@
 
 use std::io::ErrorKind;
 
+use crate::terminal::plain;
+
 /// Success.
 pub(crate) const SUCCESS: u8 = 0;
 /// Wrong parameters, or a failure of another kind.
@@ -65,27 +67,52 @@ impl std::fmt::Display for Failure {
 
 impl std::error::Error for Failure {}
 
-/// A program that obdsetup ran has failed because it could not write its output: a file system is full, the user's
-/// disk quota is used up, or a file became larger than `ulimit -f` allows.
+/// An error whose message has several lines. Only here, line breaks in a message are meant: all other ones come from
+/// names, and are escaped.
 #[derive(Debug)]
-pub(crate) struct Full(pub(crate) String);
+pub(crate) struct Lines {
+    /// The exit code.
+    pub(crate) code: u8,
+    /// Whether a program that obdsetup ran has failed because it could not write its output: a file system is full,
+    /// the user's disk quota is used up, or a file became larger than the file system or `ulimit -f` allows.
+    pub(crate) is_full: bool,
+    /// The start of the first line, in front of what a program has said; may be empty.
+    pub(crate) start: String,
+    /// The lines, perhaps with names in them.
+    pub(crate) lines: Vec<String>,
+}
 
-impl std::fmt::Display for Full {
+impl std::fmt::Display for Lines {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.write_str(&self.0)
+        let lines: Vec<String> = self.lines.iter().map(|line| plain(line)).collect();
+        if self.start.is_empty() {
+            return f.write_str(&lines.join("\n"));
+        }
+        f.write_str(&plain(&self.start))?;
+        match lines.is_empty() {
+            true => Ok(()),
+            // The program may have printed a name with a line break. So its lines never look like obdsetup's own.
+            false => write!(f, ": {}", lines.join("\n  ")),
+        }
     }
 }
 
-impl std::error::Error for Full {}
+impl std::error::Error for Lines {}
 
 /// Returns whether the cause of `error` is that a file system is full (`ENOSPC`), that the user's disk quota is used
-/// up (`EDQUOT`), or [`Full`].
+/// up (`EDQUOT`), that a file cannot be so large (`EFBIG`), or [`Lines::is_full`].
 pub(crate) fn is_full(error: &anyhow::Error) -> bool {
-    let full = |kind| matches!(kind, ErrorKind::StorageFull | ErrorKind::QuotaExceeded);
+    let full = |kind| {
+        matches!(
+            kind,
+            ErrorKind::StorageFull | ErrorKind::QuotaExceeded | ErrorKind::FileTooLarge
+        )
+    };
     error.chain().any(|cause| {
         let io = cause.downcast_ref::<std::io::Error>();
         let library = cause.downcast_ref::<overlaybd::Error>();
-        cause.is::<Full>()
+        let lines = cause.downcast_ref::<Lines>();
+        lines.is_some_and(|lines| lines.is_full)
             || io.is_some_and(|error| full(error.kind()))
             || library
                 .and_then(overlaybd::Error::io_kind)
@@ -102,8 +129,8 @@ fn known(cause: &(dyn std::error::Error + 'static)) -> Option<u8> {
     if let Some(failure) = cause.downcast_ref::<Failure>() {
         return Some(failure.code);
     }
-    if cause.is::<Full>() {
-        return Some(DEVICE);
+    if let Some(lines) = cause.downcast_ref::<Lines>() {
+        return Some(lines.code);
     }
     if let Some(error) = cause.downcast_ref::<overlaybd::Error>() {
         return match error.cause() {

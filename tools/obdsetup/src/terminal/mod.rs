@@ -38,19 +38,29 @@ pub(crate) fn print_json(value: &impl serde::Serialize) -> Result<()> {
     print(&format!("{}\n", serde_json::to_string_pretty(value)?))
 }
 
-/// Prints a message on standard error.
+/// Prints a message on standard error, as one line.
 pub(crate) fn tell(message: &str) {
-    let text = format!("obdsetup: {}\n", plain(message));
+    tell_lines(&plain(message));
+}
+
+/// Prints an error with its causes on standard error.
+pub(crate) fn tell_error(error: &anyhow::Error) {
+    tell_lines(&message(error));
+}
+
+/// Prints a message with line breaks that are meant; names in it are escaped already.
+fn tell_lines(message: &str) {
+    let text = format!("obdsetup: {message}\n");
     // Ignored: if standard error fails, there is no other way to report it.
     let _ = io::stderr().write_all(text.as_bytes());
 }
 
-/// Escapes control characters, except line breaks and tabs. Parts of a text may come from an image, and must not
-/// control the terminal.
+/// Escapes control characters, except tabs. Parts of a text may come from an image, or be names of files: they must
+/// neither control the terminal nor look like a line of obdsetup's own.
 pub(crate) fn plain(text: &str) -> String {
     let mut plain = String::with_capacity(text.len());
     for c in text.chars() {
-        match c.is_control() && !matches!(c, '\n' | '\t') {
+        match c.is_control() && c != '\t' {
             true => plain.extend(c.escape_default()),
             false => plain.push(c),
         }
@@ -58,12 +68,15 @@ pub(crate) fn plain(text: &str) -> String {
     plain
 }
 
-/// Returns the message for an error with its causes. The messages of the library's errors include their
-/// causes already.
+/// Returns the message for an error with its causes, escaped: only [`Lines`](exit::Lines) has more than one line. The
+/// messages of the library's errors include their causes already.
 pub(crate) fn message(error: &anyhow::Error) -> String {
     let mut parts = Vec::new();
     for cause in error.chain() {
-        parts.push(cause.to_string());
+        parts.push(match cause.is::<exit::Lines>() {
+            true => cause.to_string(),
+            false => plain(&cause.to_string()),
+        });
         if let Some(error) = cause.downcast_ref::<overlaybd::Error>() {
             if error.fault() == Some(overlaybd::format::Fault::LsmtMagic) {
                 parts.push(NO_LAYER.to_owned());
@@ -89,5 +102,29 @@ fn without_numbers(text: &str) -> String {
 pub(crate) fn warn(warnings: &[String]) {
     for warning in warnings {
         tell(&format!("warning: {warning}"));
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::exit::{Failure, Lines};
+    use super::{message, plain};
+
+    #[test]
+    fn names_make_no_lines() {
+        assert_eq!(
+            plain("a\nb\r\u{1b}\u{85}\tc\\n"),
+            "a\\nb\\r\\u{1b}\\u{85}\tc\\n"
+        );
+        let error = Failure::usage("x\nobdsetup: forged: no disk").context("y\nz");
+        assert_eq!(message(&error), "y\\nz: x\\nobdsetup: forged: no disk");
+        let lines = Lines {
+            code: 1,
+            is_full: false,
+            start: "mkfs failed".to_owned(),
+            lines: vec!["first".to_owned(), "a\nsecond".to_owned()],
+        };
+        let error = anyhow::Error::from(lines).context("y\nz");
+        assert_eq!(message(&error), "y\\nz: mkfs failed: first\n  a\\nsecond");
     }
 }

@@ -3,7 +3,10 @@
 //! Recognises disks: by a partition table, a file system, swap, or data of LVM, RAID, LUKS or a similar user of
 //! block devices.
 
+use std::collections::BTreeMap;
+
 use overlaybd::format::num::{bytes_at, le32, le64, to_u64, to_usize};
+use serde::Deserialize;
 
 /// Number of bytes from the start of a disk that are examined.
 pub(super) const HEAD: usize = 72 << 10;
@@ -109,6 +112,8 @@ const CYLINDER: u64 = 255 * 63 * SECTOR;
 
 /// What a disk with a partition table has.
 pub(super) const TABLE: &str = "partition table";
+/// What an encrypted disk has. It says where the data begins, and rarely where it ends.
+pub(super) const LUKS: &str = "LUKS header";
 
 /// What the start of a disk says about its size.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -142,9 +147,12 @@ type Partition = (u64, u64);
 /// whole disk. There are two exceptions: an image with an ISO 9660 file system has a partition table for booting from
 /// other media; and a boot sector, whose code may look like a partition table.
 pub(super) fn needed(head: &[u8]) -> Option<Needed> {
-    let (guid, iso) = (guid_partitions(head), iso(head));
+    let (guid, iso) = (guid_table(head), iso(head));
     let is_guid = guid.is_some();
-    let mut partitions = guid.unwrap_or_else(|| partitions(head));
+    // An ISO 9660 file system may have a table that was made for a longer file.
+    let usable = guid.as_ref().filter(|_| iso.is_none());
+    let usable = usable.map_or(0, |guid| guid.usable);
+    let mut partitions = guid.map_or_else(|| partitions(head), |guid| guid.partitions);
     if let Some(iso) = iso {
         let of_iso = |&(start, end): &Partition| {
             start < iso.size && end <= iso.size.saturating_add(CYLINDER)
@@ -153,9 +161,11 @@ pub(super) fn needed(head: &[u8]) -> Option<Needed> {
     }
     let boot = boot_sector(head).filter(|_| !is_guid);
     let table = table(&partitions).map(|table| Needed {
+        size: table.size.max(usable),
         last: table.last.filter(|_| !is_guid),
         ..table
     });
+    let table = table.or_else(|| (usable != 0).then(|| whole(usable, TABLE)));
     match (table, boot) {
         (Some(table), Some(boot)) if boot.size < table.size => Some(boot),
         (Some(table), _) => Some(table),
@@ -163,6 +173,13 @@ pub(super) fn needed(head: &[u8]) -> Option<Needed> {
         (None, None) if is_guid => iso,
         (None, None) => file_system(head).or(iso).or_else(|| other(head)),
     }
+}
+
+/// Returns the size that a disk has at least if it begins with `head`, and has all of the second copy of its GUID
+/// partition table; `None` if it has no such table. The kernel needs only the first copy.
+pub(super) fn with_second_table(head: &[u8]) -> Option<u64> {
+    let guid = guid_table(head).filter(|_| iso(head).is_none())?;
+    Some(guid.second)
 }
 
 /// Returns what `size` and `what` say.
@@ -264,8 +281,11 @@ fn file_system(head: &[u8]) -> Option<Needed> {
     }
 }
 
-/// Returns what btrfs, LVM or swap says. mkfs(8) may have left their traces in the other file systems.
+/// Returns what btrfs, LVM, LUKS or swap says. mkfs(8) may have left their traces in the other file systems.
 fn other(head: &[u8]) -> Option<Needed> {
+    if let Some(size) = luks(head) {
+        return Some(whole(size, LUKS));
+    }
     if starts(head, 65_600, b"_BHRfS_M") {
         // Of this device, if there are several.
         return Some(whole(le64(head, 65_536 + 0xd1), "btrfs"));
@@ -284,9 +304,61 @@ fn other(head: &[u8]) -> Option<Needed> {
     (le32(head, 1024) == 1).then(|| whole(pages * to_u64(page), "swap area"))
 }
 
-/// Returns the partitions of a GUID partition table; `None` if there is no such table. As the specification says, it
-/// counts only with a protective partition in the master boot record. The table ends with `head`, if not before.
-fn guid_partitions(head: &[u8]) -> Option<Vec<Partition>> {
+/// Returns the end of what the header of LUKS describes: that of the data, or the start of the data if this ends with the
+/// disk.
+fn luks(head: &[u8]) -> Option<u64> {
+    /// Length of the header of version 2 in front of the text.
+    const BINARY: usize = 4096;
+    if !starts(head, 0, b"LUKS\xba\xbe") {
+        return None;
+    }
+    match u16::from_be_bytes(bytes_at(head, 6)) {
+        1 => {
+            let sectors = u32::from_be_bytes(bytes_at(head, 104));
+            Some(u64::from(sectors) * SECTOR)
+        }
+        2 => {
+            let end = usize::try_from(u64::from_be_bytes(bytes_at(head, 8))).ok()?;
+            let text = head.get(BINARY..end.min(head.len()))?;
+            let text = text.split(|&byte| byte == 0).next()?;
+            let Luks { segments } = serde_json::from_slice(text).ok()?;
+            let end = |Segment { offset, size }: &Segment| {
+                let offset: u64 = offset.parse().ok()?;
+                // Otherwise "dynamic".
+                let size: u64 = size.parse().unwrap_or(0);
+                offset.checked_add(size)
+            };
+            segments.values().filter_map(end).max()
+        }
+        _ => None,
+    }
+}
+
+/// The text in the header of LUKS, version 2.
+#[derive(Deserialize)]
+struct Luks {
+    segments: BTreeMap<String, Segment>,
+}
+
+/// Where the encrypted data is, in bytes.
+#[derive(Deserialize)]
+struct Segment {
+    offset: String,
+    size: String,
+}
+
+/// A GUID partition table.
+struct Guid {
+    partitions: Vec<Partition>,
+    /// The end of the space for partitions. If the disk ends before, the kernel does not use the table.
+    usable: u64,
+    /// The end of the second copy of the table.
+    second: u64,
+}
+
+/// Returns the GUID partition table; `None` if there is no such table. As the specification says, it counts only with a
+/// protective partition in the master boot record. The table ends with `head`, if not before.
+fn guid_table(head: &[u8]) -> Option<Guid> {
     let entries = head.get(446..510)?.chunks_exact(16);
     let is_protected = head.get(510..512) == Some(b"\x55\xaa")
         && entries
@@ -314,7 +386,16 @@ fn guid_partitions(head: &[u8]) -> Option<Vec<Partition>> {
             last.saturating_add(1).saturating_mul(sector),
         )
     };
-    Some(used.map(partition).collect())
+    // Both are the numbers of a last sector.
+    let end = |place: usize| match le64(head, at(place)) {
+        0 => 0,
+        last => last.saturating_add(1).saturating_mul(sector),
+    };
+    Some(Guid {
+        partitions: used.map(partition).collect(),
+        usable: end(48),
+        second: end(32),
+    })
 }
 
 /// Returns the partitions in a master boot record. A sector has 512 bytes at least.
@@ -337,7 +418,7 @@ fn partitions(head: &[u8]) -> Vec<Partition> {
 
 #[cfg(test)]
 mod tests {
-    use super::{is_disk, needed};
+    use super::{is_disk, needed, with_second_table};
 
     /// The end of a boot sector.
     const SIGNED: (usize, &[u8]) = (510, b"\x55\xaa");
@@ -473,6 +554,32 @@ mod tests {
         assert_eq!(said(&[(4086, b"SWAPSPACE2"), (1028, b"\xff\x0f")]), None);
     }
 
+    #[test]
+    fn sizes_of_encrypted_disks() {
+        let said = |parts: &[(usize, &[u8])]| {
+            needed(&head(parts)).map(|needed| (needed.size, needed.what))
+        };
+        let luks = |size: u64| Some((size, "LUKS header"));
+        let magic: (usize, &[u8]) = (0, b"LUKS\xba\xbe\0\x01");
+        assert_eq!(said(&[magic, (104, b"\0\0\x10")]), luks(2 << 20));
+        let magic: (usize, &[u8]) = (0, b"LUKS\xba\xbe\0\x02\0\0\0\0\0\0\x40");
+        let text = |size: &str| {
+            format!(
+                r#"{{"keyslots":{{}},"segments":{{"0":{{"type":"crypt","offset":"16777216","size":"{size}"}}}}}}"#
+            )
+        };
+        for (size, wanted) in [
+            ("dynamic", luks(16 << 20)),
+            ("1048576", luks(17 << 20)),
+            ("18446744073709551615", None),
+        ] {
+            assert_eq!(said(&[magic, (4096, text(size).as_bytes())]), wanted);
+        }
+        for text in ["", "{", "{\"segments\":{}}", "{\"segments\":[]}"] {
+            assert_eq!(said(&[magic, (4096, text.as_bytes())]), None, "{text}");
+        }
+    }
+
     /// Structures of an earlier use of the disk don't count.
     #[test]
     fn traces() {
@@ -509,6 +616,16 @@ mod tests {
             parts
         });
         assert_eq!(said(&[&large, protected]), table(512 << 20));
+        // The space for partitions, even if there is none.
+        let usable: &[(usize, &[u8])] = &[(512 + 48, b"\xde\xff\x1f"), (512 + 32, b"\xff\xff\x1f")];
+        let all = (1 << 30) - 33 * 512;
+        assert_eq!(said(&[&large, usable, protected]), table(all));
+        assert_eq!(said(&[&large[..4], usable, protected]), table(all));
+        assert_eq!(said(&[ISO, &small, usable, protected]), said(&[ISO]));
+        let second = |parts: &[&[(usize, &[u8])]]| with_second_table(&head(&parts.concat()));
+        assert_eq!(second(&[&large, usable, protected]), Some(1 << 30));
+        assert_eq!(second(&[&large, usable]), None);
+        assert_eq!(second(&[ISO, &small, usable, protected]), None);
         let guid = needed(&head(&[large.as_slice(), protected].concat()));
         assert_eq!(guid.map(|guid| guid.last), Some(None));
         assert_eq!(said(&[&large]), None);

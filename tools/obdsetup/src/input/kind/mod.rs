@@ -12,6 +12,7 @@ pub(crate) mod unpacked;
 
 use std::fs::File;
 use std::io::{self, Read, Seek, SeekFrom};
+use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::FileTypeExt;
 use std::path::Path;
 use std::sync::Arc;
@@ -104,7 +105,13 @@ impl Input {
         match look(path)? {
             Seen::Known(input) => Ok(input),
             Seen::Unknown(_) if is_block_device(path) => Ok(Self::raw()),
-            Seen::Refused(text) | Seen::Unknown(text) => Err(Failure::usage(text)),
+            Seen::Refused(text) | Seen::Unknown(text) => {
+                let hint = match may_be_extent(path) {
+                    true => EXTENT,
+                    false => "",
+                };
+                Err(Failure::usage(text + hint))
+            }
         }
     }
 
@@ -131,6 +138,26 @@ impl Input {
             compression: None,
         }
     }
+}
+
+/// Advice for a file that [`may_be_extent`].
+const EXTENT: &str =
+    "; its name is that of an extent of a vmdk, which has a part of the disk: if it is one, give the descriptor, a \
+     short text that names all extents";
+
+/// Returns whether `path` has a name that VMware and qemu-img give to an extent, whose bytes may be those of a disk.
+/// Only for advice, since names may be wrong.
+fn may_be_extent(path: &Path) -> bool {
+    let name = path.file_name().unwrap_or_default().as_bytes();
+    let Some(stem) = name.strip_suffix(b".vmdk") else {
+        return false;
+    };
+    let is_part = |part: &[u8]| {
+        let digits = part.strip_prefix(b"f").or_else(|| part.strip_prefix(b"s"));
+        digits.is_some_and(|digits| digits.len() >= 3 && digits.iter().all(u8::is_ascii_digit))
+    };
+    let part = stem.rsplit(|&byte| byte == b'-').next().unwrap_or_default();
+    part.len() < stem.len() && (part == b"flat" || part == b"sesparse" || is_part(part))
 }
 
 fn is_block_device(path: &Path) -> bool {
@@ -275,6 +302,16 @@ pub(crate) fn fault_of_raw(path: &Path) -> Result<Option<String>> {
     cut_off(path, path, &ends(path)?.0, size)
 }
 
+/// As [`cut_off`], for the raw copy at `path` of the disk in the image `name`.
+///
+/// # Errors
+///
+/// If the copy cannot be read.
+pub(crate) fn fault_of_copy(name: &Path, path: &Path) -> Result<Option<String>> {
+    let size = FileBlob::open(path, None)?.size();
+    cut_off(name, path, &ends(path)?.0, size)
+}
+
 /// Returns what is wrong with a disk of `size` bytes that begins with `head`, if it is shorter than it says itself.
 fn too_short(head: &[u8], size: u64) -> Option<String> {
     let needed = disk::needed(head)?;
@@ -288,9 +325,17 @@ fn too_short(head: &[u8], size: u64) -> Option<String> {
 }
 
 /// Returns what [`too_short`] returns for the disk at `path`, which the user knows as `name`. If only the unused end of
-/// the last partition is missing, as in images that were not padded, prints a warning, and returns `None`.
+/// the last partition is missing, as in images that were not padded, or the second copy of the partition table, prints
+/// a warning, and returns `None`.
 fn cut_off(name: &Path, path: &Path, head: &[u8], size: u64) -> Result<Option<String>> {
     let Some(what) = too_short(head, size) else {
+        if let Some(end) = disk::with_second_table(head).filter(|&end| size < end) {
+            terminal::warn(&[format!(
+                "{}: the second copy of its partition table, which ends at byte {end}, is missing, as the disk has \
+                 {size} bytes: incomplete download or copy? Taken as it is, since the kernel needs only the first copy",
+                name.display()
+            )]);
+        }
         return Ok(None);
     };
     let inside = in_last_partition(path, head, size);
@@ -327,7 +372,7 @@ fn in_last_partition(
     file.take(to_u64(disk::HEAD)).read_to_end(&mut head)?;
     let inside = disk::needed(&head).filter(|inside| {
         let is_there = (1..=size - last.start).contains(&inside.size);
-        inside.what != disk::TABLE && is_there
+        ![disk::TABLE, disk::LUKS].contains(&inside.what) && is_there
     });
     Ok(inside.map(|inside| (inside.what, needed.size)))
 }
@@ -374,7 +419,7 @@ fn compressed(
         _ if !certain => otherwise,
         _ => Seen::Refused(format!(
             "{name}: compressed with {how}, but what is in it is no tar and no disk that obdsetup \
-             knows: decompress it first; --from raw takes it as it is"
+             knows: decompress it, then --from raw takes it"
         )),
     })
 }
@@ -470,7 +515,26 @@ fn ends(path: &Path) -> Result<(Vec<u8>, Vec<u8>)> {
 
 #[cfg(test)]
 mod tests {
-    use super::{look, Input, Kind, Seen};
+    use std::path::Path;
+
+    use super::{look, may_be_extent, Input, Kind, Seen};
+
+    #[test]
+    fn names_of_extents() {
+        for (name, wanted) in [
+            ("x-flat.vmdk", true),
+            ("/a/x-s001.vmdk", true),
+            ("x-1-f1234.vmdk", true),
+            ("x-000001-sesparse.vmdk", true),
+            ("x.vmdk", false),
+            ("flat.vmdk", false),
+            ("x-flat", false),
+            ("x-s1.vmdk", false),
+            ("x-s00a.vmdk", false),
+        ] {
+            assert_eq!(may_be_extent(Path::new(name)), wanted, "{name}");
+        }
+    }
 
     #[test]
     fn kinds() -> Result<(), Box<dyn std::error::Error>> {

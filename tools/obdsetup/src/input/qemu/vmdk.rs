@@ -17,6 +17,7 @@ use rustix::fs::OFlags;
 
 use crate::files::json::bad;
 use crate::files::place::directory;
+use crate::terminal::exit::Failure;
 use crate::terminal::interrupt;
 
 /// Longest descriptor that qemu-img reads, in bytes.
@@ -95,6 +96,34 @@ pub(super) fn each_part(path: &Path, mut check: impl FnMut(&Path) -> Result<()>)
 /// special meaning. An absolute name replaces the directory.
 pub(super) fn part(image: &Path, name: &OsStr) -> PathBuf {
     directory(image).join(name)
+}
+
+/// Returns an error if the file at `path`, which messages call `name`, is an extent alone, without a descriptor that
+/// says what belongs to the disk. qemu-img says "Invalid argument" of such a file.
+pub(super) fn check_descriptor(path: &Path, name: &Path) -> Result<()> {
+    let is_extent = is_extent(path).with_context(|| format!("{}: cannot read", name.display()))?;
+    if !is_extent {
+        return Ok(());
+    }
+    let what = "is an extent of a vmdk, which has a part of the disk: give the descriptor, a short text that names all \
+                extents; its name usually has no -s001, -delta or the like";
+    Err(Failure::usage(format!("{}: {what}", name.display())))
+}
+
+fn is_extent(path: &Path) -> io::Result<bool> {
+    /// The magic number of an extent of an ESX server.
+    const COWD: &[u8] = b"COWD";
+    let file = open(path)?;
+    let mut head = [0; HEAD];
+    read(&file, &mut head, 0)?;
+    let has_data = head.starts_with(MAGIC) && head.get(12..20) != Some(&[0; 8]);
+    if !has_data && !head.starts_with(COWD) {
+        return Ok(false);
+    }
+    // As qemu-img does. In a shorter file, something else is wrong.
+    let mut text = vec![0; 20 * 512];
+    let len = read(&file, &mut text, 512)?;
+    Ok(len == text.len() && !text.windows(4).any(|word| word == b"CID="))
 }
 
 /// Returns what the descriptor of the image at `path` names; nothing if it has no descriptor that qemu-img

@@ -134,7 +134,8 @@ fn unseen(path: &Path, error: io::Error) -> anyhow::Error {
             brief(bytes),
             limits::PATH
         )),
-        false => anyhow::Error::from(error).context(format!("{}: cannot look", path.display())),
+        false => anyhow::Error::from(error)
+            .context(format!("{}: cannot read the metadata", path.display())),
     }
 }
 

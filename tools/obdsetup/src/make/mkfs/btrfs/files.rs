@@ -92,7 +92,9 @@ pub(super) fn build(tree: &Tree, data: &[Chunk]) -> Result<Files> {
     for name in names.iter() {
         crate::terminal::interrupt::check()?;
         let index = indices.entry(name.parent).or_insert(FIRST_INDEX);
-        builder.name(name, *index)?;
+        builder
+            .name(name, *index)
+            .with_context(|| show(&names.path(name)))?;
         *index += 1;
         if name.first {
             builder.node(name.id, &names.path(name))?;
@@ -117,6 +119,19 @@ impl Builder<'_> {
         item.extend_from_slice(bytes);
     }
 
+    /// As [`Self::add`], for a key that has the hash of a name. Names with the same hash share an item, which must fit in
+    /// a block.
+    fn add_hashed(&mut self, key: format::Key, bytes: &[u8]) -> Result<()> {
+        self.add(key, bytes);
+        let len = self.files.items.get(&key).map_or(0, Vec::len);
+        match ITEM_HEADER + len > ROOM {
+            true => Err(Failure::usage(
+                "more names with the same hash (crc32c) are in one place than btrfs can hold: use --fs erofs",
+            )),
+            false => Ok(()),
+        }
+    }
+
     fn inode(&self, id: Id) -> Result<u64> {
         self.inodes
             .get(&id)
@@ -139,7 +154,7 @@ impl Builder<'_> {
         };
         let to = key(inode, kind::INODE_ITEM, 0);
         let entry = format::dir_item(&to, kind, last, b"");
-        self.add(key(parent, kind::DIR_ITEM, format::name_hash(last)), &entry);
+        self.add_hashed(key(parent, kind::DIR_ITEM, format::name_hash(last)), &entry)?;
         self.add(key(parent, kind::DIR_INDEX, index), &entry);
         let reference = key(inode, kind::INODE_REF, parent);
         let there = self.files.items.get(&reference).map_or(0, Vec::len);
@@ -147,7 +162,7 @@ impl Builder<'_> {
             self.add(reference, &format::inode_ref(index, last));
         } else {
             let reference = key(inode, kind::INODE_EXTREF, format::extref_hash(parent, last));
-            self.add(reference, &format::inode_extref(parent, index, last));
+            self.add_hashed(reference, &format::inode_extref(parent, index, last))?;
         }
         Ok(())
     }
@@ -169,7 +184,8 @@ impl Builder<'_> {
             }
             let nothing = key(0, 0, 0);
             let item = format::dir_item(&nothing, file_type::XATTR, name, value);
-            self.add(key(inode, kind::XATTR_ITEM, format::name_hash(name)), &item);
+            let key = key(inode, kind::XATTR_ITEM, format::name_hash(name));
+            self.add_hashed(key, &item).with_context(|| show(path))?;
         }
         let (size, nbytes) = self.content(id, inode, node)?;
         let device = node.device().map_or(0, |device| {

@@ -22,8 +22,8 @@ use super::stage::Stage;
 use super::tree::{show, Id, Kind, Name, Names, Tree, ROOT};
 use super::{Options, Stamp};
 use crate::files::place::temp_file;
-use crate::program::{is_about_room, Program};
-use crate::terminal::exit::{Failure, Full};
+use crate::program::{full, is_about_room, Program};
+use crate::terminal::exit::{Failure, Lines};
 use crate::terminal::warn;
 
 /// Smallest size for a journal in ext3 and ext4 with 4 KiB blocks: 2048 blocks.
@@ -55,6 +55,7 @@ pub(super) fn make(
 ) -> Result<NamedTempFile> {
     let names = tree.names();
     let links = check_links(&names)?;
+    check_lost_found(tree)?;
     warn(slow_directory(tree, &names)?.as_slice());
     let image = temp_file(place)?;
     let work = tempfile::Builder::new()
@@ -110,6 +111,25 @@ fn check_links(names: &Names) -> Result<HashMap<Id, u64>> {
             links.get(&name.id).copied().unwrap_or_default()
         ))),
         None => Ok(links),
+    }
+}
+
+/// Checks that the tree has no other file in the place of the directory that mke2fs makes for e2fsck.
+fn check_lost_found(tree: &Tree) -> Result<()> {
+    const NAME: &[u8] = b"lost+found";
+    let Kind::Directory(children) = &tree.node(ROOT)?.kind else {
+        return Ok(());
+    };
+    let Some(&id) = children.get(NAME) else {
+        return Ok(());
+    };
+    match tree.node(id)?.kind {
+        Kind::Directory(_) => Ok(()),
+        _ => Err(Failure::usage(format!(
+            "{}: is no directory, and ext2, ext3 and ext4 need one of that name: use --fs erofs, btrfs or squashfs, or \
+             rename the file",
+            show(NAME)
+        ))),
     }
 }
 
@@ -187,9 +207,28 @@ impl Mke2fs<'_> {
         match command.writes(self.image).run() {
             Err(error) if no_xattrs && format!("{error:#}").contains("no_copy_xattrs") => Ok(false),
             done => {
-                done?.tell();
+                done.map_err(|error| self.too_small(error))?.tell();
                 Ok(true)
             }
+        }
+    }
+
+    /// Says of a failure of mke2fs what to do if the size that the user gave is too small.
+    fn too_small(&self, error: anyhow::Error) -> anyhow::Error {
+        const SIGNS: [&str; 4] = [
+            "Could not allocate block",
+            "Could not allocate inode",
+            "Not enough space to build",
+            "Illegal inode number while writing reserved inodes",
+        ];
+        let lines = error.downcast_ref::<Lines>();
+        let lines = lines.map_or(&[] as &[String], |failed| failed.lines.as_slice());
+        let is_sign = |line: &String| SIGNS.iter().any(|sign| line.contains(sign));
+        match self.options.size.is_some() && lines.iter().any(is_sign) {
+            true => error.context(
+                "too small for these files: give a larger --size, or none, so that it is estimated",
+            ),
+            false => error,
         }
     }
 }
@@ -317,7 +356,8 @@ impl Mend<'_> {
         match errors.next() {
             Some(error) => {
                 if is_about_room(error) {
-                    return Err(Full(format!("debugfs failed: {error}")).into());
+                    let lines = vec![error.clone()];
+                    return Err(full("debugfs failed".to_owned(), lines).into());
                 }
                 self.fits(error)?;
                 bail!("debugfs failed: {error}")
