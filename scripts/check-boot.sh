@@ -67,8 +67,9 @@ stage() {
 	END
 	ln -s ../boot-test.service "$stage/etc/systemd/system/multi-user.target.wants/"
 
-	# Only some of the files, since an emulated CPU is slow; not those that layer 2 replaces.
-	(cd "$CACHE/$DEBIAN" && find usr/bin usr/sbin etc -type f -perm -004) | while read -r file; do
+	# Only some of the files, since an emulated CPU is slow; not those that layer 2 replaces. An ordinary user cannot
+	# look into all directories.
+	(cd "$CACHE/$DEBIAN" && find usr/bin usr/sbin etc -type d ! -perm -005 -prune -o -type f -perm -004 -print) | while read -r file; do
 		[ -e "$stage/$file" ] || printf '%s\0' "$file"
 	done | (cd "$CACHE/$DEBIAN" && xargs -0 sha256sum) | sed 's,  ,  /,' >"$stage$HERE/root.sums"
 }
