@@ -2,12 +2,15 @@
 # SPDX-License-Identifier: GPL-2.0
 """DAX: file systems on lsmt-dax map the memory of pmem devices, and no page of this memory is in two places.
 
-Needs two pmem devices of 128 MiB, see PMEM in scripts/check.sh.
+Needs two pmem devices of 128 MiB: of memmap=, see PMEM in scripts/check.sh, or of virtio-pmem:
+QEMU_MEM=2304M,slots=4,maxmem=6G, and in QEMU_ARGS for each device
+-object memory-backend-file,id=p0,size=128M,mem-path=/tmp/p0,share=on -device virtio-pmem-pci,memdev=p0.
 """
 
 import ctypes
 import errno
 import fcntl
+import glob
 import hashlib
 import mmap
 import os
@@ -34,9 +37,10 @@ MIB = 1 << 20
 # Longest segment of a layer, in sectors; a multiple of the page size.
 LONGEST = 16320
 
-subprocess.run(["modprobe", "-qa", "nd_e820", "nd_pmem"], check=False)
+subprocess.run(["modprobe", "-qa", "nd_e820", "virtio_pmem", "nd_pmem"], check=False)
 with open("/proc/iomem", encoding="ascii") as iomem:
     regions = iomem.read().count("Persistent Memory (legacy)")
+regions += len(glob.glob("/sys/bus/virtio/drivers/virtio_pmem/virtio*"))
 # The driver creates the devices asynchronously.
 deadline = time.monotonic() + 30 * SLOW
 while regions >= len(PMEM) and not all(map(os.path.exists, PMEM)) and time.monotonic() < deadline:
