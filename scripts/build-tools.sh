@@ -39,7 +39,7 @@ else
 	[ "$what" != build ] ||
 		generate "$target/release" build/cargo/release "$SCRIPTS/in-root.sh" build/cargo/release/obdsetup
 	if [ "$what" = build ] && [ -z "${QUIET:-}" ] && ! "$target/release/obdsetup" --version >/dev/null 2>&1; then
-		warn "build/cargo/release/obdsetup runs in the test VM, not here: it is built with Debian 13." \
+		warn "build/cargo/release/obdsetup runs in the test VM, not on this machine: it is built with Debian 13." \
 			"For this machine: make tools CARGO=cargo (Rust 1.85 or later, libclang)"
 	fi
 fi

@@ -66,6 +66,6 @@ done
 for part in "${parts[@]}"; do
 	grep -hE '^ *skipped: ' "$LOGS/check-all-$part.log" | sed "s/^ */left out: $part: /" | sort -u || :
 done
-say "left out: check, check-system: CI runs them; to run them here: .ci/run"
+say "left out: check, check-system: CI runs them; to run them on this machine: .ci/run"
 say "$((${#parts[@]} - failed)) passed, $failed failed"
 [ "$failed" = 0 ]

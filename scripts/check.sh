@@ -16,7 +16,7 @@
 #   debug   the tests in the VM with the debug kernel, without those that mainly test obdsetup; of tests that are alike,
 #           a third, different ones each day
 #   kcsan   the tests with concurrency, with the KCSAN kernel
-#   nested  with User-Mode Linux as the VM: guests of the VM, which run Debian's kernel
+#   nested  with User-Mode Linux as the VM: tests that run QEMU inside the VM, with Debian's kernel
 #   kills   with Debian's kernel, in the VM: tests that kill obdsetup, $OBD_KILLS (50) times in each way
 #   soak    tests/soak.py for $MINUTES (30), with the debug kernel: random reads, faults, reloads and more, together
 . "$(dirname "$0")/lib.sh"

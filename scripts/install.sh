@@ -18,7 +18,7 @@ if [ ! -x "$obdsetup" ]; then
 	"$SCRIPTS/build-tools.sh"
 fi
 "$obdsetup" --version >/dev/null 2>&1 || [ -n "${DESTDIR:-}" ] ||
-	die "obdsetup from the tool-chain root does not run here; build it with your cargo: make tools CARGO=cargo"
+	die "obdsetup from the tool-chain root does not run on this machine; build it with your cargo: make tools CARGO=cargo"
 
 # Packages have the module's source: they call install.sh tools.
 [ "${1:-}" = tools ] || "$SCRIPTS/build-module.sh" install

@@ -6,7 +6,7 @@
 config_value() { sed -n "s/^CONFIG_$2=\"\\?\\([^\"]*\\)\"\\?\$/\\1/p" "$1/include/config/auto.conf" 2>/dev/null || :; }
 
 # kdir_compiler DIR: set KDIR_ARGS to the make arguments for the compiler that the kernel was built with: LLVM=1 for any
-# clang, CC= for a gcc that is installed here (or is in the root: KDIR_IN_ROOT), otherwise none.
+# clang, CC= for a gcc that is installed on this machine (or is in the root: KDIR_IN_ROOT), otherwise none.
 kdir_compiler() {
 	local cc
 	KDIR_ARGS=()

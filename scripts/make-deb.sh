@@ -70,7 +70,8 @@ pack_one() {
 	rm -r "$tree"
 }
 
-# pack OBDSETUP: make both packages. Runs where the program OBDSETUP was built: here, or in the tool-chain root.
+# pack OBDSETUP: make both packages. Runs where the program OBDSETUP was built: on this machine, or in the tool-chain
+# root.
 pack() {
 	local source=$DEB/dm-overlaybd-dkms/usr/src/dm-overlaybd-$VERSION shlibs
 	rm -rf "$DEB"

@@ -49,8 +49,8 @@ guest_env() {
 	done
 }
 
-# watch PID: after TIMEOUT seconds, or if the guest hasn't started its command after START_TIMEOUT seconds, have the
-# kernel print its call traces (with QEMU, by an NMI), then end the VM, whose process is PID.
+# watch PID: after TIMEOUT seconds, or if the guest hasn't started its command after START_TIMEOUT seconds, end the VM,
+# whose process is PID. With QEMU, an NMI first makes the kernel print its call traces.
 watch() {
 	local i over=timeout
 	for ((i = 0; i < ${TIMEOUT:-1800}; i++)); do
@@ -80,28 +80,29 @@ save_log() {
 	[ ! -f "$VM_RUN/console" ] || tr -d '\r' <"$VM_RUN/console" >"$kernel_log"
 }
 
-# verdict QEMU_STATUS: set status to the exit status of this script; if the command has not ended, say why.
+# verdict VM_STATUS: set status to the exit status of this script; if the command has not ended, say why. VM_STATUS is
+# the exit status of the VM's process, QEMU or User-Mode Linux.
 verdict() {
 	if [ -s "$VM_RUN/status" ]; then
 		status=$(cat "$VM_RUN/status")
 		return
 	elif [ -e "$VM_RUN/hung" ]; then
-		warn "vm: the guest did not begin its command within ${START_TIMEOUT:-300} s; the end of $kernel_log:"
+		warn "vm: the guest did not begin its command within ${START_TIMEOUT:-300} s; from $kernel_log:"
 		status=126
 	elif [ -e "$VM_RUN/timeout" ]; then
-		warn "vm: not over after ${TIMEOUT:-1800} s; the end of $kernel_log:"
+		warn "vm: the command was not over after ${TIMEOUT:-1800} s; from $kernel_log:"
 		status=124
 	elif [ -s "$kernel_log" ]; then
-		warn "vm: the guest died; the end of $kernel_log:"
+		warn "vm: the guest died; from $kernel_log:"
 		status=125
 	else
-		warn "vm: QEMU did not start (status $1)"
+		warn "vm: the VM did not start (status $1)"
 		status=126
 	fi
 	[ ! -f "$kernel_log" ] || trouble "$kernel_log" | sed 's/^/    /' >&2
 }
 
-# trouble LOG: print the log from the first sign of trouble, or its end.
+# trouble LOG: print 60 lines of the log from the first sign of trouble on; the last 40 lines if there is no such sign.
 trouble() {
 	local line
 	line=$(grep -m1 -nE 'Kernel panic|BUG:|Oops|general protection|WARNING:|blocked for more than' "$1" | cut -d: -f1) || :
@@ -114,7 +115,8 @@ trouble() {
 
 monitor=qemu
 ! grep -qx CONFIG_UML=y "$K_DIR/config" || monitor=uml
-# The kernel that guests of the VM run: that of the VM, or, if they cannot, the stock kernel.
+# The kernel of the virtual machines that tests start inside the VM: the VM's own kernel; with uml-host, which QEMU
+# cannot boot, the stock kernel.
 guest_dir=$K_DIR
 [ "$KERNEL" != uml-host ] || guest_dir=$(KERNEL=stock kernel_select && say "$K_DIR")
 if [ "$monitor" = qemu ]; then

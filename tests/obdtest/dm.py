@@ -288,11 +288,13 @@ def sectors(size):
 
 
 def zfile(device, blob_bytes, size, target="zfile"):
-    """Returns a zfile device of size bytes, rounded up to sectors, on the first blob_bytes bytes (or -) of a device."""
+    """Returns a zfile device of size bytes, rounded up to sectors, on the first blob_bytes bytes of a device, or on all
+    of the device if blob_bytes is "-"."""
     return create(line(0, max(sectors(size), 1), target, device.path, blob_bytes))
 
 
 def lsmt(size, *layers):
-    """Returns an lsmt device of size bytes on layers (device, bytes or -), lowest first."""
+    """Returns an lsmt device of size bytes on layers, lowest first: tuples of a device and the length of the layer in
+    bytes, or "-" for the whole device."""
     args = [arg for device, blob_bytes in layers for arg in (device.path, blob_bytes)]
     return create(line(0, sectors(size), "lsmt", len(layers), *args))

@@ -22,8 +22,8 @@ HUGE = 2 << 20
 MIB = 1 << 20
 MODULE = "dm_overlaybd"
 
-# The kernel that the guests of a VM run: the VM's own, or the one that the VM was started with. It is a file that QEMU
-# boots, and a release, whose modules are below lib/modules of a directory.
+# The kernel of guests that run inside the test VM, as scripts/vm.sh chooses it: the VM's own, or another one if the VM
+# is User-Mode Linux. It is a file that QEMU boots, and a release, whose modules are below lib/modules of a directory.
 KERNEL = os.environ.get("OBD_VM_KERNEL", "")
 RELEASE = os.environ.get("OBD_VM_RELEASE", os.uname().release)
 MODULES = os.environ.get("OBD_VM_MODULES", "/")

@@ -34,7 +34,7 @@ def module_file():
 def finit_module(fd):
     """Loads the module from an open file. Returns 0 or the errno."""
     if platform.machine() not in _FINIT_MODULE:
-        raise Skip(f"the number of finit_module on {platform.machine()} is not known here")
+        raise Skip(f"the number of finit_module on {platform.machine()} is not known to this test")
     libc = ctypes.CDLL(None, use_errno=True)
     done = libc.syscall(ctypes.c_long(_FINIT_MODULE[platform.machine()]), fd, b"", 0)
     return ctypes.get_errno() if done else 0

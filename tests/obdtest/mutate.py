@@ -586,7 +586,7 @@ def _tar_pax(data):
         if name in ("nothing", "no size", "size 0", "size a byte less"):
             yield f"pax: {name}, octal size right", made(payload, octal=size)
         if name == "size a byte less":
-            yield "a global header that says so", made(payload, kind=b"g", octal=size)
+            yield "a global pax header, size a byte less", made(payload, kind=b"g", octal=size)
     head = image._tar_header(b"x", 0, b"g")
     for count in (1, 62, 63, 64, 65, 200):
         yield f"{count} global headers before", head * count + image.tar(data, pax=False)

@@ -171,7 +171,7 @@ class Host:
 
 
 def forget():
-    """Makes LVM forget volumes that no longer exist, by deleting its records of them."""
+    """Makes LVM forget volumes that no longer exist, by deleting its records of them in /run/lvm."""
     udevd.settle()
     for path in glob.glob("/run/lvm/*_online/*") + glob.glob("/run/lvm/hints"):
         os.unlink(path)
@@ -204,7 +204,7 @@ def layers():
     lvm_is_content()
     tree = script("lsblk --noheadings --list --inverse --output NAME,TYPE,RO /dev/mapper/app")
     kinds = sorted(row.split()[1:] for row in tree.splitlines() if not row.startswith(("loop", "app ")))
-    equal(kinds, [["lvm", "1"]] * 2 + [["overlaybd", "1"]] * 2, f"devices below: {tree}")
+    equal(kinds, [["lvm", "1"]] * 2 + [["overlaybd", "1"]] * 2, f"type and read-only flag of the devices below: {tree}")
     recipe.step()
     script("vgchange --activate n vg")
     gone(before)
@@ -295,7 +295,7 @@ def activated():
     before = state()
     script("obdsetup open vm vm.obd")
     udevd.settle()
-    check(os.path.exists("/dev/guest/root"), "the guest's volume isn't activated, but the document says so")
+    check(os.path.exists("/dev/guest/root"), "LVM did not activate the guest's volume; lvm.rst says that it does")
     script("vgchange --activate n guest; obdsetup close vm")
     gone(before)
 

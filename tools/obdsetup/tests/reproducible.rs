@@ -27,7 +27,7 @@ const FILE_SYSTEMS: [(&str, Needs); 6] = [
     ("squashfs", needs::mksquashfs),
 ];
 
-/// Returns why a file system cannot be made here; `None` if it can.
+/// Returns why a file system cannot be made on this machine; `None` if it can.
 type Needs = fn() -> Need;
 
 /// A test for a file system.

@@ -292,8 +292,8 @@ fn is_image(args: &Args) -> Result<bool> {
     }
     match findings.whiteout {
         Some(name) if !args.keep_whiteouts => Err(Failure::usage(format!(
-            "{input}: a layer of a container image: {name:?} hides a file of the layers below, which are not here: \
-             convert the whole image, put it over them with `obdsetup apply', or take such names for \
+            "{input}: a layer of a container image: {name:?} hides a file of the layers below, which are not in this \
+             tar: convert the whole image, put this tar over them with `obdsetup apply', or take such names for \
              files with --keep-whiteouts"
         ))),
         _ => Ok(false),

@@ -36,7 +36,7 @@ enum Format {
 #[command(after_help = "Examples:
   obdsetup export -o disk.raw base.obd app.obd
   obdsetup export -o disk.raw config.v1.json
-      a stack of containerd's, if its layers are here
+      a stack of containerd's, if its layers are on this machine
   obdsetup export -o - base.obd app.obd | zstd >disk.raw.zst
   obdsetup export --force -o /dev/vg/disk base.obd app.obd
   obdsetup export --to qcow2 -o disk.qcow2 base.obd app.obd

@@ -52,7 +52,7 @@ const FILES: u64 = 64;
   obdsetup open app base.obd app.obd && mount -o ro /dev/mapper/app /mnt
   obdsetup open vol /dev/vdb /dev/vdc:size=758556     blobs on block devices
   obdsetup open app config.v1.json
-      a stack of containerd's, if its layers are here
+      a stack of containerd's, if its layers are on this machine
   obdsetup open app
       the layers that /etc/overlaybdtab has for app
   obdsetup open --zfile data data.zf             the content of a plain ZFile

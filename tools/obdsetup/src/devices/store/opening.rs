@@ -29,7 +29,7 @@ use crate::make::output::{self, Output};
 use crate::terminal::exit::{self, Failure};
 use crate::terminal::size;
 
-/// Smallest store that is made.
+/// Size in bytes of the smallest store that is made.
 const SMALLEST: u64 = 1 << 20;
 /// Number of bytes at each end of a device that must be zeros before it becomes a store.
 const BLANK: u64 = 1 << 20;

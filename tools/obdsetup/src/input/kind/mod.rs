@@ -91,7 +91,7 @@ pub(crate) enum Seen {
     Known(Input),
     /// Certainly no such input. The message has the reason and advice.
     Refused(String),
-    /// Of no known type. It may be a disk. The message says so.
+    /// Of no known type, perhaps a disk. The message says that the type is not known.
     Unknown(String),
 }
 

@@ -26,7 +26,7 @@ use crate::program::{full, is_about_room, Program};
 use crate::terminal::exit::{Failure, Lines};
 use crate::terminal::warn;
 
-/// Smallest size for a journal in ext3 and ext4 with 4 KiB blocks: 2048 blocks.
+/// Smallest size in bytes of an ext3 or ext4 file system with 4 KiB blocks that can have a journal: 2048 blocks.
 const EXT_JOURNAL: u64 = 8 << 20;
 /// What the programs are needed for.
 const NEED: &str = "ext2, ext3 and ext4 file systems";
@@ -333,7 +333,8 @@ impl Mend<'_> {
         }
         if coarse {
             warn(&[
-                "inodes of 128 bytes hold whole seconds up to 2038 only: times are rounded down"
+                "inodes of 128 bytes hold no fractions of a second, and no times after 2038: fractions are dropped, \
+                 and later times are wrong"
                     .to_owned(),
             ]);
         }
@@ -542,7 +543,8 @@ fn entry(line: &str) -> Option<(Vec<u8>, u32)> {
     Some((bytes, inode?.parse().ok()?))
 }
 
-/// Quotes a word for debugfs. An error if it has a newline, which debugfs cannot handle.
+/// Quotes a word for debugfs: the name of an extended attribute, or the path of a file with a value. An error if the
+/// word has a newline, which debugfs cannot handle.
 fn quote(bytes: &[u8]) -> Result<Vec<u8>> {
     if bytes.iter().any(|byte| matches!(byte, b'\n' | b'\r' | 0)) {
         return Err(Failure::usage(
