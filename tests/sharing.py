@@ -177,7 +177,7 @@ def told():
     nothing_left()
 
 
-@test("open --private, or with other options, makes separate devices; open notes the latter", timeout=LONG)
+@test("open --private, or with other options, makes separate devices; open notes the other options", timeout=LONG)
 def private():
     layers = Layers()
     base = layers.make("a.obd")

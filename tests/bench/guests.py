@@ -25,7 +25,7 @@ from obdtest import guest, ktap
 
 MIB = 1 << 20
 COUNTS = (1, 2, 4)
-# The bytes of each file, and the number of files that each layer adds.
+# The size of each file in bytes, and the numbers of files that the layers base, app and own add.
 FILE, BASE, APP, OWN = 4 * MIB, 12, 8, 1
 DISK = 128 * MIB
 # The memory of a guest in MiB: enough to cache all of its image.

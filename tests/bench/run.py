@@ -26,10 +26,10 @@ ZFILES = ("lz4-4k", "lz4-4k-crc", "lz4-64k", "zstd-4k", "zstd-64k")
 EROFS = ("lz4-4k", "lz4-64k", "zstd-4k", "zstd-64k")
 SQUASHFS = ("lz4-4k", "lz4-128k", "zstd-128k")
 
-# cargo's programs are there, too.
+# The directories with programs, including those that cargo has installed (rublk).
 RUBLK_PATH = f"{os.environ['PATH']}:/cargo/bin"
 
-# What is measured: everything, less, or less and on one CPU.
+# What is measured: everything; a part; or a part, on one CPU.
 FULL, SHORT, COUNT = "full", "short", "count"
 
 # Reads of block devices: their title, the order of the places, the bytes, the number in flight, the threads.
@@ -41,7 +41,7 @@ ROWS = (("4k random, 1 deep", "random", 4 * KIB, 1, 1), ("4k random, 32 deep", "
         ("1m sequential", "run", MIB, 1, 1), ("1m sequential, 2 readers", "run", MIB, 1, 2))
 COUNTED_ROWS = ("4k random, 1 deep", "4k random, 32 deep", "128k sequential", "1m sequential")
 
-# Things that are compared take so many turns of about so long.
+# Things that are compared are measured in turn, this many times, for about this many nanoseconds each time.
 TURNS, TURN_NS = 15, 50_000_000
 
 

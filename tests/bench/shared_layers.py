@@ -24,7 +24,7 @@ from obdtest.memory import drop_caches, kernel_memory, meminfo
 
 KIB, MIB = 1 << 10, 1 << 20
 COMMON, OWN = 8, 2
-# The bytes of a file that all images have, and of a file that one image has.
+# The size in bytes of a file that all images have, and of a file that one image has.
 LARGE, SMALL = 512 * KIB, 64 * KIB
 NAME = "obdbench"
 # The milliseconds that each read of the slow disk takes.

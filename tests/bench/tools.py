@@ -21,12 +21,12 @@ import time
 MIB = 1 << 20
 DIRECTORIES = ("bin", "include", "lib", "libexec", "sbin", "share")
 THREADS = (1, 2)
-# The same in every run, so that every run has the same disk.
+# The UUID and the hash seed of the disk: the same in every run, so that each run has the same disk.
 UUID = "6d616b69-6e67-4d69-8d61-676573212121"
-# Times the size of the tree: the tree, a tar, a disk and two layers or qcow2 of it are always there, and a way may need
-# a copy of the content, a file system and its image.
+# The work directory needs this many times the size of the tree: it always has the tree, a tar, a disk, and two layers
+# or qcow2 images of the disk, and a way may need a copy of the content, a file system and its image.
 ROOM = 9
-# Seconds between two looks at the memory of a way.
+# Seconds between two measurements of the memory that a way uses.
 LOOK = 0.02
 
 LZ4 = "--algorithm lz4 --block-size 4k --threads {n}"
@@ -38,7 +38,7 @@ TWO_STEPS = ("mkfs.erofs, then obdsetup create", "mkfs.erofs --quiet between tre
 MKFS_EROFS = "mkfs.erofs --quiet --workers={n}"
 MKSQUASHFS = "mksquashfs tree out -quiet -no-progress -processors {n}"
 SQFSTAR = "sqfstar -quiet -no-progress -processors {n}"
-# -W: else only one cluster is compressed at a time.
+# Without -W, qemu-img compresses only one cluster at a time.
 QEMU = "qemu-img convert -c -W -m {n} -O qcow2 -o compression_type=zstd"
 
 # By name: what is made, and the ways to make it: a name, and commands that make the file `out'. The first way of each

@@ -10,7 +10,7 @@ import random
 import sys
 
 KIB, MIB = 1 << 10, 1 << 20
-# The number of files, and their least and largest size.
+# Number of files, and their smallest and largest size in bytes.
 SIZES = ((6, 2 * MIB, 2 * MIB), (24, 64 * KIB, 256 * KIB), (500, 200, 24 * KIB))
 
 

@@ -106,7 +106,7 @@ struct Layer {
 
 /// The bytes that a patch changes. Level `n` below [`level::PACKED`] is the tar of layer `n`.
 mod level {
-    /// The first layer, compressed; the others follow.
+    /// The compressed tar of the first layer. The next three levels are those of the other layers.
     pub(crate) const PACKED: u8 = 4;
     pub(crate) const CONFIG: u8 = 8;
     pub(crate) const MANIFEST: u8 = 9;

@@ -12,7 +12,7 @@ use serde::de::DeserializeOwned;
 
 use crate::terminal::exit::{self, Failure};
 
-/// Largest size of a file: the limit that registries have for a manifest.
+/// Largest size of a file in bytes: the limit that registries have for a manifest.
 pub(crate) const MAX: u64 = 4 << 20;
 
 /// Reads the file at `path`. Messages call it `shown`.

@@ -12,15 +12,15 @@ use super::format::{self, file_type, key, kind, root, Inode, Items, ITEM_HEADER,
 use crate::make::mkfs::tree::{show, Content, Id, Kind, Name, Node, Tree, ROOT};
 use crate::terminal::exit::Failure;
 
-/// Largest size of content that is stored in the tree: the kernel's default.
+/// Largest size in bytes of content that is stored in the tree: the kernel's default.
 const INLINE: u64 = 2048;
 /// Largest size of an extent in bytes.
 const LONGEST: u64 = 128 << 20;
-/// Largest size of an item with the names of a file in one directory. Each further name gets an item of its own.
+/// Largest size in bytes of an item with the names of a file in one directory. Each further name gets an item of its own.
 const REFS: usize = 4096;
 /// The first index in a directory.
 const FIRST_INDEX: u64 = 2;
-/// Largest size of name and value of an extended attribute together: the item then fills a block.
+/// Largest size in bytes of name and value of an extended attribute together: the item then fills a block.
 const XATTR: usize = ROOM - ITEM_HEADER - 30;
 
 /// A range of a file whose content is outside of the tree.

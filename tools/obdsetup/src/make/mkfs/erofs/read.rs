@@ -27,7 +27,7 @@ const DIRECTORY: u64 = 1 << 30;
 /// layers' files. Layers may be compressed, and may have the same data in many places of the disk. Maps of
 /// chunks, which compress best of all, are not read, and don't count.
 const METADATA: (u64, u64) = (4 << 20, 64);
-/// Length of the fixed part of a directory entry.
+/// Length of the fixed part of a directory entry in bytes.
 const ENTRY: usize = 12;
 
 /// The place of a node.

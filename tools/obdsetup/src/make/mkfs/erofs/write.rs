@@ -35,7 +35,7 @@ pub(super) const BLOCK: u64 = 4096;
 pub(super) const SUPERBLOCK: (u64, u64) = (1024, 128);
 /// The unit of inode numbers, in bytes.
 pub(super) const SLOT: u64 = 32;
-/// Length of an inode.
+/// Length of an inode in bytes.
 pub(super) const INODE: u64 = 64;
 /// Largest number of bytes after the last whole block of a file, directory or link that are stored beside its
 /// inode.
@@ -47,12 +47,12 @@ const CHUNKS: u64 = 1 << 16;
 const CHUNK_BITS: u16 = 31;
 /// The address of a chunk that is a hole.
 const HOLE: u32 = u32::MAX;
-/// Length of the header of extended attributes.
+/// Length of the header of extended attributes in bytes.
 pub(super) const XATTR_HEADER: usize = 12;
 /// The table of attribute prefixes, which has one prefix: the length of the rest in 16 bits; 0, because it
 /// does not start with a known prefix; its text.
 pub(super) const PREFIXES: [u8; 5] = [3, 0, 0, b'f', b'p'];
-/// Offset of the table, if there is one.
+/// Offset of the table of attribute prefixes in bytes, if there is one.
 pub(super) const PREFIXES_AT: u64 = SUPERBLOCK.0 + SUPERBLOCK.1;
 /// First offset for inodes: after the table.
 pub(super) const INODES_AT: u64 = PREFIXES_AT + 5;
