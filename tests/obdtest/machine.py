@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: GPL-2.0
 """Disks of the machine in which the tests run: plugging them in and pulling them out.
 
-The test VM connects QEMU's monitor to a virtio port of the guest. Elsewhere, a Disk raises Skip.
+If the test VM is QEMU, a virtio port in it is connected to QEMU's monitor. In other machines, a Disk raises Skip.
 """
 
 import glob
@@ -14,7 +14,7 @@ from .ktap import SLOW, Failure, Skip, defer
 from .programs import need_module
 
 _PORTS = "/sys/class/virtio-ports"
-# The directory in which QEMU runs, as the guest sees it.
+# The directory in which QEMU runs, as it is called in the test VM.
 _DIRECTORY = "/run/vm"
 
 
@@ -29,7 +29,7 @@ class _Monitor:
                     self.port = open(f"/dev/{name}", "r+b", buffering=0)
                     break
         else:
-            raise Skip("disks can be pulled out in the test VM only")
+            raise Skip("disks can be pulled out only in the test VM with QEMU")
         self.rest = b""
         self.call("qmp_capabilities")
 
