@@ -74,9 +74,10 @@ end_vm() {
 	"${SUDO[@]}" kill -9 "$1" 2>/dev/null || :
 }
 
-# save_log: copy the guest's console to $kernel_log.
+# save_log: copy the guest's console to $kernel_log. Without a console, no log of an earlier VM stays there.
 save_log() {
 	mkdir -p "$(dirname "$kernel_log")"
+	[ ! -f "$kernel_log" ] || rm -f "$kernel_log"
 	[ ! -f "$VM_RUN/console" ] || tr -d '\r' <"$VM_RUN/console" >"$kernel_log"
 }
 
@@ -176,7 +177,7 @@ wait "$vm" || status=$?
 if [ -e "$VM_RUN/hung" ]; then
 	# The module was not loaded yet, so it isn't the cause: the emulation is, or a very busy machine. Boot again once.
 	save_log
-	mv "$kernel_log" "$kernel_log.hung"
+	[ ! -f "$kernel_log" ] || mv "$kernel_log" "$kernel_log.hung"
 	warn "vm: the guest did not begin its command within ${START_TIMEOUT:-300} s (see $kernel_log.hung); booting it again"
 	status=0
 	boot
