@@ -24,7 +24,7 @@ import time
 
 from obdtest import dm, image, module
 from obdtest.disk import Disk, fails_with
-from obdtest.files import mount, read, umount, work_directory
+from obdtest.files import mount, read, umount, work_directory, write
 from obdtest.ktap import SLOW, check, defer, equal, main, same_bytes, skip_all, test
 from obdtest.memory import page_cache
 from obdtest.programs import close, need, need_module, obdsetup, run
@@ -602,6 +602,31 @@ def holder():
     umount(f"{work}/mnt")
     # It is taken when the other partition is not mounted.
     lsmt_dax(SIZE, layer_)
+
+
+@test("reads fail once the pmem device of a layer is gone")
+def gone():
+    raw, content = simple()
+    device = lsmt_dax(SIZE, Pmem(content))
+    disk = Disk(device)
+    same_bytes(disk.read(0, MIB), raw[:MIB], "the disk")
+    driver, name = (os.path.basename(os.path.realpath(f"/sys/block/{os.path.basename(PMEM[0])}/device{link}"))
+                    for link in ("/driver", ""))
+    equal(driver, "nd_pmem", "the driver of the pmem device")
+
+    # Must not be done while a file system is mounted: see Documentation/dax.rst, "Reload, suspend, remove".
+    write(f"/sys/bus/nd/drivers/{driver}/unbind", name.encode())
+    try:
+        for at in (0, SIZE // 2, SIZE - PAGE):
+            fails_with(errno.EIO, disk.read, at, PAGE)
+        disk.close()
+        device.remove()
+    finally:
+        write(f"/sys/bus/nd/drivers/{driver}/bind", name.encode())
+    end = time.monotonic() + 30 * SLOW
+    while not os.path.exists(PMEM[0]) and time.monotonic() < end:
+        time.sleep(0.1)
+    same_bytes(Disk(lsmt_dax(SIZE, Pmem(content))).read(0, SIZE), raw, "the disk of a new device")
 
 
 @test("obdsetup makes layers for DAX, and opens them", timeout=400)
