@@ -680,6 +680,20 @@ fn images_that_are_refused() {
     place.tool("qemu-img create -q -f qcow2 empty.qcow2 0");
     let empty = "empty.qcow2: is for a disk of 0 bytes";
     place.chain_refused("empty.qcow2", 1, empty);
+    // qemu-img cannot make the disk in every image larger.
+    let resize = "`qemu-img resize' makes the disk larger";
+    for (format, advice) in [
+        ("qcow2", resize),
+        ("qed", resize),
+        ("vdi", "make the image again"),
+        ("parallels", "make the image again"),
+    ] {
+        let name = format!("none.{format}");
+        place.tool(&format!("qemu-img create -q -f {format} {name} 0"));
+        let said = format!("is for a disk of 0 bytes: no layer can be made of that; {advice}\n");
+        place.chain_refused(&name, 1, &said);
+        fs::remove_file(place.path(&name)).unwrap();
+    }
     place.tool("gzip -k empty.qcow2");
     place.chain_refused(
         "empty.qcow2.gz",

@@ -213,7 +213,7 @@ fn walk(
         info.check(&name, links.last().filter(|_| layers))?;
         // A backing file without a disk is fine if the chain becomes one layer.
         if layers || links.is_empty() {
-            info.check_size(&name)?;
+            info.check_size(&name, way_to_enlarge(&format))?;
         }
         truncated::check(&path, &name, &format, info.virtual_size)?;
         let next = info.backing(&name, &path)?;
@@ -375,7 +375,7 @@ pub(crate) fn check_alone(path: &Path, name: &Path, format: &str) -> Result<()> 
     }
     let info = info(&path, name, format)?;
     info.check(name, None)?;
-    info.check_size(name)?;
+    info.check_size(name, MAKE_AGAIN)?;
     if let Some(part) = info.parts(&path).next() {
         return has_data(part);
     }
@@ -437,15 +437,13 @@ impl Info {
         Ok(())
     }
 
-    /// Checks that the image `name` has a disk.
-    fn check_size(&self, name: &Path) -> Result<()> {
-        match self.virtual_size {
-            0 => Err(refused(
-                name,
-                "is for a disk of 0 bytes: no layer can be made of that; `qemu-img resize' makes the disk larger",
-            )),
-            _ => Ok(()),
+    /// Checks that the image `name` has a disk. `advice` is what to do if it has none.
+    fn check_size(&self, name: &Path, advice: &str) -> Result<()> {
+        if self.virtual_size == 0 {
+            let what = format!("is for a disk of 0 bytes: no layer can be made of that; {advice}");
+            return Err(refused(name, &what));
         }
+        Ok(())
     }
 
     /// Returns the paths, as qemu-img prints them, of the files with the data of the image at `path`, without the
@@ -484,6 +482,18 @@ impl Info {
             return Err(refused(name, &what));
         }
         Ok(Some((path, format.clone())))
+    }
+}
+
+/// What to do if qemu-img cannot make the disk of an image larger.
+const MAKE_AGAIN: &str = "make the image again";
+
+/// Returns how to make the disk of an image larger. QEMU can do that only in some formats.
+fn way_to_enlarge(format: &str) -> &'static str {
+    match format {
+        QCOW2 | "qed" => "`qemu-img resize' makes the disk larger",
+        RAW => "`qemu-img resize -f raw' makes the disk larger",
+        _ => MAKE_AGAIN,
     }
 }
 
