@@ -43,7 +43,7 @@ pub fn main() -> ExitCode {
     if let [program, args @ ..] = args.as_slice() {
         if program == program::guard::NAME {
             tell(&program::guard::run(args));
-            return ExitCode::from(exit::USAGE);
+            return ExitCode::from(program::guard::NOT_RUN);
         }
         if Path::new(program).ends_with(generator::NAME) {
             let code = match generator::run(args) {

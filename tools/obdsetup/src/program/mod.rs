@@ -28,6 +28,7 @@ use rustix::process::{kill_process_group, waitid, Pid, Signal, WaitId, WaitIdOpt
 
 use crate::terminal::exit::{self, Failure, Lines};
 use crate::terminal::interrupt;
+use guard::Files;
 use lines::Lines as Kept;
 pub(crate) use progress::Patience;
 
@@ -55,6 +56,7 @@ pub(crate) struct Program {
     env: BTreeMap<&'static str, OsString>,
     patience: Patience,
     heeds_signals: bool,
+    files: Files,
     input: Option<File>,
     /// Gets the program's standard output. If set, the program finishes its work even if this
     /// process is killed.
@@ -112,9 +114,13 @@ fn failure(said: Said, status: ExitStatus) -> Lines {
     }
     let start = format!("{name} failed ({status})");
     match lines.iter().any(|line| is_about_room(line)) {
-        true => full(start, lines),
+        true => Lines {
+            status: status.code(),
+            ..full(start, lines)
+        },
         false => Lines {
             code: exit::USAGE,
+            status: status.code(),
             is_full: false,
             start,
             lines,
@@ -126,6 +132,7 @@ fn failure(said: Said, status: ExitStatus) -> Lines {
 pub(crate) fn full(start: String, lines: Vec<String>) -> Lines {
     Lines {
         code: exit::DEVICE,
+        status: None,
         is_full: true,
         start,
         lines,
@@ -153,6 +160,7 @@ impl Program {
             env: BTreeMap::new(),
             patience: Patience::default(),
             heeds_signals: true,
+            files: Files::Few,
             input: None,
             note: None,
             version: None,
@@ -187,6 +195,12 @@ impl Program {
     /// Sets what counts as progress, and how long to wait without progress.
     pub(crate) fn patience(&mut self, patience: Patience) -> &mut Self {
         self.patience = patience;
+        self
+    }
+
+    /// Lets the program have as many files open as the user may allow it (`ulimit -H -n`).
+    pub(crate) fn opens_many_files(&mut self) -> &mut Self {
+        self.files = Files::Many;
         self
     }
 
@@ -300,7 +314,7 @@ impl Program {
         })?;
         let mut command = match self.note {
             Some(_) => guard::outliving(&path),
-            None => guard::command(&path),
+            None => guard::command(&path, self.files),
         };
         command.args(&self.args).env_clear();
         command.envs(environment::passed_on()).envs(&self.env);

@@ -132,6 +132,7 @@ mod tests {
         assert_eq!(told("", &error), "y\\nz: x\\nobdsetup: forged: no disk");
         let lines = Lines {
             code: 1,
+            status: Some(1),
             is_full: false,
             start: "mkfs failed".to_owned(),
             lines: vec!["first".to_owned(), "a\nsecond".to_owned()],
