@@ -812,7 +812,7 @@ mod tests {
     fn files_that_can_be_read() -> Result<()> {
         let dir = tempfile::tempdir()?;
         let path = dir.path().join("file");
-        std::fs::write(&path, vec![1; (2 << 20) + 7])?;
+        std::fs::write(&path, vec![1_u8; (2 << 20) + 7])?;
         read_all(&path)?;
         std::fs::remove_file(&path)?;
         let error = read_all(&path).err();
