@@ -76,6 +76,13 @@ pub(crate) struct Ended {
     pub(crate) said: Said,
 }
 
+impl Ended {
+    /// Returns the error for a program that failed.
+    pub(crate) fn into_error(self) -> anyhow::Error {
+        failure(self.said, self.status).into()
+    }
+}
+
 /// What a program printed on standard error.
 #[must_use = "the user has to see warnings: tell() shows them"]
 pub(crate) struct Said {
@@ -264,7 +271,7 @@ impl Program {
         if status.success() {
             return Ok(said);
         }
-        Err(failure(said, status).into())
+        Err(Ended { status, said }.into_error())
     }
 
     /// Runs the program to its end, with any status. Fails if the program cannot be started, is
@@ -426,7 +433,7 @@ mod tests {
 
     use anyhow::Result;
 
-    use super::{version_in, Program};
+    use super::{version_in, Lines, Program};
 
     fn shell(script: &str) -> Program {
         let mut program = Program::new("sh", "tests");
@@ -467,6 +474,20 @@ mod tests {
             "no-such-program is not installed; it is needed for tests"
         );
         Ok(())
+    }
+
+    #[test]
+    fn the_status_is_kept() {
+        for (script, status) in [
+            ("echo odd >&2; exit 1", Some(1)),
+            ("exit 127", Some(127)),
+            ("echo odd >&2; kill -KILL $$", None),
+        ] {
+            let error = shell(script).run().err();
+            let lines = error.as_ref().and_then(|error| error.downcast_ref());
+            let found = lines.map(|lines: &Lines| lines.status);
+            assert_eq!(found, Some(status), "{script}");
+        }
     }
 
     #[test]
