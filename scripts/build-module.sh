@@ -6,7 +6,7 @@
 . "$SCRIPTS/kdir.sh"
 
 what=${1:-build}
-kdir_choose
+if [ -n "${DESTDIR:-}" ]; then kdir_choose; else kdir_choose "$what"; fi
 out=$BUILD/$KDIR_RELEASE
 obj=$out/obj
 [ "$what" != clippy ] || obj=$out/clippy

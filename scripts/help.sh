@@ -3,8 +3,9 @@
 # Prints what make can do.
 cat <<'END'
 make                  build the module: build/RELEASE/dm_overlaybd.ko
-make KDIR=DIR         ... for the kernel tree DIR (7.2 or later, with Rust); without KDIR, for the running
+make KDIR=DIR         ... for the kernel tree DIR (7.2 or later, with Rust); without KDIR and KERNEL, for the running
                       kernel if it has Rust, else for Debian's newest 7.3, which the test VM runs
+make KERNEL=NAME      ... for that 7.3 (stock) or Debian forky's kernel (forky), in the tool-chain root
 make tools            build obdsetup, for Debian 13 and the test VM: build/cargo/release/obdsetup
                       (CARGO=cargo: for this machine, with its own Rust; make install prefers this obdsetup)
 make install          build what isn't built yet, and install module, obdsetup, udev rules, manual pages, completions,

@@ -11,27 +11,31 @@ KERNEL_GIVEN=${KERNEL:-}
 # shellcheck source=scripts/kdir-check.sh
 . "$SCRIPTS/kdir-check.sh"
 
-# kdir_choose: use the user's KDIR, unless it is a tree that `make setup` has made; with KDIR, KERNEL is an error.
+# kdir_choose [WHAT]: use the user's KDIR, unless it is a tree that `make setup` has made; with KDIR, KERNEL is an error.
 # Without KDIR and KERNEL, use the running kernel's tree if it is usable and USE_ROOT is not set; else the tree of KERNEL
 # (stock by default), in the tool-chain root. Sets KDIR_USED (the tree's path), KDIR_RELEASE, KDIR_ARGS (arguments for
 # make), KDIR_IN_ROOT (1 if in the root), KDIR_CLONE (the clone's path for the build, see kdir_place) and KDIR_ID, which
-# identifies the tree.
+# identifies the tree. WHAT is install if the module will be installed on this machine: then, KERNEL is no way out.
 kdir_choose() {
-	kdir_choose_tree
+	kdir_choose_tree "$@"
 	kdir_place
 }
 
-# kdir_choose_tree: kdir_choose without KDIR_CLONE.
+# kdir_running: print the path of the running kernel's tree, which may not exist.
+kdir_running() { say "/lib/modules/$(uname -r)/build"; }
+
+# kdir_choose_tree [WHAT]: kdir_choose without KDIR_CLONE.
 kdir_choose_tree() {
-	local problems running
-	running=/lib/modules/$(uname -r)/build
+	local problems running or="; KERNEL=stock instead of KDIR builds for Debian's kernel in the tool-chain root"
+	[ "${1:-}" != install ] || or=
+	running=$(kdir_running)
 	KDIR_IN_ROOT=
 	KDIR_USED=
 	if [ -n "${KDIR:-}" ] && [[ $(realpath -m "$KDIR") != "$CACHE"/kernel-* ]]; then
 		[ -z "$KERNEL_GIVEN" ] || die "KDIR=$KDIR and KERNEL=$KERNEL_GIVEN name two kernels: leave one of them out"
 		problems=$(kdir_problems "$KDIR")
 		[ -z "$problems" ] || die "cannot build for $KDIR: $problems. README.md, \"Building for your own kernel\", says" \
-			"what is needed; KERNEL=stock instead of KDIR builds for Debian's kernel in the tool-chain root"
+			"what is needed$or"
 		KDIR_USED=$(realpath "$KDIR")
 	elif [ -z "${KDIR:-}${USE_ROOT:-}$KERNEL_GIVEN" ] && [ -d "$running" ] && [ -z "$(kdir_problems "$running")" ]; then
 		KDIR_USED=$(realpath "$running")

@@ -77,13 +77,38 @@ tools_of_the_machine() {
 	! (cd "$odd" && bash -c '. scripts/lib.sh; . scripts/kdir.sh; KDIR_IN_ROOT= KDIR_USED="/a b"; kdir_place') || return
 }
 
-# kernels: KDIR and KERNEL together are refused; a KDIR that cannot be used is refused with what to do.
+# kernel_chosen KERNEL: print the release of the kernel that a module is built for if modules can be built for the running
+# kernel, whose release is running.
+kernel_chosen() {
+	local tree=$work/kernels
+	mkdir -p "$tree/include/config"
+	echo running >"$tree/include/config/kernel.release"
+	printf '#!/bin/sh\n' >"$tree/setup.sh"
+	chmod +x "$tree/setup.sh"
+	env -u KDIR -u USE_ROOT KERNEL="$1" bash -c '. scripts/lib.sh; . scripts/kdir.sh
+		SCRIPTS=$0
+		kdir_running() { say "$SCRIPTS"; }
+		kdir_problems() { :; }
+		kdir_compiler() { KDIR_ARGS=(); }
+		kernel_select() { K_RELEASE=$KERNEL K_DIR=$SCRIPTS; }
+		kdir_choose_tree >/dev/null
+		say "$KDIR_RELEASE"' "$tree"
+}
+
+# kernels: KDIR and KERNEL together are refused; a KDIR that cannot be used is refused with what to do; a KERNEL is
+# used even if modules can be built for the running kernel.
 kernels() {
-	local said
+	local said or='KERNEL=stock instead of KDIR'
+	equal "$(kernel_chosen '')" running && equal "$(kernel_chosen forky)" forky && equal "$(kernel_chosen stock)" stock || return
 	said=$(KDIR=/usr KERNEL=forky scripts/build-module.sh 2>&1) && return 1
 	grep -qF 'KDIR=/usr and KERNEL=forky name two kernels: leave one of them out' <<<"$said" || { echo "$said" && return 1; }
 	said=$(KDIR=/usr KERNEL='' scripts/build-module.sh 2>&1) && return 1
 	grep -qF 'cannot build for /usr: not a kernel tree. README.md' <<<"$said" || { echo "$said" && return 1; }
+	grep -qF "$or" <<<"$said" || { echo "$said" && return 1; }
+	# What is built for KERNEL is not installed without a DESTDIR.
+	said=$(KDIR=/usr KERNEL='' DESTDIR='' scripts/build-module.sh install 2>&1) && return 1
+	grep -qF 'cannot build for /usr: not a kernel tree. README.md' <<<"$said" || { echo "$said" && return 1; }
+	! grep -qF "$or" <<<"$said" || { echo "$said" && return 1; }
 }
 
 # lock_of_a_step: a lock that a step takes is released at the end of the step.

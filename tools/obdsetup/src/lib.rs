@@ -43,7 +43,7 @@ pub fn main() -> ExitCode {
     if let [program, args @ ..] = args.as_slice() {
         if program == program::guard::NAME {
             tell(&program::guard::run(args));
-            return ExitCode::from(exit::USAGE);
+            return ExitCode::from(program::guard::NOT_RUN);
         }
         if Path::new(program).ends_with(generator::NAME) {
             let code = match generator::run(args) {
@@ -84,7 +84,7 @@ fn report(error: &anyhow::Error) -> ExitCode {
     let code = exit::code(error);
     // Not reported if standard output was closed by a reader that needs no more, for example head(1).
     if code != exit::PIPE {
-        tell_error(error);
+        tell_error("", error);
     }
     ExitCode::from(code)
 }
@@ -97,7 +97,7 @@ fn report(error: &anyhow::Error) -> ExitCode {
 pub fn run(args: impl IntoIterator<Item = OsString>) -> Result<(), (u8, String)> {
     let cli = Cli::try_parse_from(args).map_err(|error| (exit::USAGE, error.to_string()))?;
     let done = cli.command.run();
-    done.map_err(|error| (exit::code(&error), message(&error)))
+    done.map_err(|error| (exit::code(&error), message("", &error).into_text()))
 }
 
 #[cfg(test)]

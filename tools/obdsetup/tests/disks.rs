@@ -25,6 +25,8 @@ tests! {
     files_of_others needs qemu_img();
     extents_of_others needs qemu_img();
     extents_that_hide needs qemu_img();
+    many_extents needs qemu_img();
+    failures_of_qemu_img;
     names_that_are_not_utf8 needs qemu_img();
     images_that_are_cut_off needs qemu_img();
     images_that_are_preallocated needs qemu_img(), needs::program("qemu-io");
@@ -491,6 +493,130 @@ fn extents_that_hide() {
     refused("", 3, "x.vmdk: the offset of its descriptor is too large");
 }
 
+/// qemu-img opens all extents at once, and most shells let a program open 1024 files unless it asks for more.
+fn many_extents() {
+    const COUNT: usize = 1100;
+    let place = Place::new();
+    let disk = noise(COUNT * 4096, 3);
+    let mut text = "# Disk DescriptorFile\nversion=1\nCID=fffffffe\nparentCID=ffffffff\n\
+                    createType=\"twoGbMaxExtentFlat\"\n"
+        .to_owned();
+    for (nth, part) in disk.chunks(4096).enumerate() {
+        place.write(&format!("f{nth}"), part);
+        text += &format!("RW 8 FLAT \"f{nth}\" 0\n");
+    }
+    text += "ddb.adapterType = \"ide\"\n";
+    place.write("x.vmdk", text.as_bytes());
+    let run = |limits: &str, out: &str| {
+        let mut shell = std::process::Command::new("sh");
+        let script = format!("{limits} && exec \"$@\"");
+        shell.args(["-c", script.as_str(), "sh"]);
+        shell.arg(place.with_programs("").get_program());
+        shell.args(["convert", "x.vmdk", out]);
+        shell.current_dir(place.dir()).output().unwrap()
+    };
+    let done = run("ulimit -S -n 256", "out.obd");
+    assert!(done.status.success(), "{done:?}");
+    assert!(place.dump("out.obd") == disk);
+    // The most that is allowed is too little.
+    let done = run("ulimit -S -n 256 && ulimit -H -n 256", "other.obd");
+    assert_eq!(done.status.code(), Some(1), "{done:?}");
+    let said = String::from_utf8_lossy(&done.stderr).into_owned();
+    assert!(
+        said.contains("x.vmdk: has more files than a program may have open: raise the limit"),
+        "{said}"
+    );
+}
+
+/// Only some failures of qemu-img are faults of the image. A script takes the place of qemu-img.
+fn failures_of_qemu_img() {
+    /// Fails only when the image is converted.
+    const INFO: &str = "[ \"$1\" != info ] || { echo '{\"virtual-size\": 4096}'; exit 0; }\n";
+    let says = |text: &str| format!("echo \"qemu-img: {text}\" >&2; exit 1");
+    for (script, code, said) in [
+        (
+            says("Could not open 'x': Image is not in qcow2 format"),
+            3,
+            "x: cannot read: qemu-img failed (exit status: 1): ",
+        ),
+        (says("Could not open 'x': Permission denied"), 2, ""),
+        (says("Failed to get shared 'write' lock"), 5, ""),
+        (says("Could not open 'x': Unknown driver 'qcow2'"), 1, ""),
+        (
+            says("Could not open 'x': Too many open files"),
+            1,
+            "x: has more files than a program may have open",
+        ),
+        (
+            says("Could not open 'x': 'file' driver requires 'x' to be a regular file"),
+            1,
+            "",
+        ),
+        (says("Could not open 'x': No such file or directory"), 4, ""),
+        (says("Could not open 'x': Stale file handle"), 4, ""),
+        (
+            says("Could not open 'x': Transport endpoint is not connected"),
+            4,
+            "",
+        ),
+        // The file can be read, so it is the image. Then the file is gone.
+        (says("Could not read L1 table: Input/output error"), 3, ""),
+        (
+            format!("{INFO}rm \"$6\"; {}", says("error while reading at byte 0: Input/output error")),
+            4,
+            "x: cannot read: qemu-img failed",
+        ),
+        (
+            format!("{INFO}{}", says("error while writing at byte 0: Input/output error")),
+            4,
+            "obdsetup: cannot write a temporary file: qemu-img failed",
+        ),
+        // qemu-img cannot be started, or ends by a signal, with or without a line before.
+        (
+            "echo 'error while loading shared libraries: libx.so: No such file or directory' >&2; exit 127"
+                .to_owned(),
+            1,
+            "exit status: 127",
+        ),
+        ("kill -KILL $$".to_owned(), 1, "signal: 9"),
+        (
+            "echo 'warning: odd' >&2; kill -KILL $$".to_owned(),
+            1,
+            "signal: 9",
+        ),
+        (
+            "ulimit -c 0; echo 'Assertion failed.' >&2; kill -ABRT $$".to_owned(),
+            1,
+            "signal: 6",
+        ),
+    ] {
+        let place = Place::new();
+        let mut bytes = b"QFI\xfb".to_vec();
+        bytes.resize(4096, 0);
+        place.write("x", &bytes);
+        fs::create_dir(place.path("bin")).unwrap();
+        place.script("bin/qemu-img", &script);
+        let convert = || {
+            let mut command = place.with_programs("bin");
+            command.args(["convert", "--from", "qcow2", "x", "out"]);
+            let done = command.output().unwrap();
+            let text = String::from_utf8_lossy(&done.stderr).into_owned();
+            (done.status.code(), text)
+        };
+        let (found, text) = convert();
+        assert_eq!(found, Some(code), "{script}: {text}");
+        assert!(text.contains(said), "{script}: {text}");
+        assert!(!place.path("out").exists(), "{script}");
+        // A file that the kernel cannot execute.
+        place.write("bin/qemu-img", b"#!/no/such/shell\n");
+        if place.path("x").exists() {
+            let (found, text) = convert();
+            assert_eq!(found, Some(1), "{text}");
+            assert!(text.contains("cannot run "), "{text}");
+        }
+    }
+}
+
 /// The message about a name for which qemu-img's output doesn't show which file it is.
 const SAID: &str = "has a name that is not UTF-8, or has the character U+FFFD";
 
@@ -680,6 +806,20 @@ fn images_that_are_refused() {
     place.tool("qemu-img create -q -f qcow2 empty.qcow2 0");
     let empty = "empty.qcow2: is for a disk of 0 bytes";
     place.chain_refused("empty.qcow2", 1, empty);
+    // qemu-img cannot make the disk in every image larger.
+    let resize = "`qemu-img resize' makes the disk larger";
+    for (format, advice) in [
+        ("qcow2", resize),
+        ("qed", resize),
+        ("vdi", "make the image again"),
+        ("parallels", "make the image again"),
+    ] {
+        let name = format!("none.{format}");
+        place.tool(&format!("qemu-img create -q -f {format} {name} 0"));
+        let said = format!("is for a disk of 0 bytes: no layer can be made of that; {advice}\n");
+        place.chain_refused(&name, 1, &said);
+        fs::remove_file(place.path(&name)).unwrap();
+    }
     place.tool("gzip -k empty.qcow2");
     place.chain_refused(
         "empty.qcow2.gz",

@@ -1698,6 +1698,22 @@ fn many_names_in_few_bytes() {
         let said = format!("saved.tar: manifest.json: has {layers} layers, expected 1 to 255");
         refused(&said);
     }
+    // The index is read instead, if there is one, wherever it is.
+    let root = place.path("layout");
+    image(&root, std::slice::from_ref(&layer));
+    let index = packed(&root);
+    let list = format!("[{}]", entry(&[], &["none.tar"; 256]));
+    let list = file("manifest.json", &list);
+    let members = index.strip_suffix(tar(&[]).as_slice()).unwrap();
+    for archive in [
+        [list.as_slice(), &index].concat(),
+        [members, &list, &tar(&[])].concat(),
+    ] {
+        place.write("saved.tar", &archive);
+        place.ok("convert saved.tar out");
+        fs::remove_dir_all(place.path("out")).unwrap();
+    }
+    fs::remove_dir_all(&root).unwrap();
     // An image with too many layers makes no difference to another image.
     let other = entry(&["x:0".to_owned()], &["l.tar"; 256]);
     write(&[other, entry(&["x:1".to_owned()], &["l.tar"])]);

@@ -291,10 +291,20 @@ mod tests {
         file.write_all_at(&vec![1; to_usize(4 * PIECE)], 4 * PIECE)?;
         let blob = FileBlob::from_file(file, Path::new("disk"))?;
         let data = 4 * PIECE..8 * PIECE;
+        if seek(blob.file(), rustix::fs::SeekFrom::Hole(0)) != Ok(0) {
+            println!("not tested: this file system reports no holes");
+            return Ok(());
+        }
         assert_eq!(blob.next_data(0), Some(data.clone()));
         // A second look would see the hole.
         let mode = rustix::fs::FallocateFlags::PUNCH_HOLE | rustix::fs::FallocateFlags::KEEP_SIZE;
-        rustix::fs::fallocate(blob.file(), mode, 6 * PIECE, PIECE)?;
+        match rustix::fs::fallocate(blob.file(), mode, 6 * PIECE, PIECE) {
+            Err(rustix::io::Errno::OPNOTSUPP) => {
+                println!("not tested: this file system punches no holes");
+                return Ok(());
+            }
+            done => done?,
+        }
         for at in [0, PIECE, 4 * PIECE - 1, 4 * PIECE, 6 * PIECE, 8 * PIECE - 1] {
             assert_eq!(
                 blob.next_data(at),

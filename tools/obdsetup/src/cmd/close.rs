@@ -85,7 +85,7 @@ pub(crate) fn run(args: &Args) -> Result<()> {
     let own = stack.names();
     let store = Closing::of(&control, &stack).unwrap_or_else(|error| {
         // The stack must be removed anyway.
-        crate::terminal::tell(&format!("warning: {}", crate::terminal::message(&error)));
+        crate::terminal::tell_error("warning: ", &error);
         None
     });
     setup::remove(&control, &lock, &own, &names, removal, Udev::find())?;

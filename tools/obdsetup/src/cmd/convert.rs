@@ -196,16 +196,18 @@ pub(crate) fn run(args: &Args) -> Result<()> {
         };
         return refuse(&format!("--dax needs an uncompressed raw disk: {what}"));
     }
+    let mut link = None;
     if let (Some(format), None) = (kind.for_qemu(), input.compression) {
         let layers = kind == Kind::Qcow2 && !args.flatten;
         let rules = qemu::Rules {
             layers,
             outside: args.allow_outside,
         };
-        let chain = qemu::chain(&args.input, format, &args.in_use, rules)?;
+        let mut chain = qemu::chain(&args.input, format, &args.in_use, rules)?;
         if chain.len() > 1 && layers {
             return convert_chain(args, &chain);
         }
+        link = chain.pop();
     }
     let output = LayerOut::create(&args.output, &args.new, [args.input.as_path()])?;
     args.in_use.check([args.input.as_path()])?;
@@ -227,7 +229,8 @@ pub(crate) fn run(args: &Args) -> Result<()> {
         (Kind::Directory, _) => Some(make_fs(args, Files::Directory(&args.input), place)?),
         (Kind::Tar, _) => Some(make_fs(args, Files::Tar(&args.input), place)?),
         (_, Some(format)) => {
-            let read = qemu::read(disk, &args.input, format, place);
+            let files = link.as_ref().map_or_else(|| vec![disk], qemu::Link::files);
+            let read = qemu::read(disk, &args.input, format, &files, place);
             Some(read.map_err(|error| name_full(place, error))?)
         }
         (_, None) => None,

@@ -106,6 +106,7 @@ pub(crate) fn run(args: &Args) -> Result<()> {
             let code = worst.health.map_or(exit::SUCCESS, Health::code);
             Err(Lines {
                 code,
+                status: None,
                 is_full: false,
                 start: String::new(),
                 lines,

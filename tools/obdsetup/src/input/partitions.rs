@@ -53,6 +53,11 @@ pub(crate) fn read(name: &str, node: &Path, sectors: u64) -> Result<Vec<Partitio
     program.args(["--sector-size", sector_size]);
     let mut lines = Vec::new();
     let ended = program.arg(node).end(|line| lines.push(line.to_owned()))?;
+    // With 1, it has found no partitions. Otherwise it was killed or not started, and may have printed only some.
+    if !matches!(ended.status.code(), Some(0 | 1)) {
+        let context = format!("device {name}: cannot read what partx prints");
+        return Err(ended.into_error().context(context));
+    }
     let partitions = lines.iter().map(|line| parse(line));
     let partitions = partitions.collect::<Option<Vec<_>>>();
     let partitions = partitions.with_context(|| {

@@ -10,9 +10,13 @@ use std::ffi::OsStr;
 use std::io::ErrorKind;
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use anyhow::{Context, Result};
 use overlaybd::format::merge::MAX_LAYERS;
+use overlaybd::format::num::{to_u64, to_usize};
+use overlaybd::format::Blob;
+use overlaybd::FileBlob;
 use serde::de::IgnoredAny;
 use serde::Deserialize;
 use tempfile::NamedTempFile;
@@ -23,6 +27,7 @@ use crate::files::place::{directory, temp_file};
 use crate::input::kind::{self, Kind};
 use crate::program::{self, Program};
 use crate::terminal::exit::{self, is_full, Failure, Lines};
+use crate::terminal::interrupt;
 
 /// qemu-img's names of formats: the format in which this module writes images, the format of VMware, and a disk
 /// without a format.
@@ -84,22 +89,35 @@ pub(crate) struct Link {
     format: String,
     /// Size of the virtual disk in bytes.
     size: u64,
+    /// All files of the chain.
+    files: Arc<BTreeSet<PathBuf>>,
 }
 
 impl Link {
+    /// Returns all files of the chain.
+    pub(crate) fn files(&self) -> Vec<&Path> {
+        self.files.iter().map(PathBuf::as_path).collect()
+    }
+
     /// Makes a temporary raw image, with holes, in the directory `place`: the disk that this image shows together
     /// with the images below it. Returns `None` if this image is raw, so that it can be read directly.
     pub(crate) fn read(&self, place: &Path) -> Result<Option<NamedTempFile>> {
         match self.format.as_str() {
             RAW => Ok(None),
-            format => read(&self.path, &self.path, format, place).map(Some),
+            format => read(&self.path, &self.path, format, &self.files(), place).map(Some),
         }
     }
 }
 
 /// Makes a temporary raw image, with holes, in the directory `place` from the image at `path`, which has another format.
-/// `name` is the name of the image in messages.
-pub(crate) fn read(path: &Path, name: &Path, format: &str, place: &Path) -> Result<NamedTempFile> {
+/// `name` is the name of the image in messages. `files` are all files that qemu-img reads for that.
+pub(crate) fn read(
+    path: &Path,
+    name: &Path,
+    format: &str,
+    files: &[&Path],
+    place: &Path,
+) -> Result<NamedTempFile> {
     let from = program::path(path)?;
     let image = temp_file(place)?;
     let mut command = qemu_img(format);
@@ -108,7 +126,7 @@ pub(crate) fn read(path: &Path, name: &Path, format: &str, place: &Path) -> Resu
     let done = command.run().map_err(|error| match is_full(&error) {
         // Of the copy, not of the image.
         true => error,
-        false => named(name, error),
+        false => named(name, files, error),
     });
     done?.tell();
     if let Some(what) = kind::fault_of_copy(name, image.path())? {
@@ -149,10 +167,16 @@ pub(crate) fn chain(
     let mut used = BTreeSet::new();
     let walked = walk(path, format, rules.layers, &home, &mut used);
     in_use.check(used.iter().map(PathBuf::as_path))?;
-    walked
+    let mut links = walked?;
+    let files = Arc::new(used);
+    for link in &mut links {
+        link.files = Arc::clone(&files);
+    }
+    Ok(links)
 }
 
-/// Walks the chain for [`chain`]. Adds the paths of all files that will be read to `used`.
+/// Walks the chain for [`chain`], which sets `files` of all links. Adds the paths of all files that will be read to
+/// `used`.
 fn walk(
     path: &Path,
     format: &str,
@@ -195,10 +219,13 @@ fn walk(
                 Ok(())
             })?;
         }
-        let info = info(&path, &name, &format)?;
+        let info = {
+            let files: Vec<&Path> = used.iter().map(PathBuf::as_path).collect();
+            info(&path, &name, &format, &files)?
+        };
         let place = one_unknown(&directory(&path).to_string_lossy());
         for part in info.parts(&path) {
-            crate::terminal::interrupt::check()?;
+            interrupt::check()?;
             let part = one_unknown(part);
             // qemu-img puts the directory before a relative name; it is removed to get the name in the image. The
             // result is wrong if the image has an absolute name that begins with the directory. That is harmless:
@@ -213,7 +240,7 @@ fn walk(
         info.check(&name, links.last().filter(|_| layers))?;
         // A backing file without a disk is fine if the chain becomes one layer.
         if layers || links.is_empty() {
-            info.check_size(&name)?;
+            info.check_size(&name, way_to_enlarge(&format))?;
         }
         truncated::check(&path, &name, &format, info.virtual_size)?;
         let next = info.backing(&name, &path)?;
@@ -224,6 +251,7 @@ fn walk(
             path,
             format,
             size: info.virtual_size,
+            files: Arc::default(),
         });
         match next {
             Some((next, its_format)) => (name, format) = (next, its_format),
@@ -373,9 +401,9 @@ pub(crate) fn check_alone(path: &Path, name: &Path, format: &str) -> Result<()> 
             return has_data(&part.name.to_string_lossy());
         }
     }
-    let info = info(&path, name, format)?;
+    let info = info(&path, name, format, &[&path])?;
     info.check(name, None)?;
-    info.check_size(name)?;
+    info.check_size(name, MAKE_AGAIN)?;
     if let Some(part) = info.parts(&path).next() {
         return has_data(part);
     }
@@ -437,15 +465,13 @@ impl Info {
         Ok(())
     }
 
-    /// Checks that the image `name` has a disk.
-    fn check_size(&self, name: &Path) -> Result<()> {
-        match self.virtual_size {
-            0 => Err(refused(
-                name,
-                "is for a disk of 0 bytes: no layer can be made of that; `qemu-img resize' makes the disk larger",
-            )),
-            _ => Ok(()),
+    /// Checks that the image `name` has a disk. `advice` is what to do if it has none.
+    fn check_size(&self, name: &Path, advice: &str) -> Result<()> {
+        if self.virtual_size == 0 {
+            let what = format!("is for a disk of 0 bytes: no layer can be made of that; {advice}");
+            return Err(refused(name, &what));
         }
+        Ok(())
     }
 
     /// Returns the paths, as qemu-img prints them, of the files with the data of the image at `path`, without the
@@ -487,9 +513,21 @@ impl Info {
     }
 }
 
+/// What to do if qemu-img cannot make the disk of an image larger.
+const MAKE_AGAIN: &str = "make the image again";
+
+/// Returns how to make the disk of an image larger. QEMU can do that only in some formats.
+fn way_to_enlarge(format: &str) -> &'static str {
+    match format {
+        QCOW2 | "qed" => "`qemu-img resize' makes the disk larger",
+        RAW => "`qemu-img resize -f raw' makes the disk larger",
+        _ => MAKE_AGAIN,
+    }
+}
+
 /// Returns the information from qemu-img on the image at `path`, which is absolute. Messages call it `name`.
-/// qemu-img reads only the header of the image.
-fn info(path: &Path, name: &Path, format: &str) -> Result<Info> {
+/// qemu-img reads only the header of the image, and opens the other files with its data. `files` has all of these.
+fn info(path: &Path, name: &Path, format: &str, files: &[&Path]) -> Result<Info> {
     let mut text = String::new();
     let mut command = qemu_img(format);
     command.args(["info", "--output=json", "-f", format]);
@@ -497,7 +535,7 @@ fn info(path: &Path, name: &Path, format: &str) -> Result<Info> {
         text.push_str(line);
         text.push('\n');
     });
-    said.map_err(|error| named(name, error))?.tell();
+    said.map_err(|error| named(name, files, error))?.tell();
     serde_json::from_str(&text).with_context(|| {
         format!(
             "{}: cannot understand what `qemu-img info' prints",
@@ -568,38 +606,122 @@ pub(crate) fn write_over(from: &Path, below: &OsStr, to: &Path) -> Result<()> {
 
 /// Returns the program qemu-img, which is not started yet. If it is missing, the message names `format`.
 fn qemu_img(format: &str) -> Program {
-    Program::new("qemu-img", format!("{format} images"))
+    let mut program = Program::new("qemu-img", format!("{format} images"));
+    // It opens all extents of a vmdk at once.
+    program.opens_many_files();
+    program
 }
 
 /// Returns the error with the name of the image, which qemu-img doesn't print if it cannot read the data, and of
-/// which it prints the path if the image is a temporary file. The exit code says whose fault it is.
-fn named(name: &Path, mut error: anyhow::Error) -> anyhow::Error {
+/// which it prints the path if the image is a temporary file. The exit code says whose fault it is. `files` are the
+/// files that qemu-img has read.
+fn named(name: &Path, files: &[&Path], mut error: anyhow::Error) -> anyhow::Error {
     let Some(said) = error.downcast_mut::<Lines>() else {
         return error;
     };
-    said.code = fault(&said.lines);
+    let cause = Cause::of(said.status, &said.lines);
+    said.code = match cause {
+        Cause::Code(code) => code,
+        Cause::Image => exit::BAD_IMAGE,
+        Cause::ImageOrDevice => match files.iter().try_for_each(|file| read_all(file)) {
+            Ok(()) => exit::BAD_IMAGE,
+            Err(error) if exit::code(&error) == exit::INTERRUPTED => return error,
+            Err(_) => exit::DEVICE,
+        },
+        Cause::Output => {
+            said.code = exit::DEVICE;
+            return error.context("cannot write a temporary file");
+        }
+        Cause::ManyFiles => {
+            said.code = exit::USAGE;
+            return error.context(format!(
+                "{}: has more files than a program may have open: raise the limit, `ulimit -n'",
+                name.display()
+            ));
+        }
+    };
     error.context(format!("{}: cannot read", name.display()))
 }
 
-/// Returns the exit code for a failure of qemu-img with these lines. qemu-img itself has one exit code for all, and
-/// says "Input/output error" of compressed data that is damaged.
-fn fault(lines: &[String]) -> u8 {
-    let causes = [
-        ("Permission denied", exit::PERMISSION),
-        // The image is locked by another process.
-        ("Failed to get ", exit::BUSY),
-        // This qemu-img was built without the format.
-        ("Unknown driver", exit::USAGE),
-        ("Cannot allocate memory", exit::USAGE),
-    ];
-    let says = |text: &str| lines.iter().any(|line| line.contains(text));
-    let found = causes.iter().find(|(text, _)| says(text));
-    match found {
-        Some((_, code)) => *code,
-        // Ended by a signal, or a bug.
-        None if lines.is_empty() => exit::USAGE,
-        None => exit::BAD_IMAGE,
+/// Why qemu-img has failed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Cause {
+    /// Neither the image nor the output. The exit code says what.
+    Code(u8),
+    /// The image.
+    Image,
+    /// The image, or the device that it is on: qemu-img prints the same for both.
+    ImageOrDevice,
+    /// The output cannot be written.
+    Output,
+    /// It may not have as many files open as the image has.
+    ManyFiles,
+}
+
+impl Cause {
+    /// Returns the cause of a failure of qemu-img with this exit status, and with these lines. qemu-img itself has one
+    /// exit status for all failures.
+    fn of(status: Option<i32>, lines: &[String]) -> Self {
+        const CAUSES: &[(&str, Cause)] = &[
+            ("error while writing", Cause::Output),
+            ("Permission denied", Cause::Code(exit::PERMISSION)),
+            ("Operation not permitted", Cause::Code(exit::PERMISSION)),
+            // The image is locked by another process.
+            ("Failed to get ", Cause::Code(exit::BUSY)),
+            ("Device or resource busy", Cause::Code(exit::BUSY)),
+            ("Too many open files", Cause::ManyFiles),
+            // This qemu-img was built without the format.
+            ("Unknown driver", Cause::Code(exit::USAGE)),
+            // Such as: 'file' driver requires 'x' to be a regular file.
+            ("driver requires", Cause::Code(exit::USAGE)),
+            // It is too old.
+            ("unrecognized option", Cause::Code(exit::USAGE)),
+            ("Cannot allocate memory", Cause::Code(exit::USAGE)),
+            ("Resource temporarily unavailable", Cause::Code(exit::USAGE)),
+            // The file or the device is gone, or a server of files.
+            ("No such file", Cause::Code(exit::DEVICE)),
+            ("No such device", Cause::Code(exit::DEVICE)),
+            ("No medium found", Cause::Code(exit::DEVICE)),
+            ("Stale file handle", Cause::Code(exit::DEVICE)),
+            ("Transport endpoint", Cause::Code(exit::DEVICE)),
+            ("Connection timed out", Cause::Code(exit::DEVICE)),
+            ("Host is down", Cause::Code(exit::DEVICE)),
+            ("Remote I/O error", Cause::Code(exit::DEVICE)),
+            ("Software caused connection", Cause::Code(exit::DEVICE)),
+            // Of compressed data that is damaged, too.
+            ("Input/output error", Cause::ImageOrDevice),
+            // What some file systems say of their own damage.
+            ("Structure needs cleaning", Cause::ImageOrDevice),
+            ("Bad message", Cause::ImageOrDevice),
+        ];
+        // A signal, a bug, or a program that cannot be started, for example because a library is missing.
+        if status != Some(1) || lines.is_empty() {
+            return Self::Code(exit::USAGE);
+        }
+        let says = |text: &str| lines.iter().any(|line| line.contains(text));
+        let found = CAUSES.iter().find(|(text, _)| says(text));
+        found.map_or(Self::Image, |(_, cause)| *cause)
     }
+}
+
+/// Reads all data of the file at `path`, to find out whether that is possible.
+fn read_all(path: &Path) -> Result<()> {
+    /// Number of bytes that are read at once.
+    const PIECE: usize = 1 << 20;
+    let file = FileBlob::open(path, None)?;
+    let mut piece = vec![0; PIECE];
+    let mut at = 0;
+    while let Some(data) = file.next_data(at) {
+        at = data.start;
+        while at < data.end {
+            interrupt::check()?;
+            let len = to_usize((data.end - at).min(to_u64(PIECE)));
+            let piece = piece.get_mut(..len).unwrap_or_default();
+            file.read_at(at, piece)?;
+            at += to_u64(len);
+        }
+    }
+    Ok(())
 }
 
 fn refused(path: &Path, what: &str) -> anyhow::Error {
@@ -631,27 +753,71 @@ mod tests {
 
     #[test]
     fn failures_of_qemu_img() {
-        let code = |line: &str| fault(&[line.to_owned()]);
+        let cause = |status, line: &str| Cause::of(status, &[line.to_owned()]);
         for (line, wanted) in [
             (
                 "Could not open 'x': Image is not in qcow2 format",
-                exit::BAD_IMAGE,
+                Cause::Image,
             ),
             (
                 "error while reading at byte 0: Invalid argument",
-                exit::BAD_IMAGE,
+                Cause::Image,
             ),
             (
                 "error while reading at byte 0: Input/output error",
-                exit::BAD_IMAGE,
+                Cause::ImageOrDevice,
             ),
-            ("Could not open 'x': Permission denied", exit::PERMISSION),
-            ("Failed to get shared \"write\" lock", exit::BUSY),
-            ("Could not open 'x': Unknown driver 'qed'", exit::USAGE),
+            (
+                "error while writing at byte 0: Input/output error",
+                Cause::Output,
+            ),
+            (
+                "Could not open 'x': Permission denied",
+                Cause::Code(exit::PERMISSION),
+            ),
+            (
+                "Failed to get shared \"write\" lock",
+                Cause::Code(exit::BUSY),
+            ),
+            (
+                "Could not open 'x': Unknown driver 'qed'",
+                Cause::Code(exit::USAGE),
+            ),
+            (
+                "'file' driver requires '/dev/x' to be a regular file",
+                Cause::Code(exit::USAGE),
+            ),
+            (
+                "Could not open '/x/3': Too many open files",
+                Cause::ManyFiles,
+            ),
+            (
+                "error while reading at byte 0: Stale file handle",
+                Cause::Code(exit::DEVICE),
+            ),
+            (
+                "Could not open '/x': No such file or directory",
+                Cause::Code(exit::DEVICE),
+            ),
         ] {
-            assert_eq!(code(line), wanted, "{line}");
+            assert_eq!(cause(Some(1), line), wanted, "{line}");
+            for status in [None, Some(127)] {
+                assert_eq!(cause(status, line), Cause::Code(exit::USAGE), "{line}");
+            }
         }
-        assert_eq!(fault(&[]), exit::USAGE);
+        assert_eq!(Cause::of(Some(1), &[]), Cause::Code(exit::USAGE));
+    }
+
+    #[test]
+    fn files_that_can_be_read() -> Result<()> {
+        let dir = tempfile::tempdir()?;
+        let path = dir.path().join("file");
+        std::fs::write(&path, vec![1_u8; (2 << 20) + 7])?;
+        read_all(&path)?;
+        std::fs::remove_file(&path)?;
+        let error = read_all(&path).err();
+        assert_eq!(error.map(|error| exit::code(&error)), Some(exit::DEVICE));
+        Ok(())
     }
 
     #[test]

@@ -140,12 +140,20 @@ pub(super) fn unpack(input: &Path, place: &Path) -> Result<Layout> {
 
 /// Returns the names of the files that `manifest.json` lists: tools use arbitrary names for layers. Returns no
 /// names if `manifest.json` is missing, can't be parsed or lists too much; if it is needed, the error is
-/// reported later. An error if each image has more layers than a stack can have: unpacking them may take long.
-/// Reads the archive up to `manifest.json`, which is usually at the end, so the caller must read the archive again.
+/// reported later. An error if each image in it has more layers than a stack can have, and there is no index, which
+/// would be read instead: unpacking all layers may take long. Reads the archive up to `manifest.json`, which is usually
+/// at the end, or to the end, so the caller must read the archive again.
 fn named(input: &Path) -> Result<HashSet<Vec<u8>>> {
     let mut archive = Archive::again(input)?;
+    let (mut is_layout, mut has_index) = (false, false);
+    let mut wrong = None;
     while let Some(member) = archive.next()? {
         let is_file = matches!(member.kind, MemberKind::File);
+        match member.path.as_slice() {
+            b"oci-layout" => is_layout = is_file,
+            b"index.json" => has_index = is_file,
+            _ => {}
+        }
         if member.path != b"manifest.json" || !is_file || member.size > json::MAX {
             continue;
         }
@@ -155,8 +163,11 @@ fn named(input: &Path) -> Result<HashSet<Vec<u8>>> {
             Ok(())
         })?;
         let images: Vec<Saved> = serde_json::from_slice(&bytes).unwrap_or_default();
-        let shown = format!("{}: manifest.json", input.display());
-        check_layers(&images).map_err(|what| bad(Path::new(&shown), &what))?;
+        wrong = check_layers(&images).err();
+        if wrong.is_some() {
+            // The index may follow.
+            continue;
+        }
         let images = Some(images).filter(|images| check(images).is_ok());
         let names = images.unwrap_or_default().into_iter().flat_map(|image| {
             let layers = image.layers.into_iter();
@@ -164,7 +175,13 @@ fn named(input: &Path) -> Result<HashSet<Vec<u8>>> {
         });
         return Ok(names.collect());
     }
-    Ok(HashSet::new())
+    match wrong.filter(|_| !(is_layout && has_index)) {
+        Some(what) => {
+            let shown = format!("{}: manifest.json", input.display());
+            Err(bad(Path::new(&shown), &what))
+        }
+        None => Ok(HashSet::new()),
+    }
 }
 
 /// Returns whether a file with this name may be a part of an image.

@@ -28,6 +28,7 @@ use rustix::process::{kill_process_group, waitid, Pid, Signal, WaitId, WaitIdOpt
 
 use crate::terminal::exit::{self, Failure, Lines};
 use crate::terminal::interrupt;
+use guard::Files;
 use lines::Lines as Kept;
 pub(crate) use progress::Patience;
 
@@ -55,6 +56,7 @@ pub(crate) struct Program {
     env: BTreeMap<&'static str, OsString>,
     patience: Patience,
     heeds_signals: bool,
+    files: Files,
     input: Option<File>,
     /// Gets the program's standard output. If set, the program finishes its work even if this
     /// process is killed.
@@ -72,6 +74,13 @@ struct Version {
 pub(crate) struct Ended {
     pub(crate) status: ExitStatus,
     pub(crate) said: Said,
+}
+
+impl Ended {
+    /// Returns the error for a program that failed.
+    pub(crate) fn into_error(self) -> anyhow::Error {
+        failure(self.said, self.status).into()
+    }
 }
 
 /// What a program printed on standard error.
@@ -112,9 +121,13 @@ fn failure(said: Said, status: ExitStatus) -> Lines {
     }
     let start = format!("{name} failed ({status})");
     match lines.iter().any(|line| is_about_room(line)) {
-        true => full(start, lines),
+        true => Lines {
+            status: status.code(),
+            ..full(start, lines)
+        },
         false => Lines {
             code: exit::USAGE,
+            status: status.code(),
             is_full: false,
             start,
             lines,
@@ -126,6 +139,7 @@ fn failure(said: Said, status: ExitStatus) -> Lines {
 pub(crate) fn full(start: String, lines: Vec<String>) -> Lines {
     Lines {
         code: exit::DEVICE,
+        status: None,
         is_full: true,
         start,
         lines,
@@ -153,6 +167,7 @@ impl Program {
             env: BTreeMap::new(),
             patience: Patience::default(),
             heeds_signals: true,
+            files: Files::Few,
             input: None,
             note: None,
             version: None,
@@ -187,6 +202,12 @@ impl Program {
     /// Sets what counts as progress, and how long to wait without progress.
     pub(crate) fn patience(&mut self, patience: Patience) -> &mut Self {
         self.patience = patience;
+        self
+    }
+
+    /// Lets the program have as many files open as the user may allow it (`ulimit -H -n`).
+    pub(crate) fn opens_many_files(&mut self) -> &mut Self {
+        self.files = Files::Many;
         self
     }
 
@@ -250,7 +271,7 @@ impl Program {
         if status.success() {
             return Ok(said);
         }
-        Err(failure(said, status).into())
+        Err(Ended { status, said }.into_error())
     }
 
     /// Runs the program to its end, with any status. Fails if the program cannot be started, is
@@ -300,7 +321,7 @@ impl Program {
         })?;
         let mut command = match self.note {
             Some(_) => guard::outliving(&path),
-            None => guard::command(&path),
+            None => guard::command(&path, self.files),
         };
         command.args(&self.args).env_clear();
         command.envs(environment::passed_on()).envs(&self.env);
@@ -412,7 +433,7 @@ mod tests {
 
     use anyhow::Result;
 
-    use super::{version_in, Program};
+    use super::{version_in, Lines, Program};
 
     fn shell(script: &str) -> Program {
         let mut program = Program::new("sh", "tests");
@@ -453,6 +474,20 @@ mod tests {
             "no-such-program is not installed; it is needed for tests"
         );
         Ok(())
+    }
+
+    #[test]
+    fn the_status_is_kept() {
+        for (script, status) in [
+            ("echo odd >&2; exit 1", Some(1)),
+            ("exit 127", Some(127)),
+            ("echo odd >&2; kill -KILL $$", None),
+        ] {
+            let error = shell(script).run().err();
+            let lines = error.as_ref().and_then(|error| error.downcast_ref());
+            let found = lines.map(|lines: &Lines| lines.status);
+            assert_eq!(found, Some(status), "{script}");
+        }
     }
 
     #[test]

@@ -73,6 +73,8 @@ impl std::error::Error for Failure {}
 pub(crate) struct Lines {
     /// The exit code.
     pub(crate) code: u8,
+    /// The exit status of the program that has failed; `None` if a signal ended it, or no program is the cause.
+    pub(crate) status: Option<i32>,
     /// Whether a program that obdsetup ran has failed because it could not write its output: a file system is full,
     /// the user's disk quota is used up, or a file became larger than the file system or `ulimit -f` allows.
     pub(crate) is_full: bool,

@@ -38,19 +38,30 @@ pub(crate) fn print_json(value: &impl serde::Serialize) -> Result<()> {
     print(&format!("{}\n", serde_json::to_string_pretty(value)?))
 }
 
+/// A message that is escaped already, perhaps with line breaks that are meant. It is no `str` and cannot be formatted,
+/// because [`tell`] would escape it again.
+#[derive(Debug)]
+pub(crate) struct Message(String);
+
+impl Message {
+    /// Returns the text, for callers of the library.
+    pub(crate) fn into_text(self) -> String {
+        self.0
+    }
+}
+
 /// Prints a message on standard error, as one line.
 pub(crate) fn tell(message: &str) {
-    tell_lines(&plain(message));
+    tell_message(&Message(plain(message)));
 }
 
-/// Prints an error with its causes on standard error.
-pub(crate) fn tell_error(error: &anyhow::Error) {
-    tell_lines(&message(error));
+/// Prints an error with its causes on standard error, after `before`, which is empty or, for example, `warning: `.
+pub(crate) fn tell_error(before: &str, error: &anyhow::Error) {
+    tell_message(&message(before, error));
 }
 
-/// Prints a message with line breaks that are meant; names in it are escaped already.
-fn tell_lines(message: &str) {
-    let text = format!("obdsetup: {message}\n");
+fn tell_message(Message(text): &Message) {
+    let text = format!("obdsetup: {text}\n");
     // Ignored: if standard error fails, there is no other way to report it.
     let _ = io::stderr().write_all(text.as_bytes());
 }
@@ -68,9 +79,9 @@ pub(crate) fn plain(text: &str) -> String {
     plain
 }
 
-/// Returns the message for an error with its causes, escaped: only [`Lines`](exit::Lines) has more than one line. The
-/// messages of the library's errors include their causes already.
-pub(crate) fn message(error: &anyhow::Error) -> String {
+/// Returns the message for an error with its causes, after the text `before`: only [`Lines`](exit::Lines) has more than
+/// one line. The messages of the library's errors include their causes already.
+pub(crate) fn message(before: &str, error: &anyhow::Error) -> Message {
     let mut parts = Vec::new();
     for cause in error.chain() {
         parts.push(match cause.is::<exit::Lines>() {
@@ -84,7 +95,7 @@ pub(crate) fn message(error: &anyhow::Error) -> String {
             break;
         }
     }
-    without_numbers(&parts.join(": "))
+    Message(plain(before) + &without_numbers(&parts.join(": ")))
 }
 
 /// Removes the error numbers that std appends to messages of the system.
@@ -117,14 +128,21 @@ mod tests {
             "a\\nb\\r\\u{1b}\\u{85}\tc\\n"
         );
         let error = Failure::usage("x\nobdsetup: forged: no disk").context("y\nz");
-        assert_eq!(message(&error), "y\\nz: x\\nobdsetup: forged: no disk");
+        let told = |before: &str, error: &anyhow::Error| message(before, error).into_text();
+        assert_eq!(told("", &error), "y\\nz: x\\nobdsetup: forged: no disk");
         let lines = Lines {
             code: 1,
+            status: Some(1),
             is_full: false,
             start: "mkfs failed".to_owned(),
             lines: vec!["first".to_owned(), "a\nsecond".to_owned()],
         };
         let error = anyhow::Error::from(lines).context("y\nz");
-        assert_eq!(message(&error), "y\\nz: mkfs failed: first\n  a\\nsecond");
+        assert_eq!(told("", &error), "y\\nz: mkfs failed: first\n  a\\nsecond");
+        // The lines of a program stay lines, whatever is in front.
+        assert_eq!(
+            told("note: a\nb: ", &error),
+            "note: a\\nb: y\\nz: mkfs failed: first\n  a\\nsecond"
+        );
     }
 }

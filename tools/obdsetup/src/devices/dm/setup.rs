@@ -559,7 +559,7 @@ impl Drop for SetUp<'_> {
             return;
         }
         if let Err(error) = self.take_down() {
-            crate::terminal::tell(&crate::terminal::message(&error));
+            crate::terminal::tell_error("", &error);
         }
     }
 }

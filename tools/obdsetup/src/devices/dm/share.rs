@@ -302,7 +302,7 @@ pub(crate) fn set_caches(control: &Control, numbers: &BTreeSet<String>) {
     let mut modes = control.status_words(&names, CACHE_MODE);
     for device in &wrong {
         if let Err(error) = set_cache(control, device, modes.remove(&device.name)) {
-            crate::terminal::tell(&format!("warning: {}", crate::terminal::message(&error)));
+            crate::terminal::tell_error("warning: ", &error);
         }
     }
 }
@@ -372,9 +372,7 @@ pub(crate) fn clear_left(control: &Control) {
     }
     let all = match control.states() {
         Ok(all) => all,
-        Err(error) => {
-            return crate::terminal::tell(&format!("warning: {}", crate::terminal::message(&error)))
-        }
+        Err(error) => return crate::terminal::tell_error("warning: ", &error),
     };
     for path in marks {
         if !all.iter().any(|state| marked(&path) == Some(&state.uuid)) {

@@ -290,11 +290,11 @@ impl Drop for Opened {
             return;
         };
         if let Err(error) = self.put_back(&before) {
-            crate::terminal::tell(&format!(
-                "note: {}: is kept, and counts as not closed: {}",
-                self.path.display(),
-                crate::terminal::message(&error)
-            ));
+            let before = format!(
+                "note: {}: is kept, and counts as not closed: ",
+                self.path.display()
+            );
+            crate::terminal::tell_error(&before, &error);
         }
     }
 }
