@@ -1522,6 +1522,12 @@ fn exit_codes() {
     place.write("empty", b"");
     place.write("short", b"short");
     place.write("text", &[b'x'; 9000]);
+    for (option, value) in [("--partitions", ""), ("--writable", " store")] {
+        place
+            .run(&format!("open --dax {option}{value} name text"))
+            .code(1)
+            .stderr(contains(format!("{option} is not for --dax")));
+    }
     let not_a_layer = "not an OverlayBD layer: begins with \"xxxxxxxx\", not with a tar, ZFile or \
                        LSMT header: `obdsetup convert' makes layers of disk images, tars and \
                        directories";

@@ -234,6 +234,9 @@ impl Args {
             Some(_) if self.layers.zfile => {
                 "--writable and --zfile exclude each other (writable= and zfile in overlaybdtab)"
             }
+            Some(_) if self.layers.dax => {
+                "--writable is not for --dax: a disk with a dm-snapshot above has no DAX"
+            }
             // Devices of partitions may begin within a page, and may overlap, so files of two file systems could
             // have the same page.
             _ if self.partitions && self.layers.dax => {
