@@ -633,18 +633,32 @@ def gone():
 def by_obdsetup():
     work = work_directory()
     make_tree(f"{work}/tree")
-    obdsetup("create", "--directory", f"{work}/tree", "--fs", "ext4", "--dax", f"{work}/layer")
-    obdsetup("verify", "--dax", f"{work}/layer")
-    pmem = Pmem(read(f"{work}/layer"))
-    name = f"obdtest-{os.getpid()}-dax"
-    obdsetup("open", "--dax", name, f"{pmem.path}:size={pmem.length}")
-    defer(close, name)
-    mount(f"/dev/mapper/{name}", f"{work}/mnt", "ro,noload,dax=always")
-    check(is_dax(f"{work}/mnt/dir/file5"), "statx() does not say DAX")
-    got = digests(f"{work}/mnt", mapped=True)
-    equal(got, digests(f"{work}/tree"), "files that are mapped")
-    equal(run("dmsetup", "table", name).split()[2], "lsmt-dax", "target")
-    umount(f"{work}/mnt")
+    os.mkdir(f"{work}/few")
+    for size in (1, PAGE, PAGE + 1):
+        with open(f"{work}/few/{size}", "wb") as file:
+            file.write(noise(size, size))
+    # mke2fs would give a small ext4 blocks of 1 KiB. An erofs has the end of most files beside the inode.
+    for nth, (tree, options, mount_options) in enumerate((
+            ("tree", ["--fs", "ext4"], "ro,noload,dax=always"),
+            ("few", ["--fs", "ext4", "--size", "4m"], "ro,noload,dax=always"),
+            ("tree", ["--fs", "erofs"], "ro,dax=always"),
+            ("few", ["--fs", "erofs", "--mkfs-arg=--quiet"], "ro,dax=always"))):
+        obdsetup("create", "--directory", f"{work}/{tree}", *options, "--dax", "--force", f"{work}/layer")
+        obdsetup("verify", "--dax", f"{work}/layer")
+        pmem = Pmem(read(f"{work}/layer"))
+        name = f"obdtest-{os.getpid()}-dax{nth}"
+        obdsetup("open", "--dax", name, f"{pmem.path}:size={pmem.length}")
+        defer(close, name)
+        mount(f"/dev/mapper/{name}", f"{work}/mnt", mount_options)
+        for top, _, files in os.walk(f"{work}/mnt"):
+            for path in (f"{top}/{file}" for file in files):
+                if stat.S_ISREG(os.lstat(path).st_mode) and os.path.getsize(path):
+                    check(is_dax(path), f"{options}: {path}: statx() does not say DAX")
+        got = digests(f"{work}/mnt", mapped=True)
+        equal(got, digests(f"{work}/{tree}"), f"{options}: files that are mapped")
+        equal(run("dmsetup", "table", name).split()[2], "lsmt-dax", "target")
+        umount(f"{work}/mnt")
+        obdsetup("close", name)
 
 
 if __name__ == "__main__":

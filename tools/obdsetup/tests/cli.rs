@@ -1522,6 +1522,14 @@ fn exit_codes() {
     place.write("empty", b"");
     place.write("short", b"short");
     place.write("text", &[b'x'; 9000]);
+    fs::create_dir(place.path("files")).unwrap();
+    for fs in ["squashfs", "btrfs", "ext2", "ext3"] {
+        place
+            .run(&format!("create --directory files --fs {fs} --dax none"))
+            .code(1)
+            .stderr(contains(format!("{fs} has no DAX")));
+    }
+    fs::remove_dir(place.path("files")).unwrap();
     for (option, value) in [("--partitions", ""), ("--writable", " store")] {
         place
             .run(&format!("open --dax {option}{value} name text"))

@@ -346,6 +346,7 @@ fn make_fs(args: &Args, files: Files<'_>, place: &Path) -> Result<NamedTempFile>
         args: &args.mkfs_arg,
         allow_loss: args.allow_loss,
         keep_whiteouts: args.keep_whiteouts,
+        dax: args.new.wrap.dax,
     };
     mkfs::make(files, &options, place)
 }

@@ -240,6 +240,7 @@ fn make_fs(args: &Args, from: &Path, fs: FileSystem) -> Result<NamedTempFile> {
         args: &args.mkfs_arg,
         allow_loss: args.allow_loss,
         keep_whiteouts: args.keep_whiteouts,
+        dax: args.new.wrap.dax,
     };
     mkfs::make(Files::Directory(from), &options, directory(&args.output))
 }

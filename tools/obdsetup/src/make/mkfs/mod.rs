@@ -96,6 +96,9 @@ pub(crate) struct Options<'a> {
     pub(crate) allow_loss: bool,
     /// Whether files of a directory may have the names of whiteouts. Otherwise, such a name is an error.
     pub(crate) keep_whiteouts: bool,
+    /// Whether all of the files must be such that DAX can map them: with blocks of 4 KiB, and without data beside
+    /// inodes.
+    pub(crate) dax: bool,
 }
 
 /// The files for a file system.
@@ -128,6 +131,12 @@ fn make_in(files: Files<'_>, options: &Options<'_>, place: &Path) -> Result<Name
             fs.name()
         )));
     }
+    if options.dax && !matches!(fs, FileSystem::Ext4 | FileSystem::Erofs) {
+        return Err(Failure::usage(format!(
+            "{} has no DAX: --dax needs --fs ext4 or --fs erofs",
+            fs.name()
+        )));
+    }
     let (mut tree, directory) = match files {
         Files::Directory(_) => (
             from_dir::read(&from, options.keep_whiteouts)?,
@@ -146,6 +155,7 @@ fn make_in(files: Files<'_>, options: &Options<'_>, place: &Path) -> Result<Name
     let size_text = size.unwrap_or_default().to_le_bytes();
     let mut more = vec![name.as_bytes(), size_text.as_slice()];
     more.extend(options.args.iter().map(|arg| arg.as_bytes()));
+    more.extend(options.dax.then_some(b"dax".as_slice()));
     let stamp = Stamp::of(&tree, &more)?;
     let made = match (fs, size) {
         (FileSystem::Squashfs, _) => squashfs::make(&tree, options, &stamp, place),
@@ -229,6 +239,7 @@ pub(crate) fn apply(
         args: &[],
         allow_loss,
         keep_whiteouts: false,
+        dax: false,
     };
     let instead = "--allow-loss makes the layer without them";
     fit::fit(growing.tree(), &options, instead).with_context(|| name.display().to_string())?;

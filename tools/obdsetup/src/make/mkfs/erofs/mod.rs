@@ -36,7 +36,7 @@ pub(super) fn make(
     place: &Path,
 ) -> Result<NamedTempFile> {
     match options.args.is_empty() {
-        true => write::make(tree, stamp, place),
+        true => write::make(tree, stamp, options.dax, place),
         false => program::make(tree, options, stamp, place),
     }
 }

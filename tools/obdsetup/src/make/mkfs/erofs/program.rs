@@ -38,6 +38,9 @@ pub(super) fn make(
     command.args(["--tar=f", "--quiet", "--mkfs-time", "-T"]);
     command.arg(stamp.time.to_string());
     command.arg("-U").arg(stamp.uuid.to_string());
+    if options.dax {
+        command.arg("-Enoinline_data");
+    }
     command.args(options.args).arg(image.path()).arg(tar.path());
     command.writes(image.path()).run()?.tell();
     Ok(image)

@@ -129,7 +129,7 @@ fn threads_do_not_matter() {
             for name in missing {
                 std::fs::remove_file(files.join(name))?;
             }
-            let image = write::make(&tree, &Stamp::of(&tree, &[])?, place.path());
+            let image = write::make(&tree, &Stamp::of(&tree, &[])?, false, place.path());
             for name in missing {
                 std::fs::write(files.join(name), b"again")?;
             }

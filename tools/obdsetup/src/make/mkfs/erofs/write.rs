@@ -172,14 +172,16 @@ impl Plan {
     }
 }
 
-/// Makes the file system of `tree` in a file in `place`.
-pub(super) fn make(tree: &Tree, stamp: &Stamp, place: &Path) -> Result<NamedTempFile> {
+/// Makes the file system of `tree` in a file in `place`. If it is for DAX (`dax`), files have no data beside their
+/// inodes: such files cannot be mapped.
+pub(super) fn make(tree: &Tree, stamp: &Stamp, dax: bool, place: &Path) -> Result<NamedTempFile> {
     let names = tree.names();
     let mut order = vec![(ROOT, None)];
     let firsts = names.iter().filter(|name| name.first);
     order.extend(firsts.map(|name| (name.id, Some(name))));
     let Relations { links, parents } = Relations::of(&names);
     let mut planner = Planner::new(tree, order.iter().map(|&(id, _)| id))?;
+    planner.dax = dax;
     let mut plans: HashMap<Id, Plan> = HashMap::new();
     let mut end = INODES_AT;
     for &(id, name) in &order {
@@ -288,6 +290,8 @@ pub(super) struct Planner<'a> {
     tree: &'a Tree,
     /// Bytes of holes that may still be hashed.
     holes: u64,
+    /// Whether files must not have data beside their inodes.
+    dax: bool,
 }
 
 impl<'a> Planner<'a> {
@@ -300,7 +304,11 @@ impl<'a> Planner<'a> {
                 holes = holes.saturating_add(content.data_len());
             }
         }
-        Ok(Self { tree, holes })
+        Ok(Self {
+            tree,
+            holes,
+            dax: false,
+        })
     }
 
     /// Returns whether so many bytes of holes may be hashed. If so, fewer are left for other files.
@@ -320,11 +328,11 @@ impl<'a> Planner<'a> {
             }
             _ => false,
         };
-        plan(self.tree, id, with_digest)
+        plan(self.tree, id, with_digest, self.dax)
     }
 }
 
-fn plan(tree: &Tree, id: Id, with_digest: bool) -> Result<Option<Plan>> {
+fn plan(tree: &Tree, id: Id, with_digest: bool, dax: bool) -> Result<Option<Plan>> {
     let node = tree.node(id)?;
     let size = match &node.kind {
         Kind::Directory(_) => directory_size(&entries(tree, id, ROOT)),
@@ -340,6 +348,7 @@ fn plan(tree: &Tree, id: Id, with_digest: bool) -> Result<Option<Plan>> {
             }
             layout::CHUNKS
         }
+        Kind::File(_) if dax => layout::PLAIN,
         _ if (1..=INLINE).contains(&(size % BLOCK)) => layout::INLINE,
         _ => layout::PLAIN,
     };

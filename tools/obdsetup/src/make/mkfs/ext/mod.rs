@@ -185,7 +185,7 @@ impl Mke2fs<'_> {
         }
         // Below 512 MiB, the default is 1 KiB. A page of a file can then be in four places, and in as many
         // compressed blocks.
-        if self.size >= EXT_JOURNAL {
+        if self.size >= EXT_JOURNAL || self.options.dax {
             command.args(["-b", "4096"]);
         }
         // Times with 34 bits and nanoseconds need more than the original 128 bytes.
