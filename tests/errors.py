@@ -174,7 +174,8 @@ def shrinks():
     with open(loop.path, "rb", buffering=0) as file:
         fcntl.ioctl(file, 0x4C07)
     fails_with(errno.EIO, disk.read, 200704, 65536)
-    check(device.info()[0] in ("V", "C"), "status")
+    state = device.info()[0]
+    check(state in ("V", "C"), f"the status begins with {state!r}, not with V or C")
 
 
 if __name__ == "__main__":

@@ -344,7 +344,8 @@ def pulled(kind, victim):
     readers.join()
     check(readers.failed > failed + 3, f"{readers.failed} reads failed")
     check(readers.errors <= {"EIO", "ENODEV"}, f"errors {readers.errors}")
-    check(device.status()[0][2] in ("zfile", "lsmt"), "status")
+    target = device.status()[0][2]
+    check(target in ("zfile", "lsmt"), f"the status is of target {target!r}")
     device.suspend()
     device.resume()
     device.remove()

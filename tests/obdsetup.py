@@ -110,7 +110,7 @@ def open_close():
     table = run("dmsetup", "table", name).split()
     equal(table[:4], ["0", str(SIZE // 512), "lsmt", "3"], "table")
     state = json.loads(obdsetup("status", "--json", name)[0])
-    check(state, "status")
+    check(state, "`status --json' reports nothing")
     files = {file["file"] for device in state["devices"] for target in device["targets"] for file in target["files"]}
     check(files >= {os.path.realpath(layer) for layer in layers}, f"files behind loop devices: {files}")
     obdsetup("status", name)

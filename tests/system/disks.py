@@ -181,7 +181,8 @@ def deferred():
     obdsetup("open", "--partitions", NAME, "base.obd")
     with open(f"{DISK}-part2", "rb"):
         obdsetup("close", "--deferred", NAME)
-        check(os.path.exists(f"{DISK}-part2") and not os.path.exists(f"{DISK}-part1"), "partitions that are left")
+        check(os.path.exists(f"{DISK}-part2") and not os.path.exists(f"{DISK}-part1"),
+              "not exactly partition 2, which is in use, is left")
     nothing_left()
 
 

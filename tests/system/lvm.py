@@ -74,7 +74,7 @@ def lvm_is_content():
     for command in ("vgchange --activate y vg", "pvs --all", "lvs --all", "vgs"):
         done = subprocess.run(command.split(), capture_output=True, text=True, check=False)
         equal((done.returncode, done.stderr), (0, ""), f"status and standard error of {command}")
-        check("WARNING" not in done.stdout, f"{command}: {done.stdout}")
+        check("WARNING" not in done.stdout, f"{command} prints a warning: {done.stdout}")
 
 
 def sha256(path):
@@ -248,7 +248,8 @@ def snapshot():
     same_files(host.files)
     lvm_is_content()
     write("first\n")
-    check(re.match(r"0 65536 snapshot \d+/65536 \d+\n", recipe.step()), "status")
+    status = recipe.step()
+    check(re.match(r"0 65536 snapshot \d+/65536 \d+\n", status), f"the status is not that of a snapshot: {status!r}")
     recipe.step()
     equal(sha256("/dev/mapper/app"), host.sum, "the image after writes")
     after_boot(mount)
@@ -308,7 +309,7 @@ def devices_file():
     equal(sha256("/dev/mapper/vm"), sha256("vm.raw"), "content of the image")
     script("umount /mnt")
     said = script("blkdeactivate --lvmoptions retry /dev/mapper/vm")
-    check(os.path.exists("/dev/guest/root"), f"blkdeactivate: {said}")
+    check(os.path.exists("/dev/guest/root"), f"blkdeactivate has deactivated the guest's volume: {said}")
     script("mount -o ro /dev/guest/root /mnt")
     recipe.step()
     gone(before)
@@ -343,7 +344,7 @@ def down():
     # The names of the layers' devices contain 16 digits.
     order = [re.sub(r"^(base|app\.obd)-[0-9a-f]{16}-", r"\1-", name) for name in order]
     wanted = {"work", "app", "base-zfile", "app.obd-zfile", "vg/base", "vg/cow"}
-    check(wanted <= set(order) and "skipping" not in said, f"blkdeactivate: {said}")
+    check(wanted <= set(order) and "skipping" not in said, f"blkdeactivate has left a device: {said}")
     for above, below in (("work", "app"), ("work", "vg/cow"), ("app", "base-zfile"), ("app", "app.obd-zfile"),
                          ("base-zfile", "vg/base")):
         check(order.index(above) < order.index(below), f"{above} was not taken down before {below}: {said}")

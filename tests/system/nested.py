@@ -87,10 +87,10 @@ def micro():
     before = digest(whole("app"))
     out = sh(run, timeout=800)
     note(out[-600:])
-    check("two words" in out and "of the image" in out, "what the command says")
+    check("two words" in out and "of the image" in out, f"the command says {out[-600:]!r}")
     equal(digest(whole("app")), before, "content of the device")
     sh(down)
-    check(not os.path.exists("/dev/mapper/app"), "the device is gone")
+    check(not os.path.exists("/dev/mapper/app"), "the device is still there")
 
 
 if __name__ == "__main__":

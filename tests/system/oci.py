@@ -361,7 +361,8 @@ def registry():
     containerd(work)
     run("ctr", "content", "fetch", "--plain-http", f"{address}/layers:latest")
     known = run("ctr", "content", "ls", "--quiet").split()
-    check(set(blobs(f"{work}/layers")) <= {digest.removeprefix("sha256:") for digest in known}, "blobs of containerd")
+    check(set(blobs(f"{work}/layers")) <= {digest.removeprefix("sha256:") for digest in known},
+          "containerd does not have all blobs of the image")
     run("obdsetup", "convert", f"{work}/pulled", f"{work}/app")
     where = mounted(work, f"{work}/app/config.v1.json")
     equal(sorted(os.listdir(f"{where}/etc")), ["one", "two"], "files")

@@ -64,7 +64,7 @@ pub(crate) struct Args {
     #[arg(long = "chain", conflicts_with_all = ["no_sparse", "force"])]
     files: bool,
 
-    /// Write zeros, too, so that the file has no holes
+    /// Write zeros to the file, too, so that it has no holes; to a device, zeros are always written
     #[arg(long)]
     no_sparse: bool,
 

@@ -268,7 +268,7 @@ fn summary(report: &Report) -> String {
     }
     if let Some(changes) = &report.changes {
         let line = format!(
-            "writes go to {}: {} of {} used, {} % of what it can hold",
+            "writes go to {}: {} of {} used; with the space that is available now, it is {} % full",
             changes.file.escape_debug(),
             indicatif::BinaryBytes(changes.used),
             indicatif::BinaryBytes(changes.size),

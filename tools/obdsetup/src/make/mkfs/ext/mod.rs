@@ -544,7 +544,7 @@ fn entry(line: &str) -> Option<(Vec<u8>, u32)> {
 }
 
 /// Quotes a word for debugfs: the name of an extended attribute, or the path of a file with a value. An error if the
-/// word has a newline, which debugfs cannot handle.
+/// word has a newline, a carriage return or a zero byte, which debugfs cannot handle.
 fn quote(bytes: &[u8]) -> Result<Vec<u8>> {
     if bytes.iter().any(|byte| matches!(byte, b'\n' | b'\r' | 0)) {
         return Err(Failure::usage(
