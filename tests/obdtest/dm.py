@@ -107,10 +107,10 @@ class Device:
 
     def status(self, kind=0, inactive=False):
         """Returns the lines of the status. kind is 0 (for INFO), TABLE or IMA."""
-        flags = kind | (INACTIVE if inactive else 0)
-        flags, _, targets, _, data = _ioctl(_TABLE_STATUS, self.name, flags)
+        which = kind | (INACTIVE if inactive else 0)
+        flags, _, targets, _, data = _ioctl(_TABLE_STATUS, self.name, which)
         if flags & (1 << 8):
-            data = _ioctl(_TABLE_STATUS, self.name, kind, room=1 << 20)[4]
+            _, _, targets, _, data = _ioctl(_TABLE_STATUS, self.name, which, room=1 << 20)
         return _unpack(data, targets)
 
     def info(self):

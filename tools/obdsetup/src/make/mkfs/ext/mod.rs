@@ -547,9 +547,7 @@ fn entry(line: &str) -> Option<(Vec<u8>, u32)> {
 /// word has a newline, a carriage return or a zero byte, which debugfs cannot handle.
 fn quote(bytes: &[u8]) -> Result<Vec<u8>> {
     if bytes.iter().any(|byte| matches!(byte, b'\n' | b'\r' | 0)) {
-        return Err(Failure::usage(
-            "debugfs cannot take a name with a newline: use --fs erofs or btrfs",
-        ));
+        return Err(Failure::usage(script::LINE_BREAK));
     }
     let mut quoted = vec![b'"'];
     for &byte in bytes {

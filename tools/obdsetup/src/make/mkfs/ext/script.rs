@@ -14,6 +14,9 @@ use crate::terminal::exit::Failure;
 
 /// Longest line in bytes.
 const LONGEST: usize = 4000;
+/// Message about a word that no command for debugfs can have.
+pub(super) const LINE_BREAK: &str =
+    "debugfs cannot take a name with a newline or a carriage return: use --fs erofs or btrfs";
 const WRITE: &str = "cannot write a temporary file";
 
 /// A script that is being written.
@@ -38,9 +41,7 @@ impl Script {
         if command.iter().any(|byte| matches!(byte, b'\n' | b'\r' | 0))
             || command.first() == Some(&b'!')
         {
-            return Err(Failure::usage(
-                "debugfs cannot take a name with a newline: use --fs erofs or btrfs",
-            ));
+            return Err(Failure::usage(LINE_BREAK));
         }
         self.0.write_all(command).context(WRITE)?;
         self.0.write_all(b"\n").context(WRITE)
