@@ -19,8 +19,9 @@ VM_RUN=$BUILD/vm/run.$$
 mkdir -p "$VM_RUN"
 kernel_log=${VM_LOG:-$BUILD/vm/kernel.log}
 
-# boot_files: set VM_BOOT to the directory with what QEMU boots: the kernel of $guest_dir, and an initrd. It is made if
-# there is none for this kernel, root and recipe; then directories that weren't used for a day are removed.
+# boot_files: set VM_BOOT to the directory with what QEMU boots: the kernel of $guest_dir, and an initrd. There is one
+# directory for each kernel, root, and version of vm/init and vm/boot-files.sh. If it doesn't exist, those that weren't
+# used for a day are removed, and it is made.
 boot_files() {
 	local key
 	key=$({ cat "$SCRIPTS"/vm/{init,boot-files.sh} && say "${guest_dir##*/} ${ROOT##*/}"; } | short_hash)
@@ -49,8 +50,8 @@ guest_env() {
 	done
 }
 
-# watch PID: after TIMEOUT seconds, or if the guest hasn't started its command after START_TIMEOUT seconds, end the VM,
-# whose process is PID. With QEMU, an NMI first makes the kernel print its call traces.
+# watch PID: end the VM, whose process is PID, TIMEOUT seconds after its start; or after START_TIMEOUT seconds, if the
+# guest hasn't started its command by then. With QEMU, an NMI first makes the kernel print its call traces.
 watch() {
 	local i over=timeout
 	for ((i = 0; i < ${TIMEOUT:-1800}; i++)); do

@@ -27,7 +27,8 @@ use crate::terminal::size;
 The bytes are those of the block device that `open' makes, but no kernel module is needed. Every \
 block that is read is checked.")]
 pub(crate) struct Args {
-    /// Layers, lowest first, DEVICE:size=BYTES, or a config.v1.json that lists them
+    /// Layers, lowest first: files or block devices; DEVICE:size=BYTES if the blob is shorter than the
+    /// device; or a config.v1.json that lists layers
     #[arg(required = true, value_name = "LAYER")]
     layers: Vec<LayerArg>,
 

@@ -47,11 +47,12 @@ The file has holes where no layer has data and where there are zeros. Every bloc
 checked. Needs no kernel module. A qcow2 image is made from a raw image with holes, a temporary file \
 in the same directory. For a part of the disk, or the content of a ZFile, see `dump`.")]
 pub(crate) struct Args {
-    /// Layers, lowest first, DEVICE:size=BYTES, or a config.v1.json that lists them
+    /// Layers, lowest first: files or block devices; DEVICE:size=BYTES if the blob is shorter than the
+    /// device; or a config.v1.json that lists layers
     #[arg(required = true, value_name = "LAYER")]
     layers: Vec<LayerArg>,
 
-    /// The file or device to write; `-` is standard output
+    /// The file or device to write, or the new directory with --chain; `-` is standard output
     #[arg(short, long, value_name = "FILE")]
     output: PathBuf,
 

@@ -31,7 +31,8 @@ Reads all of every layer. The exit code is 3 if a layer is malformed or corrupt,
 not belong on the one below it, by their UUIDs. Many tools write no UUIDs: then the order of the \
 layers cannot be checked. A single layer is checked without the layers below it.")]
 pub(crate) struct Args {
-    /// Layers, lowest first, DEVICE:size=BYTES, or a config.v1.json that lists them
+    /// Layers, lowest first: files or block devices; DEVICE:size=BYTES if the blob is shorter than the
+    /// device; or a config.v1.json that lists layers
     #[arg(required = true, value_name = "LAYER")]
     layers: Vec<LayerArg>,
 

@@ -32,7 +32,7 @@ use crate::terminal::exit::Failure;
 
 /// What the user can do if the file system becomes too large.
 const FULL: &str = "make one layer of the image's files, with --fs btrfs";
-/// What the user can do if a file has too many extended attributes.
+/// What the user can do if erofs cannot store a file's extended attributes.
 const TOO_LONG: &str = "make one layer of the image's files, with --fs squashfs";
 /// Offset of the link count in an inode, in bytes.
 const LINKS_AT: u64 = 44;

@@ -318,8 +318,8 @@ impl<'a> Planner<'a> {
         left.is_some()
     }
 
-    /// Plans a node; returns `None` if it has too many extended attributes. The order of the calls decides
-    /// which files get fingerprints if there are too many holes to hash.
+    /// Plans a node; returns `None` if erofs cannot store its extended attributes ([`xattrs`]). The order of
+    /// the calls decides which files get fingerprints if there are too many holes to hash.
     pub(super) fn plan(&mut self, id: Id) -> Result<Option<Plan>> {
         let node = self.tree.node(id)?;
         let with_digest = match &node.kind {
@@ -420,7 +420,8 @@ fn stored_chunks(content: &Content, plan: &Plan) -> BTreeMap<u64, (u64, u64)> {
 }
 
 /// Returns the extended attributes of an inode as bytes, and the offset in them for the digest of the content;
-/// `None` if they are too many or too long. If the digest does not fit, leaves it out.
+/// `None` if the name or value of one of them, or all of them together, are longer than erofs can store. If the
+/// digest does not fit, leaves it out.
 fn xattrs(
     all: &BTreeMap<Vec<u8>, Vec<u8>>,
     with_digest: bool,
@@ -459,8 +460,8 @@ fn xattrs(
     }
 }
 
-/// Returns the error for a file with too many extended attributes; for the root directory, `name` is `None`. The
-/// error ends with `instead`, which tells the user what to do.
+/// Returns the error for a file whose extended attributes erofs cannot store ([`xattrs`]); for the root directory,
+/// `name` is `None`. The error ends with `instead`, which tells the user what to do.
 pub(super) fn too_long(names: &Names, name: Option<&Name>, instead: &str) -> anyhow::Error {
     let path = show(&name.map(|name| names.path(name)).unwrap_or_default());
     Failure::usage(format!(

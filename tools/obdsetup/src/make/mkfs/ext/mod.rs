@@ -34,7 +34,7 @@ const NEED: &str = "ext2, ext3 and ext4 file systems";
 const XATTRS: usize = 3800;
 /// Inode of the root directory.
 const ROOT_INODE: u32 = 2;
-/// Largest number of names of a file, as in the kernel (EXT4_LINK_MAX). A field of 16 bits has it.
+/// Largest number of names of a file, as in the kernel (EXT4_LINK_MAX). An inode counts them in 16 bits.
 const LINKS: u64 = 65_000;
 /// Number of entries of a directory from which on a warning says that mke2fs is slow: for each new entry, it reads
 /// the directory from its start.
@@ -346,9 +346,9 @@ impl Mend<'_> {
             .arg(self.script_path())
             .arg(image);
         self.stamp.give_to_e2fsprogs(&mut command, self.work);
-        // With -f, debugfs exits with 0 even if a command failed. So each line that it prints, except its
-        // banner, is taken for an error. If a new version has another banner, this fails, and no metadata is
-        // lost silently.
+        // With -f, debugfs exits with 0 even if a command failed. So each line that it prints on standard error,
+        // except its banner, is taken for an error; the commands and their output are on standard output. If a
+        // new version has another banner, this fails, and no metadata is lost silently.
         let said = command.writes(image).run()?;
         let mut errors = said
             .lines()
@@ -356,6 +356,7 @@ impl Mend<'_> {
             .filter(|line| !line.starts_with("debugfs 1."));
         match errors.next() {
             Some(error) => {
+                // The disk with the image is full. If the image itself is, debugfs says something else.
                 if is_about_room(error) {
                     let lines = vec![error.clone()];
                     return Err(full("debugfs failed".to_owned(), lines).into());
@@ -367,7 +368,9 @@ impl Mend<'_> {
         }
     }
 
-    /// If the message of debugfs is about extended attributes, returns an error that names a file with too many.
+    /// If `error`, a message of debugfs, is about extended attributes, returns an error that names the first file
+    /// whose extended attributes have more than [`XATTRS`] bytes together. Otherwise, or if there is no such file,
+    /// returns `Ok`.
     fn fits(&self, error: &str) -> Result<()> {
         if !error.contains("ea_set") {
             return Ok(());
