@@ -20,6 +20,7 @@ tests! {
     create_and_dump;
     differences;
     layers_for_dax;
+    reasons_against_dax;
     create_from_a_directory needs needs::e2fsprogs();
     commit;
     merge;
@@ -126,7 +127,7 @@ fn layers_for_dax() {
         .run("verify --dax --ignore-identity wrapped wrapped")
         .code(3)
         .stderr(contains(
-            "wrapped: is compressed: `commit --dax' unwraps it (and 1 more of this kind)\n",
+            "wrapped: is compressed: `commit --dax' unwraps it; 1 more: `obdsetup verify' lists them\n",
         ));
     place.ok("commit --dax wrapped plain");
     place.ok("verify --dax plain");
@@ -181,6 +182,98 @@ fn layers_for_dax() {
     ] {
         place.run(command).code(1).stderr(contains(message));
     }
+}
+
+/// Each kind of reason is counted for each layer, and the layer or image that has it is named.
+fn reasons_against_dax() {
+    let place = Place::new();
+    // Two sectors at odd places, then two pages, whose data is within pages of the layer.
+    let mut disk = vec![0; 65_536];
+    for (at, len) in [(512, 512), (4608, 512), (8192, 4096), (16_384, 4096)] {
+        disk[at..at + len].copy_from_slice(&noise(len, 3));
+    }
+    place.write("disk.raw", &disk);
+    let options = "--skip-zeros --granularity 512";
+    place.ok(&format!(
+        "create --image disk.raw {options} --algorithm none odd"
+    ));
+    place.ok(&format!("create --image disk.raw {options} wrapped"));
+    let way_out = "are not whole pages: write the disk to a file with `export --no-sparse', of which `create --dax' \
+                   makes a layer that fits";
+    let sectors = |layer| {
+        format!("{layer}: 1 sectors at sector 1 of the disk {way_out} (and 1 more of this kind)")
+    };
+    let stored = "odd: 8 sectors at sector 16 of the disk are stored from sector 10 of the layer on, which is within a \
+                  page: `commit --dax' writes a layer with them in whole pages (and 1 more of this kind)";
+    let wrapped = "wrapped: is compressed: `commit --dax' unwraps it";
+    let all = [
+        sectors("odd"),
+        stored.to_owned(),
+        wrapped.to_owned(),
+        sectors("wrapped"),
+    ];
+    place
+        .run("verify --dax --ignore-identity odd wrapped")
+        .code(3)
+        .stdout(contains(all.join("\n")))
+        .stderr(contains(format!(
+            "obdsetup: {}; 3 more: `obdsetup verify' lists them\n",
+            all[0]
+        )));
+    let report = place.run("verify --dax --ignore-identity --json odd wrapped");
+    let report: serde_json::Value =
+        serde_json::from_slice(&report.code(3).get_output().stdout).unwrap();
+    assert_eq!(report["chain_errors"].as_array().unwrap().len(), 4);
+    // Problems of UUIDs are listed, too.
+    place
+        .run("verify odd odd wrapped")
+        .code(3)
+        .stdout(contains("the same layer twice").and(contains("was made as a lowest layer")));
+
+    // commit and merge cannot change the places on the disk. They name the layer at fault.
+    for layer in ["odd", "wrapped"] {
+        place
+            .run(&format!("commit --dax {layer} new"))
+            .code(1)
+            .stderr(format!("obdsetup: {}\n", sectors(layer)));
+    }
+    let mut upper = noise(32_768, 4);
+    place.write("fine.raw", &upper);
+    let file = fs::OpenOptions::new()
+        .write(true)
+        .open(place.path("fine.raw"));
+    file.unwrap().set_len(65_536).unwrap();
+    place.ok("create --image fine.raw --dax fine");
+    upper.resize(65_536, 0);
+    upper[41_472..41_984].fill(1);
+    place.write("upper.raw", &upper);
+    place.ok("create --image upper.raw --base fine --granularity 512 upper");
+    place
+        .run("merge --lowest --dax -o new fine upper")
+        .code(1)
+        .stderr(contains(
+            "obdsetup: upper: 1 sectors at sector 81 of the disk",
+        ));
+    // So do create and convert, of a disk that ends within a page.
+    place.write("short.raw", &noise(65_024, 4));
+    let size = "has a disk of 65024 bytes, which ends within a page: make the disk larger";
+    for command in [
+        "create --image short.raw --dax new",
+        "convert --from raw short.raw --dax new",
+    ] {
+        place
+            .run(command)
+            .code(1)
+            .stderr(contains(format!("obdsetup: short.raw: {size}")));
+    }
+    place.ok("create --image short.raw short");
+    for command in ["commit --dax short new", "merge --dax -o new short"] {
+        place
+            .run(command)
+            .code(1)
+            .stderr(contains(format!("obdsetup: short: {size}")));
+    }
+    assert!(!place.path("new").exists());
 }
 
 fn create_and_dump() {

@@ -17,7 +17,7 @@ use crate::files::in_use::InUseArgs;
 use crate::input::layer_name::LayerArg;
 use crate::input::layers::open_layer;
 use crate::make::layer_args::{uuid_text, IdentArgs, NewLayerArgs};
-use crate::make::layer_out::{derive, plan, LayerOut};
+use crate::make::layer_out::{derive, plan, LayerOut, Source};
 use crate::terminal::bar::Bar;
 
 /// Arguments of `commit`.
@@ -123,7 +123,7 @@ fn compact(new: &IdentArgs, layer: LayerReader, output: LayerOut) -> Result<()> 
                    with --base for the layers below: create compares in larger units if there are too many \
                    entries";
     let writer = plan(output.path(), size, ident, segments, way_out)?;
-    output.write(writer, "committing", read)
+    output.write(writer, "committing", Source::Layers(disk.layers()), read)
 }
 
 /// Returns a note if the UUID has changed and the user hasn't set it.

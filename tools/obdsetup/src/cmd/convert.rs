@@ -17,7 +17,7 @@ use crate::input::layers::open_layers;
 use crate::input::qemu;
 use crate::make::image_layer::{self, CompareArgs};
 use crate::make::layer_args::{IdentArgs, NewLayerArgs};
-use crate::make::layer_out::LayerOut;
+use crate::make::layer_out::{LayerOut, Source};
 use crate::make::made::Made;
 use crate::make::mkfs::{self, FileSystem, Files};
 use crate::make::output::check_dash;
@@ -237,7 +237,12 @@ pub(crate) fn run(args: &Args) -> Result<()> {
     };
     let options = args.compare.options(true, &args.new)?;
     let path = path_of(made.as_ref(), disk);
-    image_layer::write(path, Vec::new(), options, &args.new.ident, output)
+    let from = match files {
+        true => Source::Files,
+        false => Source::Image(&args.input),
+    };
+    let names = &args.new.ident;
+    image_layer::write(path, Vec::new(), options, names, from, output)
 }
 
 /// Makes a directory from a qcow2 image and its backing files, with a layer for each of them.
@@ -268,6 +273,7 @@ fn convert_chain(args: &Args, chain: &[qemu::Link]) -> Result<()> {
             open_layers(&below, &args.in_use)?,
             options,
             &args.new.ident,
+            Source::Image(&link.path),
             output,
         )?;
         made.add(None);

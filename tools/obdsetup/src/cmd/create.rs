@@ -23,7 +23,7 @@ use crate::input::layer_name::LayerArg;
 use crate::input::layers::{expand, open_layers, paths};
 use crate::make::image_layer::{self, CompareArgs};
 use crate::make::layer_args::NewLayerArgs;
-use crate::make::layer_out::LayerOut;
+use crate::make::layer_out::{LayerOut, Source};
 use crate::make::mkfs::{self, FileSystem, Files};
 use crate::terminal::exit::Failure;
 use crate::terminal::size;
@@ -154,9 +154,9 @@ pub(crate) fn run(args: &Args) -> Result<()> {
         (Some(from), Some(fs)) => Some(make_fs(args, from, fs)?),
         _ => None,
     };
-    let path = match (&made, &args.image) {
-        (Some(made), _) => made.path(),
-        (None, Some(image)) => image.as_path(),
+    let (path, from) = match (&made, &args.image) {
+        (Some(made), _) => (made.path(), Source::Files),
+        (None, Some(image)) => (image.as_path(), Source::Image(image)),
         (None, None) => bail!("neither --image nor --directory"),
     };
     // Zeros are left out of the layer of a new file system, too.
@@ -166,7 +166,7 @@ pub(crate) fn run(args: &Args) -> Result<()> {
     let base = open_layers(&below, &args.in_use)?;
     args.chain.check(&base, Part::Whole)?;
     check_size(path, &base, args.grow)?;
-    image_layer::write(path, base, options, &args.new.ident, output)
+    image_layer::write(path, base, options, &args.new.ident, from, output)
 }
 
 /// Makes a layer from a store of changes or a thin volume, over the layers `below`.
@@ -174,13 +174,15 @@ fn of_changes(args: &Args, store: &Path, below: &[LayerArg], output: LayerOut) -
     if let Some(map) = &args.thin_map {
         return of_thin(args, store, map, below, output);
     }
+    let from = Source::Image(store);
     let store = Closed::open(store)?;
     let base = open_layers(below, &args.in_use)?;
     args.chain.check(&base, Part::Whole)?;
     let base = Stack::new(base)?;
     let disk = store.over(&base)?;
     let options = args.compare.options(false, &args.new)?;
-    image_layer::write_image(&disk, Some(&base), options, &args.new.ident, output)
+    let names = &args.new.ident;
+    image_layer::write_image(&disk, Some(&base), options, names, from, output)
 }
 
 /// Makes a layer from the mapped blocks of a thin volume, over the layers `below`, whose disk is its external
@@ -198,11 +200,13 @@ fn of_thin(
     let base = open_layers(below, &args.in_use)?;
     args.chain.check(&base, Part::Whole)?;
     check_size(volume, &base, false)?;
+    let from = Source::Image(volume);
     let volume = FileBlob::open(volume, None)?;
     let base = Stack::with_size(base, volume.size())?;
     let disk = Mapped::new(&volume, map.ranges);
     let options = args.compare.options(false, &args.new)?;
-    image_layer::write_image(&disk, Some(&base), options, &args.new.ident, output)
+    let names = &args.new.ident;
+    image_layer::write_image(&disk, Some(&base), options, names, from, output)
 }
 
 /// Checks that the image at `path` is as large as the disk below it. If it isn't, it is most likely an image

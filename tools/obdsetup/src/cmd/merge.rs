@@ -16,7 +16,7 @@ use crate::input::chain::{ChainArgs, Part};
 use crate::input::layer_name::LayerArg;
 use crate::input::layers::{expand, open_layers, paths};
 use crate::make::layer_args::NewLayerArgs;
-use crate::make::layer_out::{derive, plan, LayerOut};
+use crate::make::layer_out::{derive, plan, LayerOut, Source};
 use crate::terminal::warn;
 
 /// Arguments of `merge`.
@@ -96,7 +96,7 @@ pub(crate) fn run(args: &Args) -> Result<()> {
                    layer from it: create compares in larger units if there are too many entries";
     let writer = plan(output.path(), size, ident, cut(runs), way_out)?;
     let read = |offset: u64, buf: &mut [u8]| stack.read_at(offset, buf);
-    output.write(writer, "merging", read)
+    output.write(writer, "merging", Source::Layers(stack.layers()), read)
 }
 
 /// Returns what is below the new layer.

@@ -107,6 +107,9 @@ pub(crate) fn run(args: &Args) -> Result<()> {
                 print(&format!("{path}: {error}\n"))?;
             }
         }
+        for error in &report.chain_errors {
+            print(&format!("{}\n", plain(error)))?;
+        }
     }
     match report.layers.iter().find(|layer| layer.corrupt_blocks > 0) {
         None => found.into_error().map_or(Ok(()), Err),

@@ -61,8 +61,8 @@ pub(crate) enum Part {
 pub(crate) struct Findings {
     /// Problems that show that the stack is wrong.
     pub(crate) errors: Vec<String>,
-    /// Reasons why file systems cannot map the pages of layers with DAX. No option turns them into
-    /// warnings.
+    /// Reasons why file systems cannot map the pages of layers with DAX: one text for each layer and kind
+    /// of reason. No option turns them into warnings.
     pub(crate) misfits: Vec<String>,
     /// Problems that may be harmless.
     pub(crate) warnings: Vec<String>,
@@ -108,7 +108,7 @@ impl Findings {
             let first = texts.first()?;
             Some(match texts.len() - 1 {
                 0 => first.clone(),
-                more => format!("{first} (and {more} more of this kind)"),
+                more => format!("{first}; {more} more: `obdsetup verify' lists them"),
             })
         };
         let wrong = all(&self.errors);
@@ -164,12 +164,13 @@ impl Findings {
         }
     }
 
-    /// For each layer whose pages a file system cannot map with DAX, adds the reason to the misfits.
+    /// For each layer whose pages a file system cannot map with DAX, adds the reasons to the misfits.
     pub(crate) fn add_dax(&mut self, layers: &[LayerReader]) -> overlaybd::Result<()> {
+        let [page, ..] = dax::PAGE_SIZES;
         for layer in layers {
-            if let Err(misfit) = dax::page_size(layer)? {
-                let text = format!("{}: {misfit}", layer.path().display());
-                self.misfits.push(text);
+            let path = layer.path();
+            for misfits in dax::layer_misfits(layer, page)? {
+                self.misfits.push(format!("{}: {misfits}", path.display()));
             }
         }
         Ok(())

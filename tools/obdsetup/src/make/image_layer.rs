@@ -14,7 +14,7 @@ use overlaybd::lsmt_writer::cut;
 use overlaybd::{coarsen, dax, diff, FileBlob, LayerReader, Stack};
 
 use crate::make::layer_args::{IdentArgs, NewLayerArgs};
-use crate::make::layer_out::{plan, LayerOut};
+use crate::make::layer_out::{plan, LayerOut, Source};
 use crate::terminal::bar::Bar;
 use crate::terminal::exit::Failure;
 use crate::terminal::size;
@@ -57,12 +57,14 @@ fn granule(text: &str) -> Result<u64, String> {
     }
 }
 
-/// Writes the layer for the image at `path` over the layers `base`, lowest first.
+/// Writes the layer for the image at `path` over the layers `base`, lowest first. `from` is what errors about the disk
+/// are to name, since the image may be a temporary file.
 pub(crate) fn write(
     path: &Path,
     base: Vec<LayerReader>,
     options: diff::Options,
     names: &IdentArgs,
+    from: Source<'_>,
     output: LayerOut,
 ) -> Result<()> {
     let image = FileBlob::open(path, None)?;
@@ -76,15 +78,16 @@ pub(crate) fn write(
         true => None,
         false => Some(Stack::with_size(base, image.size())?),
     };
-    write_image(&image, base.as_ref(), options, names, output)
+    write_image(&image, base.as_ref(), options, names, from, output)
 }
 
-/// Writes the layer for `image` over the disk `base`.
+/// Writes the layer for `image` over the disk `base`. `from` is as for [`write`].
 pub(crate) fn write_image(
     image: &dyn Image,
     base: Option<&Stack>,
     mut options: diff::Options,
     names: &IdentArgs,
+    from: Source<'_>,
     output: LayerOut,
 ) -> Result<()> {
     let diff = loop {
@@ -129,7 +132,7 @@ pub(crate) fn write_image(
             .read_at(offset, data)
             .map_err(|error| error.in_file(image.path()))
     };
-    output.write(writer, "writing", read)
+    output.write(writer, "writing", from, read)
 }
 
 #[cfg(test)]
@@ -206,7 +209,7 @@ mod tests {
         };
         let path = dir.path().join("a");
         let output = LayerOut::create(&path, &new, [])?;
-        write_image(&Comb, None, fine, &new.ident, output)?;
+        write_image(&Comb, None, fine, &new.ident, Source::Files, output)?;
         let layer = LayerReader::open(&path, None)?;
         assert_eq!(layer.lsmt().virtual_size(), SECTORS * 512);
         // With units of two sectors, everything is data.

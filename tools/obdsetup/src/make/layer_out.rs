@@ -2,21 +2,34 @@
 
 //! Writes a new layer to its file.
 
+use std::fmt::Display;
 use std::path::Path;
 
 use anyhow::Result;
-use overlaybd::dax;
+use overlaybd::dax::{self, Misfit};
 use overlaybd::format::SECTOR_SIZE;
 use overlaybd::identity::{self, Below, Pieces};
 use overlaybd::layer::Ident;
 use overlaybd::lsmt_writer::{LayerWriter, Run};
 use overlaybd::wrap::{self, Sink, Wrapping};
+use overlaybd::LayerReader;
 
 use crate::make::layer_args::NewLayerArgs;
 use crate::make::output::Output;
 use crate::terminal::bar::Bar;
 use crate::terminal::exit::Failure;
 use crate::terminal::interrupt;
+
+/// What a layer is made of, to be named in errors.
+#[derive(Clone, Copy)]
+pub(crate) enum Source<'a> {
+    /// A disk image.
+    Image(&'a Path),
+    /// Layers, lowest first.
+    Layers(&'a [LayerReader]),
+    /// Files, of which obdsetup has made the disk.
+    Files,
+}
 
 /// The file of a new layer.
 pub(crate) struct LayerOut {
@@ -49,18 +62,31 @@ impl LayerOut {
         })
     }
 
-    /// Returns `writer`, changed to write a layer for DAX. Returns an error if file systems could not map the
-    /// layer.
-    fn for_dax(&self, writer: LayerWriter) -> Result<LayerWriter> {
+    /// Returns `writer`, changed to write a layer for DAX. Returns an error that names the image or layer in `from` if
+    /// file systems could not map the layer.
+    fn for_dax(&self, writer: LayerWriter, from: Source<'_>) -> Result<LayerWriter> {
         let [page, ..] = dax::PAGE_SIZES;
-        let writer = writer.with_data_at(dax::DATA_START)?;
-        match dax::misfit(writer.entries(), writer.virtual_size(), page) {
-            None => Ok(writer),
-            Some(misfit) => {
-                let text = format!("{}: {misfit}", self.path().display());
-                Err(Failure::usage(text))
+        let found = dax::disk_misfits(writer.entries(), writer.virtual_size(), page);
+        let Some(misfits) = found.first() else {
+            return Ok(writer.with_data_at(dax::DATA_START)?);
+        };
+        let text = |path: &Path, what: &dyn Display| format!("{}: {what}", path.display());
+        let of_layer = match (from, misfits.first) {
+            (Source::Layers(layers), Misfit::Size(size)) => {
+                let mut layers = layers.iter();
+                let layer = layers.rfind(|layer| layer.lsmt().virtual_size() == size);
+                layer.map(|layer| text(&layer.path(), &misfits.first))
             }
-        }
+            // Segments of the new layer begin and end where segments of the layers do.
+            (Source::Layers(layers), _) => layers.iter().find_map(|layer| {
+                let found = dax::disk_misfits(layer.segments(), 0, page);
+                Some(text(&layer.path(), found.first()?))
+            }),
+            (Source::Image(image), _) => Some(text(image, misfits)),
+            (Source::Files, _) => None,
+        };
+        let message = of_layer.unwrap_or_else(|| text(self.path(), misfits));
+        Err(Failure::usage(message))
     }
 
     /// Returns the final path of the file.
@@ -69,15 +95,16 @@ impl LayerOut {
     }
 
     /// Writes the layer that `writer` has planned, and completes the file. `what` names the work in the progress
-    /// bar. `read` fills a buffer with the bytes of the disk from an offset on.
+    /// bar. `from` is what the layer is made of. `read` fills a buffer with the bytes of the disk from an offset on.
     pub(crate) fn write(
         self,
         mut writer: LayerWriter,
         what: &'static str,
+        from: Source<'_>,
         read: impl FnMut(u64, &mut [u8]) -> overlaybd::Result<()>,
     ) -> Result<()> {
         if self.dax {
-            writer = self.for_dax(writer)?;
+            writer = self.for_dax(writer, from)?;
         }
         let bar = Bar::new(what, writer.data_len());
         self.wrap(|sink| writer.write(read, sink, &|bytes| bar.advance(bytes)))

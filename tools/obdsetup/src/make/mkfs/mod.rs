@@ -46,7 +46,7 @@ use self::tree::{Kind, Tree};
 use self::usage::Usage;
 use crate::files::place::name_full;
 use crate::input::archive::Archive;
-use crate::make::layer_out::{plan, LayerOut};
+use crate::make::layer_out::{plan, LayerOut, Source};
 use crate::program;
 use crate::terminal::exit::{is_full, Failure};
 use crate::terminal::warn;
@@ -211,7 +211,9 @@ impl Delta {
                        convert` makes one layer from that";
         let runs = cut(self.runs.clone());
         let writer = plan(output.path(), self.size, ident, runs, way_out)?;
-        output.write(writer, "writing", |at, buf| self.read(at, buf))
+        output.write(writer, "writing", Source::Files, |at, buf| {
+            self.read(at, buf)
+        })
     }
 }
 
