@@ -57,6 +57,7 @@ tests! {
     signals_leave_nothing;
     signals_stop_started_programs;
     overlaybdtab;
+    overlaybdtab_has_the_options_of_open;
     generator;
     a_disk_is_not_for_a_terminal needs needs::program("script");
 }
@@ -1558,6 +1559,35 @@ fn completions_and_manual_pages() {
         assert!(page.contains(text), "{text}: {page}");
     }
     place.run("man nowhere").code(4);
+}
+
+/// overlaybdtab(5) has each option of `open`, except those that are for the command line only.
+fn overlaybdtab_has_the_options_of_open() {
+    let help = Place::new().run("open --help").success();
+    let help = String::from_utf8_lossy(&help.get_output().stdout).into_owned();
+    let page = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../Documentation/overlaybdtab.5");
+    let page = fs::read_to_string(page).unwrap();
+    let items: Vec<&str> = page
+        .lines()
+        .filter_map(|line| line.strip_prefix(".It Sy "))
+        .flat_map(str::split_whitespace)
+        .map(|word| word.trim_end_matches('='))
+        .collect();
+    // A line of an option begins with `--NAME`, or with `-X, --NAME`.
+    let options: Vec<&str> = help
+        .lines()
+        .map(str::trim_start)
+        .filter(|line| line.starts_with('-'))
+        .filter_map(|line| line.split_once("--")?.1.split_whitespace().next())
+        .collect();
+    assert!(
+        options.contains(&"dax") && options.len() > 10,
+        "{options:?}"
+    );
+    for option in options {
+        let command_line_only = ["create", "take-over", "help"].contains(&option);
+        assert!(command_line_only || items.contains(&option), "{option}");
+    }
 }
 
 fn pages_without_warnings() {
