@@ -70,7 +70,7 @@ def healthy():
     rows = json.loads(obdsetup("list", "--json", "--check")[0])
     equal([(row["name"], row["size"], row["layers"], row["health"]) for row in rows], [(NAME, SIZE, 2, "ok")], "list")
     table = obdsetup("list")[0].splitlines()
-    equal(table[1].split(), [NAME, "256.00", "KiB", "2", "ok", "-", "-"], "list")
+    equal(table[1].split(), [NAME, "256.00", "KiB", "2", "ok", "-", "-", "-"], "list")
     disk = Disk(f"/dev/mapper/{NAME}")
     equal(obdsetup("status", NAME)[0].splitlines()[1].split(", ")[2], "in use", "use of an open disk")
     disk.close()

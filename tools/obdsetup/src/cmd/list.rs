@@ -27,7 +27,7 @@ const NONE: &str = "-";
       for cron: one line for each stack that is not well
   obdsetup list --json | jq -r '.[] | select(.health != \"ok\") | .name'
 
-PARTITIONS has the numbers of the partitions that have devices (open --partitions). SHARED WITH has \
+DAX is yes for disks that were opened with --dax. PARTITIONS has the numbers of the partitions that have devices (open --partitions). SHARED WITH has \
 the names of other stacks that use a file or device of this one. Users other than root get names and \
 sizes only, and exit code 2.")]
 pub(crate) struct Args {
@@ -51,6 +51,8 @@ struct Row {
     /// Null if not known.
     health: Option<Health>,
     message: String,
+    /// Whether the disk has DAX; null if not known.
+    dax: Option<bool>,
     open_count: Option<u32>,
     corrupt_blocks: u64,
     read_errors: u64,
@@ -124,6 +126,7 @@ fn row(stack: &Stack) -> Row {
         layers: Some(stack.layers.len()),
         health: Some(Health::of(stack)),
         message: health::line(stack),
+        dax: stack.has_dax(),
         open_count: stack.open_count(),
         corrupt_blocks: stack.corrupt_blocks(),
         read_errors: stack.read_errors(),
@@ -138,8 +141,8 @@ fn table(rows: &[Row]) -> String {
     let width = rows.iter().map(|row| name(row).len()).max().unwrap_or(0);
     let width = width.max("NAME".len());
     let mut text = format!(
-        "{:<width$}  {:>11}  {:>6}  {:<11}  {:<10}  SHARED WITH\n",
-        "NAME", "SIZE", "LAYERS", "HEALTH", "PARTITIONS"
+        "{:<width$}  {:>11}  {:>6}  {:<11}  {:<3}  {:<10}  SHARED WITH\n",
+        "NAME", "SIZE", "LAYERS", "HEALTH", "DAX", "PARTITIONS"
     );
     for row in rows {
         let size = row.size.map_or_else(
@@ -150,6 +153,10 @@ fn table(rows: &[Row]) -> String {
             .layers
             .map_or_else(|| NONE.to_owned(), |n| n.to_string());
         let health = row.health.map_or("unknown", Health::word);
+        let dax = match row.dax {
+            Some(true) => "yes",
+            _ => NONE,
+        };
         let shared = match row.shared_with.as_slice() {
             [] => NONE.to_owned(),
             names => plain(&names.join(",")),
@@ -162,7 +169,7 @@ fn table(rows: &[Row]) -> String {
         };
         let _ = writeln!(
             text,
-            "{:<width$}  {size:>11}  {layers:>6}  {health:<11}  {partitions:<10}  {shared}",
+            "{:<width$}  {size:>11}  {layers:>6}  {health:<11}  {dax:<3}  {partitions:<10}  {shared}",
             name(row)
         );
     }
@@ -188,6 +195,7 @@ mod tests {
                 size: Some(256 << 20),
                 layers: Some(2),
                 health: Some(Health::Corrupt),
+                dax: Some(true),
                 partitions: [1, 12].map(partition).to_vec(),
                 shared_with: vec!["a".to_owned(), "b".to_owned()],
                 ..Row::default()
@@ -196,12 +204,18 @@ mod tests {
                 name: "half".to_owned(),
                 ..Row::default()
             },
+            Row {
+                name: "none".to_owned(),
+                dax: Some(false),
+                ..Row::default()
+            },
         ];
         assert_eq!(
             table(&rows),
-            "NAME         SIZE  LAYERS  HEALTH       PARTITIONS  SHARED WITH\n\
-             app    256.00 MiB       2  CORRUPT      1,12        a,b\n\
-             half            -       -  unknown      -           -\n"
+            "NAME         SIZE  LAYERS  HEALTH       DAX  PARTITIONS  SHARED WITH\n\
+             app    256.00 MiB       2  CORRUPT      yes  1,12        a,b\n\
+             half            -       -  unknown      -    -           -\n\
+             none            -       -  unknown      -    -           -\n"
         );
     }
 }

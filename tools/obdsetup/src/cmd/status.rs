@@ -56,6 +56,8 @@ struct Report {
     message: String,
     notes: Vec<String>,
     size: Option<u64>,
+    /// Whether the disk has DAX; null if it has no table.
+    dax: Option<bool>,
     open_count: Option<u32>,
     corrupt_blocks: u64,
     read_errors: u64,
@@ -152,6 +154,7 @@ fn report(stack: Stack) -> Report {
         message: health::line(&stack),
         notes: health::notes(&stack),
         size: stack.size(),
+        dax: stack.has_dax(),
         open_count: stack.open_count(),
         partitions: stack.partitions(),
         corrupt_blocks: stack.corrupt_blocks(),
@@ -229,9 +232,13 @@ fn summary(report: &Report) -> String {
     let (name, layers) = (&report.name, report.layers.len());
     let line = match (disk, report.size) {
         (Some(disk), Some(bytes)) => format!(
-            "{}: {}, {layers} layers, {}",
+            "{}: {}, {layers} layers{}, {}",
             node(&disk.name).display(),
             size::show(bytes),
+            match report.dax {
+                Some(true) => ", DAX",
+                _ => "",
+            },
             match report.open_count {
                 Some(0) => "not in use",
                 _ => "in use",

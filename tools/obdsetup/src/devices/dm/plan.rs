@@ -41,6 +41,9 @@ use crate::terminal::exit::{self, Failure};
 /// Longest name. The UUID that contains it must fit in device-mapper's 128 bytes.
 const MAX_NAME: usize = 100;
 
+/// The target of a disk with DAX.
+pub(crate) const LSMT_DAX: &str = "lsmt-dax";
+
 /// What is directly below a target.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub(crate) enum Lower {
@@ -192,7 +195,7 @@ impl Plan {
             table: vec![Target {
                 start: 0,
                 len: stack.sectors(),
-                name: if options.dax { "lsmt-dax" } else { "lsmt" },
+                name: if options.dax { LSMT_DAX } else { "lsmt" },
                 params,
             }],
             writable: false,

@@ -25,6 +25,7 @@ use crate::devices::dm::backing::{is_over, FileId};
 use crate::devices::dm::identity::{self, Kind};
 use crate::devices::dm::inspect::Device;
 use crate::devices::dm::lock::Lock;
+use crate::devices::dm::plan::LSMT_DAX;
 use crate::devices::dm::stack::{part, Rank};
 use crate::devices::dm::Control;
 
@@ -156,6 +157,12 @@ impl Stack {
     pub(crate) fn read_errors(&self) -> u64 {
         let counts = self.layers.iter().map(|layer| layer.read_errors);
         counts.fold(self.failed_reads(), u64::saturating_add)
+    }
+
+    /// Returns whether the disk has DAX (`open --dax`); `None` if it has no table.
+    pub(crate) fn has_dax(&self) -> Option<bool> {
+        let line = self.top()?.table.first()?;
+        Some(line.target == LSMT_DAX)
     }
 
     /// Returns the size of the disk in bytes.
