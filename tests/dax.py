@@ -12,6 +12,7 @@ import errno
 import fcntl
 import glob
 import hashlib
+import json
 import mmap
 import os
 import random
@@ -657,7 +658,24 @@ def by_obdsetup():
         got = digests(f"{work}/mnt", mapped=True)
         equal(got, digests(f"{work}/{tree}"), f"{options}: files that are mapped")
         equal(run("dmsetup", "table", name).split()[2], "lsmt-dax", "target")
+        # list and status show DAX.
+        row, = (row for row in json.loads(obdsetup("list", "--json")[0]) if row["name"] == name)
+        equal((row["dax"], json.loads(obdsetup("status", "--json", name)[0])["dax"]), (True, True), "dax in JSON")
+        check(", 1 layers, DAX, in use" in obdsetup("status", name)[0], "status does not show DAX")
         umount(f"{work}/mnt")
+        # A layer is in one disk with DAX only. The refused one leaves nothing behind.
+        other = f"{name}-other"
+        _, said = obdsetup("open", "--dax", other, f"{pmem.path}:size={pmem.length}", status=5)
+        check(f"block device {pmem.number} is in use by device {name}: close that first" in said, said)
+        check(not os.path.exists(f"/dev/mapper/{other}"), "the refused disk exists")
+        # Without DAX, it can be in another disk, too, and that is no reason to refuse DAX.
+        defer(close, other)
+        obdsetup("open", other, f"{pmem.path}:size={pmem.length}")
+        row, = (row for row in json.loads(obdsetup("list", "--json")[0]) if row["name"] == other)
+        equal(row["dax"], False, "dax of a disk without DAX")
+        obdsetup("close", name)
+        obdsetup("open", "--dax", name, f"{pmem.path}:size={pmem.length}")
+        obdsetup("close", other)
         obdsetup("close", name)
 
 

@@ -71,6 +71,13 @@ impl Control {
         status.into_iter().filter_map(word).collect()
     }
 
+    /// Returns the targets in the live table of device `name`; none if dmsetup fails.
+    pub(super) fn targets(&self, name: &str) -> Vec<String> {
+        let table = self.run(&["table", name]).unwrap_or_default();
+        let lines = lines(&[name], &table).remove(name).unwrap_or_default();
+        lines.into_iter().map(|line| line.target).collect()
+    }
+
     /// Returns the ID of the thin volume `name` in its pool, and the number of its mapped sectors. Returns
     /// `None` if it is no thin volume, or if dmsetup fails.
     pub(crate) fn thin_volume(&self, name: &str) -> Option<(u64, u64)> {

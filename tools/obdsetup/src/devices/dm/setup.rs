@@ -17,7 +17,7 @@ use anyhow::{bail, Context, Result};
 use super::control::{dmsetup, Control, Line, State};
 use super::identity;
 use super::lock::Lock;
-use super::plan::{Device, Lower, Plan};
+use super::plan::{Device, Lower, Plan, LSMT_DAX};
 use super::share::{self, Attempt, Hold};
 use super::system;
 use super::udev::{Udev, Wait};
@@ -480,6 +480,13 @@ impl<'a> SetUp<'a> {
                 );
                 return Ok(Some(Failure::error(exit::BUSY, message)));
             }
+            if let Some(user) = self.user(&number, &lines, &now) {
+                let message = format!(
+                    "cannot set up device {}: block device {number} is in use by {user}: close that first",
+                    device.name
+                );
+                return Ok(Some(Failure::error(exit::BUSY, message)));
+            }
         }
         let hint = match self.missing_target(&lines) {
             Some(target) => super::access::no_target(target),
@@ -493,6 +500,25 @@ impl<'a> SetUp<'a> {
             lines.join("; ")
         );
         Ok(Some(error.context(context)))
+    }
+
+    /// Returns the device that uses block device `number` in a way that excludes `table`; `None` if none is found.
+    /// `all` are all mapped devices.
+    fn user(&self, number: &str, table: &[Line], all: &[State]) -> Option<String> {
+        let wants_dax = table.iter().any(|line| line.target == LSMT_DAX);
+        let mut users = system::users_of_any_part(number).into_iter();
+        users.find_map(|user| {
+            let Some(state) = all.iter().find(|state| state.number == user) else {
+                // Such devices have a block device for themselves.
+                return Some(system::name(&user));
+            };
+            // Mapped devices can have a block device in common, unless both have DAX.
+            let has_dax = || {
+                let targets = self.control.targets(&state.name);
+                targets.iter().any(|target| target == LSMT_DAX)
+            };
+            (wants_dax && has_dax()).then(|| format!("device {}", state.name))
+        })
     }
 
     /// Returns a target in `table` that the kernel doesn't have. The kernel has tried to load it.

@@ -44,6 +44,30 @@ pub(crate) fn users(number: &str) -> BTreeSet<String> {
     numbers_in(&system(number).join("holders"))
 }
 
+/// Returns the numbers of the devices that are over block device `number`, over its partitions, or over the disk that it
+/// is a partition of. These may be mapped devices or others, such as RAID.
+pub(super) fn users_of_any_part(number: &str) -> BTreeSet<String> {
+    let device = system(number);
+    let device = device.canonicalize().unwrap_or(device);
+    let is_part = |path: &Path| path.join("partition").exists();
+    let entries = fs::read_dir(&device).into_iter().flatten().flatten();
+    let parts = entries
+        .map(|entry| entry.path())
+        .filter(|path| is_part(path));
+    let disk = device.parent().filter(|_| is_part(&device));
+    let all = parts.chain(disk.map(Path::to_owned));
+    all.chain([device.clone()])
+        .flat_map(|one| numbers_in(&one.join("holders")))
+        .collect()
+}
+
+/// Returns the kernel's name of block device `number`, or the number if there is no such device.
+pub(super) fn name(number: &str) -> String {
+    let device = system(number).canonicalize().unwrap_or_default();
+    let name = device.file_name().map(|name| name.to_string_lossy());
+    name.map_or_else(|| number.to_owned(), std::borrow::Cow::into_owned)
+}
+
 /// Returns the numbers of the devices that the table of device `number` names.
 pub(crate) fn lower(number: &str) -> BTreeSet<String> {
     numbers_in(&system(number).join("slaves"))
