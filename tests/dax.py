@@ -647,6 +647,10 @@ def by_obdsetup():
         obdsetup("create", "--directory", f"{work}/{tree}", *options, "--dax", "--force", f"{work}/layer")
         obdsetup("verify", "--dax", f"{work}/layer")
         pmem = Pmem(read(f"{work}/layer"))
+        # The layer is shorter than the device.
+        _, said = obdsetup("verify", "--dax", pmem.path, status=3)
+        check(f"{pmem.path}:size=" in said, said)
+        obdsetup("verify", "--dax", f"{pmem.path}:size={pmem.length}")
         name = f"obdtest-{os.getpid()}-dax{nth}"
         obdsetup("open", "--dax", name, f"{pmem.path}:size={pmem.length}")
         defer(close, name)

@@ -21,6 +21,7 @@ tests! {
     differences;
     layers_for_dax;
     reasons_against_dax;
+    layers_with_zeros_after_them;
     create_from_a_directory needs needs::e2fsprogs();
     commit;
     merge;
@@ -275,6 +276,55 @@ fn reasons_against_dax() {
             .stderr(contains(format!("obdsetup: short: {size}")));
     }
     assert!(!place.path("new").exists());
+}
+
+/// A file that was padded for a hypervisor can be read if its size is given, and a message says so.
+fn layers_with_zeros_after_them() {
+    let place = Place::new();
+    place.write("disk.raw", &noise(65_536, 5));
+    for options in ["--dax", "--algorithm none", "--algorithm none --tar"] {
+        place.ok(&format!(
+            "create --force --image disk.raw {options} layer.lsmt"
+        ));
+        let layer = place.read("layer.lsmt");
+        let mut padded = layer.clone();
+        padded.resize(layer.len().next_multiple_of(2 << 20), 0);
+        place.write("padded", &padded);
+        if options.ends_with("--tar") {
+            // The tar says how long the layer is.
+            place.ok("verify padded");
+            continue;
+        }
+        let size = layer.len();
+        for command in ["verify", "info", "dump"] {
+            place
+                .run(&format!("{command} padded"))
+                .code(3)
+                .stderr(contains(format!(
+                    "; zeros follow a layer of {size} bytes: give padded:size={size}\n"
+                )));
+            place.ok(&format!("{command} padded:size={size}"));
+        }
+        assert!(place.dump(&format!("padded:size={size}")) == place.read("disk.raw"));
+        // Other bytes follow: the size is not known.
+        padded.push(1);
+        place.write("padded", &padded);
+        place
+            .run("verify padded")
+            .code(3)
+            .stderr(contains("zeros follow").not());
+    }
+    place.ok("create --force --image disk.raw --dax layer.lsmt");
+    let mut padded = place.read("layer.lsmt");
+    let size = padded.len();
+    padded.resize(4 << 20, 0);
+    place.write("padded", &padded);
+    place.ok(&format!("verify --dax padded:size={size}"));
+    // A loop device has all of its file.
+    place
+        .run(&format!("table padded:size={size}"))
+        .code(1)
+        .stderr(contains("only a block device takes :size=BYTES"));
 }
 
 fn create_and_dump() {
@@ -1213,8 +1263,8 @@ fn options_that_do_not_apply() {
         let command = command.replace("1m", "512");
         place
             .run(&command)
-            .code(1)
-            .stderr(contains("only a block device takes :size=BYTES"));
+            .code(3)
+            .stderr(contains("it has 512 bytes"));
     }
     assert_eq!(place.names(), ["disk.raw", "layer.obd"]);
 }
@@ -1842,7 +1892,7 @@ fn tables() {
         format!("0 {disk} lsmt 1 LOOP(plain.lsmt) {plain} 1 some_option")
     );
     place
-        .run("table plain.lsmt:size=512")
+        .run(&format!("table plain.lsmt:size={plain}"))
         .code(1)
         .stderr(contains("only a block device"));
 }

@@ -32,7 +32,7 @@ fn a_name_means_the_same_whatever_exists() {
     run("info a:4096").success().stdout(contains("a:4096: "));
     // A name whose end looks like a size.
     run("create --image disk.raw a:size=512").success();
-    run("info a:size=512").code(1);
+    run("info a:size=512").code(3);
     run("info a:size=512:size=-")
         .success()
         .stdout(contains("a:size=512: "));

@@ -27,8 +27,8 @@ use crate::terminal::{print, print_json};
   obdsetup info --json layer.obd | jq '.[0].lsmt.virtual_size'
   obdsetup info /dev/vdb:size=758556      the first 758556 bytes of a device")]
 pub(crate) struct Args {
-    /// Layers or ZFiles: files or block devices; DEVICE:size=BYTES if the blob is shorter than the device; or
-    /// a config.v1.json that lists layers
+    /// Layers or ZFiles: files or block devices; NAME:size=BYTES if the blob is shorter than the device, or than
+    /// the padded file; or a config.v1.json that lists layers
     #[arg(required = true, value_name = "FILE")]
     files: Vec<LayerArg>,
 

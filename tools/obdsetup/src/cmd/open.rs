@@ -321,6 +321,7 @@ impl LayersArgs {
             true => self.layers.clone(),
             false => expand(&self.layers)?,
         };
+        layers.iter().try_for_each(LayerArg::check_size)?;
         let places: Vec<Place> = layers
             .iter()
             .map(|layer| match (layer.is_device(), layer.size) {

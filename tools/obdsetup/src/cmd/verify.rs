@@ -26,13 +26,15 @@ const NAMED: usize = 100;
 #[command(after_help = "Examples:
   obdsetup verify base.obd app.obd        a stack, lowest layer first
   obdsetup verify --json layer.obd
+  obdsetup verify --dax padded.lsmt:size=32833536
+      a file that was padded, to be a pmem device of a guest
 
 Reads all of every layer. The exit code is 3 if a layer is malformed or corrupt, or if a layer does \
 not belong on the one below it, by their UUIDs. Many tools write no UUIDs: then the order of the \
 layers cannot be checked. A single layer is checked without the layers below it.")]
 pub(crate) struct Args {
-    /// Layers, lowest first: files or block devices; DEVICE:size=BYTES if the blob is shorter than the
-    /// device; or a config.v1.json that lists layers
+    /// Layers, lowest first: files or block devices; NAME:size=BYTES if the blob is shorter than the device, or
+    /// than the padded file; or a config.v1.json that lists layers
     #[arg(required = true, value_name = "LAYER")]
     layers: Vec<LayerArg>,
 

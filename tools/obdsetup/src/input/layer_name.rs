@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! Parses the words that name a layer: `PATH`, or `DEVICE:size=BYTES` if the blob is shorter than its device.
+//! Parses the words that name a layer: `PATH`, or `PATH:size=BYTES` if the blob is shorter than its device or file.
 //!
 //! The meaning of a word depends only on the word, never on which files exist: a line of overlaybdtab must
 //! mean the same at boot, when a disk may still be missing, and later. In `/dev/disk` and elsewhere, names
@@ -17,7 +17,8 @@ use std::sync::Arc;
 
 use anyhow::Result;
 use clap::builder::{OsStringValueParser, TryMapValueParser, TypedValueParser, ValueParserFactory};
-use overlaybd::format::Fault;
+use overlaybd::format::num::{to_u64, to_usize};
+use overlaybd::format::{Blob, Fault};
 use overlaybd::{FileBlob, LayerReader};
 
 use crate::input::kind::{is_dash, is_tar_at, DASH};
@@ -28,6 +29,14 @@ use crate::terminal::{interrupt, size};
 const SIZE: &[u8] = b":size=";
 /// The size that means the whole file or device. Needed if the end of a name looks like a size.
 const ALL: &[u8] = b"-";
+
+/// Bytes that are read at once to find the end of a layer in front of zeros.
+const PIECE: u64 = 1 << 20;
+/// Largest number of zeros, in bytes, in front of which the end of a layer is looked for.
+const PADDING: u64 = 1 << 30;
+/// A trailer ends with a sector, and has so many bytes at most, of which the last ones may be zeros.
+const SECTOR: usize = 512;
+const TRAILER: u64 = 4096;
 
 /// Directories in `/dev` that belong to no volume group, and whose entries may have a colon.
 const NO_GROUPS: &[&str] = &[
@@ -70,18 +79,27 @@ impl fmt::Display for LayerArg {
 }
 
 impl LayerArg {
-    /// Opens the file or device. Returns an error if a size was given for something that is no block device.
+    /// Opens the file or device.
     pub(crate) fn open(&self) -> Result<Arc<FileBlob>> {
         interrupt::check()?;
         if self.path.is_dir() {
             return Err(Failure::usage(format!("{self}: {}", directory(&self.path))));
         }
         let file = FileBlob::open(&self.path, self.size).map_err(|error| self.explain(error))?;
-        if self.size.is_some() && !self.is_device() {
-            let message = format!("{self}: only a block device takes :size=BYTES");
-            return Err(Failure::usage(message));
-        }
         Ok(Arc::new(file))
+    }
+
+    /// Returns an error if a size was given for something that is no block device. For commands that plan devices: a
+    /// loop device has all of its file.
+    pub(crate) fn check_size(&self) -> Result<()> {
+        if self.size.is_none() || self.is_device() || !self.path.exists() {
+            return Ok(());
+        }
+        let message = format!(
+            "{self}: `open' and `table' use all of a file, so only a block device takes :size=BYTES: cut a copy of the \
+             file to these bytes with truncate(1)"
+        );
+        Err(Failure::usage(message))
     }
 
     /// Returns the error for a failed open, with a hint if the user may have meant the end of the name as a
@@ -105,7 +123,8 @@ impl LayerArg {
         LayerReader::from_file(self.open()?).map_err(|error| self.no_layer(error))
     }
 
-    /// Returns the error for a file that cannot be read as a layer. A tar of other files is named as such.
+    /// Returns the error for a file that cannot be read as a layer. A tar of other files is named as such. If the layer
+    /// may be shorter than the device or file, the message says how to give its size.
     pub(crate) fn no_layer(&self, error: overlaybd::Error) -> anyhow::Error {
         let other = match error.fault() {
             Some(Fault::LsmtMagic | Fault::TarMember) => is_tar_at(&self.path, false),
@@ -122,13 +141,59 @@ impl LayerArg {
             );
             return Failure::error(exit::BAD_IMAGE, message);
         }
-        error.into()
+        match self.size_hint(&error) {
+            Some(hint) => Failure::error(exit::BAD_IMAGE, format!("{error}; {hint}")),
+            None => error.into(),
+        }
+    }
+
+    /// Returns how to give the size of the layer if its absence may be the reason for `error`.
+    fn size_hint(&self, error: &overlaybd::Error) -> Option<String> {
+        let is_trailer = matches!(
+            error.fault(),
+            Some(Fault::LsmtTrailerMagic | Fault::ZfileTrailerMagic)
+        );
+        if !is_trailer || self.size.is_some() {
+            return None;
+        }
+        match padded(&self.path) {
+            Some(size) => Some(format!(
+                "zeros follow a layer of {size} bytes: give {self}:size={size}"
+            )),
+            None => self.is_device().then(|| {
+                format!("if the layer is shorter than the device, give its size: {self}:size=BYTES")
+            }),
+        }
     }
 
     /// Returns whether the path leads to a block device.
     pub(crate) fn is_device(&self) -> bool {
         std::fs::metadata(&self.path).is_ok_and(|meta| meta.file_type().is_block_device())
     }
+}
+
+/// Returns the size in bytes of the layer at the start of the file or device `path`, if only zeros follow it, at most
+/// [`PADDING`] bytes. Returns `None` if no such layer is found.
+fn padded(path: &Path) -> Option<u64> {
+    let file = FileBlob::open(path, None).ok()?;
+    let lowest = file.size().saturating_sub(PADDING);
+    let mut piece = vec![0; to_usize(PIECE)];
+    let mut end = file.size();
+    let last = loop {
+        interrupt::check().ok()?;
+        let start = end.saturating_sub(PIECE);
+        let part = piece.get_mut(..to_usize(end - start))?;
+        file.read_at(start, part).ok()?;
+        match part.iter().rposition(|&byte| byte != 0) {
+            Some(at) => break start + to_u64(at),
+            None if start <= lowest => return None,
+            None => end = start,
+        }
+    };
+    let shortest = (last + 1).next_multiple_of(to_u64(SECTOR));
+    let longest = file.size().min(shortest.saturating_add(TRAILER));
+    let mut sizes = (shortest..=longest).step_by(SECTOR);
+    sizes.find(|&size| LayerReader::open(path, Some(size)).is_ok())
 }
 
 /// Returns the error for a directory that was given for a layer.
