@@ -22,6 +22,7 @@ tests! {
     layers_for_dax;
     reasons_against_dax;
     layers_with_zeros_after_them;
+    disks_that_lost_their_holes;
     create_from_a_directory needs needs::e2fsprogs();
     commit;
     merge;
@@ -325,6 +326,43 @@ fn layers_with_zeros_after_them() {
         .run(&format!("table padded:size={size}"))
         .code(1)
         .stderr(contains("only a block device takes :size=BYTES"));
+}
+
+/// Over other layers, zeros are left out where the layers below read as zeros, whether they are in a hole of the
+/// image or not. With --dax, they are stored, and a warning says how many they are.
+fn disks_that_lost_their_holes() {
+    let place = Place::new();
+    let mut disk = noise(65_536, 6);
+    place.write("base.raw", &disk);
+    let file = fs::OpenOptions::new()
+        .write(true)
+        .open(place.path("base.raw"));
+    file.unwrap().set_len(20 << 20).unwrap();
+    place.ok("create --image base.raw --dax base");
+    disk.resize(20 << 20, 0);
+    disk[4096..8192].fill(1);
+    place.write("disk.raw", &disk);
+    let data = |layer: &str| {
+        let info = place.json(&format!("info --json {layer}"));
+        info[0]["lsmt"]["data_size"].as_u64().unwrap()
+    };
+    place.ok("create --base base --image disk.raw upper");
+    assert_eq!(data("upper"), 4096);
+    assert!(place.dump("base upper") == disk);
+    let zeros = (20 << 20) - 65_536;
+    for (base, stored) in [("--base base", zeros + 4096), ("", 20 << 20)] {
+        place
+            .run(&format!(
+                "create --force {base} --image disk.raw --dax upper"
+            ))
+            .success()
+            .stderr(
+                contains(format!("warning: disk.raw: {zeros} bytes (")).and(contains(
+                    "are zeros for which the image has no hole, and --dax stores these",
+                )),
+            );
+        assert_eq!(data("upper"), stored);
+    }
 }
 
 fn create_and_dump() {

@@ -22,7 +22,7 @@ pub struct Options {
     pub skip_zeros: bool,
     /// Whether the layer has data for pages of zeros that aren't in a hole of the image, even if the
     /// layers below have no data there and read as zeros, too. File systems can map such pages. Without
-    /// layers below, this has no effect.
+    /// layers below, this has no effect, except that [`Diff::zeros`] is counted.
     pub keep_zeros: bool,
 }
 
@@ -36,6 +36,9 @@ pub struct Diff {
     pub runs: Vec<Run>,
     /// The hash of the layer's data in each piece of the disk that has data.
     pub pieces: Pieces,
+    /// With [`Options::keep_zeros`]: bytes of granules of zeros that the layer has as data, although the disk below
+    /// reads as zeros, too.
+    pub zeros: u64,
 }
 
 /// A disk to make a layer of.
@@ -91,6 +94,7 @@ pub fn of(
     let batch = 4 * rayon::current_num_threads();
     let mut runs = Runs::default();
     let mut hashes = Vec::new();
+    let mut zeros = 0;
     let mut at = 0;
     while at < size {
         let mut pieces = Vec::new();
@@ -111,7 +115,8 @@ pub fn of(
             },
         );
         let found = found.collect::<Result<Vec<_>>>()?;
-        for (found, hash) in found {
+        for (found, hash, zeros_there) in found {
+            zeros += zeros_there;
             for Run {
                 offset,
                 length,
@@ -128,6 +133,7 @@ pub fn of(
     Ok(Diff {
         runs: runs.into_vec(),
         pieces: Pieces::collect(hashes),
+        zeros,
     })
 }
 
@@ -147,8 +153,8 @@ impl Default for Buffers {
     }
 }
 
-/// The runs of a piece; the number of the piece, and the hash of its data if it has data.
-type Found = (Vec<Run>, Option<(u64, [u8; 32])>);
+/// The runs of a piece; the number of the piece, and the hash of its data if it has data; [`Diff::zeros`] of the piece.
+type Found = (Vec<Run>, Option<(u64, [u8; 32])>, u64);
 
 /// The inputs of a comparison.
 struct Compare<'a> {
@@ -182,6 +188,7 @@ impl Compare<'_> {
         let granule = self.options.granule;
         let mut runs = Runs::default();
         let mut hasher = Hasher::default();
+        let mut zeros = 0;
         let mut at = piece.start;
         while let Some(next) = self.next(at).filter(|&next| next < piece.end) {
             // A granule is compared as a whole.
@@ -226,11 +233,15 @@ impl Compare<'_> {
                     runs.push(at / SECTOR_SIZE, sectors, zeroed);
                     if !zeroed {
                         hasher.add(new);
+                        if self.options.keep_zeros && new == old && zero() {
+                            zeros += to_u64(new.len());
+                        }
                     }
                 }
                 at += to_u64(new.len());
             }
         }
-        Ok((runs.into_vec(), hasher.finish(piece.start / PIECE)))
+        let hash = hasher.finish(piece.start / PIECE);
+        Ok((runs.into_vec(), hash, zeros))
     }
 }

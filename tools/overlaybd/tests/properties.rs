@@ -487,6 +487,7 @@ fn differences() {
     let found_zeros = diff::of(&image, Some(&stack), zeros, &silent).unwrap();
     let wanted_zeros = [run(0, 8, false), run(32, 49, false)];
     assert_eq!(found_zeros.runs, wanted_zeros);
+    assert_eq!(found.zeros, 0);
 
     // `diff::of` computes the same hashes as `Pieces::of`.
     let read = |offset: u64, buf: &mut [u8]| {

@@ -5,10 +5,10 @@
 use std::path::Path;
 
 use anyhow::Result;
-use overlaybd::diff::Image;
+use overlaybd::diff::{Diff, Image};
 use overlaybd::format::lsmt;
 use overlaybd::format::num::{to_u64, to_usize};
-use overlaybd::format::Blob;
+use overlaybd::format::{Blob, SECTOR_SIZE};
 use overlaybd::identity::{self, Below};
 use overlaybd::lsmt_writer::cut;
 use overlaybd::{coarsen, dax, diff, FileBlob, LayerReader, Stack};
@@ -19,6 +19,9 @@ use crate::terminal::bar::Bar;
 use crate::terminal::exit::Failure;
 use crate::terminal::size;
 use crate::terminal::warn;
+
+/// If a layer for DAX has so many bytes of zeros, and they are more than half of its data, a warning says so.
+const ZEROS: u64 = 16 << 20;
 
 /// How an image is compared.
 #[derive(clap::Args, Debug, Default, PartialEq, Eq)]
@@ -112,6 +115,7 @@ pub(crate) fn write_image(
             _ => break diff,
         }
     };
+    warn(stored_zeros(&diff, from).as_slice());
     let top = base.and_then(|base| base.layers().last());
     let below = top.map_or(Below::Nothing, |top| Below::of(&top.ident().uuid));
     let ident = names.ident(below, |below| {
@@ -133,6 +137,25 @@ pub(crate) fn write_image(
             .map_err(|error| error.in_file(image.path()))
     };
     output.write(writer, "writing", from, read)
+}
+
+/// Returns a warning if most of the data of a layer for DAX is zeros, where the disk below reads as zeros, too: the
+/// image may have lost its holes.
+fn stored_zeros(diff: &Diff, from: Source<'_>) -> Option<String> {
+    let Source::Image(path) = from else {
+        return None;
+    };
+    let runs = diff.runs.iter().filter(|run| !run.zeroed);
+    let data: u64 = runs.map(|run| run.length * SECTOR_SIZE).sum();
+    (diff.zeros >= ZEROS && diff.zeros > data / 2).then(|| {
+        format!(
+            "{}: {} of the layer's {} of data are zeros for which the image has no hole, and --dax stores these: if \
+             a copy has lost the holes, copy the image again with `cp --sparse=auto', or mount it and run fstrim(8)",
+            path.display(),
+            size::show(diff.zeros),
+            size::show(data)
+        )
+    })
 }
 
 #[cfg(test)]
