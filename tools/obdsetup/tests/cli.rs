@@ -24,6 +24,9 @@ tests! {
     layers_with_zeros_after_them;
     disks_that_lost_their_holes;
     create_from_a_directory needs needs::e2fsprogs();
+    ext4_that_has_no_dax needs needs::e2fsprogs();
+    erofs_that_has_no_dax needs needs::mkfs_erofs();
+    times_in_small_inodes needs needs::e2fsprogs();
     commit;
     merge;
     export;
@@ -443,6 +446,81 @@ fn differences() {
     let report = place.json("verify --json base.obd top.obd");
     assert_eq!(report["ok"], true);
     assert_eq!(report["virtual_size"], changed.len());
+}
+
+/// Runs `create --dax` for a directory with a file, and checks that it is refused with the message `said`.
+fn no_dax(options: &str, said: &str) {
+    let place = Place::new();
+    fs::create_dir(place.path("rootfs")).unwrap();
+    place.write("rootfs/file", b"some text");
+    place
+        .run(&format!("create --directory rootfs --dax {options} out"))
+        .code(1)
+        .stderr(contains(said));
+    assert_eq!(place.names(), ["rootfs"]);
+}
+
+fn ext4_that_has_no_dax() {
+    let said = "this ext4 has blocks of 1024 bytes: leave out the --mkfs-arg for its blocks";
+    no_dax("--fs ext4 --mkfs-arg=-b1024", said);
+    let said = "this ext4 has inline_data: leave out the --mkfs-arg for that";
+    no_dax("--fs ext4 --mkfs-arg=-Oinline_data", said);
+    let place = Place::new();
+    fs::create_dir(place.path("rootfs")).unwrap();
+    place.ok("create --directory rootfs --dax --fs ext4 --mkfs-arg=-m1 out");
+    place.ok("verify --dax out");
+}
+
+fn erofs_that_has_no_dax() {
+    no_dax(
+        "--fs erofs --mkfs-arg=-b1024",
+        "this erofs has blocks of 1024 bytes: leave out the --mkfs-arg for its blocks",
+    );
+}
+
+/// Inodes of 128 bytes have times up to 2038. A later time becomes the last one, and a warning names the file.
+fn times_in_small_inodes() {
+    let place = Place::new();
+    fs::create_dir(place.path("rootfs")).unwrap();
+    let since_1970 = |seconds| std::time::UNIX_EPOCH + Duration::from_secs(seconds);
+    for (name, seconds) in [("early", 1), ("last", 0x7fff_ffff), ("late", 0x8000_0000)] {
+        let file = fs::File::create(place.path("rootfs").join(name)).unwrap();
+        file.set_modified(since_1970(seconds)).unwrap();
+    }
+    let root = fs::File::open(place.path("rootfs")).unwrap();
+    root.set_modified(since_1970(1)).unwrap();
+    let create = |options: &str| {
+        place.run(&format!(
+            "create --force --directory rootfs --fs ext4 {options} out"
+        ))
+    };
+    create("--mkfs-arg=-I128").success().stderr(contains(
+        "obdsetup: warning: inodes of 128 bytes cannot hold times after 2038-01-19: 1 file changed to the nearest time \
+         possible: ./late\n",
+    ));
+    place.ok("export --force -o disk.raw out");
+    let time = |name: &str| {
+        let command = format!("stat /{name}");
+        let said = place.output_of("debugfs", &["-R", &command, "disk.raw"]);
+        let said = String::from_utf8(said).unwrap();
+        let line = said
+            .lines()
+            .find_map(|line| line.trim_start().strip_prefix("mtime: "));
+        line.unwrap().split_whitespace().next().unwrap().to_owned()
+    };
+    let times = ["early", "last", "late"].map(time);
+    assert_eq!(times, ["0x00000001", "0x7fffffff", "0x7fffffff"]);
+    // Without the option, the time is kept.
+    create("").success().stderr("");
+    let half = since_1970(1) + Duration::from_millis(500);
+    root.set_modified(half).unwrap();
+    let file = fs::File::options()
+        .write(true)
+        .open(place.path("rootfs/early"));
+    file.unwrap().set_modified(half).unwrap();
+    create("--mkfs-arg=-I128").success().stderr(contains(
+        "inodes of 128 bytes cannot hold fractions of a second in times: 2 files rounded down: ./ ./early\n",
+    ));
 }
 
 fn create_from_a_directory() {

@@ -104,8 +104,8 @@ impl Loss {
     fn becomes(self) -> &'static str {
         match self {
             Self::Devices | Self::Sockets => "left out",
-            Self::Fraction => "rounded down",
-            Self::Range => "changed to the nearest time possible",
+            Self::Fraction => ROUNDED,
+            Self::Range => CHANGED,
             Self::Encryption => "readable by all who have the layer",
             _ => "stored without them",
         }
@@ -128,11 +128,35 @@ impl Loss {
 
 /// The files with a loss: their number, and the paths of the first [`NAMED`] of them.
 #[derive(Default)]
-struct Places {
+pub(super) struct Places {
     count: u64,
     first: Vec<String>,
 }
 
+impl Places {
+    /// Adds the file `path`.
+    pub(super) fn add(&mut self, path: &[u8]) {
+        self.count += 1;
+        if self.first.len() < NAMED {
+            self.first.push(show(path));
+        }
+    }
+
+    /// Returns the number of files, what happens to them, and the first paths. Returns `None` if there are no files.
+    pub(super) fn text(&self, becomes: &str) -> Option<String> {
+        let plural = if self.count == 1 { "file" } else { "files" };
+        let more = match usize::try_from(self.count) {
+            Ok(count) if count <= NAMED => "",
+            _ => " ...",
+        };
+        let (count, first) = (self.count, self.first.join(" "));
+        (count > 0).then(|| format!("{count} {plural} {becomes}: {first}{more}"))
+    }
+}
+
+/// What happens to files with fractions of a second in times, and with times that the file system cannot hold.
+pub(super) const ROUNDED: &str = "rounded down";
+pub(super) const CHANGED: &str = "changed to the nearest time possible";
 /// Largest number of paths in a message.
 const NAMED: usize = 3;
 
@@ -149,13 +173,7 @@ pub(super) fn fit(tree: &mut Tree, options: &Options<'_>, instead: &str) -> Resu
     };
     let mut lost: BTreeMap<Loss, Places> = BTreeMap::new();
     let mut flags = IFlags::empty();
-    let mut note = |loss: Loss, path: &[u8]| {
-        let places = lost.entry(loss).or_default();
-        places.count += 1;
-        if places.first.len() < NAMED {
-            places.first.push(show(path));
-        }
-    };
+    let mut note = |loss: Loss, path: &[u8]| lost.entry(loss).or_default().add(path);
     let root = &mut tree.node_mut(ROOT)?.meta;
     flags |= flags_of(root);
     fit_meta(root, fs, through_tar, |loss| note(loss, b""));
@@ -196,18 +214,8 @@ pub(super) fn fit(tree: &mut Tree, options: &Options<'_>, instead: &str) -> Resu
     }
     let mut refused = Vec::new();
     for (loss, places) in lost {
-        let plural = if places.count == 1 { "file" } else { "files" };
-        let more = match usize::try_from(places.count) {
-            Ok(count) if count <= NAMED => "",
-            _ => " ...",
-        };
-        let text = format!(
-            "{}: {} {plural} {}: {}{more}",
-            loss.what(fs, flags),
-            places.count,
-            loss.becomes(),
-            places.first.join(" "),
-        );
+        let files = places.text(loss.becomes()).unwrap_or_default();
+        let text = format!("{}: {files}", loss.what(fs, flags));
         match loss.is_data() && !allow {
             true => refused.push(text),
             false => warn(&[text]),

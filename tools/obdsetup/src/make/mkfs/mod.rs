@@ -6,11 +6,13 @@
 //! - [`fit`]: handles what a file system cannot store. [`stamp`]: UUIDs and time of a file system.
 //! - [`ext`], [`erofs`], [`btrfs`], [`squashfs`]: make each file system. [`pax`] and [`stage`]
 //!   write the input of their mkfs.
+//! - [`dax`]: checks file systems for DAX.
 //! - [`apply`]: puts a layer of an image over the layers below. [`whiteouts`] hide files of the layers
 //!   below.
 
 mod acl;
 mod btrfs;
+mod dax;
 mod erofs;
 mod ext;
 mod fit;
@@ -172,7 +174,7 @@ fn make_in(files: Files<'_>, options: &Options<'_>, place: &Path) -> Result<Name
             place,
         ),
     };
-    made.map_err(|error| match (options.size, size) {
+    let made = made.map_err(|error| match (options.size, size) {
         // Another size would not help.
         _ if is_full(&error) => error,
         // A failure of obdsetup's own has another cause, or says itself that the size is too small.
@@ -181,7 +183,11 @@ fn make_in(files: Files<'_>, options: &Options<'_>, place: &Path) -> Result<Name
             crate::terminal::size::show(size)
         )),
         _ => error.context("cannot make a file system"),
-    })
+    })?;
+    if options.dax {
+        dax::check(fs, made.as_file())?;
+    }
+    Ok(made)
 }
 
 /// A layer of an image: what it changes on the disk of the layers below.

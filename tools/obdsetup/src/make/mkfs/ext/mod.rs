@@ -18,6 +18,7 @@ use tempfile::{NamedTempFile, TempDir};
 
 use self::entries::{Entry, Geometry};
 use self::script::Script;
+use super::fit::{Places, CHANGED, ROUNDED};
 use super::stage::Stage;
 use super::tree::{show, Id, Kind, Name, Names, Tree, ROOT};
 use super::{Options, Stamp};
@@ -233,6 +234,32 @@ impl Mke2fs<'_> {
     }
 }
 
+/// The files with times that inodes of 128 bytes cannot hold.
+#[derive(Default)]
+struct Coarse {
+    /// Those with fractions of a second.
+    fractions: Places,
+    /// Those with times after 2038-01-19.
+    late: Places,
+}
+
+impl Coarse {
+    /// Returns the warnings.
+    fn warnings(&self) -> Vec<String> {
+        let fractions = self
+            .fractions
+            .text(ROUNDED)
+            .map(|files| format!("fractions of a second in times: {files}"));
+        let late = self
+            .late
+            .text(CHANGED)
+            .map(|files| format!("times after 2038-01-19: {files}"));
+        let all = fractions.into_iter().chain(late);
+        all.map(|what| format!("inodes of 128 bytes cannot hold {what}"))
+            .collect()
+    }
+}
+
 /// Sets with debugfs what mke2fs doesn't.
 struct Mend<'a> {
     tree: &'a Tree,
@@ -323,21 +350,17 @@ impl Mend<'_> {
     fn all(&mut self, image: &Path, large: bool) -> Result<()> {
         let mut script = self.script()?;
         self.kinds(&mut script)?;
-        let mut coarse = self.node(&mut script, ROOT, b"", large)?;
+        let mut coarse = Coarse::default();
+        let mut lost = (!large).then_some(&mut coarse);
+        self.node(&mut script, ROOT, b"", &mut lost)?;
         for nth in 0..self.names.len() {
             let Some(name) = self.names.get(nth).filter(|name| name.first) else {
                 continue;
             };
             let (id, path) = (name.id, self.names.path(name));
-            coarse |= self.node(&mut script, id, &path, large)?;
+            self.node(&mut script, id, &path, &mut lost)?;
         }
-        if coarse {
-            warn(&[
-                "inodes of 128 bytes hold no fractions of a second, and no times after 2038: fractions are dropped, \
-                 and later times are wrong"
-                    .to_owned(),
-            ]);
-        }
+        warn(&coarse.warnings());
         script.finish()?;
         let mut command = Program::new("debugfs", NEED);
         command
@@ -466,9 +489,15 @@ impl Mend<'_> {
         inode.context("a file has no inode")
     }
 
-    /// Writes commands for the metadata of one node. `large` says that inodes have more than 128 bytes. Returns
-    /// whether the time needs a large inode, but the inodes are not large.
-    fn node(&mut self, script: &mut Script, id: Id, path: &[u8], large: bool) -> Result<bool> {
+    /// Writes commands for the metadata of one node. `coarse` is `Some` if inodes have 128 bytes: the node is added
+    /// to it if its time needs more.
+    fn node(
+        &mut self,
+        script: &mut Script,
+        id: Id,
+        path: &[u8],
+        coarse: &mut Option<&mut Coarse>,
+    ) -> Result<()> {
         let inode = self.inode(id)?;
         let node = self.tree.node(id)?;
         let meta = &node.meta;
@@ -492,7 +521,19 @@ impl Mend<'_> {
         script.line(format!("sif <{inode}> mode {}", node.st_mode()).as_bytes())?;
         script.line(format!("sif <{inode}> uid {}", meta.uid).as_bytes())?;
         script.line(format!("sif <{inode}> gid {}", meta.gid).as_bytes())?;
-        let seconds = meta.mtime.seconds;
+        let mut seconds = meta.mtime.seconds;
+        let large = coarse.is_none();
+        if let Some(coarse) = coarse {
+            if meta.mtime.nanoseconds != 0 {
+                coarse.fractions.add(path);
+            }
+            // `fit` has changed the times that are too early.
+            let last = i64::from(i32::MAX);
+            if seconds > last {
+                coarse.late.add(path);
+                seconds = last;
+            }
+        }
         // `low` is signed. Two bits of the field `_hi` count how often 2^32 seconds are added to it.
         let low = i32::from_le_bytes(low_half(seconds));
         let around = (seconds - i64::from(low)) >> 32;
@@ -506,7 +547,7 @@ impl Mend<'_> {
                 script.line(format!("sif <{inode}> {field}_hi {extra}").as_bytes())?;
             }
         }
-        Ok(!large && extra != 0)
+        Ok(())
     }
 }
 
