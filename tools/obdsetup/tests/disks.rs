@@ -765,7 +765,8 @@ fn copies_for_dax() {
             .run(&format!("convert --dax --algorithm none {input} out"))
             .code(1)
             .stderr(contains(
-                "--dax needs an uncompressed raw disk: `qemu-img convert -S 0",
+                "--dax needs an uncompressed raw disk: `qemu-img convert -S 0 -O raw' makes one, of which `convert \
+                 --from raw --dax' makes the layer",
             ));
     }
     place.tool("gzip -k a.qcow2");
@@ -778,7 +779,8 @@ fn copies_for_dax() {
     for (name, said) in [
         (
             "a.qcow2.gz",
-            "decompress this one; then `qemu-img convert -S 0",
+            "decompress this one; then `qemu-img convert -S 0 -O raw' makes one, of which `convert --from raw --dax' \
+             makes the layer",
         ),
         (
             "disk.gz",
@@ -792,7 +794,27 @@ fn copies_for_dax() {
                 "--dax needs an uncompressed raw disk: {said}"
             )));
     }
-    // What the last message says.
+    // The advice for other images.
+    for (start, what) in [
+        (b"QFI\xfb\0\0\0\x01".as_slice(), "a qcow image"),
+        (b"Bochs Virtual HD Image".as_slice(), "a Bochs image"),
+    ] {
+        let mut image = start.to_vec();
+        image.resize(4096, 0);
+        place.write("image", &image);
+        let advice = "qemu-img convert -S 0 -O raw image disk.raw`, then convert that with --dax";
+        for command in ["convert --dax image out", "create --dax --image image out"] {
+            place
+                .run(command)
+                .code(1)
+                .stderr(contains(what).and(contains(advice)));
+        }
+        place
+            .run("convert image out")
+            .code(1)
+            .stderr(contains(what).and(contains("--dax").not()));
+    }
+    // What the last message about a raw disk says.
     place.tool("cp --sparse=never disk copy");
     place.ok("convert --dax --algorithm none copy out");
 }

@@ -147,7 +147,7 @@ pub(crate) fn run(args: &Args) -> Result<()> {
     check_dash(&args.output)?;
     let input = match args.from {
         Some(kind) => Input::told(&args.input, kind)?,
-        None => Input::of(&args.input)?,
+        None => Input::of(&args.input, args.new.wrap.dax)?,
     };
     let kind = input.kind;
     let refuse = |what: &str| {
@@ -184,11 +184,11 @@ pub(crate) fn run(args: &Args) -> Result<()> {
         // With --dax, the layer stores the zeros of files, but these zeros are holes in the copy.
         let what = match (kind.for_qemu(), input.compression) {
             (Some(_), None) => {
-                "`qemu-img convert -S 0 -O raw' makes one, of which `convert --from raw' makes the layer"
+                "`qemu-img convert -S 0 -O raw' makes one, of which `convert --from raw --dax' makes the layer"
             }
             (Some(_), Some(_)) => {
-                "decompress this one; then `qemu-img convert -S 0 -O raw' makes one, of which `convert --from raw' \
-                 makes the layer"
+                "decompress this one; then `qemu-img convert -S 0 -O raw' makes one, of which `convert --from raw \
+                 --dax' makes the layer"
             }
             (None, _) => {
                 "decompress this one, and give a copy of that without holes, which `cp --sparse=never' makes"

@@ -141,7 +141,7 @@ pub(crate) fn run(args: &Args) -> Result<()> {
     let read = args.image.as_deref().or(args.changes.as_deref());
     let inputs = layers.into_iter().chain(read);
     if let Some(image) = args.image.as_deref().filter(|_| !args.raw) {
-        kind::check_disk(image)?;
+        kind::check_disk(image, args.new.wrap.dax)?;
     }
     let output = LayerOut::create(&args.output, &args.new, inputs)?;
     if let Some(store) = &args.changes {

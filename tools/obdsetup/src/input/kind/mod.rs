@@ -96,12 +96,13 @@ pub(crate) enum Seen {
 }
 
 impl Input {
-    /// Returns the input at `path`, recognised by its content. A block device of no known type is a raw disk.
+    /// Returns the input at `path`, recognised by its content. A block device of no known type is a raw disk. `dax`
+    /// says whether the layer is for DAX.
     ///
     /// # Errors
     ///
     /// If the input cannot be read, if no layer can be made of it, or if it is a file of no known type.
-    pub(crate) fn of(path: &Path) -> Result<Self> {
+    pub(crate) fn of(path: &Path, dax: bool) -> Result<Self> {
         match look(path)? {
             Seen::Known(input) => Ok(input),
             Seen::Unknown(_) if is_block_device(path) => Ok(Self::raw()),
@@ -110,7 +111,7 @@ impl Input {
                     true => EXTENT,
                     false => "",
                 };
-                Err(Failure::usage(text + hint))
+                Err(Failure::usage(advice(text, dax) + hint))
             }
         }
     }
@@ -165,13 +166,26 @@ fn is_block_device(path: &Path) -> bool {
         .is_ok_and(|meta| meta.file_type().is_block_device())
 }
 
+/// Returns `text`, the message about an input that is refused, with advice for a layer for DAX if `dax` is set: the
+/// copies that qemu-img makes must not have holes in place of zeros.
+fn advice(text: String, dax: bool) -> String {
+    const RAW: &str = "qemu-img convert -S 0 -O raw";
+    if !dax {
+        return text;
+    }
+    let text = text.replace("qemu-img convert -O raw", RAW);
+    let text = text.replace("qemu-img convert -O qcow2", RAW);
+    let text = text.replace("disk.qcow2`, then", "disk.raw`, then");
+    text.replace("then convert that", "then convert that with --dax")
+}
+
 /// Checks that the file `path`, which is to be read as a raw disk, isn't of another known type. If it is of no
-/// known type, its size must be a multiple of 512 bytes.
+/// known type, its size must be a multiple of 512 bytes. `dax` says whether the layer is for DAX.
 ///
 /// # Errors
 ///
 /// If the file is of another type, has another size, or cannot be read.
-pub(crate) fn check_disk(path: &Path) -> Result<()> {
+pub(crate) fn check_disk(path: &Path, dax: bool) -> Result<()> {
     let text = match look(path)? {
         Seen::Unknown(_) => {
             let size = FileBlob::open(path, None)?.size();
@@ -197,7 +211,7 @@ pub(crate) fn check_disk(path: &Path) -> Result<()> {
                 path.display()
             )
         }
-        Seen::Refused(text) => text.replace("--from raw", "--raw"),
+        Seen::Refused(text) => advice(text, dax).replace("--from raw", "--raw"),
     };
     Err(Failure::usage(text))
 }
