@@ -27,6 +27,7 @@ tests! {
     extents_that_hide needs qemu_img();
     many_extents needs qemu_img();
     failures_of_qemu_img;
+    failures_of_qemu_img_that_writes;
     names_that_are_not_utf8 needs qemu_img();
     images_that_are_cut_off needs qemu_img();
     images_that_are_preallocated needs qemu_img(), needs::program("qemu-io");
@@ -613,6 +614,45 @@ fn failures_of_qemu_img() {
             let (found, text) = convert();
             assert_eq!(found, Some(1), "{text}");
             assert!(text.contains("cannot run "), "{text}");
+        }
+    }
+}
+
+/// `export` has the same exit codes for failures of qemu-img as `convert`, but no failure is the fault of an image.
+fn failures_of_qemu_img_that_writes() {
+    for (text, code) in [
+        ("error while writing at byte 0: Input/output error", 4),
+        ("error while writing at byte 0: No space left on device", 4),
+        ("error while reading at byte 0: Input/output error", 4),
+        ("Could not open 'x': No such file or directory", 4),
+        ("Could not create 'x': Permission denied", 2),
+        ("Could not open 'x': Operation not permitted", 2),
+        ("Failed to get \"write\" lock", 5),
+        ("Could not open 'x': Device or resource busy", 5),
+        ("Unknown driver 'qcow2'", 1),
+        ("Could not open 'x': Too many open files", 1),
+        ("Could not open 'x': Image is not in qcow2 format", 1),
+    ] {
+        let place = Place::with_layer();
+        fs::create_dir(place.path("bin")).unwrap();
+        place.script(
+            "bin/qemu-img",
+            &format!(
+                "echo 'qemu-img: '\"{}\" >&2; exit 1",
+                text.replace('"', "\\\"")
+            ),
+        );
+        for chain in [None, Some("--chain")] {
+            let mut command = place.with_programs("bin");
+            command.args(["export", "--to", "qcow2", "-o", "out", "layer.obd"]);
+            let done = command.args(chain).output().unwrap();
+            let said = String::from_utf8_lossy(&done.stderr).into_owned();
+            assert_eq!(done.status.code(), Some(code), "{text}: {said}");
+            assert!(
+                said.contains("qemu-img failed") && said.contains(text),
+                "{said}"
+            );
+            assert!(!place.path("out").exists(), "{text}");
         }
     }
 }

@@ -549,7 +549,8 @@ pub(crate) fn write(from: &Path, to: &Path) -> Result<()> {
     let mut command = qemu_img(QCOW2);
     command.args(["convert", "-f", RAW, "-O", QCOW2]);
     command.arg(from).arg(to).writes(to);
-    command.run().map(|said| said.tell())
+    let done = command.run().map_err(not_written);
+    done.map(|said| said.tell())
 }
 
 /// Makes the qcow2 image `to`. Its backing file is the qcow2 image `below`, and it has the differences between
@@ -563,7 +564,8 @@ pub(crate) fn write_over(from: &Path, below: &OsStr, to: &Path) -> Result<()> {
     let run = |args: &[&OsStr]| {
         let mut command = qemu_img(QCOW2);
         command.args(args).writes(difference.path()).writes(to);
-        command.run().map(|said| said.tell())
+        let done = command.run().map_err(not_written);
+        done.map(|said| said.tell())
     };
     let (difference, qcow2) = (difference.path().as_os_str(), OsStr::new(QCOW2));
     let word = OsStr::new;
@@ -641,6 +643,22 @@ fn named(name: &Path, files: &[&Path], mut error: anyhow::Error) -> anyhow::Erro
         }
     };
     error.context(format!("{}: cannot read", name.display()))
+}
+
+/// Returns the error of qemu-img, which was to make an image of files that obdsetup has made, with the exit code for
+/// the cause. None is the fault of an image.
+fn not_written(mut error: anyhow::Error) -> anyhow::Error {
+    if is_full(&error) {
+        return error;
+    }
+    if let Some(said) = error.downcast_mut::<Lines>() {
+        said.code = match Cause::of(said.status, &said.lines) {
+            Cause::Code(code) => code,
+            Cause::Output | Cause::ImageOrDevice => exit::DEVICE,
+            Cause::Image | Cause::ManyFiles => exit::USAGE,
+        };
+    }
+    error
 }
 
 /// Why qemu-img has failed.
