@@ -43,6 +43,7 @@ tests! {
     hostile_layouts;
     much_work_of_few_bytes;
     many_names_in_few_bytes;
+    archives_that_are_refused_at_once;
     long_files_of_many_names;
     signals;
 }
@@ -1767,6 +1768,53 @@ fn many_names_in_few_bytes() {
     }));
     place.write("saved.tar", &tar(&members));
     refused("has more than 8388608 bytes in the names of files that may be parts of an image");
+}
+
+/// An archive without an image that can be converted is refused before its layers are unpacked. Otherwise, the message
+/// would be about a wrong layer.
+fn archives_that_are_refused_at_once() {
+    let place = Place::new();
+    let root = place.path("layout");
+    let layer = etc_tar();
+    let wrong = vec![0; (4 << 20) + 1];
+    let pack = |layers: usize| {
+        let mut layout = Layout::new(&root);
+        let blob = layout.blob(&layer, OCI_TAR);
+        layout.image(&vec![blob; layers], &vec![digest(&layer); layers], "");
+        fs::write(root.join("blobs/sha256").join("a".repeat(64)), &wrong).unwrap();
+        place.write("image.tar", &packed(&root));
+        fs::remove_dir_all(&root).unwrap();
+    };
+    let refused = |options: &str, code: i32, said: &str| {
+        place
+            .run(&format!("convert image.tar out {options}"))
+            .code(code)
+            .stderr(contains(said));
+        assert_eq!(place.names(), ["image.tar"]);
+    };
+    for layers in [0, 256] {
+        pack(layers);
+        let said = format!("has {layers} layers, expected 1 to 255");
+        refused("", 3, &said);
+    }
+    pack(1);
+    refused("--ref nothing", 1, "no such image; there are: ");
+    refused("", 3, "is not what its digest says");
+    // Neither an index nor a manifest.json.
+    let name = format!("blobs/sha256/{}", "a".repeat(64));
+    let blob = member(&name, b'0', &wrong);
+    for more in [
+        file("repositories", "{}"),
+        file("oci-layout", "{}"),
+        file("index.json", "{}"),
+    ] {
+        place.write("image.tar", &tar(&[blob.clone(), more]));
+        refused(
+            "--from oci",
+            3,
+            "has layers of an image, but no manifest.json",
+        );
+    }
 }
 
 /// A description or index is read once, not for each of the hundreds of images that name it.

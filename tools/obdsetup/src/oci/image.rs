@@ -71,6 +71,23 @@ struct RootFs {
     diff_ids: Vec<String>,
 }
 
+/// Returns an error if a stack cannot have as many layers as the image, or if it has none.
+pub(super) fn check_count(
+    layout: &Layout,
+    image: &Descriptor,
+    layers: &[Descriptor],
+) -> Result<()> {
+    if (1..=MAX_LAYERS).contains(&layers.len()) {
+        return Ok(());
+    }
+    let what = format!(
+        "image {}: has {} layers, expected 1 to {MAX_LAYERS}",
+        image.digest,
+        layers.len()
+    );
+    Err(bad(layout.name(), &what))
+}
+
 /// Fills and completes the directory `made`: the layers, and the file that lists them or the OCI image layout.
 pub(super) fn convert(
     job: &Job<'_>,
@@ -81,14 +98,7 @@ pub(super) fn convert(
 ) -> Result<()> {
     let name = layout.name();
     let layers = &manifest.layers;
-    if layers.is_empty() || layers.len() > MAX_LAYERS {
-        let what = format!(
-            "image {}: has {} layers, expected 1 to {MAX_LAYERS}",
-            image.descriptor.digest,
-            layers.len()
-        );
-        return Err(bad(name, &what));
-    }
+    check_count(layout, &image.descriptor, layers)?;
     for (nth, layer) in layers.iter().enumerate() {
         let refuse = |what: String| {
             Failure::usage(format!(

@@ -35,7 +35,7 @@ pub(crate) fn convert(job: &Job<'_>) -> Result<()> {
     };
     let layout = match job.input.is_dir() {
         true => Layout::of(job.input),
-        false => packed::unpack(job.input, place)?,
+        false => packed::unpack(job.input, place, job.choice)?,
     };
     let (image, manifest) = layout.choose(job.choice)?;
     if ready::is_ready(&layout, &manifest) {

@@ -15,6 +15,8 @@ use serde_json::json;
 use sha2::{Digest, Sha256};
 use tempfile::TempDir;
 
+use super::image::check_count;
+use super::job::Choice;
 use super::layout::{is_hex, Layout, ENTRIES};
 use super::spec::{
     describe, sha256, Descriptor, Index, Platform, CONFIG_TYPES, MANIFEST_TYPES, REF_NAME,
@@ -22,6 +24,7 @@ use super::spec::{
 };
 use crate::files::json::{self, bad};
 use crate::input::archive::{brief, Archive, Member, MemberKind};
+use crate::terminal::exit;
 
 /// Largest number of files of an archive that may belong to images. An image has a few for each layer.
 const FILES: usize = 10_000;
@@ -38,6 +41,8 @@ const LAYERS: usize = 20_000;
 /// The directory of the blobs in a layout.
 const BLOBS: &str = "blobs/sha256/";
 const WRITE: &str = "cannot write a temporary file with what is in the archive";
+const NO_MANIFEST: &str =
+    "has layers of an image, but no manifest.json: load it in docker, and save it again";
 
 /// An image in a `manifest.json`.
 #[derive(Deserialize)]
@@ -102,21 +107,17 @@ enum Target {
     Long(usize),
 }
 
-/// Unpacks the archive `input` to a layout in a temporary directory in `place`.
-pub(super) fn unpack(input: &Path, place: &Path) -> Result<Layout> {
-    let root = tempfile::Builder::new()
-        .prefix(".obdsetup-")
-        .tempdir_in(place);
-    let root = root.with_context(|| format!("{}: cannot make a directory", place.display()))?;
-    std::fs::create_dir_all(root.path().join(BLOBS)).context(WRITE)?;
-    let mut unpack = Unpack {
-        input,
-        root,
-        files: BTreeMap::new(),
-        links: BTreeMap::new(),
-        names: 0,
+/// Unpacks the archive `input` to a layout in a temporary directory in `place`. Returns an error before any layer is
+/// unpacked, which may take long, if there is no image that `choice` means, or if a stack cannot have as many layers.
+pub(super) fn unpack(input: &Path, place: &Path, choice: &Choice) -> Result<Layout> {
+    let named = match look(input)? {
+        Contents::Layout => {
+            check_image(input, place, choice)?;
+            HashSet::new()
+        }
+        Contents::Saved(named) => named,
     };
-    let named = named(input)?;
+    let mut unpack = Unpack::new(input, place)?;
     let mut archive = Archive::again(input)?;
     while let Some(member) = archive.next()? {
         let path = &member.path;
@@ -125,33 +126,62 @@ pub(super) fn unpack(input: &Path, place: &Path) -> Result<Layout> {
         }
     }
     // Newer versions of docker write both an index and a manifest.json. The index has more information.
-    let index = unpack.files.get(b"index.json".as_slice()).cloned();
-    let is_layout = unpack.files.contains_key(b"oci-layout".as_slice());
-    let saved = match index.filter(|_| is_layout) {
-        Some(index) => {
-            let from = unpack.path(&index);
-            std::fs::copy(from, unpack.root.path().join("index.json")).context(WRITE)?;
-            None
-        }
-        None => Some(unpack.saved()?),
+    let saved = match unpack.place_index()? {
+        true => None,
+        false => Some(unpack.saved()?),
     };
     Ok(Layout::of_archive(input, unpack.root, saved))
 }
 
-/// Returns the names of the files that `manifest.json` lists: tools use arbitrary names for layers. Returns no
-/// names if `manifest.json` is missing, can't be parsed or lists too much; if it is needed, the error is
-/// reported later. An error if each image in it has more layers than a stack can have, and there is no index, which
-/// would be read instead: unpacking all layers may take long. Reads the archive up to `manifest.json`, which is usually
-/// at the end, or to the end, so the caller must read the archive again.
-fn named(input: &Path) -> Result<HashSet<Vec<u8>>> {
+/// Checks the image that `choice` means, in the archive `input`, which is an OCI image layout. Unpacks only files that
+/// may be JSON, to a temporary directory in `place`. If more is needed, the error is reported when all is unpacked.
+fn check_image(input: &Path, place: &Path, choice: &Choice) -> Result<()> {
+    let mut unpack = Unpack::new(input, place)?;
     let mut archive = Archive::again(input)?;
-    let (mut is_layout, mut has_index) = (false, false);
+    while let Some(member) = archive.next()? {
+        let path = &member.path;
+        let is_small = matches!(member.kind, MemberKind::File) && member.size <= json::MAX;
+        if is_small && path.len() <= NAME && is_wanted(path) {
+            unpack.member(&member, &mut archive)?;
+        }
+    }
+    if !unpack.place_index()? {
+        return Ok(());
+    }
+    let layout = Layout::of_archive(input, unpack.root, None);
+    match layout.choose(choice) {
+        Ok((image, manifest)) => check_count(&layout, &image.descriptor, &manifest.layers),
+        // There is no such image, or there are several.
+        Err(error) if exit::code(&error) == exit::USAGE => Err(error),
+        Err(_) => Ok(()),
+    }
+}
+
+/// What an archive is.
+enum Contents {
+    /// An OCI image layout, with a `manifest.json` that lists too many layers, or without one.
+    Layout,
+    /// The output of `docker save`, perhaps also an OCI image layout: the names of the files that its `manifest.json`
+    /// lists.
+    Saved(HashSet<Vec<u8>>),
+}
+
+/// Looks for the files that say what images are in the archive `input`: `manifest.json`, or `oci-layout` and
+/// `index.json`. Tools use arbitrary names for the layers that a `manifest.json` lists. Returns no names if it can't be
+/// parsed or lists too much; if it is needed, the error is reported later. An error if there is neither it nor an
+/// index, or if there is no index, which would be read instead, and each image in `manifest.json` has more layers than
+/// a stack can have. Reads the archive up to `manifest.json`, which is usually at the end, or to the end, so the
+/// caller must read the archive again.
+fn look(input: &Path) -> Result<Contents> {
+    let mut archive = Archive::again(input)?;
+    let (mut is_layout, mut has_index, mut has_manifest) = (false, false, false);
     let mut wrong = None;
     while let Some(member) = archive.next()? {
         let is_file = matches!(member.kind, MemberKind::File);
         match member.path.as_slice() {
             b"oci-layout" => is_layout = is_file,
             b"index.json" => has_index = is_file,
+            b"manifest.json" => has_manifest = is_file,
             _ => {}
         }
         if member.path != b"manifest.json" || !is_file || member.size > json::MAX {
@@ -173,14 +203,16 @@ fn named(input: &Path) -> Result<HashSet<Vec<u8>>> {
             let layers = image.layers.into_iter();
             layers.chain([image.config]).map(String::into_bytes)
         });
-        return Ok(names.collect());
+        return Ok(Contents::Saved(names.collect()));
     }
-    match wrong.filter(|_| !(is_layout && has_index)) {
+    match wrong {
+        _ if is_layout && has_index => Ok(Contents::Layout),
         Some(what) => {
             let shown = format!("{}: manifest.json", input.display());
             Err(bad(Path::new(&shown), &what))
         }
-        None => Ok(HashSet::new()),
+        None if has_manifest => Ok(Contents::Saved(HashSet::new())),
+        None => Err(bad(input, NO_MANIFEST)),
     }
 }
 
@@ -197,7 +229,35 @@ fn is_wanted(path: &[u8]) -> bool {
     }
 }
 
-impl Unpack<'_> {
+impl<'a> Unpack<'a> {
+    /// Begins to unpack the archive `input` to a temporary directory in `place`.
+    fn new(input: &'a Path, place: &Path) -> Result<Self> {
+        let root = tempfile::Builder::new()
+            .prefix(".obdsetup-")
+            .tempdir_in(place);
+        let root = root.with_context(|| format!("{}: cannot make a directory", place.display()))?;
+        std::fs::create_dir_all(root.path().join(BLOBS)).context(WRITE)?;
+        Ok(Self {
+            input,
+            root,
+            files: BTreeMap::new(),
+            links: BTreeMap::new(),
+            names: 0,
+        })
+    }
+
+    /// Puts the index in its place, if the archive is an OCI image layout. Returns whether it is one.
+    fn place_index(&self) -> Result<bool> {
+        let index = self.files.get(b"index.json".as_slice());
+        let is_layout = self.files.contains_key(b"oci-layout".as_slice());
+        let Some(index) = index.filter(|_| is_layout) else {
+            return Ok(false);
+        };
+        let to = self.root.path().join("index.json");
+        std::fs::copy(self.path(index), to).context(WRITE)?;
+        Ok(true)
+    }
+
     fn bad(&self, what: &str) -> anyhow::Error {
         bad(self.input, what)
     }
@@ -352,9 +412,7 @@ impl Unpack<'_> {
     /// of an index in a file.
     fn saved(&self) -> Result<Index> {
         if !self.files.contains_key(b"manifest.json".as_slice()) {
-            return Err(self.bad(
-                "has layers of an image, but no manifest.json: load it in docker, and save it again",
-            ));
+            return Err(self.bad(NO_MANIFEST));
         }
         let (bytes, _) = self.read("manifest.json")?;
         let shown = self.shown("manifest.json");

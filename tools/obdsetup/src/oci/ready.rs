@@ -8,12 +8,12 @@ use std::path::Path;
 use std::sync::Arc;
 
 use anyhow::{Context, Result};
-use overlaybd::format::merge::MAX_LAYERS;
 use overlaybd::format::num::to_u64;
 use overlaybd::format::Blob;
 use overlaybd::{FileBlob, LayerReader, Stack};
 use sha2::{Digest, Sha256};
 
+use super::image::check_count;
 use super::layout::{Found, Layout};
 use super::spec::{sha256, Descriptor, Manifest};
 use crate::files::json::bad;
@@ -78,14 +78,7 @@ pub(super) fn convert(
 /// Opens the layers of an image, and checks that they are OverlayBD layers that a stack can have. Warns if they
 /// don't fit on each other. Called before gigabytes are copied.
 fn open(layout: &Layout, image: &Descriptor, layers: &[Descriptor]) -> Result<Stack> {
-    if layers.is_empty() || layers.len() > MAX_LAYERS {
-        let what = format!(
-            "image {}: has {} layers, expected 1 to {MAX_LAYERS}",
-            image.digest,
-            layers.len()
-        );
-        return Err(bad(layout.name(), &what));
-    }
+    check_count(layout, image, layers)?;
     let mut opened = Vec::new();
     for (nth, layer) in layers.iter().enumerate() {
         let is_turbo = |name: &String| TURBO.iter().any(|turbo| name.contains(turbo));
