@@ -20,6 +20,10 @@
 //! may be made in any context. Pieces of several pages have an order of [`MAX_ORDER`] at most;
 //! allocating them does not wake kswapd. Pages come from a [`Pool`] and return to it.
 //!
+//! Each device has its own spare buffer, allocated when its table is loaded. A buffer that several
+//! devices share would not do: one device may be above another one, and the read that uses the
+//! buffer would wait for a lower read that needs it.
+//!
 //! [`Pool`]: super::Pool
 //!
 //! C header: `include/linux/gfp_types.h`.
