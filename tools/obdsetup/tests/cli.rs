@@ -194,7 +194,7 @@ fn layers_for_dax() {
 fn reasons_against_dax() {
     let place = Place::new();
     // Two sectors at odd places, then two pages, whose data is within pages of the layer.
-    let mut disk = vec![0; 65_536];
+    let mut disk = vec![0_u8; 65_536];
     for (at, len) in [(512, 512), (4608, 512), (8192, 4096), (16_384, 4096)] {
         disk[at..at + len].copy_from_slice(&noise(len, 3));
     }

@@ -1776,7 +1776,7 @@ fn archives_that_are_refused_at_once() {
     let place = Place::new();
     let root = place.path("layout");
     let layer = etc_tar();
-    let wrong = vec![0; (4 << 20) + 1];
+    let wrong = vec![0_u8; (4 << 20) + 1];
     let pack = |layers: usize| {
         let mut layout = Layout::new(&root);
         let blob = layout.blob(&layer, OCI_TAR);

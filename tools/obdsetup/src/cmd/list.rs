@@ -27,9 +27,9 @@ const NONE: &str = "-";
       for cron: one line for each stack that is not well
   obdsetup list --json | jq -r '.[] | select(.health != \"ok\") | .name'
 
-DAX is yes for disks that were opened with --dax. PARTITIONS has the numbers of the partitions that have devices (open --partitions). SHARED WITH has \
-the names of other stacks that use a file or device of this one. Users other than root get names and \
-sizes only, and exit code 2.")]
+DAX is yes for disks that were opened with --dax. PARTITIONS has the numbers of the partitions that \
+have devices (open --partitions). SHARED WITH has the names of other stacks that use a file or \
+device of this one. Users other than root get names and sizes only, and exit code 2.")]
 pub(crate) struct Args {
     /// If stacks are not healthy, exit with the code that `status` has for the worst of them, and print a
     /// line for each on standard error

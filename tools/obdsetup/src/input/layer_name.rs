@@ -177,7 +177,7 @@ impl LayerArg {
 fn padded(path: &Path) -> Option<u64> {
     let file = FileBlob::open(path, None).ok()?;
     let lowest = file.size().saturating_sub(PADDING);
-    let mut piece = vec![0; to_usize(PIECE)];
+    let mut piece = vec![0_u8; to_usize(PIECE)];
     let mut end = file.size();
     let last = loop {
         interrupt::check().ok()?;
