@@ -44,8 +44,8 @@ pub(crate) fn users(number: &str) -> BTreeSet<String> {
     numbers_in(&system(number).join("holders"))
 }
 
-/// Returns the numbers of the devices that are over block device `number`, over its partitions, or over the disk that it
-/// is a partition of. These may be mapped devices or others, such as RAID.
+/// Returns the numbers of the devices that are over block device `number`, over its partitions, or over the disk
+/// that it is a partition of. These may be mapped devices or others, such as RAID.
 pub(super) fn users_of_any_part(number: &str) -> BTreeSet<String> {
     let device = system(number);
     let device = device.canonicalize().unwrap_or(device);

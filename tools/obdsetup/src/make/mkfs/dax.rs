@@ -35,8 +35,8 @@ pub(super) fn check(fs: FileSystem, image: &File) -> Result<()> {
     let size = 1_u64.checked_shl(shift).unwrap_or_default();
     if !PAGE_SIZES.contains(&size) {
         return Err(Failure::usage(format!(
-            "--dax needs a file system with blocks of 4096 bytes, or of 16384 or 65536 for kernels with such pages, and \
-             this {} has blocks of {size} bytes: leave out the --mkfs-arg for its blocks",
+            "--dax needs a file system with blocks of 4096 bytes, or of 16384 or 65536 for kernels with such pages, \
+             and this {} has blocks of {size} bytes: leave out the --mkfs-arg for its blocks",
             fs.name()
         )));
     }
@@ -44,8 +44,8 @@ pub(super) fn check(fs: FileSystem, image: &File) -> Result<()> {
     let features = u32::from_le_bytes(features.try_into()?);
     if fs != FileSystem::Erofs && features & EXT_INLINE_DATA != 0 {
         return Err(Failure::usage(format!(
-            "--dax needs a file system without data beside inodes, and this {} has inline_data: leave out the --mkfs-arg \
-             for that",
+            "--dax needs a file system without data beside inodes, and this {} has inline_data: leave out the \
+             --mkfs-arg for that",
             fs.name()
         )));
     }
