@@ -107,8 +107,8 @@ enum Target {
     Long(usize),
 }
 
-/// Unpacks the archive `input` to a layout in a temporary directory in `place`. Returns an error before any layer is
-/// unpacked, which may take long, if there is no image that `choice` means, or if a stack cannot have as many layers.
+/// Unpacks the archive `input` to a layout in a temporary directory in `place`. Unpacking the layers may take long, so
+/// errors that [`look`] and [`check_image`] find are returned before.
 pub(super) fn unpack(input: &Path, place: &Path, choice: &Choice) -> Result<Layout> {
     let named = match look(input)? {
         Contents::Layout => {
