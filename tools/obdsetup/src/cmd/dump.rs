@@ -27,8 +27,8 @@ use crate::terminal::size;
 The bytes are those of the block device that `open' makes, but no kernel module is needed. Every \
 block that is read is checked.")]
 pub(crate) struct Args {
-    /// Layers, lowest first: files or block devices; DEVICE:size=BYTES if the blob is shorter than the
-    /// device; or a config.v1.json that lists layers
+    /// Layers, lowest first: files or block devices; NAME:size=BYTES if the blob is shorter than the
+    /// device, or than the padded file; or a config.v1.json that lists layers
     #[arg(required = true, value_name = "LAYER")]
     layers: Vec<LayerArg>,
 

@@ -47,8 +47,8 @@ The file has holes where no layer has data and where there are zeros. Every bloc
 checked. Needs no kernel module. A qcow2 image is made from a raw image with holes, a temporary file \
 in the same directory. For a part of the disk, or the content of a ZFile, see `dump`.")]
 pub(crate) struct Args {
-    /// Layers, lowest first: files or block devices; DEVICE:size=BYTES if the blob is shorter than the
-    /// device; or a config.v1.json that lists layers
+    /// Layers, lowest first: files or block devices; NAME:size=BYTES if the blob is shorter than the
+    /// device, or than the padded file; or a config.v1.json that lists layers
     #[arg(required = true, value_name = "LAYER")]
     layers: Vec<LayerArg>,
 

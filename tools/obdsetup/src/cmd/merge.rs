@@ -34,8 +34,8 @@ layers above them can be used on it, and it can be used on the layers below them
 layer has no UUID, or one that obdsetup made, but the UUID of the layer below the lowest one is not \
 known, the new layer gets a UUID made from its content.")]
 pub(crate) struct Args {
-    /// Layers, lowest first: files or block devices; DEVICE:size=BYTES if the blob is shorter than the
-    /// device; or a config.v1.json that lists layers
+    /// Layers, lowest first: files or block devices; NAME:size=BYTES if the blob is shorter than the
+    /// device, or than the padded file; or a config.v1.json that lists layers
     #[arg(required = true, value_name = "LAYER")]
     layers: Vec<LayerArg>,
 
