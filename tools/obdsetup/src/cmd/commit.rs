@@ -33,8 +33,8 @@ its data in order and without gaps, and without data that the index doesn't use.
 without a UUID gets one made from its content if its parent UUID is known, and a UUID that obdsetup \
 has made changes if the parent UUID does.")]
 pub(crate) struct Args {
-    /// The layer, wrapped or not: a file or block device; DEVICE:size=BYTES if the blob is shorter than the
-    /// device
+    /// The layer, wrapped or not: a file or block device; NAME:size=BYTES if the blob is shorter than the
+    /// device, or than the padded file
     #[arg(value_name = "IN")]
     input: LayerArg,
 
