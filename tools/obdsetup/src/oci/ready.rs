@@ -16,7 +16,6 @@ use sha2::{Digest, Sha256};
 use super::image::check_count;
 use super::layout::{Found, Layout};
 use super::spec::{sha256, Descriptor, Manifest};
-use crate::files::json::bad;
 use crate::input::chain::{Findings, Part};
 use crate::make::made::Made;
 use crate::make::output::sync;
