@@ -8,7 +8,6 @@
 //!
 //! C headers: `include/linux/bio.h`, `include/linux/vmalloc.h`.
 
-use core::ops::Range;
 use core::ptr::NonNull;
 
 use kernel::page::{page_align, PAGE_SIZE};
@@ -186,12 +185,10 @@ impl Buffer {
         self.filled
     }
 
-    /// Returns bytes `part` of those that the last read has filled; `None` if they aren't all
-    /// filled, or aren't contiguous. In the second case, [`Buffer::copy`] copies them.
-    pub(crate) fn get(&self, part: Range<usize>) -> Option<&[u8]> {
-        let len = part.end.checked_sub(part.start)?;
-        let found = self.run(part.start)?;
-        found.get(..len)
+    /// Returns `len` of the bytes that the last read has filled, from byte `from` on; `None` if they
+    /// aren't all filled, or aren't contiguous. In the second case, [`Buffer::copy`] copies them.
+    pub(crate) fn get(&self, from: usize, len: usize) -> Option<&[u8]> {
+        self.run(from)?.get(..len)
     }
 
     /// Copies filled bytes, from byte `from` on, to all of `to`, and returns `to`; `None` if too

@@ -94,10 +94,14 @@ impl<'a> From<&'a mut [MaybeUninit<u8>]> for Dest<'a> {
 ///
 /// # Invariants
 ///
-/// `bio` is valid for `'a`, its vector of pages doesn't change, and `iter` is a position in it.
+/// - `bio` is valid for `'a`, its vector of pages doesn't change, and `iter` is a position in it.
+/// - `run` is valid for writes of `run_len` bytes for `'a`: the contiguous memory at the cursor,
+///   directly before `iter`. During that time, only C code accesses these bytes.
 pub(crate) struct Pages<'a> {
     bio: NonNull<sys::bio>,
     iter: sys::bvec_iter,
+    run: NonNull<u8>,
+    run_len: usize,
     _bio: PhantomData<&'a mut sys::bio>,
 }
 
@@ -108,46 +112,53 @@ impl<'a> Pages<'a> {
     ///
     /// For `'a`, `bio` is a valid read that hasn't ended, and its vector of pages doesn't change.
     pub(crate) unsafe fn new(bio: NonNull<sys::bio>) -> Self {
-        // INVARIANT: By the safety requirement.
+        // INVARIANT: By the safety requirement; `run` is empty.
         Self {
             bio,
             // SAFETY: The bio is valid.
             iter: unsafe { (*bio.as_ptr()).bi_iter },
+            run: NonNull::dangling(),
+            run_len: 0,
             _bio: PhantomData,
         }
     }
 
     /// Returns the number of bytes left to fill.
     pub(crate) fn left(&self) -> usize {
-        self.iter.bi_size as usize
+        self.run_len + self.iter.bi_size as usize
     }
 
     /// Returns the length in bytes of the contiguous memory at the cursor; 0 at the end.
     pub(crate) fn run_len(&mut self) -> usize {
-        self.run().map_or(0, |run| run.len)
+        if self.run_len == 0 {
+            self.next_run();
+        }
+        self.run_len
     }
 
     /// Returns the next `len` bytes and advances the cursor; `None` if they aren't contiguous.
     pub(crate) fn take(&mut self, len: usize) -> Option<Dest<'a>> {
-        let dest = self.run()?;
-        if dest.len < len {
+        if self.run_len() < len {
             return None;
         }
-        self.advance(len);
-        // INVARIANT: A part of `dest`.
-        Some(Dest { len, ..dest })
+        let ptr = self.run;
+        // SAFETY: By the type invariant `run` has `len` bytes.
+        self.run = unsafe { ptr.add(len) };
+        // INVARIANT: The rest of `run`.
+        self.run_len -= len;
+        // INVARIANT: By the type invariant; no one else gets these bytes from this cursor.
+        Some(Dest {
+            ptr,
+            len,
+            _memory: PhantomData,
+        })
     }
 
     /// Copies `src` to the next bytes, as many as fit, and advances the cursor.
     pub(crate) fn copy_from(&mut self, mut src: &[u8]) {
-        while let Some(dest) = self.run() {
-            let len = dest.len.min(src.len());
-            if len == 0 {
-                return;
-            }
-            let (now, later) = src.split_at(len);
+        while let Some(dest) = self.take_up_to(src.len()) {
+            let (now, later) = src.split_at(dest.len);
             dest.copy_from(now);
-            self.advance(len);
             src = later;
         }
     }
@@ -155,23 +166,29 @@ impl<'a> Pages<'a> {
     /// Fills the next `len` bytes with zeros, or all that are left if these are fewer. Advances the
     /// cursor.
     pub(crate) fn zero(&mut self, mut len: usize) {
-        while let Some(dest) = self.run() {
-            let now = dest.len.min(len);
-            if now == 0 {
-                return;
-            }
-            // SAFETY: `dest` is valid for writes of `now` bytes. C code may write to memory that
+        while let Some(dest) = self.take_up_to(len) {
+            // SAFETY: `dest` is valid for writes of its length. C code may write to memory that
             // user space changes at the same time.
-            unsafe { sys::obd_memset(dest.as_ptr().cast(), 0, now) };
-            self.advance(now);
-            len -= now;
+            unsafe { sys::obd_memset(dest.as_ptr().cast(), 0, dest.len) };
+            len -= dest.len;
         }
     }
 
-    /// Returns the longest contiguous memory at the cursor; `None` at the end.
-    fn run(&mut self) -> Option<Dest<'a>> {
-        if self.iter.bi_size == 0 {
+    /// Returns the longest contiguous memory at the cursor, at most `most` bytes of it, and advances
+    /// the cursor. Returns `None` at the end, and if `most` is 0.
+    fn take_up_to(&mut self, most: usize) -> Option<Dest<'a>> {
+        let len = most.min(self.run_len());
+        if len == 0 {
             return None;
+        }
+        self.take(len)
+    }
+
+    /// Sets `run` to the contiguous memory at `iter`, and advances `iter`. Called if `run` is empty.
+    /// Leaves it empty at the end.
+    fn next_run(&mut self) {
+        if self.iter.bi_size == 0 {
+            return;
         }
         // SAFETY: By the type invariant the bio is valid, and so is its vector.
         let vecs = unsafe { (*self.bio.as_ptr()).bi_io_vec };
@@ -179,20 +196,15 @@ impl<'a> Pages<'a> {
         let mut vec = unsafe { sys::obd_mp_bvec_iter_bvec(vecs, &mut self.iter) };
         // SAFETY: `vec` is a part of the bio's memory; there is no high memory on 64 bits.
         let ptr = unsafe { sys::obd_bvec_virt(&mut vec) };
-        // INVARIANT: A bio's memory may be written until it has ended.
-        Some(Dest {
-            ptr: NonNull::new(ptr.cast())?,
-            len: vec.bv_len as usize,
-            _memory: PhantomData,
-        })
-    }
-
-    /// Advances the cursor by `len` bytes, at most the length that [`Pages::run`] has returned.
-    fn advance(&mut self, len: usize) {
-        // Lossless: `len` is at most `bi_size`.
-        let len = len as u32;
+        let Some(run) = NonNull::new(ptr.cast()) else {
+            // Doesn't happen: no page is at address 0.
+            return;
+        };
         // SAFETY: By the type invariant the bio is valid, and so many bytes are left.
         // INVARIANT: The position is in the vector, or nothing is left.
-        unsafe { sys::obd_bio_advance_iter(self.bio.as_ptr(), &mut self.iter, len) };
+        unsafe { sys::obd_bio_advance_iter(self.bio.as_ptr(), &mut self.iter, vec.bv_len) };
+        // INVARIANT: A bio's memory may be written until it has ended; `iter` is directly after it.
+        self.run = run;
+        self.run_len = vec.bv_len as usize;
     }
 }

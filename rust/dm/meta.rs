@@ -197,7 +197,7 @@ impl Read {
                 // SAFETY: The read has succeeded.
                 unsafe { buffer.set_filled() };
                 // Doesn't fail: the buffer is contiguous.
-                let bytes = buffer.get(0..buffer.filled());
+                let bytes = buffer.get(0, buffer.filled());
                 Ok(bytes.ok_or(EINVAL)?)
             }
             Err(_) => Err(Failure::new(c"Cannot read metadata", EIO)),

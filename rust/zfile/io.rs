@@ -54,6 +54,8 @@ pub(crate) struct Request {
     read_start: u64,
     /// Length of the lower read in bytes.
     read_len: usize,
+    /// Which bytes of the lower read are stored bytes of the blocks.
+    stored: Range<usize>,
     /// The loader of the blocks, if they go to the cache.
     loader: Option<Loader>,
     /// Whether an earlier lower read of these blocks for the cache has failed.
@@ -318,13 +320,15 @@ impl Zfile {
         let stored = self.table.range(blocks.clone())?;
         // No overflow: the constructor has checked that all blocks are within the device.
         let (first, last) = (self.start + stored.start, self.start + stored.end);
-        let read_start = first - first % self.device_block;
-        let read_end = last.next_multiple_of(self.device_block);
+        let within = self.device_block - 1;
+        let read_start = first & !within;
+        let read_end = (last + within) & !within;
         Some(Request {
             skip: to_usize(start - (blocks.start << shift)),
             blocks,
             read_start,
             read_len: to_usize(read_end - read_start),
+            stored: to_usize(first - read_start)..to_usize(last - read_start),
             loader: None,
             again: false,
             status: Ok(()),
@@ -382,10 +386,11 @@ impl Zfile {
         if request.loader.is_some() {
             return Self::defer_decoding(io, Self::decode_shared);
         }
-        if !this.decodes_at_once(&io) {
+        let mut pages = io.pages();
+        if !this.decodes_at_once(&io, &mut pages) {
             return Self::defer_decoding(io, Self::decode);
         }
-        match this.fill(request, io.buffer(), &mut io.pages(), None) {
+        match this.fill(request, io.buffer(), &mut pages, None) {
             Ok(()) => io.end(Ok(())),
             Err((block, Problem::Corrupt)) => {
                 let status = Self::report(&io, block);
@@ -426,14 +431,13 @@ impl Zfile {
     /// Returns whether to try to decompress the blocks in the completion, and not in a worker: if
     /// they are LZ4, the read begins at the start of a block, the memory for the first block is
     /// contiguous, and [`Io::at_once`] returns true. If a later block then needs a codec context, a
-    /// worker decompresses all blocks again.
-    fn decodes_at_once(&self, io: &Io<Self>) -> bool {
+    /// worker decompresses all blocks again. `pages` is at the start of the memory of the bio.
+    fn decodes_at_once(&self, io: &Io<Self>, pages: &mut Pages<'_>) -> bool {
         let request = io.request();
         let bytes = request.block_bytes(&self.geometry).into();
         codec::works_at_once(self.geometry.algorithm())
             && request.skip == 0
-            && io.pages().run_len()
-                >= to_usize(self.geometry.block_len(request.blocks.start).into())
+            && pages.run_len() >= to_usize(self.geometry.block_len(request.blocks.start).into())
             && io.at_once(bytes)
     }
 
@@ -538,8 +542,14 @@ impl Zfile {
         let this = io.target();
         let corrupt = |Corrupt| Self::report(io, number);
         let Context { decoder, stored } = context;
+        let request = io.request();
+        let from = match number.checked_sub(1) {
+            Some(before) if number != request.blocks.start => this.stored_end(before, request),
+            _ => request.stored.start,
+        };
+        let to = this.stored_end(number, request);
         let stored = this
-            .stored(number, io.request(), io.buffer(), Some(stored))
+            .stored(from..to, io.buffer(), Some(stored))
             .map_err(|_| corrupt(Corrupt))?;
         let len = to_usize(this.geometry.block_len(number).into());
         this.stats.blocks.add(1);
@@ -584,15 +594,18 @@ impl Zfile {
         mut context: Option<&mut Context>,
     ) -> Result<(), (u64, Problem)> {
         let mut skip = request.skip;
+        let mut from = request.stored.start;
         for block in request.blocks.clone() {
-            let (decoder, stored) = match context.as_deref_mut() {
+            let (decoder, room) = match context.as_deref_mut() {
                 Some(Context { decoder, stored }) => (Some(decoder), Some(stored)),
                 None => (None, None),
             };
-            self.stored(block, request, buffer, stored.map(|stored| &mut **stored))
+            let to = self.stored_end(block, request);
+            self.stored(from..to, buffer, room.map(|room| &mut **room))
                 .and_then(|stored| self.fill_block(block, skip, stored, pages, decoder))
                 .map_err(|problem| (block, problem))?;
             skip = 0;
+            from = to;
         }
         let blocks = request.blocks.end - request.blocks.start;
         self.stats.blocks.add(blocks);
@@ -637,29 +650,37 @@ impl Zfile {
         Ok(())
     }
 
-    /// Returns the compressed bytes of block `block` in `buffer`, which the lower read for
-    /// `request` has filled. Checks the CRC, if there is one. Copies the bytes to `room` if they
-    /// aren't contiguous.
+    /// Returns the end of the stored bytes of block `block`, one of those of `request`, in the lower
+    /// read of `request`. If the table doesn't have the block, returns the start of the lower read,
+    /// where no block ends.
+    fn stored_end(&self, block: u64, request: &Request) -> usize {
+        if block + 1 == request.blocks.end {
+            return request.stored.end;
+        }
+        let end = self
+            .table
+            .offset(block + 1)
+            .and_then(|end| (self.start + end).checked_sub(request.read_start));
+        to_usize(end.unwrap_or(0))
+    }
+
+    /// Returns the compressed bytes of a block, without their CRC: bytes `part` of those that the
+    /// lower read has filled in `buffer`. Checks the CRC, if there is one. Copies the bytes to
+    /// `room` if they aren't contiguous.
     fn stored<'d>(
         &self,
-        block: u64,
-        request: &Request,
+        part: Range<usize>,
         buffer: Option<&'d Buffer>,
         room: Option<&'d mut [u8]>,
     ) -> Result<&'d [u8], Problem> {
         let buffer = buffer.ok_or(Corrupt)?;
-        let stored = self.table.range(block..block + 1).ok_or(Corrupt)?;
-        let from = (self.start + stored.start)
-            .checked_sub(request.read_start)
-            .ok_or(Corrupt)?;
-        let (from, len) = (to_usize(from), to_usize(stored.end - stored.start));
-        let to = from.checked_add(len).filter(|&to| to <= buffer.filled());
-        let stored = match buffer.get(from..to.ok_or(Corrupt)?) {
+        let len = part.end.checked_sub(part.start).ok_or(Corrupt)?;
+        let stored = match buffer.get(part.start, len) {
             Some(stored) => stored,
             None => {
                 let room = room.ok_or(Problem::NeedsContext)?;
                 let room = room.get_mut(..len).ok_or(Corrupt)?;
-                buffer.copy(from, room).ok_or(Corrupt)?
+                buffer.copy(part.start, room).ok_or(Corrupt)?
             }
         };
         if !self.geometry.has_crc() {
