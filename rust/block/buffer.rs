@@ -43,7 +43,10 @@ enum Memory {
 
 /// Pieces, and the vector of the bio that reads into them.
 struct Many {
+    /// The largest ones first.
     pieces: KVec<Piece>,
+    /// Number of the pieces of order [`MAX_ORDER`].
+    largest: usize,
     vecs: KVec<sys::bio_vec>,
 }
 
@@ -62,8 +65,32 @@ impl Many {
         // If there are too few pages, or there is no memory for the vector, the pieces are freed;
         // they do not return to the pool.
         match (whole, vecs) {
-            (Some(()), Some(vecs)) => KBox::new(Self { pieces, vecs }, memory::OPTIONAL).ok(),
+            (Some(()), Some(vecs)) => {
+                let largest = pieces.iter().filter(|piece| piece.order() == MAX_ORDER);
+                let many = Self {
+                    largest: largest.count(),
+                    pieces,
+                    vecs,
+                };
+                KBox::new(many, memory::OPTIONAL).ok()
+            }
             _ => None,
+        }
+    }
+
+    /// Returns the piece that has byte `from` of the buffer, and the number of that byte in the
+    /// piece; `None` if the pieces have fewer bytes.
+    fn piece(&self, from: usize) -> Option<(&Piece, usize)> {
+        const LARGEST: usize = PAGE_SIZE << MAX_ORDER;
+        let mut nth = (from / LARGEST).min(self.largest);
+        let mut inside = from - nth * LARGEST;
+        loop {
+            let piece = self.pieces.get(nth)?;
+            if inside < piece.len() {
+                return Some((piece, inside));
+            }
+            inside -= piece.len();
+            nth += 1;
         }
     }
 }
@@ -122,7 +149,7 @@ impl Buffer {
         match self.memory {
             Memory::One(piece) => pool.put(piece),
             Memory::Many(many) => {
-                let Many { pieces, vecs: _ } = KBox::into_inner(many);
+                let pieces = KBox::into_inner(many).pieces;
                 for piece in pieces {
                     pool.put(piece);
                 }
@@ -213,12 +240,7 @@ impl Buffer {
             Memory::One(piece) => (piece.start().as_ptr().cast_const(), piece.len()),
             Memory::Spare(spare) => (spare.memory.as_ptr(), spare.memory.len()),
             Memory::Many(many) => {
-                let mut before = 0;
-                let piece = many.pieces.iter().find(|piece| {
-                    before += piece.len();
-                    from < before
-                })?;
-                let inside = from - (before - piece.len());
+                let (piece, inside) = many.piece(from)?;
                 let room = piece.len() - inside;
                 // SAFETY: `inside` is below the length of the piece.
                 let start = unsafe { piece.start().as_ptr().add(inside) };

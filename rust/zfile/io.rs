@@ -609,8 +609,11 @@ impl Zfile {
         }
         let blocks = request.blocks.end - request.blocks.start;
         self.stats.blocks.add(blocks);
-        // The rest is after the end of the original file, in its last sector.
-        pages.zero(pages.left());
+        let rest = pages.left();
+        if rest > 0 {
+            // This is after the end of the original file, in its last sector.
+            pages.zero(rest);
+        }
         Ok(())
     }
 
