@@ -61,8 +61,8 @@ void obd_bio_set_dev(struct bio *bio, struct block_device *bdev);
 void *obd_bvec_virt(struct bio_vec *bvec);
 struct bio_vec obd_mp_bvec_iter_bvec(struct bio_vec *vec,
 				     struct bvec_iter *iter);
-void obd_bio_advance_iter(struct bio *bio, struct bvec_iter *iter,
-			  unsigned int bytes);
+void obd_bio_advance_iter_single(struct bio *bio, struct bvec_iter *iter,
+				 unsigned int bytes);
 /* flush_dcache_page() for all pages of @bio, if the architecture needs it. */
 void obd_flush_dcache_bio(struct bio *bio);
 void obd_invalidate_kernel_vmap_range(void *addr, int size);

@@ -42,8 +42,12 @@ enum Memory {
 }
 
 /// Pieces, and the vector of the bio that reads into them.
+///
+/// # Invariants
+///
+/// No piece is larger than the one before it. `largest` of them are of order [`MAX_ORDER`]. `vecs`
+/// has an entry for each piece.
 struct Many {
-    /// The largest ones first.
     pieces: KVec<Piece>,
     /// Number of the pieces of order [`MAX_ORDER`].
     largest: usize,
@@ -67,6 +71,7 @@ impl Many {
         match (whole, vecs) {
             (Some(()), Some(vecs)) => {
                 let largest = pieces.iter().filter(|piece| piece.order() == MAX_ORDER);
+                // INVARIANT: `take_pieces` appends smaller pieces after larger ones; counted above.
                 let many = Self {
                     largest: largest.count(),
                     pieces,
@@ -82,7 +87,9 @@ impl Many {
     /// piece; `None` if the pieces have fewer bytes.
     fn piece(&self, from: usize) -> Option<(&Piece, usize)> {
         const LARGEST: usize = PAGE_SIZE << MAX_ORDER;
+        // By the type invariant, so many pieces of the largest size are before that piece.
         let mut nth = (from / LARGEST).min(self.largest);
+        // Doesn't wrap: `nth` is at most `from / LARGEST`.
         let mut inside = from - nth * LARGEST;
         loop {
             let piece = self.pieces.get(nth)?;
@@ -96,7 +103,7 @@ impl Many {
 }
 
 /// Takes pieces with `pages` pages in total from `pool`, the largest that there are, and appends
-/// them to `pieces`. Returns `None` if there are not enough; then `pieces` has those that were
+/// them to `pieces`, larger ones first. Returns `None` if there are not enough; then `pieces` has those that were
 /// found, and frees them when it is dropped.
 pub(super) fn take_pieces(pool: &Pool, pages: usize, pieces: &mut KVec<Piece>) -> Option<()> {
     let (mut left, mut order) = (pages, MAX_ORDER);

@@ -95,13 +95,13 @@ impl<'a> From<&'a mut [MaybeUninit<u8>]> for Dest<'a> {
 /// # Invariants
 ///
 /// - `bio` is valid for `'a`, its vector of pages doesn't change, and `iter` is a position in it.
-/// - `run` is valid for writes of `run_len` bytes for `'a`: the contiguous memory at the cursor,
-///   directly before `iter`. During that time, only C code accesses these bytes.
+/// - `run` is valid for writes of `run_left` bytes for `'a`: the contiguous memory at the cursor. If
+///   it isn't empty, it ends where `iter` is. During `'a`, only C code accesses these bytes.
 pub(crate) struct Pages<'a> {
     bio: NonNull<sys::bio>,
     iter: sys::bvec_iter,
     run: NonNull<u8>,
-    run_len: usize,
+    run_left: usize,
     _bio: PhantomData<&'a mut sys::bio>,
 }
 
@@ -118,22 +118,22 @@ impl<'a> Pages<'a> {
             // SAFETY: The bio is valid.
             iter: unsafe { (*bio.as_ptr()).bi_iter },
             run: NonNull::dangling(),
-            run_len: 0,
+            run_left: 0,
             _bio: PhantomData,
         }
     }
 
     /// Returns the number of bytes left to fill.
     pub(crate) fn left(&self) -> usize {
-        self.run_len + self.iter.bi_size as usize
+        self.run_left + self.iter.bi_size as usize
     }
 
     /// Returns the length in bytes of the contiguous memory at the cursor; 0 at the end.
     pub(crate) fn run_len(&mut self) -> usize {
-        if self.run_len == 0 {
+        while self.run_left == 0 && self.iter.bi_size > 0 {
             self.next_run();
         }
-        self.run_len
+        self.run_left
     }
 
     /// Returns the next `len` bytes and advances the cursor; `None` if they aren't contiguous.
@@ -142,11 +142,11 @@ impl<'a> Pages<'a> {
             return None;
         }
         let ptr = self.run;
-        // SAFETY: By the type invariant `run` has `len` bytes.
+        // SAFETY: `run` has at least `len` bytes, as was just checked.
         self.run = unsafe { ptr.add(len) };
         // INVARIANT: The rest of `run`.
-        self.run_len -= len;
-        // INVARIANT: By the type invariant; no one else gets these bytes from this cursor.
+        self.run_left -= len;
+        // INVARIANT: By the type invariant; the cursor doesn't give these bytes to anyone else.
         Some(Dest {
             ptr,
             len,
@@ -184,27 +184,24 @@ impl<'a> Pages<'a> {
         self.take(len)
     }
 
-    /// Sets `run` to the contiguous memory at `iter`, and advances `iter`. Called if `run` is empty.
-    /// Leaves it empty at the end.
+    /// Sets `run` to the contiguous memory at `iter`, which may be empty, and advances `iter`. Called
+    /// if `run` is empty and `iter` isn't at the end.
     fn next_run(&mut self) {
-        if self.iter.bi_size == 0 {
-            return;
-        }
         // SAFETY: By the type invariant the bio is valid, and so is its vector.
         let vecs = unsafe { (*self.bio.as_ptr()).bi_io_vec };
         // SAFETY: Bytes are left, so by the type invariant the position is within the vector.
         let mut vec = unsafe { sys::obd_mp_bvec_iter_bvec(vecs, &mut self.iter) };
         // SAFETY: `vec` is a part of the bio's memory; there is no high memory on 64 bits.
         let ptr = unsafe { sys::obd_bvec_virt(&mut vec) };
-        let Some(run) = NonNull::new(ptr.cast()) else {
-            // Doesn't happen: no page is at address 0.
-            return;
-        };
-        // SAFETY: By the type invariant the bio is valid, and so many bytes are left.
+        // SAFETY: By the type invariant the bio is valid. `vec` is the rest of one entry of its
+        // vector, and has at most as many bytes as are left.
         // INVARIANT: The position is in the vector, or nothing is left.
-        unsafe { sys::obd_bio_advance_iter(self.bio.as_ptr(), &mut self.iter, vec.bv_len) };
-        // INVARIANT: A bio's memory may be written until it has ended; `iter` is directly after it.
-        self.run = run;
-        self.run_len = vec.bv_len as usize;
+        unsafe { sys::obd_bio_advance_iter_single(self.bio.as_ptr(), &mut self.iter, vec.bv_len) };
+        // INVARIANT: A bio's memory may be written until it has ended. It ends where `iter` is now.
+        // No page is at address 0.
+        (self.run, self.run_left) = match NonNull::new(ptr.cast()) {
+            Some(run) => (run, vec.bv_len as usize),
+            None => (NonNull::dangling(), 0),
+        };
     }
 }

@@ -121,10 +121,10 @@ struct bio_vec obd_mp_bvec_iter_bvec(struct bio_vec *vec,
 	return mp_bvec_iter_bvec(vec, *iter);
 }
 
-void obd_bio_advance_iter(struct bio *bio, struct bvec_iter *iter,
-			  unsigned int bytes)
+void obd_bio_advance_iter_single(struct bio *bio, struct bvec_iter *iter,
+				 unsigned int bytes)
 {
-	bio_advance_iter(bio, iter, bytes);
+	bio_advance_iter_single(bio, iter, bytes);
 }
 
 void obd_flush_dcache_bio(struct bio *bio)

@@ -56,7 +56,7 @@ pub(crate) struct Request {
     read_len: usize,
     /// Which bytes of the lower read are stored bytes of the blocks.
     stored: Range<usize>,
-    /// The loader of the blocks, if they go to the cache.
+    /// The loader of the blocks, if they go to the cache. Its blocks are `blocks`.
     loader: Option<Loader>,
     /// Whether an earlier lower read of these blocks for the cache has failed.
     again: bool,
@@ -318,8 +318,10 @@ impl Zfile {
         let shift = self.geometry.block_shift();
         let blocks = self.blocks(start, end)?;
         let stored = self.table.range(blocks.clone())?;
-        // No overflow: the constructor has checked that all blocks are within the device.
+        // No overflow: the constructor has checked that all blocks are within the device, whose size is
+        // a whole number of logical blocks.
         let (first, last) = (self.start + stored.start, self.start + stored.end);
+        // A logical block has a power of two of bytes.
         let within = self.device_block - 1;
         let read_start = first & !within;
         let read_end = (last + within) & !within;
@@ -466,8 +468,11 @@ impl Zfile {
         let mut result = Ok(());
         let mut pages = io.pages();
         let mut skip = io.request().skip;
+        let mut from = io.request().stored.start;
         for number in loader.blocks() {
-            let (loaded, mut waited) = Self::share(&io, &mut loader, number, skip, &mut pages);
+            let part = io.target().next_stored(number, io.request(), &mut from);
+            let (loaded, mut waited) =
+                Self::share(&io, &mut loader, number, part, skip, &mut pages);
             // No context is borrowed here: the completion of the file system or device on top may
             // take long.
             while let Some(other) = waited.pop() {
@@ -488,13 +493,15 @@ impl Zfile {
         io.end(result);
     }
 
-    /// Decompresses block `number`, the next one of `loader`. Copies it to the cache, to `pages`
-    /// without its first `skip` bytes, and to the reads that wait for it. Returns the result, and
-    /// these reads; the caller must end them with that result.
+    /// Decompresses block `number`, the next one of `loader`, whose stored bytes are bytes `part` of
+    /// the lower read. Copies it to the cache, to `pages` without its first `skip` bytes, and to the
+    /// reads that wait for it. Returns the result, and these reads; the caller must end them with
+    /// that result.
     fn share(
         io: &Io<Self>,
         loader: &mut Loader,
         number: u64,
+        part: Option<Range<usize>>,
         skip: usize,
         pages: &mut Pages<'_>,
     ) -> (Result<(), Status>, IoQueue<Self>) {
@@ -503,7 +510,7 @@ impl Zfile {
         let data = block.as_ref().and_then(|_| loader.room(len));
         let mut context = io.target().contexts.borrow();
         let mut kept = None;
-        let loaded = match (Self::load(io, number, data, &mut context), &block) {
+        let loaded = match (Self::load(io, number, part, data, &mut context), &block) {
             (Ok(Ok(data)), Some(block)) => {
                 // Many reads may wait for the block; other threads can use the context during the
                 // copies.
@@ -531,25 +538,21 @@ impl Zfile {
         (loaded.map(|_| ()), waited)
     }
 
-    /// Decompresses block `number` into `data`, and returns `Ok(Ok(data))`. Without `data`, returns
-    /// `Ok(Err(bytes))`, a slice of the bounce buffer of `context`; this isn't an error.
+    /// Decompresses block `number`, whose stored bytes are bytes `part` of the lower read, into
+    /// `data`, and returns `Ok(Ok(data))`. Without `data`, returns `Ok(Err(bytes))`, a slice of the
+    /// bounce buffer of `context`; this isn't an error.
     fn load<'c>(
         io: &Io<Self>,
         number: u64,
+        part: Option<Range<usize>>,
         data: Option<Data>,
         context: &'c mut Context,
     ) -> Result<Result<Data, &'c [u8]>, Status> {
         let this = io.target();
         let corrupt = |Corrupt| Self::report(io, number);
         let Context { decoder, stored } = context;
-        let request = io.request();
-        let from = match number.checked_sub(1) {
-            Some(before) if number != request.blocks.start => this.stored_end(before, request),
-            _ => request.stored.start,
-        };
-        let to = this.stored_end(number, request);
         let stored = this
-            .stored(from..to, io.buffer(), Some(stored))
+            .stored(part, io.buffer(), Some(stored))
             .map_err(|_| corrupt(Corrupt))?;
         let len = to_usize(this.geometry.block_len(number).into());
         this.stats.blocks.add(1);
@@ -600,12 +603,11 @@ impl Zfile {
                 Some(Context { decoder, stored }) => (Some(decoder), Some(stored)),
                 None => (None, None),
             };
-            let to = self.stored_end(block, request);
-            self.stored(from..to, buffer, room.map(|room| &mut **room))
+            let part = self.next_stored(block, request, &mut from);
+            self.stored(part, buffer, room.map(|room| &mut **room))
                 .and_then(|stored| self.fill_block(block, skip, stored, pages, decoder))
                 .map_err(|problem| (block, problem))?;
             skip = 0;
-            from = to;
         }
         let blocks = request.blocks.end - request.blocks.start;
         self.stats.blocks.add(blocks);
@@ -653,18 +655,18 @@ impl Zfile {
         Ok(())
     }
 
-    /// Returns the end of the stored bytes of block `block`, one of those of `request`, in the lower
-    /// read of `request`. If the table doesn't have the block, returns the start of the lower read,
-    /// where no block ends.
-    fn stored_end(&self, block: u64, request: &Request) -> usize {
-        if block + 1 == request.blocks.end {
-            return request.stored.end;
-        }
-        let end = self
-            .table
-            .offset(block + 1)
-            .and_then(|end| (self.start + end).checked_sub(request.read_start));
-        to_usize(end.unwrap_or(0))
+    /// Returns which bytes of the lower read of `request` are the stored bytes of block `block`, and
+    /// sets `from` to their end. Called for each block of `request` in turn; before the first call,
+    /// `from` is the start of [`Request::stored`]. Returns `None` if the table doesn't have the
+    /// block.
+    fn next_stored(&self, block: u64, request: &Request, from: &mut usize) -> Option<Range<usize>> {
+        let to = if block + 1 == request.blocks.end {
+            request.stored.end
+        } else {
+            let end = self.start + self.table.offset(block + 1)?;
+            to_usize(end.checked_sub(request.read_start)?)
+        };
+        Some(core::mem::replace(from, to)..to)
     }
 
     /// Returns the compressed bytes of a block, without their CRC: bytes `part` of those that the
@@ -672,11 +674,11 @@ impl Zfile {
     /// `room` if they aren't contiguous.
     fn stored<'d>(
         &self,
-        part: Range<usize>,
+        part: Option<Range<usize>>,
         buffer: Option<&'d Buffer>,
         room: Option<&'d mut [u8]>,
     ) -> Result<&'d [u8], Problem> {
-        let buffer = buffer.ok_or(Corrupt)?;
+        let (buffer, part) = (buffer.ok_or(Corrupt)?, part.ok_or(Corrupt)?);
         let len = part.end.checked_sub(part.start).ok_or(Corrupt)?;
         let stored = match buffer.get(part.start, len) {
             Some(stored) => stored,

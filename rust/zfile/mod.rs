@@ -155,7 +155,7 @@ pub(crate) struct Zfile {
     table: JumpTable<KVVec<u64>, KVVec<u16>>,
     /// Start of the ZFile on its lower device in bytes: after the tar header, or 0.
     start: u64,
-    /// Length of a logical block of the lower device in bytes.
+    /// Length of a logical block of the lower device in bytes, a power of two.
     device_block: u64,
     /// Length of the blob in bytes, if the table line has it.
     blob_bytes: Option<u64>,
