@@ -124,11 +124,13 @@ impl<'a> Pages<'a> {
     }
 
     /// Returns the number of bytes left to fill.
+    #[inline]
     pub(crate) fn left(&self) -> usize {
         self.run_left + self.iter.bi_size as usize
     }
 
     /// Returns the length in bytes of the contiguous memory at the cursor; 0 at the end.
+    #[inline]
     pub(crate) fn run_len(&mut self) -> usize {
         while self.run_left == 0 && self.iter.bi_size > 0 {
             self.next_run();
@@ -137,6 +139,7 @@ impl<'a> Pages<'a> {
     }
 
     /// Returns the next `len` bytes and advances the cursor; `None` if they aren't contiguous.
+    #[inline]
     pub(crate) fn take(&mut self, len: usize) -> Option<Dest<'a>> {
         if self.run_len() < len {
             return None;

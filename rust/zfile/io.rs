@@ -659,6 +659,7 @@ impl Zfile {
     /// sets `from` to their end. Called for each block of `request` in turn; before the first call,
     /// `from` is the start of [`Request::stored`]. Returns `None` if the table doesn't have the
     /// block.
+    #[inline]
     fn next_stored(&self, block: u64, request: &Request, from: &mut usize) -> Option<Range<usize>> {
         let to = if block + 1 == request.blocks.end {
             request.stored.end
