@@ -20,6 +20,7 @@ tests! {
     create_and_dump;
     differences;
     layers_for_dax;
+    long_holes_and_dax;
     reasons_against_dax;
     layers_with_zeros_after_them;
     disks_that_lost_their_holes;
@@ -188,6 +189,74 @@ fn layers_for_dax() {
     ] {
         place.run(command).code(1).stderr(contains(message));
     }
+}
+
+/// Runs that are longer than an index entry are cut between pages. commit --dax cuts the runs of other makers again.
+fn long_holes_and_dax() {
+    let place = Place::new();
+    let mut disk = noise(20 << 20, 21);
+    place.write("base.raw", &disk);
+    place.ok("create --image base.raw --dax --granularity 64k base");
+    let pages = |layer: &str| {
+        let info = place.json(&format!("info --json {layer}"));
+        info[0]["lsmt"]["dax_page_size"].as_u64()
+    };
+    // A long run of data, for the largest pages.
+    assert_eq!(pages("base"), Some(65_536));
+    // The same disk with holes of 9 MiB and 4 MiB, which are 13 MiB of zeros after each other.
+    let holes = |name: &str, data: &[std::ops::Range<usize>]| {
+        let file = fs::File::create(place.path(name)).unwrap();
+        file.set_len(20 << 20).unwrap();
+        for range in data {
+            let at = u64::try_from(range.start).unwrap();
+            file.write_all_at(&disk[range.clone()], at).unwrap();
+        }
+    };
+    let (end, mib) = (disk.len(), 1 << 20);
+    holes("long.raw", &[0..4 * mib, 13 * mib..end]);
+    holes("next.raw", &[0..4 * mib, 17 * mib..end]);
+    place.ok("create --base base --image long.raw --dax --granularity 64k long");
+    assert_eq!(pages("long"), Some(65_536));
+    place.ok("create --base base --base long --image next.raw --dax --granularity 64k next");
+    for (options, name) in [("", "middle"), ("--lowest", "lowest")] {
+        let below = match options {
+            "" => "",
+            _ => "base",
+        };
+        place.ok(&format!(
+            "merge {options} --dax -o {name} {below} long next"
+        ));
+        assert_eq!(pages(name), Some(65_536), "{name}");
+    }
+    disk[4 * mib..17 * mib].fill(0);
+    assert!(place.dump("base long next") == disk);
+    assert!(place.dump("base middle") == disk);
+    assert!(place.dump("lowest") == disk);
+
+    // Entries as older versions wrote them: the first one is cut within a page.
+    let mut layer = place.read("long");
+    let entry = layer
+        .chunks_exact(16)
+        .rposition(|entry| {
+            let [first, second] =
+                [&entry[..8], &entry[8..]].map(|half| u64::from_le_bytes(half.try_into().unwrap()));
+            first & ((1 << 50) - 1) == 8192 && first >> 50 == 16_256 && (second >> 55) & 1 == 1
+        })
+        .unwrap()
+        * 16;
+    for (at, start, length) in [(entry, 8192_u64, 16_383), (entry + 16, 24_575, 2049)] {
+        let word = start | (length << 50);
+        layer[at..at + 8].copy_from_slice(&u64::to_le_bytes(word));
+    }
+    place.write("old", &layer);
+    assert!(place.dump("base old") == place.dump("base long"));
+    place
+        .run("verify --dax old")
+        .code(3)
+        .stderr(contains("16383 sectors at sector 8192"));
+    place.ok("commit --dax old new");
+    assert_eq!(pages("new"), Some(65_536));
+    assert!(place.dump("base new") == place.dump("base long"));
 }
 
 /// Each kind of reason is counted for each layer, and the layer or image that has it is named.

@@ -15,8 +15,9 @@ use crate::{Error, Progress, Result};
 const JOIN_LIMIT: u64 = lsmt::MAX_LENGTH;
 /// Longest entry that a long run of data is split into, in sectors: a multiple of 64 (32 KiB).
 const DATA_PIECE: u64 = 16320;
-/// Longest entry that a long run of zeros is split into, in sectors.
-const ZEROED_PIECE: u64 = lsmt::MAX_LENGTH;
+/// Longest entry that a long run of zeros, or any long run of a layer for DAX, is split into, in sectors: whole pages
+/// of all [sizes](crate::dax::PAGE_SIZES).
+const PAGES_PIECE: u64 = 16256;
 /// The index is padded to a multiple of this many entries.
 const PAD_TO: u64 = 256;
 /// Bytes of data copied at once.
@@ -71,10 +72,14 @@ pub fn join(runs: &[Run]) -> Vec<Run> {
     joined.into_vec()
 }
 
-/// Splits runs of any length into runs that fit in an index entry.
-pub fn cut(runs: impl IntoIterator<Item = Run>) -> impl Iterator<Item = Run> {
-    runs.into_iter().flat_map(|run| {
-        let piece = if run.zeroed { ZEROED_PIECE } else { DATA_PIECE };
+/// Splits runs of any length into runs that fit in an index entry. `dax` says whether the layer is for DAX: then runs
+/// of whole pages are split between pages.
+pub fn cut(runs: impl IntoIterator<Item = Run>, dax: bool) -> impl Iterator<Item = Run> {
+    runs.into_iter().flat_map(move |run| {
+        let piece = match run.zeroed || dax {
+            true => PAGES_PIECE,
+            false => DATA_PIECE,
+        };
         (run.offset..run.end())
             .step_by(to_usize(piece))
             .map(move |offset| Run {

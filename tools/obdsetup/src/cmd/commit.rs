@@ -9,7 +9,7 @@ use overlaybd::format::num::to_u64;
 use overlaybd::format::Blob;
 use overlaybd::identity::{is_placed, Below};
 use overlaybd::layer::Ident;
-use overlaybd::lsmt_writer::{join, Run};
+use overlaybd::lsmt_writer::{cut, join, Run};
 use overlaybd::{flatten, LayerReader};
 use uuid::Uuid;
 
@@ -59,7 +59,7 @@ pub(crate) fn run(args: &Args) -> Result<()> {
     let output = LayerOut::create(&args.output, &args.new, [args.input.path.as_path()])?;
     // A layer for DAX has its data at other places.
     if args.compact || args.new.wrap.dax || args.new.ident != IdentArgs::default() {
-        return compact(&args.new.ident, layer, output);
+        return compact(&args.new, layer, output);
     }
     let payload = layer.payload();
     let bar = Bar::new("committing", payload.size());
@@ -74,7 +74,8 @@ pub(crate) fn run(args: &Args) -> Result<()> {
 }
 
 /// Writes the layer again, with its data in order and without data that the index doesn't use.
-fn compact(new: &IdentArgs, layer: LayerReader, output: LayerOut) -> Result<()> {
+fn compact(args: &NewLayerArgs, layer: LayerReader, output: LayerOut) -> Result<()> {
+    let new = &args.ident;
     let size = layer.lsmt().virtual_size();
     let old = layer.ident().clone();
     let input = layer.path().to_owned();
@@ -122,7 +123,12 @@ fn compact(new: &IdentArgs, layer: LayerReader, output: LayerOut) -> Result<()> 
         "leave it as it is, or `obdsetup export` the disk and `obdsetup create` a layer from it, \
                    with --base for the layers below: create compares in larger units if there are too many \
                    entries";
-    let writer = plan(output.path(), size, ident, segments, way_out)?;
+    let runs: Vec<Run> = match args.wrap.dax {
+        // The segments of a long run may end within pages.
+        true => cut(join(&segments), true).collect(),
+        false => segments,
+    };
+    let writer = plan(output.path(), size, ident, runs, way_out)?;
     output.write(writer, "committing", Source::Layers(disk.layers()), read)
 }
 

@@ -94,7 +94,8 @@ pub(crate) fn run(args: &Args) -> Result<()> {
     let way_out =
         "merge fewer layers, or `obdsetup export` the disk of all layers and `obdsetup create` a \
                    layer from it: create compares in larger units if there are too many entries";
-    let writer = plan(output.path(), size, ident, cut(runs), way_out)?;
+    let runs = cut(runs, args.new.wrap.dax);
+    let writer = plan(output.path(), size, ident, runs, way_out)?;
     let read = |offset: u64, buf: &mut [u8]| stack.read_at(offset, buf);
     output.write(writer, "merging", Source::Layers(stack.layers()), read)
 }

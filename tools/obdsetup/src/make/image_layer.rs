@@ -125,7 +125,7 @@ pub(crate) fn write_image(
     let way_out =
         "its data is too scattered, even in units of 1m: make the disk smaller, or bring its data \
                    together, with e4defrag(8) or by copying the files to a new file system";
-    let runs = cut(diff.runs);
+    let runs = cut(diff.runs, options.keep_zeros);
     let writer = plan(output.path(), image.size(), ident, runs, way_out)?;
     let read = |offset: u64, buf: &mut [u8]| {
         // If the image ends within a sector, zeros fill up this sector.

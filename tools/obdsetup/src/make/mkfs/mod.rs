@@ -215,7 +215,7 @@ impl Delta {
         let way_out =
             "unpack the files of all layers to one directory, or export them to one tar: `obdsetup \
                        convert` makes one layer from that";
-        let runs = cut(self.runs.clone());
+        let runs = cut(self.runs.clone(), false);
         let writer = plan(output.path(), self.size, ident, runs, way_out)?;
         output.write(writer, "writing", Source::Files, |at, buf| {
             self.read(at, buf)
