@@ -545,6 +545,25 @@ fn erofs_that_has_no_dax() {
         "--fs erofs --mkfs-arg=-b1024",
         "this erofs has blocks of 1024 bytes: leave out the --mkfs-arg for its blocks",
     );
+    let said = "needs a file system without compression, and this erofs has it";
+    for arg in [
+        "-zlz4",
+        "-zlz4hc",
+        "-zlz4hc --mkfs-arg=-Efragments",
+        "-zlz4hc --mkfs-arg=-Ededupe",
+        "-zlz4 --mkfs-arg=-Elegacy-compress",
+    ] {
+        no_dax(&format!("--fs erofs --mkfs-arg={arg}"), said);
+    }
+    // With data beside its inode, the file would share a block with it: the layer would be smaller by a block.
+    let place = Place::new();
+    fs::create_dir(place.path("rootfs")).unwrap();
+    place.write("rootfs/file", &noise(100, 1));
+    let create = "create --directory rootfs --fs erofs --mkfs-arg=";
+    place.ok(&format!("{create}-Einline_data beside"));
+    place.ok(&format!("{create}-Einline_data --dax apart"));
+    let size = |layer| place.dump(layer).len();
+    assert!(size("beside") < size("apart"));
 }
 
 /// Inodes of 128 bytes have times up to 2038. A later time becomes the last one, and a warning names the file.

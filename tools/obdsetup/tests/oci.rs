@@ -1166,6 +1166,10 @@ fn apply() {
     place
         .run("apply upper.tgz --base app/config.v1.json onto.obd")
         .success();
+    place
+        .run("apply upper.tgz --base base.obd --dax x.obd")
+        .code(1)
+        .stderr(contains("--dax is not for apply"));
     fs::write(place.path("raw"), vec![1; 1 << 20]).unwrap();
     place.run("create --image raw raw.obd --raw").success();
     place

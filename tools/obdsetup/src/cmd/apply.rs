@@ -59,6 +59,13 @@ pub(crate) struct Args {
 
 /// Runs `apply`.
 pub(crate) fn run(args: &Args) -> Result<()> {
+    if args.new.wrap.dax {
+        // Small files have their data beside the inodes, in the layers below, too.
+        return Err(Failure::usage(
+            "--dax is not for apply, since its layers leave zeros out, and have data beside inodes: unpack the files \
+             of all layers to one directory, of which `create --directory --dax' makes a layer",
+        ));
+    }
     let below = expand(&args.base)?;
     let layers = paths(&[&args.base, &below]);
     let inputs = layers.into_iter().chain([args.input.as_path()]);

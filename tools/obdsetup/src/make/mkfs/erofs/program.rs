@@ -38,10 +38,12 @@ pub(super) fn make(
     command.args(["--tar=f", "--quiet", "--mkfs-time", "-T"]);
     command.arg(stamp.time.to_string());
     command.arg("-U").arg(stamp.uuid.to_string());
+    command.args(options.args);
     if options.dax {
+        // Whether there is inline data, the superblock doesn't show. The last argument counts.
         command.arg("-Enoinline_data");
     }
-    command.args(options.args).arg(image.path()).arg(tar.path());
+    command.arg(image.path()).arg(tar.path());
     command.writes(image.path()).run()?.tell();
     Ok(image)
 }
