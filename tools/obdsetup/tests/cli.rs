@@ -3,6 +3,7 @@
 //! Runs `obdsetup` as users do, and checks its results, exit codes and messages, and which files are left.
 
 use std::fs;
+use std::io::Cursor;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::process::Stdio;
@@ -10,6 +11,10 @@ use std::time::Duration;
 
 use assert_cmd::cargo::cargo_bin;
 use assert_cmd::Command;
+use overlaybd::codec::Method;
+use overlaybd::format::zfile;
+use overlaybd::wrap::{self, Wrapping};
+use overlaybd::zfile_writer;
 use predicates::prelude::*;
 use predicates::str::{contains, starts_with};
 use rustix::process::Signal;
@@ -351,14 +356,47 @@ fn reasons_against_dax() {
     assert!(!place.path("new").exists());
 }
 
+/// Returns a ZFile of `content` whose header has not all fields, and whose length is not that of whole sectors.
+fn streamed_zfile(content: &[u8]) -> Vec<u8> {
+    let wrapping = Wrapping {
+        zfile: Some(zfile_writer::Options {
+            method: Method {
+                algorithm: zfile::Algorithm::Lz4,
+                level: None,
+            },
+            block_size: 4096,
+            crc: true,
+            overwrite_header: false,
+            whole_sectors: false,
+        }),
+        tar: false,
+    };
+    let mut out = Cursor::new(Vec::new());
+    wrap::write(&mut out, wrapping, &|| Ok(()), |sink| sink(content)).unwrap();
+    out.into_inner()
+}
+
 /// A file that was padded for a hypervisor can be read if its size is given, and a message says so.
 fn layers_with_zeros_after_them() {
     let place = Place::new();
     place.write("disk.raw", &noise(65_536, 5));
-    for options in ["--dax", "--algorithm none", "--algorithm none --tar"] {
-        place.ok(&format!(
-            "create --force --image disk.raw {options} layer.lsmt"
-        ));
+    // Zeros after the last byte that is not zero: the layer of upstream's tools ends anywhere in a sector.
+    let streamed = "as upstream's tools write to a pipe";
+    for options in [
+        "--dax",
+        "--algorithm none",
+        "--algorithm none --tar",
+        streamed,
+    ] {
+        if options == streamed {
+            place.ok("create --force --image disk.raw --algorithm none plain");
+            place.write("layer.lsmt", &streamed_zfile(&place.read("plain")));
+            assert!(place.read("layer.lsmt").len() % 512 != 0);
+        } else {
+            place.ok(&format!(
+                "create --force --image disk.raw {options} layer.lsmt"
+            ));
+        }
         let layer = place.read("layer.lsmt");
         let mut padded = layer.clone();
         padded.resize(layer.len().next_multiple_of(2 << 20), 0);
@@ -379,6 +417,23 @@ fn layers_with_zeros_after_them() {
             place.ok(&format!("{command} padded:size={size}"));
         }
         assert!(place.dump(&format!("padded:size={size}")) == place.read("disk.raw"));
+        // A loop device has all of its file.
+        place.write("config.v1.json", br#"{"lowers": [{"file": "padded"}]}"#);
+        for command in ["table padded", "open app padded", "table config.v1.json"] {
+            place
+                .run(command)
+                .code(3)
+                .stderr(contains(format!(
+                    "; zeros follow a layer of {size} bytes, and `open' and `table' use all of a file: cut a copy of \
+                     it with `truncate -s {size}'\n"
+                )));
+        }
+        if options == streamed {
+            let hint = format!("; zeros follow a layer of {size} bytes");
+            for command in ["dump --zfile padded", "table --zfile padded"] {
+                place.run(command).code(3).stderr(contains(hint.as_str()));
+            }
+        }
         // Other bytes follow: the size is not known.
         padded.push(1);
         place.write("padded", &padded);

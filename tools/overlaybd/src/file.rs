@@ -53,8 +53,8 @@ impl Found {
 }
 
 impl FileBlob {
-    /// Opens `path`. `size` limits the blob to that many bytes from the start, for a block device
-    /// that is larger than the blob.
+    /// Opens `path`. `size` limits the blob to that many bytes from the start, for a block device or file
+    /// that is longer than the blob.
     ///
     /// # Errors
     ///

@@ -152,7 +152,7 @@ fn text(field: &[u8]) -> &[u8] {
 
 impl LayerReader {
     /// Opens the layer in the file or block device at `path`. `size` limits the blob to that many
-    /// bytes from the start, for a block device that is larger than the blob.
+    /// bytes from the start, for a block device or file that is longer than the blob.
     ///
     /// # Errors
     ///

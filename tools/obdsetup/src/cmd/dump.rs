@@ -11,7 +11,7 @@ use overlaybd::Payload;
 
 use crate::files::in_use::InUseArgs;
 use crate::input::chain::ChainArgs;
-use crate::input::layer_name::LayerArg;
+use crate::input::layer_name::{LayerArg, Purpose};
 use crate::input::layers::{expand, open_stack, paths};
 use crate::make::raw_out::{self, Dest, Source};
 use crate::terminal::exit::Failure;
@@ -98,7 +98,8 @@ pub(crate) fn run(args: &Args) -> Result<()> {
         let [layer] = layers.as_slice() else {
             return Err(Failure::usage("--zfile takes one file"));
         };
-        let payload = Payload::open(layer.open()?)?;
+        let payload = Payload::open(layer.open()?);
+        let payload = payload.map_err(|error| layer.no_layer(error, Purpose::Read))?;
         if payload.zfile().is_none() {
             return Err(Failure::error(
                 crate::terminal::exit::BAD_IMAGE,

@@ -14,7 +14,7 @@ use overlaybd::on_disk::zfile::Metadata;
 use overlaybd::{LayerReader, Payload, ZfileReader};
 use serde::Serialize;
 
-use crate::input::layer_name::LayerArg;
+use crate::input::layer_name::{LayerArg, Purpose};
 use crate::input::layers::expand;
 use crate::terminal::plain;
 use crate::terminal::size;
@@ -102,7 +102,7 @@ pub(crate) fn run(args: &Args) -> Result<()> {
 }
 
 fn collect(arg: &LayerArg) -> Result<Info> {
-    let payload = Payload::open(arg.open()?).map_err(|error| arg.no_layer(error))?;
+    let payload = Payload::open(arg.open()?).map_err(|error| arg.no_layer(error, Purpose::Read))?;
     let tar = payload.in_tar().then(|| Tar {
         data_offset: payload.blob().start(),
         data_size: payload.blob().size(),
@@ -122,7 +122,7 @@ fn collect(arg: &LayerArg) -> Result<Info> {
         {
             None
         }
-        Err(error) => return Err(arg.no_layer(error)),
+        Err(error) => return Err(arg.no_layer(error, Purpose::Read)),
     };
     Ok(Info {
         path: arg.to_string(),

@@ -29,7 +29,7 @@ use crate::devices::tab;
 use crate::files::in_use::InUseArgs;
 use crate::input::chain::ChainArgs;
 use crate::input::journal;
-use crate::input::layer_name::LayerArg;
+use crate::input::layer_name::{LayerArg, Purpose};
 use crate::input::layers::{expand, plan_stack};
 use crate::input::partitions;
 use crate::input::partitions::Partition;
@@ -363,7 +363,8 @@ impl LayersArgs {
         let ([layer], [place]) = (layers.as_slice(), places.as_slice()) else {
             return Err(Failure::usage("--zfile takes one LAYER"));
         };
-        let payload = Payload::open(layer.open()?)?;
+        let payload = Payload::open(layer.open()?);
+        let payload = payload.map_err(|error| layer.no_layer(error, Purpose::Devices))?;
         if payload.zfile().is_none() {
             return Err(Failure::error(
                 exit::BAD_IMAGE,

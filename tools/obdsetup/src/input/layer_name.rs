@@ -18,8 +18,8 @@ use std::sync::Arc;
 use anyhow::Result;
 use clap::builder::{OsStringValueParser, TryMapValueParser, TypedValueParser, ValueParserFactory};
 use overlaybd::format::num::{to_u64, to_usize};
-use overlaybd::format::{Blob, Fault};
-use overlaybd::{FileBlob, LayerReader};
+use overlaybd::format::{lsmt, zfile, Blob, Fault};
+use overlaybd::{FileBlob, LayerReader, Payload};
 
 use crate::input::kind::{is_dash, is_tar_at, DASH};
 use crate::terminal::exit::{self, Failure};
@@ -34,14 +34,20 @@ const ALL: &[u8] = b"-";
 const PIECE: u64 = 1 << 20;
 /// Largest number of zeros, in bytes, in front of which the end of a layer is looked for.
 const PADDING: u64 = 1 << 30;
-/// A trailer ends with a sector, and has so many bytes at most, of which the last ones may be zeros.
-const SECTOR: usize = 512;
-const TRAILER: u64 = 4096;
 
 /// Directories in `/dev` that belong to no volume group, and whose entries may have a colon.
 const NO_GROUPS: &[&str] = &[
     "block", "bsg", "bus", "char", "disk", "fd", "mapper", "md", "mqueue", "pts", "shm",
 ];
+
+/// What a command needs layers for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Purpose {
+    /// To read them. A size is taken for any file.
+    Read,
+    /// To plan devices for them. A loop device has all of its file.
+    Devices,
+}
 
 /// A layer as it is named on the command line. It is not open yet.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -119,13 +125,13 @@ impl LayerArg {
     }
 
     /// Opens the layer.
-    pub(super) fn open_layer(&self) -> Result<LayerReader> {
-        LayerReader::from_file(self.open()?).map_err(|error| self.no_layer(error))
+    pub(super) fn open_layer(&self, purpose: Purpose) -> Result<LayerReader> {
+        LayerReader::from_file(self.open()?).map_err(|error| self.no_layer(error, purpose))
     }
 
     /// Returns the error for a file that cannot be read as a layer. A tar of other files is named as such. If the layer
-    /// may be shorter than the device or file, the message says how to give its size.
-    pub(crate) fn no_layer(&self, error: overlaybd::Error) -> anyhow::Error {
+    /// may be shorter than the device or file, the message says how to give its size, or what else to do.
+    pub(crate) fn no_layer(&self, error: overlaybd::Error, purpose: Purpose) -> anyhow::Error {
         let other = match error.fault() {
             Some(Fault::LsmtMagic | Fault::TarMember) => is_tar_at(&self.path, false),
             // The first file has only a few bytes, or the tar is incomplete.
@@ -141,29 +147,39 @@ impl LayerArg {
             );
             return Failure::error(exit::BAD_IMAGE, message);
         }
-        match self.size_hint(&error) {
-            Some(hint) => Failure::error(exit::BAD_IMAGE, format!("{error}; {hint}")),
-            None => error.into(),
+        match self.size_hint(&error, purpose) {
+            Ok(Some(hint)) => Failure::error(exit::BAD_IMAGE, format!("{error}; {hint}")),
+            Err(stop @ overlaybd::Error::Interrupted) => stop.into(),
+            // If the file cannot be read again, `error` says more.
+            Ok(None) | Err(_) => error.into(),
         }
     }
 
-    /// Returns how to give the size of the layer if its absence may be the reason for `error`.
-    fn size_hint(&self, error: &overlaybd::Error) -> Option<String> {
-        let is_trailer = matches!(
-            error.fault(),
-            Some(Fault::LsmtTrailerMagic | Fault::ZfileTrailerMagic)
-        );
-        if !is_trailer || self.size.is_some() {
-            return None;
-        }
-        match padded(&self.path) {
+    /// Returns how to give the size of the layer, or what else to do, if its absence may be the reason for `error`.
+    fn size_hint(
+        &self,
+        error: &overlaybd::Error,
+        purpose: Purpose,
+    ) -> overlaybd::Result<Option<String>> {
+        let fault = error
+            .fault()
+            .filter(|fault| matches!(fault, Fault::LsmtTrailerMagic | Fault::ZfileTrailerMagic));
+        let Some(fault) = fault.filter(|_| self.size.is_none()) else {
+            return Ok(None);
+        };
+        let is_device = self.is_device();
+        Ok(match padded(&self.path, fault)? {
+            Some(size) if purpose == Purpose::Devices && !is_device => Some(format!(
+                "zeros follow a layer of {size} bytes, and `open' and `table' use all of a file: cut a copy of it with \
+                 `truncate -s {size}'"
+            )),
             Some(size) => Some(format!(
                 "zeros follow a layer of {size} bytes: give {self}:size={size}"
             )),
-            None => self.is_device().then(|| {
+            None => is_device.then(|| {
                 format!("if the layer is shorter than the device, give its size: {self}:size=BYTES")
             }),
-        }
+        })
     }
 
     /// Returns whether the path leads to a block device.
@@ -172,28 +188,53 @@ impl LayerArg {
     }
 }
 
-/// Returns the size in bytes of the layer at the start of the file or device `path`, if only zeros follow it, at most
-/// [`PADDING`] bytes. Returns `None` if no such layer is found.
-fn padded(path: &Path) -> Option<u64> {
-    let file = FileBlob::open(path, None).ok()?;
+/// Returns the size in bytes of the layer, or of the ZFile, at the start of the file or device `path`, if only zeros
+/// follow it, at most [`PADDING`] bytes. `fault` says which trailer is not at the end. Returns `None` if there is none
+/// in front of the zeros.
+fn padded(path: &Path, fault: Fault) -> overlaybd::Result<Option<u64>> {
+    let is_zfile = fault == Fault::ZfileTrailerMagic;
+    // A trailer ends with zeros, and begins with its magic number. Layers of other makers have any length.
+    let (magic, len) = match is_zfile {
+        true => (&zfile::MAGIC, zfile::HEADER_SIZE),
+        false => (&lsmt::MAGIC, lsmt::HEADER_SIZE),
+    };
+    let file = FileBlob::open(path, None)?;
+    let Some(end) = end_before_zeros(&file)? else {
+        return Ok(None);
+    };
+    let start = end.saturating_sub(len);
+    let mut bytes = vec![0; to_usize(end - start)];
+    file.read_at(start, &mut bytes)?;
+    let size = last(&bytes, magic).map(|at| start + to_u64(at) + len);
+    let Some(size) = size.filter(|&size| size <= file.size()) else {
+        return Ok(None);
+    };
+    let payload = Payload::open(Arc::new(FileBlob::open(path, Some(size))?));
+    let is_whole = match is_zfile {
+        // The content may be something else.
+        true => payload.is_ok(),
+        false => payload.and_then(LayerReader::from_payload).is_ok(),
+    };
+    Ok(is_whole.then_some(size))
+}
+
+/// Returns the first byte from which on `file` has only zeros; `None` if more than [`PADDING`] bytes at its end are
+/// zeros, or all.
+fn end_before_zeros(file: &FileBlob) -> overlaybd::Result<Option<u64>> {
     let lowest = file.size().saturating_sub(PADDING);
     let mut piece = vec![0_u8; to_usize(PIECE)];
     let mut end = file.size();
-    let last = loop {
-        interrupt::check().ok()?;
+    loop {
+        interrupt::check()?;
         let start = end.saturating_sub(PIECE);
-        let part = piece.get_mut(..to_usize(end - start))?;
-        file.read_at(start, part).ok()?;
+        let part = piece.get_mut(..to_usize(end - start)).unwrap_or_default();
+        file.read_at(start, part)?;
         match part.iter().rposition(|&byte| byte != 0) {
-            Some(at) => break start + to_u64(at),
-            None if start <= lowest => return None,
+            Some(at) => return Ok(Some(start + to_u64(at) + 1)),
+            None if start <= lowest => return Ok(None),
             None => end = start,
         }
-    };
-    let shortest = (last + 1).next_multiple_of(to_u64(SECTOR));
-    let longest = file.size().min(shortest.saturating_add(TRAILER));
-    let mut sizes = (shortest..=longest).step_by(SECTOR);
-    sizes.find(|&size| LayerReader::open(path, Some(size)).is_ok())
+    }
 }
 
 /// Returns the error for a directory that was given for a layer.

@@ -12,7 +12,7 @@ use overlaybd::{LayerReader, Stack};
 
 use super::chain::{ChainArgs, Part};
 use super::config;
-use super::layer_name::LayerArg;
+use super::layer_name::{LayerArg, Purpose};
 use crate::files::in_use::InUseArgs;
 
 /// Returns the layers that `args` name, lowest first. A `config.v1.json` is replaced by the layers that it
@@ -37,24 +37,25 @@ pub(crate) fn paths<'a>(lists: &[&'a [LayerArg]]) -> Vec<&'a Path> {
 /// Opens layers, lowest first, to read their data. Returns an error if a layer is in use: see
 /// [`InUseArgs::check`].
 pub(crate) fn open_layers(args: &[LayerArg], in_use: &InUseArgs) -> Result<Vec<LayerReader>> {
-    let layers = open_any(args)?;
+    let layers = open_any(args, Purpose::Read)?;
     // Checked after opening, so that a missing file, or one that is no layer, gives the error for that.
     in_use.check(paths(&[args]))?;
     Ok(layers)
 }
 
-fn open_any(args: &[LayerArg]) -> Result<Vec<LayerReader>> {
+fn open_any(args: &[LayerArg], purpose: Purpose) -> Result<Vec<LayerReader>> {
     // Checked first, so that hundreds of files aren't opened in vain.
     if args.len() > MAX_LAYERS {
         let fault = format::Error::new(Fault::LsmtLayerCount, 0, to_u64(args.len()));
         return Err(overlaybd::Error::from(fault).into());
     }
-    args.iter().map(LayerArg::open_layer).collect()
+    let layers = args.iter().map(|arg| arg.open_layer(purpose));
+    layers.collect()
 }
 
 /// Opens one layer as [`open_layers`] does.
 pub(crate) fn open_layer(arg: &LayerArg, in_use: &InUseArgs) -> Result<LayerReader> {
-    let layer = arg.open_layer()?;
+    let layer = arg.open_layer(Purpose::Read)?;
     in_use.check([arg.path.as_path()])?;
     Ok(layer)
 }
@@ -74,7 +75,7 @@ pub(crate) fn open_stack(
 /// Opens all layers of a stack as [`open_stack`] does, to compute the tables of its devices. Doesn't check
 /// whether the layers are in use: the command `open` checks that.
 pub(crate) fn plan_stack(args: &[LayerArg], chain: &ChainArgs) -> Result<Stack> {
-    let layers = open_any(args)?;
+    let layers = open_any(args, Purpose::Devices)?;
     chain.check(&layers, Part::Whole)?;
     Ok(Stack::new(layers)?)
 }
