@@ -29,7 +29,7 @@ impl ChainArgs {
         let mut found = Findings::of(layers, part);
         self.apply(&mut found);
         warn(&found.warnings);
-        found.into_error().map_or(Ok(()), Err)
+        found.into_error(false).map_or(Ok(()), Err)
     }
 
     /// Changes the errors to warnings if the user asked for that.
@@ -102,13 +102,17 @@ impl Findings {
         self.errors.is_empty() && self.misfits.is_empty() && self.warnings.is_empty()
     }
 
-    /// Returns all errors as one; `None` if there are none.
-    pub(crate) fn into_error(self) -> Option<anyhow::Error> {
+    /// Returns all errors as one; `None` if there are none. `listed` says that the user has seen all of them.
+    pub(crate) fn into_error(self, listed: bool) -> Option<anyhow::Error> {
+        let how = match listed {
+            true => "",
+            false => ": `obdsetup verify' lists them",
+        };
         let all = |texts: &[String]| {
             let first = texts.first()?;
             Some(match texts.len() - 1 {
                 0 => first.clone(),
-                more => format!("{first}; {more} more: `obdsetup verify' lists them"),
+                more => format!("{first}; {more} more{how}"),
             })
         };
         let wrong = all(&self.errors);
@@ -164,16 +168,21 @@ impl Findings {
         }
     }
 
-    /// For each layer whose pages a file system cannot map with DAX, adds the reasons to the misfits.
-    pub(crate) fn add_dax(&mut self, layers: &[LayerReader]) -> overlaybd::Result<()> {
+    /// For each layer whose pages a file system cannot map with DAX, adds the reasons to the misfits. Returns for
+    /// each layer whether its pages can be mapped.
+    pub(crate) fn add_dax(&mut self, layers: &[LayerReader]) -> overlaybd::Result<Vec<bool>> {
         let [page, ..] = dax::PAGE_SIZES;
+        let mut fit = Vec::new();
         for layer in layers {
             let path = layer.path();
-            for misfits in dax::layer_misfits(layer, page)? {
-                self.misfits.push(format!("{}: {misfits}", path.display()));
-            }
+            let found = dax::layer_misfits(layer, page)?;
+            fit.push(found.is_empty());
+            let texts = found
+                .iter()
+                .map(|misfits| format!("{}: {misfits}", path.display()));
+            self.misfits.extend(texts);
         }
-        Ok(())
+        Ok(fit)
     }
 
     /// Checks virtual sizes. A layer may be larger than the layers below it. A smaller layer cuts off the end.

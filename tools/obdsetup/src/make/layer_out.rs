@@ -6,7 +6,7 @@ use std::fmt::Display;
 use std::path::Path;
 
 use anyhow::Result;
-use overlaybd::dax::{self, Misfit};
+use overlaybd::dax::{self, Misfit, Misfits};
 use overlaybd::format::SECTOR_SIZE;
 use overlaybd::identity::{self, Below, Pieces};
 use overlaybd::layer::Ident;
@@ -77,11 +77,20 @@ impl LayerOut {
                 let layer = layers.rfind(|layer| layer.lsmt().virtual_size() == size);
                 layer.map(|layer| text(&layer.path(), &misfits.first))
             }
-            // Segments of the new layer begin and end where segments of the layers do.
-            (Source::Layers(layers), _) => layers.iter().find_map(|layer| {
-                let found = dax::disk_misfits(layer.segments(), 0, page);
-                Some(text(&layer.path(), found.first()?))
-            }),
+            (Source::Layers(layers), Misfit::Alignment(segment)) => {
+                // A segment of the new layer begins and ends where segments of the layers do, and no layer above these
+                // hides that. So the topmost layer counts.
+                let is_odd = |sector: u64| sector * SECTOR_SIZE % page != 0;
+                let odd = Some(segment.offset()).filter(|&start| is_odd(start));
+                let odd = odd.unwrap_or(segment.end());
+                layers.iter().rev().find_map(|layer| {
+                    let mut segments = layer.segments().iter();
+                    let own = segments.find(|own| own.offset() == odd || own.end() == odd)?;
+                    let first = Misfit::Alignment(*own);
+                    Some(text(&layer.path(), &Misfits { first, ..*misfits }))
+                })
+            }
+            (Source::Layers(_), _) => None,
             (Source::Image(image), _) => Some(text(image, misfits)),
             (Source::Files, _) => None,
         };
