@@ -115,7 +115,7 @@ pub(crate) fn write_image(
             _ => break diff,
         }
     };
-    warn(stored_zeros(&diff, from).as_slice());
+    warn(stored_zeros(&diff, image, from).as_slice());
     let top = base.and_then(|base| base.layers().last());
     let below = top.map_or(Below::Nothing, |top| Below::of(&top.ident().uuid));
     let ident = names.ident(below, |below| {
@@ -140,17 +140,20 @@ pub(crate) fn write_image(
 }
 
 /// Returns a warning if most of the data of a layer for DAX is zeros, where the disk below reads as zeros, too: the
-/// image may have lost its holes.
-fn stored_zeros(diff: &Diff, from: Source<'_>) -> Option<String> {
-    let Source::Image(path) = from else {
-        return None;
+/// image may have lost its holes. Not for a device, which has no holes, nor for a store of changes or a thin volume,
+/// which has only what was written.
+fn stored_zeros(diff: &Diff, image: &dyn Image, from: Source<'_>) -> Option<String> {
+    let path = match from {
+        Source::Image(path) if path.is_file() && !image.shows_below() => path,
+        _ => return None,
     };
     let runs = diff.runs.iter().filter(|run| !run.zeroed);
     let data: u64 = runs.map(|run| run.length * SECTOR_SIZE).sum();
     (diff.zeros >= ZEROS && diff.zeros > data / 2).then(|| {
         format!(
             "{}: {} of the layer's {} of data are zeros for which the image has no hole, and --dax stores these: if \
-             a copy has lost the holes, copy the image again with `cp --sparse=auto', or mount it and run fstrim(8)",
+             they are free blocks of a file system, mount it through a loop device and run fstrim(8), which makes \
+             holes of them",
             path.display(),
             size::show(diff.zeros),
             size::show(data)
@@ -170,8 +173,13 @@ mod tests {
     use super::*;
     use crate::make::layer_args::NewLayerArgs;
 
-    /// A disk with data in every second sector: more segments than an index can have.
-    struct Comb;
+    /// A disk with data in every second sector: more segments than an index can have. Its holes may read like the
+    /// layers below.
+    struct Comb {
+        shows_below: bool,
+    }
+
+    const COMB: Comb = Comb { shows_below: false };
 
     const SECTORS: u64 = 2 * lsmt::MAX_ENTRIES + 4096;
 
@@ -207,7 +215,7 @@ mod tests {
         }
 
         fn shows_below(&self) -> bool {
-            false
+            self.shows_below
         }
 
         fn path(&self) -> &Path {
@@ -232,7 +240,7 @@ mod tests {
         };
         let path = dir.path().join("a");
         let output = LayerOut::create(&path, &new, [])?;
-        write_image(&Comb, None, fine, &new.ident, Source::Files, output)?;
+        write_image(&COMB, None, fine, &new.ident, Source::Files, output)?;
         let layer = LayerReader::open(&path, None)?;
         assert_eq!(layer.lsmt().virtual_size(), SECTORS * 512);
         // With units of two sectors, everything is data.
@@ -241,8 +249,34 @@ mod tests {
         let mut end = [0; 4096];
         disk.read_at(SECTORS * 512 - 4096, &mut end)?;
         let mut wanted = [7; 4096];
-        Comb.read_at(0, &mut wanted)?;
+        COMB.read_at(0, &mut wanted)?;
         assert_eq!(end, wanted);
+        Ok(())
+    }
+
+    #[test]
+    fn files_that_may_have_lost_their_holes() -> Result<()> {
+        let file = tempfile::NamedTempFile::new()?;
+        let data = overlaybd::lsmt_writer::Run {
+            offset: 0,
+            length: 48 << 11,
+            zeroed: false,
+        };
+        let diff = |zeros| Diff {
+            runs: vec![data],
+            zeros,
+            ..Diff::default()
+        };
+        let warns = |zeros, image: &Comb, path: &Path| {
+            stored_zeros(&diff(zeros), image, Source::Image(path)).is_some()
+        };
+        assert!(warns(25 << 20, &COMB, file.path()));
+        assert!(!warns(24 << 20, &COMB, file.path()));
+        // A device, and a store of changes.
+        assert!(!warns(25 << 20, &COMB, Path::new("/dev/null")));
+        let store = Comb { shows_below: true };
+        assert!(!warns(25 << 20, &store, file.path()));
+        assert!(stored_zeros(&diff(25 << 20), &COMB, Source::Files).is_none());
         Ok(())
     }
 
