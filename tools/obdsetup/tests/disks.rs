@@ -835,24 +835,55 @@ fn copies_for_dax() {
             )));
     }
     // The advice for other images.
-    for (start, what) in [
-        (b"QFI\xfb\0\0\0\x01".as_slice(), "a qcow image"),
-        (b"Bochs Virtual HD Image".as_slice(), "a Bochs image"),
+    let qemu_img = "qemu-img convert -S 0 -O raw";
+    for (at, magic, what, how) in [
+        (0, b"QFI\xfb\0\0\0\x01".as_slice(), "a qcow image", qemu_img),
+        (
+            0,
+            b"Bochs Virtual HD Image".as_slice(),
+            "a Bochs image",
+            qemu_img,
+        ),
+        (
+            0,
+            b"#!/bin/sh\n#V2.0 Format\n".as_slice(),
+            "a cloop image",
+            qemu_img,
+        ),
+        (3584, b"koly\0\0\0\x04".as_slice(), "(DMG)", qemu_img),
+        (
+            0,
+            b"\x3a\xff\x26\xed".as_slice(),
+            "Android sparse image",
+            "simg2img",
+        ),
     ] {
-        let mut image = start.to_vec();
-        image.resize(4096, 0);
+        let mut image = vec![0; 4096];
+        image[at..at + magic.len()].copy_from_slice(magic);
         place.write("image", &image);
-        let advice = "qemu-img convert -S 0 -O raw image disk.raw`, then convert that with --dax";
+        let advice = format!("`{how} image disk.raw`, then convert that with --dax");
         for command in ["convert --dax image out", "create --dax --image image out"] {
             place
                 .run(command)
                 .code(1)
-                .stderr(contains(what).and(contains(advice)));
+                .stderr(contains(what).and(contains(advice.as_str())));
         }
         place
             .run("convert image out")
             .code(1)
             .stderr(contains(what).and(contains("--dax").not()));
+    }
+    // convert would refuse these, too.
+    for (name, said) in [
+        ("a.qcow2", "qcow2: --dax needs an uncompressed raw disk: `qemu-img convert -S 0 -O raw' makes one; --raw "),
+        ("disk.gz", "raw, compressed with gzip: --dax needs an uncompressed raw disk: decompress this one, and give a"),
+    ] {
+        place
+            .run(&format!("create --dax --image {name} out"))
+            .code(1)
+            .stderr(contains(format!(
+                "{name}: no disk image as it is, but {said}"
+            )));
     }
     // What the last message about a raw disk says.
     place.tool("cp --sparse=never disk copy");

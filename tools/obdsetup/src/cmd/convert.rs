@@ -179,22 +179,14 @@ pub(crate) fn run(args: &Args) -> Result<()> {
             "names no other files; --allow-outside is for qcow2, qed and vmdk images, which may",
         );
     }
-    let is_copied = kind.for_qemu().is_some() || kind == Kind::Raw && input.compression.is_some();
-    if args.new.wrap.dax && is_copied {
-        // With --dax, the layer stores the zeros of files, but these zeros are holes in the copy.
-        let what = match (kind.for_qemu(), input.compression) {
-            (Some(_), None) => {
-                "`qemu-img convert -S 0 -O raw' makes one, of which `convert --from raw --dax' makes the layer"
-            }
-            (Some(_), Some(_)) => {
-                "decompress this one; then `qemu-img convert -S 0 -O raw' makes one, of which `convert --from raw \
-                 --dax' makes the layer"
-            }
-            (None, _) => {
-                "decompress this one, and give a copy of that without holes, which `cp --sparse=never' makes"
-            }
+    if let Some(copy) = input.raw_for_dax().filter(|_| args.new.wrap.dax) {
+        let then = match kind.for_qemu() {
+            Some(_) => ", of which `convert --from raw --dax' makes the layer",
+            None => "",
         };
-        return refuse(&format!("--dax needs an uncompressed raw disk: {what}"));
+        return refuse(&format!(
+            "--dax needs an uncompressed raw disk: {copy}{then}"
+        ));
     }
     let mut link = None;
     if let (Some(format), None) = (kind.for_qemu(), input.compression) {

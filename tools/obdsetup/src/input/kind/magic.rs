@@ -2,7 +2,7 @@
 
 //! Magic numbers of the formats that qemu-img reads, and of formats that obdsetup cannot convert.
 
-use super::Kind;
+use super::{Kind, Wanted};
 
 /// An offset and the bytes there.
 type Magic = (usize, &'static [u8]);
@@ -22,18 +22,52 @@ const MACHINES: &[(Magic, Kind)] = &[
     ((0, b"WithouFreSpacExt"), Kind::Parallels),
 ];
 
-/// A format that cannot be converted: its name, and what to do. `FILE` stands for the file.
+/// A format that cannot be converted: its name, and what to do.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Stranger {
     pub(super) name: &'static str,
-    pub(super) advice: &'static str,
+    pub(super) advice: Advice,
 }
 
-const UNPACK: &str = "unpack it, then `obdsetup convert DIRECTORY`";
-const DECOMPRESS: &str = "decompress it first";
+/// What to do with a file that cannot be converted. In texts, `FILE` stands for the file.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Advice {
+    /// This.
+    Do(&'static str),
+    /// To make a disk of the file with this command, and to convert the disk.
+    Command(&'static str),
+    /// To let qemu-img make a qcow2 image.
+    Qcow2,
+    /// To let qemu-img make a raw disk.
+    Raw,
+    /// Perhaps to take the bytes of the file as a disk.
+    NoDisk,
+}
+
+impl Advice {
+    /// Returns the advice for the file `name`.
+    pub(super) fn text(self, name: &str, wanted: Wanted) -> String {
+        // In copies for DAX, zeros must not become holes.
+        const RAW_WITH_ZEROS: &str = "qemu-img convert -S 0 -O raw FILE disk.raw";
+        let command = match self {
+            Self::Do(text) => return text.replace("FILE", name),
+            Self::NoDisk => return format!("it is no disk; {} takes it as it is", wanted.raw),
+            Self::Qcow2 | Self::Raw if wanted.dax => RAW_WITH_ZEROS,
+            Self::Qcow2 => "qemu-img convert -O qcow2 FILE disk.qcow2",
+            Self::Raw => "qemu-img convert -O raw FILE disk.raw",
+            Self::Command(command) => command,
+        };
+        let with = if wanted.dax { " with --dax" } else { "" };
+        let command = command.replace("FILE", name);
+        format!("`{command}`, then convert that{with}")
+    }
+}
+
+const UNPACK: Advice = Advice::Do("unpack it, then `obdsetup convert DIRECTORY`");
+const DECOMPRESS: Advice = Advice::Do("decompress it first");
 
 /// Formats that cannot be converted: magic number, name, advice. The first match counts.
-const STRANGERS: &[(Magic, &str, &str)] = &[
+const STRANGERS: &[(Magic, &str, Advice)] = &[
     ((0, b"PK\x03\x04"), "a zip archive", UNPACK),
     ((0, b"PK\x05\x06"), "an empty zip archive", UNPACK),
     ((0, b"PK\x07\x08"), "a zip archive", UNPACK),
@@ -48,24 +82,20 @@ const STRANGERS: &[(Magic, &str, &str)] = &[
     (
         (0, b"!<arch>\ndebian-binary"),
         "a Debian package",
-        "`dpkg-deb --fsys-tarfile FILE` writes the tar that is in it",
+        Advice::Do("`dpkg-deb --fsys-tarfile FILE` writes the tar that is in it"),
     ),
     ((0, b"!<arch>\n"), "an ar archive", UNPACK),
     (
         (0, b"\xed\xab\xee\xdb"),
         "an RPM package",
-        "`rpm2archive FILE` makes a tar of it",
+        Advice::Do("`rpm2archive FILE` makes a tar of it"),
     ),
     (
         (0, b"\x3a\xff\x26\xed"),
         "an Android sparse image",
-        "`simg2img FILE disk.raw`, then convert that",
+        Advice::Command("simg2img FILE disk.raw"),
     ),
-    (
-        (0, b"ANDROID!"),
-        "an Android boot image",
-        "it is no disk; --from raw takes it as it is",
-    ),
+    ((0, b"ANDROID!"), "an Android boot image", Advice::NoDisk),
     ((0, b"\x1f\x9d"), "compressed by compress(1)", DECOMPRESS),
     ((0, b"\x1f\xa0"), "compressed by SCO compress", DECOMPRESS),
     ((0, b"\x1f\x1e"), "compressed by pack(1)", DECOMPRESS),
@@ -78,58 +108,54 @@ const STRANGERS: &[(Magic, &str, &str)] = &[
     (
         (0, b"QFI\xfb"),
         "a qcow image of another version",
-        "`qemu-img convert -O qcow2 FILE disk.qcow2`, then convert that",
+        Advice::Qcow2,
     ),
-    (
-        (0, b"Bochs Virtual HD Image"),
-        "a Bochs image",
-        "`qemu-img convert -O raw FILE disk.raw`, then convert that",
-    ),
+    ((0, b"Bochs Virtual HD Image"), "a Bochs image", Advice::Raw),
     (
         (0, b"#!/bin/sh\n#V2.0 Format\n"),
         "a cloop image",
-        "`qemu-img convert -O raw FILE disk.raw`, then convert that",
+        Advice::Raw,
     ),
     (
         (0, b"EVF\x09\x0d\x0a\xff\0"),
         "an Expert Witness image",
-        "`ewfexport` makes a raw disk of it",
+        Advice::Do("`ewfexport` makes a raw disk of it"),
     ),
     (
         (0, b"partclone-image"),
         "a Partclone image",
-        "`partclone.restore` makes a raw disk of it",
+        Advice::Do("`partclone.restore` makes a raw disk of it"),
     ),
     (
         (0, b"VMA\0\0\0\0\x01"),
         "a backup of Proxmox VE (VMA)",
-        "`vma extract FILE DIRECTORY` makes raw disks of it",
+        Advice::Do("`vma extract FILE DIRECTORY` makes raw disks of it"),
     ),
     (
         (32, b"SIF_MAGIC"),
         "a Singularity image (SIF)",
-        "`apptainer build --sandbox DIRECTORY FILE` unpacks it",
+        Advice::Do("`apptainer build --sandbox DIRECTORY FILE` unpacks it"),
     ),
     (
         (8, b"AI\x02"),
         "an AppImage",
-        "a program that unpacks itself with `--appimage-extract`: only if you trust it",
+        Advice::Do("a program that unpacks itself with `--appimage-extract`: only if you trust it"),
     ),
-    ((0, b"\x7fELF"), "a program (ELF)", NO_DISK),
+    ((0, b"\x7fELF"), "a program (ELF)", Advice::NoDisk),
     ((0, b"<!DOCTYPE "), "a web page", PAGE),
     ((0, b"<!doctype "), "a web page", PAGE),
     ((0, b"<html"), "a web page", PAGE),
     (
         (0, b"version https://git-lfs"),
         "a pointer of git-lfs",
-        "`git lfs pull` fetches the file that it stands for",
+        Advice::Do("`git lfs pull` fetches the file that it stands for"),
     ),
 ];
 
-const CPIO: &str =
-    "unpack it, `cpio -i -d <FILE` in an empty directory, then `obdsetup convert DIRECTORY`";
-const NO_DISK: &str = "it is no disk; --from raw takes it as it is";
-const PAGE: &str = "the download went wrong";
+const CPIO: Advice = Advice::Do(
+    "unpack it, `cpio -i -d <FILE` in an empty directory, then `obdsetup convert DIRECTORY`",
+);
+const PAGE: Advice = Advice::Do("the download went wrong");
 
 /// Start of the last 512 bytes of a VHD. A VHD of fixed size has the disk itself before them, and no header.
 const VHD_FOOTER: &[u8] = b"conectix";
@@ -156,7 +182,7 @@ pub(super) fn stranger(head: &[u8], tail: &[u8]) -> Option<Stranger> {
     if tail.starts_with(DMG_FOOTER) {
         return Some(Stranger {
             name: "a disk image of macOS (DMG)",
-            advice: "`qemu-img convert -O raw FILE disk.raw`, then convert that",
+            advice: Advice::Raw,
         });
     }
     if is_old_cpio(head) {

@@ -84,6 +84,15 @@ pub(crate) struct Input {
     pub(crate) compression: Option<Compression>,
 }
 
+/// What messages about inputs are to advise.
+#[derive(Clone, Copy, Debug)]
+struct Wanted {
+    /// Whether the layer is for DAX.
+    dax: bool,
+    /// The option that makes the command take any file as a raw disk.
+    raw: &'static str,
+}
+
 /// The result of examining a file.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) enum Seen {
@@ -103,7 +112,8 @@ impl Input {
     ///
     /// If the input cannot be read, if no layer can be made of it, or if it is a file of no known type.
     pub(crate) fn of(path: &Path, dax: bool) -> Result<Self> {
-        match look(path)? {
+        let raw = "--from raw";
+        match look(path, Wanted { dax, raw })? {
             Seen::Known(input) => Ok(input),
             Seen::Unknown(_) if is_block_device(path) => Ok(Self::raw()),
             Seen::Refused(text) | Seen::Unknown(text) => {
@@ -111,7 +121,7 @@ impl Input {
                     true => EXTENT,
                     false => "",
                 };
-                Err(Failure::usage(advice(text, dax) + hint))
+                Err(Failure::usage(text + hint))
             }
         }
     }
@@ -137,6 +147,21 @@ impl Input {
         Self {
             kind: Kind::Raw,
             compression: None,
+        }
+    }
+
+    /// Returns how to make a raw disk of the input for a layer for DAX. Returns `None` for a raw disk and for files.
+    /// obdsetup would make a temporary copy of the disk, with holes in place of the zeros that the layer must store.
+    pub(crate) fn raw_for_dax(self) -> Option<&'static str> {
+        match (self.kind.for_qemu(), self.compression) {
+            (Some(_), None) => Some("`qemu-img convert -S 0 -O raw' makes one"),
+            (Some(_), Some(_)) => {
+                Some("decompress this one; then `qemu-img convert -S 0 -O raw' makes one")
+            }
+            (None, Some(_)) if self.kind == Kind::Raw => Some(
+                "decompress this one, and give a copy of that without holes, which `cp --sparse=never' makes",
+            ),
+            (None, _) => None,
         }
     }
 }
@@ -166,19 +191,6 @@ fn is_block_device(path: &Path) -> bool {
         .is_ok_and(|meta| meta.file_type().is_block_device())
 }
 
-/// Returns `text`, the message about an input that is refused, with advice for a layer for DAX if `dax` is set: the
-/// copies that qemu-img makes must not have holes in place of zeros.
-fn advice(text: String, dax: bool) -> String {
-    const RAW: &str = "qemu-img convert -S 0 -O raw";
-    if !dax {
-        return text;
-    }
-    let text = text.replace("qemu-img convert -O raw", RAW);
-    let text = text.replace("qemu-img convert -O qcow2", RAW);
-    let text = text.replace("disk.qcow2`, then", "disk.raw`, then");
-    text.replace("then convert that", "then convert that with --dax")
-}
-
 /// Checks that the file `path`, which is to be read as a raw disk, isn't of another known type. If it is of no
 /// known type, its size must be a multiple of 512 bytes. `dax` says whether the layer is for DAX.
 ///
@@ -186,7 +198,8 @@ fn advice(text: String, dax: bool) -> String {
 ///
 /// If the file is of another type, has another size, or cannot be read.
 pub(crate) fn check_disk(path: &Path, dax: bool) -> Result<()> {
-    let text = match look(path)? {
+    let raw = "--raw";
+    let text = match look(path, Wanted { dax, raw })? {
         Seen::Unknown(_) => {
             let size = FileBlob::open(path, None)?.size();
             if size % SECTOR_SIZE == 0 {
@@ -199,19 +212,23 @@ pub(crate) fn check_disk(path: &Path, dax: bool) -> Result<()> {
             )
         }
         Seen::Known(input) if input == Input::raw() => return Ok(()),
-        Seen::Known(Input { kind, compression }) => {
+        Seen::Known(input) => {
+            let Input { kind, compression } = input;
             let how = compression.map_or_else(String::new, |compression| {
                 format!(", compressed with {}", compression.name())
             });
             let kind = kind.to_possible_value();
             let kind = kind.as_ref().map_or("other", |kind| kind.get_name());
+            let advice = match input.raw_for_dax().filter(|_| dax) {
+                Some(copy) => format!("--dax needs an uncompressed raw disk: {copy}"),
+                None => "`obdsetup convert` reads that".to_owned(),
+            };
             format!(
-                "{}: no disk image as it is, but {kind}{how}: `obdsetup convert` reads that; --raw \
-                 takes it as it is",
+                "{}: no disk image as it is, but {kind}{how}: {advice}; --raw takes it as it is",
                 path.display()
             )
         }
-        Seen::Refused(text) => advice(text, dax).replace("--from raw", "--raw"),
+        Seen::Refused(text) => text,
     };
     Err(Failure::usage(text))
 }
@@ -225,12 +242,13 @@ pub(crate) fn is_dash(path: &Path) -> bool {
 pub(crate) const DASH: &str =
     "-: standard input cannot be the input, since places in it are read in any order: give a file";
 
-/// Examines the file, directory or block device at `path`.
+/// Examines the file, directory or block device at `path`. `wanted` is for the messages.
 ///
 /// # Errors
 ///
 /// If it is something else, cannot be read, or has damaged compressed data.
-pub(crate) fn look(path: &Path) -> Result<Seen> {
+fn look(path: &Path, wanted: Wanted) -> Result<Seen> {
+    let raw = wanted.raw;
     let known = |kind| {
         Ok(Seen::Known(Input {
             kind,
@@ -271,21 +289,21 @@ pub(crate) fn look(path: &Path) -> Result<Seen> {
     {
         return Ok(Seen::Refused(format!(
             "{name}: begins as an OverlayBD file does, but is no layer that can be read (`obdsetup \
-             verify` says why); --from raw takes it as it is"
+             verify` says why); {raw} takes it as it is"
         )));
     }
-    let seen = content(path, &head, &tail);
+    let seen = content(path, &head, &tail, wanted);
     if !matches!(seen, Seen::Unknown(_)) {
         return Ok(match seen {
             Seen::Known(input) if input == Input::raw() && size % SECTOR_SIZE != 0 => {
                 Seen::Refused(format!(
                     "{name}: a disk, but its {size} bytes are no whole number of sectors: \
-                     incomplete download or copy? --from raw takes it as it is"
+                     incomplete download or copy? {raw} takes it as it is"
                 ))
             }
             Seen::Known(input) if input == Input::raw() => match cut_off(path, path, &head, size)? {
                 Some(what) => Seen::Refused(format!(
-                    "{name}: a disk, but {what}: incomplete download or copy? --from raw takes it as it is"
+                    "{name}: a disk, but {what}: incomplete download or copy? {raw} takes it as it is"
                 )),
                 None => seen,
             },
@@ -296,7 +314,7 @@ pub(crate) fn look(path: &Path) -> Result<Seen> {
         None => Ok(seen),
         Some(compression) => {
             let inside = Unpack::new(File::open(path)?, Some(compression));
-            compressed(path, compression, inside, seen)
+            compressed(path, compression, inside, seen, wanted)
         }
     }
 }
@@ -399,7 +417,9 @@ fn compressed(
     compression: Compression,
     mut inside: Unpack,
     otherwise: Seen,
+    wanted: Wanted,
 ) -> Result<Seen> {
+    let raw = wanted.raw;
     let (name, how) = (path.display(), compression.name());
     let certain = compression != Compression::Lzma;
     let mut head = Vec::new();
@@ -418,7 +438,7 @@ fn compressed(
             (None, false) => Ok(otherwise),
         };
     }
-    Ok(match content(path, &head, &[]) {
+    Ok(match content(path, &head, &[], wanted) {
         Seen::Known(input) => Seen::Known(Input {
             compression: Some(compression),
             ..input
@@ -433,14 +453,15 @@ fn compressed(
         _ if !certain => otherwise,
         _ => Seen::Refused(format!(
             "{name}: compressed with {how}, but what is in it is no tar and no disk that obdsetup \
-             knows: decompress it, then --from raw takes it"
+             knows: decompress it, then {raw} takes it"
         )),
     })
 }
 
 /// Examines uncompressed content by its start `head` and its last 512 bytes `tail`. If `tail` is empty, footers
 /// are not looked for.
-fn content(path: &Path, head: &[u8], tail: &[u8]) -> Seen {
+fn content(path: &Path, head: &[u8], tail: &[u8], wanted: Wanted) -> Seen {
+    let raw = wanted.raw;
     let name = path.display();
     let known = |kind| {
         Seen::Known(Input {
@@ -460,7 +481,7 @@ fn content(path: &Path, head: &[u8], tail: &[u8]) -> Seen {
         return known(Kind::Tar);
     }
     if let Some(stranger) = magic::stranger(head, tail) {
-        let advice = stranger.advice.replace("FILE", &name.to_string());
+        let advice = stranger.advice.text(&name.to_string(), wanted);
         return Seen::Refused(format!("{name}: {}: {advice}", stranger.name));
     }
     if disk::is_disk(head) {
@@ -469,12 +490,12 @@ fn content(path: &Path, head: &[u8], tail: &[u8]) -> Seen {
     Seen::Unknown(match head.iter().all(|&byte| byte == 0) {
         true if head.is_empty() => format!("{name}: empty"),
         true => format!(
-            "{name}: begins with zeros only, nothing shows what it is: --from raw for a disk, \
+            "{name}: begins with zeros only, nothing shows what it is: {raw} for a disk, \
              --from tar for an empty archive"
         ),
         false => format!(
             "{name}: no partition table, file system, archive or other format that obdsetup knows: \
-             --from raw for a disk"
+             {raw} for a disk"
         ),
     })
 }
@@ -531,7 +552,12 @@ fn ends(path: &Path) -> Result<(Vec<u8>, Vec<u8>)> {
 mod tests {
     use std::path::Path;
 
-    use super::{look, may_be_extent, Input, Kind, Seen};
+    use super::{may_be_extent, Input, Kind, Seen, Wanted};
+
+    fn look(path: &Path) -> anyhow::Result<Seen> {
+        let raw = "--from raw";
+        super::look(path, Wanted { dax: false, raw })
+    }
 
     #[test]
     fn names_of_extents() {
