@@ -12,6 +12,7 @@ use predicates::str::contains;
 use rustix::fs::{mkdirat, mknodat, openat, FileType, IFlags, Mode, OFlags, XattrFlags, CWD};
 use rustix::process::Signal;
 
+use crate::common::tars::{member, pax, tar};
 use crate::common::{needs, noise, stop, tests, Place};
 
 tests! {
@@ -20,6 +21,7 @@ tests! {
     names_with_the_same_hash;
     links_that_are_as_long_as_can_be needs needs::e2fsprogs();
     large_attributes needs needs::e2fsprogs(), needs::large_xattrs();
+    attributes_that_do_not_fit needs needs::e2fsprogs();
     largest_device_numbers needs needs::e2fsprogs(), needs::mksquashfs(), needs::device_nodes();
     flags_are_told_of_once needs needs::flags();
     an_interrupt_ends_the_btrfs_writer_at_once;
@@ -157,6 +159,64 @@ fn links_that_are_as_long_as_can_be() {
             .windows(target.len())
             .any(|part| part == target.as_bytes());
         assert!(there, "{fs}");
+    }
+}
+
+/// Extended attributes that an ext4 has no room for: because it is full, because of its small blocks, or in any ext4.
+/// debugfs names no file, and the first file with large attributes need not be the reason.
+fn attributes_that_do_not_fit() {
+    let place = Place::new();
+    let with = |name: &str, sizes: &[usize]| {
+        let records = sizes.iter().enumerate().map(|(nth, &size)| {
+            let key = format!("SCHILY.xattr.user.{nth}").into_bytes();
+            // No two values are the same, so that no block is shared.
+            let value = format!("{name}{}", "x".repeat(size - name.len()));
+            (key, value.into_bytes())
+        });
+        let records: Vec<(Vec<u8>, Vec<u8>)> = records.collect();
+        let records: Vec<(&[u8], &[u8])> = records
+            .iter()
+            .map(|(key, value)| (key.as_slice(), value.as_slice()))
+            .collect();
+        [pax(&records), member(name, b'0', b"")].concat()
+    };
+    let large = member("large", b'0', &noise(3400 << 10, 5));
+    let small = (0..30).map(|nth| with(&format!("f{nth:02}"), &[1500]));
+    // This one fits in a block.
+    let members = [large, with("wide", &[3900])].into_iter().chain(small);
+    place.write("full.tar", &tar(&members.collect::<Vec<_>>()));
+    place.write("small.tar", &tar(&[with("file", &[1500])]));
+    let both = [with("first", &[3850]), with("second", &[3000, 1500])];
+    place.write("both.tar", &tar(&both));
+    for (command, said) in [
+        (
+            "full.tar --size 8m",
+            "too small for these files: give a larger --size, or none, so that it is estimated: debugfs \
+             failed: ea_set: ",
+        ),
+        (
+            "small.tar --size 360k",
+            "./file: extended attribute user.0: with the others of the file, 1506 bytes are more than an ext4 with \
+             blocks of 1024 bytes can hold: use --mkfs-arg=-b4096, or --fs erofs",
+        ),
+        (
+            "both.tar",
+            "./second: extended attribute user.0: with the others of the file, 4512 bytes are more than ext4 can hold",
+        ),
+    ] {
+        place
+            .run(&format!("convert {command} out --fs ext4"))
+            .code(1)
+            .stderr(contains(said));
+    }
+    for command in [
+        "full.tar",
+        "full.tar --size 16m",
+        "small.tar --size 360k --mkfs-arg=-b4096",
+    ] {
+        place
+            .run(&format!("convert {command} out --force --fs ext4"))
+            .success();
     }
 }
 

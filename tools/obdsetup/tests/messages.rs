@@ -245,6 +245,11 @@ const NO_MESSAGES: &[(&str, &str, &str)] = &[
     ("make/mkfs/ext/mod.rs", "Not enough space", "as above"),
     ("make/mkfs/ext/mod.rs", "Illegal inode", "as above"),
     ("make/mkfs/ext/mod.rs", "debugfs 1.", "what debugfs says"),
+    (
+        "make/mkfs/ext/mod.rs",
+        "Insufficient space",
+        "what debugfs says",
+    ),
     ("make/mkfs/ext/mod.rs", "debugfs: ", "as above"),
     ("make/mkfs/ext/mod.rs", "ls -l ", "a command for debugfs"),
     (

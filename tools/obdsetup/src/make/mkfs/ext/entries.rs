@@ -78,6 +78,11 @@ impl Geometry {
         })
     }
 
+    /// Returns the size of a block in bytes.
+    pub(super) fn block(&self) -> u64 {
+        self.block
+    }
+
     pub(super) fn inode_size(&self) -> u16 {
         self.inode_size
     }

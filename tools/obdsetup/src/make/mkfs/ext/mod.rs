@@ -13,7 +13,7 @@ use std::fmt::Write as _;
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 
-use anyhow::{bail, Context, Result};
+use anyhow::{anyhow, bail, Context, Result};
 use tempfile::{NamedTempFile, TempDir};
 
 use self::entries::{Entry, Geometry};
@@ -31,8 +31,20 @@ use crate::terminal::warn;
 const EXT_JOURNAL: u64 = 8 << 20;
 /// What the programs are needed for.
 const NEED: &str = "ext2, ext3 and ext4 file systems";
-/// If names and values of a file's extended attributes have more bytes, they may not fit in an inode and a block.
+/// If names and values of a file's extended attributes have more bytes, they may not fit in an inode and a block of
+/// 4 KiB.
 const XATTRS: usize = 3800;
+/// Bytes that a file system stores for an extended attribute besides its name and value.
+const XATTR_ENTRY: usize = 16;
+/// What mke2fs and debugfs say if the file system is too small.
+const FULL: [&str; 4] = [
+    "Could not allocate block",
+    "Could not allocate inode",
+    "Not enough space to build",
+    "Illegal inode number while writing reserved inodes",
+];
+const TOO_SMALL: &str =
+    "too small for these files: give a larger --size, or none, so that it is estimated";
 /// Inode of the root directory.
 const ROOT_INODE: u32 = 2;
 /// Largest number of names of a file, as in the kernel (EXT4_LINK_MAX). An inode counts them in 16 bits.
@@ -90,10 +102,11 @@ pub(super) fn make(
         work: &work,
         values: 0,
         stamp,
+        is_sized: options.size.is_some(),
     };
     let geometry = Geometry::read(image.as_file())?;
     mend.find_inodes(image.path())?;
-    mend.all(image.path(), geometry.inode_size() > 128)?;
+    mend.all(image.path(), &geometry)?;
     mend.entries(&image, &geometry)?;
     Ok(image)
 }
@@ -216,22 +229,19 @@ impl Mke2fs<'_> {
 
     /// Says of a failure of mke2fs what to do if the size that the user gave is too small.
     fn too_small(&self, error: anyhow::Error) -> anyhow::Error {
-        const SIGNS: [&str; 4] = [
-            "Could not allocate block",
-            "Could not allocate inode",
-            "Not enough space to build",
-            "Illegal inode number while writing reserved inodes",
-        ];
         let lines = error.downcast_ref::<Lines>();
         let lines = lines.map_or(&[] as &[String], |failed| failed.lines.as_slice());
-        let is_sign = |line: &String| SIGNS.iter().any(|sign| line.contains(sign));
-        match self.options.size.is_some() && lines.iter().any(is_sign) {
-            true => error.context(
-                "too small for these files: give a larger --size, or none, so that it is estimated",
-            ),
+        let is_full = lines.iter().any(|line| is_full(line));
+        match self.options.size.is_some() && is_full {
+            true => error.context(TOO_SMALL),
             false => error,
         }
     }
+}
+
+/// Returns whether `line`, which mke2fs or debugfs has printed, says that the file system is too small.
+fn is_full(line: &str) -> bool {
+    FULL.iter().any(|sign| line.contains(sign))
 }
 
 /// The files with times that inodes of 128 bytes cannot hold.
@@ -274,6 +284,8 @@ struct Mend<'a> {
     /// Number of files in `work` with values of extended attributes.
     values: usize,
     stamp: &'a Stamp,
+    /// Whether the user has given the size of the file system.
+    is_sized: bool,
 }
 
 impl Mend<'_> {
@@ -346,12 +358,12 @@ impl Mend<'_> {
         Script::new(&self.script_path())
     }
 
-    /// Writes the commands that set all metadata, and runs debugfs with them. `large`: see [`Self::node`].
-    fn all(&mut self, image: &Path, large: bool) -> Result<()> {
+    /// Writes the commands that set all metadata of the file system in `image`, and runs debugfs with them.
+    fn all(&mut self, image: &Path, geometry: &Geometry) -> Result<()> {
         let mut script = self.script()?;
         self.kinds(&mut script)?;
         let mut coarse = Coarse::default();
-        let mut lost = (!large).then_some(&mut coarse);
+        let mut lost = (geometry.inode_size() <= 128).then_some(&mut coarse);
         self.node(&mut script, ROOT, b"", &mut lost)?;
         for nth in 0..self.names.len() {
             let Some(name) = self.names.get(nth).filter(|name| name.first) else {
@@ -384,38 +396,60 @@ impl Mend<'_> {
                     let lines = vec![error.clone()];
                     return Err(full("debugfs failed".to_owned(), lines).into());
                 }
-                self.fits(error)?;
-                bail!("debugfs failed: {error}")
+                let failed = anyhow!("debugfs failed: {error}");
+                if !is_full(error) {
+                    self.fits(error, geometry.block())?;
+                } else if self.is_sized {
+                    return Err(failed.context(TOO_SMALL));
+                }
+                Err(failed)
             }
             None => Ok(()),
         }
     }
 
-    /// If `error`, a message of debugfs, is about extended attributes, returns an error that names the first file
-    /// whose extended attributes have more than [`XATTRS`] bytes together. Otherwise, or if there is no such file,
-    /// returns `Ok`.
-    fn fits(&self, error: &str) -> Result<()> {
+    /// If `error`, a message of debugfs, says that the extended attributes of a file are too many for it, returns an
+    /// error that names the file whose extended attributes need most: debugfs names none. Otherwise, returns `Ok`. The
+    /// file system has blocks of `block` bytes.
+    fn fits(&self, error: &str, block: u64) -> Result<()> {
         if !error.contains("ea_set") {
             return Ok(());
         }
+        let mut widest = (0, 0, None, None);
         let root = std::iter::once((ROOT, None));
         let names = self.names.iter();
         for (id, name) in root.chain(names.map(|name| (name.id, Some(name)))) {
             let xattrs = &self.tree.node(id)?.meta.xattrs;
             let size = |(name, value): (&Vec<u8>, &Vec<u8>)| name.len() + value.len();
-            let largest = xattrs.iter().max_by_key(|(_, value)| value.len());
             let sum: usize = xattrs.iter().map(size).sum();
-            if let Some((xattr, _)) = largest.filter(|_| sum > XATTRS) {
-                let path = name.map(|name| self.names.path(name)).unwrap_or_default();
-                return Err(Failure::usage(format!(
-                    "{}: extended attribute {}: with the others of the file, {sum} bytes are more \
-                     than ext4 can hold: use --fs erofs",
-                    show(&path),
-                    String::from_utf8_lossy(xattr)
-                )));
+            let need = sum + xattrs.len() * XATTR_ENTRY;
+            if need > widest.0 {
+                let largest = xattrs.iter().max_by_key(|(_, value)| value.len());
+                widest = (need, sum, largest.map(|(xattr, _)| xattr), name);
             }
         }
-        Ok(())
+        let (_, sum, Some(xattr), name) = widest else {
+            return Ok(());
+        };
+        let is_small = sum <= XATTRS;
+        if is_small && !error.contains("Insufficient space") {
+            return Ok(());
+        }
+        let path = name.map(|name| self.names.path(name)).unwrap_or_default();
+        let file = format!(
+            "{}: extended attribute {}",
+            show(&path),
+            String::from_utf8_lossy(xattr)
+        );
+        Err(Failure::usage(match is_small && block < 4096 {
+            true => format!(
+                "{file}: with the others of the file, {sum} bytes are more than an ext4 with blocks of {block} bytes \
+                 can hold: use --mkfs-arg=-b4096, or --fs erofs"
+            ),
+            false => format!(
+                "{file}: with the others of the file, {sum} bytes are more than ext4 can hold: use --fs erofs"
+            ),
+        }))
     }
 
     /// Writes commands that remove the additional inodes of files with several names, and set the link counts
