@@ -12,8 +12,9 @@ from obdtest.disk import verify
 from obdtest.files import read, work_directory, write
 from obdtest.ktap import Skip, check, defer, equal, main, test
 from obdtest.left import loops
-from obdtest.programs import close, obdsetup, quietly, run
+from obdtest.programs import close, need, obdsetup, quietly, run
 
+MIB = 1 << 20
 SIZE = 4 << 20
 NAME = f"obdtest-{os.getpid()}"
 # A directory on the host, over 9p, which has no rename that fails if the new name exists.
@@ -166,6 +167,47 @@ def mounted_layer():
     equal(devices(), {}, "devices")
     run("umount", mnt)
     obdsetup("open", NAME, loop)
+    obdsetup("close", NAME)
+
+
+@test("open: a layer on a disk with a mapped device over a partition, or on a partition of such a disk, is refused")
+def layer_of_other_parts():
+    need("addpart")
+    work = work_directory()
+    layers, content = make_stack(work, 1)
+    # A layer at the start of the disk, and one in its second partition.
+    disk, size = f"{work}/disk", -(-os.path.getsize(layers[0]) // MIB) * MIB
+    with open(disk, "wb") as file:
+        file.write(read(layers[0]))
+        file.seek(size)
+        file.write(read(layers[0]))
+        file.truncate(2 * size)
+    length = os.path.getsize(layers[0])
+    loop = run("losetup", "--partscan", "--read-only", "--find", "--show", disk).strip()
+    defer(quietly, "losetup", "--detach", loop)
+    for nth, sectors in enumerate((size // 512 - 8, size // 512)):
+        run("addpart", loop, str(nth + 1), str((8, size // 512)[nth]), str(sectors))
+        defer(quietly, "delpart", loop, str(nth + 1))
+    whole, first, second = f"{loop}:size={length}", f"{loop}p1", f"{loop}p2:size={length}"
+    over = f"{NAME}-over"
+
+    def refused(layer):
+        said = obdsetup("open", NAME, layer, status=5)[1]
+        check(f"is in use by device {over}: close that first" in said, said)
+        equal(devices(), {}, "devices")
+
+    run("dmsetup", "create", over, "--readonly", "--table", f"0 8 linear {first} 0")
+    defer(quietly, "dmsetup", "remove", over)
+    refused(whole)
+    # Another partition may be used at the same time.
+    obdsetup("open", NAME, second)
+    verify(f"/dev/mapper/{NAME}", content, rounds=5)
+    obdsetup("close", NAME)
+    run("dmsetup", "remove", over)
+    run("dmsetup", "create", over, "--readonly", "--table", f"0 8 linear {loop} 0")
+    refused(second)
+    run("dmsetup", "remove", over)
+    obdsetup("open", NAME, whole)
     obdsetup("close", NAME)
 
 

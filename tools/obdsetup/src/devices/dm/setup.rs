@@ -506,18 +506,22 @@ impl<'a> SetUp<'a> {
     /// `all` are all mapped devices.
     fn user(&self, number: &str, table: &[Line], all: &[State]) -> Option<String> {
         let wants_dax = table.iter().any(|line| line.target == LSMT_DAX);
-        let mut users = system::users_of_any_part(number).into_iter();
-        users.find_map(|user| {
+        let system::Users { own, others } = system::users_of_any_part(number);
+        let own = own.into_iter().map(|user| (user, false));
+        let mut users = own.chain(others.into_iter().map(|user| (user, true)));
+        users.find_map(|(user, is_other_part)| {
             let Some(state) = all.iter().find(|state| state.number == user) else {
                 // Such devices have a block device for themselves.
                 return Some(system::name(&user));
             };
-            // Mapped devices can have a block device in common, unless both have DAX.
+            // Mapped devices can have a block device in common, unless both have DAX. But the kernel gives a disk to
+            // nobody while a partition of it is in use, and the other way round.
             let has_dax = || {
                 let targets = self.control.targets(&state.name);
                 targets.iter().any(|target| target == LSMT_DAX)
             };
-            (wants_dax && has_dax()).then(|| format!("device {}", state.name))
+            let excludes = is_other_part || wants_dax && has_dax();
+            excludes.then(|| format!("device {}", state.name))
         })
     }
 

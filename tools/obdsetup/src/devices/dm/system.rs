@@ -44,21 +44,36 @@ pub(crate) fn users(number: &str) -> BTreeSet<String> {
     numbers_in(&system(number).join("holders"))
 }
 
-/// Returns the numbers of the devices that are over block device `number`, over its partitions, or over the disk
-/// that it is a partition of. These may be mapped devices or others, such as RAID.
-pub(super) fn users_of_any_part(number: &str) -> BTreeSet<String> {
-    let device = system(number);
-    let device = device.canonicalize().unwrap_or(device);
+/// The devices that are over a block device, or over parts of it, by their numbers. These may be mapped devices or
+/// others, such as RAID.
+#[derive(Debug, PartialEq, Eq)]
+pub(super) struct Users {
+    /// Those over the block device itself.
+    pub(super) own: BTreeSet<String>,
+    /// Those over its partitions, or over the disk that it is a partition of.
+    pub(super) others: BTreeSet<String>,
+}
+
+/// Returns the devices that are over block device `number`, its partitions, or its disk.
+pub(super) fn users_of_any_part(number: &str) -> Users {
+    users_at(&system(number))
+}
+
+/// As [`users_of_any_part`], for the device with the directory `device` in sysfs.
+fn users_at(device: &Path) -> Users {
+    let device = device.canonicalize().unwrap_or_else(|_| device.to_owned());
     let is_part = |path: &Path| path.join("partition").exists();
     let entries = fs::read_dir(&device).into_iter().flatten().flatten();
     let parts = entries
         .map(|entry| entry.path())
         .filter(|path| is_part(path));
     let disk = device.parent().filter(|_| is_part(&device));
-    let all = parts.chain(disk.map(Path::to_owned));
-    all.chain([device.clone()])
-        .flat_map(|one| numbers_in(&one.join("holders")))
-        .collect()
+    let others = parts.chain(disk.map(Path::to_owned));
+    let over = |one: &Path| numbers_in(&one.join("holders"));
+    Users {
+        own: over(&device),
+        others: others.flat_map(|one| over(&one)).collect(),
+    }
 }
 
 /// Returns the kernel's name of block device `number`, or the number if there is no such device.
@@ -105,4 +120,37 @@ pub(super) fn disk(number: &str) -> (String, String) {
     };
     let whole = whole.unwrap_or_else(|| device.clone());
     (text(&whole.join("diskseq")), text(&device.join("start")))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::{fs, users_at, Path};
+
+    /// A disk with a logical volume over a partition, and a RAID over another one.
+    #[test]
+    fn users_of_parts() -> std::io::Result<()> {
+        let sys = tempfile::tempdir()?;
+        let file = |path: &Path, text: &str| {
+            fs::create_dir_all(path.parent().unwrap_or(path))?;
+            fs::write(path, text)
+        };
+        let disk = sys.path().join("sdb");
+        let (one, two) = (disk.join("sdb1"), disk.join("sdb2"));
+        file(&one.join("partition"), "1\n")?;
+        file(&one.join("holders/dm-3/dev"), "253:3\n")?;
+        file(&two.join("partition"), "2\n")?;
+        file(&two.join("holders/md0/dev"), "9:0\n")?;
+        fs::create_dir(disk.join("holders"))?;
+        let users = users_at(&disk);
+        assert!(users.own.is_empty());
+        assert!(users.others.iter().eq(["253:3", "9:0"]));
+        // The users of another partition exclude nobody.
+        let users = users_at(&one);
+        assert!(users.own.iter().eq(["253:3"]));
+        assert!(users.others.is_empty());
+        file(&disk.join("holders/dm-4/dev"), "253:4\n")?;
+        assert!(users_at(&one).others.iter().eq(["253:4"]));
+        assert!(users_at(&disk).own.iter().eq(["253:4"]));
+        Ok(())
+    }
 }
