@@ -1781,11 +1781,11 @@ fn archives_that_are_refused_at_once() {
     let root = place.path("layout");
     let layer = etc_tar();
     let wrong = vec![0_u8; (4 << 20) + 1];
-    let pack = |layers: usize| {
+    let pack = |layers: usize, wrong: &[u8]| {
         let mut layout = Layout::new(&root);
         let blob = layout.blob(&layer, OCI_TAR);
         layout.image(&vec![blob; layers], &vec![digest(&layer); layers], "");
-        fs::write(root.join("blobs/sha256").join("a".repeat(64)), &wrong).unwrap();
+        fs::write(root.join("blobs/sha256").join("a".repeat(64)), wrong).unwrap();
         place.write("image.tar", &packed(&root));
         fs::remove_dir_all(&root).unwrap();
     };
@@ -1796,14 +1796,17 @@ fn archives_that_are_refused_at_once() {
             .stderr(contains(said));
         assert_eq!(place.names(), ["image.tar"]);
     };
-    for layers in [0, 256] {
-        pack(layers);
-        let said = format!("has {layers} layers, expected 1 to 255");
-        refused("", 3, &said);
+    // A small layer is not unpacked, either.
+    for wrong in [wrong.as_slice(), b"\x1f\x8b a short layer"] {
+        for layers in [0, 256] {
+            pack(layers, wrong);
+            let said = format!("has {layers} layers, expected 1 to 255");
+            refused("", 3, &said);
+        }
+        pack(1, wrong);
+        refused("--ref nothing", 1, "no such image; there are: ");
+        refused("", 3, "is not what its digest says");
     }
-    pack(1);
-    refused("--ref nothing", 1, "no such image; there are: ");
-    refused("", 3, "is not what its digest says");
     // Neither an index nor a manifest.json.
     let name = format!("blobs/sha256/{}", "a".repeat(64));
     let blob = member(&name, b'0', &wrong);
@@ -1818,6 +1821,17 @@ fn archives_that_are_refused_at_once() {
             3,
             "has layers of an image, but no manifest.json",
         );
+    }
+    // A manifest.json that cannot be used.
+    let large = " ".repeat((4 << 20) + 1);
+    for (list, said) in [
+        ("[{]", "not what `docker save' writes"),
+        (large.as_str(), "has more than 4194304 bytes"),
+    ] {
+        let list = file("manifest.json", list);
+        place.write("image.tar", &tar(&[blob.clone(), list]));
+        let said = format!("manifest.json: {said}");
+        refused("--from oci", 3, &said);
     }
 }
 

@@ -22,10 +22,7 @@ pub(crate) fn read(path: &Path, shown: &Path) -> Result<Vec<u8>> {
         other => other,
     })?;
     if file.size() > MAX {
-        return Err(bad(
-            shown,
-            &format!("has more than {MAX} bytes, too many for such a file"),
-        ));
+        return Err(too_large(shown));
     }
     let mut bytes = vec![0; to_usize(file.size())];
     file.read_at(0, &mut bytes)
@@ -36,6 +33,12 @@ pub(crate) fn read(path: &Path, shown: &Path) -> Result<Vec<u8>> {
 /// Parses the bytes of the file at `path`. Messages call the content `what`.
 pub(crate) fn parse<T: DeserializeOwned>(bytes: &[u8], path: &Path, what: &str) -> Result<T> {
     serde_json::from_slice(bytes).map_err(|error| bad(path, &format!("not {what}: {error}")))
+}
+
+/// Returns the error for a file of more than [`MAX`] bytes.
+pub(crate) fn too_large(path: &Path) -> anyhow::Error {
+    let what = format!("has more than {MAX} bytes, too many for such a file");
+    bad(path, &what)
 }
 
 /// Returns the error for a file with wrong content.

@@ -134,7 +134,8 @@ pub(super) fn unpack(input: &Path, place: &Path, choice: &Choice) -> Result<Layo
 }
 
 /// Checks the image that `choice` means, in the archive `input`, which is an OCI image layout. Unpacks only files that
-/// may be JSON, to a temporary directory in `place`. If more is needed, the error is reported when all is unpacked.
+/// begin as JSON does, to a temporary directory in `place`: indexes, manifests and configs, no layers. If more is
+/// needed, the error is reported when all is unpacked.
 fn check_image(input: &Path, place: &Path, choice: &Choice) -> Result<()> {
     let mut unpack = Unpack::new(input, place)?;
     let mut archive = Archive::again(input)?;
@@ -142,7 +143,10 @@ fn check_image(input: &Path, place: &Path, choice: &Choice) -> Result<()> {
         let path = &member.path;
         let is_small = matches!(member.kind, MemberKind::File) && member.size <= json::MAX;
         if is_small && path.len() <= NAME && is_wanted(path) {
-            unpack.member(&member, &mut archive)?;
+            let stored = unpack.store_json(&member, &mut archive)?;
+            if let Some(stored) = stored {
+                unpack.add_file(path, stored)?;
+            }
         }
     }
     if !unpack.place_index()? {
@@ -159,7 +163,7 @@ fn check_image(input: &Path, place: &Path, choice: &Choice) -> Result<()> {
 
 /// What an archive is.
 enum Contents {
-    /// An OCI image layout, with a `manifest.json` that lists too many layers, or without one.
+    /// An OCI image layout, with a `manifest.json` that cannot be used, or without one.
     Layout,
     /// The output of `docker save`, perhaps also an OCI image layout: the names of the files that its `manifest.json`
     /// lists.
@@ -167,24 +171,28 @@ enum Contents {
 }
 
 /// Looks for the files that say what images are in the archive `input`: `manifest.json`, or `oci-layout` and
-/// `index.json`. Tools use arbitrary names for the layers that a `manifest.json` lists. Returns no names if it can't be
-/// parsed or lists too much; if it is needed, the error is reported later. An error if there is neither it nor an
-/// index, or if there is no index, which would be read instead, and each image in `manifest.json` has more layers than
-/// a stack can have. Reads the archive up to `manifest.json`, which is usually at the end, or to the end, so the
-/// caller must read the archive again.
+/// `index.json`. Tools use arbitrary names for the layers that a `manifest.json` lists. An error if there is neither it
+/// nor an index, or if there is no index, which would be read instead, and `manifest.json` cannot be parsed, lists too
+/// much, or has only images with more layers than a stack can have. Reads the archive up to `manifest.json`, which is
+/// usually at the end, or to the end, so the caller must read the archive again.
 fn look(input: &Path) -> Result<Contents> {
     let mut archive = Archive::again(input)?;
-    let (mut is_layout, mut has_index, mut has_manifest) = (false, false, false);
+    let shown = PathBuf::from(format!("{}: manifest.json", input.display()));
+    let (mut is_layout, mut has_index) = (false, false);
+    // What is wrong with `manifest.json`. Counts only if there is no index, which may follow.
     let mut wrong = None;
     while let Some(member) = archive.next()? {
         let is_file = matches!(member.kind, MemberKind::File);
         match member.path.as_slice() {
             b"oci-layout" => is_layout = is_file,
             b"index.json" => has_index = is_file,
-            b"manifest.json" => has_manifest = is_file,
             _ => {}
         }
-        if member.path != b"manifest.json" || !is_file || member.size > json::MAX {
+        if member.path != b"manifest.json" || !is_file {
+            continue;
+        }
+        if member.size > json::MAX {
+            wrong = Some(json::too_large(&shown));
             continue;
         }
         let mut bytes = Vec::new();
@@ -192,28 +200,32 @@ fn look(input: &Path) -> Result<Contents> {
             bytes.extend_from_slice(piece);
             Ok(())
         })?;
-        let images: Vec<Saved> = serde_json::from_slice(&bytes).unwrap_or_default();
-        wrong = check_layers(&images).err();
-        if wrong.is_some() {
-            // The index may follow.
-            continue;
-        }
-        let images = Some(images).filter(|images| check(images).is_ok());
-        let names = images.unwrap_or_default().into_iter().flat_map(|image| {
-            let layers = image.layers.into_iter();
-            layers.chain([image.config]).map(String::into_bytes)
+        let images = parse(&bytes, &shown).and_then(|images| {
+            let checked = check_layers(&images).and_then(|()| check(&images));
+            checked.map_err(|what| bad(&shown, &what))?;
+            Ok(images)
         });
-        return Ok(Contents::Saved(names.collect()));
+        match images {
+            Ok(images) => {
+                let names = images.into_iter().flat_map(|image| {
+                    let layers = image.layers.into_iter();
+                    layers.chain([image.config]).map(String::into_bytes)
+                });
+                return Ok(Contents::Saved(names.collect()));
+            }
+            Err(error) => wrong = Some(error),
+        }
     }
     match wrong {
         _ if is_layout && has_index => Ok(Contents::Layout),
-        Some(what) => {
-            let shown = format!("{}: manifest.json", input.display());
-            Err(bad(Path::new(&shown), &what))
-        }
-        None if has_manifest => Ok(Contents::Saved(HashSet::new())),
+        Some(error) => Err(error),
         None => Err(bad(input, NO_MANIFEST)),
     }
+}
+
+/// Returns the images that a `manifest.json`, which messages call `shown`, lists in `bytes`.
+fn parse(bytes: &[u8], shown: &Path) -> Result<Vec<Saved>> {
+    json::parse(bytes, shown, "what `docker save' writes")
 }
 
 /// Returns whether a file with this name may be a part of an image.
@@ -275,24 +287,11 @@ impl<'a> Unpack<'a> {
 
     fn member(&mut self, member: &Member, archive: &mut Archive) -> Result<()> {
         let path = member.path.as_slice();
-        if self.files.len() + self.links.len() >= FILES {
-            let what = format!("has more than {FILES} files that may be parts of an image");
-            return Err(self.bad(&what));
-        }
-        self.count(path.len())?;
-        self.files.remove(path);
-        self.links.remove(path);
+        self.replace(path)?;
         match &member.kind {
             MemberKind::File => {
                 let stored = self.store(member, archive)?;
-                let hex = path.strip_prefix(BLOBS.as_bytes());
-                if let Some(hex) = hex.filter(|hex| is_hex(hex)) {
-                    if stored.digest.as_bytes().strip_prefix(b"sha256:") != Some(hex) {
-                        let what = format!("{}: is not what its digest says", brief(path));
-                        return Err(self.bad(&what));
-                    }
-                }
-                self.files.insert(path.to_vec(), stored);
+                self.insert(path, stored)?;
             }
             MemberKind::HardLink(target) => self.link(path, target.clone())?,
             MemberKind::Symlink(target) => {
@@ -302,6 +301,37 @@ impl<'a> Unpack<'a> {
             }
             _ => {}
         }
+        Ok(())
+    }
+
+    /// Adds the file `path` of the archive, which was stored as a blob.
+    fn add_file(&mut self, path: &[u8], stored: Stored) -> Result<()> {
+        self.replace(path)?;
+        self.insert(path, stored)
+    }
+
+    /// Forgets the earlier file or link `path`, before one that replaces it. An error if there are too many files.
+    fn replace(&mut self, path: &[u8]) -> Result<()> {
+        if self.files.len() + self.links.len() >= FILES {
+            let what = format!("has more than {FILES} files that may be parts of an image");
+            return Err(self.bad(&what));
+        }
+        self.count(path.len())?;
+        self.files.remove(path);
+        self.links.remove(path);
+        Ok(())
+    }
+
+    /// Notes the file `path` of the archive. An error if it is a blob whose digest is another one.
+    fn insert(&mut self, path: &[u8], stored: Stored) -> Result<()> {
+        let hex = path.strip_prefix(BLOBS.as_bytes());
+        if let Some(hex) = hex.filter(|hex| is_hex(hex)) {
+            if stored.digest.as_bytes().strip_prefix(b"sha256:") != Some(hex) {
+                let what = format!("{}: is not what its digest says", brief(path));
+                return Err(self.bad(&what));
+            }
+        }
+        self.files.insert(path.to_vec(), stored);
         Ok(())
     }
 
@@ -363,6 +393,33 @@ impl<'a> Unpack<'a> {
         Ok(stored)
     }
 
+    /// Stores a file of the archive, of at most [`json::MAX`] bytes, as a blob if it begins as a JSON object does.
+    /// Otherwise, or if it has holes, returns `None`.
+    fn store_json(&self, member: &Member, archive: &mut Archive) -> Result<Option<Stored>> {
+        let begins = |bytes: &[u8]| {
+            bytes
+                .trim_ascii_start()
+                .first()
+                .is_none_or(|&byte| byte == b'{')
+        };
+        let mut bytes = Vec::new();
+        archive.content(member, |offset, piece| {
+            if offset == to_u64(bytes.len()) && begins(&bytes) {
+                bytes.extend_from_slice(piece);
+            }
+            Ok(())
+        })?;
+        if !begins(&bytes) || to_u64(bytes.len()) != member.size {
+            return Ok(None);
+        }
+        let stored = Stored {
+            digest: sha256(Sha256::new_with_prefix(&bytes)),
+            size: member.size,
+        };
+        std::fs::write(self.path(&stored), &bytes).context(WRITE)?;
+        Ok(Some(stored))
+    }
+
     /// Returns the file with this name in the archive. Follows links.
     fn find(&self, name: &str) -> Result<&Stored> {
         let mut name = name.as_bytes();
@@ -416,7 +473,7 @@ impl<'a> Unpack<'a> {
         }
         let (bytes, _) = self.read("manifest.json")?;
         let shown = self.shown("manifest.json");
-        let images: Vec<Saved> = json::parse(&bytes, &shown, "what `docker save' writes")?;
+        let images = parse(&bytes, &shown)?;
         check(&images).map_err(|what| bad(&shown, &what))?;
         let mut manifests = Vec::new();
         // Each config is read only once: many images may name the same one.
