@@ -150,9 +150,14 @@ void obd_bio_associate_root(struct bio *bio)
 #endif
 }
 
-bool obd_in_interrupt_off(void)
+static inline bool in_interrupt_off(void)
 {
 	return in_hardirq() || irqs_disabled();
+}
+
+bool obd_in_interrupt_off(void)
+{
+	return in_interrupt_off();
 }
 
 bool obd_is_idle_class(u16 ioprio)
@@ -168,7 +173,7 @@ MODULE_PARM_DESC(at_once_bytes,
 bool obd_at_once(unsigned int bytes, u16 ioprio)
 {
 	/* With lazy preemption need_resched() is false until the next tick. */
-	return bytes <= READ_ONCE(at_once_bytes) && !obd_in_interrupt_off() &&
+	return bytes <= READ_ONCE(at_once_bytes) && !in_interrupt_off() &&
 	       !need_resched() &&
 	       !test_thread_flag(TIF_NEED_RESCHED_LAZY) &&
 	       !obd_is_idle_class(ioprio);
