@@ -211,6 +211,25 @@ cargo() {
 		$'1 ignored unless cargo test is asked for it\n1 no machine\n2 no golden images, see OBD_GOLDENS\n3 1'
 }
 
+# race WHAT FRAME...: print a report of KCSAN about a race WHAT between a task with these frames and an interrupt.
+race() {
+	printf '%s\n' "BUG: KCSAN: data-race in $1" "" "write to 0xffff888000e3d72c of 4 bytes by task 919 on cpu 0:" \
+		"${@:2}" "" "read to 0xffff888000e3d72c of 4 bytes by interrupt on cpu 1:" " scheduler_tick+0x1/0x2" \
+		"==================================================================" "next line"
+}
+
+kcsan() {
+	local ours=" read_done+0x1/0x2 [dm_overlaybd]"
+	race "a / b" " vmalloc+0x1/0x2" "$ours" " submit_bio+0x1/0x2" >"$work/kcsan-called"
+	race "a / b" " complete_all+0x1/0x2" " bio_endio+0x1/0x2" "$ours" >"$work/kcsan-passed-on"
+	race "kthread_is_per_cpu / vmalloc" " vmalloc+0x1/0x2" "$ours" >"$work/kcsan-flags"
+	! scripts/check.sh --kernel-log "$work/kcsan-called" >/dev/null || return
+	scripts/check.sh --kernel-log "$work/kcsan-passed-on" && scripts/check.sh --kernel-log "$work/kcsan-flags" || return
+	# Nothing else is left out.
+	equal "$(awk -f tests/kcsan.awk "$work/kcsan-flags")" "next line" || return
+	! cat "$work/kcsan-flags" "$work/kcsan-called" | scripts/check.sh --kernel-log /dev/stdin >/dev/null
+}
+
 # stubbed_check PART...: run check.sh in a copy of scripts/, in which stubs replace the scripts that it calls. The stub
 # of the VM prints KTAP with a failed and a skipped test.
 stubbed_check() {
@@ -378,6 +397,7 @@ test "a command in the root ends with its caller: TERM" ends_with_caller TERM
 test "a command in the root ends with its caller: KILL" ends_with_caller KILL
 test "causes of skipped tests: KTAP" ktap
 test "causes of skipped tests: cargo" cargo
+test "which races of KCSAN concern the module" kcsan
 test "sums of make check" sums
 test "a part of make check that is too late" too_late
 test "instructions of reads against the figures in the tree" instructions
