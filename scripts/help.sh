@@ -42,7 +42,7 @@ make setup            only set up the tool chain and the kernel that the above n
 make clean            remove build/
 
 make expands RUN before the shell does: write $$ for a $.
-For vm: NOBUILD=1 (boot what is built), SHARE=DIR (read-write at /mnt/share), TIMEOUT=SECONDS (1800),
+For vm: NOBUILD=1 (boot what is built), SHARE=DIR (read-write at /mnt/share), TIMEOUT=SECONDS (1800, boot included),
 KERNEL=forky, debug, kcsan (the kernels of these checks) or uml (with RUN only), QEMU_MEM=MiB (2048), QEMU_SMP=N (2),
 QEMU_ARGS= and KERNEL_ARGS= (more arguments), OBD_GOLDENS=DIR (read-only at /mnt/goldens).
 For set-up: MIRROR=URL of a Debian mirror. The cache, ${XDG_CACHE_HOME:-~/.cache}/dm-overlaybd, is shared by

@@ -1,8 +1,9 @@
 #!/bin/bash
 # SPDX-License-Identifier: GPL-2.0
 # Boots the test VM for a shell, or for the command in RUN, and exits with the command's status. The VM is QEMU or
-# User-Mode Linux. Status 124: not over after TIMEOUT seconds; 125: the VM died (see its kernel log); 126: the VM did
-# not start, or did not begin the command.
+# User-Mode Linux. Status 124: TIMEOUT seconds after the start of the VM, the command was not over; 125: the VM died, in
+# its boot or later (see its kernel log); 126: the VM did not start, or did not begin the command within START_TIMEOUT
+# seconds.
 . "$(dirname "$0")/lib.sh"
 . "$SCRIPTS/cache.sh"
 . "$SCRIPTS/kernel.sh"
@@ -92,7 +93,7 @@ verdict() {
 		warn "vm: the guest did not begin its command within ${START_TIMEOUT:-300} s; from $kernel_log:"
 		status=126
 	elif [ -e "$VM_RUN/timeout" ]; then
-		warn "vm: the command was not over after ${TIMEOUT:-1800} s; from $kernel_log:"
+		warn "vm: the command was not over ${TIMEOUT:-1800} s after the start of the VM; from $kernel_log:"
 		status=124
 	elif [ -s "$kernel_log" ]; then
 		warn "vm: the guest died; from $kernel_log:"

@@ -315,9 +315,9 @@ def devices_file():
     gone(before)
 
 
-@test("an image with a physical volume: with a filter, and writable")
+@test("an image with a physical volume: a filter hides it, and LVM uses a writable snapshot of it")
 def filtered():
-    before, recipe = guest_mounted("With a filter, and writable")
+    before, recipe = guest_mounted("With a filter and a writable snapshot")
     write("first\n")
     lvm_is_content()
     equal(script("pvs --noheadings --options pv_name --select vg_name=guest").split(), ["/dev/mapper/vm"], "PV")

@@ -1570,26 +1570,21 @@ fn disks_in_images_that_are_cut_off() {
         place.tool(&format!("gzip -k {image}"));
         for name in [image.clone(), format!("{image}.gz")] {
             let said = format!(
-                "{name}: its disk is shorter than it says itself: it has 4194304 bytes, and its ext file system needs \
-                 8388608"
+                "{name}: its disk is too short: it has 4194304 bytes, and its ext file system needs 8388608"
             );
             place.chain_refused(&name, 3, &said);
         }
     }
     // In a chain, of each image with its backing files.
     place.tool("qemu-img create -q -f qcow2 -F qcow2 -b x.qcow2 over.qcow2");
-    place.chain_refused(
-        "over.qcow2",
-        3,
-        "x.qcow2: its disk is shorter than it says itself",
-    );
+    place.chain_refused("over.qcow2", 3, "x.qcow2: its disk is too short");
     // The way out that the message names.
     place.tool("qemu-img convert -O raw x.qcow2 disk");
     place.ok("convert --from raw disk out.obd");
     assert!(place.dump("out.obd") == place.read("ext4"));
 }
 
-/// Disks that are shorter than they say themselves.
+/// Disks that are shorter than their partition table or file system says.
 fn raw_disks_that_are_cut_off() {
     let place = Place::new();
     let partitions = |name: &str, table: &str| {

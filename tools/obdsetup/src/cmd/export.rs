@@ -60,8 +60,8 @@ pub(crate) struct Args {
     #[arg(long, value_enum, value_name = "FORMAT")]
     to: Option<Format>,
 
-    /// Make a directory with a qcow2 image of each layer, whose backing file is that of the layer below:
-    /// layerN.qcow2, N from 0
+    /// Make a directory with a qcow2 image of each layer: layerN.qcow2, N from 0. The backing file of an image
+    /// is the image of the layer below
     #[arg(long = "chain", conflicts_with_all = ["no_sparse", "force"])]
     files: bool,
 
@@ -105,7 +105,7 @@ pub(crate) fn run(args: &Args) -> Result<()> {
             "a qcow2 image is not for standard output: give a file with --output",
         )),
         Format::Qcow2 if args.files => {
-            // Check all layers before anything is written.
+            // Check all layers before the directory is made.
             drop(open_stack(&layers, &args.chain, &args.in_use)?);
             export_chain(&layers, &args.in_use, &args.output)
                 .map_err(|error| name_full(directory(&args.output), error))
@@ -150,7 +150,8 @@ fn export_chain(layers: &[LayerArg], in_use: &InUseArgs, out: &Path) -> Result<(
     made.finish()
 }
 
-/// Makes a raw image of the disk of `stack`, with holes, in the directory `place`. Messages have the path `shown`.
+/// Makes a raw image of the disk of `stack`, with holes, in the directory `place`. Messages name the directory
+/// `shown` instead: `place` may be a temporary directory that is renamed to `shown` at the end.
 fn raw(stack: &Stack, place: &Path, shown: &Path) -> Result<NamedTempFile> {
     let mut raw = temp_file(place)?;
     raw_out::write_file(stack, 0, stack.virtual_size(), raw.as_file_mut(), true)

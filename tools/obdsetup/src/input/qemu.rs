@@ -131,8 +131,8 @@ pub(crate) fn read(
     done?.tell();
     if let Some(what) = kind::fault_of_copy(name, image.path())? {
         let what = format!(
-            "its disk is shorter than it says itself: {what}: incomplete when the image was made? `qemu-img convert -O \
-             raw' makes a disk of the image as it is, and `convert --from raw' takes that"
+            "its disk is too short: {what}: incomplete when the image was made? `qemu-img convert -O raw' makes a disk \
+             of the image as it is, and `convert --from raw' takes that"
         );
         return Err(bad(name, &what));
     }

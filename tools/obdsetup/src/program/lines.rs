@@ -15,7 +15,7 @@ const LONGEST: usize = 4096;
 pub(super) struct Lines {
     /// A line and its number of occurrences.
     lines: Vec<(String, u64)>,
-    /// Number of lines dropped because there were too many already.
+    /// Number of lines dropped, repeated ones too, because there were [`MOST`] others already.
     dropped: u64,
     /// A line that isn't complete yet.
     open: Vec<u8>,

@@ -319,8 +319,8 @@ fn look(path: &Path, wanted: Wanted) -> Result<Seen> {
     }
 }
 
-/// Returns what is wrong with the raw disk at `path`, if it is shorter than it says itself, or if its size is not a
-/// multiple of 512 bytes.
+/// Returns what is wrong with the raw disk at `path`, if it is shorter than its partition table or file system says, or
+/// if its size is not a multiple of 512 bytes.
 ///
 /// # Errors
 ///
@@ -344,7 +344,8 @@ pub(crate) fn fault_of_copy(name: &Path, path: &Path) -> Result<Option<String>> 
     cut_off(name, path, &ends(path)?.0, size)
 }
 
-/// Returns what is wrong with a disk of `size` bytes that begins with `head`, if it is shorter than it says itself.
+/// Returns what is wrong with a disk of `size` bytes that begins with `head`, if it is shorter than its partition table
+/// or file system says.
 fn too_short(head: &[u8], size: u64) -> Option<String> {
     let needed = disk::needed(head)?;
     let short = size < needed.size;

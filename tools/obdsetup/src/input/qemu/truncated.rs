@@ -58,7 +58,8 @@ pub(super) fn check(path: &Path, name: &Path, format: &str, size: u64) -> Result
     image.finish()
 }
 
-/// Checks that the raw disk at `path`, a backing file, is not shorter than it says itself.
+/// Checks that the raw disk at `path`, a backing file, is not shorter than its partition table or file system says, and
+/// that its size is a multiple of 512 bytes.
 fn raw(path: &Path, name: &Path) -> Result<()> {
     let Some(what) = kind::fault_of_raw(path)? else {
         return Ok(());

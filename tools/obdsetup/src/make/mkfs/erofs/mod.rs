@@ -77,7 +77,7 @@ impl Growing {
     pub(super) fn finish(self, stamp: (Uuid, u32)) -> Result<Delta> {
         let blocks = grow::write(&self.state, &self.disk, stamp)?;
         let (file, runs) = self.disk.into_written();
-        // The file may end before the last block does.
+        // `file` has only what was written, so it may be shorter than the disk.
         file.set_len(blocks * BLOCK).context(write::WRITE)?;
         Ok(Delta {
             size: blocks * BLOCK,
