@@ -23,24 +23,30 @@ pub fn granule(runs: &[Run], granule: u64, max: u64) -> Option<u64> {
 
 /// Returns the number of index entries, padding included, of `runs` in units of `unit` sectors.
 fn entries(runs: &[Run], unit: u64) -> u64 {
+    // A layer for DAX has a few entries more than others.
+    padded(to_u64(cut(units(runs, unit, u64::MAX), true).count()))
+}
+
+/// Returns `runs`, which are ascending, in units of `unit` sectors: each unit that has a part of a run goes in as a
+/// whole, up to sector `size` of the disk. Adjacent runs of the same kind are joined.
+pub fn units(runs: &[Run], unit: u64, size: u64) -> Vec<Run> {
     let mut coarse = Runs::default();
-    // First sector after the units counted so far.
+    // First sector after the units so far.
     let mut end = 0;
     for run in runs {
         let start = (run.offset - run.offset % unit).max(end);
-        let behind = run.end().next_multiple_of(unit);
+        let behind = run.end().next_multiple_of(unit).min(size);
         if start < behind {
             coarse.push(start, behind - start, run.zeroed);
             end = behind;
         }
     }
-    // A layer for DAX has a few entries more than others.
-    padded(to_u64(cut(coarse.into_vec(), true).count()))
+    coarse.into_vec()
 }
 
 #[cfg(test)]
 mod tests {
-    use super::granule;
+    use super::{granule, units};
     use crate::lsmt_writer::Run;
 
     fn run(offset: u64, length: u64) -> Run {
@@ -49,6 +55,15 @@ mod tests {
             length,
             zeroed: false,
         }
+    }
+
+    #[test]
+    fn units_end_with_the_disk() {
+        let runs = [run(8, 8), run(24, 8), run(40, 8), run(96, 4)];
+        assert_eq!(units(&runs, 8, 100), runs);
+        assert_eq!(units(&runs, 16, 100), [run(0, 48), run(96, 4)]);
+        assert_eq!(units(&runs, 64, 100), [run(0, 100)]);
+        assert_eq!(units(&[], 8, 100), []);
     }
 
     #[test]

@@ -10,7 +10,7 @@ use crate::format::num::{to_u64, to_usize};
 use crate::format::{Blob, SECTOR_SIZE};
 use crate::identity::{Hasher, Pieces, PIECE};
 use crate::lsmt_writer::{Run, Runs};
-use crate::{parallel, Error, FileBlob, Progress, Result, Stack};
+use crate::{is_zero, parallel, Error, FileBlob, Progress, Result, Stack};
 
 /// How to compare.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -211,7 +211,7 @@ impl Compare<'_> {
             }
             let granule = to_usize(granule);
             for (new, old) in new.chunks(granule).zip(old.chunks(granule)) {
-                let zero = || new.iter().all(|&byte| byte == 0);
+                let zero = || is_zero(new);
                 // `None` leaves the granule out of the layer; `Some(true)` makes it zeroed.
                 let zeroed = match self.base {
                     Some(base) if self.options.keep_zeros => {

@@ -21,6 +21,8 @@ use crate::{parallel, Progress, Result};
 pub const PIECE: u64 = 1 << 20;
 /// Start of the hashed bytes. A change of the number changes the UUID of every layer.
 const DOMAIN: &[u8] = b"dm-overlaybd layer identity 1\0";
+/// Start of the hashed bytes for a layer that is made of files. No other layer gets the same UUID.
+const OF_FILES: &[u8] = b"dm-overlaybd layer identity 2\0";
 /// First bytes of the UUID of a layer that is the lowest, or whose UUID is made from that of the layer
 /// below, too.
 const PLACED: [u8; 4] = *b"obd1";
@@ -136,7 +138,29 @@ impl<'a> Below<'a> {
 /// Returns the UUID, as text, of a layer of `runs`. They must be ascending, and joined where they
 /// are adjacent and of the same kind.
 pub fn uuid(virtual_size: u64, below: Below<'_>, runs: &[Run], pieces: &Pieces) -> String {
-    let mut hasher = Sha256::new_with_prefix(DOMAIN);
+    let mut hasher = start(DOMAIN, virtual_size, runs);
+    hasher.update(to_u64(pieces.0.len()).to_le_bytes());
+    for (piece, hash) in &pieces.0 {
+        hasher.update(piece.to_le_bytes());
+        hasher.update(hash);
+    }
+    finish(hasher, below)
+}
+
+/// As [`uuid`], of a layer with a file system that is made of files, so that hashes of them are known: `content` is a
+/// hash of everything that the data of the runs depends on.
+pub fn uuid_of_files(
+    virtual_size: u64,
+    below: Below<'_>,
+    runs: &[Run],
+    content: &[u8; 32],
+) -> String {
+    let hasher = start(OF_FILES, virtual_size, runs).chain_update(content);
+    finish(hasher, below)
+}
+
+fn start(domain: &[u8], virtual_size: u64, runs: &[Run]) -> Sha256 {
+    let mut hasher = Sha256::new_with_prefix(domain);
     let mut number = |number: u64| hasher.update(number.to_le_bytes());
     number(virtual_size);
     number(to_u64(runs.len()));
@@ -145,11 +169,10 @@ pub fn uuid(virtual_size: u64, below: Below<'_>, runs: &[Run], pieces: &Pieces) 
         number(run.length);
         number(run.zeroed.into());
     }
-    number(to_u64(pieces.0.len()));
-    for (piece, hash) in &pieces.0 {
-        hasher.update(piece.to_le_bytes());
-        hasher.update(hash);
-    }
+    hasher
+}
+
+fn finish(mut hasher: Sha256, below: Below<'_>) -> String {
     if let Below::Layer(uuid) = below {
         hasher.update(uuid.to_ascii_uppercase());
     }
@@ -169,7 +192,7 @@ pub fn uuid(virtual_size: u64, below: Below<'_>, runs: &[Run], pieces: &Pieces) 
     text(&bytes)
 }
 
-/// Returns whether `uuid` was made by [`uuid`] for the lowest layer, or from the UUID of the layer
+/// Returns whether `uuid` was made by [`uuid`] or [`uuid_of_files`] for the lowest layer, or from the UUID of the layer
 /// below, too. The content of the layers isn't checked.
 pub fn is_placed(uuid: &str) -> bool {
     let bytes = uuid.as_bytes();

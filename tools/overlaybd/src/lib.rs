@@ -46,6 +46,14 @@ pub use progress::Progress;
 pub use stack::Stack;
 pub use zfile_reader::ZfileReader;
 
+/// Returns whether all bytes are 0.
+pub fn is_zero(bytes: &[u8]) -> bool {
+    let mut chunks = bytes.chunks_exact(64);
+    // Without a branch for each byte.
+    chunks.all(|chunk| chunk.iter().fold(0, |all, byte| all | byte) == 0)
+        && chunks.remainder().iter().all(|&byte| byte == 0)
+}
+
 /// Returns the CRC-32C as the kernel computes it: without inversion before or after.
 pub fn crc32c(seed: u32, data: &[u8]) -> u32 {
     !::crc32c::crc32c_append(!seed, data)

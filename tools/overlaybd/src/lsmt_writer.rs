@@ -199,6 +199,12 @@ impl LayerWriter {
         self.virtual_size
     }
 
+    /// Returns the byte of the disk after its last data.
+    pub fn end(&self) -> u64 {
+        let data = self.entries.iter().filter(|entry| !entry.zeroed());
+        data.map(Segment::end).max().unwrap_or_default() * SECTOR_SIZE
+    }
+
     /// Returns the index entries, without padding.
     pub fn entries(&self) -> &[Segment] {
         &self.entries

@@ -217,9 +217,17 @@ pub(crate) fn run(args: &Args) -> Result<()> {
     if let (Some(format), Some(_)) = (kind.for_qemu(), &unpacked) {
         qemu::check_alone(disk, &args.input, format)?;
     }
-    let made = match (kind, kind.for_qemu()) {
-        (Kind::Directory, _) => Some(make_fs(args, Files::Directory(&args.input), place)?),
-        (Kind::Tar, _) => Some(make_fs(args, Files::Tar(&args.input), place)?),
+    let options = args.compare.options(true, &args.new)?;
+    let ident = &args.new.ident;
+    let read = match (kind, kind.for_qemu()) {
+        (Kind::Directory, _) => {
+            let made = make_fs(args, Files::Directory(&args.input), place)?;
+            return made.write(options, ident, output);
+        }
+        (Kind::Tar, _) => {
+            let made = make_fs(args, Files::Tar(&args.input), place)?;
+            return made.write(options, ident, output);
+        }
         (_, Some(format)) => {
             let files = link.as_ref().map_or_else(|| vec![disk], qemu::Link::files);
             let read = qemu::read(disk, &args.input, format, &files, place);
@@ -227,14 +235,9 @@ pub(crate) fn run(args: &Args) -> Result<()> {
         }
         (_, None) => None,
     };
-    let options = args.compare.options(true, &args.new)?;
-    let path = path_of(made.as_ref(), disk);
-    let from = match files {
-        true => Source::Files,
-        false => Source::Image(&args.input),
-    };
-    let names = &args.new.ident;
-    image_layer::write(path, Vec::new(), options, names, from, output)
+    let path = path_of(read.as_ref(), disk);
+    let from = Source::Image(&args.input);
+    image_layer::write(path, Vec::new(), options, ident, from, output)
 }
 
 /// Makes a directory from a qcow2 image and its backing files, with a layer for each of them.
@@ -337,7 +340,7 @@ fn convert_image(args: &Args) -> Result<()> {
     })
 }
 
-fn make_fs(args: &Args, files: Files<'_>, place: &Path) -> Result<NamedTempFile> {
+fn make_fs(args: &Args, files: Files<'_>, place: &Path) -> Result<mkfs::New> {
     let options = mkfs::Options {
         fs: args.fs.unwrap_or(FileSystem::Ext4),
         size: args.size,

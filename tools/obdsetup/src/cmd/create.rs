@@ -11,7 +11,6 @@ use clap::ArgGroup;
 use overlaybd::changes::Mapped;
 use overlaybd::format::{merge, Blob};
 use overlaybd::{FileBlob, LayerReader, Stack};
-use tempfile::NamedTempFile;
 
 use crate::devices::store::reading::Closed;
 use crate::devices::store::thin;
@@ -24,7 +23,7 @@ use crate::input::layers::{expand, open_layers, paths};
 use crate::make::image_layer::{self, CompareArgs};
 use crate::make::layer_args::NewLayerArgs;
 use crate::make::layer_out::{LayerOut, Source};
-use crate::make::mkfs::{self, FileSystem, Files};
+use crate::make::mkfs::{self, FileSystem, Files, New};
 use crate::terminal::exit::Failure;
 use crate::terminal::size;
 
@@ -149,23 +148,20 @@ pub(crate) fn run(args: &Args) -> Result<()> {
     }
     args.in_use.check(args.image.as_deref())?;
 
-    // This file is deleted when it is dropped.
-    let made = match (&args.directory, args.fs) {
-        (Some(from), Some(fs)) => Some(make_fs(args, from, fs)?),
-        _ => None,
-    };
-    let (path, from) = match (&made, &args.image) {
-        (Some(made), _) => (made.path(), Source::Files),
-        (None, Some(image)) => (image.as_path(), Source::Image(image)),
-        (None, None) => bail!("neither --image nor --directory"),
-    };
     // Zeros are left out of the layer of a new file system, too.
-    let options = args
-        .compare
-        .options(args.skip_zeros || made.is_some(), &args.new)?;
+    let skip_zeros = args.skip_zeros || args.directory.is_some();
+    let options = args.compare.options(skip_zeros, &args.new)?;
+    let path = match (&args.directory, args.fs, &args.image) {
+        (Some(from), Some(fs), _) => {
+            return make_fs(args, from, fs)?.write(options, &args.new.ident, output);
+        }
+        (_, _, Some(image)) => image.as_path(),
+        _ => bail!("neither --image nor --directory"),
+    };
     let base = open_layers(&below, &args.in_use)?;
     args.chain.check(&base, Part::Whole)?;
     check_size(path, &base, args.grow)?;
+    let from = Source::Image(path);
     image_layer::write(path, base, options, &args.new.ident, from, output)
 }
 
@@ -230,8 +226,8 @@ fn check_size(path: &Path, base: &[LayerReader], grow: bool) -> Result<()> {
     )))
 }
 
-/// Makes a file system from a directory, in a temporary file next to the output.
-fn make_fs(args: &Args, from: &Path, fs: FileSystem) -> Result<NamedTempFile> {
+/// Makes a file system from a directory, with temporary files next to the output.
+fn make_fs(args: &Args, from: &Path, fs: FileSystem) -> Result<New> {
     if !from.is_dir() {
         return Err(Failure::usage(format!(
             "{}: not a directory: `obdsetup convert' takes tars and disk images",

@@ -1,20 +1,21 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! Makes a layer from a disk image.
+//! Makes a layer from a disk image, or from a file system that is made meanwhile.
 
 use std::path::Path;
 
 use anyhow::Result;
-use overlaybd::diff::{Diff, Image};
+use overlaybd::diff::Image;
 use overlaybd::format::lsmt;
 use overlaybd::format::num::{to_u64, to_usize};
 use overlaybd::format::{Blob, SECTOR_SIZE};
 use overlaybd::identity::{self, Below};
-use overlaybd::lsmt_writer::cut;
+use overlaybd::lsmt_writer::{cut, Run};
 use overlaybd::{coarsen, dax, diff, FileBlob, LayerReader, Stack};
 
 use crate::make::layer_args::{IdentArgs, NewLayerArgs};
 use crate::make::layer_out::{plan, LayerOut, Source};
+use crate::make::mkfs::erofs::Fresh;
 use crate::terminal::bar::Bar;
 use crate::terminal::exit::Failure;
 use crate::terminal::size;
@@ -88,45 +89,27 @@ pub(crate) fn write(
 pub(crate) fn write_image(
     image: &dyn Image,
     base: Option<&Stack>,
-    mut options: diff::Options,
+    options: diff::Options,
     names: &IdentArgs,
     from: Source<'_>,
     output: LayerOut,
 ) -> Result<()> {
-    let diff = loop {
+    let diff = coarse_enough(options, output.path(), |options| {
         let bar = Bar::new("comparing", image.size());
         let progress = |bytes| bar.advance(bytes);
         let diff = diff::of(image, base, options, &progress)
             .map_err(|error| error.in_file(image.path()))?;
-        match coarsen::granule(&diff.runs, options.granule, lsmt::MAX_ENTRIES) {
-            Some(granule) if granule > options.granule => {
-                drop(bar);
-                warn(&[format!(
-                    "{}: compared in units of {}: in units of {}, the layer would have more than \
-                     {} index entries",
-                    output.path().display(),
-                    size::show(granule),
-                    size::show(options.granule),
-                    lsmt::MAX_ENTRIES
-                )]);
-                options.granule = granule;
-            }
-            // The units are large enough. If no unit is, `plan` below returns the error.
-            _ => break diff,
-        }
-    };
-    warn(stored_zeros(&diff, image, from).as_slice());
+        Ok((diff.runs, (diff.pieces, diff.zeros)))
+    })?;
+    let (runs, (pieces, zeros)) = diff;
+    warn(stored_zeros(&runs, zeros, image, from).as_slice());
     let top = base.and_then(|base| base.layers().last());
     let below = top.map_or(Below::Nothing, |top| Below::of(&top.ident().uuid));
     let ident = names.ident(below, |below| {
-        let uuid = identity::uuid(image.size(), below, &diff.runs, &diff.pieces);
-        Ok(uuid)
+        Ok(identity::uuid(image.size(), below, &runs, &pieces))
     })?;
-    let way_out =
-        "its data is too scattered, even in units of 1m: make the disk smaller, or bring its data \
-                   together, with e4defrag(8) or by copying the files to a new file system";
-    let runs = cut(diff.runs, options.keep_zeros);
-    let writer = plan(output.path(), image.size(), ident, runs, way_out)?;
+    let runs = cut(runs, options.keep_zeros);
+    let writer = plan(output.path(), image.size(), ident, runs, SCATTERED)?;
     let read = |offset: u64, buf: &mut [u8]| {
         // If the image ends within a sector, zeros fill up this sector.
         let inside = image.size().saturating_sub(offset).min(to_u64(buf.len()));
@@ -140,25 +123,103 @@ pub(crate) fn write_image(
 }
 
 /// Returns a warning if most of the data of a layer for DAX is zeros, where the disk below reads as zeros, too: the
-/// image may have lost its holes. Not for a device, which has no holes, nor for a store of changes or a thin volume,
+/// image may have lost its holes. `runs` is what the layer has, and `zeros` is how many bytes of it are such zeros. Not
+/// for a device, which has no holes, nor for a store of changes or a thin volume,
 /// which has only what was written.
-fn stored_zeros(diff: &Diff, image: &dyn Image, from: Source<'_>) -> Option<String> {
+fn stored_zeros(
+    runs: &[Run],
+    zeros: u64,
+    image: &dyn Image,
+    from: Source<'_>,
+) -> Option<String> {
     let path = match from {
         Source::Image(path) if path.is_file() && !image.shows_below() => path,
         _ => return None,
     };
-    let runs = diff.runs.iter().filter(|run| !run.zeroed);
+    let runs = runs.iter().filter(|run| !run.zeroed);
     let data: u64 = runs.map(|run| run.length * SECTOR_SIZE).sum();
-    (diff.zeros >= ZEROS && diff.zeros > data / 2).then(|| {
+    (zeros >= ZEROS && zeros > data / 2).then(|| {
         format!(
             "{}: {} of the layer's {} of data are zeros for which the image has no hole, and --dax stores these: if \
              they are free blocks of a file system, mount it through a loop device and run fstrim(8), which makes \
              holes of them",
             path.display(),
-            size::show(diff.zeros),
+            size::show(zeros),
             size::show(data)
         )
     })
+}
+
+/// Writes the layer for the new file system `fresh`.
+pub(crate) fn write_fresh(
+    fresh: &Fresh,
+    options: diff::Options,
+    names: &IdentArgs,
+    output: LayerOut,
+) -> Result<()> {
+    let find = |options| Ok((fresh.runs(options)?, ()));
+    let (runs, ()) = coarse_enough(options, output.path(), find)?;
+    let ident = names.ident(Below::Nothing, |below| {
+        let content = fresh.content()?;
+        Ok(identity::uuid_of_files(
+            fresh.size(),
+            below,
+            &runs,
+            &content,
+        ))
+    })?;
+    let runs = cut(runs, options.keep_zeros);
+    let writer = plan(output.path(), fresh.size(), ident, runs, SCATTERED)?;
+    let end = writer.end();
+    let mut reader = fresh.reader();
+    // The library's errors cannot hold those of the reader.
+    let mut failed = None;
+    let read = |at: u64, buf: &mut [u8]| {
+        let mut done = reader.read(at, buf);
+        if at + to_u64(buf.len()) == end {
+            done = done.and_then(|()| reader.finish());
+        }
+        done.map_err(|error| {
+            failed = Some(error);
+            overlaybd::Error::Interrupted
+        })
+    };
+    let written = output.write(writer, "writing", Source::Files, read);
+    match failed {
+        Some(error) => Err(error),
+        None => written,
+    }
+}
+
+/// What to do if no unit of a comparison is large enough.
+const SCATTERED: &str =
+    "its data is too scattered, even in units of 1m: make the disk smaller, or bring its data \
+                         together, with e4defrag(8) or by copying the files to a new file system";
+
+/// Calls `find` with larger and larger units until the index of the layer `path` can hold the runs that it returns.
+fn coarse_enough<T>(
+    mut options: diff::Options,
+    path: &Path,
+    mut find: impl FnMut(diff::Options) -> Result<(Vec<Run>, T)>,
+) -> Result<(Vec<Run>, T)> {
+    loop {
+        let found = find(options)?;
+        match coarsen::granule(&found.0, options.granule, lsmt::MAX_ENTRIES) {
+            Some(granule) if granule > options.granule => {
+                warn(&[format!(
+                    "{}: compared in units of {}: in units of {}, the layer would have more than \
+                     {} index entries",
+                    path.display(),
+                    size::show(granule),
+                    size::show(options.granule),
+                    lsmt::MAX_ENTRIES
+                )]);
+                options.granule = granule;
+            }
+            // The units are large enough. If no unit is, the caller's plan of the layer is an error.
+            _ => return Ok(found),
+        }
+    }
 }
 
 #[cfg(test)]
@@ -257,18 +318,13 @@ mod tests {
     #[test]
     fn files_that_may_have_lost_their_holes() -> Result<()> {
         let file = tempfile::NamedTempFile::new()?;
-        let data = overlaybd::lsmt_writer::Run {
+        let runs = [Run {
             offset: 0,
             length: 48 << 11,
             zeroed: false,
-        };
-        let diff = |zeros| Diff {
-            runs: vec![data],
-            zeros,
-            ..Diff::default()
-        };
+        }];
         let warns = |zeros, image: &Comb, path: &Path| {
-            stored_zeros(&diff(zeros), image, Source::Image(path)).is_some()
+            stored_zeros(&runs, zeros, image, Source::Image(path)).is_some()
         };
         assert!(warns(25 << 20, &COMB, file.path()));
         assert!(!warns(24 << 20, &COMB, file.path()));
@@ -276,7 +332,7 @@ mod tests {
         assert!(!warns(25 << 20, &COMB, Path::new("/dev/null")));
         let store = Comb { shows_below: true };
         assert!(!warns(25 << 20, &store, file.path()));
-        assert!(stored_zeros(&diff(25 << 20), &COMB, Source::Files).is_none());
+        assert!(stored_zeros(&runs, 25 << 20, &COMB, Source::Files).is_none());
         Ok(())
     }
 

@@ -11,7 +11,7 @@ use std::os::unix::fs::{FileExt, FileTypeExt, MetadataExt};
 use std::path::{Path, PathBuf};
 
 use anyhow::{anyhow, bail, Context, Result};
-use overlaybd::format::num::to_usize;
+use overlaybd::format::num::{to_u64, to_usize};
 use overlaybd::parallel;
 use rustix::fs::SeekFrom;
 use rustix::io::Errno;
@@ -87,8 +87,10 @@ pub(super) fn read(root: &Path, keep_whiteouts: bool) -> Result<Tree> {
     let contents = parallel::map(
         files.into_iter(),
         FILES_AT_ONCE,
-        || (),
-        |(), (id, path, status)| Ok::<_, anyhow::Error>((id, content(path, &status, &bar)?)),
+        Vec::new,
+        |buffer, (id, path, status)| {
+            Ok::<_, anyhow::Error>((id, content(path, &status, buffer, &bar)?))
+        },
     );
     for found in contents {
         let (id, (content, flags)) = found?;
@@ -150,7 +152,7 @@ fn kind(path: &Path, status: &Metadata) -> Result<Kind> {
         kind if kind.is_dir() => Kind::Directory(BTreeMap::new()),
         // The content is read later.
         kind if kind.is_file() => {
-            Kind::File(ContentMaker::new().finish(0, Source::Path(path.to_owned())))
+            Kind::File(ContentMaker::default().finish(0, Source::Path(path.to_owned())))
         }
         kind if kind.is_symlink() => {
             let target = std::fs::read_link(path);
@@ -219,8 +221,13 @@ fn flags_of_directory(path: &Path) -> Option<Unread> {
     flags(&File::open(path).ok()?)
 }
 
-/// Reads a file whose metadata is `status`. Returns its content, and its flags.
-fn content(path: PathBuf, status: &Metadata, bar: &Bar) -> Result<(Content, Option<Unread>)> {
+/// Reads a file whose metadata is `status`, by way of `buffer`. Returns its content, and its flags.
+fn content(
+    path: PathBuf,
+    status: &Metadata,
+    buffer: &mut Vec<u8>,
+    bar: &Bar,
+) -> Result<(Content, Option<Unread>)> {
     let context = || format!("{}: cannot read, or it changed", path.display());
     let file = File::open(&path).with_context(context)?;
     let opened = file.metadata().with_context(context)?;
@@ -231,8 +238,10 @@ fn content(path: PathBuf, status: &Metadata, bar: &Bar) -> Result<(Content, Opti
         );
     }
     let size = opened.len();
-    let mut maker = ContentMaker::new();
-    let mut buffer = vec![0; to_usize(size.min(PIECE))];
+    let mut maker = ContentMaker::default();
+    if to_u64(buffer.len()) < size.min(PIECE) {
+        buffer.resize(to_usize(size.min(PIECE)), 0);
+    }
     let mut at = 0;
     while let Some((start, end)) = next_data(&file, at, size).with_context(context)? {
         at = start;

@@ -554,7 +554,7 @@ impl Reader<'_> {
 
     /// Copies the content of a file to the spool, without blocks of zeros.
     fn content(&mut self, member: &Member, archive: &mut Archive) -> Result<Content> {
-        let mut maker = ContentMaker::new();
+        let mut maker = ContentMaker::default();
         let mut block = Vec::with_capacity(to_usize(BLOCK));
         let mut start = 0;
         let size = member.size;

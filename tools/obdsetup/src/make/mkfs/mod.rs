@@ -13,7 +13,7 @@
 mod acl;
 mod btrfs;
 mod dax;
-mod erofs;
+pub(crate) mod erofs;
 mod ext;
 mod fit;
 mod from_dir;
@@ -38,7 +38,7 @@ use anyhow::{Context, Result};
 use clap::ValueEnum;
 use overlaybd::layer::Ident;
 use overlaybd::lsmt_writer::{cut, Run};
-use overlaybd::Stack;
+use overlaybd::{diff, Stack};
 use sha2::{Digest, Sha256};
 use tempfile::NamedTempFile;
 use uuid::Builder;
@@ -48,6 +48,8 @@ use self::tree::{Kind, Tree};
 use self::usage::Usage;
 use crate::files::place::name_full;
 use crate::input::archive::Archive;
+use crate::make::image_layer;
+use crate::make::layer_args::IdentArgs;
 use crate::make::layer_out::{plan, LayerOut, Source};
 use crate::program;
 use crate::terminal::exit::{is_full, Failure};
@@ -111,12 +113,38 @@ pub(crate) enum Files<'a> {
     Tar(&'a Path),
 }
 
-/// Makes a file system with `files`. Returns a temporary file in the directory `place`.
-pub(crate) fn make(files: Files<'_>, options: &Options<'_>, place: &Path) -> Result<NamedTempFile> {
+/// A new file system.
+pub(crate) enum New {
+    /// In a temporary file, which is deleted when this is dropped.
+    File(NamedTempFile),
+    /// An erofs that is nowhere as a whole.
+    Erofs(Box<erofs::Fresh>),
+}
+
+impl New {
+    /// Writes a layer with the file system.
+    pub(crate) fn write(
+        &self,
+        options: diff::Options,
+        names: &IdentArgs,
+        output: LayerOut,
+    ) -> Result<()> {
+        match self {
+            Self::File(file) => {
+                let path = file.path();
+                image_layer::write(path, Vec::new(), options, names, Source::Files, output)
+            }
+            Self::Erofs(fresh) => image_layer::write_fresh(fresh, options, names, output),
+        }
+    }
+}
+
+/// Makes a file system with `files`. Temporary files are in the directory `place`.
+pub(crate) fn make(files: Files<'_>, options: &Options<'_>, place: &Path) -> Result<New> {
     make_in(files, options, place).map_err(|error| name_full(place, error))
 }
 
-fn make_in(files: Files<'_>, options: &Options<'_>, place: &Path) -> Result<NamedTempFile> {
+fn make_in(files: Files<'_>, options: &Options<'_>, place: &Path) -> Result<New> {
     let fs = options.fs;
     let from = match files {
         Files::Directory(path) | Files::Tar(path) => program::path(path)?,
@@ -160,10 +188,11 @@ fn make_in(files: Files<'_>, options: &Options<'_>, place: &Path) -> Result<Name
     more.extend(options.dax.then_some(b"dax".as_slice()));
     let stamp = Stamp::of(&tree, &more)?;
     let made = match (fs, size) {
-        (FileSystem::Squashfs, _) => squashfs::make(&tree, options, &stamp, place),
-        (FileSystem::Erofs, _) => erofs::make(&tree, options, &stamp, place),
+        (FileSystem::Squashfs, _) => squashfs::make(&tree, options, &stamp, place).map(New::File),
+        (FileSystem::Erofs, _) => erofs::make(tree, options, &stamp, place),
         (FileSystem::Btrfs, size) => {
-            btrfs::make(&tree, options, size.unwrap_or_default(), &stamp, place)
+            let size = size.unwrap_or_default();
+            btrfs::make(&tree, options, size, &stamp, place).map(New::File)
         }
         (_, size) => ext::make(
             &tree,
@@ -172,7 +201,8 @@ fn make_in(files: Files<'_>, options: &Options<'_>, place: &Path) -> Result<Name
             size.unwrap_or_default(),
             &stamp,
             place,
-        ),
+        )
+        .map(New::File),
     };
     let made = made.map_err(|error| match (options.size, size) {
         // Another size would not help.
@@ -184,8 +214,9 @@ fn make_in(files: Files<'_>, options: &Options<'_>, place: &Path) -> Result<Name
         )),
         _ => error.context("cannot make a file system"),
     })?;
-    if options.dax {
-        dax::check(fs, made.as_file())?;
+    // An erofs that is made here has DAX.
+    if let (true, New::File(file)) = (options.dax, &made) {
+        dax::check(fs, file.as_file())?;
     }
     Ok(made)
 }

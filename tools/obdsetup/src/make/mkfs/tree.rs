@@ -9,8 +9,9 @@ use std::os::unix::fs::FileExt;
 use std::path::PathBuf;
 use std::sync::Arc;
 
-use anyhow::{Context, Result};
+use anyhow::{bail, Context, Result};
 use overlaybd::format::num::{to_u64, to_usize};
+use overlaybd::is_zero;
 use rustix::fs::IFlags;
 use sha2::{Digest, Sha256};
 
@@ -133,8 +134,15 @@ pub(super) struct Content {
     /// The ranges with data: ascending, not empty, disjoint. All other bytes of the file are zeros.
     pub(super) extents: Vec<Extent>,
     source: Source,
-    /// Hash of size, offsets and data.
-    hash: [u8; 32],
+    digest: ContentHash,
+}
+
+/// The hash of a file's content.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct ContentHash {
+    sha256: [u8; 32],
+    /// Whether the hash covers all bytes of the file, and not only its data and some of its holes.
+    is_whole: bool,
 }
 
 impl Content {
@@ -144,7 +152,10 @@ impl Content {
             size,
             extents: Vec::new(),
             source: Source::InPlace,
-            hash: [0; 32],
+            digest: ContentHash {
+                sha256: [0; 32],
+                is_whole: false,
+            },
         }
     }
 
@@ -154,32 +165,29 @@ impl Content {
     }
 
     /// Passes the data of each extent to `each`, with its offset in the file, at most 1 MiB at a time.
-    pub(super) fn read(&self, mut each: impl FnMut(u64, &[u8]) -> Result<()>) -> Result<()> {
-        let opened;
-        let file = match &self.source {
-            Source::Shared(file) => file.as_ref(),
-            Source::InPlace => return Ok(()),
-            Source::Path(path) => {
-                let file = File::open(path);
-                opened = file.with_context(|| format!("{}: cannot read", path.display()))?;
-                &opened
-            }
-        };
-        let mut buffer = vec![0; to_usize(self.data_len().min(1 << 20))];
-        for extent in &self.extents {
-            let mut done = 0;
+    pub(super) fn read(&self, each: impl FnMut(u64, &[u8]) -> Result<()>) -> Result<()> {
+        self.read_from(0, each)
+    }
+
+    /// As [`Self::read`], without the data before byte `start`.
+    pub(super) fn read_from(
+        &self,
+        start: u64,
+        mut each: impl FnMut(u64, &[u8]) -> Result<()>,
+    ) -> Result<()> {
+        let opened = self.open()?;
+        let left = self.extents.iter().map(|extent| {
+            let skipped = start.saturating_sub(extent.offset).min(extent.len);
+            (extent, skipped)
+        });
+        let most = self.data_len().min(self.size.saturating_sub(start));
+        let mut buffer = vec![0; to_usize(most.min(1 << 20))];
+        for (extent, skipped) in left {
+            let mut done = skipped;
             while done < extent.len {
                 let take = (extent.len - done).min(to_u64(buffer.len()));
                 let piece = buffer.get_mut(..to_usize(take)).unwrap_or_default();
-                file.read_exact_at(piece, extent.from + done)
-                    .with_context(|| match &self.source {
-                        Source::Path(path) => {
-                            format!("{}: cannot read, or it became shorter", path.display())
-                        }
-                        Source::Shared(_) | Source::InPlace => {
-                            "cannot read the temporary file".to_owned()
-                        }
-                    })?;
+                opened.fill(extent, done, piece)?;
                 each(extent.offset + done, piece)?;
                 crate::terminal::interrupt::check()?;
                 done += take;
@@ -187,32 +195,198 @@ impl Content {
         }
         Ok(())
     }
+
+    /// Opens the source to read parts of the content.
+    pub(super) fn open(&self) -> Result<Opened> {
+        let file = match &self.source {
+            Source::Shared(file) => Some(Arc::clone(file)),
+            Source::InPlace => None,
+            Source::Path(path) => {
+                let file = File::open(path);
+                let file = file.with_context(|| format!("{}: cannot read", path.display()))?;
+                Some(Arc::new(file))
+            }
+        };
+        Ok(Opened {
+            file,
+            source: self.source.clone(),
+        })
+    }
+
+    /// Returns whether others may change the content while it is read.
+    pub(super) fn may_change(&self) -> bool {
+        matches!(self.source, Source::Path(_))
+    }
+
+    /// Checks that the content that was read now is the one that was read first.
+    pub(super) fn check(&self, again: Digester) -> Result<()> {
+        if again.finish(self.size) == self.digest {
+            return Ok(());
+        }
+        let path = match &self.source {
+            Source::Path(path) => path.display().to_string(),
+            Source::Shared(_) | Source::InPlace => "the temporary file".to_owned(),
+        };
+        bail!("{path}: was changed while it was read: try again when nobody changes it")
+    }
+
+    /// Returns the SHA-256 of all bytes of the file. Reads them only if they have many more bytes in holes than data.
+    pub(super) fn sha256(&self) -> Result<[u8; 32]> {
+        if self.digest.is_whole {
+            return Ok(self.digest.sha256);
+        }
+        let mut whole = Digester::with_all_holes();
+        let mut again = Digester::default();
+        self.read(|offset, piece| {
+            whole.add(offset, piece);
+            if self.may_change() {
+                again.add(offset, piece);
+            }
+            Ok(())
+        })?;
+        if self.may_change() {
+            self.check(again)?;
+        }
+        Ok(whole.finish(self.size).sha256)
+    }
+
+    /// Adds size, extents and digest of the content to a hash. These do not depend on the source.
+    pub(super) fn identify(&self, hash: &mut Sha256) {
+        // Adjacent extents may be apart in one source, and not in another one.
+        let mut joined: Vec<(u64, u64)> = Vec::new();
+        for extent in &self.extents {
+            let end = extent.offset + extent.len;
+            match joined.last_mut() {
+                Some((_, last)) if *last == extent.offset => *last = end,
+                _ => joined.push((extent.offset, end)),
+            }
+        }
+        hash.update(self.size.to_le_bytes());
+        hash.update(to_u64(joined.len()).to_le_bytes());
+        for (start, end) in joined {
+            hash.update(start.to_le_bytes());
+            hash.update(end.to_le_bytes());
+        }
+        hash.update(self.digest.sha256);
+    }
+}
+
+/// Content whose source is open.
+pub(super) struct Opened {
+    /// `None` if nothing is to be read.
+    file: Option<Arc<File>>,
+    source: Source,
+}
+
+impl Opened {
+    /// Fills `piece` with the data of an extent, from byte `skip` of the extent on.
+    pub(super) fn fill(&self, extent: &Extent, skip: u64, piece: &mut [u8]) -> Result<()> {
+        let Some(file) = &self.file else {
+            return Ok(());
+        };
+        let read = file.read_exact_at(piece, extent.from + skip);
+        read.with_context(|| match &self.source {
+            Source::Path(path) => {
+                format!("{}: cannot read, or it became shorter", path.display())
+            }
+            Source::Shared(_) | Source::InPlace => "cannot read the temporary file".to_owned(),
+        })
+    }
+}
+
+/// Largest number of bytes of holes that are hashed with a file's data, in addition to as many as the file has bytes
+/// of data before: a file can have any number of bytes in holes.
+const FREE_HOLES: u64 = 1 << 20;
+
+/// Hashes the content of a file, whose data is added in order. Holes are hashed as zeros until there are too many of
+/// them; which ones does not depend on the pieces in which the data is added.
+pub(super) struct Digester {
+    hash: Sha256,
+    /// The hash has all bytes before this offset, if it is whole.
+    end: u64,
+    data: u64,
+    holes: u64,
+    /// Bytes of holes that are hashed in any case.
+    free: u64,
+    is_whole: bool,
+}
+
+impl Default for Digester {
+    fn default() -> Self {
+        Self {
+            hash: Sha256::new(),
+            end: 0,
+            data: 0,
+            holes: 0,
+            free: FREE_HOLES,
+            is_whole: true,
+        }
+    }
+}
+
+impl Digester {
+    /// Returns one that hashes all holes.
+    fn with_all_holes() -> Self {
+        Self {
+            free: u64::MAX,
+            ..Self::default()
+        }
+    }
+
+    /// Adds the data at `offset`.
+    pub(super) fn add(&mut self, offset: u64, data: &[u8]) {
+        self.hole(offset);
+        self.hash.update(data);
+        self.end = offset + to_u64(data.len());
+        self.data += to_u64(data.len());
+    }
+
+    /// Adds zeros up to the offset `end`.
+    fn hole(&mut self, end: u64) {
+        const ZEROS: &[u8] = &[0; 64 << 10];
+        let mut left = end.saturating_sub(self.end);
+        self.holes += left;
+        if left == 0 || !self.is_whole {
+            return;
+        }
+        if self.holes > self.data.saturating_add(self.free) {
+            self.is_whole = false;
+            return;
+        }
+        while left > 0 {
+            let len = left.min(to_u64(ZEROS.len()));
+            self.hash
+                .update(ZEROS.get(..to_usize(len)).unwrap_or_default());
+            left -= len;
+        }
+    }
+
+    fn finish(mut self, size: u64) -> ContentHash {
+        self.hole(size);
+        ContentHash {
+            sha256: self.hash.finalize().into(),
+            is_whole: self.is_whole,
+        }
+    }
 }
 
 /// Collects the content of a file, whose blocks are added in order. The file gets a hole for each block of zeros,
 /// whether or not the source has a hole there.
+#[derive(Default)]
 pub(super) struct ContentMaker {
     extents: Vec<Extent>,
-    hash: Sha256,
+    digester: Digester,
 }
 
 impl ContentMaker {
-    pub(super) fn new() -> Self {
-        Self {
-            extents: Vec::new(),
-            hash: Sha256::new(),
-        }
-    }
-
     /// Adds the block at `offset`, a multiple of the block size; only the last block may be
     /// shorter. Its data is at byte `from` of the source. Returns `false` for a block of zeros, which is not
     /// added.
     pub(super) fn block(&mut self, offset: u64, data: &[u8], from: u64) -> bool {
-        if data.iter().all(|&byte| byte == 0) {
+        if is_zero(data) {
             return false;
         }
-        self.hash.update(offset.to_le_bytes());
-        self.hash.update(data);
+        self.digester.add(offset, data);
         let len = to_u64(data.len());
         match self.extents.last_mut() {
             Some(last) if last.offset + last.len == offset && last.from + last.len == from => {
@@ -224,13 +398,12 @@ impl ContentMaker {
     }
 
     /// Returns the content of a file of `size` bytes, whose data is in `source`.
-    pub(super) fn finish(mut self, size: u64, source: Source) -> Content {
-        self.hash.update(size.to_le_bytes());
+    pub(super) fn finish(self, size: u64, source: Source) -> Content {
         Content {
             size,
             extents: self.extents,
             source,
-            hash: self.hash.finalize().into(),
+            digest: self.digester.finish(size),
         }
     }
 }
@@ -329,7 +502,7 @@ impl Tree {
     fn children_mut(&mut self, id: Id) -> Result<&mut BTreeMap<Vec<u8>, Id>> {
         match self.nodes.get_mut(id).map(|node| &mut node.kind) {
             Some(Kind::Directory(children)) => Ok(children),
-            _ => anyhow::bail!("node {id} is no directory"),
+            _ => bail!("node {id} is no directory"),
         }
     }
 
@@ -432,7 +605,7 @@ fn hash_node(hash: &mut Sha256, node: &Node) {
         part(hash, value);
     }
     match &node.kind {
-        Kind::File(content) => hash.update(content.hash),
+        Kind::File(content) => content.identify(hash),
         Kind::Symlink(target) => part(hash, target),
         Kind::CharDevice(device) | Kind::BlockDevice(device) => {
             hash.update(device.major.to_le_bytes());

@@ -123,8 +123,8 @@ pub(super) fn write(state: &State, disk: &Disk, stamp: (Uuid, u32)) -> Result<u6
     let bar = Bar::new("writing", data);
     let writer = Writer {
         tree,
-        plans,
-        parents,
+        plans: &plans,
+        parents: &parents,
         out: disk,
     };
     for &id in &to_write {

@@ -5,10 +5,13 @@
 //! is read; from a tar, it loses sockets and some device numbers. With options, such as for compression,
 //! mkfs.erofs makes the file system ([`program`]).
 //!
+//! A new file system is not written to a disk of its own: its layer is made from the files ([`fresh`]).
+//!
 //! A layer of an image is added to the file system on the disk of the layers below, which is read first
 //! ([`read`]), so that little of the disk changes ([`grow`], [`disk`]).
 
 mod disk;
+mod fresh;
 mod grow;
 mod program;
 mod read;
@@ -19,25 +22,20 @@ use std::path::Path;
 
 use anyhow::{Context, Result};
 use overlaybd::Stack;
-use tempfile::NamedTempFile;
 use uuid::Uuid;
 
 use self::disk::Disk;
+pub(crate) use self::fresh::Fresh;
 use self::read::State;
 use self::write::BLOCK;
 use super::tree::Tree;
-use super::{Delta, Options, Stamp};
+use super::{Delta, New, Options, Stamp};
 
-/// Makes the file system of `tree` in a file in `place`.
-pub(super) fn make(
-    tree: &Tree,
-    options: &Options<'_>,
-    stamp: &Stamp,
-    place: &Path,
-) -> Result<NamedTempFile> {
+/// Makes the file system of `tree`, with temporary files in `place`.
+pub(super) fn make(tree: Tree, options: &Options<'_>, stamp: &Stamp, place: &Path) -> Result<New> {
     match options.args.is_empty() {
-        true => write::make(tree, stamp, options.dax, place),
-        false => program::make(tree, options, stamp, place),
+        true => Fresh::new(tree, stamp, options.dax, place).map(|fresh| New::Erofs(fresh.into())),
+        false => program::make(&tree, options, stamp, place).map(New::File),
     }
 }
 

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! Writes an erofs without compression: the superblock, all inodes with small data beside them,
+//! The format of an erofs without compression: the superblock, all inodes with small data beside them,
 //! then blocks of data. A block has 4 KiB; all inodes have the extended form.
 //!
 //! Files have fingerprints of their content, as mkfs.erofs makes them with `--xattr-inode-digest`:
@@ -13,20 +13,12 @@
 use std::collections::{BTreeMap, HashMap};
 use std::fs::File;
 use std::os::unix::fs::FileExt;
-use std::path::Path;
 
 use anyhow::{Context, Result};
 use overlaybd::format::num::{to_u64, to_usize};
-use overlaybd::parallel;
-use sha2::{Digest, Sha256};
-use tempfile::NamedTempFile;
 use uuid::Uuid;
 
-use crate::files::place::temp_file;
-use crate::make::mkfs::tree::{
-    show, Content, Id, Kind, Name, Names, Node, Tree, FILES_AT_ONCE, ROOT,
-};
-use crate::make::mkfs::Stamp;
+use crate::make::mkfs::tree::{show, Content, Digester, Id, Kind, Name, Names, Node, Tree, ROOT};
 use crate::terminal::bar::Bar;
 use crate::terminal::exit::Failure;
 
@@ -157,7 +149,7 @@ impl Plan {
     }
 
     /// Returns the size of a chunk in bytes.
-    fn chunk(&self) -> u64 {
+    pub(super) fn chunk(&self) -> u64 {
         BLOCK << self.chunk_bits
     }
 
@@ -166,74 +158,19 @@ impl Plan {
         self.size.div_ceil(self.chunk())
     }
 
+    /// Returns the number of bytes of the content that are in blocks, without those beside the inode. For a file in
+    /// chunks, and for one that is only in blocks, all are.
+    pub(super) fn in_blocks(&self) -> u64 {
+        match self.layout {
+            layout::INLINE => self.size - self.size % BLOCK,
+            _ => self.size,
+        }
+    }
+
     /// Returns the offset after inode and extended attributes.
     pub(super) fn tail(&self) -> u64 {
         self.at + INODE + to_u64(self.xattrs.len())
     }
-}
-
-/// Makes the file system of `tree` in a file in `place`. If it is for DAX (`dax`), files have no data beside their
-/// inodes: such files cannot be mapped.
-pub(super) fn make(tree: &Tree, stamp: &Stamp, dax: bool, place: &Path) -> Result<NamedTempFile> {
-    let names = tree.names();
-    let mut order = vec![(ROOT, None)];
-    let firsts = names.iter().filter(|name| name.first);
-    order.extend(firsts.map(|name| (name.id, Some(name))));
-    let Relations { links, parents } = Relations::of(&names);
-    let mut planner = Planner::new(tree, order.iter().map(|&(id, _)| id))?;
-    planner.dax = dax;
-    let mut plans: HashMap<Id, Plan> = HashMap::new();
-    let mut end = INODES_AT;
-    for &(id, name) in &order {
-        let plan = planner.plan(id)?;
-        let mut plan = plan.ok_or_else(|| too_long(&names, name, "use --fs squashfs"))?;
-        plan.links = match tree.node(id)?.kind {
-            Kind::Directory(_) => 2 + subdirectories(tree, id)?,
-            _ => links.get(&id).copied().unwrap_or(1),
-        };
-        plan.at = place_inode(end, &plan);
-        end = plan.tail() + plan.beside();
-        plans.insert(id, plan);
-    }
-    let mut next = end.div_ceil(BLOCK);
-    for (id, _) in &order {
-        let blocks = blocks(tree.node(*id)?, plans.get(id).context("no plan")?);
-        let plan = plans.get_mut(id).context("no plan")?;
-        plan.block = next;
-        next += blocks;
-    }
-    check_end(next, "use --fs btrfs")?;
-    let image = temp_file(place)?;
-    let writer = Writer {
-        tree,
-        plans,
-        parents,
-        out: image.as_file(),
-    };
-    image.as_file().set_len(next * BLOCK).context(WRITE)?;
-    let data = order
-        .iter()
-        .filter_map(|&(id, _)| match tree.node(id).map(|node| &node.kind) {
-            Ok(Kind::File(content)) => Some(content.data_len()),
-            _ => None,
-        });
-    let bar = Bar::new("writing", data.sum());
-    // No two nodes share a byte of the file, so they can be written in any order.
-    let written = parallel::map(
-        (1u32..).zip(&order),
-        FILES_AT_ONCE,
-        || (),
-        |(), (number, &(id, _))| writer.node(id, number, &bar),
-    );
-    written.collect::<Result<()>>()?;
-    writer.superblock(&Summary {
-        stamp: (stamp.uuid, stamp.time),
-        inodes: to_u64(order.len()),
-        blocks: next,
-        chunks: writer.has_chunks(),
-        prints: writer.has_prints(),
-    })?;
-    Ok(image)
 }
 
 /// The values in the superblock.
@@ -291,7 +228,7 @@ pub(super) struct Planner<'a> {
     /// Bytes of holes that may still be hashed.
     holes: u64,
     /// Whether files must not have data beside their inodes.
-    dax: bool,
+    pub(super) dax: bool,
 }
 
 impl<'a> Planner<'a> {
@@ -401,7 +338,7 @@ pub(super) fn blocks(node: &Node, plan: &Plan) -> u64 {
 
 /// Returns the chunks of a file that have data, by their numbers: the first block of a chunk, counted from
 /// the file's first block, and its number of blocks.
-fn stored_chunks(content: &Content, plan: &Plan) -> BTreeMap<u64, (u64, u64)> {
+pub(super) fn stored_chunks(content: &Content, plan: &Plan) -> BTreeMap<u64, (u64, u64)> {
     let mut chunks = BTreeMap::new();
     let mut next = 0;
     for extent in &content.extents {
@@ -510,47 +447,11 @@ fn directory_size(entries: &[(&[u8], Id)]) -> u64 {
     to_u64(blocks.len().saturating_sub(1)) * BLOCK + last
 }
 
-/// The SHA-256 of a file's content, including holes.
-struct Hash {
-    sha: Sha256,
-    /// The hash includes all bytes before this offset.
-    end: u64,
-    is_wanted: bool,
-}
-
-impl Hash {
-    fn add(&mut self, offset: u64, piece: &[u8]) {
-        if self.is_wanted {
-            self.zeros(offset);
-            self.sha.update(piece);
-            self.end = offset + to_u64(piece.len());
-        }
-    }
-
-    /// Adds zeros up to the offset `end`.
-    fn zeros(&mut self, end: u64) {
-        const ZEROS: &[u8] = &[0; 64 << 10];
-        while self.end < end {
-            let len = (end - self.end).min(to_u64(ZEROS.len()));
-            self.sha
-                .update(ZEROS.get(..to_usize(len)).unwrap_or_default());
-            self.end += len;
-        }
-    }
-
-    fn finish(mut self, size: u64) -> [u8; DIGEST_LEN] {
-        if self.is_wanted {
-            self.zeros(size);
-        }
-        self.sha.finalize().into()
-    }
-}
-
-/// Writes to `O`. [`make`] uses it on several threads, which a [`File`] allows.
+/// Writes to `O`.
 pub(super) struct Writer<'a, O> {
     pub(super) tree: &'a Tree,
-    pub(super) plans: HashMap<Id, Plan>,
-    pub(super) parents: HashMap<Id, Id>,
+    pub(super) plans: &'a HashMap<Id, Plan>,
+    pub(super) parents: &'a HashMap<Id, Id>,
     pub(super) out: &'a O,
 }
 
@@ -576,6 +477,49 @@ impl<O: Out> Writer<'_, O> {
 
     /// Writes the inode of a node and its content. `number` is the inode's number for 32-bit stat calls.
     pub(super) fn node(&self, id: Id, number: u32, bar: &Bar) -> Result<()> {
+        let plan = self.plan(id)?;
+        match &self.tree.node(id)?.kind {
+            Kind::Directory(_) => self.data(plan, 0, &self.directory(id)?)?,
+            Kind::Symlink(target) => self.data(plan, 0, target)?,
+            Kind::File(content) => self.file(plan, content, bar)?,
+            _ => {}
+        }
+        self.inode(id, number)
+    }
+
+    /// As [`Self::node`], without the blocks of its content: writes only the inode and what is beside it.
+    pub(super) fn head(&self, id: Id, number: u32) -> Result<()> {
+        let plan = self.plan(id)?;
+        let start = plan.in_blocks();
+        let beside = |bytes: &[u8]| {
+            let bytes = bytes.get(to_usize(start)..).unwrap_or_default();
+            self.write(bytes, plan.tail())
+        };
+        match &self.tree.node(id)?.kind {
+            Kind::File(content) if plan.layout == layout::CHUNKS => {
+                self.chunk_map(plan, content)?;
+            }
+            _ if plan.layout != layout::INLINE => {}
+            Kind::Directory(_) => beside(&self.directory(id)?)?,
+            Kind::Symlink(target) => beside(target)?,
+            Kind::File(content) => {
+                let mut again = Digester::default();
+                content.read_from(start, |offset, piece| {
+                    again.add(offset, piece);
+                    self.write(piece, plan.tail() + (offset - start))
+                })?;
+                // Who reads the blocks checks all of the content.
+                if start == 0 {
+                    content.check(again)?;
+                }
+            }
+            _ => {}
+        }
+        self.inode(id, number)
+    }
+
+    /// Writes the inode of a node, with its extended attributes.
+    fn inode(&self, id: Id, number: u32) -> Result<()> {
         let node = self.tree.node(id)?;
         let plan = self.plan(id)?;
         let what = match (plan.layout, node.device()) {
@@ -586,7 +530,7 @@ impl<O: Out> Writer<'_, O> {
             _ => u32::try_from(plan.block)?,
         };
         let meta = &node.meta;
-        let mut inode = Vec::new();
+        let mut inode = Vec::with_capacity(to_usize(INODE) + plan.xattrs.len());
         inode.extend((1 | (plan.layout << 1)).to_le_bytes());
         let count = xattr_count(plan.xattrs.len())
             .context("more extended attributes than erofs can hold: use --fs squashfs")?;
@@ -603,58 +547,42 @@ impl<O: Out> Writer<'_, O> {
         inode.extend(plan.links.to_le_bytes());
         inode.resize(to_usize(INODE), 0);
         inode.extend_from_slice(&plan.xattrs);
-        match &node.kind {
-            Kind::Directory(_) => {
-                let mut content = self.directory(id)?;
-                if plan.layout == layout::PLAIN {
-                    // The kernel takes the last name to end at a NUL or at the end of the block,
-                    // and a longer name may have been there before.
-                    let len = content.len().next_multiple_of(to_usize(BLOCK));
-                    content.resize(len, 0);
-                }
-                self.data(plan, 0, &content)?;
-            }
-            Kind::Symlink(target) => self.data(plan, 0, target)?,
-            Kind::File(content) => {
-                let digest = self.file(plan, content, bar)?;
-                let place = plan.digest.map(|at| to_usize(INODE) + at);
-                let place = place.and_then(|at| inode.get_mut(at..at + DIGEST_LEN));
-                if let Some(place) = place {
-                    place.copy_from_slice(&digest);
-                }
-            }
-            _ => {}
+        if let (Some(at), Kind::File(content)) = (plan.digest, &node.kind) {
+            let at = to_usize(INODE) + at;
+            let place = inode.get_mut(at..at + DIGEST_LEN);
+            let place = place.context("no place for a fingerprint")?;
+            place.copy_from_slice(&content.sha256()?);
         }
         self.write(&inode, plan.at)
     }
 
-    /// Writes the content of a file. Returns the content's SHA-256 if the file gets a fingerprint, another value
-    /// otherwise.
-    fn file(&self, plan: &Plan, content: &Content, bar: &Bar) -> Result<[u8; DIGEST_LEN]> {
-        let mut hash = Hash {
-            sha: Sha256::new(),
-            end: 0,
-            is_wanted: plan.digest.is_some(),
-        };
+    /// Writes the content of a file.
+    fn file(&self, plan: &Plan, content: &Content, bar: &Bar) -> Result<()> {
         let chunks = match plan.layout {
             layout::CHUNKS => Some(self.chunk_map(plan, content)?),
             _ => None,
         };
+        let mut again = Digester::default();
         content.read(|offset, piece| {
             bar.advance(to_u64(piece.len()))?;
-            hash.add(offset, piece);
+            if content.may_change() {
+                again.add(offset, piece);
+            }
             match &chunks {
                 Some(chunks) => self.chunks(plan, chunks, offset, piece),
                 None => self.data(plan, offset, piece),
             }
         })?;
-        Ok(hash.finish(plan.size))
+        match content.may_change() {
+            true => content.check(again),
+            false => Ok(()),
+        }
     }
 
     /// Writes the part of a node's content that is at `offset` in it, in blocks and beside the inode.
     fn data(&self, plan: &Plan, offset: u64, bytes: &[u8]) -> Result<()> {
         let in_blocks = match plan.layout {
-            layout::INLINE => plan.size - plan.size % BLOCK,
+            layout::INLINE => plan.in_blocks(),
             _ => u64::MAX,
         };
         let first = to_usize(in_blocks.saturating_sub(offset)).min(bytes.len());
@@ -714,8 +642,8 @@ impl<O: Out> Writer<'_, O> {
         Ok(())
     }
 
-    /// Returns the content of a directory.
-    fn directory(&self, id: Id) -> Result<Vec<u8>> {
+    /// Returns the content of a directory, with zeros up to the end of the last block if all of it is in blocks.
+    pub(super) fn directory(&self, id: Id) -> Result<Vec<u8>> {
         let parent = self.parents.get(&id).copied().unwrap_or(ROOT);
         let entries = entries(self.tree, id, parent);
         let mut bytes = Vec::new();
@@ -741,6 +669,11 @@ impl<O: Out> Writer<'_, O> {
             block
                 .iter()
                 .for_each(|(name, _)| bytes.extend_from_slice(name));
+        }
+        if self.plan(id)?.layout == layout::PLAIN {
+            // The kernel takes the last name to end at a NUL or at the end of the block, and a longer name may have
+            // been there before.
+            bytes.resize(bytes.len().next_multiple_of(to_usize(BLOCK)), 0);
         }
         Ok(bytes)
     }
