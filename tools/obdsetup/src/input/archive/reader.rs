@@ -5,6 +5,7 @@
 use std::fs::File;
 use std::io::{ErrorKind, Read};
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use anyhow::{Context, Result};
 use overlaybd::format::num::{to_u64, to_usize};
@@ -43,6 +44,8 @@ pub(crate) struct Archive {
     needs_marker: bool,
     /// Hashes all bytes of the decompressed tar; `None` unless it is a [`Self::layer`].
     hasher: Option<Sha256>,
+    /// The file, if it is an ordinary one that is not compressed.
+    plain: Option<Arc<File>>,
 }
 
 impl Archive {
@@ -68,8 +71,11 @@ impl Archive {
             true => None,
             false => Compression::of(&head),
         };
+        let is_plain = compression.is_none() && file.metadata().with_context(cannot)?.is_file();
+        let plain = is_plain.then(|| file.try_clone()).transpose();
         Ok(Self {
             path: name.to_owned(),
+            plain: plain.with_context(cannot)?.map(Arc::new),
             compression,
             input: Unpack::new(file, compression),
             at: 0,
@@ -104,6 +110,11 @@ impl Archive {
     /// Returns the compression of the file.
     pub(crate) fn compression(&self) -> Option<Compression> {
         self.compression
+    }
+
+    /// Returns the file, and the offset of the next byte in it, if the file can be read there again.
+    pub(crate) fn in_file(&self) -> Option<(Arc<File>, u64)> {
+        self.plain.clone().map(|file| (file, self.at))
     }
 
     /// Returns the SHA-256, in hexadecimal, of the decompressed bytes of a [`Self::layer`] that were
@@ -294,6 +305,13 @@ impl Archive {
         let Some(mut rest) = rest else {
             return Err(self.content_cut_off());
         };
+        if self.plain.is_some() && self.hasher.is_none() && rest > to_u64(PIECE) {
+            let skipped = self.input.skip(rest);
+            let skipped = skipped.map_err(|error| self.unreadable(error))?;
+            self.at += skipped;
+            self.left = self.left.saturating_sub(skipped);
+            rest -= skipped;
+        }
         let mut buffer = vec![0; PIECE.min(to_usize(rest))];
         while rest > 0 {
             interrupt::check()?;

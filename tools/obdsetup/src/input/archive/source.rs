@@ -25,6 +25,16 @@ impl Source {
         }
     }
 
+    /// Skips up to `len` bytes, none of them after the end of the file. Returns their number.
+    pub(super) fn skip(&mut self, len: u64) -> io::Result<u64> {
+        let size = self.file.get_ref().metadata()?.len();
+        let len = len.min(size.saturating_sub(self.at));
+        self.file
+            .seek_relative(i64::try_from(len).unwrap_or_default())?;
+        self.at += len;
+        Ok(len)
+    }
+
     /// Returns the offset of the next byte.
     pub(super) fn position(&self) -> u64 {
         self.at

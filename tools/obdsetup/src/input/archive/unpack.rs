@@ -64,6 +64,15 @@ impl Unpack {
         }
     }
 
+    /// Skips up to `len` bytes without reading them, none of them after the end of the file. Returns their number: 0 if
+    /// the file is compressed.
+    pub(crate) fn skip(&mut self, len: u64) -> io::Result<u64> {
+        match &mut self.state {
+            State::Plain(source) => source.skip(len),
+            _ => Ok(0),
+        }
+    }
+
     /// Starts to decompress the next compressed file. At the end, returns [`State::Done`], unless a
     /// compressed file `must` follow.
     fn begin(&self, mut source: Source, must: bool) -> io::Result<State> {

@@ -238,7 +238,7 @@ fn content(
         );
     }
     let size = opened.len();
-    let mut maker = ContentMaker::default();
+    let mut maker = ContentMaker::of_others()?;
     if to_u64(buffer.len()) < size.min(PIECE) {
         buffer.resize(to_usize(size.min(PIECE)), 0);
     }

@@ -40,7 +40,8 @@ const LINKS: u32 = 40;
 /// Largest number of unknown record keys that are reported.
 const UNKNOWN: usize = 20;
 
-/// Reads the tar at `path`. The content of files goes to one temporary file in `place`, without holes.
+/// Reads the tar at `path`. The content of files that the tar does not have as they are goes to one temporary file in
+/// `place`, without holes.
 pub(super) fn read(path: &Path, place: &Path) -> Result<Tree> {
     let mut tree = empty();
     let unsaid = HashSet::from([ROOT]);
@@ -57,8 +58,7 @@ pub(super) fn read(path: &Path, place: &Path) -> Result<Tree> {
 /// - Paths follow symbolic links as if the tree were the root directory: nothing leads out of it.
 ///
 /// `is_new` is whether there is no layer below, so that no layer has set the root directory's
-/// metadata. Messages call the tar `name`. The content of files goes to one temporary file in `place`,
-/// without holes.
+/// metadata. Messages call the tar `name`. Temporary files are in `place`, as with [`read`].
 pub(super) fn apply(
     archive: &mut Archive,
     name: &Path,
@@ -114,6 +114,7 @@ const OVERLAY: [&[u8]; 2] = [b"trusted.overlay.", b"user.overlay."];
 struct Reader<'a> {
     /// The tar in messages.
     path: &'a Path,
+    name: Arc<Path>,
     tree: &'a mut Tree,
     /// Directories that still have the metadata of [`unsaid`]: this tar has made or reset them, or it is the first
     /// one and has the root directory, and no member of the tar has set their metadata yet.
@@ -139,6 +140,7 @@ impl<'a> Reader<'a> {
         let spool = Arc::new(spool);
         Ok(Self {
             path,
+            name: Arc::from(path),
             tree,
             unsaid,
             spool: BufWriter::with_capacity(1 << 20, Arc::clone(&spool)),
@@ -552,8 +554,16 @@ impl Reader<'_> {
         })
     }
 
-    /// Copies the content of a file to the spool, without blocks of zeros.
+    /// Reads the content of a file. If the tar is not compressed, and has all bytes of the file, they stay there;
+    /// otherwise, copies them to the spool, without blocks of zeros.
     fn content(&mut self, member: &Member, archive: &mut Archive) -> Result<Content> {
+        let is_whole = |extents: &[archive::Extent]| match extents {
+            [one] => one.offset == 0 && one.len == member.size,
+            _ => false,
+        };
+        if let Some((file, from)) = archive.in_file().filter(|_| is_whole(&member.extents)) {
+            return self.content_in_tar(member, archive, file, from);
+        }
         let mut maker = ContentMaker::default();
         let mut block = Vec::with_capacity(to_usize(BLOCK));
         let mut start = 0;
@@ -592,6 +602,24 @@ impl Reader<'_> {
             finish(&mut block, start)?;
         }
         Ok(maker.finish(size, Source::Shared(Arc::clone(&self.file))))
+    }
+
+    /// Reads the content of a file that is at byte `from` of the tar `file`.
+    fn content_in_tar(
+        &self,
+        member: &Member,
+        archive: &mut Archive,
+        file: Arc<File>,
+        from: u64,
+    ) -> Result<Content> {
+        let mut maker = ContentMaker::of_others()?;
+        archive.content(member, |offset, piece| {
+            for (block, offset) in piece.chunks(to_usize(BLOCK)).zip((offset..).step_by(4096)) {
+                maker.block(offset, block, from + offset);
+            }
+            Ok(())
+        })?;
+        Ok(maker.finish(member.size, Source::Tar(file, Arc::clone(&self.name))))
     }
 }
 

@@ -27,6 +27,7 @@ mod stamp;
 mod tree;
 mod usage;
 mod whiteouts;
+mod witness;
 
 use std::ffi::OsString;
 use std::fs::File;

@@ -6,7 +6,7 @@
 use std::collections::BTreeMap;
 use std::fs::File;
 use std::os::unix::fs::FileExt;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use anyhow::{bail, Context, Result};
@@ -14,6 +14,8 @@ use overlaybd::format::num::{to_u64, to_usize};
 use overlaybd::is_zero;
 use rustix::fs::IFlags;
 use sha2::{Digest, Sha256};
+
+use super::witness::{Seen, Witness};
 
 /// Size of a block of content in bytes. Blocks of zeros are holes.
 pub(super) const BLOCK: u64 = 4096;
@@ -121,6 +123,8 @@ pub(super) struct Extent {
 pub(super) enum Source {
     /// The file with this path.
     Path(PathBuf),
+    /// A tar, with its name in messages.
+    Tar(Arc<File>, Arc<Path>),
     /// A temporary file with the content of several files.
     Shared(Arc<File>),
     /// The content is in the file system already and isn't read.
@@ -135,6 +139,8 @@ pub(super) struct Content {
     pub(super) extents: Vec<Extent>,
     source: Source,
     digest: ContentHash,
+    /// What was read, if others can change it.
+    seen: Option<Seen>,
 }
 
 /// The hash of a file's content.
@@ -156,6 +162,7 @@ impl Content {
                 sha256: [0; 32],
                 is_whole: false,
             },
+            seen: None,
         }
     }
 
@@ -199,7 +206,7 @@ impl Content {
     /// Opens the source to read parts of the content.
     pub(super) fn open(&self) -> Result<Opened> {
         let file = match &self.source {
-            Source::Shared(file) => Some(Arc::clone(file)),
+            Source::Shared(file) | Source::Tar(file, _) => Some(Arc::clone(file)),
             Source::InPlace => None,
             Source::Path(path) => {
                 let file = File::open(path);
@@ -213,21 +220,25 @@ impl Content {
         })
     }
 
-    /// Returns whether others may change the content while it is read.
-    pub(super) fn may_change(&self) -> bool {
-        matches!(self.source, Source::Path(_))
+    /// Returns a hash for what is read again, for [`Self::check`]; `None` if nobody else can change the content.
+    pub(super) fn witness(&self) -> Result<Option<Witness>> {
+        self.seen.map(|_| Witness::new()).transpose()
     }
 
-    /// Checks that the content that was read now is the one that was read first.
-    pub(super) fn check(&self, again: Digester) -> Result<()> {
-        if again.finish(self.size) == self.digest {
+    /// Checks that what was read again, all data of the content, is what was read first.
+    pub(super) fn check(&self, again: Option<Witness>) -> Result<()> {
+        if again.map(Witness::finish) == self.seen {
             return Ok(());
         }
         let path = match &self.source {
-            Source::Path(path) => path.display().to_string(),
-            Source::Shared(_) | Source::InPlace => "the temporary file".to_owned(),
+            Source::Path(path) => path,
+            Source::Tar(_, path) => path.as_ref(),
+            Source::Shared(_) | Source::InPlace => Path::new("the temporary file"),
         };
-        bail!("{path}: was changed while it was read: try again when nobody changes it")
+        bail!(
+            "{}: was changed while it was read: try again when nobody changes it",
+            path.display()
+        )
     }
 
     /// Returns the SHA-256 of all bytes of the file. Reads them only if they have many more bytes in holes than data.
@@ -236,17 +247,15 @@ impl Content {
             return Ok(self.digest.sha256);
         }
         let mut whole = Digester::with_all_holes();
-        let mut again = Digester::default();
+        let mut again = self.witness()?;
         self.read(|offset, piece| {
             whole.add(offset, piece);
-            if self.may_change() {
-                again.add(offset, piece);
+            if let Some(again) = &mut again {
+                again.add(piece);
             }
             Ok(())
         })?;
-        if self.may_change() {
-            self.check(again)?;
-        }
+        self.check(again)?;
         Ok(whole.finish(self.size).sha256)
     }
 
@@ -285,10 +294,11 @@ impl Opened {
             return Ok(());
         };
         let read = file.read_exact_at(piece, extent.from + skip);
+        let shorter =
+            |path: &Path| format!("{}: cannot read, or it became shorter", path.display());
         read.with_context(|| match &self.source {
-            Source::Path(path) => {
-                format!("{}: cannot read, or it became shorter", path.display())
-            }
+            Source::Path(path) => shorter(path),
+            Source::Tar(_, path) => shorter(path),
             Source::Shared(_) | Source::InPlace => "cannot read the temporary file".to_owned(),
         })
     }
@@ -300,7 +310,7 @@ const FREE_HOLES: u64 = 1 << 20;
 
 /// Hashes the content of a file, whose data is added in order. Holes are hashed as zeros until there are too many of
 /// them; which ones does not depend on the pieces in which the data is added.
-pub(super) struct Digester {
+struct Digester {
     hash: Sha256,
     /// The hash has all bytes before this offset, if it is whole.
     end: u64,
@@ -334,7 +344,7 @@ impl Digester {
     }
 
     /// Adds the data at `offset`.
-    pub(super) fn add(&mut self, offset: u64, data: &[u8]) {
+    fn add(&mut self, offset: u64, data: &[u8]) {
         self.hole(offset);
         self.hash.update(data);
         self.end = offset + to_u64(data.len());
@@ -376,9 +386,18 @@ impl Digester {
 pub(super) struct ContentMaker {
     extents: Vec<Extent>,
     digester: Digester,
+    witness: Option<Witness>,
 }
 
 impl ContentMaker {
+    /// Begins content that is read again later, and that others can change until then.
+    pub(super) fn of_others() -> Result<Self> {
+        Ok(Self {
+            witness: Some(Witness::new()?),
+            ..Self::default()
+        })
+    }
+
     /// Adds the block at `offset`, a multiple of the block size; only the last block may be
     /// shorter. Its data is at byte `from` of the source. Returns `false` for a block of zeros, which is not
     /// added.
@@ -387,6 +406,9 @@ impl ContentMaker {
             return false;
         }
         self.digester.add(offset, data);
+        if let Some(witness) = &mut self.witness {
+            witness.add(data);
+        }
         let len = to_u64(data.len());
         match self.extents.last_mut() {
             Some(last) if last.offset + last.len == offset && last.from + last.len == from => {
@@ -404,6 +426,7 @@ impl ContentMaker {
             extents: self.extents,
             source,
             digest: self.digester.finish(size),
+            seen: self.witness.map(Witness::finish),
         }
     }
 }

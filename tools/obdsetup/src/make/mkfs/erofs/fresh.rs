@@ -24,9 +24,8 @@ use super::write::{
     blocks, check_end, layout, place_inode, stored_chunks, subdirectories, too_long, Plan, Planner,
     Relations, Summary, Writer, BLOCK, INODES_AT, WRITE,
 };
-use crate::make::mkfs::tree::{
-    Content, Digester, Extent, Id, Kind, Opened, Tree, FILES_AT_ONCE, ROOT,
-};
+use crate::make::mkfs::tree::{Content, Extent, Id, Kind, Opened, Tree, FILES_AT_ONCE, ROOT};
+use crate::make::mkfs::witness::Witness;
 use crate::make::mkfs::Stamp;
 use crate::terminal::interrupt;
 
@@ -421,7 +420,7 @@ struct Reading<'a> {
     /// The parts still to be read.
     parts: VecDeque<Part>,
     /// The hash of what was read; `None` if nobody else can change the content, and after the check.
-    again: Option<Digester>,
+    again: Option<Witness>,
 }
 
 impl<'a> Reading<'a> {
@@ -432,7 +431,7 @@ impl<'a> Reading<'a> {
             content,
             opened: content.open()?,
             parts: parts(plan, content)?,
-            again: content.may_change().then(Digester::default),
+            again: content.witness()?,
         })
     }
 
@@ -452,7 +451,7 @@ impl<'a> Reading<'a> {
             let (data, after) = after.split_at_mut(to_usize(len));
             self.opened.fill(&part.extent, part.skip, data)?;
             if let Some(again) = &mut self.again {
-                again.add(part.extent.offset + part.skip, data);
+                again.add(data);
             }
             part.advance(len);
             at += gap + len;
@@ -473,7 +472,7 @@ impl<'a> Reading<'a> {
         while let Some(part) = self.parts.front_mut().filter(|part| part.at < offset) {
             let len = part.len.min(offset - part.at).min(LOOK);
             if let Some(again) = &mut self.again {
-                again.add(part.extent.offset + part.skip, &vec![0; to_usize(len)]);
+                again.add(&vec![0; to_usize(len)]);
             }
             part.advance(len);
             if part.len == 0 {
@@ -492,8 +491,8 @@ impl<'a> Reading<'a> {
         if !beside.is_empty() {
             let read = self.disk.head.read_exact_at(&mut beside, self.plan.tail());
             read.context(READ)?;
-            again.add(self.plan.in_blocks(), &beside);
+            again.add(&beside);
         }
-        self.content.check(again)
+        self.content.check(Some(again))
     }
 }

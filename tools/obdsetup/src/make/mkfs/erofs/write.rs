@@ -18,7 +18,7 @@ use anyhow::{Context, Result};
 use overlaybd::format::num::{to_u64, to_usize};
 use uuid::Uuid;
 
-use crate::make::mkfs::tree::{show, Content, Digester, Id, Kind, Name, Names, Node, Tree, ROOT};
+use crate::make::mkfs::tree::{show, Content, Id, Kind, Name, Names, Node, Tree, ROOT};
 use crate::terminal::bar::Bar;
 use crate::terminal::exit::Failure;
 
@@ -503,9 +503,11 @@ impl<O: Out> Writer<'_, O> {
             Kind::Directory(_) => beside(&self.directory(id)?)?,
             Kind::Symlink(target) => beside(target)?,
             Kind::File(content) => {
-                let mut again = Digester::default();
+                let mut again = content.witness()?;
                 content.read_from(start, |offset, piece| {
-                    again.add(offset, piece);
+                    if let Some(again) = &mut again {
+                        again.add(piece);
+                    }
                     self.write(piece, plan.tail() + (offset - start))
                 })?;
                 // Who reads the blocks checks all of the content.
@@ -562,21 +564,18 @@ impl<O: Out> Writer<'_, O> {
             layout::CHUNKS => Some(self.chunk_map(plan, content)?),
             _ => None,
         };
-        let mut again = Digester::default();
+        let mut again = content.witness()?;
         content.read(|offset, piece| {
             bar.advance(to_u64(piece.len()))?;
-            if content.may_change() {
-                again.add(offset, piece);
+            if let Some(again) = &mut again {
+                again.add(piece);
             }
             match &chunks {
                 Some(chunks) => self.chunks(plan, chunks, offset, piece),
                 None => self.data(plan, offset, piece),
             }
         })?;
-        match content.may_change() {
-            true => content.check(again),
-            false => Ok(()),
-        }
+        content.check(again)
     }
 
     /// Writes the part of a node's content that is at `offset` in it, in blocks and beside the inode.
