@@ -20,8 +20,8 @@ const DATA_PIECE: u64 = 16320;
 const PAGES_PIECE: u64 = 16256;
 /// The index is padded to a multiple of this many entries.
 const PAD_TO: u64 = 256;
-/// Bytes of data copied at once.
-const COPY: u64 = 1 << 20;
+/// Bytes of data copied at once: few enough to stay in the cache of a CPU.
+const COPY: u64 = 128 << 10;
 
 /// A run of sectors that the layer changes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
