@@ -98,22 +98,40 @@ impl Encoder {
     ///
     /// If `block` has 4 GiB or more, or the codec fails. The codec gets enough room for any block.
     pub fn encode(&mut self, block: &[u8], out: &mut Vec<u8>) -> io::Result<usize> {
-        let too_long = || io::Error::from(io::ErrorKind::InvalidInput);
-        let len = u32::try_from(block.len()).map_err(|_| too_long())?;
-        let bound = match &self.kind {
-            Kind::Lz4(_) => Algorithm::Lz4,
-            Kind::Zstd(_) => Algorithm::Zstd,
-        }
-        .bound(len);
         let start = out.len();
-        let end = start + usize::try_from(bound).map_err(|_| too_long())?;
-        out.resize(end, 0);
+        out.resize(start + self.bound(block)?, 0);
         let room = out.get_mut(start..).unwrap_or_default();
-        let stored = match &mut self.kind {
-            Kind::Lz4(mode) => lz4::block::compress_to_buffer(block, Some(*mode), false, room)?,
-            Kind::Zstd(compressor) => compressor.compress_to_buffer(block, room)?,
-        };
+        let stored = self.encode_to(block, room)?;
         out.truncate(start + stored);
         Ok(stored)
     }
+
+    /// Writes the compressed form of `block` to the start of `room`. Returns its length in bytes.
+    ///
+    /// # Errors
+    ///
+    /// If `block` has 4 GiB or more, if `room` is shorter than [`Algorithm::bound`] of the block, or if the codec
+    /// fails.
+    pub fn encode_to(&mut self, block: &[u8], room: &mut [u8]) -> io::Result<usize> {
+        let room = room.get_mut(..self.bound(block)?).ok_or_else(unfit)?;
+        match &mut self.kind {
+            Kind::Lz4(mode) => lz4::block::compress_to_buffer(block, Some(*mode), false, room),
+            Kind::Zstd(compressor) => compressor.compress_to_buffer(block, room),
+        }
+    }
+
+    /// Returns the largest length of the compressed form of `block`.
+    fn bound(&self, block: &[u8]) -> io::Result<usize> {
+        let len = u32::try_from(block.len()).map_err(|_| unfit())?;
+        let algorithm = match &self.kind {
+            Kind::Lz4(_) => Algorithm::Lz4,
+            Kind::Zstd(_) => Algorithm::Zstd,
+        };
+        usize::try_from(algorithm.bound(len)).map_err(|_| unfit())
+    }
+}
+
+/// The error for a block that is too long, or for too little room.
+fn unfit() -> io::Error {
+    io::ErrorKind::InvalidInput.into()
 }

@@ -9,7 +9,7 @@ use std::io::{self, Seek, SeekFrom, Write};
 use std::panic::{catch_unwind, AssertUnwindSafe};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{self, Receiver};
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use rayon::Scope;
 
@@ -95,7 +95,9 @@ struct ZfileWriter<'a, 'scope, W> {
     /// Bytes that aren't compressed yet: less than a batch.
     pending: Vec<u8>,
     /// Receives the batch before them.
-    compressing: Option<Receiver<Result<Vec<Group>>>>,
+    compressing: Option<Receiver<Result<Batch>>>,
+    /// Memory of groups that are written, to be used again.
+    spare: Arc<Spare>,
     /// The index in its format on disk.
     index: Vec<u8>,
     /// Byte offset of the next block in the ZFile; after the last block, offset of the index.
@@ -132,6 +134,7 @@ impl<'a, 'scope, W: Write + Seek> ZfileWriter<'a, 'scope, W> {
             start,
             pending: Vec::new(),
             compressing: None,
+            spare: Arc::default(),
             index: Vec::new(),
             offset: zfile::HEADER_SIZE,
             size: 0,
@@ -198,16 +201,19 @@ impl<'a, 'scope, W: Write + Seek> ZfileWriter<'a, 'scope, W> {
         let data = std::mem::take(&mut self.pending);
         let (options, check) = (self.options, self.check);
         let stopped = Arc::clone(&self.stop.0);
+        let spare = Arc::clone(&self.spare);
         let (sender, receiver) = mpsc::channel();
         let work = move || {
             let go_on = || match stopped.load(Ordering::Relaxed) {
                 true => Err(Error::Interrupted),
                 false => check(),
             };
-            let groups = catch_unwind(AssertUnwindSafe(|| compress(&data, options, &go_on)));
-            drop(data);
+            let groups = catch_unwind(AssertUnwindSafe(|| {
+                compress(&data, options, &spare, &go_on)
+            }));
+            let groups = groups.unwrap_or_else(|_| Err(panicked()));
             // After an error, nobody receives it.
-            let _ = sender.send(groups.unwrap_or_else(|_| Err(panicked())));
+            let _ = sender.send(groups.map(|groups| Batch { groups, data }));
         };
         // A thread of the pool must not wait for the pool: all of its threads could wait.
         match rayon::current_thread_index() {
@@ -221,11 +227,18 @@ impl<'a, 'scope, W: Write + Seek> ZfileWriter<'a, 'scope, W> {
     }
 
     /// Waits for a batch and writes it.
-    fn store(&mut self, batch: &Receiver<Result<Vec<Group>>>) -> Result<()> {
-        for Group { stored, lengths } in batch.recv().map_err(|_| panicked())?? {
-            self.out.write_all(&stored).map_err(write_error)?;
-            self.index.extend_from_slice(&lengths);
-            self.offset += to_u64(stored.len());
+    fn store(&mut self, batch: &Receiver<Result<Batch>>) -> Result<()> {
+        let Batch { groups, mut data } = batch.recv().map_err(|_| panicked())??;
+        for group in groups {
+            self.out.write_all(group.stored()).map_err(write_error)?;
+            self.index.extend_from_slice(&group.lengths);
+            self.offset += to_u64(group.len);
+            self.spare.keep(group.room);
+        }
+        // New memory for each batch would take the system's time.
+        if self.pending.capacity() == 0 {
+            data.clear();
+            self.pending = data;
         }
         Ok(())
     }
@@ -266,16 +279,55 @@ impl Drop for Stop {
     }
 }
 
+/// A batch that is compressed.
+struct Batch {
+    groups: Vec<Group>,
+    /// The bytes of which it was made.
+    data: Vec<u8>,
+}
+
 /// Consecutive blocks of a ZFile.
 struct Group {
-    /// Their stored bytes.
-    stored: Vec<u8>,
+    /// Their stored bytes, and further bytes.
+    room: Vec<u8>,
+    /// Number of the stored bytes.
+    len: usize,
     /// Their entries of the index.
     lengths: Vec<u8>,
 }
 
+impl Group {
+    fn stored(&self) -> &[u8] {
+        self.room.get(..self.len).unwrap_or_default()
+    }
+}
+
+/// Memory for the stored bytes of groups.
+#[derive(Default)]
+struct Spare(Mutex<Vec<Vec<u8>>>);
+
+impl Spare {
+    /// Returns at least `len` bytes of any values.
+    fn take(&self, len: usize) -> Vec<u8> {
+        let mut room = self.rooms().pop().unwrap_or_default();
+        if room.len() < len {
+            // Not copied, as growing would.
+            room = vec![0; len];
+        }
+        room
+    }
+
+    fn keep(&self, room: Vec<u8>) {
+        self.rooms().push(room);
+    }
+
+    fn rooms(&self) -> MutexGuard<'_, Vec<Vec<u8>>> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
 /// Compresses `data`, which begins with a whole block, with several threads.
-fn compress(data: &[u8], options: Options, check: Check<'_>) -> Result<Vec<Group>> {
+fn compress(data: &[u8], options: Options, spare: &Spare, check: Check<'_>) -> Result<Vec<Group>> {
     let method = options.method;
     let groups = parallel::map(
         data.chunks(GROUP),
@@ -288,40 +340,47 @@ fn compress(data: &[u8], options: Options, check: Check<'_>) -> Result<Vec<Group
                     method.algorithm.name()
                 ))
             })?;
-            group(encoder, data, options, check)
+            group(encoder, data, options, spare, check)
         },
     );
     groups.collect()
 }
 
 /// Compresses the blocks of `data`, one after the other.
-fn group(encoder: &mut Encoder, data: &[u8], options: Options, check: Check<'_>) -> Result<Group> {
+fn group(
+    encoder: &mut Encoder,
+    data: &[u8],
+    options: Options,
+    spare: &Spare,
+    check: Check<'_>,
+) -> Result<Group> {
     let Options {
         method, block_size, ..
     } = options;
     let blocks = data.chunks(to_usize(block_size.into()));
     let most = u64::from(method.algorithm.bound(block_size) + zfile::CRC_SIZE);
     let mut group = Group {
-        // So that it never grows.
-        stored: Vec::with_capacity(blocks.len() * to_usize(most)),
+        // Enough for blocks that don't become shorter.
+        room: spare.take(blocks.len() * to_usize(most)),
+        len: 0,
         lengths: Vec::with_capacity(blocks.len() * 4),
     };
     for block in blocks {
         check()?;
-        let start = group.stored.len();
-        encoder
-            .encode(block, &mut group.stored)
-            .map_err(|source| Error::Io {
-                what: "compress",
-                source,
-            })?;
+        let room = group.room.get_mut(group.len..).unwrap_or_default();
+        let mut len = encoder.encode_to(block, room).map_err(|source| Error::Io {
+            what: "compress",
+            source,
+        })?;
         if options.crc {
-            let stored = group.stored.get(start..).unwrap_or_default();
+            let stored = room.get(..len).unwrap_or_default();
             let crc = zfile::block_crc(stored, crc32c);
-            group.stored.extend_from_slice(&crc.to_le_bytes());
+            put(room, len, &crc.to_le_bytes());
+            len += to_usize(zfile::CRC_SIZE.into());
         }
-        let len = u32::try_from(group.stored.len() - start)
-            .map_err(|_| Error::Invalid("a block became too long".to_owned()))?;
+        group.len += len;
+        let len =
+            u32::try_from(len).map_err(|_| Error::Invalid("a block became too long".to_owned()))?;
         group.lengths.extend_from_slice(&len.to_le_bytes());
     }
     Ok(group)

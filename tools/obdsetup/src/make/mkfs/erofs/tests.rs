@@ -1,16 +1,18 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! Hostile layers below: whatever bytes they have, the result must be an error or a layer. How threads write.
+//! Hostile layers below: whatever bytes they have, the result must be an error or a layer. New file systems: how
+//! threads write, and files that change meanwhile.
 
+use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::sync::OnceLock;
 
 use anyhow::Result;
-use overlaybd::format::num::to_usize;
+use overlaybd::format::num::{to_u64, to_usize};
 use overlaybd::format::Blob;
 use overlaybd::layer::Ident;
 use overlaybd::wrap::Wrapping;
-use overlaybd::Stack;
+use overlaybd::{diff, FileBlob, Stack};
 use proptest::prelude::*;
 use tempfile::TempDir;
 
@@ -19,6 +21,7 @@ use super::write::{Out, BLOCK, INODE};
 use super::{grow, read, Fresh, Growing};
 use crate::input::archive::Archive;
 use crate::make::layer_out::LayerOut;
+use crate::make::mkfs::tree::Tree;
 use crate::make::mkfs::{from_dir, from_tar, Stamp};
 use crate::tars::{self, member, pax, tar};
 
@@ -135,12 +138,7 @@ fn threads_do_not_matter() {
             for name in missing {
                 std::fs::write(files.join(name), b"again")?;
             }
-            let made = made?;
-            let mut disk = vec![1; to_usize(made.size())];
-            let mut reader = made.reader();
-            reader.read(0, &mut disk)?;
-            reader.finish()?;
-            Ok(disk)
+            bytes_of(&made?)
         })
     };
     let wanted = make(1, &[]).unwrap();
@@ -152,6 +150,208 @@ fn threads_do_not_matter() {
         let wanted = format!("{}: cannot read", files.join("98").display());
         assert_eq!(error.to_string(), wanted, "{threads} threads");
     }
+}
+
+/// Reads the whole disk.
+fn bytes_of(made: &Fresh) -> Result<Vec<u8>> {
+    let mut disk = vec![1; to_usize(made.size())];
+    let mut reader = made.reader();
+    // In pieces that end within blocks and files.
+    let mut at = 0;
+    for piece in disk.chunks_mut(70 * 512) {
+        reader.read(at, piece)?;
+        at += to_u64(piece.len());
+    }
+    reader.finish()?;
+    Ok(disk)
+}
+
+fn of_tree(tree: Tree, place: &Path) -> Result<Fresh> {
+    let stamp = Stamp::of(&tree, &[])?;
+    Fresh::new(tree, &stamp, false, place)
+}
+
+/// Files with data only beside the inode, only in blocks, in both, and in chunks.
+fn all_layouts(files: &Path) {
+    std::fs::create_dir(files).unwrap();
+    let mut holes = vec![0; 1 << 20];
+    holes[70_000..80_000].fill(3);
+    holes[900_000] = 4;
+    let contents = [
+        ("a-small", vec![1; 1000]),
+        ("b-blocks", vec![2; 303_000]),
+        ("c-both", vec![5; 41_000]),
+        ("d-chunks", holes),
+    ];
+    for (name, content) in contents {
+        std::fs::write(files.join(name), content).unwrap();
+    }
+}
+
+/// A file whose bytes are not those of its fingerprint is an error, wherever it changes, and whenever.
+#[test]
+fn changes_between_the_readings_are_noticed() {
+    let place = TempDir::new().unwrap();
+    let files = place.path().join("files");
+    all_layouts(&files);
+    let set = |name: &str, at: u64, byte: u8| {
+        let file = std::fs::File::options().write(true).open(files.join(name));
+        file.unwrap().write_all_at(&[byte], at).unwrap();
+    };
+    let tree = || from_dir::read(&files, false).unwrap();
+    let changes = [
+        ("a-small", 999, 1),
+        ("b-blocks", 0, 2),
+        ("b-blocks", 302_999, 2),
+        ("c-both", 40_959, 5),
+        // Beside the inode.
+        ("c-both", 40_960, 5),
+        ("c-both", 40_999, 5),
+        ("d-chunks", 70_000, 3),
+        ("d-chunks", 900_000, 4),
+    ];
+    for (name, at, old) in changes {
+        let said = |result: Result<Vec<u8>>| {
+            let said = result.map(drop).unwrap_err().to_string();
+            let wanted = "was changed while it was read: try again when nobody changes it";
+            assert_eq!(said, format!("{}: {wanted}", files.join(name).display()));
+        };
+        // Before the inodes are written, and after that.
+        let read = tree();
+        set(name, at, 99);
+        said(of_tree(read, place.path()).and_then(|made| bytes_of(&made)));
+        set(name, at, old);
+        if name == "a-small" {
+            continue;
+        }
+        if at < 40_960 || name != "c-both" {
+            let made = of_tree(tree(), place.path()).unwrap();
+            set(name, at, 99);
+            said(bytes_of(&made));
+            set(name, at, old);
+        } else {
+            // Changed only while the inodes were written.
+            let read = tree();
+            set(name, at, 99);
+            let made = of_tree(read, place.path()).unwrap();
+            set(name, at, old);
+            said(bytes_of(&made));
+        }
+    }
+    // What is added to a file later is not read. What is missing is an error.
+    let made = of_tree(tree(), place.path()).unwrap();
+    let wanted = bytes_of(&made).unwrap();
+    let file = std::fs::File::options()
+        .append(true)
+        .open(files.join("b-blocks"))
+        .unwrap();
+    std::io::Write::write_all(&mut &file, &[7; 5000]).unwrap();
+    assert!(bytes_of(&made).unwrap() == wanted);
+    file.set_len(200_000).unwrap();
+    let said = bytes_of(&made).map(drop).unwrap_err().to_string();
+    assert!(
+        said.ends_with("b-blocks: cannot read, or it became shorter"),
+        "{said}"
+    );
+}
+
+/// As [`changes_between_the_readings_are_noticed`], for the files in a tar.
+#[test]
+fn a_tar_that_changes_is_noticed() {
+    let place = TempDir::new().unwrap();
+    let path = place.path().join("tar");
+    let content: Vec<u8> = (1..=250).cycle().take(50_000).collect();
+    let bytes = tar(&[
+        member("file", b'0', &content),
+        member("small", b'0', b"abc"),
+    ]);
+    std::fs::write(&path, &bytes).unwrap();
+    let tree = || from_tar::read(&path, place.path()).unwrap();
+    let wanted = bytes_of(&of_tree(tree(), place.path()).unwrap()).unwrap();
+    let made = of_tree(tree(), place.path()).unwrap();
+    let mut other = bytes.clone();
+    other[512 + 30_000] ^= 1;
+    std::fs::write(&path, &other).unwrap();
+    let said = bytes_of(&made).map(drop).unwrap_err().to_string();
+    let text = "was changed while it was read: try again when nobody changes it";
+    assert_eq!(said, format!("{}: {text}", path.display()));
+    // The content of a compressed tar is copied when it is read.
+    let packed = zstd::bulk::compress(&bytes, 1).unwrap();
+    std::fs::write(&path, packed).unwrap();
+    let made = of_tree(tree(), place.path()).unwrap();
+    std::fs::write(&path, b"").unwrap();
+    assert!(bytes_of(&made).unwrap() == wanted);
+}
+
+/// A layer has all that is not zeros, in units of any size; its UUID depends on all bytes.
+#[test]
+fn runs_and_content() {
+    let place = TempDir::new().unwrap();
+    let files = place.path().join("files");
+    all_layouts(&files);
+    let name = "n".repeat(200);
+    for nth in 0..100 {
+        std::fs::write(files.join(format!("{name}{nth}")), b"").unwrap();
+    }
+    std::os::unix::fs::symlink("t".repeat(3000), files.join("long-link")).unwrap();
+    // In chunks of two blocks, since 2^16 is the largest number of chunks; a chunk may have a block of zeros.
+    let large = std::fs::File::create(files.join("large")).unwrap();
+    large.set_len(300 << 20).unwrap();
+    large.write_all_at(&[9; 4096], 8192).unwrap();
+    large.write_all_at(&[9; 5000], 100 << 20).unwrap();
+    let read = || from_dir::read(&files, false).unwrap();
+    let made = of_tree(read(), place.path()).unwrap();
+    let disk = bytes_of(&made).unwrap();
+    for granule in [512, 2048, 4096, 8192, 1 << 16, 1 << 20] {
+        let options = diff::Options {
+            granule,
+            skip_zeros: true,
+            keep_zeros: false,
+        };
+        let runs = made.runs(options).unwrap();
+        let mut file = tempfile::NamedTempFile::new().unwrap();
+        std::io::Write::write_all(&mut file, &disk).unwrap();
+        let image = FileBlob::open(file.path(), None).unwrap();
+        let wanted = diff::of(&image, None, options, &|_| Ok(())).unwrap();
+        assert_eq!(runs, wanted.runs, "{granule}");
+        // The layer's writer reads only these.
+        let mut reader = made.reader();
+        for run in runs {
+            let (start, end) = (to_usize(run.offset * 512), to_usize(run.end() * 512));
+            let mut bytes = vec![1; end - start];
+            reader.read(run.offset * 512, &mut bytes).unwrap();
+            assert!(bytes == disk[start..end], "{granule}: {run:?}");
+        }
+        reader.finish().unwrap();
+    }
+    let content = made.content().unwrap();
+    assert_eq!(
+        of_tree(read(), place.path()).unwrap().content().unwrap(),
+        content
+    );
+    let mut seen = vec![content];
+    let mut check = |what: &str| {
+        let content = of_tree(read(), place.path()).unwrap().content().unwrap();
+        assert!(!seen.contains(&content), "{what}");
+        seen.push(content);
+    };
+    for (name, at) in [
+        ("a-small", 5),
+        ("b-blocks", 200_000),
+        ("c-both", 40_999),
+        ("d-chunks", 900_000),
+    ] {
+        let path = files.join(name);
+        let file = std::fs::File::options().write(true).open(&path).unwrap();
+        let when = file.metadata().unwrap().modified().unwrap();
+        file.write_all_at(&[77], at).unwrap();
+        file.set_modified(when).unwrap();
+        check(name);
+    }
+    large.write_all_at(&[9; 4096], 8192 + 4096).unwrap();
+    check("a block within a chunk");
+    std::fs::rename(files.join("b-blocks"), files.join("b-block")).unwrap();
+    check("a name");
 }
 
 /// Generates values that are likely to exceed a limit.
