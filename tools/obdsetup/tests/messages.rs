@@ -281,6 +281,11 @@ const NO_MESSAGES: &[(&str, &str, &str)] = &[
         "a block has no place",
         "as above",
     ),
+    (
+        "make/mkfs/erofs/fresh.rs",
+        "a file without a place",
+        "as above",
+    ),
     ("make/mkfs/erofs/grow.rs", "no plan", "as above"),
     (
         "make/mkfs/erofs/write.rs",
@@ -297,7 +302,11 @@ const NO_MESSAGES: &[(&str, &str, &str)] = &[
         "data without a place",
         "as above",
     ),
-    ("make/mkfs/erofs/write.rs", "no plan", "as above"),
+    (
+        "make/mkfs/erofs/write.rs",
+        "no place for a fingerprint",
+        "as above",
+    ),
     ("make/mkfs/ext/mod.rs", "a file has no inode", "as above"),
     ("make/mkfs/ext/mod.rs", "no such name", "as above"),
     (
@@ -307,6 +316,7 @@ const NO_MESSAGES: &[(&str, &str, &str)] = &[
     ),
     ("make/mkfs/pax.rs", "a tar cannot hold sockets", "as above"),
     ("make/mkfs/stamp.rs", "hash too short", "as above"),
+    ("make/mkfs/witness.rs", "no random numbers", "as above"),
     ("make/mkfs/tree.rs", "no such node", "as above"),
     ("make/mkfs/tree.rs", "node {id} is no directory", "as above"),
     (

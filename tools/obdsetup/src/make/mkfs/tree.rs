@@ -171,12 +171,20 @@ impl Content {
         self.extents.iter().map(|extent| extent.len).sum()
     }
 
-    /// Passes the data of each extent to `each`, with its offset in the file, at most 1 MiB at a time.
-    pub(super) fn read(&self, each: impl FnMut(u64, &[u8]) -> Result<()>) -> Result<()> {
-        self.read_from(0, each)
+    /// Passes the data of each extent to `each`, with its offset in the file, at most 1 MiB at a time. An error if it
+    /// is not the data that was read first.
+    pub(super) fn read(&self, mut each: impl FnMut(u64, &[u8]) -> Result<()>) -> Result<()> {
+        let mut again = self.witness()?;
+        self.read_from(0, |offset, piece| {
+            if let Some(again) = &mut again {
+                again.add(piece);
+            }
+            each(offset, piece)
+        })?;
+        self.check(again)
     }
 
-    /// As [`Self::read`], without the data before byte `start`.
+    /// As [`Self::read`], without the data before byte `start`, and unchecked.
     pub(super) fn read_from(
         &self,
         start: u64,
@@ -247,15 +255,10 @@ impl Content {
             return Ok(self.digest.sha256);
         }
         let mut whole = Digester::with_all_holes();
-        let mut again = self.witness()?;
         self.read(|offset, piece| {
             whole.add(offset, piece);
-            if let Some(again) = &mut again {
-                again.add(piece);
-            }
             Ok(())
         })?;
-        self.check(again)?;
         Ok(whole.finish(self.size).sha256)
     }
 

@@ -15,6 +15,7 @@ use std::sync::OnceLock;
 
 use anyhow::{Context, Result};
 use overlaybd::format::num::to_usize;
+use rustix::io::retry_on_intr;
 use rustix::rand::{getrandom, GetRandomFlags};
 use sha2::{Digest, Sha256};
 
@@ -37,7 +38,8 @@ fn key() -> Result<&'static Key> {
     let mut random = [0; LEN];
     let mut left = random.as_mut_slice();
     while !left.is_empty() {
-        let done = getrandom(&mut *left, GetRandomFlags::empty()).context("no random numbers")?;
+        let done = retry_on_intr(|| getrandom(&mut *left, GetRandomFlags::empty()));
+        let done = done.context("no random numbers")?;
         left = left.get_mut(done..).unwrap_or_default();
     }
     let mut new = [[0; 2]; LEN / PAIR];

@@ -75,7 +75,7 @@ impl Fresh {
         let head_len = next * BLOCK;
         let mut in_blocks = Vec::new();
         for (id, _) in &order {
-            let plan = plans.get_mut(id).context("no plan")?;
+            let plan = plans.get_mut(id).context(LOST)?;
             let blocks = blocks(tree.node(*id)?, plan);
             plan.block = next;
             if blocks > 0 {
@@ -128,7 +128,7 @@ impl Fresh {
     }
 
     fn plan(&self, id: Id) -> Result<&Plan> {
-        self.plans.get(&id).context("a file without a place")
+        self.plans.get(&id).context(LOST)
     }
 
     /// Returns the content of a directory or symbolic link.
@@ -260,6 +260,8 @@ impl Fresh {
 }
 
 const READ: &str = "cannot read the temporary file";
+/// A bug.
+const LOST: &str = "a file without a place";
 
 /// A part of the data of a file: where it is in the file's blocks, and in which extent.
 struct Part {
@@ -294,7 +296,7 @@ fn parts(plan: &Plan, content: &Content) -> Result<VecDeque<Part>> {
                 Some(chunks) => {
                     let inside = offset % plan.chunk();
                     let chunk = chunks.get(&(offset / plan.chunk()));
-                    let (at, _) = chunk.context("data without a place")?;
+                    let (at, _) = chunk.context(LOST)?;
                     (at * BLOCK + inside, plan.chunk() - inside)
                 }
                 None => (offset, plan.in_blocks().saturating_sub(offset)),
@@ -347,15 +349,15 @@ impl Reader<'_> {
                 true => (0, disk.head_len, None),
                 false => {
                     let after = disk.in_blocks.partition_point(|&(start, _)| start <= at);
-                    let nth = after.checked_sub(1).context("a block of no file")?;
-                    let &(start, _) = disk.in_blocks.get(nth).context("a block of no file")?;
+                    let nth = after.checked_sub(1).context(LOST)?;
+                    let &(start, _) = disk.in_blocks.get(nth).context(LOST)?;
                     let next = disk.in_blocks.get(after);
                     (start, next.map_or(disk.size, |&(next, _)| next), Some(nth))
                 }
             };
             let len = end.saturating_sub(at).min(to_u64(buf.len()));
             if len == 0 {
-                bail!("read after the end of the file system");
+                bail!(LOST);
             }
             let (now, rest) = buf.split_at_mut(to_usize(len));
             match nth {
@@ -373,7 +375,7 @@ impl Reader<'_> {
         let is_current = |(current, _): &(usize, _)| *current == nth;
         if !self.current.as_ref().is_some_and(is_current) {
             self.finish()?;
-            let &(_, id) = self.disk.in_blocks.get(nth).context("no such file")?;
+            let &(_, id) = self.disk.in_blocks.get(nth).context(LOST)?;
             let next = match &self.disk.tree.node(id)?.kind {
                 Kind::File(content) => {
                     Current::File(Reading::new(self.disk, self.disk.plan(id)?, content)?)
