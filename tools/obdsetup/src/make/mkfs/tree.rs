@@ -645,8 +645,52 @@ fn hash_node(hash: &mut Sha256, node: &Node) {
 mod tests {
     use std::collections::BTreeMap;
 
+    use sha2::{Digest, Sha256};
+
     use super::{Kind, Node, ROOT};
-    use crate::make::mkfs::from_tar;
+    use crate::make::mkfs::{from_dir, from_tar};
+
+    /// The fingerprint is the SHA-256 of all bytes, and holes that cost too much are not hashed for the UUID.
+    #[test]
+    fn hashes_of_holes() -> anyhow::Result<()> {
+        let dir = tempfile::tempdir()?;
+        let mib = 1 << 20;
+        // Bytes of data at the start, size, another byte of data, and whether all is hashed at once.
+        let files = [
+            (0, 0, None, true),
+            (5000, 5000, None, true),
+            (0, mib, None, true),
+            (0, mib + 1, None, false),
+            (4096, mib + 8192, None, true),
+            (4096, mib + 8193, None, false),
+            (4096, 3 * mib, Some(mib - 1), false),
+            (mib, 4 * mib, Some(3 * mib + 100), true),
+        ];
+        let mut seen = Vec::new();
+        for (data, size, more, is_whole) in files {
+            let mut bytes = vec![0; size];
+            bytes[..data].fill(1);
+            if let Some(at) = more {
+                bytes[at] = 2;
+            }
+            let what = (data, size, more);
+            std::fs::write(dir.path().join("file"), &bytes)?;
+            let tree = from_dir::read(dir.path(), false)?;
+            let id = tree.child(ROOT, b"file").unwrap_or_default();
+            let Kind::File(content) = &tree.node(id)?.kind else {
+                anyhow::bail!("no file");
+            };
+            assert_eq!(content.digest.is_whole, is_whole, "{what:?}");
+            let wanted: [u8; 32] = Sha256::digest(&bytes).into();
+            assert_eq!(content.sha256()?, wanted, "{what:?}");
+            let mut hash = Sha256::new();
+            content.identify(&mut hash);
+            let hash = hash.finalize();
+            assert!(!seen.contains(&hash), "{what:?}");
+            seen.push(hash);
+        }
+        Ok(())
+    }
 
     #[test]
     fn names_and_paths() -> anyhow::Result<()> {

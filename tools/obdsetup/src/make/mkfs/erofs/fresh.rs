@@ -332,7 +332,7 @@ pub(crate) struct Reader<'a> {
 enum Current<'a> {
     /// A directory or symbolic link.
     Bytes(Vec<u8>),
-    File(Reading<'a>),
+    File(Box<Reading<'a>>),
 }
 
 impl Reader<'_> {
@@ -378,7 +378,8 @@ impl Reader<'_> {
             let &(_, id) = self.disk.in_blocks.get(nth).context(LOST)?;
             let next = match &self.disk.tree.node(id)?.kind {
                 Kind::File(content) => {
-                    Current::File(Reading::new(self.disk, self.disk.plan(id)?, content)?)
+                    let reading = Reading::new(self.disk, self.disk.plan(id)?, content)?;
+                    Current::File(Box::new(reading))
                 }
                 _ => Current::Bytes(self.disk.bytes(id)?),
             };
