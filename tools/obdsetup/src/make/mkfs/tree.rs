@@ -664,7 +664,8 @@ mod tests {
             (4096, mib + 8192, None, true),
             (4096, mib + 8193, None, false),
             (4096, 3 * mib, Some(mib - 1), false),
-            (mib, 4 * mib, Some(3 * mib + 100), true),
+            (mib, 3 * mib + 5000, Some(3 * mib + 100), true),
+            (mib, 4 * mib, Some(3 * mib + 100), false),
         ];
         let mut seen = Vec::new();
         for (data, size, more, is_whole) in files {
