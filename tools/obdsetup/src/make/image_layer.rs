@@ -126,12 +126,7 @@ pub(crate) fn write_image(
 /// image may have lost its holes. `runs` is what the layer has, and `zeros` is how many bytes of it are such zeros. Not
 /// for a device, which has no holes, nor for a store of changes or a thin volume,
 /// which has only what was written.
-fn stored_zeros(
-    runs: &[Run],
-    zeros: u64,
-    image: &dyn Image,
-    from: Source<'_>,
-) -> Option<String> {
+fn stored_zeros(runs: &[Run], zeros: u64, image: &dyn Image, from: Source<'_>) -> Option<String> {
     let path = match from {
         Source::Image(path) if path.is_file() && !image.shows_below() => path,
         _ => return None,
