@@ -301,7 +301,7 @@ def activated():
     gone(before)
 
 
-@test("an image with a physical volume: with a devices file")
+@test("an image with a physical volume: the host's devices file lacks it, and LVM uses it with another one")
 def devices_file():
     before, recipe = guest_mounted("With a devices file")
     lvm_is_content()

@@ -118,7 +118,7 @@ pub(crate) enum Files<'a> {
 pub(crate) enum New {
     /// In a temporary file, which is deleted when this is dropped.
     File(NamedTempFile),
-    /// An erofs that is nowhere as a whole.
+    /// An erofs that is not stored as a whole: its layer is made from the files.
     Erofs(Box<erofs::Fresh>),
 }
 

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! A new erofs of the files of a tree, which is on no disk as a whole: its inodes, and what is beside them, are in a
+//! A new erofs of the files of a tree, which is not stored as a whole: its inodes, and what is beside them, are in a
 //! temporary file; directories are made, and files are read, when their blocks are read. So the content of files goes
 //! from the files to the layer.
 //!

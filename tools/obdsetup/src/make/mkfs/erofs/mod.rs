@@ -5,10 +5,12 @@
 //! is read; from a tar, it loses sockets and some device numbers. With options, such as for compression,
 //! mkfs.erofs makes the file system ([`program`]).
 //!
-//! A new file system is not written to a disk of its own: its layer is made from the files ([`fresh`]).
+//! For a directory or a tar, what [`write`] makes is not stored as a whole: the layer is made from the
+//! files ([`fresh`]).
 //!
-//! A layer of an image is added to the file system on the disk of the layers below, which is read first
-//! ([`read`]), so that little of the disk changes ([`grow`], [`disk`]).
+//! A layer of a container image is added to the file system on the disk of the layers below, which is read
+//! first ([`read`]), so that little of the disk changes ([`grow`]). The lowest layer is added to an empty
+//! file system. For each layer, a temporary file gets the blocks that are written ([`disk`]).
 
 mod disk;
 mod fresh;
@@ -46,8 +48,8 @@ pub(super) struct Growing {
 }
 
 impl Growing {
-    /// Reads the file system on the disk of `below`, or starts a new one with the tree `empty`. New data
-    /// goes to a temporary file in `place`.
+    /// Reads the file system on the disk of `below`, or starts a new one with the tree `empty`. All blocks
+    /// that are written go to a temporary file in `place`.
     pub(super) fn open(below: Option<Stack>, empty: Tree, place: &Path) -> Result<Self> {
         let file = tempfile::tempfile_in(place);
         let file = file.with_context(|| format!("{}: cannot make a file", place.display()))?;
@@ -75,7 +77,8 @@ impl Growing {
     pub(super) fn finish(self, stamp: (Uuid, u32)) -> Result<Delta> {
         let blocks = grow::write(&self.state, &self.disk, stamp)?;
         let (file, runs) = self.disk.into_written();
-        // `file` has only what was written, so it may be shorter than the disk.
+        // `file` may end within the last block that was written, but `Delta::read` reads whole blocks: zeros
+        // are added up to the end of the disk.
         file.set_len(blocks * BLOCK).context(write::WRITE)?;
         Ok(Delta {
             size: blocks * BLOCK,

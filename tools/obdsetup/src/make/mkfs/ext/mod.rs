@@ -52,8 +52,8 @@ const LINKS: u64 = 65_000;
 /// Number of entries of a directory from which on a warning says that mke2fs is slow: for each new entry, it reads
 /// the directory from its start.
 const LARGE_DIRECTORY: usize = 10_000;
-/// Largest size of a value that is in the command for debugfs, with each byte as `\ooo`. A longer one goes to
-/// a file.
+/// Largest size in bytes of a value that is in the command for debugfs, where each of these bytes takes the four
+/// characters `\ooo`. A longer value goes to a file.
 const LONG_VALUE: usize = 500;
 
 /// Makes the file system of `tree` in a file of `size` bytes in `place`. `directory` is the source
@@ -700,7 +700,7 @@ mod tests {
     }
 
     #[test]
-    fn words() {
+    fn lines_and_arguments_of_debugfs() {
         let line = |name: &str| {
             let text = "     12  100644 (1)      0      0       5 26-Nov-2026 10:31 ";
             entry(&format!("{text}{name}"))
