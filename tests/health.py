@@ -292,7 +292,7 @@ def without():
     layers = open_stack()
     done = as_nobody("list")
     equal(done.returncode, 2, "list")
-    equal(done.stdout.splitlines()[1].split(), [NAME, "256.00", "KiB", "-", "unknown", "-", "-"], "list")
+    equal(done.stdout.splitlines()[1].split(), [NAME, "256.00", "KiB", "-", "unknown", "-", "-", "-"], "list")
     check("must be root" in done.stderr, done.stderr)
     for args in (["status", NAME], ["close", NAME], ["open", "x", *layers]):
         os.chmod(os.path.dirname(layers[0]), 0o755)

@@ -3,16 +3,19 @@
 """obdsetup: layers that belong together, one loop device for each file, and files that are in use."""
 
 import collections
+import ctypes
+import fcntl
 import hashlib
 import json
 import os
+import struct
 
 from obdtest import image, left
 from obdtest.disk import verify
 from obdtest.files import read, work_directory, write
 from obdtest.ktap import Skip, check, defer, equal, main, test
 from obdtest.left import loops
-from obdtest.programs import close, need, obdsetup, quietly, run
+from obdtest.programs import close, obdsetup, quietly, run
 
 MIB = 1 << 20
 SIZE = 4 << 20
@@ -170,9 +173,20 @@ def mounted_layer():
     obdsetup("close", NAME)
 
 
+# linux/blkpg.h
+BLKPG = 0x1269
+ADD_PARTITION, DELETE_PARTITION = 1, 2
+
+
+def change_partition(disk, what, number, start=0, length=0):
+    """Adds a partition to a disk that has no partition table, or deletes it. start and length are in bytes."""
+    partition = ctypes.create_string_buffer(struct.pack("=qqi64s64sxxxx", start, length, number, b"", b""))
+    with open(disk, "rb") as file:
+        fcntl.ioctl(file, BLKPG, struct.pack("@iiiP", what, 0, len(partition), ctypes.addressof(partition)))
+
+
 @test("open: a layer on a disk with a mapped device over a partition, or on a partition of such a disk, is refused")
 def layer_of_other_parts():
-    need("addpart")
     work = work_directory()
     layers, content = make_stack(work, 1)
     # A layer at the start of the disk, and one in its second partition.
@@ -185,9 +199,10 @@ def layer_of_other_parts():
     length = os.path.getsize(layers[0])
     loop = run("losetup", "--partscan", "--read-only", "--find", "--show", disk).strip()
     defer(quietly, "losetup", "--detach", loop)
-    for nth, sectors in enumerate((size // 512 - 8, size // 512)):
-        run("addpart", loop, str(nth + 1), str((8, size // 512)[nth]), str(sectors))
-        defer(quietly, "delpart", loop, str(nth + 1))
+    # There is no partition table, which would overwrite the layer.
+    for number, start, end in ((1, 4096, size), (2, size, 2 * size)):
+        change_partition(loop, ADD_PARTITION, number, start, end - start)
+        defer(change_partition, loop, DELETE_PARTITION, number)
     whole, first, second = f"{loop}:size={length}", f"{loop}p1", f"{loop}p2:size={length}"
     over = f"{NAME}-over"
 
