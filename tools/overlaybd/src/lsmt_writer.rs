@@ -43,11 +43,11 @@ impl Run {
 
 /// Ascending runs. Adjacent runs of the same kind are joined.
 #[derive(Default)]
-pub(crate) struct Runs(Vec<Run>);
+pub struct Runs(Vec<Run>);
 
 impl Runs {
     /// Appends `length` sectors at sector `offset`.
-    pub(crate) fn push(&mut self, offset: u64, length: u64, zeroed: bool) {
+    pub fn push(&mut self, offset: u64, length: u64, zeroed: bool) {
         match self.0.last_mut() {
             Some(last) if last.end() == offset && last.zeroed == zeroed => last.length += length,
             _ => self.0.push(Run {
@@ -58,7 +58,8 @@ impl Runs {
         }
     }
 
-    pub(crate) fn into_vec(self) -> Vec<Run> {
+    /// Returns the runs.
+    pub fn into_vec(self) -> Vec<Run> {
         self.0
     }
 }

@@ -16,7 +16,7 @@ use std::path::Path;
 use anyhow::{bail, Context, Result};
 use overlaybd::format::num::{to_u64, to_usize};
 use overlaybd::format::SECTOR_SIZE;
-use overlaybd::lsmt_writer::{join, Run};
+use overlaybd::lsmt_writer::{Run, Runs};
 use overlaybd::{coarsen, diff, is_zero, parallel};
 use sha2::{Digest, Sha256};
 
@@ -27,6 +27,7 @@ use super::write::{
 use crate::make::mkfs::tree::{Content, Extent, Id, Kind, Opened, Tree, FILES_AT_ONCE, ROOT};
 use crate::make::mkfs::witness::Witness;
 use crate::make::mkfs::Stamp;
+use crate::terminal::bar::Bar;
 use crate::terminal::interrupt;
 
 /// Bytes that are read at once to look for zeros.
@@ -183,13 +184,9 @@ impl Fresh {
 
     /// Returns the runs of sectors that a layer of the disk has, ascending, and joined where they are adjacent.
     pub(crate) fn runs(&self, options: diff::Options) -> Result<Vec<Run>> {
-        let mut runs = Vec::new();
+        let mut runs = Runs::default();
         let mut push = |start: u64, end: u64| {
-            runs.push(Run {
-                offset: start / SECTOR_SIZE,
-                length: (end - start) / SECTOR_SIZE,
-                zeroed: false,
-            });
+            runs.push(start / SECTOR_SIZE, (end - start) / SECTOR_SIZE, false);
         };
         self.read_head(|piece, at| {
             for (block, at) in piece.chunks(to_usize(BLOCK)).zip((at..).step_by(4096)) {
@@ -210,7 +207,7 @@ impl Fresh {
                 _ => push(start, start + plan.in_blocks().next_multiple_of(BLOCK)),
             }
         }
-        let runs = join(&runs);
+        let runs = runs.into_vec();
         match options.granule < BLOCK {
             true => self.without_zeros(&runs, options.granule),
             false => {
@@ -221,10 +218,15 @@ impl Fresh {
     }
 
     /// Returns `runs` without zeros in units of `granule` bytes. Reads all of them.
+    ///
+    /// Whether [`diff::Options::skip_zeros`] is set does not matter: only layers for DAX have zeros as data, and these
+    /// have no units smaller than a block.
     fn without_zeros(&self, runs: &[Run], granule: u64) -> Result<Vec<Run>> {
         let mut reader = self.reader();
         let mut buffer = vec![0; to_usize(LOOK)];
-        let mut found = Vec::new();
+        let mut found = Runs::default();
+        let sectors: u64 = runs.iter().map(|run| run.length).sum();
+        let bar = Bar::new("comparing", sectors * SECTOR_SIZE);
         for run in runs {
             let (mut at, end) = (run.offset * SECTOR_SIZE, run.end() * SECTOR_SIZE);
             while at < end {
@@ -236,18 +238,16 @@ impl Fresh {
                     .zip((at..).step_by(to_usize(granule)))
                 {
                     if !is_zero(unit) {
-                        found.push(Run {
-                            offset: at / SECTOR_SIZE,
-                            length: granule / SECTOR_SIZE,
-                            zeroed: false,
-                        });
+                        found.push(at / SECTOR_SIZE, granule / SECTOR_SIZE, false);
                     }
                 }
                 at += to_u64(piece.len());
+                // This also looks for a signal.
+                bar.advance(to_u64(piece.len()))?;
             }
         }
         reader.finish()?;
-        Ok(join(&found))
+        Ok(found.into_vec())
     }
 
     /// Returns a reader of the disk.
