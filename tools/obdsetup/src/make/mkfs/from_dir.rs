@@ -17,6 +17,7 @@ use rustix::fs::SeekFrom;
 use rustix::io::Errno;
 
 use super::limits;
+use super::state::{open_directory, FileState};
 use super::tree::{
     Content, ContentMaker, Device, Id, Kind, Meta, Node, Source, Time, Tree, Unread, BLOCK,
     FILES_AT_ONCE, ROOT,
@@ -152,7 +153,8 @@ fn kind(path: &Path, status: &Metadata) -> Result<Kind> {
         kind if kind.is_dir() => Kind::Directory(BTreeMap::new()),
         // The content is read later.
         kind if kind.is_file() => {
-            Kind::File(ContentMaker::default().finish(0, Source::Path(path.to_owned())))
+            let source = Source::Path(path.to_owned(), FileState::of(status));
+            Kind::File(ContentMaker::default().finish(0, source))
         }
         kind if kind.is_symlink() => {
             let target = std::fs::read_link(path);
@@ -218,7 +220,7 @@ fn flags(file: &File) -> Option<Unread> {
 /// As [`flags`], for the directory at `path`.
 fn flags_of_directory(path: &Path) -> Option<Unread> {
     // If the directory can't be opened, reading it will fail later.
-    flags(&File::open(path).ok()?)
+    flags(&open_directory(path).ok()?)
 }
 
 /// Reads a file whose metadata is `status`, by way of `buffer`. Returns its content, and its flags.
@@ -229,15 +231,8 @@ fn content(
     bar: &Bar,
 ) -> Result<(Content, Option<Unread>)> {
     let context = || format!("{}: cannot read, or it changed", path.display());
-    let file = File::open(&path).with_context(context)?;
-    let opened = file.metadata().with_context(context)?;
-    if (opened.dev(), opened.ino()) != (status.dev(), status.ino()) {
-        bail!(
-            "{}: was replaced while it was read: try again when nobody changes it",
-            path.display()
-        );
-    }
-    let size = opened.len();
+    let (file, state) = FileState::of(status).open(&path, context)?;
+    let size = state.size;
     let mut maker = ContentMaker::of_others()?;
     if to_u64(buffer.len()) < size.min(PIECE) {
         buffer.resize(to_usize(size.min(PIECE)), 0);
@@ -256,7 +251,8 @@ fn content(
             at += take;
         }
     }
-    Ok((maker.finish(size, Source::Path(path)), flags(&file)))
+    let content = maker.finish(size, Source::Path(path, state));
+    Ok((content, flags(&file)))
 }
 
 /// Returns start and end of the next data at or after `at`, which must be at the start of a block, or `None`

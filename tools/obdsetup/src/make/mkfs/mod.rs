@@ -2,7 +2,8 @@
 
 //! Makes file systems from the files of a directory or a tar.
 //!
-//! - [`tree`]: the tree of files in memory. [`from_dir`] and [`from_tar`] read it.
+//! - [`tree`]: the tree of files in memory. [`from_dir`] and [`from_tar`] read it. [`state`]: whether a file changed
+//!   meanwhile.
 //! - [`fit`]: handles what a file system cannot store. [`stamp`]: UUIDs and time of a file system.
 //! - [`ext`], [`erofs`], [`btrfs`], [`squashfs`]: make each file system. [`pax`] and [`stage`]
 //!   write the input of their mkfs.
@@ -24,6 +25,7 @@ mod records;
 mod squashfs;
 mod stage;
 mod stamp;
+mod state;
 mod tree;
 mod usage;
 mod whiteouts;

@@ -15,6 +15,7 @@ use overlaybd::is_zero;
 use rustix::fs::IFlags;
 use sha2::{Digest, Sha256};
 
+use super::state::{self, FileState};
 use super::witness::{Seen, Witness};
 
 /// Size of a block of content in bytes. Blocks of zeros are holes.
@@ -121,8 +122,8 @@ pub(super) struct Extent {
 /// The source of content.
 #[derive(Clone, Debug)]
 pub(super) enum Source {
-    /// The file with this path.
-    Path(PathBuf),
+    /// The file with this path, and its state before it was first read.
+    Path(PathBuf, FileState),
     /// A tar, with its name in messages.
     Tar(Arc<File>, Arc<Path>),
     /// A temporary file with the content of several files.
@@ -211,16 +212,13 @@ impl Content {
         Ok(())
     }
 
-    /// Opens the source to read parts of the content.
+    /// Opens the source to read parts of the content. If it is a file of a directory that was replaced or changed
+    /// since it was first read, that is an error.
     pub(super) fn open(&self) -> Result<Opened> {
         let file = match &self.source {
             Source::Shared(file) | Source::Tar(file, _) => Some(Arc::clone(file)),
             Source::InPlace => None,
-            Source::Path(path) => {
-                let file = File::open(path);
-                let file = file.with_context(|| format!("{}: cannot read", path.display()))?;
-                Some(Arc::new(file))
-            }
+            Source::Path(path, first) => Some(Arc::new(first.open_again(path)?)),
         };
         Ok(Opened {
             file,
@@ -239,14 +237,19 @@ impl Content {
             return Ok(());
         }
         let path = match &self.source {
-            Source::Path(path) => path,
+            Source::Path(path, _) => path,
             Source::Tar(_, path) => path.as_ref(),
             Source::Shared(_) | Source::InPlace => Path::new("the temporary file"),
         };
-        bail!(
-            "{}: was changed while it was read: try again when nobody changes it",
-            path.display()
-        )
+        Err(state::changed(path))
+    }
+
+    /// Checks that a file of a directory was neither replaced nor changed since it was first read.
+    pub(super) fn check_source(&self) -> Result<()> {
+        match &self.source {
+            Source::Path(path, first) => first.check(path),
+            _ => Ok(()),
+        }
     }
 
     /// Returns the SHA-256 of all bytes of the file. Reads them only if they have many more bytes in holes than data.
@@ -300,7 +303,7 @@ impl Opened {
         let shorter =
             |path: &Path| format!("{}: cannot read, or it became shorter", path.display());
         read.with_context(|| match &self.source {
-            Source::Path(path) => shorter(path),
+            Source::Path(path, _) => shorter(path),
             Source::Tar(_, path) => shorter(path),
             Source::Shared(_) | Source::InPlace => "cannot read the temporary file".to_owned(),
         })

@@ -87,7 +87,14 @@ pub(super) fn make(
         Some(directory) => mke2fs.run(directory, true)?,
         None => false,
     };
-    if !direct {
+    if direct {
+        // mke2fs has read the files itself.
+        for name in names.iter().filter(|name| name.first) {
+            if let Kind::File(content) = &tree.node(name.id)?.kind {
+                content.check_source()?;
+            }
+        }
+    } else {
         let stage = Stage::new(tree, place)?;
         if !mke2fs.run(stage.path(), true)? {
             mke2fs.run(stage.path(), false)?;
