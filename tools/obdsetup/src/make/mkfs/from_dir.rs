@@ -154,7 +154,7 @@ fn kind(path: &Path, status: &Metadata) -> Result<Kind> {
         // The content is read later.
         kind if kind.is_file() => {
             let source = Source::Path(path.to_owned(), FileState::of(status));
-            Kind::File(ContentMaker::default().finish(0, source))
+            Kind::File(ContentMaker::default().finish(0, source)?)
         }
         kind if kind.is_symlink() => {
             let target = std::fs::read_link(path);
@@ -245,13 +245,13 @@ fn content(
             let piece = buffer.get_mut(..to_usize(take)).unwrap_or_default();
             file.read_exact_at(piece, at).with_context(context)?;
             for (block, offset) in piece.chunks(to_usize(BLOCK)).zip((at..).step_by(4096)) {
-                maker.block(offset, block, offset);
+                maker.block(offset, block, offset)?;
             }
             bar.advance(take)?;
             at += take;
         }
     }
-    let content = maker.finish(size, Source::Path(path, state));
+    let content = maker.finish(size, Source::Path(path, state))?;
     Ok((content, flags(&file)))
 }
 

@@ -572,7 +572,7 @@ impl Reader<'_> {
             // The data may end before the block or file does: a hole follows.
             let len = (size - start).min(BLOCK);
             block.resize(to_usize(len), 0);
-            if maker.block(start, block, self.end) {
+            if maker.block(start, block, self.end)? {
                 self.spool.write_all(block).context(SPOOL)?;
                 self.end += len;
             }
@@ -601,7 +601,7 @@ impl Reader<'_> {
         if !block.is_empty() {
             finish(&mut block, start)?;
         }
-        Ok(maker.finish(size, Source::Shared(Arc::clone(&self.file))))
+        maker.finish(size, Source::Shared(Arc::clone(&self.file)))
     }
 
     /// Reads the content of a file that is at byte `from` of the tar `file`.
@@ -615,11 +615,11 @@ impl Reader<'_> {
         let mut maker = ContentMaker::of_others()?;
         archive.content(member, |offset, piece| {
             for (block, offset) in piece.chunks(to_usize(BLOCK)).zip((offset..).step_by(4096)) {
-                maker.block(offset, block, from + offset);
+                maker.block(offset, block, from + offset)?;
             }
             Ok(())
         })?;
-        Ok(maker.finish(member.size, Source::Tar(file, Arc::clone(&self.name))))
+        maker.finish(member.size, Source::Tar(file, Arc::clone(&self.name)))
     }
 }
 

@@ -17,6 +17,7 @@ use sha2::{Digest, Sha256};
 
 use super::state::{self, FileState};
 use super::witness::{Seen, Witness};
+use crate::terminal::interrupt;
 
 /// Size of a block of content in bytes. Blocks of zeros are holes.
 pub(super) const BLOCK: u64 = 4096;
@@ -205,7 +206,7 @@ impl Content {
                 let piece = buffer.get_mut(..to_usize(take)).unwrap_or_default();
                 opened.fill(extent, done, piece)?;
                 each(extent.offset + done, piece)?;
-                crate::terminal::interrupt::check()?;
+                interrupt::check()?;
                 done += take;
             }
         }
@@ -258,11 +259,8 @@ impl Content {
             return Ok(self.digest.sha256);
         }
         let mut whole = Digester::with_all_holes();
-        self.read(|offset, piece| {
-            whole.add(offset, piece);
-            Ok(())
-        })?;
-        Ok(whole.finish(self.size).sha256)
+        self.read(|offset, piece| whole.add(offset, piece))?;
+        Ok(whole.finish(self.size)?.sha256)
     }
 
     /// Adds size, extents and digest of the content to a hash. These do not depend on the source.
@@ -349,40 +347,43 @@ impl Digester {
         }
     }
 
-    /// Adds the data at `offset`.
-    fn add(&mut self, offset: u64, data: &[u8]) {
-        self.hole(offset);
+    /// Adds the data at `offset`. An error only if a signal asks to stop.
+    fn add(&mut self, offset: u64, data: &[u8]) -> Result<()> {
+        self.hole(offset)?;
         self.hash.update(data);
         self.end = offset + to_u64(data.len());
         self.data += to_u64(data.len());
+        Ok(())
     }
 
-    /// Adds zeros up to the offset `end`.
-    fn hole(&mut self, end: u64) {
+    /// Adds zeros up to the offset `end`. These can take long: an error if a signal asks to stop.
+    fn hole(&mut self, end: u64) -> Result<()> {
         const ZEROS: &[u8] = &[0; 64 << 10];
         let mut left = end.saturating_sub(self.end);
         self.holes += left;
         if left == 0 || !self.is_whole {
-            return;
+            return Ok(());
         }
         if self.holes > self.data.saturating_add(self.free) {
             self.is_whole = false;
-            return;
+            return Ok(());
         }
         while left > 0 {
+            interrupt::check()?;
             let len = left.min(to_u64(ZEROS.len()));
             self.hash
                 .update(ZEROS.get(..to_usize(len)).unwrap_or_default());
             left -= len;
         }
+        Ok(())
     }
 
-    fn finish(mut self, size: u64) -> ContentHash {
-        self.hole(size);
-        ContentHash {
+    fn finish(mut self, size: u64) -> Result<ContentHash> {
+        self.hole(size)?;
+        Ok(ContentHash {
             sha256: self.hash.finalize().into(),
             is_whole: self.is_whole,
-        }
+        })
     }
 }
 
@@ -406,12 +407,12 @@ impl ContentMaker {
 
     /// Adds the block at `offset`, a multiple of the block size; only the last block may be
     /// shorter. Its data is at byte `from` of the source. Returns `false` for a block of zeros, which is not
-    /// added.
-    pub(super) fn block(&mut self, offset: u64, data: &[u8], from: u64) -> bool {
+    /// added. An error only if a signal asks to stop.
+    pub(super) fn block(&mut self, offset: u64, data: &[u8], from: u64) -> Result<bool> {
         if is_zero(data) {
-            return false;
+            return Ok(false);
         }
-        self.digester.add(offset, data);
+        self.digester.add(offset, data)?;
         if let Some(witness) = &mut self.witness {
             witness.add(data);
         }
@@ -422,18 +423,19 @@ impl ContentMaker {
             }
             _ => self.extents.push(Extent { offset, len, from }),
         }
-        true
+        Ok(true)
     }
 
-    /// Returns the content of a file of `size` bytes, whose data is in `source`.
-    pub(super) fn finish(self, size: u64, source: Source) -> Content {
-        Content {
+    /// Returns the content of a file of `size` bytes, whose data is in `source`. An error only if a signal asks to
+    /// stop.
+    pub(super) fn finish(self, size: u64, source: Source) -> Result<Content> {
+        Ok(Content {
             size,
             extents: self.extents,
             source,
-            digest: self.digester.finish(size),
+            digest: self.digester.finish(size)?,
             seen: self.witness.map(Witness::finish),
-        }
+        })
     }
 }
 
