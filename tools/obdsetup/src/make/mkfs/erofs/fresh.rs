@@ -30,6 +30,8 @@ use crate::make::mkfs::Stamp;
 use crate::terminal::bar::Bar;
 use crate::terminal::interrupt;
 
+/// What the user can do if the file system becomes too large.
+const FULL: &str = "use --fs btrfs";
 /// Bytes that are read at once to look for zeros.
 const LOOK: u64 = 1 << 20;
 
@@ -73,6 +75,7 @@ impl Fresh {
             plans.insert(id, plan);
         }
         let mut next = end.div_ceil(BLOCK);
+        check_end(next, FULL)?;
         let head_len = next * BLOCK;
         let mut in_blocks = Vec::new();
         for (id, _) in &order {
@@ -83,8 +86,8 @@ impl Fresh {
                 in_blocks.push((next * BLOCK, *id));
             }
             next += blocks;
+            check_end(next, FULL)?;
         }
-        check_end(next, "use --fs btrfs")?;
         let head = tempfile::tempfile_in(place);
         let head = head.with_context(|| format!("{}: cannot make a file", place.display()))?;
         head.set_len(head_len).context(WRITE)?;
