@@ -154,6 +154,17 @@ pub(crate) fn write_fresh(
 ) -> Result<()> {
     let find = |options| Ok((fresh.runs(options)?, ()));
     let (runs, ()) = coarse_enough(options, output.path(), find)?;
+    write_runs(fresh, runs, options, names, output)
+}
+
+/// Writes the layer that has `runs` of the new file system `fresh`.
+fn write_runs(
+    fresh: &Fresh,
+    runs: Vec<Run>,
+    options: diff::Options,
+    names: &IdentArgs,
+    output: LayerOut,
+) -> Result<()> {
     let ident = names.ident(Below::Nothing, |below| {
         let content = fresh.content()?;
         Ok(identity::uuid_of_files(
@@ -228,6 +239,8 @@ mod tests {
 
     use super::*;
     use crate::make::layer_args::NewLayerArgs;
+    use crate::make::mkfs::{self, FileSystem, Files, New};
+    use crate::tars::{member, tar};
 
     /// A disk with data in every second sector: more segments than an index can have. Its holes may read like the
     /// layers below.
@@ -328,6 +341,71 @@ mod tests {
         let store = Comb { shows_below: true };
         assert!(!warns(25 << 20, &store, file.path()));
         assert!(stored_zeros(&runs, 25 << 20, &COMB, Source::Files).is_none());
+        Ok(())
+    }
+
+    /// The last file of a new erofs ends with zeros, which are not read for the layer: it is compared with the first
+    /// reading nevertheless.
+    #[test]
+    fn a_last_file_that_changes() -> Result<()> {
+        let dir = tempfile::tempdir()?;
+        let place = dir.path().canonicalize()?;
+        let path = place.join("tar");
+        let mut content = vec![7; 8192 + 500];
+        content.resize(3 * 4096, 0);
+        let bytes = tar(&[member("file", b'0', &content)]);
+        let mut changed = bytes.clone();
+        changed[512] = 8;
+        let new = Words::try_parse_from(["x"])?.new;
+        let fine = diff::Options {
+            granule: 512,
+            skip_zeros: true,
+            keep_zeros: false,
+        };
+        let options = mkfs::Options {
+            fs: FileSystem::Erofs,
+            size: None,
+            args: &[],
+            allow_loss: false,
+            keep_whiteouts: false,
+            dax: false,
+        };
+        let layer = place.join("layer");
+        // Changed before the comparison, which reads the files to leave out zeros; or after it.
+        for early in [true, false] {
+            std::fs::write(&path, &bytes)?;
+            let made = mkfs::make(Files::Tar(&path), &options, &place)?;
+            let New::Erofs(fresh) = made else {
+                anyhow::bail!("a file system in a file");
+            };
+            let output = LayerOut::create(&layer, &new, [])?;
+            let done = match early {
+                true => {
+                    std::fs::write(&path, &changed)?;
+                    write_fresh(&fresh, fine, &new.ident, output)
+                }
+                false => {
+                    let runs = fresh.runs(fine)?;
+                    let end = runs.last().map(Run::end).unwrap_or_default();
+                    assert_eq!(fresh.size() / SECTOR_SIZE - end, 7);
+                    std::fs::write(&path, &changed)?;
+                    write_runs(&fresh, runs, fine, &new.ident, output)
+                }
+            };
+            let said = done.err().map(|error| error.to_string());
+            let text = "was changed while it was read: try again when nobody changes it";
+            assert_eq!(said, Some(format!("{}: {text}", path.display())));
+            let mut names = Vec::new();
+            for entry in std::fs::read_dir(&place)? {
+                names.push(entry?.file_name());
+            }
+            assert_eq!(names, ["tar"], "{early}");
+        }
+        // Unchanged, it is a layer.
+        std::fs::write(&path, &bytes)?;
+        let output = LayerOut::create(&layer, &new, [])?;
+        mkfs::make(Files::Tar(&path), &options, &place)?.write(fine, &new.ident, output)?;
+        LayerReader::open(&layer, None)?;
         Ok(())
     }
 
