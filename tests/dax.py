@@ -683,5 +683,30 @@ def by_obdsetup():
         obdsetup("close", name)
 
 
+@test("all blocks of a file with a long hole have data in a layer for DAX")
+def long_hole():
+    need_module("erofs")
+    work = work_directory()
+    os.mkdir(f"{work}/tree")
+    # A file of more than 256 MiB has chunks of two blocks. Here one has a block of data and a block of zeros.
+    wanted = bytes(2 * PAGE) + noise(PAGE, 1) + bytes(5 * PAGE)
+    with open(f"{work}/tree/file", "wb") as file:
+        file.write(wanted)
+        file.truncate(300 * MIB)
+    obdsetup("create", "--directory", f"{work}/tree", "--fs", "erofs", "--dax", f"{work}/layer")
+    pmem = Pmem(read(f"{work}/layer"))
+    name = f"obdtest-{os.getpid()}-hole"
+    obdsetup("open", "--dax", name, f"{pmem.path}:size={pmem.length}")
+    defer(close, name)
+    mount(f"/dev/mapper/{name}", f"{work}/mnt", "ro,dax=always")
+    check(is_dax(f"{work}/mnt/file"), "statx() does not say DAX")
+    with open(f"{work}/mnt/file", "rb", buffering=0) as file:
+        for at in range(0, len(wanted), PAGE):
+            same_bytes(os.pread(file.fileno(), PAGE, at), wanted[at:at + PAGE], f"the page at byte {at}, read")
+        with mmap.mmap(file.fileno(), 0, mmap.MAP_SHARED, mmap.PROT_READ) as area:
+            same_bytes(area[:len(wanted)], wanted, "the first pages, mapped")
+            same_bytes(area[-PAGE:], bytes(PAGE), "the last page, mapped")
+
+
 if __name__ == "__main__":
     main()

@@ -200,7 +200,12 @@ impl Fresh {
         })?;
         for &(start, id) in &self.in_blocks {
             let plan = self.plan(id)?;
-            match &self.tree.node(id)?.kind {
+            let node = self.tree.node(id)?;
+            match &node.kind {
+                // DAX can map each block that a file has: also one of zeros, in a chunk with data.
+                Kind::File(_) if options.keep_zeros => {
+                    push(start, start + blocks(node, plan) * BLOCK);
+                }
                 Kind::File(content) => {
                     for part in parts(plan, content)? {
                         let end = (part.at + part.len).next_multiple_of(BLOCK);

@@ -331,13 +331,17 @@ fn runs_and_content() {
     large.write_all_at(&[9; 4096], 8192).unwrap();
     large.write_all_at(&[9; 5000], 100 << 20).unwrap();
     let read = || from_dir::read(&files, false).unwrap();
-    let made = of_tree(read(), place.path()).unwrap();
-    let disk = bytes_of(&made).unwrap();
-    for granule in [512, 2048, 4096, 8192, 1 << 16, 1 << 20] {
+    let sizes = [512, 2048, 4096, 8192, 1 << 16, 1 << 20].map(|granule| (granule, false));
+    // A layer for DAX has all blocks, with zeros or not.
+    for (granule, dax) in sizes.into_iter().chain([(4096, true), (1 << 16, true)]) {
+        let tree = read();
+        let stamp = Stamp::of(&tree, &[]).unwrap();
+        let made = Fresh::new(tree, &stamp, dax, place.path()).unwrap();
+        let disk = bytes_of(&made).unwrap();
         let options = diff::Options {
             granule,
-            skip_zeros: true,
-            keep_zeros: false,
+            skip_zeros: !dax,
+            keep_zeros: dax,
         };
         let runs = made.runs(options).unwrap();
         let mut file = tempfile::NamedTempFile::new().unwrap();
@@ -345,6 +349,8 @@ fn runs_and_content() {
         let image = FileBlob::open(file.path(), None).unwrap();
         let wanted = diff::of(&image, None, options, &|_| Ok(())).unwrap();
         assert_eq!(runs, wanted.runs, "{granule}");
+        let sectors: u64 = runs.iter().map(|run| run.length).sum();
+        assert!(!dax || sectors == made.size() / 512, "{granule}");
         // The layer's writer reads only these.
         let mut reader = made.reader();
         for run in runs {
@@ -355,6 +361,7 @@ fn runs_and_content() {
         }
         reader.finish().unwrap();
     }
+    let made = of_tree(read(), place.path()).unwrap();
     let content = made.content().unwrap();
     assert_eq!(
         of_tree(read(), place.path()).unwrap().content().unwrap(),
