@@ -153,7 +153,7 @@ fn kind(path: &Path, status: &Metadata) -> Result<Kind> {
         kind if kind.is_dir() => Kind::Directory(BTreeMap::new()),
         // The content is read later.
         kind if kind.is_file() => {
-            let source = Source::Path(path.to_owned(), FileState::of(status));
+            let source = Source::Path(path.to_owned(), Box::new(FileState::of(status)));
             Kind::File(ContentMaker::default().finish(0, source)?)
         }
         kind if kind.is_symlink() => {
@@ -251,7 +251,7 @@ fn content(
             at += take;
         }
     }
-    let content = maker.finish(size, Source::Path(path, state))?;
+    let content = maker.finish(size, Source::Path(path, Box::new(state)))?;
     Ok((content, flags(&file)))
 }
 

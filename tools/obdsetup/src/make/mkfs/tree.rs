@@ -124,7 +124,7 @@ pub(super) struct Extent {
 #[derive(Clone, Debug)]
 pub(super) enum Source {
     /// The file with this path, and its state before it was first read.
-    Path(PathBuf, FileState),
+    Path(PathBuf, Box<FileState>),
     /// A tar, with its name in messages.
     Tar(Arc<File>, Arc<Path>),
     /// A temporary file with the content of several files.

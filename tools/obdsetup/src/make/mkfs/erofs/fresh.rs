@@ -348,8 +348,8 @@ impl Reader<'_> {
     ///
     /// # Errors
     ///
-    /// If a file cannot be read, or was changed since it was read for the tree. A change is found when the last data of
-    /// the file was read.
+    /// If a file cannot be read, or was changed since it was read for the tree. A change is found when the file is
+    /// opened, or when its last data was read.
     pub(crate) fn read(&mut self, mut at: u64, mut buf: &mut [u8]) -> Result<()> {
         let disk = self.disk;
         while !buf.is_empty() {
