@@ -7,12 +7,25 @@ use std::fs::{File, Metadata};
 use std::io;
 use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::path::Path;
+use std::thread;
+use std::time::Duration;
 
 use anyhow::{anyhow, Context, Error, Result};
-use rustix::fs::OFlags;
+use rustix::fs::{fcntl_setfl, OFlags};
 use rustix::io::Errno;
 
+use crate::terminal::interrupt;
+
+/// How many times to try to open a file on which another program has a lease, and the pause after each time. The
+/// kernel takes the lease away after 45 seconds, unless /proc/sys/fs/lease-break-time says otherwise.
+const TRIES: u32 = 600;
+const PAUSE: Duration = Duration::from_millis(100);
+
 /// What shows whether a file is the same, and unchanged.
+///
+/// Programs that only read a file may change its ctime: it is the time of the last change of its names, too, and
+/// other names may be elsewhere. On some file systems (FAT, some with FUSE), a file may get another inode number. So
+/// each of the two counts only if something else is different, too.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct FileState {
     /// Device and inode.
@@ -33,7 +46,8 @@ impl FileState {
         }
     }
 
-    /// Opens the regular file at `path`. Returns its state, too, which may be another one.
+    /// Opens the regular file at `path`. Returns its state, too, which may be another one. If another program has a
+    /// lease on the file, waits until it is given back.
     ///
     /// # Errors
     ///
@@ -43,18 +57,28 @@ impl FileState {
         path: &Path,
         failed: impl Fn() -> String,
     ) -> Result<(File, FileState)> {
-        let file = match open_now(path, OFlags::empty()) {
-            Ok(file) => file,
-            Err(error) => {
-                return Err(match Errno::from_io_error(&error) {
-                    // A symbolic link; or a socket, or a device without a driver.
-                    Some(Errno::LOOP | Errno::NXIO) => replaced(path),
-                    _ => Error::from(error).context(failed()),
-                });
+        let mut tries = 0;
+        let file = loop {
+            let error = match open_now(path, OFlags::empty()) {
+                Ok(file) => break file,
+                Err(error) => error,
+            };
+            match Errno::from_io_error(&error) {
+                // A lease.
+                Some(Errno::AGAIN) if tries < TRIES => {
+                    interrupt::check()?;
+                    tries += 1;
+                    thread::sleep(PAUSE);
+                }
+                // A symbolic link; or a socket, or a device without a driver.
+                Some(Errno::LOOP | Errno::NXIO) => return Err(replaced(path)),
+                _ => return Err(Error::from(error).context(failed())),
             }
         };
-        let status = file.metadata().with_context(failed)?;
+        let status = file.metadata().with_context(&failed)?;
         let now = self.compare(path, &status)?;
+        // Reads may wait.
+        fcntl_setfl(&file, OFlags::empty()).with_context(failed)?;
         Ok((file, now))
     }
 
@@ -77,14 +101,18 @@ impl FileState {
     /// Returns the state of the file whose metadata is `status`. If it is another file, that is an error.
     fn compare(&self, path: &Path, status: &Metadata) -> Result<Self> {
         let now = Self::of(status);
-        match status.is_file() && now.place == self.place {
+        let unchanged = Self {
+            place: now.place,
+            ..*self
+        };
+        match status.is_file() && (now.place == self.place || now == unchanged) {
             true => Ok(now),
             false => Err(replaced(path)),
         }
     }
 
     fn same(&self, path: &Path, now: &Self) -> Result<()> {
-        match now == self {
+        match (now.size, now.mtime) == (self.size, self.mtime) {
             true => Ok(()),
             false => Err(changed(path)),
         }
@@ -124,10 +152,11 @@ pub(super) fn changed(path: &Path) -> Error {
 
 #[cfg(test)]
 mod tests {
-    use std::fs;
+    use std::fs::{self, FileTimes};
     use std::os::unix::fs::symlink;
     use std::os::unix::net::UnixListener;
     use std::path::Path;
+    use std::time::SystemTime;
 
     use rustix::fs::{mknodat, FileType, Mode, CWD};
 
@@ -165,6 +194,11 @@ mod tests {
             );
         };
         fs::write(&path, b"content")?;
+        let older = FileTimes::new().set_modified(SystemTime::UNIX_EPOCH);
+        fs::File::options()
+            .write(true)
+            .open(&path)?
+            .set_times(older)?;
         check("a file");
         fs::remove_file(&path)?;
         // Nobody writes to it: to open it would take forever.
@@ -197,15 +231,22 @@ mod tests {
         // The size alone.
         file.set_len(8)?;
         assert_eq!(said(&first, &path), [wanted.clone(), wanted.clone()]);
-        // One of the times alone, however coarse they are.
+        // The time alone, however coarse it is.
         let now = FileState::of(&file.metadata()?);
         let mut first = now;
         first.mtime.0 += 1;
-        assert_eq!(said(&first, &path), [wanted.clone(), wanted.clone()]);
-        first = now;
-        first.ctime.1 ^= 1;
         assert_eq!(said(&first, &path), [wanted.clone(), wanted]);
         assert_eq!(said(&now, &path), [None, None]);
+        // Another name is made or removed elsewhere.
+        first = now;
+        first.ctime.1 ^= 1;
+        assert_eq!(said(&first, &path), [None, None]);
+        // The file system has given it another inode number.
+        first = now;
+        first.place.1 ^= 1;
+        assert_eq!(said(&first, &path), [None, None]);
+        first.ctime.1 ^= 1;
+        assert!(said(&first, &path).iter().all(Option::is_some));
         Ok(())
     }
 }

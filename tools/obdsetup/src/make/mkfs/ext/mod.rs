@@ -25,7 +25,7 @@ use super::{Options, Stamp};
 use crate::files::place::temp_file;
 use crate::program::{full, is_about_room, Program};
 use crate::terminal::exit::{Failure, Lines};
-use crate::terminal::warn;
+use crate::terminal::{interrupt, warn};
 
 /// Smallest size in bytes of an ext3 or ext4 file system with 4 KiB blocks that can have a journal: 2048 blocks.
 const EXT_JOURNAL: u64 = 8 << 20;
@@ -90,6 +90,7 @@ pub(super) fn make(
     if direct {
         // mke2fs has read the files itself.
         for name in names.iter().filter(|name| name.first) {
+            interrupt::check()?;
             if let Kind::File(content) = &tree.node(name.id)?.kind {
                 content.check_source()?;
             }
