@@ -70,8 +70,6 @@ void obd_invalidate_kernel_vmap_range(void *addr, int size);
 void obd_bio_associate_root(struct bio *bio);
 
 /* Execution context. */
-/* Returns whether interrupts are off, or this is a hard interrupt. */
-bool obd_in_interrupt_off(void);
 /*
  * Returns whether to decompress @bytes bytes in the current context, and not in
  * a worker, for a read with the I/O priority @ioprio: if @bytes is at most the

@@ -150,14 +150,10 @@ void obd_bio_associate_root(struct bio *bio)
 #endif
 }
 
-static inline bool in_interrupt_off(void)
+/* Whether interrupts are off, or this is a hard interrupt. */
+static bool in_interrupt_off(void)
 {
 	return in_hardirq() || irqs_disabled();
-}
-
-bool obd_in_interrupt_off(void)
-{
-	return in_interrupt_off();
 }
 
 bool obd_is_idle_class(u16 ioprio)
