@@ -103,8 +103,8 @@ impl Many {
 }
 
 /// Takes pieces with `pages` pages in total from `pool`, the largest that there are, and appends
-/// them to `pieces`, larger ones first. Returns `None` if there are not enough; then `pieces` has those that were
-/// found, and frees them when it is dropped.
+/// them to `pieces`, larger ones first. Returns `None` if there are not enough; then `pieces` has
+/// those that were found, and frees them when it is dropped.
 pub(super) fn take_pieces(pool: &Pool, pages: usize, pieces: &mut KVec<Piece>) -> Option<()> {
     let (mut left, mut order) = (pages, MAX_ORDER);
     while left > 0 {

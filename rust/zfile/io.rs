@@ -664,6 +664,7 @@ impl Zfile {
         let to = if block + 1 == request.blocks.end {
             request.stored.end
         } else {
+            // No overflow: the constructor has checked that all blocks are within the device.
             let end = self.start + self.table.offset(block + 1)?;
             to_usize(end.checked_sub(request.read_start)?)
         };
