@@ -1,14 +1,13 @@
 #!/bin/bash
 # SPDX-License-Identifier: GPL-2.0
 # Measures, and compares with the goals: bench.sh. PARTS='NAME...' selects parts of the benchmark, see PARTS in
-# tests/bench/run.py. VM=uml (the default) measures at the machine's speed: without PARTS, all parts with one CPU, and
-# block and file also with two; with PARTS, these parts with one CPU, and, if block or file is one of them, also with
-# two. VM=qemu measures for a shorter time with the stock kernel: PARTS, or block and file. VM=icount counts the
-# instructions of reads with the stock kernel, on an emulated CPU whose clock ticks once for each instruction, with two
-# models of the CPU or those in CPU_MODELS (erms, no-erms); it fails if a row of this project has over 2 % more than in
-# tests/bench/instructions.json, or, with UPDATE=y, writes that file. COMPARE=FILE prints what changed since that result.
-# VM=guests measures the memory of guests instead: bench-guests.sh. VM=tools measures obdsetup, without a VM:
-# bench-tools.sh.
+# tests/bench/run.py. VM=uml (the default) measures at the machine's speed, PARTS or all parts: interrupts with two
+# CPUs, block and file with one CPU and with two, the others with one. VM=qemu measures for a shorter time with the
+# stock kernel: PARTS, or block and file. VM=icount counts the instructions of reads with the stock kernel, on an
+# emulated CPU whose clock ticks once for each instruction, with two models of the CPU or those in CPU_MODELS (erms,
+# no-erms); it fails if a row of this project has over 2 % more than in tests/bench/instructions.json, or, with
+# UPDATE=y, writes that file. COMPARE=FILE prints what changed since that result. VM=guests measures the memory of
+# guests instead: bench-guests.sh. VM=tools measures obdsetup, without a VM: bench-tools.sh.
 . "$(dirname "$0")/lib.sh"
 . "$SCRIPTS/cache.sh"
 . "$SCRIPTS/kernel.sh"
@@ -98,8 +97,35 @@ mkdir -p "$out"
 [ -z "${COMPARE:-}" ] || cp "$COMPARE" "$out/older"
 rm -f "$out"/*.json
 read -ra parts <<<"${PARTS:-}"
-# A second CPU says nothing about the other parts: they have one reader, readers on one CPU, or measure no reads.
-[[ ${#parts[@]} = 0 || " ${parts[*]} " =~ \ (block|file)\  || $VM != uml ]] || kernels=(uml)
+
+# parts_for KERNEL: set words to those of the parts that run with it; empty words with one CPU mean all parts. A second
+# CPU says nothing about parts other than block, file and interrupts: they have one reader, readers on one CPU, or
+# measure no reads. The part interrupts needs two.
+parts_for() {
+	local part
+	words=()
+	case $1 in
+	stock) words=(short "${parts[@]}") ;;
+	uml)
+		for part in "${parts[@]}"; do
+			[ "$part" = interrupts ] || words+=("$part")
+		done
+		;;
+	uml-smp)
+		for part in block file interrupts; do
+			[[ ${#parts[@]} != 0 && " ${parts[*]} " != *" $part "* ]] || words+=("$part")
+		done
+		;;
+	esac
+}
+
+if [ "$VM" = uml ] && [ "${#parts[@]}" != 0 ]; then
+	kernels=()
+	for kernel in uml uml-smp; do
+		parts_for $kernel
+		[ "${#words[@]}" = 0 ] || kernels+=("$kernel")
+	done
+fi
 if [ "$VM" = icount ]; then
 	steps $((6 + ${#chosen[@]}))
 	[[ ${#parts[@]} != 0 && " ${parts[*]} " != *" peers "* ]] || STEP_TOTAL=$((STEP_TOTAL + 1))
@@ -118,11 +144,7 @@ for KERNEL in "${kernels[@]}"; do
 		counting
 		exit
 	fi
-	words=("${parts[@]}")
-	case $KERNEL in
-	stock) words=(short "${parts[@]}") ;;
-	uml-smp) [ "${#parts[@]}" != 0 ] || words=(block file) ;;
-	esac
+	parts_for "$KERNEL"
 	must "measuring with the $KERNEL kernel" measure "$KERNEL" "${words[@]}"
 done
 "$SCRIPTS/in-root.sh" tests/bench/report.py build/bench ${COMPARE:+build/bench/older}

@@ -26,7 +26,7 @@ make lint             the static checks only
 make fuzz             run the fuzz targets (SECONDS=60 each, TARGET='NAME...', RECORD=FILE)
 make bench            measure in User-Mode Linux, at the speed of this machine; compare with goals and other formats
                       (VM=qemu: some measurements, with the stock kernel; COMPARE=FILE: changes since that result.json;
-                      PARTS='NAME...' of block file cache latency fairness lookup cost sharing;
+                      PARTS='NAME...' of block file cache latency fairness lookup cost sharing interrupts;
                       VM=icount: instructions of the stock kernel, against tests/bench/instructions.json
                       (UPDATE=y: write that file anew), PARTS='NAME...' of block peers;
                       VM=guests: memory and start of virtual machines that share layers by DAX, and by other ways,

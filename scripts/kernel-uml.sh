@@ -5,11 +5,17 @@
 
 set -euo pipefail
 
-# build_kernel_uml RELEASE VERSION CONFIG...: like build_kernel_debian, with the default configuration and the files'
-# changes.
+# build_kernel_uml RELEASE VERSION FILE...: like build_kernel_debian, with the default configuration and the changes in
+# the files: patches (.patch) of the source, others of the configuration.
 build_kernel_uml() {
-	local release=$1 version=$2 series line missing=0
+	local release=$1 version=$2 series line file missing=0 configs=() patches=()
 	shift 2
+	for file; do
+		case $file in
+		*.patch) patches+=("$file") ;;
+		*) configs+=("$file") ;;
+		esac
+	done
 	series=$(echo "$release" | cut -d. -f1,2)
 	export APT_CONFIG=/srv/apt.conf
 
@@ -20,10 +26,15 @@ build_kernel_uml() {
 		xz -dc | tar -x -C /kernel/kdir --strip-components=1 --exclude='*/Documentation/*/*' --exclude='*/drivers/gpu/*.h'
 	rm -r /kernel/deb
 
-	echo "== configuration"
 	cd /kernel/kdir
+	for file in "${patches[@]}"; do
+		echo "== ${file##*/}"
+		patch -p1 --fuzz=0 <"$file"
+	done
+
+	echo "== configuration"
 	local args=(ARCH=um CC=x86_64-linux-gnu-gcc-14 LOCALVERSION="${release#"$(make -s kernelversion)"}")
-	cat "$@" >/kernel/wanted
+	cat "${configs[@]}" >/kernel/wanted
 	make "${args[@]}" defconfig
 	cat /kernel/wanted >>.config
 	make "${args[@]}" olddefconfig

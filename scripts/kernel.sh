@@ -31,9 +31,10 @@ kernel_recipe() {
 	[ "$K_RECIPE" != debian ] || declare -f debian_tree
 }
 
-# kernel_look_up: set K_RELEASE, K_VERSION (of the packages), K_RECIPE, K_CONFIG (files with its configuration), K_APT
-# (directory of apt's lists), K_ROOT (the root that the kernel and its modules are built in), K_TOOLS (the versions of
-# the tools in that root that affect the result) and K_DIR (its directory in the cache, which may not exist yet).
+# kernel_look_up: set K_RELEASE, K_VERSION (of the packages), K_RECIPE, K_CONFIG (files with its configuration, and
+# patches of its source), K_APT (directory of apt's lists), K_ROOT (the root that the kernel and its modules are built
+# in), K_TOOLS (the versions of the tools in that root that affect the result) and K_DIR (its directory in the cache,
+# which may not exist yet).
 kernel_look_up() {
 	K_CONFIG=()
 	K_ROOT=$ROOT
@@ -115,6 +116,6 @@ kernel_look_up_kcsan() { kernel_of_ours kcsan test test.config kcsan.config; }
 
 kernel_look_up_uml() { kernel_of_ours uml uml uml.config; }
 
-kernel_look_up_uml-smp() { kernel_of_ours uml-smp uml uml.config uml-smp.config; }
+kernel_look_up_uml-smp() { kernel_of_ours uml-smp uml uml.config uml-smp.config uml-smp.patch; }
 
 kernel_look_up_uml-host() { kernel_of_ours uml-host uml uml.config uml-host.config; }

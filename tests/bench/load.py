@@ -55,6 +55,11 @@ def codec(path, plan, algorithm, crc=False):
     return _run("codec", path, plan.path, algorithm, int(crc))
 
 
+def storm(milliseconds):
+    """Has two CPUs interrupt each other and wake each other up, for so long in each way."""
+    return _run("storm", milliseconds)
+
+
 def files(names, plan, at_once=128 << 10, threads=1, keep=False):
     """Reads ranges of files. The extra of each is the number of the file. With keep, opens all files first."""
     path = f"{_DIRECTORY}/names"

@@ -18,6 +18,10 @@
  *	pause of PAUSE microseconds on average; meanwhile, another thread reads
  *	the ranges of the plan SCAN from OTHER, DEPTH at a time, unless DEPTH is
  *	0. Both threads are bound to the same CPU
+ *   storm MS
+ *	for MS milliseconds in each of some ways, two CPUs interrupt each other
+ *	and wake each other up, and timers interrupt both; counts what came late
+ *	or not at all. It tests the kernel, not a device
  *
  * PLAN is a file of struct piece. It is read before the measurement starts.
  * At the end of a plan, beside continues at its beginning.
@@ -30,6 +34,7 @@
 #include <linux/file.h>
 #include <linux/fs.h>
 #include <linux/hrtimer.h>
+#include <linux/interrupt.h>
 #include <linux/kernel_read_file.h>
 #include <linux/kthread.h>
 #include <linux/lz4.h>
@@ -38,6 +43,7 @@
 #include <linux/random.h>
 #include <linux/sched.h>
 #include <linux/sizes.h>
+#include <linux/smp.h>
 #include <linux/sort.h>
 #include <linux/vmalloc.h>
 #include <linux/zstd.h>
@@ -68,7 +74,7 @@ struct plan {
 };
 
 /* The figures of the last command. */
-static char result[512];
+static char result[1024];
 static size_t result_len;
 static DEFINE_MUTEX(run_lock);
 static struct dentry *dir;
@@ -847,6 +853,274 @@ out_plan:
 	return error;
 }
 
+/* Interrupts between CPUs. */
+
+/* A CPU of a busy host may stand still for some time; a lost interrupt is for ever. */
+#define STORM_LATE_NS (2 * NSEC_PER_SEC)
+#define STORM_TIMER_NS (300 * NSEC_PER_USEC)
+
+struct storm_side {
+	struct storm_side *other;
+	int cpu;
+	u64 end;
+	void (*step)(struct storm_side *side);
+	struct completion over, ping;
+	call_single_data_t csd;
+	struct tasklet_struct tasklet;
+	struct hrtimer timer;
+	u64 timer_last, timer_max;
+	/* Calls sent to the other CPU, and those that have run there. */
+	u32 sent, ran;
+	bool in_tasklet, leave_tasklet;
+	u64 count, max, late, stuck, timers;
+};
+
+/* Not freed if a thread hangs. */
+static struct storm_side storm_sides[2];
+
+static void storm_took(struct storm_side *side, u64 start)
+{
+	u64 ns = ktime_get_ns() - start;
+
+	side->count++;
+	side->max = max(side->max, ns);
+	if (ns > STORM_LATE_NS)
+		side->late++;
+}
+
+/* Interrupts that come meanwhile find them on or off. */
+static void storm_turn_off_and_on(void)
+{
+	unsigned int times = get_random_u32_below(64), spin;
+	unsigned long flags;
+
+	while (times--) {
+		local_irq_save(flags);
+		for (spin = get_random_u32_below(64); spin; spin--)
+			cpu_relax();
+		local_irq_restore(flags);
+	}
+}
+
+static void storm_ran(void *data)
+{
+	struct storm_side *from = data;
+
+	WRITE_ONCE(from->ran, from->ran + 1);
+}
+
+/* Waits for a value, as nothing else would make it come. */
+#define storm_until(side, condition) ({				\
+	u64 since = ktime_get_ns();				\
+								\
+	while (!(condition) &&					\
+	       ktime_get_ns() - since <= STORM_LATE_NS)		\
+		cpu_relax();					\
+	storm_took(side, since);				\
+})
+
+/* A call that this CPU waits for. */
+static void storm_call(struct storm_side *side)
+{
+	u64 start = ktime_get_ns();
+
+	smp_call_function_single(side->other->cpu, storm_ran, side, 1);
+	storm_took(side, start);
+	if (READ_ONCE(side->ran) != ++side->sent)
+		side->late++;
+	storm_turn_off_and_on();
+}
+
+/* A call that is sent with interrupts off. */
+static void storm_send(struct storm_side *side)
+{
+	unsigned long flags;
+	int error;
+
+	INIT_CSD(&side->csd, storm_ran, side);
+	local_irq_save(flags);
+	error = smp_call_function_single_async(side->other->cpu, &side->csd);
+	local_irq_restore(flags);
+	side->sent++;
+	storm_until(side, READ_ONCE(side->ran) == side->sent);
+	if (error || READ_ONCE(side->ran) != side->sent) {
+		/* It may still be on the other CPU's list. */
+		side->late++;
+		side->end = 0;
+	}
+	storm_turn_off_and_on();
+}
+
+/* Wakes up the other CPU's thread, and sleeps: the CPU becomes idle. */
+static void storm_ping(struct storm_side *side)
+{
+	u64 start = ktime_get_ns();
+
+	complete(&side->other->ping);
+	wait_for_completion_timeout(&side->ping,
+				    nsecs_to_jiffies(2 * STORM_LATE_NS));
+	storm_took(side, start);
+}
+
+static void storm_tasklet(struct tasklet_struct *tasklet)
+{
+	struct storm_side *side = from_tasklet(side, tasklet, tasklet);
+	u64 start = ktime_get_ns();
+
+	WRITE_ONCE(side->in_tasklet, true);
+	while (!READ_ONCE(side->leave_tasklet)) {
+		if (ktime_get_ns() - start > STORM_LATE_NS) {
+			side->stuck++;
+			break;
+		}
+		cpu_relax();
+	}
+	WRITE_ONCE(side->in_tasklet, false);
+}
+
+static void storm_enter(void *data)
+{
+	struct storm_side *side = data;
+
+	WRITE_ONCE(side->leave_tasklet, false);
+	tasklet_schedule(&side->tasklet);
+}
+
+static void storm_leave(void *data)
+{
+	struct storm_side *side = data;
+
+	WRITE_ONCE(side->leave_tasklet, true);
+}
+
+/* The other CPU runs a softirq until it is interrupted there. */
+static void storm_softirq(struct storm_side *side)
+{
+	struct storm_side *other = side->other;
+	u64 start;
+
+	smp_call_function_single(other->cpu, storm_enter, other, 0);
+	storm_until(side, READ_ONCE(other->in_tasklet));
+	start = ktime_get_ns();
+	smp_call_function_single(other->cpu, storm_leave, other, 1);
+	storm_took(side, start);
+	storm_until(side, !READ_ONCE(other->in_tasklet));
+}
+
+static void storm_receive(struct storm_side *side)
+{
+	storm_turn_off_and_on();
+	side->count++;
+}
+
+static enum hrtimer_restart storm_tick(struct hrtimer *timer)
+{
+	struct storm_side *side = container_of(timer, struct storm_side, timer);
+	u64 now = ktime_get_ns(), ns = now - side->timer_last;
+
+	side->timers++;
+	side->timer_last = now;
+	side->timer_max = max(side->timer_max, ns);
+	if (ns > STORM_LATE_NS)
+		side->late++;
+	hrtimer_forward_now(timer, ns_to_ktime(STORM_TIMER_NS));
+	return HRTIMER_RESTART;
+}
+
+static int storm_run(void *data)
+{
+	struct storm_side *side = data;
+
+	side->timer_last = ktime_get_ns();
+	hrtimer_start(&side->timer, ns_to_ktime(STORM_TIMER_NS),
+		      HRTIMER_MODE_REL_PINNED_HARD);
+	while (ktime_get_ns() < side->end) {
+		side->step(side);
+		cond_resched();
+	}
+	complete(&side->other->ping);
+	hrtimer_cancel(&side->timer);
+	complete(&side->over);
+	return 0;
+}
+
+/* One way for both CPUs, or one for each. */
+static int storm_phase(const char *name, u32 ms,
+		       void (*first)(struct storm_side *),
+		       void (*second)(struct storm_side *))
+{
+	int cpu, i = 0, len = result_len;
+	struct task_struct *task;
+	u64 late = 0;
+
+	memset(storm_sides, 0, sizeof(storm_sides));
+	for_each_online_cpu(cpu) {
+		struct storm_side *side = &storm_sides[i];
+
+		side->cpu = cpu;
+		side->other = &storm_sides[1 - i];
+		side->end = ktime_get_ns() + ms * NSEC_PER_MSEC;
+		side->step = i ? second : first;
+		init_completion(&side->over);
+		init_completion(&side->ping);
+		tasklet_setup(&side->tasklet, storm_tasklet);
+		hrtimer_setup(&side->timer, storm_tick, CLOCK_MONOTONIC,
+			      HRTIMER_MODE_REL_PINNED_HARD);
+		if (++i == ARRAY_SIZE(storm_sides))
+			break;
+	}
+	for (i = 0; i < ARRAY_SIZE(storm_sides); i++) {
+		task = kthread_create(storm_run, &storm_sides[i],
+				      "obd_bench/storm%d", i);
+		/* A thread that already runs ends by itself. */
+		if (IS_ERR(task))
+			return PTR_ERR(task);
+		kthread_bind(task, storm_sides[i].cpu);
+		wake_up_process(task);
+	}
+	for (i = 0; i < ARRAY_SIZE(storm_sides); i++) {
+		struct storm_side *side = &storm_sides[i];
+
+		if (!wait_for_completion_timeout(&side->over,
+						 msecs_to_jiffies(ms + 60000))) {
+			pr_err("obd_bench: CPU %d hangs in %s\n", side->cpu,
+			       name);
+			/* Its memory is in use for ever. */
+			__module_get(THIS_MODULE);
+			return -ETIMEDOUT;
+		}
+		late += side->late + side->stuck;
+	}
+	for (i = 0; i < ARRAY_SIZE(storm_sides); i++) {
+		struct storm_side *side = &storm_sides[i];
+
+		tasklet_kill(&side->tasklet);
+		len += scnprintf(result + len, sizeof(result) - len,
+				 "%s%d_count %llu\n%s%d_max %llu\n%s%d_timers %llu\n%s%d_timer_max %llu\n",
+				 name, i, side->count, name, i, side->max, name,
+				 i, side->timers, name, i, side->timer_max);
+	}
+	len += scnprintf(result + len, sizeof(result) - len, "%s_late %llu\n",
+			 name, late);
+	result_len = len;
+	return 0;
+}
+
+static int run_storm(const char *time)
+{
+	int error;
+	u32 ms;
+
+	if (kstrtou32(time, 10, &ms) || !ms || ms > 3600 * MSEC_PER_SEC ||
+	    num_online_cpus() < ARRAY_SIZE(storm_sides))
+		return -EINVAL;
+	error = storm_phase("call", ms, storm_call, storm_call);
+	error = error ?: storm_phase("send", ms, storm_send, storm_send);
+	error = error ?: storm_phase("ping", ms, storm_ping, storm_ping);
+	return error ?: storm_phase("softirq", ms, storm_softirq,
+				    storm_receive);
+}
+
 /* The interface. */
 
 static int run(char *line)
@@ -875,6 +1149,8 @@ static int run(char *line)
 				 words[5]);
 	else if (!strcmp(words[0], "beside") && count == 8)
 		error = run_beside(words);
+	else if (!strcmp(words[0], "storm") && count == 2)
+		error = run_storm(words[1]);
 	kfree(job);
 	return error;
 }

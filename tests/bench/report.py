@@ -193,6 +193,13 @@ def fairness_table(run, out):
     out.append("")
 
 
+def interrupt_goals(run, goals):
+    """Adds goals for the kernel with two CPUs: no interrupt is lost."""
+    for fact, value in run.facts.items():
+        if fact.startswith("interrupts") and fact.endswith("_late"):
+            goals.add(f"{fact}: interrupts lost, or later than 2 s", value, most=0)
+
+
 def scaling_goals(one, two, goals):
     """Adds goals for one reader with two CPUs instead of one. The kernels differ, so each is compared with its own
     limit."""
@@ -325,6 +332,7 @@ def main():
         if "uml" in runs:
             scaling_goals(runs["uml"], runs["uml-smp"], goals)
         growth_goals(runs["uml-smp"], goals)
+        interrupt_goals(runs["uml-smp"], goals)
         # erofs and squashfs with small blocks lose time in this kernel's remapping of memory.
         two = Goals()
         file_goals(runs["uml-smp"], two, squashfs_only=True)

@@ -573,6 +573,12 @@ class Bench:
         self.ram.used += 1
         shared_layers.main(device, (2, 10) if self.short else (2, 10, 100), self.result.fact)
 
+    def interrupts(self):
+        """Tests the kernel: whether two CPUs get all interrupts, from each other and from timers."""
+        seconds = int(os.environ.get("OBD_STORM_SECONDS", "10"))
+        for name, value in load.storm(seconds * 1000).items():
+            self.result.fact(f"interrupts, {seconds} s each, {name}", value)
+
 
 def null_blk(disk):
     """Returns a null_blk device in memory with the content of a disk. Its reads end in a timer's interrupt after
