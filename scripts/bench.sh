@@ -5,9 +5,10 @@
 # CPUs, block and file with one CPU and with two, the others with one. VM=qemu measures for a shorter time with the
 # stock kernel: PARTS, or block and file. VM=icount counts the instructions of reads with the stock kernel, on an
 # emulated CPU whose clock ticks once for each instruction, with two models of the CPU or those in CPU_MODELS (erms,
-# no-erms); it fails if a row of this project has over 2 % more than in tests/bench/instructions.json, or, with
-# UPDATE=y, writes that file. COMPARE=FILE prints what changed since that result. VM=guests measures the memory of
-# guests instead: bench-guests.sh. VM=tools measures obdsetup, without a VM: bench-tools.sh.
+# no-erms), and with PROFILE=y, for some rows, also by function; it fails if a row of this project has over 2 % more
+# than in tests/bench/instructions.json, or, with UPDATE=y, writes that file. COMPARE=FILE prints what changed since
+# that result. VM=guests measures the memory of guests instead: bench-guests.sh. VM=tools measures obdsetup, without a
+# VM: bench-tools.sh.
 . "$(dirname "$0")/lib.sh"
 . "$SCRIPTS/cache.sh"
 . "$SCRIPTS/kernel.sh"
@@ -62,9 +63,17 @@ measure() {
 	kernel_look_up
 	rm -f "$images/result-$K_RELEASE.json"
 	SHARE=$images QEMU_MEM=$memory TIMEOUT=${TIMEOUT:-3000} VM_LOG=$LOGS/kernel-bench-$result.log \
-		KERNEL_ARGS="brd.rd_nr=$OBD_RAM_DISKS brd.rd_size=$OBD_RAM_KIB" \
+		KERNEL_ARGS="${PROFILE:+nokaslr }brd.rd_nr=$OBD_RAM_DISKS brd.rd_size=$OBD_RAM_KIB" \
 		RUN="tests/bench/guest.sh $*" "$SCRIPTS/vm.sh" &&
 		mv "$images/result-$K_RELEASE.json" "$out/$result.json"
+}
+
+# shellcheck disable=SC2317
+# plugin: build the plugin of QEMU that counts by function.
+plugin() {
+	rm -rf "$images/profile" && mkdir "$images/profile" &&
+		"$SCRIPTS/in-root.sh" -b "$images:/srv" gcc -O2 -Wall -shared -fPIC -Wl,--unresolved-symbols=ignore-all \
+			-o /srv/profile/plugin.so tests/bench/profile_plugin.c
 }
 
 # shellcheck disable=SC2317
@@ -73,7 +82,13 @@ measure() {
 count() {
 	export VM_ACCEL=tcg,thread=single QEMU_SMP=1
 	export QEMU_ARGS="-icount shift=0,sleep=off ${models[$1]}"
-	measure "icount-$1" count "${parts[@]}"
+	rm -rf "$images/profile"
+	if [ -n "${PROFILE:-}" ]; then
+		plugin || return
+		QEMU_ARGS+=" -plugin /srv/profile/plugin.so,dir=/srv/profile"
+	fi
+	measure "icount-$1" count "${parts[@]}" || return
+	[ -z "${PROFILE:-}" ] || { rm -rf "$out/profile-$1" && mv "$images/profile" "$out/profile-$1"; }
 }
 
 # counting: count with each model of CPU, then compare with the figures in the tree.
@@ -86,6 +101,11 @@ counting() {
 	for model in "${chosen[@]}"; do
 		must "counting instructions, CPU $model" count "$model"
 	done
+	if [ -n "${PROFILE:-}" ]; then
+		for model in "${chosen[@]}"; do
+			"$SCRIPTS/in-root.sh" tests/bench/by_function.py "build/bench/profile-$model"
+		done
+	fi
 	"$SCRIPTS/in-root.sh" tests/bench/instructions.py build/bench ${UPDATE:+update}
 }
 

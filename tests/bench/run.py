@@ -17,6 +17,7 @@ sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), ".."
 # pylint: disable=wrong-import-position
 import load
 import shared_layers
+from by_function import profile
 from obdtest import dm, image
 from obdtest.dm import line
 from obdtest.memory import kernel_memory
@@ -40,6 +41,11 @@ ROWS = (("4k random, 1 deep", "random", 4 * KIB, 1, 1), ("4k random, 32 deep", "
         ("128k sequential, 2 readers", "run", 128 * KIB, 1, 2),
         ("1m sequential", "run", MIB, 1, 1), ("1m sequential, 2 readers", "run", MIB, 1, 2))
 COUNTED_ROWS = ("4k random, 1 deep", "4k random, 32 deep", "128k sequential", "1m sequential")
+# If instructions are counted by function, those of these rows are.
+PROFILED = {"zfile lz4-4k": ("4k random, 1 deep", "128k sequential", "1m sequential"),
+            "lsmt-zfile lz4-4k": ("4k random, 1 deep",), "zfile lz4-64k": ("4k random, 1 deep",),
+            "lower lz4-4k": ("4k random, 1 deep", "128k sequential", "1m sequential"),
+            "codec lz4-4k": ("4k random, 1 deep", "128k sequential", "1m sequential")}
 
 # Things that are compared are measured in turn, this many times, for about this many nanoseconds each time.
 TURNS, TURN_NS = 15, 50_000_000
@@ -132,6 +138,8 @@ class Bench:
         self.rounds = 3 if short else 5
         self.turns = 3 if short else TURNS
         self.short, self.count = short, mode == COUNT
+        profiles = f"{images}/profile"
+        self.profiles = profiles if self.count and os.path.isdir(profiles) else None
         self.ram = Ram()
         self.kinds = ("lz4-4k", "zstd-64k") if mode == SHORT else ZFILES
         self.layer = load.Layer(f"{images}/raw.lsmt", {kind: f"{images}/{kind}.obd" for kind in self.kinds})
@@ -183,7 +191,10 @@ class Bench:
             turns = [(row, device, job) for device, rows in devices.items() for row, job in rows]
             for nth in range(self.turns):
                 for row, device, job in turns[::-1 if nth % 2 else 1]:
-                    self.result.add(row, device, job())
+                    if nth == 1 and self.profiles and row in PROFILED.get(device, ()):
+                        self.result.add(row, device, profile(self.profiles, f"{device}, {row}", job))
+                    else:
+                        self.result.add(row, device, job())
         say(f"  {len(jobs)} figures, {time.monotonic() - start:.0f} s")
         self.result.save()
 
