@@ -1067,9 +1067,9 @@ static int storm_phase(const char *name, u32 ms,
 		       void (*first)(struct storm_side *),
 		       void (*second)(struct storm_side *))
 {
+	u64 late = 0, end = ktime_get_ns() + ms * NSEC_PER_MSEC;
 	int cpu, i = 0, len = result_len;
 	struct task_struct *task;
-	u64 late = 0;
 
 	memset(storm_sides, 0, sizeof(storm_sides));
 	for_each_online_cpu(cpu) {
@@ -1077,7 +1077,11 @@ static int storm_phase(const char *name, u32 ms,
 
 		side->cpu = cpu;
 		side->other = &storm_sides[1 - i];
-		side->end = ktime_get_ns() + ms * NSEC_PER_MSEC;
+		/*
+		 * One end for both: a side that goes on alone would wait for
+		 * wake-ups that nobody sends.
+		 */
+		side->end = end;
 		side->step = i ? second : first;
 		init_completion(&side->over);
 		init_completion(&side->ping);
