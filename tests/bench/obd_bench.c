@@ -1058,6 +1058,9 @@ static int storm_run(void *data)
 	}
 	complete(&side->other->ping);
 	hrtimer_cancel(&side->timer);
+	/* A timer that never came again was not seen by storm_tick(). */
+	if (ktime_get_ns() - side->timer_last > STORM_LATE_NS)
+		side->late++;
 	complete(&side->over);
 	return 0;
 }
