@@ -879,6 +879,7 @@ out_plan:
 
 struct storm_side {
 	struct storm_side *other;
+	struct task_struct *task;
 	int cpu;
 	u64 end;
 	void (*step)(struct storm_side *side);
@@ -1097,12 +1098,17 @@ static int storm_phase(const char *name, u32 ms,
 	for (i = 0; i < ARRAY_SIZE(storm_sides); i++) {
 		task = kthread_create(storm_run, &storm_sides[i],
 				      "obd_bench/storm%d", i);
-		/* A thread that already runs ends by itself. */
-		if (IS_ERR(task))
+		if (IS_ERR(task)) {
+			/* The first one has not started. */
+			if (i)
+				kthread_stop(storm_sides[0].task);
 			return PTR_ERR(task);
+		}
 		kthread_bind(task, storm_sides[i].cpu);
-		wake_up_process(task);
+		storm_sides[i].task = task;
 	}
+	for (i = 0; i < ARRAY_SIZE(storm_sides); i++)
+		wake_up_process(storm_sides[i].task);
 	for (i = 0; i < ARRAY_SIZE(storm_sides); i++) {
 		struct storm_side *side = &storm_sides[i];
 
