@@ -2,13 +2,13 @@
 # SPDX-License-Identifier: GPL-2.0
 # Measures, and compares with the goals: bench.sh. PARTS='NAME...' selects parts of the benchmark, see PARTS in
 # tests/bench/run.py. VM=uml (the default) measures at the machine's speed, PARTS or all parts: interrupts with two
-# CPUs, block and file with one CPU and with two, the others with one. VM=qemu measures for a shorter time with the
-# stock kernel: PARTS, or block and file. VM=icount counts the instructions of reads with the stock kernel, on an
-# emulated CPU whose clock ticks once for each instruction, with two models of the CPU or those in CPU_MODELS (erms,
-# no-erms), and with PROFILE=y, for some rows, also by function; it fails if a row of this project has over 2 % more
-# than in tests/bench/instructions.json, or, with UPDATE=y, writes that file. COMPARE=FILE prints what changed since
-# that result. VM=guests measures the memory of guests instead: bench-guests.sh. VM=tools measures obdsetup, without a
-# VM: bench-tools.sh.
+# CPUs, block and file with one CPU and with two, the others with one; it fails if interrupts were lost. VM=qemu
+# measures for a shorter time with the stock kernel: PARTS, or block and file. VM=icount counts the instructions of
+# reads with the stock kernel, on an emulated CPU whose clock ticks once for each instruction, with two models of the
+# CPU or those in CPU_MODELS (erms, no-erms), and with PROFILE=y, for some rows, also by function; it fails if a row of
+# this project has over 2 % more than in tests/bench/instructions.json, or, with UPDATE=y, writes that file.
+# COMPARE=FILE prints what changed since that result. VM=guests measures the memory of guests instead: bench-guests.sh.
+# VM=tools measures obdsetup, without a VM: bench-tools.sh.
 . "$(dirname "$0")/lib.sh"
 . "$SCRIPTS/cache.sh"
 . "$SCRIPTS/kernel.sh"
