@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 # SPDX-License-Identifier: GPL-2.0
-"""In the guest: profile() counts the instructions of one job by function, with profile_plugin.c. On the host: by_function.py
-DIRECTORY reports what was counted: instructions per request, by group of functions and by function."""
+"""In the guest: profile() counts the instructions of one job by function, with profile_plugin.c. On the host:
+by_function.py DIRECTORY reports what was counted: instructions per request, by group of functions and by function."""
 
 import glob
 import json
@@ -17,7 +17,7 @@ GROUPS = (("decompression", r"^(LZ4_|ZSTD_|HUF_|FSE_|BIT_)|^xxh|^crc32c"),
           ("device-mapper", r"\[dm_mod\]$"),
           ("RAM disk", r"\[brd\]$"),
           ("load generator", r"\[obd_bench\]$"),
-          ("block layer", r"^(__)?(bio|blk|blkg|bvec|submit_bio|blkcg|bdev|part|disk|mempool)_|^submit_bio|^__submit_bio"),
+          ("block layer", r"^(__)?((bio|blk|blkg|bvec|blkcg|bdev|part|disk|mempool)_|submit_bio)"),
           ("scheduler", r"sched|task_fair|_se$|cfs_rq|psi_|wake|switch|workqueue|_work$|kthread|eevdf|vruntime"))
 OTHER = "other code: locks, allocator, timers"
 # Functions that the report names, for each profile.
@@ -31,6 +31,7 @@ def profile(directory, title, job):
         with open("/proc/kallsyms", encoding="ascii") as symbols, \
                 open(f"{directory}/kallsyms", "w", encoding="ascii") as file:
             file.write(symbols.read())
+
     def counts(wanted):
         with open(f"{directory}/wanted", "w", encoding="ascii") as file:
             file.write(f"{wanted}\n")
@@ -64,7 +65,7 @@ def readable(symbol):
         words.append(name[at:at + int(found.group(1))])
         at += int(found.group(1))
     words = [word for word in words if word != "dm_overlaybd"]
-    return "::".join(words[:5]) + f" {module}"
+    return f"{'::'.join(words[:5])} {module}".rstrip()
 
 
 def load(directory, name, symbols):
@@ -76,7 +77,7 @@ def load(directory, name, symbols):
             address, count = row.split()
             address = int(address, 16)
             if address == 0:
-                symbol = "user space"
+                symbol = "code that is not kernel text"
             else:
                 # Both are sorted.
                 while at + 1 < len(starts) and starts[at + 1] <= address:
@@ -115,6 +116,9 @@ def report(directory, out):
 
 
 def main():
+    if not os.path.exists(f"{sys.argv[1]}/kallsyms"):
+        print("no row was counted by function: those are rows of the part block")
+        return
     out = []
     report(sys.argv[1], out)
     print("\n".join(out))
