@@ -115,7 +115,7 @@ export USE_ROOT=1 KDIR='' CARGO='' QUIET=1
 alone
 mkdir -p "$out"
 [ -z "${COMPARE:-}" ] || cp "$COMPARE" "$out/older"
-rm -f "$out"/*.json
+rm -rf "$out"/*.json "$out"/profile-*
 read -ra parts <<<"${PARTS:-}"
 
 # parts_for KERNEL: set words to those of the parts that run with it; empty words with one CPU mean all parts. A second

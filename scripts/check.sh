@@ -343,7 +343,7 @@ for part in "${parts[@]}"; do
 		;;
 	icount)
 		counts "instructions of reads, no more than in the tree" \
-			env VM=icount PARTS=block CPU_MODELS=erms UPDATE='' COMPARE='' TIMEOUT=1200 "$SCRIPTS/bench.sh"
+			env VM=icount PARTS=block CPU_MODELS=erms UPDATE='' COMPARE='' PROFILE='' TIMEOUT=1200 "$SCRIPTS/bench.sh"
 		;;
 	nested)
 		KERNEL=stock must "module for the stock kernel" "$SCRIPTS/build-module.sh"
