@@ -28,7 +28,8 @@ make bench            measure in User-Mode Linux, at the speed of this machine; 
                       (VM=qemu: some measurements, with the stock kernel; COMPARE=FILE: changes since that result.json;
                       PARTS='NAME...' of block file cache latency fairness lookup cost sharing interrupts;
                       VM=icount: instructions of the stock kernel, against tests/bench/instructions.json
-                      (UPDATE=y: write that file anew), PARTS='NAME...' of block peers;
+                      (UPDATE=y: write that file anew; PROFILE=y: some rows also by function),
+                      PARTS='NAME...' of block peers;
                       VM=guests: memory and start of virtual machines that share layers by DAX, and by other ways,
                       PARTS='WAY...' of pmem-layers pmem-image blk-layers blk-image blk-image-none;
                       VM=tools: how long obdsetup, mkfs.erofs, mksquashfs and qemu-img take to make images, in no VM,
