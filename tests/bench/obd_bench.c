@@ -88,7 +88,7 @@ static inline void mark_end(void)
 }
 
 /* The figures of the last command. */
-static char result[1024];
+static char result[2048];
 static size_t result_len;
 static DEFINE_MUTEX(run_lock);
 static struct dentry *dir;
@@ -890,7 +890,7 @@ struct storm_side {
 	u64 timer_last, timer_max;
 	/* Calls sent to the other CPU, and those that have run there. */
 	u32 sent, ran;
-	bool in_tasklet, leave_tasklet;
+	bool timed, in_tasklet, leave_tasklet;
 	u64 count, max, late, stuck, timers;
 };
 
@@ -1051,8 +1051,9 @@ static int storm_run(void *data)
 	struct storm_side *side = data;
 
 	side->timer_last = ktime_get_ns();
-	hrtimer_start(&side->timer, ns_to_ktime(STORM_TIMER_NS),
-		      HRTIMER_MODE_REL_PINNED_HARD);
+	if (side->timed)
+		hrtimer_start(&side->timer, ns_to_ktime(STORM_TIMER_NS),
+			      HRTIMER_MODE_REL_PINNED_HARD);
 	while (ktime_get_ns() < side->end) {
 		side->step(side);
 		cond_resched();
@@ -1060,14 +1061,14 @@ static int storm_run(void *data)
 	complete(&side->other->ping);
 	hrtimer_cancel(&side->timer);
 	/* A timer that never came again was not seen by storm_tick(). */
-	if (ktime_get_ns() - side->timer_last > STORM_LATE_NS)
+	if (side->timed && ktime_get_ns() - side->timer_last > STORM_LATE_NS)
 		side->late++;
 	complete(&side->over);
 	return 0;
 }
 
 /* One way for both CPUs, or one for each. */
-static int storm_phase(const char *name, u32 ms,
+static int storm_phase(const char *name, u32 ms, bool timed,
 		       void (*first)(struct storm_side *),
 		       void (*second)(struct storm_side *))
 {
@@ -1086,6 +1087,7 @@ static int storm_phase(const char *name, u32 ms,
 		 * wake-ups that nobody sends.
 		 */
 		side->end = end;
+		side->timed = timed;
 		side->step = i ? second : first;
 		init_completion(&side->over);
 		init_completion(&side->ping);
@@ -1145,10 +1147,13 @@ static int run_storm(const char *time)
 	if (kstrtou32(time, 10, &ms) || !ms || ms > 3600 * MSEC_PER_SEC ||
 	    num_online_cpus() < ARRAY_SIZE(storm_sides))
 		return -EINVAL;
-	error = storm_phase("call", ms, storm_call, storm_call);
-	error = error ?: storm_phase("send", ms, storm_send, storm_send);
-	error = error ?: storm_phase("ping", ms, storm_ping, storm_ping);
-	return error ?: storm_phase("softirq", ms, storm_softirq,
+	error = storm_phase("call", ms, true, storm_call, storm_call);
+	error = error ?: storm_phase("send", ms, true, storm_send, storm_send);
+	error = error ?: storm_phase("ping", ms, true, storm_ping, storm_ping);
+	/* Without the timers: they would end a sleep that misses a wake-up. */
+	error = error ?: storm_phase("sleep", ms, false, storm_ping,
+				     storm_ping);
+	return error ?: storm_phase("softirq", ms, true, storm_softirq,
 				    storm_receive);
 }
 
