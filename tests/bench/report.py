@@ -195,7 +195,8 @@ def fairness_table(run, out):
 
 def interrupt_goals(run, goals):
     """Adds goals for a kernel with two CPUs: no interrupt is lost. Returns whether they are reached."""
-    late = {fact: value for fact, value in run.facts.items() if fact.startswith("interrupts") and fact.endswith("_late")}
+    late = {fact: value for fact, value in run.facts.items()
+            if fact.startswith("interrupts") and fact.endswith("_late")}
     for fact, value in late.items():
         goals.add(f"{fact}: interrupts lost, or later than 2 s", value, most=0)
     return not any(late.values())
