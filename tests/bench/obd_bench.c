@@ -42,6 +42,7 @@
 #include <linux/mutex.h>
 #include <linux/random.h>
 #include <linux/sched.h>
+#include <linux/sched/task.h>
 #include <linux/sizes.h>
 #include <linux/smp.h>
 #include <linux/sort.h>
@@ -876,6 +877,12 @@ out_plan:
 /* A CPU of a busy host may stand still for some time; a lost interrupt is for ever. */
 #define STORM_LATE_NS (2 * NSEC_PER_SEC)
 #define STORM_TIMER_NS (300 * NSEC_PER_USEC)
+/*
+ * How long a CPU that has turned interrupts off waits for the other one, and
+ * then for what that one sends.
+ */
+#define STORM_MEET_NS NSEC_PER_MSEC
+#define STORM_SEND_NS (50 * NSEC_PER_USEC)
 
 struct storm_side {
 	struct storm_side *other;
@@ -890,20 +897,26 @@ struct storm_side {
 	u64 timer_last, timer_max;
 	/* Calls sent to the other CPU, and those that have run there. */
 	u32 sent, ran;
-	bool timed, in_tasklet, leave_tasklet;
+	bool timed, in_tasklet, leave_tasklet, held;
 	u64 count, max, late, stuck, timers;
 };
 
 /* Not freed if a thread hangs. */
 static struct storm_side storm_sides[2];
 
-static void storm_took(struct storm_side *side, u64 start)
+/* Returns whether it took too long. */
+static bool storm_measure(struct storm_side *side, u64 start)
 {
 	u64 ns = ktime_get_ns() - start;
 
 	side->count++;
 	side->max = max(side->max, ns);
-	if (ns > STORM_LATE_NS)
+	return ns > STORM_LATE_NS;
+}
+
+static void storm_took(struct storm_side *side, u64 start)
+{
+	if (storm_measure(side, start))
 		side->late++;
 }
 
@@ -1012,18 +1025,87 @@ static void storm_leave(void *data)
 	WRITE_ONCE(side->leave_tasklet, true);
 }
 
+/* Ends the other CPU's tasklet with a call. */
+static void storm_end_tasklet(struct storm_side *side)
+{
+	struct storm_side *other = side->other;
+	u64 start = ktime_get_ns(), stuck = READ_ONCE(other->stuck);
+
+	smp_call_function_single(other->cpu, storm_leave, other, 1);
+	/* A tasklet that gave up waiting for this call has counted it. */
+	if (storm_measure(side, start) && READ_ONCE(other->stuck) == stuck)
+		side->late++;
+}
+
 /* The other CPU runs a softirq until it is interrupted there. */
 static void storm_softirq(struct storm_side *side)
 {
 	struct storm_side *other = side->other;
-	u64 start;
 
 	smp_call_function_single(other->cpu, storm_enter, other, 0);
 	storm_until(side, READ_ONCE(other->in_tasklet));
-	start = ktime_get_ns();
-	smp_call_function_single(other->cpu, storm_leave, other, 1);
-	storm_took(side, start);
+	storm_end_tasklet(side);
 	storm_until(side, !READ_ONCE(other->in_tasklet));
+}
+
+/*
+ * Two interrupts come to the other CPU, which runs storm_hold(), while it has
+ * turned them off. A softirq after the first one waits for the second one, and
+ * so does this CPU.
+ */
+static void storm_pair(struct storm_side *side)
+{
+	struct storm_side *other = side->other;
+	u64 start = ktime_get_ns();
+
+	while (!READ_ONCE(other->held)) {
+		/* The other CPU counts what is late there. */
+		if (ktime_get_ns() - start > STORM_MEET_NS)
+			return;
+		cpu_relax();
+	}
+	kick_process(other->task);
+	/* Whoever does this must make the call that the tasklet waits for. */
+	WRITE_ONCE(other->held, false);
+	storm_end_tasklet(side);
+}
+
+/* Counts how often two interrupts may have come together. */
+static void storm_hold(struct storm_side *side)
+{
+	unsigned long flags;
+	u64 start;
+
+	local_irq_save(flags);
+	/* Interrupts are off: a call of the time before may still come. */
+	WRITE_ONCE(side->leave_tasklet, false);
+	/* From now until the tasklet ends. */
+	WRITE_ONCE(side->in_tasklet, true);
+	tasklet_schedule(&side->tasklet);
+	WRITE_ONCE(side->held, true);
+	start = ktime_get_ns();
+	while (READ_ONCE(side->held) && ktime_get_ns() - start <= STORM_MEET_NS)
+		cpu_relax();
+	if (READ_ONCE(side->held)) {
+		/* No call, or one that the tasklet need not wait for. */
+		WRITE_ONCE(side->held, false);
+		WRITE_ONCE(side->leave_tasklet, true);
+	} else {
+		side->count++;
+		start = ktime_get_ns();
+		while (ktime_get_ns() - start <= STORM_SEND_NS)
+			cpu_relax();
+	}
+	local_irq_restore(flags);
+	/* A tasklet that is stuck gives up in half of this, and counts it. */
+	start = ktime_get_ns();
+	while (READ_ONCE(side->in_tasklet)) {
+		if (ktime_get_ns() - start > 2 * STORM_LATE_NS) {
+			side->late++;
+			break;
+		}
+		cpu_relax();
+	}
 }
 
 static void storm_receive(struct storm_side *side)
@@ -1102,12 +1184,15 @@ static int storm_phase(const char *name, u32 ms, bool timed,
 				      "obd_bench/storm%d", i);
 		if (IS_ERR(task)) {
 			/* The first one has not started. */
-			if (i)
+			if (i) {
 				kthread_stop(storm_sides[0].task);
+				put_task_struct(storm_sides[0].task);
+			}
 			return PTR_ERR(task);
 		}
 		kthread_bind(task, storm_sides[i].cpu);
-		storm_sides[i].task = task;
+		/* The other side may kick it when it has ended. */
+		storm_sides[i].task = get_task_struct(task);
 	}
 	for (i = 0; i < ARRAY_SIZE(storm_sides); i++)
 		wake_up_process(storm_sides[i].task);
@@ -1127,6 +1212,7 @@ static int storm_phase(const char *name, u32 ms, bool timed,
 	for (i = 0; i < ARRAY_SIZE(storm_sides); i++) {
 		struct storm_side *side = &storm_sides[i];
 
+		put_task_struct(side->task);
 		tasklet_kill(&side->tasklet);
 		len += scnprintf(result + len, sizeof(result) - len,
 				 "%s%d_count %llu\n%s%d_max %llu\n%s%d_timers %llu\n%s%d_timer_max %llu\n",
@@ -1153,8 +1239,9 @@ static int run_storm(const char *time)
 	/* Without the timers: they would end a sleep that misses a wake-up. */
 	error = error ?: storm_phase("sleep", ms, false, storm_ping,
 				     storm_ping);
-	return error ?: storm_phase("softirq", ms, true, storm_softirq,
-				    storm_receive);
+	error = error ?: storm_phase("softirq", ms, true, storm_softirq,
+				     storm_receive);
+	return error ?: storm_phase("pair", ms, true, storm_pair, storm_hold);
 }
 
 /* The interface. */
