@@ -901,8 +901,7 @@ struct storm_side {
 	u64 count, max, late, stuck, timers;
 };
 
-/* Not freed if a thread hangs. */
-static struct storm_side storm_sides[2];
+#define STORM_SIDES 2
 
 /* Returns whether it took too long. */
 static bool storm_measure(struct storm_side *side, u64 start)
@@ -1149,21 +1148,38 @@ static int storm_run(void *data)
 	return 0;
 }
 
+/* Returns whether @side has ended. */
+static bool storm_ends(struct storm_side *side, u32 ms)
+{
+	unsigned long end = jiffies + msecs_to_jiffies(ms + 60000);
+
+	/* In steps: a task that sleeps for some minutes counts as hung. */
+	while (!wait_for_completion_timeout(&side->over, 10 * HZ))
+		if (time_after(jiffies, end))
+			return false;
+	return true;
+}
+
 /* One way for both CPUs, or one for each. */
 static int storm_phase(const char *name, u32 ms, bool timed,
 		       void (*first)(struct storm_side *),
 		       void (*second)(struct storm_side *))
 {
-	u64 late = 0, end = ktime_get_ns() + ms * NSEC_PER_MSEC;
+	u64 late = 0, end;
 	int cpu, i = 0, len = result_len;
+	struct storm_side *sides;
 	struct task_struct *task;
 
-	memset(storm_sides, 0, sizeof(storm_sides));
+	/* New memory, as that of a phase that failed may still be in use. */
+	sides = kzalloc_objs(*sides, STORM_SIDES);
+	if (!sides)
+		return -ENOMEM;
+	end = ktime_get_ns() + ms * NSEC_PER_MSEC;
 	for_each_online_cpu(cpu) {
-		struct storm_side *side = &storm_sides[i];
+		struct storm_side *side = &sides[i];
 
 		side->cpu = cpu;
-		side->other = &storm_sides[1 - i];
+		side->other = &sides[1 - i];
 		/*
 		 * One end for both: a side that goes on alone would wait for
 		 * wake-ups that nobody sends.
@@ -1176,44 +1192,43 @@ static int storm_phase(const char *name, u32 ms, bool timed,
 		tasklet_setup(&side->tasklet, storm_tasklet);
 		hrtimer_setup(&side->timer, storm_tick, CLOCK_MONOTONIC,
 			      HRTIMER_MODE_REL_PINNED_HARD);
-		if (++i == ARRAY_SIZE(storm_sides))
+		if (++i == STORM_SIDES)
 			break;
 	}
-	for (i = 0; i < ARRAY_SIZE(storm_sides); i++) {
-		task = kthread_create(storm_run, &storm_sides[i],
+	for (i = 0; i < STORM_SIDES; i++) {
+		task = kthread_create(storm_run, &sides[i],
 				      "obd_bench/storm%d", i);
 		if (IS_ERR(task)) {
 			/* The first one has not started. */
 			if (i) {
-				kthread_stop(storm_sides[0].task);
-				put_task_struct(storm_sides[0].task);
+				kthread_stop(sides[0].task);
+				put_task_struct(sides[0].task);
 			}
+			kfree(sides);
 			return PTR_ERR(task);
 		}
-		kthread_bind(task, storm_sides[i].cpu);
+		kthread_bind(task, sides[i].cpu);
 		/* The other side may kick it when it has ended. */
-		storm_sides[i].task = get_task_struct(task);
+		sides[i].task = get_task_struct(task);
 	}
-	for (i = 0; i < ARRAY_SIZE(storm_sides); i++)
-		wake_up_process(storm_sides[i].task);
-	for (i = 0; i < ARRAY_SIZE(storm_sides); i++) {
-		struct storm_side *side = &storm_sides[i];
+	for (i = 0; i < STORM_SIDES; i++)
+		wake_up_process(sides[i].task);
+	for (i = 0; i < STORM_SIDES; i++) {
+		struct storm_side *side = &sides[i];
 
-		if (!wait_for_completion_timeout(&side->over,
-						 msecs_to_jiffies(ms + 60000))) {
+		if (!storm_ends(side, ms)) {
 			pr_err("obd_bench: CPU %d hangs in %s\n", side->cpu,
 			       name);
-			/* Its memory is in use for ever. */
+			/* The thread uses the memory and this code for ever. */
 			__module_get(THIS_MODULE);
 			return -ETIMEDOUT;
 		}
 		late += side->late + side->stuck;
 	}
-	for (i = 0; i < ARRAY_SIZE(storm_sides); i++) {
-		struct storm_side *side = &storm_sides[i];
+	for (i = 0; i < STORM_SIDES; i++) {
+		struct storm_side *side = &sides[i];
 
 		put_task_struct(side->task);
-		tasklet_kill(&side->tasklet);
 		len += scnprintf(result + len, sizeof(result) - len,
 				 "%s%d_count %llu\n%s%d_max %llu\n%s%d_timers %llu\n%s%d_timer_max %llu\n",
 				 name, i, side->count, name, i, side->max, name,
@@ -1222,6 +1237,17 @@ static int storm_phase(const char *name, u32 ms, bool timed,
 	len += scnprintf(result + len, sizeof(result) - len, "%s_late %llu\n",
 			 name, late);
 	result_len = len;
+	if (late) {
+		/*
+		 * A call or a tasklet that has not come yet may do so later,
+		 * and use the memory and this code.
+		 */
+		__module_get(THIS_MODULE);
+		return 0;
+	}
+	for (i = 0; i < STORM_SIDES; i++)
+		tasklet_kill(&sides[i].tasklet);
+	kfree(sides);
 	return 0;
 }
 
@@ -1231,7 +1257,7 @@ static int run_storm(const char *time)
 	u32 ms;
 
 	if (kstrtou32(time, 10, &ms) || !ms || ms > 3600 * MSEC_PER_SEC ||
-	    num_online_cpus() < ARRAY_SIZE(storm_sides))
+	    num_online_cpus() < STORM_SIDES)
 		return -EINVAL;
 	error = storm_phase("call", ms, true, storm_call, storm_call);
 	error = error ?: storm_phase("send", ms, true, storm_send, storm_send);
