@@ -145,6 +145,7 @@ static void report(size_t count, u64 bytes, u64 ns, u32 *times)
 /* Threads. Each does a part of the plan. */
 
 struct job;
+struct slot;
 
 struct worker {
 	struct job *job;
@@ -152,6 +153,12 @@ struct worker {
 	size_t first, end;
 	u64 bytes;
 	int error;
+	/* bio */
+	struct slot *slots;
+	struct llist_head list;
+	int read_error;
+	/* file */
+	char *buffer;
 };
 
 struct job {
@@ -162,7 +169,10 @@ struct job {
 	atomic_t running;
 	struct completion over;
 	u32 *times;
+	/* Not measured: allocates memory that @finish frees. */
+	int (*prepare)(struct worker *worker);
 	int (*work)(struct worker *worker);
+	void (*finish)(struct worker *worker);
 	/* bio */
 	struct block_device *bdev;
 	unsigned int depth;
@@ -203,7 +213,10 @@ static int job_run(struct job *job)
 		worker->job = job;
 		worker->first = count * i / job->threads;
 		worker->end = count * (i + 1) / job->threads;
+		error = error ?: job->prepare(worker);
 	}
+	if (error)
+		goto out;
 	if (job->threads == 1) {
 		start = ktime_get_ns();
 		mark_begin();
@@ -233,6 +246,9 @@ static int job_run(struct job *job)
 	}
 	if (!error)
 		report(count, bytes, ns, job->times);
+out:
+	for (i = 0; i < job->threads; i++)
+		job->finish(&job->workers[i]);
 	vfree(job->times);
 	return error;
 }
@@ -345,29 +361,40 @@ static struct slot *slot_get(struct llist_node **nodes,
 	return slot;
 }
 
+static int bio_prepare(struct worker *worker)
+{
+	struct job *job = worker->job;
+
+	init_llist_head(&worker->list);
+	worker->slots = slots_alloc(job->depth, job->plan.max_len,
+				    &worker->list, &worker->read_error);
+	return worker->slots ? 0 : -ENOMEM;
+}
+
 static int bio_work(struct worker *worker)
 {
 	struct job *job = worker->job;
 	struct llist_node *nodes = NULL;
-	struct slot *slots, *slot;
-	LLIST_HEAD(list);
+	struct slot *slot;
 	unsigned int back;
-	int error = 0;
 	size_t i;
 
-	slots = slots_alloc(job->depth, job->plan.max_len, &list, &error);
-	if (!slots)
-		return -ENOMEM;
 	for (i = worker->first; i < worker->end; i++) {
-		slot = slot_get(&nodes, &list);
+		slot = slot_get(&nodes, &worker->list);
+		slot->waiter = current;
 		slot->time = &job->times[i];
 		slot_submit(slot, job->bdev, &job->plan.ranges[i]);
 		worker->bytes += job->plan.ranges[i].len;
 	}
 	for (back = 0; back < job->depth; back++)
-		slot_get(&nodes, &list);
-	slots_free(slots, job->depth);
-	return error;
+		slot_get(&nodes, &worker->list);
+	return worker->read_error;
+}
+
+static void bio_finish(struct worker *worker)
+{
+	if (worker->slots)
+		slots_free(worker->slots, worker->job->depth);
 }
 
 static int run_bio(struct job *job, const char *dev, const char *plan,
@@ -392,7 +419,9 @@ static int run_bio(struct job *job, const char *dev, const char *plan,
 	if (error)
 		goto out_plan;
 	job->bdev = file_bdev(file);
+	job->prepare = bio_prepare;
 	job->work = bio_work;
+	job->finish = bio_finish;
 	error = job_run(job);
 	bdev_fput(file);
 out_plan:
@@ -753,17 +782,20 @@ out_plan:
 
 /* Files. */
 
+static int file_prepare(struct worker *worker)
+{
+	worker->buffer = kvmalloc(worker->job->bytes_at_once, GFP_KERNEL);
+	return worker->buffer ? 0 : -ENOMEM;
+}
+
 static int file_work(struct worker *worker)
 {
 	struct job *job = worker->job;
-	char *buffer = kvmalloc(job->bytes_at_once, GFP_KERNEL);
 	struct file *file;
 	ssize_t got = 0;
 	u64 start;
 	size_t i;
 
-	if (!buffer)
-		return -ENOMEM;
 	for (i = worker->first; i < worker->end; i++) {
 		const struct piece *range = &job->plan.ranges[i];
 		loff_t pos = range->offset, end = pos + range->len;
@@ -780,7 +812,7 @@ static int file_work(struct worker *worker)
 			}
 		}
 		while (pos < end) {
-			got = kernel_read(file, buffer,
+			got = kernel_read(file, worker->buffer,
 					  min_t(loff_t, end - pos,
 						job->bytes_at_once), &pos);
 			if (got <= 0)
@@ -796,8 +828,12 @@ static int file_work(struct worker *worker)
 			break;
 		}
 	}
-	kvfree(buffer);
 	return got < 0 ? got : 0;
+}
+
+static void file_finish(struct worker *worker)
+{
+	kvfree(worker->buffer);
 }
 
 static int run_file(struct job *job, const char *list, const char *plan,
@@ -816,7 +852,9 @@ static int run_file(struct job *job, const char *list, const char *plan,
 	    job->threads > MAX_THREADS)
 		return -EINVAL;
 	job->bytes_at_once = at_once;
+	job->prepare = file_prepare;
 	job->work = file_work;
+	job->finish = file_finish;
 	error = plan_read(&job->plan, plan);
 	if (error)
 		return error;
