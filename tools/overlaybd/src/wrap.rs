@@ -5,7 +5,7 @@
 use std::io::{Seek, Write};
 
 use crate::progress::Check;
-use crate::zfile_writer::{self, seek, write_error, Options};
+use crate::zfile_writer::{self, seek, write_error, Options, Sink};
 use crate::{tar_writer, Result};
 
 /// The wrapping of a new blob.
@@ -16,9 +16,6 @@ pub struct Wrapping {
     /// Whether the blob gets a tar wrapper.
     pub tar: bool,
 }
-
-/// Consumes the next bytes of a file.
-pub type Sink<'a> = &'a mut dyn FnMut(&[u8]) -> Result<()>;
 
 /// Writes a blob to `out`, which must be empty. Returns its length in bytes. `produce` passes the
 /// bytes of the content to its sink. `check` is called before each block is compressed.

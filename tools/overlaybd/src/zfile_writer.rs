@@ -19,7 +19,6 @@ use crate::format::zfile::{self, field, flag};
 use crate::format::SECTOR_SIZE;
 use crate::on_disk::zfile as on_disk;
 use crate::progress::Check;
-use crate::wrap::Sink;
 use crate::{crc32c, parallel, Error, Result};
 
 /// Number of bytes that one thread compresses at once, and whose stored bytes are written at once. A multiple of
@@ -27,6 +26,9 @@ use crate::{crc32c, parallel, Error, Result};
 const GROUP: usize = to_usize(zfile::MAX_BLOCK_SIZE as u64);
 /// Number of bytes that all threads compress while the next ones are collected.
 const BATCH: usize = 128 * GROUP;
+
+/// Consumes the next bytes of a file.
+pub type Sink<'a> = &'a mut dyn FnMut(&[u8]) -> Result<()>;
 
 /// The properties of a new ZFile.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

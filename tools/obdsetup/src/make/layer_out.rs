@@ -11,7 +11,8 @@ use overlaybd::format::SECTOR_SIZE;
 use overlaybd::identity::{self, Below, Pieces};
 use overlaybd::layer::Ident;
 use overlaybd::lsmt_writer::{LayerWriter, Run};
-use overlaybd::wrap::{self, Sink, Wrapping};
+use overlaybd::wrap::{self, Wrapping};
+use overlaybd::zfile_writer::Sink;
 use overlaybd::LayerReader;
 
 use crate::make::layer_args::NewLayerArgs;

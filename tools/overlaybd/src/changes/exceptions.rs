@@ -9,26 +9,19 @@
 use std::ops::Range;
 
 use crate::format::num::{le32, le64, to_u64, to_usize};
-use crate::format::{Blob, SECTOR_SIZE};
+use crate::format::Blob;
 use crate::{Error, Result};
 
 use super::fault::Fault;
-use super::head::{self, Head};
+use super::head::{self, per_area, Head, EXCEPTION};
 
 /// `SnAp`.
 const MAGIC: u32 = 0x7041_6e53;
 const VERSION: u32 = 1;
 /// Number of bytes of the header in use: magic, valid, version, size of a chunk in sectors.
 const HEADER: usize = 16;
-/// Size of an exception in bytes: chunk of the disk, chunk of the store.
-const ENTRY: usize = 16;
 /// Largest number of written bytes in a range that `next` or `lookup` returns; at least one chunk.
 const AHEAD: u64 = 1 << 20;
-
-/// Returns the number of exceptions in an area, for chunks of `chunk` sectors.
-pub(super) fn per_area(chunk: u32) -> u64 {
-    u64::from(chunk) * SECTOR_SIZE / to_u64(ENTRY)
-}
 
 /// An exception.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -83,14 +76,14 @@ impl Exceptions {
             // No overflow: the store ends below 2^60.
             let start = head::SIZE + area * chunk;
             blob.read_at(start, &mut buffer)?;
-            for (nth, entry) in (0..).zip(buffer.chunks_exact(ENTRY)) {
+            for (nth, entry) in (0..).zip(buffer.chunks_exact(EXCEPTION)) {
                 let (old, new) = (le64(entry, 0), le64(entry, 8));
                 if new == 0 {
                     break 'areas;
                 }
                 let wrong = |at, chunk, expected| Fault::Chunk {
                     nth: to_u64(found.all.len()),
-                    at: start + nth * to_u64(ENTRY) + at,
+                    at: start + nth * to_u64(EXCEPTION) + at,
                     chunk,
                     expected,
                 };

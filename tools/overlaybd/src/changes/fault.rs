@@ -2,7 +2,8 @@
 
 //! Faults of a store of changes.
 
-use super::head::MAGIC_LEN;
+/// Size in bytes of the magic at the start of a store.
+pub const MAGIC_LEN: usize = 16;
 
 /// A fault of a store.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]

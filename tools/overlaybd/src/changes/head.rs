@@ -3,22 +3,22 @@
 //! The head of a store: 4 KiB before the exception store of dm-snapshot.
 
 use crate::format::lsmt::MAX_END;
-use crate::format::num::{bytes_at, le32, le64, to_usize};
+use crate::format::num::{bytes_at, le32, le64, to_u64, to_usize};
 use crate::format::{Blob, SECTOR_SIZE};
 use crate::zfile_writer::put;
 use crate::{Error, Result};
 
-use super::fault::Fault;
+use super::fault::{Fault, MAGIC_LEN};
 use super::origin::Origin;
 
 /// Size in bytes.
 pub const SIZE: u64 = 4096;
 /// Number of bytes in use: one sector, which a disk writes completely or not at all.
 pub const USED: usize = 512;
-/// Size of the magic in bytes.
-pub const MAGIC_LEN: usize = 16;
 const MAGIC: &[u8; MAGIC_LEN] = b"obdsetup changes";
 const VERSION: u32 = 1;
+/// Size in bytes of an exception of dm-snapshot: chunk of the disk, chunk of the store.
+pub(super) const EXCEPTION: usize = 16;
 /// Size in sectors of a chunk of a new store.
 pub const CHUNK: u32 = 8;
 /// Largest size in sectors of a chunk: 1 MiB.
@@ -243,6 +243,11 @@ impl Head {
     }
 }
 
+/// Returns the number of exceptions in an area, for chunks of `chunk` sectors.
+pub(super) fn per_area(chunk: u32) -> u64 {
+    u64::from(chunk) * SECTOR_SIZE / to_u64(EXCEPTION)
+}
+
 /// Returns the size in sectors of an exception store that has room for all chunks of a disk of `disk`
 /// sectors. `disk` is at most 2^50.
 pub fn full_size(disk: u64) -> u64 {
@@ -250,7 +255,7 @@ pub fn full_size(disk: u64) -> u64 {
     let chunks = disk.div_ceil(chunk);
     // The header, the areas (dm-snapshot makes the next area when one is full), the data, and a chunk that
     // stays free.
-    let areas = chunks / super::exceptions::per_area(CHUNK) + 1;
+    let areas = chunks / per_area(CHUNK) + 1;
     let all = 1 + areas + chunks + 1;
     (all + u64::from(ends_at_area(all))) * chunk
 }
@@ -266,6 +271,6 @@ pub fn usable(sectors: u64) -> u64 {
 
 /// Returns whether an area would begin at the end of a store of `chunks` chunks.
 fn ends_at_area(chunks: u64) -> bool {
-    let step = super::exceptions::per_area(CHUNK) + 1;
+    let step = per_area(CHUNK) + 1;
     chunks % step == 1 && chunks > 1
 }

@@ -11,11 +11,10 @@ use std::time::Duration;
 use rayon::prelude::*;
 use rayon::{ThreadPool, ThreadPoolBuilder};
 
-use super::{write_in, Options, BATCH, GROUP};
+use super::{write_in, Options, Sink, BATCH, GROUP};
 use crate::codec::{Encoder, Method};
 use crate::format::zfile::{self, Algorithm};
 use crate::progress::{never, Check};
-use crate::wrap::Sink;
 use crate::{crc32c, Error, Result};
 
 const THREADS: [usize; 3] = [1, 2, 5];

@@ -19,9 +19,10 @@ use rustix::io::Errno;
 use super::limits;
 use super::state::{open_directory, FileState};
 use super::tree::{
-    Content, ContentMaker, Device, Id, Kind, Meta, Node, Source, Time, Tree, Unread, BLOCK,
-    FILES_AT_ONCE, ROOT,
+    Content, ContentMaker, Device, Id, Kind, Meta, Node, Source, Time, Tree, Unread, FILES_AT_ONCE,
+    ROOT,
 };
+use super::witness::BLOCK;
 use crate::input::archive::{brief, is_whiteout};
 use crate::terminal::bar::Bar;
 use crate::terminal::exit::Failure;

@@ -20,10 +20,10 @@ use super::limits;
 use super::records::{self, Meaning};
 use super::stamp::source_date_epoch;
 use super::tree::{
-    show, Content, ContentMaker, Device, Id, Kind, Meta, Node, Source, Time, Tree, Unread, BLOCK,
-    ROOT,
+    show, Content, ContentMaker, Device, Id, Kind, Meta, Node, Source, Time, Tree, Unread, ROOT,
 };
 use super::whiteouts::{Own, Special};
+use super::witness::BLOCK;
 use crate::input::archive::{self, Archive, Member, MemberKind};
 use crate::terminal::exit::{self, Failure};
 use crate::terminal::warn;

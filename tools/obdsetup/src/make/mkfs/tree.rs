@@ -19,8 +19,6 @@ use super::state::{self, FileState};
 use super::witness::{Seen, Witness};
 use crate::terminal::interrupt;
 
-/// Size of a block of content in bytes. Blocks of zeros are holes.
-pub(super) const BLOCK: u64 = 4096;
 /// Largest number of threads that read files at once. Each of them has a file open, and a buffer of up to 1 MiB.
 pub(super) const FILES_AT_ONCE: usize = 64;
 

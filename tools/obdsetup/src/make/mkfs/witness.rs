@@ -19,9 +19,9 @@ use rustix::io::retry_on_intr;
 use rustix::rand::{getrandom, GetRandomFlags};
 use sha2::{Digest, Sha256};
 
-use super::tree::BLOCK;
-
-/// Length of a block in bytes.
+/// Size of a block of content in bytes. Blocks of zeros are holes.
+pub(super) const BLOCK: u64 = 4096;
+/// The same, for arrays.
 const LEN: usize = to_usize(BLOCK);
 /// Length of two words in bytes.
 const PAIR: usize = 16;
