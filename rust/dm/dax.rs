@@ -464,7 +464,7 @@ pub(super) unsafe fn direct_access<T: Target>(
     kaddr: *mut *mut ffi::c_void,
     pfn: *mut ffi::c_ulong,
 ) -> Result<ffi::c_long> {
-    let find = T::DAX.ok_or(EOPNOTSUPP)?.find;
+    let find = T::DAX.ok_or(EIO)?.find;
     let claim = live.claim().filter(|claim| claim.has_begun()).ok_or(EIO)?;
     // A target with DAX is alone in its table, so it begins at sector 0 of the disk.
     let sector = page.checked_mul(PAGE_SECTORS).ok_or(EIO)?;
@@ -483,7 +483,7 @@ pub(super) unsafe fn direct_access<T: Target>(
     if !inside || start % PAGE_SECTORS != 0 || sectors < PAGE_SECTORS {
         return Err(EIO);
     }
-    let dax = device.dax().ok_or(EOPNOTSUPP)?;
+    let dax = device.dax().ok_or(EIO)?;
     // SAFETY: The device is open, so the DAX device is valid. The check above ensures that the
     // pages are within the range that was claimed. The pointers are valid by the caller's promise.
     let found = unsafe {
