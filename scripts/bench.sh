@@ -70,7 +70,7 @@ measure() {
 }
 
 # shellcheck disable=SC2317
-# plugin: build the plugin of QEMU that counts by function.
+# plugin: build the plugin of QEMU that counts by function, in the new directory profile of the images.
 plugin() {
 	rm -rf "$images/profile" && mkdir "$images/profile" &&
 		"$SCRIPTS/in-root.sh" -b "$images:/srv" gcc -O2 -Wall -shared -fPIC -Wl,--unresolved-symbols=ignore-all \
@@ -119,9 +119,10 @@ mkdir -p "$out"
 rm -rf "$out"/*.json "$out"/profile-*
 read -ra parts <<<"${PARTS:-}"
 
-# parts_for KERNEL: set words to those of the parts that run with it; empty words with one CPU mean all parts. A second
-# CPU says nothing about parts other than block, file and interrupts: they have one reader, readers on one CPU, or
-# measure no reads. The part interrupts needs two.
+# parts_for KERNEL: set words to the arguments of the benchmark with that kernel: the wanted parts that run with it, and
+# short for stock. For uml without PARTS, words is empty: then the benchmark runs all parts but interrupts, which needs
+# two CPUs. Only block, file and interrupts run with two CPUs: the other parts have one reader, readers on one CPU, or
+# measure no reads.
 parts_for() {
 	local part
 	words=()

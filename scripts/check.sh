@@ -119,8 +119,9 @@ kernel_log_clean() {
 }
 
 # nothing_skipped KERNEL FILE...: fail, and print the lines, if tests were skipped. A kernel made for the tests has what
-# the tests need, except what takes long to build, and has it built in, so tests of a missing module are skipped. Tests
-# may also be skipped if images are missing, or if LIMIT leaves no time.
+# the tests need, except what takes long to build. Tests may be skipped that need this, or that unload a module of the
+# kernel, since these kernels have such modules built in. Tests may also be skipped if images are missing, or if LIMIT
+# leaves no time.
 nothing_skipped() {
 	local lacks='btrfs|xfs|IMA|io.max|tracing|cpuset'
 	[ "$1" != kcsan ] || lacks+='|kmemleak|page owners'

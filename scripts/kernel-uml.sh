@@ -5,8 +5,8 @@
 
 set -euo pipefail
 
-# build_kernel_uml RELEASE VERSION FILE...: like build_kernel_debian, with the default configuration and the changes in
-# the files: patches (.patch) of the source, others of the configuration.
+# build_kernel_uml RELEASE VERSION FILE...: like build_kernel_debian, with the default configuration. A FILE with the
+# suffix .patch is applied to the source; any other is appended to the configuration.
 build_kernel_uml() {
 	local release=$1 version=$2 series line file missing=0 configs=() patches=()
 	shift 2

@@ -9,7 +9,7 @@ import os
 import re
 import sys
 
-# The first group whose expression matches the name of a function, or [its module], has its instructions.
+# A function belongs to the first group whose expression matches its name and module, "NAME [MODULE]".
 GROUPS = (("decompression", r"^(LZ4_|ZSTD_|HUF_|FSE_|BIT_)|^xxh|^crc32c"),
           ("copies", r"^(memcpy|memmove|__memcpy|__memmove)"),
           ("clearing", r"^(memset|__memset|clear_page|clear_highpages)"),
@@ -20,12 +20,13 @@ GROUPS = (("decompression", r"^(LZ4_|ZSTD_|HUF_|FSE_|BIT_)|^xxh|^crc32c"),
           ("block layer", r"^(__)?((bio|blk|blkg|bvec|blkcg|bdev|part|disk|mempool)_|submit_bio)"),
           ("scheduler", r"sched|task_fair|_se$|cfs_rq|psi_|wake|switch|workqueue|_work$|kthread|eevdf|vruntime"))
 OTHER = "other code: locks, allocator, timers"
-# Functions that the report names, for each profile.
+# Number of functions that the report has for each profile: those with the most instructions.
 MOST = 30
 
 
 def profile(directory, title, job):
-    """Runs a job, and has its instructions counted by function. directory is one that QEMU's plugin watches."""
+    """Runs a job, and has QEMU's plugin write its instructions by address to directory, which the plugin watches.
+    Returns the job's figures."""
     name = re.sub(r"[^a-z0-9]+", "-", title)
     if not os.path.exists(f"{directory}/kallsyms"):
         with open("/proc/kallsyms", encoding="ascii") as symbols, \
@@ -38,7 +39,7 @@ def profile(directory, title, job):
         while os.path.exists(f"{directory}/wanted"):
             pass
 
-    # What was counted in other jobs.
+    # Resets the counters, which have the instructions of earlier jobs.
     counts("unused")
     figures = job()
     counts(name)
@@ -48,7 +49,8 @@ def profile(directory, title, job):
 
 
 def readable(symbol):
-    """Returns the path of a Rust function without its crate and its type arguments, and other names as they are."""
+    """Returns the first five names in the mangled name of a Rust function, without dm_overlaybd, as a path. Returns
+    other names unchanged."""
     if not symbol.startswith("_R"):
         return symbol
     name, _, module = symbol.partition(" ")
@@ -57,7 +59,7 @@ def readable(symbol):
     while at < len(name):
         found = re.match(r"(\d+)_?", name[at:])
         if not found:
-            # A disambiguator (s) or a reference to an earlier part (B), which end with an underscore.
+            # A disambiguator (s) or a reference to an earlier part (B): each ends with an underscore.
             skipped = re.match(r"[sB][0-9A-Za-z]*_", name[at:])
             at += len(skipped.group()) if skipped else 1
             continue
@@ -69,7 +71,7 @@ def readable(symbol):
 
 
 def load(directory, name, symbols):
-    """Returns the instructions by symbol."""
+    """Returns the number of instructions for each symbol."""
     starts = [start for start, _ in symbols]
     found, at = {}, 0
     with open(f"{directory}/{name}.counts", encoding="ascii") as file:
@@ -79,7 +81,7 @@ def load(directory, name, symbols):
             if address == 0:
                 symbol = "code that is not kernel text"
             else:
-                # Both are sorted.
+                # The rows of the file and the symbols are sorted by address.
                 while at + 1 < len(starts) and starts[at + 1] <= address:
                     at += 1
                 symbol = symbols[at][1]
@@ -88,7 +90,7 @@ def load(directory, name, symbols):
 
 
 def report(directory, out):
-    """Appends Markdown: the groups of all profiles, and the functions of each."""
+    """Appends lines of Markdown to out: a table of the groups of all profiles, and one of the functions of each."""
     with open(f"{directory}/kallsyms", encoding="ascii") as file:
         rows = (row.split() for row in file)
         symbols = sorted((int(start, 16), " ".join(name)) for start, kind, *name in rows if kind in "tTwW")
@@ -117,7 +119,7 @@ def report(directory, out):
 
 def main():
     if not os.path.exists(f"{sys.argv[1]}/kallsyms"):
-        print("no row was counted by function: those are rows of the part block")
+        print("no row was counted by function: only rows of the part block are")
         return
     out = []
     report(sys.argv[1], out)

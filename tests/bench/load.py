@@ -56,7 +56,8 @@ def codec(path, plan, algorithm, crc=False):
 
 
 def storm(milliseconds):
-    """Has two CPUs interrupt each other and wake each other up, for so long in each way."""
+    """Has two CPUs interrupt each other and wake each other up, in six phases of this many milliseconds. Returns the
+    figures of each phase."""
     return _run("storm", milliseconds)
 
 

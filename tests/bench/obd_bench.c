@@ -19,9 +19,9 @@
  *	the ranges of the plan SCAN from OTHER, DEPTH at a time, unless DEPTH is
  *	0. Both threads are bound to the same CPU
  *   storm MS
- *	for MS milliseconds in each of some ways, two CPUs interrupt each other
- *	and wake each other up, and timers interrupt both; counts what came late
- *	or not at all. It tests the kernel, not a device
+ *	for MS milliseconds in each of six phases, two CPUs interrupt each other
+ *	or wake each other up, in five of them with timers that interrupt both;
+ *	counts what came late or not at all. It tests the kernel, not a device
  *
  * PLAN is a file of struct piece. It is read before the measurement starts.
  * At the end of a plan, beside continues at its beginning.
@@ -912,12 +912,12 @@ out_plan:
 
 /* Interrupts between CPUs. */
 
-/* A CPU of a busy host may stand still for some time; a lost interrupt is for ever. */
+/* Only what takes longer counts as late, since a busy host may stop a CPU. */
 #define STORM_LATE_NS (2 * NSEC_PER_SEC)
 #define STORM_TIMER_NS (300 * NSEC_PER_USEC)
 /*
- * How long a CPU that has turned interrupts off waits for the other one, and
- * then for what that one sends.
+ * How long a CPU that has turned interrupts off waits for the other CPU, and
+ * then for the interrupts from it.
  */
 #define STORM_MEET_NS NSEC_PER_MSEC
 #define STORM_SEND_NS (50 * NSEC_PER_USEC)
@@ -941,7 +941,7 @@ struct storm_side {
 
 #define STORM_SIDES 2
 
-/* Returns whether it took too long. */
+/* Counts what began at @start. Returns whether that took too long. */
 static bool storm_measure(struct storm_side *side, u64 start)
 {
 	u64 ns = ktime_get_ns() - start;
@@ -957,7 +957,7 @@ static void storm_took(struct storm_side *side, u64 start)
 		side->late++;
 }
 
-/* Interrupts that come meanwhile find them on or off. */
+/* Interrupts from the other CPU come both while they are on and while off. */
 static void storm_turn_off_and_on(void)
 {
 	unsigned int times = get_random_u32_below(64), spin;
@@ -978,7 +978,7 @@ static void storm_ran(void *data)
 	WRITE_ONCE(from->ran, from->ran + 1);
 }
 
-/* Waits for a value, as nothing else would make it come. */
+/* Polls until a condition is true, or STORM_LATE_NS have passed; measures it. */
 #define storm_until(side, condition) ({				\
 	u64 since = ktime_get_ns();				\
 								\
@@ -988,7 +988,7 @@ static void storm_ran(void *data)
 	storm_took(side, since);				\
 })
 
-/* A call that this CPU waits for. */
+/* Sends a call to the other CPU, and waits until it has run. */
 static void storm_call(struct storm_side *side)
 {
 	u64 start = ktime_get_ns();
@@ -1000,7 +1000,7 @@ static void storm_call(struct storm_side *side)
 	storm_turn_off_and_on();
 }
 
-/* A call that is sent with interrupts off. */
+/* Sends a call with interrupts off, and waits until it has run. */
 static void storm_send(struct storm_side *side)
 {
 	unsigned long flags;
@@ -1013,14 +1013,14 @@ static void storm_send(struct storm_side *side)
 	side->sent++;
 	storm_until(side, READ_ONCE(side->ran) == side->sent);
 	if (error || READ_ONCE(side->ran) != side->sent) {
-		/* It may still be on the other CPU's list. */
+		/* End: the csd may still be on the other CPU's list. */
 		side->late++;
 		side->end = 0;
 	}
 	storm_turn_off_and_on();
 }
 
-/* Wakes up the other CPU's thread, and sleeps: the CPU becomes idle. */
+/* Wakes up the other CPU's thread, and sleeps: this CPU becomes idle. */
 static void storm_ping(struct storm_side *side)
 {
 	u64 start = ktime_get_ns();
@@ -1069,12 +1069,12 @@ static void storm_end_tasklet(struct storm_side *side)
 	u64 start = ktime_get_ns(), stuck = READ_ONCE(other->stuck);
 
 	smp_call_function_single(other->cpu, storm_leave, other, 1);
-	/* A tasklet that gave up waiting for this call has counted it. */
+	/* A tasklet that gave up waiting for this call counts that in @stuck. */
 	if (storm_measure(side, start) && READ_ONCE(other->stuck) == stuck)
 		side->late++;
 }
 
-/* The other CPU runs a softirq until it is interrupted there. */
+/* Has the other CPU run a softirq until a call from this CPU interrupts it. */
 static void storm_softirq(struct storm_side *side)
 {
 	struct storm_side *other = side->other;
@@ -1086,9 +1086,9 @@ static void storm_softirq(struct storm_side *side)
 }
 
 /*
- * Two interrupts come to the other CPU, which runs storm_hold(), while it has
- * turned them off. A softirq after the first one waits for the second one, and
- * so does this CPU.
+ * Sends two interrupts to the other CPU, which runs storm_hold() and has
+ * interrupts off. A softirq after the first one waits for the second one, and so
+ * does this CPU.
  */
 static void storm_pair(struct storm_side *side)
 {
@@ -1102,21 +1102,24 @@ static void storm_pair(struct storm_side *side)
 		cpu_relax();
 	}
 	kick_process(other->task);
-	/* Whoever does this must make the call that the tasklet waits for. */
+	/* From now on, the tasklet waits for the call of storm_end_tasklet(). */
 	WRITE_ONCE(other->held, false);
 	storm_end_tasklet(side);
 }
 
-/* Counts how often two interrupts may have come together. */
+/*
+ * Turns interrupts off until storm_pair() on the other CPU may have sent two, and
+ * counts how often it may have.
+ */
 static void storm_hold(struct storm_side *side)
 {
 	unsigned long flags;
 	u64 start;
 
 	local_irq_save(flags);
-	/* Interrupts are off: a call of the time before may still come. */
+	/* With interrupts off: until then, an earlier call may set it. */
 	WRITE_ONCE(side->leave_tasklet, false);
-	/* From now until the tasklet ends. */
+	/* Stays true until the tasklet ends. */
 	WRITE_ONCE(side->in_tasklet, true);
 	tasklet_schedule(&side->tasklet);
 	WRITE_ONCE(side->held, true);
@@ -1124,7 +1127,7 @@ static void storm_hold(struct storm_side *side)
 	while (READ_ONCE(side->held) && ktime_get_ns() - start <= STORM_MEET_NS)
 		cpu_relax();
 	if (READ_ONCE(side->held)) {
-		/* No call, or one that the tasklet need not wait for. */
+		/* The tasklet need not wait: the other CPU came too late. */
 		WRITE_ONCE(side->held, false);
 		WRITE_ONCE(side->leave_tasklet, true);
 	} else {
@@ -1134,7 +1137,7 @@ static void storm_hold(struct storm_side *side)
 			cpu_relax();
 	}
 	local_irq_restore(flags);
-	/* A tasklet that is stuck gives up in half of this, and counts it. */
+	/* A stuck tasklet gives up after half of this, and counts @stuck. */
 	start = ktime_get_ns();
 	while (READ_ONCE(side->in_tasklet)) {
 		if (ktime_get_ns() - start > 2 * STORM_LATE_NS) {
@@ -1186,7 +1189,7 @@ static int storm_run(void *data)
 	return 0;
 }
 
-/* Returns whether @side has ended. */
+/* Waits until @side ends. Returns false if that takes over @ms and 60 s. */
 static bool storm_ends(struct storm_side *side, u32 ms)
 {
 	unsigned long end = jiffies + msecs_to_jiffies(ms + 60000);
@@ -1198,7 +1201,10 @@ static bool storm_ends(struct storm_side *side, u32 ms)
 	return true;
 }
 
-/* One way for both CPUs, or one for each. */
+/*
+ * Runs one phase: one CPU repeats @first, the other one @second. Appends the
+ * figures to the result. With @timed, timers interrupt both CPUs.
+ */
 static int storm_phase(const char *name, u32 ms, bool timed,
 		       void (*first)(struct storm_side *),
 		       void (*second)(struct storm_side *))
@@ -1246,7 +1252,7 @@ static int storm_phase(const char *name, u32 ms, bool timed,
 			return PTR_ERR(task);
 		}
 		kthread_bind(task, sides[i].cpu);
-		/* The other side may kick it when it has ended. */
+		/* The other side may kick this task after the task has ended. */
 		sides[i].task = get_task_struct(task);
 	}
 	for (i = 0; i < STORM_SIDES; i++)
@@ -1257,7 +1263,7 @@ static int storm_phase(const char *name, u32 ms, bool timed,
 		if (!storm_ends(side, ms)) {
 			pr_err("obd_bench: CPU %d hangs in %s\n", side->cpu,
 			       name);
-			/* The thread uses the memory and this code for ever. */
+			/* The thread may still use the memory and this code. */
 			__module_get(THIS_MODULE);
 			return -ETIMEDOUT;
 		}

@@ -1,14 +1,15 @@
 // SPDX-License-Identifier: GPL-2.0
 /*
- * A plugin of QEMU that counts how often each instruction of the guest's kernel
- * is executed, for one CPU, between two marks: instructions that do nothing and
- * that obd_bench executes before and after what it measures.
+ * A plugin of QEMU that counts the instructions that the guest's kernel
+ * executes, for each 16 bytes of its text. It counts on one CPU, between two
+ * marks: instructions that do nothing and that obd_bench executes before and
+ * after what it measures.
  * -plugin FILE,dir=DIR: DIR is a share that the guest has, too. If the guest
- * makes a file there with the name "wanted" and a name in it, the plugin writes
- * the counts since the last such file to NAME.counts, lines of address
- * (hexadecimal) and number, and removes the file. The address 0 stands for all
- * code that is not kernel text. The kernel must not be at a random address
- * (nokaslr).
+ * makes a file "wanted" there that contains NAME, the plugin writes the counts
+ * since the last such file to NAME.counts, and removes "wanted". Each line has
+ * an address (hexadecimal) and a number of instructions. The address 0 stands
+ * for all code that is not kernel text. The kernel must not be at a random
+ * address (nokaslr).
  */
 
 #include <pthread.h>
@@ -22,7 +23,7 @@
 #define EXPORT __attribute__((visibility("default")))
 EXPORT int qemu_plugin_version = QEMU_PLUGIN_VERSION;
 
-/* Where Linux has the text of the kernel and of modules on x86-64, in bytes. */
+/* Addresses of the text of Linux and of its modules on x86-64; lengths in bytes. */
 #define KERNEL 0xffffffff81000000ul
 #define KERNEL_LEN (40ul << 20)
 #define MODULES 0xffffffffc0000000ul
@@ -34,7 +35,7 @@ EXPORT int qemu_plugin_version = QEMU_PLUGIN_VERSION;
 #define count_inline qemu_plugin_register_vcpu_insn_exec_inline_per_vcpu
 #define call_at qemu_plugin_register_vcpu_insn_exec_cb
 
-/* nopl with 32 bits of its address: see mark() in obd_bench.c. */
+/* The start of a nopl with a displacement of 32 bits: see mark_begin() in obd_bench.c. */
 static const unsigned char mark_code[3] = { 0x0f, 0x1f, 0x80 };
 #define MARK_BEGIN 0x6264626fu
 #define MARK_END 0x6564626fu
@@ -44,7 +45,7 @@ static struct qemu_plugin_scoreboard *counters;
 static unsigned long *before, *total;
 static const char *dir;
 
-/* The counter for an address. */
+/* Returns the number of the counter for an address. */
 static size_t counter_of(unsigned long address)
 {
 	if (address - KERNEL < KERNEL_LEN)
@@ -54,7 +55,7 @@ static size_t counter_of(unsigned long address)
 	return 0;
 }
 
-/* The first address that a counter is for. */
+/* Returns the first address that a counter is for. */
 static unsigned long address_of(size_t counter)
 {
 	unsigned long at = (counter - 1) * GRAIN;
@@ -111,8 +112,8 @@ static void count_instructions(unsigned long id, struct qemu_plugin_tb *tb)
 }
 
 /*
- * Writes what was counted between the marks since the last call. The name has no
- * blanks. The guest waits meanwhile.
+ * Writes what was counted between the marks since the last call. The name in the
+ * file has no blanks. The guest waits until the file is removed.
  */
 static void write_counts(FILE *wanted)
 {

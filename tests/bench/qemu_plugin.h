@@ -18,7 +18,7 @@ struct qemu_plugin_insn;
 struct qemu_plugin_scoreboard;
 struct qemu_plugin_tb;
 
-/* A counter: so many bytes after the start of a scoreboard's element. */
+/* A counter in the element of each CPU of a scoreboard, at an offset in bytes. */
 struct qemu_plugin_u64 {
 	struct qemu_plugin_scoreboard *score;
 	size_t offset;

@@ -41,7 +41,7 @@ ROWS = (("4k random, 1 deep", "random", 4 * KIB, 1, 1), ("4k random, 32 deep", "
         ("128k sequential, 2 readers", "run", 128 * KIB, 1, 2),
         ("1m sequential", "run", MIB, 1, 1), ("1m sequential, 2 readers", "run", MIB, 1, 2))
 COUNTED_ROWS = ("4k random, 1 deep", "4k random, 32 deep", "128k sequential", "1m sequential")
-# If instructions are counted by function, those of these rows are.
+# The rows whose instructions are counted by function with PROFILE=y, for each device.
 PROFILED = {"zfile lz4-4k": ("4k random, 1 deep", "128k sequential", "1m sequential"),
             "lsmt-zfile lz4-4k": ("4k random, 1 deep",), "zfile lz4-64k": ("4k random, 1 deep",),
             "lower lz4-4k": ("4k random, 1 deep", "128k sequential", "1m sequential"),
