@@ -12,13 +12,16 @@ import sys
 # A function belongs to the first group whose expression matches its name and module, "NAME [MODULE]".
 GROUPS = (("decompression", r"^(LZ4_|ZSTD_|HUF_|FSE_|BIT_)|^xxh|^crc32c"),
           ("copies", r"^(memcpy|memmove|__memcpy|__memmove)"),
-          ("clearing", r"^(memset|__memset|clear_page|clear_highpages)"),
+          ("clearing", r"^(__)?(memset|clear_pages|clear_highpages)"),
           ("dm_overlaybd", r"\[dm_overlaybd\]$"),
           ("device-mapper", r"\[dm_mod\]$"),
           ("RAM disk", r"\[brd\]$"),
           ("load generator", r"\[obd_bench\]$"),
           ("block layer", r"^(__)?((bio|blk|blkg|bvec|blkcg|bdev|part|disk|mempool)_|submit_bio)"),
-          ("scheduler", r"sched|task_fair|_se$|cfs_rq|psi_|wake|switch|workqueue|_work$|kthread|eevdf|vruntime"))
+          ("scheduler, workqueue", r"sched|task_fair|_se$|cfs_rq|psi_|wake|switch|eevdf|vruntime|entity|load_avg|"
+                                   r"rq_clock|task_rq|^(__)?(en|de)queue_task|^(update_curr|task_tick|cpuacct_)|"
+                                   r"^(record_times|dl_server|hrtick)|"
+                                   r"workqueue|_works?$|_work_on$|kthread|worker|^(pwq_|kick_pool)"))
 OTHER = "other code: locks, allocator, timers"
 # Number of functions that the report has for each profile: those with the most instructions.
 MOST = 30
