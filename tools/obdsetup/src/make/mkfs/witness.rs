@@ -19,7 +19,7 @@ use rustix::io::retry_on_intr;
 use rustix::rand::{getrandom, GetRandomFlags};
 use sha2::{Digest, Sha256};
 
-/// Size of a block of content in bytes. Blocks of zeros are holes.
+/// Size in bytes of a block of content, which is hashed as a whole. Elsewhere, blocks of zeros are holes.
 pub(super) const BLOCK: u64 = 4096;
 /// The same, for arrays.
 const LEN: usize = to_usize(BLOCK);
