@@ -6,7 +6,7 @@
 use std::fs::File;
 use std::os::unix::fs::FileExt;
 
-use overlaybd::changes::head::full_size;
+use overlaybd::changes::exceptions::full_size;
 use overlaybd::changes::{Head, Origin, State};
 use overlaybd::Stack;
 use predicates::str::contains;

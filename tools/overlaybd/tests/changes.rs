@@ -10,7 +10,8 @@ use std::collections::BTreeMap;
 
 use common::changes::{entry, head, per_area, place, store, Chunk};
 use common::{file, lsmt, put, run, Memory};
-use overlaybd::changes::head::{full_size, usable, SIZE};
+use overlaybd::changes::exceptions::{full_size, usable};
+use overlaybd::changes::head::SIZE;
 use overlaybd::changes::{Changed, Exceptions, Fault, Head, Host, Origin, State};
 use overlaybd::diff;
 use overlaybd::format::Blob;

@@ -9,19 +9,53 @@
 use std::ops::Range;
 
 use crate::format::num::{le32, le64, to_u64, to_usize};
-use crate::format::Blob;
+use crate::format::{Blob, SECTOR_SIZE};
 use crate::{Error, Result};
 
 use super::fault::Fault;
-use super::head::{self, per_area, Head, EXCEPTION};
+use super::head::{self, Head, CHUNK};
 
 /// `SnAp`.
 const MAGIC: u32 = 0x7041_6e53;
 const VERSION: u32 = 1;
 /// Number of bytes of the header in use: magic, valid, version, size of a chunk in sectors.
 const HEADER: usize = 16;
+/// Size of an exception in bytes: chunk of the disk, chunk of the store.
+const ENTRY: usize = 16;
 /// Largest number of written bytes in a range that `next` or `lookup` returns; at least one chunk.
 const AHEAD: u64 = 1 << 20;
+
+/// Returns the number of exceptions in an area, for chunks of `chunk` sectors.
+fn per_area(chunk: u32) -> u64 {
+    u64::from(chunk) * SECTOR_SIZE / to_u64(ENTRY)
+}
+
+/// Returns the size in sectors of an exception store that has room for all chunks of a disk of `disk`
+/// sectors. `disk` is at most 2^50.
+pub fn full_size(disk: u64) -> u64 {
+    let chunk = u64::from(CHUNK);
+    let chunks = disk.div_ceil(chunk);
+    // The header, the areas (dm-snapshot makes the next area when one is full), the data, and a chunk that
+    // stays free.
+    let areas = chunks / per_area(CHUNK) + 1;
+    let all = 1 + areas + chunks + 1;
+    (all + u64::from(ends_at_area(all))) * chunk
+}
+
+/// Returns the size in sectors of the exception store that fits in `sectors` sectors. It has whole chunks,
+/// and doesn't end where an area would begin. When an area is full, dm-snapshot writes the next one without
+/// checking for room. If this write fails, the store becomes invalid.
+pub fn usable(sectors: u64) -> u64 {
+    let chunk = u64::from(CHUNK);
+    let chunks = sectors / chunk;
+    (chunks - u64::from(ends_at_area(chunks))) * chunk
+}
+
+/// Returns whether an area would begin at the end of a store of `chunks` chunks.
+fn ends_at_area(chunks: u64) -> bool {
+    let step = per_area(CHUNK) + 1;
+    chunks % step == 1 && chunks > 1
+}
 
 /// An exception.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -76,14 +110,14 @@ impl Exceptions {
             // No overflow: the store ends below 2^60.
             let start = head::SIZE + area * chunk;
             blob.read_at(start, &mut buffer)?;
-            for (nth, entry) in (0..).zip(buffer.chunks_exact(EXCEPTION)) {
+            for (nth, entry) in (0..).zip(buffer.chunks_exact(ENTRY)) {
                 let (old, new) = (le64(entry, 0), le64(entry, 8));
                 if new == 0 {
                     break 'areas;
                 }
                 let wrong = |at, chunk, expected| Fault::Chunk {
                     nth: to_u64(found.all.len()),
-                    at: start + nth * to_u64(EXCEPTION) + at,
+                    at: start + nth * to_u64(ENTRY) + at,
                     chunk,
                     expected,
                 };

@@ -3,7 +3,7 @@
 //! The head of a store: 4 KiB before the exception store of dm-snapshot.
 
 use crate::format::lsmt::MAX_END;
-use crate::format::num::{bytes_at, le32, le64, to_u64, to_usize};
+use crate::format::num::{bytes_at, le32, le64, to_usize};
 use crate::format::{Blob, SECTOR_SIZE};
 use crate::zfile_writer::put;
 use crate::{Error, Result};
@@ -17,8 +17,6 @@ pub const SIZE: u64 = 4096;
 pub const USED: usize = 512;
 const MAGIC: &[u8; MAGIC_LEN] = b"obdsetup changes";
 const VERSION: u32 = 1;
-/// Size in bytes of an exception of dm-snapshot: chunk of the disk, chunk of the store.
-pub(super) const EXCEPTION: usize = 16;
 /// Size in sectors of a chunk of a new store.
 pub const CHUNK: u32 = 8;
 /// Largest size in sectors of a chunk: 1 MiB.
@@ -241,36 +239,4 @@ impl Head {
     pub fn store_chunks(&self) -> u64 {
         self.store / u64::from(self.chunk)
     }
-}
-
-/// Returns the number of exceptions in an area, for chunks of `chunk` sectors.
-pub(super) fn per_area(chunk: u32) -> u64 {
-    u64::from(chunk) * SECTOR_SIZE / to_u64(EXCEPTION)
-}
-
-/// Returns the size in sectors of an exception store that has room for all chunks of a disk of `disk`
-/// sectors. `disk` is at most 2^50.
-pub fn full_size(disk: u64) -> u64 {
-    let chunk = u64::from(CHUNK);
-    let chunks = disk.div_ceil(chunk);
-    // The header, the areas (dm-snapshot makes the next area when one is full), the data, and a chunk that
-    // stays free.
-    let areas = chunks / per_area(CHUNK) + 1;
-    let all = 1 + areas + chunks + 1;
-    (all + u64::from(ends_at_area(all))) * chunk
-}
-
-/// Returns the size in sectors of the exception store that fits in `sectors` sectors. It has whole chunks,
-/// and doesn't end where an area would begin. When an area is full, dm-snapshot writes the next one without
-/// checking for room. If this write fails, the store becomes invalid.
-pub fn usable(sectors: u64) -> u64 {
-    let chunk = u64::from(CHUNK);
-    let chunks = sectors / chunk;
-    (chunks - u64::from(ends_at_area(chunks))) * chunk
-}
-
-/// Returns whether an area would begin at the end of a store of `chunks` chunks.
-fn ends_at_area(chunks: u64) -> bool {
-    let step = per_area(CHUNK) + 1;
-    chunks % step == 1 && chunks > 1
 }

@@ -5,7 +5,7 @@
 use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 
-use overlaybd::changes::head::full_size;
+use overlaybd::changes::exceptions::full_size;
 use serde::Serialize;
 
 use super::fields::numbers;

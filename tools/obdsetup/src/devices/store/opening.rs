@@ -8,7 +8,7 @@ use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
 use anyhow::{bail, Context, Result};
-use overlaybd::changes::{head, Exceptions, Fault, Head, State};
+use overlaybd::changes::{exceptions, head, Exceptions, Fault, Head, State};
 use overlaybd::format::lsmt::MAX_END;
 use overlaybd::format::num::to_usize;
 use overlaybd::format::{Blob, SECTOR_SIZE};
@@ -92,7 +92,7 @@ impl Found {
             }
             let store = match wish.bytes {
                 Some(bytes) => sectors(path, bytes)?,
-                None => head::full_size(disk),
+                None => exceptions::full_size(disk),
             };
             return Ok(Self {
                 path: path.to_owned(),
@@ -341,7 +341,7 @@ fn sectors(path: &Path, bytes: u64) -> Result<u64> {
     let (what, limit) = match bytes {
         0..SMALLEST => ("small: give it", SMALLEST),
         _ if bytes > largest => ("large: give it no more than", largest),
-        _ => return Ok(head::usable((bytes - head::SIZE) / SECTOR_SIZE)),
+        _ => return Ok(exceptions::usable((bytes - head::SIZE) / SECTOR_SIZE)),
     };
     let message = format!(
         "{}: a store of {} is too {what} {}",
