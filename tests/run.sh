@@ -161,7 +161,7 @@ checkers() {
 	[ ! -r "$KCSAN" ] || awk '/^enabled: 1/ { e = 1 } /^setup_watchpoints: [1-9]/ { w = 1 } END { exit !(e && w) }' \
 		"$KCSAN" || stopped+=(KCSAN)
 	if [ ! -r /proc/lockdep_stats ] && [ ! -r "$KCSAN" ]; then
-		echo "ok $1 checkers were at work # SKIP this kernel has none"
+		echo "ok $1 checkers were at work # SKIP this kernel has no checkers"
 	elif [ "${#stopped[@]}" != 0 ]; then
 		echo "# not at work: ${stopped[*]}"
 		echo "not ok $1 checkers were at work"
