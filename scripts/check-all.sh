@@ -1,8 +1,8 @@
 #!/bin/bash
 # SPDX-License-Identifier: GPL-2.0
 # Runs the checks that CI does not run, or not always, one after the other: check-all.sh. PARTS='NAME...' selects some.
-# Ends with a line for each part and a list of what was left out. Takes up to three hours, and 40 GB of cache if it is
-# empty.
+# Ends with a line for each part and a list of what was left out. Needs 40 GB of cache if it is empty. On two CPUs, with
+# all kernels in the cache, it takes some three hours, and longer with the part kills: 50 kills in each of 23 tests.
 . "$(dirname "$0")/lib.sh"
 
 ALL=(debug forky kcsan boot deb nested soak kills fuzz bench)
